@@ -1,0 +1,213 @@
+"""The one reader of the process environment: who this rank is, and what the host offers.
+
+Four launchers describe a rank in three dialects:
+
+    deepspeed, torchrun   RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+    srun                  SLURM_PROCID SLURM_NTASKS SLURM_LOCALID SLURM_STEP_NODELIST
+    python                nothing: a world of one
+
+`find_launch` reads all of them into one `Launch` and refuses a description that is half set or
+contradicts itself, because a rank that guesses trains alone and says nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megalite.errors import LaunchError
+
+_TORCH_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_PORT_BASE, _PORT_SPAN = 20000, 10000
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One rank's place in the world, and where the ranks meet."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_addr: str
+    master_port: int  # 0: any free port (a world of one)
+    source: str  # "torchrun" (deepspeed speaks the same dialect), "srun" or "python"
+
+
+@dataclass(frozen=True)
+class Job:
+    """The scheduler's name for this run of the program; equal on all its ranks."""
+
+    id: str  # "" outside a scheduler
+    restart_count: int
+
+
+def find_launch(environ: Mapping[str, str] | None = None) -> Launch:
+    """Rank and world from whichever launcher started this process.
+
+    Raises:
+        LaunchError: variables half set, not numbers, out of range or contradicting each other;
+            a world of one inside a Slurm allocation of several nodes.
+    """
+    env = os.environ if environ is None else environ
+    present = [key for key in _TORCH_KEYS if env.get(key)]
+    # RANK or WORLD_SIZE announce a launcher; MASTER_ADDR alone is often left in a shell profile.
+    if "RANK" in present or "WORLD_SIZE" in present or "LOCAL_RANK" in present:
+        launch = _from_torchrun(env)
+        _refuse_contradiction(env, launch)
+    elif env.get("SLURM_PROCID") and _in_srun_step(env):
+        launch = _from_srun(env)
+    else:
+        launch = Launch(0, 1, 0, 1, "127.0.0.1", 0, "python")
+    nodes = _number(env, "SLURM_JOB_NUM_NODES", 1)
+    if launch.world_size == 1 and nodes > 1:
+        raise LaunchError(
+            f"a world of 1 rank inside a Slurm allocation of {nodes} nodes: the other nodes would "
+            "idle; start the ranks with srun (see slurm/), or ask for one node"
+        )
+    return launch
+
+
+def job(environ: Mapping[str, str] | None = None) -> Job:
+    """The Slurm job and how often it was requeued; an empty id outside Slurm."""
+    env = os.environ if environ is None else environ
+    return Job(env.get("SLURM_JOB_ID", ""), _number(env, "SLURM_RESTART_COUNT", 0))
+
+
+def has_compiler() -> bool:
+    """Whether a C++ compiler is on PATH, which torch.compile needs on every device."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))
+
+
+def set_default(name: str, value: str) -> None:
+    """Set an environment variable for libraries that read nothing else, unless the user did."""
+    os.environ.setdefault(name, value)
+
+
+def publish_launch(launch: Launch) -> None:
+    """Write `launch` where torch.distributed and DeepSpeed look for it."""
+    os.environ.update(
+        RANK=str(launch.rank),
+        WORLD_SIZE=str(launch.world_size),
+        LOCAL_RANK=str(launch.local_rank),
+        LOCAL_WORLD_SIZE=str(launch.local_world_size),
+        MASTER_ADDR=launch.master_addr,
+        MASTER_PORT=str(launch.master_port),
+    )
+
+
+def thread_count() -> int | None:
+    """OMP_NUM_THREADS where the user or the launcher set it."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    return int(value) if value.isdigit() and int(value) > 0 else None
+
+
+def _from_torchrun(env: Mapping[str, str]) -> Launch:
+    missing = [key for key in _TORCH_KEYS if not env.get(key)]
+    if missing:
+        found = ", ".join(f"{key}={env[key]}" for key in _TORCH_KEYS if env.get(key))
+        raise LaunchError(
+            f"the launch is half set: {found}, but {', '.join(missing)} missing; "
+            "start with deepspeed, torchrun or srun, or unset these for a single process"
+        )
+    world = _number(env, "WORLD_SIZE", 1)
+    launch = Launch(
+        rank=_number(env, "RANK", 0),
+        world_size=world,
+        local_rank=_number(env, "LOCAL_RANK", 0),
+        # the deepspeed launcher of one node sets it too; absent it is the whole world
+        local_world_size=_number(env, "LOCAL_WORLD_SIZE", world),
+        master_addr=env["MASTER_ADDR"],
+        master_port=_number(env, "MASTER_PORT", 0),
+        source="torchrun",
+    )
+    _check_range(launch)
+    return launch
+
+
+def _from_srun(env: Mapping[str, str]) -> Launch:
+    missing = [key for key in ("SLURM_NTASKS", "SLURM_LOCALID") if not env.get(key)]
+    if missing:
+        raise LaunchError(
+            f"SLURM_PROCID={env['SLURM_PROCID']} but {', '.join(missing)} missing; start the ranks "
+            "with srun --ntasks, or unset the SLURM_ variables for a single process"
+        )
+    world, job_id = _number(env, "SLURM_NTASKS", 1), env.get("SLURM_JOB_ID", "0")
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    restart = _number(env, "SLURM_RESTART_COUNT", 0)
+    number = int(job_id) if job_id.isdigit() else 0
+    launch = Launch(
+        rank=_number(env, "SLURM_PROCID", 0),
+        world_size=world,
+        local_rank=_number(env, "SLURM_LOCALID", 0),
+        local_world_size=_tasks_here(env, world),
+        master_addr=env.get("MASTER_ADDR") or first_host(nodes),
+        master_port=_number(env, "MASTER_PORT", _PORT_BASE + (number * 7 + restart) % _PORT_SPAN),
+        source="srun",
+    )
+    _check_range(launch)
+    return launch
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: `gpu[003-005,9],x1` is `gpu003`."""
+    match = re.match(r"([^\[,]+)(?:\[([^\]]*)\])?([^,\[]*)", nodelist)
+    if not match:
+        raise LaunchError(f"cannot read the first host of the Slurm node list {nodelist!r}")
+    prefix, ranges, suffix = match.groups()
+    return prefix + (re.split(r"[-,]", ranges)[0] if ranges else "") + (suffix or "")
+
+
+def _tasks_here(env: Mapping[str, str], world: int) -> int:
+    """Tasks on this node: the entry SLURM_NODEID of a list such as `4(x2),3`."""
+    counts: list[int] = []
+    listing = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or str(world)
+    for part in listing.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if not match:
+            raise LaunchError(f"cannot read SLURM_STEP_TASKS_PER_NODE={listing!r}")
+        counts += [int(match[1])] * int(match[2] or 1)
+    node = _number(env, "SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else counts[-1]
+
+
+def _in_srun_step(env: Mapping[str, str]) -> bool:
+    """A batch script's shell has SLURM_PROCID=0 as well, but belongs to no srun step."""
+    return env.get("SLURM_STEP_ID", "") not in ("", "4294967291") and bool(
+        env.get("SLURM_STEP_NODELIST") or env.get("SLURM_SRUN_COMM_PORT")
+    )
+
+
+def _refuse_contradiction(env: Mapping[str, str], launch: Launch) -> None:
+    """One rank per task, yet srun and RANK/WORLD_SIZE tell different stories."""
+    tasks = _number(env, "SLURM_NTASKS", 1)
+    if _in_srun_step(env) and launch.world_size < tasks:
+        raise LaunchError(
+            f"WORLD_SIZE={launch.world_size} but srun started {tasks} tasks: the same ranks would "
+            "train several times; unset RANK and WORLD_SIZE, or start one launcher a node"
+        )
+
+
+def _check_range(launch: Launch) -> None:
+    if not 0 <= launch.rank < launch.world_size:
+        raise LaunchError(
+            f"rank {launch.rank} of a world of {launch.world_size}: ranks run from 0 to "
+            f"{launch.world_size - 1}; check what the launcher exports"
+        )
+    if not 0 <= launch.local_rank < launch.local_world_size <= launch.world_size:
+        raise LaunchError(
+            f"local rank {launch.local_rank} of {launch.local_world_size} on this host, in a world "
+            f"of {launch.world_size}; check LOCAL_RANK and LOCAL_WORLD_SIZE"
+        )
+
+
+def _number(env: Mapping[str, str], key: str, default: int) -> int:
+    value = env.get(key, "")
+    if not value:
+        return default
+    if not value.isdigit():
+        raise LaunchError(f"{key}={value!r} is not a whole number of 0 or more")
+    return int(value)

@@ -1,0 +1,70 @@
+"""What is on disk is complete or absent: atomic writes, hashes, and the rename that publishes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+_CHUNK = 4 << 20  # bytes read at a time while hashing
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write `path` so that a reader, or a crash, sees the old content or the new, never a part.
+
+    The bytes go to a neighbour of another name, are synced, and are renamed over `path`.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of indented JSON; numbers that JSON lacks (nan, inf) are an error."""
+    write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; `OSError` and `ValueError` (bad UTF-8 included) are the caller's."""
+    return json.loads(path.read_bytes().decode("utf-8"))
+
+
+def sha256_file(path: Path) -> str:
+    """The file's SHA-256 as 64 hexadecimal digits, read in pieces of 4 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync_file(path: Path) -> None:
+    """Force a file's bytes to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_directory(path: Path) -> None:
+    """Force a directory's entries to the disk, so that a rename in it survives a power cut."""
+    sync_file(path)
+
+
+def publish(staging: Path, final: Path) -> None:
+    """Rename a complete folder to its public name, the single moment it comes into being."""
+    sync_directory(staging)
+    os.rename(staging, final)
+    sync_directory(final.parent)

@@ -1,0 +1,79 @@
+"""Logging, and the one place that ends a process: `run_main` turns an error into its exit code.
+
+Rank 0 speaks for all. Logs and progress go to standard error, so that standard output belongs
+to what a command reports.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megalite import env
+from megalite.errors import LaunchError, MegaLiteError, UserError
+
+logger = logging.getLogger("megalite")
+
+_GRACE_FOR_RANK_0 = 10.0  # seconds
+
+
+def setup(*, rank: int = 0, level: int = logging.INFO) -> None:
+    """Send this process's messages to standard error: rank 0 from `level` up, others errors."""
+    logger.handlers.clear()
+    handler = logging.StreamHandler(sys.stderr)
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"{prefix}%(levelname_lower)s%(message)s"))
+    handler.addFilter(_lower_level)
+    logger.addHandler(handler)
+    logger.setLevel(level if rank == 0 else logging.ERROR)
+    logger.propagate = False
+
+
+def add_file(path: Path) -> logging.Handler:
+    """Append this process's messages, with times, to the run's `log.txt`."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    return handler
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a command and leave with its exit code; an error of ours is a line, not a traceback.
+
+    Every rank finds the same user error. Rank 0 prints it; the others wait for the launcher to
+    end them, or the first to leave would take rank 0 along before it has spoken.
+    """
+    try:
+        rank = env.find_launch().rank
+    except LaunchError:
+        rank = 0
+    setup(rank=rank)
+    try:
+        code = main() or 0
+    except UserError as error:
+        if rank != 0:
+            time.sleep(_GRACE_FOR_RANK_0)
+        else:
+            _print_error(error)
+        code = error.exit_code
+    except MegaLiteError as error:
+        _print_error(error)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _print_error(error: MegaLiteError) -> None:
+    for line in str(error).splitlines():
+        logger.error("%s", line)
+
+
+def _lower_level(record: logging.LogRecord) -> bool:
+    plain = record.levelno < logging.WARNING
+    record.levelname_lower = "" if plain else f"{record.levelname.lower()}: "
+    return True
