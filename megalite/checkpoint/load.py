@@ -1,0 +1,196 @@
+"""Loading: the newest checkpoint that proves whole; one rank reads each tensor, its group receives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from megalite import shapes
+from megalite.checkpoint.save import Place
+from megalite.checkpoint.states import Owned, from_canonical, owned_parameters
+from megalite.config import ModelConfig, RunConfig
+from megalite.engine import WEIGHT, Engine
+from megalite.errors import CheckpointError
+from megalite.formats import checkpoint as disk
+from megalite.log import logger
+from megalite.optim import state_names
+from megalite.parallel import Grid
+
+
+def find_newest(root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | None:
+    """The newest whole checkpoint below `root`; None where none was ever published.
+
+    A damaged one is named, renamed to `bad_...` and passed over.
+
+    Raises:
+        CheckpointError: checkpoints exist and every one is damaged. Nothing starts afresh then.
+    """
+    names = [path.name for path in disk.published(root)]
+    names = list(grid.gather(names))[0]  # type: ignore[assignment]  # rank 0's view, for all
+    for name in names:
+        folder = root / name
+        problems, manifest = _check(folder, grid)
+        if manifest is not None and not problems:
+            return folder, manifest
+        for problem in problems:
+            logger.warning("%s", problem)
+        if grid.rank == 0:
+            bad = _free_name(root, name.replace("step_", "bad_", 1))
+            folder.rename(bad)
+            logger.warning("%s is damaged: set aside as %s", folder, bad.name)
+        grid.barrier()
+    if names:
+        raise CheckpointError(
+            f"every checkpoint in {root} is damaged and none is used; mend one of the bad_ folders, "
+            "resume from another run with --resume PATH, or start under another name"
+        )
+    return None
+
+
+def open_checkpoint(path: Path, grid: Grid | None = None) -> tuple[Path, disk.Manifest]:
+    """A checkpoint by its own folder or its run's (the newest published one), checked.
+
+    Raises:
+        CheckpointError: no checkpoint there, or a damaged one.
+    """
+    folder = path
+    if not (path / disk.MANIFEST).exists():
+        found = disk.published(path / "checkpoints") or disk.published(path)
+        if not found:
+            raise CheckpointError(
+                f"{path} holds no checkpoint: give a step folder (.../checkpoints/step_00001000) or "
+                "a run folder that has one"
+            )
+        folder = found[0]
+    problems, manifest = _check(folder, grid)
+    if manifest is None or problems:
+        raise CheckpointError("\n".join(problems))
+    return folder, manifest
+
+
+def restore(
+    engine: Engine, config: RunConfig, *, grid: Grid, folder: Path, manifest: disk.Manifest
+) -> Place:
+    """Set weights, optimizer states and counters; a collective of all ranks."""
+    _refuse_other_model(config.model, folder, manifest)
+    engine.create_states()
+    _write_states(engine, config.model, (WEIGHT, *state_names(config)), grid, folder, manifest)
+    engine.restore_progress(manifest.progress)
+    updates = engine.progress().get("updates")
+    if updates != manifest.progress.get("updates"):
+        raise CheckpointError(
+            f"{folder}: the optimizer should have taken {manifest.progress.get('updates')} updates "
+            f"but reports {updates} after the load"
+        )
+    return Place(manifest.step, manifest.samples, manifest.tokens)
+
+
+def load_weights(
+    engine: Engine, model: ModelConfig, *, grid: Grid, folder: Path, manifest: disk.Manifest
+) -> None:
+    """Set the weights alone: a new run that starts from another's."""
+    _refuse_other_model(model, folder, manifest)
+    _write_states(engine, model, (WEIGHT,), grid, folder, manifest)
+
+
+def read_parameter(
+    folder: Path, manifest: disk.Manifest, row: shapes.Parameter, state: str
+) -> dict[str, Tensor]:
+    """The canonical tensors of one parameter, whole, as fp32."""
+    tensors = {}
+    for tensor in row.tensors:
+        entry = manifest.tensors.get(tensor.name)
+        if entry is None or state not in entry.files:
+            raise CheckpointError(f"{folder} holds no {state} of {tensor.name}")
+        path = folder / entry.files[state]
+        try:
+            with safe_open(path, framework="pt") as file:
+                value = file.get_tensor(tensor.name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot read {tensor.name}: {error}") from None
+        if tuple(value.shape) != tensor.shape:
+            raise CheckpointError(
+                f"{path}: {tensor.name} is {list(value.shape)}, the model wants "
+                f"{list(tensor.shape)}"
+            )
+        tensors[tensor.name] = value.float()
+    return tensors
+
+
+def fill_model(model: nn.Module, config: ModelConfig, folder: Path, manifest: Any) -> None:
+    """Write a checkpoint's weights into a plain model on one device, for use without an engine."""
+    rows = {row.name: row for row in shapes.parameters(config)}
+    for name, parameter in model.named_parameters():
+        tensors = read_parameter(folder, manifest, rows[name], WEIGHT)
+        with torch.no_grad():
+            for piece in shapes.pieces(rows[name]):
+                parameter[piece.target] = tensors[piece.tensor.name].to(parameter)
+
+
+def _write_states(
+    engine: Engine,
+    model: ModelConfig,
+    states: Sequence[str],
+    grid: Grid,
+    folder: Path,
+    manifest: disk.Manifest,
+) -> None:
+    for owned in owned_parameters(engine.model, model, grid):
+        for state in states:
+            value = _receive(owned, state, grid, folder, manifest)
+            engine.write_state(owned.parameter, state, value)
+
+
+def _receive(
+    owned: Owned, state: str, grid: Grid, folder: Path, manifest: disk.Manifest
+) -> Tensor:
+    """A state's value on every rank of the data-parallel group, read by its owner."""
+    if owned.owner == grid.data_rank:
+        tensors = read_parameter(folder, manifest, owned.row, state)
+        value = from_canonical(tensors, owned.row, grid, grid.device)
+    else:
+        shape = shapes.local_shape(owned.row, tensor_parallel=grid.tensor_parallel)
+        value = torch.empty(shape, dtype=torch.float32, device=grid.device)
+    source = owned.owner * grid.tensor_parallel + grid.tensor_rank
+    dist.broadcast(value, src=source, group=grid.data_group)
+    return value
+
+
+def _refuse_other_model(model: ModelConfig, folder: Path, manifest: disk.Manifest) -> None:
+    """Every rank compares names and shapes, so that all raise and none waits for the others."""
+    wanted = {name: list(tensor.shape) for name, tensor in shapes.tensors(model).items()}
+    found = {name: entry.shape for name, entry in manifest.tensors.items()}
+    if wanted != found:
+        name = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))[0]
+        raise CheckpointError(
+            f"{folder} holds another model: {name} is {found.get(name, 'absent')} there, "
+            f"{wanted.get(name, 'absent')} in this configuration"
+        )
+
+
+def _check(folder: Path, grid: Grid | None) -> tuple[list[str], disk.Manifest | None]:
+    """Problems of a checkpoint, its files' hashes shared out over the ranks."""
+    try:
+        manifest = disk.read_manifest(folder)
+    except CheckpointError as error:
+        mine: list[str] = [str(error)]
+        manifest = None
+    else:
+        rank, size = (grid.rank, grid.world_size) if grid else (0, 1)
+        mine = disk.damage(folder, manifest, list(manifest.files)[rank::size])
+    found: list[Any] = [mine] if grid is None else grid.gather(mine)
+    return list(dict.fromkeys(line for lines in found for line in lines)), manifest
+
+
+def _free_name(root: Path, name: str) -> Path:
+    path, count = root / name, 1
+    while path.exists():
+        path, count = root / f"{name}.{count}", count + 1
+    return path

@@ -1,0 +1,233 @@
+"""Saving: every rank writes its share to a staging folder, all agree, one rename publishes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megalite import __version__, files, shapes
+from megalite.checkpoint.lease import Lease
+from megalite.checkpoint.states import owned_parameters, to_canonical
+from megalite.config import RunConfig
+from megalite.engine import WEIGHT, Engine
+from megalite.errors import CheckpointError, Superseded
+from megalite.formats import checkpoint as disk
+from megalite.log import logger
+from megalite.optim import state_names
+from megalite.parallel import Grid
+
+_PART_BYTES = 1 << 30  # a rank holds at most this much of a snapshot in memory
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in a run: steps taken, samples of the data order consumed, tokens seen."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+
+
+class _Writer:
+    """One rank's files of one kind of state, in parts; remembers the first fault it meets."""
+
+    def __init__(self, staging: Path, rank: int) -> None:
+        self.staging, self.rank = staging, rank
+        self.tensors: dict[str, dict[str, str]] = {}
+        self.files: dict[str, dict[str, Any]] = {}
+        self.fault: str | None = None
+        self._parts: dict[str, dict[str, Tensor]] = {}
+        self._count = 0
+
+    def add(self, state: str, tensors: dict[str, Tensor]) -> None:
+        part = self._parts.setdefault(state, {})
+        part.update(tensors)
+        if sum(t.nbytes for t in part.values()) >= _PART_BYTES:
+            self.flush(state)
+
+    def flush(self, state: str) -> None:
+        """Write, sync and hash a part. A fault is kept: the other ranks wait in collectives."""
+        part = self._parts.pop(state, {})
+        if not part or self.fault:
+            return
+        kind = "model" if state == WEIGHT else state
+        name = f"{kind}-{self.rank:05d}-{self._count:05d}.safetensors"
+        self._count += 1
+        path = self.staging / name
+        try:
+            save_file(part, path)
+            files.sync_file(path)
+            self.files[name] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+        except Exception as error:  # safetensors raises its own kinds for a full disk
+            self.fault = f"rank {self.rank} could not write {path}: {error}"
+        for tensor in part:
+            self.tensors.setdefault(tensor, {})[state] = name
+
+    def close(self) -> None:
+        for state in list(self._parts):
+            self.flush(state)
+
+
+def save(
+    engine: Engine,
+    config: RunConfig,
+    *,
+    grid: Grid,
+    root: Path,
+    place: Place,
+    data_fingerprint: str,
+    tokenizer: Path,
+    tokenizer_sha256: str,
+    lease: Lease | None,
+) -> Path:
+    """Write and publish a checkpoint; a collective of all ranks.
+
+    Args:
+        root: the run's `checkpoints` folder, seen by every rank.
+        tokenizer: a folder whose files are copied into the checkpoint.
+        lease: rank 0's right to publish; None on the others.
+    Returns:
+        the published folder.
+    Raises:
+        CheckpointError: on every rank alike, when any rank failed; nothing is published.
+        Superseded: a newer start of the run owns `root`.
+    """
+    final = root / disk.folder_name(place.step)
+    staging = root / f".staging_{place.step:08d}"
+    fault = _attempt(lambda: _prepare(root, staging)) if grid.rank == 0 else None
+    _agree(grid, fault, staging)
+    writer = _Writer(staging, grid.rank)
+    engine.create_states()
+    states = (WEIGHT, *state_names(config))
+    for owned in owned_parameters(engine.model, config.model, grid):
+        for state in states:
+            value = engine.read_state(owned.parameter, state)
+            if owned.owner == grid.data_rank:
+                writer.add(state, to_canonical(value, owned.row, grid))
+    writer.close()
+    _agree(grid, writer.fault, staging)
+    written = grid.gather((writer.files, writer.tensors))
+    fault = None
+    if grid.rank == 0:
+        manifest = _Draft(config, place, data_fingerprint, tokenizer_sha256, engine.progress())
+        fault = _attempt(lambda: manifest.publish(staging, final, tokenizer, written, lease))
+    _agree(grid, fault, staging)
+    return final
+
+
+def retain(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints; each leaves its public name before its files."""
+    for folder in disk.published(root)[keep:]:
+        doomed = folder.with_name(f".deleted_{folder.name}")
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clear_leftovers(root: Path) -> None:
+    """Remove what an interrupted save or deletion left behind; never a published checkpoint."""
+    for pattern in (".staging_*", ".deleted_*"):
+        for folder in root.glob(pattern):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What rank 0 adds to the ranks' files to make a checkpoint of them."""
+
+    config: RunConfig
+    place: Place
+    data_fingerprint: str
+    tokenizer_sha256: str
+    progress: dict[str, Any]
+
+    def publish(
+        self,
+        staging: Path,
+        final: Path,
+        tokenizer: Path,
+        written: Iterable[Any],
+        lease: Lease | None,
+    ) -> None:
+        entries: dict[str, Any] = {}
+        holders: dict[str, dict[str, str]] = {}
+        for rank_files, rank_tensors in written:
+            entries.update(rank_files)
+            for tensor, where in rank_tensors.items():
+                holders.setdefault(tensor, {}).update(where)
+        files.write_json(staging / "config.json", self.config.model_dump(mode="json"))
+        shutil.copytree(tokenizer, staging / "tokenizer")
+        for path in sorted(staging.rglob("*")):
+            name = path.relative_to(staging).as_posix()
+            if path.is_file() and name not in entries:
+                files.sync_file(path)
+                entries[name] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
+        whole = shapes.tensors(self.config.model)
+        manifest = disk.Manifest(
+            format=disk.FORMAT,
+            step=self.place.step,
+            samples=self.place.samples,
+            tokens=self.place.tokens,
+            progress=self.progress,
+            optimizer=self.config.optimizer.model_dump(mode="json"),
+            data_fingerprint=self.data_fingerprint,
+            tokenizer_sha256=self.tokenizer_sha256,
+            versions={
+                "megalite": __version__,
+                "torch": version("torch"),
+                "deepspeed": version("deepspeed"),
+            },
+            tensors={
+                name: disk.TensorEntry(shape=list(tensor.shape), files=holders[name])
+                for name, tensor in whole.items()
+            },
+            files={name: disk.FileEntry(**entry) for name, entry in entries.items()},
+        )
+        disk.write_manifest(staging, manifest)
+        if lease is not None:
+            lease.check()
+        if final.exists():  # a run that went back and saves the same step again
+            doomed = final.with_name(f".deleted_{final.name}")
+            final.rename(doomed)
+            files.publish(staging, final)
+            shutil.rmtree(doomed, ignore_errors=True)
+        else:
+            files.publish(staging, final)
+
+
+def _prepare(root: Path, staging: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir()
+
+
+def _attempt(action: Any) -> str | None:
+    """Run rank 0's part; its fault is told to all instead of leaving them waiting."""
+    try:
+        action()
+    except Superseded as error:
+        return f"superseded: {error}"
+    except Exception as error:
+        return f"rank 0: {error}"
+    return None
+
+
+def _agree(grid: Grid, fault: str | None, staging: Path) -> None:
+    """Go on only if no rank met a fault; otherwise every rank raises the first one."""
+    if grid.all_ok(fault is None):
+        return
+    found = next(str(item) for item in grid.gather(fault) if item is not None)
+    if grid.rank == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+    grid.barrier()
+    if found.startswith("superseded: "):
+        raise Superseded(found.removeprefix("superseded: "))
+    logger.debug("save abandoned: %s", found)
+    raise CheckpointError(f"the checkpoint was not saved: {found}")

@@ -1,0 +1,34 @@
+"""The run file: its schema, its loading, and the rules between its fields."""
+
+from __future__ import annotations
+
+from megalite.config.deepspeed_keys import zero_stage
+from megalite.config.load import load_config, parse_config
+from megalite.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SourceConfig",
+    "TrainingConfig",
+    "load_config",
+    "parse_config",
+    "zero_stage",
+]

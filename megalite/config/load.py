@@ -1,0 +1,267 @@
+"""From a run file to a `RunConfig`: read, extend, set, check, and name every fault at once.
+
+A run file is strict JSON. `"extends": "base.json"` (relative to the file that says so) is read
+first and merged key by key; a list replaces a list. `--set a.b=c` comes last. Nothing here runs
+code, and no input ends in anything but a `RunConfig` or a `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megalite.config.deepspeed_keys import deepspeed_faults
+from megalite.config.faults import Fault, schema_faults, show
+from megalite.config.rules import not_in_this_version, rule_faults
+from megalite.config.schema import RunConfig
+from megalite.errors import ConfigError
+
+Origins = dict[tuple[str, ...], str]  # which file, or --set, a key's value came from
+
+_INTEGER_LIMIT = 2**63  # what a signed 64-bit number holds
+
+
+def load_config(path: str | Path, sets: Sequence[str] = ()) -> RunConfig:
+    """The checked run file at `path`, with `sets` (each `a.b=c`) laid over it.
+
+    Raises:
+        ConfigError: every fault of the file, of the files it extends, of `sets` and of rules
+            between fields, one line each.
+    """
+    faults: list[str] = []
+    raw: dict[str, Any] = {}
+    origins: Origins = {}
+    for file, content in reversed(_read_chain(Path(path), faults)):
+        _merge(raw, content, str(file), origins)
+    _apply_sets(raw, sets, faults, origins)
+    return _check(raw, str(path), faults, origins)
+
+
+def parse_config(raw: Mapping[str, Any], source: str = "the run file") -> RunConfig:
+    """`load_config` for a run file that is already parsed, such as one kept in a manifest."""
+    return _check(json.loads(json.dumps(raw)), source, [], {})
+
+
+def _check(raw: dict[str, Any], source: str, faults: list[str], origins: Origins) -> RunConfig:
+    found: list[Fault] = []
+    raw.pop("$schema", None)
+    found += not_in_this_version(raw)
+    config, schema = schema_faults(raw)
+    found += schema
+    faulty = [fault.keys[0] for fault in found]
+    for fault in [*rule_faults(config), *deepspeed_faults(config)]:
+        # a rule about a key that is itself at fault would only repeat it
+        if not any(_overlap(key, bad) for key in fault.keys for bad in faulty):
+            found.append(fault)
+    faults += [f"{_origin(fault, source, origins)}: {fault}" for fault in found]
+    if faults:
+        raise ConfigError(faults)
+    return config
+
+
+def _overlap(key: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    length = min(len(key), len(other))
+    return key[:length] == other[:length]
+
+
+def _origin(fault: Fault, source: str, origins: Origins) -> str:
+    for key in fault.keys:
+        for end in range(len(key), 0, -1):
+            if key[:end] in origins:
+                return origins[key[:end]]
+    return source
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def _read_chain(path: Path, faults: list[str]) -> list[tuple[Path, dict[str, Any]]]:
+    """The file, the one it extends, and so on; what cannot be read ends the list with a fault."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    seen: list[Path] = []
+    while True:
+        identity = Path(*_resolve(path))
+        if identity in seen:
+            loop = " -> ".join(str(file) for file, _ in chain) + f" -> {path}"
+            faults.append(f"{chain[-1][0]}: extends goes in a circle: {loop}; take one link out")
+            return chain
+        seen.append(identity)
+        content = _read_file(path, chain[-1][0] if chain else None, faults)
+        if content is None:
+            raise ConfigError(faults)
+        parent = content.pop("extends", None) if "extends" in content else ""
+        chain.append((path, content))
+        if parent == "":
+            return chain
+        if not isinstance(parent, str) or not parent.isprintable():
+            faults.append(
+                f"{path}: extends: expected one path as text, found {show(parent)}; "
+                'write "extends": "base.json", relative to this file'
+            )
+            return chain
+        path = path.parent / parent
+
+
+def _resolve(path: Path) -> tuple[str, ...]:
+    try:
+        return path.resolve().parts
+    except (OSError, ValueError, RuntimeError):
+        return path.parts
+
+
+def _read_file(path: Path, asked_by: Path | None, faults: list[str]) -> dict[str, Any] | None:
+    """One file's object, or None with its faults noted."""
+    by = f" (extended by {asked_by})" if asked_by else ""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        faults.append(f"{path}: no such run file{by}; check the path")
+        return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        faults.append(f"{path}: cannot be read{by}: {reason}; expected a JSON file")
+        return None
+    if data.startswith(b"\xef\xbb\xbf"):
+        faults.append(f"{path}: line 1 column 1: a byte order mark; save as UTF-8 without BOM")
+        return None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line, column = _place(data[: error.start].decode("utf-8"))
+        faults.append(
+            f"{path}: line {line} column {column}: byte 0x{data[error.start]:02x} is not UTF-8; "
+            "save the file as UTF-8"
+        )
+        return None
+    try:
+        value, notes = _parse(text)
+    except json.JSONDecodeError as error:
+        faults.append(
+            f"{path}: line {error.lineno} column {error.colno}: not JSON: {error.msg}; "
+            "mend it there (JSON has no comments and no comma before a closing bracket)"
+        )
+        return None
+    except RecursionError:
+        faults.append(f"{path}: nested too deeply to be a run file; expected three or four levels")
+        return None
+    faults += [f"{path}: {note}" for note in notes]
+    if not isinstance(value, dict):
+        faults.append(
+            f"{path}: expected one JSON object {{...}}, found {show(value)}; "
+            "see configs/smoke.json for a whole run file"
+        )
+        return None
+    return value
+
+
+def _place(text: str) -> tuple[int, int]:
+    return text.count("\n") + 1, len(text) - text.rfind("\n")
+
+
+def _parse(text: str) -> tuple[Any, list[str]]:
+    """The value of a JSON text, and what strict JSON or a sound run file would not have."""
+    notes: list[str] = []
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in items:
+            if key in result:
+                notes.append(
+                    f"{show(key)} is written twice in one section, as {show(result[key])} and as "
+                    f"{show(value)}; keep one"
+                )
+            result[key] = value
+        return result
+
+    def constant(word: str) -> float:
+        notes.append(f"{word} is not a number JSON knows; write a finite number or null")
+        return 0.0
+
+    def real(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            notes.append(f"{show(digits)} is out of a number's range; write one below 1e308")
+        return value if math.isfinite(value) else 0.0
+
+    def integer(digits: str) -> int:
+        value = int(digits) if len(digits) < 25 else _INTEGER_LIMIT
+        if not -_INTEGER_LIMIT <= value < _INTEGER_LIMIT:
+            notes.append(f"{show(digits)} is out of range; whole numbers end at 2^63 - 1")
+            return 0
+        return value
+
+    value = json.loads(
+        text, object_pairs_hook=pairs, parse_constant=constant, parse_float=real, parse_int=integer
+    )
+    return value, notes
+
+
+# --- merging ---------------------------------------------------------------------------------
+
+
+def _merge(
+    base: dict[str, Any],
+    over: Mapping[str, Any],
+    source: str,
+    origins: Origins,
+    at: tuple[str, ...] = (),
+) -> None:
+    """Lay `over` on `base` in place: sections key by key, anything else replaced whole."""
+    for key, value in over.items():
+        path = (*at, key)
+        if isinstance(value, dict):
+            if not isinstance(base.get(key), dict):
+                base[key] = {}
+            origins.setdefault(path, source)
+            _merge(base[key], value, source, origins, path)
+        else:
+            base[key] = value
+            origins[path] = source
+
+
+def _apply_sets(
+    raw: dict[str, Any], sets: Sequence[str], faults: list[str], origins: Origins
+) -> None:
+    for item in sets:
+        key, equals, text = item.partition("=")
+        parts = tuple(key.strip().split("."))
+        if not equals or not all(parts):
+            faults.append(
+                f"--set {show(item)[1:-1]}: expected key=value; write for example "
+                "--set training.steps=100"
+            )
+            continue
+        if parts[0] in ("extends", "$schema"):
+            faults.append(f"--set {key}: belongs into a run file; write it there")
+            continue
+        value = _set_value(text, item, faults)
+        section: Any = raw
+        for depth, part in enumerate(parts[:-1]):
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                prefix = ".".join(parts[: depth + 1])
+                faults.append(
+                    f"--set {key}: {prefix} is {show(section)}, not a section; set {prefix} itself"
+                )
+                break
+        else:
+            source = f"--set {key}"
+            if isinstance(value, dict) and isinstance(section.get(parts[-1]), dict):
+                _merge(section[parts[-1]], value, source, origins, parts)
+            else:
+                section[parts[-1]] = value
+                origins[parts] = source
+
+
+def _set_value(text: str, item: str, faults: list[str]) -> Any:
+    if text.strip() in ("NaN", "Infinity", "-Infinity"):
+        return text
+    try:
+        value, notes = _parse(text)
+    except (json.JSONDecodeError, RecursionError):
+        return text
+    faults += [f"--set {item}: {note}" for note in notes]
+    return value

@@ -1,0 +1,154 @@
+"""Rules between fields of a run file: what each one allows, the two together may not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from megalite.config.deepspeed_keys import zero_stage
+from megalite.config.faults import Fault, fault, show
+from megalite.config.schema import RunConfig
+
+# Parts of the interface that this version does not have: the key, the values that are meant
+# (none listed: any but null), and what to write until it has them.
+_NOT_IN_THIS_VERSION: dict[str, tuple[tuple[Any, ...], str]] = {
+    "model.architecture": (("encoder", "encoder_decoder"), 'write "decoder"'),
+    "optimizer.name": (("muon",), 'write "adamw" or "sgd"'),
+    "checkpoint.background": ((True,), "write false"),
+    "parallel.sequence": ((True,), "write false"),
+    "training.profile": ((), "leave it out"),
+    "finetune": ((), "leave the section out"),
+}
+
+
+def not_in_this_version(raw: dict[str, Any]) -> Iterator[Fault]:
+    """Faults for what is planned and absent; taken out of `raw`, so that each is told once."""
+    for key, (planned, advice) in _NOT_IN_THIS_VERSION.items():
+        *sections, name = key.split(".")
+        section: Any = raw
+        for part in sections:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or name not in section:
+            continue
+        value = section[name]
+        if not planned or any(type(value) is type(word) and value == word for word in planned):
+            del section[name]
+            if value is not None:
+                yield fault(key, f"found {show(value)}, which is not in this version; {advice}")
+
+
+def rule_faults(config: RunConfig) -> Iterator[Fault]:
+    """Every broken rule between fields of a config whose fields are sound one by one."""
+    yield from _heads(config)
+    yield from _positions(config)
+    yield from _sources(config)
+    yield from _batches(config)
+    yield from _schedule(config)
+    yield from _names(config)
+    yield from _precision(config)
+
+
+def _heads(config: RunConfig) -> Iterator[Fault]:
+    model = config.model
+    heads, groups = model.num_attention_heads, model.num_key_value_heads
+    if "head_dim" not in model.model_fields_set and model.hidden_size % heads:
+        near = [model.hidden_size // heads * heads, (model.hidden_size // heads + 1) * heads]
+        yield fault(
+            "model.hidden_size model.num_attention_heads",
+            f"{model.hidden_size} is not a multiple of num_attention_heads {heads}; try "
+            f"{' or '.join(str(n) for n in near if n)}, or set model.head_dim",
+        )
+    elif model.position_embedding == "rope" and model.head_dim % 2:
+        yield fault(
+            "model.head_dim model.hidden_size model.num_attention_heads model.position_embedding",
+            f"rope turns pairs of elements, but a head is {model.head_dim} wide; make it even",
+        )
+    if heads % groups:
+        yield fault(
+            "model.num_key_value_heads model.num_attention_heads",
+            f"{groups} does not divide num_attention_heads {heads}; try "
+            f"{', '.join(str(n) for n in _divisors(heads))}",
+        )
+
+
+def _positions(config: RunConfig) -> Iterator[Fault]:
+    model, length = config.model, config.data.sequence_length
+    if length > model.max_position_embeddings:
+        yield fault(
+            "data.sequence_length model.max_position_embeddings",
+            f"{length} is over model.max_position_embeddings {model.max_position_embeddings}; "
+            "lower the one or raise the other",
+        )
+    if model.position_embedding == "sinusoidal" and model.hidden_size % 2:
+        yield fault(
+            "model.hidden_size model.position_embedding",
+            f"sinusoidal positions come in pairs, but hidden_size is {model.hidden_size}; "
+            "make it even",
+        )
+
+
+def _sources(config: RunConfig) -> Iterator[Fault]:
+    for name, sources in (("train", config.data.train), ("valid", config.data.valid)):
+        without = [source.path for source in sources if source.weight is None]
+        if without and len(without) < len(sources):
+            yield fault(
+                f"data.{name}",
+                f"{len(sources) - len(without)} of {len(sources)} sources have a weight, but not "
+                f"{', '.join(show(path) for path in without[:3])}; give all of them one, or none",
+            )
+
+
+def _batches(config: RunConfig) -> Iterator[Fault]:
+    whole, micro = config.training.global_batch_size, config.training.micro_batch_size
+    if whole % micro:
+        near = [whole // micro * micro, (whole // micro + 1) * micro]
+        yield fault(
+            "training.global_batch_size training.micro_batch_size",
+            f"{whole} is not a multiple of micro_batch_size {micro}; try "
+            f"{' or '.join(str(n) for n in near if n)}",
+        )
+
+
+def _schedule(config: RunConfig) -> Iterator[Fault]:
+    schedule, steps = config.schedule, config.training.steps
+    keys = "schedule.decay_steps schedule.warmup_steps training.steps schedule.name"
+    if schedule.decay_steps is None:
+        return  # a warmup longer than the run is a short trial of a long run, and sound
+    if schedule.name == "constant":
+        yield fault(keys, "a constant schedule does not decay; leave it out or name another")
+    elif schedule.warmup_steps + schedule.decay_steps > steps:
+        yield fault(
+            keys,
+            f"warmup_steps {schedule.warmup_steps} + decay_steps {schedule.decay_steps} is over "
+            f"training.steps {steps}; shorten one, or leave decay_steps out",
+        )
+
+
+def _names(config: RunConfig) -> Iterator[Fault]:
+    if not re.fullmatch(r"\w[\w.-]{0,99}", config.name, re.ASCII):
+        yield fault(
+            "name",
+            f"{show(config.name)} cannot be a folder's name everywhere; use up to 100 letters, "
+            "digits, points, dashes and underscores, beginning with a letter or digit",
+        )
+    paths = {"logging.directory": config.logging.directory}
+    for name, sources in (("train", config.data.train), ("valid", config.data.valid)):
+        paths |= {f"data.{name}.{i}.path": source.path for i, source in enumerate(sources)}
+    for key, path in paths.items():
+        if not path.isprintable():
+            yield fault(key, f"{show(path)} holds characters a path cannot; check the text")
+
+
+def _precision(config: RunConfig) -> Iterator[Fault]:
+    precision = config.training.precision
+    if precision in ("bf16", "fp16") and zero_stage(config) == 0:
+        yield fault(
+            "training.precision deepspeed.zero_optimization.stage",
+            f"{precision} with ZeRO stage 0 keeps no fp32 master weights; set "
+            "deepspeed.zero_optimization.stage to 1",
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,286 @@
+"""The run file, field by field: what may be asked for, in which unit, and what is assumed.
+
+Sections are frozen and refuse keys they do not know and types they were not asked for (`"3"` is
+not 3, `true` is not 1; a whole number serves where a real one is asked). Rules that span fields
+are in `megalite.config.rules`; the door is `megalite.config.load_config`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1, le=10**12)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**12)]
+SmallCount = Annotated[int, Field(ge=1, le=10**4)]  # of what is enumerated: layers, heads
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """The manners all sections share. Defaults that are computed may be written as null."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_computed(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        computed = {name for name, field in cls.model_fields.items() if field.default_factory}
+        return {k: v for k, v in data.items() if not (v is None and k in computed)}
+
+
+class ModelConfig(Section):
+    """The network, in Hugging Face's names where it has one."""
+
+    architecture: Literal["decoder"] = Field(
+        default="decoder", description="Family of the network: decoder (causal language model)."
+    )
+    vocab_size: Count = Field(
+        description="Tokens in the vocabulary, as the tokenizer counts them (not padded).",
+        examples=[32000],
+    )
+    hidden_size: Count = Field(
+        description="Width of the residual stream, in elements.", examples=[2048]
+    )
+    intermediate_size: Count = Field(
+        description="Width inside the MLP, in elements (of each of gate and up where gated).",
+        examples=[5632],
+    )
+    num_hidden_layers: SmallCount = Field(description="Transformer blocks.", examples=[22])
+    num_attention_heads: SmallCount = Field(description="Query heads of each block.", examples=[32])
+    num_key_value_heads: SmallCount = Field(
+        default_factory=lambda data: data["num_attention_heads"],
+        description="Key/value heads of each block; divides the query heads "
+        "(null: as many as query heads).",
+    )
+    head_dim: Count = Field(
+        default_factory=lambda data: max(1, data["hidden_size"] // data["num_attention_heads"]),
+        description="Width of one head, in elements (null: hidden_size / num_attention_heads).",
+    )
+    max_position_embeddings: Count = Field(
+        description="Longest sequence the model is made for, in tokens.", examples=[2048]
+    )
+    norm: Literal["rmsnorm", "layernorm"] = Field(
+        default="rmsnorm", description="Normalisation before attention, MLP and head."
+    )
+    norm_eps: Positive = Field(
+        default=1e-5, description="Added to the variance under the root of a norm."
+    )
+    activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu"] = Field(
+        default="swiglu", description="Non-linearity of the MLP; swiglu and geglu are gated."
+    )
+    position_embedding: Literal["rope", "learned", "sinusoidal", "none"] = Field(
+        default="rope", description="How a token knows its place."
+    )
+    rope_theta: Positive = Field(
+        default=10000.0, description="Base of RoPE's wavelengths, in tokens over 2 pi."
+    )
+    tie_word_embeddings: bool = Field(
+        default=False, description="Whether the head's weight is the token embedding's."
+    )
+    attention_bias: bool = Field(
+        default=False, description="Whether the projections of attention have biases."
+    )
+    mlp_bias: bool = Field(
+        default=False, description="Whether the projections of the MLP have biases."
+    )
+    initializer_range: Positive = Field(
+        default=0.02,
+        description="Standard deviation of initial weights; output projections of a block have "
+        "it divided by sqrt(2 x layers).",
+    )
+    hidden_dropout: Share = Field(
+        default=0.0, description="Probability of dropping an element of a residual branch."
+    )
+    attention_dropout: Share = Field(
+        default=0.0, description="Probability of dropping an attention weight."
+    )
+
+
+class SourceConfig(Section):
+    """One folder of shards and its part in the mixture."""
+
+    path: Text = Field(
+        description="Folder of shards, relative to the working directory.", examples=["data/train"]
+    )
+    weight: Positive | None = Field(
+        default=None,
+        description="Share of samples, relative to the other sources of the list (null on all "
+        "of them: by their windows).",
+    )
+
+
+class DataConfig(Section):
+    """What is read, in which windows and order."""
+
+    train: Annotated[tuple[SourceConfig, ...], Field(min_length=1, strict=False)] = Field(
+        description="Sources of training samples.", examples=[[{"path": "data/train"}]]
+    )
+    valid: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = Field(
+        default=(), description="Sources of held-out samples (none: no validation)."
+    )
+    sequence_length: Count = Field(
+        description="Tokens of one sample the model reads.", examples=[2048]
+    )
+    mask_documents: bool = Field(
+        default=False,
+        description="Whether documents of one window are kept apart: attention does not cross, "
+        "positions restart, the target that crosses is not counted.",
+    )
+    seed: Seed = Field(default=1234, description="Seed of the data order.")
+    verify: bool = Field(
+        default=False, description="Whether each shard is hashed before its first use."
+    )
+
+
+class ParallelConfig(Section):
+    """How one replica of the model is split over ranks."""
+
+    tensor: Count = Field(
+        default=1,
+        description="Ranks that share each layer (tensor parallelism); divides the key/value "
+        "heads.",
+    )
+    sequence: bool = Field(
+        default=False,
+        description="Whether norms, dropout and residuals are split along tokens over the "
+        "tensor ranks.",
+    )
+
+
+class OptimizerConfig(Section):
+    """The optimizer; norms and biases are never decayed."""
+
+    name: Literal["adamw", "sgd"] = Field(default="adamw", description="Update rule.")
+    lr: Positive = Field(description="Peak learning rate.", examples=[3e-4])
+    betas: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
+        default=(0.9, 0.95), description="Decay of AdamW's first and second moment, a step."
+    )
+    eps: Positive = Field(default=1e-8, description="Added to the root of AdamW's second moment.")
+    momentum: Share = Field(default=0.9, description="Decay of SGD's momentum, a step.")
+    weight_decay: PositiveOrZero = Field(
+        default=0.1,
+        description="Decoupled L2 decay: lr x this x weight is taken off a weight each step.",
+    )
+    l1: PositiveOrZero = Field(
+        default=0.0,
+        description="Decoupled L1 decay: lr x this x sign(weight) is taken off a weight each step.",
+    )
+    clip_grad_norm: PositiveOrZero = Field(
+        default=1.0, description="Largest L2 norm of the whole gradient (0: no clipping)."
+    )
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the run: warmup from 0, then what `name` says."""
+
+    name: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine", description="Shape after the warmup; wsd stays flat, then decays."
+    )
+    warmup_steps: CountOrZero = Field(
+        default=0, description="Steps of the linear rise to the peak."
+    )
+    decay_steps: Count | None = Field(
+        default=None,
+        description="Steps of the decay: after the warmup for cosine and linear (null: to the "
+        "end), at the end for wsd (null: a tenth of the steps).",
+    )
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        default=0.1, description="Last learning rate as a part of the peak."
+    )
+
+
+class TrainingConfig(Section):
+    """The length of the run, its batches and its numerics."""
+
+    steps: Count = Field(description="Optimizer steps of the whole run.", examples=[100000])
+    global_batch_size: Count = Field(
+        description="Samples of one optimizer step, over all ranks.", examples=[512]
+    )
+    micro_batch_size: Count = Field(
+        description="Samples a rank holds in memory at once.", examples=[4]
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto",
+        description="Type of weights and activations in forward and backward (auto: bf16 on a "
+        "GPU, fp32 on a CPU); masters and moments are fp32.",
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="What the backward recomputes: nothing, all but matrix products and "
+        "attention, or whole blocks.",
+    )
+    compile: bool = Field(
+        default=False, description="Whether blocks are compiled with torch.compile."
+    )
+    seed: Seed = Field(default=1234, description="Seed of initial weights and of dropout.")
+    log_every: Count = Field(default=10, description="Steps between rows of metrics.jsonl.")
+    eval_every: CountOrZero = Field(
+        default=1000, description="Steps between validations (0: at the start and the end alone)."
+    )
+    eval_batches: Count = Field(
+        default=50, description="Length of a validation, in global batches."
+    )
+
+
+class CheckpointConfig(Section):
+    """When the run is saved, and how much of it is kept."""
+
+    every: CountOrZero = Field(
+        default=1000, description="Steps between checkpoints (0: at the end alone)."
+    )
+    keep: Count = Field(default=3, description="Newest checkpoints kept.")
+    background: bool = Field(
+        default=False, description="Whether training goes on while a checkpoint is written."
+    )
+    grace_seconds: PositiveOrZero = Field(
+        default=90.0,
+        description="Seconds between a stop signal and the kill: a save that takes longer is "
+        "not begun.",
+    )
+
+
+class LoggingConfig(Section):
+    """Where the run is written."""
+
+    directory: Text = Field(
+        default="runs",
+        description="Folder of run folders, relative to the working directory.",
+    )
+    tensorboard: bool = Field(default=True, description="Whether TensorBoard files are written.")
+
+
+class RunConfig(Section):
+    """One run: `megalite.config.load_config` makes it from a run file."""
+
+    name: Text = Field(
+        description="Name of the run, and of its folder under logging.directory.",
+        examples=["smoke"],
+    )
+    model: ModelConfig = Field(description="The network.")
+    data: DataConfig = Field(description="What it reads.")
+    parallel: ParallelConfig = Field(
+        default_factory=ParallelConfig, description="How the model is split over ranks."
+    )
+    optimizer: OptimizerConfig = Field(description="The update rule.")
+    schedule: ScheduleConfig = Field(
+        default_factory=ScheduleConfig, description="The learning rate over the run."
+    )
+    training: TrainingConfig = Field(description="Length, batches and numerics.")
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="When and what to save."
+    )
+    logging: LoggingConfig = Field(
+        default_factory=LoggingConfig, description="Where the run is written."
+    )
+    deepspeed: dict[str, Any] = Field(
+        default_factory=lambda: {"zero_optimization": {"stage": 1}},
+        description="DeepSpeed's own JSON, passed through; what MegaLite owns is filled in and "
+        "may not be contradicted.",
+    )

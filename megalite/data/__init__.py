@@ -1,0 +1,16 @@
+"""Shards to batches: the order of samples, mixtures of sources, and a loader that reads ahead."""
+
+from megalite.data.batch import Batch, StepBatches
+from megalite.data.dataset import Dataset, open_data, open_train, open_valid
+from megalite.data.loader import Loader, first_batches
+
+__all__ = [
+    "Batch",
+    "Dataset",
+    "Loader",
+    "StepBatches",
+    "first_batches",
+    "open_data",
+    "open_train",
+    "open_valid",
+]

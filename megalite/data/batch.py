@@ -1,0 +1,56 @@
+"""What the loader hands to the engine: named tensors of samples, and how many targets count.
+
+B samples   T tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples side by side.
+
+    tensors: input_ids, labels (the next tokens) int64 [B, T]; loss_mask bool [B, T], whether a
+        label counts; where documents are masked from each other also position_ids and document_ids
+        int64 [B, T], both from 0 in each sample.
+    place: place of the first sample in the data order.
+    targets: labels that count.
+    """
+
+    tensors: dict[str, Tensor]
+    place: int
+    targets: int
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
+        """The same batch on a device; copies from pinned memory do not wait."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin(self) -> Batch:
+        """The same batch in page-locked memory, from where a GPU reads it by itself."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def first(self, samples: int) -> Batch:
+        """The same shapes, in which only the first samples count."""
+        mask = self.tensors["loss_mask"].clone()
+        mask[samples:] = False
+        return replace(
+            self, tensors={**self.tensors, "loss_mask": mask}, targets=int(mask.sum().item())
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(self, tensors={name: change(t) for name, t in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """One rank's part of an optimizer step; `targets` is the sum over its micro-batches."""
+
+    place: int
+    micro_batches: list[Batch]
+    targets: int

@@ -1,0 +1,259 @@
+"""Samples of a mixture of shard folders: each a function of (shards, seed, index), nothing stored.
+
+A source is one stream of tokens, cut into windows of L + 1 that share their last token with the
+next window's first. Sample i of the mixture is a sample of one source; that source's samples pass
+through its windows in a shuffled order, epoch after epoch, each epoch shuffled anew.
+
+B samples   L sequence_length
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megalite.config import DataConfig, SourceConfig
+from megalite.data.batch import Batch
+from megalite.data.mixture import Mixture
+from megalite.data.order import Ints, derive_key, permute
+from megalite.errors import DataError
+from megalite.formats.shards import ShardSet, open_shards
+
+_ORDER_VERSION = 1  # part of the fingerprint: raise it when a seed comes to mean another order
+
+
+def open_data(
+    config: DataConfig, *, vocab_size: int, verify: bool | None = None
+) -> tuple[Dataset, Dataset | None]:
+    """What a run reads: `open_train` and `open_valid` at once, and the faults of both."""
+    opened = _open((*config.train, *config.valid), config, vocab_size, verify)
+    train = _dataset(opened[: len(config.train)], config.train, config, True)
+    if not config.valid:
+        return train, None
+    return train, _dataset(opened[len(config.train) :], config.valid, config, False)
+
+
+def open_train(config: DataConfig, *, vocab_size: int, verify: bool | None = None) -> Dataset:
+    """The training samples of a configuration, shuffled.
+
+    Args:
+        vocab_size: the model's, which a source's may not exceed.
+        verify: whether to hash each shard before its first use; None: as `config` says.
+    Raises:
+        DataError: everything that is wrong with any of the sources, a line each.
+    """
+    return _dataset(_open(config.train, config, vocab_size, verify), config.train, config, True)
+
+
+def open_valid(
+    config: DataConfig, *, vocab_size: int, verify: bool | None = None
+) -> Dataset | None:
+    """The held-out samples of a configuration in their natural order; None where it has none.
+
+    Arguments and errors are those of `open_train`.
+    """
+    if not config.valid:
+        return None
+    return _dataset(_open(config.valid, config, vocab_size, verify), config.valid, config, False)
+
+
+class Dataset:
+    """An endless sequence of samples; any of them can be asked for at any time.
+
+    Args:
+        sources: opened shard folders, each of at least L + 1 tokens.
+        weights: shares of samples, of any scale; None for all of them: by their windows.
+        sequence_length: L, in tokens.
+        seed: of the order.
+        mask_documents: whether documents in a window are kept apart.
+        shuffle: False reads each source's windows in their natural order.
+    Raises:
+        DataError: a source shorter than a window, or weights for some sources only.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ShardSet],
+        weights: Sequence[float | None],
+        *,
+        sequence_length: int,
+        seed: int,
+        mask_documents: bool,
+        shuffle: bool = True,
+    ) -> None:
+        assert len(sources) == len(weights)
+        faults = [_too_short(source, sequence_length) for source in sources]
+        faults.append(_half_weighted(weights))
+        if any(faults):
+            raise DataError("\n".join(filter(None, faults)))
+        self.sequence_length = sequence_length
+        self.sources = list(sources)
+        self._windows = np.array([(s.tokens - 1) // sequence_length for s in sources])
+        self.windows = int(self._windows.sum())  # of one epoch of all sources
+        given = [weight for weight in weights if weight is not None]
+        self._mixture = Mixture(given or self._windows.tolist())
+        self._seed, self._shuffle, self._mask_documents = seed, shuffle, mask_documents
+        content = {
+            "order": _ORDER_VERSION,
+            "sources": [source.fingerprint for source in sources],
+            "weights": list(weights),
+            "sequence_length": sequence_length,
+            "seed": seed,
+            "mask_documents": mask_documents,
+            "shuffle": shuffle,
+        }
+        # What a checkpoint keeps: equal fingerprints have equal samples at every place.
+        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def describe(self, samples: int = 0) -> dict[str, Any]:
+        """Sizes for a report: windows and tokens of an epoch, and for each source its path,
+        windows, tokens that fill no window, share of samples, and epochs after `samples`."""
+        length = self.sequence_length
+        rows = zip(self.sources, self._windows.tolist(), self._mixture.shares, strict=True)
+        return {
+            "windows": self.windows,
+            "tokens": self.windows * length,
+            "sources": [
+                {
+                    "path": str(source.folder),
+                    "windows": windows,
+                    "dropped_tokens": source.tokens - 1 - windows * length,
+                    "share": share,
+                    "epochs": samples * share / windows,
+                }
+                for source, windows, share in rows
+            ],
+        }
+
+    def sample(self, index: int) -> Batch:
+        """Sample `index` as a batch of one."""
+        return self.batch(np.array([index]), index)
+
+    def batch(self, indices: Ints, place: int) -> Batch:
+        """The samples at `indices`, int64 [B], each in [0, 2^43), side by side."""
+        return self.read(*self.locate(indices), place)
+
+    def locate(self, indices: Ints) -> tuple[Ints, Ints]:
+        """Where samples lie: the number of the source, and the first token of the window in it."""
+        source, number = self._mixture.locate(indices)
+        windows = self._windows[source]
+        epoch, window = np.divmod(number, windows)
+        if self._shuffle:
+            window = permute(window, windows, derive_key(self._seed, source, epoch))
+        return source, window * self.sequence_length
+
+    def read(self, sources: Ints, starts: Ints, place: int) -> Batch:
+        """The windows that `locate` found, as tensors.
+
+        Raises:
+            DataError: a shard that is damaged where it is read.
+        """
+        shape = B, L = len(starts), self.sequence_length
+        input_ids, labels = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        documents = []
+        for row, (number, start) in enumerate(zip(sources.tolist(), starts.tolist(), strict=True)):
+            source = self.sources[number]
+            window = source.read(start, L + 1)
+            input_ids[row], labels[row] = window[:-1], window[1:]
+            if self._mask_documents:
+                # in one long row of all samples, where column L of a row is column 0 of the next
+                documents.append(source.document_starts(start, start + L + 1) + (row * L - start))
+        arrays = {"input_ids": input_ids, "labels": labels, "loss_mask": np.ones(shape, np.bool_)}
+        if self._mask_documents:
+            firsts = np.concatenate(documents)
+            arrays["loss_mask"].reshape(-1)[firsts - 1] = False
+            arrays["position_ids"], arrays["document_ids"] = _keep_apart(firsts, B, L)
+        targets = int(np.count_nonzero(arrays["loss_mask"]))
+        return Batch({name: torch.from_numpy(a) for name, a in arrays.items()}, place, targets)
+
+
+def _open(
+    asked: Sequence[SourceConfig], config: DataConfig, vocab_size: int, verify: bool | None
+) -> list[ShardSet]:
+    """Open every folder; all that is wrong with any of them is one error."""
+    opened: list[ShardSet] = []
+    faults: list[str] = []
+    for source in asked:
+        try:
+            shards = open_shards(
+                Path(source.path), verify=config.verify if verify is None else verify
+            )
+        except DataError as error:
+            faults.append(str(error))
+            continue
+        opened.append(shards)
+        faults.append(_too_short(shards, config.sequence_length))
+        if shards.vocab_size > vocab_size:
+            faults.append(
+                f"{shards.folder}: its tokenizer has {shards.vocab_size} ids, but model.vocab_size "
+                f"is {vocab_size}; raise it, or use shards of a smaller vocabulary"
+            )
+    faults += _other_tokenizers(opened)
+    if any(faults):
+        raise DataError("\n".join(dict.fromkeys(filter(None, faults))))
+    return opened
+
+
+def _dataset(
+    opened: Sequence[ShardSet], asked: Sequence[SourceConfig], config: DataConfig, shuffle: bool
+) -> Dataset:
+    return Dataset(
+        opened,
+        [source.weight for source in asked],
+        sequence_length=config.sequence_length,
+        seed=config.seed,
+        mask_documents=config.mask_documents,
+        shuffle=shuffle,
+    )
+
+
+def _other_tokenizers(opened: Sequence[ShardSet]) -> list[str]:
+    """A fault for each source whose ids mean something else than the first one's."""
+    known = [(s.folder, s.manifest.tokenizer.sha256) for s in opened if s.manifest.tokenizer]
+    return [
+        f"{folder}: tokenized with {sha256[:12]}, but {known[0][0]} with {known[0][1][:12]} "
+        "(hashes of the tokenizers' files); tokenize all sources with one tokenizer"
+        for folder, sha256 in known
+        if sha256 != known[0][1]
+    ]
+
+
+def _keep_apart(firsts: Ints, B: int, L: int) -> tuple[Ints, Ints]:
+    """Positions and document numbers, [B, L] each, that restart at `firsts` and in each row.
+
+    Args:
+        firsts: int64, places at which documents begin, in one row of B x L tokens.
+    """
+    rows = np.arange(B + 1) * L
+    bounds = np.unique(np.concatenate((rows, firsts)))
+    lengths = np.diff(bounds)
+    bounds = bounds[:-1]
+    positions = np.arange(B * L)
+    positions -= np.repeat(bounds, lengths)
+    numbers = np.arange(len(bounds)) - np.searchsorted(bounds, rows)[bounds // L]
+    return positions.reshape(B, L), np.repeat(numbers, lengths).reshape(B, L)
+
+
+def _too_short(source: ShardSet, sequence_length: int) -> str:
+    if source.tokens > sequence_length:
+        return ""
+    return (
+        f"{source.folder}: {source.tokens} tokens are less than one sample of sequence_length "
+        f"{sequence_length} and its last target; lower data.sequence_length, or leave it out"
+    )
+
+
+def _half_weighted(weights: Sequence[float | None]) -> str:
+    missing = sum(weight is None for weight in weights)
+    if missing in (0, len(weights)):
+        return ""
+    return (
+        f"{missing} of {len(weights)} sources have no weight; give one to each, or to none "
+        "(then each is read in proportion to its size)"
+    )

@@ -1,0 +1,126 @@
+"""Batches on time: a thread reads ahead while the engine computes.
+
+The place in the data order is all there is to know: a loader started at the number of samples
+consumed goes on exactly where another, of any layout, stopped.
+
+G global_batch_size   B micro_batch_size   R data_size   r data_rank
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from megalite.data.batch import Batch, StepBatches
+from megalite.data.dataset import Dataset
+from megalite.data.order import Ints
+
+_CLOSE_SECONDS = 30.0  # longer than any healthy read of a few steps
+
+
+class Loader:
+    """Iterates over this rank's part of every step, without end.
+
+    Of the samples p to p + G of a step, micro-batch m of rank r takes p + (m R + r) B and the B - 1
+    after it: the set of samples of a step is the same for any R and B.
+
+    Args:
+        dataset: to read from.
+        global_batch_size: G, samples of a step; a multiple of B x R.
+        micro_batch_size: B.
+        data_rank: r, this rank's place among the data-parallel ones.
+        data_size: R, how many of them there are.
+        start: samples consumed so far, where the first step begins.
+        pin_memory: whether to hand over page-locked tensors (where CUDA is available).
+        prefetch: steps held ready.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        data_rank: int,
+        data_size: int,
+        start: int,
+        pin_memory: bool,
+        prefetch: int = 2,
+    ) -> None:
+        assert global_batch_size % (micro_batch_size * data_size) == 0
+        self._dataset, self._place, self._step = dataset, start, global_batch_size
+        self._offsets = _offsets(global_batch_size, micro_batch_size, data_rank, data_size)
+        self._pin = pin_memory and torch.cuda.is_available()
+        self._ready: queue.Queue[StepBatches | BaseException] = queue.Queue(prefetch)
+        self._closing = threading.Event()
+        self._failure: BaseException | None = None
+        # A daemon: a read that hangs on a network file system must not keep the process alive.
+        self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[StepBatches]:
+        return self
+
+    def __next__(self) -> StepBatches:
+        """The next step's micro-batches; what went wrong in the thread is raised here."""
+        if self._failure is None and not self._closing.is_set():
+            item = self._ready.get()
+            if isinstance(item, StepBatches):
+                return item
+            self._failure = item
+        if self._failure is not None:
+            raise self._failure
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the thread and drop what it has ready; closing twice is harmless."""
+        self._closing.set()
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            while not self._ready.empty():  # makes room for a thread that waits to put
+                self._ready.get_nowait()
+            self._thread.join(0.01)
+
+    def _produce(self) -> None:
+        try:
+            while not self._closing.is_set():
+                self._ready.put(self._make_step())
+                self._place += self._step
+        except BaseException as error:  # the consumer's to see, whatever it is
+            self._ready.put(error)
+
+    def _make_step(self) -> StepBatches:
+        indices = self._place + self._offsets
+        sources, starts = self._dataset.locate(indices)  # once a step: a few dozen small calls
+        batches = []
+        for row in range(len(indices)):
+            batch = self._dataset.read(sources[row], starts[row], int(indices[row, 0]))
+            batches.append(batch.pin() if self._pin else batch)
+        return StepBatches(self._place, batches, sum(batch.targets for batch in batches))
+
+
+def first_batches(
+    dataset: Dataset, samples: int, *, micro_batch_size: int, data_rank: int, data_size: int
+) -> Iterator[Batch]:
+    """This rank's part of the first `samples`, for an evaluation.
+
+    Every rank gets the same number of batches of the same shape, so that ranks stay in step and
+    nothing is compiled again; samples beyond the last are copies of it that do not count.
+    """
+    step = micro_batch_size * data_size
+    padded = -(-samples // step) * step
+    for offsets in _offsets(padded, micro_batch_size, data_rank, data_size):
+        batch = dataset.batch(np.minimum(offsets, samples - 1), int(offsets[0]))
+        whole = offsets[-1] < samples
+        yield batch if whole else batch.first(max(0, samples - int(offsets[0])))
+
+
+def _offsets(samples: int, micro_batch_size: int, data_rank: int, data_size: int) -> Ints:
+    """[micro-batches, B]: which of `samples` consecutive ones are this rank's."""
+    order = np.arange(samples).reshape(-1, data_size, micro_batch_size)
+    return order[:, data_rank]

@@ -1,0 +1,81 @@
+"""What every engine offers: a step, an evaluation, and its state one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megalite.config import ModelConfig
+from megalite.data import Batch
+from megalite.model import CausalLM
+
+WEIGHT = "weight"  # the state every parameter has; the others are the optimizer's
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step's outcome, left on the device so that the step does not wait for it.
+
+    loss: this rank's part of the mean loss (nats); the sum over data-parallel ranks is the loss.
+    grad_norm: of the global batch's gradient before clipping, equal on all ranks.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor | float
+
+
+class Engine(Protocol):
+    """The interface of an engine. States are fp32 and, under tensor parallelism, the rank's."""
+
+    model: CausalLM
+
+    def train_step(
+        self, batches: Sequence[Batch], *, divisor: float, lr: float, step: int
+    ) -> StepResult:
+        """Accumulate the batches' gradients, clip, and update.
+
+        Args:
+            batches: this rank's micro-batches of the step.
+            divisor: unmasked targets of the global batch, over all ranks and micro-batches.
+            lr: the learning rate of this step.
+            step: the step's number, counted from 1; seeds dropout.
+        """
+
+    def eval_loss(self, batch: Batch) -> Tensor:
+        """Summed loss of a batch without dropout or gradients: fp32 scalar, nats."""
+
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+        """A context in which parameters the engine keeps in parts are whole (for generation)."""
+
+    def create_states(self) -> None:
+        """Make the optimizer's states exist (zero), so that a checkpoint can be written to them."""
+
+    def read_state(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """One state of one parameter, whole; a collective of the data-parallel group."""
+
+    def write_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """Set one state of one parameter; a collective, with the same value on every rank."""
+
+    def progress(self) -> dict[str, Any]:
+        """Updates taken and the loss scale: plain numbers, the rest of the engine's state."""
+
+    def restore_progress(self, progress: Mapping[str, Any]) -> None:
+        """Set what `progress` gave."""
+
+
+def has_dropout(model: ModelConfig) -> bool:
+    """Whether a forward draws random numbers."""
+    return bool(model.hidden_dropout or model.attention_dropout)
+
+
+def seed_dropout(seed: int, step: int, place: int) -> None:
+    """Seed every generator from (seed, step, place in the data order): randomness is a function."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + place * 0x94D049BB133111EB) % (
+        1 << 63
+    )
+    torch.manual_seed(mixed)  # the CPU's generator and every GPU's

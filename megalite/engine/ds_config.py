@@ -1,0 +1,202 @@
+"""DeepSpeed's JSON: every default written out before, every value compared after.
+
+DeepSpeed fills what a JSON leaves out, and its defaults move between releases. `complete` asks the
+installed release for all of them, so that the file in the run folder is the whole truth; `compare`
+reads back what the engine really uses.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import deepspeed
+import pydantic
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from megalite.errors import ConfigError, EngineError
+from megalite.parallel import Grid
+
+# top-level keys that DeepSpeedConfig keeps under their own name
+_SCALARS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "managed_gradient_accumulation",
+    "gradient_clipping",
+    "gradient_allreduce_op",
+    "gradient_predivide_factor",
+    "prescale_gradients",
+    "communication_data_type",
+    "disable_allgather",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "disable_python_gc",
+    "dataloader_drop_last",
+)
+_MODELS = {
+    "zero_optimization": "zero_config",
+    "fp16": "float16_config",
+    "bf16": "bfloat16_config",
+    "compile": "compile_config",
+    "timers": "timers_config",
+}
+_OBJECTS = {
+    "activation_checkpointing": "activation_checkpointing_config",
+    "flops_profiler": "flops_profiler_config",
+}
+_DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class Mpu:
+    """The grid in the words DeepSpeed asks for it (Megatron-LM's `mpu`)."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def get_model_parallel_rank(self) -> int:
+        return self._grid.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._grid.tensor_parallel
+
+    def get_model_parallel_group(self) -> Any:
+        return self._grid.tensor_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._grid.data_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._grid.data_parallel
+
+    def get_data_parallel_group(self) -> Any:
+        return self._grid.data_group
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+
+def join() -> None:
+    """Tell DeepSpeed of the process group that exists.
+
+    Its shared-memory collectives are left out: they want a compiler at run time, and gloo is as
+    fast.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # torch renames collectives that DeepSpeed calls: one warning a call, nothing a user can mend
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False)
+
+
+def complete(settings: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
+    """`settings` with every default of the installed DeepSpeed written out.
+
+    Raises:
+        ConfigError: a value DeepSpeed refuses, or an unknown key inside one of its sections.
+    """
+    join()
+    try:
+        parsed = DeepSpeedConfig(dict(settings), mpu=Mpu(grid))
+    except pydantic.ValidationError as error:
+        raise ConfigError([_fault(entry, error.title) for entry in error.errors()]) from None
+    except (ValueError, AssertionError, TypeError, NotImplementedError) as error:
+        raise ConfigError(f"deepspeed: DeepSpeed refuses the section: {error}") from None
+    full = dict(settings)
+    for key in _SCALARS:
+        value = getattr(parsed, key)
+        if value is not None:
+            full[key] = _DTYPE_NAMES.get(value, value)
+    for key, attribute in _MODELS.items():
+        full[key] = _dump(getattr(parsed, attribute))
+    for key, attribute in _OBJECTS.items():
+        full[key] = dict(vars(getattr(parsed, attribute)))
+    accumulate = {"grad_accum_dtype": parsed.grad_accum_dtype, "param_dtype": parsed.param_dtype}
+    full["data_types"] = {k: v for k, v in accumulate.items() if v is not None}
+    return dict(json.loads(json.dumps(full)))
+
+
+def compare(settings: Mapping[str, Any], engine: Any) -> None:
+    """Hold what the engine uses against what it was told.
+
+    Raises:
+        EngineError: naming every value that differs.
+    """
+    used = _effective(engine)
+    differing = [
+        f"deepspeed.{key}: asked {asked!r}, the engine uses {used[key]!r}"
+        for key, asked in _asked(settings, used).items()
+        if used[key] != asked
+    ]
+    if differing:
+        raise EngineError("\n".join(differing))
+
+
+def _effective(engine: Any) -> dict[str, Any]:
+    """Values as the engine's own accessors and its optimizer report them, by dotted key."""
+    stage = int(engine.zero_optimization_stage())
+    used = {
+        "train_batch_size": engine.train_batch_size(),
+        "train_micro_batch_size_per_gpu": engine.train_micro_batch_size_per_gpu(),
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps(),
+        "gradient_clipping": engine.gradient_clipping(),
+        "gradient_allreduce_op": "mean" if engine.gradient_average else "sum",
+        "zero_optimization.stage": stage,
+        "fp16.enabled": bool(engine.fp16_enabled()),
+        "bf16.enabled": bool(engine.bfloat16_enabled()),
+    }
+    model_dtype, accumulate_dtype = engine.get_data_types()
+    used["data_types.grad_accum_dtype"] = _DTYPE_NAMES[accumulate_dtype]
+    first = next(engine.module.parameters())
+    assert first.dtype == model_dtype, f"parameters are {first.dtype}, not {model_dtype}"
+    if stage > 0:
+        used["zero_optimization.reduce_bucket_size"] = int(engine.zero_reduce_bucket_size())
+        used["optimizer clipping"] = engine.optimizer.clip_grad
+    if stage == 3:
+        fetcher = engine.optimizer.parameter_offload
+        used["zero_optimization.stage3_param_persistence_threshold"] = int(
+            fetcher.param_persistence_threshold
+            if hasattr(fetcher, "param_persistence_threshold")
+            else engine.zero_param_persistence_threshold()
+        )
+    return used
+
+
+def _asked(settings: Mapping[str, Any], used: Mapping[str, Any]) -> dict[str, Any]:
+    """The values `_effective` names, as `settings` has them."""
+    asked: dict[str, Any] = {}
+    for key in used:
+        if key == "optimizer clipping":
+            asked[key] = settings["gradient_clipping"]
+            continue
+        value: Any = settings
+        for part in key.split("."):
+            value = value.get(part, {}) if isinstance(value, Mapping) else value
+        if value != {}:
+            asked[key] = value
+    return asked
+
+
+def _dump(model: pydantic.BaseModel) -> dict[str, Any]:
+    """A DeepSpeed section under the names it is written with, without deprecated fields."""
+    fields = type(model).model_fields
+    kept = {
+        name
+        for name, field in fields.items()
+        if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("deprecated"))
+    }
+    return model.model_dump(mode="json", by_alias=True, exclude_none=True, include=kept)
+
+
+def _fault(entry: Any, title: str) -> str:
+    where = ".".join(str(part) for part in entry["loc"])
+    return f"deepspeed: {title.removeprefix('DeepSpeed')} {where}: {entry['msg']}"

@@ -1,0 +1,126 @@
+"""The oracle: one device, fp32, plain PyTorch. What every other engine must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megalite.config import RunConfig
+from megalite.data import Batch
+from megalite.engine.base import WEIGHT, StepResult, has_dropout, seed_dropout
+from megalite.model import CausalLM, build, initialize
+from megalite.optim import make_optimizer, state_names
+from megalite.parallel import prepare
+
+
+class ReferenceEngine:
+    """A training step as a textbook writes it."""
+
+    def __init__(self, config: RunConfig, *, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self._dropout = has_dropout(config.model)
+        with device:
+            self.model: CausalLM = build(config.model)
+        initialize(self.model, config.model, seed=config.training.seed, gather=_whole)
+        prepare(
+            self.model.model.layers,
+            recompute=config.training.activation_checkpointing,
+            compile_blocks=config.training.compile,
+        )
+        self.optimizer = make_optimizer(config, self.model.named_parameters())
+
+    def train_step(
+        self, batches: Sequence[Batch], *, divisor: float, lr: float, step: int
+    ) -> StepResult:
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            if self._dropout:
+                seed_dropout(self.config.training.seed, step, batch.place)
+            part = self.model(batch.to(self.device).tensors) / divisor
+            part.backward()
+            loss += part.detach()
+        norm = clip_gradients(self.model.parameters(), self.config.optimizer.clip_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss=loss, grad_norm=norm)
+
+    @torch.no_grad()
+    def eval_loss(self, batch: Batch) -> Tensor:
+        self.model.eval()
+        loss: Tensor = self.model(batch.to(self.device).tensors)
+        return loss
+
+    def gathered(self, _parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def create_states(self) -> None:
+        create_states(self.optimizer, state_names(self.config))
+
+    def read_state(self, parameter: nn.Parameter, key: str) -> Tensor:
+        return read_plain(self.optimizer, parameter, key)
+
+    def write_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        read_plain(self.optimizer, parameter, key).copy_(value)
+
+    def progress(self) -> dict[str, Any]:
+        return {"updates": updates_taken(self.optimizer)}
+
+    def restore_progress(self, progress: Mapping[str, Any]) -> None:
+        set_updates(self.optimizer, progress["updates"])
+
+
+def clip_gradients(parameters: Any, limit: float | None) -> Tensor:
+    """Scale gradients down to norm `limit` (None or 0: leave them) and return the norm before."""
+    with_grad = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in with_grad])
+    if limit:
+        nn.utils.clip_grads_with_norm_(with_grad, limit, norm)
+    return norm
+
+
+def create_states(
+    optimizer: torch.optim.Optimizer,
+    names: Sequence[str],
+    parameters: Sequence[Tensor] | None = None,
+) -> None:
+    """Zero states for `parameters` (default: the groups') where the optimizer has none yet."""
+    if parameters is None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(parameter)
+        if "exp_avg" in names and "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+
+
+def read_plain(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str) -> Tensor:
+    """A parameter's own data, or its state in a plain torch optimizer."""
+    value: Tensor = parameter.data if key == WEIGHT else optimizer.state[parameter][key]
+    return value
+
+
+def updates_taken(optimizer: torch.optim.Optimizer) -> int | None:
+    """Adam's step count, which corrects its moments' bias; None for an optimizer without one."""
+    steps = {int(s["step"]) for s in optimizer.state.values() if "step" in s}
+    assert len(steps) <= 1, f"parameters of one optimizer took different numbers of steps: {steps}"
+    return steps.pop() if steps else None
+
+
+def set_updates(optimizer: torch.optim.Optimizer, updates: int | None) -> None:
+    """Restore what `updates_taken` gave."""
+    for state in optimizer.state.values():
+        if updates is not None and "step" in state:
+            state["step"].fill_(float(updates))
+
+
+def _whole(_parameter: nn.Parameter) -> AbstractContextManager[object]:
+    return nullcontext()

@@ -1,0 +1,202 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3 in fp32, bf16 and fp16.
+
+DeepSpeed partitions, reduces and keeps the fp32 masters; the loss's divisor, the learning rate and
+the optimizer's mathematics stay MegaLite's. Its own scaling is kept out: gradients are summed over
+ranks and the loss is divided once, by the targets of the whole global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+from megalite.config import RunConfig
+from megalite.data import Batch
+from megalite.engine import ds_config
+from megalite.engine.base import WEIGHT, StepResult, has_dropout, seed_dropout
+from megalite.engine.reference import (
+    clip_gradients,
+    create_states,
+    read_plain,
+    set_updates,
+    updates_taken,
+)
+from megalite.model import CausalLM, build, initialize
+from megalite.optim import make_optimizer, state_names
+from megalite.parallel import Grid, prepare
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DeepSpeedEngine:
+    """One rank's engine.
+
+    Args:
+        settings: the DeepSpeed JSON with every value filled in (`ds_config.complete`).
+    Raises:
+        EngineError: DeepSpeed uses another value than `settings` says.
+    """
+
+    def __init__(
+        self, config: RunConfig, *, grid: Grid, precision: str, settings: Mapping[str, Any]
+    ) -> None:
+        self.config, self.device, self.settings = config, grid.device, dict(settings)
+        self.stage = int(settings["zero_optimization"]["stage"])
+        self.fp16 = precision == "fp16"
+        self._dropout = has_dropout(config.model)
+        ds_config.join()
+        # ZeRO-3 refuses "sum" and averages over the ranks: undone in the loss
+        averages = settings["gradient_allreduce_op"] == "mean"
+        self._loss_scale = float(grid.data_parallel) if averages else 1.0
+        dtype = _DTYPES[precision]
+        with self._building(grid), grid.device:
+            self.model: CausalLM = build(config.model)
+        self.model.to(device=grid.device, dtype=dtype)
+        initialize(
+            self.model,
+            config.model,
+            seed=config.training.seed,
+            gather=self._writable,
+            tensor_parallel=grid.tensor_parallel,
+            tensor_rank=grid.tensor_rank,
+        )
+        prepare(
+            self.model.model.layers,
+            recompute=config.training.activation_checkpointing,
+            compile_blocks=config.training.compile,
+        )
+        if config.training.compile and self.stage == 3:
+            # a compiled block cannot fetch its parts one by one: fetch it whole (no graph breaks)
+            deepspeed.utils.set_z3_leaf_modules(self.model, [type(self.model.model.layers[0])])
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=self.model,
+            optimizer=make_optimizer(config, self.model.named_parameters()),
+            config=self.settings,
+            mpu=ds_config.Mpu(grid),
+            dist_init_required=False,
+        )
+        ds_config.compare(self.settings, self.engine)
+
+    def train_step(
+        self, batches: Sequence[Batch], *, divisor: float, lr: float, step: int
+    ) -> StepResult:
+        self.engine.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.zeros((), device=self.device)
+        norm: Tensor | float = 0.0
+        for index, batch in enumerate(batches):
+            if self._dropout:
+                seed_dropout(self.config.training.seed, step, batch.place)
+            part = self.engine(batch.to(self.device).tensors) / divisor
+            self.engine.backward(part * self._loss_scale, scale_wrt_gas=False)
+            loss += part.detach()
+            if self.stage == 0 and index == len(batches) - 1:
+                # stage 0 clips without reporting the norm: done here, DeepSpeed's own is off
+                limit = self.config.optimizer.clip_grad_norm
+                norm = clip_gradients(self.model.parameters(), limit)
+            self.engine.step()
+        if self.stage > 0:
+            norm = self.engine.get_global_grad_norm()
+        return StepResult(loss=loss, grad_norm=norm)
+
+    @torch.no_grad()
+    def eval_loss(self, batch: Batch) -> Tensor:
+        self.engine.eval()
+        loss: Tensor = self.engine(batch.to(self.device).tensors)
+        return loss
+
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+        if self.stage != 3:
+            return nullcontext()
+        context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
+            list(parameters), modifier_rank=None
+        )
+        return context
+
+    def create_states(self) -> None:
+        """Made directly: a step with zero gradients would count, and overflow in fp16."""
+        names = state_names(self.config)
+        inner = self._inner()
+        if self.stage == 3:
+            create_states(inner, names, self.optimizer.fp32_partitioned_groups_flat)
+        else:
+            create_states(inner, names)
+            if self.stage > 0:
+                self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def read_state(self, parameter: nn.Parameter, key: str) -> Tensor:
+        if self.stage == 0:
+            return read_plain(self.optimizer, parameter, key)
+        if key == WEIGHT:
+            value: Tensor = safe_get_full_fp32_param(parameter)
+        else:
+            value = safe_get_full_optimizer_state(parameter, key)
+        return value.view(getattr(parameter, "ds_shape", parameter.shape))
+
+    def write_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        if self.stage == 0:
+            read_plain(self.optimizer, parameter, key).copy_(value)
+        elif key == WEIGHT:
+            safe_set_full_fp32_param(parameter, value)
+            # the call above reaches the fp32 master alone, not the copy the next forward reads
+            with torch.no_grad(), self._writable(parameter):
+                if parameter.numel():
+                    parameter.copy_(value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def progress(self) -> dict[str, Any]:
+        progress: dict[str, Any] = {"updates": updates_taken(self._inner())}
+        if self.fp16:
+            scaler = self.optimizer.loss_scaler
+            progress["loss_scaler"] = {name: getattr(scaler, name) for name in _SCALER_STATE}
+        return progress
+
+    def restore_progress(self, progress: Mapping[str, Any]) -> None:
+        set_updates(self._inner(), progress["updates"])
+        if self.fp16 and progress.get("loss_scaler"):
+            for name in _SCALER_STATE:
+                setattr(self.optimizer.loss_scaler, name, progress["loss_scaler"][name])
+
+    def _inner(self) -> torch.optim.Optimizer:
+        inner: torch.optim.Optimizer = self.optimizer.optimizer if self.stage else self.optimizer
+        return inner
+
+    def _building(self, grid: Grid) -> AbstractContextManager[object]:
+        """Under ZeRO-3 each parameter is partitioned as it is created.
+
+        The dtype comes from the settings: given as an argument, fp32 becomes bf16 on a device
+        without fp16 (an operator's precedence in DeepSpeed 0.19.8).
+        """
+        if self.stage != 3:
+            return nullcontext()
+        context: AbstractContextManager[object] = deepspeed.zero.Init(
+            data_parallel_group=grid.data_group,
+            config_dict_or_path=self.settings,
+            mpu=ds_config.Mpu(grid),
+        )
+        return context
+
+    def _writable(self, parameter: nn.Parameter) -> AbstractContextManager[object]:
+        """A context in which rank 0 of the data group writes a whole parameter for all."""
+        if self.stage != 3:
+            return nullcontext()
+        context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
+            [parameter], modifier_rank=0
+        )
+        return context
+
+
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

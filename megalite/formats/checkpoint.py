@@ -1,0 +1,122 @@
+"""A checkpoint folder on disk: its manifest, its checks, and which of several to trust.
+
+    step_00001000/
+        model-*.safetensors  exp_avg-*.safetensors ...   named tensors, canonical names and shapes
+        config.json  tokenizer/                          enough to evaluate and generate anywhere
+        manifest.json                                    written last; hashes of all the others
+
+No layout is recorded, because none matters: a tensor has one name and one whole shape.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megalite import files
+from megalite.errors import CheckpointError
+
+FORMAT = "megalite-checkpoint-1"
+MANIFEST = "manifest.json"
+_STEP_NAME = re.compile(r"step_(\d{8,})")
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FileEntry(_Entry):
+    """A file of the folder, by its path relative to it."""
+
+    bytes: int
+    sha256: str
+
+
+class TensorEntry(_Entry):
+    """A canonical tensor: its whole shape, and the file that holds each of its fp32 states."""
+
+    shape: list[int]
+    files: dict[str, str]
+
+
+class Manifest(_Entry):
+    """What a checkpoint holds and the place in the run it was taken at."""
+
+    format: Literal["megalite-checkpoint-1"]
+    step: int
+    samples: int  # place in the data order
+    tokens: int
+    progress: dict[str, Any]  # the engine's plain numbers: updates taken, loss scale
+    optimizer: dict[str, Any]
+    data_fingerprint: str
+    tokenizer_sha256: str
+    versions: dict[str, str]
+    tensors: dict[str, TensorEntry]
+    files: dict[str, FileEntry]
+
+
+def folder_name(step: int) -> str:
+    """The published name of the checkpoint after `step` steps."""
+    return f"step_{step:08d}"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest with a checksum of its own content."""
+    content = manifest.model_dump(mode="json")
+    files.write_json(folder / MANIFEST, {**content, "checksum": _checksum(content)})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises:
+        CheckpointError: absent, unreadable, of another format, or changed since it was written.
+    """
+    path = folder / MANIFEST
+    try:
+        content = files.read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {MANIFEST}: not a whole checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path}: format {found!r} found, this version reads {FORMAT!r}")
+    if content.pop("checksum", None) != _checksum(content):
+        raise CheckpointError(f"{path} was changed or damaged since it was written (checksum)")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is not a manifest: {error.errors()[0]['msg']}") from None
+
+
+def published(root: Path) -> list[Path]:
+    """The published checkpoints below `root`, newest first, whole or not."""
+    if not root.is_dir():
+        return []
+    found = [(int(m[1]), path) for path in root.iterdir() if (m := _STEP_NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def damage(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:
+    """What is wrong with the named files (default: all): missing, of another size, or hash."""
+    problems = []
+    for name in manifest.files if names is None else names:
+        path, entry = folder / name, manifest.files[name]
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif (size := path.stat().st_size) != entry.bytes:
+            problems.append(f"{path}: {entry.bytes} bytes were written, {size} are there")
+        elif files.sha256_file(path) != entry.sha256:
+            problems.append(f"{path}: its bytes are not those that were written (sha256)")
+    return problems
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,232 @@
+"""Text to token ids and back: SentencePiece models, Hugging Face `tokenizer.json`, plain bytes.
+
+Text never turns into a control token: `</s>` in a document is six characters. BOS and EOS are put
+around documents by whoever asks for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from megalite.errors import DataError
+from megalite.files import read_json
+
+Ids: TypeAlias = npt.NDArray[np.int32]
+
+# What tokenizers lose most often: runs and edges of white space, newlines, bytes beyond ASCII.
+PROBES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "  two before,  two  inside, three after   ",
+    "def f(x):\n    if x:\n\treturn 0x1F\n\n\n        # deep\r\n",
+    "\n\n leading and trailing newlines \n",
+    "大规模模型的训练，第12345步。",
+    "😀 👩‍👩‍👧 naïve café ﬁne ½ Ω العربية",
+)
+
+_SENTENCEPIECE, _HUGGING_FACE, _BYTES = "tokenizer.model", "tokenizer.json", "bytes.json"
+_HUGGING_FACE_CONFIG = "tokenizer_config.json"
+# Names in use for the tokens that begin and end a document, where no tokenizer_config.json says.
+_BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>")
+_EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
+
+
+class Tokenizer(Protocol):
+    """Ids lie in [0, vocab_size); bos_id and eos_id are None where the vocabulary has none."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the file that `save` writes."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without BOS and EOS."""
+
+    def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[Ids]:
+        """The ids of each text; equal whatever the number of threads."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; BOS, EOS and other control tokens have none."""
+
+    def save(self, folder: Path) -> str:
+        """Write the tokenizer's file into an existing folder and return the file's name."""
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """A tokenizer from a `.model` file, a `tokenizer.json`, a folder with one of them, or "bytes".
+
+    Raises:
+        DataError: nothing there, or nothing that can be read.
+    """
+    if str(path) == "bytes":
+        return ByteTokenizer()
+    file = _find(Path(path))
+    if file.name == _BYTES:
+        return ByteTokenizer()
+    try:
+        if file.suffix == ".json":
+            return HuggingFaceTokenizer(file)
+        return SentencePieceTokenizer(file.read_bytes())
+    except DataError:
+        raise
+    except Exception as error:  # both libraries raise bare Exception subclasses of their own
+        raise DataError(f"{file}: not a tokenizer that can be read: {error}") from error
+
+
+def check_round_trip(tokenizer: Tokenizer) -> None:
+    """Encode and decode texts that tokenizers often change.
+
+    Raises:
+        DataError: the first text that does not come back as it was.
+    """
+    for probe in PROBES:
+        found = tokenizer.decode(tokenizer.encode(probe))
+        if found != probe:
+            raise DataError(
+                f"the tokenizer loses text: {probe!r} comes back as {found!r}; train one with "
+                "`python -m data_prep train-tokenizer`, which keeps every character"
+            )
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model, given as the content of its `.model` file."""
+
+    def __init__(self, model: bytes) -> None:
+        import sentencepiece
+
+        self._model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size: int = self._processor.get_piece_size()
+        bos, eos = self._processor.bos_id(), self._processor.eos_id()
+        self.bos_id = bos if bos >= 0 else None
+        self.eos_id = eos if eos >= 0 else None
+        self.sha256 = hashlib.sha256(model).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._processor.encode(text))
+
+    def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[Ids]:
+        return list(self._processor.encode(list(texts), return_type="numpy", num_threads=threads))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._processor.decode([int(id) for id in ids]))
+
+    def save(self, folder: Path) -> str:
+        (folder / _SENTENCEPIECE).write_bytes(self._model)
+        return _SENTENCEPIECE
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`; BOS and EOS by the `tokenizer_config.json` beside it, or by their names.
+
+    `encode_batch` uses as many threads as RAYON_NUM_THREADS says: the library has no other way.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        self._path = path
+        data = path.read_bytes()
+        self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(data)
+        self._tokenizer.encode_special_tokens = True  # as text, that is: not as control tokens
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab_size: int = max(ids, default=-1) + 1  # ids may have holes
+        self.bos_id = self._control("bos_token", _BOS_NAMES)
+        self.eos_id = self._control("eos_token", _EOS_NAMES)
+        self.sha256 = hashlib.sha256(data).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[Ids]:
+        del threads
+        found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in found]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=True))
+
+    def save(self, folder: Path) -> str:
+        shutil.copyfile(self._path, folder / _HUGGING_FACE)
+        config = self._path.with_name(_HUGGING_FACE_CONFIG)
+        if config.exists():
+            shutil.copyfile(config, folder / _HUGGING_FACE_CONFIG)
+        return _HUGGING_FACE
+
+    def _control(self, key: str, names: Sequence[str]) -> int | None:
+        config = self._path.with_name(_HUGGING_FACE_CONFIG)
+        if config.exists():
+            token = read_json(config).get(key)
+            name = token.get("content") if isinstance(token, dict) else token
+            names = (name,) if name else ()
+        ids = (self._tokenizer.token_to_id(name) for name in names)
+        return next((int(id) for id in ids if id is not None), None)
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0 to 255; nothing to train, which suits tests and unseen scripts."""
+
+    bos_id, eos_id, vocab_size = 256, 257, 258
+
+    def __init__(self) -> None:
+        content = {"type": "bytes", "bos_id": 256, "eos_id": 257, "vocab_size": 258}
+        self._content = (json.dumps(content) + "\n").encode()
+        self.sha256 = hashlib.sha256(self._content).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[Ids]:
+        del threads
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(id for id in ids if id < 256).decode(errors="replace")
+
+    def save(self, folder: Path) -> str:
+        (folder / _BYTES).write_bytes(self._content)
+        return _BYTES
+
+
+def _find(path: Path) -> Path:
+    """The tokenizer's file that a path means."""
+    if path.is_file():
+        if path.suffix in (".model", ".json"):
+            return path
+        raise DataError(
+            f"{path}: a tokenizer is a .model file, a tokenizer.json, a folder with one, or `bytes`"
+        )
+    if not path.is_dir():
+        raise DataError(
+            f"there is no tokenizer {path}; give a .model file, a tokenizer.json, a folder with "
+            "one of them, or `bytes`"
+        )
+    # tokenizer.json first: where a folder has both, it also holds the tokens added later
+    for name in (_HUGGING_FACE, _SENTENCEPIECE, _BYTES):
+        if (path / name).is_file():
+            return path / name
+    models = sorted(path.glob("*.model"))
+    if len(models) == 1:
+        return models[0]
+    found = ", ".join(model.name for model in models) or "none of them"
+    raise DataError(
+        f"{path}: a tokenizer folder holds {_HUGGING_FACE}, {_SENTENCEPIECE} or one other .model "
+        f"file; found {found}"
+    )

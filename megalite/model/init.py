@@ -1,0 +1,74 @@
+"""Initial weights as a function of (seed, tensor name, block of rows).
+
+Every tensor is cut into blocks of `ROWS` rows of its canonical [out, in] shape and each block has a
+generator of its own, on the CPU in fp32. A rank therefore draws the blocks it holds and no others,
+and every layout, precision and device starts from the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from megalite import shapes
+from megalite.config import ModelConfig
+
+ROWS = 128
+
+
+def initialize(
+    model: nn.Module,
+    config: ModelConfig,
+    *,
+    seed: int,
+    gather: Callable[[nn.Parameter], AbstractContextManager[object]],
+    tensor_parallel: int = 1,
+    tensor_rank: int = 0,
+) -> None:
+    """Write every parameter of `model`, one at a time.
+
+    Args:
+        gather: a context in which a parameter may be written whole; for engines that keep
+            parameters in parts.
+    """
+    table = {parameter.name: parameter for parameter in shapes.parameters(config)}
+    for name, parameter in model.named_parameters():
+        row = table[name]
+        std = config.initializer_range
+        if row.init is shapes.Init.SCALED_NORMAL:  # GPT-2: residual sums keep their variance
+            std /= math.sqrt(2 * config.num_hidden_layers)
+        with torch.no_grad(), gather(parameter):
+            if parameter.numel() == 0:  # gathered on another rank, which writes for all
+                continue
+            parameter.zero_()  # padding, and biases
+            for piece in shapes.pieces(
+                row, tensor_parallel=tensor_parallel, tensor_rank=tensor_rank
+            ):
+                if row.init is shapes.Init.ONES:
+                    parameter[piece.target].fill_(1.0)
+                elif row.init is not shapes.Init.ZEROS:
+                    _fill(parameter[piece.target], piece, std=std, seed=seed)
+
+
+def _fill(target: Tensor, piece: shapes.Piece, *, std: float, seed: int) -> None:
+    """Draw the blocks that overlap the rows of the piece's box and copy what lies inside it."""
+    shape, (rows, *columns) = piece.tensor.shape, piece.source
+    first, last = rows.start, rows.stop
+    for block in range(first // ROWS, math.ceil(last / ROWS)):
+        base = block * ROWS
+        height = min(ROWS, shape[0] - base)
+        generator = torch.Generator().manual_seed(_key(seed, piece.tensor.name, block))
+        values = torch.randn((height, *shape[1:]), generator=generator)
+        low, high = max(first, base), min(last, base + height)
+        box = values[(slice(low - base, high - base), *columns)]
+        target[low - first : high - first].copy_(box.mul_(std))
+
+
+def _key(seed: int, name: str, block: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # manual_seed takes 63 bits

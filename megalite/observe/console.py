@@ -1,0 +1,125 @@
+"""The run as a person watches it: one calm live view on a terminal, aligned lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from megalite.log import logger
+
+
+class Console:
+    """Shows train and valid rows on standard error."""
+
+    def __init__(self, *, total_steps: int) -> None:
+        self._total = total_steps
+        self._first: tuple[int, float] | None = None  # step and clock of the first row
+        self._saved: int | None = None
+        self._live: Live | None = None
+        self._moved: list[tuple[logging.StreamHandler[Any], Any]] = []  # and its stream before
+        console = RichConsole(stderr=True)
+        if console.is_terminal and not console.is_dumb_terminal:
+            self._start_live(console)
+
+    def train(self, row: Mapping[str, Any]) -> None:
+        """Show one train row: on a terminal in place of the last one."""
+        step = int(row["step"])
+        line = format_train(row, total_steps=self._total)
+        left = f"left {format_duration(self._seconds_left(step, row.get('step_seconds')))}"
+        if self._live is None:
+            logger.info("%s  %s", line, left)
+            return
+        saved = "" if self._saved is None else f"  saved at step {self._saved}"
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(
+            ProgressBar(total=self._total, completed=step, width=40),
+            f"{100 * step / self._total:.0f} %",
+            left + saved,
+        )
+        self._live.update(Group(bar, Text(line)), refresh=True)
+
+    def valid(self, row: Mapping[str, Any]) -> None:
+        """Show one valid row, as a line that stays."""
+        numbers = [
+            f"{key} {_number(value, '.4g')}"
+            for key, value in row.items()
+            if key != "step" and (value is None or isinstance(value, int | float))
+        ]
+        logger.info("valid %*d  %s", len(str(self._total)), row["step"], "  ".join(numbers))
+
+    def saved(self, step: int) -> None:
+        """Remember the last checkpoint for the live view."""
+        self._saved = step
+
+    def close(self) -> None:
+        """Leave the last view on the screen and give the terminal back."""
+        if self._live is not None:
+            for handler, stream in self._moved:
+                handler.setStream(stream)
+            self._live.stop()
+            self._live = None
+
+    def _start_live(self, console: RichConsole) -> None:
+        """Draw below; log lines written to standard error scroll above the view."""
+        before = sys.stderr
+        self._live = Live(Text(""), console=console, auto_refresh=False, redirect_stdout=False)
+        self._live.start()
+        for handler in logger.handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+                handler.setStream(sys.stderr)  # rich's proxy by now
+                self._moved.append((handler, before))
+
+    def _seconds_left(self, step: int, step_seconds: float | None) -> float | None:
+        """From the pace since the first row, evaluations and saves included."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (step, now)
+        first_step, first_time = self._first
+        if step > first_step:
+            step_seconds = (now - first_time) / (step - first_step)
+        return None if step_seconds is None else (self._total - step) * step_seconds
+
+
+def format_train(row: Mapping[str, Any], *, total_steps: int) -> str:
+    """A train row as one line whose columns stay in place from step to step."""
+    width = len(str(total_steps))
+    parts = [
+        f"step {row['step']:>{width}}/{total_steps}",
+        f"loss {_number(row.get('loss'), '7.4f')}",
+        f"lr {_number(row.get('lr'), '.2e')}",
+        f"grad norm {_number(row.get('grad_norm'), '7.3f')}",
+        f"{_number(row.get('tokens_per_second'), '9,.0f')} tokens/s",
+    ]
+    if row.get("mfu") is not None:
+        parts.append(f"mfu {100 * row['mfu']:4.1f} %")
+    if row.get("peak_memory_bytes") is not None:
+        parts.append(f"{row['peak_memory_bytes'] / 2**30:6.2f} GiB")
+    return "  ".join(parts)
+
+
+def format_duration(seconds: float | None) -> str:
+    """`3:25`, `2:03:25` or `4 d 2:03:25`."""
+    if seconds is None or not math.isfinite(seconds):
+        return "-:--"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour}:{minute:02}:{second:02}"
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+def _number(value: float | None, spec: str) -> str:
+    """`value`, or a dash of the same width where the step had none."""
+    return format(value, spec) if value is not None else "-".rjust(len(format(0.0, spec)))

@@ -1,0 +1,172 @@
+"""The run's own records: `metrics.jsonl`, a row a line, and `status.json`, its present state."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from megalite.files import read_json, write_json
+from megalite.observe.console import Console
+from megalite.observe.tensorboard import TensorBoard
+
+State = Literal["running", "saving", "stopped", "done", "failed", "superseded"]
+
+_TAIL = 1 << 16  # bytes; hundreds of rows
+
+
+class Recorder:
+    """Writes what a run reports: metrics.jsonl, status.json, TensorBoard and the console.
+
+    Rank 0 writes; on every other rank each method does nothing. Rows come without `kind`, `time`
+    and `attempt`, which are added here; numbers that are not finite become null. TensorBoard shows
+    the folder's config.json, so that file comes first.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        attempt: int,
+        total_steps: int,
+        tensorboard: bool,
+        tokens_per_step: int,
+    ) -> None:
+        self._folder = folder
+        self._attempt = attempt
+        self._tokens_per_step = tokens_per_step
+        self._seen = (0, 0)  # step and tokens of the last train row
+        self._last_checkpoint: str | None = None
+        self._file: BinaryIO | None = None
+        self._console: Console | None = None
+        self._tensorboard: TensorBoard | None = None
+        if rank != 0:
+            return
+        self._file = _open_lines(folder / "metrics.jsonl")
+        self._console = Console(total_steps=total_steps)
+        if tensorboard:
+            config = folder / "config.json"
+            run_file = config.read_text(encoding="utf-8") if config.exists() else ""
+            self._tensorboard = TensorBoard(
+                folder / "tensorboard", attempt=attempt, run_file=run_file
+            )
+
+    def train(self, row: Mapping[str, Any]) -> None:
+        """Record a train row; `step` counts from 1, `tokens` is the total so far."""
+        row = self._write("train", row)
+        self._seen = (row["step"], row["tokens"])
+        if self._console is not None:
+            self._console.train(row)
+        if self._tensorboard is not None:
+            self._tensorboard.train(row)
+
+    def valid(self, row: Mapping[str, Any]) -> None:
+        """Record an evaluation on held-out data."""
+        row = self._write("valid", row)
+        if self._console is not None:
+            self._console.valid(row)
+        if self._tensorboard is not None:
+            step, tokens = self._seen
+            tokens += (row["step"] - step) * self._tokens_per_step
+            self._tensorboard.valid(row, tokens=tokens)
+
+    def event(self, step: int, name: str, **fields: Any) -> None:
+        """Record that something happened: start, resume, checkpoint, skip, signal, end."""
+        self._write("event", {"step": step, "name": name, **fields})
+        if name == "checkpoint" and self._console is not None:
+            self._console.saved(step)
+
+    def status(
+        self,
+        state: State,
+        *,
+        step: int,
+        last_checkpoint: str | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """Replace status.json; without `last_checkpoint` the one named before stays."""
+        self._last_checkpoint = last_checkpoint or self._last_checkpoint
+        if self._file is not None:
+            status = {
+                "state": state,
+                "step": step,
+                "attempt": self._attempt,
+                "last_checkpoint": self._last_checkpoint,
+                "reason": reason,
+            }
+            write_json(self._folder / "status.json", status)
+
+    def close(self) -> None:
+        """Close everything; again is harmless."""
+        if self._console is not None:
+            self._console.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._file is not None:
+            self._file.close()
+        self._file, self._console, self._tensorboard = None, None, None
+
+    def _write(self, kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        clean = {key: _finite(value) for key, value in row.items()}
+        if self._file is not None:
+            line = {"kind": kind, "time": time.time(), "attempt": self._attempt, **clean}
+            # one write a row, so that a reader never meets half of one
+            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+        return clean
+
+
+def previous_attempts(folder: Path) -> int:
+    """How many attempts wrote to this run folder, which is the number of the next one.
+
+    0 for a fresh folder. Both records are asked: a crash may have left either of them behind.
+    """
+    attempts = [-1]
+    with suppress(OSError, ValueError, TypeError, KeyError):  # absent, or not one of ours
+        attempts.append(int(read_json(folder / "status.json")["attempt"]))
+    try:
+        with open(folder / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - _TAIL))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        lines = []
+    for line in lines:
+        # a line may be cut by a crash, or by the place where the tail begins
+        with suppress(ValueError, TypeError, KeyError):
+            attempts.append(int(json.loads(line)["attempt"]))
+    return max(attempts) + 1
+
+
+def _open_lines(path: Path) -> BinaryIO:
+    """Open for appending at the start of a line.
+
+    Of a last line without an end, a whole row gets its end, and a row that a crash cut short is
+    dropped: every line of the file stays a row.
+    """
+    file = open(path, "ab+")  # noqa: SIM115 - the recorder closes it
+    end = file.seek(0, 2)
+    file.seek(max(0, end - _TAIL))
+    tail = file.read()
+    rest = tail[tail.rfind(b"\n") + 1 :]
+    if rest:
+        try:
+            json.loads(rest)
+            file.write(b"\n")
+        except ValueError:
+            file.truncate(end - len(rest))
+    return file
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,73 @@
+"""Scalars and the run file for TensorBoard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_TRAIN = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds")
+_GIB = 2**30
+
+
+class TensorBoard:
+    """Two event folders: `tensorboard/` by step, `tensorboard/by_tokens/` the losses by tokens.
+
+    They are apart because a resumed attempt takes back what a crashed one wrote after the
+    checkpoint, and TensorBoard takes back every tag of a folder from one point of its axis on.
+    """
+
+    def __init__(self, folder: Path, *, attempt: int, run_file: str) -> None:
+        # 0.2 s, and a warning without tensorboard: only for those who write events
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer_class = SummaryWriter
+        self._folder = folder
+        self._attempt = attempt
+        self._run_file = run_file
+        self._writers: dict[str, Any] = {}
+
+    def train(self, row: Mapping[str, Any]) -> None:
+        """One train row."""
+        step = int(row["step"])
+        values = {f"train/{key}": row.get(key) for key in _TRAIN}
+        if row.get("peak_memory_bytes") is not None:
+            values["train/peak_memory_gib"] = row["peak_memory_bytes"] / _GIB
+        self._scalars(".", step, values)
+        if row.get("tokens") is not None:
+            self._scalars("by_tokens", int(row["tokens"]), {"train/loss": row.get("loss")})
+
+    def valid(self, row: Mapping[str, Any], *, tokens: int) -> None:
+        """One valid row, with the tokens trained on before it."""
+        numbers = {
+            f"valid/{key}": value
+            for key, value in row.items()
+            if key != "step" and isinstance(value, int | float)
+        }
+        self._scalars(".", int(row["step"]), numbers)
+        self._scalars("by_tokens", tokens, {"valid/loss": row.get("loss")})
+        for writer in self._writers.values():
+            writer.flush()
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        for writer in self._writers.values():
+            writer.close()
+
+    def _scalars(self, name: str, at: int, values: Mapping[str, float | None]) -> None:
+        writer = self._writer(name, at)
+        for tag, value in values.items():
+            if value is not None and math.isfinite(value):
+                writer.add_scalar(tag, value, at)
+
+    def _writer(self, name: str, at: int) -> Any:
+        if name not in self._writers:
+            purge = at if self._attempt > 0 else None
+            folder = str(self._folder / name)
+            self._writers[name] = self._writer_class(folder, purge_step=purge, flush_secs=10)
+            if name == "." and self._run_file:
+                # indented by four it is Markdown's fixed-width block
+                block = "\n".join(f"    {line}" for line in self._run_file.splitlines())
+                self._writers[name].add_text("config", block, at)
+        return self._writers[name]

@@ -1,0 +1,6 @@
+"""Parameter groups, torch's own optimizers, and the learning rate as a function of the step."""
+
+from megalite.optim.optimizers import make_optimizer, state_names
+from megalite.optim.schedule import learning_rate
+
+__all__ = ["learning_rate", "make_optimizer", "state_names"]

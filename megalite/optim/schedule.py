@@ -1,0 +1,31 @@
+"""The learning rate as a function of the step; no state, so nothing to save."""
+
+from __future__ import annotations
+
+import math
+
+from megalite.config import RunConfig
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """The rate that step `step` (counted from 1) is taken with.
+
+    All schedules rise linearly over `warmup_steps` to `optimizer.lr`. cosine and linear then fall
+    to `min_lr_ratio` of it over `decay_steps` and stay; constant stays; wsd (warmup, stable, decay:
+    Hu et al. 2024) stays and falls linearly over the last `decay_steps` of the run.
+    """
+    schedule, peak, total = config.schedule, config.optimizer.lr, config.training.steps
+    warmup, floor = schedule.warmup_steps, schedule.min_lr_ratio
+    if step <= warmup:
+        return peak * step / warmup
+    if schedule.name == "constant":
+        return peak
+    if schedule.name == "wsd":
+        decay = schedule.decay_steps or max(1, total // 10)
+        begin = total - decay
+    else:
+        decay = schedule.decay_steps or max(1, total - warmup)
+        begin = warmup
+    progress = min(max((step - begin) / decay, 0.0), 1.0)
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1 - progress
+    return peak * (floor + (1 - floor) * shape)

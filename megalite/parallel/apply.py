@@ -1,0 +1,61 @@
+"""What is done to a single-device model before it trains, in one fixed order.
+
+    recompute   blocks keep less of the forward and compute it again in the backward
+    compile     each block's forward, recompute included, becomes fused kernels
+
+The order matters: recompute inside the compiled forward is traced with it, the other way round
+every block would break the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+# What selective recompute keeps: the results that cost matrix products. Norms, activations,
+# rotations and dropout cost little and are computed again (Korthikanti et al. 2022, in the finer
+# form of torch's policies).
+_KEEP = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.linear.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def prepare(blocks: Iterable[nn.Module], *, recompute: str, compile_blocks: bool) -> None:
+    """Wrap the forward of every block in place.
+
+    Args:
+        blocks: the repeated blocks of a model.
+        recompute: "none", "selective" (keep matrix products and attention) or "full" (keep the
+            block's input alone).
+        compile_blocks: compile each block's forward; equal blocks share the compiled code.
+    """
+    for block in blocks:
+        forward = block.forward
+        if recompute == "full":
+            forward = partial(checkpoint, forward, use_reentrant=False)
+        elif recompute == "selective":
+            contexts = partial(create_selective_checkpoint_contexts, _policy)
+            forward = partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
+        if compile_blocks:
+            forward = torch.compile(forward)
+        block.forward = forward  # type: ignore[method-assign]
+
+
+def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEEP else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalite.data import Batch, Dataset, Loader, StepBatches, first_batches
+
+L = 6
+
+
+@pytest.fixture(scope="module")
+def dataset(memory_shards: Any) -> Dataset:
+    sources = [memory_shards([7, 30, 2, 90] * 5, seed=1), memory_shards([40] * 9, seed=2)]
+    return Dataset(sources, [1, 2], sequence_length=L, seed=5, mask_documents=True)
+
+
+def make(dataset: Dataset, **options: Any) -> Loader:
+    options = {
+        "global_batch_size": 12,
+        "micro_batch_size": 2,
+        "data_rank": 0,
+        "data_size": 1,
+        "start": 0,
+        "pin_memory": False,
+    } | options
+    return Loader(dataset, **options)
+
+
+def take(loader: Loader, steps: int) -> list[StepBatches]:
+    try:
+        return [next(loader) for _ in range(steps)]
+    finally:
+        loader.close()
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return (
+        (one.place, one.targets) == (other.place, other.targets)
+        and one.tensors.keys() == other.tensors.keys()
+        and all(tensor.equal(other.tensors[name]) for name, tensor in one.tensors.items())
+    )
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    ranks=st.integers(1, 4),
+    micro=st.integers(1, 4),
+    accumulation=st.integers(1, 3),
+    start=st.integers(0, 1000),
+)
+def test_any_split_covers_the_same_samples(
+    dataset: Dataset, ranks: int, micro: int, accumulation: int, start: int
+) -> None:
+    size = ranks * micro * accumulation
+    layout = {"global_batch_size": size, "micro_batch_size": micro, "data_size": ranks}
+    steps = [take(make(dataset, data_rank=r, start=start, **layout), 2) for r in range(ranks)]
+    for number in range(2):
+        place = start + number * size
+        expected = dataset.batch(np.arange(place, place + size), place)
+        found: dict[int, torch.Tensor] = {}
+        for rank in range(ranks):
+            step = steps[rank][number]
+            assert step.place == place
+            assert len(step.micro_batches) == accumulation
+            assert step.targets == sum(batch.targets for batch in step.micro_batches)
+            for m, batch in enumerate(step.micro_batches):
+                assert batch.place == place + (m * ranks + rank) * micro
+                for row in range(micro):
+                    found[batch.place + row] = batch.tensors["input_ids"][row]
+        assert sorted(found) == list(range(place, place + size))
+        in_order = torch.stack([found[i] for i in sorted(found)])
+        assert in_order.equal(expected.tensors["input_ids"])
+        assert sum(steps[rank][number].targets for rank in range(ranks)) == expected.targets
+
+
+def test_a_restart_goes_on_identically(dataset: Dataset) -> None:
+    whole = take(make(dataset), 6)
+    again = take(make(dataset, start=36), 3)
+    for one, other in zip(whole[3:], again, strict=True):
+        assert one.place == other.place
+        assert all(map(same, one.micro_batches, other.micro_batches))
+
+
+def test_a_restart_on_another_layout_and_batch_size_reads_on_where_it_stopped(
+    dataset: Dataset,
+) -> None:
+    whole = take(make(dataset, micro_batch_size=12), 4)
+    rest = take(make(dataset, start=24, global_batch_size=8, micro_batch_size=8), 3)
+    for name in ("input_ids", "labels", "loss_mask", "position_ids", "document_ids"):
+        expected = torch.cat([step.micro_batches[0].tensors[name] for step in whole[2:]])
+        assert torch.cat([step.micro_batches[0].tensors[name] for step in rest]).equal(expected)
+
+
+def test_epochs_go_on_without_end(dataset: Dataset) -> None:
+    steps = dataset.windows // 12 + 3
+    assert [step.place for step in take(make(dataset), steps)] == [12 * i for i in range(steps)]
+
+
+def test_reading_ahead_is_bounded(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    locate = Dataset.locate
+
+    def count(self: Dataset, indices: Any) -> Any:
+        made.append(len(indices))
+        return locate(self, indices)
+
+    monkeypatch.setattr(Dataset, "locate", count)
+    loader = make(dataset, prefetch=3)
+    deadline = time.monotonic() + 5
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(0.05)
+    assert len(made) == 4  # three wait, the fourth is in the thread's hands
+    loader.close()
+
+
+def test_an_error_of_the_thread_is_raised_in_turn_and_stays(memory_shards: Any) -> None:
+    source = memory_shards([100], name="disk")
+    source.broken_from = 40
+    dataset = Dataset(
+        [source], [None], sequence_length=10, seed=0, mask_documents=False, shuffle=False
+    )
+    loader = make(dataset, global_batch_size=2)
+    assert [next(loader).place, next(loader).place] == [0, 2]
+    for _ in range(2):
+        with pytest.raises(OSError, match="disk: cannot read token 40"):
+            next(loader)
+    loader.close()
+    with pytest.raises(OSError, match="disk"):
+        next(loader)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_closing_ends_the_thread_and_may_be_repeated(dataset: Dataset, taken: int) -> None:
+    loader = make(dataset)
+    for _ in range(taken):
+        next(loader)
+    assert any(thread.name == "loader" for thread in threading.enumerate())
+    loader.close()
+    loader.close()
+    assert not any(thread.name == "loader" for thread in threading.enumerate())
+    assert list(loader) == []
+
+
+def test_a_batch_that_does_not_divide_is_a_broken_invariant(dataset: Dataset) -> None:
+    with pytest.raises(AssertionError):
+        make(dataset, global_batch_size=12, micro_batch_size=5)
+
+
+def test_pinning_is_left_out_without_cuda(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[int] = []
+
+    def pin(batch: Batch) -> Batch:
+        pinned.append(batch.place)
+        return batch
+
+    monkeypatch.setattr(Batch, "pin", pin)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    take(make(dataset, pin_memory=True), 1)
+    assert pinned == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    take(make(dataset, pin_memory=False), 1)
+    assert pinned == []
+    take(make(dataset, pin_memory=True), 1)
+    assert pinned[:6] == [0, 2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("samples", [1, 4, 11, 12, 13])
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 4), (3, 2), (4, 1)])
+def test_an_evaluation_counts_each_of_the_first_samples_once(
+    dataset: Dataset, samples: int, ranks: int, micro: int
+) -> None:
+    parts = [
+        list(
+            first_batches(dataset, samples, micro_batch_size=micro, data_rank=rank, data_size=ranks)
+        )
+        for rank in range(ranks)
+    ]
+    assert len({len(part) for part in parts}) == 1
+    expected = dataset.batch(np.arange(samples), 0)
+    targets = 0
+    for batch in (batch for part in parts for batch in part):
+        assert batch.tensors["input_ids"].shape == (micro, L)
+        for row in range(micro):
+            mask = batch.tensors["loss_mask"][row]
+            if batch.place + row < samples:
+                assert mask.equal(expected.tensors["loss_mask"][batch.place + row])
+                ids = expected.tensors["input_ids"][batch.place + row]
+                assert batch.tensors["input_ids"][row].equal(ids)
+            else:
+                assert not mask.any()
+        assert batch.targets == int(batch.tensors["loss_mask"].sum())
+        targets += batch.targets
+    assert targets == expected.targets
+
+
+def test_an_evaluation_of_no_samples_is_empty(dataset: Dataset) -> None:
+    assert list(first_batches(dataset, 0, micro_batch_size=2, data_rank=0, data_size=2)) == []

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalite.data.mixture import Mixture
+from megalite.data.order import LIMIT
+from megalite.errors import DataError
+
+WEIGHTS = st.lists(
+    st.floats(1e-6, 1e6, allow_nan=False) | st.integers(1, 10**13), min_size=1, max_size=40
+)
+
+
+@settings(deadline=None, max_examples=120)
+@given(weights=WEIGHTS)
+def test_every_prefix_keeps_the_proportions(weights: list[float]) -> None:
+    n = 3000
+    source, number = Mixture(weights).locate(np.arange(n))
+    counts = np.cumsum(source[:, None] == np.arange(len(weights)), axis=0)
+    # a sample's number is how many of its source came before it
+    assert np.array_equal(number, counts[np.arange(n), source] - 1)
+    ideal = np.arange(1, n + 1)[:, None] * (np.array(weights) / math.fsum(weights))
+    assert np.abs(counts - ideal).max() <= 1 + math.log2(len(weights)) + 1e-9
+
+
+@settings(deadline=None, max_examples=100)
+@given(weights=WEIGHTS, start=st.integers(0, LIMIT - 400))
+def test_proportions_hold_far_into_the_order(weights: list[float], start: int) -> None:
+    """A sample's number is the count of its source in the prefix before it."""
+    source, number = Mixture(weights).locate(np.arange(start, start + 400))
+    total = sum(map(Fraction, weights))
+    bound = 1 + Fraction(math.log2(len(weights)))
+    for place, one, count in zip(range(start, start + 400), source, number, strict=True):
+        assert abs(int(count) - place * Fraction(weights[one]) / total) <= bound
+    for one in np.unique(source):
+        assert np.array_equal(np.diff(number[source == one]), np.ones((source == one).sum() - 1))
+
+
+def test_an_epoch_by_windows_visits_each_exactly_once() -> None:
+    windows = [3, 1, 410, 77, 9, 2]
+    source, number = Mixture(windows).locate(np.arange(2 * sum(windows)))
+    for epoch in range(2):
+        part = slice(epoch * sum(windows), (epoch + 1) * sum(windows))
+        for i, count in enumerate(windows):
+            found = number[part][source[part] == i]
+            assert found.tolist() == list(range(epoch * count, (epoch + 1) * count))
+
+
+def test_one_source_is_read_in_its_own_order() -> None:
+    index = np.array([0, 1, 5, LIMIT - 1])
+    source, number = Mixture([0.3]).locate(index)
+    assert source.tolist() == [0, 0, 0, 0]
+    assert np.array_equal(number, index)
+
+
+def test_the_scale_of_weights_does_not_matter() -> None:
+    index = np.arange(1000)
+    small, large = Mixture([0.25, 0.5, 1.0]).locate(index), Mixture([1, 2, 4]).locate(index)
+    assert np.array_equal(small[0], large[0])
+    assert np.array_equal(small[1], large[1])
+    assert Mixture([1, 3]).shares == [0.25, 0.75]
+
+
+def test_extreme_weights_stay_in_bounds() -> None:
+    weights = [1e-300, 1e300, 1.0]
+    source, number = Mixture(weights).locate(np.array([0, 1, 2, LIMIT - 1]))
+    assert source.tolist() == [1, 1, 1, 1]
+    assert number.tolist() == [0, 1, 2, LIMIT - 1]
+
+
+@pytest.mark.parametrize("weights", [[], [1.0, 0.0], [-1.0], [float("nan"), 1.0], [float("inf")]])
+def test_weights_that_are_no_shares_are_refused(weights: list[float]) -> None:
+    with pytest.raises(DataError, match="positive, finite weights"):
+        Mixture(weights)

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalite.data.order import LIMIT, derive_key, permute
+
+KEYS = st.integers(0, 2**64 - 1)
+
+
+@settings(deadline=None, max_examples=150)
+@given(size=st.integers(1, 5000), key=KEYS)
+def test_permute_is_a_bijection(size: int, key: int) -> None:
+    image = permute(np.arange(size), size, key)
+    assert image.dtype == np.int64
+    assert np.array_equal(np.sort(image), np.arange(size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 65535, 65536, 65537, 99991, 316**2 + 1])
+def test_permute_is_a_bijection_at_odd_sizes(size: int) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(size), size, 7)), np.arange(size))
+
+
+@settings(deadline=None, max_examples=60)
+@given(size=st.integers(2**40, LIMIT), key=KEYS, start=st.integers(0, 2**39))
+def test_permute_of_huge_sets_stays_inside_and_distinct(size: int, key: int, start: int) -> None:
+    image = permute(np.arange(start, start + 256), size, key)
+    assert image.min() >= 0
+    assert image.max() < size
+    assert len(np.unique(image)) == 256
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(1, LIMIT), KEYS, st.floats(0, 1)), min_size=1, max_size=40))
+def test_permute_of_arrays_is_permute_of_each(cases: list[tuple[int, int, float]]) -> None:
+    sizes = np.array([size for size, _, _ in cases])
+    keys = np.array([key for _, key, _ in cases], dtype=np.uint64)
+    index = np.array([min(size - 1, int(size * part)) for size, _, part in cases])
+    together = permute(index, sizes, keys)
+    alone = [permute(int(i), int(s), int(k)) for i, s, k in zip(index, sizes, keys, strict=True)]
+    assert together.tolist() == alone
+    assert np.array_equal(permute(index[None], sizes, keys), together[None])
+
+
+def test_permute_refuses_an_index_outside() -> None:
+    with pytest.raises(AssertionError):
+        permute(5, 5, 0)
+
+
+def test_order_is_the_same_on_every_machine_and_release() -> None:
+    """Values of the first release: another result would change the data of every seed."""
+    assert permute(np.arange(10), 10, 1234).tolist() == [5, 6, 7, 8, 0, 4, 3, 2, 9, 1]
+    assert permute(123_456_789, 5_000_000_000, 42) == 1735973760
+    keys = derive_key(1234, np.array([0, 1]), np.array([3, 3]))
+    assert keys.tolist() == [5410454076732896507, 3554909566011146982]
+
+
+@pytest.mark.parametrize("size", [20_000, 65_536, 100_003])
+@pytest.mark.parametrize("key", [0, 1, 987_654_321])
+def test_a_shuffle_has_no_serial_correlation(size: int, key: int) -> None:
+    image = permute(np.arange(size), size, key).astype(float)
+    for lag in (1, 2, 3, 8, 64, 317):
+        correlation = np.corrcoef(image[:-lag], image[lag:])[0, 1]
+        assert abs(correlation) < 5 / np.sqrt(size)
+
+
+@pytest.mark.parametrize("size", [20_000, 100_003])
+def test_any_stretch_of_a_shuffle_is_spread_evenly(size: int) -> None:
+    image = permute(np.arange(size), size, 11)
+    for stretch in np.array_split(image, 7):
+        counts = np.histogram(stretch, bins=50, range=(0, size))[0]
+        expected = len(stretch) / 50
+        chi_square = ((counts - expected) ** 2 / expected).sum()
+        assert 10 < chi_square < 100  # 49 degrees of freedom: a chance in 10^4 or less
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 6, 13])
+def test_every_image_is_equally_likely_over_keys(size: int) -> None:
+    trials = 6000
+    keys = derive_key(5, np.arange(trials), np.zeros(trials, dtype=np.int64))
+    for index in range(size):
+        image = permute(np.full(trials, index), size, keys)
+        counts = np.bincount(image, minlength=size)
+        chi_square = ((counts - trials / size) ** 2 / (trials / size)).sum()
+        assert chi_square < size - 1 + 5 * np.sqrt(2 * size)
+
+
+def test_all_six_shuffles_of_three_are_equally_likely() -> None:
+    trials = 6000
+    keys = derive_key(6, np.arange(trials), np.zeros(trials, dtype=np.int64))
+    code = sum(permute(np.full(trials, i), 3, keys) * 3**i for i in range(3))
+    counts = np.unique(np.asarray(code), return_counts=True)[1]
+    assert len(counts) == 6
+    assert ((counts - 1000) ** 2 / 1000).sum() < 25
+
+
+def test_seeds_sources_and_epochs_have_keys_of_their_own() -> None:
+    source, epoch = (grid.ravel() for grid in np.meshgrid(np.arange(50), np.arange(50)))
+    keys = np.concatenate([derive_key(seed, source, epoch) for seed in (0, 1, 2, 2**63 - 1)])
+    assert len(np.unique(keys)) == len(keys)

@@ -1,0 +1,282 @@
+"""The house rules, read from the sources: layers, doors, sizes, and what must not be there.
+
+CONTRIBUTING.md gives the reason of each. Every rule is a function from a source to its faults, so
+that the last test can show each one a fault and see it found.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Bottom up; a module imports only from lines above its own. Peers share a line.
+LAYERS = (
+    *("errors", "env", "log", "files", "config", "shapes", "plan", "formats"),
+    *("parallel", "data|model|optim", "engine", "checkpoint", "observe", "evaluate", "train"),
+)
+RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split("|")}
+TORCH_FREE = LAYERS[: LAYERS.index("formats") + 1]
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LAUNCHER_LINES, MAX_PROJECT_LINES = 400, 60, 99, 12_000
+
+PROJECT = sorted(
+    path
+    for folder in ("megalite", "data_prep", "launcher")
+    for path in (ROOT / folder).rglob("*.py")
+)
+PYTHON = PROJECT + sorted(
+    path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+)
+TEXTS = sorted(
+    path
+    for folder in (".", ".ci", "configs", "docs", "slurm", "tests", "benchmarks")
+    for path in (ROOT.iterdir() if folder == "." else (ROOT / folder).rglob("*"))
+    if path.is_file() and path.suffix not in (".pyc", ".png", ".bin", ".idx")
+)
+
+# Written in halves: this file must not hold them either.
+WORDS = (
+    *(r"\bTO" + r"DO\b", r"\bFIX" + r"ME\b", r"\bXX" + r"X\b", "raise NotImpl" + "emented"),
+    *("/wo" + "rk/", r"\.\./sha" + "red", "con" + r"tract\.md", "(this|another) sess" + "ion"),
+    *("issue" + r" [A-J]\b", "(this|next) iss" + "ue", r"\bClau" + r"de\b", r"\bChat" + r"GPT\b"),
+)
+
+
+def where(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything imported, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def layer_of(file: str) -> str:
+    """`config` of megalite/config/load.py; the first folder of anything else."""
+    parts = Path(file).with_suffix("").parts
+    return parts[1] if parts[0] == "megalite" else parts[0]
+
+
+def layer_faults(file: str, tree: ast.AST) -> Iterator[str]:
+    own = layer_of(file)
+    if own == "__init__":
+        yield from (f"{file}:{line} imports {name}" for line, name in imports(tree))
+        return
+    limit = {"data_prep": RANK["formats"] + 1, "launcher": len(LAYERS)}.get(own, RANK.get(own))
+    if limit is None:
+        yield f"{file}: {own} is not in the list of layers"
+        return
+    for line, name in imports(tree):
+        first, second = (*name.split("."), "")[:2]
+        if first == "megalite" and second not in ("", own, "__version__"):
+            if second not in RANK:
+                yield f"{file}:{line} {name} is not in the list of layers"
+            elif RANK[second] >= limit:
+                yield f"{file}:{line} {own} imports {name}, which is not below it"
+        elif first in ("", "launcher", "tests") or (first == "data_prep" and own in RANK):
+            yield f"{file}:{line} imports {name}"
+
+
+def torch_faults(file: str, tree: ast.AST) -> Iterator[str]:
+    if layer_of(file) in (*TORCH_FREE, "data_prep", "__init__"):
+        for line, name in imports(tree):
+            if name.split(".")[0] in ("torch", "deepspeed", "transformers"):
+                yield f"{file}:{line} imports {name} below the line"
+
+
+def door_faults(file: str, tree: ast.AST) -> Iterator[str]:
+    if not file.startswith("megalite/engine/"):
+        for line, name in imports(tree):
+            if name.split(".")[0] == "deepspeed":
+                yield f"{file}:{line} imports {name}; only megalite/engine may"
+
+
+def environment_faults(file: str, tree: ast.AST) -> Iterator[str]:
+    readers = ("environ", "environb", "getenv", "putenv", "unsetenv")
+    if file == "megalite/env.py":
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in [f"os.{r}" for r in readers]:
+            yield f"{file}:{node.lineno} {ast.unparse(node)}; only megalite/env.py may"
+    for line, name in imports(tree):
+        if name in [f"os.{r}" for r in readers]:
+            yield f"{file}:{line} imports {name}; only megalite/env.py may"
+
+
+def unsafe_faults(file: str, tree: ast.AST) -> Iterator[str]:
+    """Whatever could run a stranger's code: unpickling, eval and exec."""
+    for line, name in imports(tree):
+        if name.split(".")[0] in ("pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"):
+            yield f"{file}:{line} imports {name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in ("torch.load", "torch.save", "eval", "exec"):
+                yield f"{file}:{node.lineno} calls {name}"
+            for keyword in node.keywords:
+                asked = keyword.arg in ("allow_pickle", "trust_remote_code")
+                if asked and ast.unparse(keyword.value) != "False":
+                    yield f"{file}:{node.lineno} {keyword.arg}"
+
+
+def print_faults(file: str, tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "builtins.print"):
+            yield f"{file}:{node.lineno} prints; use megalite.log.logger or sys.stdout.write"
+
+
+def size_faults(file: str, source: str) -> Iterator[str]:
+    lines = len(source.splitlines())
+    limit = MAX_LAUNCHER_LINES if file.startswith("launcher/") else MAX_FILE_LINES
+    if lines > limit:
+        yield f"{file}: {lines} lines, over {limit}: split it at a noun"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                yield f"{file}:{node.lineno} {node.name}: {length} lines, over {MAX_FUNCTION_LINES}"
+
+
+def hollow_faults(file: str, tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            body = ast.unparse(node.body)
+            if not re.search(r"\b(assert|raises|warns|check_|expect_)", body):
+                yield f"{file}:{node.lineno} {node.name} asserts nothing"
+
+
+def word_faults(file: str, source: str) -> Iterator[str]:
+    for number, line in enumerate(source.splitlines(), 1):
+        for word in WORDS:
+            if re.search(word, line):
+                yield f"{file}:{number} holds {word!r}: {line.strip()}"
+
+
+TREE_RULES: dict[str, Callable[[str, ast.AST], Iterator[str]]] = {
+    "layers": layer_faults,
+    "torch": torch_faults,
+    "door": door_faults,
+    "environment": environment_faults,
+    "unsafe": unsafe_faults,
+    "print": print_faults,
+}
+
+
+@pytest.mark.parametrize("rule", TREE_RULES)
+def test_the_sources_keep_the_rule(rule: str) -> None:
+    faults = []
+    for path in PROJECT:
+        faults += TREE_RULES[rule](where(path), ast.parse(path.read_text(encoding="utf-8")))
+    assert faults == []
+
+
+def test_files_and_functions_stay_small() -> None:
+    faults = [f for path in PYTHON for f in size_faults(where(path), path.read_text("utf-8"))]
+    assert faults == []
+
+
+def test_the_project_stays_small() -> None:
+    total = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PROJECT)
+    assert 0 < total < MAX_PROJECT_LINES
+
+
+def test_every_test_asserts_something() -> None:
+    faults = []
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        faults += hollow_faults(where(path), ast.parse(path.read_text(encoding="utf-8")))
+    assert faults == []
+
+
+def test_test_files_have_unique_names() -> None:
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def test_no_words_that_do_not_belong() -> None:
+    texts = sorted({*TEXTS, *PYTHON} - {ROOT / "LICENSE", ROOT / ".git"})
+    assert [f for path in texts for f in word_faults(where(path), path.read_text("utf-8"))] == []
+
+
+def test_launchers_shadow_no_module() -> None:
+    """A script's folder leads sys.path: launcher/profile.py would replace the library's profile."""
+    taken = sys.stdlib_module_names | packages_distributions().keys()
+    assert [path.name for path in (ROOT / "launcher").glob("*.py") if path.stem in taken] == []
+
+
+def test_nothing_below_the_line_loads_torch() -> None:
+    """Each module is imported in one fresh interpreter; the first to bring torch along is named."""
+    modules = [
+        where(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        for path in PROJECT
+        if layer_of(where(path)) in (*TORCH_FREE, "data_prep") and path.name != "__main__.py"
+    ]
+    program = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    loaded = {'torch', 'deepspeed', 'transformers'} & sys.modules.keys()\n"
+        "    if loaded: sys.exit(f'{name} loads {sorted(loaded)}')\n"
+    )
+    command = [sys.executable, "-c", program, *modules]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(modules) >= len(TORCH_FREE)
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "source", "faults"),
+    [
+        ("layers", "megalite/config/a.py", "from megalite.plan import Plan", 1),
+        ("layers", "megalite/config/a.py", "from megalite import errors, train", 1),
+        ("layers", "megalite/config/a.py", "import megalite.errors\nimport megalite.config.b", 0),
+        ("layers", "megalite/model/a.py", "def f():\n    from megalite.data.batch import Batch", 1),
+        ("layers", "megalite/files.py", "from megalite.log import logger", 0),
+        ("layers", "megalite/log.py", "from megalite import files, __version__", 1),
+        ("layers", "megalite/train/a.py", "from . import b\nimport data_prep", 2),
+        ("layers", "megalite/extras/a.py", "", 1),
+        ("layers", "megalite/train/a.py", "import megalite.extras", 1),
+        ("layers", "data_prep/a.py", "import megalite.formats\nimport megalite.parallel", 1),
+        ("layers", "launcher/a.py", "import megalite.train.loop\nfrom launcher import b", 1),
+        ("torch", "megalite/plan.py", "def f():\n    from torch import nn", 1),
+        ("torch", "megalite/parallel/a.py", "import torch", 0),
+        ("door", "megalite/train/a.py", "from deepspeed.utils import groups", 1),
+        ("door", "megalite/engine/a.py", "import deepspeed", 0),
+        ("environment", "launcher/a.py", "import os\nos.environ['A'] = os.getenv('B')", 2),
+        ("environment", "megalite/train/a.py", "from os import environ", 1),
+        ("environment", "megalite/env.py", "import os\nos.environ", 0),
+        (
+            "unsafe",
+            "megalite/a.py",
+            "import pickle\ntorch.load(f)\nnp.load(f, allow_pickle=True)",
+            3,
+        ),
+        ("unsafe", "megalite/a.py", "model.eval()\nnp.load(f, allow_pickle=False)", 0),
+        ("print", "launcher/a.py", "print(1)\nconsole.print(1)", 1),
+    ],
+)
+def test_a_rule_finds_its_fault(rule: str, file: str, source: str, faults: int) -> None:
+    assert len(list(TREE_RULES[rule](file, ast.parse(source)))) == faults
+
+
+def test_the_other_rules_find_their_faults() -> None:
+    long = "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
+    assert len(list(size_faults("megalite/a.py", long))) == 1
+    assert len(list(size_faults("megalite/a.py", "x = 1\n" * (MAX_FILE_LINES + 1)))) == 1
+    assert len(list(size_faults("launcher/a.py", "x = 1\n" * 100))) == 1
+    assert list(size_faults("launcher/a.py", "x = 1\n" * 99)) == []
+    assert len(list(hollow_faults("tests/a.py", ast.parse("def test_a():\n    f()")))) == 1
+    assert len(list(word_faults("a.md", "TO" + "DO: more\nfine\nsee /wo" + "rk/main"))) == 2
