@@ -7,33 +7,33 @@ the number of workers changes the time alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.inputs import find_units
+from data_prep.inputs import Unit, find_units
 from data_prep.output import ShardSeries, staged
 from data_prep.readers import BadRecords, read_documents
 from megalite.errors import CommandError, DataError
 from megalite.files import sync_directory, sync_file
-from megalite.formats.index import Dtype, Integers, dtype_for
+from megalite.formats.index import Integers, dtype_for
 from megalite.formats.manifest import Manifest, SourceInfo, TokenizerInfo, write_manifest
 from megalite.formats.tokenizer import Tokenizer, check_round_trip, load_tokenizer
 from megalite.log import logger
 
-# Encoded at once: enough for every thread, and little enough to stay in the cache's reach.
-_BATCH_CHARACTERS = 4 << 20
-_REPORT_EVERY = 10.0  # seconds
+# Encoded at once. Documents are dealt to threads, so a batch holds many times as many as there are.
+_BATCH_CHARACTERS = 8 << 20
+_REPORT_EVERY = 5.0  # seconds
 
 
 @dataclass(frozen=True)
 class TokenizeOptions:
     """The arguments of `tokenize`."""
 
-    inputs: tuple[str, ...]
+    inputs: Sequence[str]
     tokenizer: str
     output: Path
     text_field: str = "text"
@@ -44,24 +44,36 @@ class TokenizeOptions:
     eos: bool = True
 
     def recorded(self) -> dict[str, Any]:
-        """What the manifest keeps: all that the shards depend on."""
-        return {
-            "input": list(self.inputs),
-            "tokenizer": self.tokenizer,
-            "text_field": self.text_field,
-            "shard_tokens": self.shard_tokens,
-            "max_bad_records": self.max_bad_records,
-            "bos": self.bos,
-            "eos": self.eos,
-        }
+        """What the manifest keeps: all that the shards depend on, and nothing else."""
+        kept = asdict(self)
+        del kept["output"], kept["workers"]
+        return {**kept, "inputs": list(self.inputs)}
 
 
 @dataclass
-class Batch:
-    """Documents in order, each with the number of its --input."""
+class _Tally:
+    """What one --input gave so far."""
 
-    sources: list[int] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
+    files: int = 0
+    bytes: int = 0
+    documents: int = 0
+    tokens: int = 0
+    bad_records: int = 0
+
+
+class _Encoder:
+    """A tokenizer with its policy for the ends of documents."""
+
+    def __init__(self, tokenizer: Tokenizer, *, bos: bool, eos: bool) -> None:
+        self._tokenizer = tokenizer
+        self.bos = _control(tokenizer.bos_id, "BOS", "leave out --bos") if bos else None
+        self.eos = _control(tokenizer.eos_id, "EOS", "pass --no-eos") if eos else None
+        self._before = np.array([] if self.bos is None else [self.bos], np.int32)
+        self._after = np.array([] if self.eos is None else [self.eos], np.int32)
+
+    def encode(self, texts: Sequence[str], *, threads: int) -> Iterator[Integers]:
+        for ids in self._tokenizer.encode_batch(texts, threads=threads):
+            yield np.concatenate([self._before, ids, self._after])
 
 
 def tokenize(options: TokenizeOptions) -> Manifest:
@@ -73,24 +85,100 @@ def tokenize(options: TokenizeOptions) -> Manifest:
     """
     tokenizer = load_tokenizer(options.tokenizer)
     check_round_trip(tokenizer)
-    before = _control(tokenizer.bos_id, "BOS", "leave --bos out") if options.bos else None
-    after = _control(tokenizer.eos_id, "EOS", "pass --no-eos") if options.eos else None
-    reading = _Reading(options)
+    encoder = _Encoder(tokenizer, bos=options.bos, eos=options.eos)
+    units = find_units(options.inputs)
+    tallies = [_Tally() for _ in options.inputs]
+    dtype = dtype_for(tokenizer.vocab_size)
     with staged(options.output) as staging:
-        dtype = dtype_for(tokenizer.vocab_size)
-        wrap = _wrapper(before, after)
         with ShardSeries(
             staging, dtype, vocab_size=tokenizer.vocab_size, shard_tokens=options.shard_tokens
         ) as series:
-            for batch in reading.batches():
-                encoded = tokenizer.encode_batch(batch.texts, threads=options.workers)
-                for source, ids in zip(batch.sources, encoded, strict=True):
-                    document = wrap(ids)
-                    series.add_document(document)
-                    reading.count(source, document.size)
-        manifest = _manifest(options, tokenizer, dtype, series, reading)
-        manifest = manifest.model_copy(
-            update={"bos": before, "eos": after, "tokenizer": _save(tokenizer, staging)}
+            for batch in _with_progress(_batches(units, options, tallies), tallies):
+                texts = [text for _, text in batch]
+                encoded = encoder.encode(texts, threads=options.workers)
+                for (source, _), ids in zip(batch, encoded, strict=True):
+                    series.add_document(ids)
+                    tallies[source].tokens += ids.size
+        manifest = Manifest(
+            dtype=dtype.name,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer=_save(tokenizer, staging),
+            bos=encoder.bos,
+            eos=encoder.eos,
+            documents=sum(tally.documents for tally in tallies),
+            tokens=sum(tally.tokens for tally in tallies),
+            shards=series.shards,
+            sources=[
+                SourceInfo(input=name, **asdict(tally))
+                for name, tally in zip(options.inputs, tallies, strict=True)
+            ],
+            arguments=options.recorded(),
         )
+        if not manifest.documents:
+            raise DataError(f"no document in {', '.join(options.inputs)}; nothing was written")
         write_manifest(staging, manifest)
     return manifest
+
+
+def _batches(
+    units: Sequence[Unit], options: TokenizeOptions, tallies: Sequence[_Tally]
+) -> Iterator[list[tuple[int, str]]]:
+    """Documents in order, each with the number of its --input, some millions of characters a time.
+
+    The tallies count what was read; only one batch is held.
+    """
+    bad = BadRecords(options.max_bad_records)
+    batch, characters = [], 0
+    for unit in units:
+        tally, bad_before = tallies[unit.source], bad.count
+        for text in read_documents(unit, options.text_field, bad):
+            batch.append((unit.source, text))
+            tally.documents += 1
+            tally.bytes += len(text.encode())
+            characters += len(text)
+            if characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+        tally.files += 1
+        tally.bad_records += bad.count - bad_before
+    if batch:
+        yield batch
+
+
+def _with_progress(
+    batches: Iterator[list[tuple[int, str]]], tallies: Sequence[_Tally]
+) -> Iterator[list[tuple[int, str]]]:
+    """The same batches; every few seconds, and at the end, a line with the rate."""
+    began = reported = time.monotonic()
+    for batch in batches:
+        yield batch
+        if time.monotonic() - reported >= _REPORT_EVERY:
+            reported = time.monotonic()
+            _report("so far", tallies, reported - began)
+    _report("all", tallies, time.monotonic() - began)
+
+
+def _report(label: str, tallies: Sequence[_Tally], seconds: float) -> None:
+    documents = sum(tally.documents for tally in tallies)
+    size, tokens = sum(tally.bytes for tally in tallies), sum(tally.tokens for tally in tallies)
+    logger.info(
+        "%s: %s documents, %.1f MB of text, %s tokens in %.1f s (%.2f MB/s, %s tokens/s)",
+        *(label, f"{documents:,}", size / 1e6, f"{tokens:,}", seconds),
+        *(size / 1e6 / max(seconds, 1e-9), f"{tokens / max(seconds, 1e-9):,.0f}"),
+    )
+
+
+def _save(tokenizer: Tokenizer, staging: Path) -> TokenizerInfo:
+    folder = staging / "tokenizer"
+    folder.mkdir()
+    name = tokenizer.save(folder)
+    for file in folder.iterdir():
+        sync_file(file)
+    sync_directory(folder)
+    return TokenizerInfo(path=f"{folder.name}/{name}", sha256=tokenizer.sha256)
+
+
+def _control(id: int | None, name: str, otherwise: str) -> int:
+    if id is None:
+        raise CommandError(f"the tokenizer has no {name} token; use another, or {otherwise}")
+    return id

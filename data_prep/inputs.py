@@ -1,11 +1,11 @@
 """What `--input` means: files, folders, globs and hub data sets, in an order that never varies.
 
-    corpus.jsonl              a file, by its ending: JSON lines (.jsonl .ndjson .json), Parquet
-                              (.parquet), anything else one document of text; .gz and .zst inside
-                              .jsonl.gz or .txt.zst are unpacked
-    "web/**/*.parquet"        a glob, quoted or expanded by the shell
-    src/                      a folder: every file below it, except names that begin with a dot
-    hf:NAME[:SPLIT]           a data set of the Hugging Face hub or a local folder of data files
+corpus.jsonl              a file, by its ending: JSON lines (.jsonl .ndjson .json), Parquet
+                          (.parquet), anything else one document of text; .gz and .zst inside
+                          .jsonl.gz or .txt.zst are unpacked
+"web/**/*.parquet"        a glob, quoted or expanded by the shell
+src/                      a folder: every file below it, except names that begin with a dot
+hf:NAME[:SPLIT]           a data set of the Hugging Face hub or a local folder of data files
 """
 
 from __future__ import annotations

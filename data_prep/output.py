@@ -60,9 +60,7 @@ class ShardSeries:
             self.close()
         if self._writer is None:
             name = f"shard_{len(self.shards):05d}"
-            self._writer = ShardWriter(
-                self._folder, name, self._dtype, vocab_size=self._vocab_size
-            )
+            self._writer = ShardWriter(self._folder, name, self._dtype, vocab_size=self._vocab_size)
         self._writer.add_document(ids)
 
     def close(self) -> None:

@@ -50,8 +50,8 @@ class BadRecords:
         self.count += 1
         if self.count > self.limit:
             raise DataError(
-                f"{fault.place}: {fault.reason}; that is bad record {self.count}, and "
-                f"--max-bad-records {self.limit} are allowed: mend the input, or allow more"
+                f"{fault.place}: {fault.reason}; bad record {self.count}, more than "
+                f"--max-bad-records {self.limit} allows: mend the input, or allow more"
             )
         if self.count <= _NAMED:
             logger.warning("%s: %s; left out", fault.place, fault.reason)
@@ -140,7 +140,7 @@ def _open(unit: Unit) -> IO[bytes]:
     """A file's bytes, unpacked; gzip files may have several members, zstd several frames."""
     try:
         if unit.path.endswith(".gz"):
-            return io.BufferedReader(gzip.open(unit.path), _BUFFER)  # type: ignore[arg-type]
+            return io.BufferedReader(gzip.open(unit.path), _BUFFER)
         if unit.path.endswith(".zst"):
             import pyarrow as pa
 

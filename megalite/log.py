@@ -40,6 +40,13 @@ def add_file(path: Path) -> logging.Handler:
     return handler
 
 
+def remove(handler: logging.Handler | None) -> None:
+    """Take back what `add_file` added."""
+    if handler is not None:
+        logger.removeHandler(handler)
+        handler.close()
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run a command and leave with its exit code; an error of ours is a line, not a traceback.
 

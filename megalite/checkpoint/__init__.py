@@ -1,12 +1,14 @@
 """Checkpoints: saved as named tensors, published by one rename, found and checked on resume."""
 
 from megalite.checkpoint.lease import Lease
-from megalite.checkpoint.load import find_newest, load_weights, open_checkpoint, restore
-from megalite.checkpoint.save import Place, retain, save
+from megalite.checkpoint.load import fill_model, find_newest, load_weights, open_checkpoint, restore
+from megalite.checkpoint.save import Place, clear_leftovers, retain, save
 
 __all__ = [
     "Lease",
     "Place",
+    "clear_leftovers",
+    "fill_model",
     "find_newest",
     "load_weights",
     "open_checkpoint",

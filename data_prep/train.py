@@ -1,0 +1,153 @@
+"""`train-tokenizer`: a SentencePiece model that gives back every character it is fed."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from data_prep.inputs import find_units
+from data_prep.output import staged
+from data_prep.readers import BadRecords, read_documents
+from megalite.errors import DataError
+from megalite.files import sync_file
+from megalite.formats.tokenizer import SentencePieceTokenizer, Tokenizer, check_round_trip
+from megalite.log import logger
+
+# SentencePiece sees at most this much of the text: BPE learns it in some 20 s and 1 GB.
+SAMPLE_CHARACTERS = 100_000_000
+# A piece of a document that the trainer takes as one sentence. Documents are fed whole up to here
+# so that newlines and indentation are learnt; above 65,535 characters without a space it fails.
+_CHUNK_CHARACTERS = 16_384
+_SEED = 1234
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The arguments of `train-tokenizer`."""
+
+    inputs: Sequence[str]
+    vocab_size: int
+    output: Path
+    type: Literal["bpe", "unigram"] = "bpe"
+    text_field: str = "text"
+    max_bad_records: int = 0
+
+
+def train_tokenizer(options: TrainOptions) -> Tokenizer:
+    """Train on a sample of the input and write `tokenizer.model` into a new folder.
+
+    Ids: 0 unknown (never met, since unseen characters become bytes), 1 BOS, 2 EOS, no padding.
+
+    Raises:
+        CommandError: an input that names nothing, an output that is taken.
+        DataError: a vocabulary that the text cannot fill or that cannot hold its characters; a
+            file that cannot be used; too many bad records.
+    """
+    with staged(options.output) as staging:
+        sample = sample_chunks(_documents(options), SAMPLE_CHARACTERS)
+        if not sample:
+            raise DataError(f"no document in {', '.join(options.inputs)}; nothing was written")
+        size = sum(map(len, sample))
+        logger.info(
+            "learning %s pieces (%s) from %.1f M characters",
+            *(f"{options.vocab_size:,}", options.type, size / 1e6),
+        )
+        tokenizer = SentencePieceTokenizer(_learn(sample, options))
+        check_round_trip(tokenizer)
+        sync_file(staging / tokenizer.save(staging))
+    return tokenizer
+
+
+def sample_chunks(documents: Iterator[str], limit: int) -> list[str]:
+    """A sample of all text, of `limit` characters at most, in the order of the text.
+
+    Each chunk draws a number from a seeded generator and stays while that is below a threshold,
+    which is halved whenever the sample is full: uniform, alike in every run, flat in memory.
+    """
+    draw, threshold, size = random.Random(_SEED), 1.0, 0
+    kept: list[tuple[float, str]] = []
+    for document in documents:
+        for chunk in chunks(document):
+            number = draw.random()
+            if number >= threshold:
+                continue
+            kept.append((number, chunk))
+            size += len(chunk)
+            while size > limit and len(kept) > 1:
+                threshold /= 2
+                kept = [(number, chunk) for number, chunk in kept if number < threshold]
+                size = sum(len(chunk) for _, chunk in kept)
+    return [chunk for _, chunk in kept]
+
+
+def chunks(document: str) -> Iterator[str]:
+    """A document in parts that add up to it, cut before newlines where there are any.
+
+    Before, not after: the trainer strips the newlines that end a sentence.
+    """
+    start = 0
+    while len(document) - start > _CHUNK_CHARACTERS:
+        stop = start + _CHUNK_CHARACTERS
+        cut = document.rfind("\n", start + 1, stop)
+        cut = cut if cut > start else document.rfind(" ", start + 1, stop)
+        stop = cut if cut > start else stop
+        yield document[start:stop]
+        start = stop
+    yield document[start:]
+
+
+def _documents(options: TrainOptions) -> Iterator[str]:
+    bad = BadRecords(options.max_bad_records)
+    for unit in find_units(options.inputs):
+        yield from read_documents(unit, options.text_field, bad)
+
+
+def _learn(sample: Sequence[str], options: TrainOptions) -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample),
+            model_writer=model,
+            vocab_size=options.vocab_size,
+            model_type=options.type,
+            # nothing of the text is changed, dropped or added
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            byte_fallback=True,
+            # indentation is one piece, numbers are digits
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=4 * _CHUNK_CHARACTERS,  # in bytes; longer ones are left out
+            # unigram sums floats thread by thread: another number would give another model
+            num_threads=8,
+            minloglevel=2,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+        )
+    except RuntimeError as error:
+        raise _explain(str(error), options) from error
+    return model.getvalue()
+
+
+def _explain(message: str, options: TrainOptions) -> DataError:
+    asked = f"--vocab-size {options.vocab_size}"
+    if found := re.search(r"size too high .* value <= (\d+)", message):
+        return DataError(
+            f"{asked}: this text yields {found[1]} pieces at most; give more text, or ask for fewer"
+        )
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return DataError(
+            f"{asked}: the 256 bytes, 3 control tokens and the characters of this text take "
+            f"{found[1]} pieces already; ask for more"
+        )
+    return DataError(f"SentencePiece cannot learn from this text: {message}")

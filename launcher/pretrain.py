@@ -1,0 +1,73 @@
+"""Pretrain a language model from a run file. Started by deepspeed, torchrun, srun or python."""
+
+from __future__ import annotations
+
+import argparse
+
+from megalite import env
+from megalite.config import load_config
+from megalite.log import run_main
+
+_EXAMPLES = """examples:
+  python launcher/pretrain.py --config configs/smoke.json
+  deepspeed --num_gpus 8 launcher/pretrain.py --config configs/1b.json
+  torchrun --nproc-per-node 8 launcher/pretrain.py --config configs/1b.json
+  srun --ntasks-per-node 8 python launcher/pretrain.py --config configs/7b.json
+  python launcher/pretrain.py --config configs/smoke.json --set training.steps=20 --set name=try
+
+The same command again goes on where the run stopped. Exit codes: 0 done, 2 configuration, data or
+command line (nothing was written), 75 stopped and resumable, 3 superseded by a newer start, 1 else.
+"""
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run file (JSON)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, dotted (training.steps=100); may be repeated",
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: this run's newest whole checkpoint, else a fresh start (default); never: fresh, "
+        "an error where checkpoints exist; PATH: a step folder or a run folder of any run",
+    )
+    parser.add_argument(
+        "--init-from", metavar="CHECKPOINT", help="start a fresh run from a checkpoint's weights"
+    )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resume although model, tokenizer, data, sequence_length or seed changed",
+    )
+    # the deepspeed launcher appends it; the environment says the same
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    launch = env.find_launch()
+    config = load_config(arguments.config, arguments.set)
+    from megalite.train import Request, run  # torch: after everything that needs no torch
+
+    request = Request(
+        config,
+        resume=arguments.resume,
+        init_from=arguments.init_from,
+        allow_change=tuple(arguments.allow_change),
+    )
+    run(request, launch)
+
+
+if __name__ == "__main__":
+    run_main(main)

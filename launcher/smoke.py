@@ -1,0 +1,109 @@
+"""From a bare checkout to a trained model and a sample of it: what `make smoke` runs.
+
+The corpus is what every machine has, the sources of Python's standard library. Tokenizer and
+shards stay in data/smoke and serve again; the run in runs/smoke is made anew each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+DATA, RUN, CONFIG = Path("data/smoke"), Path("runs/smoke"), Path("configs/smoke.json")
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+HIGHEST_PERPLEXITY = 60
+SAMPLING = ("--max-new-tokens", "120", "--temperature", "0.7", "--top-p", "0.9")
+
+
+def collect(stdlib: Path, folder: Path) -> str:
+    """Write train.jsonl and valid.jsonl, a source file a record; about 1 file in 20 is held out."""
+    splits: dict[str, list[str]] = {"train": [], "valid": []}
+    for path in sorted(stdlib.rglob("*.py")):
+        name = path.relative_to(stdlib).as_posix()
+        text = path.read_bytes().decode("utf-8", errors="ignore").replace("\0", "")
+        if text and not LEFT_OUT & set(name.split("/")):
+            held_out = hashlib.sha256(name.encode()).digest()[0] % 20 == 0
+            splits["valid" if held_out else "train"].append(json.dumps({"text": text}) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, lines in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    return f"{len(splits['train'])} files to train on, {len(splits['valid'])} held out"
+
+
+def run(*command: str, capture: bool = True) -> str:
+    """A command's standard output; ends with all it wrote where it fails."""
+    pipe = subprocess.PIPE if capture else None
+    done = subprocess.run(command, text=True, stdout=pipe, stderr=pipe)
+    if done.returncode:
+        sys.exit(f"{done.stdout or ''}{done.stderr or ''}failed: {' '.join(command)}")
+    return done.stdout or ""
+
+
+def prepare(output: Path, *arguments: str) -> str:
+    """One data_prep command, unless its output is there: it is whole or absent."""
+    if not output.exists():
+        run(sys.executable, "-m", "data_prep", *arguments, "--output", str(output))
+    return str(output)
+
+
+def train() -> str:
+    """A fresh run on every GPU that divides the batch, at most 8, or on two CPU ranks."""
+    import torch
+
+    from megalite.config import load_config
+
+    training = load_config(CONFIG).training
+    count = min(torch.cuda.device_count(), 8) or 2
+    ranks = max(n for n in range(1, count + 1) if training.global_batch_size % n == 0)
+    micro_batch = math.gcd(training.global_batch_size // ranks, training.micro_batch_size)
+    shutil.rmtree(RUN, ignore_errors=True)
+    script = ("launcher/pretrain.py", "--config", str(CONFIG))
+    setting = ("--set", f"training.micro_batch_size={micro_batch}")
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    run(deepspeed, "--num_gpus", str(ranks), *script, *setting, capture=False)
+    # deepspeed returns 0 also where it was killed by a signal: the run's own word counts
+    status = json.loads((RUN / "status.json").read_text())
+    rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    found = [row["perplexity"] for row in rows if row["kind"] == "valid"]
+    if status["state"] != "done" or not found[-1] or found[-1] > HIGHEST_PERPLEXITY:
+        sys.exit(f"{status}, held-out perplexity {found}; expected under {HIGHEST_PERPLEXITY}")
+    return f"{ranks} ranks, held-out perplexity {found[0]:,.0f} -> {found[-1]:.1f}"
+
+
+def sample() -> str:
+    ask = ("--checkpoint", str(RUN), "--prompt", "def read_lines(path):\n", *SAMPLING)
+    return "\n\n" + run(sys.executable, "launcher/generate.py", *ask).rstrip() + "\n"
+
+
+def main() -> None:
+    os.chdir(Path(__file__).resolve().parent.parent)
+    stdlib, corpus, tokenizer = sysconfig.get_path("stdlib"), DATA / "corpus", DATA / "tokenizer"
+    learn = ("train-tokenizer", "--vocab-size", "8000", "--input", f"{corpus}/train.jsonl")
+    cut = ("tokenize", "--tokenizer", str(tokenizer), "--input")
+    steps = {
+        "corpus": lambda: collect(Path(stdlib), corpus),
+        "tokenizer": lambda: prepare(tokenizer, *learn),
+        "shards": lambda: prepare(DATA / "train", *cut, f"{corpus}/train.jsonl"),
+        "held out": lambda: prepare(DATA / "valid", *cut, f"{corpus}/valid.jsonl"),
+        "training": train,
+        "sample": sample,
+    }
+    for name, step in steps.items():
+        start = time.monotonic()
+        result = step()
+        sys.stdout.write(f"{name:<10} {time.monotonic() - start:6.1f} s  {result}\n")
+        sys.stdout.flush()
+    tensorboard = Path(sys.executable).with_name("tensorboard")
+    sys.stdout.write(f"the run    {RUN}\nits curves {tensorboard} --logdir {RUN}/tensorboard\n")
+
+
+if __name__ == "__main__":
+    main()

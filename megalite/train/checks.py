@@ -1,0 +1,79 @@
+"""What this machine cannot do, said before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+from megalite import env
+from megalite.config import RunConfig
+from megalite.env import Launch
+from megalite.plan import Plan
+
+_CGROUP_LIMITS = (  # version 2, then 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def hardware_faults(
+    config: RunConfig, plan: Plan, launch: Launch, device: Literal["cpu", "cuda"]
+) -> list[str]:
+    """Every reason this run cannot start here."""
+    faults = list(_unsupported(config, plan, device))
+    needed = plan.memory_bytes["total"]
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info(launch.local_rank % torch.cuda.device_count())
+        where = f"{free / 2**30:.1f} GiB are free on its GPU"
+    else:
+        needed *= launch.local_world_size
+        free = available_memory()
+        where = f"{free / 2**30:.1f} GiB are free on this host"
+    if needed > free:
+        parts = ", ".join(
+            f"{name} {size / 2**30:.1f}"
+            for name, size in plan.memory_bytes.items()
+            if name != "total" and size >= 2**26
+        )
+        ranks = f" for {launch.local_world_size} ranks" if device == "cpu" else ""
+        faults.append(
+            f"memory: {config.name} needs about {needed / 2**30:.1f} GiB{ranks} "
+            f"({parts} GiB a rank), but {where}; use more ranks with a higher ZeRO stage, "
+            "parallel.tensor, a smaller micro_batch_size or activation_checkpointing"
+        )
+    return faults
+
+
+def available_memory() -> int:
+    """Bytes this process's host can still give, the limit of its control group included."""
+    free = int(psutil.virtual_memory().available)
+    for limit, usage in _CGROUP_LIMITS:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(usage).read_text()))
+        except (OSError, ValueError):  # no such version, or "max": no limit
+            continue
+    return max(0, free)
+
+
+def _unsupported(
+    config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]
+) -> Iterator[str]:
+    if plan.tensor_parallel > 1:
+        yield (
+            f"parallel.tensor {plan.tensor_parallel}: this version trains with parallel.tensor 1; "
+            "set it to 1 and use ZeRO stage 3 for models larger than a device"
+        )
+    if plan.precision == "fp16" and device == "cpu":
+        yield (
+            "training.precision fp16: no GPU found, and a CPU trains in fp32 or bf16; set it to "
+            "auto"
+        )
+    if config.training.compile and not env.has_compiler():
+        yield (
+            "training.compile true: no C++ compiler on PATH, which torch.compile needs; install "
+            "g++ or set it to false"
+        )

@@ -1,0 +1,79 @@
+"""Steps as the loop consumes them: batches, the loss's divisor, and whether to stop.
+
+Once a step the ranks agree on two numbers: how many targets the global batch holds, and whether any
+rank was asked to stop. Both travel in one small reduction over the CPU group, started a step ahead
+so that nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalite.data import Loader, StepBatches
+from megalite.parallel import Grid
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Remembers the first stop signal; a second one ends the process at once.
+
+    As a context it installs its handlers and puts the old ones back.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in _SIGNALS:
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.name is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.name = signal.Signals(number).name
+
+
+class Feed:
+    """Hands out a step at a time, together with what all ranks agreed on for it."""
+
+    def __init__(self, loader: Loader, grid: Grid, stop: StopRequest) -> None:
+        self._loader, self._grid, self._stop = loader, grid, stop
+        self._ahead = self._begin()
+
+    def next(self) -> tuple[StepBatches, int, bool]:
+        """This rank's batches, the global batch's unmasked targets, and whether to stop instead."""
+        batches, agreed, work = self._ahead
+        self._ahead = self._begin()
+        work.wait()
+        targets, stop = agreed.tolist()
+        return batches, targets, stop > 0
+
+    def close(self) -> None:
+        """Finish the reduction under way, which other ranks may be in, and stop reading ahead."""
+        self._ahead[2].wait()
+        self._loader.close()
+
+    def _begin(self) -> tuple[StepBatches, torch.Tensor, Any]:
+        batches = next(self._loader)
+        agreed = torch.tensor([batches.targets, int(self._stop.name is not None)])
+        dp_copies = self._grid.tensor_parallel  # ranks that share a model share its batches
+        agreed[0] *= int(self._grid.tensor_rank == 0 or dp_copies == 1)
+        return batches, agreed, dist.all_reduce(agreed, group=self._grid.cpu_group, async_op=True)

@@ -1,0 +1,204 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megalite import checkpoint
+from megalite.checkpoint import Lease, Place
+from megalite.config import RunConfig
+from megalite.data import Dataset
+from megalite.engine import Engine, StepResult
+from megalite.errors import Stopped
+from megalite.evaluate import mean_loss
+from megalite.observe import Recorder, peak_flops, peak_memory_bytes
+from megalite.optim import learning_rate
+from megalite.parallel import Grid
+from megalite.plan import Plan
+from megalite.train.feed import Feed, StopRequest
+
+
+@dataclass
+class Trainer:
+    """One run from its present place to its end.
+
+    Attributes:
+        place: where the run stands; advanced by every step.
+        save: publishes a checkpoint of the given place.
+    """
+
+    config: RunConfig
+    plan: Plan
+    grid: Grid
+    engine: Engine
+    feed: Feed
+    valid: Dataset | None
+    recorder: Recorder
+    stop: StopRequest
+    place: Place
+    save: Callable[[Place], Path]
+
+    def run(self) -> None:
+        """Train to the last step.
+
+        Raises:
+            Stopped: a signal asked for it; the run was saved and can be resumed.
+        """
+        self._saved, self._evaluated = self.place.step, -1
+        if self.place.step == 0:
+            self._evaluate()
+        self._clock = _Clock(self.place)
+        while self.place.step < self.config.training.steps:
+            batches, targets, stop = self.feed.next()
+            if stop:
+                self._leave()
+            lr = learning_rate(self.config, self.place.step + 1)
+            result = self.engine.train_step(
+                batches.micro_batches, divisor=targets, lr=lr, step=self.place.step + 1
+            )
+            self.place = self._advance()
+            self._after_step(result, lr)
+        self._finish()
+
+    def _advance(self) -> Place:
+        return Place(
+            self.place.step + 1,
+            self.place.samples + self.plan.global_batch_size,
+            self.place.tokens + self.plan.tokens_per_step,
+        )
+
+    def _after_step(self, result: StepResult, lr: float) -> None:
+        step, training = self.place.step, self.config.training
+        if step % training.log_every == 0 or step == training.steps:
+            self._log(result, lr)
+        if _due(step, training.eval_every):
+            self._evaluate()
+        if _due(step, self.config.checkpoint.every):
+            self._save()
+
+    def _finish(self) -> None:
+        """The last validation and the last checkpoint, unless this very step already had them."""
+        if self._evaluated != self.place.step:
+            self._evaluate()
+        if self._saved != self.place.step:
+            self._save()
+
+    def _log(self, result: StepResult, lr: float) -> None:
+        """Read the step's numbers, which waits for the device, and record a row."""
+        loss = result.loss.detach().clone()
+        dist.all_reduce(loss, group=self.grid.data_group)
+        peak = torch.tensor([peak_memory_bytes(self.grid.device)])
+        self.grid.agree(peak, dist.ReduceOp.MAX)
+        loss_value, norm = loss.item(), float(result.grad_norm)
+        seconds, steps = self._clock.lap(self.place)
+        rate = steps * self.plan.tokens_per_step / seconds
+        self.recorder.train(
+            {
+                "step": self.place.step,
+                "loss": loss_value,
+                "lr": lr,
+                "grad_norm": norm,
+                "tokens": self.place.tokens,
+                "samples": self.place.samples,
+                "tokens_per_second": rate,
+                "mfu": self._mfu(rate),
+                "step_seconds": seconds / steps,
+                "peak_memory_bytes": int(peak.item()),
+            }
+        )
+        self.recorder.status("running", step=self.place.step)
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        """Share of the devices' dense peak that the model's own FLOPs reach, 0 to 1."""
+        if self.grid.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.grid.device)
+        peak = peak_flops(name, self.plan.precision)
+        if peak is None:
+            return None
+        return self.plan.flops_per_token * tokens_per_second / (peak * self.plan.world_size)
+
+    def _evaluate(self) -> None:
+        if self.valid is None:
+            return
+        with _Pause(getattr(self, "_clock", None)):
+            training = self.config.training
+            loss = mean_loss(
+                self.engine,
+                self.valid,
+                grid=self.grid,
+                samples=training.eval_batches * training.global_batch_size,
+                micro_batch_size=training.micro_batch_size,
+            )
+        row = {"step": self.place.step, "loss": loss, "perplexity": perplexity(loss)}
+        self.recorder.valid(row)
+        self._evaluated = self.place.step
+
+    def _save(self) -> None:
+        with _Pause(self._clock):
+            self.recorder.status("saving", step=self.place.step)
+            folder = self.save(self.place)
+        self._saved = self.place.step
+        self.recorder.event(self.place.step, "checkpoint", path=folder.name)
+        self.recorder.status("running", step=self.place.step, last_checkpoint=folder.name)
+
+    def _leave(self) -> None:
+        """Every rank is here at the same step, whichever of them was asked to stop."""
+        name = self.stop.name or "a signal on another rank"
+        self.recorder.event(self.place.step, "signal", signal=name)
+        if self._saved != self.place.step:
+            self._save()
+        raise Stopped(
+            f"stopped by {name} after step {self.place.step} and saved; the same command resumes it"
+        )
+
+
+class _Clock:
+    """Seconds of training since the last row: validations and saves do not count."""
+
+    def __init__(self, place: Place) -> None:
+        self._step, self._start, self.paused = place.step, time.perf_counter(), 0.0
+
+    def lap(self, place: Place) -> tuple[float, int]:
+        """Seconds and steps since the last call."""
+        now = time.perf_counter()
+        seconds, steps = now - self._start - self.paused, place.step - self._step
+        self._step, self._start, self.paused = place.step, now, 0.0
+        return seconds, steps
+
+
+class _Pause:
+    """Takes a section out of the clock, waiting for the device on both sides."""
+
+    def __init__(self, clock: _Clock | None) -> None:
+        self._clock = clock
+
+    def __enter__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if self._clock is not None:
+            self._clock.paused += time.perf_counter() - self._start
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,140 @@
+"""Which checkpoint a start goes on from, and which changes of the run file it may bring along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalite import files
+from megalite.checkpoint import Place, find_newest, open_checkpoint
+from megalite.config import RunConfig
+from megalite.errors import CheckpointError, CommandError
+from megalite.formats import checkpoint as disk
+from megalite.parallel import Grid
+
+ALLOWABLE = ("model", "tokenizer", "data", "sequence_length", "seed")
+_RECORDED = ("optimizer", "schedule", "training.global_batch_size")
+# each of these makes another order of samples, whose places mean something else
+_NEW_ORDER = ("data", "sequence_length", "seed")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint to go on from, and the changes against its run file worth recording."""
+
+    folder: Path
+    manifest: disk.Manifest
+    changes: dict[str, Any]
+    place: Place
+
+
+def check_request(root: Path, resume: str) -> None:
+    """Refuse `never` where checkpoints exist, before anything is started."""
+    if resume == "never" and (found := disk.published(root)):
+        raise CommandError(
+            f"--resume never, but {root} holds {found[0].name}: choose another name, move that "
+            "folder away, or resume with --resume auto"
+        )
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise CommandError(
+            f"--resume {resume}: no such folder; give auto, never, a step folder or a run folder"
+        )
+
+
+def find_origin(
+    config: RunConfig,
+    *,
+    grid: Grid,
+    root: Path,
+    resume: str,
+    allow: tuple[str, ...],
+    data_fingerprint: str,
+    tokenizer_sha256: str,
+) -> Origin | None:
+    """The checkpoint `resume` names, or None for a fresh start.
+
+    Raises:
+        CheckpointError: damaged checkpoints and no whole one.
+        CommandError: a change that needs `--allow-change`.
+    """
+    if resume == "never":
+        return None
+    found = find_newest(root, grid)
+    if resume != "auto":
+        # this run's own checkpoints are further along than the one it once started from
+        found = found if found and _is_within(found, resume, root) else _open(resume, grid)
+    if found is None:
+        return None
+    folder, manifest = found
+    before = files.read_json(folder / "config.json")
+    after = config.model_dump(mode="json")
+    changed = _changes(before, after, manifest, data_fingerprint, tokenizer_sha256)
+    refused = [key for key in ALLOWABLE if key in changed and key not in allow]
+    if refused:
+        raise CommandError(
+            "\n".join(
+                f"{key} differs from the checkpoint {folder}: {changed[key]}; restore it, or go on "
+                f"knowingly with --allow-change {key}"
+                for key in refused
+            )
+        )
+    samples = 0 if any(key in changed for key in _NEW_ORDER) else manifest.samples
+    place = Place(manifest.step, samples, manifest.tokens)
+    return Origin(folder, manifest, changed, place)
+
+
+def _open(path: str, grid: Grid) -> tuple[Path, disk.Manifest]:
+    try:
+        return open_checkpoint(Path(path), grid)
+    except CheckpointError as error:
+        raise CommandError(f"--resume {path}: {error}") from None
+
+
+def _is_within(found: tuple[Path, disk.Manifest], resume: str, root: Path) -> bool:
+    """Whether `resume` names this very run, whose newest whole checkpoint was looked up."""
+    return Path(resume).resolve() in (root.resolve(), root.parent.resolve())
+
+
+def _changes(
+    before: dict[str, Any],
+    after: dict[str, Any],
+    manifest: disk.Manifest,
+    data_fingerprint: str,
+    tokenizer_sha256: str,
+) -> dict[str, Any]:
+    """What differs, by key: a pair (before, after) or a sentence."""
+    found: dict[str, Any] = {}
+    if (was := _differing(before["model"], after["model"])) is not None:
+        found["model"] = was
+    if manifest.tokenizer_sha256 != tokenizer_sha256:
+        found["tokenizer"] = "another tokenizer made these shards"
+    lengths = before["data"]["sequence_length"], after["data"]["sequence_length"]
+    if lengths[0] != lengths[1]:
+        found["sequence_length"] = f"{lengths[0]} before, {lengths[1]} now"
+    for section in ("training", "data"):
+        seeds = before[section]["seed"], after[section]["seed"]
+        if seeds[0] != seeds[1]:
+            found["seed"] = f"{section}.seed {seeds[0]} before, {seeds[1]} now"
+    explained = "sequence_length" in found or before["data"]["seed"] != after["data"]["seed"]
+    if manifest.data_fingerprint != data_fingerprint and not explained:
+        found["data"] = "other shards, weights or mask_documents than it was trained on"
+    for key in _RECORDED:
+        old, new = _at(before, key), _at(after, key)
+        if old != new:
+            found[key] = {"before": old, "after": new}
+    return found
+
+
+def _differing(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    keys = sorted(k for k in {*before, *after} if before.get(k) != after.get(k))
+    if not keys:
+        return None
+    return ", ".join(f"{k} {before.get(k)!r} before, {after.get(k)!r} now" for k in keys)
+
+
+def _at(tree: dict[str, Any], key: str) -> Any:
+    value: Any = tree
+    for part in key.split("."):
+        value = value[part]
+    return value

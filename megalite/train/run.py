@@ -1,0 +1,286 @@
+"""A run from its request to its end: check everything, open the run folder, train, say how it went.
+
+Whatever the user can mend is found before the run folder is opened, on every rank alike.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megalite import checkpoint, files, log
+from megalite.checkpoint import Lease, Place
+from megalite.config import RunConfig
+from megalite.data import Dataset, Loader, open_data
+from megalite.engine import Engine
+from megalite.env import Launch
+from megalite.errors import CommandError, MegaLiteError, Stopped, Superseded, UserError
+from megalite.log import logger
+from megalite.observe import Recorder, previous_attempts
+from megalite.parallel import Grid, start, stop
+from megalite.plan import Plan, deepspeed_dict, make_plan
+from megalite.train.checks import hardware_faults
+from megalite.train.feed import Feed, StopRequest
+from megalite.train.loop import Trainer
+from megalite.train.resume import ALLOWABLE, Origin, check_request, find_origin
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a launcher was asked for.
+
+    resume: "auto", "never", or a step or run folder. init_from: a checkpoint whose weights a fresh
+    run starts from. engine: "reference" is the plain oracle, one rank in fp32.
+    """
+
+    config: RunConfig
+    resume: str = "auto"
+    init_from: str | None = None
+    allow_change: tuple[str, ...] = ()
+    engine: Literal["deepspeed", "reference"] = "deepspeed"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.logging.directory) / self.config.name
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def run(request: Request, launch: Launch) -> None:
+    """Train as requested.
+
+    Raises:
+        UserError: before anything was written.
+        MegaLiteError: of another kind afterwards; status.json tells what happened.
+    """
+    plan, train, valid = _check(request, launch)
+    grid = start(launch, tensor_parallel=plan.tensor_parallel)
+    try:
+        settings = _settings(request, plan, grid)
+        origin = _origin(request, grid, train)
+        with _opened(request, plan, grid, settings, train) as recorder:
+            _train(request, plan, grid, settings, train, valid, origin, recorder)
+    finally:
+        stop()
+
+
+def _check(request: Request, launch: Launch) -> tuple[Plan, Dataset, Dataset | None]:
+    """Everything that can be known without the other ranks; all faults at once."""
+    config = request.config
+    unknown = [key for key in request.allow_change if key not in ALLOWABLE]
+    if unknown:
+        raise CommandError(
+            f"--allow-change {unknown[0]}: give one of {', '.join(ALLOWABLE)}; everything else may "
+            "change without it"
+        )
+    check_request(request.root, request.resume)
+    if request.init_from is not None and not Path(request.init_from).is_dir():
+        raise CommandError(f"--init-from {request.init_from}: no such folder")
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    plan = make_plan(config, world_size=launch.world_size, device=device)
+    faults = hardware_faults(config, plan, launch, device)
+    try:
+        train, valid = open_data(config.data, vocab_size=config.model.vocab_size)
+    except UserError as error:
+        raise type(error)("\n".join([*faults, str(error)])) from None
+    if faults:
+        raise UserError("\n".join(faults))
+    return plan, train, valid
+
+
+def _settings(request: Request, plan: Plan, grid: Grid) -> dict[str, Any]:
+    if request.engine == "reference":
+        return {}
+    from megalite.engine import ds_config  # imports DeepSpeed
+
+    return ds_config.complete(deepspeed_dict(request.config, plan), grid)
+
+
+def _origin(request: Request, grid: Grid, train: Dataset) -> Origin | None:
+    return find_origin(
+        request.config,
+        grid=grid,
+        root=request.root,
+        resume=request.resume,
+        allow=request.allow_change,
+        data_fingerprint=train.fingerprint,
+        tokenizer_sha256=train.sources[0].manifest.tokenizer.sha256,
+    )
+
+
+@contextmanager
+def _opened(
+    request: Request, plan: Plan, grid: Grid, settings: dict[str, Any], train: Dataset
+) -> Iterator[Recorder]:
+    """The run folder, opened by rank 0; however the run ends, status.json says so."""
+    folder, attempt, handler = request.folder, 0, None
+    if grid.rank == 0:
+        attempt = previous_attempts(folder)
+        request.root.mkdir(parents=True, exist_ok=True)
+        checkpoint.clear_leftovers(request.root)
+        files.write_json(folder / "config.json", request.config.model_dump(mode="json"))
+        files.write_json(folder / "deepspeed.json", settings)
+        shutil.copytree(train.sources[0].folder / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+        handler = log.add_file(folder / "log.txt")
+    grid.barrier()
+    recorder = Recorder(
+        folder,
+        rank=grid.rank,
+        attempt=attempt,
+        total_steps=request.config.training.steps,
+        tensorboard=request.config.logging.tensorboard,
+        tokens_per_step=plan.tokens_per_step,
+    )
+    try:
+        yield recorder
+    finally:
+        recorder.close()
+        log.remove(handler)
+
+
+def _train(
+    request: Request,
+    plan: Plan,
+    grid: Grid,
+    settings: dict[str, Any],
+    train: Dataset,
+    valid: Dataset | None,
+    origin: Origin | None,
+    recorder: Recorder,
+) -> None:
+    place = origin.place if origin else Place()
+    recorder.status("running", step=place.step)
+    trainer: Trainer | None = None
+    try:
+        with StopRequest() as stop_request:
+            engine = _make_engine(request, plan, grid, settings)
+            place = _load(request, grid, engine, origin, place)
+            _announce(request, plan, grid, train, origin, place, recorder)
+            loader = Loader(
+                train,
+                global_batch_size=plan.global_batch_size,
+                micro_batch_size=plan.micro_batch_size,
+                data_rank=grid.data_rank,
+                data_size=plan.data_parallel,
+                start=place.samples,
+                pin_memory=grid.device.type == "cuda",
+            )
+            feed = Feed(loader, grid, stop_request)
+            save = _saver(request, grid, engine, train)
+            trainer = Trainer(
+                request.config, plan, grid, engine, feed, valid, recorder, stop_request, place, save
+            )
+            trainer.run()
+            feed.close()
+        recorder.event(trainer.place.step, "end")
+        recorder.status("done", step=trainer.place.step)
+        grid.barrier()
+    except BaseException as error:
+        state, reason = _verdict(error)
+        recorder.status(state, step=trainer.place.step if trainer else place.step, reason=reason)
+        if isinstance(error, UserError):  # found too late to be exit code 2
+            raise MegaLiteError(str(error)) from error
+        raise
+
+
+def _verdict(error: BaseException) -> tuple[Any, str]:
+    kinds = {Stopped: "stopped", Superseded: "superseded"}
+    return kinds.get(type(error), "failed"), f"{type(error).__name__}: {error}"
+
+
+def _make_engine(
+    request: Request, plan: Plan, grid: Grid, settings: dict[str, Any]
+) -> Engine:
+    if request.engine == "reference":
+        from megalite.engine.reference import ReferenceEngine
+
+        return ReferenceEngine(request.config, device=grid.device)
+    from megalite.engine.zero import DeepSpeedEngine
+
+    return DeepSpeedEngine(request.config, grid=grid, precision=plan.precision, settings=settings)
+
+
+def _load(
+    request: Request, grid: Grid, engine: Engine, origin: Origin | None, place: Place
+) -> Place:
+    """Bring the engine to where the run stands."""
+    config = request.config
+    if origin is not None:
+        restored = checkpoint.restore(
+            engine, config, grid=grid, folder=origin.folder, manifest=origin.manifest
+        )
+        return replace(restored, samples=place.samples)
+    if request.init_from is not None:
+        folder, manifest = checkpoint.open_checkpoint(Path(request.init_from), grid)
+        checkpoint.load_weights(engine, config.model, grid=grid, folder=folder, manifest=manifest)
+    return place
+
+
+def _announce(
+    request: Request,
+    plan: Plan,
+    grid: Grid,
+    train: Dataset,
+    origin: Origin | None,
+    place: Place,
+    recorder: Recorder,
+) -> None:
+    """Say what this start is: to the log, and as an event."""
+    config = request.config
+    logger.info(
+        "%s: %.1f M parameters, %s, ZeRO-%d, %d x data, %d x tensor, %d x %d tokens a step, %s",
+        config.name,
+        plan.parameters / 1e6,
+        plan.precision,
+        plan.zero_stage,
+        plan.data_parallel,
+        plan.tensor_parallel,
+        plan.global_batch_size,
+        plan.sequence_length,
+        grid.device.type,
+    )
+    facts = train.describe(plan.global_batch_size * config.training.steps)
+    layout = {"world_size": plan.world_size, "zero_stage": plan.zero_stage, "data": facts}
+    if origin is None:
+        extra = {"init_from": request.init_from} if request.init_from else {}
+        recorder.event(place.step, "start", **layout, **extra)
+    else:
+        logger.info("resumed from %s", origin.folder)
+        recorder.event(
+            place.step, "resume", path=str(origin.folder), changes=origin.changes, **layout
+        )
+
+
+def _saver(
+    request: Request, grid: Grid, engine: Engine, train: Dataset
+) -> Callable[[Place], Path]:
+    lease = Lease(request.root) if grid.rank == 0 else None
+    write = partial(
+        checkpoint.save,
+        engine,
+        request.config,
+        grid=grid,
+        root=request.root,
+        data_fingerprint=train.fingerprint,
+        tokenizer=request.folder / "tokenizer",
+        tokenizer_sha256=train.sources[0].manifest.tokenizer.sha256,
+        lease=lease,
+    )
+
+    def save(place: Place) -> Path:
+        folder = write(place=place)
+        if grid.rank == 0:
+            checkpoint.retain(request.root, request.config.checkpoint.keep)
+        return folder
+
+    return save

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megalite.config import DataConfig, SourceConfig
+from megalite.data import Dataset, Loader, open_data, open_train, open_valid
+from megalite.errors import DataError
+from megalite.formats.manifest import TokenizerInfo
+from megalite.formats.shards import Manifest, ShardWriter, open_shards, write_manifest
+
+ONE, OTHER = "1" * 64, "2" * 64
+
+
+def write_folder(
+    folder: Path,
+    documents: Sequence[Any],
+    *,
+    shards: int = 1,
+    vocab_size: int = 500,
+    tokenizer: str = ONE,
+) -> None:
+    """A shard folder of the given documents, split evenly over shards."""
+    folder.mkdir(parents=True)
+    infos = []
+    for number, part in enumerate(np.array_split(np.arange(len(documents)), shards)):
+        with ShardWriter(
+            folder, f"shard_{number:05d}", np.dtype("<u2"), vocab_size=vocab_size
+        ) as writer:
+            for document in part:
+                writer.add_document(documents[document])
+            infos.append(writer.close())
+    manifest = Manifest(
+        dtype="uint16",
+        vocab_size=vocab_size,
+        tokenizer=TokenizerInfo(path="tokenizer/tokenizer.model", sha256=tokenizer),
+        bos=None,
+        eos=None,
+        documents=len(documents),
+        tokens=sum(info.tokens for info in infos),
+        shards=infos,
+        sources=[],
+        arguments={},
+    )
+    write_manifest(folder, manifest)
+
+
+def config(train: list[Path], valid: Sequence[Path] = (), **options: Any) -> DataConfig:
+    weights = options.pop("weights", [None] * len(train))
+    sources = zip(train, weights, strict=True)
+    return DataConfig(
+        train=tuple(SourceConfig(path=str(path), weight=weight) for path, weight in sources),
+        valid=tuple(SourceConfig(path=str(path)) for path in valid),
+        sequence_length=16,
+        **options,
+    )
+
+
+@pytest.fixture
+def folders(tmp_path: Path, memory_shards: Any) -> dict[str, Path]:
+    """Two folders of random documents, a short one, and one of another tokenizer."""
+    for name, seed, lengths in (("web", 1, [30, 5, 90, 41] * 4), ("code", 2, [17, 200, 3])):
+        source = memory_shards(lengths, seed=seed)
+        documents = np.split(source.ids, source.starts[1:])
+        write_folder(tmp_path / name, documents, shards=3)
+    write_folder(tmp_path / "short", [np.arange(16)])
+    write_folder(tmp_path / "foreign", [np.arange(100)], vocab_size=900, tokenizer=OTHER)
+    return {name: tmp_path / name for name in ("web", "code", "short", "foreign")}
+
+
+def test_a_folder_is_read_as_the_same_tokens_in_memory(
+    folders: dict[str, Path], memory_shards: Any
+) -> None:
+    """Three shards, windows and documents that cross them, against one array."""
+    data = config([folders["web"], folders["code"]], mask_documents=True, seed=9)
+    dataset = open_train(data, vocab_size=500)
+    in_memory = Dataset(
+        [memory_shards([30, 5, 90, 41] * 4, seed=1), memory_shards([17, 200, 3], seed=2)],
+        [None, None],
+        sequence_length=16,
+        seed=9,
+        mask_documents=True,
+    )
+    places = np.arange(3 * dataset.windows)
+    one, other = dataset.batch(places, 0), in_memory.batch(places, 0)
+    assert one.targets == other.targets
+    for name, tensor in one.tensors.items():
+        assert tensor.equal(other.tensors[name]), name
+    assert dataset.windows == 664 // 16 + 219 // 16
+    paths = [source["path"] for source in dataset.describe()["sources"]]
+    assert paths == [str(folders["web"]), str(folders["code"])]
+
+
+def test_training_is_shuffled_and_validation_is_not(folders: dict[str, Path]) -> None:
+    data = config([folders["web"]], [folders["web"]])
+    train, valid = open_data(data, vocab_size=500)
+    assert valid is not None
+    natural = 16 * np.arange(valid.windows)
+    assert np.array_equal(valid.locate(np.arange(valid.windows))[1], natural)
+    assert not np.array_equal(train.locate(np.arange(train.windows))[1], natural)
+    assert train.fingerprint == open_train(data, vocab_size=500).fingerprint
+    again = open_valid(data, vocab_size=500)
+    assert again is not None
+    assert valid.fingerprint == again.fingerprint != train.fingerprint
+
+
+def test_validation_may_be_absent(folders: dict[str, Path]) -> None:
+    data = config([folders["web"]])
+    assert open_valid(data, vocab_size=500) is None
+    assert open_data(data, vocab_size=500)[1] is None
+
+
+def test_weights_and_seed_reach_the_order(folders: dict[str, Path]) -> None:
+    both = [folders["web"], folders["code"]]
+    dataset = open_train(config(both, weights=[1, 3]), vocab_size=500)
+    assert (dataset.locate(np.arange(400))[0] == 1).mean() == pytest.approx(0.75, abs=0.01)
+    other = open_train(config(both, weights=[1, 3], seed=1), vocab_size=500)
+    assert dataset.fingerprint != other.fingerprint
+
+
+def test_every_fault_of_every_folder_is_told_at_once(folders: dict[str, Path]) -> None:
+    cut = folders["code"] / "shard_00001.bin"
+    cut.write_bytes(cut.read_bytes()[:-2])
+    missing = folders["web"].parent / "missing"
+    data = config(
+        [folders["web"], folders["code"], folders["short"]], [missing, folders["foreign"]]
+    )
+    with pytest.raises(DataError) as caught:
+        open_data(data, vocab_size=500)
+    text = str(caught.value)
+    lines = text.splitlines()
+    assert len(lines) == len(set(lines)) == 5
+    assert str(cut) in text
+    assert f"{folders['short']}: 16 tokens are less than one sample" in text
+    assert str(missing) in text
+    assert f"{folders['foreign']}: its tokenizer has 900 ids, but model.vocab_size is 500" in text
+    assert f"{folders['foreign']}: tokenized with 222222222222, but {folders['web']} with" in text
+    with pytest.raises(DataError) as caught:
+        open_train(data, vocab_size=500)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "verify", "found"), [(True, None, True), (False, True, True), (True, False, False)]
+)
+def test_a_flipped_byte_is_found_where_verifying_was_asked_for(
+    folders: dict[str, Path], asked: bool, verify: bool | None, found: bool
+) -> None:
+    flipped = folders["web"] / "shard_00000.bin"
+    data = bytearray(flipped.read_bytes())
+    data[0] ^= 1
+    flipped.write_bytes(data)
+    dataset = open_train(config([folders["web"]], verify=asked), vocab_size=500, verify=verify)
+    places = np.arange(dataset.windows)
+    if found:
+        with pytest.raises(DataError, match=r"shard_00000\.bin"):
+            dataset.batch(places, 0)
+    else:
+        dataset.batch(places, 0)
+
+
+def test_a_shard_damaged_under_way_stops_the_loader_with_its_name(
+    folders: dict[str, Path],
+) -> None:
+    dataset = open_train(config([folders["web"]]), vocab_size=500)
+    (folders["web"] / "shard_00002.bin").write_bytes(b"")
+    loader = Loader(
+        dataset,
+        global_batch_size=4,
+        micro_batch_size=4,
+        data_rank=0,
+        data_size=1,
+        start=0,
+        pin_memory=False,
+    )
+    with pytest.raises(DataError, match=r"shard_00002\.bin"):
+        list(islice(loader, dataset.windows))
+    loader.close()
+
+
+def test_the_fingerprint_does_not_depend_on_where_folders_lie(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    before = open_train(config([folders["web"]]), vocab_size=500).fingerprint
+    moved = folders["web"].rename(tmp_path / "elsewhere")
+    assert open_train(config([moved]), vocab_size=500).fingerprint == before
+    assert open_shards(moved).fingerprint != open_shards(folders["code"]).fingerprint

@@ -1,0 +1,66 @@
+"""Peaks by the names that devices give themselves, and memory that was really taken."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megalite.observe import peak_flops, peak_memory_bytes
+
+GROWTH = """
+import torch
+from megalite.observe import peak_memory_bytes
+cpu = torch.device("cpu")
+before = peak_memory_bytes(cpu)
+block = torch.ones(200 * 2**18)
+held = peak_memory_bytes(cpu)
+del block
+assert held - before > 190 * 2**20, (before, held)
+assert peak_memory_bytes(cpu) > held - 2**20  # the kernel counts in batches
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
+        ("NVIDIA H100 80GB HBM3", "fp32", 66.9),
+        ("NVIDIA H100 PCIe", "bf16", 756.5),
+        ("NVIDIA H100 NVL", "fp16", 835.5),
+        ("NVIDIA H200", "bf16", 989.4),
+        ("NVIDIA GH200 480GB", "bf16", 989.4),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312.0),
+        ("NVIDIA A100 80GB PCIe", "fp32", 19.5),
+        ("NVIDIA L40S", "bf16", 362.05),
+        ("NVIDIA GeForce RTX 4090", "fp16", 165.2),
+        ("Tesla V100-SXM2-32GB", "fp16", 125.0),
+        ("AMD Instinct MI300X", "bf16", 1307.4),
+    ],
+)
+def test_known_devices(name: str, precision: str, tera: float) -> None:
+    assert peak_flops(name, precision) == pytest.approx(tera * 1e12)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("cpu", "fp32"),
+        ("NVIDIA A10G", "bf16"),
+        ("NVIDIA GeForce RTX 3090 Ti", "bf16"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16"),
+        ("Tesla V100-SXM2-32GB", "bf16"),
+    ],
+)
+def test_an_unknown_peak_is_none_rather_than_a_guess(name: str, precision: str) -> None:
+    assert peak_flops(name, precision) is None
+
+
+def test_resident_peak_counts_what_was_held_and_stays() -> None:
+    """In a process of its own: this one has held more before."""
+    done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert peak_memory_bytes(torch.device("cpu")) > 50 * 2**20

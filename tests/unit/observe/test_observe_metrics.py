@@ -1,0 +1,149 @@
+"""The records of a run: rows, states, attempts, and what a crash leaves behind."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.observe import Recorder, previous_attempts
+
+
+def recorder(folder: Path, *, rank: int = 0, attempt: int = 0) -> Recorder:
+    return Recorder(
+        folder, rank=rank, attempt=attempt, total_steps=20, tensorboard=False, tokens_per_step=32
+    )
+
+
+def train_row(step: int, **changes: Any) -> dict[str, Any]:
+    row = {
+        "step": step,
+        "loss": 5.0 / step,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "tokens": 32 * step,
+        "samples": 4 * step,
+        "tokens_per_second": 1000.0,
+        "mfu": None,
+        "step_seconds": 0.032,
+        "peak_memory_bytes": 2**30,
+    }
+    return {**row, **changes}
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_carry_kind_time_and_attempt(tmp_path: Path) -> None:
+    before = time.time()
+    record = recorder(tmp_path, attempt=2)
+    record.event(0, "start", world_size=2)
+    record.valid({"step": 0, "loss": 9.0, "perplexity": 8103.1})
+    record.train(train_row(1))
+    assert len(rows(tmp_path)) == 3  # on the disk at once, not when the file closes
+    record.close()
+    event, valid, train = rows(tmp_path)
+    assert (event["kind"], event["step"], event["name"], event["world_size"]) == (
+        "event", 0, "start", 2,
+    )  # fmt: skip
+    assert valid["kind"] == "valid"
+    assert valid["perplexity"] == 8103.1
+    assert train.items() >= train_row(1).items()
+    assert train.keys() - train_row(1).keys() == {"kind", "time", "attempt"}
+    assert train["attempt"] == 2
+    assert before <= event["time"] <= valid["time"] <= train["time"] <= time.time()
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    record = recorder(tmp_path)
+    record.train(train_row(1, loss=float("nan"), grad_norm=float("inf")))
+    record.event(1, "skip", norms=[1.0, float("-inf")], ranks={"0": float("nan")})
+    record.close()
+    train, event = rows(tmp_path)
+    assert train["loss"] is None
+    assert train["grad_norm"] is None
+    assert event["norms"] == [1.0, None]
+    assert event["ranks"] == {"0": None}
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    record = recorder(tmp_path, rank=1)
+    record.event(0, "start")
+    record.train(train_row(1))
+    record.valid({"step": 1, "loss": 1.0, "perplexity": 2.7})
+    record.status("running", step=1)
+    record.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_status_is_replaced_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    record = recorder(tmp_path, attempt=1)
+    record.status("running", step=3, last_checkpoint="step_00000003")
+    record.status("stopped", step=5, reason="SIGTERM")
+    record.close()
+    assert json.loads((tmp_path / "status.json").read_text()) == {
+        "state": "stopped",
+        "step": 5,
+        "attempt": 1,
+        "last_checkpoint": "step_00000003",
+        "reason": "SIGTERM",
+    }
+
+
+def test_close_is_harmless_twice_and_ends_the_writing(tmp_path: Path) -> None:
+    record = recorder(tmp_path)
+    record.train(train_row(1))
+    record.close()
+    record.close()
+    record.train(train_row(2))
+    assert len(rows(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("rest", "kept"),
+    [
+        ('{"kind": "train", "step": 2, "lo', 1),
+        ('{"kind": "train", "step": 2, "attempt": 0}', 2),
+        ("", 1),
+    ],
+)
+def test_a_line_that_a_crash_cut_short_harms_no_row(tmp_path: Path, rest: str, kept: int) -> None:
+    first = recorder(tmp_path)
+    first.train(train_row(1))
+    first.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(rest)
+    second = recorder(tmp_path, attempt=1)
+    second.train(train_row(2))
+    second.close()
+    found = rows(tmp_path)
+    assert [row["step"] for row in found] == [*[1, 2, 2][:kept], 2]
+    assert found[-1]["attempt"] == 1
+
+
+def test_attempts_are_counted_from_either_record(tmp_path: Path) -> None:
+    assert previous_attempts(tmp_path) == 0
+    assert previous_attempts(tmp_path / "absent") == 0
+    record = recorder(tmp_path, attempt=0)
+    record.event(0, "start")
+    record.close()
+    assert previous_attempts(tmp_path) == 1  # metrics.jsonl alone
+    record = recorder(tmp_path, attempt=4)
+    record.status("running", step=0)
+    record.close()
+    assert previous_attempts(tmp_path) == 5
+    (tmp_path / "status.json").write_text('{"state": "runn')
+    assert previous_attempts(tmp_path) == 1
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('[]\n{"kind": "event", "attempt": 7}\n{"kind": "tr')
+    assert previous_attempts(tmp_path) == 8
+
+
+def test_attempts_of_a_long_file_are_read_from_its_end(tmp_path: Path) -> None:
+    line = json.dumps({"kind": "train", "attempt": 3, "padding": "x" * 500}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(line * 300)
+    assert previous_attempts(tmp_path) == 4

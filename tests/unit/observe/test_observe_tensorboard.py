@@ -1,0 +1,61 @@
+"""TensorBoard's folders, read back with TensorBoard's own reader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megalite.observe import Recorder
+
+
+def run(folder: Path, attempt: int, first: int, last: int, loss: float) -> None:
+    recorder = Recorder(
+        folder, rank=0, attempt=attempt, total_steps=9, tensorboard=True, tokens_per_step=100
+    )
+    if attempt == 0:
+        recorder.valid({"step": 0, "loss": 9.0, "perplexity": 8103.0})
+    for step in range(first, last + 1):
+        row = {"step": step, "loss": loss, "lr": 0.1, "grad_norm": float("nan"), "mfu": None}
+        row |= {"tokens": 100 * step, "tokens_per_second": 5.0, "peak_memory_bytes": 2**30}
+        recorder.train(row)
+    recorder.valid({"step": last + 1, "loss": loss, "perplexity": 2.0})
+    recorder.close()
+
+
+def read(folder: Path) -> Any:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def points(events: Any, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_scalars_by_step_and_by_tokens(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{\n  "name": "tiny"\n}\n')
+    run(tmp_path, 0, 1, 3, loss=4.0)
+    by_step, by_tokens = read(tmp_path / "tensorboard"), read(tmp_path / "tensorboard/by_tokens")
+    assert points(by_step, "train/loss") == [(1, 4.0), (2, 4.0), (3, 4.0)]
+    assert points(by_step, "valid/perplexity") == [(0, 8103.0), (4, 2.0)]
+    assert points(by_step, "train/peak_memory_gib") == [(1, 1.0), (2, 1.0), (3, 1.0)]
+    assert set(by_step.Tags()["scalars"]) == {
+        *("train/loss", "train/lr", "train/tokens_per_second", "train/peak_memory_gib"),
+        *("valid/loss", "valid/perplexity"),
+    }
+    assert points(by_tokens, "train/loss") == [(100, 4.0), (200, 4.0), (300, 4.0)]
+    assert points(by_tokens, "valid/loss") == [(0, 9.0), (400, 4.0)]
+    (text,) = by_step.Tensors("config/text_summary")
+    assert b'      "name": "tiny"' in text.tensor_proto.string_val[0]
+
+
+def test_a_resumed_attempt_takes_back_what_the_crashed_one_wrote_after_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    run(tmp_path, 0, 1, 5, loss=4.0)
+    run(tmp_path, 1, 4, 6, loss=3.0)  # resumed from step 3
+    by_step, by_tokens = read(tmp_path / "tensorboard"), read(tmp_path / "tensorboard/by_tokens")
+    expected = [(1, 4.0), (2, 4.0), (3, 4.0), (4, 3.0), (5, 3.0), (6, 3.0)]
+    assert points(by_step, "train/loss") == expected
+    assert points(by_tokens, "train/loss") == [(100 * step, loss) for step, loss in expected]
