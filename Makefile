@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 .PHONY: smoke test check venv
 
 smoke: venv
-	@$(BIN)/python launcher/smoke.py
+	@$(BIN)/python -u launcher/smoke.py
 
 test: venv
 	$(BIN)/python -m pytest

@@ -43,10 +43,7 @@ class BadRecords:
         self.limit, self.count = limit, 0
 
     def add(self, fault: Fault) -> None:
-        """
-        Raises:
-            DataError: there were `limit` faults before this one.
-        """
+        """Count one fault; DataError where there were `limit` before it."""
         self.count += 1
         if self.count > self.limit:
             raise DataError(

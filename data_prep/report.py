@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.errors import CommandError, DataError
+from megalite.errors import CommandError
 from megalite.formats.shards import ShardSet, open_shards, verify_folder
 from megalite.formats.tokenizer import load_tokenizer
 
@@ -50,7 +50,7 @@ def _summary(shards: ShardSet) -> str:
         ),
         ("text", f"{size:,} bytes, {size / max(manifest.tokens, 1):.2f} a token"),
         ("vocabulary", f"{manifest.vocab_size:,} ids, BOS {manifest.bos}, EOS {manifest.eos}"),
-        ("tokenizer", f"{tokenizer.path} {tokenizer.sha256[:12]}" if tokenizer else "unknown"),
+        ("tokenizer", f"{tokenizer.path} {tokenizer.sha256[:12]}"),
         ("fingerprint", shards.fingerprint),
     ]
     for shard in manifest.shards:
@@ -67,8 +67,6 @@ def _document(shards: ShardSet, number: int) -> str:
             f"--document {number}: {shards.folder} has {shards.documents} documents, 0 to "
             f"{shards.documents - 1}"
         )
-    if shards.manifest.tokenizer is None:
-        raise DataError(f"{shards.folder}: the manifest names no tokenizer to decode with")
     tokenizer = load_tokenizer(shards.folder / shards.manifest.tokenizer.path)
     ids = shards.document(number)
     return tokenizer.decode(np.asarray(ids, np.int64).tolist()) + "\n"

@@ -1,26 +1,25 @@
-"""From a bare checkout to a trained model and a sample of it: what `make smoke` runs.
+"""What `make smoke` runs: from the sources of Python's standard library to a trained model.
 
-The corpus is what every machine has, the sources of Python's standard library. Tokenizer and
-shards stay in data/smoke and serve again; the run in runs/smoke is made anew each time.
+Tokenizer and shards stay in data/smoke and serve again; runs/smoke is made anew each time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 DATA, RUN, CONFIG = Path("data/smoke"), Path("runs/smoke"), Path("configs/smoke.json")
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 HIGHEST_PERPLEXITY = 60
-SAMPLING = ("--max-new-tokens", "120", "--temperature", "0.7", "--top-p", "0.9")
+PROMPT = ("--prompt", "def read_lines(path):\n", "--temperature", "0.7", "--top-p", "0.9")
 
 
 def collect(stdlib: Path, folder: Path) -> str:
@@ -40,8 +39,7 @@ def collect(stdlib: Path, folder: Path) -> str:
 
 def run(*command: str, capture: bool = True) -> str:
     """A command's standard output; ends with all it wrote where it fails."""
-    pipe = subprocess.PIPE if capture else None
-    done = subprocess.run(command, text=True, stdout=pipe, stderr=pipe)
+    done = subprocess.run(command, text=True, capture_output=capture)
     if done.returncode:
         sys.exit(f"{done.stdout or ''}{done.stderr or ''}failed: {' '.join(command)}")
     return done.stdout or ""
@@ -63,46 +61,38 @@ def train() -> str:
     training = load_config(CONFIG).training
     count = min(torch.cuda.device_count(), 8) or 2
     ranks = max(n for n in range(1, count + 1) if training.global_batch_size % n == 0)
-    micro_batch = math.gcd(training.global_batch_size // ranks, training.micro_batch_size)
+    micro_batch = min(training.global_batch_size // ranks, training.micro_batch_size)
     shutil.rmtree(RUN, ignore_errors=True)
-    script = ("launcher/pretrain.py", "--config", str(CONFIG))
-    setting = ("--set", f"training.micro_batch_size={micro_batch}")
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-    run(deepspeed, "--num_gpus", str(ranks), *script, *setting, capture=False)
+    command = f"--num_gpus {ranks} launcher/pretrain.py --config {CONFIG}".split()
+    setting = f"training.micro_batch_size={micro_batch}"
+    run(f"{sys.prefix}/bin/deepspeed", *command, "--set", setting, capture=False)
     # deepspeed returns 0 also where it was killed by a signal: the run's own word counts
     status = json.loads((RUN / "status.json").read_text())
-    rows = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
+    rows = map(json.loads, (RUN / "metrics.jsonl").read_text().splitlines())
     found = [row["perplexity"] for row in rows if row["kind"] == "valid"]
-    if status["state"] != "done" or not found[-1] or found[-1] > HIGHEST_PERPLEXITY:
+    if status["state"] != "done" or not (found[-1] and found[-1] < HIGHEST_PERPLEXITY):
         sys.exit(f"{status}, held-out perplexity {found}; expected under {HIGHEST_PERPLEXITY}")
     return f"{ranks} ranks, held-out perplexity {found[0]:,.0f} -> {found[-1]:.1f}"
 
 
-def sample() -> str:
-    ask = ("--checkpoint", str(RUN), "--prompt", "def read_lines(path):\n", *SAMPLING)
-    return "\n\n" + run(sys.executable, "launcher/generate.py", *ask).rstrip() + "\n"
-
-
 def main() -> None:
     os.chdir(Path(__file__).resolve().parent.parent)
-    stdlib, corpus, tokenizer = sysconfig.get_path("stdlib"), DATA / "corpus", DATA / "tokenizer"
-    learn = ("train-tokenizer", "--vocab-size", "8000", "--input", f"{corpus}/train.jsonl")
-    cut = ("tokenize", "--tokenizer", str(tokenizer), "--input")
-    steps = {
-        "corpus": lambda: collect(Path(stdlib), corpus),
-        "tokenizer": lambda: prepare(tokenizer, *learn),
-        "shards": lambda: prepare(DATA / "train", *cut, f"{corpus}/train.jsonl"),
-        "held out": lambda: prepare(DATA / "valid", *cut, f"{corpus}/valid.jsonl"),
-        "training": train,
-        "sample": sample,
+    corpus = DATA / "corpus"
+    learn = f"train-tokenizer --vocab-size 8000 --input {corpus}/train.jsonl".split()
+    cut = f"tokenize --tokenizer {DATA}/tokenizer --input".split()
+    generate = (sys.executable, "launcher/generate.py", "--checkpoint", str(RUN), *PROMPT)
+    steps: dict[str, Callable[[], str]] = {
+        "corpus": lambda: collect(Path(sysconfig.get_path("stdlib")), corpus),
+        "tokenizer": lambda: prepare(DATA / "tokenizer", *learn),
+        "train": lambda: prepare(DATA / "train", *cut, f"{corpus}/train.jsonl"),
+        "valid": lambda: prepare(DATA / "valid", *cut, f"{corpus}/valid.jsonl"),
+        "pretrain": train,
+        "generate": lambda: run(*generate),
     }
     for name, step in steps.items():
-        start = time.monotonic()
-        result = step()
+        start, result = time.monotonic(), step()
         sys.stdout.write(f"{name:<10} {time.monotonic() - start:6.1f} s  {result}\n")
-        sys.stdout.flush()
-    tensorboard = Path(sys.executable).with_name("tensorboard")
-    sys.stdout.write(f"the run    {RUN}\nits curves {tensorboard} --logdir {RUN}/tensorboard\n")
+    sys.stdout.write(f"the run is {RUN}\nto look at: {sys.prefix}/bin/tensorboard --logdir {RUN}\n")
 
 
 if __name__ == "__main__":

@@ -99,10 +99,18 @@ def publish_launch(launch: Launch) -> None:
     )
 
 
-def thread_count() -> int | None:
-    """OMP_NUM_THREADS where the user or the launcher set it."""
+def thread_count(launch: Launch) -> int:
+    """CPU threads for this rank: what the user set, else its even share of the host's cores.
+
+    torchrun sets OMP_NUM_THREADS=1 wherever the user set nothing, so its 1 is no one's wish.
+    """
     value = os.environ.get("OMP_NUM_THREADS", "")
-    return int(value) if value.isdigit() and int(value) > 0 else None
+    by_torchrun = value == "1" and "TORCHELASTIC_RUN_ID" in os.environ
+    if value.isdigit() and int(value) > 0 and not by_torchrun:
+        return int(value)
+    mine = getattr(os, "sched_getaffinity", None)  # Linux: the cores this process may use
+    cores = len(mine(0)) if mine else os.cpu_count() or 1
+    return max(1, cores // launch.local_world_size)
 
 
 def _from_torchrun(env: Mapping[str, str]) -> Launch:

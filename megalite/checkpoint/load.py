@@ -80,7 +80,6 @@ def restore(
 ) -> Place:
     """Set weights, optimizer states and counters; a collective of all ranks."""
     _refuse_other_model(config.model, folder, manifest)
-    engine.create_states()
     _write_states(engine, config.model, (WEIGHT, *state_names(config)), grid, folder, manifest)
     engine.restore_progress(manifest.progress)
     updates = engine.progress().get("updates")

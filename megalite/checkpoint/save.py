@@ -104,7 +104,6 @@ def save(
     fault = _attempt(lambda: _prepare(root, staging)) if grid.rank == 0 else None
     _agree(grid, fault, staging)
     writer = _Writer(staging, grid.rank)
-    engine.create_states()
     states = (WEIGHT, *state_names(config))
     for owned in owned_parameters(engine.model, config.model, grid):
         for state in states:

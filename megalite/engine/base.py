@@ -52,9 +52,6 @@ class Engine(Protocol):
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
         """A context in which parameters the engine keeps in parts are whole (for generation)."""
 
-    def create_states(self) -> None:
-        """Make the optimizer's states exist (zero), so that a checkpoint can be written to them."""
-
     def read_state(self, parameter: nn.Parameter, key: str) -> Tensor:
         """One state of one parameter, whole; a collective of the data-parallel group."""
 

@@ -32,6 +32,7 @@ class ReferenceEngine:
             compile_blocks=config.training.compile,
         )
         self.optimizer = make_optimizer(config, self.model.named_parameters())
+        create_states(self.optimizer, state_names(config))
 
     def train_step(
         self, batches: Sequence[Batch], *, divisor: float, lr: float, step: int
@@ -59,9 +60,6 @@ class ReferenceEngine:
 
     def gathered(self, _parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
         return nullcontext()
-
-    def create_states(self) -> None:
-        create_states(self.optimizer, state_names(self.config))
 
     def read_state(self, parameter: nn.Parameter, key: str) -> Tensor:
         return read_plain(self.optimizer, parameter, key)

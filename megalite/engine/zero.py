@@ -87,6 +87,7 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         ds_config.compare(self.settings, self.engine)
+        self._create_states()
 
     def train_step(
         self, batches: Sequence[Batch], *, divisor: float, lr: float, step: int
@@ -125,17 +126,6 @@ class DeepSpeedEngine:
         )
         return context
 
-    def create_states(self) -> None:
-        """Made directly: a step with zero gradients would count, and overflow in fp16."""
-        names = state_names(self.config)
-        inner = self._inner()
-        if self.stage == 3:
-            create_states(inner, names, self.optimizer.fp32_partitioned_groups_flat)
-        else:
-            create_states(inner, names)
-            if self.stage > 0:
-                self.optimizer._lazy_init_hp_params_optimizer_state()
-
     def read_state(self, parameter: nn.Parameter, key: str) -> Tensor:
         if self.stage == 0:
             return read_plain(self.optimizer, parameter, key)
@@ -169,6 +159,21 @@ class DeepSpeedEngine:
         if self.fp16 and progress.get("loss_scaler"):
             for name in _SCALER_STATE:
                 setattr(self.optimizer.loss_scaler, name, progress["loss_scaler"][name])
+
+    def _create_states(self) -> None:
+        """Make the optimizer's states now: a checkpoint may be read into them before any step.
+
+        Directly, since a step with zero gradients would count, and overflow in fp16. And before the
+        first step, since there DeepSpeed links the states of the first group alone.
+        """
+        names = state_names(self.config)
+        inner = self._inner()
+        if self.stage == 3:
+            create_states(inner, names, self.optimizer.fp32_partitioned_groups_flat)
+        else:
+            create_states(inner, names)
+            if self.stage > 0:
+                self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _inner(self) -> torch.optim.Optimizer:
         inner: torch.optim.Optimizer = self.optimizer.optimizer if self.stage else self.optimizer

@@ -91,7 +91,7 @@ def stream_text(
         first = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
         prompt_ids = [] if first is None else [first]
     ids = _stream_ids(logits_fn, prompt_ids, max_new_tokens, tokenizer.eos_id, sampling)
-    yield from _until_stop(_decode(tokenizer, prompt_ids, ids), stop)
+    return _until_stop(_decode(tokenizer, prompt_ids, ids), stop)
 
 
 def _stream_ids(
@@ -105,6 +105,16 @@ def _stream_ids(
         raise CommandError("the prompt has no tokens: a model continues what it is given")
     if max_new_tokens < 0:
         raise CommandError(f"max_new_tokens is {max_new_tokens}; ask for 0 or more")
+    return _sample_ids(logits_fn, prompt_ids, max_new_tokens, eos_id, sampling)
+
+
+def _sample_ids(
+    logits_fn: LogitsFn,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    eos_id: int | None,
+    sampling: Sampling,
+) -> Iterator[int]:
     generator = torch.Generator().manual_seed(sampling.seed)
     ids_1T = torch.tensor([list(prompt_ids)], dtype=torch.int64)
     for _ in range(max_new_tokens):

@@ -20,6 +20,9 @@ Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # A plain name: a manifest from elsewhere must not reach outside its folder.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")]
+TokenizerPath = Annotated[
+    str, StringConstraints(pattern=r"^tokenizer/[A-Za-z0-9_-][A-Za-z0-9._-]*$")
+]
 # The names of `index.DTYPES`.
 DtypeName = Literal["uint8", "int8", "int16", "int32", "int64", "uint16"]
 
@@ -31,7 +34,7 @@ class _Frozen(BaseModel):
 class TokenizerInfo(_Frozen):
     """The tokenizer's file, relative to the shard folder, and that file's hash."""
 
-    path: str
+    path: TokenizerPath
     sha256: Sha256
 
 
@@ -63,9 +66,9 @@ class Manifest(_Frozen):
     format: Literal["megalite-shards-1"] = "megalite-shards-1"
     dtype: DtypeName
     vocab_size: Annotated[int, Field(gt=0)]
-    tokenizer: TokenizerInfo | None = None
-    bos: Count | None = None
-    eos: Count | None = None
+    tokenizer: TokenizerInfo
+    bos: Count | None
+    eos: Count | None
     documents: Count
     tokens: Count
     shards: list[ShardInfo]

@@ -104,7 +104,10 @@ def check_round_trip(tokenizer: Tokenizer) -> None:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model, given as the content of its `.model` file."""
+    """A SentencePiece model, given as the content of its `.model` file.
+
+    The library writes a space as U+2581, so that character in a text comes back as a space.
+    """
 
     def __init__(self, model: bytes) -> None:
         import sentencepiece
@@ -171,10 +174,11 @@ class HuggingFaceTokenizer:
         return _HUGGING_FACE
 
     def _control(self, key: str, names: Sequence[str]) -> int | None:
-        config = self._path.with_name(_HUGGING_FACE_CONFIG)
-        if config.exists():
-            token = read_json(config).get(key)
-            name = token.get("content") if isinstance(token, dict) else token
+        path = self._path.with_name(_HUGGING_FACE_CONFIG)
+        config = read_json(path) if path.exists() else {}
+        if key in config:
+            token = config[key]
+            name = token["content"] if isinstance(token, dict) else token
             names = (name,) if name else ()
         ids = (self._tokenizer.token_to_id(name) for name in names)
         return next((int(id) for id in ids if id is not None), None)

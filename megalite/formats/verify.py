@@ -143,8 +143,6 @@ def _scan(path: Path, manifest: Manifest) -> tuple[str, tuple[int, int]]:
 
 
 def _tokenizer_faults(folder: Path, manifest: Manifest) -> list[str]:
-    if manifest.tokenizer is None:
-        return []
     path, expected = folder / manifest.tokenizer.path, manifest.tokenizer.sha256
     if not path.is_file():
         return [f"{path}: missing, the manifest lists it"]

@@ -80,6 +80,7 @@ def start(launch: env.Launch, *, tensor_parallel: int = 1) -> Grid:
             f"parallel.tensor {tensor_parallel} does not divide the {launch.world_size} ranks that "
             "were started; start a multiple of it, or lower parallel.tensor"
         )
+    torch.set_num_threads(env.thread_count(launch))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if launch.source == "python":
         store = dist.HashStore()  # a world of one needs no port

@@ -221,8 +221,7 @@ def test_nothing_after_a_stop_string_is_computed() -> None:
     assert calls == 3
 
 
-def test_an_empty_stop_string_is_refused() -> None:
+def test_an_empty_stop_string_is_refused_before_anything_is_computed() -> None:
     tokenizer = load_tokenizer("bytes")
-    stream = stream_text(fixed([0.0]), tokenizer, "x", max_new_tokens=1, sampling=GREEDY, stop=[""])
     with pytest.raises(CommandError, match="empty stop string"):
-        next(stream)
+        stream_text(fixed([]), tokenizer, "x", max_new_tokens=1, sampling=GREEDY, stop=[""])

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import models
+
+from data_prep import encode
+from data_prep.encode import TokenizeOptions, tokenize
+from data_prep.report import inspect, verify
+from data_prep.train import TrainOptions, train_tokenizer
+from megalite.errors import CommandError, DataError, MegaLiteError, UserError
+from megalite.formats.shards import open_shards, verify_folder
+from megalite.formats.tokenizer import ByteTokenizer, load_tokenizer
+
+TEXTS = [f"document {number}\n" + "  some text, 中文 🎉\n" * number for number in range(1, 40)]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:20])
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    for number, text in enumerate(TEXTS[20:]):
+        (folder / f"b{number:02d}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_documents_come_back_in_order(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "shards"
+    manifest = tokenize(TokenizeOptions([str(corpus)], "bytes", out, shard_tokens=2000))
+    shards = open_shards(out, verify=True)
+    assert shards.manifest == manifest
+    assert verify_folder(out) == []
+    tokenizer = load_tokenizer(out / manifest.tokenizer.path)
+    for number, text in enumerate(TEXTS):
+        ids = shards.document(number).tolist()
+        assert ids[-1] == 257
+        assert tokenizer.decode(ids) == text
+    assert max(shard.tokens for shard in manifest.shards) <= 2000
+    assert len(manifest.shards) > 5
+    assert [shard.name for shard in manifest.shards[:2]] == ["shard_00000", "shard_00001"]
+
+
+def test_the_manifest_says_how_the_shards_were_made(corpus: Path, tmp_path: Path) -> None:
+    inputs = [str(corpus / "a.jsonl.gz"), str(corpus / "*.txt")]
+    out = tmp_path / "out"
+    tokenize(TokenizeOptions(inputs, "bytes", out, workers=2, bos=True, eos=False))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["dtype"], manifest["vocab_size"]) == ("uint16", 258)
+    assert (manifest["bos"], manifest["eos"]) == (256, None)
+    assert manifest["tokenizer"] == {
+        "path": "tokenizer/bytes.json",
+        "sha256": ByteTokenizer().sha256,
+    }
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert (manifest["documents"], manifest["tokens"]) == (39, size + 39)
+    assert [source["input"] for source in manifest["sources"]] == inputs
+    assert [source["files"] for source in manifest["sources"]] == [1, 19]
+    assert [source["documents"] for source in manifest["sources"]] == [20, 19]
+    assert sum(source["bytes"] for source in manifest["sources"]) == size
+    assert manifest["arguments"] == {
+        "inputs": inputs,
+        "tokenizer": "bytes",
+        "text_field": "text",
+        "shard_tokens": 100_000_000,
+        "max_bad_records": 0,
+        "bos": True,
+        "eos": False,
+    }
+    assert open_shards(out).document(0).tolist()[:2] == [256, ord("d")]
+
+
+def test_workers_and_batches_change_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_tokenizer(TrainOptions([str(corpus)], 300, tmp_path / "tok"))
+
+    def shards(name: str, workers: int) -> dict[str, bytes]:
+        out = tmp_path / name
+        tokenize(
+            TokenizeOptions(
+                [str(corpus)], str(tmp_path / "tok"), out, shard_tokens=3000, workers=workers
+            )
+        )
+        return content(out)
+
+    one = shards("one", 1)
+    assert shards("three", 3) == one
+    monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 100)
+    assert shards("batches", 2) == one
+
+
+def test_a_long_document_has_a_shard_to_itself(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": "x" * size}) + "\n" for size in (3, 30, 3, 4, 3))
+    (tmp_path / "a.jsonl").write_text(lines)
+    manifest = tokenize(
+        TokenizeOptions([str(tmp_path / "a.jsonl")], "bytes", tmp_path / "out", shard_tokens=9)
+    )
+    assert [shard.tokens for shard in manifest.shards] == [4, 31, 9, 4]
+
+
+def test_bad_records_are_counted_by_input(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"txt": 1}\n{"text": "cut\n')
+    inputs = [str(corpus), str(tmp_path / "bad.jsonl")]
+    with pytest.raises(DataError, match=r"bad\.jsonl line 3: not whole JSON.*bad record 2"):
+        tokenize(TokenizeOptions(inputs, "bytes", tmp_path / "out", max_bad_records=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "corpus"]
+    manifest = tokenize(TokenizeOptions(inputs, "bytes", tmp_path / "out", max_bad_records=2))
+    assert [source.bad_records for source in manifest.sources] == [0, 2]
+    assert manifest.documents == 40
+
+
+def test_nothing_is_left_after_an_error(corpus: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").write_text("mine")
+    cases: list[tuple[TokenizeOptions, type[MegaLiteError], str]] = [
+        (TokenizeOptions([str(corpus)], "bytes", taken), CommandError, "is not empty"),
+        (TokenizeOptions([str(corpus)], "bytes", taken / "file"), CommandError, "is not empty"),
+        (TokenizeOptions([str(corpus)], "none", tmp_path / "o"), DataError, "no tokenizer none"),
+        (TokenizeOptions(["none"], "bytes", tmp_path / "o"), CommandError, "no file matches"),
+        (
+            TokenizeOptions([str(corpus)], "bytes", taken / "file" / "below"),
+            MegaLiteError,
+            "was not written",
+        ),
+    ]
+    (tmp_path / "empty.jsonl").write_text("")
+    empty = TokenizeOptions([str(tmp_path / "empty.jsonl")], "bytes", tmp_path / "new" / "o")
+    for options, kind, message in [*cases, (empty, DataError, "no document in")]:
+        with pytest.raises(kind, match=message):
+            tokenize(options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "empty.jsonl", "taken"]
+    assert (taken / "file").read_text() == "mine"
+
+
+def test_an_empty_folder_is_a_good_output(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    tokenize(TokenizeOptions([str(corpus)], "bytes", tmp_path / "out"))
+    assert verify_folder(tmp_path / "out") == []
+
+
+def test_a_tokenizer_without_eos_needs_no_eos(corpus: Path, tmp_path: Path) -> None:
+    alphabet = {chr(256 + byte): byte for byte in range(256)}
+    made = tokenizers.Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_tokens(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    path = tmp_path / "tokenizer.json"
+    made.save(str(path))
+    with pytest.raises(UserError, match="has no EOS token; use another, or pass --no-eos"):
+        tokenize(TokenizeOptions([str(corpus)], str(path), tmp_path / "out"))
+
+
+def test_progress_goes_to_the_log(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 5000)
+    monkeypatch.setattr(encode, "_REPORT_EVERY", 0.0)
+    with caplog.at_level("INFO", "megalite"):
+        tokenize(TokenizeOptions([str(corpus)], "bytes", tmp_path / "out"))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith("so far: ")
+    assert lines[-1].startswith("all: 39 documents, ")
+    assert "MB/s" in lines[-1]
+
+
+def test_verify_and_inspect_report(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    tokenize(TokenizeOptions([str(corpus)], "bytes", out, shard_tokens=5000))
+    assert verify(out) == 0
+    assert "39 documents" in capsys.readouterr().out
+    assert inspect(out, None) == 0
+    summary = capsys.readouterr().out
+    assert "documents          39\n" in summary
+    assert open_shards(out).fingerprint in summary
+    assert "shard_00001" in summary
+    assert inspect(out, 3) == 0
+    assert capsys.readouterr().out == TEXTS[3] + "\n"
+    with pytest.raises(CommandError, match=r"has 39 documents, 0 to 38"):
+        inspect(out, 39)
+    (out / "shard_00000.bin").write_bytes(b"")
+    assert verify(out) == 1
+    assert "shard_00000.bin: 0 bytes" in capsys.readouterr().out

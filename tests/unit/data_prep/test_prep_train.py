@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep import train
+from data_prep.train import TrainOptions, chunks, sample_chunks, train_tokenizer
+from megalite.errors import CommandError, DataError
+from megalite.formats.tokenizer import load_tokenizer
+
+SOURCE = "def f(x):\n    if x:\n        return x + 123\n\n\nclass A:\n    pass\n"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    for number in range(20):
+        (tmp_path / f"{number}.py").write_text(SOURCE.replace("x", f"name_{number}") * 20)
+    return str(tmp_path / "*.py")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_tokenizer_is_lossless_and_alike_in_every_run(
+    kind: str, corpus: str, tmp_path: Path
+) -> None:
+    models = []
+    for name in ("a", "b"):
+        options = TrainOptions([corpus], 330, tmp_path / name, kind)  # type: ignore[arg-type]
+        train_tokenizer(options)
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["tokenizer.model"]
+        models.append((tmp_path / name / "tokenizer.model").read_bytes())
+    assert models[0] == models[1]
+    tokenizer = load_tokenizer(tmp_path / "a")
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (330, 1, 2)
+    for text in (SOURCE, "\n\n  \t\r\n", "中文🎉", " a  b   c    ", "\n"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_newlines_and_indentation_are_learnt_and_digits_split(corpus: str, tmp_path: Path) -> None:
+    train_tokenizer(TrainOptions([corpus], 330, tmp_path / "out"))
+    processor = sentencepiece.SentencePieceProcessor(
+        model_file=str(tmp_path / "out" / "tokenizer.model")
+    )
+    pieces = {processor.id_to_piece(number) for number in range(330)}
+    assert "\u2581" * 4 in pieces
+    assert any("\n" in piece and piece != "\n" for piece in pieces)
+    assert not any(sum(c.isdigit() for c in piece) > 1 for piece in pieces if piece[0] != "<")
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(20_000, r"this text yields \d+ pieces at most"), (200, r"256 bytes, .* take \d+ pieces")],
+)
+def test_a_size_that_the_text_does_not_suit_is_refused(
+    size: int, message: str, corpus: str, tmp_path: Path
+) -> None:
+    for kind in ("bpe", "unigram"):
+        options = TrainOptions([corpus], size, tmp_path / "out", kind)  # type: ignore[arg-type]
+        with pytest.raises(DataError, match=f"--vocab-size {size}: .*{message}"):
+            train_tokenizer(options)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".py"] * 20
+
+
+def test_the_largest_size_that_the_error_names_works(corpus: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        train_tokenizer(TrainOptions([corpus], 20_000, tmp_path / "out"))
+    largest = int(str(caught.value).split("yields ")[1].split()[0])
+    assert train_tokenizer(TrainOptions([corpus], largest, tmp_path / "out")).vocab_size == largest
+
+
+def test_an_output_in_use_and_an_empty_corpus_are_refused(corpus: str, tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="exists and is not empty"):
+        train_tokenizer(TrainOptions([corpus], 330, tmp_path))
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="no document in"):
+        train_tokenizer(TrainOptions([str(tmp_path / "a.jsonl")], 330, tmp_path / "out"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(alphabet="ab \n", max_size=300))
+def test_chunks_add_up_and_end_before_newlines(text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_CHUNK_CHARACTERS", 20)
+        parts = list(chunks(text))
+    assert "".join(parts) == text
+    assert all(len(part) <= 20 for part in parts)
+    for before, after in zip(parts, parts[1:], strict=False):
+        assert before
+        assert after[0] == "\n" or "\n" not in before[1:]
+
+
+def test_a_long_line_without_a_space_is_learnt_from(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("ab" * 100_000)
+    assert train_tokenizer(TrainOptions([str(tmp_path / "a.txt")], 265, tmp_path / "out"))
+
+
+def test_the_sample_is_bounded_spread_and_repeatable() -> None:
+    documents = [f"{number:05d}" * 10 for number in range(10_000)]
+    sample = sample_chunks(iter(documents), 50_000)
+    assert sample == sample_chunks(iter(documents), 50_000)
+    assert 20_000 < sum(map(len, sample)) <= 50_000
+    assert sample == sorted(sample)
+    halves = [sum(chunk[0] in digits for chunk in sample) for digits in ("01234", "56789")]
+    numbers = [int(chunk[:5]) for chunk in sample]
+    assert 0.35 < sum(number < 5000 for number in numbers) / len(numbers) < 0.65
+    assert sum(halves) == len(sample)
+    assert sample_chunks(iter(documents), 10**9) == documents

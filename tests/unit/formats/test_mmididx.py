@@ -1,0 +1,144 @@
+"""The `.idx` format, byte for byte as Megatron-LM's own writer makes it (commit d98e8a64ddf3)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalite.errors import DataError
+from megalite.formats.index import DTYPES, dtype_for, read_header, read_index, write_index
+
+HEAD = "4d4d4944494458000001000000000000000"  # magic and version 1; the dtype code follows
+
+
+def words(size: int, *numbers: int) -> str:
+    return b"".join(number.to_bytes(size, "little") for number in numbers).hex()
+
+
+# name: (.idx in hexadecimal, dtype, lengths, pointers, documents, modes, document starts)
+GOLDEN = {
+    "three documents": (
+        HEAD + "8" + words(8, 3, 4) + words(4, 3, 2, 4) + words(8, 0, 6, 10, 0, 1, 2, 3),
+        ("uint16", [3, 2, 4], [0, 6, 10], [0, 1, 2, 3], None, [0, 3, 5, 9]),
+    ),
+    "several sequences a document, int32": (
+        HEAD + "4" + words(8, 3, 3) + words(4, 2, 3, 1) + words(8, 0, 8, 20, 0, 2, 3),
+        ("int32", [2, 3, 1], [0, 8, 20], [0, 2, 3], None, [0, 5, 6]),
+    ),
+    "a document without a sequence": (
+        HEAD + "8" + words(8, 2, 4) + words(4, 1, 2) + words(8, 0, 2, 0, 1, 1, 2),
+        ("uint16", [1, 2], [0, 2], [0, 1, 1, 2], None, [0, 1, 1, 3]),
+    ),
+    "a sequence without a token": (
+        HEAD + "8" + words(8, 3, 4) + words(4, 1, 0, 2) + words(8, 0, 2, 2, 0, 1, 2, 3),
+        ("uint16", [1, 0, 2], [0, 2, 2], [0, 1, 2, 3], None, [0, 1, 1, 3]),
+    ),
+    "multimodal": (
+        HEAD + "8" + words(8, 2, 2) + words(4, 2, 1) + words(8, 0, 4, 0, 2) + "0001",
+        ("uint16", [2, 1], [0, 4], [0, 2], [0, 1], [0, 3]),
+    ),
+}
+# The whole of one as it lies on disk, against a mistake in composing the others.
+THREE_DOCUMENTS = (
+    "4d4d494449445800000100000000000000080300000000000000040000000000000003000000020000000400000000"
+    "00000000000000060000000000000"
+    "00a000000000000000000000000000000010000000000000002000000000000000300000000000000"
+)
+
+
+def test_the_composed_bytes_are_the_ones_on_disk() -> None:
+    assert GOLDEN["three documents"][0] == THREE_DOCUMENTS
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_files_are_read_and_rewritten_byte_for_byte(name: str, tmp_path: Path) -> None:
+    content, (dtype, lengths, pointers, documents, modes, starts) = GOLDEN[name]
+    path, again = tmp_path / "a.idx", tmp_path / "b.idx"
+    path.write_bytes(bytes.fromhex(content))
+    index = read_index(path)
+    assert index.dtype.name == dtype
+    assert index.lengths.tolist() == lengths
+    assert index.pointers.tolist() == pointers
+    assert index.documents.tolist() == documents
+    assert (None if index.modes is None else index.modes.tolist()) == modes
+    assert [index.document_start(number) for number in range(len(documents))] == starts
+    assert index.tokens == sum(lengths)
+    write_index(again, index.lengths, index.documents, index.dtype, index.modes)
+    assert again.read_bytes() == path.read_bytes()
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 9), max_size=12),
+    cuts=st.lists(st.integers(0, 12), max_size=6),
+    dtype=st.sampled_from(list(DTYPES.values())),
+)
+def test_what_is_written_is_read(
+    lengths: list[int],
+    cuts: list[int],
+    dtype: np.dtype[np.integer],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    size = len(lengths)
+    documents = [0, *sorted(min(cut, size) for cut in cuts), size]
+    path = tmp_path_factory.mktemp("idx") / "a.idx"
+    write_index(path, lengths, documents, dtype)
+    assert path.stat().st_size == 34 + 12 * size + 8 * len(documents)
+    index = read_index(path)
+    assert (index.dtype, index.lengths.tolist()) == (dtype, lengths)
+    assert index.documents.tolist() == documents
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[documents]
+    assert [index.document_start(n) for n in range(len(documents))] == starts.tolist()
+
+
+def edit(content: bytes, place: int, packed: bytes) -> bytes:
+    return content[:place] + packed + content[place + len(packed) :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "begins with": lambda data: b"MMIDIDY" + data[7:],
+    "version 2": lambda data: edit(data, 9, struct.pack("<Q", 2)),
+    "code 7 is refused (it means different": lambda data: edit(data, 17, b"\x07"),
+    "code 9 is refused; known codes: 1 uint8": lambda data: edit(data, 17, b"\x09"),
+    "102 bytes, the file has 101": lambda data: data[:-1],
+    "102 bytes, the file has 110": lambda data: data + bytes(8),
+    "20 bytes, an .idx begins with 34": lambda data: data[:20],
+    "0 bytes, an .idx begins with 34": lambda data: b"",
+    "sequence 1 has -2 tokens": lambda data: edit(data, 38, struct.pack("<i", -2)),
+    "sequence 2 points at byte 8, but those before it end at 10": lambda data: edit(
+        data, 62, struct.pack("<q", 8)
+    ),
+    "sequence 1 points at byte 6, but those before it end at 8": lambda data: edit(
+        data, 34, struct.pack("<i", 4)
+    ),
+    "boundaries run from 0 to 4, not from 0 to 3": lambda data: edit(
+        data, 94, struct.pack("<q", 4)
+    ),
+    "document 2 begins before document 1": lambda data: edit(data, 78, struct.pack("<q", 3)),
+    "and 0 document boundaries": lambda data: edit(data[:70], 26, struct.pack("<Q", 0)),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_damage_is_named(message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.idx"
+    path.write_bytes(DAMAGES[message](bytes.fromhex(THREE_DOCUMENTS)))
+    with pytest.raises(DataError) as caught:
+        read_index(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_the_header_alone_tells_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        read_header(tmp_path / "none.idx")
+
+
+def test_the_vocabulary_decides_the_dtype() -> None:
+    assert [dtype_for(size).name for size in (258, 65_536, 65_537)] == ["uint16", "uint16", "int32"]

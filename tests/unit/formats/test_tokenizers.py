@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from megalite.errors import DataError
+from megalite.files import sha256_file
+from megalite.formats.tokenizer import PROBES, ByteTokenizer, check_round_trip, load_tokenizer
+
+LOSSLESS = {
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False,
+    "byte_fallback": True,
+}
+TEXT = ["def f(x):\n    return x + 1\n", "the quick brown fox </s> jumps"]
+
+
+def sentencepiece_model(path: Path, options: Mapping[str, Any]) -> Path:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT),
+        model_writer=model,
+        vocab_size=310,
+        model_type="bpe",
+        minloglevel=2,
+        **options,
+    )
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def hugging_face_file(folder: Path, specials: Sequence[str] = ("<s>", "</s>")) -> Path:
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        special_tokens=list(specials),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(TEXT, trainer)
+    folder.mkdir(exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return {
+        "sentencepiece": str(sentencepiece_model(folder / "any.model", LOSSLESS)),
+        "hugging face": str(hugging_face_file(folder / "hf")),
+        "bytes": "bytes",
+    }
+
+
+KINDS = pytest.mark.parametrize("kind", ["sentencepiece", "hugging face", "bytes"])
+
+
+@KINDS
+def test_text_comes_back(kind: str, paths: dict[str, str]) -> None:
+    tokenizer = load_tokenizer(paths[kind])
+    check_round_trip(tokenizer)
+    texts = [*PROBES, "", "</s><s>"]
+    batch = tokenizer.encode_batch(texts, threads=2)
+    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts]
+    assert [tokenizer.decode(ids.tolist()) for ids in batch] == texts
+    highest = max(ids.max(initial=0) for ids in batch)
+    assert highest < tokenizer.vocab_size
+
+
+@KINDS
+def test_text_holds_no_control_tokens_and_they_hold_no_text(
+    kind: str, paths: dict[str, str]
+) -> None:
+    tokenizer = load_tokenizer(paths[kind])
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    assert bos is not None
+    assert eos is not None
+    ids = tokenizer.encode("<s>a</s>")
+    assert not {bos, eos} & set(ids)
+    assert tokenizer.decode([bos, *ids, eos]) == "<s>a</s>"
+
+
+@KINDS
+def test_a_saved_tokenizer_is_the_same(kind: str, paths: dict[str, str], tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(paths[kind])
+    name = tokenizer.save(tmp_path)
+    assert sha256_file(tmp_path / name) == tokenizer.sha256
+    again = load_tokenizer(tmp_path)
+    assert again.sha256 == tokenizer.sha256
+    assert again.encode(PROBES[2]) == tokenizer.encode(PROBES[2])
+    assert (again.vocab_size, again.bos_id, again.eos_id) == (
+        tokenizer.vocab_size,
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text())
+def test_bytes_keep_any_text(text: str) -> None:
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_config_beside_a_tokenizer_json_names_the_ends(tmp_path: Path) -> None:
+    file = hugging_face_file(tmp_path, ["<|im_end|>", "<s>", "</s>"])
+    config = {"bos_token": None, "eos_token": {"content": "<|im_end|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(file)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 0)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    tokenizer.save(copy)
+    assert load_tokenizer(copy).eos_id == 0
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path) -> None:
+    plain = load_tokenizer(sentencepiece_model(tmp_path / "plain.model", {"byte_fallback": True}))
+    with pytest.raises(DataError, match="the tokenizer loses text: '  two before, "):
+        check_round_trip(plain)
+    lower = tokenizers.Tokenizer.from_file(str(hugging_face_file(tmp_path)))
+    lower.normalizer = normalizers.Lowercase()
+    lower.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"'The quick .* comes back as 'the quick "):
+        check_round_trip(load_tokenizer(tmp_path / "tokenizer.json"))
+
+
+def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no tokenizer"):
+        load_tokenizer(tmp_path / "none")
+    with pytest.raises(DataError, match="found none of them"):
+        load_tokenizer(tmp_path)
+    for name in ("a.model", "b.model", "tokenizer.txt", "broken.json"):
+        (tmp_path / name).write_text("{nothing")
+    with pytest.raises(DataError, match=r"found a\.model, b\.model"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match=r"a tokenizer is a \.model file"):
+        load_tokenizer(tmp_path / "tokenizer.txt")
+    for name in ("a.model", "broken.json"):
+        with pytest.raises(DataError, match=f"{name}: not a tokenizer that can be read"):
+            load_tokenizer(tmp_path / name)

@@ -1,0 +1,150 @@
+"""`make smoke` without its work: what it collects, what it starts, what it accepts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+class Commands:
+    """Stands in for subprocess.run: notes each command and leaves what it would have left."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+        self.state, self.perplexities, self.code = "done", [8123.4, 90.0, 41.26], 0
+
+    def __call__(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        words = [str(word) for word in command]
+        self.seen.append(words)
+        if "--output" in words:
+            Path(words[words.index("--output") + 1]).mkdir(parents=True)
+        if "launcher/pretrain.py" in words:
+            run = Path("runs/smoke")
+            run.mkdir(parents=True)  # fails where the run before was left
+            (run / "status.json").write_text(json.dumps({"state": self.state}))
+            rows = [{"kind": "valid", "perplexity": p} for p in self.perplexities]
+            lines = [json.dumps(row) for row in [{"kind": "event"}, *rows]]
+            (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        return subprocess.CompletedProcess(command, self.code, "def read_lines(path):\n", "oh dear")
+
+    def named(self, word: str) -> list[list[str]]:
+        return [words for words in self.seen if word in words]
+
+
+@pytest.fixture
+def smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """launcher/smoke.py, working in a folder of its own on a library of two files."""
+    spec = importlib.util.spec_from_file_location("smoke", ROOT / "launcher/smoke.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    stdlib = tmp_path / "stdlib"
+    stdlib.mkdir()
+    (stdlib / "a.py").write_text("a = 1\n")
+    (stdlib / "b.py").write_text("b = 2\n")
+    monkeypatch.setattr(module.sysconfig, "get_path", lambda name: str(stdlib))
+    monkeypatch.setattr(module, "CONFIG", ROOT / "configs/smoke.json")
+    monkeypatch.setattr(module, "os", SimpleNamespace(chdir=lambda path: None))
+    monkeypatch.chdir(tmp_path)
+    assert Path.cwd() == tmp_path  # the smoke removes a run: not the one of this checkout
+    return module
+
+
+@pytest.fixture
+def commands(smoke: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Commands:
+    fake = Commands()
+    monkeypatch.setattr(smoke.subprocess, "run", fake)
+    return fake
+
+
+def test_the_corpus_is_sources_without_tests(smoke: ModuleType, tmp_path: Path) -> None:
+    stdlib, corpus = tmp_path / "lib", tmp_path / "corpus"
+    for name in ("json/decoder.py", "test/test_x.py", "json/tests/y.py", "site-packages/z.py"):
+        (stdlib / name).parent.mkdir(parents=True, exist_ok=True)
+        (stdlib / name).write_text(f"# {name}\n")
+    (stdlib / "json/__init__.py").write_text("")
+    (stdlib / "odd.py").write_bytes(b"x = '\xff\0'\n")
+    for number in range(200):
+        (stdlib / f"m{number}.py").write_text(f"n = {number}\n")
+    said = smoke.collect(stdlib, corpus)
+    texts = {
+        split: [json.loads(line)["text"] for line in (corpus / f"{split}.jsonl").open()]
+        for split in ("train", "valid")
+    }
+    everything = texts["train"] + texts["valid"]
+    assert sorted(everything) == sorted(
+        ["# json/decoder.py\n", "x = ''\n", *(f"n = {number}\n" for number in range(200))]
+    )
+    assert 2 <= len(texts["valid"]) <= 25
+    assert said == f"{len(texts['train'])} files to train on, {len(texts['valid'])} held out"
+    before = (corpus / "valid.jsonl").read_bytes()
+    smoke.collect(stdlib, corpus)
+    assert (corpus / "valid.jsonl").read_bytes() == before
+
+
+def test_a_second_smoke_reuses_the_shards_and_trains_anew(
+    smoke: ModuleType, commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smoke.main()
+    verbs = ("train-tokenizer", "tokenize", "launcher/pretrain.py", "launcher/generate.py")
+    assert [len(commands.named(verb)) for verb in verbs] == [1, 2, 1, 1]
+    smoke.main()
+    assert [len(commands.named(verb)) for verb in verbs] == [1, 2, 2, 2]
+    (pretrain, _) = commands.named("launcher/pretrain.py")
+    assert pretrain[1:3] == ["--num_gpus", "2"]
+    assert pretrain[-2:] == ["--set", "training.micro_batch_size=8"]
+    said = capsys.readouterr().out
+    assert "2 ranks, held-out perplexity 8,123 -> 41.3" in said
+    assert "def read_lines(path):" in said
+    assert said.splitlines()[-1].endswith("tensorboard --logdir runs/smoke")
+
+
+@pytest.mark.parametrize(("gpus", "ranks", "micro"), [(1, 1, 8), (3, 2, 8), (4, 4, 4), (64, 8, 2)])
+def test_gpus_share_the_batch(
+    smoke: ModuleType,
+    commands: Commands,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: int,
+    ranks: int,
+    micro: int,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    smoke.train()
+    (command,) = commands.seen
+    assert command[1:3] == ["--num_gpus", str(ranks)]
+    assert command[-1] == f"training.micro_batch_size={micro}"
+
+
+@pytest.mark.parametrize(
+    ("state", "perplexities", "message"),
+    [
+        ("stopped", [8000.0, 30.0], "stopped"),
+        ("done", [8000.0, 61.0], "61.0"),
+        ("done", [8000.0, None], "None"),
+    ],
+)
+def test_a_run_that_did_not_learn_is_a_failure(
+    smoke: ModuleType, commands: Commands, state: str, perplexities: list[float], message: str
+) -> None:
+    commands.state, commands.perplexities = state, perplexities
+    with pytest.raises(SystemExit, match=message):
+        smoke.train()
+
+
+def test_a_command_that_fails_ends_the_smoke_with_its_words(
+    smoke: ModuleType, commands: Commands
+) -> None:
+    commands.code = 2
+    with pytest.raises(SystemExit, match=r"(?s)oh dear.*failed: .*train-tokenizer"):
+        smoke.main()
+    assert len(commands.seen) == 1
