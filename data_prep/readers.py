@@ -83,7 +83,7 @@ def _read_lines(unit: Unit, text_field: str) -> Iterator[Record]:
             number += 1
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
+            if line := line.strip():
                 yield _from_json(line, text_field, f"{unit.path} line {number}")
 
 

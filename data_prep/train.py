@@ -122,6 +122,9 @@ def _learn(sample: Sequence[str], options: TrainOptions) -> bytes:
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             byte_fallback=True,
+            # a space as the trainer writes it: in text without spaces it would fall to bytes that
+            # are not a space's
+            required_chars="\u2581",
             # indentation is one piece, numbers are digits
             allow_whitespace_only_pieces=True,
             split_digits=True,

@@ -1,18 +1,16 @@
-"""Continue prompts with a trained model: a checkpoint folder is all it needs."""
+"""Continue prompts with a trained model."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 from megalite.log import run_main
 
 _EXAMPLES = """examples:
-  python launcher/generate.py --checkpoint runs/smoke --prompt "def "
-  python launcher/generate.py --checkpoint runs/1b/checkpoints/step_00001000 \\
-      --prompt "Once" "Then" --temperature 0.7 --top-p 0.9 --stop "." --seed 1
+  python launcher/generate.py --checkpoint runs/smoke --prompt "def main("
+  python launcher/generate.py --checkpoint runs/smoke/checkpoints/step_00000300 \\
+      --prompt "import os" "class Node" --temperature 0 --max-new-tokens 40
 """
 
 
@@ -20,64 +18,37 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, help="a step folder, or a run folder: its newest")
-    add(
-        "--prompt",
-        required=True,
-        nargs="+",
-        metavar="TEXT",
-        help="each text is continued by itself",
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="a step folder, or a run folder"
     )
-    add("--max-new-tokens", type=int, default=100, metavar="N", help="at most (default 100)")
-    add("--temperature", type=float, default=1.0, help="0: always the likeliest (default 1.0)")
-    add("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")
-    add("--top-p", type=float, metavar="P", help="choose among the fewest that make up share P")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before it; repeatable")
-    add("--seed", type=int, default=0, metavar="N", help="the same seed, the same text (default 0)")
+    parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="one or more")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="0: always the likeliest token"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest")
+    parser.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest P")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
     return parser.parse_args()
 
 
-def continuations(arguments: argparse.Namespace) -> Iterator[tuple[str, Iterator[str]]]:
-    """Each prompt with the pieces of its continuation."""
-    import torch
-
-    from megalite.checkpoint import fill_model, open_checkpoint
-    from megalite.config import load_config
-    from megalite.evaluate import Sampling, stream_text
-    from megalite.formats.tokenizer import load_tokenizer
-    from megalite.model import build
+def main() -> None:
+    arguments = parse()
+    from megalite.evaluate import Sampling, open_model, stream_text
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    folder, manifest = open_checkpoint(arguments.checkpoint)
-    config = load_config(folder / "config.json").model
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build(config).to(device).eval()
-    fill_model(model, config, folder, manifest)
-
-    def logits(ids: torch.Tensor) -> torch.Tensor:
-        window = ids[:, -config.max_position_embeddings :]
-        return model.logits(window.to(device), last_only=True)
-
+    opened = open_model(arguments.checkpoint)
     for prompt in arguments.prompt:
-        yield (
-            prompt,
-            stream_text(
-                logits,
-                tokenizer,
-                prompt,
-                max_new_tokens=arguments.max_new_tokens,
-                sampling=sampling,
-                stop=arguments.stop,
-            ),
-        )
-
-
-def main() -> None:
-    for prompt, pieces in continuations(parse()):
         sys.stdout.write(prompt)
-        for piece in pieces:
+        for piece in stream_text(
+            opened.last_logits,
+            opened.tokenizer,
+            prompt,
+            max_new_tokens=arguments.max_new_tokens,
+            sampling=sampling,
+            stop=arguments.stop,
+        ):
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")

@@ -36,8 +36,8 @@ def parse() -> argparse.Namespace:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="auto: this run's newest whole checkpoint, else a fresh start (default); never: fresh, "
-        "an error where checkpoints exist; PATH: a step folder or a run folder of any run",
+        help="auto: this run's newest whole checkpoint, else a fresh start (default); never: "
+        "fresh, an error where checkpoints exist; PATH: a step folder or a run folder of any run",
     )
     parser.add_argument(
         "--init-from", metavar="CHECKPOINT", help="start a fresh run from a checkpoint's weights"

@@ -1,5 +1,4 @@
-"""Loading: the newest checkpoint that proves whole; one rank reads each tensor, its group receives.
-"""
+"""Loading: the newest checkpoint that proves whole; a tensor's owner reads, its group receives."""
 
 from __future__ import annotations
 
@@ -32,8 +31,8 @@ def find_newest(root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | None:
     Raises:
         CheckpointError: checkpoints exist and every one is damaged. Nothing starts afresh then.
     """
-    names = [path.name for path in disk.published(root)]
-    names = list(grid.gather(names))[0]  # type: ignore[assignment]  # rank 0's view, for all
+    # rank 0's view, for all
+    names: Any = grid.gather([path.name for path in disk.published(root)])[0]
     for name in names:
         folder = root / name
         problems, manifest = _check(folder, grid)
@@ -48,8 +47,8 @@ def find_newest(root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | None:
         grid.barrier()
     if names:
         raise CheckpointError(
-            f"every checkpoint in {root} is damaged and none is used; mend one of the bad_ folders, "
-            "resume from another run with --resume PATH, or start under another name"
+            f"every checkpoint in {root} is damaged and none is used; mend one of the bad_ "
+            "folders, resume from another run with --resume PATH, or start under another name"
         )
     return None
 
@@ -65,8 +64,8 @@ def open_checkpoint(path: Path, grid: Grid | None = None) -> tuple[Path, disk.Ma
         found = disk.published(path / "checkpoints") or disk.published(path)
         if not found:
             raise CheckpointError(
-                f"{path} holds no checkpoint: give a step folder (.../checkpoints/step_00001000) or "
-                "a run folder that has one"
+                f"{path} holds no checkpoint: give a step folder "
+                "(.../checkpoints/step_00001000) or a run folder that has one"
             )
         folder = found[0]
     problems, manifest = _check(folder, grid)
@@ -147,9 +146,7 @@ def _write_states(
             engine.write_state(owned.parameter, state, value)
 
 
-def _receive(
-    owned: Owned, state: str, grid: Grid, folder: Path, manifest: disk.Manifest
-) -> Tensor:
+def _receive(owned: Owned, state: str, grid: Grid, folder: Path, manifest: disk.Manifest) -> Tensor:
     """A state's value on every rank of the data-parallel group, read by its owner."""
     if owned.owner == grid.data_rank:
         tensors = read_parameter(folder, manifest, owned.row, state)
@@ -176,14 +173,13 @@ def _refuse_other_model(model: ModelConfig, folder: Path, manifest: disk.Manifes
 
 def _check(folder: Path, grid: Grid | None) -> tuple[list[str], disk.Manifest | None]:
     """Problems of a checkpoint, its files' hashes shared out over the ranks."""
+    manifest: disk.Manifest | None = None
     try:
         manifest = disk.read_manifest(folder)
-    except CheckpointError as error:
-        mine: list[str] = [str(error)]
-        manifest = None
-    else:
         rank, size = (grid.rank, grid.world_size) if grid else (0, 1)
         mine = disk.damage(folder, manifest, list(manifest.files)[rank::size])
+    except CheckpointError as error:
+        mine = [str(error)]
     found: list[Any] = [mine] if grid is None else grid.gather(mine)
     return list(dict.fromkeys(line for lines in found for line in lines)), manifest
 

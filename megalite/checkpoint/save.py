@@ -122,7 +122,7 @@ def save(
 
 
 def retain(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; each leaves its public name before its files."""
+    """Delete all but the newest `keep` checkpoints; each is renamed before it goes."""
     for folder in disk.published(root)[keep:]:
         doomed = folder.with_name(f".deleted_{folder.name}")
         folder.rename(doomed)
@@ -169,7 +169,7 @@ class _Draft:
                 entries[name] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
         whole = shapes.tensors(self.config.model)
         manifest = disk.Manifest(
-            format=disk.FORMAT,
+            format="megalite-checkpoint-1",
             step=self.place.step,
             samples=self.place.samples,
             tokens=self.place.tokens,

@@ -38,9 +38,7 @@ def owned_parameters(model: nn.Module, config: ModelConfig, grid: Grid) -> Itera
 
 def to_canonical(value: Tensor, row: shapes.Parameter, grid: Grid) -> dict[str, Tensor]:
     """The canonical tensors inside a parameter's value, on the CPU."""
-    pieces = shapes.pieces(
-        row, tensor_parallel=grid.tensor_parallel, tensor_rank=grid.tensor_rank
-    )
+    pieces = shapes.pieces(row, tensor_parallel=grid.tensor_parallel, tensor_rank=grid.tensor_rank)
     return {piece.tensor.name: value[piece.target].cpu().contiguous() for piece in pieces}
 
 

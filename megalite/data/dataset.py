@@ -215,7 +215,7 @@ def _dataset(
 
 def _other_tokenizers(opened: Sequence[ShardSet]) -> list[str]:
     """A fault for each source whose ids mean something else than the first one's."""
-    known = [(s.folder, s.manifest.tokenizer.sha256) for s in opened if s.manifest.tokenizer]
+    known = [(s.folder, s.manifest.tokenizer.sha256) for s in opened]
     return [
         f"{folder}: tokenized with {sha256[:12]}, but {known[0][0]} with {known[0][1][:12]} "
         "(hashes of the tokenizers' files); tokenize all sources with one tokenizer"

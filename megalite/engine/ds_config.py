@@ -93,7 +93,9 @@ def join() -> None:
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # torch renames collectives that DeepSpeed calls: one warning a call, nothing a user can mend
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger"
+    )
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False)
 
@@ -192,7 +194,9 @@ def _dump(model: pydantic.BaseModel) -> dict[str, Any]:
     kept = {
         name
         for name, field in fields.items()
-        if not (isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("deprecated"))
+        if not (
+            isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("deprecated")
+        )
     }
     return model.model_dump(mode="json", by_alias=True, exclude_none=True, include=kept)
 

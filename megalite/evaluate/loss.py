@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from megalite.data import Dataset, first_batches
+from megalite.data import Batch, Dataset, first_batches
 from megalite.engine import Engine
+from megalite.formats.tokenizer import Tokenizer
 from megalite.parallel import Grid
 
 
@@ -17,19 +22,80 @@ def mean_loss(
 
     Where the data set has fewer windows, over all of them. A collective of all ranks.
     """
-    batches = first_batches(
+    sums = _sum_loss(
+        engine.eval_loss,
         dataset,
-        min(samples, dataset.windows),
+        samples=samples,
         micro_batch_size=micro_batch_size,
         data_rank=grid.data_rank,
         data_size=grid.data_parallel,
     )
-    # float64: a sum over millions of targets keeps its digits; on the device, so no step waits
-    total = torch.zeros((), dtype=torch.float64, device=grid.device)
-    targets = 0
-    for batch in batches:
-        total += engine.eval_loss(batch).double()
-        targets += batch.targets
-    sums = torch.stack((total.cpu(), torch.tensor(float(targets), dtype=torch.float64)))
     dist.all_reduce(sums, group=grid.cpu_group)
     return float(sums[0] / sums[1])
+
+
+def score(
+    loss: Callable[[Batch], Tensor],
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    *,
+    samples: int,
+    micro_batch_size: int,
+) -> dict[str, float | int | None]:
+    """Loss (nats), perplexity, bits per byte of text and tokens counted, on one device.
+
+    Bits per byte compares models of different tokenizers; null where the targets hold no text.
+    """
+    samples = min(samples, dataset.windows)
+    total, targets = _sum_loss(
+        loss, dataset, samples=samples, micro_batch_size=micro_batch_size, data_rank=0, data_size=1
+    ).tolist()
+    text_bytes = sum(
+        len(tokenizer.decode(labels[mask].tolist()).encode())
+        for batch in first_batches(
+            dataset, samples, micro_batch_size=micro_batch_size, data_rank=0, data_size=1
+        )
+        for labels, mask in zip(batch.tensors["labels"], batch.tensors["loss_mask"], strict=True)
+    )
+    return {
+        "loss": total / targets,
+        "perplexity": perplexity(total / targets),
+        "bits_per_byte": total / math.log(2) / text_bytes if text_bytes else None,
+        "tokens": int(targets),
+    }
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _sum_loss(
+    loss: Callable[[Batch], Tensor],
+    dataset: Dataset,
+    *,
+    samples: int,
+    micro_batch_size: int,
+    data_rank: int,
+    data_size: int,
+) -> Tensor:
+    """This rank's summed loss and targets: float64 [2] on the CPU.
+
+    float64, since a sum over millions of targets must keep its digits; on the device until the
+    end, so that no batch waits for the one before.
+    """
+    batches = first_batches(
+        dataset,
+        min(samples, dataset.windows),
+        micro_batch_size=micro_batch_size,
+        data_rank=data_rank,
+        data_size=data_size,
+    )
+    losses, targets = [], 0
+    for batch in batches:
+        losses.append(loss(batch).double())
+        targets += batch.targets
+    return torch.stack((torch.stack(losses).sum().cpu(), torch.tensor(float(targets)).double()))

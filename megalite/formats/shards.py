@@ -59,7 +59,7 @@ __all__ = [
 
 # A mapped file holds a descriptor, of which a process has 1,024 by default.
 _MAPPED_SHARDS = 64
-# Indices of this size together are checked whole when a folder is opened, in some 0.2 s; those
+# Indices of this size together are checked whole when a folder is opened, in some 0.1 s; those
 # of larger folders one by one, when first used.
 _CHECKED_AT_OPEN = 64 << 20  # bytes
 _BUFFER = 1 << 20  # bytes

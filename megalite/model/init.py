@@ -65,8 +65,8 @@ def _fill(target: Tensor, piece: shapes.Piece, *, std: float, seed: int) -> None
         generator = torch.Generator().manual_seed(_key(seed, piece.tensor.name, block))
         values = torch.randn((height, *shape[1:]), generator=generator)
         low, high = max(first, base), min(last, base + height)
-        box = values[(slice(low - base, high - base), *columns)]
-        target[low - first : high - first].copy_(box.mul_(std))
+        box = (slice(low - base, high - base), *columns)
+        target[low - first : high - first].copy_(values[box].mul_(std))
 
 
 def _key(seed: int, name: str, block: int) -> int:

@@ -24,14 +24,12 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     """Sum over the rows with mask of `logsumexp(h W^T) - (h W^T)[label]`, in nats, fp32."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, mask_R: Tensor
     ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_RD) if wants_hidden else None
-        grad_weight = (
-            torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
-        )
+        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_RD.device)
         rows = chunk_rows(weight_VD.shape[0])
         for start in range(0, hidden_RD.shape[0], rows):

@@ -63,8 +63,8 @@ def state_names(config: RunConfig) -> tuple[str, ...]:
 @torch.no_grad()
 def _shrink(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
     for group in optimizer.param_groups:
-        if group["decoupled_l2"]:
-            present = [p for p in group["params"] if p.grad is not None]
+        present = [p for p in group["params"] if p.grad is not None]
+        if present and group["decoupled_l2"]:  # ZeRO-3 steps one group at a time, the others empty
             torch._foreach_mul_(present, 1 - group["lr"] * group["decoupled_l2"])
 
 

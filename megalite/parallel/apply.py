@@ -54,7 +54,7 @@ def prepare(blocks: Iterable[nn.Module], *, recompute: str, compile_blocks: bool
             forward = partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
         if compile_blocks:
             forward = torch.compile(forward)
-        block.forward = forward  # type: ignore[method-assign]
+        block.forward = forward
 
 
 def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

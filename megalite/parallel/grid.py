@@ -83,7 +83,7 @@ def start(launch: env.Launch, *, tensor_parallel: int = 1) -> Grid:
     torch.set_num_threads(env.thread_count(launch))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if launch.source == "python":
-        store = dist.HashStore()  # a world of one needs no port
+        store = dist.HashStore()  # type: ignore[attr-defined]  # a world of one needs no port
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
     else:
         if launch.source == "srun":

@@ -59,9 +59,7 @@ def available_memory() -> int:
     return max(0, free)
 
 
-def _unsupported(
-    config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]
-) -> Iterator[str]:
+def _unsupported(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> Iterator[str]:
     if plan.tensor_parallel > 1:
         yield (
             f"parallel.tensor {plan.tensor_parallel}: this version trains with parallel.tensor 1; "

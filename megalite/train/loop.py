@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +10,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megalite import checkpoint
-from megalite.checkpoint import Lease, Place
+from megalite.checkpoint import Place
 from megalite.config import RunConfig
 from megalite.data import Dataset
 from megalite.engine import Engine, StepResult
 from megalite.errors import Stopped
-from megalite.evaluate import mean_loss
+from megalite.evaluate import mean_loss, perplexity
 from megalite.observe import Recorder, peak_flops, peak_memory_bytes
 from megalite.optim import learning_rate
 from megalite.parallel import Grid
@@ -190,14 +188,6 @@ class _Pause:
             torch.cuda.synchronize()
         if self._clock is not None:
             self._clock.paused += time.perf_counter() - self._start
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 def _due(step: int, every: int) -> bool:

@@ -5,7 +5,6 @@ Whatever the user can mend is found before the run folder is opened, on every ra
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,7 +129,9 @@ def _opened(
         checkpoint.clear_leftovers(request.root)
         files.write_json(folder / "config.json", request.config.model_dump(mode="json"))
         files.write_json(folder / "deepspeed.json", settings)
-        shutil.copytree(train.sources[0].folder / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+        shutil.copytree(
+            train.sources[0].folder / "tokenizer", folder / "tokenizer", dirs_exist_ok=True
+        )
         handler = log.add_file(folder / "log.txt")
     grid.barrier()
     recorder = Recorder(
@@ -194,13 +195,13 @@ def _train(
 
 
 def _verdict(error: BaseException) -> tuple[Any, str]:
-    kinds = {Stopped: "stopped", Superseded: "superseded"}
-    return kinds.get(type(error), "failed"), f"{type(error).__name__}: {error}"
+    state = "failed"
+    if isinstance(error, Stopped | Superseded):
+        state = "stopped" if isinstance(error, Stopped) else "superseded"
+    return state, f"{type(error).__name__}: {error}"
 
 
-def _make_engine(
-    request: Request, plan: Plan, grid: Grid, settings: dict[str, Any]
-) -> Engine:
+def _make_engine(request: Request, plan: Plan, grid: Grid, settings: dict[str, Any]) -> Engine:
     if request.engine == "reference":
         from megalite.engine.reference import ReferenceEngine
 
@@ -261,9 +262,7 @@ def _announce(
         )
 
 
-def _saver(
-    request: Request, grid: Grid, engine: Engine, train: Dataset
-) -> Callable[[Place], Path]:
+def _saver(request: Request, grid: Grid, engine: Engine, train: Dataset) -> Callable[[Place], Path]:
     lease = Lease(request.root) if grid.rank == 0 else None
     write = partial(
         checkpoint.save,

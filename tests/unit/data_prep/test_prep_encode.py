@@ -140,7 +140,8 @@ def test_nothing_is_left_after_an_error(corpus: Path, tmp_path: Path) -> None:
     ]
     (tmp_path / "empty.jsonl").write_text("")
     empty = TokenizeOptions([str(tmp_path / "empty.jsonl")], "bytes", tmp_path / "new" / "o")
-    for options, kind, message in [*cases, (empty, DataError, "no document in")]:
+    cases.append((empty, DataError, "no document in"))
+    for options, kind, message in cases:
         with pytest.raises(kind, match=message):
             tokenize(options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "empty.jsonl", "taken"]
@@ -154,15 +155,18 @@ def test_an_empty_folder_is_a_good_output(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_eos_needs_no_eos(corpus: Path, tmp_path: Path) -> None:
-    alphabet = {chr(256 + byte): byte for byte in range(256)}
-    made = tokenizers.Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(
+        models.BPE(vocab={character: id for id, character in enumerate(alphabet)}, merges=[])
+    )
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_tokens(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     path = tmp_path / "tokenizer.json"
     made.save(str(path))
     with pytest.raises(UserError, match="has no EOS token; use another, or pass --no-eos"):
         tokenize(TokenizeOptions([str(corpus)], str(path), tmp_path / "out"))
+    manifest = tokenize(TokenizeOptions([str(corpus)], str(path), tmp_path / "out", eos=False))
+    assert (manifest.tokens, manifest.eos) == (sum(len(text.encode()) for text in TEXTS), None)
 
 
 def test_progress_goes_to_the_log(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import sentencepiece
@@ -13,28 +15,29 @@ from megalite.errors import CommandError, DataError
 from megalite.formats.tokenizer import load_tokenizer
 
 SOURCE = "def f(x):\n    if x:\n        return x + 123\n\n\nclass A:\n    pass\n"
+NAMES = "ant bee cat dog eel fox gnu hen ibis jay kite lark mole newt owl pig ram seal toad yak"
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> str:
-    for number in range(20):
-        (tmp_path / f"{number}.py").write_text(SOURCE.replace("x", f"name_{number}") * 20)
+    for name in NAMES.split():
+        (tmp_path / f"{name}.py").write_text(SOURCE.replace("x", f"name_{name}") * 20)
     return str(tmp_path / "*.py")
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_a_tokenizer_is_lossless_and_alike_in_every_run(
-    kind: str, corpus: str, tmp_path: Path
+    kind: Literal["bpe", "unigram"], corpus: str, tmp_path: Path
 ) -> None:
     models = []
     for name in ("a", "b"):
-        options = TrainOptions([corpus], 330, tmp_path / name, kind)  # type: ignore[arg-type]
+        options = TrainOptions([corpus], 310, tmp_path / name, kind)
         train_tokenizer(options)
         assert [path.name for path in (tmp_path / name).iterdir()] == ["tokenizer.model"]
         models.append((tmp_path / name / "tokenizer.model").read_bytes())
     assert models[0] == models[1]
     tokenizer = load_tokenizer(tmp_path / "a")
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (330, 1, 2)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (310, 1, 2)
     for text in (SOURCE, "\n\n  \t\r\n", "中文🎉", " a  b   c    ", "\n"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -57,8 +60,9 @@ def test_newlines_and_indentation_are_learnt_and_digits_split(corpus: str, tmp_p
 def test_a_size_that_the_text_does_not_suit_is_refused(
     size: int, message: str, corpus: str, tmp_path: Path
 ) -> None:
-    for kind in ("bpe", "unigram"):
-        options = TrainOptions([corpus], size, tmp_path / "out", kind)  # type: ignore[arg-type]
+    kinds: tuple[Literal["bpe", "unigram"], ...] = ("bpe", "unigram")
+    for kind in kinds:
+        options = TrainOptions([corpus], size, tmp_path / "out", kind)
         with pytest.raises(DataError, match=f"--vocab-size {size}: .*{message}"):
             train_tokenizer(options)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".py"] * 20
@@ -87,14 +91,21 @@ def test_chunks_add_up_and_end_before_newlines(text: str) -> None:
         parts = list(chunks(text))
     assert "".join(parts) == text
     assert all(len(part) <= 20 for part in parts)
-    for before, after in zip(parts, parts[1:], strict=False):
+    for before, after in pairwise(parts):
         assert before
         assert after[0] == "\n" or "\n" not in before[1:]
 
 
+def test_text_without_spaces_still_gives_a_tokenizer_that_keeps_them(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("大规模模型的训练，数据决定结果。\n" * 50, encoding="utf-8")
+    made = train_tokenizer(TrainOptions([str(tmp_path / "a.txt")], 300, tmp_path / "out"))
+    assert made.decode(made.encode("模型  a b\n ")) == "模型  a b\n "
+
+
 def test_a_long_line_without_a_space_is_learnt_from(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("ab" * 100_000)
-    assert train_tokenizer(TrainOptions([str(tmp_path / "a.txt")], 265, tmp_path / "out"))
+    made = train_tokenizer(TrainOptions([str(tmp_path / "a.txt")], 265, tmp_path / "out"))
+    assert len(made.encode("ab" * 20)) < 20
 
 
 def test_the_sample_is_bounded_spread_and_repeatable() -> None:

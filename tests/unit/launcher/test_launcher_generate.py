@@ -131,7 +131,7 @@ def test_the_seed_and_a_stop_string_are_heard(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(["--top-p", "2"], 2), (["--checkpoint", "absent"], 1)]
+    ("arguments", "code"), [(["--top-p", "2"], 2), (["--checkpoint", "absent"], 2)]
 )
 def test_mistakes_have_their_exit_code(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int

@@ -1,0 +1,28 @@
+"""A small real corpus for every test that trains: sources of Python's standard library, in bytes."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from data_prep.encode import TokenizeOptions, tokenize
+
+_MODULES = ("argparse", "ast", "calendar", "dataclasses", "enum", "inspect", "pathlib", "typing")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of byte-tokenized shards: `train` (some 400,000 tokens) and `valid`."""
+    folder = tmp_path_factory.mktemp("corpus")
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    texts = [(stdlib / f"{name}.py").read_text() for name in _MODULES]
+    made = {}
+    for split, part in {"train": texts[1:], "valid": texts[:1]}.items():
+        source = folder / f"{split}.jsonl"
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+        made[split] = str(folder / split)
+        tokenize(TokenizeOptions([str(source)], "bytes", folder / split, shard_tokens=150_000))
+    return made

@@ -1,0 +1,74 @@
+"""Small configurations, models and batches for unit tests, made without a file or a corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from megalite.config import ModelConfig, RunConfig
+from megalite.data import Batch
+from megalite.env import Launch
+from megalite.model import CausalLM, build, initialize
+from megalite.parallel import Grid, start, stop
+
+_MODEL: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+
+
+def model_config(**overrides: Any) -> ModelConfig:
+    """A decoder of a few thousand parameters; overrides are fields of the model section."""
+    return ModelConfig.model_validate(_MODEL | overrides)
+
+
+def run_config(**sections: Any) -> RunConfig:
+    """A run file; each section given is merged into a small one. Rules across fields are not run."""
+    raw: dict[str, Any] = {
+        "name": "run",
+        "model": dict(_MODEL),
+        "data": {"train": [{"path": "shards"}], "sequence_length": 8},
+        "optimizer": {"lr": 1e-2},
+        "training": {"steps": 10, "global_batch_size": 4, "micro_batch_size": 2},
+    }
+    for name, value in sections.items():
+        raw[name] = raw.get(name, {}) | value if isinstance(value, dict) else value
+    return RunConfig.model_validate(raw)
+
+
+def make_model(config: ModelConfig, *, seed: int = 5, spread: float = 0.0) -> CausalLM:
+    """An initialised model; `spread` adds noise to all of it, so that norms and biases matter."""
+    model = build(config)
+    initialize(model, config, seed=seed, gather=lambda _: nullcontext())
+    if spread:
+        noise = torch.Generator().manual_seed(seed + 1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += spread * torch.randn(parameter.shape, generator=noise)
+    return model
+
+
+def make_batch(config: ModelConfig, *, samples: int = 2, length: int = 8, seed: int = 0) -> Batch:
+    """Random tokens, a quarter of whose targets do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(config.vocab_size, (samples, length + 1), generator=generator)
+    mask = torch.rand(samples, length, generator=generator) < 0.75
+    tensors = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask}
+    return Batch(tensors, place=seed * samples, targets=int(mask.sum()))
+
+
+@contextmanager
+def world_of_one() -> Iterator[Grid]:
+    """The grid of a single process, left again at the end."""
+    try:
+        yield start(Launch(0, 1, 0, 1, "127.0.0.1", 0, "python"))
+    finally:
+        stop()

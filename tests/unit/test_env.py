@@ -1,0 +1,363 @@
+"""Who this process is, told by four launchers, and every way a description can be wrong."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from megalite import env
+from megalite.env import Launch, find_launch, first_host, job, thread_count
+from megalite.errors import LaunchError, nearest
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "10.0.0.7",
+    "MASTER_PORT": "29500",
+}
+DEEPSPEED = {k: v for k, v in TORCHRUN.items() if k != "LOCAL_WORLD_SIZE"} | {
+    "CROSS_RANK": "1",
+    "CROSS_SIZE": "2",
+    "LOCAL_SIZE": "4",
+}
+# task 4 of 7 on nodes of 3, 3 and 1 tasks, as srun sets it
+SRUN = {
+    "SLURM_JOB_ID": "812",
+    "SLURM_JOB_NUM_NODES": "3",
+    "SLURM_JOB_NODELIST": "gpu[03-05]",
+    "SLURM_TASKS_PER_NODE": "3(x2),1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "gpu[03-05]",
+    "SLURM_STEP_TASKS_PER_NODE": "3(x2),1",
+    "SLURM_NTASKS": "7",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+# what the shell of `sbatch -N1 -n4` sees before any srun
+BATCH_SHELL = {
+    "SLURM_JOB_ID": "812",
+    "SLURM_JOB_NUM_NODES": "1",
+    "SLURM_JOB_NODELIST": "gpu03",
+    "SLURM_NTASKS": "4",
+    "SLURM_TASKS_PER_NODE": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+ALONE = Launch(0, 1, 0, 1, "127.0.0.1", 0, "python")
+
+
+def without(environ: dict[str, str], *keys: str) -> dict[str, str]:
+    return {key: value for key, value in environ.items() if key not in keys}
+
+
+def test_nothing_set_is_a_world_of_one() -> None:
+    assert find_launch({}) == ALONE
+    assert find_launch({"PATH": "/bin", "MASTER_ADDR": "left.in.a.profile"}) == ALONE
+    assert find_launch(dict.fromkeys(TORCHRUN, "")) == ALONE
+
+
+def test_torchrun() -> None:
+    assert find_launch(TORCHRUN) == Launch(5, 8, 1, 4, "10.0.0.7", 29500, "torchrun")
+    one_node = without(TORCHRUN, "LOCAL_WORLD_SIZE") | {"LOCAL_RANK": "5"}
+    assert find_launch(one_node).local_world_size == 8
+
+
+def test_deepspeed_on_two_nodes_knows_the_ranks_of_its_own_host() -> None:
+    """DeepSpeed's launcher names them LOCAL_SIZE: threads and memory are shared by 4, not 8."""
+    assert find_launch(DEEPSPEED) == Launch(5, 8, 1, 4, "10.0.0.7", 29500, "torchrun")
+
+
+def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in (*TORCHRUN, *SRUN):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in TORCHRUN.items():
+        monkeypatch.setenv(key, value)
+    assert find_launch().rank == 5
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert job() == env.Job("9", 3)
+
+
+@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"])
+def test_half_set_names_what_is_missing(missing: str) -> None:
+    with pytest.raises(LaunchError, match=rf"{missing} missing") as caught:
+        find_launch(without(TORCHRUN, missing))
+    others = [key for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if key != missing]
+    assert all(f"{key}={TORCHRUN[key]}" in str(caught.value) for key in others)
+
+
+def test_a_lone_local_rank_is_half_a_launch() -> None:
+    with pytest.raises(LaunchError, match="half set: LOCAL_RANK=0"):
+        find_launch({"LOCAL_RANK": "0"})
+
+
+@pytest.mark.parametrize("key", [key for key in TORCHRUN if key != "MASTER_ADDR"])
+@pytest.mark.parametrize("value", ["one", "-1", "1.0", " 1", "0x1", "1e1", "+1"])
+def test_numbers_that_are_none(key: str, value: str) -> None:
+    with pytest.raises(LaunchError, match=f"{key}="):
+        find_launch(TORCHRUN | {key: value})
+
+
+def test_a_digit_that_is_no_number() -> None:
+    with pytest.raises(LaunchError, match="RANK='²' is not a whole number"):
+        find_launch(TORCHRUN | {"RANK": "²"})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"RANK": "8"},
+        {"RANK": "0", "WORLD_SIZE": "0"},
+        {"LOCAL_RANK": "4"},
+        {"LOCAL_WORLD_SIZE": "9", "LOCAL_RANK": "5"},
+        {"LOCAL_WORLD_SIZE": "0", "LOCAL_RANK": "0"},
+    ],
+)
+def test_out_of_range(wrong: dict[str, str]) -> None:
+    with pytest.raises(LaunchError, match="rank"):
+        find_launch(TORCHRUN | wrong)
+
+
+def test_a_port_no_host_has_is_refused() -> None:
+    with pytest.raises(LaunchError, match="MASTER_PORT"):
+        find_launch(TORCHRUN | {"MASTER_PORT": "65536"})
+
+
+def test_srun() -> None:
+    launch = find_launch(SRUN)
+    assert (launch.rank, launch.world_size) == (4, 7)
+    assert (launch.local_rank, launch.local_world_size) == (1, 3)
+    assert (launch.master_addr, launch.source) == ("gpu03", "srun")
+    assert 20000 <= launch.master_port < 30000
+
+
+def test_srun_ranks_agree_where_to_meet() -> None:
+    places = {
+        (launch.master_addr, launch.master_port)
+        for rank, (local, node) in enumerate([(i, n) for n, c in enumerate((3, 3, 1)) for i in range(c)])
+        for launch in [
+            find_launch(
+                SRUN
+                | {
+                    "SLURM_PROCID": str(rank),
+                    "SLURM_LOCALID": str(local),
+                    "SLURM_NODEID": str(node),
+                }
+            )
+        ]
+    }
+    assert len(places) == 1
+
+
+def test_srun_jobs_and_restarts_meet_elsewhere() -> None:
+    """Two jobs on one node, or a requeued one whose old port lingers, must not collide."""
+    ports = {
+        find_launch(SRUN | {"SLURM_JOB_ID": str(number), "SLURM_RESTART_COUNT": str(restart)})
+        .master_port
+        for number in (812, 813, 814)
+        for restart in range(3)
+    }
+    assert len(ports) == 9
+
+
+@pytest.mark.parametrize(
+    ("listing", "node", "expected"),
+    [
+        ("3(x2),1", "0", 3),
+        ("3(x2),1", "1", 3),
+        ("3(x2),1", "2", 1),
+        ("4", "0", 4),
+        ("1,2(x3),5", "3", 2),
+        ("1,2(x3),5", "4", 5),
+        ("2(x128)", "127", 2),
+    ],
+)
+def test_tasks_on_a_heterogeneous_step(listing: str, node: str, expected: int) -> None:
+    changed = {"SLURM_STEP_TASKS_PER_NODE": listing, "SLURM_NODEID": node, "SLURM_LOCALID": "0"}
+    assert find_launch(SRUN | changed).local_world_size == expected
+
+
+def test_the_step_counts_and_not_the_allocation() -> None:
+    """`srun -N1 -n2` inside an allocation of three nodes with three tasks each."""
+    step = {
+        "SLURM_STEP_NODELIST": "gpu05",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": "1",
+        "SLURM_NODEID": "0",
+    }
+    launch = find_launch(SRUN | step)
+    assert (launch.world_size, launch.local_world_size, launch.master_addr) == (2, 2, "gpu05")
+
+
+def test_a_meeting_place_of_the_users_choice() -> None:
+    launch = find_launch(SRUN | {"MASTER_ADDR": "gpu04-ib0", "MASTER_PORT": "4711"})
+    assert (launch.master_addr, launch.master_port) == ("gpu04-ib0", 4711)
+
+
+@pytest.mark.parametrize("listing", ["many", "3(x2", "3x2", "3,,1", "3(x2),-1"])
+def test_a_task_list_that_cannot_be_read(listing: str) -> None:
+    with pytest.raises(LaunchError, match="SLURM_STEP_TASKS_PER_NODE"):
+        find_launch(SRUN | {"SLURM_STEP_TASKS_PER_NODE": listing})
+
+
+@pytest.mark.parametrize("missing", ["SLURM_NTASKS", "SLURM_LOCALID"])
+def test_half_a_step(missing: str) -> None:
+    with pytest.raises(LaunchError, match=f"SLURM_PROCID=4 but {missing} missing"):
+        find_launch(without(SRUN, missing))
+
+
+@pytest.mark.parametrize("wrong", [{"SLURM_PROCID": "7"}, {"SLURM_LOCALID": "3"}])
+def test_a_step_out_of_range(wrong: dict[str, str]) -> None:
+    with pytest.raises(LaunchError, match="rank"):
+        find_launch(SRUN | wrong)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[003-005,9],x1", "gpu003"),
+        ("gpu[9,11-12]", "gpu9"),
+        ("node-a-[1-4]", "node-a-1"),
+        ("node-a,node-b", "node-a"),
+        ("gpu[01-02]-ib.cluster", "gpu01-ib.cluster"),
+        ("a[1-2],b[3-4]", "a1"),
+        ("rack[0-1]node[03-04]", "rack0node03"),
+    ],
+)
+def test_the_first_host_of_a_list(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+@pytest.mark.parametrize("nodes", ["", ",", "[1-2]"])
+def test_a_node_list_that_cannot_be_read(nodes: str) -> None:
+    with pytest.raises(LaunchError, match="node list"):
+        first_host(nodes)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {},
+        {"SLURM_STEP_ID": "4294967291", "SLURM_STEP_NODELIST": "gpu03"},  # the batch step
+        # the shell of `salloc` where it opens on the node: the interactive step
+        {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NODELIST": "gpu03"},
+    ],
+)
+def test_a_shell_of_slurm_is_no_rank(step: dict[str, str]) -> None:
+    """It has SLURM_PROCID=0 and the job's SLURM_NTASKS: taken for rank 0 of 4 it would hang."""
+    assert find_launch(BATCH_SHELL | step) == ALONE
+    started_here = TORCHRUN | {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert find_launch(BATCH_SHELL | step | started_here).world_size == 2
+
+
+def test_a_world_of_one_among_idle_nodes_is_refused() -> None:
+    two_nodes = {"SLURM_JOB_NUM_NODES": "2"}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for environ in (BATCH_SHELL, BATCH_SHELL | TORCHRUN | alone):
+        with pytest.raises(LaunchError, match="2 nodes: the other nodes would idle"):
+            find_launch(environ | two_nodes)
+    lonely = {"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    with pytest.raises(LaunchError, match="3 nodes"):
+        find_launch(SRUN | lonely | {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_NODEID": "0"})
+    assert find_launch(BATCH_SHELL | TORCHRUN | two_nodes).world_size == 8
+
+
+def test_two_stories_contradict_each_other() -> None:
+    """`srun -n7 torchrun --nproc-per-node 1` trains seven times; one torchrun a node is meant."""
+    once = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    with pytest.raises(LaunchError, match="WORLD_SIZE=1 but srun started 7 tasks"):
+        find_launch(SRUN | TORCHRUN | once)
+    a_node_each = {"SLURM_NTASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "1(x3)"}
+    assert find_launch(SRUN | a_node_each | TORCHRUN).source == "torchrun"
+
+
+def test_job() -> None:
+    assert job({}) == env.Job("", 0)
+    assert job({"SLURM_JOB_ID": "17"}) == env.Job("17", 0)
+    with pytest.raises(LaunchError, match="SLURM_RESTART_COUNT='often'"):
+        job({"SLURM_RESTART_COUNT": "often"})
+
+
+def launch_of(local_world_size: int) -> Launch:
+    return Launch(0, local_world_size, 0, local_world_size, "127.0.0.1", 1, "torchrun")
+
+
+@pytest.mark.parametrize(
+    ("environ", "ranks", "expected"),
+    [
+        ({}, 1, 12),
+        ({}, 4, 3),
+        ({}, 5, 2),
+        ({}, 64, 1),
+        ({"OMP_NUM_THREADS": "7"}, 4, 7),
+        ({"OMP_NUM_THREADS": "1"}, 4, 1),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 4, 3),
+        ({"OMP_NUM_THREADS": "2", "TORCHELASTIC_RUN_ID": "x"}, 4, 2),
+        ({"OMP_NUM_THREADS": "0"}, 4, 3),
+        ({"OMP_NUM_THREADS": "many"}, 4, 3),
+        ({"OMP_NUM_THREADS": "²"}, 4, 3),
+    ],
+)
+def test_threads(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], ranks: int, expected: int
+) -> None:
+    for key in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environ.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(12)), raising=False)
+    assert thread_count(launch_of(ranks)) == expected
+
+
+def test_threads_where_there_is_no_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert thread_count(launch_of(2)) == 3
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert thread_count(launch_of(2)) == 1
+
+
+def test_publish_launch_says_what_find_launch_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = find_launch(SRUN)
+    written: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", written)
+    env.publish_launch(launch)
+    assert find_launch(written) == Launch(**vars(launch) | {"source": "torchrun"})
+    env.set_default("RANK", "9")
+    env.set_default("NEW", "1")
+    assert (written["RANK"], written["NEW"]) == ("4", "1")
+
+
+def test_a_compiler_is_looked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def which(found: str) -> Any:
+        return lambda name: asked.append(name) or (name if name == found else None)
+
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("shutil.which", which("clang++"))
+    assert env.has_compiler()
+    monkeypatch.setattr("shutil.which", which("nothing"))
+    assert not env.has_compiler()
+    monkeypatch.setenv("CXX", "my-c++")
+    monkeypatch.setattr("shutil.which", which("my-c++"))
+    assert env.has_compiler()
+    assert {"g++", "clang++", "my-c++"} <= set(asked)
+
+
+def test_nearest() -> None:
+    known = ("hidden_size", "head_dim", "vocab_size")
+    assert nearest("hiden_size", known) == '; did you mean "hidden_size"?'
+    assert nearest("vocabsize", iter(known)) == '; did you mean "vocab_size"?'
+    assert nearest("banana", known) == ""
+    assert nearest("x", ()) == ""

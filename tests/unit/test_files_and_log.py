@@ -1,0 +1,258 @@
+"""Files that are complete or absent, and the exit codes of every way to leave a command."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite import env, errors, files, log
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_fails_leaves_what_was_there(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    old: str | None,
+    step: str,
+    fault: BaseException,
+) -> None:
+    path = tmp_path / "status.json"
+    if old is not None:
+        path.write_text(old)
+
+    def fail(*_: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(type(fault)):
+        files.write_atomic(path, "new and much longer")
+    assert names(tmp_path) == ([] if old is None else ["status.json"])
+    assert old is None or path.read_text() == old
+
+
+def test_a_reader_sees_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every call that could be interrupted the file has its old content or its new."""
+    path, seen = tmp_path / "a.json", []
+    path.write_bytes(b"old")
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+
+        def watched(*arguments: Any, real: Callable[..., Any] = real) -> Any:
+            seen.append(path.read_bytes())
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, watched)
+    files.write_atomic(path, b"\x00new")
+    # bytes synced, renamed over, folder synced
+    assert seen == [b"old", b"old", b"\x00new"]
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_json_round_trip_and_what_json_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    value = {"é": [1, 2.5, None, True], "big": 2**60}
+    files.write_json(path, value)
+    assert files.read_json(path) == value
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="JSON"):
+            files.write_json(path, {"loss": bad})
+    assert files.read_json(path) == value
+    assert names(tmp_path) == ["a.json"]
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ValueError, match="utf-8"):
+        files.read_json(path)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        files.write_atomic(tmp_path / "none" / "a", "x")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 24])
+def test_hashes_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(files, "_CHUNK", 8)
+    data = os.urandom(size)
+    (tmp_path / "a").write_bytes(data)
+    assert files.sha256_file(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_publish_renames_and_never_replaces(tmp_path: Path) -> None:
+    staging, final = tmp_path / ".staging", tmp_path / "step"
+    staging.mkdir()
+    (staging / "a").write_text("a")
+    files.publish(staging, final)
+    assert names(tmp_path) == ["step"]
+    assert (final / "a").read_text() == "a"
+    staging.mkdir()
+    (staging / "b").write_text("b")
+    with pytest.raises(OSError, match="."):
+        files.publish(staging, final)
+    assert names(final) == ["a"]
+    assert names(staging) == ["b"]
+
+
+def test_publish_syncs_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(files, "sync_directory", lambda path: calls.append(path.name))
+    monkeypatch.setattr(os, "rename", lambda a, b: calls.append(f"{a.name} -> {b.name}"))
+    files.publish(tmp_path / "s", tmp_path / "f")
+    assert calls == ["s", "s -> f", tmp_path.name]
+
+
+# --- leaving a command ---
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that no launcher started, whose logger is as it was afterwards."""
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_JOB_NUM_NODES"):
+        monkeypatch.delenv(key, raising=False)
+    for name in ("handlers", "level", "propagate"):
+        value = getattr(log.logger, name)
+        monkeypatch.setattr(log.logger, name, list(value) if name == "handlers" else value)
+
+
+def leave(result: int | BaseException | None) -> int:
+    def main() -> int | None:
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    with pytest.raises(SystemExit) as left:
+        log.run_main(main)
+    assert isinstance(left.value.code, int)
+    return left.value.code
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize(
+    ("result", "code"),
+    [
+        (None, 0),
+        (0, 0),
+        (1, 1),
+        (errors.ConfigError(["first fault", "second fault"]), 2),
+        (errors.DataError("x"), 2),
+        (errors.CommandError("x"), 2),
+        (errors.LaunchError("x"), 2),
+        (errors.UserError("x"), 2),
+        (errors.CheckpointError("x"), 1),
+        (errors.EngineError("x"), 1),
+        (errors.MegaLiteError("x"), 1),
+        (errors.Stopped("x"), 75),
+        (errors.Superseded("x"), 3),
+        (KeyboardInterrupt(), 130),
+        (SystemExit(2), 2),  # argparse
+    ],
+)
+def test_exit_codes(
+    result: Any, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert leave(result) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    if isinstance(result, errors.MegaLiteError):
+        assert shown.err == "".join(f"error: {line}\n" for line in str(result).splitlines())
+
+
+@pytest.mark.usefixtures("quiet")
+def test_what_is_not_ours_keeps_its_traceback() -> None:
+    def main() -> int:
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        log.run_main(main)
+
+
+def test_the_codes_of_a_real_process(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from megalite import errors, log\n"
+        "def main():\n"
+        "    sys.stdout.write('report')\n"
+        "    log.logger.info('progress')\n"
+        "    raise errors.Superseded('over')\n"
+        "log.run_main(main)\n"
+    )
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environ
+    )
+    assert (done.returncode, done.stdout) == (3, "report")
+    assert done.stderr == "progress\nerror: over\n"
+
+
+@pytest.mark.usefixtures("quiet")
+def test_other_ranks_let_rank_0_speak(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    launch = env.Launch(3, 4, 3, 4, "h", 1, "torchrun")
+    monkeypatch.setattr(env, "find_launch", lambda: launch)
+    assert leave(errors.ConfigError("everyone finds it")) == 2
+    assert slept == [10.0]
+    assert capsys.readouterr().err == ""
+    assert leave(errors.CheckpointError("mine alone")) == 1
+    assert slept == [10.0]
+    assert capsys.readouterr().err == "[rank 3] error: mine alone\n"
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_launch_that_cannot_be_read_is_the_commands_to_report(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+
+    def main() -> int:
+        env.find_launch()
+        return 0
+
+    with pytest.raises(SystemExit) as left:
+        log.run_main(main)
+    assert left.value.code == 2
+    assert "half set" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quiet")
+def test_ranks_and_levels(capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in (0, 2):
+        log.setup(rank=rank)
+        log.logger.debug("details")
+        log.logger.info("plain")
+        log.logger.warning("careful")
+        log.logger.error("wrong")
+    assert capsys.readouterr().err == (
+        "plain\nwarning: careful\nerror: wrong\n[rank 2] error: wrong\n"
+    )
+
+
+@pytest.mark.usefixtures("quiet")
+def test_the_log_file_is_appended_to(tmp_path: Path) -> None:
+    log.setup()
+    for message in ("first start", "second start"):
+        handler = log.add_file(tmp_path / "log.txt")
+        log.logger.info("%s", message)
+        log.remove(handler)
+    log.logger.info("after the end")
+    log.remove(None)
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["INFO first start", "INFO second start"]
+    assert not any(isinstance(h, logging.FileHandler) for h in log.logger.handlers)
