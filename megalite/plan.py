@@ -8,6 +8,7 @@ micro-batch, T tokens of a sample, and the letters of `megalite.shapes`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +24,7 @@ _LOGIT_ROWS = 1024  # tokens whose logits exist at once in the fused head and lo
 # DeepSpeed's buckets are 5e8 elements: 2 GB in fp32. 5e7 keep a link busy just as well.
 _BUCKET = 50_000_000
 _LIVE_PARAMETERS = 1_000_000_000  # stage3_max_live_parameters of DeepSpeed 0.19
+_SUB_GROUP = 1_000_000_000  # sub_group_size
 _STAGE_0_BUCKET = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE of deepspeed/runtime/engine.py
 
 
@@ -206,8 +208,8 @@ def _deepspeed_faults(config: RunConfig, accumulation: int, precision: Precision
     if found not in ("auto", accumulation):
         told = contradiction(found, accumulation, "training.global_batch_size")
         yield f"deepspeed.gradient_accumulation_steps: {told}"
-    types = config.deepspeed.get("data_types", {})
-    if types.get("param_dtype", "auto") not in ("auto", precision):
+    types = _without_auto(config.deepspeed).get("data_types", {})
+    if types.get("param_dtype", precision) != precision:
         told = contradiction(types["param_dtype"], precision, "training.precision")
         yield f"deepspeed.data_types.param_dtype: {told}"
     if precision != "fp32" and zero_stage(config) == 0:
@@ -232,73 +234,70 @@ def _bucket(config: RunConfig, plan: Plan) -> int:
 
 def _local_elements(model: ModelConfig, tensor: int) -> int:
     return sum(
-        _product(shapes.local_shape(p, tensor_parallel=tensor)) for p in shapes.parameters(model)
+        math.prod(shapes.local_shape(p, tensor_parallel=tensor)) for p in shapes.parameters(model)
     )
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
 
 
 def _memory(config: RunConfig, plan: Plan) -> dict[str, int]:
-    """Bytes of one rank at the peak of a step, in the categories of the interface."""
+    """Bytes of one rank at the peak of a step, in the categories of the interface.
+
+    The total is less than the sum: gradients that a backward makes, and the buckets they are
+    sent in, take the place of the activations and logits it has consumed.
+    """
     n = _local_elements(config.model, plan.tensor_parallel)
     element = 4 if plan.precision == "fp32" else 2
-    parameters, gradients, transient, optimizer = _states(config, plan, n, element)
-    activations = _activations(config, plan, element)
-    memory = {
+    parameters, optimizer, held, gradients = _states(config, plan, n, element)
+    activations, logits = _activations(config, plan, element), _logits(config, plan, element)
+    buffers = _buffers(config, plan, n, element)
+    peak = max(held + activations + logits, gradients + buffers)
+    return {
         "parameters": parameters,
-        "gradients": gradients + transient,
+        "gradients": gradients,
         "optimizer": optimizer,
         "activations": activations,
-        "logits": _logits(config, plan, element),
-        "buffers": _buffers(config, plan, n, element),
+        "logits": logits,
+        "buffers": buffers,
+        "total": parameters + optimizer + peak,
     }
-    # Gradients that a backward makes take the place of the activations it consumes, unless
-    # those of an earlier micro-batch are there already.
-    shared = min(transient, activations) if plan.accumulation_steps == 1 else 0
-    return memory | {"total": sum(memory.values()) - shared}
 
 
 def _states(config: RunConfig, plan: Plan, n: int, element: int) -> tuple[int, int, int, int]:
-    """Bytes of parameters, of lasting and of passing gradients, and of optimizer states.
+    """Bytes of weights, of optimizer states, and of gradients: beside activations, and at most.
 
-    As DeepSpeed 0.19 holds them: runtime/bf16_optimizer.py for bf16 at stage 1, else
-    runtime/zero/stage_1_and_2.py and stage3.py. Masters are fp32, also of fp32 weights.
+    As DeepSpeed 0.19.8 holds them, checked against its allocations: runtime/bf16_optimizer.py
+    for bf16 at stage 1, else runtime/zero/stage_1_and_2.py and stage3.py. Masters are fp32,
+    also of fp32 weights. A micro-batch but the first finds the gradients of those before it.
     """
     stage, d = plan.zero_stage, plan.data_parallel
+    later = plan.accumulation_steps > 1
     part = -(-n // d)
     moments = 8 if config.optimizer.name == "adamw" else 4 * (config.optimizer.momentum > 0)
     if stage == 0:
-        return element * n, 0, element * n, moments * n
+        return element * n, moments * n, element * n * later, element * n
     optimizer = (4 + moments) * part
-    if stage == 1:
-        lasting = 4 * n if plan.precision == "bf16" else 0  # a flat fp32 buffer, made at once
-        return element * n, lasting, 4 * n + 4 * part - lasting, optimizer
-    if stage == 2:
-        # the partition's sum, and in fp32 the flat copy the step is made from
-        return element * n, 4 * part, 4 * part if element == 4 else 0, optimizer
-    live = 0 if d == 1 else min(n, _LIVE_PARAMETERS)
-    return element * (part + live), 4 * part, 4 * min(part, _LIVE_PARAMETERS), optimizer
+    if stage == 1 and plan.precision == "bf16":  # one flat fp32 buffer, made at the start
+        return element * n, optimizer, 4 * n, 4 * n
+    if stage == 1:  # each gradient in fp32; fp16's own, or the flat copy the step is made from
+        extra = 4 * part if element == 4 else max(4 * part, 2 * n)
+        return element * n, optimizer, 4 * n * later, 4 * n + extra
+    if stage == 2:  # the partition's sum; in fp32 also the flat copy the step is made from
+        return element * n, optimizer, 4 * part * later, (8 if element == 4 else 4) * part
+    gathered = 0 if d == 1 else min(n, _LIVE_PARAMETERS)
+    copied = 4 * min(part, _SUB_GROUP)
+    return element * (part + gathered), optimizer, 4 * part, 4 * part + copied
 
 
 def _buffers(config: RunConfig, plan: Plan, n: int, element: int) -> int:
-    """Bytes of communication buckets."""
-    section = config.deepspeed.get("zero_optimization", {})
-    bucket = section.get("reduce_bucket_size", "auto")
-    bucket = _bucket(config, plan) if bucket == "auto" else int(bucket)
+    """Bytes of the buckets that gradients are sent in."""
+    section = _without_auto(config.deepspeed).get("zero_optimization", {})
+    bucket = int(section.get("reduce_bucket_size", _bucket(config, plan)))
     if plan.zero_stage == 0:
-        return element * min(n, _STAGE_0_BUCKET) if plan.data_parallel > 1 else 0
+        return element * min(n, _STAGE_0_BUCKET)
     if plan.zero_stage == 1:
         return 0 if plan.precision == "bf16" else 4 * bucket
     overlap = section.get("overlap_comm", plan.zero_stage == 3) is True
-    # the bucket (two where it overlaps with the backward), and what is sent of it in fp32
-    return element * bucket * (2 if overlap and plan.zero_stage == 2 else 1) + (
-        4 * bucket if element == 2 else 0
-    )
+    staging = element * (2 if overlap else 1)
+    return (staging + (4 if element == 2 else 0)) * bucket  # 16-bit gradients are sent in fp32
 
 
 def _activations(config: RunConfig, plan: Plan, element: int) -> int:

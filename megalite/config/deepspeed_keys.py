@@ -15,8 +15,8 @@ from megalite.config.faults import Fault, fault, show
 from megalite.config.schema import RunConfig
 from megalite.errors import nearest
 
-# Kinds of values: b true/false, i whole number, f number, s text, d section, l list, x checked
-# nowhere here. A trailing 0 or 1 is the least a number may be.
+# Kinds of values: b true/false, i whole number, e even one, f number, s text, t type of numbers,
+# d section, x not checked here. A trailing 0 or 1 is the least a number may be.
 _TOP = {
     "train_batch_size": "i1",
     "train_micro_batch_size_per_gpu": "i1",
@@ -26,8 +26,8 @@ _TOP = {
     "dump_state": "b",
     "disable_python_gc": "b",
     "disable_allgather": "b",
-    "communication_data_type": "s",
-    "seq_parallel_communication_data_type": "s",
+    "communication_data_type": "t",
+    "seq_parallel_communication_data_type": "t",
     "prescale_gradients": "b",
     "gradient_predivide_factor": "f",
     "gradient_allreduce_op": "s",
@@ -81,9 +81,9 @@ _NESTED: dict[str, dict[str, str]] = {
         "fp16_master_weights_and_grads": "b",
     },
     "data_types": {
-        "grad_accum_dtype": "s",
-        "param_dtype": "s",
-        "buffer_dtype": "s",
+        "grad_accum_dtype": "t",
+        "param_dtype": "t",
+        "buffer_dtype": "t",
         "keep_in_fp32_modules": "x",
     },
     "zero_optimization": {
@@ -93,7 +93,7 @@ _NESTED: dict[str, dict[str, str]] = {
         "reduce_bucket_size": "i1",
         "use_multi_rank_bucket_allreduce": "b",
         "allgather_partitions": "b",
-        "allgather_bucket_size": "i0",
+        "allgather_bucket_size": "e0",
         "overlap_comm": "b",
         "compute_grad_norm": "b",
         "load_from_fp32_weights": "b",
@@ -128,11 +128,13 @@ _NESTED: dict[str, dict[str, str]] = {
     },
 }
 _KINDS = {
-    "b": (bool, "true or false"),
-    "i": (int, "a whole number"),
-    "f": (float, "a number"),
-    "s": (str, "text in quotes"),
-    "d": (dict, "a section {...}"),
+    "b": "true or false",
+    "i": "a whole number",
+    "e": "an even number",
+    "f": "a number",
+    "s": "text in quotes",
+    "t": '"fp32", "bf16" or "fp16"',
+    "d": "a section {...}",
 }
 
 _GONE = "was taken out of DeepSpeed 0.19, which refuses it"
@@ -170,6 +172,34 @@ _REFUSED = {  # known, and never right here: why, and what to do
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": "is the old name; write "
     "stage3_gather_16bit_weights_on_model_save",
 }
+
+
+def deepspeed_schema() -> dict[str, Any]:
+    """The JSON schema of the section, for completion in an editor."""
+    types: dict[str, dict[str, Any]] = {
+        "b": {"type": "boolean"},
+        "i": {"type": "number"},
+        "e": {"type": "number", "multipleOf": 2},
+        "f": {"type": "number"},
+        "s": {"type": "string"},
+        "t": {"enum": ["fp32", "bf16", "fp16"]},
+        "d": {"type": "object"},
+        "x": {},
+    }
+
+    def value(kind: str) -> dict[str, Any]:
+        least = {"minimum": int(kind[1:])} if kind[1:] else {}
+        return {"anyOf": [types[kind[0]] | least, {"const": "auto"}]}
+
+    def section(known: dict[str, str]) -> dict[str, Any]:
+        properties = {key: value(kind) for key, kind in known.items() if key not in _REFUSED}
+        return {"type": "object", "properties": properties, "additionalProperties": False}
+
+    whole = section(_TOP)
+    for name, known in _NESTED.items():
+        whole["properties"][name] = section(known)
+    whole["properties"]["zero_optimization"]["properties"]["stage"] = {"enum": [0, 1, 2, 3, "auto"]}
+    return whole
 
 
 def zero_stage(config: RunConfig) -> int:
@@ -282,11 +312,19 @@ def _key_faults(section: dict[str, Any], known: dict[str, str], prefix: str) -> 
 def _value_faults(where: tuple[str, ...], value: Any, kind: str) -> Iterator[Fault]:
     if kind == "x":
         return
-    python, expected = _KINDS[kind[0]]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     whole = number and float(value).is_integer()  # DeepSpeed takes 5e8 for a whole number
-    fits = {"i": whole, "f": number}.get(kind[0], isinstance(value, python))
+    fits = {
+        "b": isinstance(value, bool),
+        "i": whole,
+        "e": whole and value % 2 == 0,
+        "f": number,
+        "s": isinstance(value, str),
+        "t": value in ("fp32", "bf16", "fp16"),
+        "d": isinstance(value, dict),
+    }[kind[0]]
     least = int(kind[1:] or -(2**63))
+    expected = _KINDS[kind[0]]
     if not fits:
         yield Fault((where,), f'expected {expected} or "auto", found {show(value)}')
     elif number and value < least:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
@@ -50,31 +52,31 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def known_keys() -> list[str]:
-    """Every dotted key of a run file, sections included."""
-    return [".".join(key) for key, _ in _walk(RunConfig)]
+def known_keys() -> list[Key]:
+    """Every key of a run file, sections included; a list's items stand without their index."""
+    return list(_walk(RunConfig, ()))
 
 
-def _walk(model: type[BaseModel], at: Key = ()) -> Iterator[tuple[Key, FieldInfo]]:
-    for name, field in model.model_fields.items():
-        yield (*at, name), field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _walk(field.annotation, (*at, name))
+def _walk(section: type[Section], at: Key) -> Iterator[Key]:
+    for name, field in section.model_fields.items():
+        yield (*at, name)
+        inner = _section_of(field)
+        if inner is not None:
+            yield from _walk(inner, (*at, name))
 
 
-def unknown(key: tuple[str | int, ...]) -> str:
+def _unknown(loc: tuple[str | int, ...]) -> str:
     """What to say to a key nobody knows: the nearest of its section, or of the whole file."""
-    name = str(key[-1])
-    section = [k for k, _ in _walk(RunConfig) if k[:-1] == key[:-1]]
-    hint = nearest(name, [k[-1] for k in section])
+    *at, name = (part for part in loc if isinstance(part, str))
+    known = known_keys()
+    siblings = [key[-1] for key in known if key[:-1] == tuple(at)]
+    hint = nearest(name, siblings)
     if not hint:
-        elsewhere = [k for k, _ in _walk(RunConfig) if k[-1] == name]
-        hint = f'; did you mean "{dotted(elsewhere[0])}"?' if elsewhere else ""
+        namesakes = [dotted(key) for key in known if key[-1] == name]
+        hint = f'; did you mean "{namesakes[0]}"?' if namesakes else ""
     if not hint:
-        hint = nearest(".".join(str(part) for part in key), known_keys())
-    if not hint and len(key) > 1 and section:
-        hint = f"; known here: {', '.join(k[-1] for k in section)}"
-    return f"unknown key{hint or '; take it out'}"
+        hint = nearest(".".join((*at, name)), [dotted(key) for key in known])
+    return f"unknown key{hint or '; take it out, or write one of ' + ', '.join(siblings)}"
 
 
 def schema_faults(raw: dict[str, Any]) -> tuple[RunConfig, list[Fault]]:
@@ -148,24 +150,20 @@ def _mend(raw: dict[str, Any], loc: tuple[str | int, ...]) -> None:
 
 _KINDS = {
     "int_type": "a whole number",
-    "int_from_float": "a whole number",
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text in quotes",
+    "string_too_short": "text that is not empty",
     "tuple_type": "a list [...]",
-    "dict_type": "a section {...}",
-    "model_type": "a section {...}",
-    "model_attributes_type": "a section {...}",
-    "finite_number": "a finite number",
-}
-_BOUNDS = {
-    "greater_than": ("gt", "a number above {}"),
-    "greater_than_equal": ("ge", "a number of {} or more"),
-    "less_than": ("lt", "a number below {}"),
-    "less_than_equal": ("le", "a number of {} or less"),
-    "too_short": ("min_length", "a list of {} or more"),
-    "too_long": ("max_length", "a list of {}"),
-    "string_too_short": ("min_length", "text of {} character or more"),
+    "dict_type": "a section {{...}}",
+    "model_type": "a section {{...}}",
+    "greater_than": "a number above {gt:g}",
+    "greater_than_equal": "a number of {ge:g} or more",
+    "less_than": "a number below {lt:g}",
+    "less_than_equal": "a number of {le:g} or less",
+    "too_short": "a list of {min_length} or more",
+    "too_long": "a list of {max_length}",
+    "literal_error": "one of {expected}",
 }
 
 
@@ -173,38 +171,34 @@ def _describe(item: ErrorDetails) -> Fault:
     loc, kind, found = item["loc"], item["type"], item["input"]
     key = tuple(str(part) for part in loc)
     field = _field(loc)
-    if kind == "extra_forbidden":
-        return Fault((key,), unknown(loc))
-    context = item.get("ctx", {})
-    meaning = (
-        f" ({field.description.split(':')[0].rstrip('.')})" if field and field.description else ""
-    )
-    if kind == "missing":
-        example = field.examples[0] if field is not None and field.examples else {}
-        return Fault(
-            (key,), f"is missing{meaning}; write for example {show(loc[-1])}: {show(example)}"
-        )
-    if kind in _BOUNDS:
-        name, words = _BOUNDS[kind]
-        expected = words.format(context[name])
-    elif kind == "literal_error":
-        expected = "one of " + context["expected"].replace("'", "").replace(" or ", ", ")
-    else:
-        expected = _KINDS.get(kind, item["msg"])
-    return Fault((key,), f"expected {expected}, found {show(found)}{_remedy(kind, found, field)}")
+    if kind == "extra_forbidden" or field is None:
+        return Fault((key,), _unknown(loc))
+    if kind == "missing" and not isinstance(loc[-1], int):
+        example = field.examples[0] if field.examples else {}
+        return Fault((key,), f"is missing; write for example {show({loc[-1]: example})[1:-1]}")
+    expected = _KINDS.get(kind, "another value").format(**item.get("ctx", {}))
+    if kind == "literal_error":
+        expected = expected.replace("'", "").replace(" or ", ", ")
+    if kind == "missing" and isinstance(loc[-1], int):  # an item of a list of fixed length
+        key, expected = key[:-1], f"a list of {loc[-1] + 1}"
+    return Fault((key,), f"expected {expected}, found {show(found)}; {_remedy(kind, found, field)}")
 
 
-def _remedy(kind: str, found: Any, field: FieldInfo | None) -> str:
-    if kind == "literal_error" and isinstance(found, str) and field is not None:
-        return nearest(found, [str(word) for word in getattr(field.annotation, "__args__", ())])
-    if found is None and field is not None and not field.is_required():
-        return "; leave the key out to have the default"
+def _remedy(kind: str, found: Any, field: FieldInfo) -> str:
+    """What to do about a value of the wrong kind."""
+    if kind == "literal_error" and isinstance(found, str):
+        words = [str(word) for word in getattr(field.annotation, "__args__", ())]
+        hint = nearest(found, words).removeprefix("; ")
+        if hint:
+            return hint
+    if found is None and not field.is_required():
+        return "leave it out to have the default"
     if isinstance(found, str) and kind in ("int_type", "float_type", "bool_type"):
-        return "; write it without quotes"
-    if isinstance(found, bool) and kind in ("int_type", "float_type"):
-        return "; write a number"
-    if kind == "string_type" and not isinstance(found, (dict, list)):
-        return f'; write "{found}" in quotes' if found is not None else "; write it in quotes"
-    if field is not None and field.description:
-        return f"; it means: {field.description}"
-    return ""
+        with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
+            if math.isfinite(json.loads(found)):
+                return "write it without quotes"
+    if isinstance(found, float) and kind == "int_type" and found.is_integer():
+        return f"write {int(found)}"
+    if kind == "string_type" and isinstance(found, (bool, int, float)):
+        return f'write "{show(found)}" in quotes'
+    return f"it is: {field.description}"

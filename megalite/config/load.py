@@ -7,6 +7,7 @@ code, and no input ends in anything but a `RunConfig` or a `ConfigError`.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,10 @@ from megalite.config.rules import not_in_this_version, rule_faults
 from megalite.config.schema import RunConfig
 from megalite.errors import ConfigError
 
-Origins = dict[tuple[str, ...], str]  # which file, or --set, a key's value came from
+Origins = dict[tuple[str, ...], str]  # what to put before a fault: the file, or --set
 
+_DEPTH = 30  # levels of nesting; a run file has four
+_STAND_IN = 0.5  # for a number that is none: within every field's bounds, so told once
 _INTEGER_LIMIT = 2**63  # what a signed 64-bit number holds
 
 
@@ -35,20 +38,19 @@ def load_config(path: str | Path, sets: Sequence[str] = ()) -> RunConfig:
     raw: dict[str, Any] = {}
     origins: Origins = {}
     for file, content in reversed(_read_chain(Path(path), faults)):
-        _merge(raw, content, str(file), origins)
+        _merge(raw, content, f"{file}: ", origins)
     _apply_sets(raw, sets, faults, origins)
     return _check(raw, str(path), faults, origins)
 
 
 def parse_config(raw: Mapping[str, Any], source: str = "the run file") -> RunConfig:
     """`load_config` for a run file that is already parsed, such as one kept in a manifest."""
-    return _check(json.loads(json.dumps(raw)), source, [], {})
+    return _check(copy.deepcopy(dict(raw)), source, [], {})
 
 
 def _check(raw: dict[str, Any], source: str, faults: list[str], origins: Origins) -> RunConfig:
-    found: list[Fault] = []
-    raw.pop("$schema", None)
-    found += not_in_this_version(raw)
+    raw.pop("$schema", None)  # an editor's, not ours
+    found = list(not_in_this_version(raw))
     config, schema = schema_faults(raw)
     found += schema
     faulty = [fault.keys[0] for fault in found]
@@ -56,7 +58,7 @@ def _check(raw: dict[str, Any], source: str, faults: list[str], origins: Origins
         # a rule about a key that is itself at fault would only repeat it
         if not any(_overlap(key, bad) for key in fault.keys for bad in faulty):
             found.append(fault)
-    faults += [f"{_origin(fault, source, origins)}: {fault}" for fault in found]
+    faults += [f"{_origin(fault, source, origins)}{fault}" for fault in found]
     if faults:
         raise ConfigError(faults)
     return config
@@ -68,11 +70,11 @@ def _overlap(key: tuple[str, ...], other: tuple[str, ...]) -> bool:
 
 
 def _origin(fault: Fault, source: str, origins: Origins) -> str:
-    for key in fault.keys:
-        for end in range(len(key), 0, -1):
-            if key[:end] in origins:
-                return origins[key[:end]]
-    return source
+    """What to put before a fault: where its first key was written, else the run file."""
+    key = fault.keys[0]
+    while key and key not in origins and any(part.isdigit() for part in key):
+        key = key[:-1]  # into a list, which is written whole
+    return origins.get(key, f"{source}: ")
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -145,9 +147,12 @@ def _read_file(path: Path, asked_by: Path | None, faults: list[str]) -> dict[str
         )
         return None
     except RecursionError:
-        faults.append(f"{path}: nested too deeply to be a run file; expected three or four levels")
+        faults.append(f"{path}: sections within sections over {_DEPTH} deep; this is no run file")
         return None
     faults += [f"{path}: {note}" for note in notes]
+    if _too_deep(value):
+        faults.append(f"{path}: sections within sections over {_DEPTH} deep; this is no run file")
+        return None
     if not isinstance(value, dict):
         faults.append(
             f"{path}: expected one JSON object {{...}}, found {show(value)}; "
@@ -155,6 +160,19 @@ def _read_file(path: Path, asked_by: Path | None, faults: list[str]) -> dict[str
         )
         return None
     return value
+
+
+def _too_deep(value: Any) -> bool:
+    """Whether lists and sections nest so deep that the recursions to come could not end well."""
+    level = [value]
+    for _ in range(_DEPTH):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, (dict, list))
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+    return bool(level)
 
 
 def _place(text: str) -> tuple[int, int]:
@@ -178,13 +196,13 @@ def _parse(text: str) -> tuple[Any, list[str]]:
 
     def constant(word: str) -> float:
         notes.append(f"{word} is not a number JSON knows; write a finite number or null")
-        return 0.0
+        return _STAND_IN
 
     def real(digits: str) -> float:
         value = float(digits)
         if not math.isfinite(value):
             notes.append(f"{show(digits)} is out of a number's range; write one below 1e308")
-        return value if math.isfinite(value) else 0.0
+        return value if math.isfinite(value) else _STAND_IN
 
     def integer(digits: str) -> int:
         value = int(digits) if len(digits) < 25 else _INTEGER_LIMIT
@@ -248,7 +266,7 @@ def _apply_sets(
                 )
                 break
         else:
-            source = f"--set {key}"
+            source = "--set "
             if isinstance(value, dict) and isinstance(section.get(parts[-1]), dict):
                 _merge(section[parts[-1]], value, source, origins, parts)
             else:
@@ -262,6 +280,8 @@ def _set_value(text: str, item: str, faults: list[str]) -> Any:
     try:
         value, notes = _parse(text)
     except (json.JSONDecodeError, RecursionError):
+        return text
+    if _too_deep(value):
         return text
     faults += [f"--set {item}: {note}" for note in notes]
     return value

@@ -81,13 +81,13 @@ def start(launch: env.Launch, *, tensor_parallel: int = 1) -> Grid:
             "were started; start a multiple of it, or lower parallel.tensor"
         )
     torch.set_num_threads(env.thread_count(launch))
+    if launch.source != "torchrun":  # torch and DeepSpeed read torchrun's dialect alone
+        env.publish_launch(launch)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if launch.source == "python":
         store = dist.HashStore()  # type: ignore[attr-defined]  # a world of one needs no port
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
     else:
-        if launch.source == "srun":
-            env.publish_launch(launch)
         dist.init_process_group(
             backend, rank=launch.rank, world_size=launch.world_size, timeout=_TIMEOUT
         )

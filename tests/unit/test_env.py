@@ -140,7 +140,9 @@ def test_srun() -> None:
 def test_srun_ranks_agree_where_to_meet() -> None:
     places = {
         (launch.master_addr, launch.master_port)
-        for rank, (local, node) in enumerate([(i, n) for n, c in enumerate((3, 3, 1)) for i in range(c)])
+        for rank, (local, node) in enumerate(
+            [(i, n) for n, c in enumerate((3, 3, 1)) for i in range(c)]
+        )
         for launch in [
             find_launch(
                 SRUN
@@ -158,8 +160,9 @@ def test_srun_ranks_agree_where_to_meet() -> None:
 def test_srun_jobs_and_restarts_meet_elsewhere() -> None:
     """Two jobs on one node, or a requeued one whose old port lingers, must not collide."""
     ports = {
-        find_launch(SRUN | {"SLURM_JOB_ID": str(number), "SLURM_RESTART_COUNT": str(restart)})
-        .master_port
+        find_launch(
+            SRUN | {"SLURM_JOB_ID": str(number), "SLURM_RESTART_COUNT": str(restart)}
+        ).master_port
         for number in (812, 813, 814)
         for restart in range(3)
     }

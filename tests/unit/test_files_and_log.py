@@ -102,7 +102,7 @@ def test_publish_renames_and_never_replaces(tmp_path: Path) -> None:
     assert (final / "a").read_text() == "a"
     staging.mkdir()
     (staging / "b").write_text("b")
-    with pytest.raises(OSError, match="."):
+    with pytest.raises(OSError, match="not empty"):
         files.publish(staging, final)
     assert names(final) == ["a"]
     assert names(staging) == ["b"]
@@ -162,9 +162,7 @@ def leave(result: int | BaseException | None) -> int:
         (SystemExit(2), 2),  # argparse
     ],
 )
-def test_exit_codes(
-    result: Any, code: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exit_codes(result: Any, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert leave(result) == code
     shown = capsys.readouterr()
     assert shown.out == ""

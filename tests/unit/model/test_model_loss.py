@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,12 +31,11 @@ class Ops(TorchDispatchMode):
 
 
 @pytest.fixture(params=["one chunk", "four chunks"], autouse=True)
-def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs whole and in chunks of the smallest size."""
     if request.param == "four chunks":
         monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1)
         assert chunk_rows(V) == 64
-    yield
 
 
 def make(seed: int = 0, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,55 @@
+"""`python -m megalite.config` writes configs/schema.json, which editors check run files with."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from megalite.config.deepspeed_keys import deepspeed_schema
+from megalite.config.schema import RunConfig
+from megalite.files import write_json
+
+SCHEMA = Path(__file__).parents[2] / "configs" / "schema.json"
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a run file: types, bounds, choices and descriptions of every key.
+
+    Nothing is required in it: what a file leaves out may stand in the one it extends. Loading
+    asks for what is still missing then.
+    """
+    schema = RunConfig.model_json_schema()
+    for section in (schema, *schema["$defs"].values()):
+        _tidy(section)
+    schema["properties"] = {
+        "$schema": {"type": "string", "description": "This file, for editors."},
+        "extends": {
+            "type": "string",
+            "description": "A run file this one changes, relative to this file: sections are "
+            "merged key by key, a list replaces a list.",
+        },
+        **schema["properties"],
+        "deepspeed": deepspeed_schema()
+        | {"description": schema["properties"]["deepspeed"]["description"]},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "MegaLite run file",
+        **schema,
+    }
+
+
+def _tidy(section: dict[str, Any]) -> None:
+    """Take out titles and `required`; let computed defaults be null."""
+    section.pop("title", None)
+    section.pop("required", None)
+    for name, field in section["properties"].items():
+        field.pop("title", None)
+        if name in ("num_key_value_heads", "head_dim"):
+            field["type"] = [field["type"], "null"]
+
+
+if __name__ == "__main__":
+    write_json(SCHEMA, json_schema())
+    sys.stdout.write(f"wrote {SCHEMA}\n")

@@ -1,0 +1,268 @@
+"""Reading, extending and setting run files; what is said about those that are wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.config import RunConfig, load_config, parse_config
+from megalite.errors import ConfigError
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "model": {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
+    "data": {"train": [{"path": "data/train"}], "sequence_length": 32},
+    "optimizer": {"lr": 1e-3},
+    "training": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2},
+}
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def faults(path: Path, *sets: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, sets)
+    return caught.value.faults
+
+
+def test_defaults_are_filled_and_the_dump_loads_again(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path / "a.json", SMALL | {"$schema": "schema.json"}))
+    assert (config.model.num_key_value_heads, config.model.head_dim) == (4, 8)
+    assert config.deepspeed == {"zero_optimization": {"stage": 1}}
+    assert (config.checkpoint.background, config.training.compile) == (False, False)
+    dumped = config.model_dump(mode="json")
+    assert load_config(write(tmp_path / "b.json", dumped)) == config
+    assert parse_config(dumped) == config
+
+
+def test_null_asks_for_a_computed_default() -> None:
+    model = SMALL["model"] | {"head_dim": None, "num_key_value_heads": None}
+    assert parse_config(SMALL | {"model": model}) == parse_config(SMALL)
+
+
+def test_a_config_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        parse_config(SMALL).training.steps = 3
+
+
+def test_whole_numbers_serve_as_real_ones() -> None:
+    config = parse_config(SMALL | {"optimizer": {"lr": 1, "betas": [0, 0.5]}})
+    assert config.optimizer.lr == 1.0
+    assert isinstance(config.optimizer.lr, float)
+
+
+# --- extends and --set -----------------------------------------------------------------------
+
+
+def test_extends_merges_sections_and_replaces_lists(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    data = SMALL["data"] | {"train": [{"path": "one"}, {"path": "two"}]}
+    write(tmp_path / "base" / "root.json", SMALL | {"data": data})
+    write(tmp_path / "base" / "mid.json", {"extends": "root.json", "training": {"steps": 20}})
+    top = {
+        "extends": "base/mid.json",
+        "name": "top",
+        "data": {"train": [{"path": "three"}]},
+        "training": {"micro_batch_size": 4},
+    }
+    config = load_config(write(tmp_path / "top.json", top))
+    assert config.name == "top"
+    assert [source.path for source in config.data.train] == ["three"]
+    assert config.data.sequence_length == 32
+    training = config.training
+    assert (training.steps, training.global_batch_size, training.micro_batch_size) == (20, 8, 4)
+
+
+def test_extends_names_the_circle(tmp_path: Path) -> None:
+    write(tmp_path / "a.json", SMALL | {"extends": "b.json"})
+    write(tmp_path / "b.json", {"extends": "./c.json"})
+    write(tmp_path / "c.json", {"extends": "a.json"})
+    [fault] = faults(tmp_path / "a.json")
+    assert "circle" in fault
+    assert "a.json -> " in fault
+    assert fault.count("a.json") >= 2
+
+
+@pytest.mark.parametrize("value", [3, None, ["a.json"], "a\u0000b"])
+def test_extends_takes_one_path(tmp_path: Path, value: Any) -> None:
+    [fault] = faults(write(tmp_path / "a.json", SMALL | {"extends": value}))
+    assert "extends: expected one path" in fault
+
+
+def test_a_missing_parent_names_who_asked(tmp_path: Path) -> None:
+    [fault] = faults(write(tmp_path / "a.json", SMALL | {"extends": "gone.json"}))
+    assert "gone.json: no such run file" in fault
+    assert f"extended by {tmp_path / 'a.json'}" in fault
+
+
+def test_a_fault_names_the_file_it_is_in(tmp_path: Path) -> None:
+    write(tmp_path / "base.json", SMALL | {"training": SMALL["training"] | {"stepz": 1}})
+    path = write(tmp_path / "a.json", {"extends": "base.json", "nam": "x"})
+    found = faults(path, "optimizer.lr=-1")
+    assert sorted(found) == [
+        "--set optimizer.lr: expected a number above 0, found -1; it is: Peak learning rate.",
+        f'{path}: nam: unknown key; did you mean "name"?',
+        f'{tmp_path / "base.json"}: training.stepz: unknown key; did you mean "steps"?',
+    ]
+
+
+def test_set_reads_json_else_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", SMALL)
+    config = load_config(
+        path,
+        [
+            "training.steps=30",
+            "name=other",
+            'logging.directory="out=dir"',
+            'data.train=[{"path": "x", "weight": 2}]',
+            "deepspeed.zero_optimization.stage=3",
+            'checkpoint={"every": 5}',
+            "checkpoint.keep=7",
+        ],
+    )
+    assert (config.training.steps, config.name, config.logging.directory) == (
+        30,
+        "other",
+        "out=dir",
+    )
+    assert config.data.train[0].weight == 2.0
+    assert config.deepspeed["zero_optimization"]["stage"] == 3
+    assert (config.checkpoint.every, config.checkpoint.keep) == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("training.steps", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("training..steps=3", "expected key=value"),
+        ("extends=a.json", "belongs into a run file"),
+        ("name.first=x", 'name is "small", not a section'),
+        ("data.train.path=x", "not a section"),
+        ("training.stpes=3", 'training.stpes: unknown key; did you mean "steps"?'),
+        ("trainin.steps=3", 'trainin: unknown key; did you mean "training"?'),
+        ("warmup_steps=3", 'did you mean "schedule.warmup_steps"?'),
+        ("training=null", "training: expected a section {...}, found null"),
+        ("training.steps=NaN", 'training.steps: expected a whole number, found "NaN"'),
+        ("optimizer.lr=1e999", '"1e999" is out of a number\'s range'),
+        ('training.steps="3"', 'found "3"; write it without quotes'),
+        ("training.steps=3.0", "found 3.0; write 3"),
+        ("training.steps=true", "training.steps: expected a whole number, found true"),
+        ("name=7", 'name: expected text in quotes, found 7; write "7" in quotes'),
+        ("optimizer.betas=[0.9]", "optimizer.betas: expected a list of 2"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas[1]: expected a number below 1"),
+        ("data.train=[]", "data.train: expected a list of 1 or more"),
+        ('data.train=[{"path": "a", "wieght": 1}]', "data.train[0].wieght: unknown key; did you"),
+        ("training.precision=bf61", 'did you mean "bf16"?'),
+        ("model=3", "model: expected a section {...}, found 3"),
+    ],
+)
+def test_set_faults(tmp_path: Path, item: str, message: str) -> None:
+    [fault] = faults(write(tmp_path / "a.json", SMALL), item)
+    assert message in fault
+
+
+# --- files that are no run files -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "line 1 column 1: not JSON"),
+        (b'{"name": "x",\n }', "line 2 column 2: not JSON"),
+        (b'\xef\xbb\xbf{"name": "x"}', "line 1 column 1: a byte order mark"),
+        (b'{"name":\n "\xff"}', "line 2 column 3: byte 0xff is not UTF-8"),
+        ('{"name": "x"}'.encode("utf-16"), "line 1 column 1: byte 0xff is not UTF-8"),
+        (b"[1, 2]", "expected one JSON object {...}, found [1, 2]"),
+        (b"null", "expected one JSON object {...}, found null"),
+        (b"[" * 5000, "over 30 deep"),
+        (b'{"a":' * 100 + b"1" + b"}" * 100, "over 30 deep"),
+    ],
+)
+def test_what_is_no_run_file(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    [fault] = faults(path)
+    assert fault.startswith(f"{path}: ")
+    assert message in fault
+
+
+def test_a_folder_and_a_missing_file(tmp_path: Path) -> None:
+    assert "cannot be read: Is a directory" in faults(tmp_path)[0]
+    assert "no such run file; check the path" in faults(tmp_path / "gone.json")[0]
+    assert "cannot be read" in faults(tmp_path / "nul\0.json")[0]
+
+
+def test_strict_json(tmp_path: Path) -> None:
+    text = json.dumps(SMALL)[:-1] + ', "name": "again", "x": NaN, "y": -Infinity, "z": 1e400, '
+    text += '"big": 99999999999999999999999999}'
+    found = faults(write(tmp_path / "a.json", text))
+    assert '"name" is written twice in one section, as "small" and as "again"' in found[-1 - 8 + 4]
+    joined = "\n".join(found)
+    for word in ("NaN is not a number", "-Infinity is not", '"1e400" is out', "2^63 - 1"):
+        assert word in joined
+
+
+# --- all at once -----------------------------------------------------------------------------
+
+
+def test_every_fault_at_once(tmp_path: Path) -> None:
+    wrong = {
+        "name": "../up",
+        "model": SMALL["model"] | {"num_key_value_heads": 3, "norm": "rms", "hiden_size": 1},
+        "data": SMALL["data"] | {"sequence_length": 65},
+        "optimizer": {"lr": 1e-3, "clip_grad_norm": 0.5},
+        "training": {"steps": 10, "global_batch_size": 7, "micro_batch_size": 2},
+        "deepspeed": {"gradient_clipping": 1.0, "gradient_cliping": 1.0},
+    }
+    found = faults(write(tmp_path / "a.json", wrong))
+    keys = [line.removeprefix(f"{tmp_path / 'a.json'}: ").split(":")[0] for line in found]
+    assert sorted(keys) == [
+        "data.sequence_length",
+        "deepspeed.gradient_cliping",
+        "deepspeed.gradient_clipping",
+        "model.hiden_size",
+        "model.norm",
+        "model.num_key_value_heads",
+        "name",
+        "training.global_batch_size",
+    ]
+    assert all("\n" not in line for line in found)
+
+
+def test_what_is_missing_is_asked_for_with_an_example() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"name": "x", "model": {}, "training": {"steps": 3}})
+    found = caught.value.faults
+    assert (
+        'the run file: model.vocab_size: is missing; write for example "vocab_size": 32000' in found
+    )
+    assert 'the run file: data: is missing; write for example "data": {}' in found
+    assert len(found) == 6 + 1 + 1 + 2  # the model's six, data, optimizer, two batch sizes
+
+
+def test_a_rule_is_silent_about_a_key_at_fault_already() -> None:
+    data = SMALL["data"] | {"sequence_length": 100}
+    model = SMALL["model"] | {"max_position_embeddings": "64"}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(SMALL | {"data": data, "model": model})
+    assert [fault.split(":")[1].strip() for fault in caught.value.faults] == [
+        "model.max_position_embeddings"
+    ]
+
+
+def test_loading_gives_a_run_config(tmp_path: Path) -> None:
+    assert isinstance(load_config(str(write(tmp_path / "a.json", SMALL))), RunConfig)

@@ -1,0 +1,181 @@
+"""Rules between fields, and what this version does not have."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from megalite.config import parse_config
+from megalite.errors import ConfigError
+
+BASE: dict[str, Any] = {
+    "name": "run",
+    "model": {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
+    "data": {"train": [{"path": "a"}], "sequence_length": 64},
+    "optimizer": {"lr": 1e-3},
+    "training": {"steps": 100, "global_batch_size": 8, "micro_batch_size": 2},
+}
+
+
+def change(**keys: Any) -> dict[str, Any]:
+    """BASE with `section__key=value` laid over it."""
+    raw = copy.deepcopy(BASE)
+    for key, value in keys.items():
+        *sections, name = key.split("__")
+        section = raw
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+    return raw
+
+
+def faults(**keys: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(change(**keys))
+    return [fault.removeprefix("the run file: ") for fault in caught.value.faults]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"model__head_dim": 10},  # wider or narrower than hidden_size / heads
+        {"model__hidden_size": 30, "model__head_dim": 8},
+        {"model__num_attention_heads": 32, "model__position_embedding": "learned"},
+        {"model__num_key_value_heads": 1},
+        {"schedule": {"warmup_steps": 1000}},  # a short trial of a long run
+        {"schedule": {"name": "wsd", "warmup_steps": 20, "decay_steps": 80}},
+        {"data__train": [{"path": "a", "weight": 3}, {"path": "b", "weight": 0.5}]},
+        {"name": "7b-v1.2_x"},
+        {"training__precision": "bf16"},
+        {"training__precision": "fp32", "deepspeed": {"zero_optimization": {"stage": 0}}},
+        {"checkpoint": {"background": False}, "parallel": {"tensor": 4, "sequence": False}},
+    ],
+)
+def test_what_is_sound(keys: dict[str, Any]) -> None:
+    parse_config(change(**keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"model__hidden_size": 34},
+            "model.hidden_size: 34 is not a multiple of num_attention_heads 4; try 32 or 36, or "
+            "set model.head_dim",
+        ),
+        (
+            {"model__head_dim": 9},
+            "model.head_dim: rope turns pairs of elements, but a head is 9 wide; make it even",
+        ),
+        (
+            {"model__num_key_value_heads": 3},
+            "model.num_key_value_heads: 3 does not divide num_attention_heads 4; try 1, 2, 4",
+        ),
+        (
+            {"data__sequence_length": 65},
+            "data.sequence_length: 65 is over model.max_position_embeddings 64; lower the one or "
+            "raise the other",
+        ),
+        (
+            {"model__position_embedding": "sinusoidal", "model__hidden_size": 33,
+             "model__num_attention_heads": 3},
+            "model.hidden_size: sinusoidal positions come in pairs, but hidden_size is 33; make "
+            "it even",
+        ),
+        (
+            {"data__train": [{"path": "a", "weight": 1}, {"path": "b"}]},
+            'data.train: 1 of 2 sources have a weight, but not "b"; give all of them one, or none',
+        ),
+        (
+            {"training__global_batch_size": 9},
+            "training.global_batch_size: 9 is not a multiple of micro_batch_size 2; try 8 or 10",
+        ),
+        (
+            {"schedule": {"name": "wsd", "warmup_steps": 30, "decay_steps": 71}},
+            "schedule.decay_steps: warmup_steps 30 + decay_steps 71 is over training.steps 100; "
+            "shorten one, or leave decay_steps out",
+        ),
+        (
+            {"schedule": {"name": "constant", "decay_steps": 5}},
+            "schedule.decay_steps: a constant schedule does not decay; leave it out or name "
+            "another",
+        ),
+        (
+            {"training__precision": "fp16", "deepspeed": {"zero_optimization": {"stage": 0}}},
+            "training.precision: fp16 with ZeRO stage 0 keeps no fp32 master weights; set "
+            "deepspeed.zero_optimization.stage to 1",
+        ),
+        (
+            {"logging": {"directory": "a\0b"}},
+            'logging.directory: "a\\u0000b" holds characters a path cannot; check the text',
+        ),
+    ],
+)  # fmt: skip
+def test_rules(keys: dict[str, Any], message: str) -> None:
+    assert faults(**keys) == [message]
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, "1", True])
+def test_weights_are_positive_numbers(weight: Any) -> None:
+    [fault] = faults(data__train=[{"path": "a", "weight": weight}])
+    assert fault.startswith("data.train[0].weight: expected a number")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", ".hidden", "a b", "x" * 101, "-x", "é"])
+def test_names_that_are_no_folder_names(name: str) -> None:
+    [fault] = faults(name=name)
+    assert fault.startswith("name: ")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"model__architecture": "encoder"},
+            'model.architecture: found "encoder", which is not in this version; write "decoder"',
+        ),
+        (
+            {"optimizer__name": "muon"},
+            'optimizer.name: found "muon", which is not in this version; write "adamw" or "sgd"',
+        ),
+        (
+            {"checkpoint": {"background": True}},
+            "checkpoint.background: found true, which is not in this version; write false",
+        ),
+        (
+            {"parallel": {"sequence": True}},
+            "parallel.sequence: found true, which is not in this version; write false",
+        ),
+        (
+            {"training__profile": [3, 5]},
+            "training.profile: found [3, 5], which is not in this version; leave it out",
+        ),
+        (
+            {"finetune": {"task": "sft"}},
+            'finetune: found {"task": "sft"}, which is not in this version; leave the section out',
+        ),
+    ],
+)
+def test_not_in_this_version(keys: dict[str, Any], message: str) -> None:
+    assert faults(**keys) == [message]
+
+
+def test_absent_parts_may_be_null() -> None:
+    parse_config(change(finetune=None, training__profile=None))
+
+
+def test_a_wrong_value_of_a_planned_key_is_the_schemas_to_refuse() -> None:
+    [fault] = faults(model__architecture="decodr")
+    assert (
+        fault
+        == 'model.architecture: expected one of decoder, found "decodr"; did you mean "decoder"?'
+    )

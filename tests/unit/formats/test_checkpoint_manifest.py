@@ -1,0 +1,309 @@
+"""A checkpoint's manifest: what is written is read, and whatever else is found is named."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite import files
+from megalite.errors import CheckpointError
+from megalite.formats.checkpoint import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    damage,
+    folder_name,
+    published,
+    read_manifest,
+    write_manifest,
+)
+
+CONTENTS = {"model-0.safetensors": b"weights" * 9, "config.json": b"{}", "tokenizer/a.model": b"\0"}
+
+
+def make(folder: Path, **changes: Any) -> Manifest:
+    """A folder of files and a manifest that describes them, not written yet."""
+    entries = {}
+    for name, content in CONTENTS.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        entries[name] = FileEntry(bytes=len(content), sha256=files.sha256_file(path))
+    values: dict[str, Any] = {
+        "format": "megalite-checkpoint-1",
+        "step": 1000,
+        "samples": 512_000,
+        "tokens": 2**40,
+        "progress": {"updates": 998, "loss_scale": 65536.0, "tiny": 1e-300, "none": None},
+        "optimizer": {"name": "adamw", "betas": [0.9, 0.95], "lr": 3e-4},
+        "data_fingerprint": "ab" * 32,
+        "tokenizer_sha256": "cd" * 32,
+        "versions": {"megalite": "0.1", "author": "Zoë"},
+        "tensors": {
+            "a.weight": TensorEntry(shape=[3, 5], files={"weight": "model-0.safetensors"}),
+            "scalar": TensorEntry(shape=[], files={}),
+        },
+        "files": entries,
+    }
+    return Manifest(**values | changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    found = tmp_path / "step_00001000"
+    found.mkdir()
+    write_manifest(found, make(found))
+    return found
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool = False) -> None:
+    """Change the parsed manifest on disk; `seal` writes a checksum that fits, as a forger would."""
+    content = json.loads((folder / MANIFEST).read_text())
+    change(content)
+    if seal:
+        from megalite.formats.checkpoint import _checksum
+
+        content.pop("checksum", None)
+        content["checksum"] = _checksum(content)
+    (folder / MANIFEST).write_text(json.dumps(content))
+
+
+def test_round_trip(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    assert manifest == make(folder)
+    assert manifest.progress == {
+        "updates": 998,
+        "loss_scale": 65536.0,
+        "tiny": 1e-300,
+        "none": None,
+    }
+    assert damage(folder, manifest) == []
+    assert not [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_a_layout_of_the_text_is_no_damage(folder: Path) -> None:
+    """The checksum is of the content: another tool may indent or sort it."""
+    rewrite(folder, lambda content: None)
+    reordered = dict(reversed(json.loads((folder / MANIFEST).read_text()).items()))
+    (folder / MANIFEST).write_text(json.dumps(reordered, ensure_ascii=False), encoding="utf-8")
+    assert read_manifest(folder) == make(folder)
+
+
+def test_an_absent_manifest(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no manifest\.json: not a whole checkpoint"):
+        read_manifest(tmp_path)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        read_manifest(tmp_path / "nowhere")
+
+
+def test_a_manifest_that_is_a_folder_or_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_manifest(tmp_path)
+    (tmp_path / "step_00000001").write_text("a file")
+    with pytest.raises(CheckpointError, match="step_00000001"):
+        read_manifest(tmp_path / "step_00000001")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"format": "mega', b"\0" * 400])
+def test_a_manifest_that_is_no_json(folder: Path, content: bytes) -> None:
+    (folder / MANIFEST).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("[]", "'list'"),
+        ("3", "'int'"),
+        ("null", "'NoneType'"),
+        ("{}", "None"),
+        ('{"format": "megalite-checkpoint-2"}', "'megalite-checkpoint-2'"),
+        ('{"format": "megalite-shards-1", "shards": []}', "'megalite-shards-1'"),
+        ('{"format": ["megalite-checkpoint-1"]}', r"\['megalite-checkpoint-1'\]"),
+    ],
+)
+def test_another_format(folder: Path, content: str, found: str) -> None:
+    (folder / MANIFEST).write_text(content)
+    with pytest.raises(CheckpointError, match=f"format {found} found.*'megalite-checkpoint-1'"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.update(step=1001),
+        lambda content: content.update(step=1000.0),
+        lambda content: content["progress"].update(updates=999),
+        lambda content: content["tensors"]["a.weight"].update(shape=[5, 3]),
+        lambda content: content["files"]["config.json"].update(bytes=3),
+        lambda content: content["files"].pop("config.json"),
+        lambda content: content.update(extra=1),
+        lambda content: content.pop("samples"),
+        lambda content: content.pop("checksum"),
+        lambda content: content.update(checksum=None),
+        lambda content: content.update(checksum="0" * 64),
+    ],
+)
+def test_a_changed_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    rewrite(folder, change)
+    with pytest.raises(CheckpointError, match="changed or damaged since it was written"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.update(step="1000"),
+        lambda content: content.update(step=None),
+        lambda content: content.pop("samples"),
+        lambda content: content.update(extra=1),
+        lambda content: content.update(files=[]),
+        lambda content: content["files"]["config.json"].pop("sha256"),
+        lambda content: content["tensors"]["a.weight"].update(shape=["3"]),
+    ],
+)
+def test_a_sealed_manifest_of_another_shape(
+    folder: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    rewrite(folder, change, seal=True)
+    with pytest.raises(CheckpointError, match="is not a manifest"):
+        read_manifest(folder)
+
+
+def test_any_flipped_bit_of_the_manifest_is_noticed(folder: Path) -> None:
+    """Or changes nothing that is read: a space that became another kind of blank."""
+    path, expected = folder / MANIFEST, make(folder)
+    original = path.read_bytes()
+    chosen = random.Random(4)
+    for _ in range(400):
+        place, bit = chosen.randrange(len(original)), chosen.randrange(8)
+        changed = bytearray(original)
+        changed[place] ^= 1 << bit
+        path.write_bytes(bytes(changed))
+        try:
+            found = read_manifest(folder)
+        except CheckpointError:
+            continue
+        assert found == expected
+        assert original[place : place + 1].isspace(), (place, bit)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, 700, -1, -2])
+def test_a_manifest_cut_short(folder: Path, cut: int) -> None:
+    path = folder / MANIFEST
+    whole = path.read_bytes()
+    path.write_bytes(whole[:cut])
+    if cut == -1:  # the newline at the end
+        assert read_manifest(folder) == make(folder)
+        return
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_manifest(folder)
+
+
+def test_numbers_json_lacks_are_refused_when_written(folder: Path) -> None:
+    before = (folder / MANIFEST).read_bytes()
+    with pytest.raises(ValueError, match="JSON"):
+        write_manifest(folder, make(folder, progress={"loss_scale": float("inf")}))
+    assert (folder / MANIFEST).read_bytes() == before
+
+
+# --- the files it describes ---
+
+
+def test_each_damage_is_named(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    (folder / "config.json").unlink()
+    data = bytearray(CONTENTS["model-0.safetensors"])
+    data[17] ^= 1
+    (folder / "model-0.safetensors").write_bytes(bytes(data))
+    (folder / "tokenizer" / "a.model").write_bytes(b"\0\0")
+    missing, hashed, sized = sorted(damage(folder, manifest))
+    assert missing == f"{folder / 'config.json'} is missing"
+    assert hashed.startswith(f"{folder / 'model-0.safetensors'}: its bytes are not those")
+    assert sized == f"{folder / 'tokenizer/a.model'}: 1 bytes were written, 2 are there"
+
+
+@pytest.mark.parametrize("place", range(0, 63, 7))
+def test_any_flipped_byte_is_found(folder: Path, place: int) -> None:
+    path = folder / "model-0.safetensors"
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0x80
+    path.write_bytes(bytes(data))
+    assert len(damage(folder, read_manifest(folder))) == 1
+
+
+def test_only_the_files_asked_for_are_looked_at(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    (folder / "config.json").unlink()
+    names = list(manifest.files)
+    shares = [damage(folder, manifest, names[rank::3]) for rank in range(3)]
+    assert sorted(len(share) for share in shares) == [0, 0, 1]
+    assert damage(folder, manifest, []) == []
+
+
+def test_a_folder_where_a_file_was(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    assert damage(folder, manifest) == [f"{folder / 'config.json'} is missing"]
+
+
+def test_a_file_the_disk_cannot_read_is_damage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error raised on one rank would leave the others waiting in the next collective."""
+    manifest = read_manifest(folder)
+
+    def fail(path: Path) -> str:
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr(files, "sha256_file", fail)
+    problems = damage(folder, manifest)
+    assert len(problems) == len(CONTENTS)
+    assert all("Input/output error" in problem for problem in problems)
+
+
+def test_files_nobody_mentioned_are_left_alone(folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    assert damage(folder, read_manifest(folder)) == []
+
+
+# --- which folders there are ---
+
+
+def test_published_are_newest_first_and_only_those(tmp_path: Path) -> None:
+    steps = (20, 3, 99_999_999, 100_000_000, 1000)
+    for name in (
+        *map(folder_name, steps),
+        "step_0001000",
+        "step_00001000.1",
+        ".staging_00002000",
+        ".deleted_step_00002000",
+        "bad_00002000",
+        "step_0000300x",
+        "xstep_00003000",
+    ):
+        (tmp_path / name).mkdir()
+    found = [path.name for path in published(tmp_path)]
+    assert found == [folder_name(step) for step in sorted(steps, reverse=True)]
+    assert found[0] == "step_100000000"
+
+
+def test_nothing_is_published_where_nothing_is(tmp_path: Path) -> None:
+    assert published(tmp_path) == []
+    assert published(tmp_path / "none") == []
+    (tmp_path / "file").write_text("")
+    assert published(tmp_path / "file") == []
+
+
+@pytest.mark.parametrize(("step", "name"), [(0, "step_00000000"), (1000, "step_00001000")])
+def test_folder_name(step: int, name: str) -> None:
+    assert folder_name(step) == name

@@ -1,0 +1,139 @@
+"""Recompute changes what is kept between forward and backward, and nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megalite.model import CausalLM
+from megalite.parallel import prepare
+from tests.factories import make_batch, make_model, model_config
+
+PRODUCTS = ("mm", "addmm", "bmm")
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+class Watch(TorchDispatchMode):
+    """Counts operators, and knows which of the tensors made inside are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._given: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(func.overloadpacket).removeprefix("aten.")] += 1
+        # a view of a weight or of the batch is not made here
+        self._given |= {r.cdata for r, _ in self._storages((args, kwargs))} - self._made.keys()
+        made = func(*args, **(kwargs or {}))
+        for reference, size in self._storages(made):
+            if reference.cdata not in self._given:
+                self._made[reference.cdata] = (reference, size)
+        return made
+
+    @staticmethod
+    def _storages(tree: Any) -> list[tuple[StorageWeakRef, int]]:
+        tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return [(StorageWeakRef(storage), storage.nbytes()) for storage in storages]
+
+    def alive_bytes(self) -> int:
+        return sum(size for reference, size in self._made.values() if not reference.expired())
+
+    def products(self) -> int:
+        return sum(self.calls[name] for name in PRODUCTS)
+
+
+def make(recompute: str, **overrides: Any) -> CausalLM:
+    config = model_config(**overrides)
+    model = make_model(config, spread=0.1)
+    prepare(model.model.layers, recompute=recompute, compile_blocks=False)
+    return model.train()
+
+
+def packed(samples: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
+    tensors = make_batch(model_config(), samples=samples, length=length).tensors
+    documents = (torch.arange(length) >= length // 2).long().expand(samples, length)
+    positions = torch.arange(length) % (length // 2)
+    return tensors | {"document_ids": documents, "position_ids": positions.expand(samples, length)}
+
+
+def step(model: CausalLM, batch: dict[str, torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
+    torch.manual_seed(77)
+    loss = model(batch)
+    torch.manual_seed(78)  # the backward must not depend on where the generator stands
+    loss.backward()
+    return loss.item(), [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_losses_and_gradients_are_equal(recompute: str, masked: bool, dropout: float) -> None:
+    overrides = {"hidden_dropout": dropout, "attention_dropout": dropout, "mlp_bias": True}
+    batch = packed() if masked else make_batch(model_config(), length=16).tensors
+    expected, gradients = step(make("none", **overrides), batch)
+    found, recomputed = step(make(recompute, **overrides), batch)
+    assert found == expected
+    assert len(recomputed) == len(gradients) == len(list(make("none", **overrides).parameters()))
+    for ours, theirs in zip(recomputed, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_dropout_really_drops() -> None:
+    """Otherwise the test above would compare nothing."""
+    batch = make_batch(model_config(), length=16).tensors
+    for kind in ("hidden_dropout", "attention_dropout"):
+        assert step(make("none", **{kind: 0.3}), batch)[0] != step(make("none"), batch)[0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_computed_again(dropout: float, masked: bool) -> None:
+    batch = packed() if masked else make_batch(model_config(), length=16).tensors
+    backward: dict[str, Watch] = {}
+    for recompute in ("none", "selective", "full"):
+        loss = make(recompute, attention_dropout=dropout)(batch)
+        with Watch() as backward[recompute]:
+            loss.backward()
+    none, selective, full = backward.values()
+    assert selective.products() == none.products()
+    assert full.products() > none.products()
+    layers = model_config().num_hidden_layers
+    if not dropout:
+        counts = [watch.calls[ATTENTION] for watch in (none, selective, full)]
+        assert counts == [0, 0, layers]
+    # cheap element-wise work is done again by both
+    assert [watch.calls["silu"] for watch in (none, selective, full)] == [0, layers, layers]
+
+
+def test_what_is_kept() -> None:
+    """Bytes alive between forward and backward, the loss's own gradients left out."""
+    config = model_config(hidden_size=64, intermediate_size=256, num_hidden_layers=4)
+    batch = make_batch(config, samples=4, length=32).tensors
+    kept = {}
+    for recompute in ("none", "selective", "full"):
+        model = make_model(config)
+        prepare(model.model.layers, recompute=recompute, compile_blocks=False)
+        with Watch() as watch:
+            hidden = model.model(batch["input_ids"], None, None)
+        kept[recompute] = watch.alive_bytes()
+        assert hidden.requires_grad
+    tokens, width = 4 * 32, 64
+    inputs = 4 * tokens * width * (config.num_hidden_layers + 3)  # fp32; and the ends of the model
+    assert kept["full"] < 1.3 * inputs
+    assert kept["full"] < 0.5 * kept["selective"]
+    assert kept["selective"] < 0.75 * kept["none"]
+
+
+def test_evaluation_keeps_nothing() -> None:
+    model, batch = make("selective"), make_batch(model_config()).tensors
+    with torch.no_grad():
+        assert model(batch).item() == make("none")(batch).item()
