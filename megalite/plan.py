@@ -8,6 +8,7 @@ micro-batch, T tokens of a sample, and the letters of `megalite.shapes`.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,8 +84,7 @@ def make_plan(config: RunConfig, *, world_size: int, device: Literal["cpu", "cud
         flops_per_token=flops_per_token(config.model, length),
         memory_bytes={},
     )
-    plan.memory_bytes.update(_memory(config, plan))
-    return plan
+    return dataclasses.replace(plan, memory_bytes=_memory(config, plan))
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
@@ -119,9 +119,6 @@ def deepspeed_dict(config: RunConfig, plan: Plan) -> dict[str, Any]:
     result["data_types"].pop("param_dtype", None)
     if plan.zero_stage == 0:
         result["gradient_clipping"] = 0.0  # DeepSpeed reports no norm there: MegaLite clips
-        result["zero_optimization"].pop("compute_grad_norm", None)
-    if plan.zero_stage == 3:
-        result["zero_optimization"].pop("compute_grad_norm", None)
     return result
 
 

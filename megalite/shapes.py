@@ -37,7 +37,7 @@ class Init(enum.Enum):
 
 
 _WHOLE, _ROWS, _COLUMNS = Split.REPLICATED, Split.ROWS, Split.COLUMNS
-_VOCABULARY, _HEADS = Split.VOCABULARY, Split.HEADS
+_VOCAB, _HEADS = Split.VOCABULARY, Split.HEADS
 _NORMAL, _SCALED, _ONES, _ZEROS = Init.NORMAL, Init.SCALED_NORMAL, Init.ONES, Init.ZEROS
 
 # One row a parameter, in the order of the model's named_parameters(); rows of `model.layers.N.`
@@ -47,29 +47,29 @@ _NORMAL, _SCALED, _ONES, _ZEROS = Init.NORMAL, Init.SCALED_NORMAL, Init.ONES, In
 # says when the model has the parameter. Weights are decayed, vectors (norms, biases) are not.
 # fmt: off
 TABLE: tuple[tuple[str, str, Split, Init, str], ...] = (
-    ("model.embed_tokens.weight",                      "VD", _VOCABULARY, _NORMAL, "always"),
-    ("model.embed_positions.weight",                   "PD", _WHOLE,      _NORMAL, "learned"),
-    ("model.layers.N.input_layernorm.weight",          "D",  _WHOLE,      _ONES,   "always"),
-    ("model.layers.N.input_layernorm.bias",            "D",  _WHOLE,      _ZEROS,  "layernorm"),
+    ("model.embed_tokens.weight",                      "VD", _VOCAB,   _NORMAL, "always"),
+    ("model.embed_positions.weight",                   "PD", _WHOLE,   _NORMAL, "learned"),
+    ("model.layers.N.input_layernorm.weight",          "D",  _WHOLE,   _ONES,   "always"),
+    ("model.layers.N.input_layernorm.bias",            "D",  _WHOLE,   _ZEROS,  "layernorm"),
     ("model.layers.N.self_attn.qkv_proj.weight",
-     "q_proj QD + k_proj KD + v_proj KD",                    _HEADS,      _NORMAL, "always"),
+     "q_proj QD + k_proj KD + v_proj KD",                    _HEADS,   _NORMAL, "always"),
     ("model.layers.N.self_attn.qkv_proj.bias",
-     "q_proj Q + k_proj K + v_proj K",                       _HEADS,      _ZEROS,  "attention_bias"),
-    ("model.layers.N.self_attn.o_proj.weight",         "DQ", _COLUMNS,    _SCALED, "always"),
-    ("model.layers.N.self_attn.o_proj.bias",           "D",  _WHOLE,      _ZEROS,  "attention_bias"),
-    ("model.layers.N.post_attention_layernorm.weight", "D",  _WHOLE,      _ONES,   "always"),
-    ("model.layers.N.post_attention_layernorm.bias",   "D",  _WHOLE,      _ZEROS,  "layernorm"),
+     "q_proj Q + k_proj K + v_proj K",                       _HEADS,   _ZEROS,  "attention_bias"),
+    ("model.layers.N.self_attn.o_proj.weight",         "DQ", _COLUMNS, _SCALED, "always"),
+    ("model.layers.N.self_attn.o_proj.bias",           "D",  _WHOLE,   _ZEROS,  "attention_bias"),
+    ("model.layers.N.post_attention_layernorm.weight", "D",  _WHOLE,   _ONES,   "always"),
+    ("model.layers.N.post_attention_layernorm.bias",   "D",  _WHOLE,   _ZEROS,  "layernorm"),
     ("model.layers.N.mlp.gate_up_proj.weight",
-     "gate_proj FD + up_proj FD",                            _ROWS,       _NORMAL, "gated"),
+     "gate_proj FD + up_proj FD",                            _ROWS,    _NORMAL, "gated"),
     ("model.layers.N.mlp.gate_up_proj.bias",
-     "gate_proj F + up_proj F",                              _ROWS,       _ZEROS,  "gated mlp_bias"),
-    ("model.layers.N.mlp.up_proj.weight",              "FD", _ROWS,       _NORMAL, "plain"),
-    ("model.layers.N.mlp.up_proj.bias",                "F",  _ROWS,       _ZEROS,  "plain mlp_bias"),
-    ("model.layers.N.mlp.down_proj.weight",            "DF", _COLUMNS,    _SCALED, "always"),
-    ("model.layers.N.mlp.down_proj.bias",              "D",  _WHOLE,      _ZEROS,  "mlp_bias"),
-    ("model.norm.weight",                              "D",  _WHOLE,      _ONES,   "always"),
-    ("model.norm.bias",                                "D",  _WHOLE,      _ZEROS,  "layernorm"),
-    ("lm_head.weight",                                 "VD", _VOCABULARY, _NORMAL, "untied"),
+     "gate_proj F + up_proj F",                              _ROWS,    _ZEROS,  "gated mlp_bias"),
+    ("model.layers.N.mlp.up_proj.weight",              "FD", _ROWS,    _NORMAL, "plain"),
+    ("model.layers.N.mlp.up_proj.bias",                "F",  _ROWS,    _ZEROS,  "plain mlp_bias"),
+    ("model.layers.N.mlp.down_proj.weight",            "DF", _COLUMNS, _SCALED, "always"),
+    ("model.layers.N.mlp.down_proj.bias",              "D",  _WHOLE,   _ZEROS,  "mlp_bias"),
+    ("model.norm.weight",                              "D",  _WHOLE,   _ONES,   "always"),
+    ("model.norm.bias",                                "D",  _WHOLE,   _ZEROS,  "layernorm"),
+    ("lm_head.weight",                                 "VD", _VOCAB,   _NORMAL, "untied"),
 )
 # fmt: on
 

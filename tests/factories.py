@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from megalite import checkpoint
+from megalite.checkpoint import Lease, Place
 from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
+from megalite.engine.reference import ReferenceEngine
 from megalite.env import Launch
 from megalite.model import CausalLM, build, initialize
 from megalite.parallel import Grid, start, stop
@@ -76,3 +80,44 @@ def world_of_one() -> Iterator[Grid]:
         yield grid
     finally:
         stop()
+
+
+def make_engine(**sections: Any) -> ReferenceEngine:
+    """The plain engine of `run_config(**sections)`, on the CPU."""
+    return ReferenceEngine(run_config(**sections), device=torch.device("cpu"))
+
+
+def train_steps(engine: ReferenceEngine, steps: range) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step; step n has a batch of its own."""
+    curve = []
+    for step in steps:
+        batch = make_batch(engine.config.model, seed=step)
+        result = engine.train_step([batch], divisor=batch.targets, lr=0.02, step=step)
+        curve.append((float(result.loss), float(result.grad_norm)))
+    return curve
+
+
+def save_checkpoint(
+    engine: ReferenceEngine,
+    grid: Grid,
+    root: Path,
+    *,
+    place: Place | None = None,
+    lease: Lease | None = None,
+) -> Path:
+    """Publish a checkpoint below `root`, of step 3 unless told, with a tokenizer of two files."""
+    tokenizer = root.parent / "tokenizer"
+    (tokenizer / "inner").mkdir(parents=True, exist_ok=True)
+    for name in ("bytes.json", "inner/more.txt"):
+        (tokenizer / name).write_text("{}")
+    return checkpoint.save(
+        engine,
+        engine.config,
+        grid=grid,
+        root=root,
+        place=place or Place(step=3, samples=12, tokens=96),
+        data_fingerprint="data",
+        tokenizer=tokenizer,
+        tokenizer_sha256="ab" * 32,
+        lease=lease,
+    )

@@ -35,6 +35,11 @@ class Section(BaseModel):
         return {k: v for k, v in data.items() if not (v is None and k in computed)}
 
 
+def _head_dim(data: dict[str, int]) -> int:
+    """The default; a field that is itself at fault is absent from `data`."""
+    return max(1, data.get("hidden_size", 1) // data.get("num_attention_heads", 1))
+
+
 class ModelConfig(Section):
     """The network, in Hugging Face's names where it has one."""
 
@@ -55,12 +60,12 @@ class ModelConfig(Section):
     num_hidden_layers: SmallCount = Field(description="Transformer blocks.", examples=[22])
     num_attention_heads: SmallCount = Field(description="Query heads of each block.", examples=[32])
     num_key_value_heads: SmallCount = Field(
-        default_factory=lambda data: data["num_attention_heads"],
+        default_factory=lambda data: data.get("num_attention_heads", 1),
         description="Key/value heads of each block; divides the query heads "
         "(null: as many as query heads).",
     )
     head_dim: Count = Field(
-        default_factory=lambda data: max(1, data["hidden_size"] // data["num_attention_heads"]),
+        default_factory=_head_dim,
         description="Width of one head, in elements (null: hidden_size / num_attention_heads).",
     )
     max_position_embeddings: Count = Field(
@@ -247,7 +252,7 @@ class CheckpointConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Where the run is written."""
+    """The run folder, which is `directory`/`name`."""
 
     directory: Text = Field(
         default="runs",

@@ -305,6 +305,19 @@ def test_positions_from_0_are_the_default() -> None:
     assert not torch.equal(model.model(ids, positions + 1, None), model.model(ids, None, None))
 
 
+@pytest.mark.parametrize("variant", ["llama", "gpt-2", "transformer of 2017"])
+def test_positions_are_those_given(variant: str) -> None:
+    """Each sample's own, with gaps."""
+    config = model_config(**VARIANTS[variant])
+    model = make_model(config, spread=0.2)
+    ids = make_batch(config, samples=2, length=5).tensors["input_ids"]
+    positions = torch.tensor([[0, 3, 4, 11, 30], [2, 2, 7, 1, 0]])
+    found = model.model(ids, positions, None)
+    for row in range(2):
+        expected = Plain(config, model).hidden(ids[row], positions[row])
+        torch.testing.assert_close(found[row].double(), expected, rtol=0, atol=1e-5)
+
+
 def test_rope_knows_distances_alone() -> None:
     config = model_config()
     model = make_model(config, spread=0.2)

@@ -177,6 +177,19 @@ def test_half_precision_keeps_an_fp32_loss_and_sum(dtype: torch.dtype) -> None:
     assert close(weight.grad, grad_weight, 2e-2)
 
 
+def test_many_chunks_add_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 equal contributions: a sum in bf16 stops growing at 256 of them."""
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1)
+    rows = 300 * 64
+    hidden = torch.ones(rows, 2, dtype=torch.bfloat16)
+    weight = torch.zeros(3, 2, dtype=torch.bfloat16, requires_grad=True)
+    mask = torch.ones(rows, dtype=torch.bool)
+    loss = FusedLinearCrossEntropy.apply(hidden, weight, torch.zeros(rows, dtype=torch.long), mask)
+    loss.backward()
+    expected = torch.tensor([[-2 / 3], [1 / 3], [1 / 3]], dtype=torch.float64).expand(3, 2) * rows
+    assert close(weight.grad, expected, 1e-2)
+
+
 def test_small_gradients_survive_fp16() -> None:
     """A mean's 1 / N is applied after fp16's loss scale: before it, p / N would be zero."""
     hidden, weight, labels, mask = make(9, spread=0.01)

@@ -146,14 +146,14 @@ def test_auto_takes_the_newest_whole_one(grid: Grid, root: Path) -> None:
 
 def test_never_refuses_where_checkpoints_are(root: Path) -> None:
     publish(root, 5, run_config())
-    with pytest.raises(CommandError, match="--resume never, but .* holds step_00000005") as caught:
+    with pytest.raises(CommandError, match=r"--resume never, but .* holds step_00000005") as caught:
         check_request(root, "never")
     assert caught.value.exit_code == 2
     check_request(root, "auto")
 
 
 def test_a_path_that_is_not_there(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(CommandError, match="--resume .*nowhere: no such folder"):
+    with pytest.raises(CommandError, match=r"--resume .*nowhere: no such folder"):
         check_request(root, str(tmp_path / "nowhere"))
 
 
@@ -326,12 +326,12 @@ def test_allowed_changes_are_recorded(grid: Grid, root: Path, name: str) -> None
 
 def test_other_shards_and_another_tokenizer(grid: Grid, root: Path) -> None:
     publish(root, 5, run_config())
-    with pytest.raises(CommandError, match="^data differs"):
+    with pytest.raises(CommandError, match=r"^data differs"):
         find(grid, root, run_config(), shards="code")
     origin = find(grid, root, run_config(), shards="code", allow=("data",))
     assert origin is not None
     assert (origin.place.step, origin.place.samples) == (5, 0)
-    with pytest.raises(CommandError, match="^tokenizer differs"):
+    with pytest.raises(CommandError, match=r"^tokenizer differs"):
         find(grid, root, run_config(), tokenizer="cd" * 32)
     origin = find(grid, root, run_config(), tokenizer="cd" * 32, allow=("tokenizer",))
     assert origin is not None
@@ -345,7 +345,7 @@ def test_all_refusals_at_once(grid: Grid, root: Path) -> None:
         find(grid, root, config, tokenizer="cd" * 32, shards="code")
     refused = [line.split()[0] for line in str(caught.value).splitlines()]
     assert refused == ["model", "tokenizer", "data", "seed"]
-    with pytest.raises(CommandError, match="^data differs"):
+    with pytest.raises(CommandError, match=r"^data differs"):
         find(
             grid,
             root,
@@ -371,7 +371,7 @@ def test_other_shards_do_not_hide_behind_another_change(
     grid: Grid, root: Path, key: str, data: dict[str, Any]
 ) -> None:
     publish(root, 5, run_config())
-    with pytest.raises(CommandError, match="^data differs"):
+    with pytest.raises(CommandError, match=r"^data differs"):
         find(grid, root, changed(data=data), shards="code", allow=(key,))
 
 

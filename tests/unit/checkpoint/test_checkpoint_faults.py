@@ -1,0 +1,181 @@
+"""What survives a save that fails, and which of several starts may publish."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite import checkpoint, files
+from megalite.checkpoint import Lease, Place
+from megalite.errors import CheckpointError, Superseded
+from megalite.formats import checkpoint as disk
+from megalite.parallel import Grid
+from tests.factories import make_engine, save_checkpoint, train_steps, world_of_one
+
+module = importlib.import_module("megalite.checkpoint.save")  # the package's `save` is a function
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[Grid]:
+    with world_of_one() as found:
+        yield found
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "checkpoints"
+
+
+def failing(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        (module, "save_file"),
+        (files, "sync_file"),
+        (files, "sha256_file"),
+        (files, "publish"),
+        (disk, "write_manifest"),
+        (shutil, "copytree"),
+    ],
+)
+def test_a_save_that_fails_publishes_nothing_and_loses_nothing(
+    grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str
+) -> None:
+    trained = make_engine()
+    save_checkpoint(trained, grid, root)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, failing(FULL))
+        with pytest.raises(CheckpointError, match=r"not saved: rank 0.*No space left") as caught:
+            save_checkpoint(trained, grid, root, place=Place(4))
+    assert caught.value.exit_code == 1
+    assert [path.name for path in root.iterdir()] == ["step_00000003"]
+    assert save_checkpoint(trained, grid, root, place=Place(4)).name == "step_00000004"
+
+
+@pytest.mark.parametrize("name", ["publish", "sync_file"])
+def test_a_failed_second_save_of_a_step_keeps_the_first(
+    grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A run that went back saves the same step again: until that is whole the old one stays."""
+    trained = make_engine()
+    folder = save_checkpoint(trained, grid, root)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, name, failing(FULL))
+        with pytest.raises(CheckpointError):
+            save_checkpoint(trained, grid, root)
+    assert disk.published(root) == [folder]
+    assert disk.damage(folder, disk.read_manifest(folder)) == []
+
+
+def test_a_crash_between_two_renames_loses_nothing(
+    grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next start clears leftovers first; the only checkpoint must not be one of them."""
+    trained = make_engine()
+    folder = save_checkpoint(trained, grid, root)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "publish", failing(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(trained, grid, root)
+    checkpoint.clear_leftovers(root)
+    assert disk.published(root) == [folder]
+    assert disk.damage(folder, disk.read_manifest(folder)) == []
+
+
+def test_saving_a_step_again_replaces_it(grid: Grid, root: Path) -> None:
+    trained = make_engine()
+    save_checkpoint(trained, grid, root)
+    train_steps(trained, range(1, 2))
+    folder = save_checkpoint(trained, grid, root)
+    manifest = disk.read_manifest(folder)
+    assert manifest.progress == {"updates": 1}
+    assert disk.damage(folder, manifest) == []
+    assert [path.name for path in root.iterdir()] == ["step_00000003"]
+
+
+def test_what_an_interrupted_save_left_is_written_over(grid: Grid, root: Path) -> None:
+    left = root / ".staging_00000003"
+    left.mkdir(parents=True)
+    (left / "model-00000-00000.safetensors").write_bytes(b"half")
+    (left / "stranger").write_bytes(b"x")
+    folder = save_checkpoint(make_engine(), grid, root)
+    assert not (folder / "stranger").exists()
+    assert disk.damage(folder, disk.read_manifest(folder)) == []
+
+
+# --- who may publish ---
+
+
+def test_the_newest_lease_holds(root: Path) -> None:
+    root.mkdir(parents=True)
+    first = Lease(root)
+    first.check()
+    second = Lease(root)
+    second.check()
+    for _ in range(2):
+        with pytest.raises(Superseded, match=r"newer start of this run .*publishes nothing"):
+            first.check()
+    second.check()
+
+
+def test_a_lease_says_whose_it_is(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root.mkdir(parents=True)
+    first = Lease(root)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    Lease(root)
+    with pytest.raises(Superseded, match="job 4711, restart 2") as caught:
+        first.check()
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", "3", "\0"])
+def test_a_lost_lease_is_nobodys(root: Path, content: str | None) -> None:
+    root.mkdir(parents=True)
+    lease = Lease(root)
+    if content is None:
+        (root / ".lease.json").unlink()
+    else:
+        (root / ".lease.json").write_text(content)
+    lease.check()
+    assert disk.published(root) == []
+
+
+def test_a_superseded_start_publishes_nothing(grid: Grid, root: Path) -> None:
+    root.mkdir(parents=True)
+    old = Lease(root)
+    trained = make_engine()
+    save_checkpoint(trained, grid, root, place=Place(2), lease=old)
+    new = Lease(root)
+    with pytest.raises(Superseded, match="newer start"):
+        save_checkpoint(trained, grid, root, lease=old)
+    assert [path.name for path in disk.published(root)] == ["step_00000002"]
+    save_checkpoint(trained, grid, root, lease=new)
+    assert len(disk.published(root)) == 2
+
+
+def test_a_superseded_start_leaves_the_newer_ones_files(grid: Grid, root: Path) -> None:
+    """Both save the same step under the same name: the newer one is in the middle of it."""
+    root.mkdir(parents=True)
+    old = Lease(root)
+    Lease(root)
+    half = root / ".staging_00000003" / "model-00000-00000.safetensors"
+    half.parent.mkdir()
+    half.write_bytes(b"being written")
+    with pytest.raises(Superseded):
+        save_checkpoint(make_engine(), grid, root, lease=old)
+    assert half.read_bytes() == b"being written"

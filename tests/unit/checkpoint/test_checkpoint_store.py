@@ -1,0 +1,308 @@
+"""Saving and loading in one process: what is on disk, and what comes back."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megalite import checkpoint, files, shapes
+from megalite.checkpoint import Place
+from megalite.checkpoint.states import from_canonical, owned_parameters, to_canonical
+from megalite.config import RunConfig
+from megalite.engine import WEIGHT
+from megalite.errors import CheckpointError
+from megalite.formats import checkpoint as disk
+from megalite.model import build
+from megalite.parallel import Grid
+from tests.factories import (
+    make_batch,
+    make_engine,
+    make_model,
+    model_config,
+    save_checkpoint,
+    train_steps,
+    world_of_one,
+)
+
+PLACE = Place(step=3, samples=12, tokens=96)
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[Grid]:
+    with world_of_one() as found:
+        yield found
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "checkpoints"
+
+
+def tensors_of(folder: Path, state: str = WEIGHT) -> dict[str, Tensor]:
+    """Read as a stranger would: by the manifest, with safetensors alone."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    found = {}
+    for name, entry in manifest["tensors"].items():
+        with safe_open(folder / entry["files"][state], framework="pt") as file:
+            found[name] = file.get_tensor(name)
+    return found
+
+
+SECTIONS: list[dict[str, Any]] = [
+    {"optimizer": {"name": "adamw"}},
+    {"optimizer": {"name": "sgd"}, "model": {"tie_word_embeddings": True}},
+    {"optimizer": {"name": "sgd", "momentum": 0.0}, "model": {"hidden_dropout": 0.2}},
+]
+
+
+@pytest.mark.parametrize("sections", SECTIONS)
+def test_going_on_equals_never_having_stopped(
+    grid: Grid, root: Path, sections: dict[str, Any]
+) -> None:
+    """Bit by bit: losses, gradient norms, weights and every state of the optimizer."""
+    first = make_engine(**sections)
+    train_steps(first, range(1, 4))
+    folder = save_checkpoint(first, grid, root)
+    expected = train_steps(first, range(4, 7))
+    second = make_engine(**sections, training={"seed": 99})  # other weights, all of them replaced
+    opened, manifest = checkpoint.open_checkpoint(folder)
+    place = checkpoint.restore(second, second.config, grid=grid, folder=opened, manifest=manifest)
+    assert place == PLACE
+    second.config = first.config
+    assert train_steps(second, range(4, 7)) == expected
+    for ours, theirs in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        for state in (WEIGHT, *first.optimizer.state[ours]):
+            if state == "step":
+                assert first.optimizer.state[ours][state] == 6.0
+            assert torch.equal(first.read_state(ours, state), second.read_state(theirs, state))
+
+
+def test_what_is_on_disk(grid: Grid, root: Path) -> None:
+    trained = make_engine()
+    train_steps(trained, range(1, 4))
+    folder = save_checkpoint(trained, grid, root)
+    assert folder == root / "step_00000003"
+    assert [path.name for path in root.iterdir()] == [folder.name]
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    assert [name for name in names if not name.endswith(".safetensors")] == [
+        "config.json",
+        "manifest.json",
+        "tokenizer",
+        "tokenizer/bytes.json",
+        "tokenizer/inner",
+        "tokenizer/inner/more.txt",
+    ]
+    manifest = disk.read_manifest(folder)
+    assert disk.damage(folder, manifest) == []
+    assert {*manifest.files, "manifest.json"} == {n for n in names if (folder / n).is_file()}
+    assert RunConfig.model_validate(files.read_json(folder / "config.json")) == trained.config
+    assert Place(manifest.step, manifest.samples, manifest.tokens) == PLACE
+    assert manifest.progress == {"updates": 3}
+    weights = tensors_of(folder)
+    qkv = trained.model.get_parameter("model.layers.1.self_attn.qkv_proj.weight").data
+    parts = [weights[f"model.layers.1.self_attn.{kind}_proj.weight"] for kind in "qkv"]
+    assert [len(part) for part in parts] == [24, 12, 12]
+    assert torch.equal(torch.cat(parts), qkv)
+    for state in (WEIGHT, "exp_avg", "exp_avg_sq"):
+        found = tensors_of(folder, state)
+        expected = {name: t.shape for name, t in shapes.tensors(trained.config.model).items()}
+        assert {name: tuple(tensor.shape) for name, tensor in found.items()} == expected
+        assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+
+
+def test_parts_of_a_bounded_size(grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = make_engine()
+    whole = tensors_of(save_checkpoint(trained, grid, root))
+    module = importlib.import_module("megalite.checkpoint.save")  # `save` is a function too
+    monkeypatch.setattr(module, "_PART_BYTES", 8000)
+    parts = save_checkpoint(trained, grid, root, place=Place(4))
+    assert len(list(parts.glob("model-*.safetensors"))) > 3
+    assert all(torch.equal(whole[name], tensor) for name, tensor in tensors_of(parts).items())
+
+
+def test_weights_for_use_without_an_engine(grid: Grid, root: Path, tmp_path: Path) -> None:
+    """A checkpoint folder is enough wherever it is moved."""
+    trained = make_engine()
+    train_steps(trained, range(1, 3))
+    moved = tmp_path / "elsewhere"
+    shutil.move(save_checkpoint(trained, grid, root), moved)
+    folder, manifest = checkpoint.open_checkpoint(moved)
+    model = build(trained.config.model)
+    checkpoint.fill_model(model, trained.config.model, folder, manifest)
+    batch = make_batch(trained.config.model).tensors
+    assert model(batch).item() == trained.model.eval()(batch).item()
+
+
+def test_weights_alone_start_a_new_run(grid: Grid, root: Path) -> None:
+    trained = make_engine()
+    train_steps(trained, range(1, 4))
+    folder, manifest = checkpoint.open_checkpoint(save_checkpoint(trained, grid, root))
+    fresh = make_engine(training={"seed": 99})
+    checkpoint.load_weights(fresh, fresh.config.model, grid=grid, folder=folder, manifest=manifest)
+    for ours, theirs in zip(trained.model.parameters(), fresh.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert not fresh.read_state(theirs, "exp_avg").any()
+    assert fresh.progress() == {"updates": 0}
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        ({"num_hidden_layers": 1}, "model.layers.1"),
+        ({"vocab_size": 62}, r"\[61, 24\] there, \[62, 24\]"),
+        ({"tie_word_embeddings": True}, "lm_head.weight is .* there, absent"),
+        ({"mlp_bias": True}, "bias is absent there"),
+    ],
+)
+def test_another_model_is_refused(
+    grid: Grid, root: Path, model: dict[str, Any], named: str
+) -> None:
+    folder, manifest = checkpoint.open_checkpoint(save_checkpoint(make_engine(), grid, root))
+    other = make_engine(model=model)
+    with pytest.raises(CheckpointError, match=f"holds another model: .*{named}"):
+        checkpoint.restore(other, other.config, grid=grid, folder=folder, manifest=manifest)
+
+
+def test_an_engine_that_lost_count_is_noticed(
+    grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam's step count corrects its moments: without it the next updates are other ones."""
+    trained = make_engine()
+    train_steps(trained, range(1, 4))
+    folder, manifest = checkpoint.open_checkpoint(save_checkpoint(trained, grid, root))
+    other = make_engine()
+    monkeypatch.setattr(other, "restore_progress", lambda progress: None)
+    with pytest.raises(CheckpointError, match="should have taken 3 updates but reports 0"):
+        checkpoint.restore(other, other.config, grid=grid, folder=folder, manifest=manifest)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [({"name": "adamw"}, {"name": "sgd"}), ({"name": "sgd"}, {"name": "adamw"})],
+)
+def test_a_change_of_optimizer_goes_on(
+    grid: Grid, root: Path, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """It is recorded, not refused: the weights go on, the new states begin at zero."""
+    trained = make_engine(optimizer=before)
+    train_steps(trained, range(1, 4))
+    folder, manifest = checkpoint.open_checkpoint(save_checkpoint(trained, grid, root))
+    other = make_engine(optimizer=after)
+    place = checkpoint.restore(other, other.config, grid=grid, folder=folder, manifest=manifest)
+    assert place == PLACE
+    for ours, theirs in zip(trained.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    train_steps(other, range(4, 5))
+
+
+# --- retention, and finding ---
+
+
+def test_retain_keeps_the_newest(root: Path) -> None:
+    for step in (1, 2, 10, 100_000_000):
+        (root / disk.folder_name(step)).mkdir(parents=True)
+    (root / "bad_00000001").mkdir()
+    checkpoint.retain(root, 2)
+    assert sorted(path.name for path in root.iterdir()) == [
+        "bad_00000001",
+        "step_00000010",
+        "step_100000000",
+    ]
+    checkpoint.retain(root, 5)
+    assert len(disk.published(root)) == 2
+
+
+def test_clear_leftovers_touches_nothing_public(root: Path) -> None:
+    names = ("step_00000001", "bad_00000002", ".staging_00000003", ".deleted_step_00000004")
+    for name in names:
+        (root / name / "inner").mkdir(parents=True)
+    checkpoint.clear_leftovers(root)
+    assert sorted(path.name for path in root.iterdir()) == ["bad_00000002", "step_00000001"]
+    checkpoint.clear_leftovers(root / "none")
+
+
+def test_open_checkpoint_by_any_of_its_names(grid: Grid, root: Path) -> None:
+    trained = make_engine()
+    for step in (1, 2):
+        save_checkpoint(trained, grid, root, place=Place(step))
+    newest = root / "step_00000002"
+    for path in (root.parent, root, newest):
+        folder, manifest = checkpoint.open_checkpoint(path)
+        assert (folder, manifest.step) == (newest, 2)
+    assert checkpoint.open_checkpoint(root / "step_00000001")[1].step == 1
+    (newest / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json: .* bytes were written, 2 are there"):
+        checkpoint.open_checkpoint(root.parent)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoint.open_checkpoint(root.parents[1])
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoint.open_checkpoint(root / "none")
+
+
+def test_a_damaged_one_is_named_and_set_aside(
+    grid: Grid, root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
+    trained = make_engine()
+    for step in (1, 2, 3):
+        save_checkpoint(trained, grid, root, place=Place(step))
+    (root / "step_00000003" / "manifest.json").unlink()
+    weights = next((root / "step_00000002").glob("exp_avg-*"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    found = checkpoint.find_newest(root, grid)
+    assert found is not None
+    assert found[0] == root / "step_00000001"
+    assert sorted(path.name for path in root.iterdir()) == [
+        "bad_00000002",
+        "bad_00000003",
+        "step_00000001",
+    ]
+    for said in ("has no manifest.json", weights.name, "set aside as bad_00000002"):
+        assert said in caplog.text
+
+
+# --- the share of each rank ---
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5, 64])
+def test_owners_share_the_bytes(grid: Grid, ranks: int) -> None:
+    config = model_config(num_hidden_layers=4)
+    model = build(config)
+    views = [replace(grid, world_size=ranks, rank=rank) for rank in range(ranks)]
+    owned = [list(owned_parameters(model, config, view)) for view in views]
+    owners = [[entry.owner for entry in entries] for entries in owned]
+    assert all(other == owners[0] for other in owners)
+    sizes = [entry.parameter.numel() for entry in owned[0]]
+    loads = [sum(s for s, o in zip(sizes, owners[0], strict=True) if o == r) for r in range(ranks)]
+    assert sum(loads) == sum(p.numel() for p in model.parameters())
+    assert max(loads) <= sum(sizes) / ranks + max(sizes)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_slices_go_out_and_come_back(grid: Grid, size: int) -> None:
+    """Of every tensor-parallel rank: from whole tensors to its slice, padded, and back."""
+    config = model_config(attention_bias=True, mlp_bias=True)
+    model = make_model(config, spread=0.1)
+    for row, rank in itertools.product(shapes.parameters(config), range(size)):
+        value = model.get_parameter(row.name).data
+        whole = {piece.tensor.name: value[piece.target] for piece in shapes.pieces(row)}
+        view = replace(grid, world_size=size, tensor_parallel=size, rank=rank)
+        local = from_canonical(whole, row, view, torch.device("cpu"))
+        assert local.shape == shapes.local_shape(row, tensor_parallel=size)
+        boxes = shapes.pieces(row, tensor_parallel=size, tensor_rank=rank)
+        back = to_canonical(local, row, view)
+        assert len(back) == len(boxes)
+        for box in boxes:
+            assert torch.equal(back[box.tensor.name], whole[box.tensor.name][box.source])

@@ -1,0 +1,207 @@
+"""The deepspeed section: keys nobody knows, keys that contradict, and DeepSpeed's own source."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.config import deepspeed_keys as keys
+from megalite.config import parse_config, zero_stage
+from megalite.errors import ConfigError
+
+BASE: dict[str, Any] = {
+    "name": "run",
+    "model": {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
+    "data": {"train": [{"path": "a"}], "sequence_length": 64},
+    "optimizer": {"lr": 1e-3},
+    "training": {"steps": 100, "global_batch_size": 8, "micro_batch_size": 2},
+}
+
+
+def faults(section: Any, **training: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(BASE | {"deepspeed": section, "training": BASE["training"] | training})
+    return [fault.removeprefix("the run file: deepspeed") for fault in caught.value.faults]
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {},
+        {"zero_optimization": "auto", "bf16": "auto", "optimizer": "auto", "data_types": "auto"},
+        {"zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 5e8}},
+        {"gradient_clipping": 1, "train_batch_size": 8, "train_micro_batch_size_per_gpu": "auto"},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+        {"gradient_allreduce_op": "sum", "data_types": {"grad_accum_dtype": "fp32"}},
+        {"gradient_allreduce_op": "mean", "zero_optimization": {"stage": 3}},
+        {"fp16": {"enabled": "auto", "initial_scale_power": 12}, "bf16": {"enabled": "auto"}},
+        {"tensorboard": {"enabled": True}, "comms_logger": {"enabled": True}, "log_level": "info"},
+        {"communication_data_type": "bf16", "steps_per_print": 10, "wall_clock_breakdown": True},
+    ],
+)
+def test_what_is_sound(section: dict[str, Any]) -> None:
+    parse_config(BASE | {"deepspeed": section})
+
+
+_OWN, _GONE = "MegaLite does this itself", "was taken out of DeepSpeed 0.19, which refuses it"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("gradient_cliping", 1.0, 'unknown key; did you mean "gradient_clipping"?'),
+        ("qqq", 1, "unknown key; DeepSpeed 0.19.8 has none of this name, take it out"),
+        ("zero_optimization.overlap_com", True, 'unknown key; did you mean "overlap_comm"?'),
+        (
+            "gradient_clipping",
+            0.5,
+            "found 0.5, but optimizer.clip_grad_norm makes it 1.0; change "
+            'optimizer.clip_grad_norm, and take this out or write "auto"',
+        ),
+        (
+            "gradient_allreduce_op",
+            "mean",
+            'found "mean", MegaLite needs "sum" (the loss is normalised); write "auto"',
+        ),
+        ("optimizer", {"type": "Lamb"}, f"{_OWN}; set the optimizer section of the run file"),
+        ("nebula", {}, f"{_GONE}; take it out"),
+        ("zero_optimization.mics_shard_size", 8, f"{_GONE}; take it out"),
+        ("bfloat16", {"enabled": True}, 'is the old name; write "bf16"'),
+        ("zero_optimization", True, 'expected a section {...} or "auto", found true'),
+        ("zero_optimization.stage", 4, "expected 0, 1, 2 or 3, found 4"),
+        ("zero_optimization.stage", True, 'expected a whole number or "auto", found true'),
+        ("zero_optimization.cpu_offload", True, "is the old name; write offload_optimizer"),
+        (
+            "zero_optimization.reduce_bucket_size",
+            0,
+            "expected a whole number of 1 or more, found 0",
+        ),
+        (
+            "zero_optimization.allgather_bucket_size",
+            7,
+            'expected an even number or "auto", found 7',
+        ),
+        ("zero_optimization.overlap_comm", 1, 'expected true or false or "auto", found 1'),
+        (
+            "communication_data_type",
+            "float",
+            'expected "fp32", "bf16" or "fp16" or "auto", found "float"',
+        ),
+    ],
+)
+def test_faults(key: str, value: Any, message: str) -> None:
+    section = value
+    for part in reversed(key.split(".")):
+        section = {part: section}
+    assert faults(section) == [f".{key}: {message}"]
+
+
+def test_a_section_that_is_none() -> None:
+    [fault] = faults([])
+    assert fault.startswith(": expected a section {...}, found []; it is: DeepSpeed's own JSON")
+
+
+def test_precision_is_decided_in_one_place() -> None:
+    [fault] = faults({"bf16": {"enabled": True}})
+    assert "is decided by training.precision, which is auto" in fault
+    [fault] = faults({"bf16": {"enabled": True}}, precision="fp32")
+    assert "found true, but training.precision makes it false" in fault
+    parse_config(
+        BASE
+        | {"training": BASE["training"] | {"precision": "bf16"}}
+        | {"deepspeed": {"bf16": {"enabled": True}, "fp16": {"enabled": False}}}
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "stage"),
+    [({}, 1), ({"zero_optimization": {}}, 1), ({"zero_optimization": "auto"}, 1)]
+    + [({"zero_optimization": {"stage": stage}}, stage) for stage in range(4)],
+)
+def test_zero_stage(section: dict[str, Any], stage: int) -> None:
+    assert zero_stage(parse_config(BASE | {"deepspeed": section})) == stage
+
+
+# --- the tables against the source of the DeepSpeed that is installed --------------------------
+
+
+def deepspeed_source(path: str) -> str:
+    found = importlib.metadata.distribution("deepspeed").locate_file(f"deepspeed/{path}")
+    return Path(str(found)).read_text()
+
+
+def fields_of(source: str, name: str) -> set[str]:
+    """The keys a pydantic model of DeepSpeed reads: a field's alias, else its name."""
+    [model] = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name]
+    result = set()
+    for node in model.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            calls = node.value.keywords if isinstance(node.value, ast.Call) else []
+            alias = [k.value for k in calls if k.arg == "alias"]
+            result |= {str(a.value) for a in alias if isinstance(a, ast.Constant)} or {
+                node.target.id
+            }
+    return result
+
+
+@pytest.mark.parametrize(
+    ("section", "path", "model"),
+    [
+        ("zero_optimization", "runtime/zero/config.py", "DeepSpeedZeroConfig"),
+        ("bf16", "runtime/precision_config.py", "DeepSpeedBF16Config"),
+        ("fp16", "runtime/precision_config.py", "DeepSpeedFP16Config"),
+    ],
+)
+def test_nested_keys_are_deepspeeds(section: str, path: str, model: str) -> None:
+    ours = set(keys._NESTED[section])
+    theirs = fields_of(deepspeed_source(path), model)
+    refused = {k.split(".")[1] for k in keys._REFUSED if k.startswith(f"{section}.")}
+    assert ours <= theirs
+    assert theirs <= ours | refused
+
+
+def test_top_level_keys_are_deepspeeds() -> None:
+    words: set[str] = set()
+    for path in (
+        "runtime/config.py",
+        "runtime/constants.py",
+        "runtime/zero/config.py",
+        "runtime/precision_config.py",
+        "runtime/activation_checkpointing/config.py",
+        "runtime/swap_tensor/constants.py",
+        "comm/constants.py",
+        "datastates/config.py",
+        "monitor/config.py",
+        "profiling/constants.py",
+        "utils/config.py",
+    ):
+        for node in ast.walk(ast.parse(deepspeed_source(path))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                words.add(node.value)
+    assert set(keys._TOP) <= words
+
+
+def test_what_deepspeed_has_removed_is_refused() -> None:
+    tree = ast.parse(deepspeed_source("runtime/config.py"))
+    removed: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            [target] = node.targets
+            name = getattr(target, "id", "")
+            if name.startswith("_REMOVED"):
+                prefix = "zero_optimization." if "ZERO" in name else ""
+                words = [str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)]
+                removed |= {f"{prefix}{word}" for word in words}
+    assert removed
+    assert removed <= set(keys._REFUSED)

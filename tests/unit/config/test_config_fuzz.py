@@ -1,0 +1,128 @@
+"""Whatever a run file holds, loading ends in a config or in faults of one line each."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megalite.config import load_config, parse_config
+from megalite.config.deepspeed_keys import _NESTED, _TOP
+from megalite.config.faults import dotted, known_keys
+from megalite.errors import ConfigError
+from megalite.plan import deepspeed_dict, make_plan
+
+BASE: dict[str, Any] = {
+    "name": "run",
+    "model": {
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    },
+    "data": {"train": [{"path": "a"}], "sequence_length": 64},
+    "optimizer": {"lr": 1e-3},
+    "training": {"steps": 100, "global_batch_size": 8, "micro_batch_size": 2},
+}
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 70)
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["auto", "fp32", "bf16", "rope", "learned", "wsd", "sgd", "cosine", "full"])
+    | st.text(max_size=8)
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+KEYS = [dotted(key) for key in known_keys()]
+DEEPSPEED = [f"deepspeed.{key}" for key in _TOP] + [
+    f"deepspeed.{section}.{key}" for section, known in _NESTED.items() for key in known
+]
+CHANGES = st.lists(st.tuples(st.sampled_from(KEYS + DEEPSPEED), VALUES), min_size=1, max_size=5)
+
+
+def cases(number: int) -> settings:
+    return settings(
+        max_examples=number,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],  # one file, rewritten
+    )
+
+
+def assert_sound(config_or_faults: Any) -> None:
+    """A config goes on to a plan and back to JSON; faults are lines."""
+    if isinstance(config_or_faults, ConfigError):
+        assert config_or_faults.faults
+        assert all(line and "\n" not in line for line in config_or_faults.faults)
+        return
+    config = config_or_faults
+    assert parse_config(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+    try:
+        plan = make_plan(config, world_size=2, device="cuda")
+    except ConfigError as error:
+        assert_sound(error)
+    else:
+        assert min(plan.memory_bytes.values()) >= 0
+        json.dumps(deepspeed_dict(config, plan), allow_nan=False)
+
+
+@cases(150)
+@given(CHANGES)
+def test_any_value_anywhere(tmp_path: Path, changes: list[tuple[str, Any]]) -> None:
+    raw = copy.deepcopy(BASE)
+    for key, value in changes:
+        section: Any = raw
+        *sections, name = key.split(".")
+        for part in sections:
+            section = section.setdefault(part, {}) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section[name] = value
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(raw))  # NaN and Infinity among it
+    try:
+        outcome: Any = load_config(path)
+    except ConfigError as error:
+        outcome = error
+    assert_sound(outcome)
+
+
+@cases(75)
+@given(st.binary(max_size=40), st.integers(0, 400), st.integers(0, 12))
+def test_any_bytes(tmp_path: Path, junk: bytes, start: int, length: int) -> None:
+    whole = json.dumps(BASE).encode()
+    path = tmp_path / "run.json"
+    path.write_bytes(whole[:start] + junk + whole[start + length :])
+    try:
+        outcome: Any = load_config(path)
+    except ConfigError as error:
+        outcome = error
+    assert_sound(outcome)
+
+
+@cases(75)
+@given(st.lists(st.text(max_size=20) | st.tuples(st.sampled_from(KEYS), VALUES), max_size=4))
+def test_any_set(tmp_path: Path, items: list[Any]) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(BASE))
+    sets = [item if isinstance(item, str) else f"{item[0]}={json.dumps(item[1])}" for item in items]
+    try:
+        outcome: Any = load_config(path, sets)
+    except ConfigError as error:
+        outcome = error
+    assert_sound(outcome)
+
+
+def test_the_fuzz_is_not_blind() -> None:
+    with pytest.raises(AssertionError):
+        assert_sound(ConfigError("two\nlines"))

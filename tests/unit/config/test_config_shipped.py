@@ -1,0 +1,73 @@
+"""Every run file that ships loads through the real parser, and schema.json is the models'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.config import load_config
+from megalite.config.__main__ import SCHEMA, json_schema
+from megalite.plan import make_plan
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+SHIPPED = {  # parameters, ranks it is laid out for, ZeRO stage, tensor-parallel size
+    "smoke": (5_261_568, 2, 1, 1),
+    "125m": (134_105_856, 8, 1, 1),
+    "350m": (373_867_520, 8, 1, 1),
+    "1b": (1_100_048_384, 8, 1, 1),
+    "7b": (6_738_415_616, 8, 1, 1),
+    "13b": (13_015_864_320, 8, 1, 2),
+    "70b": (68_976_648_192, 64, 1, 8),
+}
+
+
+def test_all_of_them_are_here() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.json")} == {*SHIPPED, "schema"}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_config_fits_its_gpus(name: str) -> None:
+    parameters, ranks, stage, tensor = SHIPPED[name]
+    config = load_config(CONFIGS / f"{name}.json")
+    assert config.name == name
+    plan = make_plan(config, world_size=ranks, device="cuda")
+    assert (plan.parameters, plan.zero_stage, plan.tensor_parallel) == (parameters, stage, tensor)
+    assert plan.precision == "bf16"
+    assert plan.memory_bytes["total"] < 72 * 2**30  # of 80 GB, with room for what is not ours
+
+
+def test_the_schema_file_is_up_to_date() -> None:
+    assert json.loads(SCHEMA.read_text()) == json_schema(), "run `python -m megalite.config`"
+
+
+def test_the_schema_helps_an_editor() -> None:
+    schema = json_schema()
+    sections = [schema, *schema["$defs"].values()]
+    for section in sections:
+        assert section["additionalProperties"] is False
+        for name, field in section["properties"].items():
+            assert field.get("description"), name
+    model = schema["$defs"]["ModelConfig"]["properties"]
+    assert model["activation"]["enum"] == ["swiglu", "geglu", "gelu", "gelu_tanh", "relu"]
+    assert model["head_dim"]["type"] == ["integer", "null"]
+    assert "gradient_clipping" in schema["properties"]["deepspeed"]["properties"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_schema_knows_every_shipped_key(name: str) -> None:
+    def check(value: Any, schema: dict[str, Any]) -> None:
+        schema = defs[schema["$ref"].rsplit("/", 1)[1]] if "$ref" in schema else schema
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                assert key in schema["properties"], key
+                check(inner, schema["properties"][key])
+        elif isinstance(value, list) and "items" in schema:
+            for item in value:
+                check(item, schema["items"])
+
+    whole = json_schema()
+    defs = whole["$defs"]
+    check(json.loads((CONFIGS / f"{name}.json").read_text()), whole)

@@ -1,0 +1,291 @@
+"""Batch arithmetic, FLOPs and bytes against hand counts; the JSON DeepSpeed gets."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from megalite.config import RunConfig, parse_config
+from megalite.errors import ConfigError
+from megalite.plan import deepspeed_dict, flops_per_token, make_plan
+
+WEIGHTS = 1000 * 64 * 2 + 3 * (64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 96)
+PARAMETERS = WEIGHTS + 7 * 64  # two norms a block and the last
+
+
+def config(**changes: Any) -> RunConfig:
+    """A small Llama; `section__key=value` changes it."""
+    raw: dict[str, Any] = {
+        "name": "run",
+        "model": {
+            "vocab_size": 1000,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+        },
+        "data": {"train": [{"path": "a"}], "sequence_length": 128},
+        "optimizer": {"lr": 1e-3},
+        "training": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2},
+    }
+    for key, value in changes.items():
+        *sections, name = key.split("__")
+        section = raw
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+    return parse_config(raw)
+
+
+def stage(number: int) -> dict[str, Any]:
+    return {"deepspeed__zero_optimization": {"stage": number}}
+
+
+def faults(run: RunConfig, world_size: int, device: Any = "cpu") -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        make_plan(run, world_size=world_size, device=device)
+    return caught.value.faults
+
+
+# --- sizes -----------------------------------------------------------------------------------
+
+
+def test_batch_arithmetic() -> None:
+    plan = make_plan(config(parallel__tensor=2), world_size=4, device="cpu")
+    assert (plan.tensor_parallel, plan.data_parallel, plan.accumulation_steps) == (2, 2, 2)
+    assert (plan.global_batch_size, plan.micro_batch_size) == (8, 2)
+    assert plan.tokens_per_step == 8 * 128
+    assert plan.parameters == PARAMETERS
+    assert plan.zero_stage == 1
+
+
+def test_precision_follows_the_device_when_asked_to() -> None:
+    assert make_plan(config(), world_size=1, device="cpu").precision == "fp32"
+    assert make_plan(config(), world_size=1, device="cuda").precision == "bf16"
+    fixed = config(training__precision="fp16")
+    assert make_plan(fixed, world_size=1, device="cpu").precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "device", "expected"),
+    [
+        (
+            {},
+            3,
+            "cpu",
+            "training.global_batch_size: 8 is not a multiple of micro_batch_size 2 x 3 "
+            "data-parallel ranks = 6; try 6 or 12",
+        ),
+        (
+            {},
+            16,
+            "cpu",
+            "training.global_batch_size: 8 is not a multiple of micro_batch_size 2 x 16 "
+            "data-parallel ranks = 32; try 32",
+        ),
+        (
+            {"parallel__tensor": 4},
+            4,
+            "cpu",
+            "parallel.tensor: 4 does not divide the key/value heads (2) and the MLP (96); try 1 "
+            "or 2",
+        ),
+        (
+            {"parallel__tensor": 2},
+            3,
+            "cpu",
+            "parallel.tensor: 2 does not divide the 3 ranks; try 1, or start a multiple of 2 ranks",
+        ),
+        (
+            stage(0),
+            1,
+            "cuda",
+            "training.precision: bf16 (auto on a GPU) with ZeRO stage 0 keeps no fp32 master "
+            "weights; set deepspeed.zero_optimization.stage to 1, or the precision to fp32",
+        ),
+        (
+            {"deepspeed__gradient_accumulation_steps": 3},
+            1,
+            "cpu",
+            "deepspeed.gradient_accumulation_steps: found 3, but training.global_batch_size makes "
+            'it 4; change training.global_batch_size, and take this out or write "auto"',
+        ),
+        (
+            {"deepspeed__data_types": {"param_dtype": "bf16"}},
+            1,
+            "cpu",
+            'deepspeed.data_types.param_dtype: found "bf16", but training.precision makes it '
+            '"fp32"; change training.precision, and take this out or write "auto"',
+        ),
+    ],
+)
+def test_faults(changes: dict[str, Any], world_size: int, device: Any, expected: str) -> None:
+    assert faults(config(**changes), world_size, device) == [expected]
+
+
+def test_every_fault_of_a_layout_at_once() -> None:
+    assert len(faults(config(parallel__tensor=3), 4)) == 2
+
+
+def test_flops_count_the_head_and_causal_attention() -> None:
+    matrices = WEIGHTS - 1000 * 64  # the embedding is looked up, not multiplied
+    expected = 6 * matrices + 12 * 3 * 64 * (128 + 1) // 2
+    assert flops_per_token(config().model, 128) == expected
+    tied = config(model__tie_word_embeddings=True).model
+    assert flops_per_token(tied, 128) == expected
+    assert flops_per_token(config(model__attention_bias=True).model, 128) == expected
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+def memory(world_size: int = 1, device: Any = "cpu", **changes: Any) -> dict[str, int]:
+    return make_plan(config(**changes), world_size=world_size, device=device).memory_bytes
+
+
+def test_states_of_one_rank() -> None:
+    n = PARAMETERS
+    plain = memory(**stage(0))
+    assert (plain["parameters"], plain["gradients"], plain["optimizer"]) == (4 * n, 4 * n, 8 * n)
+    zero = memory(**stage(1))
+    assert (zero["parameters"], zero["optimizer"]) == (4 * n, 12 * n)  # an fp32 master as well
+    half = memory(device="cuda", **stage(1))
+    assert (half["parameters"], half["gradients"], half["optimizer"]) == (2 * n, 4 * n, 12 * n)
+    momentum = memory(optimizer__name="sgd", **stage(1))
+    assert momentum["optimizer"] == 8 * n
+    assert memory(optimizer__name="sgd", optimizer__momentum=0, **stage(1))["optimizer"] == 4 * n
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_zero_divides_what_it_says(device: str) -> None:
+    n, element = PARAMETERS, 4 if device == "cpu" else 2
+    part = n // 4
+    one, two, three = (memory(4, device, **stage(number)) for number in (1, 2, 3))
+    assert one["optimizer"] == two["optimizer"] == three["optimizer"] == 12 * part
+    assert one["parameters"] == two["parameters"] == element * n
+    assert three["parameters"] == element * (part + n)  # all of a small model stays gathered
+    assert two["gradients"] == (8 if device == "cpu" else 4) * part
+    assert one["gradients"] >= 4 * n
+
+
+def test_tensor_parallel_divides_what_is_split() -> None:
+    whole, half = memory(2), memory(2, parallel__tensor=2)
+    norms = 4 * 7 * 64
+    assert half["parameters"] == (whole["parameters"] - norms) // 2 + norms
+    assert half["activations"] < whole["activations"]
+    assert half["logits"] < whole["logits"]
+
+
+def test_recomputation_saves_in_order() -> None:
+    deep = {"model__num_hidden_layers": 40}
+    none, selective, full = (
+        memory(training__activation_checkpointing=mode, **deep)["activations"]
+        for mode in ("none", "selective", "full")
+    )
+    assert full < selective / 2
+    assert selective < none * 0.7
+    tokens = 2 * 128
+    assert none - memory()["activations"] == 37 * tokens * (
+        4 * (4 * 64 + 3 * 64 + 3 * 32 + 4 * 96) + 4 * 4  # the formula of a block, per token
+    )
+
+
+def test_the_total_is_the_larger_of_two_moments() -> None:
+    bytes_ = memory(**stage(1))  # 4 micro-batches: gradients stand beside activations
+    assert bytes_["total"] == (
+        bytes_["parameters"]
+        + bytes_["optimizer"]
+        + 4 * PARAMETERS
+        + bytes_["activations"]
+        + bytes_["logits"]
+    )
+    once = memory(training__micro_batch_size=8, **stage(1))
+    assert once["total"] == sum(once.values()) - once["total"] - once["gradients"] - once["buffers"]
+    assert once["total"] >= once["parameters"] + once["optimizer"] + once["gradients"]
+
+
+# --- the JSON DeepSpeed gets -----------------------------------------------------------------
+
+
+def section(world_size: int = 1, device: Any = "cpu", **changes: Any) -> dict[str, Any]:
+    run = config(**changes)
+    before = json.dumps(run.deepspeed)
+    made = deepspeed_dict(run, make_plan(run, world_size=world_size, device=device))
+    assert json.dumps(run.deepspeed) == before  # the config is not touched
+    assert '"auto"' not in json.dumps(made)
+    return made
+
+
+def test_what_megalite_owns() -> None:
+    made = section(2)
+    assert made["train_batch_size"] == 8
+    assert made["train_micro_batch_size_per_gpu"] == 2
+    assert made["gradient_accumulation_steps"] == 2
+    assert made["gradient_clipping"] == 1.0
+    assert made["gradient_allreduce_op"] == "sum"
+    assert made["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert (made["bf16"]["enabled"], made["fp16"]["enabled"]) == (False, False)
+    assert made["zero_optimization"]["stage"] == 1
+    assert made["zero_allow_untested_optimizer"] is False
+    assert "optimizer" not in made
+    assert "scheduler" not in made
+
+
+def test_stage_0_leaves_clipping_to_megalite() -> None:
+    made = section(**stage(0))
+    assert made["gradient_clipping"] == 0.0
+    assert made["zero_optimization"] == {"stage": 0, "compute_grad_norm": True}
+
+
+def test_stage_3_averages() -> None:
+    made = section(2, "cuda", **stage(3))
+    assert made["gradient_allreduce_op"] == "mean"
+    assert made["zero_optimization"]["overlap_comm"] is True
+    assert made["bf16"]["enabled"] is True
+    assert made["bf16"]["check_grad_overflow"] is True
+
+
+def test_sgd_is_let_through() -> None:
+    assert section(optimizer__name="sgd")["zero_allow_untested_optimizer"] is True
+
+
+def test_the_users_values_stand_and_autos_are_filled() -> None:
+    made = section(
+        deepspeed={
+            "train_batch_size": "auto",
+            "gradient_clipping": "auto",
+            "fp16": {"enabled": "auto", "initial_scale_power": 10},
+            "bf16": "auto",
+            "steps_per_print": 5,
+            "optimizer": "auto",
+            "zero_optimization": {
+                "stage": 2,
+                "overlap_comm": True,
+                "reduce_bucket_size": 1000,
+                "allgather_bucket_size": "auto",
+                "stage3_max_live_parameters": "auto",
+                "offload_optimizer": {"device": "none"},
+            },
+        }
+    )
+    assert made["train_batch_size"] == 8
+    assert made["steps_per_print"] == 5
+    assert made["fp16"]["initial_scale_power"] == 10
+    zero = made["zero_optimization"]
+    assert (zero["stage"], zero["overlap_comm"], zero["reduce_bucket_size"]) == (2, True, 1000)
+    assert zero["offload_optimizer"] == {"device": "none"}
+    assert "stage3_max_live_parameters" not in zero
+    assert "optimizer" not in made
+
+
+def test_buckets_are_no_larger_than_the_model() -> None:
+    zero = section()["zero_optimization"]
+    assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == PARAMETERS
+    odd = section(model__vocab_size=1001, model__hidden_size=1, model__head_dim=2)
+    assert odd["zero_optimization"]["allgather_bucket_size"] % 2 == 0
+    large = section(model__vocab_size=2_000_000)["zero_optimization"]
+    assert large["reduce_bucket_size"] == 50_000_000

@@ -1,0 +1,134 @@
+"""What a machine cannot do is said before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from megalite import env
+from megalite.config import RunConfig
+from megalite.env import Launch
+from megalite.plan import Plan, make_plan
+from megalite.train import checks
+from tests.factories import run_config
+
+GIB = 2**30
+
+
+def launch_of(ranks: int, local: int) -> Launch:
+    return Launch(0, ranks, 0, local, "127.0.0.1", 1, "torchrun")
+
+
+def plan_of(config: RunConfig, gib: float) -> Plan:
+    plan = make_plan(config, world_size=1, device="cpu")
+    sizes = dict.fromkeys(plan.memory_bytes, 0) | {"optimizer": int(gib * GIB)}
+    return replace(plan, memory_bytes=sizes | {"total": int(gib * GIB)})
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets what the host has free, in GiB."""
+
+    def set_free(gib: float) -> None:
+        monkeypatch.setattr(checks, "available_memory", lambda: int(gib * GIB))
+
+    return set_free
+
+
+def test_what_fits_has_no_fault(free: Any) -> None:
+    free(4)
+    config = run_config()
+    assert checks.hardware_faults(config, plan_of(config, 4), launch_of(1, 1), "cpu") == []
+
+
+def test_what_does_not_fit_says_where_it_goes(free: Any) -> None:
+    free(3.9)
+    config = run_config(name="big")
+    (fault,) = checks.hardware_faults(config, plan_of(config, 4), launch_of(1, 1), "cpu")
+    assert fault.startswith("memory: big needs about 4.0 GiB for 1 ranks (optimizer 4.0 GiB")
+    assert "3.9 GiB are free on this host" in fault
+
+
+def test_ranks_of_one_host_share_its_memory(free: Any) -> None:
+    """Those of this host, not of the world."""
+    free(9)
+    config = run_config()
+    plan = plan_of(config, 4)
+    assert checks.hardware_faults(config, plan, launch_of(8, 2), "cpu") == []
+    (fault,) = checks.hardware_faults(config, plan, launch_of(8, 4), "cpu")
+    assert "16.0 GiB for 4 ranks" in fault
+
+
+def test_a_gpu_is_a_ranks_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def mem_get_info(index: int) -> tuple[int, int]:
+        asked.append(index)
+        return 3 * GIB, 80 * GIB
+
+    fake = SimpleNamespace(mem_get_info=mem_get_info, device_count=lambda: 4)
+    monkeypatch.setattr(torch, "cuda", fake)
+    config = run_config()
+    launch = Launch(5, 8, 1, 4, "h", 1, "torchrun")
+    assert checks.hardware_faults(config, plan_of(config, 2.5), launch, "cuda") == []
+    (fault,) = checks.hardware_faults(config, plan_of(config, 3.5), launch, "cuda")
+    assert "3.0 GiB are free on its GPU" in fault
+    assert asked == [1, 1]
+
+
+def test_every_fault_at_once(free: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    free(1)
+    monkeypatch.setattr(env, "has_compiler", lambda: False)
+    config = run_config(training={"compile": True})
+    plan = replace(plan_of(config, 2), precision="fp16", tensor_parallel=2)
+    faults = checks.hardware_faults(config, plan, launch_of(2, 2), "cpu")
+    words = ("parallel.tensor 2", "training.precision fp16", "training.compile true", "memory:")
+    assert len(faults) == len(words)
+    assert all(any(word in fault for fault in faults) for word in words)
+    monkeypatch.setattr(env, "has_compiler", lambda: True)
+    assert len(checks.hardware_faults(config, plan, launch_of(2, 2), "cpu")) == 3
+
+
+def limits(monkeypatch: pytest.MonkeyPatch, folder: Path, **contents: str) -> None:
+    """A control group of version 2 whose files hold `contents`; dots in names are underscores."""
+    for name, content in contents.items():
+        (folder / name.replace("_", ".")).write_text(content)
+    pair = (str(folder / "memory.max"), str(folder / "memory.current"))
+    monkeypatch.setattr(checks, "_CGROUP_LIMITS", (pair,))
+    host = SimpleNamespace(available=64 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: host)
+
+
+@pytest.mark.parametrize(
+    ("maximum", "current", "gib"),
+    [(24, 4, 20), (200, 4, 64), (24, 25, 0)],
+)
+def test_the_control_groups_limit_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, maximum: int, current: int, gib: int
+) -> None:
+    given = {"memory_max": f"{maximum * GIB}\n", "memory_current": f"{current * GIB}\n"}
+    limits(monkeypatch, tmp_path, **given)
+    assert checks.available_memory() == gib * GIB
+
+
+def test_no_limit_or_no_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    limits(monkeypatch, tmp_path)
+    assert checks.available_memory() == 64 * GIB
+    limits(monkeypatch, tmp_path, memory_max="max\n", memory_current=f"{GIB}\n")
+    assert checks.available_memory() == 64 * GIB
+
+
+def test_cached_files_are_free_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A group that has read 18 GiB of shards is charged for them until the pages are needed."""
+    statistics = (
+        f"anon {2 * GIB}\nfile {18 * GIB}\nactive_file {3 * GIB}\ninactive_file {15 * GIB}\n"
+    )
+    given = {"memory_max": f"{24 * GIB}\n", "memory_current": f"{20 * GIB}\n"}
+    limits(monkeypatch, tmp_path, **given, memory_stat=statistics)
+    assert checks.available_memory() >= 19 * GIB
