@@ -125,8 +125,6 @@ def _learn(sample: Sequence[str], options: TrainOptions) -> bytes:
             # a space as the trainer writes it: in text without spaces it would fall to bytes that
             # are not a space's
             required_chars="\u2581",
-            # indentation is one piece, numbers are digits
-            allow_whitespace_only_pieces=True,
             split_digits=True,
             max_sentence_length=4 * _CHUNK_CHARACTERS,  # in bytes; longer ones are left out
             # unigram sums floats thread by thread: another number would give another model

@@ -23,13 +23,13 @@ PROMPT = ("--prompt", "def read_lines(path):\n", "--temperature", "0.7", "--top-
 
 
 def collect(stdlib: Path, folder: Path) -> str:
-    """Write train.jsonl and valid.jsonl, a source file a record; about 1 file in 20 is held out."""
+    """Write train.jsonl and valid.jsonl, a source file a record; about 1 file in 40 is held out."""
     splits: dict[str, list[str]] = {"train": [], "valid": []}
     for path in sorted(stdlib.rglob("*.py")):
         name = path.relative_to(stdlib).as_posix()
         text = path.read_bytes().decode("utf-8", errors="ignore").replace("\0", "")
         if text and not LEFT_OUT & set(name.split("/")):
-            held_out = hashlib.sha256(name.encode()).digest()[0] % 20 == 0
+            held_out = hashlib.sha256(name.encode()).digest()[0] % 40 == 0
             splits["valid" if held_out else "train"].append(json.dumps({"text": text}) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
     for split, lines in splits.items():

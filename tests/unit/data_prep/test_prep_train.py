@@ -42,13 +42,12 @@ def test_a_tokenizer_is_lossless_and_alike_in_every_run(
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_newlines_and_indentation_are_learnt_and_digits_split(corpus: str, tmp_path: Path) -> None:
+def test_newlines_are_learnt_and_digits_split(corpus: str, tmp_path: Path) -> None:
     train_tokenizer(TrainOptions([corpus], 330, tmp_path / "out"))
     processor = sentencepiece.SentencePieceProcessor(
         model_file=str(tmp_path / "out" / "tokenizer.model")
     )
     pieces = {processor.id_to_piece(number) for number in range(330)}
-    assert "\u2581" * 4 in pieces
     assert any("\n" in piece and piece != "\n" for piece in pieces)
     assert not any(sum(c.isdigit() for c in piece) > 1 for piece in pieces if piece[0] != "<")
 

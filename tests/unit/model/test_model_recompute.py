@@ -10,9 +10,10 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy
 
 from megalite.model import CausalLM
-from megalite.parallel import prepare
+from megalite.parallel import apply, prepare
 from tests.factories import make_batch, make_model, model_config
 
 PRODUCTS = ("mm", "addmm", "bmm")
@@ -112,6 +113,26 @@ def test_what_is_computed_again(dropout: float, masked: bool) -> None:
         assert counts == [0, 0, layers]
     # cheap element-wise work is done again by both
     assert [watch.calls["silu"] for watch in (none, selective, full)] == [0, layers, layers]
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("_scaled_dot_product_flash_attention", 3),
+        ("_scaled_dot_product_efficient_attention", 5),
+        ("_scaled_dot_product_cudnn_attention", 5),
+    ],
+)
+def test_attention_that_drops_is_computed_again(name: str, place: int) -> None:
+    """A result taken from the store does not move the generator on: the dropout after it would
+    draw another mask than in the forward. (The CPU's kernel does not drop.)"""
+    op = getattr(torch.ops.aten, name).default
+    assert op._schema.arguments[place].name == "dropout_p"
+    kept = {}
+    for dropout in (0.0, 0.1):
+        arguments = [None] * place + [dropout]
+        kept[dropout] = apply._policy(None, op, *arguments)
+    assert kept == {0.0: CheckpointPolicy.MUST_SAVE, 0.1: CheckpointPolicy.PREFER_RECOMPUTE}
 
 
 def test_what_is_kept() -> None:
