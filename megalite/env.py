@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from megalite.errors import LaunchError
 
 _TORCH_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SHELL_STEPS = ("4294967290", "4294967291")  # slurm.h: the interactive and the batch step
 _PORT_BASE, _PORT_SPAN = 20000, 10000
 
 
@@ -106,10 +107,12 @@ def thread_count(launch: Launch) -> int:
     """
     value = os.environ.get("OMP_NUM_THREADS", "")
     by_torchrun = value == "1" and "TORCHELASTIC_RUN_ID" in os.environ
-    if value.isdigit() and int(value) > 0 and not by_torchrun:
+    if _is_number(value) and int(value) > 0 and not by_torchrun:
         return int(value)
     mine = getattr(os, "sched_getaffinity", None)  # Linux: the cores this process may use
     cores = len(mine(0)) if mine else os.cpu_count() or 1
+    if launch.source == "srun" and cores < (os.cpu_count() or 1):
+        return cores  # Slurm has bound this task to cores of its own
     return max(1, cores // launch.local_world_size)
 
 
@@ -126,8 +129,8 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
         rank=_number(env, "RANK", 0),
         world_size=world,
         local_rank=_number(env, "LOCAL_RANK", 0),
-        # the deepspeed launcher of one node sets it too; absent it is the whole world
-        local_world_size=_number(env, "LOCAL_WORLD_SIZE", world),
+        # deepspeed's name for it is LOCAL_SIZE; without either it is the whole world
+        local_world_size=_number(env, "LOCAL_WORLD_SIZE", _number(env, "LOCAL_SIZE", world)),
         master_addr=env["MASTER_ADDR"],
         master_port=_number(env, "MASTER_PORT", 0),
         source="torchrun",
@@ -162,11 +165,10 @@ def _from_srun(env: Mapping[str, str]) -> Launch:
 
 def first_host(nodelist: str) -> str:
     """The first host of a Slurm node list: `gpu[003-005,9],x1` is `gpu003`."""
-    match = re.match(r"([^\[,]+)(?:\[([^\]]*)\])?([^,\[]*)", nodelist)
+    match = re.match(r"[^\[,]+(?:\[[^\]]+\][^\[,]*)*", nodelist)
     if not match:
         raise LaunchError(f"cannot read the first host of the Slurm node list {nodelist!r}")
-    prefix, ranges, suffix = match.groups()
-    return prefix + (re.split(r"[-,]", ranges)[0] if ranges else "") + (suffix or "")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
 
 
 def _tasks_here(env: Mapping[str, str], world: int) -> int:
@@ -183,8 +185,8 @@ def _tasks_here(env: Mapping[str, str], world: int) -> int:
 
 
 def _in_srun_step(env: Mapping[str, str]) -> bool:
-    """A batch script's shell has SLURM_PROCID=0 as well, but belongs to no srun step."""
-    return env.get("SLURM_STEP_ID", "") not in ("", "4294967291") and bool(
+    """A shell of sbatch or salloc has SLURM_PROCID=0 as well, but belongs to no srun step."""
+    return env.get("SLURM_STEP_ID", "") not in ("", *_SHELL_STEPS) and bool(
         env.get("SLURM_STEP_NODELIST") or env.get("SLURM_SRUN_COMM_PORT")
     )
 
@@ -205,6 +207,8 @@ def _check_range(launch: Launch) -> None:
             f"rank {launch.rank} of a world of {launch.world_size}: ranks run from 0 to "
             f"{launch.world_size - 1}; check what the launcher exports"
         )
+    if launch.master_port > 65535:
+        raise LaunchError(f"MASTER_PORT={launch.master_port}: ports end at 65535")
     if not 0 <= launch.local_rank < launch.local_world_size <= launch.world_size:
         raise LaunchError(
             f"local rank {launch.local_rank} of {launch.local_world_size} on this host, in a world "
@@ -212,10 +216,14 @@ def _check_range(launch: Launch) -> None:
         )
 
 
+def _is_number(value: str) -> bool:
+    return value.isascii() and value.isdigit()  # "²" is a digit too
+
+
 def _number(env: Mapping[str, str], key: str, default: int) -> int:
     value = env.get(key, "")
     if not value:
         return default
-    if not value.isdigit():
+    if not _is_number(value):
         raise LaunchError(f"{key}={value!r} is not a whole number of 0 or more")
     return int(value)

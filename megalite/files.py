@@ -65,6 +65,7 @@ def sync_directory(path: Path) -> None:
 
 def publish(staging: Path, final: Path) -> None:
     """Rename a complete folder to its public name, the single moment it comes into being."""
-    sync_directory(staging)
+    for folder in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
+        sync_directory(folder)
     os.rename(staging, final)
     sync_directory(final.parent)

@@ -1,12 +1,16 @@
-"""A small real corpus for every test that trains: sources of Python's standard library, in bytes."""
+"""A small real corpus for tests that train: sources of Python's standard library, in bytes."""
 
 from __future__ import annotations
 
 import json
+import os
 import sysconfig
 from pathlib import Path
 
 import pytest
+
+# one thread a process: tests run beside each other's ranks
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from data_prep.encode import TokenizeOptions, tokenize
 

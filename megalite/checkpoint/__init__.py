@@ -2,7 +2,7 @@
 
 from megalite.checkpoint.lease import Lease
 from megalite.checkpoint.load import fill_model, find_newest, load_weights, open_checkpoint, restore
-from megalite.checkpoint.save import Place, clear_leftovers, retain, save
+from megalite.checkpoint.save import Place, clear_leftovers, retain, save, set_aside_later
 
 __all__ = [
     "Lease",
@@ -15,4 +15,5 @@ __all__ = [
     "restore",
     "retain",
     "save",
+    "set_aside_later",
 ]

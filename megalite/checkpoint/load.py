@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megalite import shapes
-from megalite.checkpoint.save import Place
+from megalite.checkpoint.save import Place, free_name
 from megalite.checkpoint.states import Owned, from_canonical, owned_parameters
 from megalite.config import ModelConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
@@ -41,11 +41,11 @@ def find_newest(root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | None:
         for problem in problems:
             logger.warning("%s", problem)
         if grid.rank == 0:
-            bad = _free_name(root, name.replace("step_", "bad_", 1))
+            bad = free_name(root, name.replace("step_", "bad_", 1))
             folder.rename(bad)
             logger.warning("%s is damaged: set aside as %s", folder, bad.name)
         grid.barrier()
-    if names:
+    if any(root.glob("bad_*")):
         raise CheckpointError(
             f"every checkpoint in {root} is damaged and none is used; mend one of the bad_ "
             "folders, resume from another run with --resume PATH, or start under another name"
@@ -79,7 +79,13 @@ def restore(
 ) -> Place:
     """Set weights, optimizer states and counters; a collective of all ranks."""
     _refuse_other_model(config.model, folder, manifest)
-    _write_states(engine, config.model, (WEIGHT, *state_names(config)), grid, folder, manifest)
+    names = state_names(config)
+    held = {name for entry in manifest.tensors.values() for name in entry.files}
+    if held != {WEIGHT, *names}:
+        logger.warning("%s was trained by another optimizer: its states begin anew", folder)
+        _write_states(engine, config.model, (WEIGHT,), grid, folder, manifest)
+        return Place(manifest.step, manifest.samples, manifest.tokens)
+    _write_states(engine, config.model, (WEIGHT, *names), grid, folder, manifest)
     engine.restore_progress(manifest.progress)
     updates = engine.progress().get("updates")
     if updates != manifest.progress.get("updates"):
@@ -182,10 +188,3 @@ def _check(folder: Path, grid: Grid | None) -> tuple[list[str], disk.Manifest | 
         mine = [str(error)]
     found: list[Any] = [mine] if grid is None else grid.gather(mine)
     return list(dict.fromkeys(line for lines in found for line in lines)), manifest
-
-
-def _free_name(root: Path, name: str) -> Path:
-    path, count = root / name, 1
-    while path.exists():
-        path, count = root / f"{name}.{count}", count + 1
-    return path

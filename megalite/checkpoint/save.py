@@ -23,6 +23,7 @@ from megalite.log import logger
 from megalite.optim import state_names
 from megalite.parallel import Grid
 
+_REPLACED = ".replaced_"
 _PART_BYTES = 1 << 30  # a rank holds at most this much of a snapshot in memory
 
 
@@ -101,8 +102,8 @@ def save(
     """
     final = root / disk.folder_name(place.step)
     staging = root / f".staging_{place.step:08d}"
-    fault = _attempt(lambda: _prepare(root, staging)) if grid.rank == 0 else None
-    _agree(grid, fault, staging)
+    fault = _attempt(lambda: _prepare(root, staging, lease)) if grid.rank == 0 else None
+    _agree(grid, fault, None)
     writer = _Writer(staging, grid.rank)
     states = (WEIGHT, *state_names(config))
     for owned in owned_parameters(engine.model, config.model, grid):
@@ -129,8 +130,36 @@ def retain(root: Path, keep: int) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
+def set_aside_later(root: Path, step: int) -> list[str]:
+    """Rename checkpoints after `step`, from which a run goes on anew; returns their new names.
+
+    Left in place, the next automatic resume would go on from them.
+    """
+    names = []
+    for folder in disk.published(root):
+        if disk.step_of(folder) > step:
+            left = free_name(root, folder.name.replace("step_", "left_", 1))
+            folder.rename(left)
+            names.append(left.name)
+    return names
+
+
+def free_name(root: Path, name: str) -> Path:
+    """`root/name`, with a number behind it where that is taken."""
+    path, count = root / name, 1
+    while path.exists():
+        path, count = root / f"{name}.{count}", count + 1
+    return path
+
+
 def clear_leftovers(root: Path) -> None:
     """Remove what an interrupted save or deletion left behind; never a published checkpoint."""
+    for folder in root.glob(f"{_REPLACED}*"):
+        final = folder.with_name(folder.name.removeprefix(_REPLACED))
+        if final.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:  # a crash between two renames
+            folder.rename(final)
     for pattern in (".staging_*", ".deleted_*"):
         for folder in root.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
@@ -191,16 +220,23 @@ class _Draft:
         disk.write_manifest(staging, manifest)
         if lease is not None:
             lease.check()
-        if final.exists():  # a run that went back and saves the same step again
-            doomed = final.with_name(f".deleted_{final.name}")
-            final.rename(doomed)
+        if not final.exists():
             files.publish(staging, final)
-            shutil.rmtree(doomed, ignore_errors=True)
-        else:
+            return
+        # a run that went back and saves the same step again
+        replaced = final.with_name(f"{_REPLACED}{final.name}")
+        final.rename(replaced)
+        try:
             files.publish(staging, final)
+        except BaseException:
+            replaced.rename(final)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _prepare(root: Path, staging: Path) -> None:
+def _prepare(root: Path, staging: Path, lease: Lease | None) -> None:
+    if lease is not None:
+        lease.check()  # a newer start may be writing to a staging folder of this very name
     root.mkdir(parents=True, exist_ok=True)
     if staging.exists():
         shutil.rmtree(staging)
@@ -218,12 +254,12 @@ def _attempt(action: Any) -> str | None:
     return None
 
 
-def _agree(grid: Grid, fault: str | None, staging: Path) -> None:
+def _agree(grid: Grid, fault: str | None, staging: Path | None) -> None:
     """Go on only if no rank met a fault; otherwise every rank raises the first one."""
     if grid.all_ok(fault is None):
         return
     found = next(str(item) for item in grid.gather(fault) if item is not None)
-    if grid.rank == 0:
+    if grid.rank == 0 and staging is not None:
         shutil.rmtree(staging, ignore_errors=True)
     grid.barrier()
     if found.startswith("superseded: "):

@@ -103,11 +103,12 @@ class Dataset:
             "order": _ORDER_VERSION,
             "sources": [source.fingerprint for source in sources],
             "weights": list(weights),
-            "sequence_length": sequence_length,
-            "seed": seed,
             "mask_documents": mask_documents,
             "shuffle": shuffle,
         }
+        # apart from windows and order, which the run file tells
+        self.content_fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        content |= {"sequence_length": sequence_length, "seed": seed}
         # What a checkpoint keeps: equal fingerprints have equal samples at every place.
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -28,7 +28,9 @@ _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants"
+    )
 
 
 class FileEntry(_Entry):
@@ -100,8 +102,13 @@ def published(root: Path) -> list[Path]:
     """The published checkpoints below `root`, newest first, whole or not."""
     if not root.is_dir():
         return []
-    found = [(int(m[1]), path) for path in root.iterdir() if (m := _STEP_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in root.iterdir() if _STEP_NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step a published checkpoint was taken after, from its name."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def damage(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:
@@ -109,12 +116,15 @@ def damage(folder: Path, manifest: Manifest, names: Iterable[str] | None = None)
     problems = []
     for name in manifest.files if names is None else names:
         path, entry = folder / name, manifest.files[name]
-        if not path.is_file():
-            problems.append(f"{path} is missing")
-        elif (size := path.stat().st_size) != entry.bytes:
-            problems.append(f"{path}: {entry.bytes} bytes were written, {size} are there")
-        elif files.sha256_file(path) != entry.sha256:
-            problems.append(f"{path}: its bytes are not those that were written (sha256)")
+        try:
+            if not path.is_file():
+                problems.append(f"{path} is missing")
+            elif (size := path.stat().st_size) != entry.bytes:
+                problems.append(f"{path}: {entry.bytes} bytes were written, {size} are there")
+            elif files.sha256_file(path) != entry.sha256:
+                problems.append(f"{path}: its bytes are not those that were written (sha256)")
+        except OSError as error:  # raised on one rank it would leave the others waiting
+            problems.append(f"{path} cannot be read: {error}")
     return problems
 
 

@@ -126,6 +126,8 @@ class Head(nn.Module):
 def head_loss(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """The fused head and cross entropy over flattened rows."""
     rows = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+    if not torch.is_grad_enabled():  # an autograd function is told of the weight's wish regardless
+        weight_VD = weight_VD.detach()
     loss: Tensor = FusedLinearCrossEntropy.apply(
         rows, weight_VD, labels_BT.reshape(-1), mask_BT.reshape(-1)
     )

@@ -63,8 +63,9 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grads
+        assert ctx.grads is not None, "a second backward through the fused loss"
         grad_hidden, grad_weight = ctx.grads
-        ctx.grads = (None, None)  # scaled in place: they serve one backward
+        ctx.grads = None  # scaled in place: they serve one backward
         if grad_hidden is not None:
             grad_hidden.mul_(scale)
         if grad_weight is not None:

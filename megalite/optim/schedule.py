@@ -21,7 +21,7 @@ def learning_rate(config: RunConfig, step: int) -> float:
     if schedule.name == "constant":
         return peak
     if schedule.name == "wsd":
-        decay = schedule.decay_steps or max(1, total // 10)
+        decay = schedule.decay_steps or max(1, min(total // 10, total - warmup))
         begin = total - decay
     else:
         decay = schedule.decay_steps or max(1, total - warmup)

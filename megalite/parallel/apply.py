@@ -57,5 +57,12 @@ def prepare(blocks: Iterable[nn.Module], *, recompute: str, compile_blocks: bool
         block.forward = forward
 
 
-def _policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEEP else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(_context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    keep = op in _KEEP and not _drops(op, args, kwargs)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _drops(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """A kept result does not move the generator on, and the next dropout would draw anew."""
+    names = [argument.name for argument in op._schema.arguments]
+    return bool({**dict(zip(names, args, strict=False)), **kwargs}.get("dropout_p"))

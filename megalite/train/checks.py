@@ -53,10 +53,20 @@ def available_memory() -> int:
     free = int(psutil.virtual_memory().available)
     for limit, usage in _CGROUP_LIMITS:
         try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(usage).read_text()))
+            used = int(Path(usage).read_text()) - _cached(Path(usage).with_name("memory.stat"))
+            free = min(free, int(Path(limit).read_text()) - used)
         except (OSError, ValueError):  # no such version, or "max": no limit
             continue
     return max(0, free)
+
+
+def _cached(statistics: Path) -> int:
+    """Bytes of file pages a control group is charged for and gives back when they are needed."""
+    lines = statistics.read_text().split() if statistics.exists() else []
+    sizes = dict(zip(lines[::2], lines[1::2], strict=True))
+    # version 1 sums up its subgroups under names of their own
+    keys = ("active_file", "inactive_file")
+    return sum(int(sizes.get(f"total_{key}", sizes.get(key, 0))) for key in keys)
 
 
 def _unsupported(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> Iterator[str]:

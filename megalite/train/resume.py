@@ -16,7 +16,7 @@ from megalite.parallel import Grid
 ALLOWABLE = ("model", "tokenizer", "data", "sequence_length", "seed")
 _RECORDED = ("optimizer", "schedule", "training.global_batch_size")
 # each of these makes another order of samples, whose places mean something else
-_NEW_ORDER = ("data", "sequence_length", "seed")
+_NEW_ORDER = ("data", "sequence_length")
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,19 @@ def find_origin(
     """
     if resume == "never":
         return None
-    found = find_newest(root, grid)
-    if resume != "auto":
-        # this run's own checkpoints are further along than the one it once started from
-        found = found if found and _is_within(found, resume, root) else _open(resume, grid)
+    own, asked = root.parent.resolve(), Path(resume).resolve()
+    if resume == "auto" or asked in (own, root.resolve()):
+        found = find_newest(root, grid)
+    elif own in asked.parents:  # back to an earlier step of this run
+        found = _open(resume, grid)
+    else:  # a requeued job repeats its command; what it has saved since is further along
+        found = _own_newest(root, grid) or _open(resume, grid)
     if found is None:
         return None
     folder, manifest = found
-    before = files.read_json(folder / "config.json")
+    # validated: a field younger than the checkpoint has its default
+    stored = files.read_json(folder / "config.json")
+    before = RunConfig.model_validate(stored).model_dump(mode="json")
     after = config.model_dump(mode="json")
     changed = _changes(before, after, manifest, data_fingerprint, tokenizer_sha256)
     refused = [key for key in ALLOWABLE if key in changed and key not in allow]
@@ -79,9 +84,15 @@ def find_origin(
                 for key in refused
             )
         )
-    samples = 0 if any(key in changed for key in _NEW_ORDER) else manifest.samples
+    moved = any(key in changed for key in _NEW_ORDER) or _order_seed_differs(before, after)
+    samples = 0 if moved else manifest.samples
     place = Place(manifest.step, samples, manifest.tokens)
     return Origin(folder, manifest, changed, place)
+
+
+def _order_seed_differs(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """`training.seed` is of weights and dropout alone."""
+    return bool(before["data"]["seed"] != after["data"]["seed"])
 
 
 def _open(path: str, grid: Grid) -> tuple[Path, disk.Manifest]:
@@ -91,9 +102,11 @@ def _open(path: str, grid: Grid) -> tuple[Path, disk.Manifest]:
         raise CommandError(f"--resume {path}: {error}") from None
 
 
-def _is_within(found: tuple[Path, disk.Manifest], resume: str, root: Path) -> bool:
-    """Whether `resume` names this very run, whose newest whole checkpoint was looked up."""
-    return Path(resume).resolve() in (root.resolve(), root.parent.resolve())
+def _own_newest(root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | None:
+    try:
+        return find_newest(root, grid)
+    except CheckpointError:  # all damaged, and said so; there is another to go on from
+        return None
 
 
 def _changes(
@@ -112,12 +125,14 @@ def _changes(
     lengths = before["data"]["sequence_length"], after["data"]["sequence_length"]
     if lengths[0] != lengths[1]:
         found["sequence_length"] = f"{lengths[0]} before, {lengths[1]} now"
-    for section in ("training", "data"):
-        seeds = before[section]["seed"], after[section]["seed"]
-        if seeds[0] != seeds[1]:
-            found["seed"] = f"{section}.seed {seeds[0]} before, {seeds[1]} now"
-    explained = "sequence_length" in found or before["data"]["seed"] != after["data"]["seed"]
-    if manifest.data_fingerprint != data_fingerprint and not explained:
+    seeds = [
+        f"{section}.seed {before[section]['seed']} before, {after[section]['seed']} now"
+        for section in ("training", "data")
+        if before[section]["seed"] != after[section]["seed"]
+    ]
+    if seeds:
+        found["seed"] = ", ".join(seeds)
+    if manifest.data_fingerprint != data_fingerprint:
         found["data"] = "other shards, weights or mask_documents than it was trained on"
     for key in _RECORDED:
         old, new = _at(before, key), _at(after, key)

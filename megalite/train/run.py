@@ -67,7 +67,7 @@ def run(request: Request, launch: Launch) -> None:
     try:
         settings = _settings(request, plan, grid)
         origin = _origin(request, grid, train)
-        with _opened(request, plan, grid, settings, train) as recorder:
+        with _opened(request, plan, grid, settings, train, origin) as recorder:
             _train(request, plan, grid, settings, train, valid, origin, recorder)
     finally:
         stop()
@@ -112,14 +112,19 @@ def _origin(request: Request, grid: Grid, train: Dataset) -> Origin | None:
         root=request.root,
         resume=request.resume,
         allow=request.allow_change,
-        data_fingerprint=train.fingerprint,
+        data_fingerprint=train.content_fingerprint,
         tokenizer_sha256=train.sources[0].manifest.tokenizer.sha256,
     )
 
 
 @contextmanager
 def _opened(
-    request: Request, plan: Plan, grid: Grid, settings: dict[str, Any], train: Dataset
+    request: Request,
+    plan: Plan,
+    grid: Grid,
+    settings: dict[str, Any],
+    train: Dataset,
+    origin: Origin | None,
 ) -> Iterator[Recorder]:
     """The run folder, opened by rank 0; however the run ends, status.json says so."""
     folder, attempt, handler = request.folder, 0, None
@@ -133,6 +138,10 @@ def _opened(
             train.sources[0].folder / "tokenizer", folder / "tokenizer", dirs_exist_ok=True
         )
         handler = log.add_file(folder / "log.txt")
+        if origin is not None and (
+            left := checkpoint.set_aside_later(request.root, origin.place.step)
+        ):
+            logger.info("going on from step %d; set aside: %s", origin.place.step, ", ".join(left))
     grid.barrier()
     recorder = Recorder(
         folder,
@@ -181,7 +190,11 @@ def _train(
             trainer = Trainer(
                 request.config, plan, grid, engine, feed, valid, recorder, stop_request, place, save
             )
-            trainer.run()
+            try:
+                trainer.run()
+            except Stopped:  # by agreement: every rank is here
+                feed.close()
+                raise
             feed.close()
         recorder.event(trainer.place.step, "end")
         recorder.status("done", step=trainer.place.step)
@@ -270,7 +283,7 @@ def _saver(request: Request, grid: Grid, engine: Engine, train: Dataset) -> Call
         request.config,
         grid=grid,
         root=request.root,
-        data_fingerprint=train.fingerprint,
+        data_fingerprint=train.content_fingerprint,
         tokenizer=request.folder / "tokenizer",
         tokenizer_sha256=train.sources[0].manifest.tokenizer.sha256,
         lease=lease,

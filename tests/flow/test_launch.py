@@ -171,9 +171,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", list(WRONG))
-def test_mistakes_are_a_line_and_exit_2(
-    case: str, shards: dict[str, str], tmp_path: Path
-) -> None:
+def test_mistakes_are_a_line_and_exit_2(case: str, shards: dict[str, str], tmp_path: Path) -> None:
     arguments, word = WRONG[case]
     config = write(run_file(shards, tmp_path / "runs"), tmp_path)
     command = [sys.executable, SCRIPT, "--config", config, *arguments]
