@@ -127,6 +127,7 @@ def _own_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup:
 
 def _pick_device(launch: env.Launch) -> torch.device:
     if not torch.cuda.is_available():
+        env.set_default("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess, and warn of its guess
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if launch.local_rank >= count:

@@ -75,6 +75,13 @@ def _unsupported(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) 
             f"parallel.tensor {plan.tensor_parallel}: this version trains with parallel.tensor 1; "
             "set it to 1 and use ZeRO stage 3 for models larger than a device"
         )
+    zero = config.deepspeed.get("zero_optimization", {})
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device", "none") != "none":
+            yield (
+                f"deepspeed.zero_optimization.{key}: this version keeps everything on the device; "
+                "leave it out and use ZeRO stage 3 over more ranks"
+            )
     if plan.precision == "fp16" and device == "cpu":
         yield (
             "training.precision fp16: no GPU found, and a CPU trains in fp32 or bf16; set it to "

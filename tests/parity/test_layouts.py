@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megalite.env import has_compiler
 from tests.ranks import run_ranks
 from tests.runs import curve, rows, run_file, train, zero
 
@@ -102,6 +103,16 @@ def test_recompute_does_not_change_the_result(
     training = {"activation_checkpointing": recompute}
     raw = run_file(shards, tmp_path, **(OTHER | {"training": training}), deepspeed=zero(stage))
     assert misses(raw, 2, reference["other"]) == []
+
+
+@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(("stage", "recompute"), [(1, "none"), (3, "selective")])
+def test_compiled_blocks_do_not_change_the_result(
+    shards: dict[str, str], tmp_path: Path, reference: dict[str, Any], stage: int, recompute: str
+) -> None:
+    training = {"compile": True, "activation_checkpointing": recompute}
+    raw = run_file(shards, tmp_path, training=training, deepspeed=zero(stage))
+    assert misses(raw, 2, reference["plain"]) == []
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(1, 2), (2, 2), (3, 2), (1, 1)])

@@ -51,7 +51,7 @@ def faults(section: Any, **training: Any) -> list[str]:
     ],
 )
 def test_what_is_sound(section: dict[str, Any]) -> None:
-    parse_config(BASE | {"deepspeed": section})
+    assert parse_config(BASE | {"deepspeed": section}).deepspeed == section
 
 
 _OWN, _GONE = "MegaLite does this itself", "was taken out of DeepSpeed 0.19, which refuses it"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megalite.config import parse_config
+from megalite.config import RunConfig, parse_config
 from megalite.errors import ConfigError
 
 BASE: dict[str, Any] = {
@@ -61,7 +61,7 @@ def faults(**keys: Any) -> list[str]:
     ],
 )
 def test_what_is_sound(keys: dict[str, Any]) -> None:
-    parse_config(change(**keys))
+    assert isinstance(parse_config(change(**keys)), RunConfig)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_not_in_this_version(keys: dict[str, Any], message: str) -> None:
 
 
 def test_absent_parts_may_be_null() -> None:
-    parse_config(change(finetune=None, training__profile=None))
+    assert isinstance(parse_config(change(finetune=None, training__profile=None)), RunConfig)
 
 
 def test_a_wrong_value_of_a_planned_key_is_the_schemas_to_refuse() -> None:

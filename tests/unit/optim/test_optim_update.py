@@ -49,7 +49,7 @@ def run(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], lrs: l
         optimizer.step()
 
 
-def compare(found: dict[str, nn.Parameter], expected: dict[str, Tensor]) -> None:
+def check_equal(found: dict[str, nn.Parameter], expected: dict[str, Tensor]) -> None:
     for name, parameter in found.items():
         torch.testing.assert_close(parameter.double(), expected[name], rtol=2e-6, atol=1e-7)
 
@@ -74,7 +74,7 @@ def test_adamw_against_the_paper() -> None:
             shrink = lr * decay * w if name == DECAYED else 0
             expected[name] = w - lr * corrected / (root + eps) - shrink
     run(optimizer, named, LRS)
-    compare(named, expected)
+    check_equal(named, expected)
     for name, parameter in named.items():
         state = optimizer.state[parameter]
         torch.testing.assert_close(state["exp_avg"].double(), m[name], rtol=1e-5, atol=1e-7)
@@ -93,7 +93,7 @@ def test_sgd_with_decoupled_decay(momentum: float, decay: float) -> None:
             kept = 1 - lr * decay if name == DECAYED else 1
             expected[name] = kept * expected[name] - lr * velocity[name]
     run(optimizer, named, LRS)
-    compare(named, expected)
+    check_equal(named, expected)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
