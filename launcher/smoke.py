@@ -19,7 +19,8 @@ from pathlib import Path
 DATA, RUN, CONFIG = Path("data/smoke"), Path("runs/smoke"), Path("configs/smoke.json")
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 HIGHEST_PERPLEXITY = 60
-PROMPT = ("--prompt", "def read_lines(path):\n", "--temperature", "0.7", "--top-p", "0.9")
+PROMPT = "class Reader:\n    def __init__(self, name):\n        self."
+SAMPLE = ("--prompt", PROMPT, "--temperature", "0.9", "--top-k", "20")
 
 
 def collect(stdlib: Path, folder: Path) -> str:
@@ -80,7 +81,7 @@ def main() -> None:
     corpus = DATA / "corpus"
     learn = f"train-tokenizer --vocab-size 8000 --input {corpus}/train.jsonl".split()
     cut = f"tokenize --tokenizer {DATA}/tokenizer --input".split()
-    generate = (sys.executable, "launcher/generate.py", "--checkpoint", str(RUN), *PROMPT)
+    generate = (sys.executable, "launcher/generate.py", "--checkpoint", str(RUN), *SAMPLE)
     steps: dict[str, Callable[[], str]] = {
         "corpus": lambda: collect(Path(sysconfig.get_path("stdlib")), corpus),
         "tokenizer": lambda: prepare(DATA / "tokenizer", *learn),
