@@ -18,8 +18,7 @@ from pathlib import Path
 
 DATA, RUN, CONFIG = Path("data/smoke"), Path("runs/smoke"), Path("configs/smoke.json")
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-HIGHEST_PERPLEXITY = 60
-PROMPT = "class Reader:\n    def __init__(self, name):\n        self."
+HIGHEST_PERPLEXITY, PROMPT = 60, "class Reader:\n    def __init__(self, name):\n        self."
 SAMPLE = ("--prompt", PROMPT, "--temperature", "0.9", "--top-k", "20")
 
 

@@ -67,7 +67,7 @@ def find_launch(environ: Mapping[str, str] | None = None) -> Launch:
     if launch.world_size == 1 and nodes > 1:
         raise LaunchError(
             f"a world of 1 rank inside a Slurm allocation of {nodes} nodes: the other nodes would "
-            "idle; start the ranks with srun (see slurm/), or ask for one node"
+            "idle; start the ranks with srun, or ask for one node"
         )
     return launch
 

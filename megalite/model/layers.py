@@ -129,6 +129,13 @@ class Attention(nn.Module):
         else:  # q and k turn together, in one pass
             turned, v_BTKH = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
             q_BTNH, k_BTKH = rotate(turned, rope).split(groups[:2], dim=2)
+        shared = self.kv_heads != self.heads
+        if shared and mask is not None and x_BTD.is_cuda:
+            # the fused GPU kernels that take a mask share no heads; without them [T, T] scores
+            k_BTKH, v_BTKH = (
+                t.repeat_interleave(self.heads // self.kv_heads, dim=2) for t in (k_BTKH, v_BTKH)
+            )
+            shared = False
         y_BNTH = F.scaled_dot_product_attention(
             q_BTNH.transpose(1, 2),
             k_BTKH.transpose(1, 2),
@@ -136,7 +143,7 @@ class Attention(nn.Module):
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask is None,
-            enable_gqa=self.kv_heads != self.heads,
+            enable_gqa=shared,
         )
         return self.o_proj(y_BNTH.transpose(1, 2).reshape(B, T, self.heads * self.head_width))
 
