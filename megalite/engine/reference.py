@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalite.config import RunConfig
@@ -14,7 +15,7 @@ from megalite.data import Batch
 from megalite.engine.base import WEIGHT, StepResult, has_dropout, seed_dropout
 from megalite.model import CausalLM, build, initialize
 from megalite.optim import make_optimizer, state_names
-from megalite.parallel import prepare
+from megalite.parallel import Grid, is_counted, prepare
 
 
 class ReferenceEngine:
@@ -74,10 +75,20 @@ class ReferenceEngine:
         set_updates(self.optimizer, progress["updates"])
 
 
-def clip_gradients(parameters: Any, limit: float | None) -> Tensor:
-    """Scale gradients down to norm `limit` (None or 0: leave them) and return the norm before."""
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], limit: float, grid: Grid | None = None
+) -> Tensor:
+    """Scale gradients down to norm `limit` (0: leave them) and return the norm before.
+
+    Over the ranks of `grid` that share a model, split parameters count on each, others once.
+    """
     with_grad = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in with_grad])
+    grads = [p.grad for p in with_grad if grid is None or is_counted(p, grid)]
+    norm = nn.utils.get_total_norm(grads)
+    if grid is not None and grid.tensor_parallel > 1:
+        square = norm.square()
+        dist.all_reduce(square, group=grid.tensor_group)
+        norm = square.sqrt()
     if limit:
         nn.utils.clip_grads_with_norm_(with_grad, limit, norm)
     return norm

@@ -32,9 +32,9 @@ from megalite.engine.reference import (
     set_updates,
     updates_taken,
 )
-from megalite.model import CausalLM, build, initialize
+from megalite.model import CausalLM, build, head_loss, initialize
 from megalite.optim import make_optimizer, state_names
-from megalite.parallel import Grid, prepare
+from megalite.parallel import Grid, local_model, prepare, split
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,7 +51,8 @@ class DeepSpeedEngine:
     def __init__(
         self, config: RunConfig, *, grid: Grid, precision: str, settings: Mapping[str, Any]
     ) -> None:
-        self.config, self.device, self.settings = config, grid.device, dict(settings)
+        self.config, self._grid = config, grid
+        self.device, self.settings = grid.device, dict(settings)
         self.stage = int(settings["zero_optimization"]["stage"])
         self.fp16 = precision == "fp16"
         self._dropout = has_dropout(config.model)
@@ -61,7 +62,7 @@ class DeepSpeedEngine:
         self._loss_scale = float(grid.data_parallel) if averages else 1.0
         dtype = _DTYPES[precision]
         with self._building(grid), grid.device:
-            self.model: CausalLM = build(config.model)
+            self.model: CausalLM = build(local_model(config.model, grid.tensor_parallel))
         self.model.to(device=grid.device, dtype=dtype)
         initialize(
             self.model,
@@ -71,6 +72,8 @@ class DeepSpeedEngine:
             tensor_parallel=grid.tensor_parallel,
             tensor_rank=grid.tensor_rank,
         )
+        if grid.tensor_parallel > 1:
+            split(self.model, config.model, grid, head_loss)
         prepare(
             self.model.model.layers,
             recompute=config.training.activation_checkpointing,
@@ -106,7 +109,7 @@ class DeepSpeedEngine:
             if self.stage == 0 and index == len(batches) - 1:
                 # stage 0 clips without reporting the norm: done here, DeepSpeed's own is off
                 limit = self.config.optimizer.clip_grad_norm
-                norm = clip_gradients(self.model.parameters(), limit)
+                norm = clip_gradients(self.model.parameters(), limit, self._grid)
             self.engine.step()
         if self.stage > 0:
             norm = self.engine.get_global_grad_norm()

@@ -5,7 +5,7 @@ Keys are those of Hugging Face's Llama, save for the projections that are fused 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megalite import shapes
 from megalite.config import ModelConfig
 from megalite.model.layers import MLP, Attention, make_norm, rope_table, sinusoids
-from megalite.model.loss import FusedLinearCrossEntropy
+from megalite.model.loss import FusedLinearCrossEntropy, Shard
 
 
 class Embedding(nn.Module):
@@ -88,6 +88,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
+        self.head_loss: Callable[..., Tensor] = head_loss
         if not config.tie_word_embeddings:
             self.lm_head = Head(config)
 
@@ -99,8 +100,8 @@ class CausalLM(nn.Module):
         labels, mask = batch["labels"], batch["loss_mask"]
         if self.config.tie_word_embeddings:
             weight = self.model.embed_tokens.weight
-            return head_loss(hidden_BTD, weight, labels, mask)
-        return self.lm_head(hidden_BTD, labels, mask)
+            return self.head_loss(hidden_BTD, weight, labels, mask)
+        return self.lm_head(hidden_BTD, labels, mask, self.head_loss)
 
     def logits(self, input_ids: Tensor, *, last_only: bool = False) -> Tensor:
         """fp32 scores of the next token, [B, T, V], or [B, V] of the last position alone."""
@@ -119,17 +120,29 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
 
-    def forward(self, hidden_BTD: Tensor, labels_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        return head_loss(hidden_BTD, self.weight, labels_BT, mask_BT)
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        labels_BT: Tensor,
+        mask_BT: Tensor,
+        loss: Callable[..., Tensor],
+    ) -> Tensor:
+        return loss(hidden_BTD, self.weight, labels_BT, mask_BT)
 
 
-def head_loss(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """The fused head and cross entropy over flattened rows."""
+def head_loss(
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    labels_BT: Tensor,
+    mask_BT: Tensor,
+    shard: Shard | None = None,
+) -> Tensor:
+    """The fused head and cross entropy over flattened rows; `shard`: of a part of the rows of W."""
     rows = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     if not torch.is_grad_enabled():  # an autograd function is told of the weight's wish regardless
         weight_VD = weight_VD.detach()
     loss: Tensor = FusedLinearCrossEntropy.apply(
-        rows, weight_VD, labels_BT.reshape(-1), mask_BT.reshape(-1)
+        rows, weight_VD, labels_BT.reshape(-1), mask_BT.reshape(-1), shard
     )
     return loss
 

@@ -11,7 +11,7 @@ R rows (B x T)   C rows of a chunk   D width   V vocabulary
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,12 +20,28 @@ from torch.autograd.function import once_differentiable
 _CHUNK_ELEMENTS = 1 << 25  # fp32 logits alive at a time: 128 MiB
 
 
+class Shard(Protocol):
+    """A part of the vocabulary's rows, and sums over all parts (`megalite.parallel.tensor`)."""
+
+    first: int
+    held: int
+
+    def largest(self, values: Tensor) -> Tensor: ...
+
+    def total(self, values: Tensor) -> Tensor: ...
+
+
 class FusedLinearCrossEntropy(torch.autograd.Function):
     """Sum over the rows with mask of `logsumexp(h W^T) - (h W^T)[label]`, in nats, fp32."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_RD: Tensor, weight_VD: Tensor, labels_R: Tensor, mask_R: Tensor
+        ctx: Any,
+        hidden_RD: Tensor,
+        weight_VD: Tensor,
+        labels_R: Tensor,
+        mask_R: Tensor,
+        shard: Shard | None,
     ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_RD) if wants_hidden else None
@@ -37,16 +53,27 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             h_CD, labels_C1 = hidden_RD[chunk], labels_R[chunk, None]
             mask_C1 = mask_R[chunk, None].float()
             logits_CV = (h_CD @ weight_VD.t()).float()
+            hit_C1 = mask_C1
+            if shard is not None:
+                logits_CV[:, shard.held :] = -torch.inf  # padding has no probability
+                labels_C1 = labels_C1 - shard.first
+                mine_C1 = (labels_C1 >= 0) & (labels_C1 < shard.held)
+                labels_C1, hit_C1 = labels_C1.where(mine_C1, 0), mask_C1 * mine_C1
             peak_C1 = logits_CV.amax(dim=-1, keepdim=True)
+            if shard is not None:
+                peak_C1 = shard.largest(peak_C1)
             logits_CV.sub_(peak_C1)
             picked_C1 = logits_CV.gather(1, labels_C1)
             total_C1 = logits_CV.exp_().sum(dim=-1, keepdim=True)
+            if shard is not None:
+                both = torch.stack((picked_C1.where(mine_C1, 0.0), total_C1))
+                picked_C1, total_C1 = shard.total(both)
             loss += ((total_C1.log() - picked_C1) * mask_C1).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             # softmax minus one at the label, zero where masked
             grad_CV = logits_CV.mul_(mask_C1 / total_C1)
-            grad_CV.scatter_add_(1, labels_C1, -mask_C1)
+            grad_CV.scatter_add_(1, labels_C1, -hit_C1)
             grad_CV = grad_CV.to(hidden_RD.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[chunk])
@@ -70,7 +97,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             grad_hidden.mul_(scale)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def chunk_rows(vocabulary: int) -> int:

@@ -2,5 +2,6 @@
 
 from megalite.parallel.apply import prepare
 from megalite.parallel.grid import Grid, start, stop
+from megalite.parallel.tensor import is_counted, local_model, split
 
-__all__ = ["Grid", "prepare", "start", "stop"]
+__all__ = ["Grid", "is_counted", "local_model", "prepare", "split", "start", "stop"]

@@ -70,11 +70,6 @@ def _cached(statistics: Path) -> int:
 
 
 def _unsupported(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> Iterator[str]:
-    if plan.tensor_parallel > 1:
-        yield (
-            f"parallel.tensor {plan.tensor_parallel}: this version trains with parallel.tensor 1; "
-            "set it to 1 and use ZeRO stage 3 for models larger than a device"
-        )
     zero = config.deepspeed.get("zero_optimization", {})
     for key in ("offload_optimizer", "offload_param"):
         if (zero.get(key) or {}).get("device", "none") != "none":

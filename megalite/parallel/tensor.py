@@ -1,0 +1,154 @@
+"""Tensor parallelism: collectives put into a single-device model, where its table says so.
+
+The model is built with the sizes of one rank (`local_model`), so that its mathematics is already
+that of a part; what is missing are the sums over the parts (Shoeybi et al. 2019). The table of
+shapes names each parameter's split, and the split names the change:
+
+    rows, heads    column-parallel: the input is shared, its gradient summed over the ranks
+    columns        row-parallel: the output is summed over the ranks, the bias added after
+    vocabulary     of the embedding: ids of other ranks give zero, the sum has all rows;
+                   of the head: the fused cross entropy exchanges its row maxima and sums
+
+One all-reduce in the forward and one in the backward for each half of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalite import shapes
+from megalite.config import ModelConfig
+from megalite.parallel.grid import Grid
+
+
+class _Share(torch.autograd.Function):
+    """The input of a column-parallel layer: itself forward, the sum of its gradients backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _Sum(torch.autograd.Function):
+    """The output of a row-parallel layer: the sum over ranks forward, itself backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        x = x.contiguous()
+        dist.all_reduce(x, group=group)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class VocabularyShard:
+    """One rank's rows of the vocabulary, and what its cross entropy asks of the others.
+
+    Attributes:
+        first: the id of the rank's first row.
+        held: rows that are tokens; those behind them are padding.
+    """
+
+    def __init__(self, vocab_size: int, grid: Grid) -> None:
+        rows = -(-vocab_size // grid.tensor_parallel)
+        self.first = rows * grid.tensor_rank
+        self.held = max(0, min(rows, vocab_size - self.first))
+        self._group = grid.tensor_group
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The elementwise maximum over the ranks, in place."""
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        """The elementwise sum over the ranks, in place."""
+        dist.all_reduce(values, group=self._group)
+        return values
+
+
+def local_model(model: ModelConfig, tensor_parallel: int) -> ModelConfig:
+    """The configuration whose single-device model is one rank's part of `model`."""
+    size = tensor_parallel
+    if size == 1:
+        return model
+    return model.model_copy(
+        update={
+            "vocab_size": -(-model.vocab_size // size),
+            "intermediate_size": model.intermediate_size // size,
+            "num_attention_heads": model.num_attention_heads // size,
+            "num_key_value_heads": model.num_key_value_heads // size,
+        }
+    )
+
+
+def split(model: nn.Module, config: ModelConfig, grid: Grid, loss: Callable[..., Tensor]) -> None:
+    """Put the collectives into a model built from `local_model`, in place.
+
+    Args:
+        model: has `head_loss`, the function its head ends in.
+        config: the whole model's configuration.
+        loss: `head_loss` with a further argument, the shard of the vocabulary.
+    """
+    group = grid.tensor_group
+    shard = VocabularyShard(config.vocab_size, grid)
+    for row in shapes.parameters(config):
+        parameter = model.get_parameter(row.name)
+        kind = row.tensors[0].split
+        # the mark by which DeepSpeed counts a split weight's norm on every rank
+        parameter.tensor_model_parallel = kind is not shapes.Split.REPLICATED
+        owner, _, name = row.name.rpartition(".")
+        module = model.get_submodule(owner)
+        if name != "weight" or kind is shapes.Split.REPLICATED:
+            continue
+        if kind in (shapes.Split.ROWS, shapes.Split.HEADS):
+            module.forward = partial(_column_forward, module.forward, group)
+        elif kind is shapes.Split.COLUMNS:
+            module.forward = partial(_row_forward, module, group)
+        elif owner.endswith("embed_tokens"):
+            module.forward = partial(_embed, module, shard, group)
+
+    def parallel_loss(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+        return loss(_Share.apply(hidden, group), weight, labels, mask, shard)
+
+    model.head_loss = parallel_loss
+
+
+def is_counted(parameter: nn.Parameter, grid: Grid) -> bool:
+    """Whether this rank's part of a parameter counts in a sum over the ranks of a model."""
+    return grid.tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
+
+
+def _column_forward(
+    forward: Callable[[Tensor], Tensor], group: dist.ProcessGroup, x: Tensor
+) -> Tensor:
+    return forward(_Share.apply(x, group))
+
+
+def _row_forward(module: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
+    y: Tensor = _Sum.apply(F.linear(x, module.weight), group)
+    return y if module.bias is None else y + module.bias
+
+
+def _embed(module: Any, shard: VocabularyShard, group: dist.ProcessGroup, index: Tensor) -> Tensor:
+    local = index - shard.first
+    mine = (local >= 0) & (local < shard.held)
+    rows = F.embedding(local.where(mine, 0), module.weight)
+    y: Tensor = _Sum.apply(rows * mine[..., None], group)
+    return y
