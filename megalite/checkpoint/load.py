@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megalite import shapes
 from megalite.checkpoint.save import Place, free_name
-from megalite.checkpoint.states import Owned, from_canonical, owned_parameters
+from megalite.checkpoint.states import Owned, owned_parameters, read_canonical, value_hash
 from megalite.config import ModelConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
 from megalite.errors import CheckpointError
@@ -80,12 +80,13 @@ def restore(
     """Set weights, optimizer states and counters; a collective of all ranks."""
     _refuse_other_model(config.model, folder, manifest)
     names = state_names(config)
-    held = {name for entry in manifest.tensors.values() for name in entry.files}
+    held = {name for entry in manifest.tensors.values() for name in entry.states}
     if held != {WEIGHT, *names}:
         logger.warning("%s was trained by another optimizer: its states begin anew", folder)
         _write_states(engine, config.model, (WEIGHT,), grid, folder, manifest)
         return Place(manifest.step, manifest.samples, manifest.tokens)
     _write_states(engine, config.model, (WEIGHT, *names), grid, folder, manifest)
+    _check_states(engine, config.model, (WEIGHT, *names), grid, folder, manifest)
     engine.restore_progress(manifest.progress)
     updates = engine.progress().get("updates")
     if updates != manifest.progress.get("updates"):
@@ -104,38 +105,37 @@ def load_weights(
     _write_states(engine, model, (WEIGHT,), grid, folder, manifest)
 
 
-def read_parameter(
-    folder: Path, manifest: disk.Manifest, row: shapes.Parameter, state: str
-) -> dict[str, Tensor]:
-    """The canonical tensors of one parameter, whole, as fp32."""
-    tensors = {}
-    for tensor in row.tensors:
-        entry = manifest.tensors.get(tensor.name)
-        if entry is None or state not in entry.files:
-            raise CheckpointError(f"{folder} holds no {state} of {tensor.name}")
-        path = folder / entry.files[state]
+def read_local(
+    folder: Path,
+    manifest: disk.Manifest,
+    row: shapes.Parameter,
+    state: str,
+    *,
+    tensor_parallel: int = 1,
+    tensor_rank: int = 0,
+) -> Tensor:
+    """One rank's part of a parameter's state: fp32, fused and padded, only its slices read."""
+    layout = {"tensor_parallel": tensor_parallel}
+    value = torch.zeros(shapes.local_shape(row, **layout))
+    for piece in shapes.pieces(row, tensor_rank=tensor_rank, **layout):
+        name, entry = piece.tensor.name, manifest.tensors[piece.tensor.name]
+        if state not in entry.states:
+            raise CheckpointError(f"{folder} holds no {state} of {name}")
+        path = folder / entry.states[state].file
         try:
             with safe_open(path, framework="pt") as file:
-                value = file.get_tensor(tensor.name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: cannot read {tensor.name}: {error}") from None
-        if tuple(value.shape) != tensor.shape:
-            raise CheckpointError(
-                f"{path}: {tensor.name} is {list(value.shape)}, the model wants "
-                f"{list(tensor.shape)}"
-            )
-        tensors[tensor.name] = value.float()
-    return tensors
+                value[piece.target] = file.get_slice(name)[piece.source]
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: cannot read {name}: {error}") from None
+    return value
 
 
 def fill_model(model: nn.Module, config: ModelConfig, folder: Path, manifest: Any) -> None:
     """Write a checkpoint's weights into a plain model on one device, for use without an engine."""
     rows = {row.name: row for row in shapes.parameters(config)}
     for name, parameter in model.named_parameters():
-        tensors = read_parameter(folder, manifest, rows[name], WEIGHT)
         with torch.no_grad():
-            for piece in shapes.pieces(rows[name]):
-                parameter[piece.target] = tensors[piece.tensor.name].to(parameter)
+            parameter.copy_(read_local(folder, manifest, rows[name], WEIGHT))
 
 
 def _write_states(
@@ -152,15 +152,45 @@ def _write_states(
             engine.write_state(owned.parameter, state, value)
 
 
+def _check_states(
+    engine: Engine,
+    model: ModelConfig,
+    states: Sequence[str],
+    grid: Grid,
+    folder: Path,
+    manifest: disk.Manifest,
+) -> None:
+    """Read every state back out of the engine and hold its hash against the manifest's."""
+    differing = []
+    for owned in owned_parameters(engine.model, model, grid):
+        for state in states:
+            for name, value in read_canonical(engine, owned, state, grid).items():
+                if value_hash(value) != manifest.tensors[name].states[state].sha256:
+                    differing.append(f"{state} of {name}")
+    found: list[Any] = [line for lines in grid.gather(differing) for line in lines]
+    if found:
+        raise CheckpointError(
+            f"{folder}: the engine holds something else than was loaded: {', '.join(found[:3])}"
+            + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        )
+
+
 def _receive(owned: Owned, state: str, grid: Grid, folder: Path, manifest: disk.Manifest) -> Tensor:
     """A state's value on every rank of the data-parallel group, read by its owner."""
-    if owned.owner == grid.data_rank:
-        tensors = read_parameter(folder, manifest, owned.row, state)
-        value = from_canonical(tensors, owned.row, grid, grid.device)
+    size = grid.tensor_parallel
+    if owned.data_rank == grid.data_rank:
+        value = read_local(
+            folder,
+            manifest,
+            owned.row,
+            state,
+            tensor_parallel=size,
+            tensor_rank=grid.tensor_rank,
+        ).to(grid.device)
     else:
-        shape = shapes.local_shape(owned.row, tensor_parallel=grid.tensor_parallel)
+        shape = shapes.local_shape(owned.row, tensor_parallel=size)
         value = torch.empty(shape, dtype=torch.float32, device=grid.device)
-    source = owned.owner * grid.tensor_parallel + grid.tensor_rank
+    source = owned.data_rank * size + grid.tensor_rank
     dist.broadcast(value, src=source, group=grid.data_group)
     return value
 

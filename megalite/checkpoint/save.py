@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megalite import __version__, files, shapes
 from megalite.checkpoint.lease import Lease
-from megalite.checkpoint.states import owned_parameters, to_canonical
+from megalite.checkpoint.states import owned_parameters, read_canonical, value_hash
 from megalite.config import RunConfig
 from megalite.engine import WEIGHT, Engine
 from megalite.errors import CheckpointError, Superseded
@@ -41,7 +41,7 @@ class _Writer:
 
     def __init__(self, staging: Path, rank: int) -> None:
         self.staging, self.rank = staging, rank
-        self.tensors: dict[str, dict[str, str]] = {}
+        self.tensors: dict[str, dict[str, Any]] = {}
         self.files: dict[str, dict[str, Any]] = {}
         self.fault: str | None = None
         self._parts: dict[str, dict[str, Tensor]] = {}
@@ -69,7 +69,10 @@ class _Writer:
         except Exception as error:  # safetensors raises its own kinds for a full disk
             self.fault = f"rank {self.rank} could not write {path}: {error}"
         for tensor in part:
-            self.tensors.setdefault(tensor, {})[state] = name
+            self.tensors.setdefault(tensor, {})[state] = {
+                "file": name,
+                "sha256": value_hash(part[tensor]),
+            }
 
     def close(self) -> None:
         for state in list(self._parts):
@@ -108,9 +111,7 @@ def save(
     states = (WEIGHT, *state_names(config))
     for owned in owned_parameters(engine.model, config.model, grid):
         for state in states:
-            value = engine.read_state(owned.parameter, state)
-            if owned.owner == grid.data_rank:
-                writer.add(state, to_canonical(value, owned.row, grid))
+            writer.add(state, read_canonical(engine, owned, state, grid))
     writer.close()
     _agree(grid, writer.fault, staging)
     written = grid.gather((writer.files, writer.tensors))
@@ -184,7 +185,7 @@ class _Draft:
         lease: Lease | None,
     ) -> None:
         entries: dict[str, Any] = {}
-        holders: dict[str, dict[str, str]] = {}
+        holders: dict[str, dict[str, Any]] = {}
         for rank_files, rank_tensors in written:
             entries.update(rank_files)
             for tensor, where in rank_tensors.items():
@@ -212,7 +213,7 @@ class _Draft:
                 "deepspeed": version("deepspeed"),
             },
             tensors={
-                name: disk.TensorEntry(shape=list(tensor.shape), files=holders[name])
+                name: disk.TensorEntry(shape=list(tensor.shape), states=holders[name])
                 for name, tensor in whole.items()
             },
             files={name: disk.FileEntry(**entry) for name, entry in entries.items()},

@@ -2,57 +2,77 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalite import shapes
 from megalite.config import ModelConfig
+from megalite.engine import Engine
 from megalite.parallel import Grid
 
 
 @dataclass(frozen=True)
 class Owned:
-    """A parameter, the table's row for it, and the data-parallel rank that writes and reads it."""
+    """A parameter, the table's row for it, and the rank that writes it and its neighbours read.
+
+    Attributes:
+        data_rank: the data-parallel rank whose group of tensor ranks gathers and reads it.
+        tensor_rank: the one of them that writes it.
+    """
 
     parameter: nn.Parameter
     row: shapes.Parameter
-    owner: int
+    data_rank: int
+    tensor_rank: int
+
+    def is_mine(self, grid: Grid) -> bool:
+        """Whether this rank writes the parameter."""
+        return (self.data_rank, self.tensor_rank) == (grid.data_rank, grid.tensor_rank)
 
 
 def owned_parameters(model: nn.Module, config: ModelConfig, grid: Grid) -> Iterator[Owned]:
-    """Every parameter with its owner, bytes spread evenly over the data-parallel ranks.
+    """Every parameter with its owner, bytes spread evenly over all ranks.
 
     The assignment is a function of the table and the number of ranks alone, so that all agree.
     """
-    loads = [0] * grid.data_parallel
+    loads = [0] * grid.world_size
     table = {row.name: row for row in shapes.parameters(config)}
     for name, parameter in model.named_parameters():
         row = table[name]
         owner = loads.index(min(loads))
-        loads[owner] += sum(_elements(tensor.shape) for tensor in row.tensors)
-        yield Owned(parameter, row, owner)
+        loads[owner] += row.elements
+        yield Owned(parameter, row, *divmod(owner, grid.tensor_parallel))
 
 
-def to_canonical(value: Tensor, row: shapes.Parameter, grid: Grid) -> dict[str, Tensor]:
-    """The canonical tensors inside a parameter's value, on the CPU."""
-    pieces = shapes.pieces(row, tensor_parallel=grid.tensor_parallel, tensor_rank=grid.tensor_rank)
-    return {piece.tensor.name: value[piece.target].cpu().contiguous() for piece in pieces}
+def read_canonical(engine: Engine, owned: Owned, state: str, grid: Grid) -> dict[str, Tensor]:
+    """The canonical tensors of one state, whole, on the CPU of the rank that owns them.
+
+    A collective of all ranks; empty on the others.
+    """
+    value = engine.read_state(owned.parameter, state)
+    if owned.data_rank != grid.data_rank:
+        return {}
+    row, size = owned.row, grid.tensor_parallel
+    parts = [value]
+    if size > 1 and row.tensors[0].split is not shapes.Split.REPLICATED:
+        parts = [torch.empty_like(value) for _ in range(size)]
+        dist.all_gather(parts, value.contiguous(), group=grid.tensor_group)
+    if not owned.is_mine(grid):
+        return {}
+    if len(parts) == 1:  # not split: the rank's own part is the whole
+        return {p.tensor.name: value[p.target].cpu().contiguous() for p in shapes.pieces(row)}
+    whole = {tensor.name: torch.empty(tensor.shape) for tensor in row.tensors}
+    for rank, part in enumerate(parts):
+        for piece in shapes.pieces(row, tensor_parallel=size, tensor_rank=rank):
+            whole[piece.tensor.name][piece.source] = part[piece.target].cpu()
+    return whole
 
 
-def from_canonical(
-    tensors: dict[str, Tensor], row: shapes.Parameter, grid: Grid, device: torch.device
-) -> Tensor:
-    """A parameter's value, fused and padded as this rank holds it, from canonical tensors."""
-    size = grid.tensor_parallel
-    shape = shapes.local_shape(row, tensor_parallel=size)
-    value = torch.zeros(shape, dtype=torch.float32)
-    for piece in shapes.pieces(row, tensor_parallel=size, tensor_rank=grid.tensor_rank):
-        value[piece.target] = tensors[piece.tensor.name][piece.source]
-    return value.to(device)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
+def value_hash(tensor: Tensor) -> str:
+    """SHA-256 of a contiguous CPU tensor's bytes."""
+    return hashlib.sha256(tensor.numpy().data).hexdigest()

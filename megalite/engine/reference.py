@@ -83,8 +83,8 @@ def clip_gradients(
     Over the ranks of `grid` that share a model, split parameters count on each, others once.
     """
     with_grad = [p for p in parameters if p.grad is not None]
-    grads = [p.grad for p in with_grad if grid is None or is_counted(p, grid)]
-    norm = nn.utils.get_total_norm(grads)
+    counted = [p.grad for p in with_grad if grid is None or is_counted(p, grid)]
+    norm = nn.utils.get_total_norm([grad for grad in counted if grad is not None])
     if grid is not None and grid.tensor_parallel > 1:
         square = norm.square()
         dist.all_reduce(square, group=grid.tensor_group)

@@ -40,11 +40,18 @@ class FileEntry(_Entry):
     sha256: str
 
 
+class StateEntry(_Entry):
+    """One fp32 state of a tensor: the file that holds it, and the hash of its bytes."""
+
+    file: str
+    sha256: str
+
+
 class TensorEntry(_Entry):
-    """A canonical tensor: its whole shape, and the file that holds each of its fp32 states."""
+    """A canonical tensor: its whole shape, and its states ("weight", "exp_avg", ...)."""
 
     shape: list[int]
-    files: dict[str, str]
+    states: dict[str, StateEntry]
 
 
 class Manifest(_Entry):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,9 +58,9 @@ class Grid:
         self.agree(flag, dist.ReduceOp.MIN)
         return bool(flag.item())
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: object) -> list[Any]:
         """One small picklable value of every rank, on every rank, in order of ranks."""
-        found: list[object] = [None] * self.world_size
+        found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, value, group=self.cpu_group)
         return found
 

@@ -98,7 +98,7 @@ def local_model(model: ModelConfig, tensor_parallel: int) -> ModelConfig:
     )
 
 
-def split(model: nn.Module, config: ModelConfig, grid: Grid, loss: Callable[..., Tensor]) -> None:
+def split(model: Any, config: ModelConfig, grid: Grid, loss: Callable[..., Tensor]) -> None:
     """Put the collectives into a model built from `local_model`, in place.
 
     Args:
@@ -112,7 +112,8 @@ def split(model: nn.Module, config: ModelConfig, grid: Grid, loss: Callable[...,
         parameter = model.get_parameter(row.name)
         kind = row.tensors[0].split
         # the mark by which DeepSpeed counts a split weight's norm on every rank
-        parameter.tensor_model_parallel = kind is not shapes.Split.REPLICATED
+        mark = kind is not shapes.Split.REPLICATED
+        parameter.tensor_model_parallel = mark
         owner, _, name = row.name.rpartition(".")
         module = model.get_submodule(owner)
         if name != "weight" or kind is shapes.Split.REPLICATED:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megalite import checkpoint, files, shapes
 from megalite.checkpoint import Place
-from megalite.checkpoint.states import from_canonical, owned_parameters, to_canonical
+from megalite.checkpoint.load import read_local
+from megalite.checkpoint.states import owned_parameters
 from megalite.config import RunConfig
 from megalite.engine import WEIGHT
 from megalite.errors import CheckpointError
@@ -29,7 +30,6 @@ from megalite.parallel import Grid
 from tests.factories import (
     make_batch,
     make_engine,
-    make_model,
     model_config,
     save_checkpoint,
     train_steps,
@@ -55,7 +55,7 @@ def tensors_of(folder: Path, state: str = WEIGHT) -> dict[str, Tensor]:
     manifest = json.loads((folder / "manifest.json").read_text())
     found = {}
     for name, entry in manifest["tensors"].items():
-        with safe_open(folder / entry["files"][state], framework="pt") as file:
+        with safe_open(folder / entry["states"][state]["file"], framework="pt") as file:
             found[name] = file.get_tensor(name)
     return found
 
@@ -282,7 +282,7 @@ def test_owners_share_the_bytes(grid: Grid, ranks: int) -> None:
     model = build(config)
     views = [replace(grid, world_size=ranks, rank=rank) for rank in range(ranks)]
     owned = [list(owned_parameters(model, config, view)) for view in views]
-    owners = [[entry.owner for entry in entries] for entries in owned]
+    owners = [[entry.data_rank for entry in entries] for entries in owned]
     assert all(other == owners[0] for other in owners)
     sizes = [entry.parameter.numel() for entry in owned[0]]
     loads = [sum(s for s, o in zip(sizes, owners[0], strict=True) if o == r) for r in range(ranks)]
@@ -291,18 +291,18 @@ def test_owners_share_the_bytes(grid: Grid, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_slices_go_out_and_come_back(grid: Grid, size: int) -> None:
-    """Of every tensor-parallel rank: from whole tensors to its slice, padded, and back."""
-    config = model_config(attention_bias=True, mlp_bias=True)
-    model = make_model(config, spread=0.1)
-    for row, rank in itertools.product(shapes.parameters(config), range(size)):
-        value = model.get_parameter(row.name).data
+def test_a_rank_reads_its_own_slices(grid: Grid, root: Path, size: int) -> None:
+    """Of every tensor-parallel rank: the boxes the table names, and zero where padding is."""
+    engine = make_engine()
+    folder = save_checkpoint(engine, grid, root)
+    manifest = disk.read_manifest(folder)
+    for row, rank in itertools.product(shapes.parameters(engine.config.model), range(size)):
+        value = engine.model.get_parameter(row.name).data
         whole = {piece.tensor.name: value[piece.target] for piece in shapes.pieces(row)}
-        view = replace(grid, world_size=size, tensor_parallel=size, rank=rank)
-        local = from_canonical(whole, row, view, torch.device("cpu"))
+        layout = {"tensor_parallel": size, "tensor_rank": rank}
+        local = read_local(folder, manifest, row, "weight", **layout)
         assert local.shape == shapes.local_shape(row, tensor_parallel=size)
-        boxes = shapes.pieces(row, tensor_parallel=size, tensor_rank=rank)
-        back = to_canonical(local, row, view)
-        assert len(back) == len(boxes)
-        for box in boxes:
-            assert torch.equal(back[box.tensor.name], whole[box.tensor.name][box.source])
+        expected = torch.zeros_like(local)
+        for box in shapes.pieces(row, **layout):
+            expected[box.target] = whole[box.tensor.name][box.source]
+        assert torch.equal(local, expected)

@@ -16,6 +16,7 @@ from megalite.formats.checkpoint import (
     MANIFEST,
     FileEntry,
     Manifest,
+    StateEntry,
     TensorEntry,
     damage,
     folder_name,
@@ -25,6 +26,8 @@ from megalite.formats.checkpoint import (
 )
 
 CONTENTS = {"model-0.safetensors": b"weights" * 9, "config.json": b"{}", "tokenizer/a.model": b"\0"}
+
+STATE = StateEntry(file="model-0.safetensors", sha256="0" * 64)
 
 
 def make(folder: Path, **changes: Any) -> Manifest:
@@ -46,8 +49,8 @@ def make(folder: Path, **changes: Any) -> Manifest:
         "tokenizer_sha256": "cd" * 32,
         "versions": {"megalite": "0.1", "author": "Zoë"},
         "tensors": {
-            "a.weight": TensorEntry(shape=[3, 5], files={"weight": "model-0.safetensors"}),
-            "scalar": TensorEntry(shape=[], files={}),
+            "a.weight": TensorEntry(shape=[3, 5], states={"weight": STATE}),
+            "scalar": TensorEntry(shape=[], states={}),
         },
         "files": entries,
     }

@@ -63,7 +63,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_sha256="",
         versions={},
         tensors={
-            name: disk.TensorEntry(shape=list(value.shape), files={"weight": "weights.safetensors"})
+            name: disk.TensorEntry(
+                shape=list(value.shape),
+                states={"weight": disk.StateEntry(file="weights.safetensors", sha256="")},
+            )
             for name, value in tensors.items()
         },
         files={

@@ -86,13 +86,13 @@ def test_every_fault_at_once(free: Any, monkeypatch: pytest.MonkeyPatch) -> None
     free(1)
     monkeypatch.setattr(env, "has_compiler", lambda: False)
     config = run_config(training={"compile": True})
-    plan = replace(plan_of(config, 2), precision="fp16", tensor_parallel=2)
+    plan = replace(plan_of(config, 2), precision="fp16")
     faults = checks.hardware_faults(config, plan, launch_of(2, 2), "cpu")
-    words = ("parallel.tensor 2", "training.precision fp16", "training.compile true", "memory:")
+    words = ("training.precision fp16", "training.compile true", "memory:")
     assert len(faults) == len(words)
     assert all(any(word in fault for fault in faults) for word in words)
     monkeypatch.setattr(env, "has_compiler", lambda: True)
-    assert len(checks.hardware_faults(config, plan, launch_of(2, 2), "cpu")) == 3
+    assert len(checks.hardware_faults(config, plan, launch_of(2, 2), "cpu")) == 2
 
 
 def limits(monkeypatch: pytest.MonkeyPatch, folder: Path, **contents: str) -> None:
