@@ -61,6 +61,11 @@ def find_launch(environ: Mapping[str, str] | None = None) -> Launch:
         _refuse_contradiction(env, launch)
     elif env.get("SLURM_PROCID") and _in_srun_step(env):
         launch = _from_srun(env)
+    elif _number(env, "SLURM_PROCID", 0) > 0:  # a shell of sbatch or salloc has 0
+        raise LaunchError(
+            f"SLURM_PROCID={env['SLURM_PROCID']} names one of several ranks, but nothing names its "
+            "srun step; start the ranks with srun, or unset the SLURM_ variables"
+        )
     else:
         launch = Launch(0, 1, 0, 1, "127.0.0.1", 0, "python")
     nodes = _number(env, "SLURM_JOB_NUM_NODES", 1)
@@ -98,6 +103,24 @@ def publish_launch(launch: Launch) -> None:
         MASTER_ADDR=launch.master_addr,
         MASTER_PORT=str(launch.master_port),
     )
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """A copy of the environment in which a process is one of `world_size` ranks on this host.
+
+    In torchrun's dialect, one thread a rank; what another launcher said of this process is left
+    out.
+    """
+    foreign = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI")
+    return {key: value for key, value in os.environ.items() if not key.startswith(foreign)} | {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def thread_count(launch: Launch) -> int:

@@ -1,7 +1,14 @@
 """Checkpoints: saved as named tensors, published by one rename, found and checked on resume."""
 
 from megalite.checkpoint.lease import Lease
-from megalite.checkpoint.load import fill_model, find_newest, load_weights, open_checkpoint, restore
+from megalite.checkpoint.load import (
+    fill_model,
+    find_newest,
+    load_weights,
+    open_checkpoint,
+    refuse_other_model,
+    restore,
+)
 from megalite.checkpoint.save import Place, clear_leftovers, retain, save, set_aside_later
 
 __all__ = [
@@ -12,6 +19,7 @@ __all__ = [
     "find_newest",
     "load_weights",
     "open_checkpoint",
+    "refuse_other_model",
     "restore",
     "retain",
     "save",

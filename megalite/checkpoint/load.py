@@ -16,7 +16,7 @@ from megalite.checkpoint.save import Place, free_name
 from megalite.checkpoint.states import Owned, owned_parameters, read_canonical, value_hash
 from megalite.config import ModelConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
-from megalite.errors import CheckpointError
+from megalite.errors import CheckpointError, CommandError
 from megalite.formats import checkpoint as disk
 from megalite.log import logger
 from megalite.optim import state_names
@@ -57,13 +57,14 @@ def open_checkpoint(path: Path, grid: Grid | None = None) -> tuple[Path, disk.Ma
     """A checkpoint by its own folder or its run's (the newest published one), checked.
 
     Raises:
-        CheckpointError: no checkpoint there, or a damaged one.
+        CommandError: no checkpoint there.
+        CheckpointError: a damaged one.
     """
     folder = path
     if not (path / disk.MANIFEST).exists():
         found = disk.published(path / "checkpoints") or disk.published(path)
         if not found:
-            raise CheckpointError(
+            raise CommandError(
                 f"{path} holds no checkpoint: give a step folder "
                 "(.../checkpoints/step_00001000) or a run folder that has one"
             )
@@ -78,7 +79,7 @@ def restore(
     engine: Engine, config: RunConfig, *, grid: Grid, folder: Path, manifest: disk.Manifest
 ) -> Place:
     """Set weights, optimizer states and counters; a collective of all ranks."""
-    _refuse_other_model(config.model, folder, manifest)
+    refuse_other_model(config.model, folder, manifest)
     names = state_names(config)
     held = {name for entry in manifest.tensors.values() for name in entry.states}
     if held != {WEIGHT, *names}:
@@ -101,7 +102,7 @@ def load_weights(
     engine: Engine, model: ModelConfig, *, grid: Grid, folder: Path, manifest: disk.Manifest
 ) -> None:
     """Set the weights alone: a new run that starts from another's."""
-    _refuse_other_model(model, folder, manifest)
+    refuse_other_model(model, folder, manifest)
     _write_states(engine, model, (WEIGHT,), grid, folder, manifest)
 
 
@@ -195,13 +196,13 @@ def _receive(owned: Owned, state: str, grid: Grid, folder: Path, manifest: disk.
     return value
 
 
-def _refuse_other_model(model: ModelConfig, folder: Path, manifest: disk.Manifest) -> None:
+def refuse_other_model(model: ModelConfig, folder: Path, manifest: disk.Manifest) -> None:
     """Every rank compares names and shapes, so that all raise and none waits for the others."""
     wanted = {name: list(tensor.shape) for name, tensor in shapes.tensors(model).items()}
     found = {name: entry.shape for name, entry in manifest.tensors.items()}
     if wanted != found:
         name = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))[0]
-        raise CheckpointError(
+        raise CommandError(
             f"{folder} holds another model: {name} is {found.get(name, 'absent')} there, "
             f"{wanted.get(name, 'absent')} in this configuration"
         )

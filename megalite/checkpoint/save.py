@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from megalite import __version__, files, shapes
 from megalite.checkpoint.lease import Lease
 from megalite.checkpoint.states import owned_parameters, read_canonical, value_hash
-from megalite.config import RunConfig
+from megalite.config import CheckpointConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
 from megalite.errors import CheckpointError, Superseded
 from megalite.formats import checkpoint as disk
@@ -29,11 +29,15 @@ _PART_BYTES = 1 << 30  # a rank holds at most this much of a snapshot in memory
 
 @dataclass(frozen=True)
 class Place:
-    """A place in a run: steps taken, samples of the data order consumed, tokens seen."""
+    """A place in a run: steps taken, samples of the data order consumed, tokens seen.
+
+    valid_loss: of the validation at this very step, in nats; None where there was none.
+    """
 
     step: int = 0
     samples: int = 0
     tokens: int = 0
+    valid_loss: float | None = field(default=None, compare=False)
 
 
 class _Writer:
@@ -123,12 +127,32 @@ def save(
     return final
 
 
-def retain(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints; each is renamed before it goes."""
-    for folder in disk.published(root)[keep:]:
+def retain(root: Path, config: CheckpointConfig) -> None:
+    """Delete the checkpoints nothing keeps; each is renamed before it goes.
+
+    Kept are the newest `keep`, those at multiples of `keep_every`, and with `keep_best` the one of
+    the lowest validation loss among those that were validated at their very step.
+    """
+    folders = disk.published(root)
+    kept = set(folders[: config.keep])
+    if config.keep_every:
+        kept |= {folder for folder in folders if disk.step_of(folder) % config.keep_every == 0}
+    if config.keep_best:
+        losses = {folder: loss for folder in folders if (loss := _valid_loss(folder)) is not None}
+        kept |= set(sorted(losses, key=losses.__getitem__)[:1])
+    for folder in folders:
+        if folder in kept:
+            continue
         doomed = folder.with_name(f".deleted_{folder.name}")
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _valid_loss(folder: Path) -> float | None:
+    try:
+        return disk.read_manifest(folder).valid_loss
+    except CheckpointError:  # damaged: a resume will set it aside
+        return None
 
 
 def set_aside_later(root: Path, step: int) -> list[str]:
@@ -203,6 +227,7 @@ class _Draft:
             step=self.place.step,
             samples=self.place.samples,
             tokens=self.place.tokens,
+            valid_loss=self.place.valid_loss,
             progress=self.progress,
             optimizer=self.config.optimizer.model_dump(mode="json"),
             data_fingerprint=self.data_fingerprint,

@@ -241,6 +241,14 @@ class CheckpointConfig(Section):
         default=1000, description="Steps between checkpoints (0: at the end alone)."
     )
     keep: Count = Field(default=3, description="Newest checkpoints kept.")
+    keep_every: CountOrZero = Field(
+        default=0,
+        description="Steps between checkpoints that are kept for good (0: none are).",
+    )
+    keep_best: bool = Field(
+        default=False,
+        description="Whether the checkpoint of the lowest validation loss is kept as well.",
+    )
     background: bool = Field(
         default=False, description="Whether training goes on while a checkpoint is written."
     )

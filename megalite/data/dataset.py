@@ -23,6 +23,7 @@ from megalite.data.batch import Batch
 from megalite.data.mixture import Mixture
 from megalite.data.order import Ints, derive_key, permute
 from megalite.errors import DataError
+from megalite.files import sha256_file
 from megalite.formats.shards import ShardSet, open_shards
 
 _ORDER_VERSION = 1  # part of the fingerprint: raise it when a seed comes to mean another order
@@ -189,6 +190,7 @@ def _open(
             faults.append(str(error))
             continue
         opened.append(shards)
+        faults.append(_other_file(shards))
         faults.append(_too_short(shards, config.sequence_length))
         if shards.vocab_size > vocab_size:
             faults.append(
@@ -199,6 +201,17 @@ def _open(
     if any(faults):
         raise DataError("\n".join(dict.fromkeys(filter(None, faults))))
     return opened
+
+
+def _other_file(shards: ShardSet) -> str:
+    """A fault where the tokenizer in the folder is not the one its ids were made with."""
+    tokenizer = shards.manifest.tokenizer
+    path = shards.folder / tokenizer.path
+    if not path.is_file():
+        return f"{path} is missing: checkpoints carry it; tokenize again, or put it back"
+    if sha256_file(path) != tokenizer.sha256:
+        return f"{path} was changed since the shards were made (sha256); put the old one back"
+    return ""
 
 
 def _dataset(

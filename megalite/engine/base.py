@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,7 +35,13 @@ class Engine(Protocol):
     model: CausalLM
 
     def train_step(
-        self, batches: Sequence[Batch], *, divisor: float, lr: float, step: int
+        self,
+        batches: Sequence[Batch],
+        *,
+        divisor: float,
+        lr: float,
+        step: int,
+        inspect: Callable[[], None] | None = None,
     ) -> StepResult:
         """Accumulate the batches' gradients, clip, and update.
 
@@ -44,6 +50,7 @@ class Engine(Protocol):
             divisor: unmasked targets of the global batch, over all ranks and micro-batches.
             lr: the learning rate of this step.
             step: the step's number, counted from 1; seeds dropout.
+            inspect: called between the backward and the update, where `read_gradient` works.
         """
 
     def eval_loss(self, batch: Batch) -> Tensor:
@@ -54,6 +61,12 @@ class Engine(Protocol):
 
     def read_state(self, parameter: nn.Parameter, key: str) -> Tensor:
         """One state of one parameter, whole; a collective of the data-parallel group."""
+
+    def read_gradient(self, parameter: nn.Parameter) -> Tensor:
+        """The global batch's gradient of one parameter, whole, before clipping; as `read_state`.
+
+        Under fp16 it is the scaled loss's.
+        """
 
     def write_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         """Set one state of one parameter; a collective, with the same value on every rank."""

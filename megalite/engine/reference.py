@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -36,7 +36,13 @@ class ReferenceEngine:
         create_states(self.optimizer, state_names(config))
 
     def train_step(
-        self, batches: Sequence[Batch], *, divisor: float, lr: float, step: int
+        self,
+        batches: Sequence[Batch],
+        *,
+        divisor: float,
+        lr: float,
+        step: int,
+        inspect: Callable[[], None] | None = None,
     ) -> StepResult:
         self.model.train()
         for group in self.optimizer.param_groups:
@@ -48,6 +54,8 @@ class ReferenceEngine:
             part = self.model(batch.to(self.device).tensors) / divisor
             part.backward()
             loss += part.detach()
+        if inspect is not None:
+            inspect()
         norm = clip_gradients(self.model.parameters(), self.config.optimizer.clip_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -64,6 +72,9 @@ class ReferenceEngine:
 
     def read_state(self, parameter: nn.Parameter, key: str) -> Tensor:
         return read_plain(self.optimizer, parameter, key)
+
+    def read_gradient(self, parameter: nn.Parameter) -> Tensor:
+        return plain_gradient(parameter)
 
     def write_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         read_plain(self.optimizer, parameter, key).copy_(value)
@@ -115,6 +126,11 @@ def read_plain(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: s
     """A parameter's own data, or its state in a plain torch optimizer."""
     value: Tensor = parameter.data if key == WEIGHT else optimizer.state[parameter][key]
     return value
+
+
+def plain_gradient(parameter: nn.Parameter) -> Tensor:
+    """A parameter's own gradient; zero where the batch did not reach it."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def updates_taken(optimizer: torch.optim.Optimizer) -> int | None:

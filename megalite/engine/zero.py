@@ -7,7 +7,7 @@ ranks and the loss is divided once, by the targets of the whole global batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
+    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
@@ -28,6 +29,7 @@ from megalite.engine.base import WEIGHT, StepResult, has_dropout, seed_dropout
 from megalite.engine.reference import (
     clip_gradients,
     create_states,
+    plain_gradient,
     read_plain,
     set_updates,
     updates_taken,
@@ -93,7 +95,13 @@ class DeepSpeedEngine:
         self._create_states()
 
     def train_step(
-        self, batches: Sequence[Batch], *, divisor: float, lr: float, step: int
+        self,
+        batches: Sequence[Batch],
+        *,
+        divisor: float,
+        lr: float,
+        step: int,
+        inspect: Callable[[], None] | None = None,
     ) -> StepResult:
         self.engine.train()
         for group in self.optimizer.param_groups:
@@ -106,7 +114,10 @@ class DeepSpeedEngine:
             part = self.engine(batch.to(self.device).tensors) / divisor
             self.engine.backward(part * self._loss_scale, scale_wrt_gas=False)
             loss += part.detach()
-            if self.stage == 0 and index == len(batches) - 1:
+            last = index == len(batches) - 1
+            if last and inspect is not None:
+                inspect()
+            if last and self.stage == 0:
                 # stage 0 clips without reporting the norm: done here, DeepSpeed's own is off
                 limit = self.config.optimizer.clip_grad_norm
                 norm = clip_gradients(self.model.parameters(), limit, self._grid)
@@ -136,6 +147,12 @@ class DeepSpeedEngine:
             value: Tensor = safe_get_full_fp32_param(parameter)
         else:
             value = safe_get_full_optimizer_state(parameter, key)
+        return value.view(getattr(parameter, "ds_shape", parameter.shape))
+
+    def read_gradient(self, parameter: nn.Parameter) -> Tensor:
+        if self.stage == 0:
+            return plain_gradient(parameter)
+        value: Tensor = safe_get_full_grad(parameter)
         return value.view(getattr(parameter, "ds_shape", parameter.shape))
 
     def write_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:

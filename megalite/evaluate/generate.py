@@ -40,6 +40,8 @@ class Sampling:
             raise CommandError(
                 f"temperature is {self.temperature}; it is 0 (always the likeliest token) or more"
             )
+        if not 0 <= self.seed < 2**63:
+            raise CommandError(f"seed is {self.seed}; it is 0 or more and under 2^63")
         if self.top_k is not None and self.top_k < 1:
             raise CommandError(f"top_k is {self.top_k}; keep 1 token or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:

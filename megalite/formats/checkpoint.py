@@ -61,6 +61,7 @@ class Manifest(_Entry):
     step: int
     samples: int  # place in the data order
     tokens: int
+    valid_loss: float | None = None  # nats; of the validation at this very step
     progress: dict[str, Any]  # the engine's plain numbers: updates taken, loss scale
     optimizer: dict[str, Any]
     data_fingerprint: str

@@ -41,7 +41,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         weight_VD: Tensor,
         labels_R: Tensor,
         mask_R: Tensor,
-        shard: Shard | None,
+        shard: Shard | None = None,
     ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_RD) if wants_hidden else None

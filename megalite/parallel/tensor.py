@@ -48,10 +48,10 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        x = x.contiguous()
-        dist.all_reduce(x, group=group)
-        ctx.mark_dirty(x)
-        return x
+        # not in place: selective recompute keeps x, and would sum it a second time
+        y = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(y, group=group)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -125,6 +125,11 @@ def split(model: Any, config: ModelConfig, grid: Grid, loss: Callable[..., Tenso
         elif owner.endswith("embed_tokens"):
             module.forward = partial(_embed, module, shard, group)
 
+    if config.attention_dropout:
+        for block in model.model.layers:
+            attention = block.self_attn
+            attention.forward = partial(_own_randomness, attention.forward, grid.tensor_rank)
+
     def parallel_loss(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
         return loss(_Share.apply(hidden, group), weight, labels, mask, shard)
 
@@ -134,6 +139,20 @@ def split(model: Any, config: ModelConfig, grid: Grid, loss: Callable[..., Tenso
 def is_counted(parameter: nn.Parameter, grid: Grid) -> bool:
     """Whether this rank's part of a parameter counts in a sum over the ranks of a model."""
     return grid.tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
+
+
+def _own_randomness(forward: Callable[..., Tensor], rank: int, x: Tensor, *args: Any) -> Tensor:
+    """Run a split region on a stream of its own for each rank, and leave the shared one in step.
+
+    Ranks that share a model draw alike, so that replicated dropout is equal on all of them; the
+    heads each one holds must not drop alike. The seed comes out of the shared stream, so that a
+    recompute, which restores that stream, draws the same again.
+    """
+    seed = int(torch.randint(1 << 62, ()).item())
+    devices = [x.device] if x.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed + rank + 1)
+        return forward(x, *args)
 
 
 def _column_forward(

@@ -8,6 +8,7 @@ so that nobody waits for it.
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -17,17 +18,21 @@ import torch.distributed as dist
 from megalite.data import Loader, StepBatches
 from megalite.parallel import Grid
 
+_SAME_WISH = 5.0  # seconds
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Remembers the first stop signal; a second one ends the process at once.
+    """Remembers the first stop signal; one that comes later still ends the process at once.
 
-    As a context it installs its handlers and puts the old ones back.
+    Launchers say the same thing twice: at Ctrl-C the terminal sends SIGINT to every rank, and the
+    launcher SIGTERM right behind it. Signals within `_SAME_WISH` seconds are one wish. As a context
+    it installs its handlers and puts the old ones back.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._first = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -45,10 +50,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.name is not None:
+        if self.name is None:
+            self.name, self._first = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._first > _SAME_WISH:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.name = signal.Signals(number).name
 
 
 class Feed:

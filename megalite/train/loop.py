@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +25,9 @@ from megalite.plan import Plan
 from megalite.train.feed import Feed, StopRequest
 
 
+Inspect = Callable[[int, Engine, Grid], None]
+
+
 @dataclass
 class Trainer:
     """One run from its present place to its end.
@@ -30,6 +35,7 @@ class Trainer:
     Attributes:
         place: where the run stands; advanced by every step.
         save: publishes a checkpoint of the given place.
+        inspect: called with (step, engine, grid) between each backward and its update.
     """
 
     config: RunConfig
@@ -42,6 +48,7 @@ class Trainer:
     stop: StopRequest
     place: Place
     save: Callable[[Place], Path]
+    inspect: Inspect | None = None
 
     def run(self) -> None:
         """Train to the last step.
@@ -57,9 +64,14 @@ class Trainer:
             batches, targets, stop = self.feed.next()
             if stop:
                 self._leave()
-            lr = learning_rate(self.config, self.place.step + 1)
+            step = self.place.step + 1
+            lr = learning_rate(self.config, step)
             result = self.engine.train_step(
-                batches.micro_batches, divisor=targets, lr=lr, step=self.place.step + 1
+                batches.micro_batches,
+                divisor=targets,
+                lr=lr,
+                step=step,
+                inspect=self.inspect and partial(self.inspect, step, self.engine, self.grid),
             )
             self.place = self._advance()
             self._after_step(result, lr)
@@ -135,6 +147,8 @@ class Trainer:
                 samples=training.eval_batches * training.global_batch_size,
                 micro_batch_size=training.micro_batch_size,
             )
+        # a loss that is no number must not end up as the best
+        self.place = replace(self.place, valid_loss=loss if math.isfinite(loss) else None)
         row = {"step": self.place.step, "loss": loss, "perplexity": perplexity(loss)}
         self.recorder.valid(row)
         self._evaluated = self.place.step
@@ -153,9 +167,10 @@ class Trainer:
         self.recorder.event(self.place.step, "signal", signal=name)
         if self._saved != self.place.step:
             self._save()
-        raise Stopped(
-            f"stopped by {name} after step {self.place.step} and saved; the same command resumes it"
+        kept = (
+            "and saved; the same command resumes it" if self.place.step else "with nothing to save"
         )
+        raise Stopped(f"stopped by {name} after step {self.place.step} {kept}")
 
 
 class _Clock:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite import files
-from megalite.checkpoint import Place, find_newest, open_checkpoint
+from megalite.checkpoint import Place, find_newest, open_checkpoint, refuse_other_model
 from megalite.config import RunConfig
 from megalite.errors import CheckpointError, CommandError
 from megalite.formats import checkpoint as disk
@@ -21,12 +21,16 @@ _NEW_ORDER = ("data", "sequence_length")
 
 @dataclass(frozen=True)
 class Origin:
-    """The checkpoint to go on from, and the changes against its run file worth recording."""
+    """The checkpoint to go on from, and the changes against its run file worth recording.
+
+    weights_only: a fresh run starts from its weights (`--init-from`).
+    """
 
     folder: Path
     manifest: disk.Manifest
     changes: dict[str, Any]
     place: Place
+    weights_only: bool = False
 
 
 def check_request(root: Path, resume: str) -> None:
@@ -48,25 +52,22 @@ def find_origin(
     grid: Grid,
     root: Path,
     resume: str,
+    init_from: str | None = None,
     allow: tuple[str, ...],
     data_fingerprint: str,
     tokenizer_sha256: str,
 ) -> Origin | None:
-    """The checkpoint `resume` names, or None for a fresh start.
+    """The checkpoint `resume` names, else the one `init_from` names, or None for a fresh start.
 
     Raises:
         CheckpointError: damaged checkpoints and no whole one.
         CommandError: a change that needs `--allow-change`.
     """
-    if resume == "never":
-        return None
-    own, asked = root.parent.resolve(), Path(resume).resolve()
-    if resume == "auto" or asked in (own, root.resolve()):
-        found = find_newest(root, grid)
-    elif own in asked.parents:  # back to an earlier step of this run
-        found = _open(resume, grid)
-    else:  # a requeued job repeats its command; what it has saved since is further along
-        found = _own_newest(root, grid) or _open(resume, grid)
+    found = None if resume == "never" else _find(resume, root, grid)
+    if found is None and init_from is not None:
+        folder, manifest = _open("--init-from", init_from, grid)
+        refuse_other_model(config.model, folder, manifest)
+        return Origin(folder, manifest, {}, Place(), weights_only=True)
     if found is None:
         return None
     folder, manifest = found
@@ -84,10 +85,26 @@ def find_origin(
                 for key in refused
             )
         )
+    refuse_other_model(config.model, folder, manifest)
+    if manifest.step > config.training.steps:
+        raise CommandError(
+            f"training.steps {config.training.steps}, but {folder} is already past it; ask for "
+            "more steps, or start another run with --set name=..."
+        )
     moved = any(key in changed for key in _NEW_ORDER) or _order_seed_differs(before, after)
     samples = 0 if moved else manifest.samples
     place = Place(manifest.step, samples, manifest.tokens)
     return Origin(folder, manifest, changed, place)
+
+
+def _find(resume: str, root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | None:
+    own, asked = root.parent.resolve(), Path(resume).resolve()
+    if resume == "auto" or asked in (own, root.resolve()):
+        return find_newest(root, grid)
+    if own in asked.parents:  # back to an earlier step of this run
+        return _open("--resume", resume, grid)
+    # a requeued job repeats its command; what it has saved since is further along
+    return _own_newest(root, grid) or _open("--resume", resume, grid)
 
 
 def _order_seed_differs(before: dict[str, Any], after: dict[str, Any]) -> bool:
@@ -95,11 +112,11 @@ def _order_seed_differs(before: dict[str, Any], after: dict[str, Any]) -> bool:
     return bool(before["data"]["seed"] != after["data"]["seed"])
 
 
-def _open(path: str, grid: Grid) -> tuple[Path, disk.Manifest]:
+def _open(option: str, path: str, grid: Grid) -> tuple[Path, disk.Manifest]:
     try:
         return open_checkpoint(Path(path), grid)
-    except CheckpointError as error:
-        raise CommandError(f"--resume {path}: {error}") from None
+    except (CheckpointError, CommandError) as error:
+        raise CommandError(f"{option} {path}: {error}") from None
 
 
 def _own_newest(root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | None:

@@ -21,14 +21,14 @@ from megalite.config import RunConfig
 from megalite.data import Dataset, Loader, open_data
 from megalite.engine import Engine
 from megalite.env import Launch
-from megalite.errors import CommandError, MegaLiteError, Stopped, Superseded, UserError
+from megalite.errors import CommandError, DataError, MegaLiteError, Stopped, Superseded, UserError
 from megalite.log import logger
 from megalite.observe import Recorder, previous_attempts
 from megalite.parallel import Grid, start, stop
 from megalite.plan import Plan, deepspeed_dict, make_plan
 from megalite.train.checks import hardware_faults
 from megalite.train.feed import Feed, StopRequest
-from megalite.train.loop import Trainer
+from megalite.train.loop import Inspect, Trainer
 from megalite.train.resume import ALLOWABLE, Origin, check_request, find_origin
 
 
@@ -37,7 +37,8 @@ class Request:
     """What a launcher was asked for.
 
     resume: "auto", "never", or a step or run folder. init_from: a checkpoint whose weights a fresh
-    run starts from. engine: "reference" is the plain oracle, one rank in fp32.
+    run starts from. engine: "reference" is the plain oracle, one rank in fp32. inspect: looks at
+    each step's gradients before they are used.
     """
 
     config: RunConfig
@@ -45,6 +46,7 @@ class Request:
     init_from: str | None = None
     allow_change: tuple[str, ...] = ()
     engine: Literal["deepspeed", "reference"] = "deepspeed"
+    inspect: Inspect | None = None
 
     @property
     def folder(self) -> Path:
@@ -62,15 +64,17 @@ def run(request: Request, launch: Launch) -> None:
         UserError: before anything was written.
         MegaLiteError: of another kind afterwards; status.json tells what happened.
     """
-    plan, train, valid = _check(request, launch)
-    grid = start(launch, tensor_parallel=plan.tensor_parallel)
-    try:
-        settings = _settings(request, plan, grid)
-        origin = _origin(request, grid, train)
-        with _opened(request, plan, grid, settings, train, origin) as recorder:
-            _train(request, plan, grid, settings, train, valid, origin, recorder)
-    finally:
-        stop()
+    with StopRequest() as stop_request:
+        plan, train, valid = _check(request, launch)
+        grid = start(launch, tensor_parallel=plan.tensor_parallel)
+        try:
+            settings = _settings(request, plan, grid)
+            origin = _origin(request, grid, train)
+            with _opened(request, plan, grid, settings, train, origin) as recorder:
+                run_ = (request, plan, grid, settings, train, valid, origin, recorder)
+                _train(*run_, stop_request)
+        finally:
+            stop()
 
 
 def _check(request: Request, launch: Launch) -> tuple[Plan, Dataset, Dataset | None]:
@@ -90,6 +94,11 @@ def _check(request: Request, launch: Launch) -> tuple[Plan, Dataset, Dataset | N
     faults = hardware_faults(config, plan, launch, device)
     try:
         train, valid = open_data(config.data, vocab_size=config.model.vocab_size)
+        if config.training.global_batch_size > train.windows:
+            raise DataError(
+                f"training.global_batch_size {config.training.global_batch_size}, but data.train "
+                f"holds {train.windows} samples in all; lower it, or give more data"
+            )
     except UserError as error:
         raise type(error)("\n".join([*faults, str(error)])) from None
     if faults:
@@ -111,6 +120,7 @@ def _origin(request: Request, grid: Grid, train: Dataset) -> Origin | None:
         grid=grid,
         root=request.root,
         resume=request.resume,
+        init_from=request.init_from,
         allow=request.allow_change,
         data_fingerprint=train.content_fingerprint,
         tokenizer_sha256=train.sources[0].manifest.tokenizer.sha256,
@@ -127,22 +137,15 @@ def _opened(
     origin: Origin | None,
 ) -> Iterator[Recorder]:
     """The run folder, opened by rank 0; however the run ends, status.json says so."""
-    folder, attempt, handler = request.folder, 0, None
+    folder, handler, attempt, fault = request.folder, None, 0, None
     if grid.rank == 0:
-        attempt = previous_attempts(folder)
-        request.root.mkdir(parents=True, exist_ok=True)
-        checkpoint.clear_leftovers(request.root)
-        files.write_json(folder / "config.json", request.config.model_dump(mode="json"))
-        files.write_json(folder / "deepspeed.json", settings)
-        shutil.copytree(
-            train.sources[0].folder / "tokenizer", folder / "tokenizer", dirs_exist_ok=True
-        )
-        handler = log.add_file(folder / "log.txt")
-        if origin is not None and (
-            left := checkpoint.set_aside_later(request.root, origin.place.step)
-        ):
-            logger.info("going on from step %d; set aside: %s", origin.place.step, ", ".join(left))
-    grid.barrier()
+        try:
+            attempt = _prepare(request, settings, train, origin)
+            handler = log.add_file(folder / "log.txt")
+        except (OSError, shutil.Error) as error:
+            fault = f"the run folder {folder} cannot be written: {error}; name another directory"
+    if fault := grid.gather(fault)[0]:
+        raise CommandError(fault)
     recorder = Recorder(
         folder,
         rank=grid.rank,
@@ -158,6 +161,27 @@ def _opened(
         log.remove(handler)
 
 
+def _prepare(
+    request: Request, settings: dict[str, Any], train: Dataset, origin: Origin | None
+) -> int:
+    """Write what a run folder holds from the start; returns the number of this attempt."""
+    folder = request.folder
+    attempt = previous_attempts(folder)
+    request.root.mkdir(parents=True, exist_ok=True)
+    checkpoint.clear_leftovers(request.root)
+    files.write_json(folder / "config.json", request.config.model_dump(mode="json"))
+    files.write_json(folder / "deepspeed.json", settings)
+    # nothing of another start's tokenizer may stay behind in it
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+    shutil.copytree(train.sources[0].folder / "tokenizer", folder / "tokenizer")
+    left = []
+    if origin is not None and not origin.weights_only:
+        left = checkpoint.set_aside_later(request.root, origin.place.step)
+    if left:
+        logger.info("going on from an earlier step; set aside: %s", ", ".join(left))
+    return attempt
+
+
 def _train(
     request: Request,
     plan: Plan,
@@ -167,35 +191,46 @@ def _train(
     valid: Dataset | None,
     origin: Origin | None,
     recorder: Recorder,
+    stop_request: StopRequest,
 ) -> None:
     place = origin.place if origin else Place()
-    recorder.status("running", step=place.step)
+    own = origin.folder.name if origin and origin.folder.parent == request.root else None
+    recorder.status("running", step=place.step, last_checkpoint=own)
     trainer: Trainer | None = None
     try:
-        with StopRequest() as stop_request:
-            engine = _make_engine(request, plan, grid, settings)
-            place = _load(request, grid, engine, origin, place)
-            _announce(request, plan, grid, train, origin, place, recorder)
-            loader = Loader(
-                train,
-                global_batch_size=plan.global_batch_size,
-                micro_batch_size=plan.micro_batch_size,
-                data_rank=grid.data_rank,
-                data_size=plan.data_parallel,
-                start=place.samples,
-                pin_memory=grid.device.type == "cuda",
-            )
-            feed = Feed(loader, grid, stop_request)
-            save = _saver(request, grid, engine, train)
-            trainer = Trainer(
-                request.config, plan, grid, engine, feed, valid, recorder, stop_request, place, save
-            )
-            try:
-                trainer.run()
-            except Stopped:  # by agreement: every rank is here
-                feed.close()
-                raise
+        engine = _make_engine(request, plan, grid, settings)
+        place = _load(request, grid, engine, origin, place)
+        _announce(request, plan, grid, train, origin, place, recorder)
+        loader = Loader(
+            train,
+            global_batch_size=plan.global_batch_size,
+            micro_batch_size=plan.micro_batch_size,
+            data_rank=grid.data_rank,
+            data_size=plan.data_parallel,
+            start=place.samples,
+            pin_memory=grid.device.type == "cuda",
+        )
+        feed = Feed(loader, grid, stop_request)
+        save = _saver(request, grid, engine, train)
+        trainer = Trainer(
+            request.config,
+            plan,
+            grid,
+            engine,
+            feed,
+            valid,
+            recorder,
+            stop_request,
+            place,
+            save,
+            request.inspect,
+        )
+        try:
+            trainer.run()
+        except Stopped:  # by agreement: every rank is here
             feed.close()
+            raise
+        feed.close()
         recorder.event(trainer.place.step, "end")
         recorder.status("done", step=trainer.place.step)
         grid.barrier()
@@ -229,14 +264,15 @@ def _load(
 ) -> Place:
     """Bring the engine to where the run stands."""
     config = request.config
-    if origin is not None:
+    if origin is not None and not origin.weights_only:
         restored = checkpoint.restore(
             engine, config, grid=grid, folder=origin.folder, manifest=origin.manifest
         )
         return replace(restored, samples=place.samples)
-    if request.init_from is not None:
-        folder, manifest = checkpoint.open_checkpoint(Path(request.init_from), grid)
-        checkpoint.load_weights(engine, config.model, grid=grid, folder=folder, manifest=manifest)
+    if origin is not None:
+        checkpoint.load_weights(
+            engine, config.model, grid=grid, folder=origin.folder, manifest=origin.manifest
+        )
     return place
 
 
@@ -265,8 +301,8 @@ def _announce(
     )
     facts = train.describe(plan.global_batch_size * config.training.steps)
     layout = {"world_size": plan.world_size, "zero_stage": plan.zero_stage, "data": facts}
-    if origin is None:
-        extra = {"init_from": request.init_from} if request.init_from else {}
+    if origin is None or origin.weights_only:
+        extra = {"init_from": str(origin.folder)} if origin else {}
         recorder.event(place.step, "start", **layout, **extra)
     else:
         logger.info("resumed from %s", origin.folder)
@@ -292,7 +328,7 @@ def _saver(request: Request, grid: Grid, engine: Engine, train: Dataset) -> Call
     def save(place: Place) -> Path:
         folder = write(place=place)
         if grid.rank == 0:
-            checkpoint.retain(request.root, request.config.checkpoint.keep)
+            checkpoint.retain(request.root, request.config.checkpoint)
         return folder
 
     return save

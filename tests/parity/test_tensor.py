@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.parity.test_layouts import OTHER, misses, reference  # noqa: F401
-from tests.runs import run_file, zero
+from tests.ranks import run_ranks
+from tests.runs import curve, run_file, train, zero
 
 
 @pytest.mark.parametrize(
@@ -28,3 +29,37 @@ def test_tensor_parallel_agrees_with_one_plain_process(
     sections = OTHER if oracle == "other" else {}
     raw = run_file(shards, tmp_path, **sections, parallel={"tensor": tensor}, deepspeed=zero(stage))
     assert misses(raw, ranks, reference[oracle]) == []
+
+
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+
+
+def test_dropout_is_one_for_replicas_and_another_for_each_part(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
+    """Recompute draws the same again, replicas stay equal, the heads of two ranks drop apart."""
+    curves = {}
+    for recompute in ("none", "selective", "full"):
+        training = {"activation_checkpointing": recompute, "steps": 5}
+        sections = {"model": DROPOUT, "training": training, "parallel": {"tensor": 2}}
+        raw = run_file(shards, tmp_path / recompute, **sections, deepspeed=zero(1))
+        run_ranks(train, 2, raw)
+        curves[recompute] = curve(raw)
+    assert curves["selective"] == pytest.approx(curves["none"], rel=1e-6)
+    assert curves["full"] == pytest.approx(curves["none"], rel=1e-6)
+    masks = run_ranks(_draw, 2)
+    assert masks[0][0] == masks[1][0]
+    assert masks[0][1] != masks[1][1]
+    assert masks[0][2] == masks[1][2]
+
+
+def _draw(launch: Any) -> list[list[float]]:
+    """Numbers of the shared stream, of a split region, and of the shared stream after it."""
+    import torch
+
+    from megalite.parallel.tensor import _own_randomness
+
+    torch.manual_seed(3)
+    shared = torch.rand(4)
+    own = _own_randomness(torch.rand_like, launch.rank, torch.empty(4))
+    return [shared.tolist(), own.tolist(), torch.rand(4).tolist()]

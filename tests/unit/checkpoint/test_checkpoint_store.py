@@ -21,9 +21,9 @@ from megalite import checkpoint, files, shapes
 from megalite.checkpoint import Place
 from megalite.checkpoint.load import read_local
 from megalite.checkpoint.states import owned_parameters
-from megalite.config import RunConfig
+from megalite.config import CheckpointConfig, RunConfig
 from megalite.engine import WEIGHT
-from megalite.errors import CheckpointError
+from megalite.errors import CheckpointError, CommandError
 from megalite.formats import checkpoint as disk
 from megalite.model import build
 from megalite.parallel import Grid
@@ -171,7 +171,7 @@ def test_another_model_is_refused(
 ) -> None:
     folder, manifest = checkpoint.open_checkpoint(save_checkpoint(make_engine(), grid, root))
     other = make_engine(model=model)
-    with pytest.raises(CheckpointError, match=f"holds another model: .*{named}"):
+    with pytest.raises(CommandError, match=f"holds another model: .*{named}"):
         checkpoint.restore(other, other.config, grid=grid, folder=folder, manifest=manifest)
 
 
@@ -210,17 +210,30 @@ def test_a_change_of_optimizer_goes_on(
 # --- retention, and finding ---
 
 
+def test_retain_keeps_every_kth_and_the_best(grid: Grid, root: Path) -> None:
+    engine = make_engine()
+    losses = {10: 3.0, 20: 2.0, 30: None, 40: 2.5, 50: 2.2}
+    for step, loss in losses.items():
+        place = Place(step, 8 * step, 64 * step, valid_loss=loss)
+        save_checkpoint(engine, grid, root, place=place)
+    checkpoint.retain(root, CheckpointConfig(keep=1, keep_every=30, keep_best=True))
+    assert [disk.step_of(folder) for folder in disk.published(root)] == [50, 30, 20]
+    assert disk.read_manifest(root / "step_00000020").valid_loss == 2.0
+    checkpoint.retain(root, CheckpointConfig(keep=1))
+    assert [disk.step_of(folder) for folder in disk.published(root)] == [50]
+
+
 def test_retain_keeps_the_newest(root: Path) -> None:
     for step in (1, 2, 10, 100_000_000):
         (root / disk.folder_name(step)).mkdir(parents=True)
     (root / "bad_00000001").mkdir()
-    checkpoint.retain(root, 2)
+    checkpoint.retain(root, CheckpointConfig(keep=2))
     assert sorted(path.name for path in root.iterdir()) == [
         "bad_00000001",
         "step_00000010",
         "step_100000000",
     ]
-    checkpoint.retain(root, 5)
+    checkpoint.retain(root, CheckpointConfig(keep=5))
     assert len(disk.published(root)) == 2
 
 
@@ -245,9 +258,9 @@ def test_open_checkpoint_by_any_of_its_names(grid: Grid, root: Path) -> None:
     (newest / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"config\.json: .* bytes were written, 2 are there"):
         checkpoint.open_checkpoint(root.parent)
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CommandError, match="holds no checkpoint"):
         checkpoint.open_checkpoint(root.parents[1])
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CommandError, match="holds no checkpoint"):
         checkpoint.open_checkpoint(root / "none")
 
 

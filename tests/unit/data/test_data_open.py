@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from megalite.errors import DataError
 from megalite.formats.manifest import TokenizerInfo
 from megalite.formats.shards import Manifest, ShardWriter, open_shards, write_manifest
 
-ONE, OTHER = "1" * 64, "2" * 64
+ONE, OTHER = "one tokenizer", "another"
 
 
 def write_folder(
@@ -26,7 +27,9 @@ def write_folder(
     tokenizer: str = ONE,
 ) -> None:
     """A shard folder of the given documents, split evenly over shards."""
-    folder.mkdir(parents=True)
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "tokenizer.model").write_text(tokenizer)
+    digest = sha256(tokenizer.encode()).hexdigest()
     infos = []
     for number, part in enumerate(np.array_split(np.arange(len(documents)), shards)):
         with ShardWriter(
@@ -38,7 +41,7 @@ def write_folder(
     manifest = Manifest(
         dtype="uint16",
         vocab_size=vocab_size,
-        tokenizer=TokenizerInfo(path="tokenizer/tokenizer.model", sha256=tokenizer),
+        tokenizer=TokenizerInfo(path="tokenizer/tokenizer.model", sha256=digest),
         bos=None,
         eos=None,
         documents=len(documents),
@@ -190,3 +193,18 @@ def test_the_fingerprint_does_not_depend_on_where_folders_lie(
     moved = folders["web"].rename(tmp_path / "elsewhere")
     assert open_train(config([moved]), vocab_size=500).fingerprint == before
     assert open_shards(moved).fingerprint != open_shards(folders["code"]).fingerprint
+
+
+@pytest.mark.parametrize("harm", ["missing", "changed"])
+def test_a_tokenizer_that_is_not_the_shards_is_named(tmp_path: Path, harm: str) -> None:
+    write_folder(tmp_path / "web", [np.arange(100)])
+    model = tmp_path / "web" / "tokenizer" / "tokenizer.model"
+    if harm == "missing":
+        model.unlink()
+    else:
+        model.write_text("a later one")
+    config = DataConfig.model_validate(
+        {"train": [{"path": str(tmp_path / "web")}], "sequence_length": 8}
+    )
+    with pytest.raises(DataError, match=rf"tokenizer\.model (is|was) {harm}"):
+        open_train(config, vocab_size=500)

@@ -19,7 +19,7 @@ from megalite.errors import Stopped
 from megalite.optim import learning_rate
 from megalite.parallel import Grid
 from megalite.plan import make_plan
-from megalite.train import loop
+from megalite.train import feed, loop
 from megalite.train.feed import Feed, StopRequest
 from megalite.train.loop import Trainer
 from tests.factories import make_batch, run_config, world_of_one
@@ -40,7 +40,10 @@ class Notes:
         self.rates: list[float] = []
         self.places: list[Place] = []
 
-    def train_step(self, batches: Any, *, divisor: float, lr: float, step: int) -> StepResult:
+    def train_step(
+        self, batches: Any, *, divisor: float, lr: float, step: int, inspect: Any = None
+    ) -> StepResult:
+        assert inspect is None
         self.calls.append(("step", step))
         self.rates.append(lr)
         assert divisor == sum(batch.targets for batch in batches)
@@ -245,7 +248,9 @@ def test_a_signal_is_remembered_and_a_second_one_ends_it(
         signal.raise_signal(number)
         assert request.name == number.name
         ended: list[Any] = []
+        signal.raise_signal(number)  # the launcher's echo of the same wish
         with monkeypatch.context() as patch:
+            patch.setattr(feed, "_SAME_WISH", -1.0)
             patch.setattr(signal, "signal", lambda *given: ended.append(given))
             real = signal.raise_signal
             patch.setattr(signal, "raise_signal", ended.append)

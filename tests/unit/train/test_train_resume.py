@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megalite import files
+from megalite import files, shapes
 from megalite.config import RunConfig
 from megalite.errors import CheckpointError, CommandError
 from megalite.formats import checkpoint as disk
@@ -39,7 +39,7 @@ def fingerprint(config: RunConfig, shards: str = "web") -> str:
 
 
 def publish(root: Path, step: int, config: RunConfig, *, without: str = "") -> Path:
-    """A whole checkpoint without tensors; `without` leaves a key out of its config.json."""
+    """A checkpoint without its tensors' values; `without` leaves a key out of config.json."""
     folder = root / disk.folder_name(step)
     folder.mkdir(parents=True)
     content = config.model_dump(mode="json")
@@ -64,7 +64,10 @@ def publish(root: Path, step: int, config: RunConfig, *, without: str = "") -> P
         data_fingerprint=fingerprint(config),
         tokenizer_sha256=TOKENIZER,
         versions={},
-        tensors={},
+        tensors={
+            name: disk.TensorEntry(shape=list(tensor.shape), states={})
+            for name, tensor in shapes.tensors(config.model).items()
+        },
         files=entries,
     )
     disk.write_manifest(folder, manifest)
@@ -303,7 +306,13 @@ def test_refused_changes(grid: Grid, root: Path, name: str) -> None:
         find(grid, root, changed(**sections), allow=others)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_of_other_shapes_cannot_be_allowed(grid: Grid, root: Path) -> None:
+    publish(root, 5, run_config())
+    with pytest.raises(CommandError, match="holds another model"):
+        find(grid, root, changed(model={"hidden_size": 48}), allow=("model",))
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if name != "a shape"])
 def test_allowed_changes_are_recorded(grid: Grid, root: Path, name: str) -> None:
     publish(root, 5, run_config())
     key, sections = REFUSED[name]

@@ -1,0 +1,274 @@
+"""Runs layouts, each in processes of its own, and holds them against each other."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from megalite import env, files
+from megalite.errors import MegaLiteError, UserError
+from megalite.formats.checkpoint import folder_name
+from megalite.log import logger
+from megalite.train.parity.layouts import REFERENCE, Layout, Resume
+from megalite.train.parity.trial import SAVED, STEPS, Trial
+
+LOSS, NORM, PARAMETER = 1e-5, 1e-4, 1e-4  # relative tolerances against the reference
+RESUMED = 1e-5  # of loss and norm against the same run, uninterrupted
+WORKER = ("-m", "megalite.train.parity.worker")
+
+_TIMEOUT = 900.0  # seconds a layout may take
+_LAST_WORDS = 10.0  # seconds the other ranks have once one has failed
+
+Curve = dict[int, tuple[float, float]]  # loss and gradient norm by step
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of the report. Errors are relative; None where there is no number to compare.
+
+    parameter: the tensor that differs most; on a miss the one in which the fault begins.
+    """
+
+    name: str
+    loss_error: float | None
+    grad_norm_error: float | None
+    parameter: str | None
+    parameter_error: float | None
+    ok: bool
+
+
+class _Failed(Exception):
+    """Ranks ended without a result; holds the first one's exit code."""
+
+    def __init__(self, code: int | None, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Proof:
+    """The layouts of one trial as they are tried; the reference is tried first.
+
+    Args:
+        worker: what python runs as a rank, before the job's path.
+    """
+
+    def __init__(
+        self, trial: Trial, *, worker: Sequence[str] = WORKER, timeout: float = _TIMEOUT
+    ) -> None:
+        self._trial, self._worker, self._timeout = trial, tuple(worker), timeout
+        self._curves: dict[Layout, Curve] = {}
+        self._saved: dict[Layout, Path] = {}
+        self._count = 0
+
+    def run_reference(self, *, resumes: bool = False) -> None:
+        """Train the reference.
+
+        Raises:
+            UserError: the run file cannot be trained here.
+            MegaLiteError: it failed otherwise.
+        """
+        try:
+            self._train(REFERENCE, _steps(1, resumes), keep=True)
+        except _Failed as error:
+            kind = UserError if error.code == UserError.exit_code else MegaLiteError
+            raise kind(f"the reference cannot be trained:\n{error}") from None
+
+    def try_layout(self, layout: Layout, *, save: bool = False) -> Finding:
+        """Train under a layout and compare with the reference; `save` for `try_resume`."""
+        if layout == REFERENCE:
+            return Finding(layout.name, 0.0, 0.0, None, 0.0, True)
+        try:
+            differences = self._train(
+                layout, _steps(1, save), others=REFERENCE, keep=save, save=save
+            )
+        except _Failed as error:
+            return _failure(layout.name, error)
+        expected = self._curves[REFERENCE]
+        return _judge(layout.name, self._curves[layout], expected, differences, (LOSS, NORM))
+
+    def try_resume(self, pair: Resume) -> Finding:
+        """Go on from a saved run's middle and compare with its own second half."""
+        if pair.saved not in self._saved:
+            return _failure(pair.name, "there is no checkpoint to go on from: its layout failed")
+        checkpoint = self._saved[pair.saved] / "checkpoints" / folder_name(SAVED)
+        try:
+            differences = self._train(
+                pair.resumed, _steps(SAVED + 1), others=pair.saved, resume=str(checkpoint)
+            )
+        except _Failed as error:
+            return _failure(pair.name, error)
+        expected = {n: row for n, row in self._curves[pair.saved].items() if n > SAVED}
+        found = _read_curve(self._last)
+        return _judge(pair.name, found, expected, differences, (RESUMED, RESUMED))
+
+    def _train(
+        self,
+        layout: Layout,
+        steps: list[int],
+        *,
+        others: Layout | None = None,
+        keep: bool = False,
+        save: bool = False,
+        resume: str = "never",
+    ) -> list[dict[str, Any]]:
+        """A layout's run; what its ranks report."""
+        self._count += 1
+        name = f"run_{self._count:02d}"
+        config = self._trial.config(layout, name, save=save)
+        self._last = Path(config["logging"]["directory"]) / name
+        seen = {item: self._trial.folder / f"seen_{item.name}" for item in (layout, others) if item}
+        report = self._trial.folder / f"{name}.report.json"
+        if keep:
+            seen[layout].mkdir()
+        job = {
+            "config": config,
+            "engine": layout.engine,
+            "resume": resume,
+            "steps": steps,
+            "others": str(seen[others]) if others else None,
+            "keep": str(seen[layout]) if keep else None,
+            "tolerance": PARAMETER,
+            "report": str(report),
+        }
+        path = self._trial.folder / f"{name}.job.json"
+        files.write_json(path, job)
+        start = time.monotonic()
+        _run_ranks((*self._worker, str(path)), layout.ranks, self._timeout, self._trial.folder)
+        logger.info("%-44s %5.1f s", layout.name, time.monotonic() - start)
+        if resume == "never":
+            self._curves[layout] = _read_curve(self._last)
+        if save:
+            self._saved[layout] = self._last
+        differences: list[dict[str, Any]] = files.read_json(report)
+        return differences
+
+
+def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
+    """The report as one object."""
+    return {"ok": all(f.ok for f in findings), "layouts": [asdict(f) for f in findings]}
+
+
+def _steps(first: int, also_resumed: bool = False) -> list[int]:
+    """Steps looked into: the first two of a process, the last, and those a resume compares with."""
+    later = [SAVED + 1, SAVED + 2] if also_resumed else []
+    return [first, first + 1, *later, STEPS]
+
+
+def _judge(
+    name: str,
+    found: Curve,
+    expected: Curve,
+    differences: list[dict[str, Any]],
+    tolerances: tuple[float, float],
+) -> Finding:
+    whole = found.keys() == expected.keys()
+    loss, norm = (
+        max((_relative(found[n][i], expected[n][i]) for n in expected if n in found), default=1e9)
+        for i in (0, 1)
+    )
+    errors = [math.inf if d["error"] is None else d["error"] for d in differences]
+    over = [i for i, error in enumerate(errors) if error > PARAMETER]
+    gradients = [i for i, d in enumerate(differences) if d["kind"] == "gradient"]
+    shown = over[0] if over else max(gradients, key=lambda i: errors[i])
+    difference, error = differences[shown], errors[shown]
+    parameter = difference["name"]
+    if difference["kind"] != "gradient":
+        parameter += f" ({difference['kind']}, step {difference['step']})"
+    return Finding(
+        name,
+        _finite(loss),
+        _finite(norm),
+        parameter,
+        _finite(error),
+        whole and not over and loss <= tolerances[0] and norm <= tolerances[1],
+    )
+
+
+def _failure(name: str, reason: object) -> Finding:
+    logger.error("%s failed: %s", name, reason)
+    return Finding(name, None, None, None, None, False)
+
+
+def _relative(found: float, expected: float) -> float:
+    error = abs(found - expected) / max(abs(expected), 1e-12)
+    return error if error == error else math.inf
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _read_curve(folder: Path) -> Curve:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {
+        row["step"]: tuple(math.nan if row[k] is None else row[k] for k in ("loss", "grad_norm"))
+        for row in rows
+        if row["kind"] == "train"
+    }
+
+
+def _run_ranks(command: Sequence[str], count: int, timeout: float, folder: Path) -> None:
+    """Run python with `command` as each of `count` ranks.
+
+    Raises:
+        _Failed: a rank failed, or not all were done in time; none is left running.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    ranks: list[subprocess.Popen[bytes]] = []
+    logs: list[IO[bytes]] = []
+    try:
+        for rank in range(count):
+            logs.append(open(folder / f"rank_{rank}.log", "w+b"))  # noqa: SIM115
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, *command],
+                    env=env.rank_environment(rank, count, port),
+                    stdin=subprocess.DEVNULL,
+                    stdout=logs[rank],
+                    stderr=subprocess.STDOUT,
+                )
+            )
+        _wait(ranks, logs, timeout)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+        for log in logs:
+            log.close()
+
+
+def _wait(
+    ranks: Sequence[subprocess.Popen[bytes]], logs: Sequence[IO[bytes]], timeout: float
+) -> None:
+    deadline, first = time.monotonic() + timeout, None
+    while any(process.poll() is None for process in ranks):
+        failed = [i for i, process in enumerate(ranks) if process.poll()]
+        if failed and first is None:
+            first = failed[0]
+            deadline = min(deadline, time.monotonic() + _LAST_WORDS)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    failed = [i for i, process in enumerate(ranks) if process.poll()]
+    if first is None and failed:
+        first = failed[0]
+    if first is None and all(process.poll() == 0 for process in ranks):
+        return
+    if first is None:
+        unfinished = [i for i, process in enumerate(ranks) if process.poll() is None]
+        raise _Failed(None, f"ranks {unfinished} were not done after {timeout:.0f} s")
+    logs[first].seek(0)
+    words = logs[first].read().decode(errors="replace").strip().splitlines()
+    code = ranks[first].returncode
+    told = "\n".join(words[-8:]) or "it said nothing"
+    raise _Failed(code, f"rank {first} ended with exit code {code}:\n{told}")

@@ -1,0 +1,229 @@
+"""One rank of a layout: trains it through the front door and looks into its steps.
+
+Started as `python -m megalite.train.parity.worker JOB`, a JSON file (`Job`). A run keeps the
+tensors it sees, or compares them with those another run kept, or both.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from megalite import env, files, shapes
+from megalite.config import ModelConfig, RunConfig, parse_config
+from megalite.engine import Engine
+from megalite.log import run_main
+from megalite.optim import state_names
+from megalite.parallel import Grid, is_counted
+from megalite.train.run import Request, run
+
+WEIGHT, OUTPUT, GRADIENT, NORM = "weight", "output", "gradient", "counted norm"
+_FLOOR = 1e-6  # of the whole gradient's norm: a gradient below it is rounding alone
+
+Seen = Iterator[tuple[str, str, Tensor]]  # (kind, name, value), whole on rank 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a rank is told.
+
+    steps: those whose tensors are looked at. others: a folder of tensors to compare with. keep: a
+    folder for its own. report: where the comparison goes, a list of `Difference`.
+    """
+
+    config: dict[str, Any]
+    engine: Literal["deepspeed", "reference"]
+    resume: str
+    steps: list[int]
+    others: str | None
+    keep: str | None
+    tolerance: float
+    report: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The worst of one kind at one step; of what layers give, the first over the tolerance."""
+
+    step: int
+    kind: str
+    name: str
+    error: float | None  # None: not a number
+
+
+class Inspector:
+    """Looks at the tensors of a job's steps, in the order in which a fault spreads.
+
+    Weights and optimizer states the run starts from, what each layer gives, gradients, and each
+    parameter's part in the gradient norm as the ranks count it.
+    """
+
+    def __init__(self, job: Job, config: RunConfig) -> None:
+        self._job, self._model = job, config.model
+        self._states = state_names(config)
+        self._outputs: _Outputs | None = None
+        self.found: list[Difference] = []
+
+    def __call__(self, step: int, engine: Engine, grid: Grid) -> None:
+        if step in self._job.steps:
+            worst = _Worst(self._job, step, grid.rank)
+            for kind, name, value in self._see(engine, grid):
+                worst.add(kind, name, value)
+            self.found += worst.close()
+        if self._outputs is None:
+            self._outputs = _Outputs(engine.model, self._model)
+        self._outputs.clear()
+
+    def _see(self, engine: Engine, grid: Grid) -> Seen:
+        rows = {row.name: row for row in shapes.parameters(self._model)}
+        parameters = [(rows[name], p) for name, p in engine.model.named_parameters()]
+        for row, parameter in parameters:
+            with engine.gathered([parameter]):
+                weight = _of_all(parameter.data, grid.data_group)
+            yield from _canonical(WEIGHT, row, weight, grid)
+        for state in self._states:
+            for row, parameter in parameters:
+                yield from _canonical(state, row, engine.read_state(parameter, state), grid)
+        if self._outputs is not None:
+            yield from self._outputs.means(grid)
+        for row, parameter in parameters:
+            yield from _canonical(GRADIENT, row, engine.read_gradient(parameter), grid)
+        for row, parameter in parameters:
+            square = engine.read_gradient(parameter).square().sum() * is_counted(parameter, grid)
+            dist.all_reduce(square, group=grid.tensor_group)
+            yield NORM, row.name, square.sqrt().reshape(1)
+
+
+class _Worst:
+    """Holds a step's tensors against those of another run, and keeps them; both on rank 0 alone."""
+
+    def __init__(self, job: Job, step: int, rank: int) -> None:
+        self._step, self._tolerance = step, job.tolerance
+        self._kept: dict[str, Tensor] = {}
+        self._worst: dict[str, tuple[str, float]] = {}
+        self._keep = self._others = None
+        name = f"step_{step}.safetensors"
+        if rank == 0 and job.keep:
+            self._keep = Path(job.keep) / name
+        if rank == 0 and job.others:
+            self._others = safe_open(Path(job.others) / name, framework="pt")
+            self._known = set(self._others.keys())
+            total = sum(
+                float(self._others.get_tensor(key).square().sum())
+                for key in self._known
+                if key.startswith(NORM)
+            )
+            self._floor = _FLOOR * total**0.5
+        # later a weight whose gradient is rounding alone has gone another way under AdamW
+        self._started = step == job.steps[0]
+
+    def add(self, kind: str, name: str, value: Tensor) -> None:
+        key = f"{kind}/{name}"
+        if self._keep is not None:
+            self._kept[key] = value.detach().cpu().clone()
+        if self._others is None or key not in self._known:
+            return
+        if kind not in (OUTPUT, GRADIENT, NORM) and not self._started:
+            return
+        before = self._worst.get(kind, ("", -1.0))
+        if kind == OUTPUT and before[1] > self._tolerance:
+            return
+        other = self._others.get_tensor(key)
+        size = max(float(other.norm()), self._floor if kind in (GRADIENT, NORM) else 1e-12)
+        error = float((value.detach().cpu() - other).norm()) / size
+        error = float("inf") if error != error else error
+        if error > before[1]:
+            self._worst[kind] = (name, error)
+
+    def close(self) -> list[Difference]:
+        if self._keep is not None:
+            save_file(self._kept, self._keep)
+        return [
+            Difference(self._step, kind, name, error if error < float("inf") else None)
+            for kind, (name, error) in self._worst.items()
+        ]
+
+
+class _Outputs:
+    """What layers give, averaged over the tokens of a step: where in the model a fault begins.
+
+    Of layers whose output every tensor rank holds whole. Recomputed layers count twice on both
+    sides of the average.
+    """
+
+    def __init__(self, model: nn.Module, config: ModelConfig) -> None:
+        owners = [
+            row.name.rpartition(".")[0]
+            for row in shapes.parameters(config)
+            if row.tensors[0].split in (shapes.Split.REPLICATED, shapes.Split.COLUMNS)
+            or row.name == "model.embed_tokens.weight"
+        ]
+        self._given: dict[str, list[Tensor]] = {}
+        for name in dict.fromkeys(owners):
+            model.get_submodule(name).register_forward_hook(partial(self._add, name))
+
+    def _add(self, name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        # selective recompute numbers operations: these must be the same each time
+        self._given.setdefault(name, []).append(output.detach())
+
+    def means(self, grid: Grid) -> Seen:
+        for name, given in self._given.items():
+            rows = torch.cat(given).flatten(0, 1)
+            total = torch.cat((rows.sum(0), rows.new_tensor([len(rows)])))
+            dist.all_reduce(total, group=grid.data_group)
+            yield OUTPUT, name, _of_all(total[:-1] / total[-1], grid.tensor_group)
+
+    def clear(self) -> None:
+        self._given.clear()
+
+
+def _of_all(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """A value that every rank of a group should hold alike; off by their spread where not."""
+    if dist.get_world_size(group) == 1:
+        return value
+    high, low = value.clone(), value.clone()
+    dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
+    return value + (high - low)
+
+
+def _canonical(kind: str, row: shapes.Parameter, value: Tensor, grid: Grid) -> Seen:
+    """A rank's part of a parameter as canonical tensors, gathered over the tensor ranks."""
+    size = grid.tensor_parallel
+    if row.tensors[0].split is shapes.Split.REPLICATED:
+        size, parts = 1, [_of_all(value, grid.tensor_group)]
+    else:
+        parts = [torch.empty_like(value) for _ in range(size)]
+        dist.all_gather(parts, value.contiguous(), group=grid.tensor_group)
+    whole = {tensor.name: value.new_zeros(tensor.shape) for tensor in row.tensors}
+    for rank, part in enumerate(parts):
+        for piece in shapes.pieces(row, tensor_parallel=size, tensor_rank=rank):
+            whole[piece.tensor.name][piece.source] = part[piece.target]
+    for name, tensor in whole.items():
+        yield kind, name, tensor
+
+
+def main(path: str) -> None:
+    """Run the job at `path` as the rank this process was started as."""
+    job = Job(**files.read_json(Path(path)))
+    config, launch = parse_config(job.config), env.find_launch()
+    inspector = Inspector(job, config)
+    run(Request(config, job.resume, engine=job.engine, inspect=inspector), launch)
+    if launch.rank == 0:
+        report = [vars(difference) for difference in inspector.found]
+        files.write_atomic(Path(job.report), json.dumps(report, allow_nan=False))
+
+
+if __name__ == "__main__":
+    run_main(partial(main, sys.argv[1]), ranks=True)
