@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megalite.errors import CommandError
 from megalite.log import run_main
 
 _EXAMPLES = """examples:
@@ -38,8 +39,14 @@ def main() -> None:
     from megalite.evaluate import Sampling, open_model, stream_text
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    if arguments.max_new_tokens < 0:
+        raise CommandError(f"--max-new-tokens {arguments.max_new_tokens}: ask for 0 or more")
+    if "" in arguments.stop:
+        raise CommandError("--stop: an empty text would end everything at once; leave it out")
     opened = open_model(arguments.checkpoint)
+    sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal says: text is UTF-8
     for prompt in arguments.prompt:
+        opened.check_prompt(prompt)
         sys.stdout.write(prompt)
         for piece in stream_text(
             opened.last_logits,

@@ -118,6 +118,8 @@ def _read_file(path: Path, asked_by: Path | None, faults: list[str]) -> dict[str
     """One file's object, or None with its faults noted."""
     by = f" (extended by {asked_by})" if asked_by else ""
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise OSError("not a regular file")  # reading a pipe would wait for ever
         data = path.read_bytes()
     except FileNotFoundError:
         faults.append(f"{path}: no such run file{by}; check the path")

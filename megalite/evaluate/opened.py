@@ -14,6 +14,7 @@ from megalite.data import Batch
 from megalite.errors import CheckpointError, CommandError, MegaLiteError
 from megalite.formats.checkpoint import Manifest
 from megalite.formats.tokenizer import Tokenizer, load_tokenizer
+from megalite.log import logger
 from megalite.model import CausalLM, build
 
 
@@ -32,6 +33,19 @@ class OpenedModel:
         """Scores of the token after `ids`, fp32 [1, V]; reads no further back than the window."""
         window = self.config.model.max_position_embeddings
         return self.model.logits(ids_1T[:, -window:].to(self.device), last_only=True)
+
+    def check_prompt(self, prompt: str) -> None:
+        """Refuse text that is no UTF-8; say so where a prompt is longer than the window."""
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise CommandError(f"the prompt {prompt!r} is not UTF-8 text; give text") from None
+        length, window = (
+            len(self.tokenizer.encode(prompt)),
+            self.config.model.max_position_embeddings,
+        )
+        if length > window:
+            logger.warning("a prompt of %d tokens: the model reads the last %d", length, window)
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
