@@ -24,7 +24,6 @@ from megalite.parallel import Grid
 from megalite.plan import Plan
 from megalite.train.feed import Feed, StopRequest
 
-
 Inspect = Callable[[int, Engine, Grid], None]
 
 

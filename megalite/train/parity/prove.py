@@ -25,7 +25,7 @@ RESUMED = 1e-5  # of loss and norm against the same run, uninterrupted
 WORKER = ("-m", "megalite.train.parity.worker")
 
 _TIMEOUT = 900.0  # seconds a layout may take
-_LAST_WORDS = 10.0  # seconds the other ranks have once one has failed
+_LAST_WORDS = 5.0  # seconds the other ranks have once one has failed
 
 Curve = dict[int, tuple[float, float]]  # loss and gradient norm by step
 
@@ -63,7 +63,7 @@ class Proof:
     def __init__(
         self, trial: Trial, *, worker: Sequence[str] = WORKER, timeout: float = _TIMEOUT
     ) -> None:
-        self._trial, self._worker, self._timeout = trial, tuple(worker), timeout
+        self._trial, self.worker, self._timeout = trial, tuple(worker), timeout
         self._curves: dict[Layout, Curve] = {}
         self._saved: dict[Layout, Path] = {}
         self._count = 0
@@ -141,7 +141,7 @@ class Proof:
         path = self._trial.folder / f"{name}.job.json"
         files.write_json(path, job)
         start = time.monotonic()
-        _run_ranks((*self._worker, str(path)), layout.ranks, self._timeout, self._trial.folder)
+        _run_ranks((*self.worker, str(path)), layout.ranks, self._timeout, self._trial.folder)
         logger.info("%-44s %5.1f s", layout.name, time.monotonic() - start)
         if resume == "never":
             self._curves[layout] = _read_curve(self._last)
@@ -209,10 +209,14 @@ def _finite(value: float) -> float | None:
 def _read_curve(folder: Path) -> Curve:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
-        row["step"]: tuple(math.nan if row[k] is None else row[k] for k in ("loss", "grad_norm"))
+        row["step"]: (_number(row["loss"]), _number(row["grad_norm"]))
         for row in rows
         if row["kind"] == "train"
     }
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _run_ranks(command: Sequence[str], count: int, timeout: float, folder: Path) -> None:
@@ -258,7 +262,7 @@ def _wait(
             deadline = min(deadline, time.monotonic() + _LAST_WORDS)
         if time.monotonic() > deadline:
             break
-        time.sleep(0.05)
+        time.sleep(0.02)
     failed = [i for i, process in enumerate(ranks) if process.poll()]
     if first is None and failed:
         first = failed[0]

@@ -26,6 +26,7 @@ from megalite.engine import Engine
 from megalite.log import run_main
 from megalite.optim import state_names
 from megalite.parallel import Grid, is_counted
+from megalite.train.parity.trial import SAVED
 from megalite.train.run import Request, run
 
 WEIGHT, OUTPUT, GRADIENT, NORM = "weight", "output", "gradient", "counted norm"
@@ -78,21 +79,23 @@ class Inspector:
     def __call__(self, step: int, engine: Engine, grid: Grid) -> None:
         if step in self._job.steps:
             worst = _Worst(self._job, step, grid.rank)
-            for kind, name, value in self._see(engine, grid):
+            # a run starts at the first, and one that goes on from this run's middle at the other
+            starts = step in (self._job.steps[0], SAVED + 1)
+            for kind, name, value in self._see(engine, grid, starts):
                 worst.add(kind, name, value)
             self.found += worst.close()
         if self._outputs is None:
             self._outputs = _Outputs(engine.model, self._model)
         self._outputs.clear()
 
-    def _see(self, engine: Engine, grid: Grid) -> Seen:
+    def _see(self, engine: Engine, grid: Grid, starts: bool) -> Seen:
         rows = {row.name: row for row in shapes.parameters(self._model)}
         parameters = [(rows[name], p) for name, p in engine.model.named_parameters()]
-        for row, parameter in parameters:
+        for row, parameter in parameters if starts else ():
             with engine.gathered([parameter]):
                 weight = _of_all(parameter.data, grid.data_group)
             yield from _canonical(WEIGHT, row, weight, grid)
-        for state in self._states:
+        for state in self._states if starts else ():
             for row, parameter in parameters:
                 yield from _canonical(state, row, engine.read_state(parameter, state), grid)
         if self._outputs is not None:

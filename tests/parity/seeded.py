@@ -1,0 +1,84 @@
+"""A rank with a bug in it: `python -m tests.parity.seeded BUG JOB`."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import megalite.engine.zero as zero
+import megalite.train.run as front
+from megalite.log import run_main
+from megalite.parallel import tensor
+from megalite.train.parity import worker
+
+UNMARKED = "model.layers.1.mlp.down_proj.weight"
+BIASED = "model.layers.0.self_attn.o_proj"
+PERTURBED = "model.layers.1.input_layernorm.weight"
+DROPPED = "model.layers.0.mlp.up_proj.weight"
+
+
+def after_split(change: Any) -> None:
+    """Let `change(model, grid)` follow where the engine splits its model."""
+
+    def split(model: Any, config: Any, grid: Any, loss: Any) -> None:
+        tensor.split(model, config, grid, loss)
+        change(model, grid)
+
+    zero.split = split
+
+
+def unmarked(model: Any, _grid: Any) -> None:
+    del model.get_parameter(UNMARKED).tensor_model_parallel
+
+
+def biased(model: Any, grid: Any) -> None:
+    module = model.get_submodule(BIASED)
+
+    def forward(x: Any) -> Any:
+        return tensor._Sum.apply(F.linear(x, module.weight) + module.bias, grid.tensor_group)
+
+    module.forward = forward
+
+
+def perturbed(model: Any, grid: Any) -> None:
+    if grid.rank == grid.world_size - 1:
+        with torch.no_grad():
+            model.get_parameter(PERTURBED)[0] += 1e-2
+
+
+def dropping(restore: Any) -> Any:
+    """The load, after which one moment is gone."""
+
+    def load(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        place = restore(engine, *args, **kwargs)
+        parameter = dict(engine.model.named_parameters())[DROPPED]
+        moment = engine.read_state(parameter, "exp_avg")
+        engine.write_state(parameter, "exp_avg", torch.zeros_like(moment))
+        return place
+
+    return load
+
+
+def silent(launch_rank: int) -> None:
+    """One rank says why it leaves; the other waits for it for good."""
+    if launch_rank == 1:
+        sys.exit("no room left on this rank")
+
+
+def main() -> None:
+    bug, job = sys.argv[1:]
+    if bug == "dropped":
+        front.checkpoint.restore = dropping(front.checkpoint.restore)
+    elif bug == "silent":
+        silent(worker.env.find_launch().rank)
+    elif bug != "none":
+        after_split({"unmarked": unmarked, "biased": biased, "perturbed": perturbed}[bug])
+    run_main(partial(worker.main, job), ranks=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The parity command, and what it says of a layout with a bug in it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite import shapes
+from megalite.config import load_config, parse_config
+from megalite.errors import CommandError
+from megalite.train.parity import (
+    REFERENCE,
+    Layout,
+    Proof,
+    Resume,
+    layouts,
+    make_trial,
+    resumes,
+    usable_ranks,
+)
+from megalite.train.parity.trial import scaled
+from tests.parity import seeded
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "model": {
+        "vocab_size": 131,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "norm": "layernorm",
+        "activation": "gelu",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "hidden_dropout": 0.1,
+    },
+    "data": {"train": [{"path": "none"}], "sequence_length": 32, "mask_documents": True},
+    "optimizer": {"lr": 3e-3},
+    "training": {"steps": 1000, "global_batch_size": 64, "micro_batch_size": 4},
+}
+SAVED, PAIR = Layout(stage=1), Layout(tensor=2, stage=1)
+
+
+def command(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "launcher/parity.py", "--config", str(path), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+
+
+@pytest.fixture(scope="module")
+def proof(tmp_path_factory: pytest.TempPathFactory) -> Proof:
+    """A reference that is trained, and a run saved at its middle."""
+    trial = make_trial(parse_config(TINY), tmp_path_factory.mktemp("trial"), ranks=2)
+    made = Proof(trial, timeout=120)
+    made.run_reference(resumes=True)
+    assert made.try_layout(SAVED, save=True).ok
+    return made
+
+
+def with_bug(proof: Proof, bug: str) -> Proof:
+    """The same proof, whose ranks have a bug from now on."""
+    proof.worker = ("-m", "tests.parity.seeded", bug)
+    return proof
+
+
+@pytest.mark.slow
+def test_every_layout_of_two_ranks_agrees(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    done = command(path, "--ranks", "2", "--resume", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    model = parse_config(TINY).model
+    tried = layouts(model, 2)
+    names = [layout.name for layout in [*tried, *resumes(tried)]]
+    assert report["ok"] is True
+    assert [row["name"] for row in report["layouts"]] == names
+    for row in report["layouts"][1:]:
+        assert list(row) == [
+            *("name", "loss_error", "grad_norm_error", "parameter", "parameter_error", "ok")
+        ]
+        assert row["parameter"] in shapes.tensors(model)
+        assert 0 < row["parameter_error"] < 1e-4
+    assert "dropout 0" in done.stderr
+
+
+def test_the_command_prints_one_table(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY | {"model": TINY["model"] | {"num_key_value_heads": 1}}))
+    done = command(path, "--ranks", "1", "--scale")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["layout", "loss", "norm", "worst", "parameter"]
+    assert len(lines) == 9
+    assert all("  ok  " in line for line in lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("bug", "named"),
+    [
+        ("unmarked", f"{seeded.UNMARKED} (counted norm, step 1)"),
+        ("biased", f"{seeded.BIASED} (output, step 2)"),
+        ("perturbed", f"{seeded.PERTURBED} (weight, step 1)"),
+    ],
+)
+def test_a_seeded_bug_is_a_miss_that_names_where_it_is(proof: Proof, bug: str, named: str) -> None:
+    row = with_bug(proof, bug).try_layout(PAIR)
+    assert not row.ok
+    assert row.parameter == named
+    assert row.parameter_error is None or row.parameter_error > 1e-4
+
+
+def test_a_moment_dropped_at_load_is_named(proof: Proof) -> None:
+    pair = Resume(SAVED, Layout(data=2, stage=1))
+    row = with_bug(proof, "dropped").try_resume(pair)
+    assert not row.ok
+    assert row.parameter == f"{seeded.DROPPED} (exp_avg, step 11)"
+
+
+def test_the_same_ranks_without_a_bug_agree(proof: Proof) -> None:
+    assert with_bug(proof, "none").try_layout(PAIR).ok
+    assert with_bug(proof, "none").try_resume(Resume(SAVED, PAIR)).ok
+
+
+def test_a_rank_that_dies_ends_its_layout(proof: Proof, caplog: pytest.LogCaptureFixture) -> None:
+    row = with_bug(proof, "silent").try_layout(Layout(data=2))
+    assert (row.ok, row.parameter, row.loss_error) == (False, None, None)
+    assert "rank 1" in caplog.text
+    assert "no room left on this rank" in caplog.text
+
+
+def test_a_user_error_ends_the_command_with_2(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY | {"modle": {}}))
+    done = command(path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "modle" in done.stderr
+    done = command(path, "--ranks", "0")
+    assert done.returncode == 2
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert usable_ranks(None) == 2
+    with pytest.raises(CommandError, match="this host has 2 GPUs"):
+        usable_ranks(4)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert (usable_ranks(None), usable_ranks(3)) == (4, 3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*[!a].json")))
+def test_every_layout_of_every_config_can_be_planned(
+    path: Path, ranks: int, tmp_path: Path
+) -> None:
+    from megalite.plan import make_plan
+
+    trial = make_trial(load_config(path), tmp_path, ranks=ranks, scale=True)
+    tried = layouts(trial.model, ranks)
+    assert tried[0] == REFERENCE
+    for layout in tried:
+        config = parse_config(trial.config(layout, "run"))
+        plan = make_plan(config, world_size=layout.ranks, device="cpu")
+        assert plan.data_parallel == layout.data
+    assert len({layout.name for layout in tried}) == len(tried)
+    assert {pair.resumed for pair in resumes(tried)} <= set(tried)
+    assert all(pair.saved != pair.resumed for pair in resumes(tried))
+
+
+def test_scaling_keeps_proportions_and_divisors() -> None:
+    big = load_config(ROOT / "configs" / "70b.json")
+    small = scaled(big.model.model_dump(), big.parallel.tensor)
+    assert small["num_attention_heads"] // small["num_key_value_heads"] == 8
+    assert small["num_key_value_heads"] == 8
+    assert small["intermediate_size"] / small["hidden_size"] == 28672 / 8192
+    assert (small["num_hidden_layers"], small["vocab_size"] % 2) == (2, 1)
