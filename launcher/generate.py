@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 
 from megalite.errors import CommandError
@@ -44,7 +45,8 @@ def main() -> None:
     if "" in arguments.stop:
         raise CommandError("--stop: an empty text would end everything at once; leave it out")
     opened = open_model(arguments.checkpoint)
-    sys.stdout.reconfigure(encoding="utf-8")  # whatever the terminal says: text is UTF-8
+    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever the terminal says: text is UTF-8
+        sys.stdout.reconfigure(encoding="utf-8")
     for prompt in arguments.prompt:
         opened.check_prompt(prompt)
         sys.stdout.write(prompt)

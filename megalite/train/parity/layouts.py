@@ -22,13 +22,13 @@ _RELEASED = {
 class Layout:
     """One way to train the model: ranks that share it, ranks that share a batch, and options.
 
-    micro_batch_size: samples; None: the whole batch at once.
+    micro_batch_size: samples; None: a rank's whole share of the batch at once.
     """
 
     tensor: int = 1
     data: int = 1
     stage: int = 1
-    micro_batch_size: int | None = 2
+    micro_batch_size: int | None = None
     recompute: Literal["none", "selective", "full"] = "none"
     engine: Literal["deepspeed", "reference"] = "deepspeed"
 
@@ -41,13 +41,13 @@ class Layout:
         if self.engine == "reference":
             return "reference"
         notes = "" if self.recompute == "none" else f", {self.recompute} recompute"
-        if self.micro_batch_size not in (2, None):
+        if self.micro_batch_size is not None:
             notes += f", micro-batch {self.micro_batch_size}"
         return f"TP {self.tensor} x DP {self.data} ZeRO {self.stage}{notes}"
 
     def sections(self, global_batch_size: int) -> dict[str, dict[str, Any]]:
         """What of a run file makes it this layout."""
-        micro_batch_size = self.micro_batch_size or global_batch_size
+        micro_batch_size = self.micro_batch_size or global_batch_size // self.data
         released = _RELEASED if self.stage == 3 else {}
         return {
             "parallel": {"tensor": self.tensor},
@@ -71,7 +71,7 @@ class Resume:
         return f"{self.saved.name} -> {self.resumed.name}"
 
 
-REFERENCE = Layout(stage=0, micro_batch_size=None, engine="reference")
+REFERENCE = Layout(stage=0, engine="reference")
 
 
 def layouts(model: ModelConfig, ranks: int) -> list[Layout]:
@@ -103,7 +103,7 @@ def resumes(tried: Sequence[Layout]) -> list[Resume]:
 
     Two layouts save; every plain layout goes on from one of them, the reference from both.
     """
-    plain = [x for x in tried if x.recompute == "none" and x.micro_batch_size != 1]
+    plain = [x for x in tried if x.recompute == "none" and x.micro_batch_size is None]
     both = [x for x in plain if x.tensor > 1 and x.data > 1 and x.stage == 1]
     split = both or [x for x in plain if x.tensor > 1 and x.stage == 1]
     split = split or [x for x in plain if x.tensor > 1]

@@ -95,7 +95,11 @@ class Proof:
         return _judge(layout.name, self._curves[layout], expected, differences, (LOSS, NORM))
 
     def try_resume(self, pair: Resume) -> Finding:
-        """Go on from a saved run's middle and compare with its own second half."""
+        """Go on from a saved run's middle; compare with the same steps of a run that did not stop.
+
+        What is loaded, and gradients, with the run that was saved; loss and norm with the layout's
+        own, if it was tried: on a CPU norms of long tensors depend on how they are cut (to 3e-5).
+        """
         if pair.saved not in self._saved:
             return _failure(pair.name, "there is no checkpoint to go on from: its layout failed")
         checkpoint = self._saved[pair.saved] / "checkpoints" / folder_name(SAVED)
@@ -105,7 +109,8 @@ class Proof:
             )
         except _Failed as error:
             return _failure(pair.name, error)
-        expected = {n: row for n, row in self._curves[pair.saved].items() if n > SAVED}
+        whole = self._curves.get(pair.resumed, self._curves[pair.saved])
+        expected = {n: row for n, row in whole.items() if n > SAVED}
         found = _read_curve(self._last)
         return _judge(pair.name, found, expected, differences, (RESUMED, RESUMED))
 
@@ -171,7 +176,10 @@ def _judge(
 ) -> Finding:
     whole = found.keys() == expected.keys()
     loss, norm = (
-        max((_relative(found[n][i], expected[n][i]) for n in expected if n in found), default=1e9)
+        max(
+            (_relative(found[n][i], expected[n][i]) for n in expected if n in found),
+            default=math.inf,
+        )
         for i in (0, 1)
     )
     errors = [math.inf if d["error"] is None else d["error"] for d in differences]

@@ -25,6 +25,9 @@ STEPS = 20
 SAVED = 10  # the step after which a run that is resumed was saved
 _SEQUENCE = 64
 _VOCABULARY = 1009  # a prime: no tensor-parallel size divides it
+# AdamW moves a weight whose gradient is rounding alone as far as any other: at 3e-3 the difference
+# of two exact runs of a model of 8,000 tokens passes 1e-4 of the gradient within 20 steps
+_RATE = 1e-3
 _WIDTH, _HEAD_WIDTH = 256, (4, 32)
 
 
@@ -99,8 +102,12 @@ def make_trial(config: RunConfig, folder: Path, *, ranks: int, scale: bool = Fal
     shards = folder / "shards"
     raw["data"] |= {"train": [{"path": str(shards)}], "valid": [], "sequence_length": length}
     raw["data"]["verify"] = False
-    raw["schedule"]["warmup_steps"] = min(raw["schedule"]["warmup_steps"], 5)
-    raw["schedule"]["decay_steps"] = None
+    raw["schedule"] |= {"warmup_steps": STEPS, "decay_steps": None}
+    rate = raw["optimizer"]["lr"]
+    if raw["optimizer"]["name"] == "adamw":
+        rate = min(rate, _RATE)
+    raw["optimizer"]["lr"] = rate
+    changed.append(f"a learning rate that rises to {rate:g}")
     raw["training"] |= {
         "steps": STEPS,
         "global_batch_size": batch,

@@ -128,8 +128,12 @@ class _Worst:
                 if key.startswith(NORM)
             )
             self._floor = _FLOOR * total**0.5
-        # later a weight whose gradient is rounding alone has gone another way under AdamW
-        self._started = step == job.steps[0]
+        # later a weight whose gradient is rounding alone has gone another way under AdamW, and an
+        # average in which much cancels with it
+        self._compared = {
+            job.steps[0]: lambda kind: True,
+            job.steps[1]: lambda kind: kind in (OUTPUT, GRADIENT, NORM),
+        }.get(step, lambda kind: kind in (GRADIENT, NORM))
 
     def add(self, kind: str, name: str, value: Tensor) -> None:
         key = f"{kind}/{name}"
@@ -137,7 +141,7 @@ class _Worst:
             self._kept[key] = value.detach().cpu().clone()
         if self._others is None or key not in self._known:
             return
-        if kind not in (OUTPUT, GRADIENT, NORM) and not self._started:
+        if not self._compared(kind):
             return
         before = self._worst.get(kind, ("", -1.0))
         if kind == OUTPUT and before[1] > self._tolerance:

@@ -71,3 +71,13 @@ def test_the_schema_knows_every_shipped_key(name: str) -> None:
     whole = json_schema()
     defs = whole["$defs"]
     check(json.loads((CONFIGS / f"{name}.json").read_text()), whole)
+
+
+def test_the_run_file_of_the_readme_loads(tmp_path: Path) -> None:
+    text = (CONFIGS.parent / "README.md").read_text()
+    block = text[text.index('    {\n      "$schema"') :]
+    raw = json.loads(block[: block.index("\n    }\n") + 6])
+    raw["extends"] = str(CONFIGS / raw["extends"])
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(raw))
+    assert load_config(path).name == "mine"
