@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -46,6 +47,7 @@ def main() -> int:
         raise CommandError(f"--ranks {arguments.ranks}: give 1 or more")
     config = load_config(arguments.config)
     ranks = usable_ranks(arguments.ranks)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the ranks, removes the folder
     with tempfile.TemporaryDirectory(prefix="megalite-parity-") as folder:
         trial = make_trial(config, Path(folder), ranks=ranks, scale=arguments.scale)
         tried = layouts(trial.model, ranks)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import megalite.engine.zero as zero
-import megalite.train.run as front
+from megalite import checkpoint, env
 from megalite.log import run_main
 from megalite.parallel import tensor
 from megalite.train.parity import worker
@@ -63,18 +63,13 @@ def dropping(restore: Any) -> Any:
     return load
 
 
-def silent(launch_rank: int) -> None:
-    """One rank says why it leaves; the other waits for it for good."""
-    if launch_rank == 1:
-        sys.exit("no room left on this rank")
-
-
 def main() -> None:
     bug, job = sys.argv[1:]
     if bug == "dropped":
-        front.checkpoint.restore = dropping(front.checkpoint.restore)
-    elif bug == "silent":
-        silent(worker.env.find_launch().rank)
+        checkpoint.restore = dropping(checkpoint.restore)
+    elif bug == "silent":  # the other rank waits for this one for good
+        if env.find_launch().rank == 1:
+            sys.exit("no room left on this rank")
     elif bug != "none":
         after_split({"unmarked": unmarked, "biased": biased, "perturbed": perturbed}[bug])
     run_main(partial(worker.main, job), ranks=True)

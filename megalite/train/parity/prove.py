@@ -147,7 +147,8 @@ class Proof:
         files.write_json(path, job)
         start = time.monotonic()
         _run_ranks((*self.worker, str(path)), layout.ranks, self._timeout, self._trial.folder)
-        logger.info("%-44s %5.1f s", layout.name, time.monotonic() - start)
+        after = "" if resume == "never" else ", resumed"
+        logger.info("%-44s %5.1f s", layout.name + after, time.monotonic() - start)
         if resume == "never":
             self._curves[layout] = _read_curve(self._last)
         if save:
