@@ -71,8 +71,17 @@ def run(request: Request, launch: Launch) -> None:
             settings = _settings(request, plan, grid)
             origin = _origin(request, grid, train)
             with _opened(request, plan, grid, settings, train, origin) as recorder:
-                run_ = (request, plan, grid, settings, train, valid, origin, recorder)
-                _train(*run_, stop_request)
+                _train(
+                    request,
+                    plan,
+                    grid,
+                    settings,
+                    train,
+                    valid,
+                    origin,
+                    recorder,
+                    stop_request,
+                )
         finally:
             stop()
 
