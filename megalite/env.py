@@ -93,6 +93,12 @@ def set_default(name: str, value: str) -> None:
     os.environ.setdefault(name, value)
 
 
+def replace(environ: Mapping[str, str]) -> None:
+    """Become a process that was started with this environment."""
+    os.environ.clear()
+    os.environ.update(environ)
+
+
 def publish_launch(launch: Launch) -> None:
     """Write `launch` where torch.distributed and DeepSpeed look for it."""
     os.environ.update(

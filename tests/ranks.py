@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.preload"])
+_CONTEXT.set_forkserver_preload(["megalite.engine.preload"])
 
 
 def run_ranks(

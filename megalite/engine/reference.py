@@ -17,6 +17,8 @@ from megalite.model import CausalLM, build, initialize
 from megalite.optim import make_optimizer, state_names
 from megalite.parallel import Grid, is_counted, prepare
 
+_ROW = 4096  # numbers whose squares are summed one after the other
+
 
 class ReferenceEngine:
     """A training step as a textbook writes it."""
@@ -95,7 +97,7 @@ def clip_gradients(
     """
     with_grad = [p for p in parameters if p.grad is not None]
     counted = [p.grad for p in with_grad if grid is None or is_counted(p, grid)]
-    norm = nn.utils.get_total_norm([grad for grad in counted if grad is not None])
+    norm = total_norm([grad for grad in counted if grad is not None])
     if grid is not None and grid.tensor_parallel > 1:
         square = norm.square()
         dist.all_reduce(square, group=grid.tensor_group)
@@ -103,6 +105,23 @@ def clip_gradients(
     if limit:
         nn.utils.clip_grads_with_norm_(with_grad, limit, norm)
     return norm
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of all tensors as one vector.
+
+    On a CPU PyTorch sums the squares of a tensor one after the other in its own precision: of
+    16 million numbers it loses 6e-4. Rows of a few thousand lose nothing, at the same speed.
+    """
+    if not tensors or tensors[0].device.type != "cpu":
+        return nn.utils.get_total_norm(tensors)
+    squares = []
+    for flat in (tensor.reshape(-1) for tensor in tensors):
+        whole = len(flat) // _ROW * _ROW
+        for rows in (flat[:whole].view(-1, _ROW), flat[whole:].view(1, -1)):
+            norms = torch.linalg.vector_norm(rows, dim=1)
+            squares.append(norms.double().square().sum())
+    return torch.stack(squares).sum().sqrt().float()
 
 
 def create_states(

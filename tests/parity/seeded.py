@@ -1,4 +1,4 @@
-"""A rank with a bug in it: `python -m tests.parity.seeded BUG JOB`."""
+"""A rank with a bug in it."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def dropping(restore: Any) -> Any:
     return load
 
 
-def main() -> None:
-    bug, job = sys.argv[1:]
+def work(bug: str, job: str) -> None:
+    """A rank of a layout that has the bug."""
     if bug == "dropped":
         checkpoint.restore = dropping(checkpoint.restore)
     elif bug == "silent":  # the other rank waits for this one for good
@@ -73,7 +73,3 @@ def main() -> None:
     elif bug != "none":
         after_split({"unmarked": unmarked, "biased": biased, "perturbed": perturbed}[bug])
     run_main(partial(worker.main, job), ranks=True)
-
-
-if __name__ == "__main__":
-    main()

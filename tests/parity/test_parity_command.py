@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def proof(tmp_path_factory: pytest.TempPathFactory) -> Proof:
 
 def with_bug(proof: Proof, bug: str) -> Proof:
     """The same proof, whose ranks have a bug from now on."""
-    proof.worker = ("-m", "tests.parity.seeded", bug)
+    proof.worker = partial(seeded.work, bug)
     return proof
 
 

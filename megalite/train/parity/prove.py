@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing as mp
+import os
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+import torch
 
 from megalite import env, files
 from megalite.errors import MegaLiteError, UserError
@@ -19,10 +23,12 @@ from megalite.formats.checkpoint import folder_name
 from megalite.log import logger
 from megalite.train.parity.layouts import REFERENCE, Layout, Resume
 from megalite.train.parity.trial import SAVED, STEPS, Trial
+from megalite.train.parity.worker import work
 
 LOSS, NORM, PARAMETER = 1e-5, 1e-4, 1e-4  # relative tolerances against the reference
 RESUMED = 1e-5  # of loss and norm against the same run, uninterrupted
-WORKER = ("-m", "megalite.train.parity.worker")
+
+Worker = Callable[[str], None]  # a rank: given a job's path, ends the process by itself
 
 _TIMEOUT = 900.0  # seconds a layout may take
 _LAST_WORDS = 5.0  # seconds the other ranks have once one has failed
@@ -57,13 +63,11 @@ class Proof:
     """The layouts of one trial as they are tried; the reference is tried first.
 
     Args:
-        worker: what python runs as a rank, before the job's path.
+        worker: what each rank of a layout runs.
     """
 
-    def __init__(
-        self, trial: Trial, *, worker: Sequence[str] = WORKER, timeout: float = _TIMEOUT
-    ) -> None:
-        self._trial, self.worker, self._timeout = trial, tuple(worker), timeout
+    def __init__(self, trial: Trial, *, worker: Worker = work, timeout: float = _TIMEOUT) -> None:
+        self._trial, self.worker, self._timeout = trial, worker, timeout
         self._curves: dict[Layout, Curve] = {}
         self._saved: dict[Layout, Path] = {}
         self._count = 0
@@ -146,7 +150,7 @@ class Proof:
         path = self._trial.folder / f"{name}.job.json"
         files.write_json(path, job)
         start = time.monotonic()
-        _run_ranks((*self.worker, str(path)), layout.ranks, self._timeout, self._trial.folder)
+        _run_ranks(self.worker, path, layout.ranks, self._timeout, self._trial.folder)
         after = "" if resume == "never" else ", resumed"
         logger.info("%-44s %5.1f s", layout.name + after, time.monotonic() - start)
         if resume == "never":
@@ -228,8 +232,8 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _run_ranks(command: Sequence[str], count: int, timeout: float, folder: Path) -> None:
-    """Run python with `command` as each of `count` ranks.
+def _run_ranks(worker: Worker, job: Path, count: int, timeout: float, folder: Path) -> None:
+    """Run `worker(job)` as each of `count` ranks.
 
     Raises:
         _Failed: a rank failed, or not all were done in time; none is left running.
@@ -237,51 +241,66 @@ def _run_ranks(command: Sequence[str], count: int, timeout: float, folder: Path)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    ranks: list[subprocess.Popen[bytes]] = []
-    logs: list[IO[bytes]] = []
+    context = _context()
+    logs = [folder / f"rank_{rank}.log" for rank in range(count)]
+    ranks = [
+        context.Process(
+            target=_be_rank,
+            args=(worker, str(job), env.rank_environment(rank, count, port), str(logs[rank])),
+            daemon=True,
+        )
+        for rank in range(count)
+    ]
     try:
-        for rank in range(count):
-            logs.append(open(folder / f"rank_{rank}.log", "w+b"))  # noqa: SIM115
-            ranks.append(
-                subprocess.Popen(
-                    [sys.executable, *command],
-                    env=env.rank_environment(rank, count, port),
-                    stdin=subprocess.DEVNULL,
-                    stdout=logs[rank],
-                    stderr=subprocess.STDOUT,
-                )
-            )
+        for process in ranks:
+            process.start()
         _wait(ranks, logs, timeout)
     finally:
         for process in ranks:
-            process.kill()
-            process.wait()
-        for log in logs:
-            log.close()
+            if process.pid is not None:
+                process.kill()
+                process.join()
 
 
-def _wait(
-    ranks: Sequence[subprocess.Popen[bytes]], logs: Sequence[IO[bytes]], timeout: float
-) -> None:
+def _context() -> SpawnContext | ForkServerContext:
+    """How ranks begin: as forks of a server that only imports, since that takes most of their time.
+
+    A process that has counted GPUs cannot be forked, and DeepSpeed's import counts them.
+    """
+    if torch.cuda.device_count():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__, "megalite.engine.preload"])
+    return context
+
+
+def _be_rank(worker: Worker, job: str, environ: dict[str, str], log: str) -> None:
+    env.replace(environ)
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    worker(job)
+
+
+def _wait(ranks: Sequence[BaseProcess], logs: Sequence[Path], timeout: float) -> None:
     deadline, first = time.monotonic() + timeout, None
-    while any(process.poll() is None for process in ranks):
-        failed = [i for i, process in enumerate(ranks) if process.poll()]
+    while any(process.exitcode is None for process in ranks):
+        failed = [i for i, process in enumerate(ranks) if process.exitcode]
         if failed and first is None:
             first = failed[0]
             deadline = min(deadline, time.monotonic() + _LAST_WORDS)
         if time.monotonic() > deadline:
             break
         time.sleep(0.02)
-    failed = [i for i, process in enumerate(ranks) if process.poll()]
+    failed = [i for i, process in enumerate(ranks) if process.exitcode]
     if first is None and failed:
         first = failed[0]
-    if first is None and all(process.poll() == 0 for process in ranks):
+    if first is None and all(process.exitcode == 0 for process in ranks):
         return
     if first is None:
-        unfinished = [i for i, process in enumerate(ranks) if process.poll() is None]
+        unfinished = [i for i, process in enumerate(ranks) if process.exitcode is None]
         raise _Failed(None, f"ranks {unfinished} were not done after {timeout:.0f} s")
-    logs[first].seek(0)
-    words = logs[first].read().decode(errors="replace").strip().splitlines()
-    code = ranks[first].returncode
+    words = logs[first].read_text(errors="replace").strip().splitlines()
+    code = ranks[first].exitcode
     told = "\n".join(words[-8:]) or "it said nothing"
     raise _Failed(code, f"rank {first} ended with exit code {code}:\n{told}")

@@ -1,13 +1,11 @@
 """One rank of a layout: trains it through the front door and looks into its steps.
 
-Started as `python -m megalite.train.parity.worker JOB`, a JSON file (`Job`). A run keeps the
-tensors it sees, or compares them with those another run kept, or both.
+A run keeps the tensors it sees, or compares them with those another run kept, or both.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -232,5 +230,6 @@ def main(path: str) -> None:
         files.write_atomic(Path(job.report), json.dumps(report, allow_nan=False))
 
 
-if __name__ == "__main__":
-    run_main(partial(main, sys.argv[1]), ranks=True)
+def work(path: str) -> None:
+    """`main`, and the end of the process with its exit code."""
+    run_main(partial(main, path), ranks=True)
