@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.parity.test_layouts import OTHER, misses, reference  # noqa: F401
+from tests.parity.test_layouts import OTHER, _reference, misses, reference  # noqa: F401
 from tests.ranks import run_ranks
-from tests.runs import curve, run_file, train, zero
+from tests.runs import curve, rows, run_file, train, zero
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,23 @@ def test_tensor_parallel_agrees_with_one_plain_process(
     sections = OTHER if oracle == "other" else {}
     raw = run_file(shards, tmp_path, **sections, parallel={"tensor": tensor}, deepspeed=zero(stage))
     assert misses(raw, ranks, reference[oracle]) == []
+
+
+FOUR_HEADS = {"num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("tied", [False, True])
+def test_four_tensor_parallel_ranks_agree_with_one_plain_process(
+    shards: dict[str, str], tmp_path: Path, tied: bool, stage: int
+) -> None:
+    """A vocabulary of 301, which 4 does not divide."""
+    model = FOUR_HEADS | {"tie_word_embeddings": tied, "attention_bias": tied, "mlp_bias": tied}
+    plain = run_file(shards, tmp_path / "plain", model=model)
+    run_ranks(_reference, 1, plain)
+    oracle = {"curve": curve(plain), "valid": [row["loss"] for row in rows(plain, "valid")]}
+    sections = {"model": model, "parallel": {"tensor": 4}, "deepspeed": zero(stage)}
+    assert misses(run_file(shards, tmp_path / "four", **sections), 4, oracle) == []
 
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}

@@ -99,11 +99,7 @@ class Proof:
         return _judge(layout.name, self._curves[layout], expected, differences, (LOSS, NORM))
 
     def try_resume(self, pair: Resume) -> Finding:
-        """Go on from a saved run's middle; compare with the same steps of a run that did not stop.
-
-        What is loaded, and gradients, with the run that was saved; loss and norm with the layout's
-        own, if it was tried: on a CPU norms of long tensors depend on how they are cut (to 3e-5).
-        """
+        """Go on from a saved run's middle; compare with the same steps of the run that went on."""
         if pair.saved not in self._saved:
             return _failure(pair.name, "there is no checkpoint to go on from: its layout failed")
         checkpoint = self._saved[pair.saved] / "checkpoints" / folder_name(SAVED)
@@ -113,8 +109,7 @@ class Proof:
             )
         except _Failed as error:
             return _failure(pair.name, error)
-        whole = self._curves.get(pair.resumed, self._curves[pair.saved])
-        expected = {n: row for n, row in whole.items() if n > SAVED}
+        expected = {n: row for n, row in self._curves[pair.saved].items() if n > SAVED}
         found = _read_curve(self._last)
         return _judge(pair.name, found, expected, differences, (RESUMED, RESUMED))
 
