@@ -128,7 +128,7 @@ def test_only_damaged_checkpoints_stop_the_run(saved: dict[str, Any], tmp_path: 
     raw = interrupt(saved, tmp_path)
     checkpoints = tmp_path / "run" / "checkpoints"
     damage(next((checkpoints / "step_00000010").glob("model-*")))
-    with pytest.raises(AssertionError, match="never|every checkpoint in .* is damaged"):
+    with pytest.raises(AssertionError, match=r"never|every checkpoint in .* is damaged"):
         run_ranks(train, 2, raw)
     assert (checkpoints / "bad_00000010").is_dir()
 
@@ -147,3 +147,33 @@ def test_a_new_run_starts_from_the_weights_of_another(
 
 def _train_from(launch: Any, raw: dict[str, Any], source: str) -> None:
     train(launch, raw, init_from=source)
+
+
+def _groups_at(launch: Any, raw: dict[str, Any], step: int) -> list[tuple[float, float, int]]:
+    """What the engine's inner optimizer uses in a step: each group's decay, lr and parameters."""
+    found = []
+
+    def look(at: int, engine: Any, _grid: Any) -> None:
+        if at == step:
+            for group in engine.optimizer.param_groups:
+                names = group.get("names") or group["params"]
+                found.append((group["weight_decay"], group["lr"], len(names)))
+
+    train(launch, raw, inspect=look)
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_groups_keep_their_own_hyper_parameters(
+    shards: dict[str, str], tmp_path: Path, stage: int
+) -> None:
+    """One group decays, the other does not, before a resume and after it on another layout."""
+    optimizer = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.3}
+    raw = run_file(
+        shards, tmp_path / "a", optimizer=optimizer, deepspeed=zero(stage), checkpoint=SAVE
+    )
+    before = run_ranks(_groups_at, 2, raw, 11)[0]
+    resumed = interrupt(raw, tmp_path / "b") | {"deepspeed": zero(4 - stage)}
+    after = run_ranks(_groups_at, 1, resumed, 11)[0]
+    assert [group[:2] for group in after] == [group[:2] for group in before]
+    assert sorted(group[0] for group in after) == [0.0, 0.3]
