@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megalite import env
 from megalite.log import run_main
 
 _ABOUT = """\
@@ -22,10 +23,11 @@ Turn a corpus into shards of tokens that launcher/pretrain.py reads.
 _INPUTS = """\
 inputs, each by its name:
   corpus.jsonl notes.txt.gz     JSON lines (.jsonl .ndjson .json), Parquet (.parquet), and anything
-                                else as one document of UTF-8 text; .gz and .zst are unpacked
+                                else as one document of UTF-8 text; .gz .bz2 .xz .zst are unpacked
   "web/**/*.parquet"            a glob, quoted or expanded by the shell
   src/                          every file below a folder, but for names that begin with a dot
-  hf:stanfordnlp/imdb:train     a data set of the Hugging Face hub, streamed; its split, or train
+  saved/                        a data set written by `save_to_disk`
+  hf:stanfordnlp/imdb:train     a data set of the Hugging Face hub; hf:NAME@CONFIG:SPLIT
 
 A record without the field, cut JSON, bad UTF-8, a NUL or an empty document is a bad record: named,
 counted, and left out if --max-bad-records allows it. DIR appears when everything succeeded.
@@ -47,12 +49,15 @@ back as they were. Larger corpora are sampled, alike in every run.
 _TOKENIZE = (
     """\
 Encode documents into DIR: shard_00000.bin and .idx (Megatron-LM's format), tokenizer/ and
-manifest.json. Each document ends with EOS. The shards do not depend on --workers.
+manifest.json. Each document ends with EOS. The shards do not depend on workers or ranks, and the
+same command goes on where a killed one stopped.
 
   python -m data_prep tokenize --input "corpus/*.jsonl" --tokenizer data/tok --output data/train
   python -m data_prep tokenize --input books/ --tokenizer bytes --output data/books --workers 8
   python -m data_prep tokenize --input hf:stanfordnlp/imdb:train --tokenizer data/tok \\
       --output data/imdb --max-bad-records 10
+  mpirun -n 64 python -m data_prep tokenize --input "web/*.jsonl.zst" --tokenizer data/tok \\
+      --output data/web --deduplicate
 
 """
     + _INPUTS
@@ -99,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     show = command("inspect", "show what a shard folder holds", _INSPECT, _inspect)
     show.add_argument("folder", type=Path, metavar="DIR")
     show.add_argument(
+        "--picture", type=Path, metavar="FILE.svg", help="also draw the lengths of documents"
+    )
+    show.add_argument(
         "--document", type=_at_least(0), metavar="N", help="the text of a document, from 0"
     )
     return parser
@@ -126,7 +134,22 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
         help="most tokens in a shard; default: 100000000, 200 MB as uint16",
     )
     parser.add_argument(
-        "--workers", type=_at_least(1), metavar="N", help="default: the cores at hand"
+        "--workers",
+        type=_at_least(1),
+        metavar="N",
+        help="processes; default: the cores at hand, or 1 a rank under mpirun and srun",
+    )
+    parser.add_argument(
+        "--deduplicate", action="store_true", help="leave out documents that came before"
+    )
+    parser.add_argument(
+        "--no-streaming",
+        dest="streaming",
+        action="store_false",
+        help="download hub data sets whole before they are read",
+    )
+    parser.add_argument(
+        "--lossy", action="store_true", help="take a tokenizer that does not give back every text"
     )
     parser.add_argument("--bos", action="store_true", help="begin each document with BOS")
     parser.add_argument(
@@ -185,12 +208,17 @@ def _tokenize(chosen: argparse.Namespace) -> int:
         output=chosen.output,
         text_field=chosen.text_field,
         shard_tokens=chosen.shard_tokens,
-        workers=chosen.workers or _cores(),
+        workers=chosen.workers or (_cores() if env.find_place()[1] == 1 else 1),
         max_bad_records=chosen.max_bad_records,
         bos=chosen.bos,
         eos=chosen.eos,
+        deduplicate=chosen.deduplicate,
+        streaming=chosen.streaming,
+        lossy=chosen.lossy,
     )
     manifest = tokenize(options)
+    if env.find_place()[0]:
+        return 0  # rank 0 speaks for all
     sys.stdout.write(
         f"{chosen.output}: {len(manifest.shards)} shards, {manifest.documents:,} documents, "
         f"{manifest.tokens:,} tokens\n"
@@ -207,8 +235,8 @@ def _verify(chosen: argparse.Namespace) -> int:
 def _inspect(chosen: argparse.Namespace) -> int:
     from data_prep.report import inspect
 
-    return inspect(chosen.folder, chosen.document)
+    return inspect(chosen.folder, chosen.document, chosen.picture)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, find_rank=lambda: env.find_place()[0])

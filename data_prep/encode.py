@@ -1,37 +1,45 @@
 """`tokenize`: documents into shards, and a manifest that says what they are.
 
-The shards are a function of the input, the tokenizer and the options that the manifest records:
-the number of workers changes the time alone.
+The shards are a function of the input, the tokenizer and the options that the manifest records.
+Workers, here or on other hosts, change the time alone: each takes parts of the input from a common
+folder, rank 0 joins what they made. Killed at any moment, the same command goes on.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from data_prep.inputs import Unit, find_units
-from data_prep.output import ShardSeries, staged
-from data_prep.readers import BadRecords, read_documents
-from megalite.errors import CommandError, DataError
-from megalite.files import sync_directory, sync_file
-from megalite.formats.index import Integers, dtype_for
-from megalite.formats.manifest import Manifest, SourceInfo, TokenizerInfo, write_manifest
+from data_prep.crew import Crew
+from data_prep.folder import Run, WorkFolder, read, write
+from data_prep.inputs import Stream, find_streams
+from data_prep.join import Join, kept, plan_join, read_join, read_shards, write_join, write_shards
+from data_prep.progress import shown
+from data_prep.work import Encoder, Tally, Worker, part_name, part_path, read_header
+from megalite import env
+from megalite.errors import CommandError, DataError, MegaLiteError
+from megalite.files import publish, sync_directory, sync_file
+from megalite.formats.manifest import (
+    Manifest,
+    SourceInfo,
+    TokenizerInfo,
+    load_manifest,
+    write_manifest,
+)
 from megalite.formats.tokenizer import Tokenizer, check_round_trip, load_tokenizer
-from megalite.log import logger
 
-# Encoded at once. Documents are dealt to threads, so a batch holds many times as many as there are.
-_BATCH_CHARACTERS = 8 << 20
-_REPORT_EVERY = 5.0  # seconds
+_RANK_0_COMES = 300.0  # seconds
+_SUCCESSOR_COMES = 15.0  # seconds
+_POLL = 0.1  # seconds
 
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """The arguments of `tokenize`."""
+    """The arguments of `tokenize`. workers: of each rank."""
 
     inputs: Sequence[str]
     tokenizer: str
@@ -42,6 +50,9 @@ class TokenizeOptions:
     max_bad_records: int = 0
     bos: bool = False
     eos: bool = True
+    deduplicate: bool = False
+    streaming: bool = True
+    lossy: bool = False
 
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: all that the shards depend on, and nothing else."""
@@ -49,123 +60,230 @@ class TokenizeOptions:
         del kept["output"], kept["workers"]
         return {**kept, "inputs": list(self.inputs)}
 
+    def asked(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """What two runs have in common that can share their work."""
+        asked = self.recorded() | {"tokenizer": tokenizer.sha256}
+        del asked["max_bad_records"]
+        return asked
+
 
 @dataclass
-class _Tally:
-    """What one --input gave so far."""
+class _Task:
+    """What a rank works with."""
 
-    files: int = 0
-    bytes: int = 0
-    documents: int = 0
-    tokens: int = 0
-    bad_records: int = 0
+    options: TokenizeOptions
+    encoder: Encoder
+    folder: WorkFolder
+    rank: int
+    ranks: int
 
+    def worker(self, run: Run, streams: Sequence[Stream], place: int) -> Worker:
+        return Worker(
+            run,
+            self.folder.parts,
+            streams,
+            self.encoder,
+            place=place,
+            places=max(1, self.ranks * self.options.workers),
+            text_field=self.options.text_field,
+            hashes=self.options.deduplicate,
+            limit=self.options.max_bad_records,
+        )
 
-class _Encoder:
-    """A tokenizer with its policy for the ends of documents."""
+    def work(self, run: Run, streams: Sequence[Stream], number: int) -> None:
+        """All that a worker does beside the leader: encode, wait for the plan, write shards."""
+        place = self.rank * self.options.workers + number
+        worker = self.worker(run, streams, place)
+        worker.encode_all()
+        worker.wait(run.join.exists)
+        self.write_shards(run, place)
 
-    def __init__(self, tokenizer: Tokenizer, *, bos: bool, eos: bool) -> None:
-        self._tokenizer = tokenizer
-        self.bos = _control(tokenizer.bos_id, "BOS", "leave out --bos") if bos else None
-        self.eos = _control(tokenizer.eos_id, "EOS", "pass --no-eos") if eos else None
-        self._before = np.array([] if self.bos is None else [self.bos], np.int32)
-        self._after = np.array([] if self.eos is None else [self.eos], np.int32)
+    def write_shards(self, run: Run, place: int) -> Join:
+        join, tokenizer = read_join(run), self.encoder.tokenizer
+        first = place * len(join.shards) // max(1, self.ranks * self.options.workers)
+        first %= max(1, len(join.shards))
+        dtype, size = self.encoder.dtype, tokenizer.vocab_size
+        write_shards(run, self.folder.parts, join, dtype, vocab_size=size, first=first)
+        return join
 
-    def encode(self, texts: Sequence[str], *, threads: int) -> Iterator[Integers]:
-        for ids in self._tokenizer.encode_batch(texts, threads=threads):
-            yield np.concatenate([self._before, ids, self._after])
+    def crew(self, run: Run, streams: Sequence[Stream]) -> Crew:
+        """The workers of this rank beside the calling process, which works where it is alone."""
+        if (count := self.options.workers) > 1 and all(s.parts is not None for s in streams):
+            count = min(count, sum(s.parts or 0 for s in streams))
+        return Crew(self.work, run, streams, count if count > 1 else 0)
 
 
 def tokenize(options: TokenizeOptions) -> Manifest:
-    """Encode all documents of the input into a new shard folder.
+    """Encode all documents of the input into a new shard folder; on any rank but 0 help with it.
 
     Raises:
-        CommandError: an input that names nothing, an output that is taken.
+        CommandError: an input that names nothing, an output that is taken or being written.
         DataError: a tokenizer or a file that cannot be used, too many bad records, no document.
+        MegaLiteError: the disk refused; another rank failed.
     """
+    for name, value in (("TOKENIZERS_PARALLELISM", "false"), ("RAYON_NUM_THREADS", "1")):
+        env.set_default(name, value)  # a worker is a process
     tokenizer = load_tokenizer(options.tokenizer)
-    check_round_trip(tokenizer)
-    encoder = _Encoder(tokenizer, bos=options.bos, eos=options.eos)
-    units = find_units(options.inputs)
-    tallies = [_Tally() for _ in options.inputs]
-    dtype = dtype_for(tokenizer.vocab_size)
-    with staged(options.output) as staging:
-        with ShardSeries(
-            staging, dtype, vocab_size=tokenizer.vocab_size, shard_tokens=options.shard_tokens
-        ) as series:
-            for batch in _with_progress(_batches(units, options, tallies), tallies):
-                texts = [text for _, text in batch]
-                encoded = encoder.encode(texts, threads=options.workers)
-                for (source, _), ids in zip(batch, encoded, strict=True):
-                    series.add_document(ids)
-                    tallies[source].tokens += ids.size
-        manifest = Manifest(
-            dtype=dtype.name,
-            vocab_size=tokenizer.vocab_size,
-            tokenizer=_save(tokenizer, staging),
-            bos=encoder.bos,
-            eos=encoder.eos,
-            documents=sum(tally.documents for tally in tallies),
-            tokens=sum(tally.tokens for tally in tallies),
-            shards=series.shards,
-            sources=[
-                SourceInfo(input=name, **asdict(tally))
-                for name, tally in zip(options.inputs, tallies, strict=True)
-            ],
-            arguments=options.recorded(),
-        )
-        if not manifest.documents:
-            raise DataError(f"no document in {', '.join(options.inputs)}; nothing was written")
-        write_manifest(staging, manifest)
+    if not options.lossy:
+        check_round_trip(tokenizer)
+    encoder = Encoder(tokenizer, bos=options.bos, eos=options.eos)
+    folder = WorkFolder(options.output, options.asked(tokenizer))
+    rank, ranks = env.find_place()
+    task = _Task(options, encoder, folder, rank, ranks)
+    try:
+        return _lead(task) if rank == 0 else _follow(task)
+    except OSError as error:
+        raise MegaLiteError(f"{options.output} was not written: {error}") from error
+
+
+def _lead(task: _Task) -> Manifest:
+    options, folder = task.options, task.folder
+    if folder.was_published():
+        folder.clear()
+        return load_manifest(options.output)
+    _refuse_taken(options.output)
+    streams = find_streams(options.inputs, streaming=options.streaming)
+    with folder.lead() as run:
+        write(run.plan, [asdict(stream) for stream in streams])
+        folder.start(run)
+        with _failing(run), task.crew(run, streams) as crew:
+            worker = task.worker(run, streams, 0)
+            with shown(run, streams, options.max_bad_records):
+                if crew.idle:
+                    worker.encode_all()
+                worker.wait(lambda: crew.check() and worker.all_done())
+            parts = _parts(run, worker, streams)
+            join = plan_join(
+                run,
+                folder.parts,
+                [name for _, name in parts],
+                shard_tokens=options.shard_tokens,
+                deduplicate=options.deduplicate,
+            )
+            tallies = _tally(task, run, join, [source for source, _ in parts])
+            write_join(run, join)
+            if crew.idle:
+                task.write_shards(run, 0)
+            shards = _wait_for(lambda: crew.check() and read_shards(run, len(join.shards)), run)
+            manifest = _manifest(task, streams, tallies, shards, run.shards)
+        publish(run.shards, options.output)
+    folder.clear()
     return manifest
 
 
-def _batches(
-    units: Sequence[Unit], options: TokenizeOptions, tallies: Sequence[_Tally]
-) -> Iterator[list[tuple[int, str]]]:
-    """Documents in order, each with the number of its --input, some millions of characters a time.
+def _follow(task: _Task) -> Manifest:
+    """Work for the run that rank 0 leads, until its output is there."""
+    output, patience = task.options.output, _RANK_0_COMES
+    while True:
+        deadline = time.monotonic() + patience
+        while (run := task.folder.follow()) is None or (found := read(run.plan)) is None:
+            if (output / "manifest.json").exists():
+                return load_manifest(output)
+            if time.monotonic() > deadline:
+                raise MegaLiteError(f"rank 0 leads no run for {output}, or has ended it")
+            time.sleep(_POLL)
+        streams = [Stream(**stream) for stream in found]
+        try:
+            with _failing(run), task.crew(run, streams) as crew:
+                if crew.idle:
+                    task.work(run, streams, 0)
+                _wait_for(lambda: crew.check() and not run.folder.exists(), run)
+        except FileNotFoundError:  # rank 0 has ended the run, or begun another
+            pass
+        patience = _SUCCESSOR_COMES
 
-    The tallies count what was read; only one batch is held.
+
+@contextmanager
+def _failing(run: Run) -> Iterator[None]:
+    """What goes wrong here stops all ranks."""
+    try:
+        yield
+    except MegaLiteError as error:
+        run.fail(error)
+        raise
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        run.fail(MegaLiteError(f"the disk refused: {error}"))
+        raise
+
+
+def _wait_for(result: Callable[[], Any], run: Run) -> Any:
+    pause = 0.005
+    while not (found := result()):
+        run.check()
+        time.sleep(pause)
+        pause = min(2 * pause, _POLL)
+    return found
+
+
+def _parts(run: Run, worker: Worker, streams: Sequence[Stream]) -> list[tuple[int, str]]:
+    """Every part in input order: the number of its --input, and its name."""
+    parts = []
+    for stream, key in zip(streams, worker.keys, strict=True):
+        last = run.last(key) if stream.parts is None else stream.parts - 1
+        assert last is not None
+        parts += [(stream.source, part_name(key, part)) for part in range(last + 1)]
+    return parts
+
+
+def _tally(task: _Task, run: Run, join: Join, sources: Sequence[int]) -> list[Tally]:
+    """What came of each --input.
+
+    Raises:
+        DataError: more bad records than allowed, also where earlier runs met them; no document.
     """
-    bad = BadRecords(options.max_bad_records)
-    batch, characters = [], 0
-    for unit in units:
-        tally, bad_before = tallies[unit.source], bad.count
-        for text in read_documents(unit, options.text_field, bad):
-            batch.append((unit.source, text))
-            tally.documents += 1
-            tally.bytes += len(text.encode())
-            characters += len(text)
-            if characters >= _BATCH_CHARACTERS:
-                yield batch
-                batch, characters = [], 0
-        tally.files += 1
-        tally.bad_records += bad.count - bad_before
-    if batch:
-        yield batch
+    options, parts = task.options, task.folder.parts
+    tallies = [Tally() for _ in options.inputs]
+    faults: list[str] = []
+    for source, (name, first) in zip(sources, join.parts, strict=True):
+        tallies[source].add(kept(run, parts, name, first))
+        faults += read_header(part_path(parts, name)).faults
+    if (bad := sum(tally.bad_records for tally in tallies)) > options.max_bad_records:
+        raise DataError(
+            f"{faults[min(options.max_bad_records, len(faults) - 1)]}; bad record "
+            f"{options.max_bad_records + 1} of {bad}, more than --max-bad-records "
+            f"{options.max_bad_records} allows: mend the input, or allow more"
+        )
+    if not any(tally.documents for tally in tallies):
+        raise DataError(f"no document in {', '.join(options.inputs)}; nothing was written")
+    return tallies
 
 
-def _with_progress(
-    batches: Iterator[list[tuple[int, str]]], tallies: Sequence[_Tally]
-) -> Iterator[list[tuple[int, str]]]:
-    """The same batches; every few seconds, and at the end, a line with the rate."""
-    began = reported = time.monotonic()
-    for batch in batches:
-        yield batch
-        if time.monotonic() - reported >= _REPORT_EVERY:
-            reported = time.monotonic()
-            _report("so far", tallies, reported - began)
-    _report("all", tallies, time.monotonic() - began)
-
-
-def _report(label: str, tallies: Sequence[_Tally], seconds: float) -> None:
-    documents = sum(tally.documents for tally in tallies)
-    size, tokens = sum(tally.bytes for tally in tallies), sum(tally.tokens for tally in tallies)
-    logger.info(
-        "%s: %s documents, %.1f MB of text, %s tokens in %.1f s (%.2f MB/s, %s tokens/s)",
-        *(label, f"{documents:,}", size / 1e6, f"{tokens:,}", seconds),
-        *(size / 1e6 / max(seconds, 1e-9), f"{tokens / max(seconds, 1e-9):,.0f}"),
+def _manifest(
+    task: _Task, streams: Sequence[Stream], tallies: Sequence[Tally], shards: Any, folder: Path
+) -> Manifest:
+    """Complete a shard folder; the manifest is written last."""
+    options, encoder = task.options, task.encoder
+    files = [
+        sum(len(stream.paths) for stream in streams if stream.source == number)
+        for number in range(len(tallies))
+    ]
+    sources = [
+        SourceInfo(
+            input=name,
+            files=count,
+            bytes=tally.bytes,
+            documents=tally.documents,
+            tokens=tally.tokens,
+            bad_records=tally.bad_records,
+        )
+        for name, count, tally in zip(options.inputs, files, tallies, strict=True)
+    ]
+    manifest = Manifest(
+        dtype=encoder.dtype.name,
+        vocab_size=encoder.tokenizer.vocab_size,
+        tokenizer=_save(encoder.tokenizer, folder),
+        bos=encoder.bos,
+        eos=encoder.eos,
+        documents=sum(tally.documents for tally in tallies),
+        tokens=sum(tally.tokens for tally in tallies),
+        shards=shards,
+        sources=sources,
+        arguments=options.recorded(),
     )
+    write_manifest(folder, manifest)
+    return manifest
 
 
 def _save(tokenizer: Tokenizer, staging: Path) -> TokenizerInfo:
@@ -178,7 +296,6 @@ def _save(tokenizer: Tokenizer, staging: Path) -> TokenizerInfo:
     return TokenizerInfo(path=f"{folder.name}/{name}", sha256=tokenizer.sha256)
 
 
-def _control(id: int | None, name: str, otherwise: str) -> int:
-    if id is None:
-        raise CommandError(f"the tokenizer has no {name} token; use another, or {otherwise}")
-    return id
+def _refuse_taken(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CommandError(f"--output {output} exists and is not empty; name a new folder")

@@ -1,25 +1,35 @@
-"""What `--input` means: files, folders, globs and hub data sets, in an order that never varies.
+"""What `--input` means, and how it is cut into parts that do not depend on who reads them.
 
 corpus.jsonl              a file, by its ending: JSON lines (.jsonl .ndjson .json), Parquet
-                          (.parquet), anything else one document of text; .gz and .zst inside
-                          .jsonl.gz or .txt.zst are unpacked
+                          (.parquet), anything else one document of text; .gz, .bz2, .xz and .zst
+                          inside .jsonl.gz or .txt.zst are unpacked
 "web/**/*.parquet"        a glob, quoted or expanded by the shell
 src/                      a folder: every file below it, except names that begin with a dot
-hf:NAME[:SPLIT]           a data set of the Hugging Face hub or a local folder of data files
+saved/, saved/:SPLIT      a folder written by save_to_disk of `datasets`
+hf:NAME[@CONFIG][:SPLIT]  a data set of the Hugging Face hub or a local folder of data files
 """
 
 from __future__ import annotations
 
+import functools
 import glob
+import hashlib
+import json
+import os
+import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from data_prep.packed import PACKED, is_packed
+from data_prep.sets import HUB, hub_facts, saved_folder, saved_parts
+from data_prep.tables import ParquetTable, even_parts
 from megalite.errors import CommandError
 from megalite.log import logger
 
-Kind = Literal["text", "jsonl", "parquet", "hub"]
+Kind = Literal["text", "jsonl", "parquet", "hub", "saved"]
 
 _KINDS: dict[str, Kind] = {
     ".jsonl": "jsonl",
@@ -27,48 +37,81 @@ _KINDS: dict[str, Kind] = {
     ".json": "jsonl",
     ".parquet": "parquet",
 }
-PACKED = (".gz", ".zst")
-_HUB = "hf:"
+_PARTS = 256  # about as many as a large input is cut into
+_LEAST, _MOST = 1 << 20, 64 << 20  # bytes of a part
+_UNPACKED = 4  # times its size is what a packed file is taken to hold
+_FOOTER_READERS = 16
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A part of the input that is read from its beginning to its end, by one reader.
+class Stream:
+    """Input that is read in parts.
 
-    The order of units, and of documents in each, is the order of documents in the shards. Units do
-    not depend on who reads them.
+    The order of streams, of parts, and of documents in a part is their order in the shards.
     """
 
-    source: int  # which --input it belongs to
+    source: int  # which --input
     kind: Kind
-    path: str  # NAME[:SPLIT] of a hub data set
+    paths: tuple[str, ...]  # small files that make one part, or one file, set, or saved folder
+    identity: str  # a digest: equal for equal documents in each part
+    parts: int | None  # None: found out by reading
+    part_bytes: int  # bytes of a part, of unpacked input
+    size: int  # bytes on disk; of a hub set that is streamed 0
+    streaming: bool = True  # of hub sets alone
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "paths", tuple(self.paths))  # a list, as JSON gives it back
 
     def __str__(self) -> str:
-        return f"{_HUB}{self.path}" if self.kind == "hub" else self.path
+        name = HUB + self.paths[0] if self.kind == "hub" else self.paths[0]
+        return f"{name} and {len(self.paths) - 1} more" if len(self.paths) > 1 else name
 
 
-def find_units(inputs: Sequence[str]) -> list[Unit]:
-    """The units of all inputs, in the order given; in a glob or a folder by name.
+@dataclass(frozen=True)
+class _Found:
+    """A file, or a set, as it was found."""
+
+    source: int
+    kind: Kind
+    path: str
+    real: str  # the path without links
+    size: int = 0
+    stamps: tuple[Any, ...] = ()  # what tells it from another under the same name
+
+    @property
+    def weight(self) -> int:
+        return self.size * _UNPACKED if is_packed(self.path) else self.size
+
+
+def find_streams(
+    inputs: Sequence[str], *, streaming: bool = True, part_bytes: int | None = None
+) -> list[Stream]:
+    """The streams of all inputs, in the order given; in a glob or a folder by name.
+
+    Small files are read several to a part, large ones in several parts: JSON lines by ranges of
+    bytes, Parquet by row groups. The files of the input and `part_bytes` alone decide; where that
+    is None, `choose_part_bytes` of their sizes. Hub sets are `streaming`, or downloaded now.
 
     Raises:
-        CommandError: an input that names nothing.
+        CommandError: an input that names nothing, or what is no file or may not be read.
+        DataError: a Parquet file or a data set that cannot be opened.
     """
-    units: list[Unit] = []
-    seen: set[str] = set()
-    again = 0
-    for source, name in enumerate(inputs):
-        if name.startswith(_HUB):
-            units.append(Unit(source, "hub", name.removeprefix(_HUB)))
-            continue
-        for path in _files(name):
-            if (real := str(path.resolve())) in seen:
-                again += 1
-                continue
-            seen.add(real)
-            units.append(Unit(source, kind_of(path), str(path)))
-    if again:
-        logger.warning("%d files are named by two inputs; each is read once", again)
-    return units
+    found = _without_doubles(inputs)
+    part_bytes = part_bytes or choose_part_bytes(sum(one.weight for one in found))
+    streams = [_stream(group, part_bytes, streaming) for group in _groups(found, part_bytes)]
+    tables = [
+        n for n, stream in enumerate(streams) if stream.kind == "parquet" and stream.parts is None
+    ]
+    with ThreadPoolExecutor(_FOOTER_READERS) as pool:
+        counts = pool.map(lambda n: _count_parts(streams[n]), tables)
+        for number, count in zip(tables, counts, strict=True):
+            streams[number] = replace(streams[number], parts=count)
+    return streams
+
+
+def choose_part_bytes(total: int) -> int:
+    """A power of two, `total` / 256 or less, from 1 to 64 MiB: enough parts for many workers."""
+    return min(max(_LEAST, 1 << (total // _PARTS).bit_length() >> 1), _MOST)
 
 
 def kind_of(path: Path) -> Kind:
@@ -79,15 +122,94 @@ def kind_of(path: Path) -> Kind:
     return _KINDS.get(suffixes[-1], "text") if suffixes else "text"
 
 
-def _files(name: str) -> Iterator[Path]:
+def _groups(found: Sequence[_Found], part_bytes: int) -> Iterator[list[_Found]]:
+    """What one stream is made of: consecutive files of an input and a kind, or one large one."""
+    group: list[_Found] = []
+    weight = 0
+    for one in found:
+        alike = group and (one.source, one.kind) == (group[0].source, group[0].kind)
+        if group and (
+            not alike or one.kind in ("hub", "saved") or weight + one.weight > part_bytes
+        ):
+            yield group
+            group, weight = [], 0
+        group.append(one)
+        weight += one.weight
+    if group:
+        yield group
+
+
+def _stream(group: Sequence[_Found], part_bytes: int, streaming: bool) -> Stream:
+    first = group[0]
+    parts: int | None = 1
+    size = sum(one.size for one in group)
+    marks: list[Any] = [[one.real, *one.stamps] for one in group]
+    if first.kind == "hub":
+        facts = hub_facts(first.path, streaming=streaming, part_bytes=part_bytes)
+        parts, size = facts.parts, facts.size
+        marks = [first.path, *facts.origin, streaming]
+    elif first.kind == "saved":
+        parts = saved_parts(first.path, part_bytes)
+    elif first.kind == "parquet" and size > part_bytes:
+        parts = None  # until its footer was read
+    elif first.kind == "jsonl" and first.weight > part_bytes:
+        parts = None if is_packed(first.path) else even_parts(size, part_bytes)
+    return Stream(
+        source=first.source,
+        kind=first.kind,
+        paths=tuple(one.path for one in group),
+        identity=hashlib.sha256(json.dumps([first.kind, part_bytes, marks]).encode()).hexdigest(),
+        parts=parts,
+        part_bytes=part_bytes,
+        size=size,
+        streaming=streaming,
+    )
+
+
+def _count_parts(stream: Stream) -> int:
+    table = ParquetTable(stream.paths[0])
+    try:
+        return len(table.parts(stream.part_bytes))
+    finally:
+        table.close()
+
+
+def _without_doubles(inputs: Sequence[str]) -> list[_Found]:
+    kept: dict[str, _Found] = {}
+    again = 0
+    for source, name in enumerate(inputs):
+        for one in _find(source, name):
+            again += one.real in kept
+            kept.setdefault(one.real, one)
+    if again:
+        logger.warning("%d files are named by two inputs; each is read once", again)
+    return list(kept.values())
+
+
+def _find(source: int, name: str) -> Iterator[_Found]:
+    if folder := saved_folder(name.removeprefix(HUB)):
+        yield _saved(source, folder)
+    elif name.startswith(HUB):
+        yield _Found(source, "hub", name.removeprefix(HUB), name)
+    else:
+        yield from _files(source, name)
+
+
+def _files(source: int, name: str) -> Iterator[_Found]:
     path = Path(name)
     # a name with brackets is a file first, and a pattern only where there is no such file
-    matches = [path] if path.exists() else sorted(Path(m) for m in glob.glob(name, recursive=True))
+    there = os.path.lexists(name)
+    matches = [path] if there else sorted(Path(m) for m in glob.glob(name, recursive=True))
+    folders = {match for match in matches if match.is_dir()}
     count = 0
     for match in matches:
-        for file in _below(match) if match.is_dir() else [match]:
+        if match in folders and (folder := saved_folder(str(match))):
             count += 1
-            yield file
+            yield _saved(source, folder)
+            continue
+        for file in _below(match) if match in folders else [match]:
+            count += 1
+            yield _file(source, file)
     if not count:
         what = "no file lies below" if path.is_dir() else "no file matches"
         raise CommandError(
@@ -96,10 +218,48 @@ def _files(name: str) -> Iterator[Path]:
         )
 
 
+def _file(source: int, path: Path) -> _Found:
+    name = str(path)
+    try:
+        status = os.stat(name)
+    except OSError as error:
+        raise CommandError(f"--input {name}: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CommandError(f"--input {name}: no regular file; a pipe or a device can be read once")
+    if not os.access(name, os.R_OK):
+        raise CommandError(f"--input {name}: this user may not read it")
+    real = _real_folder(os.path.dirname(name))
+    real = os.path.realpath(name) if path.is_symlink() else os.path.join(real, path.name)
+    stamps = (status.st_size, status.st_mtime_ns)
+    return _Found(source, kind_of(path), name, real, status.st_size, stamps)
+
+
+def _saved(source: int, folder: Path) -> _Found:
+    files = [folder / "state.json", folder / "dataset_info.json", *sorted(folder.glob("*.arrow"))]
+    found = [_file(source, file) for file in files]
+    stamps = tuple([Path(one.real).name, *one.stamps] for one in found)
+    real = os.path.realpath(folder)
+    return _Found(source, "saved", str(folder), real, sum(one.size for one in found), stamps)
+
+
+@functools.lru_cache(16)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
 def _below(folder: Path) -> list[Path]:
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(
-        path
-        for path in found
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    """All files below a folder, by name; links to folders are followed, each folder once."""
+    found: list[Path] = []
+    entered: set[str] = set()
+
+    def refuse(error: OSError) -> None:
+        raise CommandError(f"--input {error.filename}: {error.strerror}") from error
+
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(place)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += (Path(place, name) for name in names if not name.startswith("."))
+    return sorted(found)

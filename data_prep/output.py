@@ -7,12 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
 from megalite.errors import CommandError, MegaLiteError
 from megalite.files import publish
-from megalite.formats.index import Dtype, Integers
-from megalite.formats.shards import ShardInfo, ShardWriter
 
 
 @contextmanager
@@ -39,46 +36,3 @@ def staged(output: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise MegaLiteError(f"{output} was not written: {error}") from error
         raise
-
-
-class ShardSeries:
-    """Documents, one after the other, into shards of at most `shard_tokens` tokens.
-
-    A document is never cut, so one that is longer than that has a shard to itself. Where shards
-    end depends on the documents alone.
-    """
-
-    def __init__(self, folder: Path, dtype: Dtype, *, vocab_size: int, shard_tokens: int) -> None:
-        self.shards: list[ShardInfo] = []
-        self._folder, self._dtype = folder, dtype
-        self._vocab_size, self._shard_tokens = vocab_size, shard_tokens
-        self._writer: ShardWriter | None = None
-
-    def add_document(self, ids: Integers) -> None:
-        """Append a document; DataError where an id is outside the vocabulary."""
-        if self._writer and self._writer.tokens + ids.size > self._shard_tokens:
-            self.close()
-        if self._writer is None:
-            name = f"shard_{len(self.shards):05d}"
-            self._writer = ShardWriter(self._folder, name, self._dtype, vocab_size=self._vocab_size)
-        self._writer.add_document(ids)
-
-    def close(self) -> None:
-        """Complete the last shard."""
-        if self._writer is not None:
-            writer, self._writer = self._writer, None
-            self.shards.append(writer.close())
-
-    def __enter__(self) -> ShardSeries:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None:
-            self.close()
-        elif self._writer is not None:
-            self._writer.__exit__(kind, error, trace)

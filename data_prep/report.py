@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import numpy as np
+import numpy.typing as npt
 
 from megalite.errors import CommandError
+from megalite.formats.manifest import Manifest
 from megalite.formats.shards import ShardSet, open_shards, verify_folder
 from megalite.formats.tokenizer import load_tokenizer
+
+_EXACT_BITS = 12  # of a length that are counted: a share below 1/2048 of it is not
+_MOST_BINS = 24
+_BAR = 40  # characters
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+_SOURCES = 20  # named; the rest in one line
 
 
 def verify(folder: Path) -> int:
@@ -26,39 +38,205 @@ def verify(folder: Path) -> int:
     return 1 if faults else 0
 
 
-def inspect(folder: Path, document: int | None) -> int:
-    """Print what a shard folder holds, or one document of it as text."""
+def inspect(folder: Path, document: int | None, picture: Path | None = None) -> int:
+    """Print what a shard folder holds, or one document of it as text.
+
+    Memory holds the lengths of one shard's documents, whatever the number of shards.
+
+    Args:
+        picture: an SVG file to draw the lengths of the documents into.
+
+    Raises:
+        CommandError: no such document; a picture that cannot be drawn.
+        DataError: not a shard folder, or one that is damaged.
+    """
+    if picture and document is not None:
+        raise CommandError("--picture shows all documents, --document one; leave one out")
+    if picture and picture.suffix.lower() != ".svg":
+        raise CommandError(f"--picture {picture}: pictures are drawn as SVG; name a file .svg")
     shards = open_shards(folder)
-    sys.stdout.write(_summary(shards) if document is None else _document(shards, document))
+    if document is not None:
+        _print(_document(shards, document))
+        return 0
+    lengths = Lengths.of(shards)
+    _print("".join(f"{name:18s} {value}\n" for name, value in _summary(shards, lengths)))
+    _print("".join(f"{line}\n" for line in _bars(lengths)))
+    if picture:
+        try:
+            picture.write_text(_svg(f"{folder}", lengths), encoding="utf-8")
+        except OSError as error:
+            raise CommandError(f"--picture {picture} cannot be written: {error}") from error
     return 0
 
 
-def _summary(shards: ShardSet) -> str:
+@dataclass
+class Lengths:
+    """How many documents have which number of tokens.
+
+    Lengths of 4,096 and more are counted by their 12 leading bits, so that there are few of them;
+    `shortest` and `longest` are exact.
+    """
+
+    counts: Counter[int] = field(default_factory=Counter)
+    shortest: int = 0
+    longest: int = 0
+
+    @classmethod
+    def of(cls, shards: ShardSet) -> Lengths:
+        """The lengths of a folder's documents, gone through shard by shard."""
+        found = cls()
+        for shard in range(len(shards.manifest.shards)):
+            found.add(shards.document_lengths(shard))
+        return found
+
+    def add(self, lengths: npt.NDArray[np.int64]) -> None:
+        """Count more documents."""
+        if not lengths.size:
+            return
+        low, high = int(lengths.min()), int(lengths.max())
+        self.shortest = min(self.shortest, low) if self.counts else low
+        self.longest = max(self.longest, high)
+        cut = np.maximum(np.frexp(lengths)[1] - _EXACT_BITS, 0)
+        values, counts = np.unique(lengths >> cut << cut, return_counts=True)
+        self.counts.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+
+    def below(self, share: float) -> int:
+        """The least length that at least this share of the documents does not exceed."""
+        values = sorted(self.counts)
+        ends = np.cumsum([self.counts[value] for value in values])
+        place = int(np.searchsorted(ends, share * ends[-1])) if values else 0
+        return values[place] if values else 0
+
+    def bins(self) -> list[tuple[int, int, int]]:
+        """(first length, last length, documents) of each bar: octaves in 1, 2, 4 or 8 equal parts.
+
+        The most parts are taken that make 24 bars at most, else 1. Documents without tokens have a
+        bar of their own.
+        """
+        finest = (self._edges(parts) for parts in (8, 4, 2))
+        edges = next((edges for edges in finest if len(edges) <= _MOST_BINS + 1), self._edges(1))
+        values = np.array(list(self.counts), np.int64)
+        counts, _ = np.histogram(values, edges, weights=list(self.counts.values()))
+        return [
+            (low, high - 1, int(count))
+            for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+        ]
+
+    def _edges(self, parts: int) -> list[int]:
+        """Of the bars from the shortest document's to the longest one's."""
+        octaves = range(self.longest.bit_length() + 1)
+        steps = {int(2**octave * (1 + part / parts)) for octave in octaves for part in range(parts)}
+        edges = sorted({0, *steps})
+        first = max(edge for edge in edges if edge <= self.shortest)
+        last = min(edge for edge in edges if edge > self.longest)
+        return [edge for edge in edges if first <= edge <= last]
+
+
+def _summary(shards: ShardSet, lengths: Lengths) -> Iterator[tuple[str, str]]:
     manifest = shards.manifest
-    lengths = [shards.document_lengths(number) for number in range(len(manifest.shards))]
-    longest = max((int(found.max(initial=0)) for found in lengths), default=0)
-    shortest = min((int(found.min(initial=longest)) for found in lengths), default=0)
     size = sum(source.bytes for source in manifest.sources)
-    tokenizer = manifest.tokenizer
-    rows = [
-        ("documents", f"{manifest.documents:,}"),
-        ("tokens", f"{manifest.tokens:,} as {manifest.dtype}"),
-        (
-            "tokens a document",
-            f"{shortest:,} to {longest:,}, "
-            f"mean {manifest.tokens / max(manifest.documents, 1):,.1f}",
-        ),
-        ("text", f"{size:,} bytes, {size / max(manifest.tokens, 1):.2f} a token"),
-        ("vocabulary", f"{manifest.vocab_size:,} ids, BOS {manifest.bos}, EOS {manifest.eos}"),
-        ("tokenizer", f"{tokenizer.path} {tokenizer.sha256[:12]}"),
-        ("fingerprint", shards.fingerprint),
-    ]
-    for shard in manifest.shards:
-        rows.append((shard.name, f"{shard.documents:,} documents, {shard.tokens:,} tokens"))
-    for source in manifest.sources:
-        note = f", {source.bad_records:,} bad records" if source.bad_records else ""
-        rows.append(("from", f"{source.input}: {source.documents:,} documents{note}"))
-    return "".join(f"{name:18s} {value}\n" for name, value in rows)
+    yield "documents", f"{manifest.documents:,}"
+    yield "tokens", f"{manifest.tokens:,} as {manifest.dtype}"
+    yield (
+        "tokens a document",
+        f"{lengths.shortest:,} to {lengths.longest:,}, "
+        f"mean {manifest.tokens / max(manifest.documents, 1):,.1f}, "
+        f"median {lengths.below(0.5):,}, 90 % up to {lengths.below(0.9):,}",
+    )
+    if size:
+        yield "text", f"{size:,} bytes, {size / max(manifest.tokens, 1):.2f} a token"
+    yield "vocabulary", f"{manifest.vocab_size:,} ids, BOS {manifest.bos}, EOS {manifest.eos}"
+    yield "tokenizer", f"{manifest.tokenizer.path} {manifest.tokenizer.sha256[:12]}"
+    yield "fingerprint", shards.fingerprint
+    if manifest.shards:
+        first, last = manifest.shards[0].name, manifest.shards[-1].name
+        most = max(shard.tokens for shard in manifest.shards)
+        names = first if first == last else f"{first} to {last}"
+        yield "shards", f"{len(manifest.shards):,}: {names}, {most:,} tokens at most"
+    yield from _sources(manifest)
+
+
+def _sources(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    found = sorted(manifest.sources, key=lambda source: -source.tokens)
+    for source in found[:_SOURCES]:
+        share = 100 * source.tokens / max(manifest.tokens, 1)
+        bad = f", {source.bad_records:,} bad records" if source.bad_records else ""
+        yield (
+            "from",
+            f"{source.input}: {share:.1f} % of the tokens, {source.documents:,} documents{bad}",
+        )
+    if rest := found[_SOURCES:]:
+        share = 100 * sum(source.tokens for source in rest) / max(manifest.tokens, 1)
+        yield "from", f"{len(rest):,} more inputs: {share:.1f} % of the tokens"
+
+
+def _bars(lengths: Lengths) -> Iterator[str]:
+    """The histogram in block characters, a line for each bar."""
+    bins = lengths.bins() if lengths.counts else []
+    total, most = sum(count for *_, count in bins), max((count for *_, count in bins), default=0)
+    wide = len(f"{bins[-1][1]:,}") if bins else 0
+    if bins:
+        yield "\ntokens a document".ljust(2 * wide + _BAR + 8) + "documents"
+    for low, high, count in bins:
+        eighths = max(round(8 * _BAR * count / most), 1 if count else 0)
+        bar = _EIGHTHS[8] * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+        label = f"{low:{wide},} to {high:{wide},}" if high > low else f"{low:{2 * wide + 4},}"
+        yield f"{label}  {bar:{_BAR}s}  {count:>9,}  {100 * count / total:5.1f} %"
+
+
+# Of the drawing, in its own units.
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _FLOOR = 800, 350, 70, 720, 60, 290
+
+
+def _svg(title: str, lengths: Lengths) -> str:
+    """The histogram as a drawing, with lines at the median and at 90 % of the documents."""
+    bins = lengths.bins() if lengths.counts else [(0, 0, 0)]
+    total, most = sum(lengths.counts.values()), max(max(count for *_, count in bins), 1)
+    step = (_RIGHT - _LEFT) / len(bins)
+    body = [_text(_LEFT, 22, f"{title}: {total:,} documents by their tokens", size=15)]
+    for part in range(5):
+        y = _FLOOR - (_FLOOR - _TOP) * part / 4
+        body.append(f'<path d="M{_LEFT} {y:.1f}H{_RIGHT}" stroke="#d8d8d8"/>')
+        body.append(
+            _text(_LEFT - 6, y + 4, f"{100 * most * part / 4 / max(total, 1):.1f} %", "end")
+        )
+    for place, (low, high, count) in enumerate(bins):
+        x, tall = _LEFT + place * step, (_FLOOR - _TOP) * count / most
+        body.append(
+            f'<rect x="{x + 1:.1f}" y="{_FLOOR - tall:.1f}" width="{step - 2:.1f}" '
+            f'height="{tall:.1f}" fill="#3b75af"><title>{low:,} to {high:,} tokens: {count:,} '
+            "documents</title></rect>"
+        )
+        if place % -(-len(bins) // 12) == 0:
+            body.append(_text(x, _FLOOR + 16, f"{low:,}", "middle"))
+    for name, share, side in (("median", 0.5, "end"), ("90 %", 0.9, "start")):
+        x = _LEFT + step * _place(bins, lengths.below(share))
+        body.append(
+            f'<path d="M{x:.1f} {_TOP - 6}V{_FLOOR}" stroke="#222222" stroke-dasharray="4"/>'
+        )
+        body.append(_text(x, _TOP - 10, f"{name}: {lengths.below(share):,}", side))
+    body.append(_text((_LEFT + _RIGHT) / 2, _FLOOR + 44, "tokens in a document", "middle"))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+        f'font-family="sans-serif"><rect width="100%" height="100%" fill="#ffffff"/>\n'
+        + "\n".join(body)
+        + "\n</svg>\n"
+    )
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start", *, size: int = 12) -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="#222222">'
+        f"{escape(text)}</text>"
+    )
+
+
+def _place(bins: Sequence[tuple[int, int, int]], length: int) -> float:
+    """Where a length lies on an axis on which every bar is 1 wide."""
+    for place, (low, high, _) in enumerate(bins):
+        if length <= high:
+            return place + (length - low) / (high + 1 - low)
+    return len(bins)
 
 
 def _document(shards: ShardSet, number: int) -> str:
@@ -70,3 +248,9 @@ def _document(shards: ShardSet, number: int) -> str:
     tokenizer = load_tokenizer(shards.folder / shards.manifest.tokenizer.path)
     ids = shards.document(number)
     return tokenizer.decode(np.asarray(ids, np.int64).tolist()) + "\n"
+
+
+def _print(text: str) -> None:
+    """Write to standard output; what its encoding does not have becomes a question mark."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_prep.inputs import find_units
+from data_prep.inputs import find_streams
 from data_prep.output import staged
-from data_prep.readers import BadRecords, read_documents
+from data_prep.readers import BadRecords, Fault, read_streams
 from megalite.errors import DataError
 from megalite.files import sync_file
 from megalite.formats.tokenizer import SentencePieceTokenizer, Tokenizer, check_round_trip
@@ -103,8 +103,11 @@ def chunks(document: str) -> Iterator[str]:
 
 def _documents(options: TrainOptions) -> Iterator[str]:
     bad = BadRecords(options.max_bad_records)
-    for unit in find_units(options.inputs):
-        yield from read_documents(unit, options.text_field, bad)
+    for record in read_streams(find_streams(options.inputs), options.text_field):
+        if isinstance(record, Fault):
+            bad.add(record)
+        else:
+            yield record
 
 
 def _learn(sample: Sequence[str], options: TrainOptions) -> bytes:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from megalite.errors import LaunchError
 
 _TORCH_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# what Open MPI's mpirun, and MPICH's and Intel MPI's, tell their ranks
+_MPI_KEYS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
 _SHELL_STEPS = ("4294967290", "4294967291")  # slurm.h: the interactive and the batch step
 _PORT_BASE, _PORT_SPAN = 20000, 10000
 
@@ -75,6 +77,37 @@ def find_launch(environ: Mapping[str, str] | None = None) -> Launch:
             "idle; start the ranks with srun, or ask for one node"
         )
     return launch
+
+
+def find_place(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """Rank and world size of a command whose ranks need not talk: under mpirun, srun, or alone.
+
+    mpirun inside an allocation leaves the SLURM_ variables of its daemons to its ranks, so MPI is
+    asked first; srun without PMI starts ranks that each see an MPI world of one, so it is asked
+    only where mpirun speaks.
+
+    Raises:
+        LaunchError: as `find_launch`.
+    """
+    env = os.environ if environ is None else environ
+    for rank, size in _MPI_KEYS:
+        if env.get(rank) and env.get(size):
+            return _ask_mpi(_number(env, rank, 0), _number(env, size, 1))
+    launch = find_launch(env)
+    return launch.rank, launch.world_size
+
+
+def _ask_mpi(rank: int, size: int) -> tuple[int, int]:
+    """MPI's own answer, unless the library found here is not the one that started the ranks."""
+    try:
+        from mpi4py import MPI
+
+        world = MPI.COMM_WORLD
+        if world.Get_size() == size:
+            return int(world.Get_rank()), size
+    except (ImportError, RuntimeError):
+        pass
+    return rank, size
 
 
 def job(environ: Mapping[str, str] | None = None) -> Job:

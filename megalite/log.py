@@ -48,7 +48,16 @@ def remove(handler: logging.Handler | None) -> None:
         handler.close()
 
 
-def run_main(main: Callable[[], int | None], *, ranks: bool = False) -> None:
+def _launched_rank() -> int:
+    return env.find_launch().rank
+
+
+def run_main(
+    main: Callable[[], int | None],
+    *,
+    ranks: bool = False,
+    find_rank: Callable[[], int] = _launched_rank,
+) -> None:
     """Run a command and leave with its exit code; an error of ours is a line, not a traceback.
 
     `ranks` says that the command talks to other ranks. The process then ends without the
@@ -60,7 +69,7 @@ def run_main(main: Callable[[], int | None], *, ranks: bool = False) -> None:
     end them, or the first to leave would take rank 0 along before it has spoken.
     """
     try:
-        rank = env.find_launch().rank
+        rank = find_rank()
     except LaunchError:
         rank = 0
     setup(rank=rank)

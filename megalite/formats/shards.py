@@ -1,8 +1,8 @@
 """Shards: pairs of `NAME.bin`, raw token ids, and `NAME.idx`, where its documents lie, in a folder
 whose manifest says what they should be.
 
-A folder's shards, in manifest order, are one stream of tokens. `ShardSet` reads any part of it
-through memory maps; nothing is trusted that was not compared with the manifest first.
+A folder's shards, in manifest order, are one stream of tokens. `ShardSet` reads any part of it;
+nothing is trusted that was not compared with the manifest first.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from megalite.errors import DataError
 from megalite.files import sha256_file, sync_file
 from megalite.formats.index import (
     LONGEST_SEQUENCE,
+    DocumentStarts,
     Dtype,
     Index,
     Integers,
+    OpenFiles,
     read_index,
     write_index,
 )
@@ -40,10 +42,13 @@ from megalite.formats.verify import (
     check_bin,
     check_hash,
     checked_index,
+    describe_megatron,
     idx_path,
+    megatron_names,
     size_faults,
     verify_folder,
 )
+from megalite.log import logger
 
 __all__ = [
     "Manifest",
@@ -57,40 +62,74 @@ __all__ = [
     "write_manifest",
 ]
 
-# A mapped file holds a descriptor, of which a process has 1,024 by default.
-_MAPPED_SHARDS = 64
+_MAPPED_INDICES = 16  # for whole documents; windows need none
 # Indices of this size together are checked whole when a folder is opened, in some 0.1 s; those
 # of larger folders one by one, when first used.
-_CHECKED_AT_OPEN = 64 << 20  # bytes
+CHECKED_AT_OPEN = 64 << 20  # bytes
 _BUFFER = 1 << 20  # bytes
 _NAMED_FAULTS = 20
 
 
-def open_shards(folder: Path | str, *, verify: bool = False) -> ShardSet:
+def open_shards(
+    folder: Path | str,
+    *,
+    verify: bool = False,
+    vocab_size: int | None = None,
+    files: OpenFiles | None = None,
+    check_bytes: int = CHECKED_AT_OPEN,
+) -> ShardSet:
     """Open a shard folder and compare its files with its manifest; the tokens are not read.
+
+    Megatron's own shards open without a manifest: a folder of pairs, in the order of their names,
+    or one pair by its prefix (`data/my_text_document`). Their `.idx` files are read whole and
+    hashed, some 40 MB for a billion tokens; a warning says what cannot be checked. A `tokenizer/`
+    beside them is taken as theirs.
 
     Args:
         verify: hash each shard before its first use.
+        vocab_size: the bound of ids where neither a manifest nor a tokenizer tells it.
+        files: what to read through, shared by the sets of a process; None: a new one.
+        check_bytes: size up to which all `.idx` files are checked whole now, and not at first use.
 
     Raises:
         DataError: no folder, no manifest or a bad one; a shard missing, cut, or of another dtype;
             an `.idx` that is damaged or not this `.bin`'s. All of them are named.
     """
-    folder = Path(folder)
-    manifest = load_manifest(folder)
-    faults = [fault for shard in manifest.shards for fault in size_faults(folder, manifest, shard)]
-    index_bytes = sum(20 * shard.documents for shard in manifest.shards)
-    if not faults and index_bytes <= _CHECKED_AT_OPEN:
-        for shard in manifest.shards:
-            try:
-                checked_index(folder, manifest, shard)
-            except DataError as error:
-                faults.append(str(error))
+    path = Path(folder)
+    names = megatron_names(path)
+    if names is not None:
+        folder = path if path.is_dir() else path.parent
+        manifest = describe_megatron(folder, names, vocab_size=vocab_size)
+        _warn(path, manifest, verify)
+        return ShardSet(folder, manifest, path=path, files=files, checked=True)
+    manifest = load_manifest(path)
+    faults = [fault for shard in manifest.shards for fault in size_faults(path, manifest, shard)]
+    check = 20 * manifest.documents <= check_bytes and not faults
+    for shard in manifest.shards if check else ():
+        try:
+            checked_index(path, manifest, shard)
+        except DataError as error:
+            faults.append(str(error))
     if faults:
         more = len(faults) - _NAMED_FAULTS
-        named = faults[:_NAMED_FAULTS] + ([f"{folder}: and {more} more faults"] if more > 0 else [])
+        named = faults[:_NAMED_FAULTS] + ([f"{path}: and {more} more faults"] if more > 0 else [])
         raise DataError("\n".join(named))
-    return ShardSet(folder, manifest, verify=verify)
+    return ShardSet(path, manifest, verify=verify, files=files, checked=check)
+
+
+def _warn(path: Path, manifest: Manifest, verify: bool) -> None:
+    """Say what nobody can know about shards without a manifest."""
+    known = bool(manifest.tokenizer.sha256)
+    logger.warning(
+        "%s: %d shards without a manifest. Checked: sizes, and the structure of every .idx. Not "
+        "checked: whether a token was changed (no hashes%s), %s. Ids are compared with a "
+        "vocabulary of %d as they are read",
+        path,
+        len(manifest.shards),
+        ", so data.verify does nothing here" if verify else "",
+        f"whether {manifest.tokenizer.path} made them" if known else "which tokenizer made them",
+        manifest.vocab_size,
+    )
 
 
 class ShardWriter:
@@ -108,32 +147,39 @@ class ShardWriter:
         self._file = open(bin_path(folder, name), "wb", buffering=_BUFFER)  # noqa: SIM115
 
     def add_document(self, ids: Sequence[int] | Integers) -> None:
-        """Append a document of one sequence.
+        """Append a document of one sequence; errors are those of `add_documents`."""
+        values = np.asarray(ids)
+        self.add_documents(values, np.array([values.size]))
+
+    def add_documents(self, ids: Integers, lengths: Integers) -> None:
+        """Append documents of one sequence each: their ids in a row, and how many each one has.
 
         Raises:
             DataError: an id below 0 or not below the vocabulary's size; a document of more than
-                2^31 - 1 tokens. Nothing of the document is written.
+                2^31 - 1 tokens. Nothing of these documents is written.
         """
-        values = np.asarray(ids)
-        if values.size:
-            assert values.dtype.kind in "iu", f"token ids of type {values.dtype}"
-            low, high = int(values.min()), int(values.max())
+        assert ids.size == lengths.sum(), (ids.size, lengths.sum())
+        if ids.size:
+            assert ids.dtype.kind in "iu", f"token ids of type {ids.dtype}"
+            low, high = int(ids.min()), int(ids.max())
             if low < 0 or high >= self._ids:
-                wrong = low if low < 0 else high
+                at = int(np.argmax((ids < 0) | (ids >= self._ids)))
+                number = len(self._lengths) + int(np.searchsorted(np.cumsum(lengths), at, "right"))
                 raise DataError(
-                    f"{self.name}: document {len(self._lengths)} holds token id {wrong}, outside 0 "
-                    f"to {self._ids - 1}; is it another tokenizer's?"
+                    f"{self.name}: document {number} holds token id {ids[at]}, outside 0 to "
+                    f"{self._ids - 1}; is it another tokenizer's?"
                 )
-        if values.size > LONGEST_SEQUENCE:
+        if lengths.size and lengths.max() > LONGEST_SEQUENCE:
+            number = len(self._lengths) + int(np.argmax(lengths))
             raise DataError(
-                f"{self.name}: document {len(self._lengths)} has {values.size} tokens, the format "
-                f"holds {LONGEST_SEQUENCE}; split it"
+                f"{self.name}: document {number} has {lengths.max()} tokens, the format holds "
+                f"{LONGEST_SEQUENCE}; split it"
             )
-        data = values.astype(self._dtype).tobytes()
+        data = ids.astype(self._dtype, copy=False).tobytes()
         self._file.write(data)
         self._hash.update(data)
-        self._lengths.append(values.size)
-        self.tokens += values.size
+        self._lengths.extend(lengths.tolist())
+        self.tokens += ids.size
 
     def close(self) -> ShardInfo:
         """Write the `.idx`, sync both files, and return the shard's line of the manifest."""
@@ -167,22 +213,32 @@ class ShardWriter:
 class ShardSet:
     """The shards of one folder as a stream of `tokens` ids; made by `open_shards`.
 
-    Arrays are read-only views of memory maps where they lie in one shard. Reading is safe from
+    `path` is what was asked for: the folder, or the prefix of one pair in it. Reading is safe from
     several threads.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, verify: bool = False) -> None:
-        self.folder, self.manifest = folder, manifest
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        path: Path | None = None,
+        verify: bool = False,
+        files: OpenFiles | None = None,
+        checked: bool = False,
+    ) -> None:
+        self.folder, self.manifest, self.path = folder, manifest, path or folder
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self.vocab_size, self.tokens = manifest.vocab_size, manifest.tokens
         self.documents = manifest.documents
+        self._files = files or OpenFiles()
         self._unsigned = np.dtype(f"<u{self.dtype.itemsize}")  # in which a negative id is a big one
-        self._verify, self._verified, self._checked = verify, set[int](), set[int]()
+        self._verify, self._used, self._all_checked = verify, set[int](), checked
         counts = [(shard.tokens, shard.documents) for shard in manifest.shards]
         self._starts = list(accumulate((tokens for tokens, _ in counts), initial=0))
         self._firsts = list(accumulate((documents for _, documents in counts), initial=0))
-        self._ids = lru_cache(_MAPPED_SHARDS)(self._map_bin)
-        self._index = lru_cache(_MAPPED_SHARDS)(self._map_index)
+        self._document_starts: dict[int, DocumentStarts] = {}
+        self._index = lru_cache(_MAPPED_INDICES)(self._map_index)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -197,18 +253,16 @@ class ShardSet:
                 asked for, one whose hash is not the manifest's.
         """
         assert 0 <= start <= start + count <= self.tokens, (start, count, self.tokens)
-        pieces = []
+        shard = bisect_right(self._starts, start) - 1
+        if count and start + count <= self._starts[shard + 1]:
+            return self._read_shard(shard, start - self._starts[shard], count)
+        pieces = [np.empty(0, self.dtype)]
         while count:
             shard = bisect_right(self._starts, start) - 1
-            offset = start - self._starts[shard]
-            piece = self._ids(shard)[offset : offset + count]
-            if int(piece.view(self._unsigned).max()) >= self.vocab_size:
-                raise self._out_of_range(shard, offset, piece)
-            pieces.append(piece)
-            start, count = start + len(piece), count - len(piece)
-        if len(pieces) == 1:
-            return pieces[0]
-        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+            here = min(count, self._starts[shard + 1] - start)
+            pieces.append(self._read_shard(shard, start - self._starts[shard], here))
+            start, count = start + here, count - here
+        return np.concatenate(pieces)
 
     def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Where documents begin strictly between two positions of the stream, in order.
@@ -221,15 +275,11 @@ class ShardSet:
             base = self._starts[shard]
             if base >= stop:
                 break
-            index = self._index(shard)
-            documents = range(index.header.boundaries - 1)
-            low = bisect_right(documents, start - base, key=index.document_start)
-            high = bisect_left(documents, stop - base, lo=low, key=index.document_start)
-            sequences = index.documents[low:high]
-            sequences = sequences[sequences < index.header.sequences]
-            found.append(index.pointers[sequences] // self.dtype.itemsize + base)
+            starts = self._document_starts.get(shard) or self._outline(shard)
+            found.append(starts.between(self._files, start - base, stop - base) + base)
+        firsts = np.concatenate(found)
         # a document without tokens begins where the next one does
-        return np.unique(np.concatenate(found))
+        return np.unique(firsts) if np.any(firsts[1:] == firsts[:-1]) else firsts
 
     def document(self, number: int) -> Integers:
         """The tokens of one document of the folder, counted from 0."""
@@ -247,25 +297,30 @@ class ShardSet:
         ends = np.concatenate([[0], np.cumsum(index.lengths, dtype=np.int64)])
         return np.diff(ends[index.documents])
 
-    def _map_bin(self, shard: int) -> Integers:
+    def _read_shard(self, shard: int, offset: int, count: int) -> Integers:
         info = self.manifest.shards[shard]
         path = bin_path(self.folder, info.name)
-        check_bin(path, self.manifest, info)  # it may have changed since the folder was opened
-        if self._verify and shard not in self._verified:
-            check_hash(path, info.sha256)
-            self._verified.add(shard)
-        if not info.bytes:
-            return np.empty(0, self.dtype)
-        # as a plain array: a slice of np.memmap itself costs ten times as much
-        return np.asarray(np.memmap(path, self.dtype, mode="r"))
+        if shard not in self._used:  # it may have changed since the folder was opened
+            check_bin(path, self.manifest, info)
+            if self._verify:
+                check_hash(path, info.sha256)
+            self._used.add(shard)
+        ids = self._files.read(str(path), self.dtype, offset * self.dtype.itemsize, count)
+        if int(ids.view(self._unsigned).max()) >= self.vocab_size:
+            raise self._out_of_range(shard, offset, ids)
+        return ids
+
+    def _outline(self, shard: int) -> DocumentStarts:
+        path = idx_path(self.folder, self.manifest.shards[shard].name)
+        starts = DocumentStarts(path, self._map_index(shard))
+        self._document_starts[shard] = starts
+        return starts
 
     def _map_index(self, shard: int) -> Index:
         info = self.manifest.shards[shard]
-        if shard in self._checked:
+        if self._all_checked or shard in self._document_starts:
             return read_index(idx_path(self.folder, info.name), check=False)
-        index = checked_index(self.folder, self.manifest, info)
-        self._checked.add(shard)
-        return index
+        return checked_index(self.folder, self.manifest, info)
 
     def _out_of_range(self, shard: int, offset: int, piece: Integers) -> DataError:
         at = int(np.argmax(piece.view(self._unsigned) >= self.vocab_size))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from megalite.errors import DataError
 from megalite.files import sha256_file
@@ -134,8 +135,47 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path) -> None:
     lower = tokenizers.Tokenizer.from_file(str(hugging_face_file(tmp_path)))
     lower.normalizer = normalizers.Lowercase()
     lower.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataError, match=r"'The quick .* comes back as 'the quick "):
+    with pytest.raises(DataError, match=r"'The quick .* comes back as 'the quick .* --lossy"):
         check_round_trip(load_tokenizer(tmp_path / "tokenizer.json"))
+
+
+def bert_file(folder: Path) -> Path:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "quick", "fox", "##es"]
+    made = tokenizers.Tokenizer(
+        models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    made.add_special_tokens(words[:4])
+    made.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def test_a_loss_that_is_allowed_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
+    tokenizer = load_tokenizer(bert_file(tmp_path))
+    with pytest.raises(DataError, match="allow the loss with --lossy"):
+        check_round_trip(tokenizer)
+    with caplog.at_level("WARNING", logger="megalite"):
+        check_round_trip(tokenizer, lossy=True)
+        check_round_trip(ByteTokenizer(), lossy=True)
+    assert [record.getMessage().rpartition(" (")[2] for record in caplog.records] == [
+        "6 of 6 probes changed)"
+    ]
+    # its own ends of a text are not added, and are there for --bos and the EOS of documents
+    assert tokenizer.encode("The quick foxes") == [4, 5, 6, 7]
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 3)
+
+
+def test_a_tokenizer_is_what_it_was_when_it_was_loaded(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(hugging_face_file(tmp_path / "first"))
+    (tmp_path / "first" / "tokenizer.json").write_text("changed meanwhile")
+    tokenizer.save(tmp_path)
+    assert sha256_file(tmp_path / "tokenizer.json") == tokenizer.sha256
 
 
 def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""The processes of one rank that work beside it."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+
+from data_prep.folder import Run
+from data_prep.inputs import Stream
+from megalite import log
+from megalite.errors import MegaLiteError
+
+_LOOK = 0.5  # seconds
+
+Work = Callable[[Run, Sequence[Stream], int], None]
+
+
+class Crew:
+    """`count` processes that run `work(run, streams, number)`; none is left when the block ends.
+
+    They are forks where that is safe, which begins at once: on Linux, outside MPI, whose libraries
+    do not survive it.
+    """
+
+    def __init__(self, work: Work, run: Run, streams: Sequence[Stream], count: int) -> None:
+        self.idle = count == 0  # nobody works but the caller
+        forks = sys.platform == "linux" and "mpi4py.MPI" not in sys.modules
+        context = mp.get_context("fork" if forks else "spawn")
+        arguments = (work, run, streams, os.getpid())
+        self._run = run
+        self._processes: list[BaseProcess] = [
+            context.Process(target=_be_worker, args=(*arguments, number), daemon=True)  # type: ignore[attr-defined]
+            for number in range(count)
+        ]
+
+    def check(self) -> bool:
+        """True; raises where a worker died without a word."""
+        for process in self._processes:
+            if process.exitcode:
+                self._run.check()  # its own words, where it had any
+                raise MegaLiteError(
+                    f"a worker ended with exit code {process.exitcode} (-9: killed, often for "
+                    "memory); what is done is kept: start again, with fewer --workers"
+                )
+        return True
+
+    def __enter__(self) -> Crew:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for process in self._processes:
+            process.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in self._processes:
+            if error is not None:
+                process.kill()
+            process.join()
+
+
+def _be_worker(work: Work, run: Run, streams: Sequence[Stream], parent: int, number: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the parent's to handle
+    if not log.logger.handlers:
+        log.setup()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    try:
+        work(run, streams, number)
+    except FileNotFoundError as error:
+        if run.folder.exists():
+            _fail(run, error)
+    except Exception as error:
+        _fail(run, error)
+    # without the parent's teardown, whose threads and handlers are not this process's
+    with suppress(OSError):
+        sys.stderr.flush()
+    os._exit(0)
+
+
+def _fail(run: Run, error: Exception) -> None:
+    if not isinstance(error, MegaLiteError):
+        kept = isinstance(error, OSError)
+        text = f"the disk refused: {error}" if kept else traceback.format_exc()
+        error = MegaLiteError(text)
+    run.fail(error)
+    os._exit(error.exit_code)
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed would go on for nobody."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK)
+    os._exit(1)

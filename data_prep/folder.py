@@ -1,0 +1,257 @@
+"""The folder through which workers and ranks share a job, without a word between them.
+
+    .NAME.work/                    beside the output NAME, which appears when everything is done
+        lock                       held by the one that leads; says who
+        current.json               the run that goes on here, and what it was asked
+        parts/KEY_000012.part      documents of one part, encoded; outlives a run that was killed
+        run-NONCE/                 one run: plan.json, join.json, error.json, beat
+            claims/ done/ ends/    a file for each part that somebody works on, has done, is last
+            workers/               a file for each worker: what it did so far
+            shards/                becomes NAME
+
+A part's file is named after everything its content depends on, so what an earlier run made is of
+use to any later one that asks for the same. Files appear by a rename or are created exclusively:
+whoever does a part twice writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from megalite import env
+from megalite.errors import CommandError, DataError, MegaLiteError, UserError
+from megalite.log import logger
+
+_WORTH_KEEPING = 60.0  # seconds of work
+_SILENCE = 60.0  # seconds
+
+
+class Run:
+    """The files of one run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.plan, self.join = folder / "plan.json", folder / "join.json"
+        self.shards, self.dropped = folder / "shards", folder / "dropped"
+        self._claims, self._done = folder / "claims", folder / "done"
+        self._workers, self._error = folder / "workers", folder / "error.json"
+        self._ends, self._beat = folder / "ends", folder / "beat"
+        self._last_beat, self._heard = None, time.monotonic()
+
+    def create(self) -> None:
+        for path in (self._claims, self._done, self._ends, self._workers, self.shards):
+            path.mkdir(parents=True)
+
+    def claim(self, name: str) -> bool:
+        """Whether this caller is the first to ask for a piece of work."""
+        return _create(self._claims / name)
+
+    def finish(self, name: str) -> None:
+        """Say that a piece of work is done."""
+        _create(self._done / name)
+
+    def end(self, key: str, last: int) -> None:
+        """Say which part of a stream nothing follows; of several that are right one is kept."""
+        write(self._ends / key, last, first=True)
+
+    def last(self, key: str) -> int | None:
+        """The last part of a stream, once somebody has come to its end."""
+        found: int | None = read(self._ends / key)
+        return found
+
+    def done(self) -> set[str]:
+        """All that is done."""
+        return set(os.listdir(self._done))
+
+    def report(self, worker: str, progress: dict[str, Any]) -> None:
+        """Replace what a worker says of itself."""
+        write(self._workers / worker, progress)
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What the workers say of themselves."""
+        found = (read(path) for path in self._workers.iterdir() if not path.name.startswith("."))
+        return [report for report in found if report is not None]
+
+    def fail(self, error: MegaLiteError) -> None:
+        """Stop everyone with this error; the first one counts."""
+        with suppress(FileNotFoundError):  # the run has ended otherwise
+            wrong = {"code": error.exit_code, "message": str(error), "by": who_am_i()}
+            write(self._error, wrong, first=True)
+
+    def check(self) -> None:
+        """Raise what stopped a worker of this run, or that nobody leads it any more."""
+        if (found := read(self._error)) is not None:
+            by = "" if found["by"].startswith(_host()) else f"{found['by']}: "
+            kind = DataError if found["code"] == DataError.exit_code else MegaLiteError
+            raise kind(by + found["message"])
+        if (beat := read(self._beat)) != self._last_beat:
+            self._last_beat, self._heard = beat, time.monotonic()
+        elif time.monotonic() - self._heard > _SILENCE:
+            raise MegaLiteError(
+                f"rank 0 gave no sign of life in {self.folder} for {_SILENCE:.0f} s; what is done "
+                "is kept: start the command again"
+            )
+
+    def beat(self) -> None:
+        """Show that the run is led."""
+        write(self._beat, time.time())
+
+
+class WorkFolder:
+    """Where an output is being made.
+
+    Args:
+        output: the folder to be.
+        asked: everything that the command was asked, as JSON: another wish is another run.
+    """
+
+    def __init__(self, output: Path, asked: dict[str, Any]) -> None:
+        self.output, self._asked = output, json.loads(json.dumps(asked))
+        self.path = output.with_name(f".{output.name}.work")
+        self.parts = self.path / "parts"
+        self._current = self.path / "current.json"
+
+    @contextmanager
+    def lead(self) -> Iterator[Run]:
+        """A new run that this process leads; other ranks find it by `follow` once it has a plan.
+
+        Parts that are done stay for a next run, unless the user's error ended this one at once.
+
+        Raises:
+            CommandError: another process leads one here.
+        """
+        created = [parent for parent in self.path.parents if not parent.exists()]
+        self.parts.mkdir(parents=True, exist_ok=True)
+        lock = _lock(self.path / "lock", self.output)
+        began, before = time.monotonic(), self._count()
+        try:
+            self._current.unlink(missing_ok=True)
+            for old in self.path.glob("run-*"):
+                shutil.rmtree(old, ignore_errors=True)
+            run = Run(self.path / f"run-{secrets.token_hex(4)}")
+            run.create()
+            yield run
+        except BaseException as error:
+            at_once = isinstance(error, UserError) and time.monotonic() - began < _WORTH_KEEPING
+            self._leave(keep=bool(before) or not at_once)
+            if not self.path.exists():
+                for parent in created:
+                    with suppress(OSError):
+                        parent.rmdir()
+            raise
+        finally:
+            os.close(lock)
+
+    def start(self, run: Run) -> None:
+        """Let the other ranks in."""
+        run.beat()
+        write(self._current, {"run": run.folder.name, "asked": self._asked})
+
+    def follow(self) -> Run | None:
+        """The run that goes on here for the same wish, if there is one."""
+        current = read(self._current)
+        if current is None or current["asked"] != self._asked:
+            return None
+        return Run(self.path / current["run"])
+
+    def was_published(self) -> bool:
+        """Whether this wish was fulfilled by a run that was killed while it cleaned up."""
+        return self.output.exists() and self.follow() is not None
+
+    def clear(self) -> None:
+        """Remove everything; what tells of the run goes last."""
+        shutil.rmtree(self.parts, ignore_errors=True)
+        for run in self.path.glob("run-*"):
+            shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _count(self) -> int:
+        return sum(name.endswith(".part") for name in os.listdir(self.parts))
+
+    def _leave(self, *, keep: bool) -> None:
+        count = self._count()
+        if not (keep and count):
+            self.clear()
+            return
+        logger.warning(
+            "%d parts are done and kept in %s; the same command goes on from there, or remove "
+            "the folder",
+            count,
+            self.path,
+        )
+
+
+def write(path: Path, value: Any, *, first: bool = False) -> None:
+    """Put JSON in place by a rename; with `first` only where there is none."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    partial.write_text(json.dumps(value))
+    if not first:
+        os.replace(partial, path)
+        return
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        pass
+    finally:
+        partial.unlink()
+
+
+def read(path: Path) -> Any:
+    """JSON that `write` put in place; None where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
+def who_am_i() -> str:
+    job = env.job().id
+    return f"{_host()}, process {os.getpid()}" + (f", job {job}" if job else "")
+
+
+def _host() -> str:
+    return f"host {socket.gethostname()}"
+
+
+def _create(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _lock(path: Path, output: Path) -> int:
+    """A lock that ends with this process, however it ends, on this host or another."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        holder = read(path) or {}
+        os.close(handle)
+        raise CommandError(
+            f"--output {output} is being written since {holder.get('since', 'just now')} by "
+            f"{holder.get('who', 'another process')}; wait for it, or stop it"
+        ) from None
+    except OSError as error:
+        logger.warning(
+            "%s: this file system has no locks (%s); see to it that no other command writes %s",
+            path,
+            error.strerror,
+            output,
+        )
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    text = json.dumps({"who": who_am_i(), "since": since}).encode()
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, text, 0)
+    return handle

@@ -1,0 +1,180 @@
+"""Parts to shards: which documents go into which shard, and the shards themselves.
+
+Where a shard ends is a function of the documents' lengths alone, known when all parts are done.
+Duplicates are found by 128-bit hashes; the first document of a text in input order stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+
+from data_prep.folder import Run, read, write
+from data_prep.work import Tally, part_path, read_header
+from megalite.formats.index import Dtype
+from megalite.formats.shards import ShardInfo, ShardWriter
+
+Mask = npt.NDArray[np.bool_]
+Lengths = npt.NDArray[np.int64]
+
+# Hashes sorted at once. All documents are gone through once for each bucket of hashes.
+_BUCKET = 1 << 24
+
+
+@dataclass(frozen=True)
+class Join:
+    """What the shards are made of.
+
+    parts: names, in order, each with the number of its first document among all.
+    shards: for each the documents it takes: (place in `parts`, first, end), in order.
+    """
+
+    parts: list[tuple[str, int]]
+    shards: list[list[tuple[int, int, int]]]
+
+
+def plan_join(
+    run: Run, folder: Path, parts: Sequence[str], *, shard_tokens: int, deduplicate: bool
+) -> Join:
+    """Cut the documents of all parts into shards of at most `shard_tokens` tokens.
+
+    A document is never cut, so one that is longer than that has a shard to itself. Memory holds the
+    lengths of one part, and with `deduplicate` a byte a document and a bucket of hashes.
+    """
+    placed, total = list[tuple[str, int]](), 0
+    for name in parts:
+        placed.append((name, total))
+        total += read_header(part_path(folder, name)).tally.documents
+    if deduplicate:
+        _drop_duplicates(run, folder, placed, total)
+    shards: list[list[tuple[int, int, int]]] = []
+    used = 0
+    for number, (name, first) in enumerate(placed):
+        lengths = _lengths(part_path(folder, name))
+        stay = ~_dropped(run, first, len(lengths))
+        ends = np.cumsum(lengths * stay)
+        at = 0
+        while (following := np.flatnonzero(stay[at:])).size:
+            at += int(following[0])
+            before = int(ends[at - 1]) if at else 0
+            fit = int(np.searchsorted(ends, before + shard_tokens - used, side="right"))
+            if fit <= at or not shards:
+                shards.append([])
+                used = 0
+                fit = int(np.searchsorted(ends, before + shard_tokens, side="right"))
+            end = max(fit, at + 1)
+            shards[-1].append((number, at, end))
+            used += int(ends[end - 1]) - before
+            at = end
+    return Join(placed, shards)
+
+
+def write_join(run: Run, join: Join) -> None:
+    write(run.join, asdict(join))
+
+
+def read_join(run: Run) -> Join:
+    found = read(run.join)
+    return Join([(n, f) for n, f in found["parts"]], found["shards"])
+
+
+def write_shards(
+    run: Run, folder: Path, join: Join, dtype: Dtype, *, vocab_size: int, first: int
+) -> None:
+    """Write the shards that nobody has begun, from number `first` on, and say so in the run."""
+    count = len(join.shards)
+    for number in (*range(first, count), *range(first)):
+        name = shard_name(number)
+        if not run.claim(name):
+            continue
+        with ShardWriter(run.shards, name, dtype, vocab_size=vocab_size) as writer:
+            for ids, lengths in _pieces(run, folder, join, number):
+                writer.add_documents(ids, lengths)
+            info = writer.close()
+        write(run.folder / f"{name}.json", info.model_dump(mode="json"))
+        run.finish(name)
+
+
+def shard_name(number: int) -> str:
+    return f"shard_{number:05d}"
+
+
+def read_shards(run: Run, count: int) -> list[ShardInfo] | None:
+    """What the shards turned out to be; None where not all are done."""
+    found = [read(run.folder / f"{shard_name(number)}.json") for number in range(count)]
+    if any(info is None for info in found):
+        return None
+    return [ShardInfo.model_validate(info) for info in found]
+
+
+def kept(run: Run, folder: Path, name: str, first: int) -> Tally:
+    """What a part gives to the shards, after duplicates were dropped."""
+    tally = read_header(part_path(folder, name)).tally
+    if (dropped := _dropped(run, first, tally.documents)).any():
+        with safe_open(part_path(folder, name), framework="np") as file:
+            tally.tokens -= int(file.get_tensor("lengths")[dropped].sum())
+            tally.bytes -= int(file.get_tensor("bytes")[dropped].sum())
+        tally.documents -= int(dropped.sum())
+    return tally
+
+
+def _pieces(
+    run: Run, folder: Path, join: Join, number: int
+) -> Iterator[tuple[npt.NDArray[Any], Lengths]]:
+    """The documents of a shard, part by part: their tokens in a row, and their lengths."""
+    for place, start, end in join.shards[number]:
+        name, first = join.parts[place]
+        path = part_path(folder, name)
+        ends = np.cumsum(lengths := _lengths(path))
+        begin, stop = int(ends[start - 1]) if start else 0, int(ends[end - 1])
+        lengths = lengths[start:end]
+        with safe_open(path, framework="np") as file:
+            tokens = file.get_slice("tokens")[begin:stop]
+        dropped = _dropped(run, first + start, end - start)
+        if dropped.any():
+            tokens, lengths = tokens[np.repeat(~dropped, lengths)], lengths[~dropped]
+        yield tokens, lengths
+
+
+def _drop_duplicates(
+    run: Run, folder: Path, parts: Sequence[tuple[str, int]], documents: int
+) -> None:
+    """Mark every document whose text an earlier one has: a byte each in the file `dropped`."""
+    with open(run.dropped, "wb") as file:
+        file.truncate(documents)
+    if not documents:
+        return
+    dropped = np.memmap(run.dropped, np.bool_, mode="r+", shape=(documents,))
+    buckets = -(-documents // _BUCKET)
+    for bucket in range(buckets):
+        found, places = [], []
+        for name, first in parts:
+            with safe_open(part_path(folder, name), framework="np") as part:
+                hashes = part.get_tensor("hashes")
+            chosen = np.flatnonzero(hashes[:, 0] % np.uint64(buckets) == bucket)
+            found.append(hashes[chosen])
+            places.append(first + chosen)
+        hashes, place = np.concatenate(found), np.concatenate(places)
+        order = np.lexsort((place, hashes[:, 1], hashes[:, 0]))
+        again = (hashes[order[1:]] == hashes[order[:-1]]).all(1)
+        dropped[place[order[1:][again]]] = True
+    dropped.flush()
+
+
+def _dropped(run: Run, first: int, count: int) -> Mask:
+    """Which of some documents are duplicates; without `deduplicate` none."""
+    if not count or not run.dropped.exists():
+        return np.zeros(count, np.bool_)
+    return np.fromfile(run.dropped, np.bool_, count=count, offset=first)
+
+
+def _lengths(path: Path) -> Lengths:
+    with safe_open(path, framework="np") as file:
+        lengths: Lengths = file.get_tensor("lengths")
+    return lengths

@@ -1,0 +1,120 @@
+"""A file's lines in parts of its unpacked bytes: a line belongs to the part it begins in.
+
+The parts of a plain file are sought; those of a packed one are reached by unpacking all before
+them, so whoever reads rising parts unpacks once.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+
+from data_prep.packed import BUFFER, DAMAGE, InputFile, is_packed, unreadable
+
+
+class Lines:
+    """A file that gives its lines part by part, in any order of parts.
+
+    Between parts it stays where it is. No line begins after `_last` and before `_position`; one
+    begins at `_position` if `_fresh`, else that is within a line longer than the part.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._packed = is_packed(path)
+        self._counted = (0, 0)  # an offset of a plain file, and the newlines before it
+        self._rewind(InputFile(path))
+
+    def _rewind(self, file: InputFile) -> None:
+        self.file = file
+        self._position, self._last, self._fresh = 0, -1, True
+        self._before = 0  # newlines before the part's first line; of packed files alone
+        self._first = self._taken = 0  # the part's first line's offset, and lines given since
+        self._first_disk = 0  # where that was read from
+
+    def part(self, start: int, stop: int) -> Iterator[bytes]:
+        """The lines that begin at `start` or later and before `stop`, with their ends.
+
+        A byte order mark at the beginning of the file is left out. Memory holds a buffer, and a
+        line.
+
+        Raises:
+            DataError: a file that cannot be read so far.
+        """
+        try:
+            self._before, self._taken = self._before + self._taken, 0
+            self._find_line(start, stop)
+            self._first, self._first_disk = self._position, self.file.tell_disk()
+            readline = self.file.bytes.readline
+            while self._fresh and self._position < stop:
+                line = readline()
+                if not line:
+                    break
+                self._last, self._position = self._position, self._position + len(line)
+                self._taken += 1
+                yield line if self._last else line.removeprefix(codecs.BOM_UTF8)
+        except DAMAGE as error:
+            raise unreadable(self.path, error) from error
+
+    def number(self) -> int:
+        """The number of the line given last, from 1; of a plain file, counted when first asked."""
+        if not self._packed:
+            self._before = self._count_plain(self._first)
+        return self._before + self._taken
+
+    def ends_by(self, stop: int) -> bool:
+        """After a part that ends there: whether the unpacked file does too, or ended before."""
+        try:
+            return self._position <= stop and not self.file.bytes.peek(1)
+        except DAMAGE as error:
+            raise unreadable(self.path, error) from error
+
+    def disk_bytes(self) -> int:
+        """About how many bytes on disk the part took."""
+        return self.file.tell_disk() - self._first_disk
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+    def _find_line(self, start: int, stop: int) -> None:
+        """Go to the first line that begins at `start` or later; not beyond `stop`."""
+        if self._fresh and self._last < start <= self._position:
+            return
+        if self._position > start:
+            self.file.close()
+            self._rewind(InputFile(self.path))
+        if not start:
+            return
+        if self._position < start:
+            self._skip(start - 1 - self._position)
+        self._last, self._fresh = start - 1, False
+        readline = self.file.bytes.readline
+        while not self._fresh and self._position < stop:
+            piece = readline(min(BUFFER, stop - self._position))
+            if not piece:
+                return
+            self._position += len(piece)
+            self._fresh = piece.endswith(b"\n")
+        pass
+
+    def _skip(self, size: int) -> None:
+        if not self._packed:
+            self._position += size
+            self.file.bytes.seek(self._position)
+            return
+        while size and (piece := self.file.bytes.read(min(size, BUFFER))):
+            size -= len(piece)
+            self._position += len(piece)
+            self._before += piece.count(b"\n")
+
+    def _count_plain(self, offset: int) -> int:
+        """Newlines before `offset`; goes on from the last count where that is not beyond it."""
+        at, lines = self._counted if self._counted[0] <= offset else (0, 0)
+        with open(self.path, "rb", 0) as file:
+            file.seek(at)
+            while at < offset and (piece := file.read(min(BUFFER, offset - at))):
+                at += len(piece)
+                lines += piece.count(b"\n")
+        self._counted = (at, lines)
+        return lines

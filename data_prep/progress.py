@@ -1,0 +1,86 @@
+"""Lines that say how far all workers of a run are."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from data_prep.folder import Run
+from data_prep.inputs import Stream
+from megalite.errors import DataError
+from megalite.log import logger
+
+_EVERY = 5.0  # seconds
+_BEAT = 1.0  # seconds
+
+
+@contextmanager
+def shown(run: Run, streams: Sequence[Stream], limit: int) -> Iterator[None]:
+    """Log the progress of a run every few seconds and at the end, and keep its other ranks waiting.
+
+    Stops the run where all its workers together met more than `limit` bad records.
+    """
+    size = sum(stream.size for stream in streams)
+    ended = threading.Event()
+    thread = threading.Thread(target=_watch, args=(run, size, limit, ended), daemon=True)
+    thread.start()
+    try:
+        yield
+        _report_end(run.reports())
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _watch(run: Run, size: int, limit: int, ended: threading.Event) -> None:
+    began = reported = time.monotonic()
+    while not ended.wait(_BEAT):
+        run.beat()
+        reports = run.reports()
+        if (bad := _sum(reports, "bad_records")) > limit:
+            run.fail(
+                DataError(
+                    f"{bad} bad records, more than --max-bad-records {limit} allows: mend the "
+                    "input, or allow more; the first ones are named above"
+                )
+            )
+        if time.monotonic() - reported >= _EVERY:
+            reported = time.monotonic()
+            _report(reports, size, reported - began)
+
+
+def _report(reports: Sequence[dict[str, Any]], size: int, seconds: float) -> None:
+    text, covered = _sum(reports, "bytes"), _sum(reports, "covered")
+    share = min(1.0, covered / size) if size else 0.0
+    left = f", {share:.0%}, {_time(seconds * (1 - share) / share)} left" if share > 0 else ""
+    logger.info(
+        "so far: %s documents, %.1f MB of text, %s tokens, %.2f MB/s%s",
+        *(f"{_sum(reports, 'documents'):,}", text / 1e6, f"{_sum(reports, 'tokens'):,}"),
+        *(text / 1e6 / seconds, left),
+    )
+
+
+def _report_end(reports: Sequence[dict[str, Any]]) -> None:
+    worked = [report for report in reports if report["ended"]]
+    if not worked:
+        return  # all of it was done by an earlier run
+    seconds = max(r["ended"] for r in worked) - min(r["began"] for r in worked)
+    text, tokens = _sum(worked, "bytes") / 1e6, _sum(worked, "tokens")
+    logger.info(
+        "all: %s documents; encoded %.1f MB in %.2f s (%.2f MB/s, %s tokens/s)",
+        *(f"{_sum(worked, 'documents'):,}", text, seconds, text / max(seconds, 1e-9)),
+        f"{tokens / max(seconds, 1e-9):,.0f}",
+    )
+
+
+def _sum(reports: Sequence[dict[str, Any]], key: str) -> int:
+    return int(sum(report[key] for report in reports))
+
+
+def _time(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

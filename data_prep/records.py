@@ -1,0 +1,104 @@
+"""A record is a document's text, or a fault that names its place.
+
+A record is at fault when its field is missing or is no text, when it is not whole JSON, not UTF-8,
+empty, or holds a NUL.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from megalite.errors import DataError
+from megalite.log import logger
+
+_NAMED = 20
+_decode_json = json.JSONDecoder().raw_decode  # json.loads without what surrounds it: 1 us a record
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A record that gives no document: lines count from 1, rows from 0."""
+
+    place: str
+    reason: str
+
+
+Record: TypeAlias = "str | Fault"
+
+
+class Unusable(ValueError):
+    """Why a record gives no document; its reader adds the place and makes it a `Fault`."""
+
+
+class BadRecords:
+    """Counts faults, names the first of them, and stops at one more than `limit`."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.count = limit, 0
+
+    def add(self, fault: Fault) -> None:
+        """Count one fault; DataError where there were `limit` before it."""
+        self.count += 1
+        if self.count > self.limit:
+            raise DataError(
+                f"{fault.place}: {fault.reason}; bad record {self.count}, more than "
+                f"--max-bad-records {self.limit} allows: mend the input, or allow more"
+            )
+        if self.count <= _NAMED:
+            logger.warning("%s: %s; left out", fault.place, fault.reason)
+        elif self.count == _NAMED + 1:
+            logger.warning("further bad records are counted without being named")
+
+
+def text_of_json(line: bytes, text_field: str) -> str:
+    """The document in a line of JSON, without white space around it; `Unusable` where none is."""
+    try:
+        text = line.decode()
+        value, end = _decode_json(text)
+    except UnicodeDecodeError as error:
+        raise Unusable(f"not UTF-8 at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        if 0 in line:
+            raise Unusable(f"a NUL at byte {line.index(0)}") from error
+        raise Unusable(f"not whole JSON: {error.msg} at character {error.pos}") from error
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+        raise Unusable(f"not JSON that can be read: {error}") from error
+    if end != len(text):
+        raise Unusable(f"not whole JSON: Extra data at character {end}")
+    return _text_of_field(value, text_field)
+
+
+def _text_of_field(value: Any, text_field: str) -> str:
+    if not isinstance(value, dict):
+        raise Unusable(f"{value!r:.40} is not a JSON object")
+    if text_field not in value:
+        keys = ", ".join(map(str, list(value)[:8])) or "nothing"
+        raise Unusable(f"no field {text_field!r}; it has {keys}")
+    text = value[text_field]
+    if not isinstance(text, str):
+        raise Unusable(f"field {text_field!r} is {text!r:.40}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Unusable(f"half a surrogate pair at character {error.start}") from error
+    return _checked(text)
+
+
+def text_of_bytes(data: bytes | None) -> str:
+    """The document that bytes are; `Unusable` where they are none. None is a table's null."""
+    if data is None:
+        raise Unusable("null, not text")
+    try:
+        return _checked(data.decode())
+    except UnicodeDecodeError as error:
+        raise Unusable(f"not UTF-8 at byte {error.start}") from error
+
+
+def _checked(text: str) -> str:
+    if not text:
+        raise Unusable("an empty document")
+    if "\0" in text:
+        raise Unusable(f"a NUL at character {text.index(chr(0))}")
+    return text

@@ -1,0 +1,209 @@
+"""Data sets as the `datasets` library reads them: of the hub, of local files, and saved to disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.packed import unreadable
+from data_prep.records import Record
+from data_prep.tables import check_column, column_records, even_parts, rows_at_once
+from megalite.errors import CommandError, DataError
+
+HUB = "hf:"
+_STREAMED_ROWS = 64  # at once; the library holds more
+# A saved set is mapped into memory, where pages stay that were read: it is mapped anew after these.
+_MAPPED_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan needs to know of a data set."""
+
+    parts: int
+    size: int  # bytes of its tables; 0 where they are streamed
+    origin: tuple[str, ...]  # equal if its rows are
+
+
+def hub_facts(name: str, *, streaming: bool, part_bytes: int) -> Facts:
+    """A set's data files if it is streamed, else its rows, downloaded, in even parts.
+
+    Raises:
+        DataError: a set that the library cannot open, with its reason: it names the splits there
+            are for one that is missing, and the configurations where one must be chosen.
+    """
+    try:
+        builder, split = _builder(name)
+        files = (builder.config.data_files or {}).get(split)
+        origin = [str(builder.hash), str(builder.config.name), *map(str, files or [])]
+        origin += [" ".join(map(str, data)) for data in getattr(files, "origin_metadata", ())]
+        rows = _build(builder, split, streaming=streaming)
+    except Exception as error:  # the library has no error of its own above all others
+        raise _unopened(name, error) from error
+    if streaming:
+        return Facts(rows.num_shards, 0, tuple(origin))
+    size = rows.data.nbytes
+    return Facts(even_parts(size, part_bytes), size, (*origin, rows._fingerprint))
+
+
+def saved_folder(name: str) -> Path | None:
+    """The folder of the data set that `FOLDER` or `FOLDER:SPLIT` names, if one was saved there.
+
+    Raises:
+        CommandError: a split that is not there, or none given where none is called train.
+    """
+    folder, split = Path(name), ""
+    if not folder.exists() and ":" in name:
+        base, _, split = name.rpartition(":")
+        folder = Path(base)
+    if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
+        own = _read_json(folder / "state.json").get("_split")
+        if split not in ("", own):
+            raise CommandError(f"--input {name}: {folder} holds one data set; leave out :{split}")
+        return folder
+    if not (folder / "dataset_dict.json").is_file():
+        return None
+    splits = _read_json(folder / "dataset_dict.json").get("splits", [])
+    if (split or "train") not in splits:
+        raise CommandError(
+            f"--input {name}: no split {split or 'train'}; it has {', '.join(splits)}: name one "
+            f"as {HUB}{folder}:{splits[0] if splits else 'SPLIT'}"
+        )
+    return folder / (split or "train")
+
+
+def saved_parts(folder: str, part_bytes: int) -> int:
+    """In how many parts a saved set is read; DataError where the library cannot open it."""
+    return even_parts(_open_saved(folder).data.nbytes, part_bytes)
+
+
+class SetRows:
+    """An open data set: one part a data file if it is streamed, else even parts of its rows."""
+
+    def __init__(self, name: str, *, saved: bool, streaming: bool) -> None:
+        self._name, self._saved, self._streaming = name, saved, streaming and not saved
+        self._label = name if saved else HUB + name
+        self._rows: Any = None
+        self._used = 0
+
+    def records(self, text_field: str, part: int, parts: int) -> Iterator[Record]:
+        """The rows of one of `parts`.
+
+        Raises:
+            DataError: no such column, or not of text; a set that cannot be read.
+        """
+        if self._rows is None or self._used > _MAPPED_BYTES:
+            self.close()
+            self._rows = self._open()
+        place = f"{self._label} row"
+        row = 0 if self._streaming else len(self._rows) * part // parts
+        if self._streaming and parts > 1:
+            place = f"{self._label} file {part} row"
+        tables = self._shard(part, parts) if self._streaming else self._slices(part, parts)
+        while True:
+            try:
+                table = next(tables, None)
+            except Exception as error:
+                raise unreadable(self._label, error) from error
+            if table is None:
+                return
+            check_column(table.schema, text_field, self._label)
+            yield from column_records(table.column(text_field), place, row)
+            row += len(table)
+
+    def _open(self) -> Any:
+        if self._saved:
+            return _open_saved(self._name)
+        try:
+            return _build(*_builder(self._name), streaming=self._streaming)
+        except Exception as error:
+            raise _unopened(self._name, error) from error
+
+    def _shard(self, part: int, parts: int) -> Iterator[Any]:
+        if self._rows.num_shards != parts:
+            raise ValueError(f"{parts} data files were planned, {self._rows.num_shards} are there")
+        with _no_torch():
+            shard = self._rows.shard(parts, part, contiguous=True).with_format("arrow")
+        yield from shard.iter(_STREAMED_ROWS)
+
+    def _slices(self, part: int, parts: int) -> Iterator[Any]:
+        rows = self._rows.with_format("arrow")
+        first, stop = (len(rows) * n // parts for n in (part, part + 1))
+        data = rows.data
+        step = rows_at_once(data.nbytes, data.num_rows)
+        self._used += data.nbytes // parts
+        for row in range(first, stop, step):
+            yield rows[row : min(row + step, stop)]
+
+    def close(self) -> None:
+        """Let go of the tables."""
+        self._rows, self._used = None, 0
+
+
+def _builder(name: str) -> tuple[Any, str]:
+    """Who builds NAME[@CONFIG][:SPLIT], and the split."""
+    import datasets
+
+    split = config = ""
+    if not Path(name).exists():
+        name, _, split = name.partition(":")
+    if not Path(name).exists():
+        name, _, config = name.partition("@")
+    return datasets.load_dataset_builder(name, config or None), split or "train"
+
+
+def _build(builder: Any, split: str, *, streaming: bool) -> Any:
+    if streaming:
+        with _no_torch():
+            return builder.as_streaming_dataset(split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split)
+
+
+def _open_saved(folder: str) -> Any:
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(folder)
+        state = _read_json(Path(folder, "state.json"))
+        if files := state.get("_indices_data_files"):  # of early versions; left out by the library
+            import pyarrow as pa
+
+            tables = []
+            for file in files:
+                with pa.OSFile(str(Path(folder, file["filename"]))) as stream:
+                    tables.append(pa.ipc.open_stream(stream).read_all())
+            rows = rows.select(pa.concat_tables(tables).column(0).to_numpy())
+        return rows.with_format(None)
+    except Exception as error:
+        raise unreadable(folder, error) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise unreadable(str(path), error) from error
+
+
+def _unopened(name: str, error: Exception) -> DataError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    hint = f"; write {HUB}NAME@CONFIG[:SPLIT]" if "Config name" in reason else ""
+    return DataError(f"{HUB}{name}: cannot be opened: {reason}{hint}")
+
+
+@contextlib.contextmanager
+def _no_torch() -> Iterator[None]:
+    """Streams are made without importing torch, which takes seconds and nothing here needs."""
+    import datasets
+
+    before = datasets.config.TORCH_AVAILABLE
+    datasets.config.TORCH_AVAILABLE = False
+    try:
+        yield
+    finally:
+        datasets.config.TORCH_AVAILABLE = before

