@@ -1,0 +1,306 @@
+#!/usr/bin/env bash
+# cluster.sh: a REAL multi-node Slurm cluster on one machine, from Debian 12's
+# own packages (slurm-wlm 22.05.8, munge). No systemd, no cgroups, no MPI, no database.
+#
+#   cluster.sh up             start munged + slurmctld + slurmd n1..nN (idempotent)
+#   . "$(cluster.sh env)"     export SLURM_CONF, so that srun/sbatch/squeue find it
+#   cluster.sh status         daemons, nodes, jobs
+#   cluster.sh kill-node n2   a node crash: SIGKILL its slurmd and all its processes
+#   cluster.sh stop-slurmd n2 only the node's slurmd dies, its job goes on
+#   cluster.sh start-node n2  the node comes back
+#   cluster.sh down           cancel jobs, stop what `up` started (by pid), keep logs
+#   cluster.sh clean          down, then remove the directory
+#
+# Environment (default):
+#   SLURM_CLUSTER_DIR (slurm-cluster in the temporary folder)  SLURM_CLUSTER_NODES (2)
+#   SLURM_CLUSTER_CPUS (4 a node, more than there are on purpose)
+#   SLURM_CLUSTER_GPUS (4 fake ones a node; 0: none)  SLURM_CLUSTER_PORT (26817, +1 a node)
+#   SLURM_CLUSTER_INSTALL=1  apt-get the two packages where they are missing
+#   SLURM_CLUSTER_ISOLATE    1: every node is a PID + UTS + mount namespace with its own
+#       host name and a private /etc/hosts (needs root); 0: plain processes, all with this
+#       machine's host name, no root needed; auto (default): 1 where `unshare` is allowed
+#
+# Everything listens on 127.0.0.1 alone. Nothing outside SLURM_CLUSTER_DIR is changed.
+set -euo pipefail
+
+D=${SLURM_CLUSTER_DIR:-$(dirname "$(mktemp -u)")/slurm-cluster}
+N=${SLURM_CLUSTER_NODES:-2}
+CPUS=${SLURM_CLUSTER_CPUS:-4}
+GPUS=${SLURM_CLUSTER_GPUS:-4}
+PORT=${SLURM_CLUSTER_PORT:-26817}
+ISOLATE=${SLURM_CLUSTER_ISOLATE:-auto}
+CONF=$D/slurm.conf
+export SLURM_CONF=$CONF
+export PATH=$PATH:/usr/sbin:/sbin
+
+log() { printf 'slurm-cluster: %s\n' "$*" >&2; }
+die() { log "$*"; exit 1; }
+
+# a running (or stopped, not yet cleaned) cluster remembers its own size
+[[ ${1:-} == up || ! -s $D/run/nodes ]] || N=$(<"$D/run/nodes")
+nodes() { local i; for ((i = 1; i <= N; i++)); do echo "n$i"; done; }
+
+# is PID a live process (no zombie) whose name starts with NAME?
+is_proc() { # NAME PID
+    local state
+    [[ $2 =~ ^[0-9]+$ && -r /proc/$2/comm ]] || return 1
+    state=$(sed 's/.*) //; s/ .*//' "/proc/$2/stat" 2>/dev/null) || return 1
+    [[ $state != Z && $(cat "/proc/$2/comm" 2>/dev/null) == "$1"* ]]
+}
+
+alive() { [[ -s $2 ]] && is_proc "$1" "$(<"$2")"; } # NAME PIDFILE
+
+no_proc() { ! is_proc "$@"; }
+
+wait_for() { # SECONDS COMMAND...
+    local end=$((SECONDS + $1)); shift
+    until "$@" >/dev/null 2>&1; do
+        ((SECONDS < end)) || return 1
+        sleep 0.1
+    done
+}
+
+stop() { # NAME PIDFILE [SIGNAL]: by pid, only while it is that program
+    if alive "$1" "$2"; then
+        local pid; pid=$(<"$2") # the daemons unlink their pid files before they are gone
+        kill "-${3:-TERM}" "$pid"
+        wait_for 8 no_proc "$1" "$pid" || { kill -KILL "$pid"; wait_for 3 no_proc "$1" "$pid"; } || true
+    fi
+    rm -f "$2"
+}
+
+install_packages() {
+    local missing=()
+    command -v slurmctld >/dev/null && command -v slurmd >/dev/null || missing+=(slurm-wlm)
+    command -v munged >/dev/null || missing+=(munge)
+    ((${#missing[@]})) || return 0
+    [[ ${SLURM_CLUSTER_INSTALL:-0} == 1 ]] ||
+        die "missing: apt-get install -y --no-install-recommends ${missing[*]}"
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+}
+
+can_isolate() {
+    unshare --fork --kill-child --pid --mount --mount-proc --uts \
+        sh -c "hostname n1 && mount --bind '$D/run/hosts' /etc/hosts" >/dev/null 2>&1
+}
+
+write_conf() {
+    local host i range=n1
+    host=$(hostname -s)
+    ((${#D} <= 80)) || die "SLURM_CLUSTER_DIR is too long for a socket path: $D"
+    [[ ! -e $D || -O $D ]] || die "$D belongs to another user"
+    ((N == 1)) || range="n[1-$N]"
+    install -d -m 755 "$D" "$D"/{state,log,run}
+    for i in $(nodes); do install -d -m 755 "$D/spool.$i"; done
+    [[ -s $D/munge.key ]] || (umask 077; head -c 128 /dev/urandom >"$D/munge.key")
+
+    { # seen by the nodes alone, over /etc/hosts
+        echo "127.0.0.1 localhost $host"
+        for ((i = 1; i <= N; i++)); do echo "127.0.0.1 n$i"; done
+    } >"$D/run/hosts"
+    if [[ $ISOLATE == auto ]]; then can_isolate && ISOLATE=1 || ISOLATE=0; fi
+    echo "$ISOLATE" >"$D/run/isolate"
+    echo "$N" >"$D/run/nodes"
+
+    cat >"$CONF.new" <<END
+ClusterName=onebox
+SlurmctldHost=$host(127.0.0.1)
+SlurmctldPort=$PORT
+SlurmUser=$(id -un)
+SlurmdUser=$(id -un)
+AuthType=auth/munge
+CredType=cred/munge
+# cred_expire is also how long a requeued job waits before it may start (default 120 s)
+AuthInfo=socket=$D/run/munge.sock,cred_expire=5
+# bind to the addresses below instead of to every interface
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+
+# no cgroups, no systemd, no MPI, no accounting daemon
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+SwitchType=switch/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/filetxt
+JobCompLoc=$D/log/jobcomp.txt
+
+# believe the node lines below rather than the hardware
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=100000,batch_sched_delay=0
+
+# short timers: a dead node is noticed within about SlurmdTimeout
+SlurmdTimeout=5
+SlurmctldTimeout=5
+TCPTimeout=2
+MessageTimeout=5
+KillWait=5
+InactiveLimit=0
+WaitTime=0
+MinJobAge=600
+CompleteWait=0
+ReturnToService=2
+JobRequeue=1
+MailProg=/bin/true
+
+StateSaveLocation=$D/state
+SlurmdSpoolDir=$D/spool.%n
+SlurmctldPidFile=$D/run/slurmctld.pid
+SlurmdPidFile=$D/run/slurmd.%n.pid
+SlurmctldLogFile=$D/log/slurmctld.log
+SlurmdLogFile=$D/log/slurmd.%n.log
+SlurmctldDebug=info
+SlurmdDebug=info
+END
+    ((GPUS == 0)) || echo "GresTypes=gpu" >>"$CONF.new"
+    for ((i = 1; i <= N; i++)); do
+        printf 'NodeName=n%d NodeHostname=%s NodeAddr=%s Port=%d CPUs=%d RealMemory=1024%s State=UNKNOWN\n' \
+            "$i" "$([[ $ISOLATE == 1 ]] && echo "n$i" || echo "$host")" \
+            127.0.0.1 "$((PORT + i))" "$CPUS" \
+            "$( ((GPUS == 0)) || echo " Gres=gpu:$GPUS")" >>"$CONF.new"
+    done
+    echo "PartitionName=debug Nodes=$range Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO" >>"$CONF.new"
+
+    : >"$D/gres.conf"
+    if ((GPUS > 0)); then # null devices stand in for /dev/nvidia*
+        for ((i = 0; i < GPUS; i++)); do
+            [[ -e $D/run/fakegpu$i ]] || mknod "$D/run/fakegpu$i" c 1 3 2>/dev/null || : >"$D/run/fakegpu$i"
+        done
+        printf 'NodeName=%s Name=gpu File=%s/run/fakegpu[0-%d]\n' "$range" "$D" "$((GPUS - 1))" >"$D/gres.conf"
+        ((GPUS > 1)) || sed -i 's/\[0-0\]/0/' "$D/gres.conf"
+    fi
+    mv "$CONF.new" "$CONF"
+    printf 'export SLURM_CONF=%q\n' "$CONF" >"$D/env.sh"
+}
+
+start_munged() {
+    alive munged "$D/run/munged.pid" && return 0
+    rm -f "$D"/run/munge.sock*
+    munged --force --key-file="$D/munge.key" --socket="$D/run/munge.sock" \
+        --pid-file="$D/run/munged.pid" --log-file="$D/log/munged.log" \
+        --seed-file="$D/run/munged.seed" 2>>"$D/log/munged.err"
+    wait_for 5 munge -n -S "$D/run/munge.sock" || die "munged does not answer: $D/log/munged.log"
+}
+
+start_ctld() {
+    alive slurmctld "$D/run/slurmctld.pid" && return 0
+    slurmctld -f "$CONF"
+    wait_for 10 sh -c 'scontrol ping | grep -q "is UP"' || die "slurmctld does not answer: $D/log/slurmctld.log"
+}
+
+node_alive() {
+    if [[ $(<"$D/run/isolate") == 1 ]]; then alive unshare "$D/run/node.$1.pid"
+    else alive slurmd "$D/run/slurmd.$1.pid"; fi
+}
+
+start_node() {
+    node_alive "$1" && return 0
+    if [[ $(<"$D/run/isolate") == 1 ]]; then
+        # PID 1 of the node is a bash that reaps orphans and goes when slurmd does; the
+        # unshare outside is the handle: kill it and the whole node is gone at once.
+        setsid unshare --fork --kill-child --pid --mount --mount-proc --uts bash -c "
+            hostname '$1'; mount --bind '$D/run/hosts' /etc/hosts
+            while :; do
+                slurmd -D -f '$CONF' -N '$1' & wait \$!
+                # stop-slurmd: stay up without a slurmd until the file goes
+                while [[ -e '$D/run/noslurmd.$1' ]]; do sleep 0.2 & wait \$!; done
+                sleep 0.2
+            done" </dev/null >>"$D/log/node.$1.log" 2>&1 &
+        echo $! >"$D/run/node.$1.pid"
+    else
+        slurmd -f "$CONF" -N "$1"
+    fi
+}
+
+# pids of everything a node runs, without namespaces: its slurmd, its slurmstepds (their
+# log is the node's spool or log file) and every task (SLURMD_NODENAME in its environment)
+plain_node_pids() {
+    local p
+    for p in /proc/[0-9]*; do
+        if { tr '\0' '\n' <"$p/environ" | grep -qx "SLURMD_NODENAME=$1" &&
+            tr '\0' '\n' <"$p/environ" | grep -qx "SLURM_CONF=$CONF"; } 2>/dev/null ||
+            { [[ $(<"$p/comm") == slurmstepd || $(<"$p/comm") == slurmd ]] &&
+                find "$p/fd" -lname "$D/log/slurmd.$1.log" | grep -q .; } 2>/dev/null; then
+            echo "${p#/proc/}"
+        fi
+    done
+}
+
+kill_node() {
+    if [[ $(<"$D/run/isolate") == 1 ]]; then
+        stop unshare "$D/run/node.$1.pid" KILL
+    else
+        local pids; pids=$(plain_node_pids "$1")
+        # shellcheck disable=SC2086
+        [[ -z $pids ]] || kill -KILL $pids 2>/dev/null || true
+    fi
+    rm -f "$D/run/slurmd.$1.pid" "$D/run/noslurmd.$1"
+}
+
+stop_slurmd() {
+    if [[ $(<"$D/run/isolate") == 1 ]]; then
+        : >"$D/run/noslurmd.$1"
+        local init p; init=$(pgrep -P "$(<"$D/run/node.$1.pid")")
+        for p in $(pgrep -P "$init" -x slurmd); do kill -KILL "$p"; done
+    else
+        stop slurmd "$D/run/slurmd.$1.pid" KILL
+    fi
+}
+
+node_ready() { sinfo -h -n "$1" -o %T | grep -Eq '^(idle|mixed|allocated|completing)$'; }
+
+check_node() { nodes | grep -qx "${1:-}" || die "no such node: ${1:-} (have: $(nodes | paste -sd' '))"; }
+
+case ${1:-} in
+up)
+    install_packages
+    # a second `up` leaves a running cluster's configuration alone
+    if alive slurmctld "$D/run/slurmctld.pid"; then
+        [[ $(<"$D/run/nodes") == "$N" ]] || die "already up with $(<"$D/run/nodes") nodes: run down first"
+    else
+        write_conf
+    fi
+    start_munged
+    start_ctld
+    for n in $(nodes); do start_node "$n"; done
+    for n in $(nodes); do
+        wait_for 15 node_ready "$n" || die "node $n is not ready: $(sinfo -h -n "$n" -o '%T %E'); see $D/log"
+    done
+    log "up: $(sinfo -h -o '%D nodes %T (%N)' | paste -sd' '), isolate=$(<"$D/run/isolate"); . $D/env.sh"
+    ;;
+env) echo "$D/env.sh" ;;
+status)
+    if ! alive slurmctld "$D/run/slurmctld.pid"; then echo "slurmctld down"; exit 3; fi
+    for n in $(nodes); do
+        if node_alive "$n"; then echo "$n: running"; else echo "$n: gone"; fi
+    done
+    sinfo -N -o '%N %T %E'
+    squeue
+    ;;
+kill-node) check_node "${2:-}"; kill_node "$2" ;;
+stop-slurmd) check_node "${2:-}"; stop_slurmd "$2" ;;
+start-node)
+    check_node "${2:-}"
+    rm -f "$D/run/noslurmd.$2"
+    start_node "$2"
+    wait_for 15 node_ready "$2" || die "node $2 is not ready: $(sinfo -h -n "$2" -o '%T %E')"
+    ;;
+down | clean)
+    if [[ -d $D/run ]]; then
+        if alive slurmctld "$D/run/slurmctld.pid"; then
+            timeout 5 squeue -h -o %A 2>/dev/null | xargs -r timeout 5 scancel 2>/dev/null || true
+        fi
+        [[ -e $D/run/isolate ]] || echo 0 >"$D/run/isolate"
+        for n in $(nodes); do kill_node "$n"; done
+        stop slurmctld "$D/run/slurmctld.pid"
+        stop munged "$D/run/munged.pid"
+        log "down"
+    fi
+    [[ $1 != clean ]] || rm -rf "$D"
+    ;;
+*) sed -n '2,26s/^# \{0,1\}//p' "$0"; exit 2 ;;
+esac
