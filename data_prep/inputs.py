@@ -11,7 +11,6 @@ hf:NAME[@CONFIG][:SPLIT]  a data set of the Hugging Face hub or a local folder o
 
 from __future__ import annotations
 
-import functools
 import glob
 import hashlib
 import json
@@ -228,10 +227,8 @@ def _file(source: int, path: Path) -> _Found:
         raise CommandError(f"--input {name}: no regular file; a pipe or a device can be read once")
     if not os.access(name, os.R_OK):
         raise CommandError(f"--input {name}: this user may not read it")
-    real = _real_folder(os.path.dirname(name))
-    real = os.path.realpath(name) if path.is_symlink() else os.path.join(real, path.name)
     stamps = (status.st_size, status.st_mtime_ns)
-    return _Found(source, kind_of(path), name, real, status.st_size, stamps)
+    return _Found(source, kind_of(path), name, os.path.realpath(name), status.st_size, stamps)
 
 
 def _saved(source: int, folder: Path) -> _Found:
@@ -240,11 +237,6 @@ def _saved(source: int, folder: Path) -> _Found:
     stamps = tuple([Path(one.real).name, *one.stamps] for one in found)
     real = os.path.realpath(folder)
     return _Found(source, "saved", str(folder), real, sum(one.size for one in found), stamps)
-
-
-@functools.lru_cache(16)
-def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
 
 
 def _below(folder: Path) -> list[Path]:

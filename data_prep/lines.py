@@ -96,7 +96,7 @@ class Lines:
                 return
             self._position += len(piece)
             self._fresh = piece.endswith(b"\n")
-        pass
+        self._before += self._fresh
 
     def _skip(self, size: int) -> None:
         if not self._packed:

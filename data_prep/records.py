@@ -10,11 +10,12 @@ import json
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from pydantic_core import from_json
+
 from megalite.errors import DataError
 from megalite.log import logger
 
 _NAMED = 20
-_decode_json = json.JSONDecoder().raw_decode  # json.loads without what surrounds it: 1 us a record
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,18 @@ class BadRecords:
 
 def text_of_json(line: bytes, text_field: str) -> str:
     """The document in a line of JSON, without white space around it; `Unusable` where none is."""
+    try:  # more than twice as fast as json, but its faults are not told apart
+        text = from_json(line)[text_field]
+        if text.__class__ is str and text and "\0" not in text:
+            return str(text)
+    except (ValueError, LookupError, TypeError):
+        pass
+    return _text_of_field(_decode_json(line), text_field)
+
+
+def _decode_json(line: bytes) -> Any:
     try:
-        text = line.decode()
-        value, end = _decode_json(text)
+        return json.loads(line.decode())
     except UnicodeDecodeError as error:
         raise Unusable(f"not UTF-8 at byte {error.start}") from error
     except json.JSONDecodeError as error:
@@ -65,9 +75,6 @@ def text_of_json(line: bytes, text_field: str) -> str:
         raise Unusable(f"not whole JSON: {error.msg} at character {error.pos}") from error
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise Unusable(f"not JSON that can be read: {error}") from error
-    if end != len(text):
-        raise Unusable(f"not whole JSON: Extra data at character {end}")
-    return _text_of_field(value, text_field)
 
 
 def _text_of_field(value: Any, text_field: str) -> str:

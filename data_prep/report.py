@@ -16,6 +16,7 @@ from megalite.errors import CommandError
 from megalite.formats.manifest import Manifest
 from megalite.formats.shards import ShardSet, open_shards, verify_folder
 from megalite.formats.tokenizer import load_tokenizer
+from megalite.log import logger
 
 _EXACT_BITS = 12  # of a length that are counted: a share below 1/2048 of it is not
 _MOST_BINS = 24
@@ -39,7 +40,7 @@ def verify(folder: Path) -> int:
 
 
 def inspect(folder: Path, document: int | None, picture: Path | None = None) -> int:
-    """Print what a shard folder holds, or one document of it as text.
+    """Print what a shard folder holds, or one document of it as text; as ids if that is not known.
 
     Memory holds the lengths of one shard's documents, whatever the number of shards.
 
@@ -146,7 +147,8 @@ def _summary(shards: ShardSet, lengths: Lengths) -> Iterator[tuple[str, str]]:
     if size:
         yield "text", f"{size:,} bytes, {size / max(manifest.tokens, 1):.2f} a token"
     yield "vocabulary", f"{manifest.vocab_size:,} ids, BOS {manifest.bos}, EOS {manifest.eos}"
-    yield "tokenizer", f"{manifest.tokenizer.path} {manifest.tokenizer.sha256[:12]}"
+    found = manifest.tokenizer
+    yield "tokenizer", f"{found.path} {found.sha256[:12]}" if found.path else "unknown"
     yield "fingerprint", shards.fingerprint
     if manifest.shards:
         first, last = manifest.shards[0].name, manifest.shards[-1].name
@@ -245,9 +247,11 @@ def _document(shards: ShardSet, number: int) -> str:
             f"--document {number}: {shards.folder} has {shards.documents} documents, 0 to "
             f"{shards.documents - 1}"
         )
-    tokenizer = load_tokenizer(shards.folder / shards.manifest.tokenizer.path)
-    ids = shards.document(number)
-    return tokenizer.decode(np.asarray(ids, np.int64).tolist()) + "\n"
+    ids = np.asarray(shards.document(number), np.int64).tolist()
+    if not shards.manifest.tokenizer.path:
+        logger.warning("no manifest, and no tokenizer/ beside the shards: these are its ids")
+        return " ".join(map(str, ids)) + "\n"
+    return load_tokenizer(shards.folder / shards.manifest.tokenizer.path).decode(ids) + "\n"
 
 
 def _print(text: str) -> None:

@@ -15,9 +15,9 @@ from data_prep.tables import check_column, column_records, even_parts, rows_at_o
 from megalite.errors import CommandError, DataError
 
 HUB = "hf:"
-_STREAMED_ROWS = 64  # at once; the library holds more
+_STREAMED_ROWS = 64  # at once; of Parquet the library holds some row groups
 # A saved set is mapped into memory, where pages stay that were read: it is mapped anew after these.
-_MAPPED_BYTES = 1 << 28
+_MAPPED_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,18 @@
 from megalite.data.batch import Batch, StepBatches
 from megalite.data.dataset import Dataset, open_data, open_train, open_valid
 from megalite.data.loader import Loader, first_batches
+from megalite.data.packing import Packing, assemble, pack
 
 __all__ = [
     "Batch",
     "Dataset",
     "Loader",
+    "Packing",
     "StepBatches",
+    "assemble",
     "first_batches",
     "open_data",
     "open_train",
     "open_valid",
+    "pack",
 ]

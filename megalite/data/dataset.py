@@ -24,7 +24,8 @@ from megalite.data.mixture import Mixture
 from megalite.data.order import Ints, derive_key, permute
 from megalite.errors import DataError
 from megalite.files import sha256_file
-from megalite.formats.shards import ShardSet, open_shards
+from megalite.formats.index import OpenFiles
+from megalite.formats.shards import CHECKED_AT_OPEN, ShardSet, open_shards
 
 _ORDER_VERSION = 1  # part of the fingerprint: raise it when a seed comes to mean another order
 
@@ -113,6 +114,18 @@ class Dataset:
         # What a checkpoint keeps: equal fingerprints have equal samples at every place.
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """The folder that checkpoints carry along; None where no source tells its tokenizer."""
+        known = _known_tokenizers(self.sources)
+        return known[0].folder / "tokenizer" if known else None
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """Of the tokenizer's file; empty where no source tells its tokenizer."""
+        known = _known_tokenizers(self.sources)
+        return known[0].manifest.tokenizer.sha256 if known else ""
+
     def describe(self, samples: int = 0) -> dict[str, Any]:
         """Sizes for a report: windows and tokens of an epoch, and for each source its path,
         windows, tokens that fill no window, share of samples, and epochs after `samples`."""
@@ -123,7 +136,7 @@ class Dataset:
             "tokens": self.windows * length,
             "sources": [
                 {
-                    "path": str(source.folder),
+                    "path": str(source.path),
                     "windows": windows,
                     "dropped_tokens": source.tokens - 1 - windows * length,
                     "share": share,
@@ -181,26 +194,37 @@ def _open(
     """Open every folder; all that is wrong with any of them is one error."""
     opened: list[ShardSet] = []
     faults: list[str] = []
+    files = OpenFiles()
     for source in asked:
         try:
             shards = open_shards(
-                Path(source.path), verify=config.verify if verify is None else verify
+                Path(source.path),
+                verify=config.verify if verify is None else verify,
+                vocab_size=vocab_size,
+                files=files,
+                check_bytes=CHECKED_AT_OPEN // len(asked),
             )
         except DataError as error:
             faults.append(str(error))
             continue
         opened.append(shards)
-        faults.append(_other_file(shards))
         faults.append(_too_short(shards, config.sequence_length))
         if shards.vocab_size > vocab_size:
             faults.append(
-                f"{shards.folder}: its tokenizer has {shards.vocab_size} ids, but model.vocab_size "
+                f"{shards.path}: its tokenizer has {shards.vocab_size} ids, but model.vocab_size "
                 f"is {vocab_size}; raise it, or use shards of a smaller vocabulary"
             )
     faults += _other_tokenizers(opened)
+    # checkpoints carry one file; those of the other sources have its hash
+    faults += [_other_file(shards) for shards in _known_tokenizers(opened)[:1]]
     if any(faults):
         raise DataError("\n".join(dict.fromkeys(filter(None, faults))))
     return opened
+
+
+def _known_tokenizers(opened: Sequence[ShardSet]) -> list[ShardSet]:
+    """The sources that tell which tokenizer made them; Megatron's need not."""
+    return [shards for shards in opened if shards.manifest.tokenizer.sha256]
 
 
 def _other_file(shards: ShardSet) -> str:
@@ -229,11 +253,11 @@ def _dataset(
 
 def _other_tokenizers(opened: Sequence[ShardSet]) -> list[str]:
     """A fault for each source whose ids mean something else than the first one's."""
-    known = [(s.folder, s.manifest.tokenizer.sha256) for s in opened]
+    known = [(s.path, s.manifest.tokenizer.sha256) for s in _known_tokenizers(opened)]
     return [
-        f"{folder}: tokenized with {sha256[:12]}, but {known[0][0]} with {known[0][1][:12]} "
+        f"{path}: tokenized with {sha256[:12]}, but {known[0][0]} with {known[0][1][:12]} "
         "(hashes of the tokenizers' files); tokenize all sources with one tokenizer"
-        for folder, sha256 in known
+        for path, sha256 in known
         if sha256 != known[0][1]
     ]
 
@@ -258,7 +282,7 @@ def _too_short(source: ShardSet, sequence_length: int) -> str:
     if source.tokens > sequence_length:
         return ""
     return (
-        f"{source.folder}: {source.tokens} tokens are less than one sample of sequence_length "
+        f"{source.path}: {source.tokens} tokens are less than one sample of sequence_length "
         f"{sequence_length} and its last target; lower data.sequence_length, or leave it out"
     )
 

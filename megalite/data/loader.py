@@ -1,5 +1,9 @@
 """Batches on time: a thread reads ahead while the engine computes.
 
+A thread, not a process: tensors are handed over as they are, never pickled or copied, and a signal
+sent to the whole job kills no reader, for Python runs handlers in the main thread alone and this
+one installs none. It spends its time in system calls and NumPy, which let go of the interpreter.
+
 The place in the data order is all there is to know: a loader started at the number of samples
 consumed goes on exactly where another, of any layout, stopped.
 
@@ -52,6 +56,7 @@ class Loader:
         pin_memory: bool,
         prefetch: int = 2,
     ) -> None:
+        assert 0 <= data_rank < data_size
         assert global_batch_size % (micro_batch_size * data_size) == 0
         self._dataset, self._place, self._step = dataset, start, global_batch_size
         self._offsets = _offsets(global_batch_size, micro_batch_size, data_rank, data_size)
@@ -122,5 +127,6 @@ def first_batches(
 
 def _offsets(samples: int, micro_batch_size: int, data_rank: int, data_size: int) -> Ints:
     """[micro-batches, B]: which of `samples` consecutive ones are this rank's."""
-    order = np.arange(samples).reshape(-1, data_size, micro_batch_size)
-    return order[:, data_rank]
+    step = micro_batch_size * data_size
+    firsts = np.arange(data_rank * micro_batch_size, samples, step)
+    return firsts[:, None] + np.arange(micro_batch_size)

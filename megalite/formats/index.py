@@ -13,9 +13,13 @@ Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py.
 
 from __future__ import annotations
 
+import mmap
+import os
+import resource
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +44,9 @@ _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\0\0"
 _VERSION = 1
 _CHECKED_AT_ONCE = 1 << 20  # sequences: 20 MB of temporaries however large the file is
+_OUTLINE_STEP = 1024  # documents
+_MOST_OPEN = 4096  # files
+_INT64 = np.dtype("<i8")
 
 HEADER_BYTES = _HEADER.size  # 34
 LONGEST_SEQUENCE = 2**31 - 1  # tokens: lengths are int32
@@ -76,23 +83,14 @@ class Index:
     documents: Integers
     modes: Integers | None
     tokens: int
-    buffer: memoryview
     header: Header
 
     def document_start(self, document: int) -> int:
-        """The first token of a document, or of the end for the one past the last.
-
-        Two reads of 8 bytes at their place: a binary search through it touches a few pages of a
-        file of any size, where `np.searchsorted` would first copy the unaligned array.
-        """
-        (sequence,) = _INT64.unpack_from(self.buffer, self.header.documents_offset + 8 * document)
+        """The first token of a document, or of the end for the one past the last."""
+        sequence = int(self.documents[document])
         if sequence == self.header.sequences:
             return self.tokens
-        (pointer,) = _INT64.unpack_from(self.buffer, self.header.pointers_offset + 8 * sequence)
-        return int(pointer) // self.dtype.itemsize
-
-
-_INT64 = struct.Struct("<q")
+        return int(self.pointers[sequence]) // self.dtype.itemsize
 
 
 def dtype_for(vocab_size: int) -> Dtype:
@@ -128,16 +126,18 @@ def write_index(
             file.write(np.asarray(modes, dtype=np.int8).tobytes())
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path | str) -> Header:
     """The header of an `.idx`, checked against the file's size; 34 bytes are read.
 
     Raises:
         DataError: not an MMIDIDX file, another version, an unknown dtype code, a wrong size.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(HEADER_BYTES)
-            size = file.seek(0, 2)
+        file = os.open(path, os.O_RDONLY)  # plain calls: thousands of shards are opened at once
+        try:
+            data, size = os.pread(file, HEADER_BYTES, 0), os.fstat(file).st_size
+        finally:
+            os.close(file)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     if len(data) < HEADER_BYTES:
@@ -168,7 +168,8 @@ def read_index(path: Path, *, check: bool = True) -> Index:
             lengths, document boundaries that do not lead from the first sequence to the last.
     """
     header = read_header(path)
-    buffer = np.memmap(path, dtype=np.uint8, mode="r").data
+    with open(path, "rb") as file:
+        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def view(dtype: str, count: int, offset: int) -> Integers:
         return np.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
@@ -182,7 +183,7 @@ def read_index(path: Path, *, check: bool = True) -> Index:
         _check_sequences(path, lengths, pointers, header.dtype.itemsize)
         _check_documents(path, documents, S)
     tokens = int(pointers[-1]) // header.dtype.itemsize + int(lengths[-1]) if S else 0
-    return Index(header.dtype, lengths, pointers, documents, modes, tokens, buffer, header)
+    return Index(header.dtype, lengths, pointers, documents, modes, tokens, header)
 
 
 def _check_sequences(path: Path, lengths: Integers, pointers: Integers, itemsize: int) -> None:
@@ -217,3 +218,103 @@ def _check_documents(path: Path, documents: Integers, sequences: int) -> None:
             raise DataError(
                 f"{path}: document {wrong} begins before document {wrong - 1}; the file is damaged"
             )
+
+
+class OpenFiles:
+    """Reads parts of any number of files, of which the last used ones stay open.
+
+    Reading by offset is as fast as a memory map where parts are a few KB, and a file that is cut
+    or lost meanwhile is an error with its name, where a map ends the process by a signal. It is
+    safe from several threads: a descriptor that is in use when its turn to go comes is closed after
+    its use.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        half = soft // 2 if soft > 0 else _MOST_OPEN  # the other half is the rest of the process's
+        self._opened = lru_cache(most or min(half, _MOST_OPEN))(_Descriptor)
+
+    def read(self, path: str, dtype: Dtype, offset: int, count: int) -> Integers:
+        """`count` numbers from byte `offset` on.
+
+        Raises:
+            DataError: the file cannot be read, or ends before.
+        """
+        values = np.empty(count, dtype)
+        wanted, done = values.view(np.uint8), 0
+        try:
+            file = self._opened(path)  # by name, so that it outlives the read
+            while done < len(wanted):
+                found = os.preadv(file.number, [wanted[done:].data], offset + done)
+                if not found:
+                    raise DataError(
+                        f"{path}: ends before byte {offset + len(wanted)}, it is cut: copy or make "
+                        "it again"
+                    )
+                done += found
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        return values
+
+
+class _Descriptor:
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+class DocumentStarts:
+    """Where the documents of one `.idx` begin, with every 1,024th in memory.
+
+    A search then reads 8 KB of the file, and what is kept of a trillion tokens in documents of 500
+    is 16 MB.
+    """
+
+    def __init__(self, path: Path, index: Index) -> None:
+        self._path, self._header, self._itemsize = str(path), index.header, index.dtype.itemsize
+        self._end = index.tokens * self._itemsize
+        self._documents = len(index.documents) - 1
+        self._sentences = not _counts_up(index.documents)  # several sequences a document, or none
+        kept = np.array(index.documents[: self._documents : _OUTLINE_STEP])
+        inside = kept < index.header.sequences
+        self._outline = np.full(len(kept), self._end)  # bytes
+        self._outline[inside] = index.pointers[kept[inside]]
+
+    def between(self, files: OpenFiles, start: int, stop: int) -> Integers:
+        """First tokens, int64, of the documents that begin after `start` and before `stop`; those
+        of documents without tokens may be repeated."""
+        first, last = start * self._itemsize, min(stop * self._itemsize, self._end)
+        low = max(0, int(self._outline.searchsorted(first, "right")) - 1) * _OUTLINE_STEP
+        high = int(self._outline.searchsorted(last, "left")) * _OUTLINE_STEP
+        begins = self._read(files, low, min(high, self._documents))
+        found = begins[begins.searchsorted(first, "right") : begins.searchsorted(last, "left")]
+        return found // self._itemsize
+
+    def _read(self, files: OpenFiles, low: int, high: int) -> Integers:
+        """The first bytes of documents low to high, without those that begin at the end."""
+        if high <= low:
+            return np.empty(0, _INT64)
+        if not self._sentences:
+            offset = self._header.pointers_offset + 8 * low
+            return files.read(self._path, _INT64, offset, high - low)
+        offset = self._header.documents_offset + 8 * low
+        sequences = files.read(self._path, _INT64, offset, high - low)
+        sequences = sequences[sequences < self._header.sequences]
+        if not sequences.size:
+            return sequences
+        first, last = int(sequences[0]), int(sequences[-1])
+        offset = self._header.pointers_offset + 8 * first
+        pointers = files.read(self._path, _INT64, offset, last + 1 - first)
+        return pointers[sequences - first]
+
+
+def _counts_up(documents: Integers) -> bool:
+    """Whether each document is one sequence."""
+    for first in range(0, len(documents), _CHECKED_AT_ONCE):
+        part = documents[first : first + _CHECKED_AT_ONCE]
+        if not np.array_equal(part, np.arange(first, first + len(part))):
+            return False
+    return True

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from megalite.errors import DataError
-from megalite.files import read_json, write_json
+from megalite.files import write_json
 
 MANIFEST_NAME = "manifest.json"
 
@@ -32,14 +32,23 @@ class _Frozen(BaseModel):
 
 
 class TokenizerInfo(_Frozen):
-    """The tokenizer's file, relative to the shard folder, and that file's hash."""
+    """The tokenizer's file, relative to the shard folder, and that file's hash.
+
+    Both are empty where nobody knows (`UNKNOWN_TOKENIZER`), which a `manifest.json` may not say.
+    """
 
     path: TokenizerPath
     sha256: Sha256
 
 
+UNKNOWN_TOKENIZER = TokenizerInfo.model_construct(path="", sha256="")
+
+
 class ShardInfo(_Frozen):
-    """One pair of `NAME.bin` and `NAME.idx`; `bytes` and `sha256` are the `.bin`'s."""
+    """One pair of `NAME.bin` and `NAME.idx`; `bytes` and `sha256` are the `.bin`'s.
+
+    Where there is no manifest, `sha256` is empty and `index_sha256` is what was found.
+    """
 
     name: Name
     documents: Count
@@ -61,9 +70,13 @@ class SourceInfo(_Frozen):
 
 
 class Manifest(_Frozen):
-    """What `manifest.json` says. `bos` and `eos` are ids put around each document, or null."""
+    """What `manifest.json` says. `bos` and `eos` are ids put around each document, or null.
 
-    format: Literal["megalite-shards-1"] = "megalite-shards-1"
+    Format "mmididx" is of shards without a `manifest.json`: this is then what their `.idx` files
+    tell, and `vocab_size` a bound from elsewhere.
+    """
+
+    format: Literal["megalite-shards-1", "mmididx"] = "megalite-shards-1"
     dtype: DtypeName
     vocab_size: Annotated[int, Field(gt=0)]
     tokenizer: TokenizerInfo
@@ -108,22 +121,16 @@ def load_manifest(folder: Path | str) -> Manifest:
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
-    if not folder.is_dir():
-        found = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise DataError(
-            f"shard folder {folder} {found}; make one with `python -m data_prep tokenize`"
-        )
-    if not path.exists():
-        raise DataError(
-            f"shard folder {folder} has no {MANIFEST_NAME}; was `data_prep tokenize` interrupted, "
-            "or is this another folder?"
-        )
     try:
-        manifest = Manifest.model_validate(read_json(path))
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(_absent(folder)) from None
     except ValidationError as error:
         raise DataError(_lines(path, _describe(error))) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not a JSON file that can be read: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    if manifest.format != "megalite-shards-1":
+        raise DataError(f"{path}: format {manifest.format!r} is of shards without a manifest")
     if faults := manifest.contradictions():
         raise DataError(_lines(path, faults))
     return manifest
@@ -139,20 +146,36 @@ def fingerprint(manifest: Manifest) -> str:
     """64 hexadecimal digits that are equal where the tokens and the order of shards are equal.
 
     Where the folder lies, what its shards are called, from which files and with which arguments
-    they were made does not enter.
+    they were made does not enter. Without a manifest the `.idx` files' hashes and the sizes of the
+    `.bin` stand for the tokens, which nobody hashed; vocabulary and tokenizer, which they do not
+    tell, do not enter either.
     """
     defining = manifest.model_dump(
         mode="json", exclude={"sources": True, "arguments": True, "tokenizer": {"path"}}
     )
+    if manifest.format == "mmididx":
+        del defining["vocab_size"], defining["tokenizer"]
     for shard in defining["shards"]:
         del shard["name"]
     canonical = json.dumps(defining, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def _absent(folder: Path) -> str:
+    if not folder.is_dir():
+        found = "is a file, not a folder" if folder.exists() else "does not exist"
+        return f"shard folder {folder} {found}; make one with `python -m data_prep tokenize`"
+    return (
+        f"shard folder {folder} has no {MANIFEST_NAME}; was `data_prep tokenize` interrupted, "
+        "or is this another folder?"
+    )
+
+
 def _describe(error: ValidationError) -> list[str]:
     faults = []
     for fault in error.errors(include_url=False):
+        if fault["type"] == "json_invalid":
+            return [f"not a JSON file that can be read: {fault['msg']}"]
         place = ".".join(str(part) for part in fault["loc"]) or "the whole file"
         found = "" if fault["type"] == "missing" else f", found {str(fault['input'])[:60]!r}"
         faults.append(f"{place}: {fault['msg']}{found}")

@@ -8,7 +8,7 @@ nothing is trusted that was not compared with the manifest first.
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -63,9 +63,10 @@ __all__ = [
 ]
 
 _MAPPED_INDICES = 16  # for whole documents; windows need none
-# Indices of this size together are checked whole when a folder is opened, in some 0.1 s; those
-# of larger folders one by one, when first used.
+# Indices of this size together are checked whole when a folder is opened, in some 0.2 s; those
+# of larger folders one by one, when first used. A file costs as much as 64 KB more of it.
 CHECKED_AT_OPEN = 64 << 20  # bytes
+_INDEX_COST = 64 << 10  # bytes
 _BUFFER = 1 << 20  # bytes
 _NAMED_FAULTS = 20
 
@@ -104,7 +105,8 @@ def open_shards(
         return ShardSet(folder, manifest, path=path, files=files, checked=True)
     manifest = load_manifest(path)
     faults = [fault for shard in manifest.shards for fault in size_faults(path, manifest, shard)]
-    check = 20 * manifest.documents <= check_bytes and not faults
+    cost = 20 * manifest.documents + _INDEX_COST * len(manifest.shards)
+    check = cost <= check_bytes and not faults
     for shard in manifest.shards if check else ():
         try:
             checked_index(path, manifest, shard)
@@ -233,7 +235,8 @@ class ShardSet:
         self.documents = manifest.documents
         self._files = files or OpenFiles()
         self._unsigned = np.dtype(f"<u{self.dtype.itemsize}")  # in which a negative id is a big one
-        self._verify, self._used, self._all_checked = verify, set[int](), checked
+        self._verify, self._all_checked = verify, checked
+        self._used: dict[int, str] = {}  # paths of the .bin files in use
         counts = [(shard.tokens, shard.documents) for shard in manifest.shards]
         self._starts = list(accumulate((tokens for tokens, _ in counts), initial=0))
         self._firsts = list(accumulate((documents for _, documents in counts), initial=0))
@@ -270,16 +273,17 @@ class ShardSet:
         Raises:
             DataError: an `.idx` that is damaged or not this `.bin`'s.
         """
-        found = [np.empty(0, np.int64)]
+        found: list[Integers] = []
         for shard in range(max(0, bisect_right(self._starts, start) - 1), len(self._starts) - 1):
             base = self._starts[shard]
             if base >= stop:
                 break
             starts = self._document_starts.get(shard) or self._outline(shard)
             found.append(starts.between(self._files, start - base, stop - base) + base)
-        firsts = np.concatenate(found)
-        # a document without tokens begins where the next one does
-        return np.unique(firsts) if np.any(firsts[1:] == firsts[:-1]) else firsts
+        firsts = found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
+        if (firsts[1:] == firsts[:-1]).any():
+            firsts = np.unique(firsts)  # a document without tokens begins where the next one does
+        return firsts.astype(np.int64, copy=False)
 
     def document(self, number: int) -> Integers:
         """The tokens of one document of the folder, counted from 0."""
@@ -298,17 +302,21 @@ class ShardSet:
         return np.diff(ends[index.documents])
 
     def _read_shard(self, shard: int, offset: int, count: int) -> Integers:
-        info = self.manifest.shards[shard]
-        path = bin_path(self.folder, info.name)
-        if shard not in self._used:  # it may have changed since the folder was opened
-            check_bin(path, self.manifest, info)
-            if self._verify:
-                check_hash(path, info.sha256)
-            self._used.add(shard)
-        ids = self._files.read(str(path), self.dtype, offset * self.dtype.itemsize, count)
+        path = self._used.get(shard) or self._first_use(shard)
+        ids = self._files.read(path, self.dtype, offset * self.dtype.itemsize, count)
         if int(ids.view(self._unsigned).max()) >= self.vocab_size:
             raise self._out_of_range(shard, offset, ids)
         return ids
+
+    def _first_use(self, shard: int) -> str:
+        """The path of a `.bin`, which may have changed since the folder was opened."""
+        info = self.manifest.shards[shard]
+        path = bin_path(self.folder, info.name)
+        check_bin(path, self.manifest, info)
+        if self._verify:
+            check_hash(path, info.sha256)
+        self._used[shard] = str(path)
+        return self._used[shard]
 
     def _outline(self, shard: int) -> DocumentStarts:
         path = idx_path(self.folder, self.manifest.shards[shard].name)

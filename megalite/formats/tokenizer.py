@@ -1,6 +1,6 @@
 """Text to token ids and back: SentencePiece models, Hugging Face `tokenizer.json`, plain bytes.
 
-Text never turns into a control token: `</s>` in a document is six characters. BOS and EOS are put
+Text never turns into a control token: `</s>` in a document is four characters. BOS and EOS are put
 around documents by whoever asks for them.
 """
 

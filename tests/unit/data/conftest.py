@@ -16,7 +16,7 @@ class MemoryShards:
         self.tokens = int(ends[-1])
         self.starts = ends[:-1].astype(np.int64)
         self.ids = np.random.default_rng(seed).integers(0, 500, self.tokens).astype(np.uint16)
-        self.folder = name
+        self.path = name
         self.fingerprint = f"{name}-{seed}"
         self.vocab_size = 500
         self.broken_from: int | None = None
@@ -25,7 +25,7 @@ class MemoryShards:
         assert start >= 0
         assert start + count <= self.tokens
         if self.broken_from is not None and start >= self.broken_from:
-            raise OSError(f"{self.folder}: cannot read token {start}")
+            raise OSError(f"{self.path}: cannot read token {start}")
         return self.ids[start : start + count]
 
     def document_starts(self, start: int, stop: int) -> Any:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import threading
 import time
 from typing import Any
@@ -205,3 +208,89 @@ def test_an_evaluation_counts_each_of_the_first_samples_once(
 
 def test_an_evaluation_of_no_samples_is_empty(dataset: Dataset) -> None:
     assert list(first_batches(dataset, 0, micro_batch_size=2, data_rank=0, data_size=2)) == []
+
+
+def test_tensors_are_handed_over_by_a_thread_and_never_pickled(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("pickled")
+
+    made: list[torch.Tensor] = []
+    read = Dataset.read
+
+    def keep(self: Dataset, *where: Any) -> Batch:
+        batch = read(self, *where)
+        made.append(batch.tensors["input_ids"])
+        return batch
+
+    monkeypatch.setattr(Dataset, "read", keep)
+    for kind in (Batch, StepBatches, torch.Tensor):
+        monkeypatch.setattr(kind, "__reduce_ex__", refuse)
+    step = take(make(dataset), 1)[0]
+    found = [batch.tensors["input_ids"].data_ptr() for batch in step.micro_batches]
+    assert found == [tensor.data_ptr() for tensor in made[: len(found)]]
+    assert multiprocessing.active_children() == []
+
+
+def test_reading_is_off_the_training_thread(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = set()
+    read = Dataset.read
+
+    def note(self: Dataset, *where: Any) -> Batch:
+        names.add(threading.current_thread().name)
+        return read(self, *where)
+
+    monkeypatch.setattr(Dataset, "read", note)
+    take(make(dataset), 3)
+    assert names == {"loader"}
+
+
+def test_a_stop_signal_leaves_the_reader_alone(dataset: Dataset) -> None:
+    """The handler runs in the main thread; what follows is what would have followed."""
+    expected = take(make(dataset), 6)
+    seen: list[str] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append(threading.current_thread().name))
+    loader = make(dataset)
+    try:
+        found = [next(loader)]
+        for _ in range(5):
+            os.kill(os.getpid(), signal.SIGTERM)
+            found.append(next(loader))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        loader.close()
+    assert set(seen) == {"MainThread"}
+    for one, other in zip(expected, found, strict=True):
+        assert all(map(same, one.micro_batches, other.micro_batches))
+
+
+def test_a_rank_of_many_holds_its_own_samples_only(dataset: Dataset) -> None:
+    """A million sequences a step over 62,500 ranks: no array of the step's length is made."""
+    loader = make(
+        dataset,
+        global_batch_size=1_000_000,
+        micro_batch_size=2,
+        data_size=62_500,
+        data_rank=62_499,
+        start=3_000_000,
+    )
+    assert loader._offsets.base is None
+    assert loader._offsets.shape == (8, 2)
+    step = take(loader, 1)[0]
+    places = [3_000_000 + (m * 62_500 + 62_499) * 2 for m in range(8)]
+    assert [batch.place for batch in step.micro_batches] == places
+    for batch in step.micro_batches:
+        expected = dataset.batch(np.array([batch.place, batch.place + 1]), batch.place)
+        assert same(batch, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pages are locked for a GPU only")
+def test_pinned_tensors_reach_the_device_unchanged(dataset: Dataset) -> None:
+    plain, pinned = take(make(dataset), 2), take(make(dataset, pin_memory=True), 2)
+    for one, other in zip(plain, pinned, strict=True):
+        for batch, locked in zip(one.micro_batches, other.micro_batches, strict=True):
+            assert all(tensor.is_pinned() for tensor in locked.tensors.values())
+            assert same(batch, locked.to("cuda").to("cpu", non_blocking=False))

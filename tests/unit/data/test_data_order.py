@@ -32,6 +32,29 @@ def test_permute_of_huge_sets_stays_inside_and_distinct(size: int, key: int, sta
     assert len(np.unique(image)) == 256
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.one_of(
+        st.integers(2**32, LIMIT),
+        st.integers(2**16, 2**21).map(lambda root: root * root),
+        st.integers(2**16, 2**21).map(lambda root: root * root + 1),
+        st.sampled_from([2**32 - 5, 2**32 + 15, 2**42 - 11, 2**43 - 57]),  # primes
+    ),
+    key=KEYS,
+    seed=st.integers(0, 2**32),
+)
+def test_permute_of_sampled_indices_is_one_to_one(size: int, key: int, seed: int) -> None:
+    """Of sets too large to go through: as many images as indices, wherever these lie."""
+    edges = np.array([0, 1, size // 2, size - 2, size - 1])
+    scattered = np.random.default_rng(seed).integers(0, size, 3000)
+    index = np.unique(np.concatenate([edges, scattered, scattered // 2]))
+    image = permute(index, size, key)
+    assert 0 <= image.min() <= image.max() < size
+    assert len(np.unique(image)) == len(index)
+    # and they reach everywhere: 3000 and more of them leave no tenth of the set out
+    assert len(np.unique(image * 10 // size)) == 10
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.integers(1, LIMIT), KEYS, st.floats(0, 1)), min_size=1, max_size=40))
 def test_permute_of_arrays_is_permute_of_each(cases: list[tuple[int, int, float]]) -> None:
@@ -94,6 +117,71 @@ def test_all_six_shuffles_of_three_are_equally_likely() -> None:
     counts = np.unique(np.asarray(code), return_counts=True)[1]
     assert len(counts) == 6
     assert ((counts - 1000) ** 2 / 1000).sum() < 25
+
+
+def normal_quantile(statistic: float, freedom: int) -> float:
+    """How many standard deviations a chi-square value lies off (Wilson & Hilferty 1931)."""
+    spread = 2 / (9 * freedom)
+    return float((np.cbrt(statistic / freedom) - (1 - spread)) / np.sqrt(spread))
+
+
+# Five deviations either way: one in a million by chance; too even is as wrong as too uneven.
+CHANCE = 5.0
+
+
+@pytest.mark.parametrize("size", [1009, 4096, 2**33 + 1, LIMIT])
+@pytest.mark.parametrize("place", ["first", "second", "last"])
+def test_what_stands_at_a_place_is_uniform_over_keys(size: int, place: str) -> None:
+    trials, bins = 40_000, 100
+    index = {"first": 0, "second": 1, "last": size - 1}[place]
+    keys = derive_key(7, np.arange(trials), np.full(trials, 3))
+    image = permute(np.full(trials, index), size, keys)
+    edges = (np.arange(bins + 1) * size) // bins
+    counts, _ = np.histogram(image, edges)
+    expected = np.diff(edges) * (trials / size)
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    assert abs(normal_quantile(statistic, bins - 1)) < CHANCE
+
+
+@pytest.mark.parametrize("size", [1009, 4096, 2**33 + 1])
+@pytest.mark.parametrize("distance", [1, 2, 64])
+def test_two_places_are_independent_over_keys(size: int, distance: int) -> None:
+    """The images of two indices, as a table of 20 x 20 cells."""
+    trials, bins = 40_000, 20
+    keys = derive_key(8, np.zeros(trials, np.int64), np.arange(trials))
+    pair = [permute(np.full(trials, i), size, keys) * bins // size for i in (5, 5 + distance)]
+    counts = np.bincount(pair[0] * bins + pair[1], minlength=bins * bins)
+    expected = trials / bins**2
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    assert abs(normal_quantile(statistic, bins * bins - 1)) < CHANCE
+
+
+@pytest.mark.parametrize("size", [65_536, 99_991, 2**33 + 1, LIMIT])
+def test_neighbours_in_the_order_are_not_correlated(size: int) -> None:
+    """Serial correlation of the images, and of their distances modulo the size."""
+    count = 60_000
+    for key in (0, 1, 2**63, 123_456_789):
+        image = permute(np.arange(count), size, key) / size
+        steps = np.diff(image) % 1.0
+        for series in (image, steps):
+            for lag in (1, 2, 3, 5, 256, 257):
+                correlation = np.corrcoef(series[:-lag], series[lag:])[0, 1]
+                assert abs(correlation) < 5.5 / np.sqrt(count - lag)
+        counts, _ = np.histogram(steps, bins=64, range=(0, 1))
+        statistic = float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
+        assert abs(normal_quantile(statistic, 63)) < CHANCE
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_orders_of_epochs_and_sources_share_nothing(seed: int) -> None:
+    """Two shuffles agree at about one place of all, as two random ones do."""
+    size = 5003
+    keys = derive_key(seed, np.repeat([0, 1], 6), np.tile(np.arange(6), 2)).tolist()
+    orders = [permute(np.arange(size), size, key) for key in keys]
+    equal = [int((a == b).sum()) for i, a in enumerate(orders) for b in orders[:i]]
+    assert len(equal) == 66
+    assert max(equal) < 12  # Poisson of mean 1: a chance in 10^7 for all of them
+    assert 30 < sum(equal) < 115  # mean 66, deviation 8
 
 
 def test_seeds_sources_and_epochs_have_keys_of_their_own() -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from data_prep.inputs import find_units, kind_of
+from data_prep.inputs import Stream, choose_part_bytes, find_streams, kind_of
 from megalite.errors import CommandError
 
 
@@ -20,7 +23,7 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def paths(*inputs: str) -> list[str]:
-    return [unit.path for unit in find_units(inputs)]
+    return [path for stream in find_streams(inputs) for path in stream.paths]
 
 
 def test_files_globs_and_folders_come_in_order(corpus: Path) -> None:
@@ -31,13 +34,70 @@ def test_files_globs_and_folders_come_in_order(corpus: Path) -> None:
     assert paths(str(corpus / "src")) == [str(corpus / name) for name in paths("src")]
 
 
-def test_units_know_their_input(corpus: Path) -> None:
-    units = find_units(["src/*.py", "hf:org/name:test", "a.jsonl"])
-    assert [(unit.source, unit.kind, str(unit)) for unit in units] == [
-        (0, "text", "src/z.py"),
-        (1, "hub", "hf:org/name:test"),
-        (2, "jsonl", "a.jsonl"),
+def test_streams_know_their_input(corpus: Path) -> None:
+    streams = find_streams(["src/*.py", "b.txt", "a.jsonl", "src"])
+    assert [(one.source, one.kind, str(one), one.parts) for one in streams] == [
+        (0, "text", "src/z.py", 1),
+        (1, "text", "b.txt", 1),
+        (2, "jsonl", "a.jsonl", 1),
+        (3, "text", "src/deep/y.py", 1),
     ]
+
+
+def test_small_files_make_one_stream(corpus: Path) -> None:
+    for number in range(10):
+        (corpus / f"src/{number}.py").write_text("text")
+    streams = find_streams(["src"], part_bytes=20)
+    assert [len(stream.paths) for stream in streams] == [5, 5, 2]
+    assert str(streams[2]) == "src/deep/y.py and 1 more"
+    (whole,) = find_streams(["src"])
+    assert (len(whole.paths), whole.size, whole.part_bytes) == (12, 48, 1 << 20)
+
+
+def test_a_stream_goes_through_json(corpus: Path) -> None:
+    streams = find_streams(["src", "a.jsonl"])
+    assert [Stream(**one) for one in json.loads(json.dumps(list(map(asdict, streams))))] == streams
+
+
+def test_the_identity_follows_the_files_and_the_size_of_parts(corpus: Path) -> None:
+    def identity(name: str = "a.jsonl", part_bytes: int | None = None) -> str:
+        return find_streams([name], part_bytes=part_bytes)[0].identity
+
+    first = identity()
+    assert first == identity(str(corpus / "a.jsonl")) == identity("src/../a.jsonl")
+    assert len({first, identity(part_bytes=9), identity("b.txt")}) == 3
+    os.utime("a.jsonl", ns=(1, 1))
+    assert identity() != first
+    os.utime("a.jsonl", ns=(1, 1))
+    touched = identity()
+    Path("a.jsonl").write_text("other")
+    os.utime("a.jsonl", ns=(1, 1))
+    assert identity() != touched
+
+
+@pytest.mark.parametrize(
+    ("total", "size"), [(0, 1 << 20), (1 << 28, 1 << 20), (3 << 29, 4 << 20), (1 << 40, 64 << 20)]
+)
+def test_parts_are_some_hundreds_of_a_power_of_two(total: int, size: int) -> None:
+    assert choose_part_bytes(total) == size
+
+
+def test_what_is_no_regular_file_is_refused(corpus: Path) -> None:
+    os.mkfifo("pipe.txt")
+    with pytest.raises(CommandError, match=r"--input pipe.txt: no regular file; a pipe or a dev"):
+        find_streams(["pipe.txt"])
+    Path("src/broken.py").symlink_to("nowhere")
+    for name in ("src", "src/broken.py"):
+        with pytest.raises(CommandError, match=r"--input src/broken.py: No such file"):
+            find_streams([name])
+
+
+def test_links_to_folders_are_followed_once(corpus: Path) -> None:
+    Path("src/loop").symlink_to(corpus / "src")
+    Path("other").mkdir()
+    Path("other/o.py").write_text("text")
+    Path("src/link").symlink_to(corpus / "other")
+    assert paths("src") == ["src/deep/y.py", "src/link/o.py", "src/z.py"]
 
 
 def test_a_file_named_twice_is_read_once(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -58,13 +118,13 @@ def test_a_name_with_brackets_is_a_file_first(corpus: Path) -> None:
 @pytest.mark.parametrize("name", ["none.txt", "*.parquet", "empty", "none/"])
 def test_an_input_that_names_nothing_is_refused(name: str, corpus: Path) -> None:
     with pytest.raises(CommandError, match=r"--input .*: no file .* it \(working directory"):
-        find_units(["b.txt", name])
+        find_streams(["b.txt", name])
 
 
 def test_the_ending_tells_the_kind() -> None:
     found = {
         name: kind_of(Path(name))
-        for name in ("a.jsonl", "a.JSONL.gz", "a.json.zst", "a.ndjson", "a.parquet")
+        for name in ("a.jsonl", "a.JSONL.gz", "a.json.xz", "a.ndjson.bz2", "a.parquet")
     }
     assert set(found.values()) == {"jsonl", "parquet"}
     assert found["a.parquet"] == "parquet"

@@ -1,37 +1,52 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.inputs import Unit, find_units
-from data_prep.readers import BadRecords, read_documents
+from data_prep.inputs import find_streams
+from data_prep.readers import BadRecords, Fault, Reader, read_streams
 from megalite.errors import DataError
 
 TEXTS = ["one\r\ntwo  \n", "中文 \u2028 line", "  😀\t", "z" * 70_000]
 LINES = b"".join(json.dumps({"text": text, "id": 7}).encode() + b"\n" for text in TEXTS)
 
 
-def unit(path: Path) -> Unit:
-    return find_units([str(path)])[0]
-
-
 def documents(path: Path, field: str = "text", limit: int = 0) -> list[str]:
-    return list(read_documents(unit(path), field, BadRecords(limit)))
+    bad, good = BadRecords(limit), []
+    for record in read_streams(find_streams([str(path)]), field):
+        if isinstance(record, Fault):
+            bad.add(record)
+        else:
+            good.append(record)
+    return good
 
 
 def zstd(data: bytes) -> bytes:
     return bytes(pa.compress(data, "zstd", asbytes=True))
 
 
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+}
 PACKED = {
     "a.jsonl": LINES,
     "a.jsonl.gz": gzip.compress(LINES),
     "members.jsonl.gz": gzip.compress(LINES[:100]) + gzip.compress(LINES[100:]),
+    "a.jsonl.bz2": bz2.compress(LINES),
+    "streams.jsonl.bz2": bz2.compress(LINES[:100]) + bz2.compress(LINES[100:]),
+    "a.jsonl.xz": lzma.compress(LINES),
+    "streams.jsonl.xz": lzma.compress(LINES[:100]) + bytes(8) + lzma.compress(LINES[100:]),
     "a.jsonl.zst": zstd(LINES),
     "frames.jsonl.zst": zstd(LINES[:100]) + zstd(LINES[100:]),
     "mark.jsonl": b"\xef\xbb\xbf" + LINES,
@@ -47,17 +62,18 @@ def test_json_lines_are_read_however_packed(name: str, tmp_path: Path) -> None:
     assert documents(path) == TEXTS
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.py.gz", "a.md.zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.py.gz", "a.c.bz2", "a.h.XZ", "a.md.zst"])
 def test_a_text_file_is_one_document_unchanged(name: str, tmp_path: Path) -> None:
     data = TEXTS[0].encode() + TEXTS[1].encode()
-    packed = {".gz": gzip.compress, ".zst": zstd}.get(Path(name).suffix, bytes)(data)
-    (tmp_path / name).write_bytes(packed)
+    (tmp_path / name).write_bytes(PACKERS.get(Path(name).suffix.lower(), bytes)(data))
     assert documents(tmp_path / name) == [TEXTS[0] + TEXTS[1]]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_parquet_is_read_across_row_groups(kind: pa.DataType, tmp_path: Path) -> None:
-    table = pa.table({"n": [1] * 600, "body": pa.array(["a", "b", "c"] * 200, kind)})
+    table = pa.table({"n": [1] * 600, "body": pa.array(["a", "b", "c"] * 200).cast(kind)})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=250)
     assert documents(tmp_path / "a.parquet", "body") == ["a", "b", "c"] * 200
 
@@ -70,6 +86,9 @@ BAD_LINES = {
     "not whole JSON: Unterminated string": b'{"text": "cut he',
     "not UTF-8 at byte 10": b'{"text": "\xff"}',
     "a NUL at character 1": b'{"text": "a\\u0000"}',
+    "a NUL at byte 10": b'{"text": "\0"}',
+    "not whole JSON: Extra data at character 13": b'{"text": "a"}{"text": "b"}',
+    "not JSON that can be read": b"[" * 100_000,
     "half a surrogate pair at character 0": b'{"text": "\\ud800"}',
     "an empty document": b'{"text": ""}',
 }
@@ -105,9 +124,9 @@ def test_bad_rows_of_parquet_are_named(tmp_path: Path) -> None:
     column = pa.array([b"good", None, b"", b"\xff\xfe"], pa.binary())
     invalid = pa.StringArray.from_buffers(4, *column.buffers()[1:], column.buffers()[0])
     pq.write_table(pa.table({"text": invalid}), path)
-    bad = BadRecords(3)
-    assert list(read_documents(unit(path), "text", bad)) == ["good"]
-    assert bad.count == 3
+    assert documents(path, limit=3) == ["good"]
+    with pytest.raises(DataError, match="row 1: null, not text; bad record 1"):
+        documents(path)
     with pytest.raises(DataError, match="row 3: not UTF-8 at byte 0; bad record 3, more than"):
         documents(path, limit=2)
 
@@ -121,18 +140,76 @@ def test_a_table_without_the_column_ends_at_once(tmp_path: Path) -> None:
         documents(path, "n", limit=100)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt.gz"])
-def test_a_cut_file_ends_the_command(name: str, tmp_path: Path) -> None:
-    """However many bad records are allowed: what is missing cannot be counted."""
+def damaged(ending: str, tmp_path: Path) -> dict[str, bytes]:
+    """Files cut within and at the edge of a member, with a byte flipped, a wrong rest, none."""
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "whole.parquet")
-    whole = {
-        ".gz": gzip.compress(LINES),
-        ".zst": zstd(LINES),
-        ".parquet": (tmp_path / "whole.parquet").read_bytes(),
-    }[Path(name).suffix]
-    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=f"{name}: cannot be read to its end: "):
-        documents(tmp_path / name, limit=100)
+    if ending == ".parquet":
+        whole = (tmp_path / "whole.parquet").read_bytes()
+        return {"half": whole[: len(whole) // 2], "cut": whole[:-1], "empty": b""}
+    one = PACKERS[ending](LINES)
+    flipped = bytearray(one + one)
+    flipped[len(one) + 1] ^= 255
+    return {
+        "half": one[: len(one) // 2],
+        "cut": one[:-1],
+        "in the second's head": one + one[:3],
+        "the second's head": bytes(flipped),
+        "rest": one + b"rest",
+        "empty": b"",
+    }
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".txt.zst", ".parquet"])
+def test_a_damaged_file_ends_the_command(ending: str, tmp_path: Path) -> None:
+    """However many bad records are allowed: what is missing cannot be counted."""
+    path = tmp_path / f"a{ending}"
+    for name, data in damaged(path.suffix, tmp_path).items():
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=f"a{ending}: cannot be read to its end: ."):
+            assert documents(path, limit=100) == name
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_damage_is_named_in_parts_too(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.jsonl{ending}"
+    rows = [f'{{"text": "{number * 7919:x}"}}\n'.encode() for number in range(4000)]
+    path.write_bytes(PACKERS[ending](b"".join(rows))[:-9])
+    (stream,) = find_streams([str(path)], part_bytes=1000)
+    with pytest.raises(DataError, match="cannot be read to its end"):
+        list(read_streams([stream], "text"))
+    for part in (sum(map(len, rows)) // 1000, 1 << 20):  # the last one, and one beyond the end
+        with pytest.raises(DataError, match="cannot be read to its end"):
+            list(Reader("text").read(stream, part))
+
+
+def test_a_column_of_a_wrong_kind_is_named_before_a_row_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [["a"]], "meta": [{"text": "a"}]}), path)
+    for field in ("text", "meta"):
+        with pytest.raises(DataError, match=f"column '{field}' holds (list|struct)<.*, not string"):
+            documents(path, field)
+    with pytest.raises(DataError, match=r"no column 'meta.text'; it has text, meta"):
+        documents(path, "meta.text")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz"])
+@pytest.mark.parametrize("part_bytes", [10, 10**6])
+def test_a_file_that_changed_is_named(name: str, part_bytes: int, tmp_path: Path) -> None:
+    path = tmp_path / name
+    pack = PACKERS.get(path.suffix, bytes)
+    path.write_bytes(pack(LINES))
+    (stream,) = find_streams([str(path)], part_bytes=part_bytes)
+    path.write_bytes(pack(LINES + LINES[:40]))
+    with pytest.raises(DataError, match=f"{name}: [0-9,]+ bytes, and [0-9,]+ when the command"):
+        list(read_streams([stream], "text"))
+    path.unlink()
+    with pytest.raises(DataError, match=f"{name}: cannot be read to its end: No such file"):
+        list(read_streams([stream], "text"))
+
+
+def test_an_empty_plain_file_of_json_lines_holds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    assert documents(tmp_path / "a.jsonl") == []
 
 
 def test_many_bad_records_are_counted_but_not_all_named(
@@ -140,24 +217,6 @@ def test_many_bad_records_are_counted_but_not_all_named(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("{}\n" * 50)
-    bad = BadRecords(50)
     with caplog.at_level("WARNING", "megalite"):
-        assert list(read_documents(unit(path), "text", bad)) == []
-    assert bad.count == 50
+        assert documents(path, limit=50) == []
     assert len(caplog.records) == 21
-
-
-def test_a_hub_data_set_is_read_by_its_split(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text(
-            f'{{"text": "{split} 0"}}\n{{"text": "{split} 1"}}\n{{"text": ""}}\n'
-        )
-    for name in (f"hf:{tmp_path}", f"hf:{tmp_path}:test"):
-        bad = BadRecords(1)
-        (part,) = find_units([name])
-        found = "test" if name.endswith(":test") else "train"
-        assert list(read_documents(part, "text", bad)) == [f"{found} 0", f"{found} 1"]
-        assert bad.count == 1
-    (missing,) = find_units([f"hf:{tmp_path}:none"])
-    with pytest.raises(DataError, match="none: cannot be read to its end: Bad split"):
-        list(read_documents(missing, "text", BadRecords(0)))

@@ -110,6 +110,20 @@ def test_a_folder_without_documents(
     assert ET.parse(tmp_path / "a.svg").getroot().tag == f"{SVG}svg"
 
 
+def test_shards_of_others_without_manifest_and_tokenizer(
+    make_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_folder([[2, 3]])
+    for ending in ("bin", "idx"):
+        (folder / f"shard_00000.{ending}").rename(folder / f"web_text_document.{ending}")
+    (folder / "manifest.json").unlink()
+    (folder / "tokenizer").rename(folder.parent / "tokenizer")
+    inspect(folder, None)
+    assert "tokenizer          unknown" in capsys.readouterr().out.splitlines()
+    inspect(folder / "web_text_document", 1)
+    assert capsys.readouterr().out == "65 65 65\n"
+
+
 def test_what_cannot_be_shown_is_refused(make_folder: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_folder([[1, 2]])
     with pytest.raises(CommandError, match=r"--document 2: .* has 2 documents, 0 to 1"):

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megalite.errors import DataError
-from megalite.formats.index import DTYPES, dtype_for, read_header, read_index, write_index
+from megalite.formats import index as module
+from megalite.formats.index import (
+    DTYPES,
+    DocumentStarts,
+    OpenFiles,
+    dtype_for,
+    read_header,
+    read_index,
+    write_index,
+)
 
 HEAD = "4d4d4944494458000001000000000000000"  # magic and version 1; the dtype code follows
 
@@ -95,6 +106,74 @@ def test_what_is_written_is_read(
     assert index.documents.tolist() == documents
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[documents]
     assert [index.document_start(n) for n in range(len(documents))] == starts.tolist()
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    lengths=st.lists(st.integers(0, 3), max_size=30),
+    cuts=st.lists(st.integers(0, 30), max_size=30) | st.none(),
+    bounds=st.tuples(st.integers(-2, 70), st.integers(-2, 70)),
+    step=st.integers(1, 5),
+    dtype=st.sampled_from(list(DTYPES.values())),
+)
+def test_document_starts_are_searched_in_parts_of_the_file(
+    lengths: list[int],
+    cuts: list[int] | None,
+    bounds: tuple[int, int],
+    step: int,
+    dtype: np.dtype[np.integer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One sequence a document, or any number of them; a few documents kept, whatever the step."""
+    monkeypatch.setattr(module, "_OUTLINE_STEP", step)
+    size = len(lengths)
+    inner = range(1, size) if cuts is None else sorted(min(cut, size) for cut in cuts)
+    documents = [0, *inner, size] if size else [0]
+    path = tmp_path / "a.idx"
+    write_index(path, lengths, documents, dtype)
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[documents[:-1]]
+    low, high = sorted(bounds)
+    expected = {one for one in starts.tolist() if low < one < min(high, sum(lengths))}
+    found = DocumentStarts(path, read_index(path)).between(OpenFiles(), low, high)
+    assert sorted(found.tolist()) == found.tolist()
+    assert set(found.tolist()) == expected
+
+
+def test_files_beyond_those_kept_open_are_closed_and_read_again(tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{number}") for number in range(5)]
+    for number, path in enumerate(paths):
+        np.arange(number, number + 10, dtype="<u2").tofile(path)
+    files = OpenFiles(most=2)
+    before = len(os.listdir("/dev/fd"))
+    for _ in range(3):
+        for number, path in enumerate(paths):
+            assert files.read(path, DTYPES[8], 4, 3).tolist() == [number + 2 + k for k in range(3)]
+    assert files.read(paths[0], DTYPES[8], 4, 0).size == 0
+    assert len(os.listdir("/dev/fd")) == before + 2
+    with pytest.raises(DataError, match=r"4: ends before byte 22, it is cut"):
+        files.read(paths[4], DTYPES[8], 16, 3)
+    with pytest.raises(DataError, match=r"none: cannot be read: No such file"):
+        files.read(str(tmp_path / "none"), DTYPES[8], 0, 1)
+    del files
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_many_threads_read_through_few_files(tmp_path: Path) -> None:
+    """A descriptor that another thread's file pushes out is not closed under its reader."""
+    paths = [str(tmp_path / f"{number}") for number in range(8)]
+    for number, path in enumerate(paths):
+        np.full(1000, number, dtype="<u2").tofile(path)
+    files = OpenFiles(most=1)
+
+    def read(seed: int) -> bool:
+        chosen = np.random.default_rng(seed).integers(0, 8, 400)
+        return all((files.read(paths[n], DTYPES[8], 0, 1000) == n).all() for n in chosen)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(8)))
 
 
 def edit(content: bytes, place: int, packed: bytes) -> bytes:

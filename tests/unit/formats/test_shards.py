@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megalite.errors import DataError
-from megalite.formats.index import DTYPES, write_index
+from megalite.formats.index import DTYPES, OpenFiles, write_index
 from megalite.formats.shards import (
     ShardWriter,
     fingerprint,
@@ -100,8 +100,8 @@ def test_a_document_of_several_sequences_is_one(make_folder: MakeFolder) -> None
     assert shards.document_lengths(0).tolist() == [5, 0, 1]
 
 
-def test_more_shards_than_stay_mapped(make_folder: MakeFolder) -> None:
-    shards = open_shards(make_folder([[[n, n]] for n in range(90)]))
+def test_more_shards_than_stay_open(make_folder: MakeFolder) -> None:
+    shards = open_shards(make_folder([[[n, n]] for n in range(90)]), files=OpenFiles(most=7))
     for _ in range(2):
         assert shards.read(0, 180).tolist() == [n for n in range(90) for _ in range(2)]
         assert shards.document_starts(0, 180).size == 89
@@ -210,6 +210,19 @@ def test_a_damaged_folder_is_not_opened(message: str, make_folder: MakeFolder) -
         assert message in "\n".join(verify_folder(folder))
 
 
+def test_indices_too_large_to_check_at_once_are_checked_at_their_first_use(
+    make_folder: MakeFolder,
+) -> None:
+    folder = make_folder(SHARDS)
+    swap_index(folder)
+    shards = open_shards(folder, check_bytes=0)
+    assert shards.read(0, 12).tolist() == STREAM
+    assert shards.document_starts(6, 12).tolist() == [10]
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"shard_00000\.idx: sha256"):
+            shards.document_starts(0, 12)
+
+
 def test_all_faults_are_named_at_once(make_folder: MakeFolder) -> None:
     folder = make_folder([[[1]]] * 30)
     for path in folder.glob("*.bin"):
@@ -264,3 +277,13 @@ def test_a_shard_cut_after_opening_is_named(make_folder: MakeFolder) -> None:
     cut(folder)
     with pytest.raises(DataError, match="the file is cut"):
         shards.read(0, 1)
+
+
+def test_a_shard_cut_while_it_is_in_use_is_named(make_folder: MakeFolder) -> None:
+    """A memory map would end the process by SIGBUS."""
+    folder = make_folder([[[1] * 9000]])
+    shards = open_shards(folder)
+    assert shards.read(8000, 1000).tolist() == [1] * 1000
+    (folder / "shard_00000.bin").write_bytes(b"")
+    with pytest.raises(DataError, match=r"shard_00000\.bin: ends before byte 18000, it is cut"):
+        shards.read(8000, 1000)

@@ -1,0 +1,149 @@
+"""How fast batches are delivered on one core: the real loader, from the page cache.
+
+A mixture of ten sources with documents of 500 tokens on average, windows of 2,048 tokens, documents
+kept apart. The process is tied to one core, so the reading thread and its consumer share it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+sys.path.sort(key=lambda path: path.endswith("benchmarks"))  # last, for it has a tokenize.py
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megalite.data import Dataset, Loader
+from megalite.formats.manifest import Manifest, TokenizerInfo, write_manifest
+from megalite.formats.shards import ShardWriter, open_shards
+
+SOURCES, LENGTH, DOCUMENT, VOCABULARY = 10, 2048, 500, 32_000
+SHARDS = 3  # a source
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--tokens", type=int, default=200_000_000, help="of all sources (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="of one measurement (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="measurements (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--global-batch-size", type=int, default=512, help="samples a step (default: %(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    return parser.parse_args()
+
+
+def make_source(folder: Path, tokens: int, seed: int) -> None:
+    """A shard folder of random ids; documents' lengths are spread exponentially."""
+    numbers = np.random.default_rng(seed)
+    (folder / "tokenizer").mkdir(parents=True)
+    (folder / "tokenizer" / "tokenizer.model").write_bytes(b"none")
+    infos = []
+    for shard in range(SHARDS):
+        name = f"shard_{shard:05d}"
+        with ShardWriter(folder, name, np.dtype("<u2"), vocab_size=VOCABULARY) as writer:
+            lengths = numbers.exponential(DOCUMENT, tokens // SHARDS // DOCUMENT).astype(int) + 1
+            for length in lengths.tolist():
+                writer.add_document(numbers.integers(VOCABULARY, size=length, dtype=np.uint16))
+            infos.append(writer.close())
+    digest = hashlib.sha256(b"none").hexdigest()
+    manifest = Manifest(
+        dtype="uint16",
+        vocab_size=VOCABULARY,
+        tokenizer=TokenizerInfo(path="tokenizer/tokenizer.model", sha256=digest),
+        bos=None,
+        eos=None,
+        documents=sum(info.documents for info in infos),
+        tokens=sum(info.tokens for info in infos),
+        shards=infos,
+    )
+    write_manifest(folder, manifest)
+
+
+def measure(dataset: Dataset, batch: int, seconds: float, start: int) -> tuple[float, int]:
+    """Tokens a second from the first step asked for, and the place after the last."""
+    loader = Loader(
+        dataset,
+        global_batch_size=batch,
+        micro_batch_size=8,
+        data_rank=0,
+        data_size=1,
+        start=start,
+        pin_memory=False,
+    )
+    next(loader)
+    for _ in range(2):  # what was read ahead before the clock starts
+        next(loader)
+    steps, begin = 0, time.perf_counter()
+    while (spent := time.perf_counter() - begin) < seconds:
+        for step in islice(loader, 4):
+            assert len(step.micro_batches) == batch // 8
+        steps += 4
+    loader.close()
+    return steps * batch * LENGTH / spent, start + (steps + 3) * batch
+
+
+def main() -> None:
+    arguments = parse()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as made:
+        folders = [Path(made) / f"source{number}" for number in range(SOURCES)]
+        for number, folder in enumerate(folders):
+            make_source(folder, arguments.tokens // SOURCES, number)
+        dataset = Dataset(
+            [open_shards(folder) for folder in folders],
+            [1 + number for number in range(SOURCES)],
+            sequence_length=LENGTH,
+            seed=1,
+            mask_documents=True,
+        )
+        # every page and every index once: what follows reads from memory
+        _, place = measure(dataset, arguments.global_batch_size, 2.0, 0)
+        rates = []
+        for _ in range(arguments.repeats):
+            rate, place = measure(dataset, arguments.global_batch_size, arguments.seconds, place)
+            rates.append(rate)
+    result = {
+        "tokens_per_second": statistics.median(rates),
+        "lowest": min(rates),
+        "highest": max(rates),
+        "sequence_length": LENGTH,
+        "sources": SOURCES,
+        "tokens": arguments.tokens,
+        "mask_documents": True,
+        "cores": 1,
+        "machine": platform.processor() or platform.machine(),
+    }
+    if arguments.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    low, middle, high = (
+        f"{result[key] / 1e6:.1f}" for key in ("lowest", "tokens_per_second", "highest")
+    )
+    sys.stdout.write(
+        f"{middle} M tokens/s on one core (median of {len(rates)}, {low} to {high}): {SOURCES} "
+        f"sources, windows of {LENGTH}, documents of {DOCUMENT} tokens kept apart\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
