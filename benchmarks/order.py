@@ -2,10 +2,11 @@
 
 Two mixtures are described, not written: real shard folders with manifests and `.idx` files, whose
 `.bin` files have their size but no bytes on disk (sparse files, read as zeros). Each is opened as
-training opens it, in a fresh process, and asked for the first step of 512 samples of 2,048 tokens
-with documents kept apart. The clock starts when the interpreter and its libraries are loaded, so
-that it holds what depends on the data: reading manifests, comparing every file's size, the order,
-the first windows. Memory is the process's peak, less what it was before the clock started.
+training opens it, in a fresh process, and asked for the first step of one of 8 ranks: 64 of 512
+samples of 2,048 tokens, documents kept apart. The clock starts when the interpreter and its
+libraries are loaded, so that it holds what depends on the data: reading manifests, comparing every
+file's size, the order, the first windows. Memory is the process's peak, less what it was before the
+clock started.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from megalite.files import sha256_file
 from megalite.formats.index import write_index
 from megalite.formats.manifest import Manifest, ShardInfo, TokenizerInfo
 
-LENGTH, BATCH, MICRO_BATCH, VOCABULARY = 2048, 512, 8, 32_000
+LENGTH, VOCABULARY = 2048, 32_000
+BATCH, MICRO_BATCH, RANKS = 512, 8, 8
 DOCUMENTS = 100  # a shard
 DTYPE = np.dtype("<u2")
 TARGET_SECONDS, TARGET_BYTES = 1.0, 50_000_000
@@ -117,7 +119,7 @@ def first_batch(root: Path) -> dict[str, Any]:
         global_batch_size=BATCH,
         micro_batch_size=MICRO_BATCH,
         data_rank=0,
-        data_size=1,
+        data_size=RANKS,
         start=0,
         pin_memory=False,
         prefetch=1,

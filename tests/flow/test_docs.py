@@ -1,0 +1,49 @@
+"""Every `bash` block of the pages is run as a reader would, one after the other in one folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+INSTALLS = "pip install"  # a block that needs the package registry and minutes
+
+
+def blocks(page: str) -> list[str]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def run_blocks(chosen: list[str], folder: Path) -> None:
+    binaries = Path(sys.executable).parent
+    environ = {
+        **os.environ,
+        "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    for block in chosen:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block],
+            cwd=folder,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
+
+
+def test_the_blocks_of_the_data_page_run(tmp_path: Path) -> None:
+    found = blocks("data.md")
+    assert len(found) >= 6
+    run_blocks([block for block in found if INSTALLS not in block], tmp_path)
+
+
+@pytest.mark.slow
+def test_datatrove_hands_over_as_the_data_page_says(tmp_path: Path) -> None:
+    run_blocks(blocks("data.md"), tmp_path)
