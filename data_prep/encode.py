@@ -77,6 +77,11 @@ class _Task:
     rank: int
     ranks: int
 
+    @property
+    def places(self) -> int:
+        """Workers of all ranks."""
+        return self.ranks * self.options.workers
+
     def worker(self, run: Run, streams: Sequence[Stream], place: int) -> Worker:
         return Worker(
             run,
@@ -84,7 +89,7 @@ class _Task:
             streams,
             self.encoder,
             place=place,
-            places=max(1, self.ranks * self.options.workers),
+            places=self.places,
             text_field=self.options.text_field,
             hashes=self.options.deduplicate,
             limit=self.options.max_bad_records,
@@ -100,7 +105,7 @@ class _Task:
 
     def write_shards(self, run: Run, place: int) -> Join:
         join, tokenizer = read_join(run), self.encoder.tokenizer
-        first = place * len(join.shards) // max(1, self.ranks * self.options.workers)
+        first = place * len(join.shards) // self.places
         first %= max(1, len(join.shards))
         dtype, size = self.encoder.dtype, tokenizer.vocab_size
         write_shards(run, self.folder.parts, join, dtype, vocab_size=size, first=first)
@@ -124,8 +129,7 @@ def tokenize(options: TokenizeOptions) -> Manifest:
     for name, value in (("TOKENIZERS_PARALLELISM", "false"), ("RAYON_NUM_THREADS", "1")):
         env.set_default(name, value)  # a worker is a process
     tokenizer = load_tokenizer(options.tokenizer)
-    if not options.lossy:
-        check_round_trip(tokenizer)
+    check_round_trip(tokenizer, lossy=options.lossy)
     encoder = Encoder(tokenizer, bos=options.bos, eos=options.eos)
     folder = WorkFolder(options.output, options.asked(tokenizer))
     rank, ranks = env.find_place()
@@ -147,7 +151,7 @@ def _lead(task: _Task) -> Manifest:
         write(run.plan, [asdict(stream) for stream in streams])
         folder.start(run)
         with _failing(run), task.crew(run, streams) as crew:
-            worker = task.worker(run, streams, 0)
+            worker = task.worker(run, streams, 0 if crew.idle else task.places)
             with shown(run, streams, options.max_bad_records):
                 if crew.idle:
                     worker.encode_all()

@@ -80,7 +80,9 @@ def write_join(run: Run, join: Join) -> None:
 
 
 def read_join(run: Run) -> Join:
-    found = read(run.join)
+    """What `write_join` wrote; FileNotFoundError where the run is over."""
+    if (found := read(run.join)) is None:
+        raise FileNotFoundError(run.join)
     return Join([(n, f) for n, f in found["parts"]], found["shards"])
 
 

@@ -168,7 +168,7 @@ class Worker:
     """Encodes parts until all are done.
 
     Args:
-        place: of this worker among `places`.
+        place: of this worker among `places`; the leader of other workers stands behind them.
         limit: bad records of all workers together; one that alone finds more stops all.
     """
 
@@ -202,12 +202,18 @@ class Worker:
             self._reader.close()
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """Until `ready`; parts that their workers seem to have left are done here meanwhile."""
-        since, pause = time.monotonic(), _POLL
+        """Until `ready`; parts that their workers seem to have left are done here meanwhile.
+
+        Raises:
+            FileNotFoundError: the run is over.
+        """
+        since, pause, before = time.monotonic(), _POLL, -1
         while not ready():
             self._run.check()
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_POLL)
+            if (done := len(self._run.done())) != before:  # somebody works
+                since, before = time.monotonic(), done
             if time.monotonic() - since > max(_IMPATIENT, 5 * self._longest):
                 for number, part in missing(self._run, self._streams, self.keys):
                     self._do(number, part)

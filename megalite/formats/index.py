@@ -17,6 +17,8 @@ import mmap
 import os
 import resource
 import struct
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -241,15 +243,16 @@ class OpenFiles:
             DataError: the file cannot be read, or ends before.
         """
         values = np.empty(count, dtype)
-        wanted, done = values.view(np.uint8), 0
+        done = 0
         try:
             file = self._opened(path)  # by name, so that it outlives the read
-            while done < len(wanted):
-                found = os.preadv(file.number, [wanted[done:].data], offset + done)
+            done = os.preadv(file.number, [values.data], offset)
+            while done < values.nbytes:
+                found = os.preadv(file.number, [values.view(np.uint8)[done:].data], offset + done)
                 if not found:
                     raise DataError(
-                        f"{path}: ends before byte {offset + len(wanted)}, it is cut: copy or make "
-                        "it again"
+                        f"{path}: ends before byte {offset + values.nbytes}, it is cut: copy or "
+                        "make it again"
                     )
                 done += found
         except OSError as error:
@@ -278,20 +281,23 @@ class DocumentStarts:
         self._end = index.tokens * self._itemsize
         self._documents = len(index.documents) - 1
         self._sentences = not _counts_up(index.documents)  # several sequences a document, or none
+        self._empty = self._sentences or bool(np.any(index.lengths == 0))  # some may hold nothing
         kept = np.array(index.documents[: self._documents : _OUTLINE_STEP])
         inside = kept < index.header.sequences
-        self._outline = np.full(len(kept), self._end)  # bytes
-        self._outline[inside] = index.pointers[kept[inside]]
+        outline = np.full(len(kept), self._end)  # bytes
+        outline[inside] = index.pointers[kept[inside]]
+        self._outline = array("q", outline.tobytes())  # bisected three times as fast as NumPy's
 
-    def between(self, files: OpenFiles, start: int, stop: int) -> Integers:
-        """First tokens, int64, of the documents that begin after `start` and before `stop`; those
-        of documents without tokens may be repeated."""
+    def between(self, files: OpenFiles, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """First tokens of the documents that begin after `start` and before `stop`, in order; a
+        document without tokens begins where the next one does, and is not told apart from it."""
         first, last = start * self._itemsize, min(stop * self._itemsize, self._end)
-        low = max(0, int(self._outline.searchsorted(first, "right")) - 1) * _OUTLINE_STEP
-        high = int(self._outline.searchsorted(last, "left")) * _OUTLINE_STEP
+        low = max(0, bisect_right(self._outline, first) - 1) * _OUTLINE_STEP
+        high = bisect_left(self._outline, last) * _OUTLINE_STEP
         begins = self._read(files, low, min(high, self._documents))
-        found = begins[begins.searchsorted(first, "right") : begins.searchsorted(last, "left")]
-        return found // self._itemsize
+        begins = begins[begins.searchsorted(first, "right") : begins.searchsorted(last, "left")]
+        found = (begins // self._itemsize).astype(np.int64, copy=False)
+        return np.unique(found) if self._empty else found
 
     def _read(self, files: OpenFiles, low: int, high: int) -> Integers:
         """The first bytes of documents low to high, without those that begin at the end."""

@@ -273,17 +273,14 @@ class ShardSet:
         Raises:
             DataError: an `.idx` that is damaged or not this `.bin`'s.
         """
-        found: list[Integers] = []
+        found = []
         for shard in range(max(0, bisect_right(self._starts, start) - 1), len(self._starts) - 1):
             base = self._starts[shard]
             if base >= stop:
                 break
             starts = self._document_starts.get(shard) or self._outline(shard)
             found.append(starts.between(self._files, start - base, stop - base) + base)
-        firsts = found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
-        if (firsts[1:] == firsts[:-1]).any():
-            firsts = np.unique(firsts)  # a document without tokens begins where the next one does
-        return firsts.astype(np.int64, copy=False)
+        return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
 
     def document(self, number: int) -> Integers:
         """The tokens of one document of the folder, counted from 0."""
