@@ -43,7 +43,7 @@ def main() -> None:
     dataset = open_valid(DataConfig(**data), vocab_size=config.model.vocab_size)
     if dataset is None:
         raise CommandError("the run file names no data.valid: say what to measure with --data DIR")
-    if dataset.sources[0].manifest.tokenizer.sha256 != opened.manifest.tokenizer_sha256:
+    if dataset.tokenizer_sha256 not in ("", opened.manifest.tokenizer_sha256):
         raise CommandError(
             f"{dataset.sources[0].folder} was made with another tokenizer than the model's; "
             f"tokenize it again with --tokenizer {opened.folder / 'tokenizer'}"

@@ -132,7 +132,7 @@ def _origin(request: Request, grid: Grid, train: Dataset) -> Origin | None:
         init_from=request.init_from,
         allow=request.allow_change,
         data_fingerprint=train.content_fingerprint,
-        tokenizer_sha256=train.sources[0].manifest.tokenizer.sha256,
+        tokenizer_sha256=train.tokenizer_sha256,
     )
 
 
@@ -182,7 +182,10 @@ def _prepare(
     files.write_json(folder / "deepspeed.json", settings)
     # nothing of another start's tokenizer may stay behind in it
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    shutil.copytree(train.sources[0].folder / "tokenizer", folder / "tokenizer")
+    if train.tokenizer_folder is None:  # Megatron's shards do not tell it
+        (folder / "tokenizer").mkdir()
+    else:
+        shutil.copytree(train.tokenizer_folder, folder / "tokenizer")
     left = []
     if origin is not None and not origin.weights_only:
         left = checkpoint.set_aside_later(request.root, origin.place.step)
@@ -330,7 +333,7 @@ def _saver(request: Request, grid: Grid, engine: Engine, train: Dataset) -> Call
         root=request.root,
         data_fingerprint=train.content_fingerprint,
         tokenizer=request.folder / "tokenizer",
-        tokenizer_sha256=train.sources[0].manifest.tokenizer.sha256,
+        tokenizer_sha256=train.tokenizer_sha256,
         lease=lease,
     )
 
