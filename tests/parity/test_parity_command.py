@@ -95,7 +95,7 @@ def test_every_layout_of_two_ranks_agrees(tmp_path: Path) -> None:
             *("name", "loss_error", "grad_norm_error", "parameter", "parameter_error", "ok")
         ]
         assert row["parameter"] in shapes.tensors(model)
-        assert 0 < row["parameter_error"] < 1e-4
+        assert 0 <= row["parameter_error"] < 1e-4
     assert "dropout 0" in done.stderr
 
 
