@@ -87,7 +87,8 @@ class Trainer:
         step, training = self.place.step, self.config.training
         if step % training.log_every == 0 or step == training.steps:
             self._log(result, lr)
-        if _due(step, training.eval_every):
+        # before the save, which carries the loss: the best checkpoint is chosen by it
+        if _due(step, training.eval_every) or step == training.steps:
             self._evaluate()
         if _due(step, self.config.checkpoint.every):
             self._save()

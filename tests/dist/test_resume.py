@@ -177,3 +177,14 @@ def test_groups_keep_their_own_hyper_parameters(
     after = run_ranks(_groups_at, 1, resumed, 11)[0]
     assert [group[:2] for group in after] == [group[:2] for group in before]
     assert sorted(group[0] for group in after) == [0.0, 0.3]
+
+
+def test_the_last_checkpoint_carries_the_last_validation(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
+    training = {"eval_every": 15, "steps": 20}
+    raw = run_file(shards, tmp_path, training=training, checkpoint={"every": 10, "keep": 5})
+    run_ranks(train, 1, raw)
+    last = tmp_path / "run" / "checkpoints" / "step_00000020" / "manifest.json"
+    assert json.loads(last.read_text())["valid_loss"] == rows(raw, "valid")[-1]["loss"]
+    assert rows(raw, "valid")[-1]["step"] == 20
