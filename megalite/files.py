@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 _CHUNK = 4 << 20  # bytes read at a time while hashing
+_PARTIAL = ".tmp"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -18,7 +19,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     The bytes go to a neighbour of another name, are synced, and are renamed over `path`.
     """
     data = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -28,6 +29,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def clear_partials(folder: Path) -> None:
+    """Remove what `write_atomic` left in a folder when it was killed."""
+    for partial in folder.glob(f".*.????????{_PARTIAL}"):
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -53,9 +53,13 @@ def find_newest(root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | None:
     return None
 
 
-def open_checkpoint(path: Path, grid: Grid | None = None) -> tuple[Path, disk.Manifest]:
+def open_checkpoint(
+    path: Path, grid: Grid | None = None, *, weights_only: bool = False
+) -> tuple[Path, disk.Manifest]:
     """A checkpoint by its own folder or its run's (the newest published one), checked.
 
+    Args:
+        weights_only: whether it may lack the optimizer's files, as a copy for use may.
     Raises:
         CommandError: no checkpoint there.
         CheckpointError: a damaged one.
@@ -69,7 +73,11 @@ def open_checkpoint(path: Path, grid: Grid | None = None) -> tuple[Path, disk.Ma
                 "(.../checkpoints/step_00001000) or a run folder that has one"
             )
         folder = found[0]
-    problems, manifest = _check(folder, grid)
+    elif (kind := disk.other_format(path)) is not None:
+        raise CommandError(
+            f"{path} holds {kind!r}, not a checkpoint: give a step folder or a run folder"
+        )
+    problems, manifest = _check(folder, grid, weights_only=weights_only)
     if manifest is None or problems:
         raise CheckpointError("\n".join(problems))
     return folder, manifest
@@ -208,13 +216,18 @@ def refuse_other_model(model: ModelConfig, folder: Path, manifest: disk.Manifest
         )
 
 
-def _check(folder: Path, grid: Grid | None) -> tuple[list[str], disk.Manifest | None]:
+def _check(
+    folder: Path, grid: Grid | None, *, weights_only: bool = False
+) -> tuple[list[str], disk.Manifest | None]:
     """Problems of a checkpoint, its files' hashes shared out over the ranks."""
     manifest: disk.Manifest | None = None
     try:
         manifest = disk.read_manifest(folder)
         rank, size = (grid.rank, grid.world_size) if grid else (0, 1)
-        mine = disk.damage(folder, manifest, list(manifest.files)[rank::size])
+        names = list(manifest.files)
+        if weights_only:
+            names = [name for name in names if name not in disk.files_of_other_states(manifest)]
+        mine = disk.damage(folder, manifest, names[rank::size])
     except CheckpointError as error:
         mine = [str(error)]
     found: list[Any] = [mine] if grid is None else grid.gather(mine)

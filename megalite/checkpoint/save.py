@@ -188,6 +188,7 @@ def clear_leftovers(root: Path) -> None:
     for pattern in (".staging_*", ".deleted_*"):
         for folder in root.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
+    files.clear_partials(root)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def rule_faults(config: RunConfig) -> Iterator[Fault]:
     yield from _sources(config)
     yield from _batches(config)
     yield from _schedule(config)
+    yield from _retention(config)
     yield from _names(config)
     yield from _precision(config)
 
@@ -122,6 +123,24 @@ def _schedule(config: RunConfig) -> Iterator[Fault]:
             keys,
             f"warmup_steps {schedule.warmup_steps} + decay_steps {schedule.decay_steps} is over "
             f"training.steps {steps}; shorten one, or leave decay_steps out",
+        )
+
+
+def _retention(config: RunConfig) -> Iterator[Fault]:
+    every, keep = config.checkpoint.every, config.checkpoint.keep_every
+    if keep and (not every or keep % every):
+        saved = f"every {every} steps" if every else "at the end alone"
+        near = [keep // every * every, (keep // every + 1) * every] if every else []
+        advice = " or ".join(str(n) for n in near if n) or "leave it out, or set checkpoint.every"
+        yield fault(
+            "checkpoint.keep_every checkpoint.every",
+            f"{keep}, but the run is saved {saved}; {'try ' if every else ''}{advice}",
+        )
+    if config.checkpoint.keep_best and not config.data.valid:
+        yield fault(
+            "checkpoint.keep_best data.valid",
+            "the best is the one of the lowest validation loss, but data.valid is empty; name "
+            "held-out shards there, or set keep_best to false",
         )
 
 

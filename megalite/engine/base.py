@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from megalite.config import ModelConfig
 from megalite.data import Batch
+from megalite.formats.checkpoint import WEIGHT
 from megalite.model import CausalLM
 
-WEIGHT = "weight"  # the state every parameter has; the others are the optimizer's
+__all__ = ["WEIGHT", "Engine", "StepResult", "has_dropout", "seed_dropout"]
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def score(
         loss, dataset, samples=samples, micro_batch_size=micro_batch_size, data_rank=0, data_size=1
     ).tolist()
     text_bytes = sum(
-        len(tokenizer.decode(labels[mask].tolist()).encode())
+        tokenizer.count_bytes(labels[mask].tolist())
         for batch in first_batches(
             dataset, samples, micro_batch_size=micro_batch_size, data_rank=0, data_size=1
         )

@@ -63,7 +63,7 @@ def open_model(path: str | Path) -> OpenedModel:
     """
     if not Path(path).is_dir():
         raise CommandError(f"--checkpoint {path}: no such folder; give a step or a run folder")
-    folder, manifest = open_checkpoint(Path(path))
+    folder, manifest = open_checkpoint(Path(path), weights_only=True)
     try:
         config = load_config(folder / "config.json")
     except MegaLiteError as error:

@@ -24,6 +24,7 @@ from megalite.errors import CheckpointError
 
 FORMAT = "megalite-checkpoint-1"
 MANIFEST = "manifest.json"
+WEIGHT = "weight"  # the state every tensor has; the others are the optimizer's
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -71,6 +72,22 @@ class Manifest(_Entry):
     files: dict[str, FileEntry]
 
 
+def other_format(folder: Path) -> str | None:
+    """What a folder's manifest calls itself where it is readable and no checkpoint's."""
+    try:
+        found = files.read_json(folder / MANIFEST)["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(found) if found != FORMAT else None
+
+
+def files_of_other_states(manifest: Manifest) -> set[str]:
+    """Files that hold no weights, but what an optimizer keeps."""
+    states = [s for tensor in manifest.tensors.values() for s in tensor.states.items()]
+    weights = {entry.file for state, entry in states if state == WEIGHT}
+    return {entry.file for _, entry in states} - weights
+
+
 def folder_name(step: int) -> str:
     """The published name of the checkpoint after `step` steps."""
     return f"step_{step:08d}"
@@ -101,16 +118,22 @@ def read_manifest(folder: Path) -> Manifest:
     if content.pop("checksum", None) != _checksum(content):
         raise CheckpointError(f"{path} was changed or damaged since it was written (checksum)")
     try:
-        return Manifest.model_validate(content)
+        manifest = Manifest.model_validate(content)
     except ValidationError as error:
         raise CheckpointError(f"{path} is not a manifest: {error.errors()[0]['msg']}") from None
+    if _STEP_NAME.fullmatch(folder.name) and step_of(folder) != manifest.step:
+        raise CheckpointError(
+            f"{folder} holds step {manifest.step}: it was renamed; its own name is "
+            f"{folder_name(manifest.step)}"
+        )
+    return manifest
 
 
 def published(root: Path) -> list[Path]:
     """The published checkpoints below `root`, newest first, whole or not."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if _STEP_NAME.fullmatch(path.name)]
+    found = [p for p in root.iterdir() if _STEP_NAME.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 

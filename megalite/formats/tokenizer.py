@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -62,6 +63,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; BOS, EOS and other control tokens have none."""
+
+    def count_bytes(self, ids: Sequence[int]) -> int:
+        """Bytes of UTF-8 text that ids stand for; of a character cut at an edge, those within."""
 
     def save(self, folder: Path) -> str:
         """Write the tokenizer's file into an existing folder and return the file's name."""
@@ -136,6 +140,20 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._processor.decode([int(id) for id in ids]))
 
+    def count_bytes(self, ids: Sequence[int]) -> int:
+        return int(self._piece_bytes[np.asarray(ids, dtype=np.int64)].sum())
+
+    @cached_property
+    def _piece_bytes(self) -> Ids:
+        """Bytes of text each id stands for."""
+        processor, lengths = self._processor, np.zeros(self.vocab_size, dtype=np.int32)
+        for id in range(self.vocab_size):
+            if processor.is_byte(id):
+                lengths[id] = 1
+            elif not processor.is_control(id):
+                lengths[id] = len(processor.id_to_piece(id).replace("\u2581", " ").encode())
+        return lengths
+
     def save(self, folder: Path) -> str:
         (folder / _SENTENCEPIECE).write_bytes(self._model)
         return _SENTENCEPIECE
@@ -174,6 +192,24 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=True))
 
+    def count_bytes(self, ids: Sequence[int]) -> int:
+        if self._byte_level:  # a character of a token's name stands for a byte
+            special = self._tokenizer.get_added_tokens_decoder()
+            names = (self._tokenizer.id_to_token(int(id)) or "" for id in ids if id not in special)
+            added = (
+                token.content for id in ids if (token := special.get(id)) and not token.special
+            )
+            return sum(map(len, names)) + sum(len(text.encode()) for text in added)
+        text = self.decode(ids)
+        cut = len(text) - len(text.strip("\ufffd"))  # byte fallback gives one for each lone byte
+        return len(text.encode()) - 2 * cut
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        decoder = json.loads(self._files[_HUGGING_FACE]).get("decoder") or {}
+        kinds = [decoder, *decoder.get("decoders", ())]
+        return any(kind.get("type") == "ByteLevel" for kind in kinds)
+
     def save(self, folder: Path) -> str:
         for name, data in self._files.items():
             (folder / name).write_bytes(data)
@@ -208,6 +244,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(id for id in ids if id < 256).decode(errors="replace")
+
+    def count_bytes(self, ids: Sequence[int]) -> int:
+        return sum(id < 256 for id in ids)
 
     def save(self, folder: Path) -> str:
         (folder / _BYTES).write_bytes(self._content)

@@ -142,6 +142,28 @@ def previous_attempts(folder: Path) -> int:
     return max(attempts) + 1
 
 
+def restate(folder: Path, state: State, *, reason: str) -> None:
+    """Say in status.json that a start failed before it could open the run folder."""
+    with suppress(OSError, ValueError, TypeError):
+        status = read_json(folder / "status.json")
+        write_json(folder / "status.json", {**status, "state": state, "reason": reason})
+
+
+def resumed_before(folder: Path, *, path: str, job: str) -> bool:
+    """Whether a job has already gone on from the checkpoint at `path`, by the run's events."""
+    try:
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        with suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            same = row.get("job") == job and Path(row["path"]).resolve() == Path(path)
+            if row["kind"] == "event" and row["name"] == "resume" and same:
+                return True
+    return False
+
+
 def _open_lines(path: Path) -> BinaryIO:
     """Open for appending at the start of a line.
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalite import files
+from megalite import env, files
 from megalite.checkpoint import Place, find_newest, open_checkpoint, refuse_other_model
 from megalite.config import RunConfig
 from megalite.errors import CheckpointError, CommandError
 from megalite.formats import checkpoint as disk
+from megalite.log import logger
+from megalite.observe import resumed_before
 from megalite.parallel import Grid
 
 ALLOWABLE = ("model", "tokenizer", "data", "sequence_length", "seed")
@@ -64,6 +66,8 @@ def find_origin(
         CommandError: a change that needs `--allow-change`.
     """
     found = None if resume == "never" else _find(resume, root, grid)
+    if found is not None and init_from is not None:
+        logger.warning("%s goes on from %s: --init-from is for a fresh start", root, found[0].name)
     if found is None and init_from is not None:
         folder, manifest = _open("--init-from", init_from, grid)
         refuse_other_model(config.model, folder, manifest)
@@ -101,10 +105,34 @@ def _find(resume: str, root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | N
     own, asked = root.parent.resolve(), Path(resume).resolve()
     if resume == "auto" or asked in (own, root.resolve()):
         return find_newest(root, grid)
-    if own in asked.parents:  # back to an earlier step of this run
+    back = own in asked.parents  # to an earlier step of this run
+    if back and not _is_repeated(root.parent, asked, grid):
         return _open("--resume", resume, grid)
     # a requeued job repeats its command; what it has saved since is further along
-    return _own_newest(root, grid) or _open("--resume", resume, grid)
+    newest = _own_newest(root, grid)
+    if newest is None:
+        return _open("--resume", resume, grid)
+    if newest[0].resolve() != asked:
+        logger.warning(
+            "%s goes on from its own %s: --resume %s is where it began; to begin there again, "
+            "choose another name",
+            root.parent,
+            newest[0].name,
+            resume,
+        )
+    return newest
+
+
+def _is_repeated(run: Path, asked: Path, grid: Grid) -> bool:
+    """Whether this job, requeued, has already gone back to `asked`: rank 0's view, for all."""
+    job = env.job()
+    before = bool(
+        grid.rank == 0
+        and job.id
+        and job.restart_count
+        and resumed_before(run, path=str(asked), job=job.id)
+    )
+    return bool(grid.gather(before)[0])
 
 
 def _order_seed_differs(before: dict[str, Any], after: dict[str, Any]) -> bool:
@@ -155,7 +183,17 @@ def _changes(
         old, new = _at(before, key), _at(after, key)
         if old != new:
             found[key] = {"before": old, "after": new}
+    steps = before["training"]["steps"], after["training"]["steps"]
+    if steps[0] != steps[1] and _follows_steps(after["schedule"]):
+        found["training.steps"] = {"before": steps[0], "after": steps[1]}
     return found
+
+
+def _follows_steps(schedule: dict[str, Any]) -> bool:
+    """Whether another length of the run makes other learning rates."""
+    return schedule["name"] == "wsd" or (
+        schedule["name"] != "constant" and schedule["decay_steps"] is None
+    )
 
 
 def _differing(before: dict[str, Any], after: dict[str, Any]) -> str | None:

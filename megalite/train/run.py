@@ -15,15 +15,23 @@ from typing import Any, Literal
 
 import torch
 
-from megalite import checkpoint, files, log
+from megalite import checkpoint, env, files, log
 from megalite.checkpoint import Lease, Place
 from megalite.config import RunConfig
 from megalite.data import Dataset, Loader, open_data
 from megalite.engine import Engine
 from megalite.env import Launch
-from megalite.errors import CommandError, DataError, MegaLiteError, Stopped, Superseded, UserError
+from megalite.errors import (
+    CheckpointError,
+    CommandError,
+    DataError,
+    MegaLiteError,
+    Stopped,
+    Superseded,
+    UserError,
+)
 from megalite.log import logger
-from megalite.observe import Recorder, previous_attempts
+from megalite.observe import Recorder, previous_attempts, restate
 from megalite.parallel import Grid, start, stop
 from megalite.plan import Plan, deepspeed_dict, make_plan
 from megalite.train.checks import hardware_faults
@@ -124,16 +132,21 @@ def _settings(request: Request, plan: Plan, grid: Grid) -> dict[str, Any]:
 
 
 def _origin(request: Request, grid: Grid, train: Dataset) -> Origin | None:
-    return find_origin(
-        request.config,
-        grid=grid,
-        root=request.root,
-        resume=request.resume,
-        init_from=request.init_from,
-        allow=request.allow_change,
-        data_fingerprint=train.content_fingerprint,
-        tokenizer_sha256=train.tokenizer_sha256,
-    )
+    try:
+        return find_origin(
+            request.config,
+            grid=grid,
+            root=request.root,
+            resume=request.resume,
+            init_from=request.init_from,
+            allow=request.allow_change,
+            data_fingerprint=train.content_fingerprint,
+            tokenizer_sha256=train.tokenizer_sha256,
+        )
+    except CheckpointError as error:  # the folder is there, and its last state is no longer true
+        if grid.rank == 0:
+            restate(request.folder, "failed", reason=_verdict(error)[1])
+        raise
 
 
 @contextmanager
@@ -178,6 +191,7 @@ def _prepare(
     attempt = previous_attempts(folder)
     request.root.mkdir(parents=True, exist_ok=True)
     checkpoint.clear_leftovers(request.root)
+    files.clear_partials(folder)
     files.write_json(folder / "config.json", request.config.model_dump(mode="json"))
     files.write_json(folder / "deepspeed.json", settings)
     # nothing of another start's tokenizer may stay behind in it
@@ -318,8 +332,18 @@ def _announce(
         recorder.event(place.step, "start", **layout, **extra)
     else:
         logger.info("resumed from %s", origin.folder)
+        for key, change in origin.changes.items():
+            told = (
+                f"{change['before']} -> {change['after']}" if isinstance(change, dict) else change
+            )
+            logger.info("changed since: %s: %s", key, told)
         recorder.event(
-            place.step, "resume", path=str(origin.folder), changes=origin.changes, **layout
+            place.step,
+            "resume",
+            path=str(origin.folder),
+            job=env.job().id or None,
+            changes=origin.changes,
+            **layout,
         )
 
 

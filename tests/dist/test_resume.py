@@ -131,6 +131,9 @@ def test_only_damaged_checkpoints_stop_the_run(saved: dict[str, Any], tmp_path: 
     with pytest.raises(AssertionError, match=r"never|every checkpoint in .* is damaged"):
         run_ranks(train, 2, raw)
     assert (checkpoints / "bad_00000010").is_dir()
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "damaged" in status["reason"]
 
 
 def test_a_new_run_starts_from_the_weights_of_another(

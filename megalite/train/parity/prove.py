@@ -83,7 +83,8 @@ class Proof:
             self._train(REFERENCE, _steps(1, resumes), keep=True)
         except _Failed as error:
             kind = UserError if error.code == UserError.exit_code else MegaLiteError
-            raise kind(f"the reference cannot be trained:\n{error}") from None
+            hint = "\n--scale proves a scaled-down copy of it" if "memory: " in str(error) else ""
+            raise kind(f"the reference cannot be trained:\n{error}{hint}") from None
 
     def try_layout(self, layout: Layout, *, save: bool = False) -> Finding:
         """Train under a layout and compare with the reference; `save` for `try_resume`."""

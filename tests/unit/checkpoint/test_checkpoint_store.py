@@ -319,3 +319,30 @@ def test_a_rank_reads_its_own_slices(grid: Grid, root: Path, size: int) -> None:
         for box in shapes.pieces(row, **layout):
             expected[box.target] = whole[box.tensor.name][box.source]
         assert torch.equal(local, expected)
+
+
+def test_weights_are_enough_for_use(grid: Grid, root: Path) -> None:
+    """A copy without the optimizer's files opens as a model, and does not resume."""
+    folder = save_checkpoint(make_engine(), grid, root)
+    for path in folder.glob("exp_avg*"):
+        path.unlink()
+    assert checkpoint.open_checkpoint(folder, weights_only=True)[0] == folder
+    with pytest.raises(CheckpointError, match=r"exp_avg-.* is missing"):
+        checkpoint.open_checkpoint(folder)
+    next(folder.glob("model-*")).unlink()
+    with pytest.raises(CheckpointError, match=r"model-.* is missing"):
+        checkpoint.open_checkpoint(folder, weights_only=True)
+
+
+def test_a_folder_of_shards_is_no_checkpoint(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "manifest.json", {"format": "megalite-shards-1"})
+    with pytest.raises(CommandError, match="holds 'megalite-shards-1', not a checkpoint"):
+        checkpoint.open_checkpoint(tmp_path)
+
+
+def test_what_a_kill_left_half_written_is_cleared(grid: Grid, root: Path) -> None:
+    folder = save_checkpoint(make_engine(), grid, root)
+    (root / "..lease.json.0a1b2c3d.tmp").write_text("{")
+    (root / "notes.tmp").write_text("a person's")
+    checkpoint.clear_leftovers(root)
+    assert sorted(path.name for path in root.iterdir()) == ["notes.tmp", folder.name]

@@ -78,6 +78,20 @@ def test_what_is_sound(keys: dict[str, Any]) -> None:
             "it even",
         ),
         (
+            {"checkpoint": {"every": 10, "keep_every": 25}},
+            "checkpoint.keep_every: 25, but the run is saved every 10 steps; try 20 or 30",
+        ),
+        (
+            {"checkpoint": {"every": 0, "keep_every": 25}},
+            "checkpoint.keep_every: 25, but the run is saved at the end alone; leave it out, or "
+            "set checkpoint.every",
+        ),
+        (
+            {"checkpoint": {"keep_best": True}},
+            "checkpoint.keep_best: the best is the one of the lowest validation loss, but "
+            "data.valid is empty; name held-out shards there, or set keep_best to false",
+        ),
+        (
             {"data__train": [{"path": "a", "weight": 1}, {"path": "b"}]},
             'data.train: 1 of 2 sources have a weight, but not "b"; give all of them one, or none',
         ),

@@ -16,7 +16,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from megalite.errors import DataError
 from megalite.files import sha256_file
-from megalite.formats.tokenizer import PROBES, ByteTokenizer, check_round_trip, load_tokenizer
+from megalite.formats.tokenizer import (
+    PROBES,
+    ByteTokenizer,
+    Tokenizer,
+    check_round_trip,
+    load_tokenizer,
+)
 
 LOSSLESS = {
     "normalization_rule_name": "identity",
@@ -192,3 +198,32 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
     for name in ("a.model", "broken.json"):
         with pytest.raises(DataError, match=f"{name}: not a tokenizer that can be read"):
             load_tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "byte level", "byte fallback"])
+def test_bytes_are_counted_also_where_a_character_is_cut(tmp_path: Path, kind: str) -> None:
+    """Every cut of a text in two has as many bytes on both sides as the text."""
+    tokenizer = _tokenizer_of_kind(kind, tmp_path)
+    text = "naïve café 大规模  😀\n" * 2 + "ab ab"
+    ids = tokenizer.encode(text)
+    size = len(text.encode())
+    assert tokenizer.count_bytes(ids) == size
+    cuts = [(ids[:n], ids[n:]) for n in range(len(ids))]
+    assert {sum(map(tokenizer.count_bytes, both)) for both in cuts} == {size}
+    if tokenizer.eos_id is not None:
+        assert tokenizer.count_bytes([tokenizer.eos_id]) == 0
+
+
+def _tokenizer_of_kind(kind: str, folder: Path) -> Tokenizer:
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "sentencepiece":
+        return load_tokenizer(sentencepiece_model(folder / "t.model", LOSSLESS))
+    if kind == "byte level":
+        return load_tokenizer(hugging_face_file(folder))
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, "b": 257, "ab": 258}
+    made = tokenizers.Tokenizer(models.BPE(vocabulary, [("a", "b")], byte_fallback=True))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    made.add_special_tokens(["</s>"])
+    made.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder / "tokenizer.json")

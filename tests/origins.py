@@ -1,0 +1,94 @@
+"""Published checkpoints without values, and what a start makes of them."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from megalite import files, shapes
+from megalite.config import RunConfig
+from megalite.formats import checkpoint as disk
+from megalite.parallel import Grid
+from megalite.train.resume import Origin, find_origin
+from tests.factories import run_config
+
+TOKENIZER = "ab" * 32
+
+
+def fingerprint(config: RunConfig, shards: str = "web") -> str:
+    """What is read, apart from the windows and the order that the run file itself tells."""
+    data = config.data
+    return f"{shards} {[source.weight for source in data.train]} {data.mask_documents}"
+
+
+def publish(root: Path, step: int, config: RunConfig, *, without: str = "") -> Path:
+    """A checkpoint without its tensors' values; `without` leaves a key out of config.json."""
+    folder = root / disk.folder_name(step)
+    folder.mkdir(parents=True)
+    content = config.model_dump(mode="json")
+    if without:
+        section, key = without.split(".")
+        del content[section][key]
+    files.write_json(folder / "config.json", content)
+    (folder / "weights").write_bytes(b"weights")
+    entries = {
+        name: disk.FileEntry(
+            bytes=(folder / name).stat().st_size, sha256=files.sha256_file(folder / name)
+        )
+        for name in ("config.json", "weights")
+    }
+    manifest = disk.Manifest(
+        format="megalite-checkpoint-1",
+        step=step,
+        samples=step * 4,
+        tokens=step * 32,
+        progress={"updates": step},
+        optimizer={},
+        data_fingerprint=fingerprint(config),
+        tokenizer_sha256=TOKENIZER,
+        versions={},
+        tensors={
+            name: disk.TensorEntry(shape=list(tensor.shape), states={})
+            for name, tensor in shapes.tensors(config.model).items()
+        },
+        files=entries,
+    )
+    disk.write_manifest(folder, manifest)
+    return folder
+
+
+def spoil(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"weighed")
+
+
+def find(
+    grid: Grid,
+    root: Path,
+    config: RunConfig,
+    *,
+    resume: str = "auto",
+    allow: tuple[str, ...] = (),
+    shards: str = "web",
+    tokenizer: str = TOKENIZER,
+) -> Origin | None:
+    return find_origin(
+        config,
+        grid=grid,
+        root=root,
+        resume=resume,
+        allow=allow,
+        data_fingerprint=fingerprint(config, shards),
+        tokenizer_sha256=tokenizer,
+    )
+
+
+def changed(**sections: Any) -> RunConfig:
+    """The run file of `run_config()` with other values, in sections that stay whole otherwise."""
+    raw = deepcopy(run_config().model_dump(mode="json"))
+    for name, value in sections.items():
+        if isinstance(value, dict):
+            raw[name].update(value)
+        else:
+            raw[name] = value
+    return RunConfig.model_validate(raw)

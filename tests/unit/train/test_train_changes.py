@@ -1,0 +1,179 @@
+"""Which changes of the run file a resume may bring along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.errors import CommandError
+from megalite.parallel import Grid
+from megalite.train.resume import ALLOWABLE
+from tests.factories import run_config, world_of_one
+from tests.origins import changed, find, publish
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[Grid]:
+    with world_of_one() as found:
+        yield found
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "mine" / "checkpoints"
+
+
+# --- which changes ---
+
+FREE: dict[str, dict[str, Any]] = {
+    "name": {"name": "renamed"},
+    "parallel": {"parallel": {"tensor": 2}},
+    "deepspeed": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+    "micro_batch_size": {"training": {"micro_batch_size": 1}},
+    "steps": {"training": {"steps": 7}, "schedule": {"name": "constant"}},
+    "evaluation": {"training": {"eval_every": 3, "eval_batches": 1, "log_every": 2}},
+    "recompute": {"training": {"activation_checkpointing": "full", "compile": True}},
+    "precision": {"training": {"precision": "bf16"}},
+    "checkpoint": {"checkpoint": {"every": 1, "keep": 9, "grace_seconds": 1.0}},
+    "logging": {"logging": {"directory": "elsewhere", "tensorboard": False}},
+    "the shards' place": {"data": {"train": [{"path": "moved/here"}], "verify": True}},
+    "validation": {"data": {"valid": [{"path": "held-out"}]}},
+}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_free_changes(grid: Grid, root: Path, name: str) -> None:
+    publish(root, 5, changed(schedule=FREE[name].get("schedule", {})))
+    origin = find(grid, root, changed(**FREE[name]))
+    assert origin is not None
+    assert (origin.changes, origin.place.samples) == ({}, 20)
+
+
+@pytest.mark.parametrize(
+    ("key", "sections"),
+    [
+        ("optimizer", {"optimizer": {"lr": 0.5}}),
+        ("optimizer", {"optimizer": {"name": "sgd"}}),
+        ("schedule", {"schedule": {"name": "wsd", "decay_steps": 4}}),
+        ("training.global_batch_size", {"training": {"global_batch_size": 8}}),
+        ("training.steps", {"training": {"steps": 20}}),  # a cosine to the end becomes another
+    ],
+)
+def test_recorded_changes(grid: Grid, root: Path, key: str, sections: dict[str, Any]) -> None:
+    publish(root, 5, run_config())
+    origin = find(grid, root, changed(**sections))
+    assert origin is not None
+    assert list(origin.changes) == [key]
+    before, after = origin.changes[key]["before"], origin.changes[key]["after"]
+    assert before != after
+    json.dumps(origin.changes)  # it becomes a row of metrics.jsonl
+    assert origin.place.samples == 20
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "a shape": ("model", {"model": {"hidden_size": 48}}),
+    "a constant": ("model", {"model": {"hidden_dropout": 0.1}}),
+    "length": ("sequence_length", {"data": {"sequence_length": 16}}),
+    "order": ("seed", {"data": {"seed": 9}}),
+    "dropout's seed": ("seed", {"training": {"seed": 9}}),
+    "documents": ("data", {"data": {"mask_documents": True}}),
+    "weights": ("data", {"data": {"train": [{"path": "shards", "weight": 2.0}]}}),
+}
+# the order of samples is another one, in which the old place means nothing
+NEW_ORDER = ("length", "order", "documents", "weights")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_changes(grid: Grid, root: Path, name: str) -> None:
+    publish(root, 5, run_config())
+    key, sections = REFUSED[name]
+    pattern = rf"^{key} differs from the checkpoint .*--allow-change {key}$"
+    with pytest.raises(CommandError, match=pattern) as caught:
+        find(grid, root, changed(**sections))
+    assert caught.value.exit_code == 2
+    others = tuple(other for other in ALLOWABLE if other != key)
+    with pytest.raises(CommandError, match=pattern):
+        find(grid, root, changed(**sections), allow=others)
+
+
+def test_a_model_of_other_shapes_cannot_be_allowed(grid: Grid, root: Path) -> None:
+    publish(root, 5, run_config())
+    with pytest.raises(CommandError, match="holds another model"):
+        find(grid, root, changed(model={"hidden_size": 48}), allow=("model",))
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if name != "a shape"])
+def test_allowed_changes_are_recorded(grid: Grid, root: Path, name: str) -> None:
+    publish(root, 5, run_config())
+    key, sections = REFUSED[name]
+    origin = find(grid, root, changed(**sections), allow=(key,))
+    assert origin is not None
+    assert list(origin.changes) == [key]
+    json.dumps(origin.changes)
+    assert (origin.place.step, origin.place.tokens) == (5, 160)
+    assert origin.place.samples == (0 if name in NEW_ORDER else 20)
+
+
+def test_other_shards_and_another_tokenizer(grid: Grid, root: Path) -> None:
+    publish(root, 5, run_config())
+    with pytest.raises(CommandError, match=r"^data differs"):
+        find(grid, root, run_config(), shards="code")
+    origin = find(grid, root, run_config(), shards="code", allow=("data",))
+    assert origin is not None
+    assert (origin.place.step, origin.place.samples) == (5, 0)
+    with pytest.raises(CommandError, match=r"^tokenizer differs"):
+        find(grid, root, run_config(), tokenizer="cd" * 32)
+    origin = find(grid, root, run_config(), tokenizer="cd" * 32, allow=("tokenizer",))
+    assert origin is not None
+    assert list(origin.changes) == ["tokenizer"]
+
+
+def test_all_refusals_at_once(grid: Grid, root: Path) -> None:
+    publish(root, 5, run_config())
+    config = changed(model={"hidden_dropout": 0.1}, training={"seed": 9}, optimizer={"lr": 1.0})
+    with pytest.raises(CommandError) as caught:
+        find(grid, root, config, tokenizer="cd" * 32, shards="code")
+    refused = [line.split()[0] for line in str(caught.value).splitlines()]
+    assert refused == ["model", "tokenizer", "data", "seed"]
+    with pytest.raises(CommandError, match=r"^data differs"):
+        find(
+            grid,
+            root,
+            config,
+            tokenizer="cd" * 32,
+            shards="code",
+            allow=("model", "tokenizer", "seed"),
+        )
+
+
+def test_both_seeds_are_named(grid: Grid, root: Path) -> None:
+    publish(root, 5, run_config())
+    origin = find(grid, root, changed(data={"seed": 8}, training={"seed": 9}), allow=("seed",))
+    assert origin is not None
+    assert "training.seed" in str(origin.changes["seed"])
+    assert "data.seed" in str(origin.changes["seed"])
+
+
+@pytest.mark.parametrize(
+    ("key", "data"), [("sequence_length", {"sequence_length": 16}), ("seed", {"seed": 9})]
+)
+def test_other_shards_do_not_hide_behind_another_change(
+    grid: Grid, root: Path, key: str, data: dict[str, Any]
+) -> None:
+    publish(root, 5, run_config())
+    with pytest.raises(CommandError, match=r"^data differs"):
+        find(grid, root, changed(data=data), shards="code", allow=(key,))
+
+
+@pytest.mark.parametrize("field", ["model.hidden_dropout", "optimizer.l1", "data.mask_documents"])
+def test_a_field_younger_than_the_checkpoint_has_its_default(
+    grid: Grid, root: Path, field: str
+) -> None:
+    publish(root, 5, run_config(), without=field)
+    origin = find(grid, root, run_config())
+    assert origin is not None
+    assert origin.changes == {}
