@@ -68,8 +68,6 @@ class Encoder:
         self.bos = _control(tokenizer.bos_id, "BOS", "leave out --bos") if bos else None
         self.eos = _control(tokenizer.eos_id, "EOS", "pass --no-eos") if eos else None
         self.dtype: Dtype = dtype_for(tokenizer.vocab_size)
-        self._before = [] if self.bos is None else [np.array([self.bos], np.int32)]
-        self._after = [] if self.eos is None else [np.array([self.eos], np.int32)]
 
     def encode(self, texts: Sequence[str]) -> tuple[Integers, npt.NDArray[np.int64]]:
         """The ids of all texts in a row, in the shards' dtype, and how many are each one's.
@@ -77,25 +75,24 @@ class Encoder:
         Raises:
             DataError: an id outside the vocabulary, which no dtype would hold unharmed.
         """
-        rows = [
-            row
-            for ids in self.tokenizer.encode_batch(texts)
-            for row in (*self._before, ids, *self._after)
-        ]
-        around = len(self._before) + len(self._after)
-        ends = np.cumsum([len(row) for row in rows])[around :: around + 1] if around else None
-        lengths = (
-            np.array([len(row) for row in rows], np.int64)
-            if ends is None
-            else np.diff(ends, prepend=0)
-        )
-        tokens = np.concatenate(rows) if rows else np.empty(0, np.int32)
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.tokenizer.vocab_size:
+        rows = self.tokenizer.encode_batch(texts)
+        around = (self.bos is not None) + (self.eos is not None)
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows)) + around
+        ids = np.concatenate(rows) if rows else np.empty(0, np.int32)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size:
             raise DataError(
-                f"the tokenizer gives ids from {tokens.min()} to {tokens.max()}, outside its own "
+                f"the tokenizer gives ids from {ids.min()} to {ids.max()}, outside its own "
                 f"vocabulary of {self.tokenizer.vocab_size}; its file is damaged"
             )
-        return tokens.astype(self.dtype), lengths.astype(np.int64)
+        if not around:
+            return ids.astype(self.dtype), lengths
+        tokens = np.empty(ids.size + around * len(rows), self.dtype)
+        ends, inner = np.cumsum(lengths), np.ones(tokens.size, np.bool_)
+        for id, places in ((self.bos, ends - lengths), (self.eos, ends - 1)):
+            if id is not None:
+                tokens[places], inner[places] = id, False
+        tokens[inner] = ids
+        return tokens, lengths
 
     def key(self, stream: Stream, *, text_field: str, hashes: bool) -> str:
         """The name of a stream's parts: a hash of all that their content depends on."""
@@ -285,9 +282,10 @@ class Worker:
                     faults.append(f"{record.place}: {record.reason}")
                 continue
             batch.append(record)
+            size = len(record)
+            characters += size
             # a character is one byte in most text; else the text is encoded to count them
-            tally.bytes += len(record) if record.isascii() else len(record.encode())
-            characters += len(record)
+            tally.bytes += size if record.isascii() else len(record.encode())
             if characters >= _BATCH_CHARACTERS:
                 yield batch
                 batch, characters = [], 0
