@@ -16,7 +16,6 @@ _NOT_IN_THIS_VERSION: dict[str, tuple[tuple[Any, ...], str]] = {
     "model.architecture": (("encoder", "encoder_decoder"), 'write "decoder"'),
     "optimizer.name": (("muon",), 'write "adamw" or "sgd"'),
     "checkpoint.background": ((True,), "write false"),
-    "parallel.sequence": ((True,), "write false"),
     "training.profile": ((), "leave it out"),
     "finetune": ((), "leave the section out"),
 }
@@ -42,6 +41,7 @@ def rule_faults(config: RunConfig) -> Iterator[Fault]:
     """Every broken rule between fields of a config whose fields are sound one by one."""
     yield from _heads(config)
     yield from _positions(config)
+    yield from _tokens_of_ranks(config)
     yield from _sources(config)
     yield from _batches(config)
     yield from _schedule(config)
@@ -86,6 +86,17 @@ def _positions(config: RunConfig) -> Iterator[Fault]:
             "model.hidden_size model.position_embedding",
             f"sinusoidal positions come in pairs, but hidden_size is {model.hidden_size}; "
             "make it even",
+        )
+
+
+def _tokens_of_ranks(config: RunConfig) -> Iterator[Fault]:
+    length, ranks = config.data.sequence_length, config.parallel.tensor
+    if config.parallel.sequence and length % ranks:
+        near = [n for n in (length // ranks * ranks, (length // ranks + 1) * ranks) if n]
+        yield fault(
+            "data.sequence_length parallel.sequence parallel.tensor",
+            f"{length} tokens cannot be shared evenly by parallel.tensor {ranks} ranks, as "
+            f"parallel.sequence asks; try {' or '.join(map(str, near))}, or set it to false",
         )
 
 

@@ -75,7 +75,8 @@ class DeepSpeedEngine:
             tensor_rank=grid.tensor_rank,
         )
         if grid.tensor_parallel > 1:
-            split(self.model, config.model, grid, head_loss)
+            sequence = config.parallel.sequence
+            split(self.model, config.model, grid, head_loss, sequence=sequence)
         prepare(
             self.model.model.layers,
             recompute=config.training.activation_checkpointing,

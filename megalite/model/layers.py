@@ -121,9 +121,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(inner, config.hidden_size, bias=bias)
 
     def forward(self, x_BTD: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
-        B, T, _ = x_BTD.shape
         groups = (self.heads, self.kv_heads, self.kv_heads)
-        qkv = self.qkv_proj(x_BTD).view(B, T, sum(groups), self.head_width)
+        qkv = self.qkv_proj(x_BTD).unflatten(-1, (sum(groups), self.head_width))
         if rope is None:
             q_BTNH, k_BTKH, v_BTKH = qkv.split(groups, dim=2)
         else:  # q and k turn together, in one pass
@@ -145,7 +144,7 @@ class Attention(nn.Module):
             is_causal=mask is None,
             enable_gqa=shared,
         )
-        return self.o_proj(y_BNTH.transpose(1, 2).reshape(B, T, self.heads * self.head_width))
+        return self.o_proj(y_BNTH.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

@@ -10,6 +10,12 @@ shapes names each parameter's split, and the split names the change:
                    of the head: the fused cross entropy exchanges its row maxima and sums
 
 One all-reduce in the forward and one in the backward for each half of a block.
+
+With sequence parallelism (Korthikanti et al. 2022) each of them becomes a reduce-scatter and an
+all-gather along the tokens. From the first block to the last norm a rank then holds its own tokens
+alone, so norms, residuals and dropout cost their share of time and memory; the gradients of what
+they hold whole (norms, biases) are summed over the ranks inside the backward, before an engine
+takes them.
 """
 
 from __future__ import annotations
@@ -25,37 +31,16 @@ from torch import Tensor, nn
 
 from megalite import shapes
 from megalite.config import ModelConfig
+from megalite.parallel.collectives import (
+    ColumnLinear,
+    GatherTokens,
+    Share,
+    Sum,
+    SumToTokens,
+    TakeTokens,
+    start_sum,
+)
 from megalite.parallel.grid import Grid
-
-
-class _Share(torch.autograd.Function):
-    """The input of a column-parallel layer: itself forward, the sum of its gradients backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].contiguous()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
-
-
-class _Sum(torch.autograd.Function):
-    """The output of a row-parallel layer: the sum over ranks forward, itself backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        # not in place: selective recompute keeps x, and would sum it a second time
-        y = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(y, group=group)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
 
 
 class VocabularyShard:
@@ -98,13 +83,21 @@ def local_model(model: ModelConfig, tensor_parallel: int) -> ModelConfig:
     )
 
 
-def split(model: Any, config: ModelConfig, grid: Grid, loss: Callable[..., Tensor]) -> None:
+def split(
+    model: Any,
+    config: ModelConfig,
+    grid: Grid,
+    loss: Callable[..., Tensor],
+    *,
+    sequence: bool = False,
+) -> None:
     """Put the collectives into a model built from `local_model`, in place.
 
     Args:
         model: has `head_loss`, the function its head ends in.
         config: the whole model's configuration.
         loss: `head_loss` with a further argument, the shard of the vocabulary.
+        sequence: whether the ranks share the tokens between the collectives as well.
     """
     group = grid.tensor_group
     shard = VocabularyShard(config.vocab_size, grid)
@@ -112,28 +105,39 @@ def split(model: Any, config: ModelConfig, grid: Grid, loss: Callable[..., Tenso
         parameter = model.get_parameter(row.name)
         kind = row.tensors[0].split
         # the mark by which DeepSpeed counts a split weight's norm on every rank
-        mark = kind is not shapes.Split.REPLICATED
-        parameter.tensor_model_parallel = mark
+        parameter.tensor_model_parallel = kind is not shapes.Split.REPLICATED
         owner, _, name = row.name.rpartition(".")
         module = model.get_submodule(owner)
-        if name != "weight" or kind is shapes.Split.REPLICATED:
+        if kind is shapes.Split.REPLICATED:
+            if sequence and sees_own_tokens(row):
+                parameter.register_hook(partial(_sum_gradient, group))
+        elif name != "weight":
             continue
-        if kind in (shapes.Split.ROWS, shapes.Split.HEADS):
-            module.forward = partial(_column_forward, module.forward, group)
+        elif kind in (shapes.Split.ROWS, shapes.Split.HEADS):
+            module.forward = partial(_column_forward, module, group, sequence)
         elif kind is shapes.Split.COLUMNS:
-            module.forward = partial(_row_forward, module, group)
+            module.forward = partial(_row_forward, module, group, sequence)
         elif owner.endswith("embed_tokens"):
             module.forward = partial(_embed, module, shard, group)
-
-    if config.attention_dropout:
+    if sequence:
+        dropout = bool(config.hidden_dropout or config.attention_dropout)
+        enter = partial(_enter, grid, dropout)
+        model.model.layers[0].register_forward_pre_hook(enter)
+    elif config.attention_dropout:
         for block in model.model.layers:
             attention = block.self_attn
             attention.forward = partial(_own_randomness, attention.forward, grid.tensor_rank)
+    gather = GatherTokens if sequence else Share
 
     def parallel_loss(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        return loss(_Share.apply(hidden, group), weight, labels, mask, shard)
+        return loss(gather.apply(hidden, group), weight, labels, mask, shard)
 
     model.head_loss = parallel_loss
+
+
+def sees_own_tokens(row: shapes.Parameter) -> bool:
+    """Whether, under sequence parallelism, a replicated parameter meets its rank's tokens alone."""
+    return row.name.startswith(("model.layers.", "model.norm."))
 
 
 def is_counted(parameter: nn.Parameter, grid: Grid) -> bool:
@@ -155,14 +159,27 @@ def _own_randomness(forward: Callable[..., Tensor], rank: int, x: Tensor, *args:
         return forward(x, *args)
 
 
-def _column_forward(
-    forward: Callable[[Tensor], Tensor], group: dist.ProcessGroup, x: Tensor
-) -> Tensor:
-    return forward(_Share.apply(x, group))
+def _enter(grid: Grid, dropout: bool, block: nn.Module, inputs: Any) -> Any:
+    """Before the first block: from all tokens to the rank's own, and to randomness of its own."""
+    x_BTD, *others = inputs
+    if dropout and block.training:
+        # out of the shared stream, which each micro-batch seeds; blocks recompute under their own
+        torch.manual_seed(int(torch.randint(1 << 62, ()).item()) + grid.tensor_rank + 1)
+    return TakeTokens.apply(x_BTD, grid.tensor_group), *others
 
 
-def _row_forward(module: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
-    y: Tensor = _Sum.apply(F.linear(x, module.weight), group)
+def _sum_gradient(group: dist.ProcessGroup, grad: Tensor) -> Tensor:
+    return start_sum(grad, group)()
+
+
+def _column_forward(module: Any, group: dist.ProcessGroup, sequence: bool, x_BTD: Tensor) -> Tensor:
+    y: Tensor = ColumnLinear.apply(x_BTD, module.weight, group, sequence)
+    return y if module.bias is None else y + module.bias
+
+
+def _row_forward(module: Any, group: dist.ProcessGroup, sequence: bool, x_BTF: Tensor) -> Tensor:
+    add_up = SumToTokens if sequence else Sum
+    y: Tensor = add_up.apply(F.linear(x_BTF, module.weight), group)
     return y if module.bias is None else y + module.bias
 
 
@@ -170,5 +187,5 @@ def _embed(module: Any, shard: VocabularyShard, group: dist.ProcessGroup, index:
     local = index - shard.first
     mine = (local >= 0) & (local < shard.held)
     rows = F.embedding(local.where(mine, 0), module.weight)
-    y: Tensor = _Sum.apply(rows * mine[..., None], group)
+    y: Tensor = Sum.apply(rows * mine[..., None], group)
     return y

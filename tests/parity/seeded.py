@@ -24,8 +24,8 @@ DROPPED = "model.layers.0.mlp.up_proj.weight"
 def after_split(change: Any) -> None:
     """Let `change(model, grid)` follow where the engine splits its model."""
 
-    def split(model: Any, config: Any, grid: Any, loss: Any) -> None:
-        tensor.split(model, config, grid, loss)
+    def split(model: Any, config: Any, grid: Any, loss: Any, **options: Any) -> None:
+        tensor.split(model, config, grid, loss, **options)
         change(model, grid)
 
     zero.split = split
@@ -39,7 +39,7 @@ def biased(model: Any, grid: Any) -> None:
     module = model.get_submodule(BIASED)
 
     def forward(x: Any) -> Any:
-        return tensor._Sum.apply(F.linear(x, module.weight) + module.bias, grid.tensor_group)
+        return tensor.Sum.apply(F.linear(x, module.weight) + module.bias, grid.tensor_group)
 
     module.forward = forward
 

@@ -23,6 +23,7 @@ class Layout:
     """One way to train the model: ranks that share it, ranks that share a batch, and options.
 
     micro_batch_size: samples; None: a rank's whole share of the batch at once.
+    sequence: whether the ranks of `tensor` share the tokens too.
     """
 
     tensor: int = 1
@@ -30,6 +31,7 @@ class Layout:
     stage: int = 1
     micro_batch_size: int | None = None
     recompute: Literal["none", "selective", "full"] = "none"
+    sequence: bool = False
     engine: Literal["deepspeed", "reference"] = "deepspeed"
 
     @property
@@ -40,7 +42,8 @@ class Layout:
     def name(self) -> str:
         if self.engine == "reference":
             return "reference"
-        notes = "" if self.recompute == "none" else f", {self.recompute} recompute"
+        notes = ", sequence" if self.sequence else ""
+        notes += "" if self.recompute == "none" else f", {self.recompute} recompute"
         if self.micro_batch_size is not None:
             notes += f", micro-batch {self.micro_batch_size}"
         return f"TP {self.tensor} x DP {self.data} ZeRO {self.stage}{notes}"
@@ -50,7 +53,7 @@ class Layout:
         micro_batch_size = self.micro_batch_size or global_batch_size // self.data
         released = _RELEASED if self.stage == 3 else {}
         return {
-            "parallel": {"tensor": self.tensor},
+            "parallel": {"tensor": self.tensor, "sequence": self.sequence},
             "training": {
                 "micro_batch_size": micro_batch_size,
                 "activation_checkpointing": self.recompute,

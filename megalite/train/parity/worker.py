@@ -70,6 +70,7 @@ class Inspector:
 
     def __init__(self, job: Job, config: RunConfig) -> None:
         self._job, self._model = job, config.model
+        self._sequence = config.parallel.sequence
         self._states = state_names(config)
         self._outputs: _Outputs | None = None
         self.found: list[Difference] = []
@@ -97,7 +98,7 @@ class Inspector:
             for row, parameter in parameters:
                 yield from _canonical(state, row, engine.read_state(parameter, state), grid)
         if self._outputs is not None:
-            yield from self._outputs.means(grid)
+            yield from self._outputs.means(grid, sequence=self._sequence)
         for row, parameter in parameters:
             yield from _canonical(GRADIENT, row, engine.read_gradient(parameter), grid)
         for row, parameter in parameters:
@@ -182,11 +183,13 @@ class _Outputs:
         # selective recompute numbers operations: these must be the same each time
         self._given.setdefault(name, []).append(output.detach())
 
-    def means(self, grid: Grid) -> Seen:
+    def means(self, grid: Grid, *, sequence: bool) -> Seen:
         for name, given in self._given.items():
             rows = torch.cat(given).flatten(0, 1)
             total = torch.cat((rows.sum(0), rows.new_tensor([len(rows)])))
             dist.all_reduce(total, group=grid.data_group)
+            if sequence and ".embed_" not in name:
+                dist.all_reduce(total, group=grid.tensor_group)
             yield OUTPUT, name, _of_all(total[:-1] / total[-1], grid.tensor_group)
 
     def clear(self) -> None:
