@@ -95,6 +95,7 @@ def _fail(run: Run, error: Exception) -> None:
         kept = isinstance(error, OSError)
         text = f"the disk refused: {error}" if kept else traceback.format_exc()
         error = MegaLiteError(text)
+        log.logger.error("%s", text)  # the run's folder may be what cannot be written
     run.fail(error)
     os._exit(error.exit_code)
 

@@ -17,23 +17,36 @@ from typing import Any
 from data_prep.crew import Crew
 from data_prep.folder import Run, WorkFolder, read, write
 from data_prep.inputs import Stream, find_streams
-from data_prep.join import Join, kept, plan_join, read_join, read_shards, write_join, write_shards
+from data_prep.join import (
+    Join,
+    kept,
+    plan_join,
+    read_join,
+    read_shards,
+    write_join,
+    write_missing_shards,
+    write_shards,
+)
+from data_prep.output import check_output, refuse_taken
 from data_prep.progress import shown
 from data_prep.work import Encoder, Tally, Worker, part_name, part_path, read_header
 from megalite import env
-from megalite.errors import CommandError, DataError, MegaLiteError
+from megalite.errors import DataError, MegaLiteError
 from megalite.files import publish, sync_directory, sync_file
 from megalite.formats.manifest import (
     Manifest,
+    ShardInfo,
     SourceInfo,
     TokenizerInfo,
     load_manifest,
     write_manifest,
 )
 from megalite.formats.tokenizer import Tokenizer, check_round_trip, load_tokenizer
+from megalite.log import logger
 
 _RANK_0_COMES = 300.0  # seconds
 _SUCCESSOR_COMES = 15.0  # seconds
+_IMPATIENT = 30.0  # seconds without a new shard, at least
 _POLL = 0.1  # seconds
 
 
@@ -128,10 +141,11 @@ def tokenize(options: TokenizeOptions) -> Manifest:
     """
     for name, value in (("TOKENIZERS_PARALLELISM", "false"), ("RAYON_NUM_THREADS", "1")):
         env.set_default(name, value)  # a worker is a process
+    check_output(options.output)
     tokenizer = load_tokenizer(options.tokenizer)
     check_round_trip(tokenizer, lossy=options.lossy)
     encoder = Encoder(tokenizer, bos=options.bos, eos=options.eos)
-    folder = WorkFolder(options.output, options.asked(tokenizer))
+    folder = WorkFolder(options.output, options.asked(tokenizer), env.launch_id())
     rank, ranks = env.find_place()
     task = _Task(options, encoder, folder, rank, ranks)
     try:
@@ -145,12 +159,12 @@ def _lead(task: _Task) -> Manifest:
     if folder.was_published():
         folder.clear()
         return load_manifest(options.output)
-    _refuse_taken(options.output)
+    refuse_taken(options.output)
     streams = find_streams(options.inputs, streaming=options.streaming)
     with folder.lead() as run:
         write(run.plan, [asdict(stream) for stream in streams])
         folder.start(run)
-        with _failing(run), task.crew(run, streams) as crew:
+        with run.beating(), _failing(run), task.crew(run, streams) as crew:
             worker = task.worker(run, streams, 0 if crew.idle else task.places)
             with shown(run, streams, options.max_bad_records):
                 if crew.idle:
@@ -168,11 +182,30 @@ def _lead(task: _Task) -> Manifest:
             write_join(run, join)
             if crew.idle:
                 task.write_shards(run, 0)
-            shards = _wait_for(lambda: crew.check() and read_shards(run, len(join.shards)), run)
+            shards = _shards(task, run, join, crew)
             manifest = _manifest(task, streams, tallies, shards, run.shards)
         publish(run.shards, options.output)
     folder.clear()
     return manifest
+
+
+def _shards(task: _Task, run: Run, join: Join, crew: Crew) -> list[ShardInfo]:
+    """What all shards turned out to be; those that their writers seem to have left are written."""
+    started = last = time.monotonic()
+    before, longest = -1, 0.0
+    while (shards := read_shards(run, len(join.shards))) is None:
+        run.check()
+        crew.check()
+        now = time.monotonic()
+        if (done := len(run.done())) != before:
+            longest = max(longest, now - last) if before >= 0 else 0.0
+            before, last = done, now
+        if now - last > max(_IMPATIENT, 5 * longest):
+            logger.info("shards are missing after %.0f s: writing them here", now - started)
+            dtype, size = task.encoder.dtype, task.encoder.tokenizer.vocab_size
+            write_missing_shards(run, task.folder.parts, join, dtype, vocab_size=size)
+        time.sleep(_POLL)
+    return shards
 
 
 def _follow(task: _Task) -> Manifest:
@@ -298,8 +331,3 @@ def _save(tokenizer: Tokenizer, staging: Path) -> TokenizerInfo:
         sync_file(file)
     sync_directory(folder)
     return TokenizerInfo(path=f"{folder.name}/{name}", sha256=tokenizer.sha256)
-
-
-def _refuse_taken(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CommandError(f"--output {output} exists and is not empty; name a new folder")

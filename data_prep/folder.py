@@ -22,6 +22,7 @@ import os
 import secrets
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,10 +31,12 @@ from typing import Any
 
 from megalite import env
 from megalite.errors import CommandError, DataError, MegaLiteError, UserError
+from megalite.formats.manifest import MANIFEST_NAME
 from megalite.log import logger
 
 _WORTH_KEEPING = 60.0  # seconds of work
 _SILENCE = 60.0  # seconds
+_BEAT = 1.0  # seconds
 
 
 class Run:
@@ -84,7 +87,7 @@ class Run:
 
     def fail(self, error: MegaLiteError) -> None:
         """Stop everyone with this error; the first one counts."""
-        with suppress(FileNotFoundError):  # the run has ended otherwise
+        with suppress(OSError):  # the run has ended otherwise, or the disk is full
             wrong = {"code": error.exit_code, "message": str(error), "by": who_am_i()}
             write(self._error, wrong, first=True)
 
@@ -106,6 +109,24 @@ class Run:
         """Show that the run is led."""
         write(self._beat, time.time())
 
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Show it every second, whatever the leader does meanwhile."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(_BEAT):
+                with suppress(OSError):  # a full disk is for those to say who write more
+                    self.beat()
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
 
 class WorkFolder:
     """Where an output is being made.
@@ -113,10 +134,12 @@ class WorkFolder:
     Args:
         output: the folder to be.
         asked: everything that the command was asked, as JSON: another wish is another run.
+        launch: what the ranks of one launch have in common; ranks follow their own rank 0 alone.
     """
 
-    def __init__(self, output: Path, asked: dict[str, Any]) -> None:
+    def __init__(self, output: Path, asked: dict[str, Any], launch: str = "") -> None:
         self.output, self._asked = output, json.loads(json.dumps(asked))
+        self._launch = launch
         self.path = output.with_name(f".{output.name}.work")
         self.parts = self.path / "parts"
         self._current = self.path / "current.json"
@@ -155,18 +178,23 @@ class WorkFolder:
     def start(self, run: Run) -> None:
         """Let the other ranks in."""
         run.beat()
-        write(self._current, {"run": run.folder.name, "asked": self._asked})
+        current = {"run": run.folder.name, "asked": self._asked, "launch": self._launch}
+        write(self._current, current)
 
     def follow(self) -> Run | None:
-        """The run that goes on here for the same wish, if there is one."""
-        current = read(self._current)
-        if current is None or current["asked"] != self._asked:
+        """The run that rank 0 of this launch leads here, if it does."""
+        current = self._same_wish()
+        if current is None or current["launch"] != self._launch:
             return None
         return Run(self.path / current["run"])
 
     def was_published(self) -> bool:
         """Whether this wish was fulfilled by a run that was killed while it cleaned up."""
-        return self.output.exists() and self.follow() is not None
+        return (self.output / MANIFEST_NAME).exists() and self._same_wish() is not None
+
+    def _same_wish(self) -> Any:
+        current = read(self._current)
+        return current if current is not None and current["asked"] == self._asked else None
 
     def clear(self) -> None:
         """Remove everything; what tells of the run goes last."""

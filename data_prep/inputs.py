@@ -189,6 +189,8 @@ def _find(source: int, name: str) -> Iterator[_Found]:
     if folder := saved_folder(name.removeprefix(HUB)):
         yield _saved(source, folder)
     elif name.startswith(HUB):
+        if not name.removeprefix(HUB).strip(":@"):
+            raise CommandError(f"--input {name}: which set? write hf:NAME[@CONFIG][:SPLIT]")
         yield _Found(source, "hub", name.removeprefix(HUB), name)
     else:
         yield from _files(source, name)

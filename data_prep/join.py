@@ -6,6 +6,8 @@ Duplicates are found by 128-bit hashes; the first document of a text in input or
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,15 +94,36 @@ def write_shards(
     """Write the shards that nobody has begun, from number `first` on, and say so in the run."""
     count = len(join.shards)
     for number in (*range(first, count), *range(first)):
-        name = shard_name(number)
-        if not run.claim(name):
-            continue
-        with ShardWriter(run.shards, name, dtype, vocab_size=vocab_size) as writer:
-            for ids, lengths in _pieces(run, folder, join, number):
-                writer.add_documents(ids, lengths)
-            info = writer.close()
-        write(run.folder / f"{name}.json", info.model_dump(mode="json"))
-        run.finish(name)
+        if run.claim(shard_name(number)):
+            _write_shard(run, folder, join, number, dtype, vocab_size)
+
+
+def write_missing_shards(
+    run: Run, folder: Path, join: Join, dtype: Dtype, *, vocab_size: int
+) -> None:
+    """Write the shards that nobody has finished, whoever began them: the bytes are the same."""
+    done = run.done()
+    for number in range(len(join.shards)):
+        if shard_name(number) not in done:
+            _write_shard(run, folder, join, number, dtype, vocab_size)
+
+
+def _write_shard(
+    run: Run, folder: Path, join: Join, number: int, dtype: Dtype, vocab_size: int
+) -> None:
+    """One shard, made apart and renamed into place: another worker may be at the same one."""
+    name = shard_name(number)
+    making = run.folder / f"making-{name}-{secrets.token_hex(4)}"
+    making.mkdir()
+    with ShardWriter(making, name, dtype, vocab_size=vocab_size) as writer:
+        for ids, lengths in _pieces(run, folder, join, number):
+            writer.add_documents(ids, lengths)
+        info = writer.close()
+    for path in making.iterdir():
+        os.replace(path, run.shards / path.name)
+    making.rmdir()
+    write(run.folder / f"{name}.json", info.model_dump(mode="json"))
+    run.finish(name)
 
 
 def shard_name(number: int) -> str:

@@ -12,6 +12,29 @@ from megalite.errors import CommandError, MegaLiteError
 from megalite.files import publish
 
 
+def check_output(output: Path) -> None:
+    """Refuse a path that no folder can be made at.
+
+    Raises:
+        CommandError: not a name, a link, or below what is no folder.
+    """
+    if output.name in ("", "..") or output.resolve() == Path.cwd():
+        raise CommandError(f"--output {str(output)!r} names no new folder; give it a name")
+    if output.is_symlink():
+        raise CommandError(f"--output {output} is a link; name the folder itself, or a new one")
+    for parent in output.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise CommandError(f"--output {output} is below {parent}, which is no folder")
+            return
+
+
+def refuse_taken(output: Path) -> None:
+    """Raises CommandError where something is at `output` but an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CommandError(f"--output {output} exists and is not empty; name a new folder")
+
+
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `output` when the block ends, and vanishes if it fails.
@@ -20,8 +43,8 @@ def staged(output: Path) -> Iterator[Path]:
         CommandError: `output` exists and is not an empty folder.
         MegaLiteError: the disk refused.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CommandError(f"--output {output} exists and is not empty; name a new folder")
+    check_output(output)
+    refuse_taken(output)
     created = [parent for parent in output.parents if not parent.exists()]
     staging = output.with_name(f".{output.name}.{secrets.token_hex(4)}.staging")
     try:

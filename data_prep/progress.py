@@ -14,12 +14,12 @@ from megalite.errors import DataError
 from megalite.log import logger
 
 _EVERY = 5.0  # seconds
-_BEAT = 1.0  # seconds
+_LOOK = 1.0  # seconds
 
 
 @contextmanager
 def shown(run: Run, streams: Sequence[Stream], limit: int) -> Iterator[None]:
-    """Log the progress of a run every few seconds and at the end, and keep its other ranks waiting.
+    """Log the progress of a run every few seconds and at the end.
 
     Stops the run where all its workers together met more than `limit` bad records.
     """
@@ -29,16 +29,15 @@ def shown(run: Run, streams: Sequence[Stream], limit: int) -> Iterator[None]:
     thread.start()
     try:
         yield
-        _report_end(run.reports())
     finally:
         ended.set()
         thread.join()
+    _report_end(run.reports())
 
 
 def _watch(run: Run, size: int, limit: int, ended: threading.Event) -> None:
     began = reported = time.monotonic()
-    while not ended.wait(_BEAT):
-        run.beat()
+    while not ended.wait(_LOOK):
         reports = run.reports()
         if (bad := _sum(reports, "bad_records")) > limit:
             run.fail(

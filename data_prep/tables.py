@@ -105,6 +105,8 @@ def check_column(schema: Any, text_field: str, name: str) -> None:
             f"{name}: no column {text_field!r}; it has {', '.join(schema.names)}: choose one with "
             "--text-field"
         )
+    if schema.names.count(text_field) > 1:
+        raise DataError(f"{name}: several columns are named {text_field!r}; rename all but one")
     found = schema.field(text_field).type
     stored = found.value_type if pa.types.is_dictionary(found) else found
     texts = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())

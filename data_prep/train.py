@@ -24,6 +24,7 @@ SAMPLE_CHARACTERS = 100_000_000
 # so that newlines and indentation are learnt; above 65,535 characters without a space it fails.
 _CHUNK_CHARACTERS = 16_384
 _SEED = 1234
+_TAKEN = 260  # pieces of every model
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,11 @@ def _documents(options: TrainOptions) -> Iterator[str]:
 def _learn(sample: Sequence[str], options: TrainOptions) -> bytes:
     import sentencepiece
 
+    if options.vocab_size < _TAKEN:
+        raise DataError(
+            f"--vocab-size {options.vocab_size}: the 256 bytes, 3 control tokens and a space take "
+            f"{_TAKEN} pieces already; ask for more"
+        )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -265,6 +265,8 @@ class Worker:
         try:
             save_file(arrays, partial, {"part": json.dumps(asdict(made))})
             os.replace(partial, path)
+        except SafetensorError as error:  # its kind of OSError, for a full disk
+            raise OSError(f"{partial}: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
         return made

@@ -23,6 +23,8 @@ from megalite.errors import LaunchError
 _TORCH_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # what Open MPI's mpirun, and MPICH's and Intel MPI's, tell their ranks
 _MPI_KEYS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
+# what names one launch: Open MPI's (PMIx), MPICH's and Intel MPI's, Slurm's step
+_LAUNCH_KEYS = (("PMIX_NAMESPACE",), ("PMI_JOBID",), ("SLURM_JOB_ID", "SLURM_STEP_ID"))
 _SHELL_STEPS = ("4294967290", "4294967291")  # slurm.h: the interactive and the batch step
 _PORT_BASE, _PORT_SPAN = 20000, 10000
 
@@ -114,6 +116,15 @@ def job(environ: Mapping[str, str] | None = None) -> Job:
     """The Slurm job and how often it was requeued; an empty id outside Slurm."""
     env = os.environ if environ is None else environ
     return Job(env.get("SLURM_JOB_ID", ""), _number(env, "SLURM_RESTART_COUNT", 0))
+
+
+def launch_id(environ: Mapping[str, str] | None = None) -> str:
+    """What the ranks of one mpirun or srun have in common and those of another do not."""
+    env = os.environ if environ is None else environ
+    for names in _LAUNCH_KEYS:
+        if any(env.get(name) for name in names):
+            return "/".join(env.get(name, "") for name in names)
+    return ""
 
 
 def has_compiler() -> bool:

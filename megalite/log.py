@@ -86,6 +86,9 @@ def run_main(
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     except Exception:
         logger.exception("a fault of the program, not of its input:")
         code = 1

@@ -268,10 +268,10 @@ def _states(config: RunConfig, plan: Plan, n: int, element: int) -> tuple[int, i
     stage, d = plan.zero_stage, plan.data_parallel
     later = plan.accumulation_steps > 1
     part = -(-n // d)
-    moments = 8 if config.optimizer.name == "adamw" else 4 * (config.optimizer.momentum > 0)
+    moments = _moments(config, plan.tensor_parallel)
     if stage == 0:
-        return element * n, moments * n, element * n * later, element * n
-    optimizer = (4 + moments) * part
+        return element * n, moments, element * n * later, element * n
+    optimizer = 4 * part + -(-moments // d)
     if stage == 1 and plan.precision == "bf16":  # one flat fp32 buffer, made at the start
         return element * n, optimizer, 4 * n, 4 * n
     if stage == 1:  # each gradient in fp32; fp16's own, or the flat copy the step is made from
@@ -282,6 +282,20 @@ def _states(config: RunConfig, plan: Plan, n: int, element: int) -> tuple[int, i
     gathered = 0 if d == 1 else min(n, _LIVE_PARAMETERS)
     copied = 4 * min(part, _SUB_GROUP)
     return element * (part + gathered), optimizer, 4 * part, 4 * part + copied
+
+
+def _moments(config: RunConfig, tensor: int) -> int:
+    """Bytes of the fp32 states that the optimizer keeps of a tensor rank's parameters."""
+    local, matrices = _local_elements(config.model, tensor), 0
+    if config.optimizer.name == "sgd":
+        return 4 * local * (config.optimizer.momentum > 0)
+    if config.optimizer.name == "muon":  # one state of the blocks' matrices instead of two
+        matrices = sum(
+            math.prod(shapes.local_shape(row, tensor_parallel=tensor))
+            for row in shapes.parameters(config.model)
+            if row.decay and ".layers." in row.name
+        )
+    return 8 * local - 4 * matrices
 
 
 def _buffers(config: RunConfig, plan: Plan, n: int, element: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -71,6 +72,12 @@ def make_batch(config: ModelConfig, *, samples: int = 2, length: int = 8, seed: 
     return Batch(tensors, place=seed * samples, targets=int(mask.sum()))
 
 
+# of an engine that needs no other rank
+LONELY: Any = SimpleNamespace(
+    device=torch.device("cpu"), rank=0, world_size=1, tensor_parallel=1, tensor_rank=0
+)
+
+
 @contextmanager
 def world_of_one() -> Iterator[Grid]:
     """The grid of a single process, left again at the end."""
@@ -84,7 +91,7 @@ def world_of_one() -> Iterator[Grid]:
 
 def make_engine(**sections: Any) -> ReferenceEngine:
     """The plain engine of `run_config(**sections)`, on the CPU."""
-    return ReferenceEngine(run_config(**sections), device=torch.device("cpu"))
+    return ReferenceEngine(run_config(**sections), grid=LONELY)
 
 
 def train_steps(engine: ReferenceEngine, steps: range) -> list[tuple[float, float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,12 @@ from megalite.formats import checkpoint as disk
 from megalite.log import logger
 from megalite.optim import state_names
 from megalite.parallel import Grid
+
+States = Callable[[shapes.Parameter], Sequence[str]]
+
+
+def _weight_alone(_row: shapes.Parameter) -> Sequence[str]:
+    return (WEIGHT,)
 
 
 def find_newest(root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | None:
@@ -88,14 +94,20 @@ def restore(
 ) -> Place:
     """Set weights, optimizer states and counters; a collective of all ranks."""
     refuse_other_model(config.model, folder, manifest)
-    names = state_names(config)
-    held = {name for entry in manifest.tensors.values() for name in entry.states}
-    if held != {WEIGHT, *names}:
+
+    def states(row: shapes.Parameter) -> tuple[str, ...]:
+        return (WEIGHT, *state_names(config, row))
+
+    if any(
+        set(manifest.tensors[tensor.name].states) != {*states(row)}
+        for row in shapes.parameters(config.model)
+        for tensor in row.tensors
+    ):
         logger.warning("%s was trained by another optimizer: its states begin anew", folder)
-        _write_states(engine, config.model, (WEIGHT,), grid, folder, manifest)
+        _write_states(engine, config.model, _weight_alone, grid, folder, manifest)
         return Place(manifest.step, manifest.samples, manifest.tokens)
-    _write_states(engine, config.model, (WEIGHT, *names), grid, folder, manifest)
-    _check_states(engine, config.model, (WEIGHT, *names), grid, folder, manifest)
+    _write_states(engine, config.model, states, grid, folder, manifest)
+    _check_states(engine, config.model, states, grid, folder, manifest)
     engine.restore_progress(manifest.progress)
     updates = engine.progress().get("updates")
     if updates != manifest.progress.get("updates"):
@@ -111,7 +123,7 @@ def load_weights(
 ) -> None:
     """Set the weights alone: a new run that starts from another's."""
     refuse_other_model(model, folder, manifest)
-    _write_states(engine, model, (WEIGHT,), grid, folder, manifest)
+    _write_states(engine, model, _weight_alone, grid, folder, manifest)
 
 
 def read_local(
@@ -150,13 +162,13 @@ def fill_model(model: nn.Module, config: ModelConfig, folder: Path, manifest: An
 def _write_states(
     engine: Engine,
     model: ModelConfig,
-    states: Sequence[str],
+    states: States,
     grid: Grid,
     folder: Path,
     manifest: disk.Manifest,
 ) -> None:
     for owned in owned_parameters(engine.model, model, grid):
-        for state in states:
+        for state in states(owned.row):
             value = _receive(owned, state, grid, folder, manifest)
             engine.write_state(owned.parameter, state, value)
 
@@ -164,7 +176,7 @@ def _write_states(
 def _check_states(
     engine: Engine,
     model: ModelConfig,
-    states: Sequence[str],
+    states: States,
     grid: Grid,
     folder: Path,
     manifest: disk.Manifest,
@@ -172,7 +184,7 @@ def _check_states(
     """Read every state back out of the engine and hold its hash against the manifest's."""
     differing = []
     for owned in owned_parameters(engine.model, model, grid):
-        for state in states:
+        for state in states(owned.row):
             for name, value in read_canonical(engine, owned, state, grid).items():
                 if value_hash(value) != manifest.tensors[name].states[state].sha256:
                     differing.append(f"{state} of {name}")

@@ -112,9 +112,8 @@ def save(
     fault = _attempt(lambda: _prepare(root, staging, lease)) if grid.rank == 0 else None
     _agree(grid, fault, None)
     writer = _Writer(staging, grid.rank)
-    states = (WEIGHT, *state_names(config))
     for owned in owned_parameters(engine.model, config.model, grid):
-        for state in states:
+        for state in (WEIGHT, *state_names(config, owned.row)):
             writer.add(state, read_canonical(engine, owned, state, grid))
     writer.close()
     _agree(grid, writer.fault, staging)

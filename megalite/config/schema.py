@@ -162,13 +162,16 @@ class ParallelConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer; norms and biases are never decayed."""
 
-    name: Literal["adamw", "sgd"] = Field(default="adamw", description="Update rule.")
+    name: Literal["adamw", "sgd", "muon"] = Field(
+        default="adamw",
+        description="Update rule; muon: of the blocks' matrices, beside AdamW of all others.",
+    )
     lr: Positive = Field(description="Peak learning rate.", examples=[3e-4])
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
         default=(0.9, 0.95), description="Decay of AdamW's first and second moment, a step."
     )
     eps: Positive = Field(default=1e-8, description="Added to the root of AdamW's second moment.")
-    momentum: Share = Field(default=0.9, description="Decay of SGD's momentum, a step.")
+    momentum: Share = Field(default=0.9, description="Decay of SGD's and Muon's momentum, a step.")
     weight_decay: PositiveOrZero = Field(
         default=0.1,
         description="Decoupled L2 decay: lr x this x weight is taken off a weight each step.",

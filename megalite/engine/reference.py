@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megalite.config import RunConfig
+from megalite import shapes
+from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
 from megalite.engine.base import WEIGHT, StepResult, has_dropout, seed_dropout
 from megalite.model import CausalLM, build, initialize
-from megalite.optim import make_optimizer, state_names
+from megalite.optim import Fragment, Muon, make_optimizer, orthogonalize
 from megalite.parallel import Grid, is_counted, prepare
 
 _ROW = 4096  # numbers whose squares are summed one after the other
@@ -23,10 +24,10 @@ _ROW = 4096  # numbers whose squares are summed one after the other
 class ReferenceEngine:
     """A training step as a textbook writes it."""
 
-    def __init__(self, config: RunConfig, *, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: RunConfig, *, grid: Grid) -> None:
+        self.config, self.device = config, grid.device
         self._dropout = has_dropout(config.model)
-        with device:
+        with grid.device:
             self.model: CausalLM = build(config.model)
         initialize(self.model, config.model, seed=config.training.seed, gather=_whole)
         prepare(
@@ -35,7 +36,9 @@ class ReferenceEngine:
             compile_blocks=config.training.compile,
         )
         self.optimizer = make_optimizer(config, self.model.named_parameters())
-        create_states(self.optimizer, state_names(config))
+        create_states(self.optimizer)
+        if isinstance(self.optimizer, Muon):
+            join_whole(self.optimizer, self.model, config.model, grid)
 
     def train_step(
         self,
@@ -125,20 +128,33 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def create_states(
-    optimizer: torch.optim.Optimizer,
-    names: Sequence[str],
-    parameters: Sequence[Tensor] | None = None,
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Sequence[Tensor]] | None = None
 ) -> None:
-    """Zero states for `parameters` (default: the groups') where the optimizer has none yet."""
-    if parameters is None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter in parameters:
-        state = optimizer.state[parameter]
-        for name in names:
-            if name not in state:
-                state[name] = torch.zeros_like(parameter)
-        if "exp_avg" in names and "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    """Zero states where the optimizer has none yet.
+
+    Args:
+        parameters: those of each group; default: the groups' own.
+    """
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"] if parameters is None else parameters[number]:
+            state = optimizer.state[parameter]
+            for name in group["states"]:
+                if name not in state:
+                    state[name] = torch.zeros_like(parameter)
+            if "exp_avg" in group["states"] and "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+
+
+def join_whole(optimizer: Muon, model: nn.Module, config: ModelConfig, grid: Grid) -> None:
+    """Let Muon work on parameters that every data-parallel rank has whole."""
+    rows = {row.name: row for row in shapes.parameters(config)}
+    fragments = {
+        id(parameter): [Fragment(rows[name], 0, parameter.numel(), 0)]
+        for name, parameter in model.named_parameters()
+    }
+    optimizer.orthogonalize = lambda parameter, update: orthogonalize(
+        update, fragments[id(parameter)], grid, replicas=True
+    )
 
 
 def read_plain(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str) -> Tensor:

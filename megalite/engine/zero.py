@@ -22,6 +22,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from megalite import shapes
 from megalite.config import RunConfig
 from megalite.data import Batch
 from megalite.engine import ds_config
@@ -29,13 +30,14 @@ from megalite.engine.base import WEIGHT, StepResult, has_dropout, seed_dropout
 from megalite.engine.reference import (
     clip_gradients,
     create_states,
+    join_whole,
     plain_gradient,
     read_plain,
     set_updates,
     updates_taken,
 )
 from megalite.model import CausalLM, build, head_loss, initialize
-from megalite.optim import make_optimizer, state_names
+from megalite.optim import Fragment, Muon, make_optimizer, orthogonalize
 from megalite.parallel import Grid, local_model, prepare, split
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -187,14 +189,34 @@ class DeepSpeedEngine:
         Directly, since a step with zero gradients would count, and overflow in fp16. And before the
         first step, since there DeepSpeed links the states of the first group alone.
         """
-        names = state_names(self.config)
-        inner = self._inner()
+        inner, zero = self._inner(), self.optimizer
         if self.stage == 3:
-            create_states(inner, names, self.optimizer.fp32_partitioned_groups_flat)
+            flat: list[list[Tensor]] = [[] for _ in inner.param_groups]
+            for number, tensor in enumerate(zero.fp32_partitioned_groups_flat):
+                flat[zero.sub_group_to_group_id[number]].append(tensor)
+            create_states(inner, flat)
         else:
-            create_states(inner, names)
+            create_states(inner)
             if self.stage > 0:
-                self.optimizer._lazy_init_hp_params_optimizer_state()
+                zero._lazy_init_hp_params_optimizer_state()
+        if isinstance(inner, Muon):
+            self._join_matrices(inner)
+
+    def _join_matrices(self, muon: Muon) -> None:
+        """Tell Muon where DeepSpeed keeps the parts of each matrix."""
+        if self.stage == 0:
+            join_whole(muon, self.model, self.config.model, self._grid)
+            return
+        rows = {row.name: row for row in shapes.parameters(self.config.model)}
+        named = {id(p): rows[name] for name, p in self.model.named_parameters()}
+        held = fragments(self.optimizer, self.stage, self._grid)
+        by_master = {
+            key: [Fragment(named[id(p)], *place) for p, place in parts]
+            for key, parts in held.items()
+        }
+        muon.orthogonalize = lambda master, update: orthogonalize(
+            update, by_master[id(master)], self._grid, replicas=False
+        )
 
     def _inner(self) -> torch.optim.Optimizer:
         inner: torch.optim.Optimizer = self.optimizer.optimizer if self.stage else self.optimizer
@@ -223,6 +245,42 @@ class DeepSpeedEngine:
             [parameter], modifier_rank=0
         )
         return context
+
+
+def fragments(
+    zero: Any, stage: int, grid: Grid
+) -> dict[int, list[tuple[nn.Parameter, tuple[int, int, int]]]]:
+    """What this rank's flat masters of a DeepSpeed optimizer hold of its parameters.
+
+    Returns:
+        by the `id` of a master, for each parameter of its group: (start, length) of the flattened
+        parameter, and where that begins in the master. As DeepSpeed 0.19.8 lays them out
+        (runtime/zero/stage3.py; utils/tensor_fragment.py for the stages below).
+    """
+    found: dict[int, list[tuple[nn.Parameter, tuple[int, int, int]]]] = {}
+    if stage == 3:
+        for number, group in enumerate(zero.fp16_groups):
+            places = []
+            for parameter in group:
+                _, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+                start = grid.data_rank * length  # of equal parts, the last ones padded
+                length = max(0, min(length, parameter.ds_numel - start))
+                places.append((parameter, (start, length, offset)))
+            found[id(zero.fp32_partitioned_groups_flat[number])] = places
+        return found
+    groups = zero.bit16_groups if hasattr(zero, "bit16_groups") else zero.bf16_groups
+    for group, inner in zip(groups, zero.optimizer.param_groups, strict=True):
+        (master,) = inner["params"]
+        found[id(master)] = [(parameter, _fragment(parameter)) for parameter in group]
+    return found
+
+
+def _fragment(parameter: Any) -> tuple[int, int, int]:
+    mapping = parameter._hp_mapping
+    if mapping is None:  # other ranks have it
+        return 0, 0, 0
+    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return int(low.start), int(low.numel), int(high.start)
 
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -164,6 +164,8 @@ def fingerprint(manifest: Manifest) -> str:
 def _absent(folder: Path) -> str:
     if not folder.is_dir():
         found = "is a file, not a folder" if folder.exists() else "does not exist"
+        if folder.exists() and folder.suffix in (".bin", ".idx"):
+            return f"{folder} {found}; name Megatron's pair without its ending: {folder.stem}"
         return f"shard folder {folder} {found}; make one with `python -m data_prep tokenize`"
     return (
         f"shard folder {folder} has no {MANIFEST_NAME}; was `data_prep tokenize` interrupted, "

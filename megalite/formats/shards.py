@@ -330,8 +330,12 @@ class ShardSet:
     def _out_of_range(self, shard: int, offset: int, piece: Integers) -> DataError:
         at = int(np.argmax(piece.view(self._unsigned) >= self.vocab_size))
         path = bin_path(self.folder, self.manifest.shards[shard].name)
+        told = (
+            "model.vocab_size is too small for these shards, or they are damaged"
+            if self.manifest.format == "mmididx"
+            else f"the shard is damaged: run `python -m data_prep verify {self.folder}`"
+        )
         return DataError(
             f"{path}: token {offset + at} is {int(piece[at])}, the vocabulary has "
-            f"{self.vocab_size} ids; the shard is damaged: run "
-            f"`python -m data_prep verify {self.folder}`"
+            f"{self.vocab_size} ids; {told}"
         )

@@ -238,7 +238,8 @@ def _check_header(path: Path, manifest: Manifest, shard: ShardInfo) -> None:
 
 def _shard_faults(folder: Path, manifest: Manifest, shard: ShardInfo) -> Iterator[str]:
     path = bin_path(folder, shard.name)
-    yield from _collect(lambda: checked_index(folder, manifest, shard))
+    stale = _collect(lambda: checked_index(folder, manifest, shard))
+    yield from stale
     if sizes := _collect(lambda: check_bin(path, manifest, shard)):
         yield from sizes
         return
@@ -246,6 +247,28 @@ def _shard_faults(folder: Path, manifest: Manifest, shard: ShardInfo) -> Iterato
     yield from _collect(lambda: _compare_hash(path, digest, shard.sha256))
     if highest >= manifest.vocab_size:
         yield (f"{path}: token {place} lies outside the vocabulary of {manifest.vocab_size} ids")
+    if not stale:
+        yield from _collect(lambda: _check_ends(folder, manifest, shard))
+
+
+def _check_ends(folder: Path, manifest: Manifest, shard: ShardInfo) -> None:
+    """Whether documents begin with the manifest's `bos` and end with its `eos`."""
+    path, index = bin_path(folder, shard.name), checked_index(folder, manifest, shard)
+    if not index.tokens:
+        return
+    bounds = np.concatenate(([0], np.cumsum(index.lengths, dtype=np.int64)))[index.documents]
+    filled = np.flatnonzero(np.diff(bounds))
+    tokens = np.memmap(path, np.dtype(manifest.dtype).newbyteorder("<"), mode="r")
+    for kind, id, places in (
+        ("bos", manifest.bos, bounds[:-1][filled]),
+        ("eos", manifest.eos, bounds[1:][filled] - 1),
+    ):
+        if id is not None and (wrong := np.flatnonzero(tokens[places] != id)).size:
+            first = wrong.tolist()[0]
+            number, at = int(filled[first]), int(places[first])
+            raise DataError(
+                f"{path}: document {number} has id {tokens[at]} where the manifest says {kind} {id}"
+            )
 
 
 def _scan(path: Path, manifest: Manifest) -> tuple[str, tuple[int, int]]:
@@ -266,7 +289,20 @@ def _tokenizer_faults(folder: Path, manifest: Manifest) -> list[str]:
     path, expected = folder / manifest.tokenizer.path, manifest.tokenizer.sha256
     if not path.is_file():
         return [f"{path}: missing, the manifest lists it"]
-    return _collect(lambda: check_hash(path, expected))
+    if faults := _collect(lambda: check_hash(path, expected)):
+        return faults
+    tokenizer = load_tokenizer(path)
+    told = {"vocab_size": manifest.vocab_size, "bos": manifest.bos, "eos": manifest.eos}
+    own = {
+        "vocab_size": tokenizer.vocab_size,
+        "bos": tokenizer.bos_id if manifest.bos is not None else None,
+        "eos": tokenizer.eos_id if manifest.eos is not None else None,
+    }
+    return [
+        f"{folder / MANIFEST_NAME}: {key} is {told[key]}, the tokenizer beside it says {own[key]}"
+        for key in told
+        if told[key] != own[key]
+    ]
 
 
 def _compare_hash(path: Path, found: str, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""torch's AdamW and SGD over two groups, with decay that is decoupled from the gradient.
+"""torch's AdamW and SGD, and Muon, over groups with decay that is decoupled from the gradient.
 
 Matrices decay; norms and biases do not (the table of shapes says which is which). L2 decay is
 AdamW's own, `w <- w (1 - lr l2)` (Loshchilov & Hutter 2019), for SGD too; L1 decay is the proximal
@@ -18,46 +18,75 @@ from torch import nn
 
 from megalite import shapes
 from megalite.config import RunConfig
+from megalite.optim.muon import Muon
 
 
 def make_optimizer(
     config: RunConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> torch.optim.Optimizer:
-    """The optimizer a run file names, over the groups "decay" and "no_decay"."""
+    """The optimizer a run file names.
+
+    Its groups are "decay" and "no_decay", and for Muon "matrices" before them. Each group's
+    `states` are the names of the element-wise states that it keeps of its parameters.
+    """
     section = config.optimizer
-    decays = {parameter.name: parameter.decay for parameter in shapes.parameters(config.model)}
-    named = list(named_parameters)
-    groups: list[dict[str, Any]] = [
-        {
-            "name": "decay" if decay else "no_decay",
-            "params": [p for name, p in named if decays[name] == decay],
-            "weight_decay": section.weight_decay if decay else 0.0,
-            "l1": section.l1 if decay else 0.0,
+    rows = {row.name: row for row in shapes.parameters(config.model)}
+    groups: dict[str, dict[str, Any]] = {}
+    for name in ("matrices", "decay", "no_decay"):
+        decays = name != "no_decay"
+        groups[name] = {
+            "name": name,
+            "params": [],
+            "weight_decay": section.weight_decay if decays else 0.0,
+            "l1": section.l1 if decays else 0.0,
+            "matrices": name == "matrices",
         }
-        for decay in (True, False)
-    ]
-    groups = [group for group in groups if group["params"]]
-    optimizer: torch.optim.Optimizer
-    if section.name == "adamw":
-        optimizer = torch.optim.AdamW(
-            groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True
-        )
-    else:
-        for group in groups:  # torch couples SGD's decay with the gradient: ours is a hook
-            group["decoupled_l2"] = group.pop("weight_decay")
-        optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum)
-        if section.weight_decay:
-            optimizer.register_step_pre_hook(_shrink)
+    for name, parameter in named_parameters:
+        row = rows[name]
+        if _is_muons(config, row):
+            group = groups["matrices"]
+        else:
+            group = groups["decay" if row.decay else "no_decay"]
+        group["params"].append(parameter)
+        group["states"] = state_names(config, row)
+    optimizer = _make(config, [group for group in groups.values() if group["params"]])
     if section.l1:
         optimizer.register_step_post_hook(_soft_threshold)
     return optimizer
 
 
-def state_names(config: RunConfig) -> tuple[str, ...]:
-    """Names of the element-wise states the optimizer keeps for each parameter."""
-    if config.optimizer.name == "adamw":
-        return ("exp_avg", "exp_avg_sq")
-    return ("momentum_buffer",) if config.optimizer.momentum else ()
+def state_names(config: RunConfig, row: shapes.Parameter) -> tuple[str, ...]:
+    """Names of the element-wise states the optimizer keeps of a parameter."""
+    if config.optimizer.name == "sgd":
+        return ("momentum_buffer",) if config.optimizer.momentum else ()
+    return ("momentum_buffer",) if _is_muons(config, row) else ("exp_avg", "exp_avg_sq")
+
+
+def _is_muons(config: RunConfig, row: shapes.Parameter) -> bool:
+    """Whether a parameter is a weight of a block's matrix products, under Muon."""
+    return config.optimizer.name == "muon" and row.decay and ".layers." in row.name
+
+
+def _make(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    section = config.optimizer
+    if section.name == "muon":
+        return Muon(
+            groups,
+            lr=section.lr,
+            betas=section.betas,
+            eps=section.eps,
+            momentum=section.momentum,
+        )
+    if section.name == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True
+        )
+    for group in groups:  # torch couples SGD's decay with the gradient: ours is a hook
+        group["decoupled_l2"] = group.pop("weight_decay")
+    optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum)
+    if section.weight_decay:
+        optimizer.register_step_pre_hook(_shrink)
+    return optimizer
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def _cached(statistics: Path) -> int:
 
 def _unsupported(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> Iterator[str]:
     zero = config.deepspeed.get("zero_optimization", {})
-    for key in ("offload_optimizer", "offload_param"):
+    for key in ("offload_param",):
         if (zero.get(key) or {}).get("device", "none") != "none":
             yield (
                 f"deepspeed.zero_optimization.{key}: this version keeps everything on the device; "

@@ -279,7 +279,7 @@ def _make_engine(request: Request, plan: Plan, grid: Grid, settings: dict[str, A
     if request.engine == "reference":
         from megalite.engine.reference import ReferenceEngine
 
-        return ReferenceEngine(request.config, device=grid.device)
+        return ReferenceEngine(request.config, grid=grid)
     from megalite.engine.zero import DeepSpeedEngine
 
     return DeepSpeedEngine(request.config, grid=grid, precision=plan.precision, settings=settings)

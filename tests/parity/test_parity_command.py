@@ -94,8 +94,9 @@ def test_every_layout_of_two_ranks_agrees(tmp_path: Path) -> None:
         assert list(row) == [
             *("name", "loss_error", "grad_norm_error", "parameter", "parameter_error", "ok")
         ]
-        assert row["parameter"] in shapes.tensors(model)
-        assert 0 <= row["parameter_error"] < 1e-4
+        if row["name"] != "reference, muon":
+            assert row["parameter"] in shapes.tensors(model)
+            assert 0 <= row["parameter_error"] < (5e-2 if "bf16" in row["name"] else 1e-4)
     assert "dropout 0" in done.stderr
 
 
@@ -106,7 +107,7 @@ def test_the_command_prints_one_table(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["layout", "loss", "norm", "worst", "parameter"]
-    assert len(lines) == 9
+    assert len(lines) == 14
     assert all("  ok  " in line for line in lines[1:])
 
 

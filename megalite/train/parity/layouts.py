@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megalite import shapes
@@ -24,6 +24,8 @@ class Layout:
 
     micro_batch_size: samples; None: a rank's whole share of the batch at once.
     sequence: whether the ranks of `tensor` share the tokens too.
+    offload: whether the optimizer's states are kept and updated on the host.
+    optimizer: in place of the run file's.
     """
 
     tensor: int = 1
@@ -32,6 +34,9 @@ class Layout:
     micro_batch_size: int | None = None
     recompute: Literal["none", "selective", "full"] = "none"
     sequence: bool = False
+    offload: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    optimizer: Literal["muon"] | None = None
     engine: Literal["deepspeed", "reference"] = "deepspeed"
 
     @property
@@ -39,10 +44,17 @@ class Layout:
         return self.tensor * self.data
 
     @property
+    def reference(self) -> Layout:
+        """The layout whose run this one's must equal."""
+        return replace(REFERENCE, optimizer=self.optimizer)
+
+    @property
     def name(self) -> str:
+        notes = f", {self.optimizer}" if self.optimizer else ""
         if self.engine == "reference":
-            return "reference"
-        notes = ", sequence" if self.sequence else ""
+            return f"reference{notes}"
+        notes += "".join(f", {word}" for word in ("sequence", "offload") if getattr(self, word))
+        notes += "" if self.precision == "fp32" else f", {self.precision}"
         notes += "" if self.recompute == "none" else f", {self.recompute} recompute"
         if self.micro_batch_size is not None:
             notes += f", micro-batch {self.micro_batch_size}"
@@ -51,14 +63,18 @@ class Layout:
     def sections(self, global_batch_size: int) -> dict[str, dict[str, Any]]:
         """What of a run file makes it this layout."""
         micro_batch_size = self.micro_batch_size or global_batch_size // self.data
-        released = _RELEASED if self.stage == 3 else {}
-        return {
+        zero: dict[str, Any] = _RELEASED if self.stage == 3 else {}
+        if self.offload:
+            zero = zero | {"offload_optimizer": {"device": "cpu"}}
+        optimizer = {"optimizer": {"name": self.optimizer}} if self.optimizer else {}
+        return optimizer | {
             "parallel": {"tensor": self.tensor, "sequence": self.sequence},
             "training": {
                 "micro_batch_size": micro_batch_size,
                 "activation_checkpointing": self.recompute,
+                "precision": self.precision,
             },
-            "deepspeed": {"zero_optimization": {"stage": self.stage, **released}},
+            "deepspeed": {"zero_optimization": {"stage": self.stage, **zero}},
         }
 
 
@@ -93,20 +109,37 @@ def _layouts(model: ModelConfig, ranks: int) -> Iterator[Layout]:
         for stage in (1, 2, 3):
             yield Layout(tensor=2, data=pairs, stage=stage)
     yield Layout(data=min(2, ranks), stage=2, micro_batch_size=1)
+    two, both = min(2, ranks), 2 if ranks >= 4 else 1
     if 2 in sizes:
         yield Layout(tensor=2, stage=1, recompute="full")
-        yield Layout(tensor=2, data=2 if ranks >= 4 else 1, stage=3, recompute="selective")
+        yield Layout(tensor=2, data=both, stage=3, recompute="selective")
+        yield Layout(tensor=2, data=both, stage=1, sequence=True)
+        yield Layout(tensor=2, stage=3, sequence=True, recompute="selective")
+        muons = Layout(tensor=2, data=both, stage=2, optimizer="muon")
     else:
-        yield Layout(data=min(2, ranks), stage=1, recompute="full")
-        yield Layout(data=min(2, ranks), stage=3, recompute="selective")
+        yield Layout(data=two, stage=1, recompute="full")
+        yield Layout(data=two, stage=3, recompute="selective")
+        muons = Layout(data=two, stage=1, optimizer="muon")
+    yield Layout(data=two, stage=2, offload=True)
+    yield Layout(data=two, stage=1, precision="bf16")
+    yield muons.reference
+    yield muons
+    yield Layout(data=two, stage=3, optimizer="muon")
 
 
 def resumes(tried: Sequence[Layout]) -> list[Resume]:
     """Pairs of the layouts tried, their results known: save under one, go on under another.
 
-    Two layouts save; every plain layout goes on from one of them, the reference from both.
+    Two plain layouts save; every other plain one goes on from one of them, the reference from both,
+    and so do those with sequence parallelism and offload, which also save. What trains otherwise
+    (bf16, another optimizer) goes on among its own.
     """
-    plain = [x for x in tried if x.recompute == "none" and x.micro_batch_size is None]
+    usual = [x for x in tried if x.precision == "fp32" and x.optimizer is None]
+    plain = [
+        x
+        for x in usual
+        if x.recompute == "none" and x.micro_batch_size is None and not (x.sequence or x.offload)
+    ]
     both = [x for x in plain if x.tensor > 1 and x.data > 1 and x.stage == 1]
     split = both or [x for x in plain if x.tensor > 1 and x.stage == 1]
     split = split or [x for x in plain if x.tensor > 1]
@@ -117,4 +150,9 @@ def resumes(tried: Sequence[Layout]) -> list[Resume]:
         others = [x for x in sources if x != layout]
         chosen = others if layout == REFERENCE else [others[index % len(others)]]
         pairs += [Resume(saved, layout) for saved in chosen]
+    special = [x for x in usual if x.sequence or x.offload]
+    pairs += [Resume(whole[0], x) for x in special] + [Resume(x, whole[0]) for x in special[:1]]
+    muons = [x for x in tried if x.optimizer]
+    pairs += [Resume(muons[1], muons[2]), Resume(muons[2], muons[0])]
+    pairs += [Resume(x, x) for x in tried if x.precision == "bf16"]
     return pairs

@@ -112,7 +112,6 @@ def make_trial(config: RunConfig, folder: Path, *, ranks: int, scale: bool = Fal
     raw["training"] |= {
         "steps": STEPS,
         "global_batch_size": batch,
-        "precision": "fp32",
         "compile": False,
         "log_every": 1,
         "eval_every": 0,

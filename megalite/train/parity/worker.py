@@ -71,7 +71,7 @@ class Inspector:
     def __init__(self, job: Job, config: RunConfig) -> None:
         self._job, self._model = job, config.model
         self._sequence = config.parallel.sequence
-        self._states = state_names(config)
+        self._config = config
         self._outputs: _Outputs | None = None
         self.found: list[Difference] = []
 
@@ -94,9 +94,11 @@ class Inspector:
             with engine.gathered([parameter]):
                 weight = _of_all(parameter.data, grid.data_group)
             yield from _canonical(WEIGHT, row, weight, grid)
-        for state in self._states if starts else ():
-            for row, parameter in parameters:
-                yield from _canonical(state, row, engine.read_state(parameter, state), grid)
+        kept = [(row, p, state_names(self._config, row)) for row, p in parameters if starts]
+        for state in sorted({name for _, _, names in kept for name in names}):
+            for row, parameter, names in kept:
+                if state in names:
+                    yield from _canonical(state, row, engine.read_state(parameter, state), grid)
         if self._outputs is not None:
             yield from self._outputs.means(grid, sequence=self._sequence)
         for row, parameter in parameters:

@@ -140,8 +140,8 @@ def test_nothing_is_left_after_an_error(corpus: Path, tmp_path: Path) -> None:
         (TokenizeOptions(["none"], "bytes", tmp_path / "o"), CommandError, "no file matches"),
         (
             TokenizeOptions([str(corpus)], "bytes", taken / "file" / "below"),
-            MegaLiteError,
-            "was not written",
+            CommandError,
+            "is below .*file, which is no folder",
         ),
     ]
     (tmp_path / "empty.jsonl").write_text("")
@@ -152,6 +152,26 @@ def test_nothing_is_left_after_an_error(corpus: Path, tmp_path: Path) -> None:
             tokenize(options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "empty.jsonl", "taken"]
     assert (taken / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [".", "", "..", "/"])
+def test_a_path_that_names_no_folder_is_refused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    with pytest.raises(CommandError, match="names no new folder"):
+        tokenize(TokenizeOptions([str(corpus)], "bytes", Path(name)))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_refused_before_any_work(corpus: Path, tmp_path: Path, there: bool) -> None:
+    if there:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    with pytest.raises(CommandError, match="is a link"):
+        tokenize(TokenizeOptions([str(corpus)], "bytes", tmp_path / "out"))
+    assert not (tmp_path / ".out.work").exists()
 
 
 def test_an_empty_folder_is_a_good_output(corpus: Path, tmp_path: Path) -> None:
@@ -181,7 +201,7 @@ def test_progress_goes_to_the_log(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(progress, "_BEAT", 0.001)
+    monkeypatch.setattr(progress, "_LOOK", 0.001)
     monkeypatch.setattr(progress, "_EVERY", 0.0)
     encoding = work.Encoder.encode
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from data_prep import encode, folder, work
 from data_prep.encode import TokenizeOptions, tokenize
@@ -250,6 +251,84 @@ def test_a_part_that_its_worker_has_left_is_done_by_another(
     tokenize(options(corpus, tmp_path / "out"))
     assert len(lost) == 2
     assert hashes(tmp_path / "out") == expected
+
+
+def test_a_shard_that_its_worker_has_left_is_written_by_another(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, str]
+) -> None:
+    monkeypatch.setattr(encode, "_IMPATIENT", 0.2)
+    claim = folder.Run.claim
+
+    def losing(run: folder.Run, name: str) -> bool:
+        return claim(run, name) and name != "shard_00001"
+
+    monkeypatch.setattr(folder.Run, "claim", losing)
+    tokenize(options(corpus, tmp_path / "out"))
+    assert hashes(tmp_path / "out") == expected
+
+
+def test_the_leader_is_heard_while_shards_are_planned_and_written(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, str]
+) -> None:
+    """Hours on a large corpus, in which no worker may think that nobody leads."""
+    monkeypatch.setattr(folder, "_SILENCE", 0.5)
+    monkeypatch.setattr(folder, "_BEAT", 0.05)
+    plan = encode.plan_join
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(1.5)
+        return plan(*arguments, **options)
+
+    monkeypatch.setattr(encode, "plan_join", slow)
+    tokenize(options(corpus, tmp_path / "out", workers=2))
+    assert hashes(tmp_path / "out") == expected
+
+
+def test_an_empty_output_folder_is_no_sign_of_an_earlier_end(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, str]
+) -> None:
+    """A restart goes on from the parts that are kept, and a second command harms no first one."""
+    wish = options(corpus, tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(encode, "plan_join", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(wish)
+    monkeypatch.undo()
+    kept = len(list((tmp_path / ".out.work" / "parts").glob("*.part")))
+    assert kept > 0
+    sharing = folder.WorkFolder(wish.output, wish.asked(encode.load_tokenizer("bytes")))
+    with sharing.lead() as run:
+        sharing.start(run)
+        assert not sharing.was_published()
+    assert len(list((tmp_path / ".out.work" / "parts").glob("*.part"))) == kept
+    encoded = []
+    inner = work.Worker._encode
+    monkeypatch.setattr(work.Worker, "_encode", lambda *a: encoded.append(a) or inner(*a))
+    tokenize(wish)
+    assert encoded == []
+    assert hashes(tmp_path / "out") == expected
+
+
+def test_ranks_follow_the_leader_of_their_own_launch(tmp_path: Path) -> None:
+    mine, other = (folder.WorkFolder(tmp_path / "out", {"a": 1}, launch) for launch in "xy")
+    with mine.lead() as run:
+        mine.start(run)
+        found = mine.follow()
+        assert found is not None
+        assert found.folder == run.folder
+        assert other.follow() is None
+
+
+def test_a_full_disk_is_said_in_a_line(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(work, "save_file", full)
+    with pytest.raises(MegaLiteError, match="No space left on device"):
+        tokenize(options(corpus, tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -20,12 +20,12 @@ def overwrite(path: Path, place: int, data: bytes) -> None:
 
 
 def test_a_whole_folder_has_no_fault(make_folder: MakeFolder) -> None:
-    assert verify_folder(make_folder(SHARDS)) == []
-    assert verify_folder(make_folder([], name="empty")) == []
+    assert verify_folder(make_folder(SHARDS, vocab_size=258)) == []
+    assert verify_folder(make_folder([], name="empty", vocab_size=258)) == []
 
 
 def test_a_flipped_bit_anywhere_is_found(make_folder: MakeFolder) -> None:
-    folder = make_folder(SHARDS)
+    folder = make_folder(SHARDS, vocab_size=258)
     for path in [*folder.glob("shard_*"), folder / "tokenizer" / "bytes.json"]:
         content = path.read_bytes()
         for place in range(len(content)):
@@ -36,16 +36,16 @@ def test_a_flipped_bit_anywhere_is_found(make_folder: MakeFolder) -> None:
 
 
 def test_an_id_out_of_range_is_placed(make_folder: MakeFolder) -> None:
-    folder = make_folder(SHARDS)
-    overwrite(folder / "shard_00000.bin", 6, struct.pack("<H", 100))
+    folder = make_folder(SHARDS, vocab_size=258)
+    overwrite(folder / "shard_00000.bin", 6, struct.pack("<H", 300))
     faults = verify_folder(folder)
     assert len(faults) == 2
     assert "sha256" in faults[0]
-    assert "token 3 lies outside the vocabulary of 100 ids" in faults[1]
+    assert "token 3 lies outside the vocabulary of 258 ids" in faults[1]
 
 
 def test_every_fault_of_every_shard_is_named(make_folder: MakeFolder) -> None:
-    folder = make_folder(SHARDS)
+    folder = make_folder(SHARDS, vocab_size=258)
     (folder / "shard_00000.bin").unlink()
     (folder / "shard_00001.idx").unlink()
     (folder / "shard_00007.bin").write_bytes(b"")
@@ -60,10 +60,27 @@ def test_every_fault_of_every_shard_is_named(make_folder: MakeFolder) -> None:
 
 
 def test_a_bad_manifest_is_a_fault_and_no_folder_an_error(make_folder: MakeFolder) -> None:
-    folder = make_folder(SHARDS)
+    folder = make_folder(SHARDS, vocab_size=258)
     (folder / "manifest.json").write_text("[]")
     assert "manifest.json: the whole file" in verify_folder(folder)[0]
     (folder / "manifest.json").unlink()
     assert "has no manifest.json" in verify_folder(folder)[0]
     with pytest.raises(DataError, match="there is no folder"):
         verify_folder(folder / "none")
+
+
+def test_a_manifest_edited_by_hand_is_found(make_folder: MakeFolder) -> None:
+    """What the tokenizer beside it, or the documents' ends, can tell."""
+    folder = make_folder([[[1, 2, 257], [4, 257]], [[257], []]], vocab_size=258)
+    path = folder / "manifest.json"
+    whole = path.read_text()
+    for key, found, value, told in (
+        ("eos", "null", "257", None),
+        ("eos", "null", "256", "eos is 256, the tokenizer beside it says 257"),
+        ("eos", "null", "256", "document 0 has id 257 where the manifest says eos 256"),
+        ("bos", "null", "256", "document 0 has id 1 where the manifest says bos 256"),
+        ("vocab_size", "258", "300", "vocab_size is 300, the tokenizer beside it says 258"),
+    ):
+        path.write_text(whole.replace(f'"{key}": {found}', f'"{key}": {value}'))
+        faults = verify_folder(folder)
+        assert faults == [] if told is None else any(told in fault for fault in faults), faults
