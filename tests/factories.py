@@ -117,14 +117,15 @@ def save_checkpoint(
     (tokenizer / "inner").mkdir(parents=True, exist_ok=True)
     for name in ("bytes.json", "inner/more.txt"):
         (tokenizer / name).write_text("{}")
-    return checkpoint.save(
+    saver = checkpoint.Saver(
         engine,
         engine.config,
         grid=grid,
         root=root,
-        place=place or Place(step=3, samples=12, tokens=96),
         data_fingerprint="data",
         tokenizer=tokenizer,
         tokenizer_sha256="ab" * 32,
         lease=lease,
     )
+    saver.begin(place or Place(step=3, samples=12, tokens=96), snapshot=False)
+    return saver.finish()

@@ -9,11 +9,12 @@ from megalite.checkpoint.load import (
     refuse_other_model,
     restore,
 )
-from megalite.checkpoint.save import Place, clear_leftovers, retain, save, set_aside_later
+from megalite.checkpoint.save import Place, Saver, clear_leftovers, retain, set_aside_later
 
 __all__ = [
     "Lease",
     "Place",
+    "Saver",
     "clear_leftovers",
     "fill_model",
     "find_newest",
@@ -22,6 +23,5 @@ __all__ = [
     "refuse_other_model",
     "restore",
     "retain",
-    "save",
     "set_aside_later",
 ]

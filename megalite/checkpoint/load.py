@@ -167,8 +167,13 @@ def _write_states(
     folder: Path,
     manifest: disk.Manifest,
 ) -> None:
-    for owned in owned_parameters(engine.model, model, grid):
+    for owned in owned_parameters(engine, model, grid):
         for state in states(owned.row):
+            if owned.held and state != WEIGHT:  # nobody else has a use for it
+                if owned.data_rank == grid.data_rank:
+                    value = _read_own(owned, state, grid, folder, manifest)
+                    engine.write_state(owned.parameter, state, value)
+                continue
             value = _receive(owned, state, grid, folder, manifest)
             engine.write_state(owned.parameter, state, value)
 
@@ -183,7 +188,7 @@ def _check_states(
 ) -> None:
     """Read every state back out of the engine and hold its hash against the manifest's."""
     differing = []
-    for owned in owned_parameters(engine.model, model, grid):
+    for owned in owned_parameters(engine, model, grid):
         for state in states(owned.row):
             for name, value in read_canonical(engine, owned, state, grid).items():
                 if value_hash(value) != manifest.tensors[name].states[state].sha256:
@@ -200,20 +205,20 @@ def _receive(owned: Owned, state: str, grid: Grid, folder: Path, manifest: disk.
     """A state's value on every rank of the data-parallel group, read by its owner."""
     size = grid.tensor_parallel
     if owned.data_rank == grid.data_rank:
-        value = read_local(
-            folder,
-            manifest,
-            owned.row,
-            state,
-            tensor_parallel=size,
-            tensor_rank=grid.tensor_rank,
-        ).to(grid.device)
+        value = _read_own(owned, state, grid, folder, manifest)
     else:
         shape = shapes.local_shape(owned.row, tensor_parallel=size)
         value = torch.empty(shape, dtype=torch.float32, device=grid.device)
     source = owned.data_rank * size + grid.tensor_rank
     dist.broadcast(value, src=source, group=grid.data_group)
     return value
+
+
+def _read_own(
+    owned: Owned, state: str, grid: Grid, folder: Path, manifest: disk.Manifest
+) -> Tensor:
+    ranks = {"tensor_parallel": grid.tensor_parallel, "tensor_rank": grid.tensor_rank}
+    return read_local(folder, manifest, owned.row, state, **ranks).to(grid.device)
 
 
 def refuse_other_model(model: ModelConfig, folder: Path, manifest: disk.Manifest) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor
-
 from megalite import __version__, files, shapes
 from megalite.checkpoint.lease import Lease
-from megalite.checkpoint.states import owned_parameters, read_canonical, value_hash
+from megalite.checkpoint.states import owned_parameters, read_canonical
+from megalite.checkpoint.write import Writer
 from megalite.config import CheckpointConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
 from megalite.errors import CheckpointError, Superseded
@@ -24,7 +23,6 @@ from megalite.optim import state_names
 from megalite.parallel import Grid
 
 _REPLACED = ".replaced_"
-_PART_BYTES = 1 << 30  # a rank holds at most this much of a snapshot in memory
 
 
 @dataclass(frozen=True)
@@ -40,94 +38,110 @@ class Place:
     valid_loss: float | None = field(default=None, compare=False)
 
 
-class _Writer:
-    """One rank's files of one kind of state, in parts; remembers the first fault it meets."""
+class Saver:
+    """The saves of one run: at most one at a time.
 
-    def __init__(self, staging: Path, rank: int) -> None:
-        self.staging, self.rank = staging, rank
-        self.tensors: dict[str, dict[str, Any]] = {}
-        self.files: dict[str, dict[str, Any]] = {}
-        self.fault: str | None = None
-        self._parts: dict[str, dict[str, Tensor]] = {}
-        self._count = 0
-
-    def add(self, state: str, tensors: dict[str, Tensor]) -> None:
-        part = self._parts.setdefault(state, {})
-        part.update(tensors)
-        if sum(t.nbytes for t in part.values()) >= _PART_BYTES:
-            self.flush(state)
-
-    def flush(self, state: str) -> None:
-        """Write, sync and hash a part. A fault is kept: the other ranks wait in collectives."""
-        part = self._parts.pop(state, {})
-        if not part or self.fault:
-            return
-        kind = "model" if state == WEIGHT else state
-        name = f"{kind}-{self.rank:05d}-{self._count:05d}.safetensors"
-        self._count += 1
-        path = self.staging / name
-        try:
-            save_file(part, path)
-            files.sync_file(path)
-            self.files[name] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
-        except Exception as error:  # safetensors raises its own kinds for a full disk
-            self.fault = f"rank {self.rank} could not write {path}: {error}"
-        for tensor in part:
-            self.tensors.setdefault(tensor, {})[state] = {
-                "file": name,
-                "sha256": value_hash(part[tensor]),
-            }
-
-    def close(self) -> None:
-        for state in list(self._parts):
-            self.flush(state)
-
-
-def save(
-    engine: Engine,
-    config: RunConfig,
-    *,
-    grid: Grid,
-    root: Path,
-    place: Place,
-    data_fingerprint: str,
-    tokenizer: Path,
-    tokenizer_sha256: str,
-    lease: Lease | None,
-) -> Path:
-    """Write and publish a checkpoint; a collective of all ranks.
+    A save begins with what every rank must do together (tensors are gathered and handed to a thread
+    that writes them) and ends with the agreement that all of them succeeded, and the publication.
+    What lies between is up to the caller.
 
     Args:
         root: the run's `checkpoints` folder, seen by every rank.
-        tokenizer: a folder whose files are copied into the checkpoint.
+        tokenizer: a folder whose files are copied into each checkpoint.
         lease: rank 0's right to publish; None on the others.
-    Returns:
-        the published folder.
-    Raises:
-        CheckpointError: on every rank alike, when any rank failed; nothing is published.
-        Superseded: a newer start of the run owns `root`.
     """
-    final = root / disk.folder_name(place.step)
-    staging = root / f".staging_{place.step:08d}"
-    fault = _attempt(lambda: _prepare(root, staging, lease)) if grid.rank == 0 else None
-    _agree(grid, fault, None)
-    writer = _Writer(staging, grid.rank)
-    for owned in owned_parameters(engine.model, config.model, grid):
-        for state in (WEIGHT, *state_names(config, owned.row)):
-            writer.add(state, read_canonical(engine, owned, state, grid))
-    writer.close()
-    _agree(grid, writer.fault, staging)
-    written = grid.gather((writer.files, writer.tensors))
-    fault = None
-    if grid.rank == 0:
-        manifest = _Draft(config, place, data_fingerprint, tokenizer_sha256, engine.progress())
-        fault = _attempt(lambda: manifest.publish(staging, final, tokenizer, written, lease))
-    _agree(grid, fault, staging)
-    return final
+
+    def __init__(
+        self,
+        engine: Engine,
+        config: RunConfig,
+        *,
+        grid: Grid,
+        root: Path,
+        data_fingerprint: str,
+        tokenizer: Path,
+        tokenizer_sha256: str,
+        lease: Lease | None,
+        deepspeed: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._engine, self._config, self._grid = engine, config, grid
+        self._root, self._tokenizer, self._lease = root, tokenizer, lease
+        self._facts = {
+            "data_fingerprint": data_fingerprint,
+            "tokenizer_sha256": tokenizer_sha256,
+            "deepspeed": dict(deepspeed or {}),
+        }
+        self._writer: Writer | None = None
+        self._draft: _Draft | None = None
+        self._begun = 0
+
+    @property
+    def under_way(self) -> Place | None:
+        """What is being saved."""
+        return self._draft.place if self._draft else None
+
+    @property
+    def begun(self) -> int:
+        """How many saves have begun."""
+        return self._begun
+
+    @property
+    def written(self) -> int:
+        """Of how many saves begun this rank's files are on the disk."""
+        return self._begun - (self._writer is not None and not self._writer.done)
+
+    def begin(self, place: Place, *, snapshot: bool) -> None:
+        """Gather and begin to write a checkpoint; a collective of all ranks.
+
+        Args:
+            snapshot: whether training may go on at once: everything is copied. Otherwise it must
+                wait for `finish`.
+        Raises:
+            CheckpointError: on every rank alike; nothing was written.
+            Superseded: a newer start of the run owns the folder.
+        """
+        assert self._draft is None, "a save is under way"
+        engine, config, grid, root = self._engine, self._config, self._grid, self._root
+        staging = root / f".staging_{place.step:08d}"
+        lease = self._lease
+        fault = _attempt(lambda: _prepare(root, staging, lease)) if grid.rank == 0 else None
+        _agree(grid, fault, None)
+        self._begun += 1
+        self._writer = writer = Writer(staging, grid.rank, snapshot=snapshot)
+        for owned in owned_parameters(engine, config.model, grid):
+            for state in (WEIGHT, *state_names(config, owned.row)):
+                writer.add(state, read_canonical(engine, owned, state, grid))
+        writer.close()
+        self._draft = _Draft(config, place, staging, engine.progress(), self._facts)
+
+    def finish(self) -> Path:
+        """Wait for this rank's files, agree, and publish; a collective of all ranks.
+
+        Returns:
+            the published folder.
+        Raises:
+            CheckpointError: on every rank alike, when any rank failed; nothing is published.
+            Superseded: a newer start of the run owns the folder.
+        """
+        assert self._writer is not None
+        assert self._draft is not None
+        writer, draft, grid = self._writer, self._draft, self._grid
+        self._draft = None
+        final = self._root / disk.folder_name(draft.place.step)
+        writer.wait()
+        _agree(grid, writer.fault, draft.staging)
+        written = grid.gather((writer.files, writer.tensors))
+        fault = None
+        if grid.rank == 0:
+            fault = _attempt(lambda: draft.publish(final, self._tokenizer, written, self._lease))
+        _agree(grid, fault, draft.staging)
+        return final
 
 
-def retain(root: Path, config: CheckpointConfig) -> None:
+def retain(root: Path, config: CheckpointConfig, *, background: bool = False) -> None:
     """Delete the checkpoints nothing keeps; each is renamed before it goes.
+
+    In the `background` a thread deletes; what it does not come to is cleared by the next start.
 
     Kept are the newest `keep`, those at multiples of `keep_every`, and with `keep_best` the one of
     the lowest validation loss among those that were validated at their very step.
@@ -139,12 +153,18 @@ def retain(root: Path, config: CheckpointConfig) -> None:
     if config.keep_best:
         losses = {folder: loss for folder in folders if (loss := _valid_loss(folder)) is not None}
         kept |= set(sorted(losses, key=losses.__getitem__)[:1])
+    doomed = []
     for folder in folders:
-        if folder in kept:
-            continue
-        doomed = folder.with_name(f".deleted_{folder.name}")
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        if folder not in kept:
+            doomed.append(folder.rename(folder.with_name(f".deleted_{folder.name}")))
+    deletion = threading.Thread(target=lambda: [*map(_remove, doomed)], daemon=True)
+    deletion.start()
+    if not background:
+        deletion.join()
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _valid_loss(folder: Path) -> float | None:
@@ -196,18 +216,14 @@ class _Draft:
 
     config: RunConfig
     place: Place
-    data_fingerprint: str
-    tokenizer_sha256: str
+    staging: Path
     progress: dict[str, Any]
+    facts: dict[str, Any]
 
     def publish(
-        self,
-        staging: Path,
-        final: Path,
-        tokenizer: Path,
-        written: Iterable[Any],
-        lease: Lease | None,
+        self, final: Path, tokenizer: Path, written: Iterable[Any], lease: Lease | None
     ) -> None:
+        staging = self.staging
         entries: dict[str, Any] = {}
         holders: dict[str, dict[str, Any]] = {}
         for rank_files, rank_tensors in written:
@@ -230,8 +246,7 @@ class _Draft:
             valid_loss=self.place.valid_loss,
             progress=self.progress,
             optimizer=self.config.optimizer.model_dump(mode="json"),
-            data_fingerprint=self.data_fingerprint,
-            tokenizer_sha256=self.tokenizer_sha256,
+            **self.facts,
             versions={
                 "megalite": __version__,
                 "torch": version("torch"),

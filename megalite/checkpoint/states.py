@@ -23,45 +23,56 @@ class Owned:
     Attributes:
         data_rank: the data-parallel rank whose group of tensor ranks gathers and reads it.
         tensor_rank: the one of them that writes it.
+        held: whether the ranks of `data_rank` alone have its states, and have them whole.
     """
 
     parameter: nn.Parameter
     row: shapes.Parameter
     data_rank: int
     tensor_rank: int
+    held: bool
 
     def is_mine(self, grid: Grid) -> bool:
         """Whether this rank writes the parameter."""
         return (self.data_rank, self.tensor_rank) == (grid.data_rank, grid.tensor_rank)
 
 
-def owned_parameters(model: nn.Module, config: ModelConfig, grid: Grid) -> Iterator[Owned]:
-    """Every parameter with its owner, bytes spread evenly over all ranks.
+def owned_parameters(engine: Engine, config: ModelConfig, grid: Grid) -> Iterator[Owned]:
+    """Every parameter with its owner: who holds it, else bytes spread evenly over all ranks.
 
-    The assignment is a function of the table and the number of ranks alone, so that all agree.
+    The assignment is a function of the table and the layout alone, so that all agree.
     """
     loads = [0] * grid.world_size
     table = {row.name: row for row in shapes.parameters(config)}
-    for name, parameter in model.named_parameters():
-        row = table[name]
-        owner = loads.index(min(loads))
+    for name, parameter in engine.model.named_parameters():
+        row, holder = table[name], engine.holder(parameter)
+        first = 0 if holder is None else holder * grid.tensor_parallel
+        able = loads if holder is None else loads[first : first + grid.tensor_parallel]
+        owner = first + able.index(min(able))
         loads[owner] += row.elements
-        yield Owned(parameter, row, *divmod(owner, grid.tensor_parallel))
+        yield Owned(parameter, row, *divmod(owner, grid.tensor_parallel), holder is not None)
 
 
 def read_canonical(engine: Engine, owned: Owned, state: str, grid: Grid) -> dict[str, Tensor]:
     """The canonical tensors of one state, whole, on the CPU of the rank that owns them.
 
-    A collective of all ranks; empty on the others.
+    A collective of all ranks; empty on the others. May share memory with the engine.
     """
-    value = engine.read_state(owned.parameter, state)
-    if owned.data_rank != grid.data_rank:
+    mine = owned.data_rank == grid.data_rank
+    if owned.held:
+        if not mine:
+            return {}
+        value = engine.read_held(owned.parameter, state)
+    else:
+        value = engine.read_state(owned.parameter, state)
+    if not mine:
         return {}
     row, size = owned.row, grid.tensor_parallel
     parts = [value]
     if size > 1 and row.tensors[0].split is not shapes.Split.REPLICATED:
+        value = value.to(grid.device).contiguous()
         parts = [torch.empty_like(value) for _ in range(size)]
-        dist.all_gather(parts, value.contiguous(), group=grid.tensor_group)
+        dist.all_gather(parts, value, group=grid.tensor_group)
     if not owned.is_mine(grid):
         return {}
     if len(parts) == 1:  # not split: the rank's own part is the whole

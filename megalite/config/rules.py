@@ -14,7 +14,6 @@ from megalite.config.schema import RunConfig
 # (none listed: any but null), and what to write until it has them.
 _NOT_IN_THIS_VERSION: dict[str, tuple[tuple[Any, ...], str]] = {
     "model.architecture": (("encoder", "encoder_decoder"), 'write "decoder"'),
-    "checkpoint.background": ((True,), "write false"),
     "training.profile": ((), "leave it out"),
     "finetune": ((), "leave the section out"),
 }

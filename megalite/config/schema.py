@@ -253,7 +253,9 @@ class CheckpointConfig(Section):
         description="Whether the checkpoint of the lowest validation loss is kept as well.",
     )
     background: bool = Field(
-        default=False, description="Whether training goes on while a checkpoint is written."
+        default=False,
+        description="Whether training goes on while a checkpoint is written; each rank then "
+        "holds a copy of its share in host memory, 12 bytes a parameter over all ranks.",
     )
     grace_seconds: PositiveOrZero = Field(
         default=90.0,

@@ -78,6 +78,12 @@ class ReferenceEngine:
     def read_state(self, parameter: nn.Parameter, key: str) -> Tensor:
         return read_plain(self.optimizer, parameter, key)
 
+    def holder(self, _parameter: nn.Parameter) -> int | None:
+        return None
+
+    def read_held(self, parameter: nn.Parameter, key: str) -> Tensor:
+        return self.read_state(parameter, key)
+
     def read_gradient(self, parameter: nn.Parameter) -> Tensor:
         return plain_gradient(parameter)
 

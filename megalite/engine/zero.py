@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -96,6 +97,7 @@ class DeepSpeedEngine:
         )
         ds_config.compare(self.settings, self.engine)
         self._create_states()
+        self._holders = self._find_holders() if self.stage in (1, 2) else {}
 
     def train_step(
         self,
@@ -152,6 +154,14 @@ class DeepSpeedEngine:
             value = safe_get_full_optimizer_state(parameter, key)
         return value.view(getattr(parameter, "ds_shape", parameter.shape))
 
+    def holder(self, parameter: nn.Parameter) -> int | None:
+        return self._holders.get(id(parameter))
+
+    def read_held(self, parameter: nn.Parameter, key: str) -> Tensor:
+        mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+        value: Tensor = mapping.get_hp_fragment(None if key == WEIGHT else key)
+        return value.detach().view(parameter.shape)
+
     def read_gradient(self, parameter: nn.Parameter) -> Tensor:
         if self.stage == 0:
             return plain_gradient(parameter)
@@ -201,6 +211,17 @@ class DeepSpeedEngine:
                 zero._lazy_init_hp_params_optimizer_state()
         if isinstance(inner, Muon):
             self._join_matrices(inner)
+
+    def _find_holders(self) -> dict[int, int]:
+        """The ranks that have all of a parameter's partition; of those that were cut, none."""
+        parameters = list(self.model.parameters())
+        held = [_fragment(p)[1] if p.numel() else 0 for p in parameters]
+        found = torch.zeros(self._grid.data_parallel, len(parameters), dtype=torch.int64)
+        found[self._grid.data_rank] = torch.tensor(held)
+        found = found.to(self.device)
+        dist.all_reduce(found, group=self._grid.data_group)
+        whole = found == torch.tensor([p.numel() for p in parameters], device=self.device)
+        return {id(parameters[index]): rank for rank, index in whole.nonzero().tolist()}
 
     def _join_matrices(self, muon: Muon) -> None:
         """Tell Muon where DeepSpeed keeps the parts of each matrix."""

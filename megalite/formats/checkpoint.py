@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megalite import files
@@ -25,6 +28,7 @@ from megalite.errors import CheckpointError
 FORMAT = "megalite-checkpoint-1"
 MANIFEST = "manifest.json"
 WEIGHT = "weight"  # the state every tensor has; the others are the optimizer's
+_PIECE = 1 << 22  # bytes written and hashed while they are in the cache
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -68,6 +72,7 @@ class Manifest(_Entry):
     data_fingerprint: str
     tokenizer_sha256: str
     versions: dict[str, str]
+    deepspeed: dict[str, Any] = {}  # the installed DeepSpeed's own defaults
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
 
@@ -97,6 +102,39 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest with a checksum of its own content."""
     content = manifest.model_dump(mode="json")
     files.write_json(folder / MANIFEST, {**content, "checksum": _checksum(content)})
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, npt.NDArray[np.float32]]
+) -> tuple[FileEntry, dict[str, str]]:
+    """Write and sync a safetensors file, hashing as it goes: no byte is read again.
+
+    Args:
+        tensors: contiguous, by name.
+    Returns:
+        the file's entry, and the SHA-256 of each tensor's bytes.
+    """
+    header, offset = dict[str, Any](), 0
+    for name, tensor in tensors.items():
+        place = [offset, offset := offset + tensor.nbytes]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": place}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin aligned
+    start = len(text).to_bytes(8, "little") + text
+    whole, hashes = hashlib.sha256(start), dict[str, str]()
+    with open(path, "wb") as file:
+        file.write(start)
+        for name, tensor in tensors.items():
+            own, data = hashlib.sha256(), tensor.reshape(-1).view(np.uint8).data
+            for at in range(0, len(data), _PIECE):
+                piece = data[at : at + _PIECE]
+                file.write(piece)
+                whole.update(piece)
+                own.update(piece)
+            hashes[name] = own.hexdigest()
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(bytes=len(start) + offset, sha256=whole.hexdigest()), hashes
 
 
 def read_manifest(folder: Path) -> Manifest:

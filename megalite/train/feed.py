@@ -1,16 +1,17 @@
 """Steps as the loop consumes them: batches, the loss's divisor, and whether to stop.
 
-Once a step the ranks agree on two numbers: how many targets the global batch holds, and whether any
-rank was asked to stop. Both travel in one small reduction over the CPU group, started a step ahead
-so that nobody waits for it.
+Once a step the ranks agree on three numbers: how many targets the global batch holds, whether any
+rank was asked to stop, and how many checkpoints have been written. They travel in one small
+reduction over the CPU group, started a step ahead so that nobody waits for it.
 """
 
 from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -57,20 +58,39 @@ class StopRequest:
             signal.raise_signal(number)
 
 
-class Feed:
-    """Hands out a step at a time, together with what all ranks agreed on for it."""
+class Step(NamedTuple):
+    """A rank's batches, and what all ranks agreed on.
 
-    def __init__(self, loader: Loader, grid: Grid, stop: StopRequest) -> None:
-        self._loader, self._grid, self._stop = loader, grid, stop
+    targets: the global batch's unmasked ones. stop: whether to stop instead of training on it.
+    written: the sum over ranks of the checkpoints each has written, as it was a step ago.
+    """
+
+    batches: StepBatches
+    targets: int
+    stop: bool
+    written: int
+
+
+class Feed:
+    """Hands out a step at a time.
+
+    Args:
+        written: how many checkpoints this rank has written.
+    """
+
+    def __init__(
+        self, loader: Loader, grid: Grid, stop: StopRequest, written: Callable[[], int]
+    ) -> None:
+        self._loader, self._grid, self._stop, self._written = loader, grid, stop, written
         self._ahead = self._begin()
 
-    def next(self) -> tuple[StepBatches, int, bool]:
-        """This rank's batches, the global batch's unmasked targets, and whether to stop instead."""
+    def next(self) -> Step:
+        """The next step."""
         batches, agreed, work = self._ahead
         self._ahead = self._begin()
         work.wait()
-        targets, stop = agreed.tolist()
-        return batches, targets, stop > 0
+        targets, stop, written = agreed.tolist()
+        return Step(batches, targets, stop > 0, written)
 
     def close(self) -> None:
         """Finish the reduction under way, which other ranks may be in, and stop reading ahead."""
@@ -79,7 +99,8 @@ class Feed:
 
     def _begin(self) -> tuple[StepBatches, torch.Tensor, Any]:
         batches = next(self._loader)
-        agreed = torch.tensor([batches.targets, int(self._stop.name is not None)])
+        stop = int(self._stop.name is not None)
+        agreed = torch.tensor([batches.targets, stop, self._written()])
         dp_copies = self._grid.tensor_parallel  # ranks that share a model share its batches
         agreed[0] *= int(self._grid.tensor_rank == 0 or dp_copies == 1)
         return batches, agreed, dist.all_reduce(agreed, group=self._grid.cpu_group, async_op=True)

@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megalite.checkpoint import Place
+from megalite.checkpoint import Place, Saver
 from megalite.config import RunConfig
 from megalite.data import Dataset
 from megalite.engine import Engine, StepResult
@@ -33,7 +32,7 @@ class Trainer:
 
     Attributes:
         place: where the run stands; advanced by every step.
-        save: publishes a checkpoint of the given place.
+        retain: called after each publication.
         inspect: called with (step, engine, grid) between each backward and its update.
     """
 
@@ -46,7 +45,8 @@ class Trainer:
     recorder: Recorder
     stop: StopRequest
     place: Place
-    save: Callable[[Place], Path]
+    saver: Saver
+    retain: Callable[[], None]
     inspect: Inspect | None = None
 
     def run(self) -> None:
@@ -60,7 +60,9 @@ class Trainer:
             self._evaluate()
         self._clock = _Clock(self.place)
         while self.place.step < self.config.training.steps:
-            batches, targets, stop = self.feed.next()
+            batches, targets, stop, written = self.feed.next()
+            if self.saver.under_way and written == self.saver.begun * self.grid.world_size:
+                self._settle()
             if stop:
                 self._leave()
             step = self.place.step + 1
@@ -99,6 +101,7 @@ class Trainer:
             self._evaluate()
         if self._saved != self.place.step:
             self._save()
+        self._settle()
 
     def _log(self, result: StepResult, lr: float) -> None:
         """Read the step's numbers, which waits for the device, and record a row."""
@@ -154,11 +157,25 @@ class Trainer:
         self._evaluated = self.place.step
 
     def _save(self) -> None:
+        """Begin a save; in the background, training goes on while it is written."""
+        self._settle()
+        background = self.config.checkpoint.background
+        self.recorder.status("saving", step=self.place.step)
         with _Pause(self._clock):
-            self.recorder.status("saving", step=self.place.step)
-            folder = self.save(self.place)
+            self.saver.begin(self.place, snapshot=background)
         self._saved = self.place.step
-        self.recorder.event(self.place.step, "checkpoint", path=folder.name)
+        if not background:
+            self._settle()
+
+    def _settle(self) -> None:
+        """End the save under way, where there is one: wait for it, publish, and say so."""
+        place = self.saver.under_way
+        if place is None:
+            return
+        with _Pause(self._clock):
+            folder = self.saver.finish()
+            self.retain()
+        self.recorder.event(place.step, "checkpoint", path=folder.name)
         self.recorder.status("running", step=self.place.step, last_checkpoint=folder.name)
 
     def _leave(self) -> None:
@@ -167,6 +184,7 @@ class Trainer:
         self.recorder.event(self.place.step, "signal", signal=name)
         if self._saved != self.place.step:
             self._save()
+        self._settle()
         kept = (
             "and saved; the same command resumes it" if self.place.step else "with nothing to save"
         )

@@ -9,14 +9,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from megalite import checkpoint, env, files, log
-from megalite.checkpoint import Lease, Place
+from megalite.checkpoint import Lease, Place, Saver
 from megalite.config import RunConfig
 from megalite.data import Dataset, Loader, open_data
 from megalite.engine import Engine
@@ -236,8 +235,8 @@ def _train(
             start=place.samples,
             pin_memory=grid.device.type == "cuda",
         )
-        feed = Feed(loader, grid, stop_request)
-        save = _saver(request, grid, engine, train)
+        saver = _saver(request, grid, engine, train, settings)
+        feed = Feed(loader, grid, stop_request, lambda: saver.written)
         trainer = Trainer(
             request.config,
             plan,
@@ -248,7 +247,8 @@ def _train(
             recorder,
             stop_request,
             place,
-            save,
+            saver,
+            _retainer(request, grid),
             request.inspect,
         )
         try:
@@ -347,10 +347,10 @@ def _announce(
         )
 
 
-def _saver(request: Request, grid: Grid, engine: Engine, train: Dataset) -> Callable[[Place], Path]:
-    lease = Lease(request.root) if grid.rank == 0 else None
-    write = partial(
-        checkpoint.save,
+def _saver(
+    request: Request, grid: Grid, engine: Engine, train: Dataset, settings: dict[str, Any]
+) -> Saver:
+    return Saver(
         engine,
         request.config,
         grid=grid,
@@ -358,13 +358,15 @@ def _saver(request: Request, grid: Grid, engine: Engine, train: Dataset) -> Call
         data_fingerprint=train.content_fingerprint,
         tokenizer=request.folder / "tokenizer",
         tokenizer_sha256=train.tokenizer_sha256,
-        lease=lease,
+        lease=Lease(request.root) if grid.rank == 0 else None,
     )
 
-    def save(place: Place) -> Path:
-        folder = write(place=place)
-        if grid.rank == 0:
-            checkpoint.retain(request.root, request.config.checkpoint)
-        return folder
 
-    return save
+def _retainer(request: Request, grid: Grid) -> Callable[[], None]:
+    section = request.config.checkpoint
+
+    def retain() -> None:
+        if grid.rank == 0:
+            checkpoint.retain(request.root, section, background=section.background)
+
+    return retain

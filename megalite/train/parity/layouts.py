@@ -154,5 +154,5 @@ def resumes(tried: Sequence[Layout]) -> list[Resume]:
     pairs += [Resume(whole[0], x) for x in special] + [Resume(x, whole[0]) for x in special[:1]]
     muons = [x for x in tried if x.optimizer]
     pairs += [Resume(muons[1], muons[2]), Resume(muons[2], muons[0])]
-    pairs += [Resume(x, x) for x in tried if x.precision == "bf16"]
+    pairs += [Resume(x, replace(x, stage=3)) for x in tried if x.precision == "bf16"]
     return pairs

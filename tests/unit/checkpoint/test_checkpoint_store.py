@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import logging
@@ -10,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megalite import checkpoint, files, shapes
-from megalite.checkpoint import Place
+from megalite.checkpoint import Place, write
 from megalite.checkpoint.load import read_local
 from megalite.checkpoint.states import owned_parameters
 from megalite.config import CheckpointConfig, RunConfig
@@ -125,8 +125,7 @@ def test_what_is_on_disk(grid: Grid, root: Path) -> None:
 def test_parts_of_a_bounded_size(grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = make_engine()
     whole = tensors_of(save_checkpoint(trained, grid, root))
-    module = importlib.import_module("megalite.checkpoint.save")  # `save` is a function too
-    monkeypatch.setattr(module, "_PART_BYTES", 8000)
+    monkeypatch.setattr(write, "_PART_BYTES", 8000)
     parts = save_checkpoint(trained, grid, root, place=Place(4))
     assert len(list(parts.glob("model-*.safetensors"))) > 3
     assert all(torch.equal(whole[name], tensor) for name, tensor in tensors_of(parts).items())
@@ -292,14 +291,14 @@ def test_a_damaged_one_is_named_and_set_aside(
 @pytest.mark.parametrize("ranks", [1, 2, 5, 64])
 def test_owners_share_the_bytes(grid: Grid, ranks: int) -> None:
     config = model_config(num_hidden_layers=4)
-    model = build(config)
+    engine: Any = SimpleNamespace(model=build(config), holder=lambda _: None)
     views = [replace(grid, world_size=ranks, rank=rank) for rank in range(ranks)]
-    owned = [list(owned_parameters(model, config, view)) for view in views]
+    owned = [list(owned_parameters(engine, config, view)) for view in views]
     owners = [[entry.data_rank for entry in entries] for entries in owned]
     assert all(other == owners[0] for other in owners)
     sizes = [entry.parameter.numel() for entry in owned[0]]
     loads = [sum(s for s, o in zip(sizes, owners[0], strict=True) if o == r) for r in range(ranks)]
-    assert sum(loads) == sum(p.numel() for p in model.parameters())
+    assert sum(loads) == sum(p.numel() for p in engine.model.parameters())
     assert max(loads) <= sum(sizes) / ranks + max(sizes)
 
 

@@ -63,9 +63,29 @@ class Notes:
     def status(self, state: str, *, step: int, **fields: Any) -> None:
         pass
 
-    def save(self, place: Place) -> Path:
+    # a saver whose files take `writing` steps
+
+    writing, begun = 0, 0
+    under_way: Place | None = None
+
+    def begin(self, place: Place, *, snapshot: bool) -> None:
+        assert self.under_way is None
         self.calls.append(("save", place.step))
         self.places.append(place)
+        self.under_way, self.begun = place, self.begun + 1
+
+    @property
+    def written(self) -> int:
+        if self.under_way is None:
+            return self.begun
+        since = self.calls[self.calls.index(("save", self.under_way.step)) :]
+        steps = sum(call[0] == "step" for call in since)
+        return self.begun - (steps < self.writing)
+
+    def finish(self) -> Path:
+        assert self.under_way is not None
+        place, self.under_way = self.under_way, None
+        self.calls.append(("published", place.step))
         return Path(f"checkpoints/step_{place.step:08d}")
 
 
@@ -92,11 +112,15 @@ def run(
     stop_at: int = 0,
     valid: bool = True,
     every: int = 0,
+    background: bool = False,
+    writing: int = 0,
     **training: Any,
 ) -> Notes:
     """A whole run; `stop_at` asks it to stop while that step is computed."""
-    config = run_config(training=training, checkpoint={"every": every})
+    checkpoint = {"every": every, "background": background}
+    config = run_config(training=training, checkpoint=checkpoint)
     notes, request = Notes(), StopRequest()
+    notes.writing = writing
     monkeypatch.setattr(loop, "mean_loss", lambda *_, **__: 2.0)
     if stop_at:
         step = notes.train_step
@@ -109,7 +133,7 @@ def run(
         notes.train_step = train_step  # type: ignore[method-assign]
     parts: Any = notes
     dataset: Any = SimpleNamespace()
-    feed = Feed(Steps(), grid, request)  # type: ignore[arg-type]
+    feed = Feed(Steps(), grid, request, lambda: notes.written)  # type: ignore[arg-type]
     trainer = Trainer(
         config=config,
         plan=make_plan(config, world_size=1, device="cpu"),
@@ -120,7 +144,8 @@ def run(
         recorder=parts,
         stop=request,
         place=place or Place(),
-        save=notes.save,
+        saver=parts,
+        retain=lambda: None,
     )
     try:
         trainer.run()
@@ -142,7 +167,7 @@ def test_the_rhythm_of_a_run(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> Non
     assert of(notes, "valid") == [0, 2, 4, 6, 7]
     assert of(notes, "save") == of(notes, "checkpoint") == [3, 6, 7]
     # validation of a step comes before its checkpoint, as metrics.jsonl shows them
-    assert notes.calls[-3:] == [("valid", 7), ("save", 7), ("checkpoint", 7)]
+    assert notes.calls[-4:] == [("valid", 7), ("save", 7), ("published", 7), ("checkpoint", 7)]
 
 
 def test_the_last_step_is_not_done_twice(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,12 +250,39 @@ def test_a_stop_in_the_last_step_is_still_done(grid: Grid, monkeypatch: pytest.M
 # --- the feed and its signals ---
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(
+    grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published once written; a save that is due waits for the one before, and so does the end."""
+    notes = run(grid, monkeypatch, steps=9, every=3, background=True, writing=1, valid=False)
+    quick = [call for call in notes.calls if call[0] in ("step", "save", "published")]
+    assert quick[quick.index(("save", 3)) : quick.index(("save", 6))] == [
+        *(("save", 3), ("step", 4), ("step", 5), ("published", 3), ("step", 6))
+    ]
+    assert quick[-2:] == [("save", 9), ("published", 9)]
+    notes = run(grid, monkeypatch, steps=9, every=3, background=True, writing=99, valid=False)
+    slow = [call for call in notes.calls if call[0] in ("step", "save", "published")]
+    assert slow[slow.index(("save", 3)) : slow.index(("save", 6)) + 1] == [
+        *(("save", 3), ("step", 4), ("step", 5), ("step", 6), ("published", 3), ("save", 6))
+    ]
+    assert of(notes, "published") == of(notes, "checkpoint") == [3, 6, 9]
+
+
+def test_a_stop_ends_the_save_under_way_first(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = run(
+        grid, monkeypatch, steps=9, every=3, background=True, writing=99, stop_at=4, valid=False
+    )
+    assert notes.calls[-1][0] == "stopped"
+    assert len(of(notes, "published")) == 2
+    assert of(notes, "published") == of(notes, "save") == of(notes, "checkpoint")
+
+
 def test_the_feed_hands_out_every_step_once(grid: Grid) -> None:
     steps, request = Steps(), StopRequest()
-    feed = Feed(steps, grid, request)  # type: ignore[arg-type]
+    feed = Feed(steps, grid, request, lambda: 0)  # type: ignore[arg-type]
     seen = [feed.next() for _ in range(5)]
-    assert [batches.place for batches, _, _ in seen] == [1, 2, 3, 4, 5]
-    assert all(targets == batches.targets and not stop for batches, targets, stop in seen)
+    assert [step.batches.place for step in seen] == [1, 2, 3, 4, 5]
+    assert all(step.targets == step.batches.targets and not step.stop for step in seen)
     request.name = "SIGUSR1"
     stops = [feed.next()[2] for _ in range(3)]
     assert stops == [False, True, True]

@@ -1,0 +1,86 @@
+"""A rank's files of a checkpoint, written by a thread while the rank goes on."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megalite.engine import WEIGHT
+from megalite.formats import checkpoint as disk
+
+_PART_BYTES = 1 << 30  # of a file; and of what waits to be written, unless it is a snapshot
+_WAITING = 2  # parts
+
+
+class Writer:
+    """Takes tensors, and writes them in files of one state each.
+
+    A thread writes, syncs and hashes; hashing and the disk leave the interpreter to others. The
+    first fault is kept, not raised: other ranks may wait in collectives.
+
+    Args:
+        snapshot: whether tensors are copied, and as many of them held as are added; otherwise
+            adding waits for the disk.
+    """
+
+    def __init__(self, staging: Path, rank: int, *, snapshot: bool) -> None:
+        self._staging, self._rank, self._snapshot = staging, rank, snapshot
+        self.tensors: dict[str, dict[str, Any]] = {}
+        self.files: dict[str, dict[str, Any]] = {}
+        self.fault: str | None = None
+        self._parts: dict[str, dict[str, Tensor]] = {}
+        self._count = 0
+        self._queue: queue.Queue[tuple[str, dict[str, Tensor]] | None] = queue.Queue(
+            0 if snapshot else _WAITING
+        )
+        self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Whether everything is on the disk, or a fault was met."""
+        return not self._thread.is_alive()
+
+    def add(self, state: str, tensors: dict[str, Tensor]) -> None:
+        """Take tensors of one state, contiguous and on the CPU."""
+        if self._snapshot:
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        part = self._parts.setdefault(state, {})
+        part.update(tensors)
+        if sum(tensor.nbytes for tensor in part.values()) >= _PART_BYTES:
+            self._queue.put((state, self._parts.pop(state)))
+
+    def close(self) -> None:
+        """Nothing more is added."""
+        for state, part in self._parts.items():
+            self._queue.put((state, part))
+        self._parts = {}
+        self._queue.put(None)
+
+    def wait(self) -> None:
+        """Until `done`."""
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self.fault is None and item[1]:
+                self._write(*item)
+
+    def _write(self, state: str, part: dict[str, Tensor]) -> None:
+        kind = "model" if state == WEIGHT else state
+        name = f"{kind}-{self._rank:05d}-{self._count:05d}.safetensors"
+        self._count += 1
+        path = self._staging / name
+        try:
+            arrays = {tensor: value.numpy() for tensor, value in part.items()}
+            entry, hashes = disk.write_tensors(path, arrays)
+        except Exception as error:
+            self.fault = f"rank {self._rank} could not write {path}: {error}"
+            return
+        self.files[name] = entry.model_dump()
+        for tensor, sha256 in hashes.items():
+            self.tensors.setdefault(tensor, {})[state] = {"file": name, "sha256": sha256}
