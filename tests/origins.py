@@ -22,7 +22,14 @@ def fingerprint(config: RunConfig, shards: str = "web") -> str:
     return f"{shards} {[source.weight for source in data.train]} {data.mask_documents}"
 
 
-def publish(root: Path, step: int, config: RunConfig, *, without: str = "") -> Path:
+def publish(
+    root: Path,
+    step: int,
+    config: RunConfig,
+    *,
+    without: str = "",
+    deepspeed: dict[str, Any] | None = None,
+) -> Path:
     """A checkpoint without its tensors' values; `without` leaves a key out of config.json."""
     folder = root / disk.folder_name(step)
     folder.mkdir(parents=True)
@@ -47,7 +54,8 @@ def publish(root: Path, step: int, config: RunConfig, *, without: str = "") -> P
         optimizer={},
         data_fingerprint=fingerprint(config),
         tokenizer_sha256=TOKENIZER,
-        versions={},
+        versions={"deepspeed": "0.19.2"},
+        deepspeed=deepspeed or {},
         tensors={
             name: disk.TensorEntry(shape=list(tensor.shape), states={})
             for name, tensor in shapes.tensors(config.model).items()
@@ -71,6 +79,7 @@ def find(
     allow: tuple[str, ...] = (),
     shards: str = "web",
     tokenizer: str = TOKENIZER,
+    deepspeed: dict[str, Any] | None = None,
 ) -> Origin | None:
     return find_origin(
         config,
@@ -80,6 +89,7 @@ def find(
         allow=allow,
         data_fingerprint=fingerprint(config, shards),
         tokenizer_sha256=tokenizer,
+        deepspeed=deepspeed,
     )
 
 

@@ -232,6 +232,11 @@ class TrainingConfig(Section):
     eval_every: CountOrZero = Field(
         default=1000, description="Steps between validations (0: at the start and the end alone)."
     )
+    drift_every: CountOrZero = Field(
+        default=100,
+        description="Steps between comparisons of what ranks should hold alike, which also come "
+        "before each checkpoint (0: never).",
+    )
     eval_batches: Count = Field(
         default=50, description="Length of a validation, in global batches."
     )

@@ -127,6 +127,11 @@ def complete(settings: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
     return dict(json.loads(json.dumps(full)))
 
 
+def defaults(grid: Grid) -> dict[str, Any]:
+    """What the installed DeepSpeed assumes where a JSON says nothing."""
+    return complete({"train_micro_batch_size_per_gpu": 1}, grid)
+
+
 def compare(settings: Mapping[str, Any], engine: Any) -> None:
     """Hold what the engine uses against what it was told.
 

@@ -21,6 +21,7 @@ from megalite.observe import Recorder, peak_flops, peak_memory_bytes
 from megalite.optim import learning_rate
 from megalite.parallel import Grid
 from megalite.plan import Plan
+from megalite.train.drift import DriftGuard
 from megalite.train.feed import Feed, StopRequest
 
 Inspect = Callable[[int, Engine, Grid], None]
@@ -33,6 +34,7 @@ class Trainer:
     Attributes:
         place: where the run stands; advanced by every step.
         retain: called after each publication.
+        guard: compares replicas.
         inspect: called with (step, engine, grid) between each backward and its update.
     """
 
@@ -47,6 +49,7 @@ class Trainer:
     place: Place
     saver: Saver
     retain: Callable[[], None]
+    guard: DriftGuard | None = None
     inspect: Inspect | None = None
 
     def run(self) -> None:
@@ -55,7 +58,7 @@ class Trainer:
         Raises:
             Stopped: a signal asked for it; the run was saved and can be resumed.
         """
-        self._saved, self._evaluated = self.place.step, -1
+        self._saved, self._evaluated, self._compared = self.place.step, -1, -1
         if self.place.step == 0:
             self._evaluate()
         self._clock = _Clock(self.place)
@@ -92,6 +95,8 @@ class Trainer:
         # before the save, which carries the loss: the best checkpoint is chosen by it
         if _due(step, training.eval_every) or step == training.steps:
             self._evaluate()
+        if _due(step, training.drift_every):
+            self._compare()
         if _due(step, self.config.checkpoint.every):
             self._save()
 
@@ -156,9 +161,16 @@ class Trainer:
         self.recorder.valid(row)
         self._evaluated = self.place.step
 
+    def _compare(self) -> None:
+        """Hold replicas against each other, once a step."""
+        if self.guard is not None and self._compared != self.place.step:
+            self.guard.check(self.place.step)
+            self._compared = self.place.step
+
     def _save(self) -> None:
         """Begin a save; in the background, training goes on while it is written."""
         self._settle()
+        self._compare()
         background = self.config.checkpoint.background
         self.recorder.status("saving", step=self.place.step)
         with _Pause(self._clock):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,12 @@ def find_origin(
     allow: tuple[str, ...],
     data_fingerprint: str,
     tokenizer_sha256: str,
+    deepspeed: Mapping[str, Any] | None = None,
 ) -> Origin | None:
     """The checkpoint `resume` names, else the one `init_from` names, or None for a fresh start.
+
+    Args:
+        deepspeed: defaults of the installed DeepSpeed that hold in this run, by dotted key.
 
     Raises:
         CheckpointError: damaged checkpoints and no whole one.
@@ -95,6 +100,7 @@ def find_origin(
             f"training.steps {config.training.steps}, but {folder} is already past it; ask for "
             "more steps, or start another run with --set name=..."
         )
+    changed |= _moved_defaults(manifest, deepspeed or {})
     moved = any(key in changed for key in _NEW_ORDER) or _order_seed_differs(before, after)
     samples = 0 if moved else manifest.samples
     place = Place(manifest.step, samples, manifest.tokens)
@@ -194,6 +200,34 @@ def _follows_steps(schedule: dict[str, Any]) -> bool:
     return schedule["name"] == "wsd" or (
         schedule["name"] != "constant" and schedule["decay_steps"] is None
     )
+
+
+def _moved_defaults(manifest: disk.Manifest, now: Mapping[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's own defaults that another release has set otherwise; each with a warning."""
+    found = {}
+    for key, value in now.items():
+        if key in manifest.deepspeed and (before := manifest.deepspeed[key]) != value:
+            found[f"deepspeed.{key}"] = {"before": before, "after": value}
+            logger.warning(
+                "deepspeed.%s is left to DeepSpeed, whose default was %r in %s and is %r now; to "
+                "go on as before, write it into the run file",
+                key,
+                before,
+                manifest.versions.get("deepspeed", "an earlier release"),
+                value,
+            )
+    return found
+
+
+def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested sections by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _differing(before: dict[str, Any], after: dict[str, Any]) -> str | None:

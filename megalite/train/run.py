@@ -34,9 +34,10 @@ from megalite.observe import Recorder, previous_attempts, restate
 from megalite.parallel import Grid, start, stop
 from megalite.plan import Plan, deepspeed_dict, make_plan
 from megalite.train.checks import hardware_faults
+from megalite.train.drift import DriftGuard
 from megalite.train.feed import Feed, StopRequest
 from megalite.train.loop import Inspect, Trainer
-from megalite.train.resume import ALLOWABLE, Origin, check_request, find_origin
+from megalite.train.resume import ALLOWABLE, Origin, check_request, find_origin, flat
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def run(request: Request, launch: Launch) -> None:
         grid = start(launch, tensor_parallel=plan.tensor_parallel)
         try:
             settings = _settings(request, plan, grid)
-            origin = _origin(request, grid, train)
+            origin = _origin(request, grid, train, settings)
             with _opened(request, plan, grid, settings, train, origin) as recorder:
                 _train(
                     request,
@@ -122,15 +123,30 @@ def _check(request: Request, launch: Launch) -> tuple[Plan, Dataset, Dataset | N
     return plan, train, valid
 
 
-def _settings(request: Request, plan: Plan, grid: Grid) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Settings:
+    """DeepSpeed's JSON for this run, and what the installed DeepSpeed assumes by itself."""
+
+    full: dict[str, Any]
+    defaults: dict[str, Any]
+
+    @property
+    def left_to_it(self) -> dict[str, Any]:
+        """The defaults that hold in this run, by dotted key."""
+        ours = flat(self.full)
+        return {key: value for key, value in flat(self.defaults).items() if ours.get(key) == value}
+
+
+def _settings(request: Request, plan: Plan, grid: Grid) -> _Settings:
     if request.engine == "reference":
-        return {}
+        return _Settings({}, {})
     from megalite.engine import ds_config  # imports DeepSpeed
 
-    return ds_config.complete(deepspeed_dict(request.config, plan), grid)
+    full = ds_config.complete(deepspeed_dict(request.config, plan), grid)
+    return _Settings(full, ds_config.defaults(grid))
 
 
-def _origin(request: Request, grid: Grid, train: Dataset) -> Origin | None:
+def _origin(request: Request, grid: Grid, train: Dataset, settings: _Settings) -> Origin | None:
     try:
         return find_origin(
             request.config,
@@ -141,6 +157,7 @@ def _origin(request: Request, grid: Grid, train: Dataset) -> Origin | None:
             allow=request.allow_change,
             data_fingerprint=train.content_fingerprint,
             tokenizer_sha256=train.tokenizer_sha256,
+            deepspeed=settings.left_to_it,
         )
     except CheckpointError as error:  # the folder is there, and its last state is no longer true
         if grid.rank == 0:
@@ -153,7 +170,7 @@ def _opened(
     request: Request,
     plan: Plan,
     grid: Grid,
-    settings: dict[str, Any],
+    settings: _Settings,
     train: Dataset,
     origin: Origin | None,
 ) -> Iterator[Recorder]:
@@ -182,9 +199,7 @@ def _opened(
         log.remove(handler)
 
 
-def _prepare(
-    request: Request, settings: dict[str, Any], train: Dataset, origin: Origin | None
-) -> int:
+def _prepare(request: Request, settings: _Settings, train: Dataset, origin: Origin | None) -> int:
     """Write what a run folder holds from the start; returns the number of this attempt."""
     folder = request.folder
     attempt = previous_attempts(folder)
@@ -192,7 +207,7 @@ def _prepare(
     checkpoint.clear_leftovers(request.root)
     files.clear_partials(folder)
     files.write_json(folder / "config.json", request.config.model_dump(mode="json"))
-    files.write_json(folder / "deepspeed.json", settings)
+    files.write_json(folder / "deepspeed.json", settings.full)
     # nothing of another start's tokenizer may stay behind in it
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     if train.tokenizer_folder is None:  # Megatron's shards do not tell it
@@ -211,7 +226,7 @@ def _train(
     request: Request,
     plan: Plan,
     grid: Grid,
-    settings: dict[str, Any],
+    settings: _Settings,
     train: Dataset,
     valid: Dataset | None,
     origin: Origin | None,
@@ -249,6 +264,7 @@ def _train(
             place,
             saver,
             _retainer(request, grid),
+            _guard(request, plan, grid, engine),
             request.inspect,
         )
         try:
@@ -275,14 +291,16 @@ def _verdict(error: BaseException) -> tuple[Any, str]:
     return state, f"{type(error).__name__}: {error}"
 
 
-def _make_engine(request: Request, plan: Plan, grid: Grid, settings: dict[str, Any]) -> Engine:
+def _make_engine(request: Request, plan: Plan, grid: Grid, settings: _Settings) -> Engine:
     if request.engine == "reference":
         from megalite.engine.reference import ReferenceEngine
 
         return ReferenceEngine(request.config, grid=grid)
     from megalite.engine.zero import DeepSpeedEngine
 
-    return DeepSpeedEngine(request.config, grid=grid, precision=plan.precision, settings=settings)
+    return DeepSpeedEngine(
+        request.config, grid=grid, precision=plan.precision, settings=settings.full
+    )
 
 
 def _load(
@@ -348,7 +366,7 @@ def _announce(
 
 
 def _saver(
-    request: Request, grid: Grid, engine: Engine, train: Dataset, settings: dict[str, Any]
+    request: Request, grid: Grid, engine: Engine, train: Dataset, settings: _Settings
 ) -> Saver:
     return Saver(
         engine,
@@ -359,7 +377,14 @@ def _saver(
         tokenizer=request.folder / "tokenizer",
         tokenizer_sha256=train.tokenizer_sha256,
         lease=Lease(request.root) if grid.rank == 0 else None,
+        deepspeed=flat(settings.defaults),
     )
+
+
+def _guard(request: Request, plan: Plan, grid: Grid, engine: Engine) -> DriftGuard | None:
+    if request.config.training.drift_every == 0:
+        return None
+    return DriftGuard(engine, request.config.model, grid, stage=plan.zero_stage)
 
 
 def _retainer(request: Request, grid: Grid) -> Callable[[], None]:

@@ -115,6 +115,7 @@ def make_trial(config: RunConfig, folder: Path, *, ranks: int, scale: bool = Fal
         "compile": False,
         "log_every": 1,
         "eval_every": 0,
+        "drift_every": 0,  # what differs is the report's to name
     }
     raw["logging"] = {"directory": str(folder / "runs"), "tensorboard": False}
     for section in ("deepspeed", "parallel"):  # a layout's

@@ -177,3 +177,18 @@ def test_a_field_younger_than_the_checkpoint_has_its_default(
     origin = find(grid, root, run_config())
     assert origin is not None
     assert origin.changes == {}
+
+
+def test_defaults_that_deepspeed_moved_are_said(
+    grid: Grid, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = {"gradient_clipping": 0.0, "bf16.check_grad_overflow": False, "steps_per_print": 10}
+    publish(root, 5, run_config(), deepspeed=before)
+    now = {"bf16.check_grad_overflow": True, "steps_per_print": 10, "new_key": 1}
+    with caplog.at_level("WARNING", logger="megalite"):
+        origin = find(grid, root, run_config(), deepspeed=now)
+    assert origin is not None
+    changed_key = "deepspeed.bf16.check_grad_overflow"
+    assert origin.changes == {changed_key: {"before": False, "after": True}}
+    [told] = [record.getMessage() for record in caplog.records]
+    assert told.startswith(f"{changed_key} is left to DeepSpeed, whose default was False in 0.19.2")
