@@ -79,6 +79,9 @@ class Engine(Protocol):
     def write_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         """Set one state of one parameter; a collective, with the same value on every rank."""
 
+    def group(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+        """The hyper-parameters that a parameter is updated with."""
+
     def progress(self) -> dict[str, Any]:
         """Updates taken and the loss scale: plain numbers, the rest of the engine's state."""
 

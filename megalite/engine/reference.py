@@ -36,6 +36,7 @@ class ReferenceEngine:
             compile_blocks=config.training.compile,
         )
         self.optimizer = make_optimizer(config, self.model.named_parameters())
+        self._groups = group_numbers(self.optimizer)
         create_states(self.optimizer)
         if isinstance(self.optimizer, Muon):
             join_whole(self.optimizer, self.model, config.model, grid)
@@ -89,6 +90,9 @@ class ReferenceEngine:
 
     def write_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         read_plain(self.optimizer, parameter, key).copy_(value)
+
+    def group(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+        return self.optimizer.param_groups[self._groups[id(parameter)]]
 
     def progress(self) -> dict[str, Any]:
         return {"updates": updates_taken(self.optimizer)}
@@ -149,6 +153,12 @@ def create_states(
                     state[name] = torch.zeros_like(parameter)
             if "exp_avg" in group["states"] and "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+
+
+def group_numbers(optimizer: torch.optim.Optimizer) -> dict[int, int]:
+    """By the `id` of a parameter, the number of its group."""
+    groups = enumerate(optimizer.param_groups)
+    return {id(p): number for number, group in groups for p in group["params"]}
 
 
 def join_whole(optimizer: Muon, model: nn.Module, config: ModelConfig, grid: Grid) -> None:

@@ -31,6 +31,7 @@ from megalite.engine.base import WEIGHT, StepResult, has_dropout, seed_dropout
 from megalite.engine.reference import (
     clip_gradients,
     create_states,
+    group_numbers,
     join_whole,
     plain_gradient,
     read_plain,
@@ -88,9 +89,11 @@ class DeepSpeedEngine:
         if config.training.compile and self.stage == 3:
             # a compiled block cannot fetch its parts one by one: fetch it whole (no graph breaks)
             deepspeed.utils.set_z3_leaf_modules(self.model, [type(self.model.model.layers[0])])
+        optimizer = make_optimizer(config, self.model.named_parameters())
+        self._groups = group_numbers(optimizer)  # before DeepSpeed puts its own tensors there
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.model,
-            optimizer=make_optimizer(config, self.model.named_parameters()),
+            optimizer=optimizer,
             config=self.settings,
             mpu=ds_config.Mpu(grid),
             dist_init_required=False,
@@ -179,6 +182,10 @@ class DeepSpeedEngine:
                     parameter.copy_(value)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
+
+    def group(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+        group: Mapping[str, Any] = self._inner().param_groups[self._groups[id(parameter)]]
+        return group
 
     def progress(self) -> dict[str, Any]:
         progress: dict[str, Any] = {"updates": updates_taken(self._inner())}

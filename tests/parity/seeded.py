@@ -18,6 +18,8 @@ from megalite.train.parity import worker
 UNMARKED = "model.layers.1.mlp.down_proj.weight"
 BIASED = "model.layers.0.self_attn.o_proj"
 PERTURBED = "model.layers.1.input_layernorm.weight"
+UNSUMMED = "model.layers.0.input_layernorm.weight"
+COPIED = "model.layers.0.input_layernorm.weight"  # the first that does not decay
 DROPPED = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -50,6 +52,24 @@ def perturbed(model: Any, grid: Any) -> None:
             model.get_parameter(PERTURBED)[0] += 1e-2
 
 
+def unsummed(model: Any, _grid: Any) -> None:
+    """Under sequence parallelism: a norm's gradient is of the rank's own tokens alone."""
+    model.get_parameter(UNSUMMED)._backward_hooks.clear()
+
+
+def copying(restore: Any) -> Any:
+    """The load, after which every group has the hyper-parameters of the first."""
+
+    def load(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        place = restore(engine, *args, **kwargs)
+        first, *others = engine._inner().param_groups
+        for group in others:
+            group["weight_decay"] = first["weight_decay"]
+        return place
+
+    return load
+
+
 def dropping(restore: Any) -> Any:
     """The load, after which one moment is gone."""
 
@@ -67,9 +87,11 @@ def work(bug: str, job: str) -> None:
     """A rank of a layout that has the bug."""
     if bug == "dropped":
         checkpoint.restore = dropping(checkpoint.restore)
+    elif bug == "copied":
+        checkpoint.restore = copying(checkpoint.restore)
     elif bug == "silent":  # the other rank waits for this one for good
         if env.find_launch().rank == 1:
             sys.exit("no room left on this rank")
     elif bug != "none":
-        after_split({"unmarked": unmarked, "biased": biased, "perturbed": perturbed}[bug])
+        after_split(globals()[bug])
     run_main(partial(worker.main, job), ranks=True)

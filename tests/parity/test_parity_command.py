@@ -126,11 +126,27 @@ def test_a_seeded_bug_is_a_miss_that_names_where_it_is(proof: Proof, bug: str, n
     assert row.parameter_error is None or row.parameter_error > 1e-4
 
 
-def test_a_moment_dropped_at_load_is_named(proof: Proof) -> None:
-    pair = Resume(SAVED, Layout(data=2, stage=1))
-    row = with_bug(proof, "dropped").try_resume(pair)
+def test_a_norm_that_is_not_summed_over_tokens_is_named(proof: Proof) -> None:
+    layout = Layout(tensor=2, stage=1, sequence=True)
+    assert with_bug(proof, "none").try_layout(layout).ok
+    row = with_bug(proof, "unsummed").try_layout(layout)
     assert not row.ok
-    assert row.parameter == f"{seeded.DROPPED} (exp_avg, step 11)"
+    assert row.parameter == seeded.UNSUMMED
+    assert row.parameter_error is not None
+    assert row.parameter_error > 0.1
+
+
+@pytest.mark.parametrize(
+    ("bug", "named"),
+    [
+        ("dropped", f"{seeded.DROPPED} (exp_avg, step 11)"),
+        ("copied", f"{seeded.COPIED} (hyper-parameters, step 11)"),
+    ],
+)
+def test_what_a_load_spoils_is_named(proof: Proof, bug: str, named: str) -> None:
+    row = with_bug(proof, bug).try_resume(Resume(SAVED, Layout(data=2, stage=1)))
+    assert not row.ok
+    assert row.parameter == named
 
 
 def test_the_same_ranks_without_a_bug_agree(proof: Proof) -> None:

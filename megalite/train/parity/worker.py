@@ -6,7 +6,7 @@ A run keeps the tensors it sees, or compares them with those another run kept, o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from megalite.train.parity.trial import SAVED
 from megalite.train.run import Request, run
 
 WEIGHT, OUTPUT, GRADIENT, NORM = "weight", "output", "gradient", "counted norm"
+GROUP = "hyper-parameters"
 _FLOOR = 1e-6  # of the whole gradient's norm: a gradient below it is rounding alone
 
 Seen = Iterator[tuple[str, str, Tensor]]  # (kind, name, value), whole on rank 0
@@ -64,8 +65,8 @@ class Difference:
 class Inspector:
     """Looks at the tensors of a job's steps, in the order in which a fault spreads.
 
-    Weights and optimizer states the run starts from, what each layer gives, gradients, and each
-    parameter's part in the gradient norm as the ranks count it.
+    Weights, optimizer states and hyper-parameters the run starts from, what each layer gives,
+    gradients, and each parameter's part in the gradient norm as the ranks count it.
     """
 
     def __init__(self, job: Job, config: RunConfig) -> None:
@@ -99,6 +100,8 @@ class Inspector:
             for row, parameter, names in kept:
                 if state in names:
                     yield from _canonical(state, row, engine.read_state(parameter, state), grid)
+        for row, parameter in parameters if starts else ():
+            yield GROUP, row.name, _hyper_parameters(engine.group(parameter))
         if self._outputs is not None:
             yield from self._outputs.means(grid, sequence=self._sequence)
         for row, parameter in parameters:
@@ -196,6 +199,15 @@ class _Outputs:
 
     def clear(self) -> None:
         self._given.clear()
+
+
+def _hyper_parameters(group: Mapping[str, Any]) -> Tensor:
+    """What a parameter is updated with, the rate aside, which is a function of the step."""
+    keys = ("weight_decay", "decoupled_l2", "l1", "betas", "eps", "momentum")
+    values = [
+        torch.tensor(group[key], dtype=torch.float64).flatten() for key in keys if key in group
+    ]
+    return torch.cat(values)
 
 
 def _of_all(value: Tensor, group: dist.ProcessGroup) -> Tensor:
