@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megalite import shapes
 from megalite.checkpoint.save import Place, free_name
-from megalite.checkpoint.states import Owned, owned_parameters, read_canonical, value_hash
+from megalite.checkpoint.states import Owned, owned_parameters
 from megalite.config import ModelConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
 from megalite.errors import CheckpointError, CommandError
@@ -21,6 +21,8 @@ from megalite.formats import checkpoint as disk
 from megalite.log import logger
 from megalite.optim import state_names
 from megalite.parallel import Grid
+
+_TRAVELLING = 4  # tensors on their way at once
 
 States = Callable[[shapes.Parameter], Sequence[str]]
 
@@ -137,16 +139,18 @@ def read_local(
 ) -> Tensor:
     """One rank's part of a parameter's state: fp32, fused and padded, only its slices read."""
     layout = {"tensor_parallel": tensor_parallel}
-    value = torch.zeros(shapes.local_shape(row, **layout))
-    for piece in shapes.pieces(row, tensor_rank=tensor_rank, **layout):
+    pieces = shapes.pieces(row, tensor_rank=tensor_rank, **layout)
+    value = torch.empty(shapes.local_shape(row, **layout))
+    if sum(value[piece.target].numel() for piece in pieces) < value.numel():
+        value.zero_()  # padding of the vocabulary
+    for piece in pieces:
         name, entry = piece.tensor.name, manifest.tensors[piece.tensor.name]
         if state not in entry.states:
             raise CheckpointError(f"{folder} holds no {state} of {name}")
         path = folder / entry.states[state].file
         try:
-            with safe_open(path, framework="pt") as file:
-                value[piece.target] = file.get_slice(name)[piece.source]
-        except (OSError, SafetensorError, RuntimeError) as error:
+            disk.read_tensor(path, name, value[piece.target].numpy(), piece.source)
+        except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: cannot read {name}: {error}") from None
     return value
 
@@ -167,6 +171,14 @@ def _write_states(
     folder: Path,
     manifest: disk.Manifest,
 ) -> None:
+    """Set states. What the group receives travels while its owners read the next ones."""
+    travelling: deque[tuple[Owned, str, Tensor, Any]] = deque()
+
+    def arrive() -> None:
+        owned, state, value, work = travelling.popleft()
+        work.wait()
+        engine.write_state(owned.parameter, state, value)
+
     for owned in owned_parameters(engine, model, grid):
         for state in states(owned.row):
             if owned.held and state != WEIGHT:  # nobody else has a use for it
@@ -174,8 +186,12 @@ def _write_states(
                     value = _read_own(owned, state, grid, folder, manifest)
                     engine.write_state(owned.parameter, state, value)
                 continue
-            value = _receive(owned, state, grid, folder, manifest)
-            engine.write_state(owned.parameter, state, value)
+            value, work = _start_receiving(owned, state, grid, folder, manifest)
+            travelling.append((owned, state, value, work))
+            if len(travelling) > _TRAVELLING:
+                arrive()
+    while travelling:
+        arrive()
 
 
 def _check_states(
@@ -186,23 +202,38 @@ def _check_states(
     folder: Path,
     manifest: disk.Manifest,
 ) -> None:
-    """Read every state back out of the engine and hold its hash against the manifest's."""
+    """Read every state back out of the engine, and hold it bit by bit against the file's.
+
+    The files' hashes were held against the manifest before.
+    """
     differing = []
     for owned in owned_parameters(engine, model, grid):
+        mine = owned.data_rank == grid.data_rank
         for state in states(owned.row):
-            for name, value in read_canonical(engine, owned, state, grid).items():
-                if value_hash(value) != manifest.tensors[name].states[state].sha256:
-                    differing.append(f"{state} of {name}")
-    found: list[Any] = [line for lines in grid.gather(differing) for line in lines]
-    if found:
+            if owned.held and not mine:
+                continue
+            read = engine.read_held if owned.held else engine.read_state
+            found = read(owned.parameter, state)
+            if mine and not _same(found, _read_own(owned, state, grid, folder, manifest)):
+                differing.append(f"{state} of {owned.row.name}")
+    told: list[Any] = [line for lines in grid.gather(differing) for line in lines]
+    if told:
         raise CheckpointError(
-            f"{folder}: the engine holds something else than was loaded: {', '.join(found[:3])}"
-            + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+            f"{folder}: the engine holds something else than was loaded: {', '.join(told[:3])}"
+            + (f" and {len(told) - 3} more" if len(told) > 3 else "")
         )
 
 
-def _receive(owned: Owned, state: str, grid: Grid, folder: Path, manifest: disk.Manifest) -> Tensor:
-    """A state's value on every rank of the data-parallel group, read by its owner."""
+def _same(found: Tensor, expected: Tensor) -> bool:
+    """Whether all bits are equal, those of a NaN too."""
+    bits = [tensor.contiguous().view(torch.int32) for tensor in (found.detach(), expected)]
+    return torch.equal(bits[0].to(bits[1].device), bits[1])
+
+
+def _start_receiving(
+    owned: Owned, state: str, grid: Grid, folder: Path, manifest: disk.Manifest
+) -> tuple[Tensor, Any]:
+    """A state's value on its way to every rank of the data-parallel group, read by its owner."""
     size = grid.tensor_parallel
     if owned.data_rank == grid.data_rank:
         value = _read_own(owned, state, grid, folder, manifest)
@@ -210,8 +241,7 @@ def _receive(owned: Owned, state: str, grid: Grid, folder: Path, manifest: disk.
         shape = shapes.local_shape(owned.row, tensor_parallel=size)
         value = torch.empty(shape, dtype=torch.float32, device=grid.device)
     source = owned.data_rank * size + grid.tensor_rank
-    dist.broadcast(value, src=source, group=grid.data_group)
-    return value
+    return value, dist.broadcast(value, src=source, group=grid.data_group, async_op=True)
 
 
 def _read_own(
@@ -241,10 +271,9 @@ def _check(
     try:
         manifest = disk.read_manifest(folder)
         rank, size = (grid.rank, grid.world_size) if grid else (0, 1)
-        names = list(manifest.files)
-        if weights_only:
-            names = [name for name in names if name not in disk.files_of_other_states(manifest)]
-        mine = disk.damage(folder, manifest, names[rank::size])
+        others = disk.files_of_other_states(manifest) if weights_only else set()
+        names = disk.share(manifest, rank, size) - others
+        mine = disk.damage(folder, manifest, names, threads=torch.get_num_threads())
     except CheckpointError as error:
         mine = [str(error)]
     found: list[Any] = [mine] if grid is None else grid.gather(mine)

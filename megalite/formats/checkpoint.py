@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +27,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megalite import files
 from megalite.errors import CheckpointError
 
+Floats = npt.NDArray[np.float32]
+
 FORMAT = "megalite-checkpoint-1"
 MANIFEST = "manifest.json"
 WEIGHT = "weight"  # the state every tensor has; the others are the optimizer's
+_LONGEST_HEADER = 1 << 28  # bytes; some hundred a tensor
 _PIECE = 1 << 22  # bytes written and hashed while they are in the cache
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
@@ -104,9 +109,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     files.write_json(folder / MANIFEST, {**content, "checksum": _checksum(content)})
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, npt.NDArray[np.float32]]
-) -> tuple[FileEntry, dict[str, str]]:
+def write_tensors(path: Path, tensors: Mapping[str, Floats]) -> tuple[FileEntry, dict[str, str]]:
     """Write and sync a safetensors file, hashing as it goes: no byte is read again.
 
     Args:
@@ -135,6 +138,38 @@ def write_tensors(
         file.flush()
         os.fsync(file.fileno())
     return FileEntry(bytes=len(start) + offset, sha256=whole.hexdigest()), hashes
+
+
+def read_tensor(path: Path, name: str, target: Floats, box: tuple[slice, ...]) -> None:
+    """Read a box of a tensor of a safetensors file into `target`, of the box's shape.
+
+    What lies together in file and memory goes straight from the one to the other.
+
+    Raises:
+        OSError, ValueError, KeyError: the file cannot be read, or is not what the manifest says.
+    """
+    with open(path, "rb", buffering=0) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _LONGEST_HEADER:
+            raise ValueError(f"a header of {length} bytes")
+        entry = json.loads(file.read(length))[name]
+        shape, offset = entry["shape"], 8 + length + entry["data_offsets"][0]
+        if entry["dtype"] != "F32" or len(shape) != len(box):
+            raise ValueError(f"{name} is {entry['dtype']} of shape {shape}")
+        row = 4 * math.prod(shape[1:])
+        whole_rows = all(
+            (b.start, b.stop) == (0, n) for b, n in zip(box[1:], shape[1:], strict=True)
+        )
+        if whole_rows and target.flags.c_contiguous:
+            file.seek(offset + box[0].start * row)
+            view = target.reshape(-1).view(np.uint8).data
+            done = 0
+            while done < len(view) and (count := file.readinto(view[done:])):
+                done += count
+            if done < len(view):
+                raise OSError(f"{name} ends after {done} of {len(view)} bytes")
+            return
+    target[...] = np.memmap(path, np.float32, "r", offset, tuple(shape))[box]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -180,21 +215,46 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def damage(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:
-    """What is wrong with the named files (default: all): missing, of another size, or hash."""
-    problems = []
-    for name in manifest.files if names is None else names:
-        path, entry = folder / name, manifest.files[name]
-        try:
-            if not path.is_file():
-                problems.append(f"{path} is missing")
-            elif (size := path.stat().st_size) != entry.bytes:
-                problems.append(f"{path}: {entry.bytes} bytes were written, {size} are there")
-            elif files.sha256_file(path) != entry.sha256:
-                problems.append(f"{path}: its bytes are not those that were written (sha256)")
-        except OSError as error:  # raised on one rank it would leave the others waiting
-            problems.append(f"{path} cannot be read: {error}")
-    return problems
+def share(manifest: Manifest, rank: int, ranks: int) -> set[str]:
+    """The files that one of several ranks checks, so that each reads about as many bytes."""
+    loads, mine = [0] * ranks, set()
+    for name, entry in sorted(manifest.files.items(), key=lambda item: -item[1].bytes):
+        least = loads.index(min(loads))
+        loads[least] += entry.bytes
+        if least == rank:
+            mine.add(name)
+    return mine
+
+
+def damage(
+    folder: Path,
+    manifest: Manifest,
+    names: Iterable[str] | None = None,
+    *,
+    threads: int = 1,
+) -> list[str]:
+    """What is wrong with the named files (default: all): missing, of another size, or hash.
+
+    Args:
+        threads: files hashed at once, which leaves the interpreter alone.
+    """
+    wanted = sorted(manifest.files if names is None else names)
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(lambda name: _fault(folder / name, manifest.files[name]), wanted)
+        return [fault for fault in found if fault is not None]
+
+
+def _fault(path: Path, entry: FileEntry) -> str | None:
+    try:
+        if not path.is_file():
+            return f"{path} is missing"
+        if (size := path.stat().st_size) != entry.bytes:
+            return f"{path}: {entry.bytes} bytes were written, {size} are there"
+        if files.sha256_file(path) != entry.sha256:
+            return f"{path}: its bytes are not those that were written (sha256)"
+    except OSError as error:  # raised on one rank it would leave the others waiting
+        return f"{path} cannot be read: {error}"
+    return None
 
 
 def _checksum(content: dict[str, Any]) -> str:
