@@ -35,7 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-STEPS, PIECE = 4, 1 << 22
+STEPS, PIECE = 6, 1 << 22
 MODEL = {
     "vocab_size": 32000,
     "hidden_size": 512,

@@ -13,7 +13,7 @@ from typing import Any
 from megalite import __version__, files, shapes
 from megalite.checkpoint.lease import Lease
 from megalite.checkpoint.states import owned_parameters, read_canonical
-from megalite.checkpoint.write import Writer
+from megalite.checkpoint.write import Snapshot, Writer
 from megalite.config import CheckpointConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
 from megalite.errors import CheckpointError, Superseded
@@ -73,6 +73,7 @@ class Saver:
         }
         self._writer: Writer | None = None
         self._draft: _Draft | None = None
+        self._snapshot: Snapshot = {}
         self._begun = 0
 
     @property
@@ -107,7 +108,7 @@ class Saver:
         fault = _attempt(lambda: _prepare(root, staging, lease)) if grid.rank == 0 else None
         _agree(grid, fault, None)
         self._begun += 1
-        self._writer = writer = Writer(staging, grid.rank, snapshot=snapshot)
+        self._writer = writer = Writer(staging, grid.rank, self._snapshot if snapshot else None)
         for owned in owned_parameters(engine, config.model, grid):
             for state in (WEIGHT, *state_names(config, owned.row)):
                 writer.add(state, read_canonical(engine, owned, state, grid))

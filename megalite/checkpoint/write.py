@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megalite.engine import WEIGHT
@@ -14,6 +18,9 @@ from megalite.formats import checkpoint as disk
 
 _PART_BYTES = 1 << 30  # of a file; and of what waits to be written, unless it is a snapshot
 _WAITING = 2  # parts
+_NICENESS = 5  # a quarter of a core that training wants too
+
+Snapshot = dict[tuple[str, str], Tensor]
 
 
 class Writer:
@@ -23,11 +30,11 @@ class Writer:
     first fault is kept, not raised: other ranks may wait in collectives.
 
     Args:
-        snapshot: whether tensors are copied, and as many of them held as are added; otherwise
-            adding waits for the disk.
+        snapshot: where tensors are copied to, by state and name; memory of an earlier snapshot
+            serves again. None: they are written as they are, and adding waits for the disk.
     """
 
-    def __init__(self, staging: Path, rank: int, *, snapshot: bool) -> None:
+    def __init__(self, staging: Path, rank: int, snapshot: Snapshot | None) -> None:
         self._staging, self._rank, self._snapshot = staging, rank, snapshot
         self.tensors: dict[str, dict[str, Any]] = {}
         self.files: dict[str, dict[str, Any]] = {}
@@ -35,7 +42,7 @@ class Writer:
         self._parts: dict[str, dict[str, Tensor]] = {}
         self._count = 0
         self._queue: queue.Queue[tuple[str, dict[str, Tensor]] | None] = queue.Queue(
-            0 if snapshot else _WAITING
+            _WAITING if snapshot is None else 0
         )
         self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
         self._thread.start()
@@ -47,12 +54,18 @@ class Writer:
 
     def add(self, state: str, tensors: dict[str, Tensor]) -> None:
         """Take tensors of one state, contiguous and on the CPU."""
-        if self._snapshot:
-            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        if self._snapshot is not None:
+            tensors = {name: self._copy(state, name, value) for name, value in tensors.items()}
         part = self._parts.setdefault(state, {})
         part.update(tensors)
         if sum(tensor.nbytes for tensor in part.values()) >= _PART_BYTES:
             self._queue.put((state, self._parts.pop(state)))
+
+    def _copy(self, state: str, name: str, value: Tensor) -> Tensor:
+        assert self._snapshot is not None
+        if (state, name) not in self._snapshot:
+            self._snapshot[state, name] = torch.empty_like(value)
+        return self._snapshot[state, name].copy_(value)
 
     def close(self) -> None:
         """Nothing more is added."""
@@ -66,6 +79,9 @@ class Writer:
         self._thread.join()
 
     def _work(self) -> None:
+        if self._snapshot is not None and sys.platform == "linux":
+            with suppress(OSError):  # on Linux of this thread alone: training comes first
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while (item := self._queue.get()) is not None:
             if self.fault is None and item[1]:
                 self._write(*item)
