@@ -84,7 +84,7 @@ def make_plan(config: RunConfig, *, world_size: int, device: Literal["cpu", "cud
         flops_per_token=flops_per_token(config.model, length),
         memory_bytes={},
     )
-    return dataclasses.replace(plan, memory_bytes=_memory(config, plan))
+    return dataclasses.replace(plan, memory_bytes=_memory(config, plan, device))
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
@@ -235,11 +235,18 @@ def _local_elements(model: ModelConfig, tensor: int) -> int:
     )
 
 
-def _memory(config: RunConfig, plan: Plan) -> dict[str, int]:
+def offloads(config: RunConfig) -> bool:
+    """Whether the optimizer's states are kept on the host."""
+    zero = config.deepspeed.get("zero_optimization", {})
+    return bool((zero.get("offload_optimizer") or {}).get("device", "none") != "none")
+
+
+def _memory(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> dict[str, int]:
     """Bytes of one rank at the peak of a step, in the categories of the interface.
 
     The total is less than the sum: gradients that a backward makes, and the buckets they are
-    sent in, take the place of the activations and logits it has consumed.
+    sent in, take the place of the activations and logits it has consumed. It is the device's: an
+    optimizer that is kept on the host is not in it.
     """
     n = _local_elements(config.model, plan.tensor_parallel)
     element = 4 if plan.precision == "fp32" else 2
@@ -254,7 +261,7 @@ def _memory(config: RunConfig, plan: Plan) -> dict[str, int]:
         "activations": activations,
         "logits": logits,
         "buffers": buffers,
-        "total": parameters + optimizer + peak,
+        "total": parameters + peak + (0 if device == "cuda" and offloads(config) else optimizer),
     }
 
 
@@ -319,16 +326,17 @@ def _activations(config: RunConfig, plan: Plan, element: int) -> int:
     q = model.num_attention_heads * model.head_dim // t
     k = model.num_key_value_heads * model.head_dim // t
     gated = model.activation in ("swiglu", "geglu")
+    own = d // t if config.parallel.sequence else d  # of what is split along the tokens
     # Of a block, per token: what the norms read and give (4 D); qkv, the turned q and k, and
     # what attention gives (3 Q + 3 K); the MLP's first products, its activation and product.
-    block = element * (4 * d + 3 * q + 3 * k + (4 if gated else 2) * f)
+    block = element * (4 * own + 3 * q + 3 * k + (4 if gated else 2) * f)
     block += 4 * q // model.head_dim  # log-sum-exp of attention
-    block += 2 * d * (model.hidden_dropout > 0)  # masks, a byte an element
+    block += 2 * own * (model.hidden_dropout > 0)  # masks, a byte an element
     kept = {
         "none": block,
         # the block's input, qkv, attention, its projection, the MLP's products
-        "selective": element * (3 * d + 2 * q + 2 * k + (2 if gated else 1) * f),
-        "full": element * d,
+        "selective": element * (3 * own + 2 * q + 2 * k + (2 if gated else 1) * f),
+        "full": element * own,
     }[config.training.activation_checkpointing]
     work = element * (2 * d + (3 if gated else 2) * f)  # gradients within the block
     if kept != block:

@@ -12,7 +12,7 @@ import torch
 from megalite import env
 from megalite.config import RunConfig
 from megalite.env import Launch
-from megalite.plan import Plan
+from megalite.plan import Plan, offloads
 
 _CGROUP_LIMITS = (  # version 2, then 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -29,6 +29,8 @@ def hardware_faults(
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info(launch.local_rank % torch.cuda.device_count())
         where = f"{free / 2**30:.1f} GiB are free on its GPU"
+        if offloads(config):
+            faults += _host_faults(plan, launch)
     else:
         needed *= launch.local_world_size
         free = available_memory()
@@ -46,6 +48,17 @@ def hardware_faults(
             "parallel.tensor, a smaller micro_batch_size or activation_checkpointing"
         )
     return faults
+
+
+def _host_faults(plan: Plan, launch: Launch) -> Iterator[str]:
+    """Whether the optimizers that the ranks of this host keep on it fit there."""
+    needed, free = plan.memory_bytes["optimizer"] * launch.local_world_size, available_memory()
+    if needed > free:
+        yield (
+            f"deepspeed.zero_optimization.offload_optimizer: {launch.local_world_size} ranks keep "
+            f"{needed / 2**30:.1f} GiB on this host, of which {free / 2**30:.1f} GiB are free; use "
+            "more hosts"
+        )
 
 
 def available_memory() -> int:
@@ -71,11 +84,11 @@ def _cached(statistics: Path) -> int:
 
 def _unsupported(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> Iterator[str]:
     zero = config.deepspeed.get("zero_optimization", {})
-    for key in ("offload_param",):
-        if (zero.get(key) or {}).get("device", "none") != "none":
+    for key, kept in (("offload_param", ("none",)), ("offload_optimizer", ("none", "cpu"))):
+        if (where := (zero.get(key) or {}).get("device", "none")) not in kept:
             yield (
-                f"deepspeed.zero_optimization.{key}: this version keeps everything on the device; "
-                "leave it out and use ZeRO stage 3 over more ranks"
+                f"deepspeed.zero_optimization.{key}: device {where}, which this version does not "
+                "use; leave it out, and offload the optimizer to cpu or use more ranks"
             )
     if plan.precision == "fp16" and device == "cpu":
         yield (

@@ -289,3 +289,31 @@ def test_buckets_are_no_larger_than_the_model() -> None:
     assert odd["zero_optimization"]["allgather_bucket_size"] % 2 == 0
     large = section(model__vocab_size=2_000_000)["zero_optimization"]
     assert large["reduce_bucket_size"] == 50_000_000
+
+
+def test_sequence_parallelism_saves_activations() -> None:
+    """Norms' inputs and outputs, of which a rank keeps its own tokens: 4 D of 2 x 128 tokens."""
+    plans = [
+        make_plan(
+            config(parallel__tensor=2, parallel__sequence=sequence), world_size=2, device="cpu"
+        )
+        for sequence in (False, True)
+    ]
+    plain, split = (plan.memory_bytes["activations"] for plan in plans)
+    assert plain - split == 3 * 4 * (4 * 32) * 256
+
+
+def test_an_offloaded_optimizer_is_not_the_gpus() -> None:
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    run = config(deepspeed__zero_optimization=offload, training__precision="bf16")
+    kept = make_plan(run, world_size=2, device="cpu").memory_bytes
+    gone = make_plan(run, world_size=2, device="cuda").memory_bytes
+    assert kept["optimizer"] == gone["optimizer"] == -(-PARAMETERS // 2) * 12
+    assert kept["total"] - gone["total"] == kept["optimizer"]
+
+
+def test_muon_keeps_one_state_of_the_blocks_matrices() -> None:
+    run = config(optimizer__name="muon", **stage(1))
+    matrices = WEIGHTS - 2 * 1000 * 64
+    expected = 12 * PARAMETERS - 4 * matrices
+    assert make_plan(run, world_size=1, device="cpu").memory_bytes["optimizer"] == expected

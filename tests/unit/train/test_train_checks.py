@@ -82,6 +82,29 @@ def test_a_gpu_is_a_ranks_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [1, 1]
 
 
+def test_an_optimizer_on_the_host_must_fit_there(
+    free: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = SimpleNamespace(mem_get_info=lambda _: (80 * GIB, 80 * GIB), device_count=lambda: 4)
+    monkeypatch.setattr(torch, "cuda", fake)
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    config, launch = run_config(deepspeed=offload), Launch(0, 4, 0, 4, "h", 1, "torchrun")
+    plan = plan_of(config, 5)
+    free(20)
+    assert checks.hardware_faults(config, plan, launch, "cuda") == []
+    free(19)
+    (fault,) = checks.hardware_faults(config, plan, launch, "cuda")
+    assert "offload_optimizer: 4 ranks keep 20.0 GiB on this host, of which 19.0 GiB" in fault
+
+
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_offload_to_other_places_is_refused(free: Any, key: str) -> None:
+    free(9)
+    config = run_config(deepspeed={"zero_optimization": {"stage": 3, key: {"device": "nvme"}}})
+    (fault,) = checks.hardware_faults(config, plan_of(config, 1), launch_of(1, 1), "cpu")
+    assert f"zero_optimization.{key}: device nvme" in fault
+
+
 def test_every_fault_at_once(free: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     free(1)
     monkeypatch.setattr(env, "has_compiler", lambda: False)
