@@ -12,6 +12,7 @@ In every round, one after the other, with the ranks in step:
             and the publication); `slower` is by how much the steps in between took longer
     read    every rank reads its share of the bytes and hashes them
     load    the whole resume: every file checked, every state set, read back and compared
+    guard   one comparison of replicas, as training makes every `training.drift_every` steps
 
 A ratio is taken within a round; medians over the rounds are printed.
 """
@@ -45,6 +46,7 @@ MODEL = {
     "max_position_embeddings": 512,
 }
 STALL = {1: 0.20, 2: 0.50}  # of a save, at most
+DRIFT_EVERY = 100  # the default
 RATE = 0.5  # of the limit, at least
 
 
@@ -74,6 +76,7 @@ def summarise(rounds: list[dict[str, float]]) -> dict[str, Any]:
         "stall of save": [r["stall"] / r["save"] for r in rounds],
         "save of limit": [r["limit"] / r["save"] for r in rounds],
         "load of limit": [r["read"] / r["load"] for r in rounds],
+        "guard of a step": [r["guard"] / DRIFT_EVERY * STEPS / r["steps"] for r in rounds],
     }
     return {
         "seconds": medians,
@@ -92,6 +95,7 @@ def table(ranks: int, found: dict[str, Any]) -> str:
             f"(under {STALL.get(ranks, 0.5):.0%} is meant)",
             f"  save at {ratios['save of limit']:.0%} of the limit, load at "
             f"{ratios['load of limit']:.0%} (over {RATE:.0%} is meant)",
+            f"  the guard costs {ratios['guard of a step']:.3%} of a step (under 0.5% is meant)",
         )
     )
 
@@ -150,6 +154,7 @@ class Bench:
         from megalite.formats.tokenizer import load_tokenizer
         from megalite.parallel import start
         from megalite.plan import deepspeed_dict, make_plan
+        from megalite.train.drift import DriftGuard
 
         self.config = config = RunConfig.model_validate(
             {
@@ -181,6 +186,7 @@ class Bench:
             tokenizer_sha256="",
             lease=None,
         )
+        self.guard = DriftGuard(self.engine, config.model, self.grid, stage=plan.zero_stage)
         self.batch = make_batch(rank)
 
     def rounds(self, count: int) -> list[dict[str, float]]:
@@ -195,6 +201,7 @@ class Bench:
             row |= {"read": self.timed(lambda: read(path)), "load": self.timed(self.load)}
             row["steps"], _ = self.training(background=False)
             whole, row["stall"] = self.training(background=True)
+            row["guard"] = self.timed(lambda: self.guard.check(1))
             row["slower"] = whole - row["stall"] - row["steps"]
             rows.append(row | {"bytes": float(size)})
         return rows

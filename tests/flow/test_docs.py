@@ -47,6 +47,15 @@ def test_the_blocks_of_the_data_page_run(tmp_path: Path) -> None:
     assert failures([block for block in found if INSTALLS not in block], tmp_path) == []
 
 
+@pytest.mark.timeout(900)
+def test_the_blocks_of_the_trust_page_run(tmp_path: Path) -> None:
+    for name in ("launcher", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    found = blocks("trust.md")
+    assert len(found) == 6
+    assert failures(found, tmp_path) == []
+
+
 @pytest.mark.slow
 def test_datatrove_hands_over_as_the_data_page_says(tmp_path: Path) -> None:
     assert failures(blocks("data.md"), tmp_path) == []

@@ -26,8 +26,9 @@ from megalite.train.parity.trial import SAVED, STEPS, Trial
 from megalite.train.parity.worker import work
 
 LOSS, NORM, PARAMETER = 1e-5, 1e-4, 1e-4  # relative tolerances against the reference
-# where weights and activations have 8 bits; a bias's gradient is a sum that may nearly cancel, and
-# then keeps fewer of them (2.1e-2 seen), where a missing sum over ranks is off by a third and more
+# Where weights and activations have 8 bits. A gradient that nearly cancels (a bias's, a query's
+# through the softmax) keeps fewer of them: 1e-2 at the first step, up to 3.1e-2 seen after 20. A
+# sum over ranks that is missing is off by a third and more.
 BF16 = (2e-2, 2e-2, 5e-2)
 RESUMED = 1e-5  # of loss and norm against the same run, uninterrupted
 
