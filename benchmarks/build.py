@@ -17,12 +17,11 @@ sys.path.sort(key=lambda path: path.endswith("benchmarks"))  # last, for it has 
 
 import argparse
 import json
-import multiprocessing as mp
-import os
-import socket
 import time
 from pathlib import Path
 from typing import Any
+
+from ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 0.65  # of one rank's
@@ -37,7 +36,7 @@ def main() -> None:
     chosen = parser.parse_args()
     found: dict[str, Any] = {"config": Path(chosen.config).name}
     for ranks in (1, 2):
-        rows = run(chosen.config, ranks)
+        rows = run_ranks(build, ranks, chosen.config)
         found[f"{ranks} ranks"] = {
             "peak_bytes": max(row["peak"] for row in rows),
             "seconds": max(row["seconds"] for row in rows),
@@ -57,37 +56,8 @@ def main() -> None:
     sys.stdout.write(f"ratio {found['ratio']:.3f} (under {TARGET} is meant)\n")
 
 
-def run(config: str, ranks: int) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    processes = [
-        context.Process(target=build, args=(config, rank, ranks, port, results))
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    rows = [results.get() for _ in processes]
-    for process in processes:
-        process.join()
-    return rows
-
-
-def build(config_path: str, rank: int, ranks: int, port: int, results: Any) -> None:
+def build(_rank: int, ranks: int, config_path: str) -> dict[str, Any]:
     """One rank: make the engine, and say what it took."""
-    os.environ.update(
-        DS_ACCELERATOR="cpu",
-        CUDA_VISIBLE_DEVICES="",
-        RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // ranks)),
-    )
     from megalite.config import load_config
     from megalite.engine import ds_config
     from megalite.engine.zero import DeepSpeedEngine
@@ -106,13 +76,9 @@ def build(config_path: str, rank: int, ranks: int, port: int, results: Any) -> N
     engine = DeepSpeedEngine(config, grid=grid, precision=plan.precision, settings=settings)
     seconds = time.monotonic() - began
     assert engine.stage == 3
-    results.put(
-        {"peak": resident("VmHWM") - before, "seconds": seconds, "parameters": plan.parameters}
-    )
-    results.close()
-    results.join_thread()
+    peak = resident("VmHWM") - before
     grid.barrier()
-    os._exit(0)
+    return {"peak": peak, "seconds": seconds, "parameters": plan.parameters}
 
 
 def resident(key: str) -> int:

@@ -26,15 +26,15 @@ sys.path.sort(key=lambda path: path.endswith("benchmarks"))  # last, for it has 
 import argparse
 import hashlib
 import json
-import multiprocessing as mp
 import os
-import socket
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ranks import run_ranks
 
 STEPS, PIECE = 6, 1 << 22
 MODEL = {
@@ -62,7 +62,11 @@ def main() -> None:
     found = {}
     for ranks in chosen.ranks:
         with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=chosen.folder) as folder:
-            rounds = run(ranks, chosen.rounds, Path(folder))
+            every = run_ranks(measure, ranks, chosen.rounds, Path(folder))
+        rounds = [
+            {name: max(rows[number][name] for rows in every) for name in every[0][number]}
+            for number in range(chosen.rounds)
+        ]
         found[f"{ranks} ranks"] = summary = summarise(rounds)
         if not chosen.json:
             sys.stdout.write(table(ranks, summary) + "\n")
@@ -100,46 +104,12 @@ def table(ranks: int, found: dict[str, Any]) -> str:
     )
 
 
-def run(ranks: int, rounds: int, folder: Path) -> list[dict[str, float]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    processes = [
-        context.Process(target=measure, args=(rank, ranks, port, rounds, folder, results))
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    found: list[dict[str, float]] = results.get()
-    for process in processes:
-        process.join()
-    return found
-
-
-def measure(rank: int, ranks: int, port: int, rounds: int, folder: Path, results: Any) -> None:
-    """One rank: join the others, measure, and end."""
-    os.environ.update(
-        DS_ACCELERATOR="cpu",
-        CUDA_VISIBLE_DEVICES="",
-        RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // ranks)),
-    )
+def measure(rank: int, ranks: int, rounds: int, folder: Path) -> list[dict[str, float]]:
+    """One rank: its own figures of each round."""
     bench = Bench(rank, ranks, folder)
     rows = bench.rounds(rounds)
-    every: list[Any] = bench.grid.gather(rows)
-    if rank == 0:
-        results.put([{n: max(one[i][n] for one in every) for n in rows[0]} for i in range(rounds)])
-        results.close()
-        results.join_thread()
     bench.grid.barrier()
-    os._exit(0)
+    return rows
 
 
 class Bench:
