@@ -241,6 +241,22 @@ def offloads(config: RunConfig) -> bool:
     return bool((zero.get("offload_optimizer") or {}).get("device", "none") != "none")
 
 
+def host_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> dict[str, int]:
+    """Bytes that a rank keeps in its host's memory beside what `memory_bytes` totals.
+
+    What an optimizer on the host takes, and the snapshot of a save in the background: the rank's
+    share of fp32 weights and states.
+    """
+    n = _local_elements(config.model, plan.tensor_parallel)
+    share = -(-(4 * n + _moments(config, plan.tensor_parallel)) // plan.data_parallel)
+    return {
+        "offload_optimizer": plan.memory_bytes["optimizer"]
+        if device == "cuda" and offloads(config)
+        else 0,
+        "checkpoint.background": share if config.checkpoint.background else 0,
+    }
+
+
 def _memory(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> dict[str, int]:
     """Bytes of one rank at the peak of a step, in the categories of the interface.
 

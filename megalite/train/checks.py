@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,7 @@ import torch
 from megalite import env
 from megalite.config import RunConfig
 from megalite.env import Launch
-from megalite.plan import Plan, offloads
+from megalite.plan import Plan, host_bytes
 
 _CGROUP_LIMITS = (  # version 2, then 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -25,20 +25,19 @@ def hardware_faults(
 ) -> list[str]:
     """Every reason this run cannot start here."""
     faults = list(_unsupported(config, plan, device))
-    needed = plan.memory_bytes["total"]
+    needed, beside = plan.memory_bytes["total"], host_bytes(config, plan, device)
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info(launch.local_rank % torch.cuda.device_count())
         where = f"{free / 2**30:.1f} GiB are free on its GPU"
-        if offloads(config):
-            faults += _host_faults(plan, launch)
+        faults += _host_faults(beside, launch)
     else:
-        needed *= launch.local_world_size
+        needed = (needed + sum(beside.values())) * launch.local_world_size
         free = available_memory()
         where = f"{free / 2**30:.1f} GiB are free on this host"
     if needed > free:
         parts = ", ".join(
             f"{name} {size / 2**30:.1f}"
-            for name, size in plan.memory_bytes.items()
+            for name, size in {**plan.memory_bytes, **beside}.items()
             if name != "total" and size >= 2**26
         )
         ranks = f" for {launch.local_world_size} ranks" if device == "cpu" else ""
@@ -50,14 +49,15 @@ def hardware_faults(
     return faults
 
 
-def _host_faults(plan: Plan, launch: Launch) -> Iterator[str]:
-    """Whether the optimizers that the ranks of this host keep on it fit there."""
-    needed, free = plan.memory_bytes["optimizer"] * launch.local_world_size, available_memory()
+def _host_faults(beside: Mapping[str, int], launch: Launch) -> Iterator[str]:
+    """Whether what the ranks of this host keep in its memory, beside their GPUs', fits there."""
+    needed, free = sum(beside.values()) * launch.local_world_size, available_memory()
     if needed > free:
+        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in beside.items() if size)
         yield (
-            f"deepspeed.zero_optimization.offload_optimizer: {launch.local_world_size} ranks keep "
-            f"{needed / 2**30:.1f} GiB on this host, of which {free / 2**30:.1f} GiB are free; use "
-            "more hosts"
+            f"memory: {launch.local_world_size} ranks keep {needed / 2**30:.1f} GiB on this host "
+            f"({parts} GiB a rank), of which {free / 2**30:.1f} GiB are free; use more hosts, or "
+            "leave one of them out"
         )
 
 

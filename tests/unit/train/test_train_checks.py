@@ -94,7 +94,18 @@ def test_an_optimizer_on_the_host_must_fit_there(
     assert checks.hardware_faults(config, plan, launch, "cuda") == []
     free(19)
     (fault,) = checks.hardware_faults(config, plan, launch, "cuda")
-    assert "offload_optimizer: 4 ranks keep 20.0 GiB on this host, of which 19.0 GiB" in fault
+    assert "4 ranks keep 20.0 GiB on this host (offload_optimizer 5.0 GiB a rank)" in fault
+    assert "of which 19.0 GiB are free" in fault
+
+
+def test_a_snapshot_of_a_background_save_must_fit_too(free: Any) -> None:
+    config = run_config(checkpoint={"background": True})
+    plan = make_plan(config, world_size=2, device="cpu")
+    snapshot = -(-12 * plan.parameters // 2)
+    free((plan.memory_bytes["total"] + snapshot) * 2 / GIB)
+    assert checks.hardware_faults(config, plan, launch_of(2, 2), "cpu") == []
+    free(((plan.memory_bytes["total"] + snapshot) * 2 - 2) / GIB)
+    assert len(checks.hardware_faults(config, plan, launch_of(2, 2), "cpu")) == 1
 
 
 @pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
