@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -74,6 +75,7 @@ class Saver:
         self._writer: Writer | None = None
         self._draft: _Draft | None = None
         self._snapshot: Snapshot = {}
+        self.seconds = 0.0  # that the last save took this rank, waiting for none
         self._begun = 0
 
     @property
@@ -104,7 +106,7 @@ class Saver:
         assert self._draft is None, "a save is under way"
         engine, config, grid, root = self._engine, self._config, self._grid, self._root
         staging = root / f".staging_{place.step:08d}"
-        lease = self._lease
+        lease, began = self._lease, time.monotonic()
         fault = _attempt(lambda: _prepare(root, staging, lease)) if grid.rank == 0 else None
         _agree(grid, fault, None)
         self._begun += 1
@@ -114,6 +116,7 @@ class Saver:
                 writer.add(state, read_canonical(engine, owned, state, grid))
         writer.close()
         self._draft = _Draft(config, place, staging, engine.progress(), self._facts)
+        self.seconds = time.monotonic() - began
 
     def finish(self) -> Path:
         """Wait for this rank's files, agree, and publish; a collective of all ranks.
@@ -130,12 +133,14 @@ class Saver:
         self._draft = None
         final = self._root / disk.folder_name(draft.place.step)
         writer.wait()
+        began = time.monotonic()
         _agree(grid, writer.fault, draft.staging)
         written = grid.gather((writer.files, writer.tensors))
         fault = None
         if grid.rank == 0:
             fault = _attempt(lambda: draft.publish(final, self._tokenizer, written, self._lease))
         _agree(grid, fault, draft.staging)
+        self.seconds += writer.seconds + time.monotonic() - began
         return final
 
 

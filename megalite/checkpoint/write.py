@@ -6,6 +6,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Writer:
         self.tensors: dict[str, dict[str, Any]] = {}
         self.files: dict[str, dict[str, Any]] = {}
         self.fault: str | None = None
+        self.seconds = 0.0  # spent at writing
         self._parts: dict[str, dict[str, Tensor]] = {}
         self._count = 0
         self._queue: queue.Queue[tuple[str, dict[str, Tensor]] | None] = queue.Queue(
@@ -84,7 +86,9 @@ class Writer:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while (item := self._queue.get()) is not None:
             if self.fault is None and item[1]:
+                began = time.monotonic()
                 self._write(*item)
+                self.seconds += time.monotonic() - began
 
     def _write(self, state: str, part: dict[str, Tensor]) -> None:
         kind = "model" if state == WEIGHT else state

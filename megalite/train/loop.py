@@ -194,12 +194,22 @@ class Trainer:
         """Every rank is here at the same step, whichever of them was asked to stop."""
         name = self.stop.name or "a signal on another rank"
         self.recorder.event(self.place.step, "signal", signal=name)
-        if self._saved != self.place.step:
-            self._save()
         self._settle()
-        kept = (
-            "and saved; the same command resumes it" if self.place.step else "with nothing to save"
-        )
+        kept = "and saved; the same command resumes it"
+        if self.place.step == 0:
+            kept = "with nothing to save"
+        elif self._saved != self.place.step:
+            slowest = torch.tensor([self.saver.seconds], dtype=torch.float64)
+            self.grid.agree(slowest, dist.ReduceOp.MAX)
+            if (seconds := float(slowest)) > self.config.checkpoint.grace_seconds:
+                kept = (
+                    f"and not saved, which took {seconds:.0f} s the last time, over "
+                    f"checkpoint.grace_seconds {self.config.checkpoint.grace_seconds:g}; the same "
+                    f"command goes on from step {self._saved}"
+                )
+            else:
+                self._save()
+                self._settle()
         raise Stopped(f"stopped by {name} after step {self.place.step} {kept}")
 
 

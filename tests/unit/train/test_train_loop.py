@@ -65,7 +65,7 @@ class Notes:
 
     # a saver whose files take `writing` steps
 
-    writing, begun = 0, 0
+    writing, begun, seconds = 0, 0, 3.0
     under_way: Place | None = None
 
     def begin(self, place: Place, *, snapshot: bool) -> None:
@@ -114,10 +114,11 @@ def run(
     every: int = 0,
     background: bool = False,
     writing: int = 0,
+    grace: float = 90.0,
     **training: Any,
 ) -> Notes:
     """A whole run; `stop_at` asks it to stop while that step is computed."""
-    checkpoint = {"every": every, "background": background}
+    checkpoint = {"every": every, "background": background, "grace_seconds": grace}
     config = run_config(training=training, checkpoint=checkpoint)
     notes, request = Notes(), StopRequest()
     notes.writing = writing
@@ -275,6 +276,17 @@ def test_a_stop_ends_the_save_under_way_first(grid: Grid, monkeypatch: pytest.Mo
     assert notes.calls[-1][0] == "stopped"
     assert len(of(notes, "published")) == 2
     assert of(notes, "published") == of(notes, "save") == of(notes, "checkpoint")
+
+
+@pytest.mark.parametrize(("grace", "saved"), [(2.9, [3]), (3.0, [3, 5])])
+def test_a_save_that_takes_longer_than_the_grace_is_not_begun(
+    grid: Grid, monkeypatch: pytest.MonkeyPatch, grace: float, saved: list[int]
+) -> None:
+    """A half-written checkpoint helps nobody; the one before is there."""
+    notes = run(grid, monkeypatch, steps=9, every=3, stop_at=4, valid=False, grace=grace)
+    assert of(notes, "save") == of(notes, "published") == saved
+    told = str(notes.calls[-1][1])
+    assert ("goes on from step 3" in told) == (saved == [3]), told
 
 
 def test_the_feed_hands_out_every_step_once(grid: Grid) -> None:
