@@ -144,10 +144,10 @@ class Saver:
         return final
 
 
-def retain(root: Path, config: CheckpointConfig, *, background: bool = False) -> None:
+def retain(root: Path, config: CheckpointConfig) -> threading.Thread:
     """Delete the checkpoints nothing keeps; each is renamed before it goes.
 
-    In the `background` a thread deletes; what it does not come to is cleared by the next start.
+    A thread deletes; what it does not come to is cleared by the next start.
 
     Kept are the newest `keep`, those at multiples of `keep_every`, and with `keep_best` the one of
     the lowest validation loss among those that were validated at their very step.
@@ -165,8 +165,7 @@ def retain(root: Path, config: CheckpointConfig, *, background: bool = False) ->
             doomed.append(folder.rename(folder.with_name(f".deleted_{folder.name}")))
     deletion = threading.Thread(target=lambda: [*map(_remove, doomed)], daemon=True)
     deletion.start()
-    if not background:
-        deletion.join()
+    return deletion
 
 
 def _remove(folder: Path) -> None:

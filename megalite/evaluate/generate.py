@@ -138,7 +138,7 @@ def _choose(logits_V: torch.Tensor, sampling: Sampling, generator: torch.Generat
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     # the maximum is taken out first: a tiny temperature must not divide into infinities
-    scaled_V = (logits_V - logits_V.max()) / sampling.temperature
+    scaled_V = (logits_V - logits_V.max()).double() / sampling.temperature
     scores_K, ids_K = torch.sort(scaled_V, descending=True, stable=True)
     scores_K, ids_K = scores_K[: sampling.top_k], ids_K[: sampling.top_k]
     probabilities_K = torch.softmax(scores_K, dim=0)

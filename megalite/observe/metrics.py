@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from megalite.files import read_json, write_json
+from megalite.log import logger
 from megalite.observe.console import Console
 from megalite.observe.tensorboard import TensorBoard
 
@@ -42,6 +43,7 @@ class Recorder:
         self._tokens_per_step = tokens_per_step
         self._seen = (0, 0)  # step and tokens of the last train row
         self._last_checkpoint: str | None = None
+        self._complained = False
         self._file: BinaryIO | None = None
         self._console: Console | None = None
         self._tensorboard: TensorBoard | None = None
@@ -99,7 +101,8 @@ class Recorder:
                 "last_checkpoint": self._last_checkpoint,
                 "reason": reason,
             }
-            write_json(self._folder / "status.json", status)
+            with self._without_space():
+                write_json(self._folder / "status.json", status)
 
     def close(self) -> None:
         """Close everything; again is harmless."""
@@ -108,7 +111,8 @@ class Recorder:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._file is not None:
-            self._file.close()
+            with self._without_space():
+                self._file.close()
         self._file, self._console, self._tensorboard = None, None, None
 
     def _write(self, kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,9 +120,20 @@ class Recorder:
         if self._file is not None:
             line = {"kind": kind, "time": time.time(), "attempt": self._attempt, **clean}
             # one write a row, so that a reader never meets half of one
-            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-            self._file.flush()
+            with self._without_space():
+                self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+                self._file.flush()
         return clean
+
+    @contextmanager
+    def _without_space(self) -> Iterator[None]:
+        """A full disk costs records, said once, and not the run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._complained:
+                logger.warning("%s cannot be written: %s; the run goes on", self._folder, error)
+            self._complained = True
 
 
 def previous_attempts(folder: Path) -> int:

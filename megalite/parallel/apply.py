@@ -9,12 +9,13 @@ every block would break the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -50,11 +51,35 @@ def prepare(blocks: Iterable[nn.Module], *, recompute: str, compile_blocks: bool
         if recompute == "full":
             forward = partial(checkpoint, forward, use_reentrant=False)
         elif recompute == "selective":
-            contexts = partial(create_selective_checkpoint_contexts, _policy)
+            # torch.compile reads the policy out of torch's own contexts
+            torchs = partial(create_selective_checkpoint_contexts, _policy)
+            contexts = torchs if compile_blocks else partial(_contexts, torchs)
             forward = partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
         if compile_blocks:
             forward = torch.compile(forward)
         block.forward = forward
+
+
+def _contexts(make: Callable[[], tuple[Any, Any]]) -> tuple[_KeptOnly, _KeptOnly]:
+    forward, recompute = make()
+    return _KeptOnly(forward), _KeptOnly(recompute)
+
+
+class _KeptOnly(TorchDispatchMode):
+    """Shows torch's bookkeeping the operations that are kept, and no other.
+
+    It holds the recompute's operations against the forward's. Those that an engine adds around a
+    layer (ZeRO-3 fetches and frees weights, or finds them fetched) differ between the two.
+    """
+
+    def __init__(self, mode: Any) -> None:
+        super().__init__()
+        self._mode = mode
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _KEEP:
+            return self._mode.__torch_dispatch__(func, types, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
 
 
 def _policy(_context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ class Trainer:
 
     Attributes:
         place: where the run stands; advanced by every step.
-        retain: called after each publication.
+        retain: called after each publication; what it returns deletes what nothing keeps.
         guard: compares replicas.
         inspect: called with (step, engine, grid) between each backward and its update.
     """
@@ -48,7 +49,7 @@ class Trainer:
     stop: StopRequest
     place: Place
     saver: Saver
-    retain: Callable[[], None]
+    retain: Callable[[], threading.Thread | None]
     guard: DriftGuard | None = None
     inspect: Inspect | None = None
 
@@ -59,6 +60,7 @@ class Trainer:
             Stopped: a signal asked for it; the run was saved and can be resumed.
         """
         self._saved, self._evaluated, self._compared = self.place.step, -1, -1
+        self._leaving = False
         if self.place.step == 0:
             self._evaluate()
         self._clock = _Clock(self.place)
@@ -186,7 +188,11 @@ class Trainer:
             return
         with _Pause(self._clock):
             folder = self.saver.finish()
-            self.retain()
+            deletion = self.retain()
+            # the process must not end before it, and without a background nothing goes on beside
+            last = self.place.step == self.config.training.steps or self._leaving
+            if deletion and (last or not self.config.checkpoint.background):
+                deletion.join()
         self.recorder.event(place.step, "checkpoint", path=folder.name)
         self.recorder.status("running", step=self.place.step, last_checkpoint=folder.name)
 
@@ -194,6 +200,7 @@ class Trainer:
         """Every rank is here at the same step, whichever of them was asked to stop."""
         name = self.stop.name or "a signal on another rank"
         self.recorder.event(self.place.step, "signal", signal=name)
+        self._leaving = True
         self._settle()
         kept = "and saved; the same command resumes it"
         if self.place.step == 0:

@@ -17,7 +17,7 @@ from megalite.observe import resumed_before
 from megalite.parallel import Grid
 
 ALLOWABLE = ("model", "tokenizer", "data", "sequence_length", "seed")
-_RECORDED = ("optimizer", "schedule", "training.global_batch_size")
+_RECORDED = ("optimizer", "schedule", "training.global_batch_size", "training.precision")
 # each of these makes another order of samples, whose places mean something else
 _NEW_ORDER = ("data", "sequence_length")
 

@@ -6,6 +6,7 @@ Whatever the user can mend is found before the run folder is opened, on every ra
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -387,11 +388,10 @@ def _guard(request: Request, plan: Plan, grid: Grid, engine: Engine) -> DriftGua
     return DriftGuard(engine, request.config.model, grid, stage=plan.zero_stage)
 
 
-def _retainer(request: Request, grid: Grid) -> Callable[[], None]:
-    section = request.config.checkpoint
-
-    def retain() -> None:
-        if grid.rank == 0:
-            checkpoint.retain(request.root, section, background=section.background)
+def _retainer(request: Request, grid: Grid) -> Callable[[], threading.Thread | None]:
+    def retain() -> threading.Thread | None:
+        if grid.rank != 0:
+            return None
+        return checkpoint.retain(request.root, request.config.checkpoint)
 
     return retain

@@ -105,6 +105,22 @@ def test_recompute_does_not_change_the_result(
     assert misses(raw, 2, reference["other"]) == []
 
 
+@pytest.mark.parametrize(("ranks", "parallel"), [(1, {}), (2, {"tensor": 2, "sequence": True})])
+def test_selective_recompute_after_a_validation_under_plain_zero_3(
+    shards: dict[str, str],
+    tmp_path: Path,
+    reference: dict[str, Any],
+    ranks: int,
+    parallel: dict[str, Any],
+) -> None:
+    """With DeepSpeed's own thresholds the engine fetches other weights in the forward after an
+    evaluation than in the recompute."""
+    training = {"activation_checkpointing": "selective"}
+    deepspeed = {"zero_optimization": {"stage": 3}}
+    raw = run_file(shards, tmp_path, training=training, parallel=parallel, deepspeed=deepspeed)
+    assert misses(raw, ranks, reference["plain"]) == []
+
+
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize(("stage", "recompute"), [(1, "none"), (3, "selective")])
 def test_compiled_blocks_do_not_change_the_result(

@@ -215,10 +215,10 @@ def test_retain_keeps_every_kth_and_the_best(grid: Grid, root: Path) -> None:
     for step, loss in losses.items():
         place = Place(step, 8 * step, 64 * step, valid_loss=loss)
         save_checkpoint(engine, grid, root, place=place)
-    checkpoint.retain(root, CheckpointConfig(keep=1, keep_every=30, keep_best=True))
+    checkpoint.retain(root, CheckpointConfig(keep=1, keep_every=30, keep_best=True)).join()
     assert [disk.step_of(folder) for folder in disk.published(root)] == [50, 30, 20]
     assert disk.read_manifest(root / "step_00000020").valid_loss == 2.0
-    checkpoint.retain(root, CheckpointConfig(keep=1))
+    checkpoint.retain(root, CheckpointConfig(keep=1)).join()
     assert [disk.step_of(folder) for folder in disk.published(root)] == [50]
 
 
@@ -226,13 +226,13 @@ def test_retain_keeps_the_newest(root: Path) -> None:
     for step in (1, 2, 10, 100_000_000):
         (root / disk.folder_name(step)).mkdir(parents=True)
     (root / "bad_00000001").mkdir()
-    checkpoint.retain(root, CheckpointConfig(keep=2))
+    checkpoint.retain(root, CheckpointConfig(keep=2)).join()
     assert sorted(path.name for path in root.iterdir()) == [
         "bad_00000001",
         "step_00000010",
         "step_100000000",
     ]
-    checkpoint.retain(root, CheckpointConfig(keep=5))
+    checkpoint.retain(root, CheckpointConfig(keep=5)).join()
     assert len(disk.published(root)) == 2
 
 

@@ -225,3 +225,9 @@ def test_an_empty_stop_string_is_refused_before_anything_is_computed() -> None:
     tokenizer = load_tokenizer("bytes")
     with pytest.raises(CommandError, match="empty stop string"):
         stream_text(fixed([]), tokenizer, "x", max_new_tokens=1, sampling=GREEDY, stop=[""])
+
+
+@pytest.mark.parametrize("extreme", [{"temperature": 1e-300}, {"top_p": 1e-300}])
+def test_extremes_choose_the_likeliest(extreme: dict[str, float]) -> None:
+    scores = torch.tensor([[0.5, 2.0, 1.0]])
+    assert generate(lambda _: scores, [0], max_new_tokens=3, **extreme) == [1, 1, 1]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megalite.observe import Recorder, previous_attempts
+from megalite.observe import Recorder, metrics, previous_attempts
 
 
 def recorder(folder: Path, *, rank: int = 0, attempt: int = 0) -> Recorder:
@@ -147,3 +147,27 @@ def test_attempts_of_a_long_file_are_read_from_its_end(tmp_path: Path) -> None:
     line = json.dumps({"kind": "train", "attempt": 3, "padding": "x" * 500}) + "\n"
     (tmp_path / "metrics.jsonl").write_text(line * 300)
     assert previous_attempts(tmp_path) == 4
+
+
+def test_a_full_disk_costs_records_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Recorder(
+        tmp_path, rank=0, attempt=0, total_steps=9, tensorboard=False, tokens_per_step=8
+    )
+    recorder.status("running", step=1)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with caplog.at_level("WARNING", logger="megalite"):
+        monkeypatch.setattr(metrics, "write_json", full)
+        recorder.status("running", step=2)
+        recorder.status("saving", step=2)
+        recorder.event(2, "checkpoint")
+        monkeypatch.undo()
+    assert caplog.text.count("No space left on device; the run goes on") == 1
+    recorder.status("failed", step=2, reason="full")
+    recorder.close()
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
+    assert "checkpoint" in (tmp_path / "metrics.jsonl").read_text()

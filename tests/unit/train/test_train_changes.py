@@ -37,7 +37,6 @@ FREE: dict[str, dict[str, Any]] = {
     "steps": {"training": {"steps": 7}, "schedule": {"name": "constant"}},
     "evaluation": {"training": {"eval_every": 3, "eval_batches": 1, "log_every": 2}},
     "recompute": {"training": {"activation_checkpointing": "full", "compile": True}},
-    "precision": {"training": {"precision": "bf16"}},
     "checkpoint": {"checkpoint": {"every": 1, "keep": 9, "grace_seconds": 1.0}},
     "logging": {"logging": {"directory": "elsewhere", "tensorboard": False}},
     "the shards' place": {"data": {"train": [{"path": "moved/here"}], "verify": True}},
@@ -60,6 +59,7 @@ def test_free_changes(grid: Grid, root: Path, name: str) -> None:
         ("optimizer", {"optimizer": {"name": "sgd"}}),
         ("schedule", {"schedule": {"name": "wsd", "decay_steps": 4}}),
         ("training.global_batch_size", {"training": {"global_batch_size": 8}}),
+        ("training.precision", {"training": {"precision": "bf16"}}),
         ("training.steps", {"training": {"steps": 20}}),  # a cosine to the end becomes another
     ],
 )
