@@ -8,6 +8,8 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from megalite import env
+
 
 def run_ranks(measure: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
     """`measure(rank, ranks, *arguments)` in a fresh process a rank; the results in order of ranks.
@@ -39,15 +41,7 @@ def run_ranks(measure: Callable[..., Any], ranks: int, *arguments: Any) -> list[
 def _be(
     pipe: Any, measure: Callable[..., Any], rank: int, ranks: int, port: int, arguments: Any
 ) -> None:
-    os.environ.update(
-        DS_ACCELERATOR="cpu",
-        CUDA_VISIBLE_DEVICES="",
-        RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // ranks)),
-    )
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    device = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
+    env.replace(env.rank_environment(rank, ranks, port) | device)
     pipe.send(measure(rank, ranks, *arguments))

@@ -23,6 +23,7 @@ from data_prep.join import (
     plan_join,
     read_join,
     read_shards,
+    shard_name,
     write_join,
     write_missing_shards,
     write_shards,
@@ -193,19 +194,20 @@ def _shards(task: _Task, run: Run, join: Join, crew: Crew) -> list[ShardInfo]:
     """What all shards turned out to be; those that their writers seem to have left are written."""
     started = last = time.monotonic()
     before, longest = -1, 0.0
-    while (shards := read_shards(run, len(join.shards))) is None:
+    wanted = {shard_name(number) for number in range(len(join.shards))}
+    while missing := len(wanted - run.done()):
         run.check()
         crew.check()
         now = time.monotonic()
-        if (done := len(run.done())) != before:
+        if missing != before:
             longest = max(longest, now - last) if before >= 0 else 0.0
-            before, last = done, now
+            before, last = missing, now
         if now - last > max(_IMPATIENT, 5 * longest):
             logger.info("shards are missing after %.0f s: writing them here", now - started)
             dtype, size = task.encoder.dtype, task.encoder.tokenizer.vocab_size
             write_missing_shards(run, task.folder.parts, join, dtype, vocab_size=size)
         time.sleep(_POLL)
-    return shards
+    return read_shards(run, len(join.shards))
 
 
 def _follow(task: _Task) -> Manifest:

@@ -24,7 +24,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -112,20 +112,31 @@ class Run:
     @contextmanager
     def beating(self) -> Iterator[None]:
         """Show it every second, whatever the leader does meanwhile."""
-        ended = threading.Event()
 
         def beat() -> None:
-            while not ended.wait(_BEAT):
-                with suppress(OSError):  # a full disk is for those to say who write more
-                    self.beat()
+            with suppress(OSError):  # a full disk is for those to say who write more
+                self.beat()
 
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
+        with repeating(beat, every=_BEAT):
             yield
-        finally:
-            ended.set()
-            thread.join()
+
+
+@contextmanager
+def repeating(action: Callable[[], None], *, every: float) -> Iterator[None]:
+    """Do something every so many seconds, in a thread, until the block ends."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(every):
+            action()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class WorkFolder:

@@ -130,11 +130,9 @@ def shard_name(number: int) -> str:
     return f"shard_{number:05d}"
 
 
-def read_shards(run: Run, count: int) -> list[ShardInfo] | None:
-    """What the shards turned out to be; None where not all are done."""
-    found = [read(run.folder / f"{shard_name(number)}.json") for number in range(count)]
-    if any(info is None for info in found):
-        return None
+def read_shards(run: Run, count: int) -> list[ShardInfo]:
+    """What the shards turned out to be, once all are done."""
+    found = (read(run.folder / f"{shard_name(number)}.json") for number in range(count))
     return [ShardInfo.model_validate(info) for info in found]
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from data_prep.folder import Run
+from data_prep.folder import Run, repeating
 from data_prep.inputs import Stream
 from megalite.errors import DataError
 from megalite.log import logger
@@ -24,20 +23,10 @@ def shown(run: Run, streams: Sequence[Stream], limit: int) -> Iterator[None]:
     Stops the run where all its workers together met more than `limit` bad records.
     """
     size = sum(stream.size for stream in streams)
-    ended = threading.Event()
-    thread = threading.Thread(target=_watch, args=(run, size, limit, ended), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-    _report_end(run.reports())
-
-
-def _watch(run: Run, size: int, limit: int, ended: threading.Event) -> None:
     began = reported = time.monotonic()
-    while not ended.wait(_LOOK):
+
+    def look() -> None:
+        nonlocal reported
         reports = run.reports()
         if (bad := _sum(reports, "bad_records")) > limit:
             run.fail(
@@ -49,6 +38,10 @@ def _watch(run: Run, size: int, limit: int, ended: threading.Event) -> None:
         if time.monotonic() - reported >= _EVERY:
             reported = time.monotonic()
             _report(reports, size, reported - began)
+
+    with repeating(look, every=_LOOK):
+        yield
+    _report_end(run.reports())
 
 
 def _report(reports: Sequence[dict[str, Any]], size: int, seconds: float) -> None:

@@ -97,7 +97,7 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     """
     width = model.num_attention_heads * model.head_dim
     products = model.vocab_size * model.hidden_size + sum(
-        p.elements for p in shapes.parameters(model) if p.decay and ".layers." in p.name
+        p.elements for p in shapes.parameters(model) if p.is_matrix_of_block
     )
     return 6 * products + 6 * model.num_hidden_layers * width * (sequence_length + 1)
 
@@ -316,7 +316,7 @@ def _moments(config: RunConfig, tensor: int) -> int:
         matrices = sum(
             math.prod(shapes.local_shape(row, tensor_parallel=tensor))
             for row in shapes.parameters(config.model)
-            if row.decay and ".layers." in row.name
+            if row.is_matrix_of_block
         )
     return 8 * local - 4 * matrices
 

@@ -101,6 +101,11 @@ class Parameter:
         """Of the whole parameter, unpadded, over all tensor ranks."""
         return sum(tensor.elements for tensor in self.tensors)
 
+    @property
+    def is_matrix_of_block(self) -> bool:
+        """Whether it is a weight of a block's matrix products."""
+        return self.decay and ".layers." in self.name
+
 
 @dataclass(frozen=True)
 class Piece:

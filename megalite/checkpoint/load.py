@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from megalite import shapes
 from megalite.checkpoint.save import Place, free_name
-from megalite.checkpoint.states import Owned, owned_parameters
+from megalite.checkpoint.states import Owned, owned_parameters, read_canonical, value_hash
 from megalite.config import ModelConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
 from megalite.errors import CheckpointError, CommandError
@@ -22,7 +23,7 @@ from megalite.log import logger
 from megalite.optim import state_names
 from megalite.parallel import Grid
 
-_TRAVELLING = 4  # tensors on their way at once
+_TRAVELLING = 4  # tensors on their way, or being hashed, at once
 
 States = Callable[[shapes.Parameter], Sequence[str]]
 
@@ -202,32 +203,35 @@ def _check_states(
     folder: Path,
     manifest: disk.Manifest,
 ) -> None:
-    """Read every state back out of the engine, and hold it bit by bit against the file's.
+    """Read every state back out of the engine and hold its hash against the manifest's.
 
-    The files' hashes were held against the manifest before.
+    Hashes are made by threads while the next states are read.
     """
     differing = []
-    for owned in owned_parameters(engine, model, grid):
-        mine = owned.data_rank == grid.data_rank
-        for state in states(owned.row):
-            if owned.held and not mine:
-                continue
-            read = engine.read_held if owned.held else engine.read_state
-            found = read(owned.parameter, state)
-            if mine and not _same(found, _read_own(owned, state, grid, folder, manifest)):
-                differing.append(f"{state} of {owned.row.name}")
+    hashing: deque[tuple[str, str, Future[str]]] = deque()
+
+    def compare() -> None:
+        what, expected, found = hashing.popleft()
+        if found.result() != expected:
+            differing.append(what)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for owned in owned_parameters(engine, model, grid):
+            for state in states(owned.row):
+                for name, value in read_canonical(engine, owned, state, grid).items():
+                    expected = manifest.tensors[name].states[state].sha256
+                    found = pool.submit(value_hash, value)
+                    hashing.append((f"{state} of {name}", expected, found))
+                    if len(hashing) > _TRAVELLING:
+                        compare()
+        while hashing:
+            compare()
     told: list[Any] = [line for lines in grid.gather(differing) for line in lines]
     if told:
         raise CheckpointError(
             f"{folder}: the engine holds something else than was loaded: {', '.join(told[:3])}"
             + (f" and {len(told) - 3} more" if len(told) > 3 else "")
         )
-
-
-def _same(found: Tensor, expected: Tensor) -> bool:
-    """Whether all bits are equal, those of a NaN too."""
-    bits = [tensor.contiguous().view(torch.int32) for tensor in (found.detach(), expected)]
-    return torch.equal(bits[0].to(bits[1].device), bits[1])
 
 
 def _start_receiving(

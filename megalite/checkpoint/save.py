@@ -76,7 +76,7 @@ class Saver:
         self._draft: _Draft | None = None
         self._snapshot: Snapshot = {}
         self.seconds = 0.0  # that the last save took this rank, waiting for none
-        self._begun = 0
+        self.begun = 0  # saves
 
     @property
     def under_way(self) -> Place | None:
@@ -84,14 +84,9 @@ class Saver:
         return self._draft.place if self._draft else None
 
     @property
-    def begun(self) -> int:
-        """How many saves have begun."""
-        return self._begun
-
-    @property
     def written(self) -> int:
         """Of how many saves begun this rank's files are on the disk."""
-        return self._begun - (self._writer is not None and not self._writer.done)
+        return self.begun - (self._writer is not None and not self._writer.done)
 
     def begin(self, place: Place, *, snapshot: bool) -> None:
         """Gather and begin to write a checkpoint; a collective of all ranks.
@@ -109,7 +104,7 @@ class Saver:
         lease, began = self._lease, time.monotonic()
         fault = _attempt(lambda: _prepare(root, staging, lease)) if grid.rank == 0 else None
         _agree(grid, fault, None)
-        self._begun += 1
+        self.begun += 1
         self._writer = writer = Writer(staging, grid.rank, self._snapshot if snapshot else None)
         for owned in owned_parameters(engine, config.model, grid):
             for state in (WEIGHT, *state_names(config, owned.row)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -81,3 +82,8 @@ def read_canonical(engine: Engine, owned: Owned, state: str, grid: Grid) -> dict
         for piece in shapes.pieces(row, tensor_parallel=size, tensor_rank=rank):
             whole[piece.tensor.name][piece.source] = part[piece.target].cpu()
     return whole
+
+
+def value_hash(tensor: Tensor) -> str:
+    """SHA-256 of a contiguous CPU tensor's bytes."""
+    return hashlib.sha256(tensor.detach().numpy().data).hexdigest()

@@ -63,8 +63,7 @@ def state_names(config: RunConfig, row: shapes.Parameter) -> tuple[str, ...]:
 
 
 def _is_muons(config: RunConfig, row: shapes.Parameter) -> bool:
-    """Whether a parameter is a weight of a block's matrix products, under Muon."""
-    return config.optimizer.name == "muon" and row.decay and ".layers." in row.name
+    return config.optimizer.name == "muon" and row.is_matrix_of_block
 
 
 def _make(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,7 @@ from megalite.checkpoint import Lease, Place
 from megalite.errors import CheckpointError, Superseded
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
-from tests.factories import make_engine, save_checkpoint, train_steps, world_of_one
-
-
-@pytest.fixture(scope="module")
-def grid() -> Iterator[Grid]:
-    with world_of_one() as found:
-        yield found
+from tests.factories import make_engine, save_checkpoint, train_steps
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,16 +32,9 @@ from tests.factories import (
     model_config,
     save_checkpoint,
     train_steps,
-    world_of_one,
 )
 
 PLACE = Place(step=3, samples=12, tokens=96)
-
-
-@pytest.fixture(scope="module")
-def grid() -> Iterator[Grid]:
-    with world_of_one() as found:
-        yield found
 
 
 @pytest.fixture

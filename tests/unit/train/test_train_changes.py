@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,8 @@ import pytest
 from megalite.errors import CommandError
 from megalite.parallel import Grid
 from megalite.train.resume import ALLOWABLE
-from tests.factories import run_config, world_of_one
+from tests.factories import run_config
 from tests.origins import changed, find, publish
-
-
-@pytest.fixture(scope="module")
-def grid() -> Iterator[Grid]:
-    with world_of_one() as found:
-        yield found
 
 
 @pytest.fixture

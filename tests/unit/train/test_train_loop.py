@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +21,7 @@ from megalite.plan import make_plan
 from megalite.train import feed, loop
 from megalite.train.feed import Feed, StopRequest
 from megalite.train.loop import Trainer
-from tests.factories import make_batch, run_config, world_of_one
-
-
-@pytest.fixture(scope="module")
-def grid() -> Iterator[Grid]:
-    with world_of_one() as found:
-        yield found
+from tests.factories import make_batch, run_config
 
 
 class Notes:

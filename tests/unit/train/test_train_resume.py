@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,8 @@ import pytest
 from megalite.errors import CheckpointError, CommandError
 from megalite.parallel import Grid
 from megalite.train.resume import check_request, find_origin
-from tests.factories import run_config, world_of_one
+from tests.factories import run_config
 from tests.origins import TOKENIZER, find, fingerprint, publish, spoil
-
-
-@pytest.fixture(scope="module")
-def grid() -> Iterator[Grid]:
-    with world_of_one() as found:
-        yield found
 
 
 @pytest.fixture

@@ -1,0 +1,16 @@
+"""What tests of one process share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from megalite.parallel import Grid
+from tests.factories import world_of_one
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[Grid]:
+    with world_of_one() as found:
+        yield found
