@@ -196,9 +196,11 @@ class Bench:
         self.saver.begin(Place(step), snapshot=snapshot)
 
     def load(self) -> None:
-        from megalite.checkpoint import open_checkpoint, restore
+        from megalite.checkpoint import find_newest, restore
 
-        folder, manifest = open_checkpoint(self.folder / "checkpoints/step_00000001", self.grid)
+        found = find_newest(self.folder / "checkpoints", self.grid)
+        assert found is not None
+        folder, manifest = found
         restore(self.engine, self.config, grid=self.grid, folder=folder, manifest=manifest)
 
     def training(self, *, background: bool) -> tuple[float, float]:

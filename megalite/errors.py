@@ -7,6 +7,7 @@
     │   ├── CommandError        2   command-line arguments
     │   └── LaunchError         2   ranks, hosts and devices as the launcher handed them over
     ├── CheckpointError         1   a checkpoint that is damaged or cannot be written
+    │   └── DamagedCheckpoint   1   its bytes are not those that were written: another may be
     ├── EngineError             1   the engine does something else than it was told
     ├── Stopped                75   a signal ended the run; it can be resumed (EX_TEMPFAIL)
     └── Superseded              3   a newer incarnation of the same job owns the run folder
@@ -55,6 +56,10 @@ class LaunchError(UserError):
 
 class CheckpointError(MegaLiteError):
     """A checkpoint that is damaged, incomplete, or could not be written."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint whose bytes turned out, as they were loaded, to be others than were written."""
 
 
 class EngineError(MegaLiteError):

@@ -8,6 +8,7 @@ from megalite.checkpoint.load import (
     open_checkpoint,
     refuse_other_model,
     restore,
+    set_aside_damaged,
 )
 from megalite.checkpoint.save import Place, Saver, clear_leftovers, retain, set_aside_later
 
@@ -23,5 +24,6 @@ __all__ = [
     "refuse_other_model",
     "restore",
     "retain",
+    "set_aside_damaged",
     "set_aside_later",
 ]

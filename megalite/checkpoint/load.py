@@ -1,10 +1,16 @@
-"""Loading: the newest checkpoint that proves whole; a tensor's owner reads, its group receives."""
+"""Loading: the newest checkpoint that proves whole; a tensor's owner reads, its group receives.
+
+No byte is hashed twice. A resume checks at first all but the tensors' own bytes; those are hashed
+as the engine holds them in the end, which proves the disk, the reading and the setting at once.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +23,7 @@ from megalite.checkpoint.save import Place, free_name
 from megalite.checkpoint.states import Owned, owned_parameters, read_canonical, value_hash
 from megalite.config import ModelConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
-from megalite.errors import CheckpointError, CommandError
+from megalite.errors import CheckpointError, CommandError, DamagedCheckpoint
 from megalite.formats import checkpoint as disk
 from megalite.log import logger
 from megalite.optim import state_names
@@ -35,7 +41,8 @@ def _weight_alone(_row: shapes.Parameter) -> Sequence[str]:
 def find_newest(root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | None:
     """The newest whole checkpoint below `root`; None where none was ever published.
 
-    A damaged one is named, renamed to `bad_...` and passed over.
+    A damaged one is named, renamed to `bad_...` and passed over. The tensors' own bytes are left
+    to `restore`, which hashes them.
 
     Raises:
         CheckpointError: checkpoints exist and every one is damaged. Nothing starts afresh then.
@@ -44,22 +51,27 @@ def find_newest(root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | None:
     names: Any = grid.gather([path.name for path in disk.published(root)])[0]
     for name in names:
         folder = root / name
-        problems, manifest = _check(folder, grid)
+        problems, manifest = _check(folder, grid, tensors=False)
         if manifest is not None and not problems:
             return folder, manifest
-        for problem in problems:
-            logger.warning("%s", problem)
-        if grid.rank == 0:
-            bad = free_name(root, name.replace("step_", "bad_", 1))
-            folder.rename(bad)
-            logger.warning("%s is damaged: set aside as %s", folder, bad.name)
-        grid.barrier()
+        set_aside_damaged(folder, problems, grid)
     if any(root.glob("bad_*")):
         raise CheckpointError(
             f"every checkpoint in {root} is damaged and none is used; mend one of the bad_ "
             "folders, resume from another run with --resume PATH, or start under another name"
         )
     return None
+
+
+def set_aside_damaged(folder: Path, problems: Sequence[str], grid: Grid) -> None:
+    """Say what is wrong with a checkpoint and rename it to `bad_...`; a collective."""
+    for problem in problems:
+        logger.warning("%s", problem)
+    if grid.rank == 0:
+        bad = free_name(folder.parent, folder.name.replace("step_", "bad_", 1))
+        folder.rename(bad)
+        logger.warning("%s is damaged: set aside as %s", folder, bad.name)
+    grid.barrier()
 
 
 def open_checkpoint(
@@ -95,7 +107,13 @@ def open_checkpoint(
 def restore(
     engine: Engine, config: RunConfig, *, grid: Grid, folder: Path, manifest: disk.Manifest
 ) -> Place:
-    """Set weights, optimizer states and counters; a collective of all ranks."""
+    """Set weights, optimizer states and counters; a collective of all ranks.
+
+    Raises:
+        DamagedCheckpoint: on every rank, if the tensors on the disk are not those that were
+            written. What the engine holds then is of no use.
+        CheckpointError: if the engine holds something else than it was given.
+    """
     refuse_other_model(config.model, folder, manifest)
 
     def states(row: shapes.Parameter) -> tuple[str, ...]:
@@ -107,10 +125,9 @@ def restore(
         for tensor in row.tensors
     ):
         logger.warning("%s was trained by another optimizer: its states begin anew", folder)
-        _write_states(engine, config.model, _weight_alone, grid, folder, manifest)
+        load_weights(engine, config.model, grid=grid, folder=folder, manifest=manifest)
         return Place(manifest.step, manifest.samples, manifest.tokens)
-    _write_states(engine, config.model, states, grid, folder, manifest)
-    _check_states(engine, config.model, states, grid, folder, manifest)
+    _set_states(engine, config.model, states, grid, folder, manifest)
     engine.restore_progress(manifest.progress)
     updates = engine.progress().get("updates")
     if updates != manifest.progress.get("updates"):
@@ -124,9 +141,9 @@ def restore(
 def load_weights(
     engine: Engine, model: ModelConfig, *, grid: Grid, folder: Path, manifest: disk.Manifest
 ) -> None:
-    """Set the weights alone: a new run that starts from another's."""
+    """Set the weights alone: a new run that starts from another's; raises as `restore`."""
     refuse_other_model(model, folder, manifest)
-    _write_states(engine, model, _weight_alone, grid, folder, manifest)
+    _set_states(engine, model, _weight_alone, grid, folder, manifest)
 
 
 def read_local(
@@ -137,11 +154,17 @@ def read_local(
     *,
     tensor_parallel: int = 1,
     tensor_rank: int = 0,
+    room: Tensor | None = None,
 ) -> Tensor:
-    """One rank's part of a parameter's state: fp32, fused and padded, only its slices read."""
+    """One rank's part of a parameter's state: fp32, fused and padded, only its slices read.
+
+    Args:
+        room: flat fp32 memory on the CPU to read into, of that many numbers or more.
+    """
     layout = {"tensor_parallel": tensor_parallel}
     pieces = shapes.pieces(row, tensor_rank=tensor_rank, **layout)
-    value = torch.empty(shapes.local_shape(row, **layout))
+    shape = shapes.local_shape(row, **layout)
+    value = torch.empty(shape) if room is None else room[: math.prod(shape)].view(shape)
     if sum(value[piece.target].numel() for piece in pieces) < value.numel():
         value.zero_()  # padding of the vocabulary
     for piece in pieces:
@@ -164,7 +187,7 @@ def fill_model(model: nn.Module, config: ModelConfig, folder: Path, manifest: An
             parameter.copy_(read_local(folder, manifest, rows[name], WEIGHT))
 
 
-def _write_states(
+def _set_states(
     engine: Engine,
     model: ModelConfig,
     states: States,
@@ -172,7 +195,57 @@ def _write_states(
     folder: Path,
     manifest: disk.Manifest,
 ) -> None:
-    """Set states. What the group receives travels while its owners read the next ones."""
+    """Set states, and prove that the engine holds what was once written."""
+    unread = _write_states(engine, model, states, grid, folder, manifest)
+    differing = _compare_states(engine, model, states, grid, manifest)
+    told: list[Any] = [line for lines in grid.gather(unread + differing) for line in lines]
+    if not told:
+        return
+    problems, _ = _check(folder, grid)
+    if problems:
+        raise DamagedCheckpoint("\n".join(problems))
+    raise CheckpointError(
+        f"{folder}: the engine holds something else than was loaded: {', '.join(told[:3])}"
+        + (f" and {len(told) - 3} more" if len(told) > 3 else "")
+    )
+
+
+def _write_states(
+    engine: Engine,
+    model: ModelConfig,
+    states: States,
+    grid: Grid,
+    folder: Path,
+    manifest: disk.Manifest,
+) -> list[str]:
+    """Set states. What the group receives travels while its owners read the next ones.
+
+    Returns:
+        what could not be read: raised here, it would leave the other ranks waiting.
+    """
+    unread: list[str] = []
+    size = grid.tensor_parallel
+    # on CPUs every rank reads: their common pages are in memory, and gloo is slower
+    all_read = grid.device.type == "cpu"
+    local = [shapes.local_shape(r, tensor_parallel=size) for r in shapes.parameters(model)]
+    room = torch.empty(max(math.prod(shape) for shape in local))  # new pages cost more than bytes
+
+    def read(owned: Owned, state: str) -> Tensor:
+        try:
+            return read_local(
+                folder,
+                manifest,
+                owned.row,
+                state,
+                tensor_parallel=size,
+                tensor_rank=grid.tensor_rank,
+                room=room,
+            ).to(grid.device)
+        except CheckpointError as error:
+            unread.append(str(error))
+            shape = shapes.local_shape(owned.row, tensor_parallel=size)
+            return torch.zeros(shape, device=grid.device)
+
     travelling: deque[tuple[Owned, str, Tensor, Any]] = deque()
 
     def arrive() -> None:
@@ -182,28 +255,32 @@ def _write_states(
 
     for owned in owned_parameters(engine, model, grid):
         for state in states(owned.row):
-            if owned.held and state != WEIGHT:  # nobody else has a use for it
-                if owned.data_rank == grid.data_rank:
-                    value = _read_own(owned, state, grid, folder, manifest)
-                    engine.write_state(owned.parameter, state, value)
+            alone = owned.held and state != WEIGHT  # nobody else has a use for it
+            if alone and owned.data_rank != grid.data_rank:
                 continue
-            value, work = _start_receiving(owned, state, grid, folder, manifest)
+            if alone or all_read:
+                engine.write_state(owned.parameter, state, read(owned, state))
+                continue
+            value, work = _start_receiving(owned, grid, partial(read, owned, state))
             travelling.append((owned, state, value, work))
             if len(travelling) > _TRAVELLING:
                 arrive()
     while travelling:
         arrive()
+    return unread
 
 
-def _check_states(
+def _compare_states(
     engine: Engine,
     model: ModelConfig,
     states: States,
     grid: Grid,
-    folder: Path,
     manifest: disk.Manifest,
-) -> None:
+) -> list[str]:
     """Read every state back out of the engine and hold its hash against the manifest's.
+
+    Returns:
+        what differs, on the rank that owns it.
 
     Hashes are made by threads while the next states are read.
     """
@@ -226,33 +303,19 @@ def _check_states(
                         compare()
         while hashing:
             compare()
-    told: list[Any] = [line for lines in grid.gather(differing) for line in lines]
-    if told:
-        raise CheckpointError(
-            f"{folder}: the engine holds something else than was loaded: {', '.join(told[:3])}"
-            + (f" and {len(told) - 3} more" if len(told) > 3 else "")
-        )
+    return differing
 
 
-def _start_receiving(
-    owned: Owned, state: str, grid: Grid, folder: Path, manifest: disk.Manifest
-) -> tuple[Tensor, Any]:
+def _start_receiving(owned: Owned, grid: Grid, read: Callable[[], Tensor]) -> tuple[Tensor, Any]:
     """A state's value on its way to every rank of the data-parallel group, read by its owner."""
     size = grid.tensor_parallel
     if owned.data_rank == grid.data_rank:
-        value = _read_own(owned, state, grid, folder, manifest)
+        value = read()
     else:
         shape = shapes.local_shape(owned.row, tensor_parallel=size)
         value = torch.empty(shape, dtype=torch.float32, device=grid.device)
     source = owned.data_rank * size + grid.tensor_rank
     return value, dist.broadcast(value, src=source, group=grid.data_group, async_op=True)
-
-
-def _read_own(
-    owned: Owned, state: str, grid: Grid, folder: Path, manifest: disk.Manifest
-) -> Tensor:
-    ranks = {"tensor_parallel": grid.tensor_parallel, "tensor_rank": grid.tensor_rank}
-    return read_local(folder, manifest, owned.row, state, **ranks).to(grid.device)
 
 
 def refuse_other_model(model: ModelConfig, folder: Path, manifest: disk.Manifest) -> None:
@@ -268,7 +331,7 @@ def refuse_other_model(model: ModelConfig, folder: Path, manifest: disk.Manifest
 
 
 def _check(
-    folder: Path, grid: Grid | None, *, weights_only: bool = False
+    folder: Path, grid: Grid | None, *, weights_only: bool = False, tensors: bool = True
 ) -> tuple[list[str], disk.Manifest | None]:
     """Problems of a checkpoint, its files' hashes shared out over the ranks."""
     manifest: disk.Manifest | None = None
@@ -277,7 +340,9 @@ def _check(
         rank, size = (grid.rank, grid.world_size) if grid else (0, 1)
         others = disk.files_of_other_states(manifest) if weights_only else set()
         names = disk.share(manifest, rank, size) - others
-        mine = disk.damage(folder, manifest, names, threads=torch.get_num_threads())
+        mine = disk.damage(
+            folder, manifest, names, threads=torch.get_num_threads(), tensors=tensors
+        )
     except CheckpointError as error:
         mine = [str(error)]
     found: list[Any] = [mine] if grid is None else grid.gather(mine)

@@ -40,9 +40,10 @@ class Owned:
 def owned_parameters(engine: Engine, config: ModelConfig, grid: Grid) -> Iterator[Owned]:
     """Every parameter with its owner: who holds it, else bytes spread evenly over all ranks.
 
-    The assignment is a function of the table and the layout alone, so that all agree.
+    The assignment is a function of the table and the layout alone, so that all agree. What the
+    ranks must handle together comes first: later, each would wait there for the others' own.
     """
-    loads = [0] * grid.world_size
+    loads, held = [0] * grid.world_size, list[Owned]()
     table = {row.name: row for row in shapes.parameters(config)}
     for name, parameter in engine.model.named_parameters():
         row, holder = table[name], engine.holder(parameter)
@@ -50,7 +51,12 @@ def owned_parameters(engine: Engine, config: ModelConfig, grid: Grid) -> Iterato
         able = loads if holder is None else loads[first : first + grid.tensor_parallel]
         owner = first + able.index(min(able))
         loads[owner] += row.elements
-        yield Owned(parameter, row, *divmod(owner, grid.tensor_parallel), holder is not None)
+        owned = Owned(parameter, row, *divmod(owner, grid.tensor_parallel), holder is not None)
+        if owned.held:
+            held.append(owned)
+        else:
+            yield owned
+    yield from held
 
 
 def read_canonical(engine: Engine, owned: Owned, state: str, grid: Grid) -> dict[str, Tensor]:

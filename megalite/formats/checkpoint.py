@@ -117,13 +117,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Floats]) -> tuple[FileEntry,
     Returns:
         the file's entry, and the SHA-256 of each tensor's bytes.
     """
-    header, offset = dict[str, Any](), 0
-    for name, tensor in tensors.items():
-        place = [offset, offset := offset + tensor.nbytes]
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": place}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin aligned
-    start = len(text).to_bytes(8, "little") + text
+    start, size = _start({name: list(tensor.shape) for name, tensor in tensors.items()})
     whole, hashes = hashlib.sha256(start), dict[str, str]()
     # a tensor's own hash is made beside the file's: neither needs the interpreter
     with open(path, "wb") as file, ThreadPoolExecutor(1) as pool:
@@ -138,7 +132,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Floats]) -> tuple[FileEntry,
             hashes[name] = own.result().hexdigest()
         file.flush()
         os.fsync(file.fileno())
-    return FileEntry(bytes=len(start) + offset, sha256=whole.hexdigest()), hashes
+    return FileEntry(bytes=size, sha256=whole.hexdigest()), hashes
+
+
+def _start(shapes: Mapping[str, list[int]]) -> tuple[bytes, int]:
+    """How a file of these fp32 tensors begins, to its first tensor; and the file's bytes in all."""
+    header, offset = dict[str, Any](), 0
+    for name, shape in shapes.items():
+        place = [offset, offset := offset + 4 * math.prod(shape)]
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": place}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin aligned
+    return len(text).to_bytes(8, "little") + text, 8 + len(text) + offset
 
 
 def read_tensor(path: Path, name: str, target: Floats, box: tuple[slice, ...]) -> None:
@@ -233,29 +238,61 @@ def damage(
     names: Iterable[str] | None = None,
     *,
     threads: int = 1,
+    tensors: bool = True,
 ) -> list[str]:
     """What is wrong with the named files (default: all): missing, of another size, or hash.
 
     Args:
         threads: files hashed at once, which leaves the interpreter alone.
+        tensors: False leaves out the tensors' own bytes, for whoever compares their hashes: the
+            rest of such a file follows from the manifest.
     """
     wanted = sorted(manifest.files if names is None else names)
+    held = dict[str, set[str]]()
+    if not tensors:
+        for name, tensor in manifest.tensors.items():
+            for state in tensor.states.values():
+                held.setdefault(state.file, set()).add(name)
+
+    def fault(name: str) -> str | None:
+        start = None
+        if name in held:
+            start = {tensor: manifest.tensors[tensor].shape for tensor in held[name]}
+        return _fault(folder / name, manifest.files[name], start)
+
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda name: _fault(folder / name, manifest.files[name]), wanted)
-        return [fault for fault in found if fault is not None]
+        return [found for found in pool.map(fault, wanted) if found is not None]
 
 
-def _fault(path: Path, entry: FileEntry) -> str | None:
+def _fault(path: Path, entry: FileEntry, held: Mapping[str, list[int]] | None) -> str | None:
     try:
         if not path.is_file():
             return f"{path} is missing"
         if (size := path.stat().st_size) != entry.bytes:
             return f"{path}: {entry.bytes} bytes were written, {size} are there"
-        if files.sha256_file(path) != entry.sha256:
+        if held is not None:
+            if not _starts_with(path, held):
+                return f"{path} does not begin as it was written"
+        elif files.sha256_file(path) != entry.sha256:
             return f"{path}: its bytes are not those that were written (sha256)"
     except OSError as error:  # raised on one rank it would leave the others waiting
         return f"{path} cannot be read: {error}"
     return None
+
+
+def _starts_with(path: Path, held: Mapping[str, list[int]]) -> bool:
+    """Whether a file begins as one of just these tensors, in the order that it says itself."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _LONGEST_HEADER:
+            return False
+        text = file.read(length)
+    try:
+        names = list(json.loads(text))
+        start, _ = _start({name: held[name] for name in names})
+    except (ValueError, KeyError, TypeError):
+        return False
+    return len(names) == len(held) and start[8:] == text and len(text) == length
 
 
 def _checksum(content: dict[str, Any]) -> str:

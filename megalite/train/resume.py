@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megalite import env, files
+from megalite import checkpoint, env, files
 from megalite.checkpoint import Place, find_newest, open_checkpoint, refuse_other_model
 from megalite.config import RunConfig
-from megalite.errors import CheckpointError, CommandError
+from megalite.engine import Engine
+from megalite.errors import CheckpointError, CommandError, DamagedCheckpoint
 from megalite.formats import checkpoint as disk
 from megalite.log import logger
 from megalite.observe import resumed_before
@@ -105,6 +106,47 @@ def find_origin(
     samples = 0 if moved else manifest.samples
     place = Place(manifest.step, samples, manifest.tokens)
     return Origin(folder, manifest, changed, place)
+
+
+def load(
+    origin: Origin,
+    again: Callable[[], Origin | None],
+    engine: Engine,
+    config: RunConfig,
+    grid: Grid,
+) -> tuple[Origin, Place]:
+    """Bring the engine to where the run stands; a collective.
+
+    A checkpoint that turns out damaged is set aside and the one before it loaded, as `again`
+    finds it.
+
+    Returns:
+        what was loaded, and the place training goes on from.
+    """
+    while True:
+        folder, manifest = origin.folder, origin.manifest
+        try:
+            if origin.weights_only:
+                checkpoint.load_weights(
+                    engine, config.model, grid=grid, folder=folder, manifest=manifest
+                )
+                return origin, origin.place
+            restored = checkpoint.restore(
+                engine, config, grid=grid, folder=folder, manifest=manifest
+            )
+            return origin, replace(restored, samples=origin.place.samples)
+        except DamagedCheckpoint as error:
+            if origin.weights_only:
+                raise
+            checkpoint.set_aside_damaged(origin.folder, [str(error)], grid)
+            before = again()
+            if before is None or _states(before) != _states(origin):
+                raise  # what is in the engine now is of no use, and would be in part left there
+            origin = before
+
+
+def _states(origin: Origin) -> dict[str, set[str]]:
+    return {name: {*entry.states} for name, entry in origin.manifest.tensors.items()}
 
 
 def _find(resume: str, root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | None:

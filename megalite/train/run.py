@@ -9,7 +9,8 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +39,7 @@ from megalite.train.checks import hardware_faults
 from megalite.train.drift import DriftGuard
 from megalite.train.feed import Feed, StopRequest
 from megalite.train.loop import Inspect, Trainer
-from megalite.train.resume import ALLOWABLE, Origin, check_request, find_origin, flat
+from megalite.train.resume import ALLOWABLE, Origin, check_request, find_origin, flat, load
 
 
 @dataclass(frozen=True)
@@ -240,17 +241,11 @@ def _train(
     trainer: Trainer | None = None
     try:
         engine = _make_engine(request, plan, grid, settings)
-        place = _load(request, grid, engine, origin, place)
+        if origin is not None:
+            again = partial(_origin, request, grid, train, settings)
+            origin, place = load(origin, again, engine, request.config, grid)
         _announce(request, plan, grid, train, origin, place, recorder)
-        loader = Loader(
-            train,
-            global_batch_size=plan.global_batch_size,
-            micro_batch_size=plan.micro_batch_size,
-            data_rank=grid.data_rank,
-            data_size=plan.data_parallel,
-            start=place.samples,
-            pin_memory=grid.device.type == "cuda",
-        )
+        loader = _loader(plan, grid, train, place)
         saver = _saver(request, grid, engine, train, settings)
         feed = Feed(loader, grid, stop_request, lambda: saver.written)
         trainer = Trainer(
@@ -304,23 +299,6 @@ def _make_engine(request: Request, plan: Plan, grid: Grid, settings: _Settings) 
     )
 
 
-def _load(
-    request: Request, grid: Grid, engine: Engine, origin: Origin | None, place: Place
-) -> Place:
-    """Bring the engine to where the run stands."""
-    config = request.config
-    if origin is not None and not origin.weights_only:
-        restored = checkpoint.restore(
-            engine, config, grid=grid, folder=origin.folder, manifest=origin.manifest
-        )
-        return replace(restored, samples=place.samples)
-    if origin is not None:
-        checkpoint.load_weights(
-            engine, config.model, grid=grid, folder=origin.folder, manifest=origin.manifest
-        )
-    return place
-
-
 def _announce(
     request: Request,
     plan: Plan,
@@ -364,6 +342,18 @@ def _announce(
             changes=origin.changes,
             **layout,
         )
+
+
+def _loader(plan: Plan, grid: Grid, train: Dataset, place: Place) -> Loader:
+    return Loader(
+        train,
+        global_batch_size=plan.global_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        data_rank=grid.data_rank,
+        data_size=plan.data_parallel,
+        start=place.samples,
+        pin_memory=grid.device.type == "cuda",
+    )
 
 
 def _saver(
