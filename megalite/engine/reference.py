@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from megalite import shapes
 from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
 from megalite.engine.base import WEIGHT, StepResult, has_dropout, seed_dropout
-from megalite.model import CausalLM, build, initialize
+from megalite.model import CausalLM, build, head_loss, initialize
 from megalite.optim import Fragment, Muon, make_optimizer, orthogonalize
 from megalite.parallel import Grid, is_counted, prepare
 
@@ -30,6 +31,7 @@ class ReferenceEngine:
         with grid.device:
             self.model: CausalLM = build(config.model)
         initialize(self.model, config.model, seed=config.training.seed, gather=_whole)
+        self.model.head_loss = partial(head_loss, compiled=config.training.compile)
         prepare(
             self.model.model.layers,
             recompute=config.training.activation_checkpointing,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -78,9 +79,10 @@ class DeepSpeedEngine:
             tensor_parallel=grid.tensor_parallel,
             tensor_rank=grid.tensor_rank,
         )
+        loss = self.model.head_loss = partial(head_loss, compiled=config.training.compile)
         if grid.tensor_parallel > 1:
             sequence = config.parallel.sequence
-            split(self.model, config.model, grid, head_loss, sequence=sequence)
+            split(self.model, config.model, grid, loss, sequence=sequence)
         prepare(
             self.model.model.layers,
             recompute=config.training.activation_checkpointing,

@@ -136,13 +136,20 @@ def head_loss(
     labels_BT: Tensor,
     mask_BT: Tensor,
     shard: Shard | None = None,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
-    """The fused head and cross entropy over flattened rows; `shard`: of a part of the rows of W."""
+    """The fused head and cross entropy over flattened rows.
+
+    Args:
+        shard: where W is a part of the vocabulary's rows.
+        compiled: whether what happens between the matrix products is.
+    """
     rows = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     if not torch.is_grad_enabled():  # an autograd function is told of the weight's wish regardless
         weight_VD = weight_VD.detach()
     loss: Tensor = FusedLinearCrossEntropy.apply(
-        rows, weight_VD, labels_BT.reshape(-1), mask_BT.reshape(-1), shard
+        rows, weight_VD, labels_BT.reshape(-1), mask_BT.reshape(-1), shard, compiled
     )
     return loss
 

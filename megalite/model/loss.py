@@ -6,11 +6,15 @@ logits instead of [B x T, V] twice (the idea of Cut Cross-Entropy, Wijmans et al
 Kernel, written for plain matrix products). Gradients are unnormalised (those of the sum) until the
 backward scales them, so that fp16 does not underflow before its loss scale is applied.
 
+What is done to the logits between the products is memory traffic alone. Compiled, it is two passes,
+and half-precision logits are widened on the way; otherwise a handful of operations in place.
+
 R rows (B x T)   C rows of a chunk   D width   V vocabulary
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +35,39 @@ class Shard(Protocol):
     def total(self, values: Tensor) -> Tensor: ...
 
 
+def statistics(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest logit, the sum of the exponentials above it, the label's logit above it.
+
+    fp32 [C, 1] each. Made for compilation: eager, it makes copies of the logits.
+    """
+    logits_CV = logits_CV.float()
+    # a rank's rows may be padding alone
+    peak_C1 = logits_CV.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+    total_C1 = (logits_CV - peak_C1).exp().sum(dim=-1, keepdim=True)
+    return peak_C1, total_C1, logits_CV.gather(1, labels_C1) - peak_C1
+
+
+def to_gradient(
+    logits_CV: Tensor, labels_C1: Tensor, peak_C1: Tensor, scale_C1: Tensor, hit_C1: Tensor
+) -> None:
+    """`exp(logits - peak) * scale`, less `hit` at the label, in place; made for compilation.
+
+    The difference is taken in fp32: of a likely label, half precision would leave nothing.
+    """
+    column_V = torch.arange(logits_CV.shape[1], device=logits_CV.device)
+    grad_CV = (logits_CV.float() - peak_C1).exp() * scale_C1
+    logits_CV.copy_(torch.where(column_V == labels_C1, grad_CV - hit_C1, grad_CV))
+
+
+@cache
+def _compiled() -> tuple[Any, Any]:
+    # dynamic: a last chunk or an evaluation of fewer rows is not compiled anew
+    return (
+        torch.compile(statistics, dynamic=True, fullgraph=True),
+        torch.compile(to_gradient, dynamic=True, fullgraph=True),
+    )
+
+
 class FusedLinearCrossEntropy(torch.autograd.Function):
     """Sum over the rows with mask of `logsumexp(h W^T) - (h W^T)[label]`, in nats, fp32."""
 
@@ -42,29 +79,39 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         labels_R: Tensor,
         mask_R: Tensor,
         shard: Shard | None = None,
+        compiled: bool = False,
     ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden_RD) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        grad_weight = torch.empty_like(weight_VD, dtype=torch.float32) if wants_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_RD.device)
         rows = chunk_rows(weight_VD.shape[0])
         for start in range(0, hidden_RD.shape[0], rows):
             chunk = slice(start, start + rows)
             h_CD, labels_C1 = hidden_RD[chunk], labels_R[chunk, None]
             mask_C1 = mask_R[chunk, None].float()
-            logits_CV = (h_CD @ weight_VD.t()).float()
+            logits_CV = h_CD @ weight_VD.t()
+            if not compiled:
+                logits_CV = logits_CV.float()
             hit_C1 = mask_C1
             if shard is not None:
                 logits_CV[:, shard.held :] = -torch.inf  # padding has no probability
                 labels_C1 = labels_C1 - shard.first
                 mine_C1 = (labels_C1 >= 0) & (labels_C1 < shard.held)
                 labels_C1, hit_C1 = labels_C1.where(mine_C1, 0), mask_C1 * mine_C1
-            peak_C1 = logits_CV.amax(dim=-1, keepdim=True)
-            if shard is not None:
-                peak_C1 = shard.largest(peak_C1)
-            logits_CV.sub_(peak_C1)
-            picked_C1 = logits_CV.gather(1, labels_C1)
-            total_C1 = logits_CV.exp_().sum(dim=-1, keepdim=True)
+            if compiled:
+                own_C1, total_C1, picked_C1 = _compiled()[0](logits_CV, labels_C1)
+                peak_C1 = own_C1
+                if shard is not None:
+                    peak_C1 = shard.largest(own_C1.clone())
+                    total_C1 = total_C1 * (own_C1 - peak_C1).exp()
+                    picked_C1 = picked_C1 + (own_C1 - peak_C1)
+            else:
+                peak_C1 = logits_CV.amax(dim=-1, keepdim=True)
+                if shard is not None:
+                    peak_C1 = shard.largest(peak_C1)
+                picked_C1 = logits_CV.sub_(peak_C1).gather(1, labels_C1)
+                total_C1 = logits_CV.exp_().sum(dim=-1, keepdim=True)
             if shard is not None:
                 both = torch.stack((picked_C1.where(mine_C1, 0.0), total_C1))
                 picked_C1, total_C1 = shard.total(both)
@@ -72,14 +119,19 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is None and grad_weight is None:
                 continue
             # softmax minus one at the label, zero where masked
-            grad_CV = logits_CV.mul_(mask_C1 / total_C1)
-            grad_CV.scatter_add_(1, labels_C1, -hit_C1)
-            grad_CV = grad_CV.to(hidden_RD.dtype)
+            if compiled:
+                _compiled()[1](logits_CV, labels_C1, peak_C1, mask_C1 / total_C1, hit_C1)
+                grad_CV = logits_CV
+            else:
+                grad_CV = logits_CV.mul_(mask_C1 / total_C1)
+                grad_CV = grad_CV.scatter_add_(1, labels_C1, -hit_C1).to(hidden_RD.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[chunk])
             if grad_weight is not None:
-                if grad_weight.dtype == hidden_RD.dtype:
-                    grad_weight.addmm_(grad_CV.t(), h_CD)
+                if grad_weight.dtype == hidden_RD.dtype:  # the first product overwrites
+                    grad_weight.addmm_(grad_CV.t(), h_CD, beta=int(start > 0))
+                elif start == 0:
+                    grad_weight.copy_(grad_CV.t() @ h_CD)
                 else:
                     grad_weight += grad_CV.t() @ h_CD
         ctx.grads = (grad_hidden, grad_weight)
@@ -97,7 +149,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             grad_hidden.mul_(scale)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def chunk_rows(vocabulary: int) -> int:

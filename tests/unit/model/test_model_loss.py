@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -67,11 +68,20 @@ def close(found: Tensor | None, expected: Tensor, tolerance: float = 1e-5) -> bo
     return bool(error <= tolerance * max(1e-30, expected.abs().max()))
 
 
-def test_value_and_gradients() -> None:
+Loss = Callable[..., Tensor]
+
+
+@pytest.fixture(params=[False, True], ids=["eager", "compiled"])
+def fused(request: pytest.FixtureRequest) -> Loss:
+    """The function under test, in both of its forms."""
+    return lambda *tensors: FusedLinearCrossEntropy.apply(*tensors, None, request.param)
+
+
+def test_value_and_gradients(fused: Loss) -> None:
     hidden, weight, labels, mask = make()
     hidden.requires_grad_()
     weight.requires_grad_()
-    loss = FusedLinearCrossEntropy.apply(hidden, weight, labels, mask)
+    loss = fused(hidden, weight, labels, mask)
     loss.backward()
     expected, grad_hidden, grad_weight = oracle(hidden, weight, labels, mask)
     assert loss.dtype == torch.float32
@@ -103,11 +113,11 @@ def test_gradients_add_up_over_micro_batches() -> None:
     assert close(weight.grad, oracle(hidden, weight, labels, mask, 1 / 3)[2])
 
 
-def test_all_rows_masked_is_nothing() -> None:
+def test_all_rows_masked_is_nothing(fused: Loss) -> None:
     hidden, weight, labels, mask = make(3)
     hidden.requires_grad_()
     weight.requires_grad_()
-    loss = FusedLinearCrossEntropy.apply(hidden, weight, labels, torch.zeros_like(mask))
+    loss = fused(hidden, weight, labels, torch.zeros_like(mask))
     loss.backward()
     assert loss.item() == 0.0
     assert hidden.grad is not None
@@ -125,10 +135,10 @@ def test_a_masked_row_may_hold_any_label_and_any_size() -> None:
     assert FusedLinearCrossEntropy.apply(hidden, weight, labels, mask).item() == loss.item()
 
 
-def test_logits_of_a_thousand_do_not_overflow() -> None:
+def test_logits_of_a_thousand_do_not_overflow(fused: Loss) -> None:
     hidden, weight, labels, mask = make(5, spread=300.0)
     hidden.requires_grad_()
-    loss = FusedLinearCrossEntropy.apply(hidden, weight, labels, mask)
+    loss = fused(hidden, weight, labels, mask)
     loss.backward()
     expected, grad_hidden, _ = oracle(hidden, weight, labels, mask)
     assert expected > 1e5
@@ -137,12 +147,12 @@ def test_logits_of_a_thousand_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "neither"])
-def test_only_the_gradients_asked_for(wanted: str) -> None:
+def test_only_the_gradients_asked_for(fused: Loss, wanted: str) -> None:
     hidden, weight, labels, mask = make(6)
     expected, *gradients = oracle(hidden, weight, labels, mask)
     hidden.requires_grad_(wanted == "hidden")
     weight.requires_grad_(wanted == "weight")
-    loss = FusedLinearCrossEntropy.apply(hidden, weight, labels, mask)
+    loss = fused(hidden, weight, labels, mask)
     assert close(loss, expected, 1e-6)
     assert loss.requires_grad == (wanted != "neither")
     if wanted != "neither":
@@ -162,10 +172,10 @@ def test_evaluation_makes_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_an_fp32_loss_and_sum(dtype: torch.dtype) -> None:
+def test_half_precision_keeps_an_fp32_loss_and_sum(fused: Loss, dtype: torch.dtype) -> None:
     hidden, weight, labels, mask = make(8)
     hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
-    loss = FusedLinearCrossEntropy.apply(hidden, weight, labels, mask)
+    loss = fused(hidden, weight, labels, mask)
     loss.backward()
     expected, grad_hidden, grad_weight = oracle(hidden, weight, labels, mask)
     assert loss.dtype == torch.float32
@@ -190,12 +200,12 @@ def test_many_chunks_add_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     assert close(weight.grad, expected, 1e-2)
 
 
-def test_small_gradients_survive_fp16() -> None:
+def test_small_gradients_survive_fp16(fused: Loss) -> None:
     """A mean's 1 / N is applied after fp16's loss scale: before it, p / N would be zero."""
     hidden, weight, labels, mask = make(9, spread=0.01)
     hidden, weight = hidden.half(), (0.01 * weight).half().requires_grad_()
     divisor, loss_scale = 2.0**22, 2.0**22
-    loss = FusedLinearCrossEntropy.apply(hidden, weight, labels, mask)
+    loss = fused(hidden, weight, labels, mask)
     (loss / divisor * loss_scale).backward()
     assert close(weight.grad, oracle(hidden, weight, labels, mask)[2], 2e-2)
 
@@ -215,11 +225,11 @@ def test_a_second_backward_is_never_silently_empty() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 128, 129])
-def test_rows_around_a_chunk(rows: int) -> None:
+def test_rows_around_a_chunk(fused: Loss, rows: int) -> None:
     hidden, weight, labels, mask = (make(11)[0][:rows], *make(11)[1:])
     labels, mask = labels[:rows], mask[:rows]
     weight.requires_grad_()
-    loss = FusedLinearCrossEntropy.apply(hidden, weight, labels, mask)
+    loss = fused(hidden, weight, labels, mask)
     loss.backward()
     expected, _, grad_weight = oracle(hidden, weight, labels, mask)
     assert close(loss, expected, 1e-6)

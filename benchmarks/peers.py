@@ -1,0 +1,173 @@
+"""Other frameworks' training steps, for `train.py`: run by it, with an interpreter that has them.
+
+    python benchmarks/peers.py hf-compiled '{"model": {...}, "batch": 8, "steps": 6}'
+
+Prints one JSON object: the time each step ended at (Unix seconds), and peak resident bytes. Every
+peer has torch's fused AdamW, gradients clipped at 1.0, random tokens in memory and no logging.
+"""
+
+from __future__ import annotations
+
+import sys
+
+sys.path.sort(key=lambda path: path.endswith("benchmarks"))  # last, for it has a tokenize.py
+
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+Loss = Callable[[Tensor], Tensor]
+
+
+def hugging_face(model: dict[str, Any]) -> nn.Module:
+    """Of the same shape, randomly initialised; its attention is torch's SDPA."""
+    import transformers
+
+    length, vocabulary = model["max_position_embeddings"], model["vocab_size"]
+    if model.get("norm") == "layernorm":
+        config: Any = transformers.GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=length,
+            n_embd=model["hidden_size"],
+            n_layer=model["num_hidden_layers"],
+            n_head=model["num_attention_heads"],
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        built: nn.Module = transformers.GPT2LMHeadModel(config)
+    else:
+        config = transformers.LlamaConfig(**model, tie_word_embeddings=False)
+        built = transformers.LlamaForCausalLM(config)
+    built.config.use_cache = False
+    return built
+
+
+def lit(model: dict[str, Any]) -> nn.Module:
+    from litgpt import GPT, Config
+
+    gpt2 = model.get("norm") == "layernorm"
+    kind: dict[str, Any] = {
+        "norm_class_name": "RMSNorm",
+        "mlp_class_name": "LLaMAMLP",
+        "rotary_percentage": 1.0,
+    }
+    if gpt2:
+        kind = {"norm_class_name": "LayerNorm", "mlp_class_name": "GptNeoxMLP"}
+        kind |= {"rotary_percentage": 0.0, "gelu_approximate": "tanh"}
+    built: nn.Module = GPT(
+        Config(
+            block_size=model["max_position_embeddings"],
+            padded_vocab_size=model["vocab_size"],
+            n_layer=model["num_hidden_layers"],
+            n_head=model["num_attention_heads"],
+            n_embd=model["hidden_size"],
+            intermediate_size=model["intermediate_size"],
+            parallel_residual=False,
+            bias=gpt2,
+            **kind,
+        )
+    )
+    return built
+
+
+def plain_loop(model: nn.Module, loss: Loss, batches: list[Tensor]) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    ends = []
+    for tokens in batches:
+        loss(tokens).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if CUDA:
+            torch.cuda.synchronize()
+        ends.append(time.time())
+    return ends
+
+
+def trainer(model: nn.Module, batches: list[Tensor]) -> list[float]:
+    import tempfile
+
+    import transformers
+
+    ends: list[float] = []
+
+    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.time())
+
+    rows = [{"input_ids": row, "labels": row} for batch in batches for row in batch.cpu()]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            folder,
+            per_device_train_batch_size=len(batches[0]),
+            max_steps=len(batches),
+            learning_rate=1e-4,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            bf16=CUDA,
+            use_cpu=not CUDA,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        transformers.Trainer(
+            model=model, args=arguments, train_dataset=rows, callbacks=[Clock()]
+        ).train()
+    return ends
+
+
+def main() -> None:
+    peer, shape = sys.argv[1], json.loads(sys.argv[2])
+    model, steps, batch = shape["model"], shape["steps"], shape["batch"]
+    torch.manual_seed(0)
+    size = (batch, model["max_position_embeddings"])
+    batches = [torch.randint(model["vocab_size"], size, device=DEVICE) for _ in range(steps)]
+    built = (lit if peer.startswith("litgpt") else hugging_face)(model).to(DEVICE)
+    if CUDA and peer != "hf-trainer":
+        built = built.to(torch.bfloat16)
+    built.train()
+    call: Any = torch.compile(built) if peer.endswith("compiled") else built
+
+    def hf_loss(tokens: Tensor) -> Tensor:
+        loss: Tensor = call(input_ids=tokens, labels=tokens).loss
+        return loss
+
+    def lit_loss(tokens: Tensor) -> Tensor:
+        from litgpt.utils import chunked_cross_entropy
+
+        logits = call(tokens)
+        loss: Tensor = chunked_cross_entropy(logits[:, :-1], tokens[:, 1:])
+        return loss
+
+    if peer == "hf-trainer":
+        ends = trainer(built, batches)
+    else:
+        ends = plain_loop(built, lit_loss if peer.startswith("litgpt") else hf_loss, batches)
+    memory = peak_memory()
+    sys.stdout.write("\n" + json.dumps({"ends": ends, "memory": memory}) + "\n")
+
+
+def peak_memory() -> int:
+    """Bytes: the device's allocator's, or on a CPU the process's resident peak."""
+    if CUDA:
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    main()
