@@ -14,7 +14,6 @@ from megalite.config.schema import RunConfig
 # (none listed: any but null), and what to write until it has them.
 _NOT_IN_THIS_VERSION: dict[str, tuple[tuple[Any, ...], str]] = {
     "model.architecture": (("encoder", "encoder_decoder"), 'write "decoder"'),
-    "training.profile": ((), "leave it out"),
     "finetune": ((), "leave the section out"),
 }
 
@@ -46,6 +45,7 @@ def rule_faults(config: RunConfig) -> Iterator[Fault]:
     yield from _retention(config)
     yield from _names(config)
     yield from _precision(config)
+    yield from _profile(config)
 
 
 def _heads(config: RunConfig) -> Iterator[Fault]:
@@ -175,6 +175,18 @@ def _precision(config: RunConfig) -> Iterator[Fault]:
             "training.precision deepspeed.zero_optimization.stage",
             f"{precision} with ZeRO stage 0 keeps no fp32 master weights; set "
             "deepspeed.zero_optimization.stage to 1",
+        )
+
+
+def _profile(config: RunConfig) -> Iterator[Fault]:
+    if config.training.profile is None:
+        return
+    (first, last), steps = config.training.profile, config.training.steps
+    if not first <= last <= steps:
+        yield fault(
+            "training.profile training.steps",
+            f"[{first}, {last}] are the first and the last step of a trace; give two steps in "
+            f"order, up to training.steps {steps}",
         )
 
 

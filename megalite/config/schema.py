@@ -225,7 +225,12 @@ class TrainingConfig(Section):
         "attention, or whole blocks.",
     )
     compile: bool = Field(
-        default=False, description="Whether blocks are compiled with torch.compile."
+        default=False, description="Whether blocks and the loss are compiled with torch.compile."
+    )
+    profile: Annotated[tuple[Count, Count], Field(strict=False)] | None = Field(
+        default=None,
+        description="First and last step of a trace, written to profile/ of the run folder.",
+        examples=[[10, 15]],
     )
     seed: Seed = Field(default=1234, description="Seed of initial weights and of dropout.")
     log_every: Count = Field(default=10, description="Steps between rows of metrics.jsonl.")

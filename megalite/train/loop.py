@@ -18,7 +18,7 @@ from megalite.data import Dataset
 from megalite.engine import Engine, StepResult
 from megalite.errors import Stopped
 from megalite.evaluate import mean_loss, perplexity
-from megalite.observe import Recorder, peak_flops, peak_memory_bytes
+from megalite.observe import Recorder, Trace, peak_flops, peak_memory_bytes
 from megalite.optim import learning_rate
 from megalite.parallel import Grid
 from megalite.plan import Plan
@@ -35,6 +35,7 @@ class Trainer:
     Attributes:
         place: where the run stands; advanced by every step.
         retain: called after each publication; what it returns deletes what nothing keeps.
+        trace: records some steps, where asked.
         guard: compares replicas.
         inspect: called with (step, engine, grid) between each backward and its update.
     """
@@ -50,6 +51,7 @@ class Trainer:
     place: Place
     saver: Saver
     retain: Callable[[], threading.Thread | None]
+    trace: Trace
     guard: DriftGuard | None = None
     inspect: Inspect | None = None
 
@@ -72,6 +74,7 @@ class Trainer:
                 self._leave()
             step = self.place.step + 1
             lr = learning_rate(self.config, step)
+            self.trace.before(step)
             result = self.engine.train_step(
                 batches.micro_batches,
                 divisor=targets,
@@ -79,6 +82,7 @@ class Trainer:
                 step=step,
                 inspect=self.inspect and partial(self.inspect, step, self.engine, self.grid),
             )
+            self.trace.after(step)
             self.place = self._advance()
             self._after_step(result, lr)
         self._finish()
@@ -201,6 +205,7 @@ class Trainer:
         name = self.stop.name or "a signal on another rank"
         self.recorder.event(self.place.step, "signal", signal=name)
         self._leaving = True
+        self.trace.close()
         self._settle()
         kept = "and saved; the same command resumes it"
         if self.place.step == 0:

@@ -32,7 +32,7 @@ from megalite.errors import (
     UserError,
 )
 from megalite.log import logger
-from megalite.observe import Recorder, previous_attempts, restate
+from megalite.observe import Recorder, Trace, previous_attempts, restate
 from megalite.parallel import Grid, start, stop
 from megalite.plan import Plan, deepspeed_dict, make_plan
 from megalite.train.checks import hardware_faults
@@ -260,6 +260,7 @@ def _train(
             place,
             saver,
             _retainer(request, grid),
+            Trace(request.folder / "profile", grid.rank, request.config.training.profile),
             _guard(request, plan, grid, engine),
             request.inspect,
         )

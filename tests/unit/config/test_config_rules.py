@@ -87,6 +87,16 @@ def test_what_is_sound(keys: dict[str, Any]) -> None:
             "set checkpoint.every",
         ),
         (
+            {"training__profile": [5, 3]},
+            "training.profile: [5, 3] are the first and the last step of a trace; give two steps "
+            "in order, up to training.steps 100",
+        ),
+        (
+            {"training__profile": [99, 101]},
+            "training.profile: [99, 101] are the first and the last step of a trace; give two "
+            "steps in order, up to training.steps 100",
+        ),
+        (
             {"checkpoint": {"keep_best": True}},
             "checkpoint.keep_best: the best is the one of the lowest validation loss, but "
             "data.valid is empty; name held-out shards there, or set keep_best to false",
@@ -149,10 +159,6 @@ def test_names_that_are_no_folder_names(name: str) -> None:
             'model.architecture: found "encoder", which is not in this version; write "decoder"',
         ),
         (
-            {"training__profile": [3, 5]},
-            "training.profile: found [3, 5], which is not in this version; leave it out",
-        ),
-        (
             {"finetune": {"task": "sft"}},
             'finetune: found {"task": "sft"}, which is not in this version; leave the section out',
         ),
@@ -163,7 +169,7 @@ def test_not_in_this_version(keys: dict[str, Any], message: str) -> None:
 
 
 def test_absent_parts_may_be_null() -> None:
-    assert isinstance(parse_config(change(finetune=None, training__profile=None)), RunConfig)
+    assert isinstance(parse_config(change(finetune=None)), RunConfig)
 
 
 def test_a_wrong_value_of_a_planned_key_is_the_schemas_to_refuse() -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megalite.env import has_compiler
 from megalite.model import loss as module
 from megalite.model.decoder import head_loss
 from megalite.model.loss import FusedLinearCrossEntropy, chunk_rows
@@ -71,7 +72,12 @@ def close(found: Tensor | None, expected: Tensor, tolerance: float = 1e-5) -> bo
 Loss = Callable[..., Tensor]
 
 
-@pytest.fixture(params=[False, True], ids=["eager", "compiled"])
+COMPILED = pytest.param(
+    True, marks=pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
+)
+
+
+@pytest.fixture(params=[False, COMPILED], ids=["eager", "compiled"])
 def fused(request: pytest.FixtureRequest) -> Loss:
     """The function under test, in both of its forms."""
     return lambda *tensors: FusedLinearCrossEntropy.apply(*tensors, None, request.param)

@@ -15,6 +15,7 @@ from megalite.checkpoint import Place
 from megalite.data import StepBatches
 from megalite.engine import StepResult
 from megalite.errors import Stopped
+from megalite.observe import Trace
 from megalite.optim import learning_rate
 from megalite.parallel import Grid
 from megalite.plan import make_plan
@@ -140,6 +141,7 @@ def run(
         place=place or Place(),
         saver=parts,
         retain=lambda: None,
+        trace=Trace(Path("nowhere"), 0, None),
     )
     try:
         trainer.run()

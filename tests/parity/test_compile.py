@@ -1,0 +1,54 @@
+"""Compiled training: whole graphs, all of them made by the end of the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.config import parse_config
+from megalite.env import Launch, has_compiler
+from tests.ranks import run_ranks
+from tests.runs import run_file, zero
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
+
+
+def counted(launch: Launch, raw: dict[str, Any]) -> dict[str, Any]:
+    """Train; what torch has compiled by each step, and the graph breaks of the whole run."""
+    from torch._dynamo.utils import counters
+
+    from megalite.train import Request, run
+
+    graphs = list[int]()
+
+    def inspect(_step: int, *_: Any) -> None:
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    run(Request(parse_config(raw), inspect=inspect), launch)
+    graphs.append(counters["stats"]["unique_graphs"])
+    return {"graphs": graphs, "breaks": dict(counters["graph_break"])}
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "sections"),
+    [
+        (0, 1, {}),
+        (1, 2, {"training": {"activation_checkpointing": "selective"}}),
+        (2, 2, {"data": {"mask_documents": True}}),
+        (3, 2, {"training": {"activation_checkpointing": "full"}}),
+        (1, 2, {"parallel": {"tensor": 2}}),
+    ],
+)
+def test_nothing_breaks_and_nothing_is_compiled_again(
+    shards: dict[str, str], tmp_path: Path, stage: int, ranks: int, sections: dict[str, Any]
+) -> None:
+    """Through validations before, in the midst and at the end, each followed by training."""
+    training = {"compile": True, "steps": 6, "eval_every": 2} | sections.get("training", {})
+    sections = sections | {"training": training, "deepspeed": zero(stage)}
+    for rank in run_ranks(counted, ranks, run_file(shards, tmp_path, **sections)):
+        assert rank["breaks"] == {}
+        # a block, and the loss's two passes, in validation and in training
+        assert 3 <= rank["graphs"][0] <= 6
+        assert set(rank["graphs"]) == {rank["graphs"][0]}
