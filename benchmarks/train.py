@@ -2,7 +2,8 @@
 
     python benchmarks/train.py                          the 42 M shape, three rounds
     python benchmarks/train.py --shape vocab gpt2 --peers /path/to/python --json results.json
-    python benchmarks/train.py --only megalite bare     what logging and saving cost
+    python benchmarks/train.py --shape smoke --steps 60 --only full bare
+                                                        what logging and saving cost
 
 In every round each contestant is started afresh, one after the other, and takes the same number of
 steps on random tokens: batch, clipping at 1.0 and AdamW (fused) are the same for all, fp32 on a
@@ -11,7 +12,8 @@ warm-up. Ratios are of medians over all rounds.
 
     megalite        launcher/pretrain.py: one rank, ZeRO-0, blocks compiled, logging and TensorBoard
     plain           the same without compiling
-    bare            the same as megalite without TensorBoard, logging at the last step alone
+    full, bare      the same with a save in the background every 20 steps; without saves and
+                    TensorBoard, logging twice
     zero1           the same as megalite, ZeRO-1
     dp2, tp2        two ranks of half the threads: ZeRO-1, tensor parallelism
     hf, hf-compiled, hf-trainer, litgpt, litgpt-compiled      peers.py, beside this file
@@ -48,6 +50,12 @@ LLAMA: dict[str, Any] = {
 # name: (model, sequences of a step)
 SHAPES: dict[str, tuple[dict[str, Any], int]] = {
     "42m": (LLAMA | {"vocab_size": 32000, "num_hidden_layers": 8}, 8),
+    "smoke": (
+        LLAMA
+        | {"vocab_size": 8000, "num_hidden_layers": 4, "max_position_embeddings": 256}
+        | {"hidden_size": 256, "intermediate_size": 704},
+        16,
+    ),
     "vocab": (LLAMA | {"vocab_size": 131072, "num_hidden_layers": 4}, 4),
     "gpt2": (
         {
@@ -83,10 +91,12 @@ def _stage(stage: int) -> dict[str, Any]:
 
 
 ZERO_0: dict[str, Any] = {"deepspeed": _stage(0)}
-QUIET: dict[str, Any] = {"logging": {"tensorboard": False}, "training": {"log_every": 1_000_000}}
+SAVING: dict[str, Any] = {"checkpoint": {"every": 20, "background": True, "keep": 1}}
+QUIET: dict[str, Any] = {"logging": {"tensorboard": False}, "training": {"log_every": None}}
 CONTESTANTS = {
     "megalite": Contestant(1, ZERO_0),
     "plain": Contestant(1, ZERO_0 | {"training": {"compile": False}}),
+    "full": Contestant(1, ZERO_0 | SAVING),
     "bare": Contestant(1, ZERO_0 | QUIET),
     "zero1": Contestant(1, {"deepspeed": _stage(1)}),
     "dp2": Contestant(2, {"deepspeed": _stage(1)}),
@@ -241,9 +251,12 @@ def visit(
         lines = (folder / "runs" / f"{name}-{number}" / "metrics.jsonl").read_text().splitlines()
         rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
         memory = max(row["peak_memory_bytes"] for row in rows)
-        if len(rows) == 1:  # logged at the last step alone: the loop's own clock for all of them
-            return {"seconds": [rows[0]["step_seconds"]], "memory": memory, "first": float("nan")}
         ends = [row["time"] for row in rows]
+        if name in ("full", "bare"):  # whatever happened from the middle to the end
+            half = chosen.steps // 2
+            middle = next(row["time"] for row in rows if row["step"] == half)
+            seconds = [(ends[-1] - middle) / (chosen.steps - half)]
+            return {"seconds": seconds, "memory": memory, "first": ends[0] - began}
     seconds = [after - before for before, after in itertools.pairwise(ends)][WARM - 1 :]
     return {"seconds": seconds, "memory": memory, "first": ends[0] - began}
 
@@ -278,6 +291,7 @@ def ours(
     }
     for section, values in contestant.sections.items():
         run[section] = run.get(section, {}) | values
+    run["training"]["log_every"] = run["training"]["log_every"] or max(1, steps // 2)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(run), encoding="utf-8")
     launch = [sys.executable]
