@@ -7,6 +7,7 @@ ranks and the loss is divided once, by the targets of the whole global batch.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -42,6 +44,22 @@ from megalite.engine.reference import (
 from megalite.model import CausalLM, build, head_loss, initialize
 from megalite.optim import Fragment, Muon, make_optimizer, orthogonalize
 from megalite.parallel import Grid, local_model, prepare, split
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, which every engine asks for and none here uses, uncompiled.
+
+    It decorates functions with torch.compile, and that alone imports the compiler: 0.8 s.
+    """
+    whole = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = whole
+
+
+_import_muon()
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
