@@ -42,6 +42,7 @@ def hugging_face(model: dict[str, Any]) -> nn.Module:
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
+            activation_function="gelu_pytorch_tanh",  # its own is the same in several kernels
         )
         built: nn.Module = transformers.GPT2LMHeadModel(config)
     else:
@@ -61,9 +62,10 @@ def lit(model: dict[str, Any]) -> nn.Module:
         "rotary_percentage": 1.0,
     }
     if gpt2:
+        # it has no learned positions: a little less work than the others'
         kind = {"norm_class_name": "LayerNorm", "mlp_class_name": "GptNeoxMLP"}
         kind |= {"rotary_percentage": 0.0, "gelu_approximate": "tanh"}
-    built: nn.Module = GPT(
+    built = GPT(
         Config(
             block_size=model["max_position_embeddings"],
             padded_vocab_size=model["vocab_size"],
@@ -76,6 +78,8 @@ def lit(model: dict[str, Any]) -> nn.Module:
             **kind,
         )
     )
+    if gpt2:  # tied, as its pretraining ties them
+        built.transformer.wte.weight = built.lm_head.weight
     return built
 
 
@@ -83,7 +87,9 @@ def plain_loop(model: nn.Module, loss: Loss, batches: list[Tensor]) -> list[floa
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     ends = []
     for tokens in batches:
-        loss(tokens).backward()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA):  # masters stay fp32
+            value = loss(tokens)
+        value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -131,11 +137,10 @@ def main() -> None:
     peer, shape = sys.argv[1], json.loads(sys.argv[2])
     model, steps, batch = shape["model"], shape["steps"], shape["batch"]
     torch.manual_seed(0)
-    size = (batch, model["max_position_embeddings"])
+    lit_peer = peer.startswith("litgpt")  # cuts inputs and labels out of one token more
+    size = (batch, model["max_position_embeddings"] + lit_peer)
     batches = [torch.randint(model["vocab_size"], size, device=DEVICE) for _ in range(steps)]
-    built = (lit if peer.startswith("litgpt") else hugging_face)(model).to(DEVICE)
-    if CUDA and peer != "hf-trainer":
-        built = built.to(torch.bfloat16)
+    built = (lit if lit_peer else hugging_face)(model).to(DEVICE)
     built.train()
     call: Any = torch.compile(built) if peer.endswith("compiled") else built
 
@@ -146,14 +151,14 @@ def main() -> None:
     def lit_loss(tokens: Tensor) -> Tensor:
         from litgpt.utils import chunked_cross_entropy
 
-        logits = call(tokens)
-        loss: Tensor = chunked_cross_entropy(logits[:, :-1], tokens[:, 1:])
+        logits = call(tokens[:, :-1].contiguous())
+        loss: Tensor = chunked_cross_entropy(logits, tokens[:, 1:].contiguous())
         return loss
 
     if peer == "hf-trainer":
         ends = trainer(built, batches)
     else:
-        ends = plain_loop(built, lit_loss if peer.startswith("litgpt") else hf_loss, batches)
+        ends = plain_loop(built, lit_loss if lit_peer else hf_loss, batches)
     memory = peak_memory()
     sys.stdout.write("\n" + json.dumps({"ends": ends, "memory": memory}) + "\n")
 

@@ -7,13 +7,14 @@
 
 In every round each contestant is started afresh, one after the other, and takes the same number of
 steps on random tokens: batch, clipping at 1.0 and AdamW (fused) are the same for all, fp32 on a
-CPU, bf16 on a GPU. Between them the machine's matrix product is timed. Steps before the second are
-warm-up. Ratios are of medians over all rounds.
+CPU, bf16 with fp32 masters on a GPU. Between them the machine's matrix product is timed. The first
+two steps are warm-up. Ratios are of medians over all rounds. Memory is a process's (a rank's).
 
-    megalite        launcher/pretrain.py: one rank, ZeRO-0, blocks compiled, logging and TensorBoard
+    megalite        launcher/pretrain.py: one rank, ZeRO-0 (on a GPU ZeRO-1, which has masters),
+                    blocks compiled, logging and TensorBoard
     plain           the same without compiling
     full, bare      the same with a save in the background every 20 steps; without saves and
-                    TensorBoard, logging twice
+                    TensorBoard, logging three times (give 60 steps)
     zero1           the same as megalite, ZeRO-1
     dp2, tp2        two ranks of half the threads: ZeRO-1, tensor parallelism
     hf, hf-compiled, hf-trainer, litgpt, litgpt-compiled      peers.py, beside this file
@@ -34,6 +35,7 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -252,11 +254,11 @@ def visit(
         rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
         memory = max(row["peak_memory_bytes"] for row in rows)
         ends = [row["time"] for row in rows]
-        if name in ("full", "bare"):  # whatever happened from the middle to the end
-            half = chosen.steps // 2
-            middle = next(row["time"] for row in rows if row["step"] == half)
-            seconds = [(ends[-1] - middle) / (chosen.steps - half)]
-            return {"seconds": seconds, "memory": memory, "first": ends[0] - began}
+        if name in ("full", "bare"):  # whatever happened after the first third, saves included
+            third = chosen.steps // 3
+            start = next(row["time"] for row in rows if row["step"] == third)
+            seconds = [(ends[-1] - start) / (chosen.steps - third)]
+            return {"seconds": seconds, "memory": memory, "first": float("nan")}
     seconds = [after - before for before, after in itertools.pairwise(ends)][WARM - 1 :]
     return {"seconds": seconds, "memory": memory, "first": ends[0] - began}
 
@@ -291,13 +293,22 @@ def ours(
     }
     for section, values in contestant.sections.items():
         run[section] = run.get(section, {}) | values
-    run["training"]["log_every"] = run["training"]["log_every"] or max(1, steps // 2)
+    run["training"]["log_every"] = run["training"]["log_every"] or max(1, steps // 3)
+    if gpu() and run.get("deepspeed") == _stage(0):
+        run["deepspeed"] = _stage(1)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(run), encoding="utf-8")
     launch = [sys.executable]
     if contestant.ranks > 1:
         launch += ["-m", "torch.distributed.run", f"--nproc-per-node={contestant.ranks}"]
     return [*launch, str(ROOT / "launcher" / "pretrain.py"), "--config", str(path)]
+
+
+@cache
+def gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _tensor(contestant: Contestant) -> int:

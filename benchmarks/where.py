@@ -25,9 +25,9 @@ from typing import Any
 KINDS = {
     "attention": ("scaled_dot_product", "flash", "fmha"),
     "matrix products": ("aten::mm", "addmm", "bmm", "gemm", "cutlass", "linear", "nvjet"),
-    "optimizer, clipping": ("adam", "norm", "zero_grad", "Optimizer"),
-    "communication": ("gloo", "nccl", "c10d", "all_reduce", "allreduce", "reduce_scatter"),
     "compiled passes": ("CompiledFx", "CompiledFunction", "graph_", "triton"),
+    "optimizer, clipping": ("_fused_adam", "vector_norm", "zero_grad", "Optimizer"),
+    "communication": ("gloo", "nccl", "c10d", "all_reduce", "allreduce", "reduce_scatter"),
     "other operations": ("",),
 }
 COLOURS = ("#2266cc", "#66aadd", "#ddaa33", "#cc5544", "#55aa77", "#999999", "#dddddd")

@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,7 +150,8 @@ def _start(shapes: Mapping[str, list[int]]) -> tuple[bytes, int]:
 def read_tensor(path: Path, name: str, target: Floats, box: tuple[slice, ...]) -> None:
     """Read a box of a tensor of a safetensors file into `target`, of the box's shape.
 
-    What lies together in file and memory goes straight from the one to the other.
+    What lies together in file and memory goes straight from the one to the other; of columns, whole
+    rows are read, some at a time. Nothing is mapped: a page that cannot be read kills the process.
 
     Raises:
         OSError, ValueError, KeyError: the file cannot be read, or is not what the manifest says.
@@ -166,16 +168,27 @@ def read_tensor(path: Path, name: str, target: Floats, box: tuple[slice, ...]) -
         whole_rows = all(
             (b.start, b.stop) == (0, n) for b, n in zip(box[1:], shape[1:], strict=True)
         )
-        if whole_rows and target.flags.c_contiguous:
+        if box:
             file.seek(offset + box[0].start * row)
-            view = target.reshape(-1).view(np.uint8).data
-            done = 0
-            while done < len(view) and (count := file.readinto(view[done:])):
-                done += count
-            if done < len(view):
-                raise OSError(f"{name} ends after {done} of {len(view)} bytes")
+        else:
+            file.seek(offset)
+        if whole_rows and target.flags.c_contiguous:
+            _read_into(file, target, name)
             return
-    target[...] = np.memmap(path, np.float32, "r", offset, tuple(shape))[box]
+        at_once, cut = max(1, _PIECE // row), (slice(None), *box[1:])
+        for first in range(0, len(target), at_once):
+            part = target[first : first + at_once]
+            rows = np.empty((len(part), *shape[1:]), np.float32)
+            _read_into(file, rows, name)
+            part[...] = rows[cut]
+
+
+def _read_into(file: FileIO, target: Floats, name: str) -> None:
+    view, done = target.reshape(-1).view(np.uint8).data, 0
+    while done < len(view) and (count := file.readinto(view[done:])):
+        done += count
+    if done < len(view):
+        raise OSError(f"{name} ends after {done} of {len(view)} bytes")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -59,6 +59,32 @@ def to_gradient(
     logits_CV.copy_(torch.where(column_V == labels_C1, grad_CV - hit_C1, grad_CV))
 
 
+def _whole(
+    logits_CV: Tensor, labels_C1: Tensor, hit_C1: Tensor, shard: Shard | None, compiled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`statistics` over all shards; not compiled, `exp(logits - peak)` is left in place.
+
+    hit_C1: zero where the label counts on another shard, or nowhere.
+    """
+    if compiled:
+        own_C1, total_C1, picked_C1 = _compiled()[0](logits_CV, labels_C1)
+        peak_C1 = own_C1
+        if shard is not None:
+            peak_C1 = shard.largest(own_C1.clone())
+            total_C1 = total_C1 * (own_C1 - peak_C1).exp()
+            picked_C1 = picked_C1 + (own_C1 - peak_C1)
+    else:
+        peak_C1 = logits_CV.amax(dim=-1, keepdim=True)
+        if shard is not None:
+            peak_C1 = shard.largest(peak_C1)
+        picked_C1 = logits_CV.sub_(peak_C1).gather(1, labels_C1)
+        total_C1 = logits_CV.exp_().sum(dim=-1, keepdim=True)
+    if shard is not None:
+        both = torch.stack((picked_C1.where(hit_C1 > 0, 0.0), total_C1))
+        picked_C1, total_C1 = shard.total(both)
+    return peak_C1, total_C1, picked_C1
+
+
 @cache
 def _compiled() -> tuple[Any, Any]:
     # dynamic: a last chunk or an evaluation of fewer rows is not compiled anew
@@ -99,22 +125,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
                 labels_C1 = labels_C1 - shard.first
                 mine_C1 = (labels_C1 >= 0) & (labels_C1 < shard.held)
                 labels_C1, hit_C1 = labels_C1.where(mine_C1, 0), mask_C1 * mine_C1
-            if compiled:
-                own_C1, total_C1, picked_C1 = _compiled()[0](logits_CV, labels_C1)
-                peak_C1 = own_C1
-                if shard is not None:
-                    peak_C1 = shard.largest(own_C1.clone())
-                    total_C1 = total_C1 * (own_C1 - peak_C1).exp()
-                    picked_C1 = picked_C1 + (own_C1 - peak_C1)
-            else:
-                peak_C1 = logits_CV.amax(dim=-1, keepdim=True)
-                if shard is not None:
-                    peak_C1 = shard.largest(peak_C1)
-                picked_C1 = logits_CV.sub_(peak_C1).gather(1, labels_C1)
-                total_C1 = logits_CV.exp_().sum(dim=-1, keepdim=True)
-            if shard is not None:
-                both = torch.stack((picked_C1.where(mine_C1, 0.0), total_C1))
-                picked_C1, total_C1 = shard.total(both)
+            peak_C1, total_C1, picked_C1 = _whole(logits_CV, labels_C1, hit_C1, shard, compiled)
             loss += ((total_C1.log() - picked_C1) * mask_C1).sum()
             if grad_hidden is None and grad_weight is None:
                 continue

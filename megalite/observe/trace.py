@@ -34,22 +34,19 @@ class Trace:
             self._profiler = torch.profiler.profile()  # of every kind of device there is
             self._profiler.start()
 
-    def after(self, step: int) -> None:
-        """Called after each step."""
-        if self._profiler is not None and step >= self._last:
-            self.close()
+    def is_full(self, step: int) -> bool:
+        """Whether it has seen its last step and can be closed."""
+        return self._profiler is not None and step >= self._last
 
     def close(self) -> None:
         """Write what was recorded; a trace that cannot be written ends no run."""
         profiler, self._profiler = self._profiler, None
         if profiler is None:
             return
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        profiler.stop()
         path = self._folder / f"{self._name}.json.gz"
         by = f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total"
         try:
+            profiler.stop()
             self._folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(path))
             table = profiler.key_averages().table(

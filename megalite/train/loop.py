@@ -82,7 +82,9 @@ class Trainer:
                 step=step,
                 inspect=self.inspect and partial(self.inspect, step, self.engine, self.grid),
             )
-            self.trace.after(step)
+            if self.trace.is_full(step):
+                with _Pause(self._clock):  # which waits for the device, too
+                    self.trace.close()
             self.place = self._advance()
             self._after_step(result, lr)
         self._finish()
@@ -205,7 +207,6 @@ class Trainer:
         name = self.stop.name or "a signal on another rank"
         self.recorder.event(self.place.step, "signal", signal=name)
         self._leaving = True
-        self.trace.close()
         self._settle()
         kept = "and saved; the same command resumes it"
         if self.place.step == 0:
@@ -222,6 +223,7 @@ class Trainer:
             else:
                 self._save()
                 self._settle()
+        self.trace.close()
         raise Stopped(f"stopped by {name} after step {self.place.step} {kept}")
 
 

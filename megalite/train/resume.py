@@ -114,11 +114,12 @@ def load(
     engine: Engine,
     config: RunConfig,
     grid: Grid,
+    root: Path,
 ) -> tuple[Origin, Place]:
     """Bring the engine to where the run stands; a collective.
 
-    A checkpoint that turns out damaged is set aside and the one before it loaded, as `again`
-    finds it.
+    A checkpoint of this run, below `root`, that turns out damaged is set aside and the one before
+    it loaded, as `again` finds it.
 
     Returns:
         what was loaded, and the place training goes on from.
@@ -136,7 +137,7 @@ def load(
             )
             return origin, replace(restored, samples=origin.place.samples)
         except DamagedCheckpoint as error:
-            if origin.weights_only:
+            if origin.weights_only or folder.parent != root:
                 raise
             checkpoint.set_aside_damaged(origin.folder, [str(error)], grid)
             before = again()

@@ -236,14 +236,17 @@ def _train(
     stop_request: StopRequest,
 ) -> None:
     place = origin.place if origin else Place()
-    own = origin.folder.name if origin and origin.folder.parent == request.root else None
-    recorder.status("running", step=place.step, last_checkpoint=own)
+    recorder.status("running", step=place.step, last_checkpoint=_own_name(request, origin))
     trainer: Trainer | None = None
     try:
         engine = _make_engine(request, plan, grid, settings)
         if origin is not None:
             again = partial(_origin, request, grid, train, settings)
-            origin, place = load(origin, again, engine, request.config, grid)
+            origin, place = load(origin, again, engine, request.config, grid, request.root)
+            recorder.status("running", step=place.step, last_checkpoint=_own_name(request, origin))
+        guard = _guard(request, plan, grid, engine)
+        if origin is not None and guard is not None:  # each rank may have read for itself
+            guard.check(place.step)
         _announce(request, plan, grid, train, origin, place, recorder)
         loader = _loader(plan, grid, train, place)
         saver = _saver(request, grid, engine, train, settings)
@@ -261,7 +264,7 @@ def _train(
             saver,
             _retainer(request, grid),
             Trace(request.folder / "profile", grid.rank, request.config.training.profile),
-            _guard(request, plan, grid, engine),
+            guard,
             request.inspect,
         )
         try:
@@ -343,6 +346,11 @@ def _announce(
             changes=origin.changes,
             **layout,
         )
+
+
+def _own_name(request: Request, origin: Origin | None) -> str | None:
+    """The checkpoint of this run that training goes on from."""
+    return origin.folder.name if origin and origin.folder.parent == request.root else None
 
 
 def _loader(plan: Plan, grid: Grid, train: Dataset, place: Place) -> Loader:
