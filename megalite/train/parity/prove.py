@@ -37,7 +37,8 @@ Worker = Callable[[str], None]  # a rank: given a job's path, ends the process b
 _TIMEOUT = 900.0  # seconds a layout may take
 _LAST_WORDS = 5.0  # seconds the other ranks have once one has failed
 
-Curve = dict[int, tuple[float, float]]  # loss and gradient norm by step
+# by step: loss, gradient norm, and the loss of the validation after it (1 where there is none)
+Curve = dict[int, tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -193,10 +194,10 @@ def _judge(
     whole = found.keys() == expected.keys()
     loss, norm = (
         max(
-            (_relative(found[n][i], expected[n][i]) for n in expected if n in found),
+            (_relative(found[n][i], expected[n][i]) for n in expected if n in found for i in which),
             default=math.inf,
         )
-        for i in (0, 1)
+        for which in ((0, 2), (1,))
     )
     errors = [math.inf if d["error"] is None else d["error"] for d in differences]
     over = [i for i, error in enumerate(errors) if error > tolerances[2]]
@@ -232,10 +233,11 @@ def _finite(value: float) -> float | None:
 
 def _read_curve(folder: Path) -> Curve:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    valid = {row["step"]: _number(row["loss"]) for row in rows if row["kind"] == "valid"}
     return {
-        row["step"]: (_number(row["loss"]), _number(row["grad_norm"]))
+        n: (_number(row["loss"]), _number(row["grad_norm"]), valid.get(n, 1.0))
         for row in rows
-        if row["kind"] == "train"
+        if row["kind"] == "train" and (n := row["step"])
     }
 
 

@@ -22,6 +22,7 @@ from megalite.log import logger
 from megalite.train.parity.layouts import Layout
 
 STEPS = 20
+_VALIDATED = 3  # never right before a step whose layers' outputs are compared
 SAVED = 10  # the step after which a run that is resumed was saved
 _SEQUENCE = 64
 _VOCABULARY = 1009  # a prime: no tensor-parallel size divides it
@@ -87,7 +88,7 @@ def make_trial(config: RunConfig, folder: Path, *, ranks: int, scale: bool = Fal
         scale: shrink the model in proportion, whatever its size.
     """
     raw = config.model_dump(mode="json")
-    changed = ["random tokens", "fp32", f"{STEPS} steps", "no validation"]
+    changed = ["random tokens", "fp32", f"{STEPS} steps, validated every {_VALIDATED}"]
     model = raw["model"]
     if scale:
         model |= scaled(model, raw["parallel"]["tensor"])
@@ -101,7 +102,11 @@ def make_trial(config: RunConfig, folder: Path, *, ranks: int, scale: bool = Fal
         batch *= 2
     changed.append(f"batches of {batch} x {length} tokens")
     shards = folder / "shards"
-    raw["data"] |= {"train": [{"path": str(shards)}], "valid": [], "sequence_length": length}
+    raw["data"] |= {
+        "train": [{"path": str(shards)}],
+        "valid": [{"path": str(shards)}],
+        "sequence_length": length,
+    }
     raw["data"]["verify"] = False
     raw["schedule"] |= {"warmup_steps": STEPS, "decay_steps": None}
     rate = raw["optimizer"]["lr"]
@@ -114,7 +119,8 @@ def make_trial(config: RunConfig, folder: Path, *, ranks: int, scale: bool = Fal
         "global_batch_size": batch,
         "compile": False,
         "log_every": 1,
-        "eval_every": 0,
+        "eval_every": _VALIDATED,
+        "eval_batches": 1,
         "drift_every": 0,  # what differs is the report's to name
     }
     raw["logging"] = {"directory": str(folder / "runs"), "tensorboard": False}
