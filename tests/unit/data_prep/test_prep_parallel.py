@@ -290,7 +290,11 @@ def test_an_empty_output_folder_is_no_sign_of_an_earlier_end(
     """A restart goes on from the parts that are kept, and a second command harms no first one."""
     wish = options(corpus, tmp_path / "out")
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(encode, "plan_join", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encode, "plan_join", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenize(wish)
     monkeypatch.undo()
