@@ -29,6 +29,7 @@ sys.path.sort(key=lambda path: path.endswith("benchmarks"))  # last, for it has 
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -343,9 +344,11 @@ def table(shape: str, result: dict[str, Any]) -> str:
         rate = row["tokens_per_second"]
         faster = f"{first['tokens_per_second'] / rate:.2f} x" if first else ""
         memory = f"{row['memory_bytes'] / 1e9:.2f} GB"
+        began = row["first_step_seconds"]
+        started = "" if math.isnan(began) else f"{began:.1f} s"
         lines.append(
-            f"{name:16} {rate:9,.0f} {row['share_of_peak']:8.0%} {memory:>8} "
-            f"{row['first_step_seconds']:9.1f} s {faster:>12}"
+            f"{name:16} {rate:9,.0f} {row['share_of_peak']:8.0%} {memory:>8} {started:>11} "
+            f"{faster:>12}"
         )
     lines += [f"{name:16} did not run: {why[-200:]}" for name, why in result["faults"].items()]
     return "\n".join(lines)
