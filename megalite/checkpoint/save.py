@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +50,7 @@ class Saver:
     Args:
         root: the run's `checkpoints` folder, seen by every rank.
         tokenizer: a folder whose files are copied into each checkpoint.
+        notes: what else to keep: a JSON value by file name, asked for when a save begins.
         lease: rank 0's right to publish; None on the others.
     """
 
@@ -64,7 +66,9 @@ class Saver:
         tokenizer_sha256: str,
         lease: Lease | None,
         deepspeed: Mapping[str, Any] | None = None,
+        notes: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
+        self._notes = notes
         self._engine, self._config, self._grid = engine, config, grid
         self._root, self._tokenizer, self._lease = root, tokenizer, lease
         self._facts = {
@@ -72,6 +76,7 @@ class Saver:
             "tokenizer_sha256": tokenizer_sha256,
             "deepspeed": dict(deepspeed or {}),
         }
+        self._mark = grid.gather(secrets.token_hex(4))[0]
         self._writer: Writer | None = None
         self._draft: _Draft | None = None
         self._snapshot: Snapshot = {}
@@ -100,7 +105,8 @@ class Saver:
         """
         assert self._draft is None, "a save is under way"
         engine, config, grid, root = self._engine, self._config, self._grid, self._root
-        staging = root / f".staging_{place.step:08d}"
+        # of this start alone: an older one that still runs writes to another
+        staging = root / f".staging_{place.step:08d}_{self._mark}"
         lease, began = self._lease, time.monotonic()
         fault = _attempt(lambda: _prepare(root, staging, lease)) if grid.rank == 0 else None
         _agree(grid, fault, None)
@@ -110,7 +116,8 @@ class Saver:
             for state in (WEIGHT, *state_names(config, owned.row)):
                 writer.add(state, read_canonical(engine, owned, state, grid))
         writer.close()
-        self._draft = _Draft(config, place, staging, engine.progress(), self._facts)
+        progress, notes = engine.progress(), self._notes()
+        self._draft = _Draft(config, place, staging, progress, self._facts, notes)
         self.seconds = time.monotonic() - began
 
     def finish(self) -> Path:
@@ -219,6 +226,7 @@ class _Draft:
     staging: Path
     progress: dict[str, Any]
     facts: dict[str, Any]
+    notes: Mapping[str, Any]
 
     def publish(
         self, final: Path, tokenizer: Path, written: Iterable[Any], lease: Lease | None
@@ -231,6 +239,8 @@ class _Draft:
             for tensor, where in rank_tensors.items():
                 holders.setdefault(tensor, {}).update(where)
         files.write_json(staging / "config.json", self.config.model_dump(mode="json"))
+        for name, value in self.notes.items():
+            files.write_json(staging / name, value)
         shutil.copytree(tokenizer, staging / "tokenizer")
         for path in sorted(staging.rglob("*")):
             name = path.relative_to(staging).as_posix()

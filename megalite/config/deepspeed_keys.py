@@ -228,6 +228,7 @@ def owned_values(config: RunConfig) -> dict[str, tuple[Any, str]]:
         "torch_autocast.enabled": (False, "training.precision"),
         "bf16.bf16_master_weights_and_grads": (False, "nothing: masters are fp32"),
         "bf16.bf16_optimizer_states": (False, "nothing: moments are fp32"),
+        "bf16.check_grad_overflow": (True, "nothing: what is not finite is left out"),
         "fp16.fp16_master_weights_and_grads": (False, "nothing: masters are fp32"),
         "fp16.auto_cast": (False, "training.precision"),
         "zero_optimization.compute_grad_norm": (True, "nothing: the norm is logged"),

@@ -274,6 +274,44 @@ class CheckpointConfig(Section):
     )
 
 
+class GuardsConfig(Section):
+    """What the run does about bad numbers and ranks that hang."""
+
+    spike: Literal["off", "log", "skip", "rollback"] = Field(
+        default="log",
+        description="What follows when the loss or the gradient norm jumps: nothing, an event, the "
+        "update left out, or a return to the checkpoint before it without the data around it.",
+    )
+    spike_threshold: Positive = Field(
+        default=10.0,
+        description="Robust z-score of a jump: distance above the median of the last "
+        "`spike_window` steps, over 1.4826 times their median absolute deviation.",
+    )
+    spike_window: Annotated[int, Field(ge=16, le=10**4)] = Field(
+        default=128, description="Steps a loss is compared with; the first of them are not judged."
+    )
+    skip_window: Count = Field(
+        default=100, description="Global batches left out around a jump that is rolled back."
+    )
+    max_skips: Count = Field(
+        default=10,
+        description="Updates in a row that may be left out (a number that is not finite, or a "
+        "jump) before the run ends.",
+    )
+    max_rollbacks: CountOrZero = Field(
+        default=3, description="Rollbacks of a run; a jump after them ends it."
+    )
+    hang_seconds: Positive = Field(
+        default=300.0,
+        description="Least time without progress, in seconds, that is taken for a hang; longer "
+        "where ten times the run's own steps, validations or saves are.",
+    )
+    hang_setup_seconds: Positive = Field(
+        default=1800.0,
+        description="The same before the first step, and for what was not yet timed.",
+    )
+
+
 class LoggingConfig(Section):
     """The run folder, which is `directory`/`name`."""
 
@@ -303,6 +341,9 @@ class RunConfig(Section):
     training: TrainingConfig = Field(description="Length, batches and numerics.")
     checkpoint: CheckpointConfig = Field(
         default_factory=CheckpointConfig, description="When and what to save."
+    )
+    guards: GuardsConfig = Field(
+        default_factory=GuardsConfig, description="Bad numbers and hanging ranks."
     )
     logging: LoggingConfig = Field(
         default_factory=LoggingConfig, description="Where the run is written."

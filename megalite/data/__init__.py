@@ -2,7 +2,7 @@
 
 from megalite.data.batch import Batch, StepBatches
 from megalite.data.dataset import Dataset, open_data, open_train, open_valid
-from megalite.data.loader import Loader, first_batches
+from megalite.data.loader import Loader, advance, first_batches
 from megalite.data.packing import Packing, assemble, pack
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Loader",
     "Packing",
     "StepBatches",
+    "advance",
     "assemble",
     "first_batches",
     "open_data",

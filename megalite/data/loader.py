@@ -15,14 +15,14 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from megalite.data.batch import Batch, StepBatches
 from megalite.data.dataset import Dataset
-from megalite.data.order import Ints
+from megalite.data.order import Ints, leave_out
 
 _CLOSE_SECONDS = 30.0  # longer than any healthy read of a few steps
 
@@ -39,7 +39,8 @@ class Loader:
         micro_batch_size: B.
         data_rank: r, this rank's place among the data-parallel ones.
         data_size: R, how many of them there are.
-        start: samples consumed so far, where the first step begins.
+        start: the place in the order where the first step begins.
+        gaps: places [first, last) of the order that are left out, ascending and apart.
         pin_memory: whether to hand over page-locked tensors (where CUDA is available).
         prefetch: steps held ready.
     """
@@ -54,11 +55,13 @@ class Loader:
         data_size: int,
         start: int,
         pin_memory: bool,
+        gaps: Sequence[tuple[int, int]] = (),
         prefetch: int = 2,
     ) -> None:
         assert 0 <= data_rank < data_size
         assert global_batch_size % (micro_batch_size * data_size) == 0
         self._dataset, self._place, self._step = dataset, start, global_batch_size
+        self._gaps = gaps
         self._offsets = _offsets(global_batch_size, micro_batch_size, data_rank, data_size)
         self._pin = pin_memory and torch.cuda.is_available()
         self._ready: queue.Queue[StepBatches | BaseException] = queue.Queue(prefetch)
@@ -95,18 +98,24 @@ class Loader:
         try:
             while not self._closing.is_set():
                 self._ready.put(self._make_step())
-                self._place += self._step
+                self._place = advance(self._place, self._step, self._gaps)
         except BaseException as error:  # the consumer's to see, whatever it is
             self._ready.put(error)
 
     def _make_step(self) -> StepBatches:
-        indices = self._place + self._offsets
+        indices = leave_out(self._place + self._offsets, self._place, self._gaps)
         sources, starts = self._dataset.locate(indices)  # once a step: a few dozen small calls
         batches = []
         for row in range(len(indices)):
             batch = self._dataset.read(sources[row], starts[row], int(indices[row, 0]))
             batches.append(batch.pin() if self._pin else batch)
         return StepBatches(self._place, batches, sum(batch.targets for batch in batches))
+
+
+def advance(place: int, samples: int, gaps: Sequence[tuple[int, int]]) -> int:
+    """The place in the order after another so many samples."""
+    last = np.array([place + samples - 1], dtype=np.int64)
+    return int(leave_out(last, place, gaps)[0]) + 1
 
 
 def first_batches(

@@ -8,6 +8,7 @@ Finite Domains" (2002). Since a x b exceeds `size` by less than a row, images ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import overload
 
 import numpy as np
@@ -21,6 +22,20 @@ LIMIT = 2**43  # samples, and windows of a source: two thousand tokens each, twi
 # Six rounds of a random function look like a random permutation (Patarin 2004); two to spare.
 _ROUNDS = 8
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: keeps the rounds' inputs apart
+
+
+def leave_out(indices: Ints, start: int, gaps: Sequence[tuple[int, int]]) -> Ints:
+    """Places at or after `start`, moved behind the gaps of the order that come before them.
+
+    Args:
+        indices: ascending places from `start` on, as if there were no gaps.
+        gaps: [first, last) each, ascending and apart; those that end before `start` are behind it.
+    """
+    moved = indices.copy()
+    for first, last in gaps:
+        if last > start:
+            moved[moved >= max(first, start)] += last - max(first, start)
+    return moved
 
 
 @overload

@@ -5,6 +5,6 @@ Both engines take the same calls and give the same numbers. `DeepSpeedEngine` tr
 Importing this package imports neither torch's distributed parts nor DeepSpeed.
 """
 
-from megalite.engine.base import WEIGHT, Engine, StepResult
+from megalite.engine.base import WEIGHT, Accept, Engine, StepResult, finite
 
-__all__ = ["WEIGHT", "Engine", "StepResult"]
+__all__ = ["WEIGHT", "Accept", "Engine", "StepResult", "finite"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,19 +16,26 @@ from megalite.data import Batch
 from megalite.formats.checkpoint import WEIGHT
 from megalite.model import CausalLM
 
-__all__ = ["WEIGHT", "Engine", "StepResult", "has_dropout", "seed_dropout"]
+__all__ = ["WEIGHT", "Accept", "Engine", "StepResult", "finite", "has_dropout", "seed_dropout"]
+
+Accept = Callable[[Tensor, Tensor], bool]
+
+
+def finite(_loss: Tensor, norm: Tensor) -> bool:
+    """Accepts an update unless the gradient's norm is not finite."""
+    return math.isfinite(norm)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step's outcome, left on the device so that the step does not wait for it.
+    """One step's outcome.
 
     loss: this rank's part of the mean loss (nats); the sum over data-parallel ranks is the loss.
     grad_norm: of the global batch's gradient before clipping, equal on all ranks.
     """
 
     loss: Tensor
-    grad_norm: Tensor | float
+    grad_norm: Tensor
 
 
 class Engine(Protocol):
@@ -43,6 +51,7 @@ class Engine(Protocol):
         lr: float,
         step: int,
         inspect: Callable[[], None] | None = None,
+        accept: Accept = finite,
     ) -> StepResult:
         """Accumulate the batches' gradients, clip, and update.
 
@@ -52,6 +61,8 @@ class Engine(Protocol):
             lr: the learning rate of this step.
             step: the step's number, counted from 1; seeds dropout.
             inspect: called between the backward and the update, where `read_gradient` works.
+            accept: asked before the update with this rank's part of the loss and the gradient's
+                norm; what it refuses is left out. It must say the same on every rank.
         """
 
     def eval_loss(self, batch: Batch) -> Tensor:

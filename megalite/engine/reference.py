@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megalite import shapes
 from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
-from megalite.engine.base import WEIGHT, StepResult, has_dropout, seed_dropout
+from megalite.engine.base import WEIGHT, Accept, StepResult, finite, has_dropout, seed_dropout
 from megalite.model import CausalLM, build, head_loss, initialize
 from megalite.optim import Fragment, Muon, make_optimizer, orthogonalize
 from megalite.parallel import Grid, is_counted, prepare
@@ -51,6 +51,7 @@ class ReferenceEngine:
         lr: float,
         step: int,
         inspect: Callable[[], None] | None = None,
+        accept: Accept = finite,
     ) -> StepResult:
         self.model.train()
         for group in self.optimizer.param_groups:
@@ -65,7 +66,8 @@ class ReferenceEngine:
         if inspect is not None:
             inspect()
         norm = clip_gradients(self.model.parameters(), self.config.optimizer.clip_grad_norm)
-        self.optimizer.step()
+        if accept(loss, norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss=loss, grad_norm=norm)
 

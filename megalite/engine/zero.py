@@ -17,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime import compiler
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -30,7 +31,14 @@ from megalite import shapes
 from megalite.config import RunConfig
 from megalite.data import Batch
 from megalite.engine import ds_config
-from megalite.engine.base import WEIGHT, StepResult, has_dropout, seed_dropout
+from megalite.engine.base import (
+    WEIGHT,
+    Accept,
+    StepResult,
+    finite,
+    has_dropout,
+    seed_dropout,
+)
 from megalite.engine.reference import (
     clip_gradients,
     create_states,
@@ -119,6 +127,7 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         ds_config.compare(self.settings, self.engine)
+        self._gate_norm()
         self._create_states()
         self._holders = self._find_holders() if self.stage in (1, 2) else {}
 
@@ -130,29 +139,44 @@ class DeepSpeedEngine:
         lr: float,
         step: int,
         inspect: Callable[[], None] | None = None,
+        accept: Accept = finite,
     ) -> StepResult:
         self.engine.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=self.device)
-        norm: Tensor | float = 0.0
         for index, batch in enumerate(batches):
             if self._dropout:
                 seed_dropout(self.config.training.seed, step, batch.place)
             part = self.engine(batch.to(self.device).tensors) / divisor
             self.engine.backward(part * self._loss_scale, scale_wrt_gas=False)
             loss += part.detach()
-            last = index == len(batches) - 1
-            if last and inspect is not None:
-                inspect()
-            if last and self.stage == 0:
-                # stage 0 clips without reporting the norm: done here, DeepSpeed's own is off
-                limit = self.config.optimizer.clip_grad_norm
-                norm = clip_gradients(self.model.parameters(), limit, self._grid)
-            self.engine.step()
-        if self.stage > 0:
-            norm = self.engine.get_global_grad_norm()
+            if index < len(batches) - 1:
+                self.engine.step()  # which counts, no more
+        if inspect is not None:
+            inspect()
+        norm = self._update(loss, accept)
         return StepResult(loss=loss, grad_norm=norm)
+
+    def _update(self, loss: Tensor, accept: Accept) -> Tensor:
+        """Clip and update, if that is accepted; returns the norm before clipping."""
+        if self.stage == 0:
+            # stage 0 clips without reporting the norm: done here, DeepSpeed's own is off
+            parameters = list(self.model.parameters())
+            limit = self.config.optimizer.clip_grad_norm
+            norm = clip_gradients(parameters, limit, self._grid)
+            if not accept(loss, norm):
+                for parameter in parameters:  # an optimizer passes over what has no gradient
+                    parameter.grad = None
+            self.engine.step()
+            return norm
+        self._norm = None
+        self._accepts = partial(accept, loss)
+        self.engine.step()
+        if self._norm is None:  # DeepSpeed met a number that is not finite before it took the norm
+            self._norm = torch.full_like(loss, torch.inf)
+            accept(loss, self._norm)
+        return self._norm
 
     @torch.no_grad()
     def eval_loss(self, batch: Batch) -> Tensor:
@@ -219,6 +243,29 @@ class DeepSpeedEngine:
         if self.fp16 and progress.get("loss_scaler"):
             for name in _SCALER_STATE:
                 setattr(self.optimizer.loss_scaler, name, progress["loss_scaler"][name])
+
+    def _gate_norm(self) -> None:
+        """Let DeepSpeed's optimizers ask for acceptance where they have the gradient's norm.
+
+        They give up an update whose norm is not finite (`step` of stage_1_and_2.py and stage3.py),
+        and wait for the device there: a norm made infinite refuses it at no cost of its own.
+        """
+        name = {0: None, 3: "_get_norm_groups"}.get(self.stage, "scaled_global_norm")
+        if name is None:
+            return
+        zero = self.optimizer
+        whole = getattr(zero, name)
+
+        def gated() -> Any:
+            found = whole()
+            norm = combine_grad_norm_groups(found) if self.stage == 3 else found
+            self._norm = (norm / zero.loss_scale).float()
+            if self._accepts(self._norm):
+                return found
+            refused = torch.full_like(norm, torch.inf)
+            return [refused] if self.stage == 3 else refused
+
+        setattr(zero, name, gated)
 
     def _create_states(self) -> None:
         """Make the optimizer's states now: a checkpoint may be read into them before any step.

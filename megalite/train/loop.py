@@ -11,21 +11,31 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megalite.checkpoint import Place, Saver
 from megalite.config import RunConfig
-from megalite.data import Dataset
-from megalite.engine import Engine, StepResult
+from megalite.data import Dataset, advance
+from megalite.engine import Engine
 from megalite.errors import Stopped
 from megalite.evaluate import mean_loss, perplexity
+from megalite.log import logger
 from megalite.observe import Recorder, Trace, peak_flops, peak_memory_bytes
 from megalite.optim import learning_rate
 from megalite.parallel import Grid
 from megalite.plan import Plan
 from megalite.train.drift import DriftGuard
 from megalite.train.feed import Feed, StopRequest
+from megalite.train.judge import Judge, Verdict
 
 Inspect = Callable[[int, Engine, Grid], None]
+
+
+class Jump(Exception):
+    """A step whose loss or gradient jumped, and that the run goes back from; on every rank."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        self.step, self.reason = step, reason
 
 
 @dataclass
@@ -36,6 +46,7 @@ class Trainer:
         place: where the run stands; advanced by every step.
         retain: called after each publication; what it returns deletes what nothing keeps.
         trace: records some steps, where asked.
+        judge: says of each step's numbers whether they are used.
         guard: compares replicas.
         inspect: called with (step, engine, grid) between each backward and its update.
     """
@@ -52,54 +63,96 @@ class Trainer:
     saver: Saver
     retain: Callable[[], threading.Thread | None]
     trace: Trace
+    judge: Judge
     guard: DriftGuard | None = None
     inspect: Inspect | None = None
+
+    def __post_init__(self) -> None:
+        self._saved, self._evaluated, self._compared = self.place.step, -1, -1
+        self._leaving, self._noted = False, "use"
 
     def run(self) -> None:
         """Train to the last step.
 
         Raises:
             Stopped: a signal asked for it; the run was saved and can be resumed.
+            Jump: the run has to go back; it may be called again from there.
         """
-        self._saved, self._evaluated, self._compared = self.place.step, -1, -1
-        self._leaving = False
         if self.place.step == 0:
             self._evaluate()
         self._clock = _Clock(self.place)
         while self.place.step < self.config.training.steps:
             batches, targets, stop, written = self.feed.next()
             if self.saver.under_way and written == self.saver.begun * self.grid.world_size:
-                self._settle()
+                self.settle()
             if stop:
                 self._leave()
             step = self.place.step + 1
             lr = learning_rate(self.config, step)
             self.trace.before(step)
-            result = self.engine.train_step(
+            self.engine.train_step(
                 batches.micro_batches,
                 divisor=targets,
                 lr=lr,
                 step=step,
                 inspect=self.inspect and partial(self.inspect, step, self.engine, self.grid),
+                accept=self._accept,
             )
             if self.trace.is_full(step):
                 with _Pause(self._clock):  # which waits for the device, too
                     self.trace.close()
-            self.place = self._advance()
-            self._after_step(result, lr)
+            self._heed(self._verdict)
+            self._advance()
+            self._after_step(lr)
         self._finish()
 
-    def _advance(self) -> Place:
-        return Place(
+    def _advance(self) -> None:
+        size, gaps = self.plan.global_batch_size, self.judge.ledger.gaps
+        self.place = Place(
             self.place.step + 1,
-            self.place.samples + self.plan.global_batch_size,
+            advance(self.place.samples, size, gaps),
             self.place.tokens + self.plan.tokens_per_step,
         )
 
-    def _after_step(self, result: StepResult, lr: float) -> None:
+    def _accept(self, loss: Tensor, norm: Tensor) -> bool:
+        """Judge the step's numbers; one wait for the device, where DeepSpeed has its own."""
+        whole = loss.detach().clone()
+        # over all ranks, so that each has the same number and comes to the same verdict
+        dist.all_reduce(whole)
+        both = torch.stack((whole / self.grid.tensor_parallel, norm.to(whole)))
+        self._loss, self._norm = both.tolist()
+        self._verdict = self.judge(self.place.step + 1, self.place.samples, self._loss, self._norm)
+        return self._verdict.action in ("use", "note")
+
+    def _heed(self, verdict: Verdict) -> None:
+        """Say what was done about the step's numbers."""
+        step = self.place.step + 1
+        if verdict.action == "rollback":
+            raise Jump(step, verdict.reason)
+        lasts = verdict.action == self._noted == "note"  # a new level: said once
+        if verdict.action != "use" and not lasts:
+            name, end = {"skip": ("skip", ": left out"), "note": ("spike", "")}[verdict.action]
+            logger.warning("step %d: %s%s", step, verdict.reason, end)
+            numbers = {"loss": self._loss, "grad_norm": self._norm}
+            self.recorder.event(step, name, reason=verdict.reason, **numbers)
+        self._noted = verdict.action
+
+    def go_back(self, place: Place, feed: Feed) -> None:
+        """Go on from a checkpoint that the engine was set to."""
+        self.place, self.feed = place, feed
+        self._saved, self._evaluated, self._compared = place.step, -1, -1
+
+    def leave_out(self, jump: Jump) -> None:
+        """Go on after a step whose update was refused, without going back."""
+        self.judge.skip(jump.step, self.place.samples, jump.reason)
+        self._heed(Verdict("skip", jump.reason))
+        self._advance()
+        self._after_step(learning_rate(self.config, jump.step))
+
+    def _after_step(self, lr: float) -> None:
         step, training = self.place.step, self.config.training
         if step % training.log_every == 0 or step == training.steps:
-            self._log(result, lr)
+            self._log(lr)
         # before the save, which carries the loss: the best checkpoint is chosen by it
         if _due(step, training.eval_every) or step == training.steps:
             self._evaluate()
@@ -114,23 +167,19 @@ class Trainer:
             self._evaluate()
         if self._saved != self.place.step:
             self._save()
-        self._settle()
+        self.settle()
 
-    def _log(self, result: StepResult, lr: float) -> None:
-        """Read the step's numbers, which waits for the device, and record a row."""
-        loss = result.loss.detach().clone()
-        dist.all_reduce(loss, group=self.grid.data_group)
+    def _log(self, lr: float) -> None:
         peak = torch.tensor([peak_memory_bytes(self.grid.device)])
         self.grid.agree(peak, dist.ReduceOp.MAX)
-        loss_value, norm = loss.item(), float(result.grad_norm)
         seconds, steps = self._clock.lap(self.place)
         rate = steps * self.plan.tokens_per_step / seconds
         self.recorder.train(
             {
                 "step": self.place.step,
-                "loss": loss_value,
+                "loss": self._loss,
                 "lr": lr,
-                "grad_norm": norm,
+                "grad_norm": self._norm,
                 "tokens": self.place.tokens,
                 "samples": self.place.samples,
                 "tokens_per_second": rate,
@@ -177,7 +226,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Begin a save; in the background, training goes on while it is written."""
-        self._settle()
+        self.settle()
         self._compare()
         background = self.config.checkpoint.background
         self.recorder.status("saving", step=self.place.step)
@@ -185,9 +234,9 @@ class Trainer:
             self.saver.begin(self.place, snapshot=background)
         self._saved = self.place.step
         if not background:
-            self._settle()
+            self.settle()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """End the save under way, where there is one: wait for it, publish, and say so."""
         place = self.saver.under_way
         if place is None:
@@ -207,7 +256,7 @@ class Trainer:
         name = self.stop.name or "a signal on another rank"
         self.recorder.event(self.place.step, "signal", signal=name)
         self._leaving = True
-        self._settle()
+        self.settle()
         kept = "and saved; the same command resumes it"
         if self.place.step == 0:
             kept = "with nothing to save"
@@ -222,7 +271,7 @@ class Trainer:
                 )
             else:
                 self._save()
-                self._settle()
+                self.settle()
         self.trace.close()
         raise Stopped(f"stopped by {name} after step {self.place.step} {kept}")
 

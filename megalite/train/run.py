@@ -5,10 +5,7 @@ Whatever the user can mend is found before the run folder is opened, on every ra
 
 from __future__ import annotations
 
-import shutil
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from megalite import checkpoint, env, files, log
+from megalite import checkpoint, env
 from megalite.checkpoint import Lease, Place, Saver
 from megalite.config import RunConfig
 from megalite.data import Dataset, Loader, open_data
@@ -32,13 +29,16 @@ from megalite.errors import (
     UserError,
 )
 from megalite.log import logger
-from megalite.observe import Recorder, Trace, previous_attempts, restate
+from megalite.observe import Recorder, Trace, restate
 from megalite.parallel import Grid, start, stop
 from megalite.plan import Plan, deepspeed_dict, make_plan
 from megalite.train.checks import hardware_faults
 from megalite.train.drift import DriftGuard
 from megalite.train.feed import Feed, StopRequest
-from megalite.train.loop import Inspect, Trainer
+from megalite.train.folder import opened
+from megalite.train.judge import Judge
+from megalite.train.ledger import IN_CHECKPOINT, Ledger
+from megalite.train.loop import Inspect, Jump, Trainer
 from megalite.train.resume import ALLOWABLE, Origin, check_request, find_origin, flat, load
 
 
@@ -80,8 +80,9 @@ def run(request: Request, launch: Launch) -> None:
         try:
             settings = _settings(request, plan, grid)
             origin = _origin(request, grid, train, settings)
-            with _opened(request, plan, grid, settings, train, origin) as recorder:
-                _train(
+            folder, config = request.folder, request.config
+            with opened(folder, config, plan, grid, settings.full, train, origin) as recorder:
+                _Run(
                     request,
                     plan,
                     grid,
@@ -91,7 +92,7 @@ def run(request: Request, launch: Launch) -> None:
                     origin,
                     recorder,
                     stop_request,
-                )
+                )()
         finally:
             stop()
 
@@ -167,121 +168,189 @@ def _origin(request: Request, grid: Grid, train: Dataset, settings: _Settings) -
         raise
 
 
-@contextmanager
-def _opened(
-    request: Request,
-    plan: Plan,
-    grid: Grid,
-    settings: _Settings,
-    train: Dataset,
-    origin: Origin | None,
-) -> Iterator[Recorder]:
-    """The run folder, opened by rank 0; however the run ends, status.json says so."""
-    folder, handler, attempt, fault = request.folder, None, 0, None
-    if grid.rank == 0:
+@dataclass
+class _Run:
+    """One start of a run, from an open folder to its end."""
+
+    request: Request
+    plan: Plan
+    grid: Grid
+    settings: _Settings
+    train: Dataset
+    valid: Dataset | None
+    origin: Origin | None
+    recorder: Recorder
+    stop_request: StopRequest
+
+    def __call__(self) -> None:
+        """Train; however it ends, status.json says so."""
+        self.place = self.origin.place if self.origin else Place()
+        self._say_running()
         try:
-            attempt = _prepare(request, settings, train, origin)
-            handler = log.add_file(folder / "log.txt")
-        except (OSError, shutil.Error) as error:
-            fault = f"the run folder {folder} cannot be written: {error}; name another directory"
-    if fault := grid.gather(fault)[0]:
-        raise CommandError(fault)
-    recorder = Recorder(
-        folder,
-        rank=grid.rank,
-        attempt=attempt,
-        total_steps=request.config.training.steps,
-        tensorboard=request.config.logging.tensorboard,
-        tokens_per_step=plan.tokens_per_step,
-    )
-    try:
-        yield recorder
-    finally:
-        recorder.close()
-        log.remove(handler)
+            self._train()
+            self.recorder.event(self.place.step, "end")
+            self.recorder.status("done", step=self.place.step)
+            self.grid.barrier()
+        except BaseException as error:
+            state, reason = _verdict(error)
+            self.recorder.status(state, step=self.place.step, reason=reason)
+            if isinstance(error, UserError):  # found too late to be exit code 2
+                raise MegaLiteError(str(error)) from error
+            raise
 
-
-def _prepare(request: Request, settings: _Settings, train: Dataset, origin: Origin | None) -> int:
-    """Write what a run folder holds from the start; returns the number of this attempt."""
-    folder = request.folder
-    attempt = previous_attempts(folder)
-    request.root.mkdir(parents=True, exist_ok=True)
-    checkpoint.clear_leftovers(request.root)
-    files.clear_partials(folder)
-    files.write_json(folder / "config.json", request.config.model_dump(mode="json"))
-    files.write_json(folder / "deepspeed.json", settings.full)
-    # nothing of another start's tokenizer may stay behind in it
-    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    if train.tokenizer_folder is None:  # Megatron's shards do not tell it
-        (folder / "tokenizer").mkdir()
-    else:
-        shutil.copytree(train.tokenizer_folder, folder / "tokenizer")
-    left = []
-    if origin is not None and not origin.weights_only:
-        left = checkpoint.set_aside_later(request.root, origin.place.step)
-    if left:
-        logger.info("going on from an earlier step; set aside: %s", ", ".join(left))
-    return attempt
-
-
-def _train(
-    request: Request,
-    plan: Plan,
-    grid: Grid,
-    settings: _Settings,
-    train: Dataset,
-    valid: Dataset | None,
-    origin: Origin | None,
-    recorder: Recorder,
-    stop_request: StopRequest,
-) -> None:
-    place = origin.place if origin else Place()
-    recorder.status("running", step=place.step, last_checkpoint=_own_name(request, origin))
-    trainer: Trainer | None = None
-    try:
-        engine = _make_engine(request, plan, grid, settings)
-        if origin is not None:
-            again = partial(_origin, request, grid, train, settings)
-            origin, place = load(origin, again, engine, request.config, grid, request.root)
-            recorder.status("running", step=place.step, last_checkpoint=_own_name(request, origin))
-        guard = _guard(request, plan, grid, engine)
-        if origin is not None and guard is not None:  # each rank may have read for itself
-            guard.check(place.step)
-        _announce(request, plan, grid, train, origin, place, recorder)
-        loader = _loader(plan, grid, train, place)
-        saver = _saver(request, grid, engine, train, settings)
-        feed = Feed(loader, grid, stop_request, lambda: saver.written)
-        trainer = Trainer(
-            request.config,
-            plan,
+    def _train(self) -> None:
+        request, config, grid = self.request, self.request.config, self.grid
+        self.ledger = Ledger(request.folder, grid, config.guards.spike_window)
+        self.engine = _make_engine(request, self.plan, grid, self.settings)
+        guard = _guard(request, self.plan, grid, self.engine)
+        if self.origin is not None:
+            self._load(self.origin, guard)
+        resumed = self.origin is not None and not self.origin.weights_only
+        self.ledger.begin(self.origin.folder if self.origin and resumed else None)
+        self._announce()
+        self.saver = self._make_saver()
+        self.trainer = Trainer(
+            config,
+            self.plan,
             grid,
-            engine,
-            feed,
-            valid,
-            recorder,
-            stop_request,
-            place,
-            saver,
-            _retainer(request, grid),
-            Trace(request.folder / "profile", grid.rank, request.config.training.profile),
+            self.engine,
+            self._feed(),
+            self.valid,
+            self.recorder,
+            self.stop_request,
+            self.place,
+            self.saver,
+            partial(_retain, request, grid),
+            Trace(request.folder / "profile", grid.rank, config.training.profile),
+            Judge(config, self.ledger, scaled=self.plan.precision == "fp16"),
             guard,
             request.inspect,
         )
-        try:
-            trainer.run()
-        except Stopped:  # by agreement: every rank is here
-            feed.close()
-            raise
-        feed.close()
-        recorder.event(trainer.place.step, "end")
-        recorder.status("done", step=trainer.place.step)
-        grid.barrier()
-    except BaseException as error:
-        state, reason = _verdict(error)
-        recorder.status(state, step=trainer.place.step if trainer else place.step, reason=reason)
-        if isinstance(error, UserError):  # found too late to be exit code 2
-            raise MegaLiteError(str(error)) from error
-        raise
+        going_on = True
+        while going_on:
+            try:
+                self.trainer.run()
+                going_on = False
+            except Jump as jump:
+                self._go_back(jump)
+            except Stopped:  # by agreement: every rank is here
+                self.trainer.feed.close()
+                raise
+            finally:
+                self.place = self.trainer.place
+        self.trainer.feed.close()
+
+    def _load(self, origin: Origin, guard: DriftGuard | None) -> None:
+        request = self.request
+        again = partial(_origin, request, self.grid, self.train, self.settings)
+        self.origin, self.place = load(
+            origin, again, self.engine, request.config, self.grid, request.root
+        )
+        self._say_running()
+        if guard is not None:  # each rank may have read for itself
+            guard.check(self.place.step)
+
+    def _go_back(self, jump: Jump) -> None:
+        """Return to the newest checkpoint, and leave out the data around the jump from there on."""
+        trainer, grid, config = self.trainer, self.grid, self.request.config
+        before = trainer.place
+        trainer.settle()
+        found = checkpoint.find_newest(self.request.root, grid)
+        if found is None:
+            logger.warning("step %d: %s; no checkpoint to go back to", jump.step, jump.reason)
+            trainer.leave_out(jump)
+            return
+        folder, manifest = found
+        size, around = self.plan.global_batch_size, config.guards.skip_window
+        first = max(manifest.samples, before.samples - around // 2 * size)
+        entry = {
+            "kind": "rollback",
+            "step": jump.step,
+            "samples": before.samples,
+            "reason": jump.reason,
+            "to": manifest.step,
+            "gap": [first, before.samples + (around - around // 2) * size],
+        }
+        self.ledger.add(entry)
+        trainer.feed.close()
+        place = checkpoint.restore(self.engine, config, grid=grid, folder=folder, manifest=manifest)
+        self.ledger.begin(folder)
+        self.place = place
+        trainer.go_back(place, self._feed())
+        logger.warning("step %d: %s; back to %s", jump.step, jump.reason, folder.name)
+        self.recorder.event(jump.step, "rollback", **{k: entry[k] for k in ("to", "gap", "reason")})
+        self._say_running()
+
+    def _feed(self) -> Feed:
+        plan, grid = self.plan, self.grid
+        loader = Loader(
+            self.train,
+            global_batch_size=plan.global_batch_size,
+            micro_batch_size=plan.micro_batch_size,
+            data_rank=grid.data_rank,
+            data_size=plan.data_parallel,
+            start=self.place.samples,
+            gaps=self.ledger.gaps,
+            pin_memory=grid.device.type == "cuda",
+        )
+        return Feed(loader, grid, self.stop_request, lambda: self.saver.written)
+
+    def _make_saver(self) -> Saver:
+        request, train = self.request, self.train
+        return Saver(
+            self.engine,
+            request.config,
+            grid=self.grid,
+            root=request.root,
+            data_fingerprint=train.content_fingerprint,
+            tokenizer=request.folder / "tokenizer",
+            tokenizer_sha256=train.tokenizer_sha256,
+            lease=Lease(request.root) if self.grid.rank == 0 else None,
+            deepspeed=flat(self.settings.defaults),
+            notes=lambda: {IN_CHECKPOINT: self.ledger.content()},
+        )
+
+    def _say_running(self) -> None:
+        """With the checkpoint of this run that training goes on from, where there is one."""
+        origin, root = self.origin, self.request.root
+        own = origin.folder.name if origin and origin.folder.parent == root else None
+        self.recorder.status("running", step=self.place.step, last_checkpoint=own)
+
+    def _announce(self) -> None:
+        """Say what this start is: to the log, and as an event."""
+        config, plan, origin = self.request.config, self.plan, self.origin
+        logger.info(
+            "%s: %.1f M parameters, %s, ZeRO-%d, %d x data, %d x tensor, %d x %d tokens a step, %s",
+            config.name,
+            plan.parameters / 1e6,
+            plan.precision,
+            plan.zero_stage,
+            plan.data_parallel,
+            plan.tensor_parallel,
+            plan.global_batch_size,
+            plan.sequence_length,
+            self.grid.device.type,
+        )
+        facts = self.train.describe(plan.global_batch_size * config.training.steps)
+        layout = {"world_size": plan.world_size, "zero_stage": plan.zero_stage, "data": facts}
+        if origin is None or origin.weights_only:
+            extra = {"init_from": str(origin.folder)} if origin else {}
+            self.recorder.event(self.place.step, "start", **layout, **extra)
+            return
+        logger.info("resumed from %s", origin.folder)
+        for key, change in origin.changes.items():
+            told = (
+                f"{change['before']} -> {change['after']}" if isinstance(change, dict) else change
+            )
+            logger.info("changed since: %s: %s", key, told)
+        self.recorder.event(
+            self.place.step,
+            "resume",
+            path=str(origin.folder),
+            job=env.job().id or None,
+            changes=origin.changes,
+            **layout,
+        )
 
 
 def _verdict(error: BaseException) -> tuple[Any, str]:
@@ -303,94 +372,13 @@ def _make_engine(request: Request, plan: Plan, grid: Grid, settings: _Settings) 
     )
 
 
-def _announce(
-    request: Request,
-    plan: Plan,
-    grid: Grid,
-    train: Dataset,
-    origin: Origin | None,
-    place: Place,
-    recorder: Recorder,
-) -> None:
-    """Say what this start is: to the log, and as an event."""
-    config = request.config
-    logger.info(
-        "%s: %.1f M parameters, %s, ZeRO-%d, %d x data, %d x tensor, %d x %d tokens a step, %s",
-        config.name,
-        plan.parameters / 1e6,
-        plan.precision,
-        plan.zero_stage,
-        plan.data_parallel,
-        plan.tensor_parallel,
-        plan.global_batch_size,
-        plan.sequence_length,
-        grid.device.type,
-    )
-    facts = train.describe(plan.global_batch_size * config.training.steps)
-    layout = {"world_size": plan.world_size, "zero_stage": plan.zero_stage, "data": facts}
-    if origin is None or origin.weights_only:
-        extra = {"init_from": str(origin.folder)} if origin else {}
-        recorder.event(place.step, "start", **layout, **extra)
-    else:
-        logger.info("resumed from %s", origin.folder)
-        for key, change in origin.changes.items():
-            told = (
-                f"{change['before']} -> {change['after']}" if isinstance(change, dict) else change
-            )
-            logger.info("changed since: %s: %s", key, told)
-        recorder.event(
-            place.step,
-            "resume",
-            path=str(origin.folder),
-            job=env.job().id or None,
-            changes=origin.changes,
-            **layout,
-        )
-
-
-def _own_name(request: Request, origin: Origin | None) -> str | None:
-    """The checkpoint of this run that training goes on from."""
-    return origin.folder.name if origin and origin.folder.parent == request.root else None
-
-
-def _loader(plan: Plan, grid: Grid, train: Dataset, place: Place) -> Loader:
-    return Loader(
-        train,
-        global_batch_size=plan.global_batch_size,
-        micro_batch_size=plan.micro_batch_size,
-        data_rank=grid.data_rank,
-        data_size=plan.data_parallel,
-        start=place.samples,
-        pin_memory=grid.device.type == "cuda",
-    )
-
-
-def _saver(
-    request: Request, grid: Grid, engine: Engine, train: Dataset, settings: _Settings
-) -> Saver:
-    return Saver(
-        engine,
-        request.config,
-        grid=grid,
-        root=request.root,
-        data_fingerprint=train.content_fingerprint,
-        tokenizer=request.folder / "tokenizer",
-        tokenizer_sha256=train.tokenizer_sha256,
-        lease=Lease(request.root) if grid.rank == 0 else None,
-        deepspeed=flat(settings.defaults),
-    )
-
-
 def _guard(request: Request, plan: Plan, grid: Grid, engine: Engine) -> DriftGuard | None:
     if request.config.training.drift_every == 0:
         return None
     return DriftGuard(engine, request.config.model, grid, stage=plan.zero_stage)
 
 
-def _retainer(request: Request, grid: Grid) -> Callable[[], threading.Thread | None]:
-    def retain() -> threading.Thread | None:
-        if grid.rank != 0:
-            return None
-        return checkpoint.retain(request.root, request.config.checkpoint)
-
-    return retain
+def _retain(request: Request, grid: Grid) -> threading.Thread | None:
+    if grid.rank != 0:
+        return None
+    return checkpoint.retain(request.root, request.config.checkpoint)

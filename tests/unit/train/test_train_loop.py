@@ -21,6 +21,8 @@ from megalite.parallel import Grid
 from megalite.plan import make_plan
 from megalite.train import feed, loop
 from megalite.train.feed import Feed, StopRequest
+from megalite.train.judge import Judge
+from megalite.train.ledger import Ledger
 from megalite.train.loop import Trainer
 from tests.factories import make_batch, run_config
 
@@ -35,13 +37,16 @@ class Notes:
         self.places: list[Place] = []
 
     def train_step(
-        self, batches: Any, *, divisor: float, lr: float, step: int, inspect: Any = None
+        self, batches: Any, *, divisor: float, lr: float, step: int, inspect: Any, accept: Any
     ) -> StepResult:
         assert inspect is None
         self.calls.append(("step", step))
         self.rates.append(lr)
         assert divisor == sum(batch.targets for batch in batches)
-        return StepResult(torch.tensor(float(step)), torch.tensor(0.5))
+        result = StepResult(torch.tensor(float(step)), torch.tensor(0.5))
+        if not accept(result.loss, result.grad_norm):
+            self.calls.append(("refused", step))
+        return result
 
     def train(self, row: dict[str, Any]) -> None:
         self.calls.append(("log", row["step"]))
@@ -142,6 +147,7 @@ def run(
         saver=parts,
         retain=lambda: None,
         trace=Trace(Path("nowhere"), 0, None),
+        judge=Judge(config, Ledger(Path("nowhere"), grid, 16), scaled=False),
     )
     try:
         trainer.run()

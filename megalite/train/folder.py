@@ -1,0 +1,89 @@
+"""A run's folder: what it holds from the start, and who may write into it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megalite import checkpoint, files, log
+from megalite.config import RunConfig
+from megalite.data import Dataset
+from megalite.errors import CommandError
+from megalite.log import logger
+from megalite.observe import Recorder, previous_attempts
+from megalite.parallel import Grid
+from megalite.plan import Plan
+from megalite.train.resume import Origin
+
+
+@contextmanager
+def opened(
+    folder: Path,
+    config: RunConfig,
+    plan: Plan,
+    grid: Grid,
+    settings: Mapping[str, Any],
+    train: Dataset,
+    origin: Origin | None,
+) -> Iterator[Recorder]:
+    """The run folder, opened by rank 0, and the writer of its records.
+
+    Args:
+        settings: DeepSpeed's JSON of this run.
+    Raises:
+        CommandError: on every rank, where it cannot be written.
+    """
+    handler, attempt, fault = None, 0, None
+    if grid.rank == 0:
+        try:
+            attempt = _prepare(folder, config, settings, train, origin)
+            handler = log.add_file(folder / "log.txt")
+        except (OSError, shutil.Error) as error:
+            fault = f"the run folder {folder} cannot be written: {error}; name another directory"
+    attempt, fault = grid.gather((attempt, fault))[0]
+    if fault:
+        raise CommandError(fault)
+    recorder = Recorder(
+        folder,
+        rank=grid.rank,
+        attempt=attempt,
+        total_steps=config.training.steps,
+        tensorboard=config.logging.tensorboard,
+        tokens_per_step=plan.tokens_per_step,
+    )
+    try:
+        yield recorder
+    finally:
+        recorder.close()
+        log.remove(handler)
+
+
+def _prepare(
+    folder: Path,
+    config: RunConfig,
+    settings: Mapping[str, Any],
+    train: Dataset,
+    origin: Origin | None,
+) -> int:
+    """Write what a run folder holds from the start; returns the number of this attempt."""
+    attempt, root = previous_attempts(folder), folder / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    checkpoint.clear_leftovers(root)
+    files.clear_partials(folder)
+    files.write_json(folder / "config.json", config.model_dump(mode="json"))
+    files.write_json(folder / "deepspeed.json", settings)
+    # nothing of another start's tokenizer may stay behind in it
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+    if train.tokenizer_folder is None:  # Megatron's shards do not tell it
+        (folder / "tokenizer").mkdir()
+    else:
+        shutil.copytree(train.tokenizer_folder, folder / "tokenizer")
+    left = []
+    if origin is not None and not origin.weights_only:
+        left = checkpoint.set_aside_later(root, origin.place.step)
+    if left:
+        logger.info("going on from an earlier step; set aside: %s", ", ".join(left))
+    return attempt

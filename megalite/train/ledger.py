@@ -1,0 +1,124 @@
+"""What was done about bad numbers, kept so that every later start does it again.
+
+A run's updates depend on what was left out of them: an update, or the data around a jump of the
+loss. Each such intervention is a line of the run's `ledger.jsonl`, synced before it takes effect,
+and part of every later checkpoint (`ledger.json`); a start from an earlier one repeats it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from megalite import files
+from megalite.errors import CheckpointError
+from megalite.parallel import Grid
+
+_NAME = "ledger.jsonl"
+IN_CHECKPOINT = "ledger.json"
+
+Entry = dict[str, Any]
+
+
+class Ledger:
+    """The interventions of a run, alike on every rank, and the numbers they are judged by.
+
+    An entry has a `kind` ("skip" or "rollback"), `step` and `samples` (the place before that step),
+    and a `reason`; a rollback also the step gone back `to` and the `gap`, [first, last) of the data
+    order, that is left out from then on.
+
+    Attributes:
+        entries: in the order they were made.
+        recent: loss and gradient norm of the last steps that were taken.
+    """
+
+    def __init__(self, folder: Path, grid: Grid, window: int) -> None:
+        self._path, self._grid = folder / _NAME, grid
+        self.entries: list[Entry] = []
+        self.recent: deque[tuple[float, float]] = deque(maxlen=window)
+
+    def begin(self, origin: Path | None) -> None:
+        """Take up the ledger of a checkpoint and what the run has added since; a collective.
+
+        Args:
+            origin: the checkpoint to go on from; None begins anew.
+        """
+        own, content = list[Entry](), dict[str, Any]()
+        if self._grid.rank == 0:
+            if origin is None:
+                self._write({"kind": "start"})
+            else:
+                content = _read_checkpoint(origin)
+                own = _read_lines(self._path)
+        own, content = self._grid.gather((own, content))[0]
+        before = content.get("entries", [])
+        self.entries = before + [entry for entry in own if entry not in before]
+        self.recent.clear()
+        self.recent.extend((loss, norm) for loss, norm in content.get("recent", []))
+
+    def add(self, entry: Entry) -> None:
+        """Make an entry, on every rank alike; rank 0 writes it."""
+        self.entries.append(entry)
+        if self._grid.rank == 0:
+            self._write(entry)
+
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"entries": list(self.entries), "recent": list(self.recent)}
+
+    @property
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """What the data order leaves out: [first, last) each, ascending and apart."""
+        joined: list[tuple[int, int]] = []
+        for first, last in sorted(e["gap"] for e in self.entries if e["kind"] == "rollback"):
+            if joined and first <= joined[-1][1]:
+                joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
+            else:
+                joined.append((first, last))
+        return tuple(joined)
+
+    @property
+    def rollbacks(self) -> int:
+        return sum(entry["kind"] == "rollback" for entry in self.entries)
+
+    def skipped(self, step: int, samples: int | None = None) -> Entry | None:
+        """The entry that left out the update of a step, at that place of the data order."""
+        for entry in reversed(self.entries):
+            same = entry["step"] == step and samples in (None, entry["samples"])
+            if entry["kind"] == "skip" and same:
+                return entry
+        return None
+
+    def _write(self, entry: Entry) -> None:
+        with open(self._path, "ab") as file:
+            file.write(json.dumps(entry).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _read_checkpoint(folder: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = files.read_json(folder / IN_CHECKPOINT)
+    except FileNotFoundError:  # of a version without one
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / IN_CHECKPOINT} cannot be read: {error}") from None
+    return content
+
+
+def _read_lines(path: Path) -> list[Entry]:
+    """The entries since the run last began anew."""
+    entries: list[Entry] = []
+    with suppress(FileNotFoundError):
+        for line in path.read_bytes().splitlines():
+            with suppress(ValueError):  # cut by a crash: it had not taken effect
+                entry = json.loads(line)
+                if entry["kind"] == "start":
+                    entries = []
+                else:
+                    entries.append(entry)
+    return entries
