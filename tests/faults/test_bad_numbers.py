@@ -1,0 +1,152 @@
+"""Numbers that must not be used: refused on every rank, written down, and repeated by a resume."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.errors import MegaLiteError
+from tests.ranks import run_ranks
+from tests.runs import curve, rows, run_file, train, zero
+
+GUARDS = {"spike_window": 16, "skip_window": 2}
+LONG = {"steps": 30, "eval_every": 0}
+
+
+def _train_planted(
+    launch: Any, raw: dict[str, Any], rank: int, factor: float, *places: int, **request: Any
+) -> str:
+    """On one rank the loss of the samples at `places` is multiplied; the words of the error."""
+    running: Any = importlib.import_module("megalite.train.run")
+    make = running._make_engine
+
+    def planted(*parts: Any) -> Any:
+        engine: Any = make(*parts)
+        step, met = engine.train_step, [False]
+        engine.model.register_forward_hook(
+            lambda _module, _input, loss: loss * factor if met[0] else loss
+        )
+
+        def train_step(batches: Any, **given: Any) -> Any:
+            met[0] = launch.rank == rank and any(b.place in places for b in batches)
+            result = step(batches, **given)
+            met[0] = False
+            return result
+
+        engine.train_step = train_step
+        return engine
+
+    running._make_engine = planted
+    try:
+        train(launch, raw, **request)
+    except MegaLiteError as error:
+        return str(error)
+    finally:
+        running._make_engine = make
+    return ""
+
+
+def _events(raw: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [row for row in rows(raw, "event") if row["name"] == name]
+
+
+def _ledger(raw: dict[str, Any], step: int) -> list[dict[str, Any]]:
+    folder = Path(raw["logging"]["directory"]) / "run" / "checkpoints" / f"step_{step:08d}"
+    found: list[dict[str, Any]] = json.loads((folder / "ledger.json").read_text())["entries"]
+    return found
+
+
+# rank 1's first micro-batch of step 12: 8 samples a step, 2 a micro-batch, 2 ranks
+PLACE = 11 * 8 + 2
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_nan_on_one_rank_is_left_out_on_all(
+    shards: dict[str, str], tmp_path: Path, stage: int
+) -> None:
+    """Nothing of that step is used, the others go on, and a resume from before it does the same."""
+    raw = run_file(shards, tmp_path, deepspeed=zero(stage), checkpoint={"every": 10}, guards=GUARDS)
+    assert run_ranks(_train_planted, 2, raw, 1, math.nan, PLACE) == ["", ""]
+    (skip,) = _events(raw, "skip")
+    assert (skip["step"], skip["loss"]) == (12, None)
+    whole = curve(raw)
+    assert [step for step, (loss, _) in enumerate(whole, 1) if loss is None] == [12]
+    entry = {"kind": "skip", "step": 12, "samples": 88, "reason": "loss nan, gradient norm nan"}
+    assert [e | {"reason": e["reason"].replace("inf", "nan")} for e in _ledger(raw, 20)] == [entry]
+    # from step 10 again, without the fault: what was left out is left out
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000020")
+    run_ranks(train, 2, raw)
+    again = curve(raw, first=11)
+    assert again[2:] == whole[12:]
+    assert _events(raw, "skip")[-1]["reason"].startswith("as before: ")
+
+
+def test_the_reference_engine_leaves_it_out_too(shards: dict[str, str], tmp_path: Path) -> None:
+    raw = run_file(shards, tmp_path, deepspeed=zero(0), guards=GUARDS)
+    assert run_ranks(
+        partial(_train_planted, engine="reference"), 1, raw, 0, math.nan, PLACE - 2
+    ) == [""]
+    assert [row["step"] for row in _events(raw, "skip")] == [12]
+
+
+def test_too_many_in_a_row_end_the_run(shards: dict[str, str], tmp_path: Path) -> None:
+    raw = run_file(shards, tmp_path, guards=GUARDS | {"max_skips": 3}, checkpoint={"every": 5})
+    places = [PLACE + 8 * row for row in range(9)]
+    errors = run_ranks(_train_planted, 2, raw, 1, math.inf, *places)
+    assert all("step 15: " in error and "guards.max_skips" in error for error in errors)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["last_checkpoint"]) == ("failed", "step_00000010")
+
+
+@pytest.mark.parametrize("policy", ["off", "log", "skip"])
+def test_a_jump(shards: dict[str, str], tmp_path: Path, policy: str) -> None:
+    raw = run_file(shards, tmp_path, training=LONG, guards=GUARDS | {"spike": policy})
+    assert run_ranks(_train_planted, 2, raw, 1, 50.0, 24 * 8 + 2) == ["", ""]
+    name = {"off": None, "log": "spike", "skip": "skip"}[policy]
+    found = [r["name"] for r in rows(raw, "event") if r["name"] in ("spike", "skip", "rollback")]
+    assert found == ([name] if name else [])
+    if name:
+        (event,) = _events(raw, name)
+        assert event["step"] == 25
+        assert "the loss jumped to" in event["reason"]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_rollback_leaves_out_the_data(shards: dict[str, str], tmp_path: Path, stage: int) -> None:
+    """Back to step 20; the steps of the jump and before it are trained on later data."""
+    guards = GUARDS | {"spike": "rollback"}
+    raw = run_file(
+        shards,
+        tmp_path,
+        training=LONG,
+        guards=guards,
+        deepspeed=zero(stage),
+        checkpoint={"every": 10, "background": True},
+    )
+    assert run_ranks(_train_planted, 2, raw, 1, 50.0, 24 * 8 + 2) == ["", ""]
+    (back,) = _events(raw, "rollback")
+    assert (back["step"], back["to"], back["gap"]) == (25, 20, [23 * 8, 25 * 8])
+    trained = {row["step"]: row for row in rows(raw)}
+    assert [trained[step]["samples"] for step in (23, 24, 30)] == [23 * 8, 26 * 8, 32 * 8]
+    assert all(row["loss"] < 10 for row in trained.values())
+    whole = curve(raw)
+    # a start from before all of it, without the fault, comes to the same
+    for step in (20, 30):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
+    run_ranks(train, 2, raw)
+    assert curve(raw, first=11) == whole[10:]
+    assert [e["kind"] for e in _ledger(raw, 30)] == ["rollback"]
+
+
+def test_a_jump_without_a_checkpoint_is_left_out(shards: dict[str, str], tmp_path: Path) -> None:
+    raw = run_file(shards, tmp_path, training=LONG, guards=GUARDS | {"spike": "rollback"})
+    assert run_ranks(_train_planted, 2, raw, 0, 50.0, 24 * 8) == ["", ""]
+    assert [row["step"] for row in _events(raw, "skip")] == [25]
+    assert [row["step"] for row in rows(raw)] == [*range(1, 31)]
