@@ -7,6 +7,7 @@ from megalite.config.load import load_config, parse_config
 from megalite.config.schema import (
     CheckpointConfig,
     DataConfig,
+    GuardsConfig,
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
@@ -20,6 +21,7 @@ from megalite.config.schema import (
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "GuardsConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",

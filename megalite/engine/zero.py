@@ -17,7 +17,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime import compiler
-from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -127,8 +126,9 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         ds_config.compare(self.settings, self.engine)
-        self._gate_norm()
         self._create_states()
+        if self.stage > 0:
+            self._gate_steps()
         self._holders = self._find_holders() if self.stage in (1, 2) else {}
 
     def train_step(
@@ -170,10 +170,9 @@ class DeepSpeedEngine:
                     parameter.grad = None
             self.engine.step()
             return norm
-        self._norm = None
-        self._accepts = partial(accept, loss)
+        self._norm, self._accepts = None, partial(accept, loss)
         self.engine.step()
-        if self._norm is None:  # DeepSpeed met a number that is not finite before it took the norm
+        if self._norm is None:  # DeepSpeed met a number that is not finite, and gave up
             self._norm = torch.full_like(loss, torch.inf)
             accept(loss, self._norm)
         return self._norm
@@ -244,28 +243,24 @@ class DeepSpeedEngine:
             for name in _SCALER_STATE:
                 setattr(self.optimizer.loss_scaler, name, progress["loss_scaler"][name])
 
-    def _gate_norm(self) -> None:
-        """Let DeepSpeed's optimizers ask for acceptance where they have the gradient's norm.
+    def _gate_steps(self) -> None:
+        """Ask for acceptance where DeepSpeed, with the gradient's norm, steps the inner optimizer.
 
-        They give up an update whose norm is not finite (`step` of stage_1_and_2.py and stage3.py),
-        and wait for the device there: a norm made infinite refuses it at no cost of its own.
+        It does so once for each group or part of one; what is refused changes nothing. It has just
+        waited for the device by then, to see whether the norm is finite.
         """
-        name = {0: None, 3: "_get_norm_groups"}.get(self.stage, "scaled_global_norm")
-        if name is None:
-            return
-        zero = self.optimizer
-        whole = getattr(zero, name)
+        inner, zero = self._inner(), self.optimizer
+        step = inner.step
 
-        def gated() -> Any:
-            found = whole()
-            norm = combine_grad_norm_groups(found) if self.stage == 3 else found
-            self._norm = (norm / zero.loss_scale).float()
-            if self._accepts(self._norm):
-                return found
-            refused = torch.full_like(norm, torch.inf)
-            return [refused] if self.stage == 3 else refused
+        def gated() -> None:
+            if self._norm is None:
+                norm = zero._global_grad_norm
+                self._norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+                self._accepted = self._accepts(self._norm)
+            if self._accepted:
+                step()
 
-        setattr(zero, name, gated)
+        inner.step = gated  # type: ignore[method-assign, assignment]
 
     def _create_states(self) -> None:
         """Make the optimizer's states now: a checkpoint may be read into them before any step.

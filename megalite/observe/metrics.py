@@ -39,7 +39,7 @@ class Recorder:
         tokens_per_step: int,
     ) -> None:
         self._folder = folder
-        self._attempt = attempt
+        self.attempt = attempt
         self._tokens_per_step = tokens_per_step
         self._seen = (0, 0)  # step and tokens of the last train row
         self._last_checkpoint: str | None = None
@@ -83,6 +83,12 @@ class Recorder:
         if name == "checkpoint" and self._console is not None:
             self._console.saved(step)
 
+    def append(self, name: str, step: int, **fields: Any) -> None:
+        """Record an event from a rank that does not otherwise write, when rank 0 no longer can."""
+        row = {"kind": "event", "time": time.time(), "attempt": self.attempt, "step": step}
+        with suppress(OSError), open(self._folder / "metrics.jsonl", "ab") as file:
+            file.write(json.dumps({**row, "name": name, **fields}).encode() + b"\n")
+
     def status(
         self,
         state: State,
@@ -97,7 +103,7 @@ class Recorder:
             status = {
                 "state": state,
                 "step": step,
-                "attempt": self._attempt,
+                "attempt": self.attempt,
                 "last_checkpoint": self._last_checkpoint,
                 "reason": reason,
             }
@@ -118,7 +124,7 @@ class Recorder:
     def _write(self, kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
         clean = {key: _finite(value) for key, value in row.items()}
         if self._file is not None:
-            line = {"kind": kind, "time": time.time(), "attempt": self._attempt, **clean}
+            line = {"kind": kind, "time": time.time(), "attempt": self.attempt, **clean}
             # one write a row, so that a reader never meets half of one
             with self._without_space():
                 self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ from megalite.engine import Engine
 from megalite.errors import Stopped
 from megalite.evaluate import mean_loss, perplexity
 from megalite.log import logger
-from megalite.observe import Recorder, Trace, peak_flops, peak_memory_bytes
+from megalite.observe import Recorder, Sections, Trace, peak_flops, peak_memory_bytes
 from megalite.optim import learning_rate
 from megalite.parallel import Grid
 from megalite.plan import Plan
@@ -47,6 +46,7 @@ class Trainer:
         retain: called after each publication; what it returns deletes what nothing keeps.
         trace: records some steps, where asked.
         judge: says of each step's numbers whether they are used.
+        sections: measure what the time goes into.
         guard: compares replicas.
         inspect: called with (step, engine, grid) between each backward and its update.
     """
@@ -64,6 +64,7 @@ class Trainer:
     retain: Callable[[], threading.Thread | None]
     trace: Trace
     judge: Judge
+    sections: Sections
     guard: DriftGuard | None = None
     inspect: Inspect | None = None
 
@@ -80,8 +81,9 @@ class Trainer:
         """
         if self.place.step == 0:
             self._evaluate()
-        self._clock = _Clock(self.place)
+        self._lapped = self.place.step, self.sections.totals().get("step", 0.0)
         while self.place.step < self.config.training.steps:
+            self.sections.enter("step")
             batches, targets, stop, written = self.feed.next()
             if self.saver.under_way and written == self.saver.begun * self.grid.world_size:
                 self.settle()
@@ -99,11 +101,12 @@ class Trainer:
                 accept=self._accept,
             )
             if self.trace.is_full(step):
-                with _Pause(self._clock):  # which waits for the device, too
+                with self.sections.inside("trace"):  # which waits for the device, too
                     self.trace.close()
             self._heed(self._verdict)
             self._advance()
             self._after_step(lr)
+        self.sections.enter("end")
         self._finish()
 
     def _advance(self) -> None:
@@ -172,7 +175,7 @@ class Trainer:
     def _log(self, lr: float) -> None:
         peak = torch.tensor([peak_memory_bytes(self.grid.device)])
         self.grid.agree(peak, dist.ReduceOp.MAX)
-        seconds, steps = self._clock.lap(self.place)
+        seconds, steps = self._lap()
         rate = steps * self.plan.tokens_per_step / seconds
         self.recorder.train(
             {
@@ -190,6 +193,12 @@ class Trainer:
         )
         self.recorder.status("running", step=self.place.step)
 
+    def _lap(self) -> tuple[float, int]:
+        """Seconds of training and steps since the last call; saves and validations do not count."""
+        step, seconds = self._lapped
+        self._lapped = self.place.step, self.sections.totals().get("step", 0.0)
+        return self._lapped[1] - seconds, self._lapped[0] - step
+
     def _mfu(self, tokens_per_second: float) -> float | None:
         """Share of the devices' dense peak that the model's own FLOPs reach, 0 to 1."""
         if self.grid.device.type != "cuda":
@@ -203,7 +212,7 @@ class Trainer:
     def _evaluate(self) -> None:
         if self.valid is None:
             return
-        with _Pause(getattr(self, "_clock", None)):
+        with self.sections.inside("eval"):
             training = self.config.training
             loss = mean_loss(
                 self.engine,
@@ -230,7 +239,7 @@ class Trainer:
         self._compare()
         background = self.config.checkpoint.background
         self.recorder.status("saving", step=self.place.step)
-        with _Pause(self._clock):
+        with self.sections.inside("save"):
             self.saver.begin(self.place, snapshot=background)
         self._saved = self.place.step
         if not background:
@@ -241,14 +250,15 @@ class Trainer:
         place = self.saver.under_way
         if place is None:
             return
-        with _Pause(self._clock):
+        with self.sections.inside("save"):
             folder = self.saver.finish()
             deletion = self.retain()
             # the process must not end before it, and without a background nothing goes on beside
             last = self.place.step == self.config.training.steps or self._leaving
             if deletion and (last or not self.config.checkpoint.background):
                 deletion.join()
-        self.recorder.event(place.step, "checkpoint", path=folder.name)
+        seconds = self.sections.totals()
+        self.recorder.event(place.step, "checkpoint", path=folder.name, seconds=seconds)
         self.recorder.status("running", step=self.place.step, last_checkpoint=folder.name)
 
     def _leave(self) -> None:
@@ -274,38 +284,6 @@ class Trainer:
                 self.settle()
         self.trace.close()
         raise Stopped(f"stopped by {name} after step {self.place.step} {kept}")
-
-
-class _Clock:
-    """Seconds of training since the last row: validations and saves do not count."""
-
-    def __init__(self, place: Place) -> None:
-        self._step, self._start, self.paused = place.step, time.perf_counter(), 0.0
-
-    def lap(self, place: Place) -> tuple[float, int]:
-        """Seconds and steps since the last call."""
-        now = time.perf_counter()
-        seconds, steps = now - self._start - self.paused, place.step - self._step
-        self._step, self._start, self.paused = place.step, now, 0.0
-        return seconds, steps
-
-
-class _Pause:
-    """Takes a section out of the clock, waiting for the device on both sides."""
-
-    def __init__(self, clock: _Clock | None) -> None:
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if self._clock is not None:
-            self._clock.paused += time.perf_counter() - self._start
 
 
 def _due(step: int, every: int) -> bool:

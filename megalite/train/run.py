@@ -5,66 +5,36 @@ Whatever the user can mend is found before the run folder is opened, on every ra
 
 from __future__ import annotations
 
+import socket
 import threading
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from megalite import checkpoint, env
 from megalite.checkpoint import Lease, Place, Saver
-from megalite.config import RunConfig
-from megalite.data import Dataset, Loader, open_data
+from megalite.data import Dataset, Loader
 from megalite.engine import Engine
 from megalite.env import Launch
 from megalite.errors import (
     CheckpointError,
-    CommandError,
-    DataError,
     MegaLiteError,
     Stopped,
     Superseded,
     UserError,
 )
 from megalite.log import logger
-from megalite.observe import Recorder, Trace, restate
+from megalite.observe import Recorder, Sections, Trace, Watchdog, restate
 from megalite.parallel import Grid, start, stop
-from megalite.plan import Plan, deepspeed_dict, make_plan
-from megalite.train.checks import hardware_faults
+from megalite.plan import Plan
 from megalite.train.drift import DriftGuard
 from megalite.train.feed import Feed, StopRequest
 from megalite.train.folder import opened
 from megalite.train.judge import Judge
 from megalite.train.ledger import IN_CHECKPOINT, Ledger
-from megalite.train.loop import Inspect, Jump, Trainer
-from megalite.train.resume import ALLOWABLE, Origin, check_request, find_origin, flat, load
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a launcher was asked for.
-
-    resume: "auto", "never", or a step or run folder. init_from: a checkpoint whose weights a fresh
-    run starts from. engine: "reference" is the plain oracle, one rank in fp32. inspect: looks at
-    each step's gradients before they are used.
-    """
-
-    config: RunConfig
-    resume: str = "auto"
-    init_from: str | None = None
-    allow_change: tuple[str, ...] = ()
-    engine: Literal["deepspeed", "reference"] = "deepspeed"
-    inspect: Inspect | None = None
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.logging.directory) / self.config.name
-
-    @property
-    def root(self) -> Path:
-        return self.folder / "checkpoints"
+from megalite.train.loop import Jump, Trainer
+from megalite.train.request import Request, Settings, check, settings_of
+from megalite.train.resume import Origin, find_origin, flat, load
 
 
 def run(request: Request, launch: Launch) -> None:
@@ -74,11 +44,12 @@ def run(request: Request, launch: Launch) -> None:
         UserError: before anything was written.
         MegaLiteError: of another kind afterwards; status.json tells what happened.
     """
+    sections = Sections()
     with StopRequest() as stop_request:
-        plan, train, valid = _check(request, launch)
+        plan, train, valid = check(request, launch)
         grid = start(launch, tensor_parallel=plan.tensor_parallel)
         try:
-            settings = _settings(request, plan, grid)
+            settings = settings_of(request, plan, grid)
             origin = _origin(request, grid, train, settings)
             folder, config = request.folder, request.config
             with opened(folder, config, plan, grid, settings.full, train, origin) as recorder:
@@ -92,64 +63,13 @@ def run(request: Request, launch: Launch) -> None:
                     origin,
                     recorder,
                     stop_request,
+                    sections,
                 )()
         finally:
             stop()
 
 
-def _check(request: Request, launch: Launch) -> tuple[Plan, Dataset, Dataset | None]:
-    """Everything that can be known without the other ranks; all faults at once."""
-    config = request.config
-    unknown = [key for key in request.allow_change if key not in ALLOWABLE]
-    if unknown:
-        raise CommandError(
-            f"--allow-change {unknown[0]}: give one of {', '.join(ALLOWABLE)}; everything else may "
-            "change without it"
-        )
-    check_request(request.root, request.resume)
-    if request.init_from is not None and not Path(request.init_from).is_dir():
-        raise CommandError(f"--init-from {request.init_from}: no such folder")
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = make_plan(config, world_size=launch.world_size, device=device)
-    faults = hardware_faults(config, plan, launch, device)
-    try:
-        train, valid = open_data(config.data, vocab_size=config.model.vocab_size)
-        if config.training.global_batch_size > train.windows:
-            raise DataError(
-                f"training.global_batch_size {config.training.global_batch_size}, but data.train "
-                f"holds {train.windows} samples in all; lower it, or give more data"
-            )
-    except UserError as error:
-        raise type(error)("\n".join([*faults, str(error)])) from None
-    if faults:
-        raise UserError("\n".join(faults))
-    return plan, train, valid
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """DeepSpeed's JSON for this run, and what the installed DeepSpeed assumes by itself."""
-
-    full: dict[str, Any]
-    defaults: dict[str, Any]
-
-    @property
-    def left_to_it(self) -> dict[str, Any]:
-        """The defaults that hold in this run, by dotted key."""
-        ours = flat(self.full)
-        return {key: value for key, value in flat(self.defaults).items() if ours.get(key) == value}
-
-
-def _settings(request: Request, plan: Plan, grid: Grid) -> _Settings:
-    if request.engine == "reference":
-        return _Settings({}, {})
-    from megalite.engine import ds_config  # imports DeepSpeed
-
-    full = ds_config.complete(deepspeed_dict(request.config, plan), grid)
-    return _Settings(full, ds_config.defaults(grid))
-
-
-def _origin(request: Request, grid: Grid, train: Dataset, settings: _Settings) -> Origin | None:
+def _origin(request: Request, grid: Grid, train: Dataset, settings: Settings) -> Origin | None:
     try:
         return find_origin(
             request.config,
@@ -175,28 +95,54 @@ class _Run:
     request: Request
     plan: Plan
     grid: Grid
-    settings: _Settings
+    settings: Settings
     train: Dataset
     valid: Dataset | None
     origin: Origin | None
     recorder: Recorder
     stop_request: StopRequest
+    sections: Sections
 
     def __call__(self) -> None:
         """Train; however it ends, status.json says so."""
         self.place = self.origin.place if self.origin else Place()
         self._say_running()
+        watchdog = self._watchdog()
         try:
             self._train()
-            self.recorder.event(self.place.step, "end")
+            self.recorder.event(self.place.step, "end", seconds=self.sections.totals())
             self.recorder.status("done", step=self.place.step)
             self.grid.barrier()
         except BaseException as error:
             state, reason = _verdict(error)
+            # an event of what ended the start: the cause of the next one
+            self.recorder.event(
+                self.place.step, state, reason=reason, seconds=self.sections.totals()
+            )
             self.recorder.status(state, step=self.place.step, reason=reason)
             if isinstance(error, UserError):  # found too late to be exit code 2
                 raise MegaLiteError(str(error)) from error
             raise
+        finally:
+            watchdog.close()
+
+    def _watchdog(self) -> Watchdog:
+        folder = self.request.folder
+
+        def report(found: str) -> None:
+            logger.error("%s", found)
+            self.recorder.append("hang", self.place.step, reason=found)
+            restate(folder, "failed", reason=found)
+
+        return Watchdog(
+            self.sections,
+            self.request.config.guards,
+            folder=folder,
+            attempt=self.recorder.attempt,
+            rank=self.grid.rank,
+            hosts=self.grid.gather(socket.gethostname()),
+            report=report,
+        )
 
     def _train(self) -> None:
         request, config, grid = self.request, self.request.config, self.grid
@@ -223,6 +169,7 @@ class _Run:
             partial(_retain, request, grid),
             Trace(request.folder / "profile", grid.rank, config.training.profile),
             Judge(config, self.ledger, scaled=self.plan.precision == "fp16"),
+            self.sections,
             guard,
             request.inspect,
         )
@@ -360,7 +307,7 @@ def _verdict(error: BaseException) -> tuple[Any, str]:
     return state, f"{type(error).__name__}: {error}"
 
 
-def _make_engine(request: Request, plan: Plan, grid: Grid, settings: _Settings) -> Engine:
+def _make_engine(request: Request, plan: Plan, grid: Grid, settings: Settings) -> Engine:
     if request.engine == "reference":
         from megalite.engine.reference import ReferenceEngine
 

@@ -67,12 +67,21 @@ def _ledger(raw: dict[str, Any], step: int) -> list[dict[str, Any]]:
 PLACE = 11 * 8 + 2
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")]
+)
 def test_a_nan_on_one_rank_is_left_out_on_all(
-    shards: dict[str, str], tmp_path: Path, stage: int
+    shards: dict[str, str], tmp_path: Path, stage: int, precision: str
 ) -> None:
     """Nothing of that step is used, the others go on, and a resume from before it does the same."""
-    raw = run_file(shards, tmp_path, deepspeed=zero(stage), checkpoint={"every": 10}, guards=GUARDS)
+    raw = run_file(
+        shards,
+        tmp_path,
+        deepspeed=zero(stage),
+        checkpoint={"every": 10},
+        training={"precision": precision},
+        guards=GUARDS,
+    )
     assert run_ranks(_train_planted, 2, raw, 1, math.nan, PLACE) == ["", ""]
     (skip,) = _events(raw, "skip")
     assert (skip["step"], skip["loss"]) == (12, None)

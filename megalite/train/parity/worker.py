@@ -25,7 +25,8 @@ from megalite.log import run_main
 from megalite.optim import state_names
 from megalite.parallel import Grid, is_counted
 from megalite.train.parity.trial import SAVED
-from megalite.train.run import Request, run
+from megalite.train.request import Request
+from megalite.train.run import run
 
 WEIGHT, OUTPUT, GRADIENT, NORM = "weight", "output", "gradient", "counted norm"
 GROUP = "hyper-parameters"

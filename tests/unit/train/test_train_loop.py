@@ -15,7 +15,7 @@ from megalite.checkpoint import Place
 from megalite.data import StepBatches
 from megalite.engine import StepResult
 from megalite.errors import Stopped
-from megalite.observe import Trace
+from megalite.observe import Sections, Trace
 from megalite.optim import learning_rate
 from megalite.parallel import Grid
 from megalite.plan import make_plan
@@ -148,6 +148,7 @@ def run(
         retain=lambda: None,
         trace=Trace(Path("nowhere"), 0, None),
         judge=Judge(config, Ledger(Path("nowhere"), grid, 16), scaled=False),
+        sections=Sections(),
     )
     try:
         trainer.run()

@@ -1,0 +1,96 @@
+"""What a launcher asks for, and everything that can be known of it without the other ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megalite.config import RunConfig
+from megalite.data import Dataset, open_data
+from megalite.env import Launch
+from megalite.errors import CommandError, DataError, UserError
+from megalite.parallel import Grid
+from megalite.plan import Plan, deepspeed_dict, make_plan
+from megalite.train.checks import hardware_faults
+from megalite.train.loop import Inspect
+from megalite.train.resume import ALLOWABLE, check_request, flat
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a launcher was asked for.
+
+    resume: "auto", "never", or a step or run folder. init_from: a checkpoint whose weights a fresh
+    run starts from. engine: "reference" is the plain oracle, one rank in fp32. inspect: looks at
+    each step's gradients before they are used.
+    """
+
+    config: RunConfig
+    resume: str = "auto"
+    init_from: str | None = None
+    allow_change: tuple[str, ...] = ()
+    engine: Literal["deepspeed", "reference"] = "deepspeed"
+    inspect: Inspect | None = None
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.logging.directory) / self.config.name
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def check(request: Request, launch: Launch) -> tuple[Plan, Dataset, Dataset | None]:
+    """Everything that can be known without the other ranks; all faults at once."""
+    config = request.config
+    unknown = [key for key in request.allow_change if key not in ALLOWABLE]
+    if unknown:
+        raise CommandError(
+            f"--allow-change {unknown[0]}: give one of {', '.join(ALLOWABLE)}; everything else may "
+            "change without it"
+        )
+    check_request(request.root, request.resume)
+    if request.init_from is not None and not Path(request.init_from).is_dir():
+        raise CommandError(f"--init-from {request.init_from}: no such folder")
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    plan = make_plan(config, world_size=launch.world_size, device=device)
+    faults = hardware_faults(config, plan, launch, device)
+    try:
+        train, valid = open_data(config.data, vocab_size=config.model.vocab_size)
+        if config.training.global_batch_size > train.windows:
+            raise DataError(
+                f"training.global_batch_size {config.training.global_batch_size}, but data.train "
+                f"holds {train.windows} samples in all; lower it, or give more data"
+            )
+    except UserError as error:
+        raise type(error)("\n".join([*faults, str(error)])) from None
+    if faults:
+        raise UserError("\n".join(faults))
+    return plan, train, valid
+
+
+@dataclass(frozen=True)
+class Settings:
+    """DeepSpeed's JSON for this run, and what the installed DeepSpeed assumes by itself."""
+
+    full: dict[str, Any]
+    defaults: dict[str, Any]
+
+    @property
+    def left_to_it(self) -> dict[str, Any]:
+        """The defaults that hold in this run, by dotted key."""
+        ours = flat(self.full)
+        return {key: value for key, value in flat(self.defaults).items() if ours.get(key) == value}
+
+
+def settings_of(request: Request, plan: Plan, grid: Grid) -> Settings:
+    if request.engine == "reference":
+        return Settings({}, {})
+    from megalite.engine import ds_config  # imports DeepSpeed
+
+    full = ds_config.complete(deepspeed_dict(request.config, plan), grid)
+    return Settings(full, ds_config.defaults(grid))

@@ -1,0 +1,116 @@
+"""A rank that hangs ends the job, with every running rank's stacks and the late one's name."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.observe.watch import find_late
+from tests.runs import run_file
+
+ROOT = Path(__file__).resolve().parents[2]
+BUDGET = 6.0
+
+
+def _start(raw: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
+    config = folder / "run.json"
+    config.write_text(json.dumps(raw))
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    return subprocess.Popen(
+        [sys.executable, *command, str(ROOT / "launcher/pretrain.py"), "--config", str(config)],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def _wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists():
+            for line in (run / "metrics.jsonl").read_text().splitlines():
+                row = json.loads(line)
+                if row["kind"] == "train" and row["step"] >= step:
+                    return
+        time.sleep(0.1)
+    raise AssertionError("no step in 120 s")
+
+
+def _ranks(launcher: int) -> dict[int, int]:
+    """The processes of a launcher by their rank."""
+    found = {}
+    for child in subprocess.run(
+        ["pgrep", "-P", str(launcher)], capture_output=True, text=True, check=False
+    ).stdout.split():
+        for item in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            if item.startswith(b"RANK="):
+                found[int(item[5:])] = int(child)
+    return found
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_ends_the_job(shards: dict[str, str], tmp_path: Path, stopped: int) -> None:
+    raw = run_file(
+        shards,
+        tmp_path,
+        training={"steps": 10**6, "eval_every": 0},
+        guards={"hang_seconds": BUDGET, "hang_setup_seconds": 120},
+    )
+    run = tmp_path / "run"
+    process = _start(raw, tmp_path)
+    try:
+        _wait_for_step(run, 40)
+        ranks = _ranks(process.pid)
+        os.kill(ranks[stopped], signal.SIGSTOP)
+        began = time.monotonic()
+        while _runs(ranks[1 - stopped]):
+            assert time.monotonic() - began < BUDGET + 10
+            time.sleep(0.1)
+        os.kill(ranks[stopped], signal.SIGKILL)  # as the launcher does after its 30 s
+        _, words = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    (stacks,) = run.glob("stacks/attempt_0/*")
+    assert stacks.name == f"rank_{1 - stopped:05d}.txt"
+    text = stacks.read_text()
+    assert "train_step" in text or "feed.py" in text
+    assert text.count("hread 0x") >= 3  # main, loader, watchdog
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert f"rank {stopped} on " in status["reason"]
+    assert "no longer runs" in status["reason"]
+    assert status["reason"] in words
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in events if row["kind"] == "event"][-1] == "hang"
+
+
+def _told(**fields: Any) -> dict[str, Any]:
+    return {"section": "step", "seconds": 31.0, "count": 7, "waits": True, **fields}
+
+
+def test_the_late_rank_is_named() -> None:
+    hosts = ["a", "a", "b"]
+    silent = {0: _told(), 1: _told()}
+    assert find_late(silent, hosts) == "no end of step after 31 s: rank 2 on b no longer runs"
+    behind = {0: _told(), 1: _told(count=6), 2: _told()}
+    assert find_late(behind, hosts).endswith("rank 1 on a is behind the others")
+    alone = {0: _told(), 1: _told(), 2: _told(waits=False)}
+    assert find_late(alone, hosts).endswith("rank 2 on b waits for nobody while the others wait")
+    equal = {rank: _told() for rank in range(3)}
+    assert find_late(equal, hosts).endswith("all ranks stand at the same place")
