@@ -1,14 +1,21 @@
-"""`python -m megalite.config` writes configs/schema.json, which editors check run files with."""
+"""For scripts: the schema of run files, and where a run goes.
+
+python -m megalite.config                                           writes configs/schema.json
+python -m megalite.config --run-folder CONFIG [--set KEY=VALUE]...  checks CONFIG, prints it
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 from megalite.config.deepspeed_keys import deepspeed_schema
+from megalite.config.load import load_config
 from megalite.config.schema import RunConfig
 from megalite.files import write_json
+from megalite.log import run_main
 
 SCHEMA = Path(__file__).parents[2] / "configs" / "schema.json"
 
@@ -50,6 +57,18 @@ def _tidy(section: dict[str, Any]) -> None:
             field["type"] = [field["type"], "null"]
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run-folder", metavar="CONFIG")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    arguments, _ = parser.parse_known_args()  # a job hands on whatever its launcher takes
+    if arguments.run_folder is None:
+        write_json(SCHEMA, json_schema())
+        sys.stdout.write(f"wrote {SCHEMA}\n")
+        return
+    config = load_config(arguments.run_folder, arguments.set)
+    sys.stdout.write(f"{Path(config.logging.directory) / config.name}\n")
+
+
 if __name__ == "__main__":
-    write_json(SCHEMA, json_schema())
-    sys.stdout.write(f"wrote {SCHEMA}\n")
+    run_main(main, find_rank=lambda: 0)

@@ -130,6 +130,8 @@ JobCompLoc=$D/log/jobcomp.txt
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=100000,batch_sched_delay=0
 
@@ -163,7 +165,9 @@ END
             127.0.0.1 "$((PORT + i))" "$CPUS" \
             "$( ((GPUS == 0)) || echo " Gres=gpu:$GPUS")" >>"$CONF.new"
     done
-    echo "PartitionName=debug Nodes=$range Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO" >>"$CONF.new"
+    local common="Nodes=$range MaxTime=INFINITE State=UP OverSubscribe=NO"
+    echo "PartitionName=debug $common Default=YES PriorityTier=1 GraceTime=30" >>"$CONF.new"
+    echo "PartitionName=urgent $common PriorityTier=2" >>"$CONF.new"
 
     : >"$D/gres.conf"
     if ((GPUS > 0)); then # null devices stand in for /dev/nvidia*
