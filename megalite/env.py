@@ -127,6 +127,17 @@ def launch_id(environ: Mapping[str, str] | None = None) -> str:
     return ""
 
 
+def secrets() -> list[str]:
+    """Values of variables whose names say that nobody should read them."""
+    names = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+    return [value for name, value in os.environ.items() if names.search(name) and len(value) >= 8]
+
+
+def has_agent_store() -> bool:
+    """Whether torchrun's agent keeps the ranks' meeting place, and not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def has_compiler() -> bool:
     """Whether a C++ compiler is on PATH, which torch.compile needs on every device."""
     return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))

@@ -7,6 +7,7 @@
     │   ├── CommandError        2   command-line arguments
     │   └── LaunchError         2   ranks, hosts and devices as the launcher handed them over
     ├── CheckpointError         1   a checkpoint that is damaged or cannot be written
+    │   ├── NoSpace             1   the disk has no room for it; nothing was begun
     │   └── DamagedCheckpoint   1   its bytes are not those that were written: another may be
     ├── EngineError             1   the engine does something else than it was told
     ├── Stopped                75   a signal ended the run; it can be resumed (EX_TEMPFAIL)
@@ -56,6 +57,10 @@ class LaunchError(UserError):
 
 class CheckpointError(MegaLiteError):
     """A checkpoint that is damaged, incomplete, or could not be written."""
+
+
+class NoSpace(CheckpointError):
+    """A checkpoint that the disk has no room for, found before anything was written."""
 
 
 class DamagedCheckpoint(CheckpointError):

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from megalite import env
 from megalite.errors import LaunchError, MegaLiteError, UserError
 
 logger = logging.getLogger("megalite")
 
+_REDACTED = "[redacted]"
+_SECRET = re.compile(
+    r"\b(?:hf_|gh[pousr]_|github_pat_|sk-|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,}"
+    r"|(?<=://)[^/@:\s]+:[^/@\s]+(?=@)"
+)
+_SECRET_KEY = re.compile(r"(?:^|_)(?:api_?key|access_?key|auth_token|secret|passw(?:or)?d)$", re.I)
 _GRACE_FOR_RANK_0 = 10.0  # seconds
 
 
@@ -26,7 +34,7 @@ def setup(*, rank: int = 0, level: int = logging.INFO) -> None:
     logger.handlers.clear()
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(logging.Formatter(f"{prefix}%(levelname_lower)s%(message)s"))
+    handler.setFormatter(_Redacting(f"{prefix}%(levelname_lower)s%(message)s"))
     handler.addFilter(_lower_level)
     logger.addHandler(handler)
     logger.setLevel(level if rank == 0 else logging.ERROR)
@@ -36,9 +44,33 @@ def setup(*, rank: int = 0, level: int = logging.INFO) -> None:
 def add_file(path: Path) -> logging.Handler:
     """Append this process's messages, with times, to the run's `log.txt`."""
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     return handler
+
+
+class _Redacting(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text: str = redact(super().format(record))
+        return text
+
+
+def redact(value: Any) -> Any:
+    """A JSON value, or a text, without what opens accounts: tokens, keys, passwords in URLs.
+
+    Known by their form, by the environment variables that hold them, and by the keys they are
+    under.
+    """
+    if isinstance(value, str):
+        for secret in env.secrets():
+            value = value.replace(secret, _REDACTED)
+        return _SECRET.sub(_REDACTED, value)
+    if isinstance(value, Mapping):
+        return {
+            key: _REDACTED if isinstance(item, str) and _SECRET_KEY.search(key) else redact(item)
+            for key, item in value.items()
+        }
+    return [redact(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def remove(handler: logging.Handler | None) -> None:
@@ -68,6 +100,7 @@ def run_main(
     Every rank finds the same user error. Rank 0 prints it; the others wait for the launcher to
     end them, or the first to leave would take rank 0 along before it has spoken.
     """
+    os.umask(os.umask(0o077) | 0o002)  # nothing written is everyone's to change
     try:
         rank = find_rank()
     except LaunchError:

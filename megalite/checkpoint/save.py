@@ -18,9 +18,9 @@ from megalite.checkpoint.states import owned_parameters, read_canonical
 from megalite.checkpoint.write import Snapshot, Writer
 from megalite.config import CheckpointConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
-from megalite.errors import CheckpointError, Superseded
+from megalite.errors import CheckpointError, NoSpace, Superseded
 from megalite.formats import checkpoint as disk
-from megalite.log import logger
+from megalite.log import logger, redact
 from megalite.optim import state_names
 from megalite.parallel import Grid
 
@@ -77,6 +77,11 @@ class Saver:
             "deepspeed": dict(deepspeed or {}),
         }
         self._mark = grid.gather(secrets.token_hex(4))[0]
+        # of the tensors; the rest is small
+        self._bytes = 4 * sum(
+            row.elements * (1 + len(state_names(config, row)))
+            for row in shapes.parameters(config.model)
+        )
         self._writer: Writer | None = None
         self._draft: _Draft | None = None
         self._snapshot: Snapshot = {}
@@ -100,7 +105,7 @@ class Saver:
             snapshot: whether training may go on at once: everything is copied. Otherwise it must
                 wait for `finish`.
         Raises:
-            CheckpointError: on every rank alike; nothing was written.
+            NoSpace, CheckpointError: on every rank alike; nothing was written.
             Superseded: a newer start of the run owns the folder.
         """
         assert self._draft is None, "a save is under way"
@@ -108,7 +113,10 @@ class Saver:
         # of this start alone: an older one that still runs writes to another
         staging = root / f".staging_{place.step:08d}_{self._mark}"
         lease, began = self._lease, time.monotonic()
-        fault = _attempt(lambda: _prepare(root, staging, lease)) if grid.rank == 0 else None
+        fault = None
+        if grid.rank == 0:
+            needed = self._bytes
+            fault = _attempt(lambda: _prepare(root, staging, lease, needed))
         _agree(grid, fault, None)
         self.begun += 1
         self._writer = writer = Writer(staging, grid.rank, self._snapshot if snapshot else None)
@@ -238,7 +246,7 @@ class _Draft:
             entries.update(rank_files)
             for tensor, where in rank_tensors.items():
                 holders.setdefault(tensor, {}).update(where)
-        files.write_json(staging / "config.json", self.config.model_dump(mode="json"))
+        files.write_json(staging / "config.json", redact(self.config.model_dump(mode="json")))
         for name, value in self.notes.items():
             files.write_json(staging / name, value)
         shutil.copytree(tokenizer, staging / "tokenizer")
@@ -285,10 +293,15 @@ class _Draft:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _prepare(root: Path, staging: Path, lease: Lease | None) -> None:
+def _prepare(root: Path, staging: Path, lease: Lease | None, needed: int) -> None:
     if lease is not None:
-        lease.check()  # a newer start may be writing to a staging folder of this very name
+        lease.check()
     root.mkdir(parents=True, exist_ok=True)
+    if needed > (free := shutil.disk_usage(root).free):
+        raise NoSpace(
+            f"it needs {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} are free in {root}; make "
+            "room, or lower checkpoint.keep"
+        )
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir()
@@ -298,8 +311,8 @@ def _attempt(action: Any) -> str | None:
     """Run rank 0's part; its fault is told to all instead of leaving them waiting."""
     try:
         action()
-    except Superseded as error:
-        return f"superseded: {error}"
+    except (Superseded, NoSpace) as error:
+        return f"{type(error).__name__}: {error}"
     except Exception as error:
         return f"rank 0: {error}"
     return None
@@ -313,7 +326,8 @@ def _agree(grid: Grid, fault: str | None, staging: Path | None) -> None:
     if grid.rank == 0 and staging is not None:
         shutil.rmtree(staging, ignore_errors=True)
     grid.barrier()
-    if found.startswith("superseded: "):
-        raise Superseded(found.removeprefix("superseded: "))
     logger.debug("save abandoned: %s", found)
-    raise CheckpointError(f"the checkpoint was not saved: {found}")
+    if found.startswith("Superseded: "):
+        raise Superseded(found.removeprefix("Superseded: "))
+    kind = NoSpace if found.startswith("NoSpace: ") else CheckpointError
+    raise kind(f"the checkpoint was not saved: {found.removeprefix('NoSpace: ')}")

@@ -16,11 +16,22 @@ from megalite.parallel import Grid
 
 
 def mean_loss(
-    engine: Engine, dataset: Dataset, *, grid: Grid, samples: int, micro_batch_size: int
-) -> float:
+    engine: Engine,
+    dataset: Dataset,
+    *,
+    grid: Grid,
+    samples: int,
+    micro_batch_size: int,
+    stopping: Callable[[], bool] = lambda: False,
+) -> float | None:
     """Cross entropy in nats over the unmasked targets of the first `samples` windows.
 
     Where the data set has fewer windows, over all of them. A collective of all ranks.
+
+    Args:
+        stopping: asked before each batch whether to give up, with the same answer on every rank.
+    Returns:
+        None where it was given up.
     """
     sums = _sum_loss(
         engine.eval_loss,
@@ -29,7 +40,10 @@ def mean_loss(
         micro_batch_size=micro_batch_size,
         data_rank=grid.data_rank,
         data_size=grid.data_parallel,
+        stopping=stopping,
     )
+    if sums is None:
+        return None
     dist.all_reduce(sums, group=grid.cpu_group)
     return float(sums[0] / sums[1])
 
@@ -47,9 +61,11 @@ def score(
     Bits per byte compares models of different tokenizers; null where the targets hold no text.
     """
     samples = min(samples, dataset.windows)
-    total, targets = _sum_loss(
+    sums = _sum_loss(
         loss, dataset, samples=samples, micro_batch_size=micro_batch_size, data_rank=0, data_size=1
-    ).tolist()
+    )
+    assert sums is not None  # nobody asked it to stop
+    total, targets = sums.tolist()
     text_bytes = sum(
         tokenizer.count_bytes(labels[mask].tolist())
         for batch in first_batches(
@@ -81,8 +97,9 @@ def _sum_loss(
     micro_batch_size: int,
     data_rank: int,
     data_size: int,
-) -> Tensor:
-    """This rank's summed loss and targets: float64 [2] on the CPU.
+    stopping: Callable[[], bool] = lambda: False,
+) -> Tensor | None:
+    """This rank's summed loss and targets: float64 [2] on the CPU; None where it was given up.
 
     float64, since a sum over millions of targets must keep its digits; on the device until the
     end, so that no batch waits for the one before.
@@ -96,6 +113,8 @@ def _sum_loss(
     )
     losses, targets = [], 0
     for batch in batches:
+        if stopping():
+            return None
         losses.append(loss(batch).double())
         targets += batch.targets
     return torch.stack((torch.stack(losses).sum().cpu(), torch.tensor(float(targets)).double()))

@@ -7,6 +7,8 @@ Ranks that share a model are neighbours, because they talk most and sit on one h
 from __future__ import annotations
 
 import datetime
+import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +92,11 @@ def start(launch: env.Launch, *, tensor_parallel: int = 1) -> Grid:
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
     else:
         dist.init_process_group(
-            backend, rank=launch.rank, world_size=launch.world_size, timeout=_TIMEOUT
+            backend,
+            store=None if env.has_agent_store() else _own_store(launch),
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=_TIMEOUT,
         )
     world, size = launch.world_size, tensor_parallel
     data_group = _own_group([list(range(t, world, size)) for t in range(size)], launch.rank)
@@ -124,6 +130,27 @@ def _own_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup:
             own = group
     assert own is not None
     return own
+
+
+def _own_store(launch: env.Launch) -> Any:
+    """The ranks' meeting place, kept by rank 0 at MASTER_ADDR alone where that is its own.
+
+    PyTorch listens on every interface otherwise. So does this where a name stands for another
+    address on its own host than elsewhere (loopback), or for none of this host's (behind NAT).
+    """
+    handle, address = None, (launch.master_addr, launch.master_port)
+    if launch.rank == 0:
+        with suppress(OSError):
+            found = socket.gethostbyname(launch.master_addr)
+            if not found.startswith("127.") or launch.local_world_size == launch.world_size:
+                handle = socket.create_server((found, launch.master_port), backlog=1024).detach()
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        *address,
+        launch.world_size,
+        is_master=launch.rank == 0,
+        timeout=_TIMEOUT,
+        master_listen_fd=handle,
+    )
 
 
 def _pick_device(launch: env.Launch) -> torch.device:

@@ -83,6 +83,7 @@ class Feed:
     ) -> None:
         self._loader, self._grid, self._stop, self._written = loader, grid, stop, written
         self._ahead = self._begin()
+        self._poll: tuple[torch.Tensor, Any] | None = None
 
     def next(self) -> Step:
         """The next step."""
@@ -92,8 +93,19 @@ class Feed:
         targets, stop, written = agreed.tolist()
         return Step(batches, targets, stop > 0, written)
 
+    def asked(self) -> bool:
+        """Whether any rank was asked to stop, as it was a call ago; all ranks must call it."""
+        before, flag = self._poll, torch.tensor([int(self._stop.name is not None)])
+        self._poll = flag, dist.all_reduce(flag, group=self._grid.cpu_group, async_op=True)
+        if before is None:
+            return False
+        before[1].wait()
+        return bool(before[0].item())
+
     def close(self) -> None:
-        """Finish the reduction under way, which other ranks may be in, and stop reading ahead."""
+        """Finish the reductions under way, which other ranks may be in, and stop reading ahead."""
+        if self._poll is not None:
+            self._poll[1].wait()
         self._ahead[2].wait()
         self._loader.close()
 

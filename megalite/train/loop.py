@@ -16,7 +16,7 @@ from megalite.checkpoint import Place, Saver
 from megalite.config import RunConfig
 from megalite.data import Dataset, advance
 from megalite.engine import Engine
-from megalite.errors import Stopped
+from megalite.errors import NoSpace, Stopped
 from megalite.evaluate import mean_loss, perplexity
 from megalite.log import logger
 from megalite.observe import Recorder, Sections, Trace, peak_flops, peak_memory_bytes
@@ -168,6 +168,8 @@ class Trainer:
         """The last validation and the last checkpoint, unless this very step already had them."""
         if self._evaluated != self.place.step:
             self._evaluate()
+            if self.valid is not None and self._evaluated != self.place.step:
+                self._leave()  # asked to stop in the midst of it
         if self._saved != self.place.step:
             self._save()
         self.settle()
@@ -210,6 +212,7 @@ class Trainer:
         return self.plan.flops_per_token * tokens_per_second / (peak * self.plan.world_size)
 
     def _evaluate(self) -> None:
+        """Validate, unless the run is asked to stop meanwhile: the next step heeds that."""
         if self.valid is None:
             return
         with self.sections.inside("eval"):
@@ -220,7 +223,10 @@ class Trainer:
                 grid=self.grid,
                 samples=training.eval_batches * training.global_batch_size,
                 micro_batch_size=training.micro_batch_size,
+                stopping=self.feed.asked,
             )
+        if loss is None:
+            return
         # a loss that is no number must not end up as the best
         self.place = replace(self.place, valid_loss=loss if math.isfinite(loss) else None)
         row = {"step": self.place.step, "loss": loss, "perplexity": perplexity(loss)}
@@ -239,8 +245,16 @@ class Trainer:
         self._compare()
         background = self.config.checkpoint.background
         self.recorder.status("saving", step=self.place.step)
-        with self.sections.inside("save"):
-            self.saver.begin(self.place, snapshot=background)
+        try:
+            with self.sections.inside("save"):
+                self.saver.begin(self.place, snapshot=background)
+        except NoSpace as error:
+            if self._leaving or self.place.step == self.config.training.steps:
+                raise  # what has not been saved by now is lost
+            logger.warning("step %d: %s; training goes on", self.place.step, error)
+            self.recorder.event(self.place.step, "unsaved", reason=str(error))
+            self.recorder.status("running", step=self.place.step)
+            return
         self._saved = self.place.step
         if not background:
             self.settle()
