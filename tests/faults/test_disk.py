@@ -1,0 +1,158 @@
+"""A disk that is full, and files that are not what was written: named, never loaded silently."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.errors import MegaLiteError
+from megalite.formats import checkpoint as disk
+from tests.ranks import run_ranks
+from tests.runs import curve, rows, run_file, train
+
+
+def _outcome(launch: Any, raw: dict[str, Any]) -> str:
+    try:
+        train(launch, raw)
+    except MegaLiteError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system is root's")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_of_two_megabytes(shards: dict[str, str], tmp_path: Path, small_disk: Path) -> None:
+    """Room for one checkpoint and not two: the run goes on without, and says in the end."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (small_disk / "checkpoints").mkdir()
+    (run / "checkpoints").symlink_to(small_disk / "checkpoints")
+    raw = run_file(
+        shards,
+        tmp_path,
+        model={"hidden_size": 64, "intermediate_size": 192},
+        training={"eval_every": 0},
+        checkpoint={"every": 5, "keep": 2},
+    )
+    errors = run_ranks(_outcome, 2, raw)
+    assert [type_of.split(":")[0] for type_of in errors] == ["NoSpace", "NoSpace"]
+    assert "make room, or lower checkpoint.keep" in errors[0]
+    assert [row["step"] for row in rows(raw)] == [*range(1, 21)]
+    named = [(row["name"], row["step"]) for row in rows(raw, "event") if row["name"] != "start"]
+    assert named == [("checkpoint", 5), ("unsaved", 10), ("unsaved", 15), ("failed", 20)]
+    (kept,) = disk.published(run / "checkpoints")
+    assert kept.name == "step_00000005"
+    assert disk.damage(kept, disk.read_manifest(kept)) == []
+    assert not list((run / "checkpoints").glob(".staging_*"))
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["last_checkpoint"]) == ("failed", "step_00000005")
+
+
+class Canary:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.mark,)
+
+
+def _flip(path: Path, _mark: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _cut(path: Path, _mark: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def _remove(path: Path, _mark: Path) -> None:
+    path.unlink()
+
+
+def _empty(path: Path, _mark: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _plant(path: Path, mark: Path) -> None:
+    path.write_bytes(pickle.dumps(Canary(mark)))
+
+
+DAMAGES = {"flipped": _flip, "cut": _cut, "missing": _remove, "empty": _empty, "canary": _plant}
+
+
+@pytest.fixture(scope="module")
+def finished(
+    shards: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
+    """A run file, and the folder of a run of it with checkpoints at 10 and 20."""
+    folder = tmp_path_factory.mktemp("finished")
+    raw = run_file(shards, folder, checkpoint={"every": 10, "keep": 5})
+    run_ranks(train, 2, raw)
+    return raw, folder / "run"
+
+
+KINDS = (
+    *("manifest.json", "config.json", "ledger.json", "tokenizer/tokenizer.json"),
+    *("model-*.safetensors", "exp_avg-*.safetensors", "exp_avg_sq-*.safetensors"),
+)
+
+
+def _files(folder: Path, kind: str) -> Path:
+    found = sorted(folder.glob(kind)) or sorted(p for p in folder.glob("tokenizer/*"))
+    return found[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    finished: tuple[dict[str, Any], Path], tmp_path: Path, kind: str
+) -> None:
+    """By every damage in turn; the run goes on from the one before, to the same numbers."""
+    raw, run = finished
+    for name, damage in DAMAGES.items():
+        directory, mark = tmp_path / name, tmp_path / f"{name}.ran"
+        shutil.copytree(run, directory / "run", symlinks=True)
+        again = raw | {"logging": raw["logging"] | {"directory": str(directory)}}
+        root = directory / "run" / "checkpoints"
+        damage(_files(root / "step_00000020", kind), mark)
+        assert run_ranks(_outcome, 1, again) == [""], name
+        assert (root / "bad_00000020").is_dir(), name
+        assert (root / "step_00000020").is_dir(), name
+        (resumed,) = [row for row in rows(again, "event") if row["name"] == "resume"]
+        assert resumed["step"] == 10
+        now = curve(again)
+        assert now[-1][0] == pytest.approx(curve(raw)[-1][0], rel=1e-5)
+        assert not mark.exists()
+
+
+@pytest.mark.parametrize("kind", ["shard_00000.bin", "shard_00000.idx", "manifest.json"])
+def test_a_damaged_shard_is_named(shards: dict[str, str], tmp_path: Path, kind: str) -> None:
+    for name, damage in DAMAGES.items():
+        folder, mark = tmp_path / name, tmp_path / f"{name}.ran"
+        shutil.copytree(shards["train"], folder)
+        damage(folder / kind, mark)
+        raw = run_file(
+            shards | {"train": str(folder)}, tmp_path / f"{name}_runs", data={"verify": True}
+        )
+        (error,) = run_ranks(_outcome, 1, raw)
+        assert error.split(":")[0] in ("DataError", "MegaLiteError"), (name, error)
+        assert str(folder) in error
+        assert not mark.exists()

@@ -1,0 +1,141 @@
+"""kill -9 at seeded random moments: nothing published is lost, and the curve is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.formats import checkpoint as disk
+from tests.ranks import _CONTEXT, _free_port, run_ranks
+from tests.runs import curve, run_file, train, zero
+
+EVERY = 4
+
+
+def _rank(launch_args: tuple[Any, ...], raw: dict[str, Any], environ: dict[str, str]) -> None:
+    import torch
+
+    from megalite.env import Launch
+
+    torch.set_num_threads(1)
+    os.environ.update(environ)
+    code = 1
+    with suppress(BaseException):
+        train(Launch(*launch_args), raw)
+        code = 0
+    os._exit(code)
+
+
+def _start(raw: dict[str, Any], world: int) -> list[Any]:
+    port, processes = _free_port(), []
+    for rank in range(world):
+        environ = {
+            **{"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)},
+            **{"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"},
+            "MASTER_PORT": str(port),
+        }
+        launch = (rank, world, rank, world, "127.0.0.1", port, "torchrun")
+        process = _CONTEXT.Process(target=_rank, args=(launch, raw, environ), daemon=True)
+        process.start()
+        processes.append(process)
+    return processes
+
+
+def _end(processes: list[Any], victim: int) -> None:
+    """Kill one rank, and then the others, as a launcher does."""
+    os.kill(processes[victim].pid, signal.SIGKILL)
+    processes[victim].join()
+    deadline = time.monotonic() + 2.0
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+        process.join()
+
+
+def _published(root: Path) -> dict[str, disk.Manifest]:
+    """Every published checkpoint, each whole."""
+    found = {}
+    for folder in disk.published(root):
+        manifest = disk.read_manifest(folder)
+        assert disk.damage(folder, manifest) == []
+        found[folder.name] = manifest
+    return found
+
+
+def _soak(
+    shards: dict[str, str], tmp_path: Path, kills: int, seed: int, stage: int, background: bool
+) -> None:
+    draw = random.Random(seed)
+    sections: dict[str, Any] = {
+        "training": {"steps": 10**6, "eval_every": 0},
+        "schedule": {"name": "constant"},
+        "deepspeed": zero(stage),
+        "checkpoint": {"every": EVERY, "keep": 10**6, "background": background},
+    }
+    raw = run_file(shards, tmp_path / "killed", **sections)
+    root = tmp_path / "killed" / "run" / "checkpoints"
+    before: dict[str, disk.Manifest] = {}
+    for number in range(kills):
+        processes = _start(raw, 2)
+        newest = max(before, default="")
+        deadline = time.monotonic() + 60
+        while not newest or max((p.name for p in root.glob("step_*")), default="") <= newest:
+            assert time.monotonic() < deadline, "no checkpoint in 60 s"
+            assert all(process.is_alive() for process in processes)
+            newest = newest or "step_"
+            time.sleep(0.005)
+        if draw.random() < 0.5:  # in the midst of a save, as its folder says
+            until = time.monotonic() + 1.0
+            while time.monotonic() < until and not list(root.glob(".staging_*")):
+                pass
+            time.sleep(draw.random() * 0.03)
+        else:
+            time.sleep(draw.random() * 0.5)
+        _end(processes, draw.randrange(2))
+        now = _published(root)
+        assert {name: now.get(name) for name in before} == before, f"kill {number}"
+        before = now
+    last = max(manifest.step for manifest in before.values())
+    raw["training"] = raw["training"] | {"steps": last + 3}
+    run_ranks(train, 2, raw)
+    starts = [
+        json.loads(line)
+        for line in (tmp_path / "killed" / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    resumes = [row for row in starts if row.get("name") == "resume"]
+    assert [row["attempt"] for row in resumes] == list(range(1, kills + 1))
+    reached = 0  # by the rows of the attempts before: what a resume may lose of it
+    for row in starts:
+        if row.get("name") == "resume":
+            # in the background another interval may pass before a save is published
+            assert row["step"] >= reached - EVERY * (1 + background)
+        if row["kind"] == "train":
+            reached = max(reached, row["step"])
+    alone = run_file(shards, tmp_path / "alone", **sections)
+    alone["training"] = raw["training"]
+    alone["checkpoint"] = {"every": 0}
+    run_ranks(train, 2, alone)
+    whole = curve(alone)
+    assert curve(raw)[: len(whole)] == whole
+
+
+@pytest.mark.parametrize(("stage", "background"), [(1, False), (3, True)])
+def test_ten_kills(shards: dict[str, str], tmp_path: Path, stage: int, background: bool) -> None:
+    _soak(shards, tmp_path, 5, seed=stage, stage=stage, background=background)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("stage", "background"), [(0, False), (1, True), (2, False), (3, True)])
+def test_a_hundred_kills(
+    shards: dict[str, str], tmp_path: Path, stage: int, background: bool
+) -> None:
+    _soak(shards, tmp_path, 25, seed=stage + 100, stage=stage, background=background)
