@@ -72,7 +72,8 @@ def _published(root: Path) -> dict[str, disk.Manifest]:
 
 def _soak(
     shards: dict[str, str], tmp_path: Path, kills: int, seed: int, stage: int, background: bool
-) -> None:
+) -> int:
+    """How often the run was killed and went on."""
     draw = random.Random(seed)
     sections: dict[str, Any] = {
         "training": {"steps": 10**6, "eval_every": 0},
@@ -125,11 +126,12 @@ def _soak(
     run_ranks(train, 2, alone)
     whole = curve(alone)
     assert curve(raw)[: len(whole)] == whole
+    return len(resumes)
 
 
 @pytest.mark.parametrize(("stage", "background"), [(1, False), (3, True)])
 def test_ten_kills(shards: dict[str, str], tmp_path: Path, stage: int, background: bool) -> None:
-    _soak(shards, tmp_path, 5, seed=stage, stage=stage, background=background)
+    assert _soak(shards, tmp_path, 5, stage, stage, background) == 5
 
 
 @pytest.mark.slow
@@ -138,4 +140,4 @@ def test_ten_kills(shards: dict[str, str], tmp_path: Path, stage: int, backgroun
 def test_a_hundred_kills(
     shards: dict[str, str], tmp_path: Path, stage: int, background: bool
 ) -> None:
-    _soak(shards, tmp_path, 25, seed=stage + 100, stage=stage, background=background)
+    assert _soak(shards, tmp_path, 25, stage + 100, stage, background) == 25

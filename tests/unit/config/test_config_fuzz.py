@@ -64,7 +64,7 @@ def assert_sound(config_or_faults: Any) -> None:
         json.dumps(deepspeed_dict(config, plan), allow_nan=False)
 
 
-@cases(150)
+@cases(1000)
 @given(CHANGES)
 def test_any_value_anywhere(tmp_path: Path, changes: list[tuple[str, Any]]) -> None:
     raw = copy.deepcopy(BASE)
@@ -84,7 +84,7 @@ def test_any_value_anywhere(tmp_path: Path, changes: list[tuple[str, Any]]) -> N
     assert_sound(outcome)
 
 
-@cases(75)
+@cases(500)
 @given(st.binary(max_size=40), st.integers(0, 400), st.integers(0, 12))
 def test_any_bytes(tmp_path: Path, junk: bytes, start: int, length: int) -> None:
     whole = json.dumps(BASE).encode()
@@ -97,7 +97,7 @@ def test_any_bytes(tmp_path: Path, junk: bytes, start: int, length: int) -> None
     assert_sound(outcome)
 
 
-@cases(75)
+@cases(500)
 @given(st.lists(st.text(max_size=20) | st.tuples(st.sampled_from(KEYS), VALUES), max_size=4))
 def test_any_set(tmp_path: Path, items: list[Any]) -> None:
     path = tmp_path / "run.json"

@@ -221,3 +221,48 @@ def test_the_header_alone_tells_a_missing_file(tmp_path: Path) -> None:
 
 def test_the_vocabulary_decides_the_dtype() -> None:
     assert [dtype_for(size).name for size in (258, 65_536, 65_537)] == ["uint16", "uint16", "int32"]
+
+
+EDIT = st.tuples(st.integers(0, 130), st.binary(min_size=1, max_size=9))
+
+
+@settings(
+    max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.sampled_from(sorted(GOLDEN)), st.lists(EDIT, max_size=3), st.integers(-20, 20), st.binary()
+)
+def test_any_bytes_are_named_or_read_as_they_are(
+    tmp_path: Path, name: str, edits: list[tuple[int, bytes]], cut: int, tail: bytes
+) -> None:
+    """Whatever is in the file: an error that names it, or just the numbers that stand there."""
+    content = bytes.fromhex(GOLDEN[name][0])
+    for place, packed in edits:
+        content = edit(content, place, packed)
+    content = content[:cut] if cut < 0 else content + tail[:cut]
+    path = tmp_path / "any.idx"
+    path.write_bytes(content)
+    try:
+        index = read_index(path)
+    except DataError as error:
+        if str(path) not in str(error):
+            raise
+        return
+    version, code, sequences, boundaries = struct.unpack_from("<QBQQ", content, 9)
+    assert (content[:9], version) == (b"MMIDIDX\0\0", 1)
+    assert index.dtype == DTYPES[code]
+    assert len(content) in (
+        34 + 12 * sequences + 8 * boundaries,
+        34 + 13 * sequences + 8 * boundaries,
+    )
+    lengths = struct.unpack_from(f"<{sequences}i", content, 34)
+    pointers = struct.unpack_from(f"<{sequences}q", content, 34 + 4 * sequences)
+    documents = struct.unpack_from(f"<{boundaries}q", content, 34 + 12 * sequences)
+    assert [tuple(index.lengths), tuple(index.pointers)] == [lengths, pointers]
+    assert tuple(index.documents) == documents
+    assert min(lengths, default=0) >= 0
+    assert list(pointers) == [
+        sum(lengths[:number]) * index.dtype.itemsize for number in range(sequences)
+    ]
+    assert list(documents) == sorted(documents)
+    assert (documents[0], documents[-1]) == (0, sequences)

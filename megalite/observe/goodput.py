@@ -1,0 +1,116 @@
+"""Where a run's time went, from its own records: what trained, what did not, why it restarted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from megalite.errors import CommandError
+from megalite.files import read_json
+
+_ENDS = ("end", "stopped", "failed", "superseded", "hang")
+
+
+@dataclass
+class Attempt:
+    """One start of the run.
+
+    Attributes:
+        first, last: the step it went on from, and the last one it recorded.
+        seconds: in each section ("setup", "step", "eval", "save", ...).
+        down: seconds between the end of the start before and this one's.
+        lost: steps of it that the next start had to take again.
+        cause: how it ended.
+    """
+
+    attempt: int
+    first: int
+    last: int
+    seconds: dict[str, float]
+    down: float = 0.0
+    lost: int = 0
+    cause: str = "killed, or its host was lost: it left no word"
+    began: float = field(default=0.0, repr=False)
+    ended: float = field(default=0.0, repr=False)
+
+
+def goodput(run: Path) -> dict[str, Any]:
+    """The time of a run by what it went into.
+
+    Returns:
+        {run, state, attempts, lost_steps, restarts, wall_seconds, seconds, goodput}: `seconds` sums
+        up the sections of all attempts, what was done twice as "lost" and what lay between as
+        "down"; goodput is the part of the wall's seconds that steps which counted took.
+    Raises:
+        CommandError: no records there.
+    """
+    attempts = list(_attempts(run))
+    if not attempts:
+        raise CommandError(f"{run}: no metrics.jsonl with a start in it; give a run folder")
+    for before, after in pairwise(attempts):
+        before.lost = max(0, before.last - after.first)
+        after.down = max(0.0, after.began - after.seconds.get("setup", 0.0) - before.ended)
+    state = "unknown"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        state = read_json(run / "status.json")["state"]
+    if state in ("running", "saving"):
+        attempts[-1].cause = "running, or killed without a word"
+    totals: dict[str, float] = {}
+    for one in attempts:
+        lost = one.seconds.get("step", 0.0) * one.lost / max(1, one.last - one.first)
+        parts = {**one.seconds, "lost": lost, "down": one.down}
+        parts["step"] = one.seconds.get("step", 0.0) - lost
+        for name, seconds in parts.items():
+            totals[name] = totals.get(name, 0.0) + seconds
+    wall = attempts[-1].ended - attempts[0].began + attempts[0].seconds.get("setup", 0.0)
+    told = [{k: v for k, v in asdict(a).items() if k not in ("began", "ended")} for a in attempts]
+    return {
+        "run": str(run),
+        "state": state,
+        "attempts": told,
+        "lost_steps": sum(one.lost for one in attempts),
+        "restarts": len(attempts) - 1,
+        "wall_seconds": wall,
+        "seconds": totals,
+        "goodput": totals.get("step", 0.0) / wall if wall else 0.0,
+    }
+
+
+def _attempts(run: Path) -> Iterator[Attempt]:
+    found: dict[int, Attempt] = {}
+    measured: dict[int, float] = {}  # until when an attempt's own clock has spoken
+    for row in _rows(run):
+        number, time = row["attempt"], row["time"]
+        name = row.get("name")
+        if name in ("start", "resume"):
+            found[number] = Attempt(number, row["step"], row["step"], {}, began=time)
+            measured[number] = time
+        if (one := found.get(number)) is None:
+            continue
+        one.ended = time
+        one.last = max(one.last, row["step"])
+        if seconds := row.get("seconds"):
+            one.seconds, measured[number] = dict(seconds), time
+        elif row["kind"] == "train":  # of a start that was killed later
+            one.seconds["step"] = one.seconds.get("step", 0.0) + time - measured[number]
+            measured[number] = time
+        if name in _ENDS:
+            one.cause = "done" if name == "end" else str(row.get("reason", name))
+    yield from (found[number] for number in sorted(found))
+
+
+def _rows(run: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = (run / "metrics.jsonl").read_bytes().splitlines()
+    except OSError as error:
+        raise CommandError(f"{run}: no records of a run: {error}") from None
+    for line in lines:
+        with suppress(ValueError, TypeError):  # cut by a crash
+            row = json.loads(line)
+            if isinstance(row, dict) and {"kind", "time", "attempt", "step"} <= {*row}:
+                yield row

@@ -1,0 +1,78 @@
+"""doctor.py on the records of runs that were killed, stopped and finished."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.observe.goodput import goodput
+from tests.ranks import run_ranks
+from tests.runs import run_file, train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _row(kind: str, time: float, attempt: int, step: int, **fields: Any) -> str:
+    return json.dumps({"kind": kind, "time": time, "attempt": attempt, "step": step, **fields})
+
+
+def test_the_time_of_a_run_by_what_it_went_into(tmp_path: Path) -> None:
+    """Ten seconds of setup, steps of one second, saves of two; killed after step 25."""
+    before = {"setup": 10.0, "step": 20.0, "save": 4.0}
+    lines = [
+        _row("event", 110, 0, 0, name="start"),
+        _row("event", 134, 0, 20, name="checkpoint", seconds=before),
+        _row("train", 139, 0, 25),
+        _row("event", 210, 1, 20, name="resume"),
+        _row("train", 220, 1, 30),
+        _row(
+            "event",
+            222,
+            1,
+            30,
+            name="stopped",
+            reason="Stopped: by SIGTERM",
+            seconds={"setup": 10.0, "step": 10.0, "save": 2.0},
+        ),
+        '{"kind": "tra',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    (tmp_path / "status.json").write_text('{"state": "stopped"}')
+    found = goodput(tmp_path)
+    assert found["wall_seconds"] == 122
+    assert found["seconds"] == pytest.approx(
+        {"setup": 20, "step": 30, "save": 6, "lost": 5, "down": 61}
+    )
+    assert sum(found["seconds"].values()) == pytest.approx(found["wall_seconds"])
+    assert found["goodput"] == pytest.approx(30 / 122)
+    assert (found["restarts"], found["lost_steps"]) == (1, 5)
+    assert [one["cause"] for one in found["attempts"]] == [
+        "killed, or its host was lost: it left no word",
+        "Stopped: by SIGTERM",
+    ]
+
+
+def test_a_real_run_adds_up(shards: dict[str, str], tmp_path: Path) -> None:
+    raw = run_file(shards, tmp_path, checkpoint={"every": 10})
+    run_ranks(train, 2, raw)
+    raw["training"] = raw["training"] | {"steps": 30}
+    run_ranks(train, 1, raw)
+    command = [sys.executable, str(ROOT / "launcher/doctor.py"), "--run", str(tmp_path / "run")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "1 restarts, 0 steps lost" in told
+    assert "attempt 1: steps 21 to 30: done" in told
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    # a process's own start is known to a second
+    assert sum(found["seconds"].values()) == pytest.approx(found["wall_seconds"], abs=2)
+    assert {"setup", "step", "eval", "save"} <= {*found["seconds"]}
+    missing = subprocess.run(
+        [*command[:-1], str(tmp_path / "none")], capture_output=True, text=True, check=False
+    )
+    assert missing.returncode == 2
+    assert "no records of a run" in missing.stderr
