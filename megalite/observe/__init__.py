@@ -2,12 +2,14 @@
 
 from megalite.observe.device import peak_flops, peak_memory_bytes
 from megalite.observe.metrics import Recorder, previous_attempts, restate, resumed_before
+from megalite.observe.stragglers import Stragglers
 from megalite.observe.trace import Trace
 from megalite.observe.watch import Sections, Watchdog
 
 __all__ = [
     "Recorder",
     "Sections",
+    "Stragglers",
     "Trace",
     "Watchdog",
     "peak_flops",

@@ -19,7 +19,7 @@ from megalite.engine import Engine
 from megalite.errors import NoSpace, Stopped
 from megalite.evaluate import mean_loss, perplexity
 from megalite.log import logger
-from megalite.observe import Recorder, Sections, Trace, peak_flops, peak_memory_bytes
+from megalite.observe import Recorder, Sections, Stragglers, Trace, peak_flops, peak_memory_bytes
 from megalite.optim import learning_rate
 from megalite.parallel import Grid
 from megalite.plan import Plan
@@ -47,6 +47,7 @@ class Trainer:
         trace: records some steps, where asked.
         judge: says of each step's numbers whether they are used.
         sections: measure what the time goes into.
+        stragglers: looks for ranks that are slower than the others.
         guard: compares replicas.
         inspect: called with (step, engine, grid) between each backward and its update.
     """
@@ -65,6 +66,7 @@ class Trainer:
     trace: Trace
     judge: Judge
     sections: Sections
+    stragglers: Stragglers
     guard: DriftGuard | None = None
     inspect: Inspect | None = None
 
@@ -194,6 +196,13 @@ class Trainer:
             }
         )
         self.recorder.status("running", step=self.place.step)
+        for slow in self.stragglers.check():
+            logger.warning(
+                "step %d: rank %d on %s is slow: %.3f s a forward pass, the median rank takes %.3f",
+                self.place.step,
+                *slow.values(),
+            )
+            self.recorder.event(self.place.step, "straggler", **slow)
 
     def _lap(self) -> tuple[float, int]:
         """Seconds of training and steps since the last call; saves and validations do not count."""

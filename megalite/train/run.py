@@ -24,7 +24,7 @@ from megalite.errors import (
     UserError,
 )
 from megalite.log import logger
-from megalite.observe import Recorder, Sections, Trace, Watchdog, restate
+from megalite.observe import Recorder, Sections, Stragglers, Trace, Watchdog, restate
 from megalite.parallel import Grid, start, stop
 from megalite.plan import Plan
 from megalite.train.drift import DriftGuard
@@ -170,6 +170,7 @@ class _Run:
             Trace(request.folder / "profile", grid.rank, config.training.profile),
             Judge(config, self.ledger, scaled=self.plan.precision == "fp16"),
             self.sections,
+            Stragglers(self.engine.model, grid),
             guard,
             request.inspect,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 
 from megalite.observe.watch import find_late
-from tests.runs import run_file
+from tests.ranks import run_ranks
+from tests.runs import rows, run_file, train
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 6.0
@@ -114,3 +116,34 @@ def test_the_late_rank_is_named() -> None:
     assert find_late(alone, hosts).endswith("rank 2 on b waits for nobody while the others wait")
     equal = {rank: _told() for rank in range(3)}
     assert find_late(equal, hosts).endswith("all ranks stand at the same place")
+
+
+def _train_slowly(launch: Any, raw: dict[str, Any]) -> None:
+    """Rank 1 takes 0.2 s more for each forward pass."""
+    running: Any = importlib.import_module("megalite.train.run")
+    make = running._make_engine
+
+    def slow(*parts: Any) -> Any:
+        engine: Any = make(*parts)
+        if launch.rank == 1:
+            layer = engine.model.model.layers[0]
+            layer.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+        return engine
+
+    running._make_engine = slow
+    train(launch, raw)
+
+
+def test_a_slow_rank_is_named(shards: dict[str, str], tmp_path: Path) -> None:
+    """After three rows of one step each, once."""
+    raw = run_file(shards, tmp_path, training={"steps": 6, "eval_every": 0})
+    run_ranks(_train_slowly, 2, raw)
+    (event,) = [row for row in rows(raw, "event") if row["name"] == "straggler"]
+    assert (event["step"], event["rank"]) == (3, 1)
+    assert event["seconds"] > 0.2
+
+
+def test_peers_of_one_pace_are_not_named(shards: dict[str, str], tmp_path: Path) -> None:
+    raw = run_file(shards, tmp_path, training={"eval_every": 0, "log_every": 5})
+    run_ranks(train, 2, raw)
+    assert [r for r in rows(raw, "event") if r["name"] == "straggler"] == []

@@ -15,7 +15,7 @@ from megalite.checkpoint import Place
 from megalite.data import StepBatches
 from megalite.engine import StepResult
 from megalite.errors import Stopped
-from megalite.observe import Sections, Trace
+from megalite.observe import Sections, Stragglers, Trace
 from megalite.optim import learning_rate
 from megalite.parallel import Grid
 from megalite.plan import make_plan
@@ -149,6 +149,7 @@ def run(
         trace=Trace(Path("nowhere"), 0, None),
         judge=Judge(config, Ledger(Path("nowhere"), grid, 16), scaled=False),
         sections=Sections(),
+        stragglers=Stragglers(torch.nn.Identity(), grid),
     )
     try:
         trainer.run()
