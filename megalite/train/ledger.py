@@ -16,6 +16,7 @@ from typing import Any
 
 from megalite import files
 from megalite.errors import CheckpointError
+from megalite.log import logger
 from megalite.parallel import Grid
 
 _NAME = "ledger.jsonl"
@@ -47,14 +48,19 @@ class Ledger:
         Args:
             origin: the checkpoint to go on from; None begins anew.
         """
-        own, content = list[Entry](), dict[str, Any]()
+        own, content, fault = list[Entry](), dict[str, Any](), None
         if self._grid.rank == 0:
-            if origin is None:
-                self._write({"kind": "start"})
-            else:
-                content = _read_checkpoint(origin)
-                own = _read_lines(self._path)
-        own, content = self._grid.gather((own, content))[0]
+            try:
+                if origin is None:
+                    self._write({"kind": "start"})
+                else:
+                    content = _read_checkpoint(origin)
+                    own = _read_lines(self._path)
+            except CheckpointError as error:  # told to all, instead of leaving them waiting
+                fault = str(error)
+        own, content, fault = self._grid.gather((own, content, fault))[0]
+        if fault:
+            raise CheckpointError(fault)
         before = content.get("entries", [])
         self.entries = before + [entry for entry in own if entry not in before]
         self.recent.clear()
@@ -94,10 +100,16 @@ class Ledger:
         return None
 
     def _write(self, entry: Entry) -> None:
-        with open(self._path, "ab") as file:
-            file.write(json.dumps(entry).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self._path, "ab+") as file:
+                # not behind a line that a crash cut short
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+                start = b"\n" if file.read(1) not in (b"", b"\n") else b""
+                file.write(start + json.dumps(entry).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # it is still part of every later checkpoint
+            logger.warning("%s cannot be written: %s; the run goes on", self._path, error)
 
 
 def _read_checkpoint(folder: Path) -> dict[str, Any]:
@@ -113,9 +125,9 @@ def _read_checkpoint(folder: Path) -> dict[str, Any]:
 def _read_lines(path: Path) -> list[Entry]:
     """The entries since the run last began anew."""
     entries: list[Entry] = []
-    with suppress(FileNotFoundError):
+    with suppress(OSError):
         for line in path.read_bytes().splitlines():
-            with suppress(ValueError):  # cut by a crash: it had not taken effect
+            with suppress(ValueError, TypeError, KeyError):  # cut by a crash: without effect
                 entry = json.loads(line)
                 if entry["kind"] == "start":
                     entries = []

@@ -10,9 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from megalite.data import advance
+from megalite.data.order import leave_out
 from megalite.errors import MegaLiteError
+from megalite.train.ledger import Ledger
+from tests.factories import world_of_one
 from tests.ranks import run_ranks
 from tests.runs import curve, rows, run_file, train, zero
 
@@ -159,3 +164,39 @@ def test_a_jump_without_a_checkpoint_is_left_out(shards: dict[str, str], tmp_pat
     assert run_ranks(_train_planted, 2, raw, 0, 50.0, 24 * 8) == ["", ""]
     assert [row["step"] for row in _events(raw, "skip")] == [25]
     assert [row["step"] for row in rows(raw)] == [*range(1, 31)]
+
+
+def test_a_ledger_cut_by_a_crash(tmp_path: Path) -> None:
+    """The line it was cut in had no effect; what is added later stands on a line of its own."""
+    entry = {"kind": "skip", "step": 3, "samples": 16, "reason": "loss nan"}
+    path = tmp_path / "ledger.jsonl"
+    path.write_text(json.dumps({"kind": "start"}) + "\n" + '{"kind": "ski')
+    origin = tmp_path / "step_00000002"
+    origin.mkdir()
+    with world_of_one() as grid:
+        ledger = Ledger(tmp_path, grid, 16)
+        ledger.begin(origin)
+        ledger.add(entry)
+        ledger.begin(origin)
+        assert ledger.entries == [entry]
+        assert ledger.skipped(3, 16) == entry
+        assert ledger.skipped(3, 24) is None
+        for gap in ([40, 56], [8, 24], [24, 32]):
+            ledger.add({"kind": "rollback", "step": 9, "samples": 64, "to": 1, "gap": gap})
+        assert ledger.gaps == ((8, 32), (40, 56))
+        ledger.begin(None)
+        assert ledger.entries == []
+        assert path.read_text().endswith(json.dumps({"kind": "start"}) + "\n")
+
+
+def test_gaps_of_the_order() -> None:
+    """Any batch size steps over them to the same samples."""
+    gaps = ((10, 14), (20, 21))
+    whole = [place for place in range(100) if not any(a <= place < b for a, b in gaps)]
+    for size in (1, 3, 8):
+        place, seen = 0, list[int]()
+        for _ in range(24 // size):
+            seen += leave_out(place + np.arange(size), place, gaps).tolist()
+            place = advance(place, size, gaps)
+        assert seen == whole[: len(seen)]
+        assert advance(place, 1, gaps) == whole[len(seen)] + 1
