@@ -5,6 +5,7 @@ Whatever the user can mend is found before the run folder is opened, on every ra
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from megalite.train.ledger import IN_CHECKPOINT, Ledger
 from megalite.train.loop import Jump, Trainer
 from megalite.train.request import Request, Settings, check, settings_of
 from megalite.train.resume import Origin, find_origin, flat, load
+
+# what gloo and NCCL say of a rank that they have lost
+_LOST = re.compile(r"gloo/|closed by peer|reset by peer|remote process|Broken pipe")
 
 
 def run(request: Request, launch: Launch) -> None:
@@ -113,7 +117,8 @@ class _Run:
             self.recorder.event(self.place.step, "end", seconds=self.sections.totals())
             self.recorder.status("done", step=self.place.step)
             self.grid.barrier()
-        except BaseException as error:
+        except BaseException as caught:
+            error = _lost_rank(caught) or caught
             state, reason = _verdict(error)
             # an event of what ended the start: the cause of the next one
             self.recorder.event(
@@ -122,7 +127,7 @@ class _Run:
             self.recorder.status(state, step=self.place.step, reason=reason)
             if isinstance(error, UserError):  # found too late to be exit code 2
                 raise MegaLiteError(str(error)) from error
-            raise
+            raise error from caught.__cause__
         finally:
             watchdog.close()
 
@@ -299,6 +304,17 @@ class _Run:
             changes=origin.changes,
             **layout,
         )
+
+
+def _lost_rank(error: BaseException) -> MegaLiteError | None:
+    """What a collective's failure means when it is another rank that has gone."""
+    if not isinstance(error, RuntimeError) or not _LOST.search(str(error)):
+        return None
+    first = str(error).splitlines()[0]
+    return MegaLiteError(
+        "another rank no longer answers: see what ended it first, in its own output; the same "
+        f"command goes on from the last checkpoint ({first})"
+    )
 
 
 def _verdict(error: BaseException) -> tuple[Any, str]:

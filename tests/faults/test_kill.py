@@ -141,3 +141,20 @@ def test_a_hundred_kills(
     shards: dict[str, str], tmp_path: Path, stage: int, background: bool
 ) -> None:
     assert _soak(shards, tmp_path, 25, stage + 100, stage, background) == 25
+
+
+def test_the_others_say_that_a_rank_is_gone(shards: dict[str, str], tmp_path: Path) -> None:
+    training = {"steps": 10**6, "eval_every": 0}
+    raw = run_file(shards, tmp_path, training=training, checkpoint={"every": EVERY})
+    run = tmp_path / "run"
+    processes = _start(raw, 2)
+    deadline = time.monotonic() + 60
+    while not list(run.glob("checkpoints/step_*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(processes[1].pid, signal.SIGKILL)
+    processes[0].join(30)
+    assert processes[0].exitcode == 1
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "another rank no longer answers" in status["reason"]
