@@ -29,6 +29,7 @@ import torch
 from megalite.config import GuardsConfig
 
 _POLL = 0.5  # seconds
+_STOPPED = 3.0  # seconds between two polls that no busy host explains
 _GATHER = 5.0  # seconds for the other ranks to write their stacks
 _SAFETY = 60.0  # seconds after which the interpreter itself is taken to be stuck
 _FACTOR = 10  # times the longest
@@ -137,14 +138,17 @@ class Watchdog:
         return max(guards.hang_seconds, _FACTOR * longest)
 
     def _watch(self) -> None:
-        count, since = -1, 0.0
+        count, since, before = -1, 0.0, time.monotonic()
         while not self._closing.wait(_POLL):
             now, sections = time.monotonic(), self._sections
+            if now - before > _STOPPED:  # this process as a whole: Ctrl-Z, a laptop that slept
+                since += now - before
+            before = now
             if sections.count != count:
                 count, since = sections.count, now
             budget, lasted = self.budget(sections.name), now - since
-            # should the interpreter itself hang, with this thread: stacks and the end, from C
-            faulthandler.dump_traceback_later(max(1.0, budget - lasted) + _SAFETY, exit=True)
+            # should the interpreter itself hang, with this thread: its stacks, from C
+            faulthandler.dump_traceback_later(max(1.0, budget - lasted) + _SAFETY)
             # what another rank has found is looked for only when it is likely
             others = lasted > budget / 2 and self._folder.exists()
             if (lasted > budget or others) and sections.count == count:

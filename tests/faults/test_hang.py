@@ -102,6 +102,33 @@ def test_a_stopped_rank_ends_the_job(shards: dict[str, str], tmp_path: Path, sto
     assert [row["name"] for row in events if row["kind"] == "event"][-1] == "hang"
 
 
+def test_a_suspended_run_goes_on(shards: dict[str, str], tmp_path: Path) -> None:
+    """Ctrl-Z for longer than the budget is no hang."""
+    raw = run_file(
+        shards,
+        tmp_path,
+        training={"steps": 10**6, "eval_every": 0},
+        guards={"hang_seconds": 2.0, "hang_setup_seconds": 120},
+    )
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(raw))
+    command = [sys.executable, str(ROOT / "launcher/pretrain.py"), "--config", str(config)]
+    environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
+    try:
+        _wait_for_step(tmp_path / "run", 20)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(6)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(3)
+        process.send_signal(signal.SIGTERM)
+        _, words = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, words
+    assert not (tmp_path / "run" / "stacks").exists()
+
+
 def _told(**fields: Any) -> dict[str, Any]:
     return {"section": "step", "seconds": 31.0, "count": 7, "waits": True, **fields}
 
