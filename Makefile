@@ -1,7 +1,7 @@
 # A fresh machine needs Python >= 3.10 and make, nothing else: no compiler, no CUDA toolkit.
 #
 #   make smoke   corpus -> tokenizer -> shards -> training -> perplexity -> a sample   6 min, 2 cores
-#   make test    the whole test suite                                            under 20 min, 2 cores
+#   make test    the whole test suite                                            under 30 min, 2 cores
 #   make check   format, lint, types, house rules                                 under 1 min
 
 PYTHON ?= python3
