@@ -44,7 +44,8 @@ def main() -> None:
         lines.append(f"  {name:8} {share:5.1f} %  {format_duration(seconds):>10}")
     for one in found["attempts"]:
         lost = f", {one['lost']} lost" if one["lost"] else ""
-        steps = f"steps {one['first'] + 1} to {one['last']}{lost}"
+        some = one["last"] > one["first"]
+        steps = (f"steps {one['first'] + 1} to {one['last']}" if some else "no step") + lost
         lines.append(f"  attempt {one['attempt']}: {steps}: {one['cause']}")
     sys.stdout.write("\n".join(lines) + "\n")
 

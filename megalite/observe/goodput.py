@@ -24,7 +24,8 @@ class Attempt:
         first, last: the step it went on from, and the last one it recorded.
         seconds: in each section ("setup", "step", "eval", "save", ...).
         down: seconds between the end of the start before and this one's.
-        lost: steps of it that the next start had to take again.
+        redone: steps of it that a rollback threw away.
+        lost: those, and the ones that the next start had to take again.
         cause: how it ended.
     """
 
@@ -33,6 +34,7 @@ class Attempt:
     last: int
     seconds: dict[str, float]
     down: float = 0.0
+    redone: int = 0
     lost: int = 0
     cause: str = "killed, or its host was lost: it left no word"
     began: float = field(default=0.0, repr=False)
@@ -49,11 +51,17 @@ def goodput(run: Path) -> dict[str, Any]:
     Raises:
         CommandError: no records there.
     """
-    attempts = list(_attempts(run))
+    try:
+        attempts = list(_attempts(run))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CommandError(
+            f"{run}/metrics.jsonl holds rows that no run writes: {type(error).__name__}: {error}"
+        ) from None
     if not attempts:
         raise CommandError(f"{run}: no metrics.jsonl with a start in it; give a run folder")
+    attempts[-1].lost = attempts[-1].redone
     for before, after in pairwise(attempts):
-        before.lost = max(0, before.last - after.first)
+        before.lost = before.redone + max(0, before.last - after.first)
         after.down = max(0.0, after.began - after.seconds.get("setup", 0.0) - before.ended)
     state = "unknown"
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -62,7 +70,8 @@ def goodput(run: Path) -> dict[str, Any]:
         attempts[-1].cause = "running, or killed without a word"
     totals: dict[str, float] = {}
     for one in attempts:
-        lost = one.seconds.get("step", 0.0) * one.lost / max(1, one.last - one.first)
+        taken = one.last - one.first + one.redone
+        lost = one.seconds.get("step", 0.0) * one.lost / max(1, taken)
         parts = {**one.seconds, "lost": lost, "down": one.down}
         parts["step"] = one.seconds.get("step", 0.0) - lost
         for name, seconds in parts.items():
@@ -94,8 +103,11 @@ def _attempts(run: Path) -> Iterator[Attempt]:
             continue
         one.ended = time
         one.last = max(one.last, row["step"])
+        if name == "rollback":
+            one.redone += row["step"] - 1 - row["to"]
         if seconds := row.get("seconds"):
-            one.seconds, measured[number] = dict(seconds), time
+            one.seconds = {part: float(value) for part, value in seconds.items()}
+            measured[number] = time
         elif row["kind"] == "train":  # of a start that was killed later
             one.seconds["step"] = one.seconds.get("step", 0.0) + time - measured[number]
             measured[number] = time
@@ -108,7 +120,7 @@ def _rows(run: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = (run / "metrics.jsonl").read_bytes().splitlines()
     except OSError as error:
-        raise CommandError(f"{run}: no records of a run: {error}") from None
+        raise CommandError(f"{run}: no records of a run: {error.strerror}") from None
     for line in lines:
         with suppress(ValueError, TypeError):  # cut by a crash
             row = json.loads(line)

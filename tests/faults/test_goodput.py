@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megalite.errors import CommandError
 from megalite.observe.goodput import goodput
 from tests.ranks import run_ranks
 from tests.runs import run_file, train
@@ -55,6 +56,30 @@ def test_the_time_of_a_run_by_what_it_went_into(tmp_path: Path) -> None:
         "killed, or its host was lost: it left no word",
         "Stopped: by SIGTERM",
     ]
+
+
+def test_steps_that_a_rollback_threw_away_are_lost(tmp_path: Path) -> None:
+    lines = [
+        _row("event", 100, 0, 0, name="start"),
+        _row("event", 117, 0, 17, name="rollback", to=10),
+        _row("event", 131, 0, 30, name="end", seconds={"setup": 5, "step": 36.0}),
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    found = goodput(tmp_path)
+    assert found["lost_steps"] == 6
+    assert found["seconds"]["lost"] == pytest.approx(6.0)
+    assert found["seconds"]["step"] == pytest.approx(30.0)
+
+
+@pytest.mark.parametrize("seconds", [[1], {"step": "x"}])
+def test_rows_that_no_run_writes(tmp_path: Path, seconds: Any) -> None:
+    lines = [
+        _row("event", 100, 0, 0, name="start"),
+        _row("event", 117, 0, 17, name="end", seconds=seconds),
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    with pytest.raises(CommandError, match="rows that no run writes"):
+        goodput(tmp_path)
 
 
 def test_a_real_run_adds_up(shards: dict[str, str], tmp_path: Path) -> None:
