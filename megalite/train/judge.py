@@ -79,8 +79,8 @@ class Judge:
         if row > self._guards.max_skips:
             raise MegaLiteError(
                 f"step {step}: {reason}; the {row - 1} updates before were left out already "
-                "(guards.max_skips). Lower optimizer.lr, look at the data, or go back to an earlier "
-                "checkpoint, where there is one, with --resume STEP_FOLDER"
+                "(guards.max_skips). Lower optimizer.lr, look at the data, or go back to an "
+                "earlier checkpoint, where there is one, with --resume STEP_FOLDER"
             )
         return Verdict("skip", reason)
 
