@@ -200,3 +200,14 @@ def test_gaps_of_the_order() -> None:
             place = advance(place, size, gaps)
         assert seen == whole[: len(seen)]
         assert advance(place, 1, gaps) == whole[len(seen)] + 1
+
+
+def test_too_many_rollbacks_end_the_run(shards: dict[str, str], tmp_path: Path) -> None:
+    """The second jump comes on the data behind the gap of the first."""
+    guards = GUARDS | {"spike": "rollback", "max_rollbacks": 1}
+    raw = run_file(shards, tmp_path, training=LONG, guards=guards, checkpoint={"every": 10})
+    errors = run_ranks(_train_planted, 2, raw, 0, 50.0, 24 * 8, 26 * 8)
+    assert all("after 1 rollbacks (guards.max_rollbacks)" in error for error in errors)
+    assert [row["step"] for row in _events(raw, "rollback")] == [25]
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["last_checkpoint"]) == ("failed", "step_00000020")
