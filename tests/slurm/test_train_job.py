@@ -29,6 +29,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 class Job:
     """One submission from a checkout of its own."""
 
+    script = "pretrain"
+
     def __init__(self, cluster: Cluster, folder: Path, launch: str, *options: str) -> None:
         self.cluster, self.folder, self.run = cluster, folder, folder / "runs" / "run"
         cluster.environ["MEGALITE_SITE"] = str(folder / "site.env")
@@ -38,7 +40,7 @@ class Job:
         )
         self.id = cluster.submit(
             *("--nodes=2", "--gpus-per-node=2", "--cpus-per-task=2", *options),
-            *("slurm/pretrain.sbatch", "run.json"),
+            *(f"slurm/{self.script}.sbatch", "run.json"),
             cwd=folder,
         )
 
@@ -113,6 +115,19 @@ def test_a_rank_crash(cluster: Cluster, checkout: Path, launch: str) -> None:
     assert job.end() == "COMPLETED", job.log
     assert job.restarts == 1
     assert not (job.run / "ended_0_0_of_4").exists() or job.status()["attempt"] == 1
+
+
+class TuningJob(Job):
+    script = "finetune"
+
+
+def test_finetuning_does_the_same(cluster: Cluster, checkout: Path) -> None:
+    (checkout / "launcher" / "pretrain.py").rename(checkout / "launcher" / "finetune.py")
+    _plan(checkout, (0, 3, 25))
+    job = TuningJob(cluster, checkout, "srun")
+    assert job.end() == "COMPLETED", job.log
+    assert job.restarts == 1
+    assert job.status()["state"] == "done"
 
 
 def test_a_preemption(cluster: Cluster, checkout: Path) -> None:
