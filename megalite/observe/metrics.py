@@ -108,7 +108,14 @@ class Recorder:
                 "reason": reason,
             }
             with self._without_space():
-                write_json(self._folder / "status.json", status)
+                if not self._is_older():
+                    write_json(self._folder / "status.json", status)
+
+    def _is_older(self) -> bool:
+        """Whether a later start of this run speaks for it by now."""
+        with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
+            return int(read_json(self._folder / "status.json")["attempt"]) > self.attempt
+        return False
 
     def close(self) -> None:
         """Close everything; again is harmless."""

@@ -171,3 +171,19 @@ def test_a_full_disk_costs_records_and_not_the_run(
     recorder.close()
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
     assert "checkpoint" in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_an_older_start_leaves_the_status_of_a_newer_one(tmp_path: Path) -> None:
+    for attempt, state in ((1, "done"), (0, "superseded")):
+        recorder = Recorder(
+            tmp_path,
+            rank=0,
+            attempt=attempt,
+            total_steps=9,
+            tensorboard=False,
+            tokens_per_step=1,
+        )
+        recorder.status(state, step=attempt)  # type: ignore[arg-type]
+        recorder.close()
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["attempt"]) == ("done", 1)
