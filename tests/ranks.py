@@ -66,20 +66,14 @@ def _run(
 ) -> None:
     import torch
 
-    from megalite.env import Launch
+    from megalite.env import Launch, publish_launch
 
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(world),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
     source = "python" if world == 1 else "torchrun"
+    launch = Launch(rank, world, rank, world, "127.0.0.1", port, source)
+    publish_launch(launch)
     try:
-        value = function(Launch(rank, world, rank, world, "127.0.0.1", port, source), *args)
+        value = function(launch, *args)
         pipe.send((True, value))
     except BaseException:
         pipe.send((False, traceback.format_exc()))

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megalite.env import Launch, publish_launch
 from megalite.formats import checkpoint as disk
 from tests.ranks import _CONTEXT, _free_port, run_ranks
 from tests.runs import curve, run_file, train, zero
@@ -20,16 +21,14 @@ from tests.runs import curve, run_file, train, zero
 EVERY = 4
 
 
-def _rank(launch_args: tuple[Any, ...], raw: dict[str, Any], environ: dict[str, str]) -> None:
+def _rank(launch: Launch, raw: dict[str, Any]) -> None:
     import torch
 
-    from megalite.env import Launch
-
     torch.set_num_threads(1)
-    os.environ.update(environ)
+    publish_launch(launch)
     code = 1
     with suppress(BaseException):
-        train(Launch(*launch_args), raw)
+        train(launch, raw)
         code = 0
     os._exit(code)
 
@@ -37,13 +36,8 @@ def _rank(launch_args: tuple[Any, ...], raw: dict[str, Any], environ: dict[str, 
 def _start(raw: dict[str, Any], world: int) -> list[Any]:
     port, processes = _free_port(), []
     for rank in range(world):
-        environ = {
-            **{"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)},
-            **{"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"},
-            "MASTER_PORT": str(port),
-        }
-        launch = (rank, world, rank, world, "127.0.0.1", port, "torchrun")
-        process = _CONTEXT.Process(target=_rank, args=(launch, raw, environ), daemon=True)
+        launch = Launch(rank, world, rank, world, "127.0.0.1", port, "torchrun")
+        process = _CONTEXT.Process(target=_rank, args=(launch, raw), daemon=True)
         process.start()
         processes.append(process)
     return processes
