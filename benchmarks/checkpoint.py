@@ -198,7 +198,7 @@ class Bench:
     def load(self) -> None:
         from megalite.checkpoint import find_newest, restore
 
-        found = find_newest(self.folder / "checkpoints", self.grid)
+        found, _ = find_newest(self.folder / "checkpoints", self.grid)
         assert found is not None
         folder, manifest = found
         restore(self.engine, self.config, grid=self.grid, folder=folder, manifest=manifest)

@@ -5,6 +5,7 @@
     │   ├── ConfigError         2   a run file, or two keys of it that contradict each other
     │   ├── DataError           2   shards, corpora, tokenizers
     │   ├── CommandError        2   command-line arguments
+    │   │   └── OtherVersion    2   a checkpoint of a MegaLite that writes another format
     │   └── LaunchError         2   ranks, hosts and devices as the launcher handed them over
     ├── CheckpointError         1   a checkpoint that is damaged or cannot be written
     │   ├── NoSpace             1   the disk has no room for it; nothing was begun
@@ -49,6 +50,10 @@ class DataError(UserError):
 
 class CommandError(UserError):
     """Arguments of a command that do not go together."""
+
+
+class OtherVersion(CommandError):
+    """A checkpoint that is whole, but of a version of MegaLite that keeps other things in it."""
 
 
 class LaunchError(UserError):

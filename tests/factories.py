@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megalite import checkpoint
+from megalite import checkpoint, env
 from megalite.checkpoint import Lease, Place
 from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
@@ -80,13 +81,15 @@ LONELY: Any = SimpleNamespace(
 
 @contextmanager
 def world_of_one() -> Iterator[Grid]:
-    """The grid of a single process, left again at the end."""
+    """The grid of a single process, left again at the end; so is what it tells of ranks."""
+    environ = dict(os.environ)
     try:
         grid = start(Launch(0, 1, 0, 1, "127.0.0.1", 0, "python"))
         torch.set_num_threads(1)
         yield grid
     finally:
         stop()
+        env.replace(environ)
 
 
 def make_engine(**sections: Any) -> ReferenceEngine:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,19 @@ def publish(
     return folder
 
 
+def reseal(folder: Path, **fields: Any) -> None:
+    """Make a changed folder whole again, as a version that writes these fields would have."""
+    content = files.read_json(folder / disk.MANIFEST) | fields
+    del content["checksum"]
+    for name, entry in content["files"].items():
+        entry |= {"bytes": (folder / name).stat().st_size}
+        entry |= {"sha256": files.sha256_file(folder / name)}
+    text = json.dumps(content, sort_keys=True).encode()
+    files.write_json(
+        folder / disk.MANIFEST, content | {"checksum": hashlib.sha256(text).hexdigest()}
+    )
+
+
 def spoil(folder: Path) -> None:
     (folder / "weights").write_bytes(b"weighed")
 
@@ -76,6 +91,7 @@ def find(
     config: RunConfig,
     *,
     resume: str = "auto",
+    init_from: str | None = None,
     allow: tuple[str, ...] = (),
     shards: str = "web",
     tokenizer: str = TOKENIZER,
@@ -86,6 +102,7 @@ def find(
         grid=grid,
         root=root,
         resume=resume,
+        init_from=init_from,
         allow=allow,
         data_fingerprint=fingerprint(config, shards),
         tokenizer_sha256=tokenizer,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from megalite.checkpoint.save import Place, free_name
 from megalite.checkpoint.states import Owned, owned_parameters, read_canonical, value_hash
 from megalite.config import ModelConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
-from megalite.errors import CheckpointError, CommandError, DamagedCheckpoint
+from megalite.errors import CheckpointError, CommandError, DamagedCheckpoint, OtherVersion
 from megalite.formats import checkpoint as disk
 from megalite.log import logger
 from megalite.optim import state_names
@@ -38,43 +38,39 @@ def _weight_alone(_row: shapes.Parameter) -> Sequence[str]:
     return (WEIGHT,)
 
 
-def find_newest(root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | None:
-    """The newest whole checkpoint below `root`; None where none was ever published.
+def find_newest(
+    root: Path, grid: Grid
+) -> tuple[tuple[Path, disk.Manifest] | None, tuple[Path, ...]]:
+    """The newest whole checkpoint below `root`, and the damaged ones that are newer.
 
-    A damaged one is named, renamed to `bad_...` and passed over. The tensors' own bytes are left
-    to `restore`, which hashes them.
-
-    Raises:
-        CheckpointError: checkpoints exist and every one is damaged. Nothing starts afresh then.
+    What is wrong with those is said; `set_aside_damaged` is the caller's. The tensors' own bytes
+    are left to `restore`, which hashes them.
     """
+    damaged = list[Path]()
     # rank 0's view, for all
     names: Any = grid.gather([path.name for path in disk.published(root)])[0]
     for name in names:
         folder = root / name
         problems, manifest = _check(folder, grid, tensors=False)
         if manifest is not None and not problems:
-            return folder, manifest
-        set_aside_damaged(folder, problems, grid)
-    if any(root.glob("bad_*")):
-        raise CheckpointError(
-            f"every checkpoint in {root} is damaged and none is used; mend one of the bad_ "
-            "folders, resume from another run with --resume PATH, or start under another name"
-        )
-    return None
+            return (folder, manifest), tuple(damaged)
+        for problem in problems:
+            logger.warning("%s", problem)
+        damaged.append(folder)
+    return None, tuple(damaged)
 
 
-def set_aside_damaged(folder: Path, problems: Sequence[str], grid: Grid) -> None:
-    """Say what is wrong with a checkpoint and rename it to `bad_...`; a collective."""
-    for problem in problems:
-        logger.warning("%s", problem)
+def set_aside_damaged(folders: Iterable[Path], grid: Grid) -> None:
+    """Rename damaged checkpoints to `bad_...`, so that no start trips over them; a collective."""
     fault = None
     if grid.rank == 0:
-        bad = free_name(folder.parent, folder.name.replace("step_", "bad_", 1))
-        try:
-            folder.rename(bad)
-            logger.warning("%s is damaged: set aside as %s", folder, bad.name)
-        except OSError as error:
-            fault = f"{folder} is damaged and cannot be set aside: {error}"
+        for folder in folders:
+            bad = free_name(folder.parent, folder.name.replace("step_", "bad_", 1))
+            try:
+                folder.rename(bad)
+                logger.warning("%s is damaged: set aside as %s", folder, bad.name)
+            except OSError as error:
+                fault = f"{folder} is damaged and cannot be set aside: {error}"
     if fault := grid.gather(fault)[0]:
         raise CheckpointError(fault)
 
@@ -88,9 +84,9 @@ def open_checkpoint(
         weights_only: whether it may lack the optimizer's files, as a copy for use may.
     Raises:
         CommandError: no checkpoint there.
-        CheckpointError: a damaged one.
+        CheckpointError: a damaged one; an older one of the run that is whole is named.
     """
-    folder = path
+    folder, older = path, list[Path]()
     if not (path / disk.MANIFEST).exists():
         found = disk.published(path / "checkpoints") or disk.published(path)
         if not found:
@@ -98,13 +94,17 @@ def open_checkpoint(
                 f"{path} holds no checkpoint: give a step folder "
                 "(.../checkpoints/step_00001000) or a run folder that has one"
             )
-        folder = found[0]
+        folder, *older = found
     elif (kind := disk.other_format(path)) is not None:
         raise CommandError(
             f"{path} holds {kind!r}, not a checkpoint: give a step folder or a run folder"
         )
     problems, manifest = _check(folder, grid, weights_only=weights_only)
     if manifest is None or problems:
+        for other in older:
+            if not _check(other, grid, weights_only=weights_only)[0]:
+                problems.append(f"{other} is whole: give that one to go on from it")
+                break
         raise CheckpointError("\n".join(problems))
     return folder, manifest
 
@@ -358,8 +358,14 @@ def refuse_other_model(model: ModelConfig, folder: Path, manifest: disk.Manifest
 def _check(
     folder: Path, grid: Grid | None, *, weights_only: bool = False, tensors: bool = True
 ) -> tuple[list[str], disk.Manifest | None]:
-    """Problems of a checkpoint, its files' hashes shared out over the ranks."""
+    """Problems of a checkpoint, its files' hashes shared out over the ranks.
+
+    Raises:
+        OtherVersion: on every rank alike.
+    """
     manifest: disk.Manifest | None = None
+    refusal: OtherVersion | None = None
+    mine = list[str]()
     try:
         manifest = disk.read_manifest(folder)
         rank, size = (grid.rank, grid.world_size) if grid else (0, 1)
@@ -370,5 +376,10 @@ def _check(
         )
     except CheckpointError as error:
         mine = [str(error)]
-    found: list[Any] = [mine] if grid is None else grid.gather(mine)
-    return list(dict.fromkeys(line for lines in found for line in lines)), manifest
+    except OtherVersion as error:
+        refusal = error
+    found: list[Any] = grid.gather((mine, refusal)) if grid else [(mine, refusal)]
+    for _, refused in found:
+        if refused is not None:
+            raise refused
+    return list(dict.fromkeys(line for lines, _ in found for line in lines)), manifest

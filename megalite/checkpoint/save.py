@@ -18,7 +18,7 @@ from megalite.checkpoint.states import owned_parameters, read_canonical
 from megalite.checkpoint.write import Snapshot, Writer
 from megalite.config import CheckpointConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
-from megalite.errors import CheckpointError, NoSpace, Superseded
+from megalite.errors import CheckpointError, MegaLiteError, NoSpace, OtherVersion, Superseded
 from megalite.formats import checkpoint as disk
 from megalite.log import logger, redact
 from megalite.optim import state_names
@@ -117,7 +117,7 @@ class Saver:
         if grid.rank == 0:
             needed = self._bytes
             fault = _attempt(lambda: _prepare(root, staging, lease, needed))
-        _agree(grid, fault, None)
+        self._agree(fault, None)
         self.begun += 1
         self._writer = writer = Writer(staging, grid.rank, self._snapshot if snapshot else None)
         for owned in owned_parameters(engine, config.model, grid):
@@ -144,14 +144,30 @@ class Saver:
         final = self._root / disk.folder_name(draft.place.step)
         writer.wait()
         began = time.monotonic()
-        _agree(grid, writer.fault, draft.staging)
+        self._agree(CheckpointError(writer.fault) if writer.fault else None, draft.staging)
         written = grid.gather((writer.files, writer.tensors))
         fault = None
         if grid.rank == 0:
             fault = _attempt(lambda: draft.publish(final, self._tokenizer, written, self._lease))
-        _agree(grid, fault, draft.staging)
+        self._agree(fault, draft.staging)
         self.seconds += writer.seconds + time.monotonic() - began
         return final
+
+    def _agree(self, fault: MegaLiteError | None, staging: Path | None) -> None:
+        """Go on only if no rank met a fault; otherwise every rank raises the same one."""
+        grid, lease = self._grid, self._lease
+        if grid.all_ok(fault is None):
+            return
+        if lease is not None:  # a newer start clears the folder of an older one's save
+            fault = _attempt(lease.check) or fault
+        found: list[MegaLiteError] = [item for item in grid.gather(fault) if item is not None]
+        if grid.rank == 0 and staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        grid.barrier()
+        logger.debug("save abandoned: %s", found[0])
+        if isinstance(found[0], Superseded):  # rank 0 alone can tell, and comes first
+            raise found[0]
+        raise type(found[0])(f"the checkpoint was not saved: {found[0]}")
 
 
 def retain(root: Path, config: CheckpointConfig) -> threading.Thread:
@@ -185,7 +201,7 @@ def _remove(folder: Path) -> None:
 def _valid_loss(folder: Path) -> float | None:
     try:
         return disk.read_manifest(folder).valid_loss
-    except CheckpointError:  # damaged: a resume will set it aside
+    except (CheckpointError, OtherVersion):  # damaged: a resume will set it aside
         return None
 
 
@@ -220,8 +236,11 @@ def clear_leftovers(root: Path) -> None:
         else:  # a crash between two renames
             folder.rename(final)
     for pattern in (".staging_*", ".deleted_*"):
-        for folder in root.glob(pattern):
-            shutil.rmtree(folder, ignore_errors=True)
+        for path in root.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
     files.clear_partials(root)
 
 
@@ -307,27 +326,12 @@ def _prepare(root: Path, staging: Path, lease: Lease | None, needed: int) -> Non
     staging.mkdir()
 
 
-def _attempt(action: Any) -> str | None:
+def _attempt(action: Callable[[], object]) -> MegaLiteError | None:
     """Run rank 0's part; its fault is told to all instead of leaving them waiting."""
     try:
         action()
     except (Superseded, NoSpace) as error:
-        return f"{type(error).__name__}: {error}"
+        return error
     except Exception as error:
-        return f"rank 0: {error}"
+        return CheckpointError(f"rank 0: {error}")
     return None
-
-
-def _agree(grid: Grid, fault: str | None, staging: Path | None) -> None:
-    """Go on only if no rank met a fault; otherwise every rank raises the first one."""
-    if grid.all_ok(fault is None):
-        return
-    found = next(str(item) for item in grid.gather(fault) if item is not None)
-    if grid.rank == 0 and staging is not None:
-        shutil.rmtree(staging, ignore_errors=True)
-    grid.barrier()
-    logger.debug("save abandoned: %s", found)
-    if found.startswith("Superseded: "):
-        raise Superseded(found.removeprefix("Superseded: "))
-    kind = NoSpace if found.startswith("NoSpace: ") else CheckpointError
-    raise kind(f"the checkpoint was not saved: {found.removeprefix('NoSpace: ')}")

@@ -25,12 +25,13 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megalite import files
-from megalite.errors import CheckpointError
+from megalite import __version__, files
+from megalite.errors import CheckpointError, OtherVersion
 
 Floats = npt.NDArray[np.float32]
 
 FORMAT = "megalite-checkpoint-1"
+_FAMILY = "megalite-checkpoint-"  # of every version
 MANIFEST = "manifest.json"
 WEIGHT = "weight"  # the state every tensor has; the others are the optimizer's
 _LONGEST_HEADER = 1 << 28  # bytes; some hundred a tensor
@@ -89,7 +90,7 @@ def other_format(folder: Path) -> str | None:
         found = files.read_json(folder / MANIFEST)["format"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return str(found) if found != FORMAT else None
+    return None if str(found).startswith(_FAMILY) else str(found)
 
 
 def files_of_other_states(manifest: Manifest) -> set[str]:
@@ -195,7 +196,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check a manifest.
 
     Raises:
-        CheckpointError: absent, unreadable, of another format, or changed since it was written.
+        CheckpointError: absent, unreadable, no checkpoint's, or changed since it was written.
+        OtherVersion: as it was written, by a MegaLite whose checkpoints this one does not read.
     """
     path = folder / MANIFEST
     try:
@@ -204,21 +206,33 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder} has no {MANIFEST}: not a whole checkpoint") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    intact = isinstance(content, dict) and content.pop("checksum", None) == _checksum(content)
+    if found != FORMAT and not (intact and str(found).startswith(_FAMILY)):
         raise CheckpointError(f"{path}: format {found!r} found, this version reads {FORMAT!r}")
-    if content.pop("checksum", None) != _checksum(content):
+    if not intact:
         raise CheckpointError(f"{path} was changed or damaged since it was written (checksum)")
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
-        raise CheckpointError(f"{path} is not a manifest: {error.errors()[0]['msg']}") from None
+        first = error.errors()[0]
+        raise OtherVersion(
+            f"{path} is whole, but MegaLite {__version__} does not read it: "
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}; written by {_writer(content)}, "
+            "with which it can be used"
+        ) from None
     if _STEP_NAME.fullmatch(folder.name) and step_of(folder) != manifest.step:
         raise CheckpointError(
             f"{folder} holds step {manifest.step}: it was renamed; its own name is "
             f"{folder_name(manifest.step)}"
         )
     return manifest
+
+
+def _writer(content: Mapping[str, Any]) -> str:
+    versions = content.get("versions")
+    name = versions.get("megalite") if isinstance(versions, dict) else None
+    return f"MegaLite {name or 'of another version'}"
 
 
 def published(root: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from megalite.observe.tensorboard import TensorBoard
 State = Literal["running", "saving", "stopped", "done", "failed", "superseded"]
 
 _TAIL = 1 << 16  # bytes; hundreds of rows
+_NOT_OURS = (ValueError, TypeError, KeyError, OverflowError)  # what other JSON raises
 
 
 class Recorder:
@@ -113,7 +114,7 @@ class Recorder:
 
     def _is_older(self) -> bool:
         """Whether a later start of this run speaks for it by now."""
-        with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
+        with suppress(OSError, *_NOT_OURS):
             return int(read_json(self._folder / "status.json")["attempt"]) > self.attempt
         return False
 
@@ -155,7 +156,7 @@ def previous_attempts(folder: Path) -> int:
     0 for a fresh folder. Both records are asked: a crash may have left either of them behind.
     """
     attempts = [-1]
-    with suppress(OSError, ValueError, TypeError, KeyError):  # absent, or not one of ours
+    with suppress(OSError, *_NOT_OURS):  # absent, or not one of ours
         attempts.append(int(read_json(folder / "status.json")["attempt"]))
     try:
         with open(folder / "metrics.jsonl", "rb") as file:
@@ -165,7 +166,7 @@ def previous_attempts(folder: Path) -> int:
         lines = []
     for line in lines:
         # a line may be cut by a crash, or by the place where the tail begins
-        with suppress(ValueError, TypeError, KeyError):
+        with suppress(*_NOT_OURS):
             attempts.append(int(json.loads(line)["attempt"]))
     return max(attempts) + 1
 
@@ -184,7 +185,7 @@ def resumed_before(folder: Path, *, path: str, job: str) -> bool:
     except OSError:
         return False
     for line in lines:
-        with suppress(ValueError, TypeError, KeyError):
+        with suppress(*_NOT_OURS):
             row = json.loads(line)
             same = row.get("job") == job and Path(row["path"]).resolve() == Path(path)
             if row["kind"] == "event" and row["name"] == "resume" and same:

@@ -36,7 +36,10 @@ def opened(
     Raises:
         CommandError: on every rank, where it cannot be written.
     """
-    handler, attempt, fault = None, 0, None
+    if fault := grid.gather(_other_kinds(folder))[0]:
+        raise CommandError(fault)
+    checkpoint.set_aside_damaged(origin.damaged if origin else (), grid)
+    handler, attempt = None, 0
     if grid.rank == 0:
         try:
             attempt = _prepare(folder, config, settings, train, origin)
@@ -59,6 +62,23 @@ def opened(
     finally:
         recorder.close()
         log.remove(handler)
+
+
+def _other_kinds(folder: Path) -> str | None:
+    """What of a run folder is a folder where a file belongs, or the other way about."""
+    own = ("config.json", "deepspeed.json", "log.txt", "metrics.jsonl", "status.json")
+    wrong = [
+        path
+        for path in (*(folder / name for name in own), folder / "checkpoints" / ".lease.json")
+        if path.is_dir()
+    ]
+    for name in ("", "checkpoints", "tokenizer", "tensorboard", "profile"):
+        if (path := folder / name).exists() and not path.is_dir():
+            wrong.append(path)
+    if not wrong:
+        return None
+    kinds = ", ".join(f"{path} is a {'folder' if path.is_dir() else 'file'}" for path in wrong)
+    return f"{kinds}, where a run keeps the other: move it away, or name another directory"
 
 
 def _prepare(

@@ -54,8 +54,8 @@ def check(request: Request, launch: Launch) -> tuple[Plan, Dataset, Dataset | No
             "change without it"
         )
     check_request(request.root, request.resume)
-    if request.init_from is not None and not Path(request.init_from).is_dir():
-        raise CommandError(f"--init-from {request.init_from}: no such folder")
+    if (source := request.init_from) is not None and not (source and Path(source).is_dir()):
+        raise CommandError(f"--init-from {source!r}: no such folder")
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     plan = make_plan(config, world_size=launch.world_size, device=device)
     faults = hardware_faults(config, plan, launch, device)

@@ -7,11 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megalite import checkpoint, env, files
-from megalite.checkpoint import Place, find_newest, open_checkpoint, refuse_other_model
+from megalite.checkpoint import (
+    Place,
+    find_newest,
+    open_checkpoint,
+    refuse_other_model,
+    set_aside_damaged,
+)
 from megalite.config import RunConfig
 from megalite.engine import Engine
-from megalite.errors import CheckpointError, CommandError, DamagedCheckpoint
+from megalite.errors import CheckpointError, CommandError, DamagedCheckpoint, OtherVersion
 from megalite.formats import checkpoint as disk
 from megalite.log import logger
 from megalite.observe import resumed_before
@@ -27,7 +35,8 @@ _NEW_ORDER = ("data", "sequence_length")
 class Origin:
     """The checkpoint to go on from, and the changes against its run file worth recording.
 
-    weights_only: a fresh run starts from its weights (`--init-from`).
+    weights_only: a fresh run starts from its weights (`--init-from`). damaged: checkpoints of this
+    run that were passed over, to be set aside once the start is not refused.
     """
 
     folder: Path
@@ -35,6 +44,10 @@ class Origin:
     changes: dict[str, Any]
     place: Place
     weights_only: bool = False
+    damaged: tuple[Path, ...] = ()
+
+
+_Found = tuple[tuple[Path, disk.Manifest] | None, tuple[Path, ...]]
 
 
 def check_request(root: Path, resume: str) -> None:
@@ -44,9 +57,9 @@ def check_request(root: Path, resume: str) -> None:
             f"--resume never, but {root} holds {found[0].name}: choose another name, move that "
             "folder away, or resume with --resume auto"
         )
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
+    if resume not in ("auto", "never") and (not resume or not Path(resume).is_dir()):
         raise CommandError(
-            f"--resume {resume}: no such folder; give auto, never, a step folder or a run folder"
+            f"--resume {resume!r}: no such folder; give auto, never, a step folder or a run folder"
         )
 
 
@@ -71,19 +84,18 @@ def find_origin(
         CheckpointError: damaged checkpoints and no whole one.
         CommandError: a change that needs `--allow-change`.
     """
-    found = None if resume == "never" else _find(resume, root, grid)
+    found, damaged = (None, ()) if resume == "never" else _find(resume, root, grid)
     if found is not None and init_from is not None:
         logger.warning("%s goes on from %s: --init-from is for a fresh start", root, found[0].name)
     if found is None and init_from is not None:
         folder, manifest = _open("--init-from", init_from, grid)
         refuse_other_model(config.model, folder, manifest)
-        return Origin(folder, manifest, {}, Place(), weights_only=True)
+        return Origin(folder, manifest, {}, Place(), weights_only=True, damaged=damaged)
     if found is None:
         return None
     folder, manifest = found
-    # validated: a field younger than the checkpoint has its default
-    stored = files.read_json(folder / "config.json")
-    before = RunConfig.model_validate(stored).model_dump(mode="json")
+    refuse_other_model(config.model, folder, manifest)
+    before = _stored(folder, manifest)
     after = config.model_dump(mode="json")
     changed = _changes(before, after, manifest, data_fingerprint, tokenizer_sha256)
     refused = [key for key in ALLOWABLE if key in changed and key not in allow]
@@ -95,7 +107,6 @@ def find_origin(
                 for key in refused
             )
         )
-    refuse_other_model(config.model, folder, manifest)
     if manifest.step > config.training.steps:
         raise CommandError(
             f"training.steps {config.training.steps}, but {folder} is already past it; ask for "
@@ -105,7 +116,21 @@ def find_origin(
     moved = any(key in changed for key in _NEW_ORDER) or _order_seed_differs(before, after)
     samples = 0 if moved else manifest.samples
     place = Place(manifest.step, samples, manifest.tokens)
-    return Origin(folder, manifest, changed, place)
+    return Origin(folder, manifest, changed, place, damaged=damaged)
+
+
+def _stored(folder: Path, manifest: disk.Manifest) -> dict[str, Any]:
+    """The run file of a checkpoint; a field younger than it has its default."""
+    try:
+        stored = RunConfig.model_validate(files.read_json(folder / "config.json"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise OtherVersion(
+            f"{folder}/config.json is of another version, MegaLite "
+            f"{manifest.versions.get('megalite')}: {'.'.join(map(str, first['loc']))}: "
+            f"{first['msg']}; go on with that version"
+        ) from None
+    return stored.model_dump(mode="json")
 
 
 def load(
@@ -139,10 +164,18 @@ def load(
         except DamagedCheckpoint as error:
             if origin.weights_only or folder.parent != root:
                 raise
-            checkpoint.set_aside_damaged(origin.folder, [str(error)], grid)
+            logger.warning("%s", error)
+            set_aside_damaged([origin.folder], grid)
             before = again()
-            if before is None or _states(before) != _states(origin):
-                raise  # what is in the engine now is of no use, and would be in part left there
+            if before is None:
+                raise
+            set_aside_damaged(before.damaged, grid)
+            if _states(before) != _states(origin):
+                # what is in the engine now is of no use, and would be in part left there
+                raise CheckpointError(
+                    f"{origin.folder} is damaged, and {before.folder} before it was trained by "
+                    "another optimizer: give the same command again to go on from there"
+                ) from error
             origin = before
 
 
@@ -150,17 +183,31 @@ def _states(origin: Origin) -> dict[str, set[str]]:
     return {name: {*entry.states} for name, entry in origin.manifest.tensors.items()}
 
 
-def _find(resume: str, root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | None:
+def _find(resume: str, root: Path, grid: Grid) -> _Found:
+    """What `resume` names, and the damaged checkpoints that were passed over.
+
+    Raises:
+        CheckpointError: checkpoints exist and every one is damaged. Nothing starts afresh then.
+    """
     own, asked = root.parent.resolve(), Path(resume).resolve()
     if resume == "auto" or asked in (own, root.resolve()):
-        return find_newest(root, grid)
+        newest, damaged = find_newest(root, grid)
+        if newest is None:
+            set_aside_damaged(damaged, grid)
+            if damaged or any(root.glob("bad_*")):
+                raise CheckpointError(
+                    f"every checkpoint in {root} is damaged and none is used; mend one of the bad_ "
+                    "folders, resume from another run with --resume PATH, or start under another "
+                    "name"
+                )
+        return newest, damaged
     back = own in asked.parents  # to an earlier step of this run
     if back and not _is_repeated(root.parent, asked, grid):
-        return _open("--resume", resume, grid)
+        return _open("--resume", resume, grid), ()
     # a requeued job repeats its command; what it has saved since is further along
-    newest = _own_newest(root, grid)
+    newest, damaged = find_newest(root, grid)
     if newest is None:
-        return _open("--resume", resume, grid)
+        return _open("--resume", resume, grid), damaged
     if newest[0].resolve() != asked:
         logger.warning(
             "%s goes on from its own %s: --resume %s is where it began; to begin there again, "
@@ -169,7 +216,7 @@ def _find(resume: str, root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | N
             newest[0].name,
             resume,
         )
-    return newest
+    return newest, damaged
 
 
 def _is_repeated(run: Path, asked: Path, grid: Grid) -> bool:
@@ -194,13 +241,6 @@ def _open(option: str, path: str, grid: Grid) -> tuple[Path, disk.Manifest]:
         return open_checkpoint(Path(path), grid)
     except (CheckpointError, CommandError) as error:
         raise CommandError(f"{option} {path}: {error}") from None
-
-
-def _own_newest(root: Path, grid: Grid) -> tuple[Path, disk.Manifest] | None:
-    try:
-        return find_newest(root, grid)
-    except CheckpointError:  # all damaged, and said so; there is another to go on from
-        return None
 
 
 def _changes(

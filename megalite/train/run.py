@@ -208,7 +208,8 @@ class _Run:
         trainer, grid, config = self.trainer, self.grid, self.request.config
         before = trainer.place
         trainer.settle()
-        found = checkpoint.find_newest(self.request.root, grid)
+        found, damaged = checkpoint.find_newest(self.request.root, grid)
+        checkpoint.set_aside_damaged(damaged, grid)
         if found is None:
             logger.warning("step %d: %s; no checkpoint to go back to", jump.step, jump.reason)
             trainer.leave_out(jump)
@@ -284,10 +285,14 @@ class _Run:
             plan.sequence_length,
             self.grid.device.type,
         )
+        if config.parallel.sequence and plan.tensor_parallel == 1:
+            logger.info("parallel.sequence divides nothing where parallel.tensor is 1")
         facts = self.train.describe(plan.global_batch_size * config.training.steps)
         layout = {"world_size": plan.world_size, "zero_stage": plan.zero_stage, "data": facts}
         if origin is None or origin.weights_only:
             extra = {"init_from": str(origin.folder)} if origin else {}
+            if origin:
+                logger.info("a fresh run from the weights of %s", origin.folder)
             self.recorder.event(self.place.step, "start", **layout, **extra)
             return
         logger.info("resumed from %s", origin.folder)

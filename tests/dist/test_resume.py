@@ -124,6 +124,34 @@ def test_a_damaged_newest_checkpoint_is_set_aside_for_the_one_before(
     assert curve(resumed) == curve(saved)
 
 
+def test_a_start_that_is_refused_renames_nothing(saved: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(Path(saved["logging"]["directory"]) / "run", tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    damage(checkpoints / "step_00000020" / "config.json")
+    before = sorted(checkpoints.iterdir())
+    refused = saved | {
+        "logging": saved["logging"] | {"directory": str(tmp_path)},
+        "training": saved["training"] | {"seed": 7},
+    }
+    with pytest.raises(AssertionError, match=r"config.json: its bytes.*|seed differs"):
+        run_ranks(train, 2, refused)
+    assert sorted(checkpoints.iterdir()) == before
+
+
+def test_a_fallback_to_another_optimizer_asks_for_the_command_again(
+    saved: dict[str, Any], tmp_path: Path
+) -> None:
+    """The engine holds another optimizer's states by then; a new start goes on."""
+    raw = interrupt(saved, tmp_path)
+    raw["optimizer"] = {"name": "sgd", "lr": 1e-3, "momentum": 0.9}
+    run_ranks(train, 2, raw)
+    damage(next((tmp_path / "run" / "checkpoints" / "step_00000020").glob("model-*")))
+    with pytest.raises(AssertionError, match=r"step_00000010 before it was .*same command again"):
+        run_ranks(train, 2, raw)
+    run_ranks(train, 2, raw)
+    assert [row["step"] for row in rows(raw, "event") if row["name"] == "resume"] == [10, 10]
+
+
 def test_only_damaged_checkpoints_stop_the_run(saved: dict[str, Any], tmp_path: Path) -> None:
     raw = interrupt(saved, tmp_path)
     checkpoints = tmp_path / "run" / "checkpoints"

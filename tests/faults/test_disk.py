@@ -156,3 +156,35 @@ def test_a_damaged_shard_is_named(shards: dict[str, str], tmp_path: Path, kind: 
         assert error.split(":")[0] in ("DataError", "MegaLiteError"), (name, error)
         assert str(folder) in error
         assert not mark.exists()
+
+
+ODD = (
+    *("log.txt", "status.json", "metrics.jsonl", "deepspeed.json", "checkpoints/.lease.json"),
+    *("tokenizer", "tensorboard"),
+)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_file_for_a_folder_and_the_other_way_about(
+    shards: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    """Refused before anything is written."""
+    raw = run_file(shards, tmp_path, logging={"tensorboard": True})
+    path = tmp_path / "run" / name
+    if name in ("tokenizer", "tensorboard"):
+        path.parent.mkdir()
+        path.write_text("notes")
+    else:
+        path.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(AssertionError, match=rf"CommandError: .*{name} is a (file|folder)"):
+        run_ranks(train, 1, raw)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_status_of_another_world(shards: dict[str, str], tmp_path: Path) -> None:
+    raw = run_file(shards, tmp_path, training={"steps": 2})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "status.json").write_text('{"attempt": 1e400}')
+    run_ranks(train, 1, raw)
+    assert [row["attempt"] for row in rows(raw)] == [0, 0]

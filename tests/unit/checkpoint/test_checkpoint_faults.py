@@ -108,7 +108,31 @@ def test_what_an_interrupted_save_left_is_written_over(grid: Grid, root: Path) -
     assert disk.damage(folder, disk.read_manifest(folder)) == []
 
 
+def test_leftovers_that_are_no_folders_do_not_stay(grid: Grid, root: Path) -> None:
+    folder = save_checkpoint(make_engine(), grid, root)
+    for name in (".staging_00000009_ab", ".deleted_step_00000001"):
+        (root / name).write_text("odd")
+    checkpoint.clear_leftovers(root)
+    assert list(root.iterdir()) == [folder]
+
+
 # --- who may publish ---
+
+
+def test_a_save_whose_folder_a_newer_start_cleared_says_so(
+    grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root.mkdir(parents=True)
+    lease = Lease(root)
+
+    def lose(*_: Any) -> Any:
+        Lease(root)
+        checkpoint.clear_leftovers(root)
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(disk, "write_tensors", lose)
+    with pytest.raises(Superseded, match="newer start of this run"):
+        save_checkpoint(make_engine(), grid, root, lease=lease)
 
 
 def test_the_newest_lease_holds(root: Path) -> None:

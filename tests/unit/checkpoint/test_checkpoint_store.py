@@ -265,9 +265,11 @@ def test_a_damaged_one_is_named_and_set_aside(
     (root / "step_00000003" / "manifest.json").unlink()
     weights = next((root / "step_00000002").glob("exp_avg-*"))
     weights.write_bytes(weights.read_bytes()[:-1])
-    found = checkpoint.find_newest(root, grid)
+    found, damaged = checkpoint.find_newest(root, grid)
     assert found is not None
     assert found[0] == root / "step_00000001"
+    assert damaged == (root / "step_00000003", root / "step_00000002")
+    checkpoint.set_aside_damaged(damaged, grid)
     assert sorted(path.name for path in root.iterdir()) == [
         "bad_00000002",
         "bad_00000003",

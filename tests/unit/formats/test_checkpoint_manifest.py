@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megalite import files
-from megalite.errors import CheckpointError
+from megalite.errors import CheckpointError, OtherVersion
 from megalite.formats.checkpoint import (
     MANIFEST,
     FileEntry,
@@ -173,11 +173,11 @@ def test_a_changed_manifest(folder: Path, change: Callable[[dict[str, Any]], Any
         lambda content: content["tensors"]["a.weight"].update(shape=["3"]),
     ],
 )
-def test_a_sealed_manifest_of_another_shape(
+def test_a_sealed_manifest_of_another_version(
     folder: Path, change: Callable[[dict[str, Any]], Any]
 ) -> None:
     rewrite(folder, change, seal=True)
-    with pytest.raises(CheckpointError, match="is not a manifest"):
+    with pytest.raises(OtherVersion, match=r"is whole, but MegaLite .* written by MegaLite 0.1"):
         read_manifest(folder)
 
 

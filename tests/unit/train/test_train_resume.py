@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from megalite.checkpoint import set_aside_damaged
 from megalite.errors import CheckpointError, CommandError
 from megalite.parallel import Grid
 from megalite.train.resume import check_request, find_origin
 from tests.factories import run_config
-from tests.origins import TOKENIZER, find, fingerprint, publish, spoil
+from tests.origins import TOKENIZER, find, fingerprint, publish, reseal, spoil
 
 
 @pytest.fixture
@@ -40,11 +41,8 @@ def test_auto_takes_the_newest_whole_one(grid: Grid, root: Path) -> None:
     assert origin.folder == root / "step_00000010"
     assert (origin.place.step, origin.place.samples, origin.place.tokens) == (10, 40, 320)
     assert origin.changes == {}
-    assert sorted(path.name for path in root.iterdir()) == [
-        "bad_00000015",
-        "step_00000005",
-        "step_00000010",
-    ]
+    assert origin.damaged == (root / "step_00000015",)  # in place: the start may yet be refused
+    assert origin.damaged[0].is_dir()
 
 
 def test_never_refuses_where_checkpoints_are(root: Path) -> None:
@@ -56,8 +54,9 @@ def test_never_refuses_where_checkpoints_are(root: Path) -> None:
 
 
 def test_a_path_that_is_not_there(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(CommandError, match=r"--resume .*nowhere: no such folder"):
-        check_request(root, str(tmp_path / "nowhere"))
+    for path in (str(tmp_path / "nowhere"), ""):
+        with pytest.raises(CommandError, match=rf"--resume '{path}': no such folder"):
+            check_request(root, path)
 
 
 def test_a_path_without_a_checkpoint(grid: Grid, root: Path, tmp_path: Path) -> None:
@@ -90,7 +89,9 @@ def test_a_name_that_is_taken_by_an_older_bad_one(grid: Grid, root: Path) -> Non
     publish(root, 5, run_config())
     for _ in range(3):
         spoil(publish(root, 10, run_config()))
-        assert find(grid, root, run_config()) is not None
+        origin = find(grid, root, run_config())
+        assert origin is not None
+        set_aside_damaged(origin.damaged, grid)
     bad = sorted(path.name for path in root.glob("bad_*"))
     assert bad == ["bad_00000010", "bad_00000010.1", "bad_00000010.2"]
 
@@ -113,6 +114,9 @@ def test_a_path_to_a_damaged_one_is_refused_and_left(
     spoil(other)
     with pytest.raises(CommandError, match=r"--resume .*weights: its bytes are not those"):
         find(grid, root, run_config(), resume=str(other))
+    publish(tmp_path / "other", 2, run_config())
+    with pytest.raises(CommandError, match=r"--init-from .*\n.*step_00000002 is whole: give that"):
+        find(grid, root, run_config(), init_from=str(other.parent))
     assert other.is_dir()
 
 
@@ -176,7 +180,7 @@ def test_a_folder_renamed_by_hand_is_not_what_its_name_says(
     origin = find(grid, root, run_config())
     assert origin is not None
     assert origin.folder.name == "step_00000005"
-    assert (root / "bad_00000020").is_dir()
+    assert origin.damaged == (root / "step_00000020",)
 
 
 def test_a_plain_file_is_no_checkpoint(grid: Grid, root: Path) -> None:
@@ -213,3 +217,23 @@ def test_an_origin_that_is_passed_over_is_said(
     assert origin.folder.name == "step_00000005"
     assert "step_00000005" in caplog.text
     assert f"--{option.replace('_', '-')}" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["format", "manifest", "run file"])
+def test_a_checkpoint_of_another_version_is_refused_and_left(
+    grid: Grid, root: Path, where: str
+) -> None:
+    """It is no damage: another version can use it, and an older checkpoint is no answer."""
+    publish(root, 5, run_config())
+    folder = publish(root, 10, run_config())
+    if where == "run file":
+        raw = json.loads((folder / "config.json").read_text())
+        raw["model"]["rotary_dial"] = 1
+        (folder / "config.json").write_text(json.dumps(raw))
+    reseal(folder, **{"format": {"format": "megalite-checkpoint-9"}}.get(where, {}))
+    if where == "manifest":
+        reseal(folder, colour="green")
+    for resume in ("auto", str(folder)):
+        with pytest.raises(CommandError, match=r"MegaLite 0.1.0|another version, MegaLite"):
+            find(grid, root, run_config(), resume=resume)
+    assert sorted(path.name for path in root.iterdir()) == ["step_00000005", "step_00000010"]
