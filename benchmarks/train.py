@@ -195,11 +195,10 @@ def summarise(
 
 def flops_per_token(model: dict[str, Any]) -> float:
     """Of the matrix products of a forward and a backward; attention's causal half; no embedding."""
-    D, inner = model["hidden_size"], model["intermediate_size"]
-    mlp = (2 if model.get("activation") == "gelu_tanh" else 3) * D * inner
-    weights = model["num_hidden_layers"] * (4 * D * D + mlp) + model["vocab_size"] * D
-    attention = model["num_hidden_layers"] * model["max_position_embeddings"] * D
-    return 6.0 * (weights + attention)
+    from megalite.config import ModelConfig
+    from megalite.plan import flops_per_token as of_model
+
+    return of_model(ModelConfig.model_validate(model), model["max_position_embeddings"])
 
 
 def peak() -> float:

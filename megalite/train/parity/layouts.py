@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from megalite import shapes
+from megalite import env, shapes
 from megalite.config import ModelConfig
 
 # weights really leave a rank between uses, however small
@@ -35,6 +35,7 @@ class Layout:
     recompute: Literal["none", "selective", "full"] = "none"
     sequence: bool = False
     offload: bool = False
+    compile: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     optimizer: Literal["muon"] | None = None
     engine: Literal["deepspeed", "reference"] = "deepspeed"
@@ -54,6 +55,7 @@ class Layout:
         if self.engine == "reference":
             return f"reference{notes}"
         notes += "".join(f", {word}" for word in ("sequence", "offload") if getattr(self, word))
+        notes += ", compiled" if self.compile else ""
         notes += "" if self.precision == "fp32" else f", {self.precision}"
         notes += "" if self.recompute == "none" else f", {self.recompute} recompute"
         if self.micro_batch_size is not None:
@@ -73,6 +75,7 @@ class Layout:
                 "micro_batch_size": micro_batch_size,
                 "activation_checkpointing": self.recompute,
                 "precision": self.precision,
+                "compile": self.compile,
             },
             "deepspeed": {"zero_optimization": {"stage": self.stage, **zero}},
         }
@@ -120,6 +123,10 @@ def _layouts(model: ModelConfig, ranks: int) -> Iterator[Layout]:
         yield Layout(data=two, stage=1, recompute="full")
         yield Layout(data=two, stage=3, recompute="selective")
         muons = Layout(data=two, stage=1, optimizer="muon")
+    if env.has_compiler():
+        yield Layout(data=two, stage=1, compile=True)
+        if 2 in sizes:
+            yield Layout(tensor=2, stage=0, recompute="selective", compile=True)
     yield Layout(data=two, stage=2, offload=True)
     yield Layout(data=two, stage=1, precision="bf16")
     yield muons.reference
@@ -138,7 +145,9 @@ def resumes(tried: Sequence[Layout]) -> list[Resume]:
     plain = [
         x
         for x in usual
-        if x.recompute == "none" and x.micro_batch_size is None and not (x.sequence or x.offload)
+        if x.recompute == "none"
+        and x.micro_batch_size is None
+        and not (x.sequence or x.offload or x.compile)
     ]
     both = [x for x in plain if x.tensor > 1 and x.data > 1 and x.stage == 1]
     split = both or [x for x in plain if x.tensor > 1 and x.stage == 1]

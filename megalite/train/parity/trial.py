@@ -117,7 +117,6 @@ def make_trial(config: RunConfig, folder: Path, *, ranks: int, scale: bool = Fal
     raw["training"] |= {
         "steps": STEPS,
         "global_batch_size": batch,
-        "compile": False,
         "log_every": 1,
         "eval_every": _VALIDATED,
         "eval_batches": 1,
