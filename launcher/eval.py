@@ -1,4 +1,4 @@
-"""Measure a trained model on shards: loss, perplexity, bits per byte."""
+"""Measure a trained model: loss, perplexity, bits per byte on shards, and tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import argparse
 import json
 import sys
 
+from megalite import env
 from megalite.errors import CommandError
 from megalite.log import run_main
 
 _EXAMPLES = """examples:
   python launcher/eval.py --checkpoint runs/smoke
   python launcher/eval.py --checkpoint runs/smoke --data data/smoke/valid --json
+  torchrun --nproc-per-node 4 launcher/eval.py --checkpoint runs/1b --tensor 2 --tasks piqa
+
+Of a model of masked tokens also the share of them that it names right. Ranks share the model
+(--tensor) and what is measured (pip install megalite[eval] for --tasks).
 """
 
 
@@ -20,10 +25,22 @@ def parse() -> argparse.Namespace:
         description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="a step folder, or a run folder"
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="a step folder, a run folder, or a model folder of Hugging Face's",
     )
     parser.add_argument(
         "--data", metavar="DIR", help="a shard folder (default: the run file's data.valid)"
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of lm-eval, by name")
+    parser.add_argument(
+        "--task-path", metavar="DIR", help="a folder with tasks of your own, as lm-eval writes them"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="examples of each task (all)")
+    parser.add_argument("--batch-size", type=int, metavar="B", help="default: the run's, or 8")
+    parser.add_argument(
+        "--tensor", type=int, default=1, metavar="N", help="ranks that share a model"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser.parse_args()
@@ -31,39 +48,48 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    from megalite.config import DataConfig, SourceConfig
-    from megalite.data import open_valid
-    from megalite.evaluate import open_model, score
+    launch = env.find_launch()
+    for name in ("limit", "batch_size", "tensor"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise CommandError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    from megalite.evaluate import harness, open_model, score_data
+    from megalite.parallel import start
 
-    opened = open_model(arguments.checkpoint)
-    config = opened.config
-    data = config.data.model_dump()
-    if arguments.data:
-        data["valid"] = (SourceConfig(path=arguments.data),)
-    dataset = open_valid(DataConfig(**data), vocab_size=config.model.vocab_size)
-    if dataset is None:
-        raise CommandError("the run file names no data.valid: say what to measure with --data DIR")
-    if dataset.tokenizer_sha256 not in ("", opened.manifest.tokenizer_sha256):
-        raise CommandError(
-            f"{dataset.sources[0].folder} was made with another tokenizer than the model's; "
-            f"tokenize it again with --tokenizer {opened.folder / 'tokenizer'}"
-        )
-    result = score(
-        opened.loss,
-        dataset,
-        opened.tokenizer,
-        samples=dataset.windows,
-        micro_batch_size=config.training.micro_batch_size,
-    )
+    if arguments.tasks:
+        harness.require()
+    grid = start(launch, tensor_parallel=arguments.tensor)
+    opened = open_model(arguments.checkpoint, grid)
+    size = arguments.batch_size or (opened.run.training.micro_batch_size if opened.run else 8)
+    result = dict.fromkeys(("loss", "perplexity", "bits_per_byte", "tokens"))
+    if not arguments.tasks or arguments.data:
+        result |= score_data(opened, grid, data=arguments.data, micro_batch_size=size)
     result["tasks"] = None
-    if arguments.json:
-        sys.stdout.write(json.dumps(result) + "\n")
-        return
-    for name in ("loss", "perplexity", "bits_per_byte", "tokens"):
-        value = result[name]
-        text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if value else "-"
-        sys.stdout.write(f"{name:<14} {text}\n")
+    if arguments.tasks:
+        result["tasks"] = harness.run(
+            opened,
+            grid,
+            arguments.tasks,
+            path=arguments.task_path,
+            limit=arguments.limit,
+            batch_size=size,
+        )
+    if launch.rank == 0:
+        sys.stdout.write(json.dumps(result) + "\n" if arguments.json else _table(result))
+
+
+def _table(result: dict[str, object]) -> str:
+    tasks = result.pop("tasks") or {}
+    assert isinstance(tasks, dict)
+    rows = {name: value for name, value in result.items() if value is not None}
+    for task, metrics in tasks.items():
+        rows |= {f"{task} {name}": value for name, value in metrics.items()}
+    width = max(14, *map(len, rows)) if rows else 14
+    lines = []
+    for name, value in rows.items():
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        lines.append(f"{name:<{width}} {text}\n")
+    return "".join(lines)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, ranks=True)

@@ -6,6 +6,7 @@ import argparse
 import io
 import sys
 
+from megalite import env
 from megalite.errors import CommandError
 from megalite.log import run_main
 
@@ -13,6 +14,10 @@ _EXAMPLES = """examples:
   python launcher/generate.py --checkpoint runs/smoke --prompt "def main("
   python launcher/generate.py --checkpoint runs/smoke/checkpoints/step_00000300 \\
       --prompt "import os" "class Node" --temperature 0 --max-new-tokens 40
+  torchrun --nproc-per-node 2 launcher/generate.py --checkpoint path/of/a/hugging-face-folder \\
+      --prompt "Once upon a time" --top-p 0.9 --repetition-penalty 1.2
+
+Prompts are continued together and printed in their order. Several ranks share the model.
 """
 
 
@@ -21,7 +26,10 @@ def parse() -> argparse.Namespace:
         description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="a step folder, or a run folder"
+        "--checkpoint",
+        required=True,
+        metavar="PATH",
+        help="a step folder, a run folder, or a model folder of Hugging Face's",
     )
     parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="one or more")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
@@ -30,6 +38,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest")
     parser.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest P")
+    parser.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="over 1: what is there already becomes less likely",
+    )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     return parser.parse_args()
@@ -37,31 +52,48 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    from megalite.evaluate import Sampling, open_model, stream_text
+    launch = env.find_launch()
+    from megalite.evaluate import Sampling, open_model, stream_texts
+    from megalite.parallel import start
 
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    sampling = Sampling(
+        arguments.temperature,
+        arguments.top_k,
+        arguments.top_p,
+        arguments.seed,
+        arguments.repetition_penalty,
+    )
     if arguments.max_new_tokens < 0:
         raise CommandError(f"--max-new-tokens {arguments.max_new_tokens}: ask for 0 or more")
     if "" in arguments.stop:
         raise CommandError("--stop: an empty text would end everything at once; leave it out")
-    opened = open_model(arguments.checkpoint)
+    ranks = launch.world_size
+    opened = open_model(
+        arguments.checkpoint, start(launch, tensor_parallel=ranks) if ranks > 1 else None
+    )
+    reader = opened.reader()
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever the terminal says: text is UTF-8
         sys.stdout.reconfigure(encoding="utf-8")
     for prompt in arguments.prompt:
         opened.check_prompt(prompt)
-        sys.stdout.write(prompt)
-        for piece in stream_text(
-            opened.last_logits,
-            opened.tokenizer,
-            prompt,
-            max_new_tokens=arguments.max_new_tokens,
-            sampling=sampling,
-            stop=arguments.stop,
-        ):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+    out = sys.stdout if launch.rank == 0 else io.StringIO()
+    held = list(arguments.prompt)  # of each prompt, what waits for those before it
+    out.write(held[0])
+    for number, piece in stream_texts(
+        reader,
+        opened.tokenizer,
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        stop=arguments.stop,
+    ):
+        if number == 0:
+            out.write(piece)
+            out.flush()
+        else:
+            held[number] += piece
+    out.write("".join(f"\n{text}" for text in held[1:]) + "\n")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, ranks=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megalite import shapes
-from megalite.config import ModelConfig, RunConfig, zero_stage
+from megalite.config import ModelConfig, RunConfig, source_length, target_length, zero_stage
 from megalite.config.deepspeed_keys import contradiction, owned_values
 from megalite.errors import ConfigError
 
@@ -81,25 +81,41 @@ def make_plan(config: RunConfig, *, world_size: int, device: Literal["cpu", "cud
         tokens_per_step=training.global_batch_size * length,
         precision=precision,
         parameters=sum(p.elements for p in shapes.parameters(config.model)),
-        flops_per_token=flops_per_token(config.model, length),
+        flops_per_token=flops_per_token(
+            config.model, length, read=source_length(config), written=target_length(config)
+        ),
         memory_bytes={},
     )
     return dataclasses.replace(plan, memory_bytes=_memory(config, plan, device))
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
+def flops_per_token(
+    model: ModelConfig, sequence_length: int, *, read: int = 0, written: int = 0
+) -> int:
     """Model FLOPs of a trained token, forward and backward, without recomputation.
 
     Each weight of a matrix product (the head also when tied; no embedding look-up) costs 2 in
     the forward and 4 in the backward. Attention's two products cost 2 x 2 x Q for each of the
     (T + 1) / 2 tokens a token sees on average, three times: 6 x layers x Q x (T + 1). After
-    PaLM (arXiv 2204.02311, appendix B), with the causal mask counted.
+    PaLM (arXiv 2204.02311, appendix B), with the causal mask counted. Of two stacks each token of
+    the window pays its part of what is `read` and `written`.
     """
-    width = model.num_attention_heads * model.head_dim
-    products = model.vocab_size * model.hidden_size + sum(
-        p.elements for p in shapes.parameters(model) if p.is_matrix_of_block
-    )
-    return 6 * products + 6 * model.num_hidden_layers * width * (sequence_length + 1)
+    width, T = model.num_attention_heads * model.head_dim, sequence_length
+    encodes = model.architecture == "encoder_decoder"
+    products, scores = 0, 0
+    for stack, layers in shapes.stacks(model).items():
+        tokens = T if not encodes else written if stack == "model.decoder" else read
+        causal = model.architecture == "decoder" or stack == "model.decoder"
+        seen = (min(tokens, model.sliding_window or tokens) + 1) if causal else 2 * tokens
+        scores += layers * width * tokens * seen
+        for row in shapes.parameters(model):
+            if row.is_matrix_of_block and row.name.startswith(f"{stack}."):
+                of_source = "cross_attn.kv_proj" in row.name
+                products += row.elements * (read if of_source else tokens)
+        if stack == "model.decoder":
+            scores += layers * width * tokens * 2 * read
+    products += model.vocab_size * model.hidden_size * (written if encodes else T)
+    return 6 * (products + scores) // T
 
 
 def deepspeed_dict(config: RunConfig, plan: Plan) -> dict[str, Any]:
@@ -341,7 +357,7 @@ def _activations(config: RunConfig, plan: Plan, element: int) -> int:
     d, f = model.hidden_size, model.intermediate_size // t
     q = model.num_attention_heads * model.head_dim // t
     k = model.num_key_value_heads * model.head_dim // t
-    gated = model.activation in ("swiglu", "geglu")
+    gated = "glu" in model.activation
     own = d // t if config.parallel.sequence else d  # of what is split along the tokens
     # Of a block, per token: what the norms read and give (4 D); qkv, the turned q and k, and
     # what attention gives (3 Q + 3 K); the MLP's first products, its activation and product.
@@ -358,7 +374,7 @@ def _activations(config: RunConfig, plan: Plan, element: int) -> int:
     if kept != block:
         work += block
     ends = element * 3 * d + 3 * 8  # embedding, last norm; ids, labels, positions
-    return tokens * (model.num_hidden_layers * kept + work + ends)
+    return tokens * (sum(shapes.stacks(model).values()) * kept + work + ends)
 
 
 def _logits(config: RunConfig, plan: Plan, element: int) -> int:

@@ -13,6 +13,7 @@ import enum
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from megalite.config import ModelConfig
 
@@ -40,36 +41,58 @@ _WHOLE, _ROWS, _COLUMNS = Split.REPLICATED, Split.ROWS, Split.COLUMNS
 _VOCAB, _HEADS = Split.VOCABULARY, Split.HEADS
 _NORMAL, _SCALED, _ONES, _ZEROS = Init.NORMAL, Init.SCALED_NORMAL, Init.ONES, Init.ZEROS
 
-# One row a parameter, in the order of the model's named_parameters(); rows of `model.layers.N.`
-# repeat for each layer. V vocabulary, P positions, D width, F width inside the MLP, Q query
-# heads x head width, K key/value heads x head width. A shape alone is a tensor of the same
-# name; `q_proj QD + k_proj KD` are tensors of those names, stacked along dim 0. The last column
-# says when the model has the parameter. Weights are decayed, vectors (norms, biases) are not.
+# One row a parameter, in the order of the model's named_parameters(). Rows of `S.` repeat for each
+# stack (`model`, or `model.encoder` and `model.decoder`), those of `S.layers.N.` for each layer.
+# V vocabulary, P positions, Y types, B buckets, D width, F width inside the MLP, N query heads, H
+# head width, Q = N x H, K key/value heads x head width. A shape alone is a tensor of the same name;
+# `q_proj QD + k_proj KD` are tensors of those names, stacked along dim 0. The last column says when
+# the model has the parameter. Weights are decayed, vectors (norms, biases) are not.
 # fmt: off
 TABLE: tuple[tuple[str, str, Split, Init, str], ...] = (
-    ("model.embed_tokens.weight",                      "VD", _VOCAB,   _NORMAL, "always"),
-    ("model.embed_positions.weight",                   "PD", _WHOLE,   _NORMAL, "learned"),
-    ("model.layers.N.input_layernorm.weight",          "D",  _WHOLE,   _ONES,   "always"),
-    ("model.layers.N.input_layernorm.bias",            "D",  _WHOLE,   _ZEROS,  "layernorm"),
-    ("model.layers.N.self_attn.qkv_proj.weight",
-     "q_proj QD + k_proj KD + v_proj KD",                    _HEADS,   _NORMAL, "always"),
-    ("model.layers.N.self_attn.qkv_proj.bias",
-     "q_proj Q + k_proj K + v_proj K",                       _HEADS,   _ZEROS,  "attention_bias"),
-    ("model.layers.N.self_attn.o_proj.weight",         "DQ", _COLUMNS, _SCALED, "always"),
-    ("model.layers.N.self_attn.o_proj.bias",           "D",  _WHOLE,   _ZEROS,  "attention_bias"),
-    ("model.layers.N.post_attention_layernorm.weight", "D",  _WHOLE,   _ONES,   "always"),
-    ("model.layers.N.post_attention_layernorm.bias",   "D",  _WHOLE,   _ZEROS,  "layernorm"),
-    ("model.layers.N.mlp.gate_up_proj.weight",
-     "gate_proj FD + up_proj FD",                            _ROWS,    _NORMAL, "gated"),
-    ("model.layers.N.mlp.gate_up_proj.bias",
-     "gate_proj F + up_proj F",                              _ROWS,    _ZEROS,  "gated mlp_bias"),
-    ("model.layers.N.mlp.up_proj.weight",              "FD", _ROWS,    _NORMAL, "plain"),
-    ("model.layers.N.mlp.up_proj.bias",                "F",  _ROWS,    _ZEROS,  "plain mlp_bias"),
-    ("model.layers.N.mlp.down_proj.weight",            "DF", _COLUMNS, _SCALED, "always"),
-    ("model.layers.N.mlp.down_proj.bias",              "D",  _WHOLE,   _ZEROS,  "mlp_bias"),
-    ("model.norm.weight",                              "D",  _WHOLE,   _ONES,   "always"),
-    ("model.norm.bias",                                "D",  _WHOLE,   _ZEROS,  "layernorm"),
-    ("lm_head.weight",                                 "VD", _VOCAB,   _NORMAL, "untied"),
+    ("model.embed_tokens.weight",                  "VD", _VOCAB,   _NORMAL, "always"),
+    ("S.embed_positions.weight",                   "PD", _WHOLE,   _NORMAL, "learned"),
+    ("S.embed_types.weight",                       "YD", _WHOLE,   _NORMAL, "types"),
+    ("S.embed_norm.weight",                        "D",  _WHOLE,   _ONES,   "embed_norm"),
+    ("S.embed_norm.bias",                          "D",  _WHOLE,   _ZEROS,  "embed_norm layernorm"),
+    ("S.relative_attention_bias.weight",           "BN", _COLUMNS, _NORMAL, "relative"),
+    ("S.layers.N.input_layernorm.weight",          "D",  _WHOLE,   _ONES,   "always"),
+    ("S.layers.N.input_layernorm.bias",            "D",  _WHOLE,   _ZEROS,  "layernorm"),
+    ("S.layers.N.self_attn.qkv_proj.weight",
+     "q_proj QD + k_proj KD + v_proj KD",                _HEADS,   _NORMAL, "always"),
+    ("S.layers.N.self_attn.qkv_proj.bias",
+     "q_proj Q + k_proj K + v_proj K",                   _HEADS,   _ZEROS,  "attention_bias"),
+    ("S.layers.N.self_attn.q_norm.weight",         "H",  _WHOLE,   _ONES,   "qk_norm"),
+    ("S.layers.N.self_attn.k_norm.weight",         "H",  _WHOLE,   _ONES,   "qk_norm"),
+    ("S.layers.N.self_attn.o_proj.weight",         "DQ", _COLUMNS, _SCALED, "always"),
+    ("S.layers.N.self_attn.o_proj.bias",           "D",  _WHOLE,   _ZEROS,  "output_bias"),
+    ("S.layers.N.cross_attn_layernorm.weight",     "D",  _WHOLE,   _ONES,   "cross"),
+    ("S.layers.N.cross_attn_layernorm.bias",       "D",  _WHOLE,   _ZEROS,  "cross layernorm"),
+    ("S.layers.N.cross_attn.q_proj.weight",        "QD", _HEADS,   _NORMAL, "cross"),
+    ("S.layers.N.cross_attn.q_proj.bias",          "Q",  _HEADS,   _ZEROS,  "cross attention_bias"),
+    ("S.layers.N.cross_attn.kv_proj.weight",
+     "k_proj KD + v_proj KD",                            _HEADS,   _NORMAL, "cross"),
+    ("S.layers.N.cross_attn.kv_proj.bias",
+     "k_proj K + v_proj K",                              _HEADS,   _ZEROS,  "cross attention_bias"),
+    ("S.layers.N.cross_attn.o_proj.weight",        "DQ", _COLUMNS, _SCALED, "cross"),
+    ("S.layers.N.cross_attn.o_proj.bias",          "D",  _WHOLE,   _ZEROS,  "cross output_bias"),
+    ("S.layers.N.post_attention_layernorm.weight", "D",  _WHOLE,   _ONES,   "always"),
+    ("S.layers.N.post_attention_layernorm.bias",   "D",  _WHOLE,   _ZEROS,  "layernorm"),
+    ("S.layers.N.mlp.gate_up_proj.weight",
+     "gate_proj FD + up_proj FD",                        _ROWS,    _NORMAL, "gated"),
+    ("S.layers.N.mlp.gate_up_proj.bias",
+     "gate_proj F + up_proj F",                          _ROWS,    _ZEROS,  "gated mlp_bias"),
+    ("S.layers.N.mlp.up_proj.weight",              "FD", _ROWS,    _NORMAL, "plain"),
+    ("S.layers.N.mlp.up_proj.bias",                "F",  _ROWS,    _ZEROS,  "plain mlp_bias"),
+    ("S.layers.N.mlp.down_proj.weight",            "DF", _COLUMNS, _SCALED, "always"),
+    ("S.layers.N.mlp.down_proj.bias",              "D",  _WHOLE,   _ZEROS,  "mlp_bias"),
+    ("S.norm.weight",                              "D",  _WHOLE,   _ONES,   "pre"),
+    ("S.norm.bias",                                "D",  _WHOLE,   _ZEROS,  "pre layernorm"),
+    ("lm_transform.dense.weight",                  "DD", _WHOLE,   _NORMAL, "encoder"),
+    ("lm_transform.dense.bias",                    "D",  _WHOLE,   _ZEROS,  "encoder"),
+    ("lm_transform.norm.weight",                   "D",  _WHOLE,   _ONES,   "encoder"),
+    ("lm_transform.norm.bias",                     "D",  _WHOLE,   _ZEROS,  "encoder layernorm"),
+    ("lm_head.weight",                             "VD", _VOCAB,   _NORMAL, "untied"),
+    ("lm_head.bias",                               "V",  _VOCAB,   _ZEROS,  "encoder"),
 )
 # fmt: on
 
@@ -116,22 +139,43 @@ class Piece:
     target: tuple[slice, ...]
 
 
+def stacks(model: ModelConfig) -> dict[str, int]:
+    """The stacks of blocks of a model: the layers of each, by the name of its module."""
+    if model.architecture != "encoder_decoder":
+        return {"model": model.num_hidden_layers}
+    decoder = model.num_decoder_layers or model.num_hidden_layers
+    return {"model.encoder": model.num_hidden_layers, "model.decoder": decoder}
+
+
 def parameters(model: ModelConfig) -> tuple[Parameter, ...]:
     """The parameters of a model, in the order of its `named_parameters()`."""
-    has = _conditions(model)
-    rows = [row for row in TABLE if all(has[word] for word in row[4].split())]
-    first = next(i for i, row in enumerate(rows) if ".N." in row[0])
-    last = max(i for i, row in enumerate(rows) if ".N." in row[0])
+    return tuple(_parameters(model))
+
+
+def _parameters(model: ModelConfig) -> Iterator[Parameter]:
     sizes = _sizes(model)
-    return (
-        *(_parameter(row, sizes) for row in rows[:first]),
-        *(
-            _parameter(row, sizes, layer)
-            for layer in range(model.num_hidden_layers)
-            for row in rows[first : last + 1]
-        ),
-        *(_parameter(row, sizes) for row in rows[last + 1 :]),
-    )
+    of_stacks = [i for i, row in enumerate(TABLE) if row[0].startswith("S.")]
+    of_layers = [i for i, row in enumerate(TABLE) if ".N." in row[0]]
+    first, last = slice(of_stacks[0]), slice(of_stacks[-1] + 1, None)
+    before = slice(of_stacks[0], of_layers[0])
+    layer = slice(of_layers[0], of_layers[-1] + 1)
+    after = slice(of_layers[-1] + 1, of_stacks[-1] + 1)
+
+    def rows(part: slice, has: dict[str, bool], stack: str = "", number: int = 0) -> Any:
+        for row in TABLE[part]:
+            if all(has[word] for word in row[4].split()):
+                name = row[0].replace("S.", f"{stack}.", 1) if stack else row[0]
+                yield _parameter(name.replace(".N.", f".{number}."), row, sizes)
+
+    has = _conditions(model)
+    yield from rows(first, has)
+    for stack, layers in stacks(model).items():
+        own = has | {"cross": stack == "model.decoder"}
+        yield from rows(before, own, stack)
+        for number in range(layers):
+            yield from rows(layer, own, stack, number)
+        yield from rows(after, own, stack)
+    yield from rows(last, has)
 
 
 def tensors(model: ModelConfig) -> dict[str, Tensor]:
@@ -162,15 +206,22 @@ def allowed_tensor_parallel(model: ModelConfig) -> list[int]:
 
 
 def _conditions(model: ModelConfig) -> dict[str, bool]:
-    gated = model.activation in ("swiglu", "geglu")
+    gated = "glu" in model.activation
     return {
         "always": True,
         "learned": model.position_embedding == "learned",
+        "relative": model.position_embedding == "relative",
+        "types": model.type_vocab_size > 0,
+        "embed_norm": model.embedding_norm,
         "layernorm": model.norm == "layernorm",
+        "pre": model.norm_position == "pre",
         "attention_bias": model.attention_bias,
+        "output_bias": model.attention_output_bias,
+        "qk_norm": model.qk_norm,
         "mlp_bias": model.mlp_bias,
         "gated": gated,
         "plain": not gated,
+        "encoder": model.architecture == "encoder",
         "untied": not model.tie_word_embeddings,
     }
 
@@ -179,18 +230,21 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
     return {
         "V": model.vocab_size,
         "P": model.max_position_embeddings,
+        "Y": model.type_vocab_size,
+        "B": model.relative_attention_num_buckets,
         "D": model.hidden_size,
         "F": model.intermediate_size,
+        "N": model.num_attention_heads,
+        "H": model.head_dim,
         "Q": model.num_attention_heads * model.head_dim,
         "K": model.num_key_value_heads * model.head_dim,
     }
 
 
 def _parameter(
-    row: tuple[str, str, Split, Init, str], sizes: dict[str, int], layer: int | None = None
+    name: str, row: tuple[str, str, Split, Init, str], sizes: dict[str, int]
 ) -> Parameter:
-    pattern, stack, split, init, _ = row
-    name = pattern if layer is None else pattern.replace(".N.", f".{layer}.")
+    _, stack, split, init, _ = row
     *owner, module, kind = name.split(".")
     parts = []
     for item in stack.split(" + "):

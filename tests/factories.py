@@ -17,7 +17,7 @@ from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
 from megalite.engine.reference import ReferenceEngine
 from megalite.env import Launch
-from megalite.model import CausalLM, build, initialize
+from megalite.model import LanguageModel, build, initialize
 from megalite.parallel import Grid, start, stop
 
 torch.set_num_threads(1)  # such models are too small to share: waiting would cost ten times more
@@ -52,7 +52,7 @@ def run_config(**sections: Any) -> RunConfig:
     return RunConfig.model_validate(raw)
 
 
-def make_model(config: ModelConfig, *, seed: int = 5, spread: float = 0.0) -> CausalLM:
+def make_model(config: ModelConfig, *, seed: int = 5, spread: float = 0.0) -> LanguageModel:
     """An initialised model; `spread` adds noise to all of it, so that norms and biases matter."""
     model = build(config)
     initialize(model, config, seed=seed, gather=lambda _: nullcontext())

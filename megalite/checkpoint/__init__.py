@@ -1,9 +1,13 @@
 """Checkpoints: saved as named tensors, published by one rename, found and checked on resume."""
 
+from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
 from megalite.checkpoint.lease import Lease
 from megalite.checkpoint.load import (
+    Stored,
+    StoredCheckpoint,
     fill_model,
     find_newest,
+    import_weights,
     load_weights,
     open_checkpoint,
     refuse_other_model,
@@ -13,12 +17,17 @@ from megalite.checkpoint.load import (
 from megalite.checkpoint.save import Place, Saver, clear_leftovers, retain, set_aside_later
 
 __all__ = [
+    "HuggingFaceFolder",
     "Lease",
     "Place",
     "Saver",
+    "Stored",
+    "StoredCheckpoint",
     "clear_leftovers",
     "fill_model",
     "find_newest",
+    "import_weights",
+    "is_huggingface",
     "load_weights",
     "open_checkpoint",
     "refuse_other_model",

@@ -10,9 +10,10 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,35 @@ from megalite.parallel import Grid
 _TRAVELLING = 4  # tensors on their way, or being hashed, at once
 
 States = Callable[[shapes.Parameter], Sequence[str]]
+
+
+class Stored(Protocol):
+    """Canonical tensors on a disk, read box by box."""
+
+    def read(self, tensor: str, state: str, target: Tensor, box: tuple[slice, ...]) -> None:
+        """A box of one state of a tensor into `target`, fp32 on the CPU.
+
+        Raises:
+            CheckpointError: it is not there, or cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """The tensors of a checkpoint folder."""
+
+    folder: Path
+    manifest: disk.Manifest
+
+    def read(self, tensor: str, state: str, target: Tensor, box: tuple[slice, ...]) -> None:
+        entry = self.manifest.tensors[tensor]
+        if state not in entry.states:
+            raise CheckpointError(f"{self.folder} holds no {state} of {tensor}")
+        path = self.folder / entry.states[state].file
+        try:
+            disk.read_tensor(path, tensor, target.numpy(), box)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path}: cannot read {tensor}: {error}") from None
 
 
 def _weight_alone(_row: shapes.Parameter) -> Sequence[str]:
@@ -151,9 +181,19 @@ def load_weights(
     _set_states(engine, model, _weight_alone, grid, folder, manifest)
 
 
+def import_weights(engine: Engine, model: ModelConfig, *, grid: Grid, stored: Stored) -> None:
+    """Set the weights from elsewhere than a checkpoint; a collective of all ranks.
+
+    Raises:
+        CheckpointError: on every rank, if any could not read.
+    """
+    unread = _write_states(engine, model, _weight_alone, grid, stored)
+    if told := [line for lines in grid.gather(unread) for line in lines]:
+        raise CheckpointError("\n".join(told))
+
+
 def read_local(
-    folder: Path,
-    manifest: disk.Manifest,
+    stored: Stored,
     row: shapes.Parameter,
     state: str,
     *,
@@ -173,23 +213,30 @@ def read_local(
     if sum(value[piece.target].numel() for piece in pieces) < value.numel():
         value.zero_()  # padding of the vocabulary
     for piece in pieces:
-        name, entry = piece.tensor.name, manifest.tensors[piece.tensor.name]
-        if state not in entry.states:
-            raise CheckpointError(f"{folder} holds no {state} of {name}")
-        path = folder / entry.states[state].file
-        try:
-            disk.read_tensor(path, name, value[piece.target].numpy(), piece.source)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path}: cannot read {name}: {error}") from None
+        stored.read(piece.tensor.name, state, value[piece.target], piece.source)
     return value
 
 
-def fill_model(model: nn.Module, config: ModelConfig, folder: Path, manifest: Any) -> None:
-    """Write a checkpoint's weights into a plain model on one device, for use without an engine."""
+def fill_model(
+    model: nn.Module,
+    config: ModelConfig,
+    stored: Stored,
+    *,
+    tensor_parallel: int = 1,
+    tensor_rank: int = 0,
+) -> None:
+    """Write stored weights into a rank's part of a model, for use without an engine."""
     rows = {row.name: row for row in shapes.parameters(config)}
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            parameter.copy_(read_local(folder, manifest, rows[name], WEIGHT))
+            value = read_local(
+                stored,
+                rows[name],
+                WEIGHT,
+                tensor_parallel=tensor_parallel,
+                tensor_rank=tensor_rank,
+            )
+            parameter.copy_(value)
 
 
 def _set_states(
@@ -201,7 +248,8 @@ def _set_states(
     manifest: disk.Manifest,
 ) -> None:
     """Set states, and prove that the engine holds what was once written."""
-    unread = _write_states(engine, model, states, grid, folder, manifest)
+    stored = StoredCheckpoint(folder, manifest)
+    unread = _write_states(engine, model, states, grid, stored)
     differing = _compare_states(engine, model, states, grid, folder, manifest)
     told: list[Any] = [line for lines in grid.gather(unread + differing) for line in lines]
     if not told:
@@ -216,12 +264,7 @@ def _set_states(
 
 
 def _write_states(
-    engine: Engine,
-    model: ModelConfig,
-    states: States,
-    grid: Grid,
-    folder: Path,
-    manifest: disk.Manifest,
+    engine: Engine, model: ModelConfig, states: States, grid: Grid, stored: Stored
 ) -> list[str]:
     """Set states. What the group receives travels while its owners read the next ones.
 
@@ -238,8 +281,7 @@ def _write_states(
     def read(owned: Owned, state: str) -> Tensor:
         try:
             return read_local(
-                folder,
-                manifest,
+                stored,
                 owned.row,
                 state,
                 tensor_parallel=size,

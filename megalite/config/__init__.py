@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from megalite.config.deepspeed_keys import zero_stage
 from megalite.config.load import load_config, parse_config
+from megalite.config.model import ModelConfig, RopeScalingConfig
+from megalite.config.objective import source_length, spans, target_length
 from megalite.config.schema import (
     CheckpointConfig,
     DataConfig,
     GuardsConfig,
     LoggingConfig,
-    ModelConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
@@ -24,13 +26,18 @@ __all__ = [
     "GuardsConfig",
     "LoggingConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "RopeScalingConfig",
     "RunConfig",
     "ScheduleConfig",
     "SourceConfig",
     "TrainingConfig",
     "load_config",
     "parse_config",
+    "source_length",
+    "spans",
+    "target_length",
     "zero_stage",
 ]

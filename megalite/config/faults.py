@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from megalite.config.schema import RunConfig, Section
+from megalite.config.fields import Section
+from megalite.config.schema import RunConfig
 from megalite.errors import nearest
 
 Key = tuple[str, ...]

@@ -8,12 +8,12 @@ from typing import Any
 
 from megalite.config.deepspeed_keys import zero_stage
 from megalite.config.faults import Fault, fault, show
+from megalite.config.objective import source_length, spans, target_length
 from megalite.config.schema import RunConfig
 
 # Parts of the interface that this version does not have: the key, the values that are meant
 # (none listed: any but null), and what to write until it has them.
 _NOT_IN_THIS_VERSION: dict[str, tuple[tuple[Any, ...], str]] = {
-    "model.architecture": (("encoder", "encoder_decoder"), 'write "decoder"'),
     "finetune": ((), "leave the section out"),
 }
 
@@ -37,6 +37,8 @@ def not_in_this_version(raw: dict[str, Any]) -> Iterator[Fault]:
 def rule_faults(config: RunConfig) -> Iterator[Fault]:
     """Every broken rule between fields of a config whose fields are sound one by one."""
     yield from _heads(config)
+    yield from _families(config)
+    yield from _objective(config)
     yield from _positions(config)
     yield from _tokens_of_ranks(config)
     yield from _sources(config)
@@ -87,15 +89,80 @@ def _positions(config: RunConfig) -> Iterator[Fault]:
         )
 
 
-def _tokens_of_ranks(config: RunConfig) -> Iterator[Fault]:
-    length, ranks = config.data.sequence_length, config.parallel.tensor
-    if config.parallel.sequence and length % ranks:
-        near = [n for n in (length // ranks * ranks, (length // ranks + 1) * ranks) if n]
+def _families(config: RunConfig) -> Iterator[Fault]:
+    """What a kind of network has no place for."""
+    model = config.model
+    kind, scaling = model.architecture, model.rope_scaling
+    for key, found, needs in (
+        ("num_decoder_layers", model.num_decoder_layers, kind == "encoder_decoder"),
+        ("sliding_window", model.sliding_window, kind == "decoder"),
+        ("type_vocab_size", model.type_vocab_size, kind == "encoder"),
+        ("rope_scaling", scaling, model.position_embedding == "rope"),
+    ):
+        if found and not needs:
+            where = {"num_decoder_layers": "encoder_decoder", "type_vocab_size": "encoder"}
+            wanted = f"architecture {where.get(key, 'decoder')}"
+            wanted = "position_embedding rope" if scaling is found else wanted
+            yield fault(f"model.{key}", f"it has a meaning with {wanted} alone; leave it out")
+    if scaling and scaling.rope_type != "linear" and not scaling.original_max_position_embeddings:
         yield fault(
-            "data.sequence_length parallel.sequence parallel.tensor",
-            f"{length} tokens cannot be shared evenly by parallel.tensor {ranks} ranks, as "
-            f"parallel.sequence asks; try {' or '.join(map(str, near))}, or set it to false",
+            "model.rope_scaling.original_max_position_embeddings",
+            f"{scaling.rope_type} stretches what a model was made for; say for how many tokens",
         )
+
+
+def _objective(config: RunConfig) -> Iterator[Fault]:
+    objective, kind = config.objective, config.model.architecture
+    meant = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "span_corruption"}[kind]
+    if objective.name != meant:
+        yield fault(
+            "objective.name model.architecture",
+            f"{show(objective.name)} is not what an architecture {show(kind)} is trained for; "
+            f"write {show(meant)}, or leave it out",
+        )
+    elif meant == "masked" and not _is_id(objective.mask_token_id, config):
+        yield fault(
+            "objective.mask_token_id model.vocab_size",
+            f"found {show(objective.mask_token_id)}; give the tokenizer's mask token, or an id of "
+            f"its own, under model.vocab_size {config.model.vocab_size}",
+        )
+    elif meant == "span_corruption" and config.data.mask_documents:
+        yield fault(
+            "data.mask_documents objective.name",
+            f"documents are not kept apart under {show(meant)}; set it to false",
+        )
+    elif meant == "span_corruption" and spans(config)[1] >= config.model.vocab_size:
+        yield fault(
+            "objective.mean_span_length model.vocab_size",
+            f"each of {spans(config)[1]} spans needs an id of its own at the vocabulary's end",
+        )
+
+
+def _is_id(found: int | None, config: RunConfig) -> bool:
+    return found is not None and found < config.model.vocab_size
+
+
+def _tokens_of_ranks(config: RunConfig) -> Iterator[Fault]:
+    ranks, length = config.parallel.tensor, config.data.sequence_length
+    if not config.parallel.sequence:
+        return
+    lengths = {f"{length} tokens": length}
+    if config.objective.name == "span_corruption":
+        source, target = source_length(config), target_length(config)
+        lengths = {
+            f"what {length} tokens leave the encoder, {source},": source,
+            f"what is cut out of them, {target},": target,
+        }
+    for told, number in lengths.items():
+        if number % ranks:
+            near = [n for n in (length // ranks * ranks, (length // ranks + 1) * ranks) if n]
+            usual = number == length
+            advice = f"try {' or '.join(map(str, near))}" if usual else "try another length"
+            yield fault(
+                "data.sequence_length parallel.sequence parallel.tensor",
+                f"{told} cannot be shared evenly by parallel.tensor {ranks} ranks, as "
+                f"parallel.sequence asks; {advice}, or set it to false",
+            )
 
 
 def _sources(config: RunConfig) -> Iterator[Fault]:

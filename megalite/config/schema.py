@@ -9,102 +9,40 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
-Count = Annotated[int, Field(ge=1, le=10**12)]
-CountOrZero = Annotated[int, Field(ge=0, le=10**12)]
-SmallCount = Annotated[int, Field(ge=1, le=10**4)]  # of what is enumerated: layers, heads
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """The manners all sections share. Defaults that are computed may be written as null."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_computed(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        computed = {name for name, field in cls.model_fields.items() if field.default_factory}
-        return {k: v for k, v in data.items() if not (v is None and k in computed)}
+from megalite.config.fields import (
+    Count,
+    CountOrZero,
+    Positive,
+    PositiveOrZero,
+    Section,
+    Seed,
+    Share,
+    Text,
+)
+from megalite.config.model import ModelConfig
 
 
-def _head_dim(data: dict[str, int]) -> int:
-    """The default; a field that is itself at fault is absent from `data`."""
-    return max(1, data.get("hidden_size", 1) // data.get("num_attention_heads", 1))
+class ObjectiveConfig(Section):
+    """What is learned from a window of text."""
 
-
-class ModelConfig(Section):
-    """The network, in Hugging Face's names where it has one."""
-
-    architecture: Literal["decoder"] = Field(
-        default="decoder", description="Family of the network: decoder (causal language model)."
+    name: Literal["causal", "masked", "span_corruption"] = Field(
+        default="causal",
+        description="The next token (decoder); tokens that are hidden (encoder; BERT); or spans "
+        "that are cut out (encoder_decoder; T5).",
     )
-    vocab_size: Count = Field(
-        description="Tokens in the vocabulary, as the tokenizer counts them (not padded).",
-        examples=[32000],
+    mask_probability: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] = Field(
+        default=0.15, description="Share of tokens that are hidden or cut out."
     )
-    hidden_size: Count = Field(
-        description="Width of the residual stream, in elements.", examples=[2048]
+    mask_token_id: CountOrZero | None = Field(
+        default=None, description="masked: the id in place of a hidden token."
     )
-    intermediate_size: Count = Field(
-        description="Width inside the MLP, in elements (of each of gate and up where gated).",
-        examples=[5632],
+    whole_words: bool = Field(
+        default=False, description="masked: whether all tokens of a word are hidden together."
     )
-    num_hidden_layers: SmallCount = Field(description="Transformer blocks.", examples=[22])
-    num_attention_heads: SmallCount = Field(description="Query heads of each block.", examples=[32])
-    num_key_value_heads: SmallCount = Field(
-        default_factory=lambda data: data.get("num_attention_heads", 1),
-        description="Key/value heads of each block; divides the query heads "
-        "(null: as many as query heads).",
-    )
-    head_dim: Count = Field(
-        default_factory=_head_dim,
-        description="Width of one head, in elements (null: hidden_size / num_attention_heads).",
-    )
-    max_position_embeddings: Count = Field(
-        description="Longest sequence the model is made for, in tokens.", examples=[2048]
-    )
-    norm: Literal["rmsnorm", "layernorm"] = Field(
-        default="rmsnorm", description="Normalisation before attention, MLP and head."
-    )
-    norm_eps: Positive = Field(
-        default=1e-5, description="Added to the variance under the root of a norm."
-    )
-    activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu"] = Field(
-        default="swiglu", description="Non-linearity of the MLP; swiglu and geglu are gated."
-    )
-    position_embedding: Literal["rope", "learned", "sinusoidal", "none"] = Field(
-        default="rope", description="How a token knows its place."
-    )
-    rope_theta: Positive = Field(
-        default=10000.0, description="Base of RoPE's wavelengths, in tokens over 2 pi."
-    )
-    tie_word_embeddings: bool = Field(
-        default=False, description="Whether the head's weight is the token embedding's."
-    )
-    attention_bias: bool = Field(
-        default=False, description="Whether the projections of attention have biases."
-    )
-    mlp_bias: bool = Field(
-        default=False, description="Whether the projections of the MLP have biases."
-    )
-    initializer_range: Positive = Field(
-        default=0.02,
-        description="Standard deviation of initial weights; output projections of a block have "
-        "it divided by sqrt(2 x layers).",
-    )
-    hidden_dropout: Share = Field(
-        default=0.0, description="Probability of dropping an element of a residual branch."
-    )
-    attention_dropout: Share = Field(
-        default=0.0, description="Probability of dropping an attention weight."
+    mean_span_length: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        default=3.0, description="span_corruption: mean length of a span, in tokens."
     )
 
 
@@ -322,6 +260,12 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(default=True, description="Whether TensorBoard files are written.")
 
 
+def _objective(data: dict[str, Any]) -> Any:
+    """The default of `objective.name`; a section that is itself at fault is absent from `data`."""
+    kind = data["model"].architecture if "model" in data else "decoder"
+    return {"decoder": "causal", "encoder": "masked"}.get(kind, "span_corruption")
+
+
 class RunConfig(Section):
     """One run: `megalite.config.load_config` makes it from a run file."""
 
@@ -333,6 +277,10 @@ class RunConfig(Section):
     data: DataConfig = Field(description="What it reads.")
     parallel: ParallelConfig = Field(
         default_factory=ParallelConfig, description="How the model is split over ranks."
+    )
+    objective: ObjectiveConfig = Field(
+        default_factory=lambda data: ObjectiveConfig(name=_objective(data)),
+        description="What is learned (null: what the architecture is made for).",
     )
     optimizer: OptimizerConfig = Field(description="The update rule.")
     schedule: ScheduleConfig = Field(

@@ -1,7 +1,7 @@
 """Shards to batches: the order of samples, mixtures of sources, and a loader that reads ahead."""
 
 from megalite.data.batch import Batch, StepBatches
-from megalite.data.dataset import Dataset, open_data, open_train, open_valid
+from megalite.data.dataset import Dataset, open_data, open_train, open_valid, set_objective
 from megalite.data.loader import Loader, advance, first_batches
 from megalite.data.packing import Packing, assemble, pack
 
@@ -18,4 +18,5 @@ __all__ = [
     "open_train",
     "open_valid",
     "pack",
+    "set_objective",
 ]

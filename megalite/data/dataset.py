@@ -18,14 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from megalite.config import DataConfig, SourceConfig
+from megalite.config import DataConfig, RunConfig, SourceConfig
 from megalite.data.batch import Batch
 from megalite.data.mixture import Mixture
+from megalite.data.objective import Arrays, Objective, Words, make_objective
 from megalite.data.order import Ints, derive_key, permute
 from megalite.errors import DataError
 from megalite.files import sha256_file
 from megalite.formats.index import OpenFiles
 from megalite.formats.shards import CHECKED_AT_OPEN, ShardSet, open_shards
+from megalite.formats.tokenizer import load_tokenizer
 
 _ORDER_VERSION = 1  # part of the fingerprint: raise it when a seed comes to mean another order
 
@@ -65,6 +67,25 @@ def open_valid(
     return _dataset(_open(config.valid, config, vocab_size, verify), config.valid, config, False)
 
 
+def set_objective(dataset: Dataset, config: RunConfig) -> None:
+    """Have a data set give what the run file's objective makes of its windows.
+
+    Raises:
+        DataError: whole words are asked for, and the shards do not tell their tokenizer.
+    """
+    words = None
+    if config.objective.whole_words:
+        if dataset.tokenizer_folder is None:
+            raise DataError(
+                "objective.whole_words: the shards do not tell their tokenizer, whose pieces say "
+                "where words begin; tokenize them here, or set it to false"
+            )
+        words = Words(load_tokenizer(dataset.tokenizer_folder).pieces())
+    ends = [(source.manifest.bos, source.manifest.eos) for source in dataset.sources]
+    special = frozenset(id for pair in ends for id in pair if id is not None)
+    dataset.objective = make_objective(config, words, special)
+
+
 class Dataset:
     """An endless sequence of samples; any of them can be asked for at any time.
 
@@ -75,6 +96,8 @@ class Dataset:
         seed: of the order.
         mask_documents: whether documents in a window are kept apart.
         shuffle: False reads each source's windows in their natural order.
+    Attributes:
+        objective: what is made of windows (`megalite.data.objective`); None: they stay as they are.
     Raises:
         DataError: a source shorter than a window, or weights for some sources only.
     """
@@ -101,6 +124,7 @@ class Dataset:
         given = [weight for weight in weights if weight is not None]
         self._mixture = Mixture(given or self._windows.tolist())
         self._seed, self._shuffle, self._mask_documents = seed, shuffle, mask_documents
+        self.objective: Objective | None = None
         content = {
             "order": _ORDER_VERSION,
             "sources": [source.fingerprint for source in sources],
@@ -152,7 +176,7 @@ class Dataset:
 
     def batch(self, indices: Ints, place: int) -> Batch:
         """The samples at `indices`, int64 [B], each in [0, 2^43), side by side."""
-        return self.read(*self.locate(indices), place)
+        return self.read(*self.locate(indices), indices, place)
 
     def locate(self, indices: Ints) -> tuple[Ints, Ints]:
         """Where samples lie: the number of the source, and the first token of the window in it."""
@@ -163,8 +187,8 @@ class Dataset:
             window = permute(window, windows, derive_key(self._seed, source, epoch))
         return source, window * self.sequence_length
 
-    def read(self, sources: Ints, starts: Ints, place: int) -> Batch:
-        """The windows that `locate` found, as tensors.
+    def read(self, sources: Ints, starts: Ints, indices: Ints, place: int) -> Batch:
+        """The windows that `locate` found of the samples at `indices`, as tensors.
 
         Raises:
             DataError: a shard that is damaged where it is read.
@@ -179,11 +203,17 @@ class Dataset:
             if self._mask_documents:
                 # in one long row of all samples, where column L of a row is column 0 of the next
                 documents.append(source.document_starts(start, start + L + 1) + (row * L - start))
-        arrays = {"input_ids": input_ids, "labels": labels, "loss_mask": np.ones(shape, np.bool_)}
+        arrays: Arrays = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "loss_mask": np.ones(shape, np.bool_),
+        }
         if self._mask_documents:
             firsts = np.concatenate(documents)
             arrays["loss_mask"].reshape(-1)[firsts - 1] = False
             arrays["position_ids"], arrays["document_ids"] = _keep_apart(firsts, B, L)
+        if self.objective is not None:
+            arrays = self.objective(arrays, indices)
         targets = int(np.count_nonzero(arrays["loss_mask"]))
         return Batch({name: torch.from_numpy(a) for name, a in arrays.items()}, place, targets)
 

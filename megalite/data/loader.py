@@ -107,7 +107,8 @@ class Loader:
         sources, starts = self._dataset.locate(indices)  # once a step: a few dozen small calls
         batches = []
         for row in range(len(indices)):
-            batch = self._dataset.read(sources[row], starts[row], int(indices[row, 0]))
+            place = int(indices[row, 0])
+            batch = self._dataset.read(sources[row], starts[row], indices[row], place)
             batches.append(batch.pin() if self._pin else batch)
         return StepBatches(self._place, batches, sum(batch.targets for batch in batches))
 

@@ -76,6 +76,12 @@ def derive_key(seed: int, source: Ints, epoch: Ints) -> Words:
     return _mix(_mix(start + source.astype(np.uint64)) + epoch.astype(np.uint64))
 
 
+def uniform(keys: Words, length: int, stream: int) -> npt.NDArray[np.float64]:
+    """`length` numbers in [0, 1) of each key, [keys, length]; other streams give others."""
+    columns = np.arange(length, dtype=np.uint64) + np.uint64(stream << 40)
+    return (_mix(_mix(keys)[:, None] + columns) >> np.uint64(11)) * 2.0**-53
+
+
 def _feistel(image: Words, rows: Words, columns: Words, keys: Words) -> Words:
     """One pass through the network: a bijection of [0, rows x columns).
 

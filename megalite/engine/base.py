@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megalite.config import ModelConfig
 from megalite.data import Batch
 from megalite.formats.checkpoint import WEIGHT
-from megalite.model import CausalLM
+from megalite.model import LanguageModel
 
 __all__ = ["WEIGHT", "Accept", "Engine", "StepResult", "finite", "has_dropout", "seed_dropout"]
 
@@ -41,7 +41,7 @@ class StepResult:
 class Engine(Protocol):
     """The interface of an engine. States are fp32 and, under tensor parallelism, the rank's."""
 
-    model: CausalLM
+    model: LanguageModel
 
     def train_step(
         self,

@@ -15,7 +15,7 @@ from megalite import shapes
 from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
 from megalite.engine.base import WEIGHT, Accept, StepResult, finite, has_dropout, seed_dropout
-from megalite.model import CausalLM, build, head_loss, initialize
+from megalite.model import LanguageModel, build, head_loss, initialize
 from megalite.optim import Fragment, Muon, make_optimizer, orthogonalize
 from megalite.parallel import Grid, is_counted, prepare
 
@@ -29,11 +29,11 @@ class ReferenceEngine:
         self.config, self.device = config, grid.device
         self._dropout = has_dropout(config.model)
         with grid.device:
-            self.model: CausalLM = build(config.model)
+            self.model: LanguageModel = build(config.model)
         initialize(self.model, config.model, seed=config.training.seed, gather=_whole)
         self.model.head_loss = partial(head_loss, compiled=config.training.compile)
         prepare(
-            self.model.model.layers,
+            self.model.blocks,
             recompute=config.training.activation_checkpointing,
             compile_blocks=config.training.compile,
         )

@@ -48,7 +48,7 @@ from megalite.engine.reference import (
     set_updates,
     updates_taken,
 )
-from megalite.model import CausalLM, build, head_loss, initialize
+from megalite.model import LanguageModel, build, head_loss, initialize
 from megalite.optim import Fragment, Muon, make_optimizer, orthogonalize
 from megalite.parallel import Grid, local_model, prepare, split
 
@@ -94,7 +94,7 @@ class DeepSpeedEngine:
         self._loss_scale = float(grid.data_parallel) if averages else 1.0
         dtype = _DTYPES[precision]
         with self._building(grid), grid.device:
-            self.model: CausalLM = build(local_model(config.model, grid.tensor_parallel))
+            self.model: LanguageModel = build(local_model(config.model, grid.tensor_parallel))
         self.model.to(device=grid.device, dtype=dtype)
         initialize(
             self.model,
@@ -109,13 +109,13 @@ class DeepSpeedEngine:
             sequence = config.parallel.sequence
             split(self.model, config.model, grid, loss, sequence=sequence)
         prepare(
-            self.model.model.layers,
+            self.model.blocks,
             recompute=config.training.activation_checkpointing,
             compile_blocks=config.training.compile,
         )
         if config.training.compile and self.stage == 3:
             # a compiled block cannot fetch its parts one by one: fetch it whole (no graph breaks)
-            deepspeed.utils.set_z3_leaf_modules(self.model, [type(self.model.model.layers[0])])
+            deepspeed.utils.set_z3_leaf_modules(self.model, [type(next(iter(self.model.blocks)))])
         optimizer = make_optimizer(config, self.model.named_parameters())
         self._groups = group_numbers(optimizer)  # before DeepSpeed puts its own tensors there
         self.engine, self.optimizer, _, _ = deepspeed.initialize(

@@ -1,16 +1,26 @@
 """What a trained model is worth: text it writes, and measures of it."""
 
-from megalite.evaluate.generate import Sampling, generate, stream_text
-from megalite.evaluate.loss import mean_loss, perplexity, score
+from megalite.evaluate.generate import (
+    Rereading,
+    Sampling,
+    generate,
+    sample_ids,
+    stream_text,
+    stream_texts,
+)
+from megalite.evaluate.loss import mean_loss, perplexity, score_data
 from megalite.evaluate.opened import OpenedModel, open_model
 
 __all__ = [
     "OpenedModel",
+    "Rereading",
     "Sampling",
     "generate",
     "mean_loss",
     "open_model",
     "perplexity",
-    "score",
+    "sample_ids",
+    "score_data",
     "stream_text",
+    "stream_texts",
 ]

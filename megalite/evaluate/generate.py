@@ -1,6 +1,6 @@
 """Text from a model, a token at a time.
 
-`generate` turns token ids into token ids; `stream_text` turns a prompt into pieces of text as soon
+`generate` turns token ids into token ids; `stream_texts` turns prompts into pieces of text as soon
 as they are certain: a character's last byte has come, and no stop string can begin in them.
 """
 
@@ -8,14 +8,55 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from megalite.errors import CommandError, MegaLiteError
 from megalite.formats.tokenizer import Tokenizer
 
-# T tokens so far   V vocabulary   K the ids that a choice is made among
-LogitsFn = Callable[[torch.Tensor], torch.Tensor]  # ids [1, T] on the CPU -> last logits [1, V]
+# B prompts   T tokens so far   V vocabulary   K the ids that a choice is made among
+LogitsFn = Callable[[Tensor], Tensor]  # ids [1, T] on the CPU -> last logits [1, V]
+
+
+class Reader(Protocol):
+    """What is asked of a model: the scores of the token after each text, as the texts grow.
+
+    Attributes:
+        continues: whether a text goes on from its prompt; else it begins anew, as an answer.
+    """
+
+    continues: bool
+
+    def begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
+        """fp32 [B, V]: the scores after each prompt, which at most `new_tokens` will follow."""
+
+    def next(self, tokens: Sequence[int]) -> Tensor:
+        """fp32 [B, V]: the scores after one more token of each text."""
+
+
+class Rereading:
+    """A reader that reads each text anew for every token: slow, and plain."""
+
+    continues = True
+
+    def __init__(self, logits_fn: LogitsFn) -> None:
+        self._logits_fn = logits_fn
+
+    def begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
+        del new_tokens
+        self._texts = [list(prompt) for prompt in prompts]
+        return self._read()
+
+    def next(self, tokens: Sequence[int]) -> Tensor:
+        for text, token in zip(self._texts, tokens, strict=True):
+            text.append(token)
+        return self._read()
+
+    def _read(self) -> Tensor:
+        rows = [self._logits_fn(torch.tensor([text], dtype=torch.int64)) for text in self._texts]
+        return torch.cat(rows).float()
 
 
 @dataclass(frozen=True)
@@ -24,7 +65,9 @@ class Sampling:
 
     `temperature` 0 takes the likeliest id. Otherwise the scores are divided by it, `top_k` keeps
     the k likeliest ids, then `top_p` the fewest whose probabilities reach p (nucleus sampling,
-    arXiv:1904.09751). The same seed gives the same choices on every device.
+    arXiv:1904.09751). `repetition_penalty` divides the positive scores of ids that were there
+    before, and multiplies the negative ones (arXiv:1909.05858). The same seed gives the same
+    choices on every device, and a text the same whatever stands beside it.
 
     Raises:
         CommandError: a number out of its range.
@@ -34,6 +77,7 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -46,30 +90,34 @@ class Sampling:
             raise CommandError(f"top_k is {self.top_k}; keep 1 token or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise CommandError(f"top_p is {self.top_p}; a share is over 0 and at most 1")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise CommandError(
+                f"repetition_penalty is {self.repetition_penalty}; 1 changes nothing"
+            )
 
 
 def generate(
-    logits_fn: LogitsFn,
+    model: Reader | LogitsFn,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     eos_id: int | None = None,
-    seed: int = 0,
+    **settings: float,
 ) -> list[int]:
     """The ids that follow `prompt_ids`, at most `max_new_tokens`; `eos_id` ends them, left out.
 
+    Args:
+        settings: those of `Sampling`.
     Raises:
         CommandError: an empty prompt, or a number out of its range (see `Sampling`).
     """
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    return list(_stream_ids(logits_fn, prompt_ids, max_new_tokens, eos_id, sampling))
+    sampling = Sampling(**settings)  # type: ignore[arg-type]
+    steps = sample_ids(model, [prompt_ids], max_new_tokens, eos_id, sampling)
+    return [ids[0] for ids in steps if ids[0] is not None]
 
 
 def stream_text(
-    logits_fn: LogitsFn,
+    model: Reader | LogitsFn,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -77,10 +125,26 @@ def stream_text(
     sampling: Sampling,
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
-    """Pieces of the text that follows `prompt`, up to the end of the document or a stop string.
+    """Pieces of the text that follows one prompt; see `stream_texts`."""
+    pieces = stream_texts(
+        model, tokenizer, [prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
+    )
+    return (piece for _, piece in pieces)
 
-    The stop string itself is left out, wherever token boundaries cut it. An empty prompt begins a
-    document: it stands for the id that ended the one before.
+
+def stream_texts(
+    model: Reader | LogitsFn,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+) -> Iterator[tuple[int, str]]:
+    """Pieces of the texts that follow `prompts`, with the prompt's number, as they come.
+
+    A text ends with the document or a stop string, which is left out, wherever token boundaries cut
+    it. An empty prompt begins a document: it stands for the id that ended the one before.
 
     Raises:
         CommandError: an empty stop string; an empty prompt where the tokenizer has neither an end
@@ -88,55 +152,89 @@ def stream_text(
     """
     if "" in stop:
         raise CommandError("an empty stop string would end every text at once; leave it out")
-    prompt_ids = tokenizer.encode(prompt)
-    if not prompt_ids:
-        first = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
-        prompt_ids = [] if first is None else [first]
-    ids = _stream_ids(logits_fn, prompt_ids, max_new_tokens, tokenizer.eos_id, sampling)
-    return _until_stop(_decode(tokenizer, prompt_ids, ids), stop)
+    first = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
+    ids = [tokenizer.encode(prompt) or ([] if first is None else [first]) for prompt in prompts]
+    steps = sample_ids(model, ids, max_new_tokens, tokenizer.eos_id, sampling)
+    continues = getattr(model, "continues", True)
+    texts = [_Text(tokenizer, prompt if continues else [], stop) for prompt in ids]
+    return _pieces(texts, steps)
 
 
-def _stream_ids(
-    logits_fn: LogitsFn,
-    prompt_ids: Sequence[int],
+def _pieces(texts: Sequence[_Text], steps: Iterator[list[int | None]]) -> Iterator[tuple[int, str]]:
+    for tokens in steps:
+        for number, (text, token) in enumerate(zip(texts, tokens, strict=True)):
+            if not text.ended and (piece := text.end() if token is None else text.add(token)):
+                yield number, piece
+        if all(text.ended for text in texts):
+            return
+    for number, text in enumerate(texts):
+        if not text.ended and (piece := text.end()):
+            yield number, piece
+
+
+def sample_ids(
+    model: Reader | LogitsFn,
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     eos_id: int | None,
     sampling: Sampling,
-) -> Iterator[int]:
-    if not prompt_ids:
+) -> Iterator[list[int | None]]:
+    """The next id of every text, a step after the other; None where a text has ended.
+
+    Raises:
+        CommandError: an empty prompt, or fewer than no tokens.
+    """
+    if not all(prompts):
         raise CommandError("the prompt has no tokens: a model continues what it is given")
     if max_new_tokens < 0:
         raise CommandError(f"max_new_tokens is {max_new_tokens}; ask for 0 or more")
-    return _sample_ids(logits_fn, prompt_ids, max_new_tokens, eos_id, sampling)
+    reader: Any = model if hasattr(model, "begin") else Rereading(model)
+    return _sample(reader, prompts, max_new_tokens, eos_id, sampling)
 
 
-def _sample_ids(
-    logits_fn: LogitsFn,
-    prompt_ids: Sequence[int],
+def _sample(
+    reader: Reader,
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     eos_id: int | None,
     sampling: Sampling,
-) -> Iterator[int]:
-    generator = torch.Generator().manual_seed(sampling.seed)
-    ids_1T = torch.tensor([list(prompt_ids)], dtype=torch.int64)
-    for _ in range(max_new_tokens):
-        with torch.no_grad():
-            logits_V = logits_fn(ids_1T)[0].float().cpu()
-        if not torch.isfinite(logits_V.max()):
+) -> Iterator[list[int | None]]:
+    generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
+    texts = [list(prompt) for prompt in prompts]
+    running = [True] * len(prompts)
+    tokens = list[int]()
+    for step in range(max_new_tokens):
+        with torch.inference_mode():
+            logits_BV = reader.next(tokens) if step else reader.begin(prompts, max_new_tokens)
+            logits_BV = logits_BV.cpu()
+        if not torch.isfinite(logits_BV.amax(dim=1)).all():
             raise MegaLiteError(
-                f"the model's scores after {ids_1T.shape[1]} tokens are not finite: its training "
+                f"the model's scores after {len(texts[0])} tokens are not finite: its training "
                 "has diverged; use an earlier checkpoint"
             )
-        token = _choose(logits_V, sampling, generator)
-        if token == eos_id:
+        if sampling.repetition_penalty != 1:
+            _penalize(logits_BV, texts, sampling.repetition_penalty)
+        if sampling.temperature == 0:
+            tokens = logits_BV.argmax(dim=1).tolist()
+        else:
+            rows = zip(logits_BV, generators, strict=True)
+            tokens = [_choose(logits_V, sampling, generator) for logits_V, generator in rows]
+        running = [on and token != eos_id for on, token in zip(running, tokens, strict=True)]
+        yield [token if on else None for token, on in zip(tokens, running, strict=True)]
+        if not any(running):
             return
-        yield token
-        ids_1T = torch.cat([ids_1T, torch.tensor([[token]])], dim=1)
+        for text, token in zip(texts, tokens, strict=True):
+            text.append(token)
 
 
-def _choose(logits_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
+def _penalize(logits_BV: Tensor, texts: Sequence[Sequence[int]], penalty: float) -> None:
+    for logits_V, text in zip(logits_BV, texts, strict=True):
+        ids = torch.tensor(sorted(set(text)))
+        scores = logits_V[ids]
+        logits_V[ids] = torch.where(scores > 0, scores / penalty, scores * penalty)
+
+
+def _choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     # the maximum is taken out first: a tiny temperature must not divide into infinities
     scaled_V = (logits_V - logits_V.max()).double() / sampling.temperature
     scores_K, ids_K = torch.sort(scaled_V, descending=True, stable=True)
@@ -150,42 +248,51 @@ def _choose(logits_V: torch.Tensor, sampling: Sampling, generator: torch.Generat
     return int(ids_K[chosen])
 
 
-def _decode(tokenizer: Tokenizer, prompt_ids: Sequence[int], ids: Iterator[int]) -> Iterator[str]:
-    """The text each id adds. Bytes of a character wait for its last one.
+class _Text:
+    """A text as its tokens come: what of it is certain.
 
     A piece's text depends on what stands before it (a leading space, the bytes of a character), so
     the new text is the difference of two decodings that begin at the same id.
     """
-    all_ids = list(prompt_ids)
-    start, done = 0, len(all_ids)  # decoding begins at `start`; the text before `done` is given out
-    before = tokenizer.decode(all_ids)
-    for token in ids:
-        all_ids.append(token)
-        text = tokenizer.decode(all_ids[start:])
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+        self._tokenizer, self._ids, self._stop = tokenizer, list(prompt), stop
+        # decoding begins at `start`; the text before `done` is given out
+        self._start, self._done = 0, len(self._ids)
+        self._before = tokenizer.decode(self._ids)
+        self._held = ""  # what may be the beginning of a stop string
+        self.ended = False
+
+    def add(self, token: int) -> str:
+        """The text that is certain with one more token."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids[self._start :])
         if text.endswith("\ufffd"):  # U+FFFD stands for bytes that are no character, or not yet
-            continue
-        yield text[len(before) :]
-        start, done = done, len(all_ids)
-        before = tokenizer.decode(all_ids[start:done])
-    if done < len(all_ids):
-        yield tokenizer.decode(all_ids[start:])[len(before) :]
+            return ""
+        piece = text[len(self._before) :]
+        self._start, self._done = self._done, len(self._ids)
+        self._before = self._tokenizer.decode(self._ids[self._start : self._done])
+        return self._release(piece)
 
+    def end(self) -> str:
+        """What was held back, when nothing more comes."""
+        rest = ""
+        if self._done < len(self._ids):
+            rest = self._tokenizer.decode(self._ids[self._start :])[len(self._before) :]
+        found = self._release(rest)
+        if not self.ended:
+            found, self._held, self.ended = found + self._held, "", True
+        return found
 
-def _until_stop(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """The pieces up to the first stop string; what may be the beginning of one is held back."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        ends = [held.find(text) for text in stop if text in held]
+    def _release(self, piece: str) -> str:
+        held = self._held + piece
+        ends = [held.find(text) for text in self._stop if text in held]
         if ends:
-            yield held[: min(ends)]
-            return
-        safe = len(held) - _open_length(held, stop)
-        if safe:
-            yield held[:safe]
-            held = held[safe:]
-    if held:
-        yield held
+            self.ended = True
+            return held[: min(ends)]
+        safe = len(held) - _open_length(held, self._stop)
+        self._held = held[safe:]
+        return held[:safe]
 
 
 def _open_length(text: str, stop: Sequence[str]) -> int:

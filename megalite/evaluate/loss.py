@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite.data import Batch, Dataset, first_batches
+from megalite.config import DataConfig, RunConfig, SourceConfig, parse_config
+from megalite.data import Batch, Dataset, first_batches, open_valid, set_objective
 from megalite.engine import Engine
-from megalite.formats.tokenizer import Tokenizer
+from megalite.errors import CommandError
+from megalite.evaluate.opened import OpenedModel
 from megalite.parallel import Grid
 
 
@@ -48,37 +52,85 @@ def mean_loss(
     return float(sums[0] / sums[1])
 
 
-def score(
-    loss: Callable[[Batch], Tensor],
-    dataset: Dataset,
-    tokenizer: Tokenizer,
-    *,
-    samples: int,
-    micro_batch_size: int,
+def score_data(
+    opened: OpenedModel, grid: Grid, *, data: str | None, micro_batch_size: int
 ) -> dict[str, float | int | None]:
-    """Loss (nats), perplexity, bits per byte of text and tokens counted, on one device.
+    """Loss (nats), perplexity, bits per byte of text and tokens counted, over all ranks.
 
-    Bits per byte compares models of different tokenizers; null where the targets hold no text.
+    Bits per byte compares models of different tokenizers; null where the targets are no text that
+    goes on. Of a model of masked tokens also `accuracy`, the share it names right.
+
+    Args:
+        data: a shard folder; None: the run file's `data.valid`.
+    Raises:
+        CommandError: no shards, or those of another tokenizer.
     """
-    samples = min(samples, dataset.windows)
-    sums = _sum_loss(
-        loss, dataset, samples=samples, micro_batch_size=micro_batch_size, data_rank=0, data_size=1
-    )
-    assert sums is not None  # nobody asked it to stop
-    total, targets = sums.tolist()
-    text_bytes = sum(
-        tokenizer.count_bytes(labels[mask].tolist())
-        for batch in first_batches(
-            dataset, samples, micro_batch_size=micro_batch_size, data_rank=0, data_size=1
+    run = opened.run or _run_of(opened)
+    section = run.data.model_dump()
+    if data:
+        section["valid"] = (SourceConfig(path=data),)
+    dataset = open_valid(DataConfig(**section), vocab_size=opened.config.vocab_size)
+    if dataset is None:
+        raise CommandError("there is no run file that names data.valid: say what with --data DIR")
+    if opened.tokenizer_sha256 and dataset.tokenizer_sha256 not in ("", opened.tokenizer_sha256):
+        raise CommandError(
+            f"{dataset.sources[0].folder} was made with another tokenizer than the model's; "
+            f"tokenize it again with --tokenizer {opened.folder / 'tokenizer'}"
         )
-        for labels, mask in zip(batch.tensors["labels"], batch.tensors["loss_mask"], strict=True)
+    set_objective(dataset, run)
+    batches = partial(
+        first_batches,
+        dataset,
+        dataset.windows,
+        micro_batch_size=micro_batch_size,
+        data_rank=grid.data_rank,
+        data_size=grid.data_parallel,
     )
-    return {
+    sums, text_bytes, right = torch.zeros(2, dtype=torch.float64), 0, 0
+    masked, causal = (run.objective.name == name for name in ("masked", "causal"))
+    for batch in batches():
+        sums += torch.stack((opened.loss(batch).double().cpu(), torch.tensor(batch.targets)))
+        if masked:
+            right += opened.named_right(batch)
+        if causal:
+            labels, mask = batch.tensors["labels"], batch.tensors["loss_mask"]
+            text_bytes += sum(
+                opened.tokenizer.count_bytes(row[seen].tolist())
+                for row, seen in zip(labels, mask, strict=True)
+            )
+    totals = torch.cat((sums, torch.tensor([text_bytes, right], dtype=torch.float64)))
+    totals /= grid.tensor_parallel  # each of the ranks that share a model has counted
+    grid.agree(totals)
+    total, targets, text_bytes, right = totals.tolist()
+    found = {
         "loss": total / targets,
         "perplexity": perplexity(total / targets),
         "bits_per_byte": total / math.log(2) / text_bytes if text_bytes else None,
-        "tokens": int(targets),
+        "tokens": round(targets),
     }
+    return found | ({"accuracy": right / targets} if masked else {})
+
+
+def _run_of(opened: OpenedModel) -> RunConfig:
+    """A run file for a folder that has none: the model, and windows as long as it reads."""
+    model, objective = opened.config, dict[str, Any]()
+    if model.architecture == "encoder":
+        pieces = opened.tokenizer.pieces()
+        ids = [pieces.index(name) for name in ("[MASK]", "<mask>") if name in pieces]
+        objective = {"objective": {"name": "masked", "mask_token_id": ids[0] if ids else None}}
+    return parse_config(
+        {
+            "name": "evaluation",
+            "model": model.model_dump(mode="json"),
+            "data": {
+                "train": [{"path": "-"}],
+                "sequence_length": min(model.max_position_embeddings, 2048),
+            },
+            "optimizer": {"lr": 1.0},
+            "training": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
+            **objective,
+        }
+    )
 
 
 def perplexity(loss: float) -> float:

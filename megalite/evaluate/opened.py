@@ -1,38 +1,71 @@
-"""A checkpoint as a model to use: on one device, without an engine, from its folder alone."""
+"""A checkpoint, or a folder of Hugging Face's, as a model to use: from its folder alone.
+
+B prompts   T tokens   V vocabulary
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megalite.checkpoint import fill_model, open_checkpoint
-from megalite.config import RunConfig, load_config
+from megalite import shapes
+from megalite.checkpoint import (
+    HuggingFaceFolder,
+    Stored,
+    StoredCheckpoint,
+    fill_model,
+    is_huggingface,
+    open_checkpoint,
+)
+from megalite.config import ModelConfig, RunConfig, load_config
 from megalite.data import Batch
 from megalite.errors import CheckpointError, CommandError, MegaLiteError
-from megalite.formats.checkpoint import Manifest
+from megalite.evaluate.generate import Reader, Rereading
 from megalite.formats.tokenizer import Tokenizer, load_tokenizer
 from megalite.log import logger
-from megalite.model import CausalLM, build
+from megalite.model import Cache, EncoderDecoder, LanguageModel, build, head_loss
+from megalite.parallel import Grid, local_model, split
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model with the configuration and the tokenizer it was trained with."""
+    """A model with the configuration and the tokenizer it was trained with.
+
+    Attributes:
+        config: of the whole model; `local` of this rank's part.
+        run: the run file it was trained by; None in a folder of Hugging Face's.
+    """
 
     folder: Path
-    config: RunConfig
-    model: CausalLM
+    config: ModelConfig
+    local: ModelConfig
+    run: RunConfig | None
+    model: LanguageModel
     tokenizer: Tokenizer
-    manifest: Manifest
+    tokenizer_sha256: str
     device: torch.device
 
     def last_logits(self, ids_1T: Tensor) -> Tensor:
         """Scores of the token after `ids`, fp32 [1, V]; reads no further back than the window."""
-        window = self.config.model.max_position_embeddings
+        window = self.config.max_position_embeddings
         return self.model.logits(ids_1T[:, -window:].to(self.device), last_only=True)
+
+    def reader(self) -> Reader:
+        """A reader that keeps what it has computed.
+
+        Raises:
+            CommandError: a model that writes no text.
+        """
+        if self.config.architecture == "encoder":
+            raise CommandError(
+                f"{self.folder} holds an encoder, which names hidden tokens and writes no text; "
+                "give a decoder or an encoder_decoder"
+            )
+        return CachedReader(self)
 
     def check_prompt(self, prompt: str) -> None:
         """Refuse text that is no UTF-8; say so where a prompt is longer than the window."""
@@ -40,10 +73,7 @@ class OpenedModel:
             prompt.encode()
         except UnicodeEncodeError:
             raise CommandError(f"the prompt {prompt!r} is not UTF-8 text; give text") from None
-        length, window = (
-            len(self.tokenizer.encode(prompt)),
-            self.config.model.max_position_embeddings,
-        )
+        length, window = len(self.tokenizer.encode(prompt)), self.config.max_position_embeddings
         if length > window:
             logger.warning("a prompt of %d tokens: the model reads the last %d", length, window)
 
@@ -53,25 +83,132 @@ class OpenedModel:
         loss: Tensor = self.model(batch.to(self.device).tensors)
         return loss
 
+    @torch.no_grad()
+    def named_right(self, batch: Batch) -> int:
+        """How many of a batch's targets are the likeliest tokens of their places."""
+        tensors = batch.to(self.device).tensors
+        mask = tensors["loss_mask"]
+        likeliest = self.model.scores(self.model.hidden(tensors)[mask]).argmax(dim=-1)
+        return int((likeliest == tensors["labels"][mask]).sum())
 
-def open_model(path: str | Path) -> OpenedModel:
-    """The model of a step folder, or of a run folder's newest checkpoint, in fp32.
 
+class CachedReader:
+    """Reads each token once, and keeps its keys and values; prompts are padded at their left.
+
+    Beyond the window a model is made for it reads the last tokens anew for each.
+    """
+
+    def __init__(self, opened: OpenedModel) -> None:
+        self._opened, self._model = opened, opened.model
+        self._window = opened.config.max_position_embeddings
+        self.continues = opened.config.architecture == "decoder"
+        self._beyond: Rereading | None = None
+
+    def begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
+        device, window = self._opened.device, self._window
+        prompts = [list(prompt)[-window:] for prompt in prompts]
+        length = max(map(len, prompts))
+        keys = torch.zeros(len(prompts), length, dtype=torch.bool)
+        ids = torch.zeros(keys.shape, dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            place = slice(length - len(prompt), None) if self.continues else slice(len(prompt))
+            keys[row, place], ids[row, place] = True, torch.tensor(prompt)
+        self._keys = None if bool(keys.all()) else keys.to(device)
+        ids = ids.to(device)
+        self._texts = [list(prompt) for prompt in prompts]
+        if not self.continues:
+            return self._answer(ids, new_tokens)
+        self._cache = self._make_cache(len(prompts), min(length + new_tokens, window))
+        return self._read(ids)
+
+    def next(self, tokens: Sequence[int]) -> Tensor:
+        if self._beyond is not None:
+            return self._beyond.next(tokens)
+        for text, token in zip(self._texts, tokens, strict=True):
+            text.append(token)
+        if self.continues and self._cache.length == self._window:
+            self._beyond = Rereading(self._opened.last_logits)
+            return self._beyond.begin(self._texts, 0)
+        ids = torch.tensor(tokens, device=self._opened.device)[:, None]
+        if self._keys is not None and self.continues:
+            self._keys = torch.cat((self._keys, torch.ones_like(ids, dtype=torch.bool)), dim=1)
+        return self._read(ids)
+
+    def _read(self, ids_BT: Tensor) -> Tensor:
+        model = self._model.model
+        if isinstance(model, EncoderDecoder):
+            hidden = model.write(ids_BT, self._memory, self._cache)
+            return self._model.scores(hidden[:, -1])
+        inputs = {"input_ids": ids_BT}
+        if self._keys is not None:
+            inputs["attention_mask"] = self._keys
+            positions = (self._keys.long().cumsum(dim=1) - 1).clamp_min(0)
+            inputs["position_ids"] = positions[:, -ids_BT.shape[1] :]
+        return self._model.scores(self._model.hidden(inputs, self._cache)[:, -1])
+
+    def _answer(self, ids_BS: Tensor, new_tokens: int) -> Tensor:
+        model, config = self._model.model, self._opened.config
+        assert isinstance(model, EncoderDecoder)
+        inputs = {"input_ids": ids_BS}
+        if self._keys is not None:
+            inputs["attention_mask"] = self._keys
+        self._memory = model.read(inputs)
+        self._cache = self._make_cache(len(ids_BS), new_tokens + 1)
+        first = torch.full((len(ids_BS), 1), config.decoder_start_token_id, device=ids_BS.device)
+        return self._read(first)
+
+    def _make_cache(self, batch: int, tokens: int) -> Cache:
+        local = self._opened.local
+        layers = list(shapes.stacks(local).values())[-1]
+        parameter = next(self._model.parameters())
+        return Cache(
+            local,
+            layers,
+            batch=batch,
+            tokens=tokens,
+            dtype=parameter.dtype,
+            device=parameter.device,
+        )
+
+
+def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
+    """The model of a step folder, of a run's newest checkpoint, or of Hugging Face's, in fp32.
+
+    Args:
+        grid: whose tensor ranks share the model; None: this process has all of it.
     Raises:
-        CommandError: no checkpoint there.
+        CommandError: no model there, or ranks that cannot share it.
         CheckpointError: damaged.
     """
-    if not Path(path).is_dir():
+    path = Path(path)
+    if not path.is_dir():
         raise CommandError(f"--checkpoint {path}: no such folder; give a step or a run folder")
-    folder, manifest = open_checkpoint(Path(path), weights_only=True)
-    try:
-        config = load_config(folder / "config.json")
-    except MegaLiteError as error:
-        raise CheckpointError(f"{folder}/config.json: {error}") from None
+    run: RunConfig | None = None
+    sha256 = ""
+    stored: Stored
+    if is_huggingface(path):
+        stored = weights = HuggingFaceFolder(path)
+        folder, config, tokenizer_folder = path, weights.section, path
+    else:
+        folder, manifest = open_checkpoint(path, weights_only=True)
+        try:
+            run = load_config(folder / "config.json")
+        except MegaLiteError as error:
+            raise CheckpointError(f"{folder}/config.json: {error}") from None
+        stored, config = StoredCheckpoint(folder, manifest), run.model
+        tokenizer_folder, sha256 = folder / "tokenizer", manifest.tokenizer_sha256
+    size, rank = (grid.tensor_parallel, grid.tensor_rank) if grid else (1, 0)
+    allowed = shapes.allowed_tensor_parallel(config)
+    if size not in allowed:
+        raise CommandError(f"{size} ranks cannot share this model; {allowed} can")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = grid.device if grid else device
+    local = local_model(config, size)
     with device:
-        model = build(config.model)
-    fill_model(model, config.model, folder, manifest)
+        model = build(local)
+    fill_model(model, config, stored, tensor_parallel=size, tensor_rank=rank)
+    if grid is not None and size > 1:
+        split(model, config, grid, head_loss)
     model.eval()
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    return OpenedModel(folder, config, model, tokenizer, manifest, device)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    return OpenedModel(folder, config, local, run, model, tokenizer, sha256, device)

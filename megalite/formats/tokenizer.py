@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megalite.errors import DataError
+from megalite.formats.tokenizer_export import export_bytes, export_sentencepiece
 from megalite.log import logger
 
 Ids: TypeAlias = npt.NDArray[np.int32]
@@ -67,8 +68,14 @@ class Tokenizer(Protocol):
     def count_bytes(self, ids: Sequence[int]) -> int:
         """Bytes of UTF-8 text that ids stand for; of a character cut at an edge, those within."""
 
+    def pieces(self) -> list[str]:
+        """What each id is called in the vocabulary; holes are empty."""
+
     def save(self, folder: Path) -> str:
         """Write the tokenizer's file into an existing folder and return the file's name."""
+
+    def export(self, folder: Path) -> None:
+        """Write it as Hugging Face's `tokenizer.json` and `tokenizer_config.json`."""
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -154,9 +161,15 @@ class SentencePieceTokenizer:
                 lengths[id] = len(processor.id_to_piece(id).replace("\u2581", " ").encode())
         return lengths
 
+    def pieces(self) -> list[str]:
+        return [self._processor.id_to_piece(id) for id in range(self.vocab_size)]
+
     def save(self, folder: Path) -> str:
         (folder / _SENTENCEPIECE).write_bytes(self._model)
         return _SENTENCEPIECE
+
+    def export(self, folder: Path) -> None:
+        export_sentencepiece(self._model, folder)
 
 
 class HuggingFaceTokenizer:
@@ -210,10 +223,22 @@ class HuggingFaceTokenizer:
         kinds = [decoder, *decoder.get("decoders", ())]
         return any(kind.get("type") == "ByteLevel" for kind in kinds)
 
+    def pieces(self) -> list[str]:
+        return [self._tokenizer.id_to_token(id) or "" for id in range(self.vocab_size)]
+
     def save(self, folder: Path) -> str:
         for name, data in self._files.items():
             (folder / name).write_bytes(data)
         return _HUGGING_FACE
+
+    def export(self, folder: Path) -> None:
+        self.save(folder)
+        config = folder / _HUGGING_FACE_CONFIG
+        if not config.exists():
+            names = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+            told = {k: self._tokenizer.id_to_token(id) for k, id in names.items() if id is not None}
+            content = {"tokenizer_class": "PreTrainedTokenizerFast", **told}
+            config.write_text(json.dumps(content, indent=2) + "\n")
 
     def _control(self, key: str, names: Sequence[str]) -> int | None:
         config = json.loads(self._files.get(_HUGGING_FACE_CONFIG, b"{}"))
@@ -248,9 +273,15 @@ class ByteTokenizer:
     def count_bytes(self, ids: Sequence[int]) -> int:
         return sum(id < 256 for id in ids)
 
+    def pieces(self) -> list[str]:
+        return [chr(id) for id in range(256)] + ["", ""]
+
     def save(self, folder: Path) -> str:
         (folder / _BYTES).write_bytes(self._content)
         return _BYTES
+
+    def export(self, folder: Path) -> None:
+        export_bytes(folder)
 
 
 def _find(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """The models as single-device mathematics: no rank, no group, no environment."""
 
-from megalite.model.decoder import CausalLM, build, head_loss
+from megalite.model.cache import Cache
 from megalite.model.init import initialize
+from megalite.model.transformer import EncoderDecoder, LanguageModel, build, head_loss
 
-__all__ = ["CausalLM", "build", "head_loss", "initialize"]
+__all__ = ["Cache", "EncoderDecoder", "LanguageModel", "build", "head_loss", "initialize"]

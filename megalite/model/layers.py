@@ -1,7 +1,7 @@
 """The pieces blocks are made of: linear maps, norms, positions, attention, the feed-forward net.
 
 B batch   T tokens   D width (hidden_size)   F width inside the feed-forward net
-N query heads   K key/value heads   H head width   V vocabulary
+S tokens that are looked at   N query heads   K key/value heads   H head width   V vocabulary
 
 Parameters are created empty; `megalite.model.init` fills them. Weights are [out, in]. Projections
 that read the same input are one parameter in memory (qkv_proj, gate_up_proj): one large matrix
@@ -18,16 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.config import ModelConfig
+from megalite.config import ModelConfig, RopeScalingConfig
+from megalite.model.cache import LayerCache
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
     "geglu": F.gelu,
+    "geglu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-GATED = ("swiglu", "geglu")  # Shazeer 2020: one half of the product gates the other
+GATED = ("swiglu", "geglu", "geglu_tanh")  # Shazeer 2020: one half of the product gates the other
 
 
 class Linear(nn.Module):
@@ -76,7 +78,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return kind(config.hidden_size, config.norm_eps)
 
 
-def rope_table(positions: Tensor, head_width: int, theta: float) -> Tensor:
+def rope_table(positions: Tensor, config: ModelConfig) -> Tensor:
     """Cosines and sines of rotary positions (Su et al. 2021), halves side by side as in Llama.
 
     Args:
@@ -85,11 +87,45 @@ def rope_table(positions: Tensor, head_width: int, theta: float) -> Tensor:
         fp32 [2, 1 or B, T, 1, H/2]; made anew each forward, a few tiny kernels, so that no cast of
         the model to half precision can round it.
     """
-    exponents = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[..., None].float() * theta ** (-exponents / head_width)
+    H, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
+    exponents = torch.arange(0, H, 2, device=positions.device, dtype=torch.float32)
+    rates = theta ** (-exponents / H)
+    if scaling is not None:
+        rates = _stretch(rates, scaling, theta)
+    angles = positions[..., None].float() * rates
     if angles.dim() == 2:
         angles = angles[None]
-    return torch.stack((angles.cos(), angles.sin())).unsqueeze(-2)
+    table = torch.stack((angles.cos(), angles.sin())).unsqueeze(-2)
+    if scaling is None or scaling.rope_type != "yarn":
+        return table
+    return table * (scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0)
+
+
+def _stretch(rates: Tensor, scaling: RopeScalingConfig, theta: float) -> Tensor:
+    """Radians a token of each pair, over a longer sequence: [H/2] -> [H/2].
+
+    linear: Chen et al. 2023. llama3: Llama 3.1's. yarn: Peng et al. 2023, "by parts".
+    """
+    slow, length = rates / scaling.factor, scaling.original_max_position_embeddings
+    if scaling.rope_type == "linear" or length is None:
+        return slow
+    if scaling.rope_type == "llama3":
+        turns = length * rates / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = (turns - low) / (high - low)
+        smooth = (1 - keep) * slow + keep * rates
+        return torch.where(turns > high, rates, torch.where(turns < low, slow, smooth))
+    pairs, H = len(rates), 2 * len(rates)
+
+    def pair(turns: float) -> float:
+        """The pair whose wave turns so often in the old length."""
+        return H * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    first = max(math.floor(pair(scaling.beta_fast)), 0)
+    last = min(math.ceil(pair(scaling.beta_slow)), H - 1)
+    ramp = torch.arange(pairs, device=rates.device, dtype=torch.float32) - first
+    keep = 1 - (ramp / max(last - first, 0.001)).clamp(0, 1)
+    return slow * (1 - keep) + rates * keep
 
 
 def rotate(x_BTNH: Tensor, table: Tensor) -> Tensor:
@@ -107,44 +143,187 @@ def sinusoids(positions: Tensor, width: int) -> Tensor:
     return torch.cat((angles.sin(), angles.cos()), dim=-1)[..., :width]
 
 
-class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads (Ainslie et al. 2023)."""
+def distance_buckets(
+    queries: int, keys: int, config: ModelConfig, *, causal: bool, device: torch.device
+) -> Tensor:
+    """T5's bucket of the way from each of the last `queries` tokens to each key: int64 [T, keys].
 
-    def __init__(self, config: ModelConfig) -> None:
+    Half of a direction's buckets are single distances, the others grow by powers (Raffel et al.
+    2019).
+    """
+    buckets, most = config.relative_attention_num_buckets, config.relative_attention_max_distance
+    places = torch.arange(keys, device=device)
+    way = places[None, :] - places[keys - queries :, None]
+    first = torch.zeros_like(way)
+    if not causal:
+        buckets //= 2
+        first = (way > 0).long() * buckets
+    distance = way.abs() if not causal else (-way).clamp_min(0)
+    single = buckets // 2
+    grown = torch.log(distance.float() / single) / math.log(most / single) * (buckets - single)
+    far = (single + grown.clamp_min(0).long()).clamp_max(buckets - 1)
+    return first + torch.where(distance < single, distance, far)
+
+
+def attention_mask(
+    queries: int,
+    total: int,
+    *,
+    causal: bool,
+    window: int | None,
+    document_ids: Tensor | None,
+    keys: Tensor | None,
+    device: torch.device,
+    explicit: bool = False,
+) -> Tensor | None:
+    """Where the last `queries` of `total` tokens may look: bool [B or 1, 1, queries, total].
+
+    None stands for everywhere, or for what causal attention means by itself.
+
+    Args:
+        window: tokens a token looks back at, itself included.
+        document_ids: [B, total]; a token sees its own document.
+        keys: bool [B, total]; tokens that are seen at all.
+        explicit: whether causality must be in the mask.
+    """
+    rows: Tensor | None = None
+    narrow = window is not None and window < total
+    # one query sees all that came before; several, none of them before, are the kernel's own case
+    if causal and queries > 1 and (explicit or narrow or keys is not None or queries < total):
+        rows = torch.ones(queries, total, dtype=torch.bool, device=device).tril(total - queries)
+    elif causal and document_ids is not None:
+        rows = torch.ones(queries, total, dtype=torch.bool, device=device).tril()
+    if narrow:
+        assert window is not None
+        rows = torch.ones(queries, total, dtype=torch.bool, device=device) if rows is None else rows
+        rows = rows.triu(total - queries - window + 1)
+    mask = None if rows is None else rows[None, None]
+    if document_ids is not None:
+        same = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
+        mask = same if mask is None else same & mask
+    if keys is not None:
+        seen = keys[:, None, None, :]
+        if queries > 1:  # what is not seen sees itself: a row without a key has no mean
+            own = torch.eye(total, dtype=torch.bool, device=device)[total - queries :]
+            seen = seen | own
+        mask = seen if mask is None else seen & mask
+    return mask
+
+
+def attend(
+    q_BTNH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """softmax(scale q k^T + mask) v: [B, T, N x H]; key/value heads are shared by equal parts."""
+    heads, kv_heads = q_BTNH.shape[2], k_BKSH.shape[1]
+    shared = heads != kv_heads
+    if shared and mask is not None and q_BTNH.is_cuda:
+        # the fused GPU kernels that take a mask share no heads; without them [T, T] scores
+        k_BKSH, v_BKSH = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k_BKSH, v_BKSH))
+        shared = False
+    y_BNTH = F.scaled_dot_product_attention(
+        q_BTNH.transpose(1, 2),
+        k_BKSH,
+        v_BKSH,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal and mask is None,
+        enable_gqa=shared,
+        scale=scale,
+    )
+    return y_BNTH.transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Self-attention with grouped key/value heads (Ainslie et al. 2023)."""
+
+    def __init__(self, config: ModelConfig, *, causal: bool) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_width, self.dropout = config.head_dim, config.attention_dropout
+        self.causal, self.scale = causal, config.attention_multiplier
         inner = self.heads * self.head_width
         fused = inner + 2 * self.kv_heads * self.head_width
-        bias = config.attention_bias
-        self.qkv_proj = Linear(config.hidden_size, fused, bias=bias)
-        self.o_proj = Linear(inner, config.hidden_size, bias=bias)
+        self.qkv_proj = Linear(config.hidden_size, fused, bias=config.attention_bias)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_width, config.norm_eps)
+            self.k_norm = RMSNorm(self.head_width, config.norm_eps)
+        self.o_proj = Linear(inner, config.hidden_size, bias=config.attention_output_bias)
 
-    def forward(self, x_BTD: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: Tensor | None,
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         groups = (self.heads, self.kv_heads, self.kv_heads)
         qkv = self.qkv_proj(x_BTD).unflatten(-1, (sum(groups), self.head_width))
-        if rope is None:
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH, k_BTKH, v_BTKH = qkv.split(groups, dim=2)
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+            if rope is not None:
+                q_BTNH, k_BTKH = rotate(q_BTNH, rope), rotate(k_BTKH, rope)
+        elif rope is None:
             q_BTNH, k_BTKH, v_BTKH = qkv.split(groups, dim=2)
         else:  # q and k turn together, in one pass
             turned, v_BTKH = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
             q_BTNH, k_BTKH = rotate(turned, rope).split(groups[:2], dim=2)
-        shared = self.kv_heads != self.heads
-        if shared and mask is not None and x_BTD.is_cuda:
-            # the fused GPU kernels that take a mask share no heads; without them [T, T] scores
-            k_BTKH, v_BTKH = (
-                t.repeat_interleave(self.heads // self.kv_heads, dim=2) for t in (k_BTKH, v_BTKH)
-            )
-            shared = False
-        y_BNTH = F.scaled_dot_product_attention(
-            q_BTNH.transpose(1, 2),
-            k_BTKH.transpose(1, 2),
-            v_BTKH.transpose(1, 2),
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
-            enable_gqa=shared,
+        k_BKTH, v_BKTH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
+        if cache is not None:
+            k_BKTH, v_BKTH = cache.extend(k_BKTH, v_BKTH)
+        y_BTQ = attend(
+            q_BTNH,
+            k_BKTH,
+            v_BKTH,
+            mask,
+            dropout=self.dropout if self.training else 0.0,
+            causal=self.causal and q_BTNH.shape[1] > 1,
+            scale=self.scale,
         )
-        return self.o_proj(y_BNTH.transpose(1, 2).flatten(2))
+        return self.o_proj(y_BTQ)
+
+
+class CrossAttention(nn.Module):
+    """Attention to the hidden states of another text."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kv_heads, self.head_width = config.num_key_value_heads, config.head_dim
+        self.dropout, self.scale = config.attention_dropout, config.attention_multiplier
+        D, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.q_proj = Linear(D, inner, bias=config.attention_bias)
+        fused = 2 * self.kv_heads * self.head_width
+        self.kv_proj = Linear(D, fused, bias=config.attention_bias)
+        self.o_proj = Linear(inner, D, bias=config.attention_output_bias)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        memory_BSD: Tensor | None,
+        mask: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        if cache is not None and cache.memory is not None:
+            k_BKSH, v_BKSH = cache.memory
+        else:
+            kv = self.kv_proj(memory_BSD).unflatten(-1, (2 * self.kv_heads, self.head_width))
+            k_BKSH, v_BKSH = kv.transpose(1, 2).chunk(2, dim=1)
+            if cache is not None:
+                cache.memory = k_BKSH, v_BKSH
+        q_BTNH = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_width))
+        dropout = self.dropout if self.training else 0.0
+        y_BTQ = attend(
+            q_BTNH, k_BKSH, v_BKSH, mask, dropout=dropout, causal=False, scale=self.scale
+        )
+        return self.o_proj(y_BTQ)
 
 
 class MLP(nn.Module):

@@ -106,8 +106,12 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         mask_R: Tensor,
         shard: Shard | None = None,
         compiled: bool = False,
+        bias_V: Tensor | None = None,
     ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_bias = None
+        if bias_V is not None and ctx.needs_input_grad[6]:
+            grad_bias = torch.zeros_like(bias_V, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden_RD) if wants_hidden else None
         grad_weight = torch.empty_like(weight_VD, dtype=torch.float32) if wants_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_RD.device)
@@ -117,6 +121,8 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             h_CD, labels_C1 = hidden_RD[chunk], labels_R[chunk, None]
             mask_C1 = mask_R[chunk, None].float()
             logits_CV = h_CD @ weight_VD.t()
+            if bias_V is not None:
+                logits_CV += bias_V
             if not compiled:
                 logits_CV = logits_CV.float()
             hit_C1 = mask_C1
@@ -136,6 +142,8 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             else:
                 grad_CV = logits_CV.mul_(mask_C1 / total_C1)
                 grad_CV = grad_CV.scatter_add_(1, labels_C1, -hit_C1).to(hidden_RD.dtype)
+            if grad_bias is not None:
+                grad_bias += grad_CV.sum(dim=0, dtype=torch.float32)
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[chunk])
             if grad_weight is not None:
@@ -145,7 +153,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
                     grad_weight.copy_(grad_CV.t() @ h_CD)
                 else:
                     grad_weight += grad_CV.t() @ h_CD
-        ctx.grads = (grad_hidden, grad_weight)
+        ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight_VD.dtype
         return loss
 
@@ -154,13 +162,15 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grads
         assert ctx.grads is not None, "a second backward through the fused loss"
-        grad_hidden, grad_weight = ctx.grads
+        grad_hidden, grad_weight, grad_bias = ctx.grads
         ctx.grads = None  # scaled in place: they serve one backward
         if grad_hidden is not None:
             grad_hidden.mul_(scale)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        if grad_bias is not None:
+            grad_bias = grad_bias.mul_(scale).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None, None, grad_bias
 
 
 def chunk_rows(vocabulary: int) -> int:

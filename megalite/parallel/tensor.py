@@ -109,35 +109,53 @@ def split(
         owner, _, name = row.name.rpartition(".")
         module = model.get_submodule(owner)
         if kind is shapes.Split.REPLICATED:
-            if sequence and sees_own_tokens(row):
+            if _sees_own_heads(row) or (sequence and sees_own_tokens(row)):
                 parameter.register_hook(partial(_sum_gradient, group))
         elif name != "weight":
             continue
         elif kind in (shapes.Split.ROWS, shapes.Split.HEADS):
             module.forward = partial(_column_forward, module, group, sequence)
-        elif kind is shapes.Split.COLUMNS:
+        elif kind is shapes.Split.COLUMNS and ".layers." in owner:
             module.forward = partial(_row_forward, module, group, sequence)
         elif owner.endswith("embed_tokens"):
             module.forward = partial(_embed, module, shard, group)
     if sequence:
         dropout = bool(config.hidden_dropout or config.attention_dropout)
         enter = partial(_enter, grid, dropout)
-        model.model.layers[0].register_forward_pre_hook(enter)
+        for name in shapes.stacks(config):
+            model.get_submodule(name).layers[0].register_forward_pre_hook(enter)
     elif config.attention_dropout:
-        for block in model.model.layers:
-            attention = block.self_attn
-            attention.forward = partial(_own_randomness, attention.forward, grid.tensor_rank)
+        for block in model.blocks:
+            for attention in filter(None, (block.self_attn, block.cross_attn)):
+                attention.forward = partial(_own_randomness, attention.forward, grid.tensor_rank)
     gather = GatherTokens if sequence else Share
 
-    def parallel_loss(hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        return loss(gather.apply(hidden, group), weight, labels, mask, shard)
+    def parallel_loss(
+        hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, **others: Any
+    ) -> Tensor:
+        return loss(gather.apply(hidden, group), weight, labels, mask, shard, **others)
 
     model.head_loss = parallel_loss
+    model.whole_logits = partial(_whole_logits, config.vocab_size, group)
 
 
 def sees_own_tokens(row: shapes.Parameter) -> bool:
     """Whether, under sequence parallelism, a replicated parameter meets its rank's tokens alone."""
-    return row.name.startswith(("model.layers.", "model.norm."))
+    return ".layers." in row.name or row.name.startswith(
+        ("model.norm.", "model.encoder.norm.", "model.decoder.norm.", "lm_transform.")
+    )
+
+
+def _sees_own_heads(row: shapes.Parameter) -> bool:
+    """Whether a replicated parameter meets the rank's heads alone."""
+    return row.name.endswith(("q_norm.weight", "k_norm.weight"))
+
+
+def _whole_logits(vocab_size: int, group: dist.ProcessGroup, logits: Tensor) -> Tensor:
+    """The scores of the whole vocabulary, [..., V], on every rank; no gradient passes."""
+    parts = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, logits.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)[..., :vocab_size]
 
 
 def is_counted(parameter: nn.Parameter, grid: Grid) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from megalite.config import RunConfig
-from megalite.data import Dataset, open_data
+from megalite.data import Dataset, open_data, set_objective
 from megalite.env import Launch
 from megalite.errors import CommandError, DataError, UserError
 from megalite.parallel import Grid
@@ -61,6 +61,8 @@ def check(request: Request, launch: Launch) -> tuple[Plan, Dataset, Dataset | No
     faults = hardware_faults(config, plan, launch, device)
     try:
         train, valid = open_data(config.data, vocab_size=config.model.vocab_size)
+        for dataset in filter(None, (train, valid)):
+            set_objective(dataset, config)
         if config.training.global_batch_size > train.windows:
             raise DataError(
                 f"training.global_batch_size {config.training.global_batch_size}, but data.train "

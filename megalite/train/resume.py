@@ -11,8 +11,10 @@ from pydantic import ValidationError
 
 from megalite import checkpoint, env, files
 from megalite.checkpoint import (
+    HuggingFaceFolder,
     Place,
     find_newest,
+    is_huggingface,
     open_checkpoint,
     refuse_other_model,
     set_aside_damaged,
@@ -26,7 +28,13 @@ from megalite.observe import resumed_before
 from megalite.parallel import Grid
 
 ALLOWABLE = ("model", "tokenizer", "data", "sequence_length", "seed")
-_RECORDED = ("optimizer", "schedule", "training.global_batch_size", "training.precision")
+_RECORDED = (
+    "objective",
+    "optimizer",
+    "schedule",
+    "training.global_batch_size",
+    "training.precision",
+)
 # each of these makes another order of samples, whose places mean something else
 _NEW_ORDER = ("data", "sequence_length")
 
@@ -35,15 +43,17 @@ _NEW_ORDER = ("data", "sequence_length")
 class Origin:
     """The checkpoint to go on from, and the changes against its run file worth recording.
 
-    weights_only: a fresh run starts from its weights (`--init-from`). damaged: checkpoints of this
+    weights_only: a fresh run starts from its weights (`--init-from`), which are Hugging Face's
+    where `weights` is set and `manifest` is not. damaged: checkpoints of this
     run that were passed over, to be set aside once the start is not refused.
     """
 
     folder: Path
-    manifest: disk.Manifest
+    manifest: disk.Manifest | None
     changes: dict[str, Any]
     place: Place
     weights_only: bool = False
+    weights: HuggingFaceFolder | None = None
     damaged: tuple[Path, ...] = ()
 
 
@@ -87,6 +97,12 @@ def find_origin(
     found, damaged = (None, ()) if resume == "never" else _find(resume, root, grid)
     if found is not None and init_from is not None:
         logger.warning("%s goes on from %s: --init-from is for a fresh start", root, found[0].name)
+    if found is None and init_from is not None and is_huggingface(Path(init_from)):
+        weights = HuggingFaceFolder(Path(init_from))
+        weights.refuse_other_model(config.model)
+        return Origin(
+            weights.path, None, {}, Place(), weights_only=True, weights=weights, damaged=damaged
+        )
     if found is None and init_from is not None:
         folder, manifest = _open("--init-from", init_from, grid)
         refuse_other_model(config.model, folder, manifest)
@@ -152,6 +168,10 @@ def load(
     while True:
         folder, manifest = origin.folder, origin.manifest
         try:
+            if origin.weights is not None:
+                checkpoint.import_weights(engine, config.model, grid=grid, stored=origin.weights)
+                return origin, origin.place
+            assert manifest is not None
             if origin.weights_only:
                 checkpoint.load_weights(
                     engine, config.model, grid=grid, folder=folder, manifest=manifest
@@ -180,6 +200,7 @@ def load(
 
 
 def _states(origin: Origin) -> dict[str, set[str]]:
+    assert origin.manifest is not None
     return {name: {*entry.states} for name, entry in origin.manifest.tensors.items()}
 
 

@@ -153,7 +153,7 @@ def _train_slowly(launch: Any, raw: dict[str, Any]) -> None:
     def slow(*parts: Any) -> Any:
         engine: Any = make(*parts)
         if launch.rank == 1:
-            layer = engine.model.model.layers[0]
+            layer = next(engine.model.blocks)
             layer.register_forward_pre_hook(lambda *_: time.sleep(0.2))
         return engine
 

@@ -41,7 +41,11 @@ FAMILIES: list[dict[str, Any]] = [
     {"tie_word_embeddings": True, "num_key_value_heads": 8},
     {"norm": "layernorm", "activation": "gelu", "position_embedding": "learned",
      "attention_bias": True, "mlp_bias": True},
-    {"activation": "geglu", "mlp_bias": True, "position_embedding": "none"},
+    {"activation": "geglu", "mlp_bias": True, "position_embedding": "none", "qk_norm": True},
+    {"architecture": "encoder", "norm_position": "post", "embedding_norm": True,
+     "norm": "layernorm", "type_vocab_size": 2, "tie_word_embeddings": True},
+    {"architecture": "encoder_decoder", "position_embedding": "relative", "norm": "layernorm",
+     "attention_bias": True},
 ]  # fmt: skip
 
 
@@ -92,8 +96,10 @@ def test_gpt_names_in_order() -> None:
 
 
 def test_every_row_is_some_models() -> None:
-    rows = {name.replace(".N.", ".0.") for name, *_ in TABLE}
+    rows = {name.replace(".N.", ".0.").replace("S.", "model.") for name, *_ in TABLE}
     names = {p.name for family in FAMILIES for p in parameters(model(**family))}
+    names = {name.replace("model.encoder.", "model.") for name in names}
+    names = {name.replace("model.decoder.", "model.") for name in names}
     assert rows == {name for name in names if ".layers.1." not in name}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from megalite import files, log, shapes
 from megalite.config import RunConfig, parse_config
 from megalite.formats import checkpoint as disk
 from megalite.formats.tokenizer import load_tokenizer
-from megalite.model import CausalLM, build
+from megalite.model import LanguageModel, build
 
 LAUNCHER = Path(__file__).resolve().parents[3] / "launcher/generate.py"
 POSITIONS = 8
@@ -90,6 +91,7 @@ def _own_logging(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def say(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
     monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+    monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(LAUNCHER), run_name="__main__")
     return ended.value.code
@@ -97,11 +99,11 @@ def say(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
 
 def greedy(checkpoint: Path, prompt: str, count: int) -> str:
     """The expected text, by hand: the likeliest byte after the last POSITIONS ones."""
-    from megalite.checkpoint import fill_model
+    from megalite.checkpoint import StoredCheckpoint, fill_model
 
     config = tiny_config().model
-    model: CausalLM = build(config).eval()
-    fill_model(model, config, checkpoint, disk.read_manifest(checkpoint))
+    model: LanguageModel = build(config).eval()
+    fill_model(model, config, StoredCheckpoint(checkpoint, disk.read_manifest(checkpoint)))
     ids = list(prompt.encode())
     with torch.no_grad():
         for _ in range(count):

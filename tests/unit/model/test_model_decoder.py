@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megalite import shapes
 from megalite.config import ModelConfig
-from megalite.model import CausalLM, build
+from megalite.model import LanguageModel, build
 from tests.factories import make_batch, make_model, model_config
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class Plain:
     """A decoder as its papers write it: one sample, one head and one position at a time."""
 
-    def __init__(self, config: ModelConfig, model: CausalLM) -> None:
+    def __init__(self, config: ModelConfig, model: LanguageModel) -> None:
         self.config = config
         self.weights = {name: p.detach().double() for name, p in model.named_parameters()}
 
@@ -159,7 +159,7 @@ def test_in_double_precision_the_same_to_many_digits(variant: str) -> None:
     ids = make_batch(config, samples=1, length=20).tensors["input_ids"]
     expected = Plain(config, model).hidden(ids[0], torch.arange(20))
     tolerance = 1e-12 if variant == "gpt-2" else 1e-5
-    found = model.model(ids, None, None)[0]
+    found = model.model(ids, {})[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
@@ -241,7 +241,7 @@ def pack(config: ModelConfig, *, seed: int = 3) -> tuple[dict[str, Tensor], list
     return {name: tensor[None] for name, tensor in window.items()}, documents
 
 
-def alone(model: CausalLM, document: Tensor) -> Tensor:
+def alone(model: LanguageModel, document: Tensor) -> Tensor:
     """The loss of a document that fills its own window."""
     return model(
         {
@@ -288,11 +288,11 @@ def test_no_token_looks_ahead(masked: bool) -> None:
     config = model_config()
     model = make_model(config, spread=0.2)
     window, _ = pack(config)
-    extra = (window["position_ids"], window["document_ids"]) if masked else (None, None)
-    before = model.model(window["input_ids"], *extra)
+    extra = window if masked else {}
+    before = model.model(window["input_ids"], extra)
     changed = window["input_ids"].clone()
     changed[0, 7] = (changed[0, 7] + 1) % config.vocab_size  # in the third document, of 6 to 14
-    moved = (model.model(changed, *extra) - before)[0].abs().amax(-1) > 0
+    moved = (model.model(changed, extra) - before)[0].abs().amax(-1) > 0
     assert moved.nonzero().flatten().tolist() == list(range(7, 15 if masked else 24))
 
 
@@ -301,8 +301,8 @@ def test_positions_from_0_are_the_default() -> None:
     model = make_model(config, spread=0.2)
     ids = make_batch(config, length=12).tensors["input_ids"]
     positions = torch.arange(12).expand(2, 12)
-    assert torch.equal(model.model(ids, None, None), model.model(ids, positions, None))
-    assert not torch.equal(model.model(ids, positions + 1, None), model.model(ids, None, None))
+    assert torch.equal(model.model(ids, {}), model.model(ids, {"position_ids": positions}))
+    assert not torch.equal(model.model(ids, {"position_ids": positions + 1}), model.model(ids, {}))
 
 
 @pytest.mark.parametrize("variant", ["llama", "gpt-2", "transformer of 2017"])
@@ -312,7 +312,7 @@ def test_positions_are_those_given(variant: str) -> None:
     model = make_model(config, spread=0.2)
     ids = make_batch(config, samples=2, length=5).tensors["input_ids"]
     positions = torch.tensor([[0, 3, 4, 11, 30], [2, 2, 7, 1, 0]])
-    found = model.model(ids, positions, None)
+    found = model.model(ids, {"position_ids": positions})
     for row in range(2):
         expected = Plain(config, model).hidden(ids[row], positions[row])
         torch.testing.assert_close(found[row].double(), expected, rtol=0, atol=1e-5)
@@ -323,8 +323,8 @@ def test_rope_knows_distances_alone() -> None:
     model = make_model(config, spread=0.2)
     ids = make_batch(config, length=12).tensors["input_ids"]
     positions = torch.arange(12).expand(2, 12)
-    shifted = model.model(ids, positions + 100, None)
-    torch.testing.assert_close(shifted, model.model(ids, None, None), rtol=0, atol=5e-5)
+    shifted = model.model(ids, {"position_ids": positions + 100})
+    torch.testing.assert_close(shifted, model.model(ids, {}), rtol=0, atol=5e-5)
 
 
 def test_the_last_positions_logits() -> None:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 
-from megalite.model import CausalLM
+from megalite.model import LanguageModel
 from megalite.parallel import apply, prepare
 from tests.factories import make_batch, make_model, model_config
 
@@ -52,10 +52,10 @@ class Watch(TorchDispatchMode):
         return sum(self.calls[name] for name in PRODUCTS)
 
 
-def make(recompute: str, **overrides: Any) -> CausalLM:
+def make(recompute: str, **overrides: Any) -> LanguageModel:
     config = model_config(**overrides)
     model = make_model(config, spread=0.1)
-    prepare(model.model.layers, recompute=recompute, compile_blocks=False)
+    prepare(model.blocks, recompute=recompute, compile_blocks=False)
     return model.train()
 
 
@@ -66,7 +66,7 @@ def packed(samples: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
     return tensors | {"document_ids": documents, "position_ids": positions.expand(samples, length)}
 
 
-def step(model: CausalLM, batch: dict[str, torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
+def step(model: LanguageModel, batch: dict[str, torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
     torch.manual_seed(77)
     loss = model(batch)
     torch.manual_seed(78)  # the backward must not depend on where the generator stands
@@ -142,9 +142,9 @@ def test_what_is_kept() -> None:
     kept = {}
     for recompute in ("none", "selective", "full"):
         model = make_model(config)
-        prepare(model.model.layers, recompute=recompute, compile_blocks=False)
+        prepare(model.blocks, recompute=recompute, compile_blocks=False)
         with Watch() as watch:
-            hidden = model.model(batch["input_ids"], None, None)
+            hidden = model.model(batch["input_ids"], {})
         kept[recompute] = watch.alive_bytes()
         assert hidden.requires_grad
     tokens, width = 4 * 32, 64

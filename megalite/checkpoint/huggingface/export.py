@@ -1,0 +1,137 @@
+"""A checkpoint as a folder that `transformers` loads without our code.
+
+Tensors are read, turned and written a file at a time: memory holds one file of the result.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megalite import files, shapes
+from megalite.checkpoint.huggingface.families import Family, family_of, to_config
+from megalite.checkpoint.huggingface.folder import Place, place_of
+from megalite.checkpoint.load import StoredCheckpoint
+from megalite.config import ModelConfig
+from megalite.errors import CommandError
+from megalite.formats.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class _Output:
+    """A tensor of the folder, and the canonical ones it is made of."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple[shapes.Tensor, Place], ...]
+
+    @property
+    def elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+def export(
+    stored: StoredCheckpoint,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    output: Path,
+    *,
+    dtype: str = "float32",
+    shard_bytes: int = 5 * 10**9,
+) -> Family:
+    """Write the folder; it appears when it is complete.
+
+    Raises:
+        CommandError: a model that is none of Hugging Face's, an output that is taken.
+    """
+    family = family_of(model)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CommandError(f"--output {output} exists; give a folder that does not")
+    staging = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        config = to_config(model, family) | _ids(tokenizer, model) | {"dtype": dtype}
+        files.write_json(staging / "config.json", config)
+        _write_tensors(staging, stored, family, model, DTYPES[dtype], shard_bytes)
+        tokenizer.export(staging)
+        if output.exists():
+            output.rmdir()
+        files.publish(staging, output)
+    except OSError as error:
+        raise CommandError(f"--output {output} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return family
+
+
+def _ids(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    return {
+        key: id if id is not None and id < model.vocab_size else None for key, id in ids.items()
+    }
+
+
+def _write_tensors(
+    folder: Path,
+    stored: StoredCheckpoint,
+    family: Family,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    shard_bytes: int,
+) -> None:
+    outputs, width = _outputs(family, model), torch.finfo(dtype).bits // 8
+    groups: list[list[_Output]] = [[]]
+    for output in outputs:
+        if groups[-1] and width * sum(o.elements for o in [*groups[-1], output]) > shard_bytes:
+            groups.append([])
+        groups[-1].append(output)
+    weight_map = dict[str, str]()
+    for number, group in enumerate(groups, 1):
+        whole = len(groups) == 1
+        name = "model" if whole else f"model-{number:05d}-of-{len(groups):05d}"
+        tensors = {output.name: _make(stored, output).to(dtype) for output in group}
+        path = folder / f"{name}.safetensors"
+        save_file(tensors, path, metadata={"format": "pt"})
+        files.sync_file(path)
+        weight_map |= dict.fromkeys(tensors, path.name)
+    if len(groups) > 1:
+        total = width * sum(output.elements for output in outputs)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        files.write_json(folder / "model.safetensors.index.json", index)
+
+
+def _outputs(family: Family, model: ModelConfig) -> Sequence[_Output]:
+    """The folder's tensors in the order of the model's."""
+    parts: dict[str, list[tuple[shapes.Tensor, Place]]] = {}
+    for tensor in shapes.tensors(model).values():
+        place = place_of(family, tensor, model)
+        parts.setdefault(place.name, []).append((tensor, place))
+    found = [_Output(name, made[0][1].shape, tuple(made)) for name, made in parts.items()]
+    table = shapes.tensors(model)
+    for name, canonical in family.copies(model).items():
+        place = place_of(family, table[canonical], model)
+        found.append(_Output(name, place.shape, ((table[canonical], place),)))
+    if family.model_type == "marian":  # a buffer that its class wants to find
+        found.append(_Output("final_logits_bias", (1, model.vocab_size), ()))
+    return found
+
+
+def _make(stored: StoredCheckpoint, output: _Output) -> Tensor:
+    value = torch.zeros(output.shape)
+    for tensor, place in output.parts:
+        whole = torch.empty(tensor.shape)
+        stored.read(tensor.name, "weight", whole, tuple(slice(0, n) for n in tensor.shape))
+        rows = slice(place.first, place.first + tensor.shape[0])
+        turned = place.transposed and whole.dim() == 2
+        value[(slice(None), rows) if turned else (rows,)] = whole.t() if turned else whole
+    return value

@@ -1,0 +1,516 @@
+"""The families of Hugging Face's models, and what each calls the parts of ours.
+
+A family is a set of values of the model section (`ours`), what it calls the others (`keys`), what
+its own configuration must say (`theirs`), and how a canonical tensor's name becomes one of its own
+(`renames`, applied in order).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megalite.config import ModelConfig
+from megalite.errors import CommandError
+
+_ROPE_KEYS = {
+    "linear": ("factor",),
+    "llama3": (
+        *("factor", "original_max_position_embeddings"),
+        *("low_freq_factor", "high_freq_factor"),
+    ),
+    "yarn": (
+        *("factor", "original_max_position_embeddings"),
+        *("beta_fast", "beta_slow", "attention_factor"),
+    ),
+}
+_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
+_GATES = {"relu": "relu", "gelu": "gelu", "geglu_tanh": "gated-gelu", "swiglu": "gated-silu"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model type of Hugging Face.
+
+    Attributes:
+        keys: our field: theirs, of the same value. defaults: theirs, where config.json is silent.
+        transposed: names of tensors that are stored [in, out].
+        fused: a name of theirs that holds several of ours, stacked in the order of `parts`.
+        base: the prefix that a folder of the bare model leaves out.
+    """
+
+    model_type: str
+    architecture: str
+    keys: Mapping[str, str]
+    ours: Mapping[str, Any]
+    theirs: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    renames: tuple[tuple[str, str], ...] = ()
+    transposed: str = "$."
+    fused: str = "$."
+    parts: tuple[str, ...] = ()
+    base: str = ""
+    activation: str | None = None  # their key of it
+
+    def rename(self, name: str, model: ModelConfig) -> str:
+        """Their name of a canonical tensor."""
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        if self.model_type == "t5":
+            name = name.replace("up_proj", "wi_1" if "glu" in model.activation else "wi")
+        return name
+
+    def copies(self, model: ModelConfig) -> dict[str, str]:
+        """Further names that their class wants some tensors under: the name, the canonical one."""
+        if model.tie_word_embeddings:
+            return {}
+        embeddings = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
+        return {
+            "bert": {"cls.predictions.decoder.bias": "lm_head.bias"},
+            "marian": dict.fromkeys(embeddings, "model.embed_tokens.weight"),
+        }.get(self.model_type, {})
+
+
+_SAME = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings"),
+    *("initializer_range", "attention_dropout"),
+)
+_PLAIN = {
+    "norm_position": "pre",
+    "embedding_norm": False,
+    "type_vocab_size": 0,
+    "qk_norm": False,
+    "attention_multiplier": None,
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "sliding_window": None,
+    "rope_scaling": None,
+    "num_decoder_layers": None,
+}
+_ROPE = {
+    **{k: v for k, v in _PLAIN.items() if k not in ("rope_scaling", "sliding_window", "qk_norm")},
+    "architecture": "decoder",
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "position_embedding": "rope",
+    "hidden_dropout": 0.0,
+}
+_ROPE_SAME = {name: name for name in _SAME} | {"norm_eps": "rms_norm_eps"}
+_ROPE_DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "attention_dropout": 0.0,
+    "max_position_embeddings": 2048,
+}
+_BIASED = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}
+_BARE = {"attention_bias": False, "attention_output_bias": False, "mlp_bias": False}
+
+FAMILIES = (
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        _ROPE_SAME | {"attention_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+        _ROPE | {"qk_norm": False, "sliding_window": None},
+        {"hidden_act": "silu"},
+        _ROPE_DEFAULTS | {"attention_bias": False, "mlp_bias": False},
+        base="model.",
+    ),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        _ROPE_SAME | {"sliding_window": "sliding_window"},
+        _ROPE | _BARE | {"qk_norm": False},
+        {"hidden_act": "silu"},
+        _ROPE_DEFAULTS | {"sliding_window": 4096, "num_key_value_heads": 8},
+        base="model.",
+    ),
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        _ROPE_SAME,
+        _ROPE | _BARE | {"attention_bias": True, "qk_norm": False},
+        {"hidden_act": "silu"},
+        _ROPE_DEFAULTS,
+        base="model.",
+    ),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        _ROPE_SAME | {"attention_bias": "attention_bias"},
+        _ROPE | {"qk_norm": True, "mlp_bias": False},
+        {"hidden_act": "silu"},
+        _ROPE_DEFAULTS | {"attention_bias": False, "head_dim": 128},
+        base="model.",
+    ),
+    Family(
+        "gpt2",
+        "GPT2LMHeadModel",
+        {
+            "vocab_size": "vocab_size",
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+            "norm_eps": "layer_norm_epsilon",
+            "initializer_range": "initializer_range",
+            "intermediate_size": "n_inner",
+            "tie_word_embeddings": "tie_word_embeddings",
+            "hidden_dropout": "resid_pdrop",
+            "attention_dropout": "attn_pdrop",
+        },
+        _PLAIN
+        | _BIASED
+        | {"architecture": "decoder", "norm": "layernorm", "position_embedding": "learned"},
+        {
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        {
+            "layer_norm_epsilon": 1e-5,
+            "initializer_range": 0.02,
+            "tie_word_embeddings": True,
+            "resid_pdrop": 0.1,
+            "attn_pdrop": 0.1,
+            "activation_function": "gelu_new",
+        },
+        (
+            (r"^model\.embed_tokens", "transformer.wte"),
+            (r"^model\.embed_positions", "transformer.wpe"),
+            (r"^model\.norm", "transformer.ln_f"),
+            (r"^model\.layers\.", "transformer.h."),
+            (r"input_layernorm", "ln_1"),
+            (r"post_attention_layernorm", "ln_2"),
+            (r"self_attn\.[qkv]_proj", "attn.c_attn"),
+            (r"self_attn\.o_proj", "attn.c_proj"),
+            (r"mlp\.up_proj", "mlp.c_fc"),
+            (r"mlp\.down_proj", "mlp.c_proj"),
+        ),
+        transposed=r"\.c_(attn|proj|fc)\.weight$",
+        fused=r"\.c_attn\.",
+        parts=("q_proj", "k_proj", "v_proj"),
+        base="transformer.",
+        activation="activation_function",
+    ),
+    Family(
+        "bert",
+        "BertForMaskedLM",
+        {
+            **{n: n for n in _SAME if n not in ("num_key_value_heads", "head_dim")},
+            "norm_eps": "layer_norm_eps",
+            "type_vocab_size": "type_vocab_size",
+            "hidden_dropout": "hidden_dropout_prob",
+            "attention_dropout": "attention_probs_dropout_prob",
+        },
+        {k: v for k, v in _PLAIN.items() if k != "type_vocab_size"}
+        | _BIASED
+        | {"architecture": "encoder", "norm": "layernorm", "position_embedding": "learned"}
+        | {"norm_position": "post", "embedding_norm": True},
+        {"is_decoder": False, "position_embedding_type": "absolute"},
+        {
+            "layer_norm_eps": 1e-12,
+            "type_vocab_size": 2,
+            "hidden_dropout_prob": 0.1,
+            "attention_probs_dropout_prob": 0.1,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu",
+            "initializer_range": 0.02,
+            "max_position_embeddings": 512,
+        },
+        (
+            (r"^model\.embed_tokens", "bert.embeddings.word_embeddings"),
+            (r"^model\.embed_positions", "bert.embeddings.position_embeddings"),
+            (r"^model\.embed_types", "bert.embeddings.token_type_embeddings"),
+            (r"^model\.embed_norm", "bert.embeddings.LayerNorm"),
+            (r"^model\.layers\.", "bert.encoder.layer."),
+            (r"input_layernorm", "attention.output.LayerNorm"),
+            (r"post_attention_layernorm", "output.LayerNorm"),
+            (r"self_attn\.q_proj", "attention.self.query"),
+            (r"self_attn\.k_proj", "attention.self.key"),
+            (r"self_attn\.v_proj", "attention.self.value"),
+            (r"self_attn\.o_proj", "attention.output.dense"),
+            (r"mlp\.up_proj", "intermediate.dense"),
+            (r"mlp\.down_proj", "output.dense"),
+            (r"^lm_transform\.dense", "cls.predictions.transform.dense"),
+            (r"^lm_transform\.norm", "cls.predictions.transform.LayerNorm"),
+            (r"^lm_head\.bias", "cls.predictions.bias"),
+            (r"^lm_head\.weight", "cls.predictions.decoder.weight"),
+        ),
+        base="bert.",
+        activation="hidden_act",
+    ),
+    Family(
+        "t5",
+        "T5ForConditionalGeneration",
+        {
+            "vocab_size": "vocab_size",
+            "hidden_size": "d_model",
+            "intermediate_size": "d_ff",
+            "num_hidden_layers": "num_layers",
+            "num_decoder_layers": "num_decoder_layers",
+            "num_attention_heads": "num_heads",
+            "head_dim": "d_kv",
+            "norm_eps": "layer_norm_epsilon",
+            "hidden_dropout": "dropout_rate",
+            "relative_attention_num_buckets": "relative_attention_num_buckets",
+            "relative_attention_max_distance": "relative_attention_max_distance",
+            "decoder_start_token_id": "decoder_start_token_id",
+        },
+        _BARE
+        | {"architecture": "encoder_decoder", "norm": "rmsnorm", "norm_position": "pre"}
+        | {"position_embedding": "relative", "attention_multiplier": 1.0, "qk_norm": False}
+        | {"embedding_norm": False, "embedding_multiplier": 1.0},
+        {},
+        {
+            "layer_norm_epsilon": 1e-6,
+            "dropout_rate": 0.1,
+            "relative_attention_num_buckets": 32,
+            "relative_attention_max_distance": 128,
+            "feed_forward_proj": "relu",
+            "decoder_start_token_id": 0,
+            "num_decoder_layers": None,
+        },
+        (
+            (r"^model\.embed_tokens", "shared"),
+            (r"^model\.(encoder|decoder)\.norm", r"\1.final_layer_norm"),
+            (
+                r"^model\.(encoder|decoder)\.relative_attention_bias",
+                r"\1.block.0.layer.0.SelfAttention.relative_attention_bias",
+            ),
+            (r"^model\.(encoder|decoder)\.layers\.(\d+)", r"\1.block.\2.layer"),
+            (r"input_layernorm", "0.layer_norm"),
+            (r"self_attn\.([qkvo])_proj", r"0.SelfAttention.\1"),
+            (r"cross_attn_layernorm", "1.layer_norm"),
+            (r"cross_attn\.([qkvo])_proj", r"1.EncDecAttention.\1"),
+            (r"^(encoder.*)post_attention_layernorm", r"\g<1>1.layer_norm"),
+            (r"^(decoder.*)post_attention_layernorm", r"\g<1>2.layer_norm"),
+            (r"^(encoder.*)mlp\.", r"\g<1>1.DenseReluDense."),
+            (r"^(decoder.*)mlp\.", r"\g<1>2.DenseReluDense."),
+            (r"gate_proj", "wi_0"),
+            (r"down_proj", "wo"),
+        ),
+    ),
+    Family(
+        "marian",
+        "MarianMTModel",
+        {
+            "vocab_size": "vocab_size",
+            "hidden_size": "d_model",
+            "intermediate_size": "encoder_ffn_dim",
+            "num_hidden_layers": "encoder_layers",
+            "num_decoder_layers": "decoder_layers",
+            "num_attention_heads": "encoder_attention_heads",
+            "hidden_dropout": "dropout",
+            "attention_dropout": "attention_dropout",
+            "initializer_range": "init_std",
+            "max_position_embeddings": "max_position_embeddings",
+            "tie_word_embeddings": "tie_word_embeddings",
+            "decoder_start_token_id": "decoder_start_token_id",
+        },
+        _BIASED
+        | {"architecture": "encoder_decoder", "norm": "layernorm", "norm_position": "post"}
+        | {"position_embedding": "sinusoidal", "attention_multiplier": None, "qk_norm": False}
+        | {"embedding_norm": False, "logits_scaling": 1.0, "norm_eps": 1e-5},
+        {"share_encoder_decoder_embeddings": True},
+        {
+            "max_position_embeddings": 1024,
+            "dropout": 0.1,
+            "attention_dropout": 0.0,
+            "init_std": 0.02,
+            "scale_embedding": False,
+            "activation_function": "gelu",
+            "tie_word_embeddings": True,
+            "decoder_layers": 12,
+            "decoder_start_token_id": 58100,
+        },
+        (
+            (r"^model\.embed_tokens", "model.shared"),
+            (r"input_layernorm", "self_attn_layer_norm"),
+            (r"cross_attn_layernorm", "encoder_attn_layer_norm"),
+            (r"post_attention_layernorm", "final_layer_norm"),
+            (r"cross_attn", "encoder_attn"),
+            (r"o_proj", "out_proj"),
+            (r"mlp\.up_proj", "fc1"),
+            (r"mlp\.down_proj", "fc2"),
+        ),
+        activation="activation_function",
+    ),
+)
+
+
+def family_of(model: ModelConfig) -> Family:
+    """The family a model can be exported as.
+
+    Raises:
+        CommandError: none; with what stands in the way of the nearest.
+    """
+    nearest: list[tuple[int, str]] = []
+    for family in FAMILIES:
+        ours = {key: getattr(model, key) for key in family.ours}
+        wrong = [f"{k} {v!r}" for k, v in ours.items() if v != family.ours[k]]
+        wrong += _odd(family, model)
+        if not wrong:
+            return family
+        if model.architecture == family.ours["architecture"]:
+            nearest.append((len(wrong), f"{family.model_type} has no {', '.join(wrong)}"))
+    raise CommandError(
+        f"Hugging Face has no model like this one: the nearest, {min(nearest)[1]}; it can be "
+        "trained, evaluated and generated from here"
+    )
+
+
+def _odd(family: Family, model: ModelConfig) -> list[str]:
+    """What a family's fixed values do not tell of a model that is none of it."""
+    kind, found = family.model_type, list[str]()
+    if kind in ("gpt2", "bert", "t5", "marian"):
+        if model.num_key_value_heads != model.num_attention_heads:
+            found.append(f"num_key_value_heads {model.num_key_value_heads}")
+        if kind != "t5" and model.head_dim * model.num_attention_heads != model.hidden_size:
+            found.append(f"head_dim {model.head_dim}")
+        if model.activation not in (_GATES if kind == "t5" else _ACTIVATIONS):
+            found.append(f"activation {model.activation!r}")
+    if kind == "llama" and model.hidden_size % model.num_attention_heads:
+        found.append(f"hidden_size {model.hidden_size}")  # which its class refuses
+    if kind in ("llama", "qwen3") and model.attention_bias != model.attention_output_bias:
+        found.append(f"attention_output_bias {model.attention_output_bias}")
+    root = math.sqrt(model.hidden_size)
+    if kind == "t5":
+        if not math.isclose(model.logits_scaling, root if model.tie_word_embeddings else 1.0):
+            found.append(f"logits_scaling {model.logits_scaling}")
+        if model.attention_dropout != model.hidden_dropout:
+            found.append(f"attention_dropout {model.attention_dropout}")
+    if kind == "marian" and not (
+        model.embedding_multiplier == 1 or math.isclose(model.embedding_multiplier, root)
+    ):
+        found.append(f"embedding_multiplier {model.embedding_multiplier}")
+    return found
+
+
+def to_config(model: ModelConfig, family: Family) -> dict[str, Any]:
+    """Hugging Face's config.json of a model."""
+    config: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **{theirs: getattr(model, ours) for ours, theirs in family.keys.items()},
+        **family.theirs,
+    }
+    kind = family.model_type
+    if family.ours.get("position_embedding") == "rope":
+        config["rope_theta"], scaling = model.rope_theta, model.rope_scaling
+        if scaling is not None:
+            values = {key: getattr(scaling, key) for key in _ROPE_KEYS[scaling.rope_type]}
+            values = {key: value for key, value in values.items() if value is not None}
+            config["rope_scaling"] = {"rope_type": scaling.rope_type, **values}
+    if kind.startswith("qwen"):
+        config["use_sliding_window"] = model.sliding_window is not None
+        config |= {"sliding_window": model.sliding_window, "max_window_layers": 0}
+    if family.activation:
+        config[family.activation] = _ACTIVATIONS[model.activation]
+    if kind == "gpt2":
+        config["embd_pdrop"] = model.hidden_dropout
+    if kind == "t5":
+        config |= {"feed_forward_proj": _GATES[model.activation], "is_encoder_decoder": True}
+        config |= {"tie_word_embeddings": model.tie_word_embeddings, "pad_token_id": 0}
+    if kind == "marian":
+        config["scale_embedding"] = model.embedding_multiplier != 1
+        config["is_encoder_decoder"] = True
+        config["pad_token_id"] = model.decoder_start_token_id
+        config["decoder_ffn_dim"] = model.intermediate_size
+        config["decoder_attention_heads"] = model.num_attention_heads
+    if kind in ("t5", "marian"):
+        layers = model.num_decoder_layers or model.num_hidden_layers
+        config[family.keys["num_decoder_layers"]] = layers
+    return config
+
+
+def from_config(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
+    """The family of a config.json, and the model section that means the same.
+
+    Raises:
+        CommandError: a model type or a value that has no counterpart here; all of them at once.
+    """
+    kind = config.get("model_type")
+    family = next((f for f in FAMILIES if f.model_type == kind), None)
+    if family is None:
+        known = ", ".join(f.model_type for f in FAMILIES)
+        raise CommandError(f"model_type {kind!r} is not one of those known here: {known}")
+    told = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
+    faults = [
+        f"{key} {told[key]!r}: only {value!r} is known"
+        for key, value in family.theirs.items()
+        if key in told and told[key] != value
+    ]
+    missing = {theirs for theirs in family.keys.values() if theirs not in told}
+    missing -= {"n_inner", "num_key_value_heads", "head_dim", "num_decoder_layers"}
+    faults += [f"{key} is missing" for key in sorted(missing - {"sliding_window"})]
+    if faults:
+        raise CommandError("; ".join(faults))
+    model = {**family.ours, **{ours: told.get(theirs) for ours, theirs in family.keys.items()}}
+    if "sliding_window" in config and config["sliding_window"] is None:
+        model["sliding_window"] = None
+    model |= _rest_of_model(family, told)
+    return family, {key: value for key, value in model.items() if value is not None}
+
+
+def _rest_of_model(family: Family, told: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not one key for one key."""
+    kind, found = family.model_type, dict[str, Any]()
+    if family.ours.get("position_embedding") == "rope":
+        found |= _rope(told)
+    if kind == "llama" or kind == "qwen3":
+        found["attention_output_bias"] = told["attention_bias"]
+    if kind.startswith("qwen"):
+        kinds = set(told.get("layer_types", ()))
+        if told.get("use_sliding_window"):
+            if kinds != {"sliding_attention"} and (kinds or told.get("max_window_layers") != 0):
+                raise CommandError("use_sliding_window in some layers and not in others: not known")
+            found["sliding_window"] = told.get("sliding_window")
+    if family.activation:
+        theirs = {**{v: k for k, v in _ACTIVATIONS.items()}, "gelu_pytorch_tanh": "gelu_tanh"}
+        found["activation"] = _known(theirs, family.activation, told)
+    if kind == "gpt2" and told.get("n_inner") is None:
+        found["intermediate_size"] = 4 * told["n_embd"]
+    if kind in ("t5", "marian"):
+        root = math.sqrt(told["d_model"])
+    if kind == "t5":
+        found["activation"] = _known({v: k for k, v in _GATES.items()}, "feed_forward_proj", told)
+        tied = told.get("tie_word_embeddings", True)
+        found |= {"tie_word_embeddings": tied, "logits_scaling": root if tied else 1.0}
+        found |= {"attention_dropout": told["dropout_rate"], "max_position_embeddings": 512}
+    if kind == "marian":
+        found["embedding_multiplier"] = root if told["scale_embedding"] else 1.0
+        for part in ("ffn_dim", "attention_heads"):
+            whole = told[f"encoder_{part}"]
+            if told.get(f"decoder_{part}", whole) != whole:
+                raise CommandError(f"decoder_{part} differs from encoder_{part}: not known")
+    return found
+
+
+def _known(names: Mapping[str, str], key: str, told: Mapping[str, Any]) -> str:
+    if told[key] not in names:
+        raise CommandError(f"{key} {told[key]!r}: only {', '.join(names)} are known")
+    return names[told[key]]
+
+
+def _rope(told: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE as transformers 5 writes it (rope_parameters) or as 4 did (rope_theta, rope_scaling)."""
+    section = {**(told.get("rope_parameters") or {}), **(told.get("rope_scaling") or {})}
+    kind = section.pop("rope_type", section.pop("type", "default"))
+    section.pop("type", None)
+    theta = section.pop("rope_theta", told.get("rope_theta", 10000.0))
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    if kind not in _ROPE_KEYS:
+        raise CommandError(f"rope_type {kind!r}: only {', '.join(_ROPE_KEYS)} are known")
+    odd = {key: value for key, value in section.items() if key not in _ROPE_KEYS[kind]}
+    if odd.pop("truncate", True) is not True or any(v is not None for v in odd.values()):
+        raise CommandError(f"rope_scaling {kind} with {', '.join(sorted(odd))}: not known")
+    section = {key: section[key] for key in _ROPE_KEYS[kind] if section.get(key) is not None}
+    if kind == "yarn":
+        section.setdefault("original_max_position_embeddings", told["max_position_embeddings"])
+    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind, **section}}

@@ -1,0 +1,30 @@
+"""What all sections of a run file are made of: types of values, and the manners they share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=1, le=10**12)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**12)]
+SmallCount = Annotated[int, Field(ge=1, le=10**4)]  # of what is enumerated: layers, heads
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """The manners all sections share. Defaults that are computed may be written as null."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_computed(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        computed = {name for name, field in cls.model_fields.items() if field.default_factory}
+        return {k: v for k, v in data.items() if not (v is None and k in computed)}

@@ -1,0 +1,29 @@
+"""How long what an encoder reads and a decoder writes is, under the objective of a run file.
+
+T5's span corruption (Raffel et al. 2019, arXiv 1910.10683) cuts the same number of tokens out of
+every window, in the same number of spans: lengths are numbers of the run file, not of the text.
+"""
+
+from __future__ import annotations
+
+from megalite.config.schema import RunConfig
+
+
+def spans(config: RunConfig) -> tuple[int, int]:
+    """Tokens cut out of a window of text, and in how many spans (T5, arXiv 1910.10683)."""
+    length, objective = config.data.sequence_length, config.objective
+    noise = min(max(round(length * objective.mask_probability), 1), max(length - 1, 1))
+    count = max(round(noise / objective.mean_span_length), 1)
+    return noise, min(count, noise, max(length - noise, 1))
+
+
+def source_length(config: RunConfig) -> int:
+    """Tokens an encoder reads of a window of text: a sentinel stands for each span."""
+    noise, count = spans(config)
+    return config.data.sequence_length - noise + count
+
+
+def target_length(config: RunConfig) -> int:
+    """Tokens a decoder writes: each span behind its sentinel, and one sentinel that ends them."""
+    noise, count = spans(config)
+    return noise + count + 1

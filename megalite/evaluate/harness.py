@@ -1,0 +1,186 @@
+"""lm-evaluation-harness on a model of ours, read from its checkpoint, over any ranks.
+
+Each group of tensor ranks answers its share of the requests; every rank then has all answers, so
+that the harness goes on as if there were one.
+
+Requests are pairs of token lists, context and continuation. B rows   T tokens   V vocabulary
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from megalite.errors import CommandError, DataError
+from megalite.evaluate.generate import Sampling, stream_texts
+from megalite.evaluate.opened import OpenedModel
+from megalite.parallel import Grid
+
+
+def require() -> None:
+    """Raises CommandError where the package is not there."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise CommandError("--tasks needs the package lm_eval: pip install megalite[eval]")
+
+
+def run(
+    opened: OpenedModel,
+    grid: Grid,
+    tasks: Sequence[str],
+    *,
+    path: str | None,
+    limit: int | None,
+    batch_size: int,
+) -> dict[str, dict[str, float]]:
+    """The metrics of each task, as numbers by "name" or "name_stderr".
+
+    Raises:
+        CommandError: a task that is not known, or a model that does not continue text.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    if opened.config.architecture != "decoder":
+        raise CommandError(f"--tasks asks for a decoder; this is an {opened.config.architecture}")
+    manager = TaskManager(include_path=path)
+    unknown = [name for name in tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise CommandError(
+            f"--tasks {unknown[0]}: lm-eval knows no such task; see `lm_eval ls tasks`"
+        )
+    try:
+        found = lm_eval.simple_evaluate(
+            model=make_model(opened, grid, batch_size),
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=0,
+        )
+    except (OSError, ConnectionError) as error:
+        raise DataError(f"--tasks: the data of a task cannot be read: {error}") from error
+    results = {}
+    for task, metrics in found["results"].items():
+        numbers = {k.split(",")[0]: v for k, v in metrics.items() if isinstance(v, int | float)}
+        results[task] = numbers
+    return results
+
+
+def make_model(opened: OpenedModel, grid: Grid, batch_size: int) -> Any:
+    """The model as the harness's own class of models."""
+    from lm_eval.api.model import LM
+
+    class MegaLiteLM(LM):
+        """Answers the harness's three kinds of requests."""
+
+        def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
+            pairs = [_pair(opened, *request.args) for request in requests]
+            return _shared(grid, pairs, lambda mine: log_likelihoods(opened, mine, batch_size))
+
+        def loglikelihood_rolling(self, requests: Any) -> list[float]:
+            texts = [_windows(opened, request.args[0]) for request in requests]
+            pairs = [pair for windows in texts for pair in windows]
+            found = _shared(grid, pairs, lambda mine: log_likelihoods(opened, mine, batch_size))
+            sums, rest = list[float](), iter(found)
+            for windows in texts:
+                sums.append(sum(next(rest)[0] for _ in windows))
+            return sums
+
+        def generate_until(self, requests: Any) -> list[str]:
+            asked = [request.args for request in requests]
+            return _shared(grid, asked, lambda mine: [_write(opened, *request) for request in mine])
+
+    return MegaLiteLM()
+
+
+Pair = tuple[list[int], list[int]]
+
+
+def log_likelihoods(
+    opened: OpenedModel, pairs: Sequence[Pair], batch_size: int
+) -> list[tuple[float, bool]]:
+    """Of each continuation the log of its probability after its context, in nats, and whether the
+    likeliest tokens are just these.
+
+    Longest first, so that a batch has little padding; what is over the window is cut at the left.
+    """
+    found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+    order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
+    window = opened.config.max_position_embeddings
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        rows = [(pairs[i][0] + pairs[i][1])[-(window + 1) :] for i in chosen]
+        ids_BT = torch.zeros(len(rows), max(len(row) - 1 for row in rows), dtype=torch.int64)
+        for number, row in enumerate(rows):  # padding behind it is not seen: attention looks back
+            ids_BT[number, : len(row) - 1] = torch.tensor(row[:-1])
+        with torch.inference_mode():
+            hidden_BTD = opened.model.hidden({"input_ids": ids_BT.to(opened.device)})
+            for number, (i, row) in enumerate(zip(chosen, rows, strict=True)):
+                count = min(len(pairs[i][1]), len(row) - 1)
+                place = slice(len(row) - 1 - count, len(row) - 1)
+                logits_CV = opened.model.scores(hidden_BTD[number, place])
+                labels_C = torch.tensor(row[-count:], device=logits_CV.device)
+                chances = logits_CV.log_softmax(dim=-1).gather(1, labels_C[:, None])
+                likeliest = bool((logits_CV.argmax(dim=-1) == labels_C).all())
+                found[i] = (float(chances.double().sum()), likeliest)
+    return found
+
+
+def _pair(opened: OpenedModel, context: str, continuation: str) -> Pair:
+    """Tokens of both; they are cut apart where the harness's own class cuts them.
+
+    Spaces at a context's end belong to the continuation, whose tokens begin where those of the
+    context alone end.
+    """
+    encode = opened.tokenizer.encode
+    if not context:
+        return _beginning(opened), encode(continuation)
+    kept = context.rstrip()
+    continuation = context[len(kept) :] + continuation
+    whole, before = encode(kept + continuation), encode(kept)
+    return before, whole[len(before) :]
+
+
+def _beginning(opened: OpenedModel) -> list[int]:
+    first = opened.tokenizer.bos_id
+    first = opened.tokenizer.eos_id if first is None else first
+    return [0 if first is None else first]
+
+
+def _windows(opened: OpenedModel, text: str) -> list[Pair]:
+    """A text in parts that each fill the window; a part's context is the last token before it."""
+    ids, size = opened.tokenizer.encode(text), opened.config.max_position_embeddings
+    before, pairs = _beginning(opened), list[Pair]()
+    for first in range(0, len(ids), size):
+        part = ids[first : first + size]
+        # the last part is filled up with what came before
+        context = ids[max(0, first + len(part) - size - 1) : first] if first else before
+        pairs.append((context, part))
+    return pairs
+
+
+def _write(opened: OpenedModel, context: str, settings: dict[str, Any]) -> str:
+    until = settings.get("until") or []
+    sampled = settings.get("do_sample", False)
+    pieces = stream_texts(
+        opened.reader(),
+        opened.tokenizer,
+        [context],
+        max_new_tokens=int(settings.get("max_gen_toks", 256)),
+        sampling=Sampling(float(settings.get("temperature") or 1.0) if sampled else 0.0),
+        stop=[until] if isinstance(until, str) else [text for text in until if text],
+    )
+    return "".join(piece for _, piece in pieces)
+
+
+def _shared(grid: Grid, asked: Sequence[Any], answer: Any) -> list[Any]:
+    """Answers to all, each group of tensor ranks having answered every so-many-th."""
+    size = grid.data_parallel
+    parts = grid.gather(answer(asked[grid.data_rank :: size]))
+    firsts: Iterable[list[Any]] = parts[:: grid.tensor_parallel]
+    found: list[Any] = [None] * len(asked)
+    for rank, part in enumerate(firsts):
+        found[rank::size] = part
+    return found

@@ -1,0 +1,53 @@
+"""Whether `transformers` makes of an exported folder what MegaLite makes of it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite.errors import CommandError
+from megalite.evaluate.opened import OpenedModel, open_model
+
+_LIMIT = 1e-4  # of scores, over their spread
+
+
+def require_transformers() -> None:
+    """Raises CommandError where the package is not there."""
+    if importlib.util.find_spec("transformers") is None:
+        raise CommandError("this needs the package transformers: pip install megalite[hf]")
+
+
+def verify(folder: Path, *, tokens: int = 32) -> tuple[float, float]:
+    """The largest difference of scores on random tokens, over their spread; and its limit.
+
+    Both read the folder anew, in fp32.
+    """
+    ours = open_model(folder)
+    longest = min(tokens, ours.config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(ours.config.vocab_size, (2, longest), generator=generator)
+    with torch.no_grad():
+        expected, found = ours.model.cpu().logits(inputs_of(ours, ids)), theirs(ours, ids)
+    spread = float(expected.std().clamp_min(1e-6))
+    return float((found - expected).abs().max()) / spread, _LIMIT
+
+
+def inputs_of(ours: OpenedModel, ids: Tensor) -> dict[str, Tensor]:
+    """The tokens as our model takes them; with two stacks they are read and written."""
+    writes = ours.config.architecture == "encoder_decoder"
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if writes else {})
+
+
+def theirs(ours: OpenedModel, ids: Tensor) -> Tensor:
+    """The scores of `transformers` for the same folder and tokens: fp32 [B, T, V]."""
+    import transformers
+
+    architecture = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM"}
+    name = architecture.get(ours.config.architecture, "AutoModelForSeq2SeqLM")
+    model: Any = getattr(transformers, name).from_pretrained(ours.folder, dtype=torch.float32)
+    logits: Tensor = model.eval()(**inputs_of(ours, ids)).logits
+    return logits

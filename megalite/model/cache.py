@@ -1,0 +1,51 @@
+"""What a model has computed of the tokens so far: their keys and values, in memory made once.
+
+B batch   T tokens   K key/value heads   H head width
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalite.config import ModelConfig
+
+
+class LayerCache:
+    """The keys and values of one block, [B, K, T, H], and of the text that is read, if any."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._keys = torch.empty(shape, dtype=dtype, device=device)
+        self._values = torch.empty_like(self._keys)
+        self.length = 0
+        self.memory: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of the next tokens; returns those of all."""
+        end = self.length + keys.shape[2]
+        self._keys[:, :, self.length : end] = keys
+        self._values[:, :, self.length : end] = values
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+
+class Cache:
+    """The caches of a stack's blocks, with room for `tokens`.
+
+    Args:
+        config: of this rank's part of the model (`megalite.parallel.local_model`).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: int,
+        *,
+        batch: int,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
+        self.layers = [LayerCache(shape, dtype, device) for _ in range(layers)]
+        self.length = 0
