@@ -70,11 +70,7 @@ def _make(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimi
     section = config.optimizer
     if section.name == "muon":
         return Muon(
-            groups,
-            lr=section.lr,
-            betas=section.betas,
-            eps=section.eps,
-            momentum=section.momentum,
+            groups, lr=section.lr, betas=section.betas, eps=section.eps, momentum=section.momentum
         )
     if section.name == "adamw":
         return torch.optim.AdamW(
