@@ -62,7 +62,6 @@ def find_launch(environ: Mapping[str, str] | None = None) -> Launch:
     # RANK or WORLD_SIZE announce a launcher; MASTER_ADDR alone is often left in a shell profile.
     if "RANK" in present or "WORLD_SIZE" in present or "LOCAL_RANK" in present:
         launch = _from_torchrun(env)
-        _refuse_contradiction(env, launch)
     elif env.get("SLURM_PROCID") and _in_srun_step(env):
         launch = _from_srun(env)
     elif _number(env, "SLURM_PROCID", 0) > 0:  # a shell of sbatch or salloc has 0
@@ -72,6 +71,9 @@ def find_launch(environ: Mapping[str, str] | None = None) -> Launch:
         )
     else:
         launch = Launch(0, 1, 0, 1, "127.0.0.1", 0, "python")
+    _check_range(launch)
+    if launch.source == "torchrun":
+        _refuse_contradiction(env, launch)
     nodes = _number(env, "SLURM_JOB_NUM_NODES", 1)
     if launch.world_size == 1 and nodes > 1:
         raise LaunchError(
@@ -156,14 +158,7 @@ def replace(environ: Mapping[str, str]) -> None:
 
 def publish_launch(launch: Launch) -> None:
     """Write `launch` where torch.distributed and DeepSpeed look for it."""
-    os.environ.update(
-        RANK=str(launch.rank),
-        WORLD_SIZE=str(launch.world_size),
-        LOCAL_RANK=str(launch.local_rank),
-        LOCAL_WORLD_SIZE=str(launch.local_world_size),
-        MASTER_ADDR=launch.master_addr,
-        MASTER_PORT=str(launch.master_port),
-    )
+    os.environ.update(_to_torchrun(launch))
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -172,15 +167,20 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     In torchrun's dialect, one thread a rank; what another launcher said of this process is left
     out.
     """
+    launch = Launch(rank, world_size, rank, world_size, "127.0.0.1", port, "torchrun")
     foreign = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI")
-    return {key: value for key, value in os.environ.items() if not key.startswith(foreign)} | {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
+    own = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+    return own | _to_torchrun(launch) | {"OMP_NUM_THREADS": "1"}
+
+
+def _to_torchrun(launch: Launch) -> dict[str, str]:
+    return {
+        "RANK": str(launch.rank),
+        "WORLD_SIZE": str(launch.world_size),
+        "LOCAL_RANK": str(launch.local_rank),
+        "LOCAL_WORLD_SIZE": str(launch.local_world_size),
+        "MASTER_ADDR": launch.master_addr,
+        "MASTER_PORT": str(launch.master_port),
     }
 
 
@@ -209,7 +209,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
             "start with deepspeed, torchrun or srun, or unset these for a single process"
         )
     world = _number(env, "WORLD_SIZE", 1)
-    launch = Launch(
+    return Launch(
         rank=_number(env, "RANK", 0),
         world_size=world,
         local_rank=_number(env, "LOCAL_RANK", 0),
@@ -219,8 +219,6 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
         master_port=_number(env, "MASTER_PORT", 0),
         source="torchrun",
     )
-    _check_range(launch)
-    return launch
 
 
 def _from_srun(env: Mapping[str, str]) -> Launch:
@@ -234,7 +232,7 @@ def _from_srun(env: Mapping[str, str]) -> Launch:
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
     restart = _number(env, "SLURM_RESTART_COUNT", 0)
     number = int(job_id) if job_id.isdigit() else 0
-    launch = Launch(
+    return Launch(
         rank=_number(env, "SLURM_PROCID", 0),
         world_size=world,
         local_rank=_number(env, "SLURM_LOCALID", 0),
@@ -243,8 +241,6 @@ def _from_srun(env: Mapping[str, str]) -> Launch:
         master_port=_number(env, "MASTER_PORT", _PORT_BASE + (number * 7 + restart) % _PORT_SPAN),
         source="srun",
     )
-    _check_range(launch)
-    return launch
 
 
 def first_host(nodelist: str) -> str:
