@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 
 from megalite.errors import CommandError
-from megalite.log import run_main
+from megalite.log import command_parser, run_main
 
 _EXAMPLES = """examples:
   python launcher/eval.py --checkpoint runs/smoke
@@ -15,10 +14,8 @@ _EXAMPLES = """examples:
 """
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    parser = command_parser(__doc__, _EXAMPLES)
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="a step folder, or a run folder"
     )
@@ -26,21 +23,17 @@ def parse() -> argparse.Namespace:
         "--data", metavar="DIR", help="a shard folder (default: the run file's data.valid)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse()
-    from megalite.config import DataConfig, SourceConfig
+    arguments = parser.parse_args()
+    from megalite.config import SourceConfig
     from megalite.data import open_valid
     from megalite.evaluate import open_model, score
 
     opened = open_model(arguments.checkpoint)
     config = opened.config
-    data = config.data.model_dump()
+    data = config.data
     if arguments.data:
-        data["valid"] = (SourceConfig(path=arguments.data),)
-    dataset = open_valid(DataConfig(**data), vocab_size=config.model.vocab_size)
+        data = data.model_copy(update={"valid": (SourceConfig(path=arguments.data),)})
+    dataset = open_valid(data, vocab_size=config.model.vocab_size)
     if dataset is None:
         raise CommandError("the run file names no data.valid: say what to measure with --data DIR")
     if dataset.tokenizer_sha256 not in ("", opened.manifest.tokenizer_sha256):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 
 from megalite.errors import CommandError
-from megalite.log import run_main
+from megalite.log import command_parser, run_main
 
 _EXAMPLES = """examples:
   python launcher/generate.py --checkpoint runs/smoke --prompt "def main("
@@ -16,10 +15,8 @@ _EXAMPLES = """examples:
 """
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    parser = command_parser(__doc__, _EXAMPLES)
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="a step folder, or a run folder"
     )
@@ -32,11 +29,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest P")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse()
+    arguments = parser.parse_args()
     from megalite.evaluate import Sampling, open_model, stream_text
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalite.errors import CommandError
-from megalite.log import run_main
+from megalite.log import command_parser, run_main
 
 if TYPE_CHECKING:
     from megalite.train.parity import Finding
@@ -22,10 +21,8 @@ _EXAMPLES = """examples:
 """
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> int:
+    parser = command_parser(__doc__, _EXAMPLES)
     parser.add_argument("--config", required=True, metavar="PATH", help="the run file")
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="most ranks of a layout (default: 4, or all GPUs)"
@@ -35,11 +32,7 @@ def parse() -> argparse.Namespace:
         "--resume", action="store_true", help="also save under some layouts and resume under others"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    return parser.parse_args()
-
-
-def main() -> int:
-    arguments = parse()
+    arguments = parser.parse_args()
     from megalite.config import load_config
     from megalite.train.parity import Proof, as_json, layouts, make_trial, resumes, usable_ranks
 
