@@ -60,7 +60,7 @@ class Difference:
     step: int
     kind: str
     name: str
-    error: float | None  # None: not a number
+    error: float  # inf: not a number
 
 
 class Inspector:
@@ -161,10 +161,7 @@ class _Worst:
     def close(self) -> list[Difference]:
         if self._keep is not None:
             save_file(self._kept, self._keep)
-        return [
-            Difference(self._step, kind, name, error if error < float("inf") else None)
-            for kind, (name, error) in self._worst.items()
-        ]
+        return [Difference(self._step, kind, *worst) for kind, worst in self._worst.items()]
 
 
 class _Outputs:
@@ -245,7 +242,7 @@ def main(path: str) -> None:
     run(Request(config, job.resume, engine=job.engine, inspect=inspector), launch)
     if launch.rank == 0:
         report = [vars(difference) for difference in inspector.found]
-        files.write_atomic(Path(job.report), json.dumps(report, allow_nan=False))
+        files.write_atomic(Path(job.report), json.dumps(report))
 
 
 def work(path: str) -> None:
