@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.errors import CommandError
-from megalite.files import read_json
+from megalite.files import read_json, read_rows
 
 _ENDS = ("end", "stopped", "failed", "superseded", "hang")
 
@@ -116,13 +115,9 @@ def _attempts(run: Path) -> Iterator[Attempt]:
     yield from (found[number] for number in sorted(found))
 
 
-def _rows(run: Path) -> Iterator[dict[str, Any]]:
+def _rows(run: Path) -> list[dict[str, Any]]:
     try:
-        lines = (run / "metrics.jsonl").read_bytes().splitlines()
+        rows = read_rows(run / "metrics.jsonl")
     except OSError as error:
         raise CommandError(f"{run}: no records of a run: {error.strerror}") from None
-    for line in lines:
-        with suppress(ValueError, TypeError):  # cut by a crash
-            row = json.loads(line)
-            if isinstance(row, dict) and {"kind", "time", "attempt", "step"} <= {*row}:
-                yield row
+    return [row for row in rows if {"kind", "time", "attempt", "step"} <= {*row}]

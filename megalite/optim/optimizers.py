@@ -43,10 +43,8 @@ def make_optimizer(
         }
     for name, parameter in named_parameters:
         row = rows[name]
-        if _is_muons(config, row):
-            group = groups["matrices"]
-        else:
-            group = groups["decay" if row.decay else "no_decay"]
+        own = "matrices" if _is_muons(config, row) else "decay" if row.decay else "no_decay"
+        group = groups[own]
         group["params"].append(parameter)
         group["states"] = state_names(config, row)
     optimizer = _make(config, [group for group in groups.values() if group["params"]])

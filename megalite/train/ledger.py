@@ -126,11 +126,9 @@ def _read_lines(path: Path) -> list[Entry]:
     """The entries since the run last began anew."""
     entries: list[Entry] = []
     with suppress(OSError):
-        for line in path.read_bytes().splitlines():
-            with suppress(ValueError, TypeError, KeyError):  # cut by a crash: without effect
-                entry = json.loads(line)
-                if entry["kind"] == "start":
-                    entries = []
-                else:
-                    entries.append(entry)
+        for entry in files.read_rows(path):  # one cut by a crash is without effect
+            if entry.get("kind") == "start":
+                entries = []
+            elif "kind" in entry:
+                entries.append(entry)
     return entries

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing as mp
 import os
@@ -218,7 +217,7 @@ def _finite(value: float) -> float | None:
 
 
 def _read_curve(folder: Path) -> Curve:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = files.read_rows(folder / "metrics.jsonl")
     valid = {row["step"]: _number(row["loss"]) for row in rows if row["kind"] == "valid"}
     return {
         n: (_number(row["loss"]), _number(row["grad_norm"]), valid.get(n, 1.0))
