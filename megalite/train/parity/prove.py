@@ -84,7 +84,7 @@ class Proof:
             MegaLiteError: it failed otherwise.
         """
         try:
-            self._train(reference, _steps(1, resumes), keep=True)
+            self._train(reference, save=resumes)
         except _Failed as error:
             kind = UserError if error.code == UserError.exit_code else MegaLiteError
             hint = "\n--scale proves a scaled-down copy of it" if "memory: " in str(error) else ""
@@ -97,39 +97,25 @@ class Proof:
             self.run_reference(reference, resumes=True)
         if layout == reference:
             return Finding(layout.name, 0.0, 0.0, None, 0.0, True)
-        steps, tolerances = _steps(1, save), _tolerances(layout)
-        return self._compare(layout.name, layout, reference, steps, tolerances, keep=save)
+        return self._compare(layout.name, layout, reference, save=save)
 
     def try_resume(self, pair: Resume) -> Finding:
         """Go on from a saved run's middle; compare with the same steps of the run that went on."""
         if pair.saved not in self._saved:
             return _failure(pair.name, "there is no checkpoint to go on from: its layout failed")
         checkpoint = str(self._saved[pair.saved] / "checkpoints" / folder_name(SAVED))
-        tolerances = (RESUMED, RESUMED, PARAMETER)
-        if pair.resumed.precision == "bf16":
-            tolerances = BF16
-        steps = _steps(SAVED + 1)
-        return self._compare(
-            pair.name, pair.resumed, pair.saved, steps, tolerances, resume=checkpoint
-        )
+        return self._compare(pair.name, pair.resumed, pair.saved, resume=checkpoint)
 
     def _compare(
-        self,
-        name: str,
-        layout: Layout,
-        others: Layout,
-        steps: list[int],
-        tolerances: tuple[float, float, float],
-        *,
-        keep: bool = False,
-        resume: str = "never",
+        self, name: str, layout: Layout, others: Layout, *, save: bool = False, resume: str = ""
     ) -> Finding:
-        """A layout's run held against that of others from its first step on."""
+        """A layout's run held against that of others, step by step."""
         try:
-            found, differences = self._train(layout, steps, others=others, keep=keep, resume=resume)
+            found, differences = self._train(layout, others, save=save, resume=resume)
         except _Failed as error:
             return _failure(name, error)
-        expected = {n: row for n, row in self._curves[others].items() if n >= steps[0]}
+        tolerances, before = _tolerances(layout, bool(resume)), SAVED if resume else 0
+        expected = {n: row for n, row in self._curves[others].items() if n > before}
         both = [(found[n], row) for n, row in expected.items() if n in found]
         errors = [[_relative(x, y) for x, y in zip(*rows, strict=True)] for rows in both]
         loss = max((max(row[0], row[2]) for row in errors), default=math.inf)
@@ -145,35 +131,34 @@ class Proof:
         return Finding(name, _finite(loss), _finite(norm), parameter, _finite(shown["error"]), ok)
 
     def _train(
-        self,
-        layout: Layout,
-        steps: list[int],
-        *,
-        others: Layout | None = None,
-        keep: bool = False,
-        resume: str = "never",
+        self, layout: Layout, others: Layout | None = None, *, save: bool = False, resume: str = ""
     ) -> tuple[Curve, list[dict[str, Any]]]:
         """A layout's run, and how its tensors differ from the others'.
 
         Args:
-            keep: whether its tensors are kept and, but for a reference, a checkpoint is saved.
+            save: whether others will go on from it, or for a reference, be compared with those.
+            resume: the checkpoint to go on from.
         """
         self._count += 1
         folder, name = self._trial.folder, f"run_{self._count:02d}"
-        save = keep and layout != layout.reference
-        config = self._trial.config(layout, name, save=save)
+        is_reference, first = layout == layout.reference, SAVED + 1 if resume else 1
+        saved = save and not is_reference
+        config = self._trial.config(layout, name, save=saved)
         run = Path(config["logging"]["directory"]) / name
-        seen = folder / f"seen_{layout.name}"
-        if keep:
-            seen.mkdir()
+        keep = None
+        if save or (is_reference and not resume):
+            keep = str(self._seen(layout))
+            self._seen(layout).mkdir()
         report = folder / f"{name}.report.json"
+        # looked into: the first two of a process, the last, and those a resume compares with
+        steps = [first, first + 1, *([SAVED + 1, SAVED + 2] if save else []), STEPS]
         job = {
             "config": config,
             "engine": layout.engine,
-            "resume": resume,
+            "resume": resume or "never",
             "steps": steps,
-            "others": str(folder / f"seen_{others.name}") if others else None,
-            "keep": str(seen) if keep else None,
+            "others": str(self._seen(others)) if others else None,
+            "keep": keep,
             "tolerance": _tolerances(layout)[2],
             "report": str(report),
         }
@@ -181,25 +166,25 @@ class Proof:
         files.write_json(path, job)
         start = time.monotonic()
         _run_ranks(self.worker, path, layout.ranks, self._timeout)
-        after = "" if resume == "never" else ", resumed"
+        after = ", resumed" if resume else ""
         logger.info("%-44s %5.1f s", layout.name + after, time.monotonic() - start)
         curve = _read_curve(run)
-        if resume == "never":
+        if not resume:
             self._curves[layout] = curve
-        if save:
+        if saved:
             self._saved[layout] = run
         return curve, files.read_json(report)
 
+    def _seen(self, layout: Layout) -> Path:
+        """Where the tensors are that a run keeps for others to be compared with."""
+        return self._trial.folder / f"seen_{layout.name}"
 
-def _tolerances(layout: Layout) -> tuple[float, float, float]:
+
+def _tolerances(layout: Layout, resumed: bool = False) -> tuple[float, float, float]:
     """Of loss, gradient norm and parameters."""
-    return BF16 if layout.precision == "bf16" else (LOSS, NORM, PARAMETER)
-
-
-def _steps(first: int, also_resumed: bool = False) -> list[int]:
-    """Steps looked into: the first two of a process, the last, and those a resume compares with."""
-    later = [SAVED + 1, SAVED + 2] if also_resumed else []
-    return [first, first + 1, *later, STEPS]
+    if layout.precision == "bf16":
+        return BF16
+    return (RESUMED, RESUMED, PARAMETER) if resumed else (LOSS, NORM, PARAMETER)
 
 
 def _failure(name: str, reason: object) -> Finding:
