@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -21,6 +22,7 @@ _TAIL = 1 << 16  # bytes; hundreds of rows
 _NOT_OURS = (ValueError, TypeError, KeyError, OverflowError)  # what other JSON raises
 
 
+@dataclass
 class Recorder:
     """Writes what a run reports: metrics.jsonl, status.json, TensorBoard and the console.
 
@@ -29,30 +31,25 @@ class Recorder:
     the folder's config.json, so that file comes first.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        rank: int,
-        attempt: int,
-        total_steps: int,
-        tensorboard: bool,
-        tokens_per_step: int,
-    ) -> None:
-        self._folder = folder
-        self.attempt = attempt
-        self._tokens_per_step = tokens_per_step
+    folder: Path
+    rank: int
+    attempt: int
+    total_steps: int
+    tensorboard: bool
+    tokens_per_step: int
+
+    def __post_init__(self) -> None:
         self._seen = (0, 0)  # step and tokens of the last train row
         self._last_checkpoint: str | None = None
         self._complained = False
         self._file: BinaryIO | None = None
         self._views: list[Console | TensorBoard] = []
-        if rank != 0:
+        if self.rank != 0:
             return
-        self._file = _open_lines(folder / "metrics.jsonl")
-        self._views.append(Console(total_steps=total_steps))
-        if tensorboard:
-            self._views.append(TensorBoard(folder, attempt=attempt))
+        self._file = _open_lines(self.folder / "metrics.jsonl")
+        self._views.append(Console(total_steps=self.total_steps))
+        if self.tensorboard:
+            self._views.append(TensorBoard(self.folder, attempt=self.attempt))
 
     def train(self, row: Mapping[str, Any]) -> None:
         """Record a train row; `step` counts from 1, `tokens` is the total so far."""
@@ -65,7 +62,7 @@ class Recorder:
         """Record an evaluation on held-out data."""
         row = self._write("valid", row)
         step, tokens = self._seen
-        tokens += (row["step"] - step) * self._tokens_per_step
+        tokens += (row["step"] - step) * self.tokens_per_step
         for view in self._views:
             view.valid(row, tokens=tokens)
 
@@ -78,7 +75,7 @@ class Recorder:
     def append(self, name: str, step: int, **fields: Any) -> None:
         """Record an event from a rank that does not otherwise write, when rank 0 no longer can."""
         row = {"kind": "event", "time": time.time(), "attempt": self.attempt, "step": step}
-        with suppress(OSError), open(self._folder / "metrics.jsonl", "ab") as file:
+        with suppress(OSError), open(self.folder / "metrics.jsonl", "ab") as file:
             file.write(json.dumps({**row, "name": name, **fields}).encode() + b"\n")
 
     def status(
@@ -100,8 +97,8 @@ class Recorder:
                 "reason": reason,
             }
             with self._without_space():
-                if _stated_attempt(self._folder) <= self.attempt:  # no later start speaks by now
-                    write_json(self._folder / "status.json", status)
+                if _stated_attempt(self.folder) <= self.attempt:  # no later start speaks by now
+                    write_json(self.folder / "status.json", status)
 
     def close(self) -> None:
         """Close everything; again is harmless."""
@@ -129,7 +126,7 @@ class Recorder:
             yield
         except OSError as error:
             if not self._complained:
-                logger.warning("%s cannot be written: %s; the run goes on", self._folder, error)
+                logger.warning("%s cannot be written: %s; the run goes on", self.folder, error)
             self._complained = True
 
 
