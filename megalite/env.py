@@ -50,14 +50,13 @@ class Job:
     restart_count: int
 
 
-def find_launch(environ: Mapping[str, str] | None = None) -> Launch:
+def find_launch(env: Mapping[str, str] = os.environ) -> Launch:
     """Rank and world from whichever launcher started this process.
 
     Raises:
         LaunchError: variables half set, not numbers, out of range or contradicting each other;
             a world of one inside a Slurm allocation of several nodes.
     """
-    env = os.environ if environ is None else environ
     present = [key for key in _TORCH_KEYS if env.get(key)]
     # RANK or WORLD_SIZE announce a launcher; MASTER_ADDR alone is often left in a shell profile.
     if "RANK" in present or "WORLD_SIZE" in present or "LOCAL_RANK" in present:
@@ -83,7 +82,7 @@ def find_launch(environ: Mapping[str, str] | None = None) -> Launch:
     return launch
 
 
-def find_place(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
+def find_place(env: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Rank and world size of a command whose ranks need not talk: under mpirun, srun, or alone.
 
     mpirun inside an allocation leaves the SLURM_ variables of its daemons to its ranks, so MPI is
@@ -93,7 +92,6 @@ def find_place(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
     Raises:
         LaunchError: as `find_launch`.
     """
-    env = os.environ if environ is None else environ
     for rank, size in _MPI_KEYS:
         if env.get(rank) and env.get(size):
             return _ask_mpi(_number(env, rank, 0), _number(env, size, 1))
@@ -114,15 +112,13 @@ def _ask_mpi(rank: int, size: int) -> tuple[int, int]:
     return rank, size
 
 
-def job(environ: Mapping[str, str] | None = None) -> Job:
+def job(env: Mapping[str, str] = os.environ) -> Job:
     """The Slurm job and how often it was requeued; an empty id outside Slurm."""
-    env = os.environ if environ is None else environ
     return Job(env.get("SLURM_JOB_ID", ""), _number(env, "SLURM_RESTART_COUNT", 0))
 
 
-def launch_id(environ: Mapping[str, str] | None = None) -> str:
+def launch_id(env: Mapping[str, str] = os.environ) -> str:
     """What the ranks of one mpirun or srun have in common and those of another do not."""
-    env = os.environ if environ is None else environ
     for names in _LAUNCH_KEYS:
         if any(env.get(name) for name in names):
             return "/".join(env.get(name, "") for name in names)

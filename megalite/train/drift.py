@@ -58,7 +58,9 @@ class DriftGuard:
         """
         if not self._compared:
             return
-        own = torch.stack([_hash(_local(p)) for p in self._compared.values()]).cpu()
+        # what this rank keeps of a parameter: itself, or under ZeRO-3 its part
+        kept = [getattr(p, "ds_tensor", p).detach() for p in self._compared.values()]
+        own = torch.stack([_hash(tensor) for tensor in kept]).cpu()
         # the largest, and the negative of the smallest; what no rank has a part of stays equal
         both = torch.full((2, self._size), -_MASK - 1)
         both[0, self._places], both[1, self._places] = own, -own
@@ -100,12 +102,6 @@ def _describe(hashes: list[tuple[int, int, int]]) -> str:
     if even:
         return f"differs between ranks {', '.join(map(str, sorted(even)))}"
     return f"on rank {', '.join(map(str, sorted(odd)))} differs from what other ranks hold"
-
-
-def _local(parameter: nn.Parameter) -> Tensor:
-    """What this rank keeps of a parameter: itself, or under ZeRO-3 its part."""
-    kept: Tensor = getattr(parameter, "ds_tensor", parameter)
-    return kept.detach()
 
 
 def _hash(tensor: Tensor) -> Tensor:
