@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config.deepspeed_keys import deepspeed_faults
-from megalite.config.faults import Fault, schema_faults, show
+from megalite.config.faults import Fault, Key, schema_faults, show
 from megalite.config.rules import not_in_this_version, rule_faults
 from megalite.config.schema import RunConfig
 from megalite.errors import ConfigError
 
-Origins = dict[tuple[str, ...], str]  # what to put before a fault: the file, or --set
+Origins = dict[Key, str]  # what to put before a fault: the file, or --set
 
 _DEPTH = 30  # levels of nesting; a run file has four
 _TOO_DEEP = f"sections within sections over {_DEPTH} deep; this is no run file"
@@ -65,7 +65,7 @@ def _check(raw: dict[str, Any], source: str, faults: list[str], origins: Origins
     return config
 
 
-def _overlap(key: tuple[str, ...], other: tuple[str, ...]) -> bool:
+def _overlap(key: Key, other: Key) -> bool:
     length = min(len(key), len(other))
     return key[:length] == other[:length]
 
@@ -215,11 +215,7 @@ def _parse(text: str) -> tuple[Any, list[str]]:
 
 
 def _merge(
-    base: dict[str, Any],
-    over: Mapping[str, Any],
-    source: str,
-    origins: Origins,
-    at: tuple[str, ...] = (),
+    base: dict[str, Any], over: Mapping[str, Any], source: str, origins: Origins, at: Key = ()
 ) -> None:
     """Lay `over` on `base` in place: sections key by key, anything else replaced whole."""
     for key, value in over.items():

@@ -40,7 +40,8 @@ class Stragglers:
         """
         if len(self._marks) < 2:
             return []
-        seconds = self._seconds()
+        begin, end = self._marks
+        seconds = end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
         told = self._grid.gather((seconds, socket.gethostname()))
         median = statistics.median(value for value, _ in told)
         found = []
@@ -53,13 +54,6 @@ class Stragglers:
     def _mark(self, model: nn.Module, *_inputs_and_output: Any) -> None:
         if model.training:
             self._marks.append(_now())
-
-    def _seconds(self) -> float:
-        begin, end = self._marks
-        if isinstance(begin, float) and isinstance(end, float):
-            return end - begin
-        milliseconds: float = begin.elapsed_time(end)
-        return milliseconds / 1000
 
 
 def _now() -> Any:

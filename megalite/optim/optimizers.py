@@ -66,14 +66,11 @@ def _is_muons(config: RunConfig, row: shapes.Parameter) -> bool:
 
 def _make(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     section = config.optimizer
+    adam: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
     if section.name == "muon":
-        return Muon(
-            groups, lr=section.lr, betas=section.betas, eps=section.eps, momentum=section.momentum
-        )
+        return Muon(groups, momentum=section.momentum, **adam)
     if section.name == "adamw":
-        return torch.optim.AdamW(
-            groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True
-        )
+        return torch.optim.AdamW(groups, fused=True, **adam)
     for group in groups:  # torch couples SGD's decay with the gradient: ours is a hook
         group["decoupled_l2"] = group.pop("weight_decay")
     optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum)
