@@ -8,7 +8,7 @@ import sys
 
 from megalite import env
 from megalite.errors import CommandError
-from megalite.log import run_main
+from megalite.log import command_parser, run_main
 
 _EXAMPLES = """examples:
   python launcher/eval.py --checkpoint runs/smoke
@@ -21,9 +21,7 @@ Of a model of masked tokens also the share of them that it names right. Ranks sh
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, _EXAMPLES)
     parser.add_argument(
         "--checkpoint",
         required=True,

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from megalite.errors import CommandError
-from megalite.log import run_main
+from megalite.log import command_parser, run_main
 
 _EXAMPLES = """examples:
   python launcher/export.py --checkpoint runs/smoke --output exported/smoke --verify
@@ -19,9 +19,7 @@ with 1 where they differ (pip install megalite[hf]).
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, _EXAMPLES)
     parser.add_argument(
         "--checkpoint", required=True, metavar="PATH", help="a step folder, or a run folder"
     )

@@ -8,7 +8,7 @@ import sys
 
 from megalite import env
 from megalite.errors import CommandError
-from megalite.log import run_main
+from megalite.log import command_parser, run_main
 
 _EXAMPLES = """examples:
   python launcher/generate.py --checkpoint runs/smoke --prompt "def main("
@@ -22,9 +22,7 @@ Prompts are continued together and printed in their order. Several ranks share t
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, _EXAMPLES)
     parser.add_argument(
         "--checkpoint",
         required=True,

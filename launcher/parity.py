@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import sys
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalite.errors import CommandError
-from megalite.log import run_main
+from megalite.log import command_parser, run_main
 
 if TYPE_CHECKING:
-    from megalite.train.parity import Finding
+    from megalite.train.parity.prove import Finding
 
 _EXAMPLES = """examples:
   python launcher/parity.py --config configs/smoke.json
@@ -22,10 +21,8 @@ _EXAMPLES = """examples:
 """
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> int:
+    parser = command_parser(__doc__, _EXAMPLES)
     parser.add_argument("--config", required=True, metavar="PATH", help="the run file")
     parser.add_argument(
         "--ranks", type=int, metavar="N", help="most ranks of a layout (default: 4, or all GPUs)"
@@ -35,13 +32,11 @@ def parse() -> argparse.Namespace:
         "--resume", action="store_true", help="also save under some layouts and resume under others"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    return parser.parse_args()
-
-
-def main() -> int:
-    arguments = parse()
+    arguments = parser.parse_args()
     from megalite.config import load_config
-    from megalite.train.parity import Proof, as_json, layouts, make_trial, resumes, usable_ranks
+    from megalite.train.parity.layouts import layouts, resumes
+    from megalite.train.parity.prove import Proof
+    from megalite.train.parity.trial import make_trial, usable_ranks
 
     if arguments.ranks is not None and arguments.ranks < 1:
         raise CommandError(f"--ranks {arguments.ranks}: give 1 or more")
@@ -57,9 +52,10 @@ def main() -> int:
         proof.run_reference(resumes=arguments.resume)
         findings = [proof.try_layout(layout, save=layout in sources) for layout in tried]
         findings += [proof.try_resume(pair) for pair in pairs]
-    report = as_json(findings)
+    ok = all(finding.ok for finding in findings)
+    report = {"ok": ok, "layouts": [vars(finding) for finding in findings]}
     sys.stdout.write(json.dumps(report) + "\n" if arguments.json else _table(findings))
-    return 0 if report["ok"] else 1
+    return 0 if ok else 1
 
 
 def _table(findings: list[Finding]) -> str:

@@ -6,7 +6,7 @@ import argparse
 
 from megalite import env
 from megalite.config import load_config
-from megalite.log import run_main
+from megalite.log import command_parser, run_main
 
 _EXAMPLES = """examples:
   python launcher/pretrain.py --config configs/smoke.json
@@ -20,10 +20,8 @@ command line (nothing was written), 75 stopped and resumable, 3 superseded by a 
 """
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    parser = command_parser(__doc__, _EXAMPLES)
     parser.add_argument("--config", required=True, metavar="FILE", help="the run file (JSON)")
     parser.add_argument(
         "--set",
@@ -40,7 +38,10 @@ def parse() -> argparse.Namespace:
         "fresh, an error where checkpoints exist; PATH: a step folder or a run folder of any run",
     )
     parser.add_argument(
-        "--init-from", metavar="CHECKPOINT", help="start a fresh run from a checkpoint's weights"
+        "--init-from",
+        metavar="CHECKPOINT",
+        help="start a fresh run from the weights of a checkpoint, or of a model folder of Hugging "
+        "Face's",
     )
     parser.add_argument(
         "--allow-change",
@@ -51,11 +52,7 @@ def parse() -> argparse.Namespace:
     )
     # the deepspeed launcher appends it; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse()
+    arguments = parser.parse_args()
     launch = env.find_launch()
     config = load_config(arguments.config, arguments.set)
     from megalite.train import Request, run  # torch: after everything that needs no torch

@@ -50,19 +50,17 @@ class Job:
     restart_count: int
 
 
-def find_launch(environ: Mapping[str, str] | None = None) -> Launch:
+def find_launch(env: Mapping[str, str] = os.environ) -> Launch:
     """Rank and world from whichever launcher started this process.
 
     Raises:
         LaunchError: variables half set, not numbers, out of range or contradicting each other;
             a world of one inside a Slurm allocation of several nodes.
     """
-    env = os.environ if environ is None else environ
     present = [key for key in _TORCH_KEYS if env.get(key)]
     # RANK or WORLD_SIZE announce a launcher; MASTER_ADDR alone is often left in a shell profile.
     if "RANK" in present or "WORLD_SIZE" in present or "LOCAL_RANK" in present:
         launch = _from_torchrun(env)
-        _refuse_contradiction(env, launch)
     elif env.get("SLURM_PROCID") and _in_srun_step(env):
         launch = _from_srun(env)
     elif _number(env, "SLURM_PROCID", 0) > 0:  # a shell of sbatch or salloc has 0
@@ -72,6 +70,9 @@ def find_launch(environ: Mapping[str, str] | None = None) -> Launch:
         )
     else:
         launch = Launch(0, 1, 0, 1, "127.0.0.1", 0, "python")
+    _check_range(launch)
+    if launch.source == "torchrun":
+        _refuse_contradiction(env, launch)
     nodes = _number(env, "SLURM_JOB_NUM_NODES", 1)
     if launch.world_size == 1 and nodes > 1:
         raise LaunchError(
@@ -81,7 +82,7 @@ def find_launch(environ: Mapping[str, str] | None = None) -> Launch:
     return launch
 
 
-def find_place(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
+def find_place(env: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Rank and world size of a command whose ranks need not talk: under mpirun, srun, or alone.
 
     mpirun inside an allocation leaves the SLURM_ variables of its daemons to its ranks, so MPI is
@@ -91,7 +92,6 @@ def find_place(environ: Mapping[str, str] | None = None) -> tuple[int, int]:
     Raises:
         LaunchError: as `find_launch`.
     """
-    env = os.environ if environ is None else environ
     for rank, size in _MPI_KEYS:
         if env.get(rank) and env.get(size):
             return _ask_mpi(_number(env, rank, 0), _number(env, size, 1))
@@ -112,15 +112,13 @@ def _ask_mpi(rank: int, size: int) -> tuple[int, int]:
     return rank, size
 
 
-def job(environ: Mapping[str, str] | None = None) -> Job:
+def job(env: Mapping[str, str] = os.environ) -> Job:
     """The Slurm job and how often it was requeued; an empty id outside Slurm."""
-    env = os.environ if environ is None else environ
     return Job(env.get("SLURM_JOB_ID", ""), _number(env, "SLURM_RESTART_COUNT", 0))
 
 
-def launch_id(environ: Mapping[str, str] | None = None) -> str:
+def launch_id(env: Mapping[str, str] = os.environ) -> str:
     """What the ranks of one mpirun or srun have in common and those of another do not."""
-    env = os.environ if environ is None else environ
     for names in _LAUNCH_KEYS:
         if any(env.get(name) for name in names):
             return "/".join(env.get(name, "") for name in names)
@@ -156,14 +154,7 @@ def replace(environ: Mapping[str, str]) -> None:
 
 def publish_launch(launch: Launch) -> None:
     """Write `launch` where torch.distributed and DeepSpeed look for it."""
-    os.environ.update(
-        RANK=str(launch.rank),
-        WORLD_SIZE=str(launch.world_size),
-        LOCAL_RANK=str(launch.local_rank),
-        LOCAL_WORLD_SIZE=str(launch.local_world_size),
-        MASTER_ADDR=launch.master_addr,
-        MASTER_PORT=str(launch.master_port),
-    )
+    os.environ.update(_to_torchrun(launch))
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -172,15 +163,20 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     In torchrun's dialect, one thread a rank; what another launcher said of this process is left
     out.
     """
+    launch = Launch(rank, world_size, rank, world_size, "127.0.0.1", port, "torchrun")
     foreign = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI")
-    return {key: value for key, value in os.environ.items() if not key.startswith(foreign)} | {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_RANK": str(rank),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
+    own = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+    return own | _to_torchrun(launch) | {"OMP_NUM_THREADS": "1"}
+
+
+def _to_torchrun(launch: Launch) -> dict[str, str]:
+    return {
+        "RANK": str(launch.rank),
+        "WORLD_SIZE": str(launch.world_size),
+        "LOCAL_RANK": str(launch.local_rank),
+        "LOCAL_WORLD_SIZE": str(launch.local_world_size),
+        "MASTER_ADDR": launch.master_addr,
+        "MASTER_PORT": str(launch.master_port),
     }
 
 
@@ -209,7 +205,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
             "start with deepspeed, torchrun or srun, or unset these for a single process"
         )
     world = _number(env, "WORLD_SIZE", 1)
-    launch = Launch(
+    return Launch(
         rank=_number(env, "RANK", 0),
         world_size=world,
         local_rank=_number(env, "LOCAL_RANK", 0),
@@ -219,8 +215,6 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
         master_port=_number(env, "MASTER_PORT", 0),
         source="torchrun",
     )
-    _check_range(launch)
-    return launch
 
 
 def _from_srun(env: Mapping[str, str]) -> Launch:
@@ -234,7 +228,7 @@ def _from_srun(env: Mapping[str, str]) -> Launch:
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
     restart = _number(env, "SLURM_RESTART_COUNT", 0)
     number = int(job_id) if job_id.isdigit() else 0
-    launch = Launch(
+    return Launch(
         rank=_number(env, "SLURM_PROCID", 0),
         world_size=world,
         local_rank=_number(env, "SLURM_LOCALID", 0),
@@ -243,8 +237,6 @@ def _from_srun(env: Mapping[str, str]) -> Launch:
         master_port=_number(env, "MASTER_PORT", _PORT_BASE + (number * 7 + restart) % _PORT_SPAN),
         source="srun",
     )
-    _check_range(launch)
-    return launch
 
 
 def first_host(nodelist: str) -> str:

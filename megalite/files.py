@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,22 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Parse a JSON file; `OSError` and `ValueError` (bad UTF-8 included) are the caller's."""
     return json.loads(path.read_bytes().decode("utf-8"))
+
+
+def read_rows(path: Path, *, last: int | None = None) -> list[dict[str, Any]]:
+    """The objects of a file that holds one a line, but for lines that a crash cut short.
+
+    Args:
+        last: bytes of its end to read; None: all of it.
+    """
+    rows = []
+    with open(path, "rb") as file:
+        if last is not None:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - last))
+        for line in file.read().splitlines():
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def sha256_file(path: Path) -> str:

@@ -6,6 +6,7 @@ to what a command reports.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import re
@@ -78,6 +79,12 @@ def remove(handler: logging.Handler | None) -> None:
     if handler is not None:
         logger.removeHandler(handler)
         handler.close()
+
+
+def command_parser(about: str | None, examples: str) -> argparse.ArgumentParser:
+    """The parser of a command whose help ends in examples, left as they are laid out."""
+    plain = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=about, epilog=examples, formatter_class=plain)
 
 
 def _launched_rank() -> int:

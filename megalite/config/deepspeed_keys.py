@@ -8,156 +8,109 @@ deepspeed/runtime/{config,constants,precision_config}.py and runtime/zero/*confi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from megalite.config.faults import Fault, fault, show
 from megalite.config.schema import RunConfig
 from megalite.errors import nearest
 
-# Kinds of values: b true/false, i whole number, e even one, f number, s text, t type of numbers,
-# d section, x not checked here. A trailing 0 or 1 is the least a number may be.
-_TOP = {
-    "train_batch_size": "i1",
-    "train_micro_batch_size_per_gpu": "i1",
-    "gradient_accumulation_steps": "i1",
-    "managed_gradient_accumulation": "b",
-    "steps_per_print": "i1",
-    "dump_state": "b",
-    "disable_python_gc": "b",
-    "disable_allgather": "b",
-    "communication_data_type": "t",
-    "seq_parallel_communication_data_type": "t",
-    "prescale_gradients": "b",
-    "gradient_predivide_factor": "f",
-    "gradient_allreduce_op": "s",
-    "gradient_clipping": "f0",
-    "zero_optimization": "d",
-    "zero_allow_untested_optimizer": "b",
-    "zero_force_ds_cpu_optimizer": "b",
-    "bf16": "d",
-    "fp16": "d",
-    "torch_autocast": "d",
-    "data_types": "d",
-    "optimizer": "d",
-    "scheduler": "d",
-    "activation_checkpointing": "d",
-    "comms_logger": "d",
-    "flops_profiler": "d",
-    "tensorboard": "d",
-    "wandb": "d",
-    "csv_monitor": "d",
-    "comet": "d",
-    "timers": "d",
-    "wall_clock_breakdown": "b",
-    "memory_breakdown": "b",
-    "log_level": "s",
-    "aio": "d",
-    "checkpoint": "d",
-    "datastates_ckpt": "d",
-    "compile": "d",
-    "dataloader_drop_last": "b",
-    "use_data_before_expert_parallelism": "b",
-    "vocabulary_size": "i1",
+
+def _keys(**kinds: str) -> dict[str, str]:
+    """Each key with its kind, of the keys of each kind."""
+    return {key: kind for kind, keys in kinds.items() for key in keys.split()}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and float(value).is_integer()  # DeepSpeed takes 5e8 for one
+
+
+# Kinds of values: in words, as a JSON schema, and whether a value is of the kind. In the tables of
+# keys below a kind may end in 0 or 1, the least a number of it may be.
+_TYPES = ("fp32", "bf16", "fp16")
+_KINDS: dict[str, tuple[str, dict[str, Any], Callable[[Any], bool]]] = {
+    "b": ("true or false", {"type": "boolean"}, lambda value: isinstance(value, bool)),
+    "i": ("a whole number", {"type": "number"}, _is_whole),
+    "e": (
+        "an even number",
+        {"type": "number", "multipleOf": 2},
+        lambda value: _is_whole(value) and value % 2 == 0,
+    ),
+    "f": ("a number", {"type": "number"}, _is_number),
+    "s": ("text in quotes", {"type": "string"}, lambda value: isinstance(value, str)),
+    "t": ('"fp32", "bf16" or "fp16"', {"enum": [*_TYPES]}, lambda value: value in _TYPES),
+    "d": ("a section {...}", {"type": "object"}, lambda value: isinstance(value, dict)),
+    "x": ("anything", {}, lambda value: True),
 }
 
-_NESTED: dict[str, dict[str, str]] = {
-    "bf16": {
-        "enabled": "b",
-        "immediate_grad_update": "b",
-        "check_grad_overflow": "b",
-        "bf16_master_weights_and_grads": "b",
-        "bf16_optimizer_states": "b",
-    },
-    "fp16": {
-        "enabled": "b",
-        "auto_cast": "b",
-        "loss_scale": "f0",
-        "initial_scale_power": "i0",
-        "loss_scale_window": "i1",
-        "hysteresis": "i1",
-        "consecutive_hysteresis": "b",
-        "min_loss_scale": "i1",
-        "fp16_master_weights_and_grads": "b",
-    },
-    "data_types": {
-        "grad_accum_dtype": "t",
-        "param_dtype": "t",
-        "buffer_dtype": "t",
-        "keep_in_fp32_modules": "x",
-    },
-    "zero_optimization": {
-        "stage": "i0",
-        "contiguous_gradients": "b",
-        "reduce_scatter": "b",
-        "reduce_bucket_size": "i1",
-        "use_multi_rank_bucket_allreduce": "b",
-        "allgather_partitions": "b",
-        "allgather_bucket_size": "e0",
-        "overlap_comm": "b",
-        "compute_grad_norm": "b",
-        "load_from_fp32_weights": "b",
-        "elastic_checkpoint": "b",
-        "offload_param": "d",
-        "offload_optimizer": "d",
-        "sub_group_size": "i0",
-        "stage3_prefetch_bucket_size": "i0",
-        "stage3_param_persistence_threshold": "i0",
-        "stage3_model_persistence_threshold": "i0",
-        "stage3_max_live_parameters": "i0",
-        "stage3_max_reuse_distance": "i0",
-        "stage3_gather_16bit_weights_on_model_save": "b",
-        "stage3_module_granularity_threshold": "i0",
-        "stage3_use_all_reduce_for_fetch_params": "b",
-        "stage3_allgather_sequential": "b",
-        "ignore_unused_parameters": "b",
-        "legacy_stage1": "b",
-        "round_robin_gradients": "b",
-        "parameter_alignment": "b",
-        "zero_hpz_partition_size": "i0",
-        "zero_quantized_weights": "b",
-        "zero_quantized_nontrainable_weights": "b",
-        "zero_quantized_gradients": "b",
-        "memory_efficient_linear": "b",
-        "pipeline_loading_checkpoint": "b",
-        "override_module_apply": "b",
-        "log_trace_cache_warnings": "b",
-        "enable_sanity_checks": "b",
-        "save_muon_momentum_buffer_in_memory": "b",
-        "leaf_module": "d",
-    },
-}
-_KINDS = {
-    "b": "true or false",
-    "i": "a whole number",
-    "e": "an even number",
-    "f": "a number",
-    "s": "text in quotes",
-    "t": '"fp32", "bf16" or "fp16"',
-    "d": "a section {...}",
+_TOP = _keys(
+    i1="train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps "
+    "steps_per_print vocabulary_size",
+    b="managed_gradient_accumulation dump_state disable_python_gc disable_allgather "
+    "prescale_gradients zero_allow_untested_optimizer zero_force_ds_cpu_optimizer "
+    "wall_clock_breakdown memory_breakdown dataloader_drop_last use_data_before_expert_parallelism",
+    t="communication_data_type seq_parallel_communication_data_type",
+    f="gradient_predivide_factor",
+    s="gradient_allreduce_op log_level",
+    f0="gradient_clipping",
+    d="zero_optimization bf16 fp16 torch_autocast data_types optimizer scheduler "
+    "activation_checkpointing comms_logger flops_profiler tensorboard wandb csv_monitor comet "
+    "timers aio checkpoint datastates_ckpt compile",
+)
+
+_NESTED = {
+    "bf16": _keys(
+        b="enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads "
+        "bf16_optimizer_states",
+    ),
+    "fp16": _keys(
+        b="enabled auto_cast consecutive_hysteresis fp16_master_weights_and_grads",
+        f0="loss_scale",
+        i0="initial_scale_power",
+        i1="loss_scale_window hysteresis min_loss_scale",
+    ),
+    "data_types": _keys(t="grad_accum_dtype param_dtype buffer_dtype", x="keep_in_fp32_modules"),
+    "zero_optimization": _keys(
+        i0="stage sub_group_size stage3_prefetch_bucket_size stage3_param_persistence_threshold "
+        "stage3_model_persistence_threshold stage3_max_live_parameters stage3_max_reuse_distance "
+        "stage3_module_granularity_threshold zero_hpz_partition_size",
+        b="contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce "
+        "allgather_partitions overlap_comm compute_grad_norm load_from_fp32_weights "
+        "elastic_checkpoint stage3_gather_16bit_weights_on_model_save "
+        "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential "
+        "ignore_unused_parameters legacy_stage1 round_robin_gradients parameter_alignment "
+        "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients "
+        "memory_efficient_linear pipeline_loading_checkpoint override_module_apply "
+        "log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory",
+        i1="reduce_bucket_size",
+        e0="allgather_bucket_size",
+        d="offload_param offload_optimizer leaf_module",
+    ),
 }
 
 _GONE = "was taken out of DeepSpeed 0.19, which refuses it"
+_GONE_ALONE = (
+    "compression_training curriculum_learning eigenvalue graph_harvesting nebula "
+    "progressive_layer_drop quantize_training sparse_attention sparse_gradients "
+    "zero_optimization.mics_shard_size zero_optimization.mics_hierarchical_params_gather "
+    "zero_optimization.zeropp_loco_param"
+)
 _OWN = "MegaLite does this itself"
-_REFUSED = {  # known, and never right here: why, and what to do
+_REFUSED = dict.fromkeys(_GONE_ALONE.split(), f"{_GONE}; take it out") | {
+    # known, and never right here: why, and what to do
     "amp": f"{_GONE}; set training.precision",
     "autotuning": "starts other runs in the place of this one; take it out",
     "bfloat16": 'is the old name; write "bf16"',
-    "compression_training": f"{_GONE}; take it out",
-    "curriculum_learning": f"{_GONE}; take it out",
     "data_efficiency": f"{_OWN}: the order of data belongs to the data section; take it out",
-    "eigenvalue": f"{_GONE}; take it out",
     "elasticity": f"{_GONE}; a run resumes on another number of ranks without it",
     "expert_parallel": "is for mixtures of experts, which MegaLite does not build; take it out",
-    "graph_harvesting": f"{_GONE}; take it out",
     "hybrid_engine": "is for reinforcement learning from feedback; take it out",
-    "nebula": f"{_GONE}; take it out",
     "pipeline": "is for DeepSpeed's PipelineModule, which MegaLite does not build; take it out",
-    "progressive_layer_drop": f"{_GONE}; take it out",
-    "quantize_training": f"{_GONE}; take it out",
     "sequence_parallel_size": f"{_OWN}; set parallel.sequence",
-    "sparse_attention": f"{_GONE}; take it out",
-    "sparse_gradients": f"{_GONE}; take it out",
     "tensor_parallel": f"{_OWN}; set parallel.tensor",
     "weight_quantization": "is for inference; take it out",
     "optimizer": f"{_OWN}; set the optimizer section of the run file",
@@ -165,9 +118,6 @@ _REFUSED = {  # known, and never right here: why, and what to do
     "zero_optimization.cpu_offload": "is the old name; write offload_optimizer",
     "zero_optimization.cpu_offload_param": "is the old name; write offload_param",
     "zero_optimization.cpu_offload_use_pin_memory": "is the old name; write offload_optimizer",
-    "zero_optimization.mics_shard_size": f"{_GONE}; take it out",
-    "zero_optimization.mics_hierarchical_params_gather": f"{_GONE}; take it out",
-    "zero_optimization.zeropp_loco_param": f"{_GONE}; take it out",
     "zero_optimization.zenflow": "cannot sum gradients, which MegaLite needs; take it out",
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": "is the old name; write "
     "stage3_gather_16bit_weights_on_model_save",
@@ -176,20 +126,10 @@ _REFUSED = {  # known, and never right here: why, and what to do
 
 def deepspeed_schema() -> dict[str, Any]:
     """The JSON schema of the section, for completion in an editor."""
-    types: dict[str, dict[str, Any]] = {
-        "b": {"type": "boolean"},
-        "i": {"type": "number"},
-        "e": {"type": "number", "multipleOf": 2},
-        "f": {"type": "number"},
-        "s": {"type": "string"},
-        "t": {"enum": ["fp32", "bf16", "fp16"]},
-        "d": {"type": "object"},
-        "x": {},
-    }
 
     def value(kind: str) -> dict[str, Any]:
         least = {"minimum": int(kind[1:])} if kind[1:] else {}
-        return {"anyOf": [types[kind[0]] | least, {"const": "auto"}]}
+        return {"anyOf": [_KINDS[kind[0]][1] | least, {"const": "auto"}]}
 
     def section(known: dict[str, str]) -> dict[str, Any]:
         properties = {key: value(kind) for key, kind in known.items() if key not in _REFUSED}
@@ -204,9 +144,8 @@ def deepspeed_schema() -> dict[str, Any]:
 
 def zero_stage(config: RunConfig) -> int:
     """The ZeRO stage a run asks for: 0 to 3, and 1 where it does not say."""
-    section = config.deepspeed.get("zero_optimization", {})
-    stage = section.get("stage", 1) if isinstance(section, dict) else 1
-    return 1 if stage == "auto" or stage not in (0, 1, 2, 3) else int(stage)
+    stage = _at(config.deepspeed, "zero_optimization.stage")
+    return int(stage) if stage in (0, 1, 2, 3) else 1
 
 
 def owned_values(config: RunConfig) -> dict[str, tuple[Any, str]]:
@@ -249,11 +188,10 @@ def deepspeed_faults(config: RunConfig) -> Iterator[Fault]:
     for name, known in _NESTED.items():
         if isinstance(section.get(name), dict):
             yield from _key_faults(section[name], known, f"{name}.")
-    if _at(section, "zero_optimization.stage") not in (None, "auto", 0, 1, 2, 3):
-        yield fault(
-            "deepspeed.zero_optimization.stage",
-            f"expected 0, 1, 2 or 3, found {show(_at(section, 'zero_optimization.stage'))}",
-        )
+    stage = _at(section, "zero_optimization.stage")
+    if stage not in (None, "auto", 0, 1, 2, 3):
+        text = f"expected 0, 1, 2 or 3, found {show(stage)}"
+        yield fault("deepspeed.zero_optimization.stage", text)
     for key, (value, source) in owned_values(config).items():
         found = _at(section, key)
         if found is not None and not _agrees(found, value):
@@ -282,11 +220,8 @@ def contradiction(found: Any, value: Any, source: str) -> str:
 
 
 def _agrees(found: Any, value: Any) -> bool:
-    if found == "auto":
-        return True
-    if isinstance(found, bool) or isinstance(value, bool):
-        return found is value
-    return bool(found == value)
+    same = found == value and isinstance(found, bool) == isinstance(value, bool)  # 1 is not true
+    return same or found == "auto"
 
 
 def _at(section: dict[str, Any], key: str) -> Any:
@@ -307,26 +242,11 @@ def _key_faults(section: dict[str, Any], known: dict[str, str], prefix: str) -> 
             hint = nearest(key, known) or "; DeepSpeed 0.19.8 has none of this name, take it out"
             yield Fault((where,), f"unknown key{hint}")
         elif value != "auto":
-            yield from _value_faults(where, value, known[key])
-
-
-def _value_faults(where: tuple[str, ...], value: Any, kind: str) -> Iterator[Fault]:
-    if kind == "x":
-        return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    whole = number and float(value).is_integer()  # DeepSpeed takes 5e8 for a whole number
-    fits = {
-        "b": isinstance(value, bool),
-        "i": whole,
-        "e": whole and value % 2 == 0,
-        "f": number,
-        "s": isinstance(value, str),
-        "t": value in ("fp32", "bf16", "fp16"),
-        "d": isinstance(value, dict),
-    }[kind[0]]
-    least = int(kind[1:] or -(2**63))
-    expected = _KINDS[kind[0]]
-    if not fits:
-        yield Fault((where,), f'expected {expected} or "auto", found {show(value)}')
-    elif number and value < least:
-        yield Fault((where,), f"expected {expected} of {least} or more, found {show(value)}")
+            kind, least = known[key][0], known[key][1:]
+            expected, _, fits = _KINDS[kind]
+            if not fits(value):
+                text = f'expected {expected} or "auto", found {show(value)}'
+                yield Fault((where,), text)
+            elif least and value < int(least):
+                text = f"expected {expected} of {least} or more, found {show(value)}"
+                yield Fault((where,), text)

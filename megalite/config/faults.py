@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,17 +52,16 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def known_keys() -> list[Key]:
+def known_keys(section: type[Section] = RunConfig, at: Key = ()) -> dict[Key, FieldInfo]:
     """Every key of a run file, sections included; a list's items stand without their index."""
-    return list(_walk(RunConfig, ()))
-
-
-def _walk(section: type[Section], at: Key) -> Iterator[Key]:
+    found: dict[Key, FieldInfo] = {}
     for name, field in section.model_fields.items():
-        yield (*at, name)
-        inner = _section_of(field)
-        if inner is not None:
-            yield from _walk(inner, (*at, name))
+        key = (*at, name)
+        found[key] = field
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, Section):  # itself, or in a list
+                found |= known_keys(kind, key)
+    return found
 
 
 def _unknown(loc: tuple[str | int, ...]) -> str:
@@ -111,24 +109,7 @@ def _speaks(item: ErrorDetails, details: list[ErrorDetails]) -> bool:
 
 
 def _field(key: tuple[str | int, ...]) -> FieldInfo | None:
-    model: type[Section] | None = RunConfig
-    field: FieldInfo | None = None
-    for part in key:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(part) if model is not None else None
-        if field is None:
-            return None
-        model = _section_of(field)
-    return field
-
-
-def _section_of(field: FieldInfo) -> type[Section] | None:
-    """The section a field holds, itself or in a list."""
-    for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
-        if isinstance(kind, type) and issubclass(kind, Section):
-            return kind
-    return None
+    return known_keys().get(tuple(part for part in key if isinstance(part, str)))
 
 
 def _mend(raw: dict[str, Any], loc: tuple[str | int, ...]) -> None:

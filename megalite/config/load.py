@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config.deepspeed_keys import deepspeed_faults
-from megalite.config.faults import Fault, schema_faults, show
+from megalite.config.faults import Fault, Key, schema_faults, show
 from megalite.config.rules import not_in_this_version, rule_faults
 from megalite.config.schema import RunConfig
 from megalite.errors import ConfigError
 
-Origins = dict[tuple[str, ...], str]  # what to put before a fault: the file, or --set
+Origins = dict[Key, str]  # what to put before a fault: the file, or --set
 
 _DEPTH = 30  # levels of nesting; a run file has four
+_TOO_DEEP = f"sections within sections over {_DEPTH} deep; this is no run file"
 _STAND_IN = 0.5  # for a number that is none: within every field's bounds, so told once
 _INTEGER_LIMIT = 2**63  # what a signed 64-bit number holds
 
@@ -64,7 +65,7 @@ def _check(raw: dict[str, Any], source: str, faults: list[str], origins: Origins
     return config
 
 
-def _overlap(key: tuple[str, ...], other: tuple[str, ...]) -> bool:
+def _overlap(key: Key, other: Key) -> bool:
     length = min(len(key), len(other))
     return key[:length] == other[:length]
 
@@ -81,19 +82,17 @@ def _origin(fault: Fault, source: str, origins: Origins) -> str:
 
 
 def _read_chain(path: Path, faults: list[str]) -> list[tuple[Path, dict[str, Any]]]:
-    """The file, the one it extends, and so on; what cannot be read ends the list with a fault."""
+    """The file, the one it extends, and so on; a link that leads nowhere ends the list."""
     chain: list[tuple[Path, dict[str, Any]]] = []
     seen: list[Path] = []
     while True:
-        identity = Path(*_resolve(path))
+        identity = _resolve(path)
         if identity in seen:
             loop = " -> ".join(str(file) for file, _ in chain) + f" -> {path}"
             faults.append(f"{chain[-1][0]}: extends goes in a circle: {loop}; take one link out")
             return chain
         seen.append(identity)
         content = _read_file(path, chain[-1][0] if chain else None, faults)
-        if content is None:
-            raise ConfigError(faults)
         parent = content.pop("extends", None) if "extends" in content else ""
         chain.append((path, content))
         if parent == "":
@@ -107,60 +106,57 @@ def _read_chain(path: Path, faults: list[str]) -> list[tuple[Path, dict[str, Any
         path = path.parent / parent
 
 
-def _resolve(path: Path) -> tuple[str, ...]:
+def _resolve(path: Path) -> Path:
     try:
-        return path.resolve().parts
+        return path.resolve()
     except (OSError, ValueError, RuntimeError):
-        return path.parts
+        return path
 
 
-def _read_file(path: Path, asked_by: Path | None, faults: list[str]) -> dict[str, Any] | None:
-    """One file's object, or None with its faults noted."""
+def _read_file(path: Path, asked_by: Path | None, faults: list[str]) -> dict[str, Any]:
+    """One file's object.
+
+    Raises:
+        ConfigError: why there is none, after the faults so far.
+    """
+
+    def fail(text: str) -> ConfigError:
+        return ConfigError([*faults, f"{path}: {text}"])
+
     by = f" (extended by {asked_by})" if asked_by else ""
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise OSError("not a regular file")  # reading a pipe would wait for ever
         data = path.read_bytes()
     except FileNotFoundError:
-        faults.append(f"{path}: no such run file{by}; check the path")
-        return None
+        raise fail(f"no such run file{by}; check the path") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        faults.append(f"{path}: cannot be read{by}: {reason}; expected a JSON file")
-        return None
+        raise fail(f"cannot be read{by}: {reason}; expected a JSON file") from None
     if data.startswith(b"\xef\xbb\xbf"):
-        faults.append(f"{path}: line 1 column 1: a byte order mark; save as UTF-8 without BOM")
-        return None
+        raise fail("line 1 column 1: a byte order mark; save as UTF-8 without BOM")
     try:
-        text = data.decode("utf-8")
+        value, notes = _parse(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        line, column = _place(data[: error.start].decode("utf-8"))
-        faults.append(
-            f"{path}: line {line} column {column}: byte 0x{data[error.start]:02x} is not UTF-8; "
-            "save the file as UTF-8"
-        )
-        return None
-    try:
-        value, notes = _parse(text)
+        before = data[: error.start].decode("utf-8")
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        byte = f"byte 0x{data[error.start]:02x} is not UTF-8"
+        raise fail(f"line {line} column {column}: {byte}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
-        faults.append(
-            f"{path}: line {error.lineno} column {error.colno}: not JSON: {error.msg}; "
+        raise fail(
+            f"line {error.lineno} column {error.colno}: not JSON: {error.msg}; "
             "mend it there (JSON has no comments and no comma before a closing bracket)"
-        )
-        return None
+        ) from None
     except RecursionError:
-        faults.append(f"{path}: sections within sections over {_DEPTH} deep; this is no run file")
-        return None
+        raise fail(_TOO_DEEP) from None
     faults += [f"{path}: {note}" for note in notes]
     if _too_deep(value):
-        faults.append(f"{path}: sections within sections over {_DEPTH} deep; this is no run file")
-        return None
+        raise fail(_TOO_DEEP)
     if not isinstance(value, dict):
-        faults.append(
-            f"{path}: expected one JSON object {{...}}, found {show(value)}; "
+        raise fail(
+            f"expected one JSON object {{...}}, found {show(value)}; "
             "see configs/smoke.json for a whole run file"
         )
-        return None
     return value
 
 
@@ -175,10 +171,6 @@ def _too_deep(value: Any) -> bool:
             for inner in (item.values() if isinstance(item, dict) else item)
         ]
     return bool(level)
-
-
-def _place(text: str) -> tuple[int, int]:
-    return text.count("\n") + 1, len(text) - text.rfind("\n")
 
 
 def _parse(text: str) -> tuple[Any, list[str]]:
@@ -223,11 +215,7 @@ def _parse(text: str) -> tuple[Any, list[str]]:
 
 
 def _merge(
-    base: dict[str, Any],
-    over: Mapping[str, Any],
-    source: str,
-    origins: Origins,
-    at: tuple[str, ...] = (),
+    base: dict[str, Any], over: Mapping[str, Any], source: str, origins: Origins, at: Key = ()
 ) -> None:
     """Lay `over` on `base` in place: sections key by key, anything else replaced whole."""
     for key, value in over.items():

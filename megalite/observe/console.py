@@ -49,7 +49,7 @@ class Console:
         )
         self._live.update(Group(bar, Text(line)), refresh=True)
 
-    def valid(self, row: Mapping[str, Any]) -> None:
+    def valid(self, row: Mapping[str, Any], *, tokens: int = 0) -> None:
         """Show one valid row, as a line that stays."""
         numbers = [
             f"{key} {_number(value, '.4g')}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.errors import CommandError
-from megalite.files import read_json
+from megalite.files import read_json, read_rows
 
 _ENDS = ("end", "stopped", "failed", "superseded", "hang")
 
@@ -52,7 +50,9 @@ def goodput(run: Path) -> dict[str, Any]:
         CommandError: no records there.
     """
     try:
-        attempts = list(_attempts(run))
+        attempts = _attempts(read_rows(run / "metrics.jsonl"))
+    except OSError as error:
+        raise CommandError(f"{run}: no records of a run: {error.strerror}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CommandError(
             f"{run}/metrics.jsonl holds rows that no run writes: {type(error).__name__}: {error}"
@@ -90,10 +90,12 @@ def goodput(run: Path) -> dict[str, Any]:
     }
 
 
-def _attempts(run: Path) -> Iterator[Attempt]:
+def _attempts(rows: list[dict[str, Any]]) -> list[Attempt]:
     found: dict[int, Attempt] = {}
     measured: dict[int, float] = {}  # until when an attempt's own clock has spoken
-    for row in _rows(run):
+    for row in rows:
+        if not {"kind", "time", "attempt", "step"} <= {*row}:
+            continue
         number, time = row["attempt"], row["time"]
         name = row.get("name")
         if name in ("start", "resume"):
@@ -113,16 +115,4 @@ def _attempts(run: Path) -> Iterator[Attempt]:
             measured[number] = time
         if name in _ENDS:
             one.cause = "done" if name == "end" else str(row.get("reason", name))
-    yield from (found[number] for number in sorted(found))
-
-
-def _rows(run: Path) -> Iterator[dict[str, Any]]:
-    try:
-        lines = (run / "metrics.jsonl").read_bytes().splitlines()
-    except OSError as error:
-        raise CommandError(f"{run}: no records of a run: {error.strerror}") from None
-    for line in lines:
-        with suppress(ValueError, TypeError):  # cut by a crash
-            row = json.loads(line)
-            if isinstance(row, dict) and {"kind", "time", "attempt", "step"} <= {*row}:
-                yield row
+    return [found[number] for number in sorted(found)]

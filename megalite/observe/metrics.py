@@ -7,10 +7,11 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from megalite.files import read_json, write_json
+from megalite.files import read_json, read_rows, write_json
 from megalite.log import logger
 from megalite.observe.console import Console
 from megalite.observe.tensorboard import TensorBoard
@@ -21,6 +22,7 @@ _TAIL = 1 << 16  # bytes; hundreds of rows
 _NOT_OURS = (ValueError, TypeError, KeyError, OverflowError)  # what other JSON raises
 
 
+@dataclass
 class Recorder:
     """Writes what a run reports: metrics.jsonl, status.json, TensorBoard and the console.
 
@@ -29,65 +31,51 @@ class Recorder:
     the folder's config.json, so that file comes first.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        rank: int,
-        attempt: int,
-        total_steps: int,
-        tensorboard: bool,
-        tokens_per_step: int,
-    ) -> None:
-        self._folder = folder
-        self.attempt = attempt
-        self._tokens_per_step = tokens_per_step
+    folder: Path
+    rank: int
+    attempt: int
+    total_steps: int
+    tensorboard: bool
+    tokens_per_step: int
+
+    def __post_init__(self) -> None:
         self._seen = (0, 0)  # step and tokens of the last train row
         self._last_checkpoint: str | None = None
         self._complained = False
         self._file: BinaryIO | None = None
-        self._console: Console | None = None
-        self._tensorboard: TensorBoard | None = None
-        if rank != 0:
+        self._views: list[Console | TensorBoard] = []
+        if self.rank != 0:
             return
-        self._file = _open_lines(folder / "metrics.jsonl")
-        self._console = Console(total_steps=total_steps)
-        if tensorboard:
-            config = folder / "config.json"
-            run_file = config.read_text(encoding="utf-8") if config.exists() else ""
-            self._tensorboard = TensorBoard(
-                folder / "tensorboard", attempt=attempt, run_file=run_file
-            )
+        self._file = _open_lines(self.folder / "metrics.jsonl")
+        self._views.append(Console(total_steps=self.total_steps))
+        if self.tensorboard:
+            self._views.append(TensorBoard(self.folder, attempt=self.attempt))
 
     def train(self, row: Mapping[str, Any]) -> None:
         """Record a train row; `step` counts from 1, `tokens` is the total so far."""
         row = self._write("train", row)
         self._seen = (row["step"], row["tokens"])
-        if self._console is not None:
-            self._console.train(row)
-        if self._tensorboard is not None:
-            self._tensorboard.train(row)
+        for view in self._views:
+            view.train(row)
 
     def valid(self, row: Mapping[str, Any]) -> None:
         """Record an evaluation on held-out data."""
         row = self._write("valid", row)
-        if self._console is not None:
-            self._console.valid(row)
-        if self._tensorboard is not None:
-            step, tokens = self._seen
-            tokens += (row["step"] - step) * self._tokens_per_step
-            self._tensorboard.valid(row, tokens=tokens)
+        step, tokens = self._seen
+        tokens += (row["step"] - step) * self.tokens_per_step
+        for view in self._views:
+            view.valid(row, tokens=tokens)
 
     def event(self, step: int, name: str, **fields: Any) -> None:
         """Record that something happened: start, resume, checkpoint, skip, signal, end."""
         self._write("event", {"step": step, "name": name, **fields})
-        if name == "checkpoint" and self._console is not None:
-            self._console.saved(step)
+        for view in self._views if name == "checkpoint" else ():
+            view.saved(step)
 
     def append(self, name: str, step: int, **fields: Any) -> None:
         """Record an event from a rank that does not otherwise write, when rank 0 no longer can."""
         row = {"kind": "event", "time": time.time(), "attempt": self.attempt, "step": step}
-        with suppress(OSError), open(self._folder / "metrics.jsonl", "ab") as file:
+        with suppress(OSError), open(self.folder / "metrics.jsonl", "ab") as file:
             file.write(json.dumps({**row, "name": name, **fields}).encode() + b"\n")
 
     def status(
@@ -109,25 +97,17 @@ class Recorder:
                 "reason": reason,
             }
             with self._without_space():
-                if not self._is_older():
-                    write_json(self._folder / "status.json", status)
-
-    def _is_older(self) -> bool:
-        """Whether a later start of this run speaks for it by now."""
-        with suppress(OSError, *_NOT_OURS):
-            return int(read_json(self._folder / "status.json")["attempt"]) > self.attempt
-        return False
+                if _stated_attempt(self.folder) <= self.attempt:  # no later start speaks by now
+                    write_json(self.folder / "status.json", status)
 
     def close(self) -> None:
         """Close everything; again is harmless."""
-        if self._console is not None:
-            self._console.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for view in self._views:
+            view.close()
         if self._file is not None:
             with self._without_space():
                 self._file.close()
-        self._file, self._console, self._tensorboard = None, None, None
+        self._file, self._views = None, []
 
     def _write(self, kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
         clean = {key: _finite(value) for key, value in row.items()}
@@ -146,7 +126,7 @@ class Recorder:
             yield
         except OSError as error:
             if not self._complained:
-                logger.warning("%s cannot be written: %s; the run goes on", self._folder, error)
+                logger.warning("%s cannot be written: %s; the run goes on", self.folder, error)
             self._complained = True
 
 
@@ -155,20 +135,19 @@ def previous_attempts(folder: Path) -> int:
 
     0 for a fresh folder. Both records are asked: a crash may have left either of them behind.
     """
-    attempts = [-1]
-    with suppress(OSError, *_NOT_OURS):  # absent, or not one of ours
-        attempts.append(int(read_json(folder / "status.json")["attempt"]))
-    try:
-        with open(folder / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - _TAIL))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        lines = []
-    for line in lines:
-        # a line may be cut by a crash, or by the place where the tail begins
-        with suppress(*_NOT_OURS):
-            attempts.append(int(json.loads(line)["attempt"]))
+    attempts = [_stated_attempt(folder)]
+    with suppress(FileNotFoundError):
+        for row in read_rows(folder / "metrics.jsonl", last=_TAIL):
+            with suppress(*_NOT_OURS):
+                attempts.append(int(row["attempt"]))
     return max(attempts) + 1
+
+
+def _stated_attempt(folder: Path) -> int:
+    """The attempt that status.json names; -1 where there is none, or not one of ours."""
+    with suppress(OSError, *_NOT_OURS):
+        return int(read_json(folder / "status.json")["attempt"])
+    return -1
 
 
 def restate(folder: Path, state: State, *, reason: str) -> None:
@@ -180,16 +159,12 @@ def restate(folder: Path, state: State, *, reason: str) -> None:
 
 def resumed_before(folder: Path, *, path: str, job: str) -> bool:
     """Whether a job has already gone on from the checkpoint at `path`, by the run's events."""
-    try:
-        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
-    except OSError:
-        return False
-    for line in lines:
-        with suppress(*_NOT_OURS):
-            row = json.loads(line)
-            same = row.get("job") == job and Path(row["path"]).resolve() == Path(path)
-            if row["kind"] == "event" and row["name"] == "resume" and same:
-                return True
+    with suppress(OSError):
+        for row in read_rows(folder / "metrics.jsonl"):
+            with suppress(*_NOT_OURS):
+                same = row.get("job") == job and Path(row["path"]).resolve() == Path(path)
+                if row["kind"] == "event" and row["name"] == "resume" and same:
+                    return True
     return False
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import statistics
 import time
+from collections import deque
 from typing import Any
 
 import torch
@@ -26,21 +27,21 @@ class Stragglers:
 
     def __init__(self, model: nn.Module, grid: Grid) -> None:
         self._grid = grid
-        self._begin: Any = None
-        self._end: Any = None
+        self._marks: deque[Any] = deque(maxlen=2)  # the last forward's begin and end
         self._rows: dict[int, int] = {}
         if grid.world_size > 1:
-            model.register_forward_pre_hook(self._enter)
-            model.register_forward_hook(self._leave)
+            model.register_forward_pre_hook(self._mark)
+            model.register_forward_hook(self._mark)
 
     def check(self) -> list[dict[str, Any]]:
         """Ranks that were slow in the last rows, newly so: rank, host, seconds and the median.
 
         A collective; the device has done its step.
         """
-        if self._grid.world_size == 1 or self._end is None:
+        if len(self._marks) < 2:
             return []
-        seconds = self._seconds()
+        begin, end = self._marks
+        seconds = end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
         told = self._grid.gather((seconds, socket.gethostname()))
         median = statistics.median(value for value, _ in told)
         found = []
@@ -50,24 +51,13 @@ class Stragglers:
                 found.append({"rank": rank, "host": host, "seconds": value, "median": median})
         return found
 
-    def _enter(self, model: nn.Module, _inputs: Any) -> None:
+    def _mark(self, model: nn.Module, *_inputs_and_output: Any) -> None:
         if model.training:
-            self._begin = _mark()
-
-    def _leave(self, model: nn.Module, _inputs: Any, _output: Any) -> None:
-        if model.training:
-            self._end = _mark()
-
-    def _seconds(self) -> float:
-        begin, end = self._begin, self._end
-        if isinstance(begin, float) and isinstance(end, float):
-            return end - begin
-        milliseconds: float = begin.elapsed_time(end)
-        return milliseconds / 1000
+            self._marks.append(_now())
 
 
-def _mark() -> Any:
-    """Now, as the device counts it."""
+def _now() -> Any:
+    """The time as the device counts it."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

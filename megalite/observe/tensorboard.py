@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,12 @@ class TensorBoard:
     checkpoint, and TensorBoard takes back every tag of a folder from one point of its axis on.
     """
 
-    def __init__(self, folder: Path, *, attempt: int, run_file: str) -> None:
+    def __init__(self, folder: Path, *, attempt: int) -> None:
         # 0.2 s, and a warning without tensorboard: only for those who write events
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer_class = SummaryWriter
-        self._folder = folder
-        self._attempt = attempt
-        self._run_file = run_file
+        self._folder, self._attempt = folder, attempt
         self._writers: dict[str, Any] = {}
 
     def train(self, row: Mapping[str, Any]) -> None:
@@ -50,6 +49,9 @@ class TensorBoard:
         for writer in self._writers.values():
             writer.flush()
 
+    def saved(self, step: int) -> None:
+        """Checkpoints are not drawn."""
+
     def close(self) -> None:
         """Write out what is buffered."""
         for writer in self._writers.values():
@@ -64,10 +66,11 @@ class TensorBoard:
     def _writer(self, name: str, at: int) -> Any:
         if name not in self._writers:
             purge = at if self._attempt > 0 else None
-            folder = str(self._folder / name)
+            folder = str(self._folder / "tensorboard" / name)
             self._writers[name] = self._writer_class(folder, purge_step=purge, flush_secs=10)
-            if name == "." and self._run_file:
+            run_file = self._folder / "config.json"
+            if name == "." and run_file.exists():
                 # indented by four it is Markdown's fixed-width block
-                block = "\n".join(f"    {line}" for line in self._run_file.splitlines())
+                block = textwrap.indent(run_file.read_text(encoding="utf-8"), "    ").rstrip()
                 self._writers[name].add_text("config", block, at)
         return self._writers[name]

@@ -20,6 +20,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ class Sections:
         self._spent = 0.0
 
 
+@dataclass
 class Watchdog:
     """Ends this process, and so the job, when its section lasts too long.
 
@@ -105,20 +107,16 @@ class Watchdog:
         report: called on one rank with what was found, before the end.
     """
 
-    def __init__(
-        self,
-        sections: Sections,
-        guards: GuardsConfig,
-        *,
-        folder: Path,
-        attempt: int,
-        rank: int,
-        hosts: Sequence[str],
-        report: Callable[[str], None],
-    ) -> None:
-        self._sections, self._guards = sections, guards
-        self._folder = folder / "stacks" / f"attempt_{attempt}"
-        self._rank, self._hosts, self._report = rank, hosts, report
+    sections: Sections
+    guards: GuardsConfig
+    folder: Path
+    attempt: int
+    rank: int
+    hosts: Sequence[str]
+    report: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self._stacks = self.folder / "stacks" / f"attempt_{self.attempt}"
         self._main = threading.main_thread().ident
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -132,7 +130,7 @@ class Watchdog:
 
     def budget(self, name: str) -> float:
         """Seconds a section may last."""
-        longest, guards = self._sections.longest(name), self._guards
+        longest, guards = self.sections.longest(name), self.guards
         if longest is None or name == "setup":
             return max(guards.hang_setup_seconds, guards.hang_seconds)
         return max(guards.hang_seconds, _FACTOR * longest)
@@ -140,7 +138,7 @@ class Watchdog:
     def _watch(self) -> None:
         count, since, before = -1, 0.0, time.monotonic()
         while not self._closing.wait(_POLL):
-            now, sections = time.monotonic(), self._sections
+            now, sections = time.monotonic(), self.sections
             if now - before > _STOPPED:  # this process as a whole: Ctrl-Z, a laptop that slept
                 since += now - before
             before = now
@@ -150,7 +148,7 @@ class Watchdog:
             # should the interpreter itself hang, with this thread: its stacks, from C
             faulthandler.dump_traceback_later(max(1.0, budget - lasted) + _SAFETY)
             # what another rank has found is looked for only when it is likely
-            others = lasted > budget / 2 and self._folder.exists()
+            others = lasted > budget / 2 and self._stacks.exists()
             if (lasted > budget or others) and sections.count == count:
                 self._end(sections.name, lasted, budget)
 
@@ -159,9 +157,9 @@ class Watchdog:
         with suppress(OSError):
             self._write(section, lasted, budget)
             time.sleep(_GATHER)
-            told = _read(self._folder)
-            if told and min(told) == self._rank:
-                self._report(f"hang: {find_late(told, self._hosts)}; stacks in {self._folder}")
+            told = _read(self._stacks)
+            if told and min(told) == self.rank:
+                self.report(f"hang: {find_late(told, self.hosts)}; stacks in {self._stacks}")
         sys.stderr.flush()
         os._exit(1)
 
@@ -172,13 +170,13 @@ class Watchdog:
             "section": section,
             "seconds": round(lasted, 1),
             "budget": round(budget, 1),
-            "count": self._sections.count,
+            "count": self.sections.count,
             "waits": any(part in name for name in names for part in _WAITING),
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with open(self._folder / f"rank_{self._rank:05d}.txt", "w", encoding="utf-8") as file:
+        self._stacks.mkdir(parents=True, exist_ok=True)
+        with open(self._stacks / f"rank_{self.rank:05d}.txt", "w", encoding="utf-8") as file:
             file.write(json.dumps(fact) + "\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)

@@ -43,6 +43,14 @@ class Fragment:
     length: int
     offset: int
 
+    def in_flat(self, flat_n: Tensor) -> Tensor:
+        """These elements of the engine's tensor: a view."""
+        return flat_n.view(-1)[self.offset : self.offset + self.length]
+
+    def in_part(self, part: Tensor) -> Tensor:
+        """These elements of the rank's part: a view."""
+        return part.view(-1)[self.start : self.start + self.length]
+
 
 class Muon(torch.optim.Optimizer):
     """Groups with `matrices` true take Muon's update, the others AdamW's.
@@ -118,34 +126,32 @@ def orthogonalize(
     if replicas:
         size, rank = grid.tensor_parallel, grid.tensor_rank
     group = grid.tensor_group if replicas and size > 1 else None  # None: all ranks
+    place = {"tensor_parallel": grid.tensor_parallel, "tensor_rank": grid.tensor_rank}
     for batch in _batches(fragments):
         tensors = [tensor for fragment in batch for tensor in fragment.row.tensors]
-        sizes = [tensor.elements for tensor in tensors]
-        whole = torch.zeros(sum(sizes), dtype=torch.float32, device=grid.device)
-        views = _views(whole, tensors, sizes)
-        for fragment in batch:
-            if fragment.length:
-                part = _part(fragment, update_n, grid)
-                for piece in _pieces(fragment, grid):
-                    views[piece.tensor.name][piece.source] = part[piece.target]
+        elements = sum(tensor.elements for tensor in tensors)
+        whole = torch.zeros(elements, dtype=torch.float32, device=grid.device)
+        result = torch.zeros_like(whole)
+        given, made = _views(whole, tensors), _views(result, tensors)
+        held = [fragment for fragment in batch if fragment.length]
+        for fragment in held:
+            part = _zeros(fragment, grid)  # and zero it stays where other ranks have it
+            fragment.in_part(part).copy_(fragment.in_flat(update_n))
+            for piece in shapes.pieces(fragment.row, **place):
+                given[piece.tensor.name][piece.source] = part[piece.target]
         if size > 1:
             dist.all_reduce(whole, group=group)
-        result = torch.zeros_like(whole)
-        made = _views(result, tensors, sizes)
         for number, tensor in enumerate(tensors):
             if number % size == rank:
                 step = _RMS * max(tensor.shape) ** 0.5
-                made[tensor.name].copy_(newton_schulz(views[tensor.name]).mul_(step))
+                made[tensor.name].copy_(newton_schulz(given[tensor.name]).mul_(step))
         if size > 1:
             dist.all_reduce(result, group=group)
-        for fragment in batch:
-            if fragment.length:
-                part = torch.zeros(_local_shape(fragment, grid), device=grid.device)
-                for piece in _pieces(fragment, grid):
-                    part[piece.target] = made[piece.tensor.name][piece.source]
-                begin, end = fragment.start, fragment.start + fragment.length
-                target = update_n.view(-1)[fragment.offset : fragment.offset + fragment.length]
-                target.copy_(part.view(-1)[begin:end])
+        for fragment in held:
+            part = _zeros(fragment, grid)
+            for piece in shapes.pieces(fragment.row, **place):
+                part[piece.target] = made[piece.tensor.name][piece.source]
+            fragment.in_flat(update_n).copy_(fragment.in_part(part))
 
 
 def _batches(fragments: Iterable[Fragment]) -> Iterator[list[Fragment]]:
@@ -160,23 +166,11 @@ def _batches(fragments: Iterable[Fragment]) -> Iterator[list[Fragment]]:
         yield batch
 
 
-def _views(flat: Tensor, tensors: list[shapes.Tensor], sizes: list[int]) -> dict[str, Tensor]:
-    parts = zip(tensors, flat.split(sizes), strict=True)
-    return {tensor.name: part.view(tensor.shape) for tensor, part in parts}
+def _zeros(fragment: Fragment, grid: Grid) -> Tensor:
+    shape = shapes.local_shape(fragment.row, tensor_parallel=grid.tensor_parallel)
+    return torch.zeros(shape, device=grid.device)
 
 
-def _local_shape(fragment: Fragment, grid: Grid) -> tuple[int, ...]:
-    return shapes.local_shape(fragment.row, tensor_parallel=grid.tensor_parallel)
-
-
-def _pieces(fragment: Fragment, grid: Grid) -> tuple[shapes.Piece, ...]:
-    ranks = {"tensor_parallel": grid.tensor_parallel, "tensor_rank": grid.tensor_rank}
-    return shapes.pieces(fragment.row, **ranks)
-
-
-def _part(fragment: Fragment, update_n: Tensor, grid: Grid) -> Tensor:
-    """This rank's part of the parameter, zero where other ranks have it."""
-    part = torch.zeros(_local_shape(fragment, grid), device=grid.device)
-    held = update_n.view(-1)[fragment.offset : fragment.offset + fragment.length]
-    part.view(-1)[fragment.start : fragment.start + fragment.length] = held.to(grid.device)
-    return part
+def _views(flat: Tensor, tensors: list[shapes.Tensor]) -> dict[str, Tensor]:
+    parts = flat.split([tensor.elements for tensor in tensors])
+    return {t.name: part.view(t.shape) for t, part in zip(tensors, parts, strict=True)}

@@ -43,10 +43,8 @@ def make_optimizer(
         }
     for name, parameter in named_parameters:
         row = rows[name]
-        if _is_muons(config, row):
-            group = groups["matrices"]
-        else:
-            group = groups["decay" if row.decay else "no_decay"]
+        own = "matrices" if _is_muons(config, row) else "decay" if row.decay else "no_decay"
+        group = groups[own]
         group["params"].append(parameter)
         group["states"] = state_names(config, row)
     optimizer = _make(config, [group for group in groups.values() if group["params"]])
@@ -68,18 +66,11 @@ def _is_muons(config: RunConfig, row: shapes.Parameter) -> bool:
 
 def _make(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     section = config.optimizer
+    adam: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
     if section.name == "muon":
-        return Muon(
-            groups,
-            lr=section.lr,
-            betas=section.betas,
-            eps=section.eps,
-            momentum=section.momentum,
-        )
+        return Muon(groups, momentum=section.momentum, **adam)
     if section.name == "adamw":
-        return torch.optim.AdamW(
-            groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True
-        )
+        return torch.optim.AdamW(groups, fused=True, **adam)
     for group in groups:  # torch couples SGD's decay with the gradient: ours is a hook
         group["decoupled_l2"] = group.pop("weight_decay")
     optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum)

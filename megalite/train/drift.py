@@ -8,8 +8,6 @@ every checkpoint holds one rank's view.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,15 +20,6 @@ from megalite.parallel import Grid
 
 _CHUNK = 1 << 20  # elements hashed at once, so that temporaries stay in a cache
 _MASK = (1 << 62) - 1  # hashes are at least 0, and their negatives have room
-
-
-@dataclass(frozen=True)
-class _Compared:
-    """A parameter's local tensor, and its place in the vector that is reduced."""
-
-    name: str
-    parameter: nn.Parameter
-    place: int
 
 
 class DriftGuard:
@@ -46,18 +35,19 @@ class DriftGuard:
         self._device = grid.device if stage == 3 else torch.device("cpu")
         # where tensor ranks hold different parts, each has a place of its own
         parts = grid.tensor_parallel if stage < 3 else 0
-        self._compared: list[_Compared] = []
+        self._compared: dict[str, nn.Parameter] = {}
+        self._places: list[int] = []  # of each in the vector that is reduced
         self._size = 0
         rows = {row.name: row for row in shapes.parameters(model)}
         for name, parameter in engine.model.named_parameters():
             alike = rows[name].tensors[0].split is shapes.Split.REPLICATED
             places = 1 if alike else parts
             if places:
-                mine = self._size if alike else self._size + grid.tensor_rank
-                self._compared.append(_Compared(name, parameter, mine))
+                self._compared[name] = parameter
+                self._places.append(self._size if alike else self._size + grid.tensor_rank)
                 self._size += places
         if dist.get_world_size(self._group) == 1:
-            self._compared = []
+            self._compared = {}
 
     def check(self, step: int) -> None:
         """Compare; a collective of all ranks.
@@ -68,21 +58,23 @@ class DriftGuard:
         """
         if not self._compared:
             return
-        own = torch.stack([_hash(_local(c.parameter)) for c in self._compared]).cpu()
+        # what this rank keeps of a parameter: itself, or under ZeRO-3 its part
+        kept = [getattr(p, "ds_tensor", p).detach() for p in self._compared.values()]
+        own = torch.stack([_hash(tensor) for tensor in kept]).cpu()
         # the largest, and the negative of the smallest; what no rank has a part of stays equal
         both = torch.full((2, self._size), -_MASK - 1)
-        places = torch.tensor([c.place for c in self._compared])
-        both[0, places], both[1, places] = own, -own
+        both[0, self._places], both[1, self._places] = own, -own
         both = both.to(self._device)
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self._group)
-        high, low = both.cpu()
-        differing = [i for i, c in enumerate(self._compared) if high[c.place] != -low[c.place]]
+        high, low = both.cpu()[:, self._places]
+        differing = (high != -low).nonzero().flatten().tolist()
         if not self._grid.all_ok(not differing):
             self._raise(step, own, differing)
 
     def _raise(self, step: int, own: Tensor, differing: list[int]) -> None:
         """Find the ranks whose hashes are not those of the most."""
-        found = {self._compared[i].name: (self._compared[i].place, int(own[i])) for i in differing}
+        names = list(self._compared)
+        found = {names[i]: (self._places[i], int(own[i])) for i in differing}
         every = self._grid.gather(found)
         lines = []
         for name in sorted({name for one in every for name in one}):
@@ -110,12 +102,6 @@ def _describe(hashes: list[tuple[int, int, int]]) -> str:
     if even:
         return f"differs between ranks {', '.join(map(str, sorted(even)))}"
     return f"on rank {', '.join(map(str, sorted(odd)))} differs from what other ranks hold"
-
-
-def _local(parameter: nn.Parameter) -> Tensor:
-    """What this rank keeps of a parameter: itself, or under ZeRO-3 its part."""
-    kept: Tensor = getattr(parameter, "ds_tensor", parameter)
-    return kept.detach()
 
 
 def _hash(tensor: Tensor) -> Tensor:

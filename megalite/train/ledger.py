@@ -50,14 +50,16 @@ class Ledger:
         """
         own, content, fault = list[Entry](), dict[str, Any](), None
         if self._grid.rank == 0:
-            try:
-                if origin is None:
-                    self._write({"kind": "start"})
-                else:
-                    content = _read_checkpoint(origin)
-                    own = _read_lines(self._path)
-            except CheckpointError as error:  # told to all, instead of leaving them waiting
-                fault = str(error)
+            if origin is None:
+                self._write({"kind": "start"})
+            else:
+                own = _read_lines(self._path)
+                try:
+                    content = files.read_json(origin / IN_CHECKPOINT)
+                except FileNotFoundError:  # of a version without one
+                    content = {}
+                except (OSError, ValueError) as error:  # told to all: none is left waiting
+                    fault = f"{origin / IN_CHECKPOINT} cannot be read: {error}"
         own, content, fault = self._grid.gather((own, content, fault))[0]
         if fault:
             raise CheckpointError(fault)
@@ -112,25 +114,13 @@ class Ledger:
             logger.warning("%s cannot be written: %s; the run goes on", self._path, error)
 
 
-def _read_checkpoint(folder: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = files.read_json(folder / IN_CHECKPOINT)
-    except FileNotFoundError:  # of a version without one
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / IN_CHECKPOINT} cannot be read: {error}") from None
-    return content
-
-
 def _read_lines(path: Path) -> list[Entry]:
     """The entries since the run last began anew."""
     entries: list[Entry] = []
     with suppress(OSError):
-        for line in path.read_bytes().splitlines():
-            with suppress(ValueError, TypeError, KeyError):  # cut by a crash: without effect
-                entry = json.loads(line)
-                if entry["kind"] == "start":
-                    entries = []
-                else:
-                    entries.append(entry)
+        for entry in files.read_rows(path):  # one cut by a crash is without effect
+            if entry.get("kind") == "start":
+                entries = []
+            elif "kind" in entry:
+                entries.append(entry)
     return entries

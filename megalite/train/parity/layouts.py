@@ -64,20 +64,18 @@ class Layout:
 
     def sections(self, global_batch_size: int) -> dict[str, dict[str, Any]]:
         """What of a run file makes it this layout."""
-        micro_batch_size = self.micro_batch_size or global_batch_size // self.data
-        zero: dict[str, Any] = _RELEASED if self.stage == 3 else {}
-        if self.offload:
-            zero = zero | {"offload_optimizer": {"device": "cpu"}}
+        zero = {"stage": self.stage, **(_RELEASED if self.stage == 3 else {})}
+        offload = {"offload_optimizer": {"device": "cpu"}} if self.offload else {}
         optimizer = {"optimizer": {"name": self.optimizer}} if self.optimizer else {}
         return optimizer | {
             "parallel": {"tensor": self.tensor, "sequence": self.sequence},
             "training": {
-                "micro_batch_size": micro_batch_size,
+                "micro_batch_size": self.micro_batch_size or global_batch_size // self.data,
                 "activation_checkpointing": self.recompute,
                 "precision": self.precision,
                 "compile": self.compile,
             },
-            "deepspeed": {"zero_optimization": {"stage": self.stage, **zero}},
+            "deepspeed": {"zero_optimization": zero | offload},
         }
 
 

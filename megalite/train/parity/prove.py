@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing as mp
 import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -85,7 +84,7 @@ class Proof:
             MegaLiteError: it failed otherwise.
         """
         try:
-            self._train(reference, _steps(1, resumes), keep=True)
+            self._train(reference, save=resumes)
         except _Failed as error:
             kind = UserError if error.code == UserError.exit_code else MegaLiteError
             hint = "\n--scale proves a scaled-down copy of it" if "memory: " in str(error) else ""
@@ -98,123 +97,94 @@ class Proof:
             self.run_reference(reference, resumes=True)
         if layout == reference:
             return Finding(layout.name, 0.0, 0.0, None, 0.0, True)
-        try:
-            differences = self._train(
-                layout, _steps(1, save), others=reference, keep=save, save=save
-            )
-        except _Failed as error:
-            return _failure(layout.name, error)
-        expected = self._curves[reference]
-        return _judge(layout.name, self._curves[layout], expected, differences, _tolerances(layout))
+        return self._compare(layout.name, layout, reference, save=save)
 
     def try_resume(self, pair: Resume) -> Finding:
         """Go on from a saved run's middle; compare with the same steps of the run that went on."""
         if pair.saved not in self._saved:
             return _failure(pair.name, "there is no checkpoint to go on from: its layout failed")
-        checkpoint = self._saved[pair.saved] / "checkpoints" / folder_name(SAVED)
+        checkpoint = str(self._saved[pair.saved] / "checkpoints" / folder_name(SAVED))
+        return self._compare(pair.name, pair.resumed, pair.saved, resume=checkpoint)
+
+    def _compare(
+        self, name: str, layout: Layout, others: Layout, *, save: bool = False, resume: str = ""
+    ) -> Finding:
+        """A layout's run held against that of others, step by step."""
         try:
-            differences = self._train(
-                pair.resumed, _steps(SAVED + 1), others=pair.saved, resume=str(checkpoint)
-            )
+            found, differences = self._train(layout, others, save=save, resume=resume)
         except _Failed as error:
-            return _failure(pair.name, error)
-        expected = {n: row for n, row in self._curves[pair.saved].items() if n > SAVED}
-        found = _read_curve(self._last)
-        tolerances = (RESUMED, RESUMED, PARAMETER)
-        if pair.resumed.precision == "bf16":
-            tolerances = BF16
-        return _judge(pair.name, found, expected, differences, tolerances)
+            return _failure(name, error)
+        tolerances, before = _tolerances(layout, bool(resume)), SAVED if resume else 0
+        expected = {n: row for n, row in self._curves[others].items() if n > before}
+        both = [(found[n], row) for n, row in expected.items() if n in found]
+        errors = [[_relative(x, y) for x, y in zip(*rows, strict=True)] for rows in both]
+        loss = max((max(row[0], row[2]) for row in errors), default=math.inf)
+        norm = max((row[1] for row in errors), default=math.inf)
+        over = [d for d in differences if d["error"] > tolerances[2]]
+        gradients = [d for d in differences if d["kind"] == "gradient"]
+        shown = over[0] if over else max(gradients, key=lambda d: d["error"])
+        parameter = shown["name"]
+        if shown["kind"] != "gradient":
+            parameter += f" ({shown['kind']}, step {shown['step']})"
+        whole = found.keys() == expected.keys()
+        ok = whole and not over and loss <= tolerances[0] and norm <= tolerances[1]
+        return Finding(name, _finite(loss), _finite(norm), parameter, _finite(shown["error"]), ok)
 
     def _train(
-        self,
-        layout: Layout,
-        steps: list[int],
-        *,
-        others: Layout | None = None,
-        keep: bool = False,
-        save: bool = False,
-        resume: str = "never",
-    ) -> list[dict[str, Any]]:
-        """A layout's run; what its ranks report."""
+        self, layout: Layout, others: Layout | None = None, *, save: bool = False, resume: str = ""
+    ) -> tuple[Curve, list[dict[str, Any]]]:
+        """A layout's run, and how its tensors differ from the others'.
+
+        Args:
+            save: whether others will go on from it, or for a reference, be compared with those.
+            resume: the checkpoint to go on from.
+        """
         self._count += 1
-        name = f"run_{self._count:02d}"
-        config = self._trial.config(layout, name, save=save)
-        self._last = Path(config["logging"]["directory"]) / name
-        seen = {item: self._trial.folder / f"seen_{item.name}" for item in (layout, others) if item}
-        report = self._trial.folder / f"{name}.report.json"
-        if keep:
-            seen[layout].mkdir()
+        folder, name = self._trial.folder, f"run_{self._count:02d}"
+        is_reference, first = layout == layout.reference, SAVED + 1 if resume else 1
+        saved = save and not is_reference
+        config = self._trial.config(layout, name, save=saved)
+        run = Path(config["logging"]["directory"]) / name
+        keep = None
+        if save or (is_reference and not resume):
+            keep = str(self._seen(layout))
+            self._seen(layout).mkdir()
+        report = folder / f"{name}.report.json"
+        # looked into: the first two of a process, the last, and those a resume compares with
+        steps = [first, first + 1, *([SAVED + 1, SAVED + 2] if save else []), STEPS]
         job = {
             "config": config,
             "engine": layout.engine,
-            "resume": resume,
+            "resume": resume or "never",
             "steps": steps,
-            "others": str(seen[others]) if others else None,
-            "keep": str(seen[layout]) if keep else None,
+            "others": str(self._seen(others)) if others else None,
+            "keep": keep,
             "tolerance": _tolerances(layout)[2],
             "report": str(report),
         }
-        path = self._trial.folder / f"{name}.job.json"
+        path = folder / f"{name}.job.json"
         files.write_json(path, job)
         start = time.monotonic()
-        _run_ranks(self.worker, path, layout.ranks, self._timeout, self._trial.folder)
-        after = "" if resume == "never" else ", resumed"
+        _run_ranks(self.worker, path, layout.ranks, self._timeout)
+        after = ", resumed" if resume else ""
         logger.info("%-44s %5.1f s", layout.name + after, time.monotonic() - start)
-        if resume == "never":
-            self._curves[layout] = _read_curve(self._last)
-        if save:
-            self._saved[layout] = self._last
-        differences: list[dict[str, Any]] = files.read_json(report)
-        return differences
+        curve = _read_curve(run)
+        if not resume:
+            self._curves[layout] = curve
+        if saved:
+            self._saved[layout] = run
+        return curve, files.read_json(report)
+
+    def _seen(self, layout: Layout) -> Path:
+        """Where the tensors are that a run keeps for others to be compared with."""
+        return self._trial.folder / f"seen_{layout.name}"
 
 
-def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
-    """The report as one object."""
-    return {"ok": all(f.ok for f in findings), "layouts": [asdict(f) for f in findings]}
-
-
-def _tolerances(layout: Layout) -> tuple[float, float, float]:
+def _tolerances(layout: Layout, resumed: bool = False) -> tuple[float, float, float]:
     """Of loss, gradient norm and parameters."""
-    return BF16 if layout.precision == "bf16" else (LOSS, NORM, PARAMETER)
-
-
-def _steps(first: int, also_resumed: bool = False) -> list[int]:
-    """Steps looked into: the first two of a process, the last, and those a resume compares with."""
-    later = [SAVED + 1, SAVED + 2] if also_resumed else []
-    return [first, first + 1, *later, STEPS]
-
-
-def _judge(
-    name: str,
-    found: Curve,
-    expected: Curve,
-    differences: list[dict[str, Any]],
-    tolerances: tuple[float, float, float],
-) -> Finding:
-    whole = found.keys() == expected.keys()
-    loss, norm = (
-        max(
-            (_relative(found[n][i], expected[n][i]) for n in expected if n in found for i in which),
-            default=math.inf,
-        )
-        for which in ((0, 2), (1,))
-    )
-    errors = [math.inf if d["error"] is None else d["error"] for d in differences]
-    over = [i for i, error in enumerate(errors) if error > tolerances[2]]
-    gradients = [i for i, d in enumerate(differences) if d["kind"] == "gradient"]
-    shown = over[0] if over else max(gradients, key=lambda i: errors[i])
-    difference, error = differences[shown], errors[shown]
-    parameter = difference["name"]
-    if difference["kind"] != "gradient":
-        parameter += f" ({difference['kind']}, step {difference['step']})"
-    return Finding(
-        name,
-        _finite(loss),
-        _finite(norm),
-        parameter,
-        _finite(error),
-        whole and not over and loss <= tolerances[0] and norm <= tolerances[1],
-    )
+    if layout.precision == "bf16":
+        return BF16
+    return (RESUMED, RESUMED, PARAMETER) if resumed else (LOSS, NORM, PARAMETER)
 
 
 def _failure(name: str, reason: object) -> Finding:
@@ -232,7 +202,7 @@ def _finite(value: float) -> float | None:
 
 
 def _read_curve(folder: Path) -> Curve:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = files.read_rows(folder / "metrics.jsonl")
     valid = {row["step"]: _number(row["loss"]) for row in rows if row["kind"] == "valid"}
     return {
         n: (_number(row["loss"]), _number(row["grad_norm"]), valid.get(n, 1.0))
@@ -245,7 +215,7 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _run_ranks(worker: Worker, job: Path, count: int, timeout: float, folder: Path) -> None:
+def _run_ranks(worker: Worker, job: Path, count: int, timeout: float) -> None:
     """Run `worker(job)` as each of `count` ranks.
 
     Raises:
@@ -255,15 +225,11 @@ def _run_ranks(worker: Worker, job: Path, count: int, timeout: float, folder: Pa
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     context = _context()
-    logs = [folder / f"rank_{rank}.log" for rank in range(count)]
-    ranks = [
-        context.Process(
-            target=_be_rank,
-            args=(worker, str(job), env.rank_environment(rank, count, port), str(logs[rank])),
-            daemon=True,
-        )
-        for rank in range(count)
-    ]
+    logs = [job.with_name(f"rank_{rank}.log") for rank in range(count)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        given = (worker, str(job), env.rank_environment(rank, count, port), str(log))
+        ranks.append(context.Process(target=_be_rank, args=given, daemon=True))
     try:
         for process in ranks:
             process.start()
@@ -297,23 +263,17 @@ def _be_rank(worker: Worker, job: str, environ: dict[str, str], log: str) -> Non
 
 def _wait(ranks: Sequence[BaseProcess], logs: Sequence[Path], timeout: float) -> None:
     deadline, first = time.monotonic() + timeout, None
-    while any(process.exitcode is None for process in ranks):
+    running = list(range(len(ranks)))
+    while running and time.monotonic() < deadline:
+        time.sleep(0.02)
+        running = [i for i, process in enumerate(ranks) if process.exitcode is None]
         failed = [i for i, process in enumerate(ranks) if process.exitcode]
         if failed and first is None:
             first = failed[0]
             deadline = min(deadline, time.monotonic() + _LAST_WORDS)
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.02)
-    failed = [i for i, process in enumerate(ranks) if process.exitcode]
-    if first is None and failed:
-        first = failed[0]
-    if first is None and all(process.exitcode == 0 for process in ranks):
-        return
-    if first is None:
-        unfinished = [i for i, process in enumerate(ranks) if process.exitcode is None]
-        raise _Failed(None, f"ranks {unfinished} were not done after {timeout:.0f} s")
-    words = logs[first].read_text(errors="replace").strip().splitlines()
-    code = ranks[first].exitcode
-    told = "\n".join(words[-8:]) or "it said nothing"
-    raise _Failed(code, f"rank {first} ended with exit code {code}:\n{told}")
+    if first is not None:
+        words = logs[first].read_text(errors="replace").strip().splitlines()
+        code, told = ranks[first].exitcode, "\n".join(words[-8:]) or "it said nothing"
+        raise _Failed(code, f"rank {first} ended with exit code {code}:\n{told}")
+    if running:
+        raise _Failed(None, f"ranks {running} were not done after {timeout:.0f} s")

@@ -45,12 +45,6 @@ class Trial:
         """The network, as it is tried."""
         return ModelConfig.model_validate(self.raw["model"])
 
-    @property
-    def batch(self) -> int:
-        """Samples of a step."""
-        size: int = self.raw["training"]["global_batch_size"]
-        return size
-
     def config(self, layout: Layout, name: str, *, save: bool = False) -> dict[str, Any]:
         """The run file of one layout, as the run `name` of the folder; checked.
 
@@ -59,7 +53,7 @@ class Trial:
         """
         raw = deepcopy(dict(self.raw))
         raw["name"] = name
-        for section, values in layout.sections(self.batch).items():
+        for section, values in layout.sections(raw["training"]["global_batch_size"]).items():
             raw[section] = {**raw.get(section, {}), **values}
         raw["checkpoint"] = {"every": SAVED if save else 0}
         parse_config(raw)
@@ -106,8 +100,8 @@ def make_trial(config: RunConfig, folder: Path, *, ranks: int, scale: bool = Fal
         "train": [{"path": str(shards)}],
         "valid": [{"path": str(shards)}],
         "sequence_length": length,
+        "verify": False,
     }
-    raw["data"]["verify"] = False
     raw["schedule"] |= {"warmup_steps": STEPS, "decay_steps": None}
     rate = raw["optimizer"]["lr"]
     if raw["optimizer"]["name"] == "adamw":

@@ -60,7 +60,7 @@ class Difference:
     step: int
     kind: str
     name: str
-    error: float | None  # None: not a number
+    error: float  # inf: not a number
 
 
 class Inspector:
@@ -71,9 +71,7 @@ class Inspector:
     """
 
     def __init__(self, job: Job, config: RunConfig) -> None:
-        self._job, self._model = job, config.model
-        self._sequence = config.parallel.sequence
-        self._config = config
+        self._job, self._config = job, config
         self._outputs: _Outputs | None = None
         self.found: list[Difference] = []
 
@@ -86,11 +84,11 @@ class Inspector:
                 worst.add(kind, name, value)
             self.found += worst.close()
         if self._outputs is None:
-            self._outputs = _Outputs(engine.model, self._model)
+            self._outputs = _Outputs(engine.model, self._config.model)
         self._outputs.clear()
 
     def _see(self, engine: Engine, grid: Grid, starts: bool) -> Seen:
-        rows = {row.name: row for row in shapes.parameters(self._model)}
+        rows = {row.name: row for row in shapes.parameters(self._config.model)}
         parameters = [(rows[name], p) for name, p in engine.model.named_parameters()]
         for row, parameter in parameters if starts else ():
             with engine.gathered([parameter]):
@@ -104,7 +102,7 @@ class Inspector:
         for row, parameter in parameters if starts else ():
             yield GROUP, row.name, _hyper_parameters(engine.group(parameter))
         if self._outputs is not None:
-            yield from self._outputs.means(grid, sequence=self._sequence)
+            yield from self._outputs.means(grid, sequence=self._config.parallel.sequence)
         for row, parameter in parameters:
             yield from _canonical(GRADIENT, row, engine.read_gradient(parameter), grid)
         for row, parameter in parameters:
@@ -120,19 +118,17 @@ class _Worst:
         self._step, self._tolerance = step, job.tolerance
         self._kept: dict[str, Tensor] = {}
         self._worst: dict[str, tuple[str, float]] = {}
-        self._keep = self._others = None
+        self._keep: Path | None = None
+        self._others: Any = None
+        self._known: set[str] = set()
         name = f"step_{step}.safetensors"
         if rank == 0 and job.keep:
             self._keep = Path(job.keep) / name
         if rank == 0 and job.others:
             self._others = safe_open(Path(job.others) / name, framework="pt")
             self._known = set(self._others.keys())
-            total = sum(
-                float(self._others.get_tensor(key).square().sum())
-                for key in self._known
-                if key.startswith(NORM)
-            )
-            self._floor = _FLOOR * total**0.5
+            norms = [self._others.get_tensor(key) for key in self._known if key.startswith(NORM)]
+            self._floor = _FLOOR * float(torch.cat(norms).norm())
         # later a weight whose gradient is rounding alone has gone another way under AdamW, and an
         # average in which much cancels with it
         self._compared = {
@@ -144,9 +140,7 @@ class _Worst:
         key = f"{kind}/{name}"
         if self._keep is not None:
             self._kept[key] = value.detach().cpu().clone()
-        if self._others is None or key not in self._known:
-            return
-        if not self._compared(kind):
+        if key not in self._known or not self._compared(kind):
             return
         before = self._worst.get(kind, ("", -1.0))
         if kind == OUTPUT and before[1] > self._tolerance:
@@ -161,10 +155,7 @@ class _Worst:
     def close(self) -> list[Difference]:
         if self._keep is not None:
             save_file(self._kept, self._keep)
-        return [
-            Difference(self._step, kind, name, error if error < float("inf") else None)
-            for kind, (name, error) in self._worst.items()
-        ]
+        return [Difference(self._step, kind, *worst) for kind, worst in self._worst.items()]
 
 
 class _Outputs:
@@ -245,7 +236,7 @@ def main(path: str) -> None:
     run(Request(config, job.resume, engine=job.engine, inspect=inspector), launch)
     if launch.rank == 0:
         report = [vars(difference) for difference in inspector.found]
-        files.write_atomic(Path(job.report), json.dumps(report, allow_nan=False))
+        files.write_atomic(Path(job.report), json.dumps(report))
 
 
 def work(path: str) -> None:
