@@ -3,9 +3,6 @@
 from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
 from megalite.checkpoint.lease import Lease
 from megalite.checkpoint.load import (
-    Stored,
-    StoredCheckpoint,
-    fill_model,
     find_newest,
     import_weights,
     load_weights,
@@ -15,6 +12,7 @@ from megalite.checkpoint.load import (
     set_aside_damaged,
 )
 from megalite.checkpoint.save import Place, Saver, clear_leftovers, retain, set_aside_later
+from megalite.checkpoint.stored import Stored, StoredCheckpoint, fill_model
 
 __all__ = [
     "HuggingFaceFolder",

@@ -10,18 +10,18 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalite import shapes
 from megalite.checkpoint.save import Place, free_name
 from megalite.checkpoint.states import Owned, owned_parameters, read_canonical, value_hash
+from megalite.checkpoint.stored import Stored, StoredCheckpoint, read_local
 from megalite.config import ModelConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
 from megalite.errors import CheckpointError, CommandError, DamagedCheckpoint, OtherVersion
@@ -33,35 +33,6 @@ from megalite.parallel import Grid
 _TRAVELLING = 4  # tensors on their way, or being hashed, at once
 
 States = Callable[[shapes.Parameter], Sequence[str]]
-
-
-class Stored(Protocol):
-    """Canonical tensors on a disk, read box by box."""
-
-    def read(self, tensor: str, state: str, target: Tensor, box: tuple[slice, ...]) -> None:
-        """A box of one state of a tensor into `target`, fp32 on the CPU.
-
-        Raises:
-            CheckpointError: it is not there, or cannot be read.
-        """
-
-
-@dataclass(frozen=True)
-class StoredCheckpoint:
-    """The tensors of a checkpoint folder."""
-
-    folder: Path
-    manifest: disk.Manifest
-
-    def read(self, tensor: str, state: str, target: Tensor, box: tuple[slice, ...]) -> None:
-        entry = self.manifest.tensors[tensor]
-        if state not in entry.states:
-            raise CheckpointError(f"{self.folder} holds no {state} of {tensor}")
-        path = self.folder / entry.states[state].file
-        try:
-            disk.read_tensor(path, tensor, target.numpy(), box)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path}: cannot read {tensor}: {error}") from None
 
 
 def _weight_alone(_row: shapes.Parameter) -> Sequence[str]:
@@ -190,53 +161,6 @@ def import_weights(engine: Engine, model: ModelConfig, *, grid: Grid, stored: St
     unread = _write_states(engine, model, _weight_alone, grid, stored)
     if told := [line for lines in grid.gather(unread) for line in lines]:
         raise CheckpointError("\n".join(told))
-
-
-def read_local(
-    stored: Stored,
-    row: shapes.Parameter,
-    state: str,
-    *,
-    tensor_parallel: int = 1,
-    tensor_rank: int = 0,
-    room: Tensor | None = None,
-) -> Tensor:
-    """One rank's part of a parameter's state: fp32, fused and padded, only its slices read.
-
-    Args:
-        room: flat fp32 memory on the CPU to read into, of that many numbers or more.
-    """
-    layout = {"tensor_parallel": tensor_parallel}
-    pieces = shapes.pieces(row, tensor_rank=tensor_rank, **layout)
-    shape = shapes.local_shape(row, **layout)
-    value = torch.empty(shape) if room is None else room[: math.prod(shape)].view(shape)
-    if sum(value[piece.target].numel() for piece in pieces) < value.numel():
-        value.zero_()  # padding of the vocabulary
-    for piece in pieces:
-        stored.read(piece.tensor.name, state, value[piece.target], piece.source)
-    return value
-
-
-def fill_model(
-    model: nn.Module,
-    config: ModelConfig,
-    stored: Stored,
-    *,
-    tensor_parallel: int = 1,
-    tensor_rank: int = 0,
-) -> None:
-    """Write stored weights into a rank's part of a model, for use without an engine."""
-    rows = {row.name: row for row in shapes.parameters(config)}
-    for name, parameter in model.named_parameters():
-        with torch.no_grad():
-            value = read_local(
-                stored,
-                rows[name],
-                WEIGHT,
-                tensor_parallel=tensor_parallel,
-                tensor_rank=tensor_rank,
-            )
-            parameter.copy_(value)
 
 
 def _set_states(

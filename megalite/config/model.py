@@ -18,7 +18,8 @@ class RopeScalingConfig(Section):
     """RoPE's wavelengths stretched for longer sequences, in Hugging Face's keys."""
 
     rope_type: Literal["linear", "llama3", "yarn"] = Field(
-        description="linear: all alike; llama3: the long ones; yarn: by turns (arXiv 2309.00071)."
+        description="linear: all alike; llama3: the long ones; yarn: by turns (arXiv 2309.00071).",
+        examples=["linear"],
     )
     factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
         description="How many times longer.", examples=[8.0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megalite.config.fields import (
     Count,
@@ -260,10 +260,7 @@ class LoggingConfig(Section):
     tensorboard: bool = Field(default=True, description="Whether TensorBoard files are written.")
 
 
-def _objective(data: dict[str, Any]) -> Any:
-    """The default of `objective.name`; a section that is itself at fault is absent from `data`."""
-    kind = data["model"].architecture if "model" in data else "decoder"
-    return {"decoder": "causal", "encoder": "masked"}.get(kind, "span_corruption")
+_MADE_FOR = {"encoder": "masked", "encoder_decoder": "span_corruption"}
 
 
 class RunConfig(Section):
@@ -279,8 +276,8 @@ class RunConfig(Section):
         default_factory=ParallelConfig, description="How the model is split over ranks."
     )
     objective: ObjectiveConfig = Field(
-        default_factory=lambda data: ObjectiveConfig(name=_objective(data)),
-        description="What is learned (null: what the architecture is made for).",
+        default_factory=ObjectiveConfig,
+        description="What is learned (without a name: what the architecture is made for).",
     )
     optimizer: OptimizerConfig = Field(description="The update rule.")
     schedule: ScheduleConfig = Field(
@@ -301,3 +298,14 @@ class RunConfig(Section):
         description="DeepSpeed's own JSON, passed through; what MegaLite owns is filled in and "
         "may not be contradicted.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_of_the_architecture(cls, data: Any) -> Any:
+        model, objective = data.get("model"), data.get("objective") or {}
+        if not isinstance(model, dict) or not isinstance(objective, dict):
+            return data
+        kind = model.get("architecture")
+        if objective.get("name") is None and isinstance(kind, str) and kind in _MADE_FOR:
+            return {**data, "objective": {**objective, "name": _MADE_FOR[kind]}}
+        return data

@@ -1,8 +1,9 @@
 """Models of Hugging Face, both ways: from a folder of theirs, and to one."""
 
 from megalite.checkpoint.huggingface.export import DTYPES, export
-from megalite.checkpoint.huggingface.families import FAMILIES, family_of, from_config, to_config
+from megalite.checkpoint.huggingface.families import FAMILIES
 from megalite.checkpoint.huggingface.folder import HuggingFaceFolder, is_huggingface
+from megalite.checkpoint.huggingface.mapping import family_of, from_config, to_config
 
 __all__ = [
     "DTYPES",

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megalite import files, shapes
-from megalite.checkpoint.huggingface.families import Family, family_of, to_config
+from megalite.checkpoint.huggingface.families import Family
 from megalite.checkpoint.huggingface.folder import Place, place_of
-from megalite.checkpoint.load import StoredCheckpoint
+from megalite.checkpoint.huggingface.mapping import family_of, to_config
+from megalite.checkpoint.stored import Stored
 from megalite.config import ModelConfig
 from megalite.errors import CommandError
 from megalite.formats.tokenizer import Tokenizer
@@ -40,7 +41,7 @@ class _Output:
 
 
 def export(
-    stored: StoredCheckpoint,
+    stored: Stored,
     model: ModelConfig,
     tokenizer: Tokenizer,
     output: Path,
@@ -83,7 +84,7 @@ def _ids(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
 
 def _write_tensors(
     folder: Path,
-    stored: StoredCheckpoint,
+    stored: Stored,
     family: Family,
     model: ModelConfig,
     dtype: torch.dtype,
@@ -126,7 +127,7 @@ def _outputs(family: Family, model: ModelConfig) -> Sequence[_Output]:
     return found
 
 
-def _make(stored: StoredCheckpoint, output: _Output) -> Tensor:
+def _make(stored: Stored, output: _Output) -> Tensor:
     value = torch.zeros(output.shape)
     for tensor, place in output.parts:
         whole = torch.empty(tensor.shape)

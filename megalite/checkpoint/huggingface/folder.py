@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalite import files, shapes
-from megalite.checkpoint.huggingface.families import Family, from_config
+from megalite.checkpoint.huggingface.families import Family
+from megalite.checkpoint.huggingface.mapping import from_config
 from megalite.config import ModelConfig
 from megalite.errors import CheckpointError, CommandError
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from megalite import checkpoint, files, shapes
 from megalite.checkpoint import Place, write
-from megalite.checkpoint.load import read_local
 from megalite.checkpoint.states import owned_parameters
+from megalite.checkpoint.stored import StoredCheckpoint, read_local
 from megalite.config import CheckpointConfig, RunConfig
 from megalite.engine import WEIGHT
 from megalite.errors import CheckpointError, CommandError
@@ -131,7 +131,7 @@ def test_weights_for_use_without_an_engine(grid: Grid, root: Path, tmp_path: Pat
     shutil.move(save_checkpoint(trained, grid, root), moved)
     folder, manifest = checkpoint.open_checkpoint(moved)
     model = build(trained.config.model)
-    checkpoint.fill_model(model, trained.config.model, folder, manifest)
+    checkpoint.fill_model(model, trained.config.model, StoredCheckpoint(folder, manifest))
     batch = make_batch(trained.config.model).tensors
     assert model(batch).item() == trained.model.eval()(batch).item()
 
@@ -310,7 +310,7 @@ def test_a_rank_reads_its_own_slices(
         value = engine.model.get_parameter(row.name).data
         whole = {piece.tensor.name: value[piece.target] for piece in shapes.pieces(row)}
         layout = {"tensor_parallel": size, "tensor_rank": rank}
-        local = read_local(folder, manifest, row, "weight", **layout)
+        local = read_local(StoredCheckpoint(folder, manifest), row, "weight", **layout)
         assert local.shape == shapes.local_shape(row, tensor_parallel=size)
         expected = torch.zeros_like(local)
         for box in shapes.pieces(row, **layout):

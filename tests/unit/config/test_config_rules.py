@@ -155,10 +155,6 @@ def test_names_that_are_no_folder_names(name: str) -> None:
     ("keys", "message"),
     [
         (
-            {"model__architecture": "encoder"},
-            'model.architecture: found "encoder", which is not in this version; write "decoder"',
-        ),
-        (
             {"finetune": {"task": "sft"}},
             'finetune: found {"task": "sft"}, which is not in this version; leave the section out',
         ),
@@ -174,7 +170,57 @@ def test_absent_parts_may_be_null() -> None:
 
 def test_a_wrong_value_of_a_planned_key_is_the_schemas_to_refuse() -> None:
     [fault] = faults(model__architecture="decodr")
-    assert (
-        fault
-        == 'model.architecture: expected one of decoder, found "decodr"; did you mean "decoder"?'
-    )
+    known = "decoder, encoder, encoder_decoder"
+    expected = f'expected one of {known}, found "decodr"; did you mean "decoder"?'
+    assert fault == f"model.architecture: {expected}"
+
+
+ENCODER = {"model__architecture": "encoder", "objective": {"mask_token_id": 3}}
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "said"),
+    [
+        ({"model__num_decoder_layers": 2}, "model.num_decoder_layers", "encoder_decoder alone"),
+        (ENCODER | {"model__sliding_window": 8}, "model.sliding_window", "architecture decoder"),
+        ({"model__type_vocab_size": 2}, "model.type_vocab_size", "encoder alone"),
+        (
+            {"model__rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+            | {"model__position_embedding": "learned"},
+            "model.rope_scaling",
+            "position_embedding rope alone",
+        ),
+        (
+            {"model__rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "model.rope_scaling.original_max_position_embeddings",
+            "say for how many tokens",
+        ),
+        ({"model__architecture": "encoder"}, "objective.mask_token_id", "found null"),
+        (
+            {"model__architecture": "encoder", "objective": {"mask_token_id": 10**6}},
+            "objective.mask_token_id",
+            "1000000",
+        ),
+        ({"objective": {"name": "masked"}}, "objective.name", 'write "causal"'),
+        (
+            {"model__architecture": "encoder_decoder", "data__mask_documents": True},
+            "data.mask_documents",
+            "not kept apart",
+        ),
+        (
+            {"model__architecture": "encoder_decoder", "parallel": {"tensor": 2, "sequence": True}},
+            "data.sequence_length",
+            "shared evenly",
+        ),
+    ],
+)
+def test_what_a_kind_of_network_has_no_place_for(keys: dict[str, Any], key: str, said: str) -> None:
+    [fault] = faults(**keys)
+    assert fault.startswith(f"{key}: ")
+    assert said in fault
+
+
+def test_the_objective_follows_the_architecture() -> None:
+    for kind, name in (("decoder", "causal"), ("encoder_decoder", "span_corruption")):
+        assert parse_config(change(model__architecture=kind)).objective.name == name
+    assert parse_config(change(**ENCODER)).objective.name == "masked"

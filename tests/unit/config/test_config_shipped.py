@@ -51,7 +51,9 @@ def test_the_schema_helps_an_editor() -> None:
         for name, field in section["properties"].items():
             assert field.get("description"), name
     model = schema["$defs"]["ModelConfig"]["properties"]
-    assert model["activation"]["enum"] == ["swiglu", "geglu", "gelu", "gelu_tanh", "relu"]
+    assert model["activation"]["enum"] == [
+        *("swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu")
+    ]
     assert model["head_dim"]["type"] == ["integer", "null"]
     assert "gradient_clipping" in schema["properties"]["deepspeed"]["properties"]
 

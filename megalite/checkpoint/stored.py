@@ -1,0 +1,93 @@
+"""Canonical tensors on a disk, of which a rank reads the boxes that it holds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megalite import shapes
+from megalite.config import ModelConfig
+from megalite.engine import WEIGHT
+from megalite.errors import CheckpointError
+from megalite.formats import checkpoint as disk
+
+
+class Stored(Protocol):
+    """Canonical tensors on a disk, read box by box."""
+
+    def read(self, tensor: str, state: str, target: Tensor, box: tuple[slice, ...]) -> None:
+        """A box of one state of a tensor into `target`, fp32 on the CPU.
+
+        Raises:
+            CheckpointError: it is not there, or cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """The tensors of a checkpoint folder."""
+
+    folder: Path
+    manifest: disk.Manifest
+
+    def read(self, tensor: str, state: str, target: Tensor, box: tuple[slice, ...]) -> None:
+        entry = self.manifest.tensors[tensor]
+        if state not in entry.states:
+            raise CheckpointError(f"{self.folder} holds no {state} of {tensor}")
+        path = self.folder / entry.states[state].file
+        try:
+            disk.read_tensor(path, tensor, target.numpy(), box)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path}: cannot read {tensor}: {error}") from None
+
+
+def read_local(
+    stored: Stored,
+    row: shapes.Parameter,
+    state: str,
+    *,
+    tensor_parallel: int = 1,
+    tensor_rank: int = 0,
+    room: Tensor | None = None,
+) -> Tensor:
+    """One rank's part of a parameter's state: fp32, fused and padded, only its slices read.
+
+    Args:
+        room: flat fp32 memory on the CPU to read into, of that many numbers or more.
+    """
+    layout = {"tensor_parallel": tensor_parallel}
+    pieces = shapes.pieces(row, tensor_rank=tensor_rank, **layout)
+    shape = shapes.local_shape(row, **layout)
+    value = torch.empty(shape) if room is None else room[: math.prod(shape)].view(shape)
+    if sum(value[piece.target].numel() for piece in pieces) < value.numel():
+        value.zero_()  # padding of the vocabulary
+    for piece in pieces:
+        stored.read(piece.tensor.name, state, value[piece.target], piece.source)
+    return value
+
+
+def fill_model(
+    model: nn.Module,
+    config: ModelConfig,
+    stored: Stored,
+    *,
+    tensor_parallel: int = 1,
+    tensor_rank: int = 0,
+) -> None:
+    """Write stored weights into a rank's part of a model, for use without an engine."""
+    rows = {row.name: row for row in shapes.parameters(config)}
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            value = read_local(
+                stored,
+                rows[name],
+                WEIGHT,
+                tensor_parallel=tensor_parallel,
+                tensor_rank=tensor_rank,
+            )
+            parameter.copy_(value)

@@ -1,0 +1,88 @@
+"""Every family of models on every kind of layout, against one process and against transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalite.checkpoint.huggingface import export
+from megalite.config import ModelConfig
+from megalite.env import Launch
+from megalite.evaluate import open_model
+from megalite.evaluate.verify import inputs_of, theirs
+from megalite.formats.tokenizer import load_tokenizer
+from tests.families import FAMILIES, model_section
+from tests.parity.test_layouts import _reference, misses
+from tests.ranks import run_ranks
+from tests.runs import curve, rows, run_file, zero
+from tests.unit.huggingface.test_huggingface_families import InMemory, random_model
+
+SEQUENCE = {"tensor": 2, "sequence": True}
+LENGTH = {"t5": 31, "marian": 31}  # 5 are cut out in 2 spans: 28 are read and 8 written
+
+
+def family_run(shards: dict[str, str], folder: Path, family: str, **sections: Any) -> Any:
+    """A run of the family's second shape; with the vocabulary of bytes, a mask, and sentinels."""
+    model = model_section(family, 1) | {"vocab_size": 301, "initializer_range": 0.05}
+    data = {"sequence_length": LENGTH.get(family, 32)}
+    objective = {"mask_token_id": 258, "whole_words": True, "mask_probability": 0.16}
+    objective = objective if family == "bert" else {}
+    objective = {"mask_probability": 0.16} if family in LENGTH else objective
+    return run_file(shards, folder, model=model, data=data, objective=objective, **sections)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_on_every_kind_of_layout(
+    shards: dict[str, str], tmp_path: Path, family: str
+) -> None:
+    plain = family_run(shards, tmp_path / "plain", family)
+    run_ranks(_reference, 1, plain)
+    oracle = {"curve": curve(plain), "valid": [row["loss"] for row in rows(plain, "valid")]}
+    losses = [loss for loss, _ in oracle["curve"]]
+    assert losses[-1] < losses[0] - 0.3
+    layouts: dict[str, tuple[int, dict[str, Any]]] = {
+        "tp2": (4, {"parallel": {"tensor": 2}, "deepspeed": zero(1)}),
+        "sequence": (2, {"parallel": SEQUENCE, "deepspeed": zero(3)}),
+        "tp4": (4, {"parallel": {"tensor": 4, "sequence": True}, "deepspeed": zero(0)}),
+    }
+    layouts["sequence"][1]["training"] = {"activation_checkpointing": "selective"}
+    for name, (ranks, sections) in layouts.items():
+        raw = family_run(shards, tmp_path / name, family, **sections)
+        assert misses(raw, ranks, oracle) == [], name
+
+
+def _scores(launch: Launch, folders: list[str]) -> list[Any]:
+    from megalite.parallel import start
+
+    grid, found = start(launch, tensor_parallel=launch.world_size), []
+    for folder in folders:
+        opened = open_model(folder, grid)
+        with torch.no_grad():
+            logits = opened.model.logits(inputs_of(opened, ids_of(opened.config)))
+        found.append(logits.numpy())
+    return found
+
+
+def ids_of(config: ModelConfig) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(config.vocab_size, (2, 20), generator=generator)
+
+
+def test_ranks_that_share_a_model_give_the_scores_of_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    folders = []
+    for family in FAMILIES:
+        for number in range(3):
+            config = ModelConfig.model_validate(model_section(family, number))
+            folders.append(str(tmp_path / f"{family}-{number}"))
+            stored = InMemory(random_model(config), config)
+            export(stored, config, load_tokenizer("bytes"), Path(folders[-1]))
+    expected = [theirs(opened, ids_of(opened.config)) for opened in map(open_model, folders)]
+    for size in (2, 4):
+        for rank in run_ranks(_scores, size, folders):
+            for folder, found, wanted in zip(folders, rank, expected, strict=True):
+                error = float((torch.from_numpy(found) - wanted).abs().max() / wanted.std())
+                assert error <= 1e-4, (folder, size, error)
