@@ -32,7 +32,7 @@ def model_section(family: str, number: int) -> dict[str, Any]:
         "max_position_embeddings": 64,
         "tie_word_embeddings": number % 2 == 1,
         "norm_eps": 1e-5,
-        "initializer_range": 0.2,
+        "initializer_range": 0.1,
     }
     if family in ROPE:
         model |= {"head_dim": head_dim, "rope_theta": 500.0, "rope_scaling": _SCALINGS[number]}

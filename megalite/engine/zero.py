@@ -23,6 +23,8 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
@@ -218,13 +220,28 @@ class DeepSpeedEngine:
         if self.stage == 0:
             read_plain(self.optimizer, parameter, key).copy_(value)
         elif key == WEIGHT:
-            safe_set_full_fp32_param(parameter, value)
+            if self.stage == 3:
+                safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
+            else:
+                safe_set_full_fp32_param(parameter, value)
             # the call above reaches the fp32 master alone, not the copy the next forward reads
             with torch.no_grad(), self._writable(parameter):
                 if parameter.numel():
                     parameter.copy_(value)
+        elif self.stage == 3:
+            safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), key)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
+
+    def _own_part(self, parameter: Any, value: Tensor) -> Tensor:
+        """What of a whole value this rank keeps under ZeRO-3.
+
+        DeepSpeed's own cut fails where ranks do not divide the elements and the last part is short.
+        """
+        size = parameter.ds_tensor.ds_numel
+        padded = value.new_zeros(size * self._grid.data_parallel)
+        padded[: value.numel()] = value.flatten()
+        return padded[self._grid.data_rank * size :][:size]
 
     def group(self, parameter: nn.Parameter) -> Mapping[str, Any]:
         group: Mapping[str, Any] = self._inner().param_groups[self._groups[id(parameter)]]

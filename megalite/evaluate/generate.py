@@ -213,6 +213,7 @@ def _sample(
                 "has diverged; use an earlier checkpoint"
             )
         if sampling.repetition_penalty != 1:
+            logits_BV = logits_BV.clone()  # out of inference mode
             _penalize(logits_BV, texts, sampling.repetition_penalty)
         if sampling.temperature == 0:
             tokens = logits_BV.argmax(dim=1).tolist()

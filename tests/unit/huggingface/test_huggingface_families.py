@@ -49,7 +49,7 @@ def random_model(config: ModelConfig) -> LanguageModel:
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():  # biases and norms that do something
         for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 

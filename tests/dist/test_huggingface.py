@@ -1,0 +1,140 @@
+"""From a folder of Hugging Face's into any layout, and out again: bit for bit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.families import FAMILIES
+from tests.parity.test_families import family_run
+from tests.ranks import run_ranks
+from tests.runs import run_file, train, zero
+from tests.unit.huggingface.test_huggingface_families import exported
+
+transformers = pytest.importorskip("transformers")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _from(launch: Any, raw: dict[str, Any], source: str) -> None:
+    train(launch, raw, init_from=source)
+
+
+def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "launcher" / f"{name}.py"), *arguments]
+    return subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_goes_through_a_run_unchanged(
+    shards: dict[str, str], tmp_path: Path, family: str
+) -> None:
+    """Import, train with a rate of next to nothing, export: what was written at step 0 is equal."""
+    from megalite.checkpoint.huggingface import export
+    from megalite.config import ModelConfig
+    from megalite.formats.tokenizer import load_tokenizer
+    from tests.unit.huggingface.test_huggingface_families import InMemory, random_model
+
+    layouts = {"tp2": (2, {"tensor": 2}, 1), "zero3": (2, {}, 3)}
+    raw = family_run(shards, tmp_path, family)
+    config = ModelConfig.model_validate(raw["model"])
+    stored = InMemory(random_model(config), config)
+    export(stored, config, load_tokenizer("bytes"), tmp_path / "in")
+    before = load_file(tmp_path / "in" / "model.safetensors")
+    for name, (ranks, parallel, stage) in layouts.items():
+        raw = family_run(
+            shards, tmp_path, family, name=name, parallel=parallel, deepspeed=zero(stage)
+        )
+        raw["training"] |= {"steps": 1, "eval_every": 0}
+        # a whole step of no length: the smallest rate there is, and no decay
+        raw["optimizer"] = {"name": "sgd", "lr": 1e-45, "momentum": 0.0, "weight_decay": 0.0}
+        run_ranks(_from, ranks, raw, str(tmp_path / "in"))
+        out = tmp_path / f"{name}-out"
+        run = str(tmp_path / name)
+        done = command("export", "--checkpoint", run, "--output", str(out))
+        assert done.returncode == 0, done.stderr
+        after = load_file(out / "model.safetensors")
+        assert before.keys() == after.keys()
+        assert [key for key in before if not torch.equal(before[key], after[key])] == []
+        configs = [json.loads((f / "config.json").read_text()) for f in (tmp_path / "in", out)]
+        assert configs[0] == configs[1]
+
+
+def test_transformers_writes_what_a_trained_model_writes(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
+    """200 tokens, greedy, of a model trained and exported here."""
+    training = {"steps": 60, "global_batch_size": 16}
+    model = {"max_position_embeddings": 256, "vocab_size": 258}
+    raw = run_file(shards, tmp_path, training=training, model=model, optimizer={"lr": 1e-2})
+    run_ranks(train, 1, raw)
+    run, out = tmp_path / "run", tmp_path / "out"
+    done = command("export", "--checkpoint", str(run), "--output", str(out), "--verify")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "largest difference of the scores" in done.stdout
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    prompt = "def main("
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    assert ids[0].tolist() == list(prompt.encode())
+    settings = {"do_sample": False, "max_new_tokens": 200, "eos_token_id": 257}
+    wanted = theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0].tolist()
+    texts = []
+    for checkpoint in (run, out):
+        asked = ["--prompt", prompt, "--temperature", "0", "--max-new-tokens", "200"]
+        done = command("generate", "--checkpoint", str(checkpoint), *asked)
+        assert done.returncode == 0, done.stderr
+        texts.append(done.stdout)
+    assert texts[0] == texts[1] == bytes(i for i in wanted if i < 256).decode(errors="replace") + "\n"
+    assert len(wanted) == len(prompt) + 200
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    line = [*launch, str(ROOT / "launcher" / "generate.py"), "--checkpoint", str(run), *asked]
+    shared = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
+    assert shared.stdout == texts[0], shared.stderr
+
+
+def test_folders_that_cannot_be_used_are_named(shards: dict[str, str], tmp_path: Path) -> None:
+    exported("llama", 1, tmp_path / "good")
+    raw = run_file(shards, tmp_path, name="mine")
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(raw))
+
+    def refused(folder: Path, *said: str) -> None:
+        done = command("pretrain", "--config", str(path), "--init-from", str(folder))
+        assert done.returncode == 2, done.stderr
+        assert all(text in done.stderr for text in said), done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "mine").exists()
+
+    refused(tmp_path / "good", "holds another model", "model.hidden_size is 48", '"model": {')
+    config = json.loads((tmp_path / "good" / "config.json").read_text())
+    tensors = load_file(tmp_path / "good" / "model.safetensors")
+
+    def changed(name: str, values: dict[str, Any], kept: dict[str, torch.Tensor]) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config | values))
+        save_file(kept, folder / "model.safetensors")
+        return folder
+
+    refused(changed("unknown", {"model_type": "mamba"}, tensors), "'mamba'", "llama, mistral")
+    refused(changed("act", {"hidden_act": "gelu"}, tensors), "hidden_act 'gelu'", "'silu'")
+    less = {k: v for k, v in tensors.items() if "layers.1.mlp.down" not in k}
+    refused(changed("less", {}, less), "model.layers.1.mlp.down_proj.weight is missing")
+    other = tensors | {"model.norm.weight": torch.ones(3)}
+    refused(changed("shape", {}, other), "model.norm.weight is [3], not")
+    pickled = changed("pickle", {}, tensors)
+    (pickled / "model.safetensors").unlink()
+    (pickled / "pytorch_model.bin").write_bytes(b"x")
+    refused(pickled, "as a pickle", "LlamaForCausalLM", "save_pretrained")
+    broken = changed("broken", {}, tensors)
+    data = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(data[:40])
+    refused(broken, "cannot be read")
