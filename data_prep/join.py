@@ -20,7 +20,8 @@ from safetensors import safe_open
 from data_prep.folder import Run, read, write
 from data_prep.work import Tally, part_path, read_header
 from megalite.formats.index import Dtype
-from megalite.formats.shards import ShardInfo, ShardWriter
+from megalite.formats.manifest import ShardInfo
+from megalite.formats.shards import ShardWriter
 
 Mask = npt.NDArray[np.bool_]
 Lengths = npt.NDArray[np.int64]
