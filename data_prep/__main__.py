@@ -157,7 +157,8 @@ def _tokenize(**given: Any) -> int:
       mpirun -n 64 python -m data_prep tokenize --input "web/*.jsonl.zst" --tokenizer data/tok \\
           --output data/web --deduplicate
     """
-    from data_prep.encode import TokenizeOptions, tokenize
+    from data_prep.encode import tokenize
+    from data_prep.work import TokenizeOptions
 
     rank, ranks = env.find_place()
     given["workers"] = given["workers"] or (_cores() if ranks == 1 else 1)
