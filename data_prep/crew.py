@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
-from types import TracebackType
 
 from data_prep.folder import Run
 from data_prep.inputs import Stream
@@ -35,10 +34,10 @@ class Crew:
         self.idle = count == 0  # nobody works but the caller
         forks = sys.platform == "linux" and "mpi4py.MPI" not in sys.modules
         context = mp.get_context("fork" if forks else "spawn")
-        arguments = (work, run, streams, os.getpid())
+        told = (work, run, streams, os.getpid())
         self._run = run
         self._processes: list[BaseProcess] = [
-            context.Process(target=_be_worker, args=(*arguments, number), daemon=True)  # type: ignore[attr-defined]
+            context.Process(target=_be_worker, args=(*told, number), daemon=True)  # type: ignore[attr-defined]
             for number in range(count)
         ]
 
@@ -60,12 +59,7 @@ class Crew:
             process.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for process in self._processes:
             if error is not None:
                 process.kill()
@@ -79,11 +73,9 @@ def _be_worker(work: Work, run: Run, streams: Sequence[Stream], parent: int, num
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         work(run, streams, number)
-    except FileNotFoundError as error:
-        if run.folder.exists():
-            _fail(run, error)
     except Exception as error:
-        _fail(run, error)
+        if not isinstance(error, FileNotFoundError) or run.folder.exists():
+            _fail(run, error)
     # without the parent's teardown, whose threads and handlers are not this process's
     with suppress(OSError):
         sys.stderr.flush()
@@ -93,9 +85,8 @@ def _be_worker(work: Work, run: Run, streams: Sequence[Stream], parent: int, num
 def _fail(run: Run, error: Exception) -> None:
     if not isinstance(error, MegaLiteError):
         kept = isinstance(error, OSError)
-        text = f"the disk refused: {error}" if kept else traceback.format_exc()
-        error = MegaLiteError(text)
-        log.logger.error("%s", text)  # the run's folder may be what cannot be written
+        error = MegaLiteError(f"the disk refused: {error}" if kept else traceback.format_exc())
+        log.logger.error("%s", error)  # the run's folder may be what cannot be written
     run.fail(error)
     os._exit(error.exit_code)
 

@@ -8,32 +8,30 @@ folder, rank 0 joins what they made. Killed at any moment, the same command goes
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from data_prep.crew import Crew
 from data_prep.folder import Run, WorkFolder, read, write
 from data_prep.inputs import Stream, find_streams
-from data_prep.join import (
-    Join,
-    kept,
-    plan_join,
-    read_join,
-    read_shards,
-    shard_name,
-    write_join,
-    write_missing_shards,
-    write_shards,
-)
+from data_prep.join import Join, kept, plan_join, read_join, read_shards, shard_name, write_shards
 from data_prep.output import check_output, refuse_taken
 from data_prep.progress import shown
-from data_prep.work import Encoder, Tally, Worker, part_name, part_path, read_header
+from data_prep.work import (
+    Encoder,
+    Tally,
+    TokenizeOptions,
+    Worker,
+    part_name,
+    read_header,
+    wait,
+)
 from megalite import env
 from megalite.errors import DataError, MegaLiteError
-from megalite.files import publish, sync_directory, sync_file
+from megalite.files import publish, sync_file
 from megalite.formats.manifest import (
     Manifest,
     ShardInfo,
@@ -47,45 +45,13 @@ from megalite.log import logger
 
 _RANK_0_COMES = 300.0  # seconds
 _SUCCESSOR_COMES = 15.0  # seconds
-_IMPATIENT = 30.0  # seconds without a new shard, at least
 _POLL = 0.1  # seconds
-
-
-@dataclass(frozen=True)
-class TokenizeOptions:
-    """The arguments of `tokenize`. workers: of each rank."""
-
-    inputs: Sequence[str]
-    tokenizer: str
-    output: Path
-    text_field: str = "text"
-    shard_tokens: int = 100_000_000
-    workers: int = 1
-    max_bad_records: int = 0
-    bos: bool = False
-    eos: bool = True
-    deduplicate: bool = False
-    streaming: bool = True
-    lossy: bool = False
-
-    def recorded(self) -> dict[str, Any]:
-        """What the manifest keeps: all that the shards depend on, and nothing else."""
-        kept = asdict(self)
-        del kept["output"], kept["workers"]
-        return {**kept, "inputs": list(self.inputs)}
-
-    def asked(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """What two runs have in common that can share their work."""
-        asked = self.recorded() | {"tokenizer": tokenizer.sha256}
-        del asked["max_bad_records"]
-        return asked
 
 
 @dataclass
 class _Task:
     """What a rank works with."""
 
-    options: TokenizeOptions
     encoder: Encoder
     folder: WorkFolder
     rank: int
@@ -94,41 +60,27 @@ class _Task:
     @property
     def places(self) -> int:
         """Workers of all ranks."""
-        return self.ranks * self.options.workers
-
-    def worker(self, run: Run, streams: Sequence[Stream], place: int) -> Worker:
-        return Worker(
-            run,
-            self.folder.parts,
-            streams,
-            self.encoder,
-            place=place,
-            places=self.places,
-            text_field=self.options.text_field,
-            hashes=self.options.deduplicate,
-            limit=self.options.max_bad_records,
-        )
+        return self.ranks * self.encoder.options.workers
 
     def work(self, run: Run, streams: Sequence[Stream], number: int) -> None:
         """All that a worker does beside the leader: encode, wait for the plan, write shards."""
-        place = self.rank * self.options.workers + number
-        worker = self.worker(run, streams, place)
+        place = self.rank * self.encoder.options.workers + number
+        worker = Worker(run, streams, self.encoder, place=place, places=self.places)
         worker.encode_all()
         worker.wait(run.join.exists)
         self.write_shards(run, place)
 
-    def write_shards(self, run: Run, place: int) -> Join:
-        join, tokenizer = read_join(run), self.encoder.tokenizer
+    def write_shards(self, run: Run, place: int) -> None:
+        """Those that nobody has begun, each worker from another one on."""
+        join = read_join(run)
         first = place * len(join.shards) // self.places
-        first %= max(1, len(join.shards))
-        dtype, size = self.encoder.dtype, tokenizer.vocab_size
-        write_shards(run, self.folder.parts, join, dtype, vocab_size=size, first=first)
-        return join
+        write_shards(run, join, self.encoder, wanted=run.claim, first=first)
 
     def crew(self, run: Run, streams: Sequence[Stream]) -> Crew:
         """The workers of this rank beside the calling process, which works where it is alone."""
-        if (count := self.options.workers) > 1 and all(s.parts is not None for s in streams):
-            count = min(count, sum(s.parts or 0 for s in streams))
+        count = self.encoder.options.workers
+        if all(stream.parts is not None for stream in streams):
+            count = min(count, sum(stream.parts or 0 for stream in streams))
         return Crew(self.work, run, streams, count if count > 1 else 0)
 
 
@@ -145,10 +97,9 @@ def tokenize(options: TokenizeOptions) -> Manifest:
     check_output(options.output)
     tokenizer = load_tokenizer(options.tokenizer)
     check_round_trip(tokenizer, lossy=options.lossy)
-    encoder = Encoder(tokenizer, bos=options.bos, eos=options.eos)
     folder = WorkFolder(options.output, options.asked(tokenizer), env.launch_id())
     rank, ranks = env.find_place()
-    task = _Task(options, encoder, folder, rank, ranks)
+    task = _Task(Encoder(tokenizer, options), folder, rank, ranks)
     try:
         return _lead(task) if rank == 0 else _follow(task)
     except OSError as error:
@@ -156,7 +107,7 @@ def tokenize(options: TokenizeOptions) -> Manifest:
 
 
 def _lead(task: _Task) -> Manifest:
-    options, folder = task.options, task.folder
+    options, folder = task.encoder.options, task.folder
     if folder.was_published():
         folder.clear()
         return load_manifest(options.output)
@@ -166,25 +117,21 @@ def _lead(task: _Task) -> Manifest:
         write(run.plan, [asdict(stream) for stream in streams])
         folder.start(run)
         with run.beating(), _failing(run), task.crew(run, streams) as crew:
-            worker = task.worker(run, streams, 0 if crew.idle else task.places)
+            place = 0 if crew.idle else task.places
+            worker = Worker(run, streams, task.encoder, place=place, places=task.places)
             with shown(run, streams, options.max_bad_records):
                 if crew.idle:
                     worker.encode_all()
                 worker.wait(lambda: crew.check() and worker.all_done())
             parts = _parts(run, worker, streams)
-            join = plan_join(
-                run,
-                folder.parts,
-                [name for _, name in parts],
-                shard_tokens=options.shard_tokens,
-                deduplicate=options.deduplicate,
-            )
-            tallies = _tally(task, run, join, [source for source, _ in parts])
-            write_join(run, join)
+            names, size = [name for _, name in parts], options.shard_tokens
+            join = plan_join(run, names, shard_tokens=size, deduplicate=options.deduplicate)
+            tallies = _tally(options, run, join, [source for source, _ in parts])
+            write(run.join, asdict(join))
             if crew.idle:
                 task.write_shards(run, 0)
             shards = _shards(task, run, join, crew)
-            manifest = _manifest(task, streams, tallies, shards, run.shards)
+            manifest = _manifest(task.encoder, streams, tallies, shards, run.shards)
         publish(run.shards, options.output)
     folder.clear()
     return manifest
@@ -192,27 +139,21 @@ def _lead(task: _Task) -> Manifest:
 
 def _shards(task: _Task, run: Run, join: Join, crew: Crew) -> list[ShardInfo]:
     """What all shards turned out to be; those that their writers seem to have left are written."""
-    started = last = time.monotonic()
-    before, longest = -1, 0.0
-    wanted = {shard_name(number) for number in range(len(join.shards))}
-    while missing := len(wanted - run.done()):
-        run.check()
-        crew.check()
-        now = time.monotonic()
-        if missing != before:
-            longest = max(longest, now - last) if before >= 0 else 0.0
-            before, last = missing, now
-        if now - last > max(_IMPATIENT, 5 * longest):
-            logger.info("shards are missing after %.0f s: writing them here", now - started)
-            dtype, size = task.encoder.dtype, task.encoder.tokenizer.vocab_size
-            write_missing_shards(run, task.folder.parts, join, dtype, vocab_size=size)
-        time.sleep(_POLL)
+    started = time.monotonic()
+    names = {shard_name(number) for number in range(len(join.shards))}
+
+    def write_missing() -> None:
+        seconds, done = time.monotonic() - started, run.done()
+        logger.info("shards are missing after %.0f s: writing them here", seconds)
+        write_shards(run, join, task.encoder, wanted=lambda name: name not in done)
+
+    wait(run, lambda: names <= run.done() or not crew.check(), write_missing)
     return read_shards(run, len(join.shards))
 
 
 def _follow(task: _Task) -> Manifest:
     """Work for the run that rank 0 leads, until its output is there."""
-    output, patience = task.options.output, _RANK_0_COMES
+    output, patience = task.encoder.options.output, _RANK_0_COMES
     while True:
         deadline = time.monotonic() + patience
         while (run := task.folder.follow()) is None or (found := read(run.plan)) is None:
@@ -226,7 +167,9 @@ def _follow(task: _Task) -> Manifest:
             with _failing(run), task.crew(run, streams) as crew:
                 if crew.idle:
                     task.work(run, streams, 0)
-                _wait_for(lambda: crew.check() and not run.folder.exists(), run)
+                while crew.check() and run.folder.exists():
+                    run.check()
+                    time.sleep(_POLL)
         except FileNotFoundError:  # rank 0 has ended the run, or begun another
             pass
         patience = _SUCCESSOR_COMES
@@ -237,23 +180,11 @@ def _failing(run: Run) -> Iterator[None]:
     """What goes wrong here stops all ranks."""
     try:
         yield
-    except MegaLiteError as error:
-        run.fail(error)
-        raise
     except FileNotFoundError:
         raise
-    except OSError as error:
-        run.fail(MegaLiteError(f"the disk refused: {error}"))
+    except (MegaLiteError, OSError) as error:
+        run.fail(error)
         raise
-
-
-def _wait_for(result: Callable[[], Any], run: Run) -> Any:
-    pause = 0.005
-    while not (found := result()):
-        run.check()
-        time.sleep(pause)
-        pause = min(2 * pause, _POLL)
-    return found
 
 
 def _parts(run: Run, worker: Worker, streams: Sequence[Stream]) -> list[tuple[int, str]]:
@@ -266,18 +197,17 @@ def _parts(run: Run, worker: Worker, streams: Sequence[Stream]) -> list[tuple[in
     return parts
 
 
-def _tally(task: _Task, run: Run, join: Join, sources: Sequence[int]) -> list[Tally]:
+def _tally(options: TokenizeOptions, run: Run, join: Join, sources: Sequence[int]) -> list[Tally]:
     """What came of each --input.
 
     Raises:
         DataError: more bad records than allowed, also where earlier runs met them; no document.
     """
-    options, parts = task.options, task.folder.parts
     tallies = [Tally() for _ in options.inputs]
     faults: list[str] = []
     for source, (name, first) in zip(sources, join.parts, strict=True):
-        tallies[source].add(kept(run, parts, name, first))
-        faults += read_header(part_path(parts, name)).faults
+        tallies[source].add(kept(run, name, first))
+        faults += read_header(run.part(name)).faults
     if (bad := sum(tally.bad_records for tally in tallies)) > options.max_bad_records:
         raise DataError(
             f"{faults[min(options.max_bad_records, len(faults) - 1)]}; bad record "
@@ -290,24 +220,19 @@ def _tally(task: _Task, run: Run, join: Join, sources: Sequence[int]) -> list[Ta
 
 
 def _manifest(
-    task: _Task, streams: Sequence[Stream], tallies: Sequence[Tally], shards: Any, folder: Path
+    encoder: Encoder,
+    streams: Sequence[Stream],
+    tallies: Sequence[Tally],
+    shards: list[ShardInfo],
+    folder: Path,
 ) -> Manifest:
     """Complete a shard folder; the manifest is written last."""
-    options, encoder = task.options, task.encoder
-    files = [
-        sum(len(stream.paths) for stream in streams if stream.source == number)
-        for number in range(len(tallies))
-    ]
+    files = Counter[int]()
+    for stream in streams:
+        files[stream.source] += len(stream.paths)
     sources = [
-        SourceInfo(
-            input=name,
-            files=count,
-            bytes=tally.bytes,
-            documents=tally.documents,
-            tokens=tally.tokens,
-            bad_records=tally.bad_records,
-        )
-        for name, count, tally in zip(options.inputs, files, tallies, strict=True)
+        SourceInfo(input=name, files=files[number], **asdict(tally))  # but what it consumed
+        for number, (name, tally) in enumerate(zip(encoder.options.inputs, tallies, strict=True))
     ]
     manifest = Manifest(
         dtype=encoder.dtype.name,
@@ -319,7 +244,7 @@ def _manifest(
         tokens=sum(tally.tokens for tally in tallies),
         shards=shards,
         sources=sources,
-        arguments=options.recorded(),
+        arguments=encoder.options.recorded(),
     )
     write_manifest(folder, manifest)
     return manifest
@@ -331,5 +256,4 @@ def _save(tokenizer: Tokenizer, staging: Path) -> TokenizerInfo:
     name = tokenizer.save(folder)
     for file in folder.iterdir():
         sync_file(file)
-    sync_directory(folder)
     return TokenizerInfo(path=f"{folder.name}/{name}", sha256=tokenizer.sha256)

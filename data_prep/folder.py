@@ -25,10 +25,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from data_prep.output import tidied
 from megalite import env
 from megalite.errors import CommandError, DataError, MegaLiteError, UserError
 from megalite.formats.manifest import MANIFEST_NAME
@@ -49,6 +50,7 @@ class Run:
         self._claims, self._done = folder / "claims", folder / "done"
         self._workers, self._error = folder / "workers", folder / "error.json"
         self._ends, self._beat = folder / "ends", folder / "beat"
+        self._parts = folder.parent / "parts"
         self._last_beat, self._heard = None, time.monotonic()
 
     def create(self) -> None:
@@ -57,11 +59,19 @@ class Run:
 
     def claim(self, name: str) -> bool:
         """Whether this caller is the first to ask for a piece of work."""
-        return _create(self._claims / name)
+        try:
+            (self._claims / name).touch(0o644, exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
     def finish(self, name: str) -> None:
         """Say that a piece of work is done."""
-        _create(self._done / name)
+        (self._done / name).touch(0o644)
+
+    def part(self, name: str) -> Path:
+        """The file of an encoded part, which outlives the run."""
+        return self._parts / f"{name}.part"
 
     def end(self, key: str, last: int) -> None:
         """Say which part of a stream nothing follows; of several that are right one is kept."""
@@ -85,8 +95,10 @@ class Run:
         found = (read(path) for path in self._workers.iterdir() if not path.name.startswith("."))
         return [report for report in found if report is not None]
 
-    def fail(self, error: MegaLiteError) -> None:
+    def fail(self, error: MegaLiteError | OSError) -> None:
         """Stop everyone with this error; the first one counts."""
+        if isinstance(error, OSError):
+            error = MegaLiteError(f"the disk refused: {error}")
         with suppress(OSError):  # the run has ended otherwise, or the disk is full
             wrong = {"code": error.exit_code, "message": str(error), "by": who_am_i()}
             write(self._error, wrong, first=True)
@@ -109,26 +121,23 @@ class Run:
         """Show that the run is led."""
         write(self._beat, time.time())
 
-    @contextmanager
-    def beating(self) -> Iterator[None]:
+    def beating(self) -> AbstractContextManager[None]:
         """Show it every second, whatever the leader does meanwhile."""
-
-        def beat() -> None:
-            with suppress(OSError):  # a full disk is for those to say who write more
-                self.beat()
-
-        with repeating(beat, every=_BEAT):
-            yield
+        return repeating(self.beat, every=_BEAT)
 
 
 @contextmanager
 def repeating(action: Callable[[], None], *, every: float) -> Iterator[None]:
-    """Do something every so many seconds, in a thread, until the block ends."""
+    """Do something every so many seconds, in a thread, until the block ends.
+
+    A full disk is for those to say who write more than that.
+    """
     ended = threading.Event()
 
     def repeat() -> None:
         while not ended.wait(every):
-            action()
+            with suppress(OSError):
+                action()
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
@@ -164,27 +173,23 @@ class WorkFolder:
         Raises:
             CommandError: another process leads one here.
         """
-        created = [parent for parent in self.path.parents if not parent.exists()]
-        self.parts.mkdir(parents=True, exist_ok=True)
-        lock = _lock(self.path / "lock", self.output)
-        began, before = time.monotonic(), self._count()
-        try:
-            self._current.unlink(missing_ok=True)
-            for old in self.path.glob("run-*"):
-                shutil.rmtree(old, ignore_errors=True)
-            run = Run(self.path / f"run-{secrets.token_hex(4)}")
-            run.create()
-            yield run
-        except BaseException as error:
-            at_once = isinstance(error, UserError) and time.monotonic() - began < _WORTH_KEEPING
-            self._leave(keep=bool(before) or not at_once)
-            if not self.path.exists():
-                for parent in created:
-                    with suppress(OSError):
-                        parent.rmdir()
-            raise
-        finally:
-            os.close(lock)
+        with tidied(self.path):
+            self.parts.mkdir(parents=True, exist_ok=True)
+            lock = _lock(self.path / "lock", self.output)
+            began, before = time.monotonic(), self._count()
+            try:
+                self._current.unlink(missing_ok=True)
+                for old in self.path.glob("run-*"):
+                    shutil.rmtree(old, ignore_errors=True)
+                run = Run(self.path / f"run-{secrets.token_hex(4)}")
+                run.create()
+                yield run
+            except BaseException as error:
+                at_once = isinstance(error, UserError) and time.monotonic() - began < _WORTH_KEEPING
+                self._leave(keep=bool(before) or not at_once)
+                raise
+            finally:
+                os.close(lock)
 
     def start(self, run: Run) -> None:
         """Let the other ranks in."""
@@ -234,15 +239,9 @@ def write(path: Path, value: Any, *, first: bool = False) -> None:
     """Put JSON in place by a rename; with `first` only where there is none."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     partial.write_text(json.dumps(value))
-    if not first:
-        os.replace(partial, path)
-        return
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        pass
-    finally:
-        partial.unlink()
+    with suppress(FileExistsError):
+        (os.link if first else os.replace)(partial, path)
+    partial.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Any:
@@ -260,14 +259,6 @@ def who_am_i() -> str:
 
 def _host() -> str:
     return f"host {socket.gethostname()}"
-
-
-def _create(path: Path) -> bool:
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-    except FileExistsError:
-        return False
-    return True
 
 
 def _lock(path: Path, output: Path) -> int:

@@ -18,13 +18,15 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 from data_prep.packed import PACKED, is_packed
 from data_prep.sets import HUB, hub_facts, saved_folder, saved_parts
-from data_prep.tables import ParquetTable, even_parts
+from data_prep.tables import ParquetTable, even_parts, group_sizes
 from megalite.errors import CommandError
 from megalite.log import logger
 
@@ -98,14 +100,8 @@ def find_streams(
     found = _without_doubles(inputs)
     part_bytes = part_bytes or choose_part_bytes(sum(one.weight for one in found))
     streams = [_stream(group, part_bytes, streaming) for group in _groups(found, part_bytes)]
-    tables = [
-        n for n, stream in enumerate(streams) if stream.kind == "parquet" and stream.parts is None
-    ]
     with ThreadPoolExecutor(_FOOTER_READERS) as pool:
-        counts = pool.map(lambda n: _count_parts(streams[n]), tables)
-        for number, count in zip(tables, counts, strict=True):
-            streams[number] = replace(streams[number], parts=count)
-    return streams
+        return list(pool.map(_with_parts, streams))
 
 
 def choose_part_bytes(total: int) -> int:
@@ -123,19 +119,11 @@ def kind_of(path: Path) -> Kind:
 
 def _groups(found: Sequence[_Found], part_bytes: int) -> Iterator[list[_Found]]:
     """What one stream is made of: consecutive files of an input and a kind, or one large one."""
-    group: list[_Found] = []
-    weight = 0
-    for one in found:
-        alike = group and (one.source, one.kind) == (group[0].source, group[0].kind)
-        if group and (
-            not alike or one.kind in ("hub", "saved") or weight + one.weight > part_bytes
-        ):
-            yield group
-            group, weight = [], 0
-        group.append(one)
-        weight += one.weight
-    if group:
-        yield group
+    for (_, kind), alike in groupby(found, lambda one: (one.source, one.kind)):
+        files = list(alike)
+        limit = -1 if kind in ("hub", "saved") else part_bytes  # -1: each alone
+        for group in group_sizes([one.weight for one in files], limit):
+            yield files[group.start : group.stop]
 
 
 def _stream(group: Sequence[_Found], part_bytes: int, streaming: bool) -> Stream:
@@ -144,9 +132,8 @@ def _stream(group: Sequence[_Found], part_bytes: int, streaming: bool) -> Stream
     size = sum(one.size for one in group)
     marks: list[Any] = [[one.real, *one.stamps] for one in group]
     if first.kind == "hub":
-        facts = hub_facts(first.path, streaming=streaming, part_bytes=part_bytes)
-        parts, size = facts.parts, facts.size
-        marks = [first.path, *facts.origin, streaming]
+        parts, size, origin = hub_facts(first.path, streaming=streaming, part_bytes=part_bytes)
+        marks = [first.path, *origin, streaming]
     elif first.kind == "saved":
         parts = saved_parts(first.path, part_bytes)
     elif first.kind == "parquet" and size > part_bytes:
@@ -165,12 +152,12 @@ def _stream(group: Sequence[_Found], part_bytes: int, streaming: bool) -> Stream
     )
 
 
-def _count_parts(stream: Stream) -> int:
-    table = ParquetTable(stream.paths[0])
-    try:
-        return len(table.parts(stream.part_bytes))
-    finally:
-        table.close()
+def _with_parts(stream: Stream) -> Stream:
+    """With the number of parts, where that is a matter of a Parquet file's footer."""
+    if stream.kind != "parquet" or stream.parts is not None:
+        return stream
+    with closing(ParquetTable(stream.paths[0])) as table:
+        return replace(stream, parts=len(table.parts(stream.part_bytes)))
 
 
 def _without_doubles(inputs: Sequence[str]) -> list[_Found]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,9 @@ import numpy.typing as npt
 from safetensors import safe_open
 
 from data_prep.folder import Run, read, write
-from data_prep.work import Tally, part_path, read_header
-from megalite.formats.index import Dtype
-from megalite.formats.shards import ShardInfo, ShardWriter
-
-Mask = npt.NDArray[np.bool_]
-Lengths = npt.NDArray[np.int64]
+from data_prep.work import Encoder, Tally, read_header
+from megalite.formats.manifest import ShardInfo
+from megalite.formats.shards import ShardWriter
 
 # Hashes sorted at once. All documents are gone through once for each bucket of hashes.
 _BUCKET = 1 << 24
@@ -41,9 +37,7 @@ class Join:
     shards: list[list[tuple[int, int, int]]]
 
 
-def plan_join(
-    run: Run, folder: Path, parts: Sequence[str], *, shard_tokens: int, deduplicate: bool
-) -> Join:
+def plan_join(run: Run, parts: Sequence[str], *, shard_tokens: int, deduplicate: bool) -> Join:
     """Cut the documents of all parts into shards of at most `shard_tokens` tokens.
 
     A document is never cut, so one that is longer than that has a shard to itself. Memory holds the
@@ -52,13 +46,13 @@ def plan_join(
     placed, total = list[tuple[str, int]](), 0
     for name in parts:
         placed.append((name, total))
-        total += read_header(part_path(folder, name)).tally.documents
+        total += read_header(run.part(name)).tally.documents
     if deduplicate:
-        _drop_duplicates(run, folder, placed, total)
+        _drop_duplicates(run, placed, total)
     shards: list[list[tuple[int, int, int]]] = []
     used = 0
     for number, (name, first) in enumerate(placed):
-        lengths = _lengths(part_path(folder, name))
+        lengths = _array(run, name, "lengths")
         stay = ~_dropped(run, first, len(lengths))
         ends = np.cumsum(lengths * stay)
         at = 0
@@ -77,47 +71,34 @@ def plan_join(
     return Join(placed, shards)
 
 
-def write_join(run: Run, join: Join) -> None:
-    write(run.join, asdict(join))
-
-
 def read_join(run: Run) -> Join:
-    """What `write_join` wrote; FileNotFoundError where the run is over."""
+    """What was planned; FileNotFoundError where the run is over."""
     if (found := read(run.join)) is None:
         raise FileNotFoundError(run.join)
-    return Join([(n, f) for n, f in found["parts"]], found["shards"])
+    return Join(**found)
 
 
 def write_shards(
-    run: Run, folder: Path, join: Join, dtype: Dtype, *, vocab_size: int, first: int
+    run: Run, join: Join, encoder: Encoder, *, wanted: Callable[[str], bool], first: int = 0
 ) -> None:
-    """Write the shards that nobody has begun, from number `first` on, and say so in the run."""
+    """Write the shards that are wanted, from number `first` on, and say so in the run.
+
+    Whoever writes a shard, also where another has begun it, writes the same bytes.
+    """
     count = len(join.shards)
     for number in (*range(first, count), *range(first)):
-        if run.claim(shard_name(number)):
-            _write_shard(run, folder, join, number, dtype, vocab_size)
+        if wanted(shard_name(number)):
+            _write_shard(run, join, number, encoder)
 
 
-def write_missing_shards(
-    run: Run, folder: Path, join: Join, dtype: Dtype, *, vocab_size: int
-) -> None:
-    """Write the shards that nobody has finished, whoever began them: the bytes are the same."""
-    done = run.done()
-    for number in range(len(join.shards)):
-        if shard_name(number) not in done:
-            _write_shard(run, folder, join, number, dtype, vocab_size)
-
-
-def _write_shard(
-    run: Run, folder: Path, join: Join, number: int, dtype: Dtype, vocab_size: int
-) -> None:
+def _write_shard(run: Run, join: Join, number: int, encoder: Encoder) -> None:
     """One shard, made apart and renamed into place: another worker may be at the same one."""
-    name = shard_name(number)
+    name, size = shard_name(number), encoder.tokenizer.vocab_size
     making = run.folder / f"making-{name}-{secrets.token_hex(4)}"
     making.mkdir()
-    with ShardWriter(making, name, dtype, vocab_size=vocab_size) as writer:
-        for ids, lengths in _pieces(run, folder, join, number):
-            writer.add_documents(ids, lengths)
+    with ShardWriter(making, name, encoder.dtype, vocab_size=size) as writer:
+        for place, start, end in join.shards[number]:
+            writer.add_documents(*_documents(run, *join.parts[place], start, end))
         info = writer.close()
     for path in making.iterdir():
         os.replace(path, run.shards / path.name)
@@ -132,42 +113,36 @@ def shard_name(number: int) -> str:
 
 def read_shards(run: Run, count: int) -> list[ShardInfo]:
     """What the shards turned out to be, once all are done."""
-    found = (read(run.folder / f"{shard_name(number)}.json") for number in range(count))
-    return [ShardInfo.model_validate(info) for info in found]
+    files = (run.folder / f"{shard_name(number)}.json" for number in range(count))
+    return [ShardInfo.model_validate(read(file)) for file in files]
 
 
-def kept(run: Run, folder: Path, name: str, first: int) -> Tally:
+def kept(run: Run, name: str, first: int) -> Tally:
     """What a part gives to the shards, after duplicates were dropped."""
-    tally = read_header(part_path(folder, name)).tally
+    tally = read_header(run.part(name)).tally
     if (dropped := _dropped(run, first, tally.documents)).any():
-        with safe_open(part_path(folder, name), framework="np") as file:
-            tally.tokens -= int(file.get_tensor("lengths")[dropped].sum())
-            tally.bytes -= int(file.get_tensor("bytes")[dropped].sum())
+        tally.tokens -= int(_array(run, name, "lengths")[dropped].sum())
+        tally.bytes -= int(_array(run, name, "bytes")[dropped].sum())
         tally.documents -= int(dropped.sum())
     return tally
 
 
-def _pieces(
-    run: Run, folder: Path, join: Join, number: int
-) -> Iterator[tuple[npt.NDArray[Any], Lengths]]:
-    """The documents of a shard, part by part: their tokens in a row, and their lengths."""
-    for place, start, end in join.shards[number]:
-        name, first = join.parts[place]
-        path = part_path(folder, name)
-        ends = np.cumsum(lengths := _lengths(path))
-        begin, stop = int(ends[start - 1]) if start else 0, int(ends[end - 1])
-        lengths = lengths[start:end]
-        with safe_open(path, framework="np") as file:
-            tokens = file.get_slice("tokens")[begin:stop]
-        dropped = _dropped(run, first + start, end - start)
-        if dropped.any():
-            tokens, lengths = tokens[np.repeat(~dropped, lengths)], lengths[~dropped]
-        yield tokens, lengths
+def _documents(
+    run: Run, name: str, first: int, start: int, end: int
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Documents of a part but for duplicates: their tokens in a row, and their lengths."""
+    ends = np.cumsum(lengths := _array(run, name, "lengths"))
+    begin, stop = int(ends[start - 1]) if start else 0, int(ends[end - 1])
+    lengths = lengths[start:end]
+    with safe_open(run.part(name), framework="np") as file:
+        tokens = file.get_slice("tokens")[begin:stop]
+    dropped = _dropped(run, first + start, end - start)
+    if dropped.any():
+        tokens, lengths = tokens[np.repeat(~dropped, lengths)], lengths[~dropped]
+    return tokens, lengths
 
 
-def _drop_duplicates(
-    run: Run, folder: Path, parts: Sequence[tuple[str, int]], documents: int
-) -> None:
+def _drop_duplicates(run: Run, parts: Sequence[tuple[str, int]], documents: int) -> None:
     """Mark every document whose text an earlier one has: a byte each in the file `dropped`."""
     with open(run.dropped, "wb") as file:
         file.truncate(documents)
@@ -178,8 +153,7 @@ def _drop_duplicates(
     for bucket in range(buckets):
         found, places = [], []
         for name, first in parts:
-            with safe_open(part_path(folder, name), framework="np") as part:
-                hashes = part.get_tensor("hashes")
+            hashes = _array(run, name, "hashes")
             chosen = np.flatnonzero(hashes[:, 0] % np.uint64(buckets) == bucket)
             found.append(hashes[chosen])
             places.append(first + chosen)
@@ -190,14 +164,14 @@ def _drop_duplicates(
     dropped.flush()
 
 
-def _dropped(run: Run, first: int, count: int) -> Mask:
+def _dropped(run: Run, first: int, count: int) -> npt.NDArray[np.bool_]:
     """Which of some documents are duplicates; without `deduplicate` none."""
     if not count or not run.dropped.exists():
         return np.zeros(count, np.bool_)
     return np.fromfile(run.dropped, np.bool_, count=count, offset=first)
 
 
-def _lengths(path: Path) -> Lengths:
-    with safe_open(path, framework="np") as file:
-        lengths: Lengths = file.get_tensor("lengths")
-    return lengths
+def _array(run: Run, part: str, name: str) -> npt.NDArray[Any]:
+    with safe_open(run.part(part), framework="np") as file:
+        found: npt.NDArray[Any] = file.get_tensor(name)
+    return found

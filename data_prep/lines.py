@@ -7,9 +7,12 @@ them, so whoever reads rising parts unpacks once.
 from __future__ import annotations
 
 import codecs
+import sys
 from collections.abc import Iterator
+from functools import partial
 
-from data_prep.packed import BUFFER, DAMAGE, InputFile, is_packed, unreadable
+from data_prep.packed import BUFFER, InputFile, is_packed, naming
+from data_prep.records import Record, records, text_of_json
 
 
 class Lines:
@@ -26,7 +29,7 @@ class Lines:
         self._rewind(InputFile(path))
 
     def _rewind(self, file: InputFile) -> None:
-        self.file = file
+        self.file, self.size = file, file.size
         self._position, self._last, self._fresh = 0, -1, True
         self._before = 0  # newlines before the part's first line; of packed files alone
         self._first = self._taken = 0  # the part's first line's offset, and lines given since
@@ -41,20 +44,23 @@ class Lines:
         Raises:
             DataError: a file that cannot be read so far.
         """
-        try:
+        with naming(self.path):
             self._before, self._taken = self._before + self._taken, 0
             self._find_line(start, stop)
             self._first, self._first_disk = self._position, self.file.tell_disk()
             readline = self.file.bytes.readline
-            while self._fresh and self._position < stop:
-                line = readline()
-                if not line:
-                    break
+            while self._fresh and self._position < stop and (line := readline()):
                 self._last, self._position = self._position, self._position + len(line)
                 self._taken += 1
                 yield line if self._last else line.removeprefix(codecs.BOM_UTF8)
-        except DAMAGE as error:
-            raise unreadable(self.path, error) from error
+
+    def records(self, text_field: str, start: int = 0, stop: int = sys.maxsize) -> Iterator[Record]:
+        """The documents in the lines of a part, or of the whole file; errors as `part`."""
+        stripped = (line.strip(b" \t\r\n") for line in self.part(start, stop))
+        text_of = partial(text_of_json, text_field=text_field)
+        return records(
+            filter(None, stripped), text_of, lambda _: f"{self.path} line {self.number()}"
+        )
 
     def number(self) -> int:
         """The number of the line given last, from 1; of a plain file, counted when first asked."""
@@ -64,10 +70,8 @@ class Lines:
 
     def ends_by(self, stop: int) -> bool:
         """After a part that ends there: whether the unpacked file does too, or ended before."""
-        try:
+        with naming(self.path):
             return self._position <= stop and not self.file.bytes.peek(1)
-        except DAMAGE as error:
-            raise unreadable(self.path, error) from error
 
     def disk_bytes(self) -> int:
         """About how many bytes on disk the part took."""

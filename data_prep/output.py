@@ -36,6 +36,19 @@ def refuse_taken(output: Path) -> None:
 
 
 @contextmanager
+def tidied(output: Path) -> Iterator[None]:
+    """Folders above `output` that were made in the block vanish if it fails and they are empty."""
+    missing = [parent for parent in output.parents if not parent.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+        raise
+
+
+@contextmanager
 def staged(output: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `output` when the block ends, and vanishes if it fails.
 
@@ -45,17 +58,13 @@ def staged(output: Path) -> Iterator[Path]:
     """
     check_output(output)
     refuse_taken(output)
-    created = [parent for parent in output.parents if not parent.exists()]
     staging = output.with_name(f".{output.name}.{secrets.token_hex(4)}.staging")
-    try:
-        staging.mkdir(parents=True)
-        yield staging
-        publish(staging, output)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        with suppress(OSError):
-            for parent in created:
-                parent.rmdir()
-        if isinstance(error, OSError):
+    with tidied(output):
+        try:
+            staging.mkdir(parents=True)
+            yield staging
+            publish(staging, output)
+        except OSError as error:
             raise MegaLiteError(f"{output} was not written: {error}") from error
-        raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)

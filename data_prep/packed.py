@@ -13,7 +13,8 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from megalite.errors import DataError
@@ -40,6 +41,15 @@ def unreadable(name: str, error: Exception) -> DataError:
     return DataError(f"{name}: cannot be read to its end: {reason}")
 
 
+@contextmanager
+def naming(name: str, damage: tuple[type[Exception], ...] = DAMAGE) -> Iterator[None]:
+    """Turns what reading a damaged file, a table or a set raises into a DataError with its name."""
+    try:
+        yield
+    except damage as error:
+        raise unreadable(name, error) from error
+
+
 class InputFile:
     """A file's bytes, unpacked: `bytes` reads them, `size` is its size on disk.
 
@@ -48,10 +58,9 @@ class InputFile:
     """
 
     def __init__(self, path: str) -> None:
-        try:
+        self.path = path
+        with naming(path):
             self._disk = io.FileIO(path)
-        except OSError as error:
-            raise unreadable(path, error) from error
         self.size = os.fstat(self._disk.fileno()).st_size
         if not self.size and is_packed(path):
             self._disk.close()

@@ -7,14 +7,14 @@ column is not a matter of records, and ends the command.
 from __future__ import annotations
 
 import codecs
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import TypeVar, cast
 
-from data_prep.inputs import Stream
+from data_prep.inputs import Kind, Stream
 from data_prep.lines import Lines
-from data_prep.packed import DAMAGE, InputFile, unreadable
-from data_prep.records import BadRecords, Fault, Record, Unusable, text_of_bytes, text_of_json
+from data_prep.packed import InputFile, naming
+from data_prep.records import BadRecords, Fault, Record, records, text_of_bytes
 from data_prep.sets import SetRows
 from data_prep.tables import ParquetTable
 from megalite.errors import DataError
@@ -81,9 +81,9 @@ class Reader:
 
     def _read_range(self, stream: Stream, part: int) -> Iterator[Record]:
         lines = self._keep(stream, lambda: Lines(stream.paths[0]))
-        _check_size(stream, lines.file.size)
+        _check_size(stream, lines.size)
         start, stop = part * stream.part_bytes, (part + 1) * stream.part_bytes
-        yield from self._read_lines(lines, start, stop)
+        yield from lines.records(self._field, start, stop)
         if stream.parts is None:
             self.ended = lines.ends_by(stop)
             self.consumed = lines.disk_bytes()
@@ -100,61 +100,37 @@ class Reader:
     def _read_files(self, stream: Stream) -> Iterator[Record]:
         """All of several small files, or of a large one that is not cut."""
         for path in stream.paths:
-            if stream.kind == "parquet":
-                table = ParquetTable(path)
-                size, records = table.size, table.records(self._field)
-                opened: ParquetTable | Lines | InputFile = table
-            elif stream.kind == "jsonl":
-                lines = Lines(path)
-                size, records = lines.file.size, self._read_lines(lines, 0, sys.maxsize)
-                opened = lines
-            else:
-                opened = file = InputFile(path)
-                size, records = file.size, _read_text(file, path)
-            try:
-                yield from records
-            finally:
-                opened.close()
-            self.consumed += size
+            with closing(_FILES[stream.kind](path)) as file:
+                yield from file.records(self._field)
+            self.consumed += file.size
         _check_size(stream, self.consumed)
 
-    def _read_lines(self, lines: Lines, start: int, stop: int) -> Iterator[Record]:
-        field = self._field
-        for line in lines.part(start, stop):
-            if not (line := line.strip(b" \t\r\n")):
-                continue
-            record: Record
-            try:
-                record = text_of_json(line, field)
-            except Unusable as error:
-                record = Fault(f"{lines.path} line {lines.number()}", str(error))
-            yield record
+
+class _Text(InputFile):
+    """A file that is one document."""
+
+    def records(self, text_field: str) -> Iterator[Record]:
+        del text_field
+        with naming(self.path):
+            data = self.bytes.read().removeprefix(codecs.BOM_UTF8)
+        return records([data], text_of_bytes, lambda _: self.path)
+
+
+_FILES: dict[Kind, Callable[[str], Lines | ParquetTable | _Text]] = {
+    "jsonl": Lines,
+    "parquet": ParquetTable,
+    "text": _Text,
+}
 
 
 def read_streams(streams: Sequence[Stream], text_field: str) -> Iterator[Record]:
     """All records of all streams, in order."""
-    reader = Reader(text_field)
-    try:
+    with closing(Reader(text_field)) as reader:
         for stream in streams:
             part, reader.ended = 0, False
             while not reader.ended:
                 yield from reader.read(stream, part)
                 part += 1
-    finally:
-        reader.close()
-
-
-def _read_text(file: InputFile, path: str) -> Iterator[Record]:
-    try:
-        data = file.bytes.read()
-    except DAMAGE as error:
-        raise unreadable(path, error) from error
-    record: Record
-    try:
-        record = text_of_bytes(data.removeprefix(codecs.BOM_UTF8))
-    except Unusable as error:
-        record = Fault(path, str(error))
-    yield record
 
 
 def _check_size(stream: Stream, size: int) -> None:

@@ -7,8 +7,9 @@ empty, or holds a NUL.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from pydantic_core import from_json
 
@@ -27,6 +28,7 @@ class Fault:
 
 
 Record: TypeAlias = "str | Fault"
+Value = TypeVar("Value")
 
 
 class Unusable(ValueError):
@@ -51,6 +53,19 @@ class BadRecords:
             logger.warning("%s: %s; left out", fault.place, fault.reason)
         elif self.count == _NAMED + 1:
             logger.warning("further bad records are counted without being named")
+
+
+def records(
+    values: Iterable[Value], text_of: Callable[[Value], str], place: Callable[[int], str]
+) -> Iterator[Record]:
+    """The document in each value, or a fault; `place` names that of the n-th value, from 0."""
+    for number, value in enumerate(values):
+        record: Record
+        try:
+            record = text_of(value)
+        except Unusable as error:
+            record = Fault(place(number), str(error))
+        yield record
 
 
 def text_of_json(line: bytes, text_field: str) -> str:

@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from megalite.errors import CommandError
 from megalite.formats.manifest import Manifest
-from megalite.formats.shards import ShardSet, open_shards, verify_folder
+from megalite.formats.shards import ShardSet, open_shards
 from megalite.formats.tokenizer import load_tokenizer
+from megalite.formats.verify import verify_folder
 from megalite.log import logger
 
 _EXACT_BITS = 12  # of a length that are counted: a share below 1/2048 of it is not

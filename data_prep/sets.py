@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.packed import unreadable
+from data_prep.packed import naming
 from data_prep.records import Record
 from data_prep.tables import check_column, column_records, even_parts, rows_at_once
 from megalite.errors import CommandError, DataError
+from megalite.files import read_json
 
 HUB = "hf:"
 _STREAMED_ROWS = 64  # at once; of Parquet the library holds some row groups
@@ -20,18 +19,12 @@ _STREAMED_ROWS = 64  # at once; of Parquet the library holds some row groups
 _MAPPED_BYTES = 1 << 26
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a plan needs to know of a data set."""
-
-    parts: int
-    size: int  # bytes of its tables; 0 where they are streamed
-    origin: tuple[str, ...]  # equal if its rows are
-
-
-def hub_facts(name: str, *, streaming: bool, part_bytes: int) -> Facts:
+def hub_facts(name: str, *, streaming: bool, part_bytes: int) -> tuple[int, int, list[str]]:
     """A set's data files if it is streamed, else its rows, downloaded, in even parts.
 
+    Returns:
+        the number of parts; bytes of its tables, 0 where they are streamed; what is equal if its
+        rows are.
     Raises:
         DataError: a set that the library cannot open, with its reason: it names the splits there
             are for one that is missing, and the configurations where one must be chosen.
@@ -45,9 +38,9 @@ def hub_facts(name: str, *, streaming: bool, part_bytes: int) -> Facts:
     except Exception as error:  # the library has no error of its own above all others
         raise _unopened(name, error) from error
     if streaming:
-        return Facts(rows.num_shards, 0, tuple(origin))
+        return rows.num_shards, 0, origin
     size = rows.data.nbytes
-    return Facts(even_parts(size, part_bytes), size, (*origin, rows._fingerprint))
+    return even_parts(size, part_bytes), size, [*origin, rows._fingerprint]
 
 
 def saved_folder(name: str) -> Path | None:
@@ -103,14 +96,7 @@ class SetRows:
         row = 0 if self._streaming else len(self._rows) * part // parts
         if self._streaming and parts > 1:
             place = f"{self._label} file {part} row"
-        tables = self._shard(part, parts) if self._streaming else self._slices(part, parts)
-        while True:
-            try:
-                table = next(tables, None)
-            except Exception as error:
-                raise unreadable(self._label, error) from error
-            if table is None:
-                return
+        for table in self._tables(part, parts):
             check_column(table.schema, text_field, self._label)
             yield from column_records(table.column(text_field), place, row)
             row += len(table)
@@ -122,6 +108,10 @@ class SetRows:
             return _build(*_builder(self._name), streaming=self._streaming)
         except Exception as error:
             raise _unopened(self._name, error) from error
+
+    def _tables(self, part: int, parts: int) -> Iterator[Any]:
+        with naming(self._label, (Exception,)):
+            yield from self._shard(part, parts) if self._streaming else self._slices(part, parts)
 
     def _shard(self, part: int, parts: int) -> Iterator[Any]:
         if self._rows.num_shards != parts:
@@ -167,7 +157,7 @@ def _build(builder: Any, split: str, *, streaming: bool) -> Any:
 def _open_saved(folder: str) -> Any:
     import datasets
 
-    try:
+    with naming(folder, (Exception,)):
         rows = datasets.load_from_disk(folder)
         state = _read_json(Path(folder, "state.json"))
         if files := state.get("_indices_data_files"):  # of early versions; left out by the library
@@ -179,15 +169,11 @@ def _open_saved(folder: str) -> Any:
                     tables.append(pa.ipc.open_stream(stream).read_all())
             rows = rows.select(pa.concat_tables(tables).column(0).to_numpy())
         return rows.with_format(None)
-    except Exception as error:
-        raise unreadable(folder, error) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError) as error:
-        raise unreadable(str(path), error) from error
+    with naming(str(path), (OSError, ValueError)):
+        return dict(read_json(path))
 
 
 def _unopened(name: str, error: Exception) -> DataError:

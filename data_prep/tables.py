@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from data_prep.packed import BUFFER, unreadable
-from data_prep.records import Fault, Record, Unusable, text_of_bytes
+from data_prep.packed import BUFFER, naming
+from data_prep.records import Record, records, text_of_bytes
 from megalite.errors import DataError
 
 _MOST_ROWS = 1024
@@ -29,12 +29,10 @@ class ParquetTable:
         import pyarrow.parquet as pq
 
         self.path, self._damage = path, (OSError, pa.ArrowException)
-        try:
+        with naming(path, self._damage):
             # with a buffer, and unless told to fetch ahead, pages are read as they are needed
             self._file = pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
             self.size = os.path.getsize(path)  # bytes on disk
-        except self._damage as error:
-            raise unreadable(path, error) from error
 
     def parts(self, part_bytes: int) -> list[range]:
         """Row groups in parts; sizes are those of the footer, of all columns unpacked."""
@@ -53,22 +51,16 @@ class ParquetTable:
         sizes = [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
         groups = range(footer.num_row_groups) if groups is None else groups
         row = sum(sizes[: groups[0]]) if groups else 0
-        column = next(
-            n for n in range(footer.num_columns) if footer.schema.column(n).path == text_field
-        )
-        try:
+        names = [footer.schema.column(n).path for n in range(footer.num_columns)]
+        column = names.index(text_field)
+        asked: dict[str, Any] = {"columns": [text_field], "use_threads": False}
+        with naming(self.path, self._damage):
             for group in groups:
                 unpacked = footer.row_group(group).column(column).total_uncompressed_size
-                for batch in self._file.iter_batches(
-                    rows_at_once(unpacked, sizes[group]),
-                    row_groups=[group],
-                    columns=[text_field],
-                    use_threads=False,
-                ):
+                rows = rows_at_once(unpacked, sizes[group])
+                for batch in self._file.iter_batches(rows, row_groups=[group], **asked):
                     yield from column_records(batch.column(0), f"{self.path} row", row)
                     row += batch.num_rows
-        except self._damage as error:
-            raise unreadable(self.path, error) from error
 
     def close(self) -> None:
         """Close the file."""
@@ -120,10 +112,4 @@ def column_records(column: Any, place: str, first_row: int) -> Iterator[Record]:
 
     # as bytes, since a column of strings may hold what is not UTF-8
     values = column.cast(pa.large_binary()).to_numpy(zero_copy_only=False)
-    for row, value in enumerate(values, first_row):
-        record: Record
-        try:
-            record = text_of_bytes(value)
-        except Unusable as error:
-            record = Fault(f"{place} {row}", str(error))
-        yield record
+    return records(values, text_of_bytes, lambda number: f"{place} {first_row + number}")

@@ -35,6 +35,36 @@ _IMPATIENT = 30.0  # seconds after which another worker's part is done again, at
 _POLL, _LONGEST_POLL = 0.01, 0.5  # seconds
 
 
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """The arguments of `tokenize`. workers: of each rank."""
+
+    inputs: Sequence[str]
+    tokenizer: str
+    output: Path
+    text_field: str = "text"
+    shard_tokens: int = 100_000_000
+    workers: int = 1
+    max_bad_records: int = 0
+    bos: bool = False
+    eos: bool = True
+    deduplicate: bool = False
+    streaming: bool = True
+    lossy: bool = False
+
+    def recorded(self) -> dict[str, Any]:
+        """What the manifest keeps: all that the shards depend on, and nothing else."""
+        kept = asdict(self)
+        del kept["output"], kept["workers"]
+        return {**kept, "inputs": list(self.inputs)}
+
+    def asked(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """What two runs have in common that can share their work."""
+        asked = self.recorded() | {"tokenizer": tokenizer.sha256}
+        del asked["max_bad_records"]
+        return asked
+
+
 @dataclass
 class Tally:
     """What came of some of the input; `bytes` are of UTF-8 text, `consumed` of files on disk."""
@@ -61,12 +91,12 @@ class Part:
 
 
 class Encoder:
-    """A tokenizer with its policy for the ends of documents."""
+    """A tokenizer with what was asked of it: whether documents have BOS and EOS, and the rest."""
 
-    def __init__(self, tokenizer: Tokenizer, *, bos: bool, eos: bool) -> None:
-        self.tokenizer = tokenizer
-        self.bos = _control(tokenizer.bos_id, "BOS", "leave out --bos") if bos else None
-        self.eos = _control(tokenizer.eos_id, "EOS", "pass --no-eos") if eos else None
+    def __init__(self, tokenizer: Tokenizer, options: TokenizeOptions) -> None:
+        self.tokenizer, self.options = tokenizer, options
+        self.bos = _control(tokenizer.bos_id, "BOS", "leave out --bos") if options.bos else None
+        self.eos = _control(tokenizer.eos_id, "EOS", "pass --no-eos") if options.eos else None
         self.dtype: Dtype = dtype_for(tokenizer.vocab_size)
 
     def encode(self, texts: Sequence[str]) -> tuple[Integers, npt.NDArray[np.int64]]:
@@ -94,19 +124,16 @@ class Encoder:
         tokens[inner] = ids
         return tokens, lengths
 
-    def key(self, stream: Stream, *, text_field: str, hashes: bool) -> str:
+    def key(self, stream: Stream) -> str:
         """The name of a stream's parts: a hash of all that their content depends on."""
-        sha256 = self.tokenizer.sha256
-        wish = [_VERSION, stream.identity, sha256, self.bos, self.eos, text_field, hashes]
+        text_field, hashes = self.options.text_field, self.options.deduplicate
+        made_by = [self.tokenizer.sha256, self.bos, self.eos, text_field, hashes]
+        wish = [_VERSION, stream.identity, *made_by]
         return hashlib.sha256(json.dumps(wish).encode()).hexdigest()[:20]
 
 
 def part_name(key: str, part: int) -> str:
     return f"{key}_{part:06d}"
-
-
-def part_path(parts: Path, name: str) -> Path:
-    return parts / f"{name}.part"
 
 
 class Choice:
@@ -166,27 +193,18 @@ class Worker:
 
     Args:
         place: of this worker among `places`; the leader of other workers stands behind them.
-        limit: bad records of all workers together; one that alone finds more stops all.
     """
 
     def __init__(
-        self,
-        run: Run,
-        parts: Path,
-        streams: Sequence[Stream],
-        encoder: Encoder,
-        *,
-        place: int,
-        places: int,
-        text_field: str,
-        hashes: bool,
-        limit: int,
+        self, run: Run, streams: Sequence[Stream], encoder: Encoder, *, place: int, places: int
     ) -> None:
-        self._run, self._parts, self._streams, self._encoder = run, parts, streams, encoder
-        self.keys = [encoder.key(s, text_field=text_field, hashes=hashes) for s in streams]
-        self._name, self._hashes = f"{place:05d}", hashes
+        self._run, self._streams, self._encoder = run, streams, encoder
+        self.keys = [encoder.key(stream) for stream in streams]
+        self._name = f"{place:05d}"
         self._choice = Choice(run, streams, self.keys, place / places)
-        self._reader, self._bad = Reader(text_field), BadRecords(limit)
+        # of all workers together; one that alone finds more bad records stops all
+        self._bad = BadRecords(encoder.options.max_bad_records)
+        self._reader = Reader(encoder.options.text_field)
         self._tally, self._covered, self._longest = Tally(), 0, 0.0
         self._began = self._ended = 0.0
 
@@ -204,18 +222,12 @@ class Worker:
         Raises:
             FileNotFoundError: the run is over.
         """
-        since, pause, before = time.monotonic(), _POLL, -1
-        while not ready():
-            self._run.check()
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_POLL)
-            if (done := len(self._run.done())) != before:  # somebody works
-                since, before = time.monotonic(), done
-            if time.monotonic() - since > max(_IMPATIENT, 5 * self._longest):
-                for number, part in missing(self._run, self._streams, self.keys):
-                    self._do(number, part)
-                self._reader.close()
-                since = time.monotonic()
+        wait(self._run, ready, self._do_missing, longest=self._longest)
+
+    def _do_missing(self) -> None:
+        for number, part in missing(self._run, self._streams, self.keys):
+            self._do(number, part)
+        self._reader.close()
 
     def all_done(self) -> bool:
         """Whether every part of every stream is done, by whomever."""
@@ -225,7 +237,7 @@ class Worker:
         self._run.check()
         start = time.time()
         name, stream = part_name(self.keys[number], part), self._streams[number]
-        path = part_path(self._parts, name)
+        path = self._run.part(name)
         made = inspect_part(path) if path.exists() else None
         if made is None:
             made = self._encode(stream, part, path)
@@ -240,25 +252,20 @@ class Worker:
         self._run.report(self._name, asdict(self._tally) | times)
 
     def _encode(self, stream: Stream, part: int, path: Path) -> Part:
-        tally, faults = Tally(), list[str]()
-        tokens: list[Integers] = []
-        lengths: list[npt.NDArray[np.int64]] = []
+        tally, faults, hashes = Tally(), list[str](), self._encoder.options.deduplicate
+        encoded = [(np.empty(0, self._encoder.dtype), np.empty(0, np.int64))]
         digests, sizes = list[bytes](), list[int]()
         for texts in self._batches(stream, part, tally, faults):
-            for data in (text.encode() for text in texts if self._hashes):
+            for data in (text.encode() for text in texts if hashes):
                 digests.append(hashlib.blake2b(data, digest_size=16).digest())
                 sizes.append(len(data))
-            ids, counts = self._encoder.encode(texts)
-            tokens.append(ids)
-            lengths.append(counts)
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "tokens": np.concatenate([np.empty(0, self._encoder.dtype), *tokens]),
-            "lengths": np.concatenate([np.empty(0, np.int64), *lengths]),
-        }
-        if self._hashes:
+            encoded.append(self._encoder.encode(texts))
+        tokens, lengths = map(np.concatenate, zip(*encoded, strict=True))
+        arrays: dict[str, npt.NDArray[Any]] = {"tokens": tokens, "lengths": lengths}
+        if hashes:
             arrays["hashes"] = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
             arrays["bytes"] = np.array(sizes, np.int64)
-        tally.tokens, tally.documents = arrays["tokens"].size, arrays["lengths"].size
+        tally.tokens, tally.documents = tokens.size, lengths.size
         tally.consumed = self._reader.consumed
         made = Part(tally, self._reader.ended, _sha256(arrays), faults)
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -314,6 +321,27 @@ def inspect_part(path: Path) -> Part | None:
         pass
     path.unlink(missing_ok=True)
     return None
+
+
+def wait(
+    run: Run, ready: Callable[[], bool], do_left: Callable[[], None], *, longest: float = 0.0
+) -> None:
+    """Until `ready`; where nothing more gets done, what others seem to have left is done here.
+
+    Args:
+        longest: seconds that a piece of work is known to take.
+    """
+    since, pause, before = time.monotonic(), _POLL, -1
+    while not ready():
+        run.check()
+        time.sleep(pause)
+        pause, now = min(2 * pause, _LONGEST_POLL), time.monotonic()
+        if (done := len(run.done())) != before:  # somebody works
+            longest = max(longest, now - since) if before >= 0 else longest
+            since, before = now, done
+        if now - since > max(_IMPATIENT, 5 * longest):
+            do_left()
+            longest, since = max(longest, time.monotonic() - now), time.monotonic()
 
 
 def missing(run: Run, streams: Sequence[Stream], keys: Sequence[str]) -> list[tuple[int, int]]:

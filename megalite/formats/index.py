@@ -94,6 +94,11 @@ class Index:
             return self.tokens
         return int(self.pointers[sequence]) // self.dtype.itemsize
 
+    def document_bounds(self) -> npt.NDArray[np.int64]:
+        """The first token of each document, and the end: D numbers."""
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        return np.concatenate(([0], ends))[self.documents]
+
 
 def dtype_for(vocab_size: int) -> Dtype:
     """The dtype that shards of a vocabulary have: uint16 up to 65,536 ids, else int32."""
@@ -319,8 +324,6 @@ class DocumentStarts:
 
 def _counts_up(documents: Integers) -> bool:
     """Whether each document is one sequence."""
-    for first in range(0, len(documents), _CHECKED_AT_ONCE):
-        part = documents[first : first + _CHECKED_AT_ONCE]
-        if not np.array_equal(part, np.arange(first, first + len(part))):
-            return False
-    return True
+    firsts = range(0, len(documents), _CHECKED_AT_ONCE)
+    parts = ((first, documents[first : first + _CHECKED_AT_ONCE]) for first in firsts)
+    return all(np.array_equal(part, np.arange(n, n + len(part))) for n, part in parts)

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
 from megalite.errors import DataError
 from megalite.files import sha256_file, sync_file
+from megalite.formats import verify as checks
 from megalite.formats.index import (
     LONGEST_SEQUENCE,
     DocumentStarts,
@@ -30,37 +30,9 @@ from megalite.formats.index import (
     read_index,
     write_index,
 )
-from megalite.formats.manifest import (
-    Manifest,
-    ShardInfo,
-    fingerprint,
-    load_manifest,
-    write_manifest,
-)
-from megalite.formats.verify import (
-    bin_path,
-    check_bin,
-    check_hash,
-    checked_index,
-    describe_megatron,
-    idx_path,
-    megatron_names,
-    size_faults,
-    verify_folder,
-)
+from megalite.formats.manifest import Manifest, ShardInfo, fingerprint, load_manifest
+from megalite.formats.verify import bin_path, idx_path
 from megalite.log import logger
-
-__all__ = [
-    "Manifest",
-    "ShardInfo",
-    "ShardSet",
-    "ShardWriter",
-    "fingerprint",
-    "load_manifest",
-    "open_shards",
-    "verify_folder",
-    "write_manifest",
-]
 
 _MAPPED_INDICES = 16  # for whole documents; windows need none
 # Indices of this size together are checked whole when a folder is opened, in some 0.2 s; those
@@ -97,21 +69,17 @@ def open_shards(
             an `.idx` that is damaged or not this `.bin`'s. All of them are named.
     """
     path = Path(folder)
-    names = megatron_names(path)
-    if names is not None:
+    if (names := checks.megatron_names(path)) is not None:
         folder = path if path.is_dir() else path.parent
-        manifest = describe_megatron(folder, names, vocab_size=vocab_size)
+        manifest = checks.describe_megatron(folder, names, vocab_size=vocab_size)
         _warn(path, manifest, verify)
         return ShardSet(folder, manifest, path=path, files=files, checked=True)
     manifest = load_manifest(path)
-    faults = [fault for shard in manifest.shards for fault in size_faults(path, manifest, shard)]
+    faults = [fault for one in manifest.shards for fault in checks.size_faults(path, manifest, one)]
     cost = 20 * manifest.documents + _INDEX_COST * len(manifest.shards)
     check = cost <= check_bytes and not faults
     for shard in manifest.shards if check else ():
-        try:
-            checked_index(path, manifest, shard)
-        except DataError as error:
-            faults.append(str(error))
+        faults += checks.fault_of(checks.checked_index, path, manifest, shard)
     if faults:
         more = len(faults) - _NAMED_FAULTS
         named = faults[:_NAMED_FAULTS] + ([f"{path}: and {more} more faults"] if more > 0 else [])
@@ -203,12 +171,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 
@@ -237,9 +200,8 @@ class ShardSet:
         self._unsigned = np.dtype(f"<u{self.dtype.itemsize}")  # in which a negative id is a big one
         self._verify, self._all_checked = verify, checked
         self._used: dict[int, str] = {}  # paths of the .bin files in use
-        counts = [(shard.tokens, shard.documents) for shard in manifest.shards]
-        self._starts = list(accumulate((tokens for tokens, _ in counts), initial=0))
-        self._firsts = list(accumulate((documents for _, documents in counts), initial=0))
+        self._starts = list(accumulate((one.tokens for one in manifest.shards), initial=0))
+        self._firsts = list(accumulate((one.documents for one in manifest.shards), initial=0))
         self._document_starts: dict[int, DocumentStarts] = {}
         self._index = lru_cache(_MAPPED_INDICES)(self._map_index)
 
@@ -256,16 +218,13 @@ class ShardSet:
                 asked for, one whose hash is not the manifest's.
         """
         assert 0 <= start <= start + count <= self.tokens, (start, count, self.tokens)
-        shard = bisect_right(self._starts, start) - 1
-        if count and start + count <= self._starts[shard + 1]:
-            return self._read_shard(shard, start - self._starts[shard], count)
-        pieces = [np.empty(0, self.dtype)]
+        pieces: list[Integers] = []
         while count:
             shard = bisect_right(self._starts, start) - 1
             here = min(count, self._starts[shard + 1] - start)
             pieces.append(self._read_shard(shard, start - self._starts[shard], here))
             start, count = start + here, count - here
-        return np.concatenate(pieces)
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self.dtype), *pieces])
 
     def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Where documents begin strictly between two positions of the stream, in order.
@@ -286,17 +245,13 @@ class ShardSet:
         """The tokens of one document of the folder, counted from 0."""
         assert 0 <= number < self.documents, (number, self.documents)
         shard = bisect_right(self._firsts, number) - 1
-        index, base = self._index(shard), self._starts[shard]
-        first = index.document_start(number - self._firsts[shard])
-        return self.read(
-            base + first, index.document_start(number - self._firsts[shard] + 1) - first
-        )
+        index, number = self._index(shard), number - self._firsts[shard]
+        first, end = index.document_start(number), index.document_start(number + 1)
+        return self.read(self._starts[shard] + first, end - first)
 
     def document_lengths(self, shard: int) -> npt.NDArray[np.int64]:
         """The tokens of each document of one shard."""
-        index = self._index(shard)
-        ends = np.concatenate([[0], np.cumsum(index.lengths, dtype=np.int64)])
-        return np.diff(ends[index.documents])
+        return np.diff(self._index(shard).document_bounds())
 
     def _read_shard(self, shard: int, offset: int, count: int) -> Integers:
         path = self._used.get(shard) or self._first_use(shard)
@@ -309,23 +264,22 @@ class ShardSet:
         """The path of a `.bin`, which may have changed since the folder was opened."""
         info = self.manifest.shards[shard]
         path = bin_path(self.folder, info.name)
-        check_bin(path, self.manifest, info)
+        checks.check_bin(path, self.manifest, info)
         if self._verify:
-            check_hash(path, info.sha256)
+            checks.check_hash(path, info.sha256)
         self._used[shard] = str(path)
         return self._used[shard]
 
     def _outline(self, shard: int) -> DocumentStarts:
         path = idx_path(self.folder, self.manifest.shards[shard].name)
-        starts = DocumentStarts(path, self._map_index(shard))
-        self._document_starts[shard] = starts
-        return starts
+        self._document_starts[shard] = DocumentStarts(path, self._map_index(shard))
+        return self._document_starts[shard]
 
     def _map_index(self, shard: int) -> Index:
         info = self.manifest.shards[shard]
         if self._all_checked or shard in self._document_starts:
             return read_index(idx_path(self.folder, info.name), check=False)
-        return checked_index(self.folder, self.manifest, info)
+        return checks.checked_index(self.folder, self.manifest, info)
 
     def _out_of_range(self, shard: int, offset: int, piece: Integers) -> DataError:
         at = int(np.argmax(piece.view(self._unsigned) >= self.vocab_size))

@@ -60,28 +60,18 @@ def verify_folder(folder: Path | str) -> list[str]:
         logger.info("%s (%d of %d): %s", shard.name, number + 1, len(manifest.shards), verdict)
         faults += found
     faults += _tokenizer_faults(folder, manifest)
-    known = {path.name for shard in manifest.shards for path in _files(folder, shard)}
-    strays = {path.name for kind in ("*.bin", "*.idx") for path in folder.glob(kind)} - known
-    return faults + [f"{folder / name}: not in the manifest" for name in sorted(strays)]
+    known = {shard.name for shard in manifest.shards}
+    strays = [file for file in _halves(folder) if file.stem not in known]
+    return faults + [f"{file}: not in the manifest" for file in strays]
 
 
 def size_faults(folder: Path, manifest: Manifest, shard: ShardInfo) -> list[str]:
     """What the sizes of a shard's files and the header of its `.idx` show: 34 bytes are read."""
-    try:  # the same comparisons at a tenth of the cost, for mixtures of ten thousand shards
-        header = read_header(f"{folder}/{shard.name}.idx")
-        size = os.stat(f"{folder}/{shard.name}.bin").st_size
-        if (size, header.boundaries - 1, header.dtype) == (
-            shard.bytes,
-            shard.documents,
-            np.dtype(manifest.dtype).newbyteorder("<"),
-        ):
-            return []
-    except (DataError, OSError):
-        pass  # named below
-    return _collect(
-        lambda: check_bin(bin_path(folder, shard.name), manifest, shard),
-        lambda: _check_header(idx_path(folder, shard.name), manifest, shard),
-    )
+    bin_file, idx_file = bin_path(folder, shard.name), idx_path(folder, shard.name)
+    return [
+        *fault_of(check_bin, bin_file, manifest, shard),
+        *fault_of(_check_header, idx_file, manifest, shard),
+    ]
 
 
 def megatron_names(path: Path) -> list[str] | None:
@@ -95,7 +85,7 @@ def megatron_names(path: Path) -> list[str] | None:
     if not path.is_dir():
         pair = (path.with_name(f"{path.name}{ending}") for ending in (".bin", ".idx"))
         return [path.name] if any(file.is_file() for file in pair) else None
-    names = sorted({file.stem for kind in ("*.bin", "*.idx") for file in path.glob(kind)})
+    names = sorted({file.stem for file in _halves(path)})
     return None if not names or any(map(_OUR_SHARD.fullmatch, names)) else names
 
 
@@ -137,8 +127,6 @@ def describe_megatron(folder: Path, names: list[str], *, vocab_size: int | None)
         documents=sum(shard.documents for shard in shards),
         tokens=sum(shard.tokens for shard in shards),
         shards=shards,
-        sources=[],
-        arguments={},
     )
 
 
@@ -193,9 +181,14 @@ def check_bin(path: Path, manifest: Manifest, shard: ShardInfo) -> None:
         )
 
 
-def check_hash(path: Path, expected: str) -> None:
-    """Raise a DataError unless a file's SHA-256 is the expected one."""
-    _compare_hash(path, sha256_file(path), expected)
+def check_hash(path: Path, expected: str, found: str = "") -> None:
+    """Raise a DataError unless a file's SHA-256, `found` where it is known, is the expected one."""
+    found = found or sha256_file(path)
+    if found != expected:
+        raise DataError(
+            f"{path}: sha256 {found[:12]}..., the manifest says {expected[:12]}...; bytes changed "
+            "since it was written: copy or make it again"
+        )
 
 
 def checked_index(folder: Path, manifest: Manifest, shard: ShardInfo) -> Index:
@@ -224,7 +217,7 @@ def _check_header(path: Path, manifest: Manifest, shard: ShardInfo) -> None:
         if path.exists():
             raise
         raise DataError(f"{path}: missing, the manifest lists it") from error
-    if header.dtype.name != manifest.dtype:
+    if header.dtype != np.dtype(manifest.dtype).newbyteorder("<"):
         raise DataError(
             f"{path}: holds {header.dtype.name}, the manifest says {manifest.dtype}; it belongs "
             "to another folder"
@@ -238,17 +231,16 @@ def _check_header(path: Path, manifest: Manifest, shard: ShardInfo) -> None:
 
 def _shard_faults(folder: Path, manifest: Manifest, shard: ShardInfo) -> Iterator[str]:
     path = bin_path(folder, shard.name)
-    stale = _collect(lambda: checked_index(folder, manifest, shard))
-    yield from stale
-    if sizes := _collect(lambda: check_bin(path, manifest, shard)):
+    yield from (stale := fault_of(checked_index, folder, manifest, shard))
+    if sizes := fault_of(check_bin, path, manifest, shard):
         yield from sizes
         return
-    digest, (highest, place) = _scan(path, manifest)
-    yield from _collect(lambda: _compare_hash(path, digest, shard.sha256))
+    digest, highest, place = _scan(path, manifest)
+    yield from fault_of(check_hash, path, shard.sha256, digest)
     if highest >= manifest.vocab_size:
-        yield (f"{path}: token {place} lies outside the vocabulary of {manifest.vocab_size} ids")
+        yield f"{path}: token {place} lies outside the vocabulary of {manifest.vocab_size} ids"
     if not stale:
-        yield from _collect(lambda: _check_ends(folder, manifest, shard))
+        yield from fault_of(_check_ends, folder, manifest, shard)
 
 
 def _check_ends(folder: Path, manifest: Manifest, shard: ShardInfo) -> None:
@@ -256,7 +248,7 @@ def _check_ends(folder: Path, manifest: Manifest, shard: ShardInfo) -> None:
     path, index = bin_path(folder, shard.name), checked_index(folder, manifest, shard)
     if not index.tokens:
         return
-    bounds = np.concatenate(([0], np.cumsum(index.lengths, dtype=np.int64)))[index.documents]
+    bounds = index.document_bounds()
     filled = np.flatnonzero(np.diff(bounds))
     tokens = np.memmap(path, np.dtype(manifest.dtype).newbyteorder("<"), mode="r")
     for kind, id, places in (
@@ -264,14 +256,13 @@ def _check_ends(folder: Path, manifest: Manifest, shard: ShardInfo) -> None:
         ("eos", manifest.eos, bounds[1:][filled] - 1),
     ):
         if id is not None and (wrong := np.flatnonzero(tokens[places] != id)).size:
-            first = wrong.tolist()[0]
-            number, at = int(filled[first]), int(places[first])
+            number, at = filled[wrong[0]], places[wrong[0]]
             raise DataError(
                 f"{path}: document {number} has id {tokens[at]} where the manifest says {kind} {id}"
             )
 
 
-def _scan(path: Path, manifest: Manifest) -> tuple[str, tuple[int, int]]:
+def _scan(path: Path, manifest: Manifest) -> tuple[str, int, int]:
     """A `.bin`'s SHA-256, its highest id (a negative one counts as huge) and where that stands."""
     unsigned = np.dtype(f"<u{np.dtype(manifest.dtype).itemsize}")
     digest, highest, place, read = hashlib.sha256(), -1, 0, 0
@@ -282,46 +273,36 @@ def _scan(path: Path, manifest: Manifest) -> tuple[str, tuple[int, int]]:
             if int(ids.max()) > highest:
                 highest, place = int(ids.max()), read + int(ids.argmax())
             read += len(ids)
-    return digest.hexdigest(), (highest, place)
+    return digest.hexdigest(), highest, place
 
 
 def _tokenizer_faults(folder: Path, manifest: Manifest) -> list[str]:
     path, expected = folder / manifest.tokenizer.path, manifest.tokenizer.sha256
     if not path.is_file():
         return [f"{path}: missing, the manifest lists it"]
-    if faults := _collect(lambda: check_hash(path, expected)):
+    if faults := fault_of(check_hash, path, expected):
         return faults
     tokenizer = load_tokenizer(path)
-    told = {"vocab_size": manifest.vocab_size, "bos": manifest.bos, "eos": manifest.eos}
-    own = {
-        "vocab_size": tokenizer.vocab_size,
-        "bos": tokenizer.bos_id if manifest.bos is not None else None,
-        "eos": tokenizer.eos_id if manifest.eos is not None else None,
-    }
     return [
-        f"{folder / MANIFEST_NAME}: {key} is {told[key]}, the tokenizer beside it says {own[key]}"
-        for key in told
-        if told[key] != own[key]
+        f"{folder / MANIFEST_NAME}: {key} is {told}, the tokenizer beside it says {own}"
+        for key, told, own in (
+            ("vocab_size", manifest.vocab_size, tokenizer.vocab_size),
+            ("bos", manifest.bos, tokenizer.bos_id),
+            ("eos", manifest.eos, tokenizer.eos_id),
+        )
+        if told not in (None, own)
     ]
 
 
-def _compare_hash(path: Path, found: str, expected: str) -> None:
-    if found != expected:
-        raise DataError(
-            f"{path}: sha256 {found[:12]}..., the manifest says {expected[:12]}...; bytes changed "
-            "since it was written: copy or make it again"
-        )
+def _halves(folder: Path) -> list[Path]:
+    """The `.bin` and `.idx` files in a folder, by name."""
+    return sorted(path for kind in ("*.bin", "*.idx") for path in folder.glob(kind))
 
 
-def _files(folder: Path, shard: ShardInfo) -> tuple[Path, Path]:
-    return bin_path(folder, shard.name), idx_path(folder, shard.name)
-
-
-def _collect(*checks: Callable[[], object]) -> list[str]:
-    faults = []
-    for check in checks:
-        try:
-            check()
-        except DataError as error:
-            faults.append(str(error))
-    return faults
+def fault_of(check: Callable[..., object], *arguments: object) -> list[str]:
+    """What a check raises as a DataError, in a list; an empty one where it raises nothing."""
+    try:
+        check(*arguments)
+    except DataError as error:
+        return [str(error)]
+    return []

@@ -12,8 +12,8 @@ import pytest
 from megalite.config import DataConfig, SourceConfig
 from megalite.data import Dataset, Loader, open_data, open_train, open_valid
 from megalite.errors import DataError
-from megalite.formats.manifest import TokenizerInfo
-from megalite.formats.shards import Manifest, ShardWriter, open_shards, write_manifest
+from megalite.formats.manifest import Manifest, TokenizerInfo, write_manifest
+from megalite.formats.shards import ShardWriter, open_shards
 
 ONE, OTHER = "one tokenizer", "another"
 

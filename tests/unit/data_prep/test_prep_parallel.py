@@ -256,7 +256,7 @@ def test_a_part_that_its_worker_has_left_is_done_by_another(
 def test_a_shard_that_its_worker_has_left_is_written_by_another(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(encode, "_IMPATIENT", 0.2)
+    monkeypatch.setattr(work, "_IMPATIENT", 0.2)
     claim = folder.Run.claim
 
     def losing(run: folder.Run, name: str) -> bool:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from megalite.formats.index import dtype_for
-from megalite.formats.manifest import TokenizerInfo
-from megalite.formats.shards import Manifest, ShardWriter, write_manifest
+from megalite.formats.manifest import Manifest, TokenizerInfo, write_manifest
+from megalite.formats.shards import ShardWriter
 from megalite.formats.tokenizer import ByteTokenizer
 
 MakeFolder = Callable[..., Path]

@@ -13,8 +13,9 @@ import pytest
 
 from megalite.errors import DataError
 from megalite.formats.index import DTYPES, Dtype, dtype_for, write_index
-from megalite.formats.shards import ShardWriter, open_shards, verify_folder
+from megalite.formats.shards import ShardWriter, open_shards
 from megalite.formats.tokenizer import ByteTokenizer
+from megalite.formats.verify import verify_folder
 from megalite.log import logger
 
 MakeFolder = Callable[..., Path]

@@ -14,13 +14,9 @@ from hypothesis import strategies as st
 
 from megalite.errors import DataError
 from megalite.formats.index import DTYPES, OpenFiles, write_index
-from megalite.formats.shards import (
-    ShardWriter,
-    fingerprint,
-    load_manifest,
-    open_shards,
-    verify_folder,
-)
+from megalite.formats.manifest import fingerprint, load_manifest
+from megalite.formats.shards import ShardWriter, open_shards
+from megalite.formats.verify import verify_folder
 
 MakeFolder = Callable[..., Path]
 SHARDS = [[[1, 2, 3], [4, 5]], [[6]], [[7, 8, 9, 10], [11, 12]]]

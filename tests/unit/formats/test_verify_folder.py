@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megalite.errors import DataError
-from megalite.formats.shards import verify_folder
+from megalite.formats.verify import verify_folder
 
 MakeFolder = Callable[..., Path]
 SHARDS = [[[1, 2, 3], [4, 5]], [[6]]]
