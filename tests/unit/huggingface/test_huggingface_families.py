@@ -57,8 +57,12 @@ def _whole(_parameter: torch.nn.Parameter) -> Any:
     return torch.no_grad()
 
 
-def exported(family: str, number: int, folder: Path, **options: Any) -> tuple[Any, InMemory]:
-    config = ModelConfig.model_validate(model_section(family, number))
+def exported(
+    family: str, number: int, folder: Path, vocab_size: int | None = None, **options: Any
+) -> tuple[Any, InMemory]:
+    section = model_section(family, number)
+    section["vocab_size"] = vocab_size or section["vocab_size"]
+    config = ModelConfig.model_validate(section)
     stored = InMemory(random_model(config), config)
     export(stored, config, load_tokenizer("bytes"), folder, **options)
     return config, stored
