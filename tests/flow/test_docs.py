@@ -56,6 +56,15 @@ def test_the_blocks_of_the_trust_page_run(tmp_path: Path) -> None:
     assert failures(found, tmp_path) == []
 
 
+@pytest.mark.timeout(900)
+def test_the_blocks_of_the_models_page_run(tmp_path: Path) -> None:
+    for name in ("launcher", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    found = blocks("models.md")
+    assert len(found) == 5
+    assert failures(found, tmp_path) == []
+
+
 @pytest.mark.slow
 def test_datatrove_hands_over_as_the_data_page_says(tmp_path: Path) -> None:
     assert failures(blocks("data.md"), tmp_path) == []
