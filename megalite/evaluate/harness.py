@@ -62,7 +62,7 @@ def run(
     except (OSError, ConnectionError) as error:
         raise DataError(f"--tasks: the data of a task cannot be read: {error}") from error
     results = {}
-    for task, metrics in found["results"].items():
+    for task, metrics in (found or {}).get("results", {}).items():  # rank 0 alone is told
         numbers = {k.split(",")[0]: v for k, v in metrics.items() if isinstance(v, int | float)}
         results[task] = numbers
     return results

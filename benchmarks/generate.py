@@ -1,0 +1,147 @@
+"""Decoding speed beside transformers: the same model and machine, greedy, tokens a second.
+
+    python benchmarks/generate.py                       42 M parameters, prompts of 128, 128 new tokens
+    python benchmarks/generate.py --rounds 5 --json results.json
+
+The model is made at random, exported, and read by both; each contestant is started afresh in every
+round, and writes once before it is timed. Their tokens are compared: they are the same model.
+
+    megalite        megalite.evaluate's reader, as launcher/generate.py uses it
+    hf              transformers' generate, eager
+    hf-compiled     the same with a static cache, whose forward transformers compiles
+"""
+
+from __future__ import annotations
+
+import sys
+
+sys.path.sort(key=lambda path: path.endswith("benchmarks"))  # last, for it has a tokenize.py
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MODEL = {
+    "vocab_size": 32000,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 512,
+}
+PROMPT, NEW = 128, 128
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--only", nargs="+", default=["megalite", "hf", "hf-compiled"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--contestant", nargs=3, help=argparse.SUPPRESS)  # name, batch, folder
+    return parser.parse_args()
+
+
+def main() -> None:
+    chosen = parse()
+    if chosen.contestant:
+        name, batch, folder = chosen.contestant
+        sys.stdout.write(json.dumps(contest(name, int(batch), Path(folder))) + "\n")
+        return
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="generate-") as scratch:
+        folder = Path(scratch) / "model"
+        make_folder(folder)
+        for batch in chosen.batch:
+            rates: dict[str, list[float]] = {name: [] for name in chosen.only}
+            texts: dict[str, Any] = {}
+            for _ in range(chosen.rounds):
+                for name in rates:
+                    command = [sys.executable, __file__, "--contestant", name, str(batch)]
+                    done = subprocess.run(
+                        [*command, str(folder)], capture_output=True, text=True, check=True
+                    )
+                    told = json.loads(done.stdout.splitlines()[-1])
+                    rates[name].append(batch * NEW / told["seconds"])
+                    texts[name] = told["tokens"]
+            assert all(text == next(iter(texts.values())) for text in texts.values())
+            medians = {name: statistics.median(values) for name, values in rates.items()}
+            found[str(batch)] = {"tokens_per_second": medians, "rounds": rates}
+            for name, rate in medians.items():
+                ratio = medians[chosen.only[0]] / rate
+                sys.stdout.write(f"batch {batch}  {name:12} {rate:8.1f} tokens/s  {ratio:5.2f} x\n")
+    if chosen.json:
+        chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def make_folder(folder: Path) -> None:
+    """A random model as a folder of Hugging Face's; written once by our own export."""
+    from contextlib import nullcontext
+
+    import torch
+
+    from megalite import shapes
+    from megalite.checkpoint.huggingface import export
+    from megalite.config import ModelConfig
+    from megalite.formats.tokenizer import load_tokenizer
+    from megalite.model import build, initialize
+
+    config = ModelConfig.model_validate(MODEL)
+    model = build(config)
+    initialize(model, config, seed=1, gather=lambda _: nullcontext())
+    rows = {row.name: row for row in shapes.parameters(config)}
+    tensors = {
+        piece.tensor.name: value.detach()[piece.target]
+        for name, value in model.named_parameters()
+        for piece in shapes.pieces(rows[name])
+    }
+
+    class InMemory:
+        def read(self, tensor: str, _state: str, target: torch.Tensor, box: Any) -> None:
+            target.copy_(tensors[tensor][box])
+
+    export(InMemory(), config, load_tokenizer("bytes"), folder)
+
+
+def contest(name: str, batch: int, folder: Path) -> dict[str, Any]:
+    """Seconds of the second generation, and the tokens of the first text."""
+    import torch
+
+    ids = torch.randint(1000, (batch, PROMPT), generator=torch.Generator().manual_seed(3))
+    if name == "megalite":
+        from megalite.evaluate import Sampling, open_model, sample_ids
+
+        opened = open_model(folder)
+
+        def write() -> list[int]:
+            steps = list(sample_ids(opened.reader(), ids.tolist(), NEW, None, Sampling(0.0)))
+            return [row[0] or 0 for row in steps]
+    else:
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None}
+        if name == "hf-compiled":
+            settings["cache_implementation"] = "static"
+            model.forward = torch.compile(model.forward)
+
+        def write() -> list[int]:
+            mask = torch.ones_like(ids)
+            found = model.generate(ids, attention_mask=mask, pad_token_id=0, **settings)
+            return found[0, PROMPT:].tolist()
+
+    write()
+    began = time.perf_counter()
+    tokens = write()
+    return {"seconds": time.perf_counter() - began, "tokens": tokens}
+
+
+if __name__ == "__main__":
+    main()
