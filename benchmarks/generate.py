@@ -1,6 +1,6 @@
 """Decoding speed beside transformers: the same model and machine, greedy, tokens a second.
 
-    python benchmarks/generate.py                       42 M parameters, prompts of 128, 128 new tokens
+    python benchmarks/generate.py               42 M parameters, prompts of 128, 128 new tokens
     python benchmarks/generate.py --rounds 5 --json results.json
 
 The model is made at random, exported, and read by both; each contestant is started afresh in every

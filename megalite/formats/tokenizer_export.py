@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ def export_sentencepiece(model: bytes, folder: Path) -> None:
     """Write a SentencePiece model of type unigram or BPE as `tokenizer.json`."""
     import tokenizers
     from sentencepiece import sentencepiece_model_pb2 as proto
-    from tokenizers import decoders, models, normalizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     spec = proto.ModelProto()  # type: ignore[attr-defined]
     spec.ParseFromString(model)
@@ -29,6 +30,7 @@ def export_sentencepiece(model: bytes, folder: Path) -> None:
             unk_token=names[unknown],
             fuse_unk=True,
             byte_fallback=spec.trainer_spec.byte_fallback,
+            ignore_merges=_USER_DEFINED in kinds,
         )
     else:
         scores = [(piece.piece, piece.score) for piece in spec.pieces]
@@ -50,8 +52,10 @@ def export_sentencepiece(model: bytes, folder: Path) -> None:
     for name, kind in zip(names, kinds, strict=True):
         if kind == _CONTROL:
             made.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True)])
-        elif kind == _USER_DEFINED:
-            made.add_tokens([tokenizers.AddedToken(name, normalized=False)])
+    own = [name for name, kind in zip(names, kinds, strict=True) if kind == _USER_DEFINED]
+    if own:  # found in the normalised text, the longest first, and never taken apart
+        found = "|".join(re.escape(name) for name in sorted(own, key=len, reverse=True))
+        made.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(found), "isolated")
     ends = {"bos_token": spec.trainer_spec.bos_id, "eos_token": spec.trainer_spec.eos_id}
     tokens = {key: names[id] for key, id in ends.items() if id >= 0}
     _save(made, folder, tokens | {"unk_token": names[unknown]})
