@@ -357,7 +357,7 @@ def _activations(config: RunConfig, plan: Plan, element: int) -> int:
     d, f = model.hidden_size, model.intermediate_size // t
     q = model.num_attention_heads * model.head_dim // t
     k = model.num_key_value_heads * model.head_dim // t
-    gated = "glu" in model.activation
+    gated = model.gated
     own = d // t if config.parallel.sequence else d  # of what is split along the tokens
     # Of a block, per token: what the norms read and give (4 D); qkv, the turned q and k, and
     # what attention gives (3 Q + 3 K); the MLP's first products, its activation and product.

@@ -206,7 +206,6 @@ def allowed_tensor_parallel(model: ModelConfig) -> list[int]:
 
 
 def _conditions(model: ModelConfig) -> dict[str, bool]:
-    gated = "glu" in model.activation
     return {
         "always": True,
         "learned": model.position_embedding == "learned",
@@ -219,8 +218,8 @@ def _conditions(model: ModelConfig) -> dict[str, bool]:
         "output_bias": model.attention_output_bias,
         "qk_norm": model.qk_norm,
         "mlp_bias": model.mlp_bias,
-        "gated": gated,
-        "plain": not gated,
+        "gated": model.gated,
+        "plain": not model.gated,
         "encoder": model.architecture == "encoder",
         "untied": not model.tie_word_embeddings,
     }

@@ -160,3 +160,8 @@ class ModelConfig(Section):
     attention_dropout: Share = Field(
         default=0.0, description="Probability of dropping an attention weight."
     )
+
+    @property
+    def gated(self) -> bool:
+        """Whether one half of the MLP's first product gates the other (Shazeer 2020)."""
+        return "glu" in self.activation

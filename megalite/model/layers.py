@@ -29,7 +29,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-GATED = ("swiglu", "geglu", "geglu_tanh")  # Shazeer 2020: one half of the product gates the other
 
 
 class Linear(nn.Module):
@@ -331,9 +330,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.activation = config.activation
+        self.activation, self.gated = config.activation, config.gated
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        if self.activation in GATED:
+        if self.gated:
             self.gate_up_proj = Linear(D, 2 * inner, bias=bias)
         else:
             self.up_proj = Linear(D, inner, bias=bias)
@@ -341,7 +340,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         act = ACTIVATIONS[self.activation]
-        if self.activation in GATED:
+        if self.gated:
             gate_BTF, up_BTF = self.gate_up_proj(x_BTD).chunk(2, dim=-1)
             return self.down_proj(act(gate_BTF) * up_BTF)
         return self.down_proj(act(self.up_proj(x_BTD)))

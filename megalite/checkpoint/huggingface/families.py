@@ -44,7 +44,7 @@ class Family:
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         if self.model_type == "t5":
-            name = name.replace("up_proj", "wi_1" if "glu" in model.activation else "wi")
+            name = name.replace("up_proj", "wi_1" if model.gated else "wi")
         return name
 
     def copies(self, model: ModelConfig) -> dict[str, str]:
