@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megalite.config.deepspeed_keys import zero_stage
+from megalite.config.finetune import AdapterConfig, ExamplesConfig, FinetuneConfig
 from megalite.config.load import load_config, parse_config
 from megalite.config.model import ModelConfig, RopeScalingConfig
 from megalite.config.objective import source_length, spans, target_length
@@ -21,8 +22,11 @@ from megalite.config.schema import (
 )
 
 __all__ = [
+    "AdapterConfig",
     "CheckpointConfig",
     "DataConfig",
+    "ExamplesConfig",
+    "FinetuneConfig",
     "GuardsConfig",
     "LoggingConfig",
     "ModelConfig",

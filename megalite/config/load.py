@@ -16,7 +16,7 @@ from typing import Any
 
 from megalite.config.deepspeed_keys import deepspeed_faults
 from megalite.config.faults import Fault, Key, schema_faults, show
-from megalite.config.rules import not_in_this_version, rule_faults
+from megalite.config.rules import rule_faults
 from megalite.config.schema import RunConfig
 from megalite.errors import ConfigError
 
@@ -51,9 +51,7 @@ def parse_config(raw: Mapping[str, Any], source: str = "the run file") -> RunCon
 
 def _check(raw: dict[str, Any], source: str, faults: list[str], origins: Origins) -> RunConfig:
     raw.pop("$schema", None)  # an editor's, not ours
-    found = list(not_in_this_version(raw))
-    config, schema = schema_faults(raw)
-    found += schema
+    config, found = schema_faults(raw)
     faulty = [fault.keys[0] for fault in found]
     for fault in [*rule_faults(config), *deepspeed_faults(config)]:
         # a rule about a key that is itself at fault would only repeat it

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megalite.config.fields import Count, CountOrZero, Positive, Section, Share, SmallCount
+from megalite.config.finetune import AdapterConfig
 
 
 def _head_dim(data: dict[str, int]) -> int:
@@ -159,6 +160,15 @@ class ModelConfig(Section):
     )
     attention_dropout: Share = Field(
         default=0.0, description="Probability of dropping an attention weight."
+    )
+
+    num_labels: Annotated[int, Field(ge=0, le=10**6)] = Field(
+        default=0,
+        description="Labels of a classifier, whose head takes the place of the language model's "
+        "(fine-tuning counts them).",
+    )
+    adapter: AdapterConfig | None = Field(
+        default=None, description="The adapters in it (fine-tuning writes finetune.adapter here)."
     )
 
     @property

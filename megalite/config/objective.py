@@ -19,11 +19,15 @@ def spans(config: RunConfig) -> tuple[int, int]:
 
 def source_length(config: RunConfig) -> int:
     """Tokens an encoder reads of a window of text: a sentinel stands for each span."""
+    if config.finetune:
+        return config.finetune.data.max_length
     noise, count = spans(config)
     return config.data.sequence_length - noise + count
 
 
 def target_length(config: RunConfig) -> int:
     """Tokens a decoder writes: each span behind its sentinel, and one sentinel that ends them."""
+    if config.finetune:
+        return 1 if config.model.num_labels else config.finetune.data.max_target_length
     noise, count = spans(config)
     return noise + count + 1

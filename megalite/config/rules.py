@@ -4,41 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from megalite.config.deepspeed_keys import zero_stage
 from megalite.config.faults import Fault, fault, show
 from megalite.config.objective import source_length, spans, target_length
 from megalite.config.schema import RunConfig
 
-# Parts of the interface that this version does not have: the key, the values that are meant
-# (none listed: any but null), and what to write until it has them.
-_NOT_IN_THIS_VERSION: dict[str, tuple[tuple[Any, ...], str]] = {
-    "finetune": ((), "leave the section out"),
-}
-
-
-def not_in_this_version(raw: dict[str, Any]) -> Iterator[Fault]:
-    """Faults for what is planned and absent; taken out of `raw`, so that each is told once."""
-    for key, (planned, advice) in _NOT_IN_THIS_VERSION.items():
-        *sections, name = key.split(".")
-        section: Any = raw
-        for part in sections:
-            section = section.get(part) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or name not in section:
-            continue
-        value = section[name]
-        if not planned or any(type(value) is type(word) and value == word for word in planned):
-            del section[name]
-            if value is not None:
-                yield fault(key, f"found {show(value)}, which is not in this version; {advice}")
-
 
 def rule_faults(config: RunConfig) -> Iterator[Fault]:
     """Every broken rule between fields of a config whose fields are sound one by one."""
     yield from _heads(config)
     yield from _families(config)
-    yield from _objective(config)
+    yield from _finetune(config) if config.finetune else _pretraining(config)
     yield from _positions(config)
     yield from _tokens_of_ranks(config)
     yield from _sources(config)
@@ -111,6 +88,80 @@ def _families(config: RunConfig) -> Iterator[Fault]:
         )
 
 
+_TASKS = {"sft": "decoder", "language_modeling": "decoder", "seq2seq": "encoder_decoder"}
+
+
+def _finetune(config: RunConfig) -> Iterator[Fault]:
+    """What is learned from examples needs its kind of network, and no shards."""
+    tuning, kind = config.finetune, config.model.architecture
+    assert tuning is not None
+    task, data = tuning.task, tuning.data
+    classifies = task == "classification"
+    if (meant := _TASKS.get(task, kind)) != kind:
+        yield fault(
+            "finetune.task model.architecture",
+            f"{show(task)} needs an architecture {show(meant)}, found {show(kind)}; name another "
+            "task or model",
+        )
+    for key, found, tasks in (
+        ("pooling", tuning.pooling, ("classification",)),
+        ("class_weights", tuning.class_weights, ("classification",)),
+        ("balance_classes", tuning.balance_classes, ("classification",)),
+        ("data.labels", data.labels, ("classification",)),
+        ("data.packing", data.packing, ("sft", "language_modeling")),
+        ("data.chat_template", data.chat_template, ("sft",)),
+        ("data.prompt_column", data.prompt_column, ("sft",)),
+    ):
+        if found and task not in tasks:
+            yield fault(f"finetune.{key}", f"it has a meaning for {' and '.join(tasks)} alone")
+    if tuning.pooling and kind == "encoder_decoder":
+        yield fault(
+            "finetune.pooling", "an encoder_decoder's one written token tells; leave it out"
+        )
+    if tuning.class_weights and tuning.balance_classes:
+        yield fault("finetune.class_weights", "balance_classes makes them; give one of the two")
+    if not classifies and tuning.metric not in (None, "loss"):
+        yield fault("finetune.metric", f"{show(tuning.metric)} is of a classification; write loss")
+    if (data.prompt_column is None) != (data.response_column is None):
+        yield fault("finetune.data.prompt_column", "it goes with response_column: give both")
+    for split in ("valid", "test"):
+        if getattr(data, f"{split}_split") and getattr(data, f"{split}_fraction"):
+            key = f"finetune.data.{split}"
+            yield fault(f"{key}_split {key}_fraction", f"give it or {split}_fraction, not both")
+    if (data.valid_fraction or 0) + (data.test_fraction or 0) >= 1:
+        yield fault("finetune.data.valid_fraction", "with test_fraction it leaves no row to learn")
+    if tuning.early_stopping and not has_held_out(config):
+        yield fault("finetune.early_stopping", "it needs a valid or a test split to look at")
+    if config.data.train or config.data.valid:
+        yield fault("data.train", "examples come from finetune.data; leave the sources out")
+    if config.data.sequence_length != data.max_length:
+        yield fault(
+            "data.sequence_length finetune.data.max_length",
+            f"{config.data.sequence_length}, but examples have {data.max_length}; leave it out",
+        )
+    if classifies and config.parallel.sequence and kind == "encoder_decoder":
+        yield fault("parallel.sequence finetune.task", "one written token cannot be shared; false")
+
+
+def has_held_out(config: RunConfig) -> bool:
+    """Whether there is what a checkpoint can be measured on."""
+    if config.finetune is None:
+        return bool(config.data.valid)
+    data = config.finetune.data
+    return any((data.valid_split, data.valid_fraction, data.test_split, data.test_fraction))
+
+
+def _pretraining(config: RunConfig) -> Iterator[Fault]:
+    if not config.data.train:
+        yield fault("data.train", "found nothing; name a folder of shards")
+    if config.training.steps == 0:
+        yield fault("training.steps", "found 0; give 1 or more")
+    if config.model.adapter or config.model.num_labels:
+        key = "adapter" if config.model.adapter else "num_labels"
+        yield fault(f"model.{key}", "fine-tuning fills it in; leave it out")
+    yield from _objective(config)
+
+
 def _objective(config: RunConfig) -> Iterator[Fault]:
     objective, kind = config.objective, config.model.architecture
     meant = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "span_corruption"}[kind]
@@ -147,7 +198,7 @@ def _tokens_of_ranks(config: RunConfig) -> Iterator[Fault]:
     if not config.parallel.sequence:
         return
     lengths = {f"{length} tokens": length}
-    if config.objective.name == "span_corruption":
+    if config.objective.name == "span_corruption" and not config.finetune:
         source, target = source_length(config), target_length(config)
         lengths = {
             f"what {length} tokens leave the encoder, {source},": source,
@@ -194,7 +245,7 @@ def _schedule(config: RunConfig) -> Iterator[Fault]:
         return  # a warmup longer than the run is a short trial of a long run, and sound
     if schedule.name == "constant":
         yield fault(keys, "a constant schedule does not decay; leave it out or name another")
-    elif schedule.warmup_steps + schedule.decay_steps > steps:
+    elif steps and schedule.warmup_steps + schedule.decay_steps > steps:
         yield fault(
             keys,
             f"warmup_steps {schedule.warmup_steps} + decay_steps {schedule.decay_steps} is over "
@@ -212,7 +263,7 @@ def _retention(config: RunConfig) -> Iterator[Fault]:
             "checkpoint.keep_every checkpoint.every",
             f"{keep}, but the run is saved {saved}; {'try ' if every else ''}{advice}",
         )
-    if config.checkpoint.keep_best and not config.data.valid:
+    if config.checkpoint.keep_best and not has_held_out(config):
         yield fault(
             "checkpoint.keep_best data.valid",
             "the best is the one of the lowest validation loss, but data.valid is empty; name "
@@ -249,7 +300,7 @@ def _profile(config: RunConfig) -> Iterator[Fault]:
     if config.training.profile is None:
         return
     (first, last), steps = config.training.profile, config.training.steps
-    if not first <= last <= steps:
+    if not first <= last <= (steps or last):
         yield fault(
             "training.profile training.steps",
             f"[{first}, {last}] are the first and the last step of a trace; give two steps in "

@@ -21,6 +21,7 @@ from megalite.config.fields import (
     Share,
     Text,
 )
+from megalite.config.finetune import FinetuneConfig
 from megalite.config.model import ModelConfig
 
 
@@ -62,8 +63,9 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """What is read, in which windows and order."""
 
-    train: Annotated[tuple[SourceConfig, ...], Field(min_length=1, strict=False)] = Field(
-        description="Sources of training samples.", examples=[[{"path": "data/train"}]]
+    train: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = Field(
+        description="Sources of training samples (of fine-tuning: none, see finetune.data).",
+        examples=[[{"path": "data/train"}]],
     )
     valid: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = Field(
         default=(), description="Sources of held-out samples (none: no validation)."
@@ -145,7 +147,10 @@ class ScheduleConfig(Section):
 class TrainingConfig(Section):
     """The length of the run, its batches and its numerics."""
 
-    steps: Count = Field(description="Optimizer steps of the whole run.", examples=[100000])
+    steps: CountOrZero = Field(
+        description="Optimizer steps of the whole run (of fine-tuning: 0, as finetune.epochs say).",
+        examples=[100000],
+    )
     global_batch_size: Count = Field(
         description="Samples of one optimizer step, over all ranks.", examples=[512]
     )
@@ -293,11 +298,32 @@ class RunConfig(Section):
     logging: LoggingConfig = Field(
         default_factory=LoggingConfig, description="Where the run is written."
     )
+    finetune: FinetuneConfig | None = Field(
+        default=None, description="Fine-tuning on labelled data (null: pretraining)."
+    )
     deepspeed: dict[str, Any] = Field(
         default_factory=lambda: {"zero_optimization": {"stage": 1}},
         description="DeepSpeed's own JSON, passed through; what MegaLite owns is filled in and "
         "may not be contradicted.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_by_finetuning(cls, data: Any) -> Any:
+        """Windows, steps and the adapter's place in the model, which that section tells."""
+        tuning = data.get("finetune")
+        if not isinstance(tuning, dict):
+            return data
+        examples = tuning.get("data")
+        length = examples.get("max_length") if isinstance(examples, dict) else None
+        filled = {"data": {"train": [], "sequence_length": length}, "training": {"steps": 0}}
+        if tuning.get("adapter") is not None:
+            filled["model"] = {"adapter": tuning["adapter"]}
+        for name, own in filled.items():
+            section = data.get(name, {})
+            if isinstance(section, dict):
+                data = {**data, name: {**own, **section}}
+        return data
 
     @model_validator(mode="before")
     @classmethod

@@ -1,7 +1,7 @@
 """A launcher's ranks without a model: steps, saves, signals, status.json, and faults on demand.
 
 Rank 0 writes what rank 0 of a real run writes. `faults.json` beside the run file plans
-[{"attempt", "rank", "step"}]: that rank dies there.
+[{"attempt", "rank", "step"}]: that rank dies there; `endless` lets the first attempt go on until asked to stop.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def end(state: str, code: int) -> None:
     os._exit(code)
 
 
+endless = config.with_name("endless").exists() and attempt == 0
 write("running")
-while step < STEPS:
+while step < STEPS or endless:
     time.sleep(0.15)
     step += 1
     if {"attempt": attempt, "rank": rank, "step": step} in plan:

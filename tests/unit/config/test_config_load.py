@@ -164,7 +164,7 @@ def test_set_reads_json_else_text(tmp_path: Path) -> None:
         ("name=7", 'name: expected text in quotes, found 7; write "7" in quotes'),
         ("optimizer.betas=[0.9]", "optimizer.betas: expected a list of 2"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas[1]: expected a number below 1"),
-        ("data.train=[]", "data.train: expected a list of 1 or more"),
+        ("data.train=[]", "data.train: found nothing; name a folder of shards"),
         ('data.train=[{"path": "a", "wieght": 1}]', "data.train[0].wieght: unknown key; did you"),
         ("training.precision=bf61", 'did you mean "bf16"?'),
         ("model=3", "model: expected a section {...}, found 3"),

@@ -151,20 +151,7 @@ def test_names_that_are_no_folder_names(name: str) -> None:
     assert fault.startswith("name: ")
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        (
-            {"finetune": {"task": "sft"}},
-            'finetune: found {"task": "sft"}, which is not in this version; leave the section out',
-        ),
-    ],
-)
-def test_not_in_this_version(keys: dict[str, Any], message: str) -> None:
-    assert faults(**keys) == [message]
-
-
-def test_absent_parts_may_be_null() -> None:
+def test_finetuning_may_be_null() -> None:
     assert isinstance(parse_config(change(finetune=None)), RunConfig)
 
 

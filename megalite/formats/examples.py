@@ -1,0 +1,152 @@
+"""Tokenized examples for fine-tuning: a folder that holds each split as plain NumPy files.
+
+manifest.json        what the rest should be, and what was counted while it was made
+tokenizer/           the tokenizer's files
+SPLIT.tokens.npy     int32 [tokens]: the ids of all examples, one after the other
+SPLIT.bounds.npy     int64 [examples + 1]: where each begins
+SPLIT.rows.npy       int64 [examples]: the row of its source, from 0
+SPLIT.learned.npy    uint8 [tokens]: 1 where a token is to be predicted (not of a classification)
+SPLIT.labels.npy     int64 [examples]: the place of its label in `labels` (classification)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megalite import files
+from megalite.errors import DataError
+
+MANIFEST = "manifest.json"
+FORMAT = "megalite-examples-1"
+_DTYPES = {"tokens": "<i4", "bounds": "<i8", "rows": "<i8", "learned": "|u1", "labels": "<i8"}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SplitInfo(_Frozen):
+    """What a split holds, and what became of its rows.
+
+    cut: examples that were longer than the window. bad_rows: left out. counts: examples of each
+    label. sha256: by the name of an array.
+    """
+
+    examples: int
+    tokens: int
+    cut: int
+    bad_rows: int
+    counts: dict[str, int]
+    sha256: dict[str, str]
+
+
+class ExamplesManifest(_Frozen):
+    """The content of a folder; `tokenizer_sha256` is of the file it was saved as."""
+
+    format: str
+    task: str
+    labels: tuple[str, ...]
+    tokenizer_sha256: str
+    vocab_size: int
+    splits: dict[str, SplitInfo]
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The examples of a split; arrays are mapped, not read."""
+
+    name: str
+    info: SplitInfo
+    tokens: npt.NDArray[np.int32]
+    bounds: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    learned: npt.NDArray[np.uint8] | None
+    labels: npt.NDArray[np.int64] | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each example."""
+        return np.diff(self.bounds)
+
+    def ids(self, example: int) -> npt.NDArray[np.int32]:
+        """The tokens of an example."""
+        return self.tokens[self.bounds[example] : self.bounds[example + 1]]
+
+    def marks(self, example: int) -> npt.NDArray[np.bool_]:
+        """Which of them are to be predicted."""
+        assert self.learned is not None
+        return self.learned[self.bounds[example] : self.bounds[example + 1]].astype(np.bool_)
+
+
+def write_split(
+    folder: Path, name: str, arrays: Mapping[str, npt.NDArray[Any]], **counted: Any
+) -> SplitInfo:
+    """Write a split's arrays, by the names above, and tell of them.
+
+    Args:
+        counted: `cut`, `bad_rows` and `counts` of the split.
+    """
+    hashes = {}
+    for kind, array in arrays.items():
+        path = folder / f"{name}.{kind}.npy"
+        np.save(path, np.asarray(array, _DTYPES[kind]), allow_pickle=False)
+        files.sync_file(path)
+        hashes[kind] = files.sha256_file(path)
+    sizes = {"examples": len(arrays["rows"]), "tokens": len(arrays["tokens"])}
+    return SplitInfo(**sizes, sha256=hashes, **counted)
+
+
+def read_manifest(folder: Path) -> ExamplesManifest:
+    """The manifest of a folder.
+
+    Raises:
+        DataError: none there, or not one of these.
+    """
+    try:
+        manifest = ExamplesManifest.model_validate(files.read_json(folder / MANIFEST))
+    except (OSError, ValueError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{folder} holds no tokenized examples that can be read: {reason}; delete the folder, "
+            "and it is made again"
+        ) from None
+    if manifest.format != FORMAT:
+        raise DataError(f"{folder} is of another version ({manifest.format}); delete it")
+    return manifest
+
+
+def open_split(folder: Path, manifest: ExamplesManifest, name: str) -> Split:
+    """Map a split after a comparison with its hashes.
+
+    Raises:
+        DataError: no such split; a file that is missing or was changed.
+    """
+    info = manifest.splits.get(name)
+    if info is None:
+        raise DataError(f"{folder}: no split {name!r}; it has {', '.join(manifest.splits)}")
+    arrays: dict[str, Any] = dict.fromkeys(_DTYPES)
+    for kind, sha256 in info.sha256.items():
+        path = folder / f"{name}.{kind}.npy"
+        if not path.is_file() or files.sha256_file(path) != sha256:
+            raise DataError(f"{path} is missing or was changed; delete {folder}: it is made again")
+        arrays[kind] = np.load(path, mmap_mode="r" if info.tokens else None, allow_pickle=False)
+    return Split(name, info, **arrays)
+
+
+def fingerprint(manifest: ExamplesManifest) -> str:
+    """A hash: equal for equal examples."""
+    content = manifest.model_dump(mode="json", include={"task", "labels", "splits"})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
