@@ -53,13 +53,7 @@ def train_tokenizer(options: TrainOptions) -> Tokenizer:
         sample = sample_chunks(_documents(options), SAMPLE_CHARACTERS)
         if not sample:
             raise DataError(f"no document in {', '.join(options.inputs)}; nothing was written")
-        size = sum(map(len, sample))
-        logger.info(
-            "learning %s pieces (%s) from %.1f M characters",
-            *(f"{options.vocab_size:,}", options.type, size / 1e6),
-        )
-        tokenizer = SentencePieceTokenizer(_learn(sample, options))
-        check_round_trip(tokenizer)
+        tokenizer = learn_tokenizer(sample, options.vocab_size, options.type)
         sync_file(staging / tokenizer.save(staging))
     return tokenizer
 
@@ -111,12 +105,31 @@ def _documents(options: TrainOptions) -> Iterator[str]:
             yield record
 
 
-def _learn(sample: Sequence[str], options: TrainOptions) -> bytes:
+def learn_tokenizer(
+    sample: Sequence[str],
+    vocab_size: int,
+    kind: Literal["bpe", "unigram"] = "bpe",
+    option: str = "--vocab-size",
+) -> SentencePieceTokenizer:
+    """Learn from texts, of `sample_chunks`; `option` is what errors call the size.
+
+    Raises:
+        DataError: a vocabulary that the texts cannot fill or that cannot hold their characters.
+    """
+    size = sum(map(len, sample)) / 1e6
+    logger.info("learning %s pieces (%s) from %.1f M characters", f"{vocab_size:,}", kind, size)
+    model = _learn(sample, vocab_size, kind, f"{option} {vocab_size}")
+    tokenizer = SentencePieceTokenizer(model)
+    check_round_trip(tokenizer)
+    return tokenizer
+
+
+def _learn(sample: Sequence[str], vocab_size: int, kind: str, asked: str) -> bytes:
     import sentencepiece
 
-    if options.vocab_size < _TAKEN:
+    if vocab_size < _TAKEN:
         raise DataError(
-            f"--vocab-size {options.vocab_size}: the 256 bytes, 3 control tokens and a space take "
+            f"{asked}: the 256 bytes, 3 control tokens and a space take "
             f"{_TAKEN} pieces already; ask for more"
         )
     model = io.BytesIO()
@@ -124,8 +137,8 @@ def _learn(sample: Sequence[str], options: TrainOptions) -> bytes:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sample),
             model_writer=model,
-            vocab_size=options.vocab_size,
-            model_type=options.type,
+            vocab_size=vocab_size,
+            model_type=kind,
             # nothing of the text is changed, dropped or added
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
@@ -145,12 +158,11 @@ def _learn(sample: Sequence[str], options: TrainOptions) -> bytes:
             pad_id=-1,
         )
     except RuntimeError as error:
-        raise _explain(str(error), options) from error
+        raise _explain(str(error), asked) from error
     return model.getvalue()
 
 
-def _explain(message: str, options: TrainOptions) -> DataError:
-    asked = f"--vocab-size {options.vocab_size}"
+def _explain(message: str, asked: str) -> DataError:
     if found := re.search(r"size too high .* value <= (\d+)", message):
         return DataError(
             f"{asked}: this text yields {found[1]} pieces at most; give more text, or ask for fewer"

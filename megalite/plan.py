@@ -241,13 +241,15 @@ def _try(sizes: list[int]) -> str:
 
 def _bucket(config: RunConfig, plan: Plan) -> int:
     """Elements of a communication bucket: no more than there are; even, as DeepSpeed asks."""
-    local = _local_elements(config.model, plan.tensor_parallel)
+    local = _local_elements(config, plan.tensor_parallel)
     return min(_BUCKET, local + local % 2)
 
 
-def _local_elements(model: ModelConfig, tensor: int) -> int:
+def _local_elements(config: RunConfig, tensor: int, *, trained: bool = False) -> int:
     return sum(
-        math.prod(shapes.local_shape(p, tensor_parallel=tensor)) for p in shapes.parameters(model)
+        math.prod(shapes.local_shape(row, tensor_parallel=tensor))
+        for row in shapes.parameters(config.model)
+        if not trained or shapes.learns(config, row)
     )
 
 
@@ -263,7 +265,7 @@ def host_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) ->
     What an optimizer on the host takes, and the snapshot of a save in the background: the rank's
     share of fp32 weights and states.
     """
-    n = _local_elements(config.model, plan.tensor_parallel)
+    n = _local_elements(config, plan.tensor_parallel)
     share = -(-(4 * n + _moments(config, plan.tensor_parallel)) // plan.data_parallel)
     return {
         "offload_optimizer": plan.memory_bytes["optimizer"]
@@ -280,11 +282,12 @@ def _memory(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> di
     sent in, take the place of the activations and logits it has consumed. It is the device's: an
     optimizer that is kept on the host is not in it.
     """
-    n = _local_elements(config.model, plan.tensor_parallel)
+    n = _local_elements(config, plan.tensor_parallel)
     element = 4 if plan.precision == "fp32" else 2
     parameters, optimizer, held, gradients = _states(config, plan, n, element)
     activations, logits = _activations(config, plan, element), _logits(config, plan, element)
-    buffers = _buffers(config, plan, n, element)
+    trained = _local_elements(config, plan.tensor_parallel, trained=True)
+    buffers = _buffers(config, plan, trained, element)
     peak = max(held + activations + logits, gradients + buffers)
     return {
         "parameters": parameters,
@@ -300,39 +303,42 @@ def _memory(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> di
 def _states(config: RunConfig, plan: Plan, n: int, element: int) -> tuple[int, int, int, int]:
     """Bytes of weights, of optimizer states, and of gradients: beside activations, and at most.
 
+    What is frozen has neither states nor gradients.
+
     As DeepSpeed 0.19.8 holds them, checked against its allocations: runtime/bf16_optimizer.py
     for bf16 at stage 1, else runtime/zero/stage_1_and_2.py and stage3.py. Masters are fp32,
     also of fp32 weights. A micro-batch but the first finds the gradients of those before it.
     """
     stage, d = plan.zero_stage, plan.data_parallel
     later = plan.accumulation_steps > 1
-    part = -(-n // d)
+    every, n = n, _local_elements(config, plan.tensor_parallel, trained=True)
+    part, parts = -(-n // d), -(-every // d)
     moments = _moments(config, plan.tensor_parallel)
     if stage == 0:
-        return element * n, moments, element * n * later, element * n
+        return element * every, moments, element * n * later, element * n
     optimizer = 4 * part + -(-moments // d)
     if stage == 1 and plan.precision == "bf16":  # one flat fp32 buffer, made at the start
-        return element * n, optimizer, 4 * n, 4 * n
+        return element * every, optimizer, 4 * n, 4 * n
     if stage == 1:  # each gradient in fp32; fp16's own, or the flat copy the step is made from
         extra = 4 * part if element == 4 else max(4 * part, 2 * n)
-        return element * n, optimizer, 4 * n * later, 4 * n + extra
+        return element * every, optimizer, 4 * n * later, 4 * n + extra
     if stage == 2:  # the partition's sum; in fp32 also the flat copy the step is made from
-        return element * n, optimizer, 4 * part * later, (8 if element == 4 else 4) * part
-    gathered = 0 if d == 1 else min(n, _LIVE_PARAMETERS)
+        return element * every, optimizer, 4 * part * later, (8 if element == 4 else 4) * part
+    gathered = 0 if d == 1 else min(every, _LIVE_PARAMETERS)
     copied = 4 * min(part, _SUB_GROUP)
-    return element * (part + gathered), optimizer, 4 * part, 4 * part + copied
+    return element * (parts + gathered), optimizer, 4 * part, 4 * part + copied
 
 
 def _moments(config: RunConfig, tensor: int) -> int:
     """Bytes of the fp32 states that the optimizer keeps of a tensor rank's parameters."""
-    local, matrices = _local_elements(config.model, tensor), 0
+    local, matrices = _local_elements(config, tensor, trained=True), 0
     if config.optimizer.name == "sgd":
         return 4 * local * (config.optimizer.momentum > 0)
     if config.optimizer.name == "muon":  # one state of the blocks' matrices instead of two
         matrices = sum(
             math.prod(shapes.local_shape(row, tensor_parallel=tensor))
             for row in shapes.parameters(config.model)
-            if row.is_matrix_of_block
+            if row.is_matrix_of_block and shapes.learns(config, row)
         )
     return 8 * local - 4 * matrices
 

@@ -10,12 +10,13 @@ and the planner all read it here.
 from __future__ import annotations
 
 import enum
+import fnmatch
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megalite.config import ModelConfig
+from megalite.config import AdapterConfig, ModelConfig, RunConfig
 
 
 class Split(enum.Enum):
@@ -32,6 +33,7 @@ class Init(enum.Enum):
     """What an element starts as; the standard deviation is `initializer_range`."""
 
     NORMAL = "normal"
+    ADAPTER = "normal, 1 / sqrt(3 x inputs): as many as a uniform Kaiming start has"
     SCALED_NORMAL = "normal, over sqrt(2 x layers): what ends a residual branch"
     ONES = "ones"
     ZEROS = "zeros"
@@ -43,10 +45,11 @@ _NORMAL, _SCALED, _ONES, _ZEROS = Init.NORMAL, Init.SCALED_NORMAL, Init.ONES, In
 
 # One row a parameter, in the order of the model's named_parameters(). Rows of `S.` repeat for each
 # stack (`model`, or `model.encoder` and `model.decoder`), those of `S.layers.N.` for each layer.
-# V vocabulary, P positions, Y types, B buckets, D width, F width inside the MLP, N query heads, H
-# head width, Q = N x H, K key/value heads x head width. A shape alone is a tensor of the same name;
-# `q_proj QD + k_proj KD` are tensors of those names, stacked along dim 0. The last column says when
-# the model has the parameter. Weights are decayed, vectors (norms, biases) are not.
+# V vocabulary, C labels, P positions, Y types, B buckets, D width, F width inside the MLP, N query
+# heads, H head width, Q = N x H, K key/value heads x head width. A shape alone is a tensor of the
+# same name; `q_proj QD + k_proj KD` are tensors of those names, stacked along dim 0. The last
+# column says when the model has the parameter. Weights are decayed, vectors (norms, biases) are
+# not. An adapter's two matrices follow the weight they are beside (`_adapters`).
 # fmt: off
 TABLE: tuple[tuple[str, str, Split, Init, str], ...] = (
     ("model.embed_tokens.weight",                  "VD", _VOCAB,   _NORMAL, "always"),
@@ -87,12 +90,13 @@ TABLE: tuple[tuple[str, str, Split, Init, str], ...] = (
     ("S.layers.N.mlp.down_proj.bias",              "D",  _WHOLE,   _ZEROS,  "mlp_bias"),
     ("S.norm.weight",                              "D",  _WHOLE,   _ONES,   "pre"),
     ("S.norm.bias",                                "D",  _WHOLE,   _ZEROS,  "pre layernorm"),
-    ("lm_transform.dense.weight",                  "DD", _WHOLE,   _NORMAL, "encoder"),
-    ("lm_transform.dense.bias",                    "D",  _WHOLE,   _ZEROS,  "encoder"),
-    ("lm_transform.norm.weight",                   "D",  _WHOLE,   _ONES,   "encoder"),
-    ("lm_transform.norm.bias",                     "D",  _WHOLE,   _ZEROS,  "encoder layernorm"),
-    ("lm_head.weight",                             "VD", _VOCAB,   _NORMAL, "untied"),
-    ("lm_head.bias",                               "V",  _VOCAB,   _ZEROS,  "encoder"),
+    ("lm_transform.dense.weight",                  "DD", _WHOLE,   _NORMAL, "lm encoder"),
+    ("lm_transform.dense.bias",                    "D",  _WHOLE,   _ZEROS,  "lm encoder"),
+    ("lm_transform.norm.weight",                   "D",  _WHOLE,   _ONES,   "lm encoder"),
+    ("lm_transform.norm.bias",                     "D",  _WHOLE,   _ZEROS,  "lm encoder layernorm"),
+    ("lm_head.weight",                             "VD", _VOCAB,   _NORMAL, "lm untied"),
+    ("lm_head.bias",                               "V",  _VOCAB,   _ZEROS,  "lm encoder"),
+    ("score.weight",                               "CD", _WHOLE,   _NORMAL, "labels"),
 )
 # fmt: on
 
@@ -127,7 +131,12 @@ class Parameter:
     @property
     def is_matrix_of_block(self) -> bool:
         """Whether it is a weight of a block's matrix products."""
-        return self.decay and ".layers." in self.name
+        return self.decay and ".layers." in self.name and not self.is_adapter
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is one of the two matrices beside a frozen one."""
+        return self.name.endswith((".lora_A", ".lora_B"))
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,10 @@ def _parameters(model: ModelConfig) -> Iterator[Parameter]:
         for row in TABLE[part]:
             if all(has[word] for word in row[4].split()):
                 name = row[0].replace("S.", f"{stack}.", 1) if stack else row[0]
-                yield _parameter(name.replace(".N.", f".{number}."), row, sizes)
+                parameter = _parameter(name.replace(".N.", f".{number}."), row, sizes)
+                yield parameter
+                if model.adapter and parameter.is_matrix_of_block:
+                    yield from _adapters(parameter, model.adapter)
 
     has = _conditions(model)
     yield from rows(first, has)
@@ -221,6 +233,8 @@ def _conditions(model: ModelConfig) -> dict[str, bool]:
         "gated": model.gated,
         "plain": not model.gated,
         "encoder": model.architecture == "encoder",
+        "lm": model.num_labels == 0,
+        "labels": model.num_labels > 0,
         "untied": not model.tie_word_embeddings,
     }
 
@@ -228,6 +242,7 @@ def _conditions(model: ModelConfig) -> dict[str, bool]:
 def _sizes(model: ModelConfig) -> dict[str, int]:
     return {
         "V": model.vocab_size,
+        "C": model.num_labels,
         "P": model.max_position_embeddings,
         "Y": model.type_vocab_size,
         "B": model.relative_attention_num_buckets,
@@ -251,6 +266,40 @@ def _parameter(
         shape = tuple(sizes[symbol] for symbol in symbols)
         parts.append(Tensor(".".join((*owner, own or module, kind)), shape, split))
     return Parameter(name, tuple(parts), init, decay=len(parts[0].shape) > 1)
+
+
+def _adapters(target: Parameter, adapter: AdapterConfig) -> Iterator[Parameter]:
+    """A and B beside a weight: those of its tensors that have one are stacked as they are.
+
+    Of A and B one is split as the weight is; the other meets all of what it reads or writes.
+    """
+    own = [t for t in target.tensors if t.name.split(".")[-2] in adapter.targets]
+    name = target.name.removesuffix("weight")
+    for kind, init in (("lora_A", Init.ADAPTER), ("lora_B", Init.ZEROS)) if own else ():
+        parts = []
+        for tensor in own:
+            rows, columns = tensor.shape
+            reads = kind == "lora_A"
+            shape = (adapter.rank, columns) if reads else (rows, adapter.rank)
+            follows = (tensor.split is Split.COLUMNS) == reads
+            split = tensor.split if follows else Split.REPLICATED
+            parts.append(Tensor(tensor.name.removesuffix("weight") + kind, shape, split))
+        yield Parameter(name + kind, tuple(parts), init, decay=True)
+
+
+def base(model: ModelConfig) -> ModelConfig:
+    """The language model that a classifier, or one with adapters, is made from."""
+    return model.model_copy(update={"num_labels": 0, "adapter": None})
+
+
+def learns(config: RunConfig, parameter: Parameter) -> bool:
+    """Whether a parameter is trained: all, or those that fine-tuning does not freeze."""
+    tuning = config.finetune
+    if tuning is None:
+        return True
+    if tuning.adapter and not (parameter.is_adapter or parameter.name == "score.weight"):
+        return False
+    return not any(fnmatch.fnmatchcase(parameter.name, pattern) for pattern in tuning.freeze)
 
 
 def _local(tensor: Tensor, ranks: int) -> tuple[int, ...]:

@@ -70,7 +70,7 @@ def make_batch(config: ModelConfig, *, samples: int = 2, length: int = 8, seed: 
     tokens = torch.randint(config.vocab_size, (samples, length + 1), generator=generator)
     mask = torch.rand(samples, length, generator=generator) < 0.75
     tensors = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask}
-    return Batch(tensors, place=seed * samples, targets=int(mask.sum()))
+    return Batch(tensors, seed * samples, int(mask.sum()), samples * length)
 
 
 # of an engine that needs no other rank

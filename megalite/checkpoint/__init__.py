@@ -12,6 +12,7 @@ from megalite.checkpoint.load import (
     set_aside_damaged,
 )
 from megalite.checkpoint.save import Place, Saver, clear_leftovers, retain, set_aside_later
+from megalite.checkpoint.start import describe_start
 from megalite.checkpoint.stored import Stored, StoredCheckpoint, fill_model
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Stored",
     "StoredCheckpoint",
     "clear_leftovers",
+    "describe_start",
     "fill_model",
     "find_newest",
     "import_weights",

@@ -35,8 +35,10 @@ _TRAVELLING = 4  # tensors on their way, or being hashed, at once
 States = Callable[[shapes.Parameter], Sequence[str]]
 
 
-def _weight_alone(_row: shapes.Parameter) -> Sequence[str]:
-    return (WEIGHT,)
+def _weights_of(model: ModelConfig) -> States:
+    """The weights of the parameters that `model` has as well; other ones stay as they started."""
+    names = {row.name for row in shapes.parameters(model)}
+    return lambda row: (WEIGHT,) if row.name in names else ()
 
 
 def find_newest(
@@ -147,9 +149,12 @@ def restore(
 def load_weights(
     engine: Engine, model: ModelConfig, *, grid: Grid, folder: Path, manifest: disk.Manifest
 ) -> None:
-    """Set the weights alone: a new run that starts from another's; raises as `restore`."""
-    refuse_other_model(model, folder, manifest)
-    _set_states(engine, model, _weight_alone, grid, folder, manifest)
+    """Set the weights alone: a new run that starts from another's; raises as `restore`.
+
+    A classifier, or a model with adapters, starts from what it shares with a language model.
+    """
+    shared = refuse_other_model(model, folder, manifest, base=True)
+    _set_states(engine, model, _weights_of(shared), grid, folder, manifest)
 
 
 def import_weights(engine: Engine, model: ModelConfig, *, grid: Grid, stored: Stored) -> None:
@@ -158,7 +163,8 @@ def import_weights(engine: Engine, model: ModelConfig, *, grid: Grid, stored: St
     Raises:
         CheckpointError: on every rank, if any could not read.
     """
-    unread = _write_states(engine, model, _weight_alone, grid, stored)
+    states = _weights_of(shapes.base(model))
+    unread = _write_states(engine, model, states, grid, stored)
     if told := [line for lines in grid.gather(unread) for line in lines]:
         raise CheckpointError("\n".join(told))
 
@@ -309,16 +315,27 @@ def _start_receiving(owned: Owned, grid: Grid, read: Callable[[], Tensor]) -> tu
     return value, dist.broadcast(value, src=source, group=grid.data_group, async_op=True)
 
 
-def refuse_other_model(model: ModelConfig, folder: Path, manifest: disk.Manifest) -> None:
-    """Every rank compares names and shapes, so that all raise and none waits for the others."""
-    wanted = {name: list(tensor.shape) for name, tensor in shapes.tensors(model).items()}
+def refuse_other_model(
+    model: ModelConfig, folder: Path, manifest: disk.Manifest, *, base: bool = False
+) -> ModelConfig:
+    """Every rank compares names and shapes, so that all raise and none waits for the others.
+
+    Args:
+        base: whether what a model was made from will do.
+    Returns:
+        the model that the checkpoint has the weights of.
+    """
     found = {name: entry.shape for name, entry in manifest.tensors.items()}
+    wanted = {name: list(tensor.shape) for name, tensor in shapes.tensors(model).items()}
+    if wanted != found and base and model != shapes.base(model):
+        return refuse_other_model(shapes.base(model), folder, manifest)
     if wanted != found:
         name = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))[0]
         raise CommandError(
             f"{folder} holds another model: {name} is {found.get(name, 'absent')} there, "
             f"{wanted.get(name, 'absent')} in this configuration"
         )
+    return model
 
 
 def _check(

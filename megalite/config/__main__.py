@@ -13,6 +13,7 @@ from typing import Any
 
 from megalite.config.deepspeed_keys import deepspeed_schema
 from megalite.config.load import load_config
+from megalite.config.model import ModelConfig
 from megalite.config.schema import RunConfig
 from megalite.files import write_json
 from megalite.log import run_main
@@ -61,12 +62,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-folder", metavar="CONFIG")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    arguments, _ = parser.parse_known_args()  # a job hands on whatever its launcher takes
+    # a job hands on whatever its launcher takes
+    arguments, others = parser.parse_known_args()
     if arguments.run_folder is None:
         write_json(SCHEMA, json_schema())
         sys.stdout.write(f"wrote {SCHEMA}\n")
         return
-    config = load_config(arguments.run_folder, arguments.set)
+    told = any(word.startswith("--init-from") for word in others)  # there the model may stand
+    stand_in = {
+        name: field.examples[0]
+        for name, field in ModelConfig.model_fields.items()
+        if field.is_required() and field.examples
+    }
+    config = load_config(arguments.run_folder, arguments.set, model=stand_in if told else None)
     sys.stdout.write(f"{Path(config.logging.directory) / config.name}\n")
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from megalite.config.fields import Count, CountOrZero, Positive, Section, Share, Text
 
 _Part = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROJECTIONS: tuple[_Projection, ...] = get_args(_Projection)
 
 
 class ExamplesConfig(Section):
@@ -97,13 +98,9 @@ class AdapterConfig(Section):
         default=None, description="Numerator of the adapter's factor (null: twice the rank)."
     )
     dropout: Share = Field(default=0.0, description="Probability of dropping an input of A.")
-    targets: Annotated[
-        tuple[
-            Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-            ...,
-        ],
-        Field(min_length=1, strict=False),
-    ] = Field(default=PROJECTIONS, description="The projections that have one.")
+    targets: Annotated[tuple[_Projection, ...], Field(min_length=1, strict=False)] = Field(
+        default=PROJECTIONS, description="The projections that have one."
+    )
 
     @property
     def scale(self) -> float:

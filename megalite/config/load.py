@@ -28,8 +28,13 @@ _STAND_IN = 0.5  # for a number that is none: within every field's bounds, so to
 _INTEGER_LIMIT = 2**63  # what a signed 64-bit number holds
 
 
-def load_config(path: str | Path, sets: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path, sets: Sequence[str] = (), *, model: Mapping[str, Any] | None = None
+) -> RunConfig:
     """The checked run file at `path`, with `sets` (each `a.b=c`) laid over it.
+
+    Args:
+        model: what of the model section holds where the file says nothing.
 
     Raises:
         ConfigError: every fault of the file, of the files it extends, of `sets` and of rules
@@ -38,6 +43,8 @@ def load_config(path: str | Path, sets: Sequence[str] = ()) -> RunConfig:
     faults: list[str] = []
     raw: dict[str, Any] = {}
     origins: Origins = {}
+    if model is not None:
+        _merge(raw, {"model": model}, "the model to start from: ", origins)
     for file, content in reversed(_read_chain(Path(path), faults)):
         _merge(raw, content, f"{file}: ", origins)
     _apply_sets(raw, sets, faults, origins)

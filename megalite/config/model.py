@@ -167,6 +167,11 @@ class ModelConfig(Section):
         description="Labels of a classifier, whose head takes the place of the language model's "
         "(fine-tuning counts them).",
     )
+    classifier_pooling: Literal["last", "first", "mean"] = Field(
+        default="last",
+        description="The token, or the mean of all, that a label is read from (fine-tuning writes "
+        "finetune.pooling here).",
+    )
     adapter: AdapterConfig | None = Field(
         default=None, description="The adapters in it (fine-tuning writes finetune.adapter here)."
     )

@@ -115,9 +115,7 @@ def _finetune(config: RunConfig) -> Iterator[Fault]:
         if found and task not in tasks:
             yield fault(f"finetune.{key}", f"it has a meaning for {' and '.join(tasks)} alone")
     if tuning.pooling and kind == "encoder_decoder":
-        yield fault(
-            "finetune.pooling", "an encoder_decoder's one written token tells; leave it out"
-        )
+        yield fault("finetune.pooling", "an encoder_decoder writes one token; leave it out")
     if tuning.class_weights and tuning.balance_classes:
         yield fault("finetune.class_weights", "balance_classes makes them; give one of the two")
     if not classifies and tuning.metric not in (None, "loss"):

@@ -2,14 +2,17 @@
 
 from megalite.data.batch import Batch, StepBatches
 from megalite.data.dataset import Dataset, open_data, open_train, open_valid, set_objective
-from megalite.data.loader import Loader, advance, first_batches
+from megalite.data.examples import ExampleSet
+from megalite.data.loader import Loader, Samples, advance, first_batches
 from megalite.data.packing import Packing, assemble, pack
 
 __all__ = [
     "Batch",
     "Dataset",
+    "ExampleSet",
     "Loader",
     "Packing",
+    "Samples",
     "StepBatches",
     "advance",
     "assemble",

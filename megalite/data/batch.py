@@ -21,11 +21,13 @@ class Batch:
         int64 [B, T], both from 0 in each sample.
     place: place of the first sample in the data order.
     targets: labels that count.
+    tokens: of text, without padding.
     """
 
     tensors: dict[str, Tensor]
     place: int
     targets: int
+    tokens: int = 0
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
         """The same batch on a device; copies from pinned memory do not wait."""
@@ -49,8 +51,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepBatches:
-    """One rank's part of an optimizer step; `targets` is the sum over its micro-batches."""
+    """One rank's part of an optimizer step; `targets` and `tokens` are its micro-batches' sums."""
 
     place: int
     micro_batches: list[Batch]
     targets: int
+    tokens: int

@@ -215,7 +215,12 @@ class Dataset:
         if self.objective is not None:
             arrays = self.objective(arrays, indices)
         targets = int(np.count_nonzero(arrays["loss_mask"]))
-        return Batch({name: torch.from_numpy(a) for name, a in arrays.items()}, place, targets)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return Batch(tensors, place, targets, B * L)
+
+    def arranged(self, indices: Ints) -> Ints:
+        """The samples of a step in the order they are dealt out: all have one length."""
+        return indices
 
 
 def _open(

@@ -16,13 +16,17 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from megalite.data.batch import Batch, StepBatches
 from megalite.data.dataset import Dataset
+from megalite.data.examples import ExampleSet
 from megalite.data.order import Ints, leave_out
+
+Samples: TypeAlias = Dataset | ExampleSet
 
 _CLOSE_SECONDS = 30.0  # longer than any healthy read of a few steps
 
@@ -47,7 +51,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Samples,
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -103,14 +107,16 @@ class Loader:
             self._ready.put(error)
 
     def _make_step(self) -> StepBatches:
-        indices = leave_out(self._place + self._offsets, self._place, self._gaps)
+        whole = leave_out(self._place + np.arange(self._step), self._place, self._gaps)
+        indices = self._dataset.arranged(whole)[self._offsets]
         sources, starts = self._dataset.locate(indices)  # once a step: a few dozen small calls
         batches = []
         for row in range(len(indices)):
             place = int(indices[row, 0])
             batch = self._dataset.read(sources[row], starts[row], indices[row], place)
             batches.append(batch.pin() if self._pin else batch)
-        return StepBatches(self._place, batches, sum(batch.targets for batch in batches))
+        targets, tokens = (sum(getattr(b, n) for b in batches) for n in ("targets", "tokens"))
+        return StepBatches(self._place, batches, targets, tokens)
 
 
 def advance(place: int, samples: int, gaps: Sequence[tuple[int, int]]) -> int:
@@ -120,7 +126,7 @@ def advance(place: int, samples: int, gaps: Sequence[tuple[int, int]]) -> int:
 
 
 def first_batches(
-    dataset: Dataset, samples: int, *, micro_batch_size: int, data_rank: int, data_size: int
+    dataset: Samples, samples: int, *, micro_batch_size: int, data_rank: int, data_size: int
 ) -> Iterator[Batch]:
     """This rank's part of the first `samples`, for an evaluation.
 
@@ -129,8 +135,9 @@ def first_batches(
     """
     step = micro_batch_size * data_size
     padded = -(-samples // step) * step
+    order = dataset.arranged(np.arange(samples))
     for offsets in _offsets(padded, micro_batch_size, data_rank, data_size):
-        batch = dataset.batch(np.minimum(offsets, samples - 1), int(offsets[0]))
+        batch = dataset.batch(order[np.minimum(offsets, samples - 1)], int(offsets[0]))
         whole = offsets[-1] < samples
         yield batch if whole else batch.first(max(0, samples - int(offsets[0])))
 

@@ -81,7 +81,13 @@ def pack(lengths: Ints, length: int, *, longer: Literal["cut", "leave out"]) -> 
 
 
 def assemble(
-    packing: Packing, windows: Ints, tokens: Callable[[int], Tokens], place: int, *, pad_id: int = 0
+    packing: Packing,
+    windows: Ints,
+    tokens: Callable[[int], Tokens],
+    place: int,
+    *,
+    pad_id: int = 0,
+    marks: Callable[[int], npt.NDArray[np.bool_]] | None = None,
 ) -> Batch:
     """Windows as a batch whose documents are kept apart, shaped like a batch of pretraining.
 
@@ -92,6 +98,7 @@ def assemble(
         windows: int64 [B], numbers of windows.
         tokens: the ids of a document, by its number.
         place: of the first window in the order of training.
+        marks: which tokens of a document are to be named; None: all.
     """
     shape = (len(windows), L := packing.length)
     names = ("input_ids", "labels", "position_ids", "document_ids")
@@ -108,6 +115,9 @@ def assemble(
             arrays["input_ids"][row, here] = ids[:count]
             arrays["labels"][row, counted] = ids[1:]  # a cut piece's last target is in the next one
             mask[row, counted] = True
+            if marks is not None:
+                marked = marks(int(packing.documents[piece]))
+                mask[row, counted] = marked[start + 1 : start + len(ids)]
             arrays["position_ids"][row, here] = np.arange(count)
             arrays["document_ids"][row, here] = number
             column += count
@@ -115,7 +125,9 @@ def assemble(
         arrays["document_ids"][row, column:] = high - low
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     tensors["loss_mask"] = torch.from_numpy(mask)
-    return Batch(tensors, place, int(np.count_nonzero(mask)))
+    low, high = packing.bounds[windows], packing.bounds[windows + 1]
+    held = sum(int(packing.lengths[a:b].sum()) for a, b in zip(low, high, strict=True))
+    return Batch(tensors, place, int(np.count_nonzero(mask)), held)
 
 
 def _best_fit(lengths: Ints, length: int) -> Ints:

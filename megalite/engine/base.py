@@ -6,17 +6,28 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from megalite.config import ModelConfig
+from megalite import shapes
+from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
 from megalite.formats.checkpoint import WEIGHT
-from megalite.model import LanguageModel
+from megalite.model import LanguageModel, head_loss
 
-__all__ = ["WEIGHT", "Accept", "Engine", "StepResult", "finite", "has_dropout", "seed_dropout"]
+__all__ = [
+    "WEIGHT",
+    "Accept",
+    "Engine",
+    "StepResult",
+    "finite",
+    "has_dropout",
+    "seed_dropout",
+    "tune",
+]
 
 Accept = Callable[[Tensor, Tensor], bool]
 
@@ -68,6 +79,9 @@ class Engine(Protocol):
     def eval_loss(self, batch: Batch) -> Tensor:
         """Summed loss of a batch without dropout or gradients: fp32 scalar, nats."""
 
+    def eval_scores(self, batch: Batch) -> Tensor:
+        """A classifier's logits of a batch, without dropout or gradients: fp32 [B, C]."""
+
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
         """A context in which parameters the engine keeps in parts are whole (for generation)."""
 
@@ -100,9 +114,25 @@ class Engine(Protocol):
         """Set what `progress` gave."""
 
 
+def tune(model: LanguageModel, config: RunConfig) -> Callable[..., Tensor]:
+    """Freeze what a run file does not train, set what its loss is like; returns the head's loss."""
+    for row in shapes.parameters(config.model):
+        model.get_parameter(row.name).requires_grad_(shapes.learns(config, row))
+    tuning, smoothing = config.finetune, 0.0
+    if tuning is not None and config.model.num_labels:
+        model.score.label_smoothing = tuning.label_smoothing
+        if tuning.class_weights:
+            device = model.score.weight.device
+            model.score.class_weights = torch.tensor(tuning.class_weights, device=device)
+    elif tuning is not None:
+        smoothing = tuning.label_smoothing
+    return partial(head_loss, compiled=config.training.compile, smoothing=smoothing)
+
+
 def has_dropout(model: ModelConfig) -> bool:
     """Whether a forward draws random numbers."""
-    return bool(model.hidden_dropout or model.attention_dropout)
+    adapters = model.adapter.dropout if model.adapter else 0.0
+    return bool(model.hidden_dropout or model.attention_dropout or adapters)
 
 
 def seed_dropout(seed: int, step: int, place: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from megalite import shapes
 from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
-from megalite.engine.base import WEIGHT, Accept, StepResult, finite, has_dropout, seed_dropout
-from megalite.model import LanguageModel, build, head_loss, initialize
+from megalite.engine.base import WEIGHT, Accept, StepResult, finite, has_dropout, seed_dropout, tune
+from megalite.model import LanguageModel, build, initialize
 from megalite.optim import Fragment, Muon, make_optimizer, orthogonalize
 from megalite.parallel import Grid, is_counted, prepare
 
@@ -31,7 +30,7 @@ class ReferenceEngine:
         with grid.device:
             self.model: LanguageModel = build(config.model)
         initialize(self.model, config.model, seed=config.training.seed, gather=_whole)
-        self.model.head_loss = partial(head_loss, compiled=config.training.compile)
+        self.model.head_loss = tune(self.model, config)
         prepare(
             self.model.blocks,
             recompute=config.training.activation_checkpointing,
@@ -76,6 +75,12 @@ class ReferenceEngine:
         self.model.eval()
         loss: Tensor = self.model(batch.to(self.device).tensors)
         return loss
+
+    @torch.no_grad()
+    def eval_scores(self, batch: Batch) -> Tensor:
+        self.model.eval()
+        scores: Tensor = self.model(batch.to(self.device).tensors, scores=True)
+        return scores
 
     def gathered(self, _parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
         return nullcontext()

@@ -39,7 +39,9 @@ from megalite.engine.base import (
     finite,
     has_dropout,
     seed_dropout,
+    tune,
 )
+from megalite.engine.masters import fragment, fragments
 from megalite.engine.reference import (
     clip_gradients,
     create_states,
@@ -50,7 +52,7 @@ from megalite.engine.reference import (
     set_updates,
     updates_taken,
 )
-from megalite.model import LanguageModel, build, head_loss, initialize
+from megalite.model import LanguageModel, build, initialize
 from megalite.optim import Fragment, Muon, make_optimizer, orthogonalize
 from megalite.parallel import Grid, local_model, prepare, split
 
@@ -106,7 +108,7 @@ class DeepSpeedEngine:
             tensor_parallel=grid.tensor_parallel,
             tensor_rank=grid.tensor_rank,
         )
-        loss = self.model.head_loss = partial(head_loss, compiled=config.training.compile)
+        loss = self.model.head_loss = tune(self.model, config)
         if grid.tensor_parallel > 1:
             sequence = config.parallel.sequence
             split(self.model, config.model, grid, loss, sequence=sequence)
@@ -185,6 +187,12 @@ class DeepSpeedEngine:
         loss: Tensor = self.engine(batch.to(self.device).tensors)
         return loss
 
+    @torch.no_grad()
+    def eval_scores(self, batch: Batch) -> Tensor:
+        self.engine.eval()
+        scores: Tensor = self.engine(batch.to(self.device).tensors, scores=True)
+        return scores
+
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
         if self.stage != 3:
             return nullcontext()
@@ -194,6 +202,9 @@ class DeepSpeedEngine:
         return context
 
     def read_state(self, parameter: nn.Parameter, key: str) -> Tensor:
+        if not parameter.requires_grad:
+            with self.gathered([parameter]):
+                return parameter.detach().float().clone()
         if self.stage == 0:
             return read_plain(self.optimizer, parameter, key)
         if key == WEIGHT:
@@ -211,7 +222,7 @@ class DeepSpeedEngine:
         return value.detach().view(parameter.shape)
 
     def read_gradient(self, parameter: nn.Parameter) -> Tensor:
-        if self.stage == 0:
+        if self.stage == 0 or not parameter.requires_grad:
             return plain_gradient(parameter)
         value: Tensor = safe_get_full_grad(parameter)
         return value.view(getattr(parameter, "ds_shape", parameter.shape))
@@ -220,7 +231,9 @@ class DeepSpeedEngine:
         if self.stage == 0:
             read_plain(self.optimizer, parameter, key).copy_(value)
         elif key == WEIGHT:
-            if self.stage == 3:
+            if not parameter.requires_grad:
+                pass  # it has no master
+            elif self.stage == 3:
                 safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
             else:
                 safe_set_full_fp32_param(parameter, value)
@@ -301,7 +314,7 @@ class DeepSpeedEngine:
     def _find_holders(self) -> dict[int, int]:
         """The ranks that have all of a parameter's partition; of those that were cut, none."""
         parameters = list(self.model.parameters())
-        held = [_fragment(p)[1] if p.numel() else 0 for p in parameters]
+        held = [fragment(p)[1] if p.numel() else 0 for p in parameters]
         found = torch.zeros(self._grid.data_parallel, len(parameters), dtype=torch.int64)
         found[self._grid.data_rank] = torch.tensor(held)
         found = found.to(self.device)
@@ -352,42 +365,6 @@ class DeepSpeedEngine:
             [parameter], modifier_rank=0
         )
         return context
-
-
-def fragments(
-    zero: Any, stage: int, grid: Grid
-) -> dict[int, list[tuple[nn.Parameter, tuple[int, int, int]]]]:
-    """What this rank's flat masters of a DeepSpeed optimizer hold of its parameters.
-
-    Returns:
-        by the `id` of a master, for each parameter of its group: (start, length) of the flattened
-        parameter, and where that begins in the master. As DeepSpeed 0.19.8 lays them out
-        (runtime/zero/stage3.py; utils/tensor_fragment.py for the stages below).
-    """
-    found: dict[int, list[tuple[nn.Parameter, tuple[int, int, int]]]] = {}
-    if stage == 3:
-        for number, group in enumerate(zero.fp16_groups):
-            places = []
-            for parameter in group:
-                _, offset, length = zero.grad_position[zero.get_param_id(parameter)]
-                start = grid.data_rank * length  # of equal parts, the last ones padded
-                length = max(0, min(length, parameter.ds_numel - start))
-                places.append((parameter, (start, length, offset)))
-            found[id(zero.fp32_partitioned_groups_flat[number])] = places
-        return found
-    groups = zero.bit16_groups if hasattr(zero, "bit16_groups") else zero.bf16_groups
-    for group, inner in zip(groups, zero.optimizer.param_groups, strict=True):
-        (master,) = inner["params"]
-        found[id(master)] = [(parameter, _fragment(parameter)) for parameter in group]
-    return found
-
-
-def _fragment(parameter: Any) -> tuple[int, int, int]:
-    mapping = parameter._hp_mapping
-    if mapping is None:  # other ranks have it
-        return 0, 0, 0
-    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return int(low.start), int(low.numel), int(high.start)
 
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

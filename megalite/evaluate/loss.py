@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.config import DataConfig, RunConfig, SourceConfig, parse_config
-from megalite.data import Batch, Dataset, first_batches, open_valid, set_objective
+from megalite.data import Batch, Samples, first_batches, open_valid, set_objective
 from megalite.engine import Engine
 from megalite.errors import CommandError
 from megalite.evaluate.opened import OpenedModel
@@ -21,7 +21,7 @@ from megalite.parallel import Grid
 
 def mean_loss(
     engine: Engine,
-    dataset: Dataset,
+    dataset: Samples,
     *,
     grid: Grid,
     samples: int,
@@ -143,7 +143,7 @@ def perplexity(loss: float) -> float:
 
 def _sum_loss(
     loss: Callable[[Batch], Tensor],
-    dataset: Dataset,
+    dataset: Samples,
     *,
     samples: int,
     micro_batch_size: int,

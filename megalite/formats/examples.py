@@ -5,8 +5,8 @@ tokenizer/           the tokenizer's files
 SPLIT.tokens.npy     int32 [tokens]: the ids of all examples, one after the other
 SPLIT.bounds.npy     int64 [examples + 1]: where each begins
 SPLIT.rows.npy       int64 [examples]: the row of its source, from 0
-SPLIT.learned.npy    uint8 [tokens]: 1 where a token is to be predicted (not of a classification)
-SPLIT.labels.npy     int64 [examples]: the place of its label in `labels` (classification)
+SPLIT.learned.npy    uint8 [tokens]: 1 where a token is to be predicted (else)
+SPLIT.labels.npy     int64 [examples]: the place of its label (of a classification)
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def write_split(
         files.sync_file(path)
         hashes[kind] = files.sha256_file(path)
     sizes = {"examples": len(arrays["rows"]), "tokens": len(arrays["tokens"])}
-    return SplitInfo(**sizes, sha256=hashes, **counted)
+    return SplitInfo.model_validate({**sizes, "sha256": hashes, **counted})
 
 
 def read_manifest(folder: Path) -> ExamplesManifest:

@@ -1,13 +1,14 @@
 """Text to token ids and back: SentencePiece models, Hugging Face `tokenizer.json`, plain bytes.
 
 Text never turns into a control token: `</s>` in a document is four characters. BOS and EOS are put
-around documents by whoever asks for them.
+around documents by whoever asks for them. `encode_with_offsets` alone finds control tokens by name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from megalite.formats.tokenizer_export import export_bytes, export_sentencepiece
 from megalite.log import logger
 
 Ids: TypeAlias = npt.NDArray[np.int32]
+Placed: TypeAlias = "tuple[list[int], list[tuple[int, int]]]"
 
 # What tokenizers lose most often: runs and edges of white space, newlines, bytes beyond ASCII.
 PROBES = (
@@ -61,6 +63,13 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[Ids]:
         """The ids of each text; equal whatever the number of threads."""
+
+    def encode_with_offsets(self, text: str) -> Placed:
+        """The ids of a text in which names of control tokens are those tokens.
+
+        Beside them the characters each stands for, from and to; ids that share a character all
+        name it.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; BOS, EOS and other control tokens have none."""
@@ -144,6 +153,28 @@ class SentencePieceTokenizer:
     def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[Ids]:
         return list(self._processor.encode(list(texts), return_type="numpy", num_threads=threads))
 
+    def encode_with_offsets(self, text: str) -> Placed:
+        ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        start = 0
+        for number, part in enumerate(self._controls.split(text)):  # every second is a name
+            if number % 2:
+                ids.append(self._processor.piece_to_id(part))
+                places.append((start, start + len(part)))
+            else:
+                found = self._processor.encode(part, return_type="offset_mapping")
+                ids += found["ids"]
+                # the first bytes of a character end where they begin
+                places += [(start + a, start + max(b, a + 1)) for a, b in found["offsets"]]
+            start += len(part)
+        return ids, places
+
+    @cached_property
+    def _controls(self) -> re.Pattern[str]:
+        ids = filter(self._processor.is_control, range(self.vocab_size))
+        names = sorted(map(self._processor.id_to_piece, ids), key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._processor.decode([int(id) for id in ids]))
 
@@ -185,9 +216,11 @@ class HuggingFaceTokenizer:
         self._files = {file.name: file.read_bytes() for file in (config,) if file.exists()}
         self._files[_HUGGING_FACE] = data = path.read_bytes()
         self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(data)
+        self._with_controls: Any = tokenizers.Tokenizer.from_buffer(data)
+        for made in (self._tokenizer, self._with_controls):
+            made.no_truncation()
+            made.no_padding()
         self._tokenizer.encode_special_tokens = True  # as text, that is: not as control tokens
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = max(ids, default=-1) + 1  # ids may have holes
         self.bos_id = self._control("bos_token", _BOS_NAMES)
@@ -201,6 +234,10 @@ class HuggingFaceTokenizer:
         del threads
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.int32) for encoding in found]
+
+    def encode_with_offsets(self, text: str) -> Placed:
+        found = self._with_controls.encode(text, add_special_tokens=False)
+        return list(found.ids), list(found.offsets)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=True))
@@ -266,6 +303,10 @@ class ByteTokenizer:
     def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[Ids]:
         del threads
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+    def encode_with_offsets(self, text: str) -> Placed:
+        places = [(n, n + 1) for n, character in enumerate(text) for _ in character.encode()]
+        return list(text.encode()), places
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(id for id in ids if id < 256).decode(errors="replace")

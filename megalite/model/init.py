@@ -52,6 +52,8 @@ def initialize(
                 if row.init is shapes.Init.ONES:
                     parameter[piece.target].fill_(1.0)
                 elif row.init is not shapes.Init.ZEROS:
+                    if row.init is shapes.Init.ADAPTER:
+                        std = 1 / math.sqrt(3 * piece.tensor.shape[1])
                     _fill(parameter[piece.target], piece, std=std, seed=seed)
 
 

@@ -12,13 +12,13 @@ that checkpoints hold.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.config import ModelConfig, RopeScalingConfig
+from megalite.config import AdapterConfig, ModelConfig, RopeScalingConfig
 from megalite.model.cache import LayerCache
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -32,18 +32,65 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Linear(nn.Module):
-    """`x @ weight.T (+ bias)` with an uninitialised weight [out, in]."""
+    """`x @ weight.T (+ bias)` with an uninitialised weight [out, in].
 
-    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+    An adapter adds `scale B (A x)` (LoRA, Hu et al. 2021); that of a fused projection has an A and
+    a B for each part it has one for, stacked.
+
+    Args:
+        parts: the rows of each projection that is fused in it, by name.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        adapter: AdapterConfig | None = None,
+        parts: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        own = {n: size for n, size in (parts or {}).items() if adapter and n in adapter.targets}
+        self.adapter, self._parts, self._own = adapter if own else None, dict(parts or {}), own
+        if self.adapter is not None:
+            rank = self.adapter.rank
+            self.lora_A = nn.Parameter(torch.empty(len(own) * rank, in_features))
+            self.lora_B = nn.Parameter(torch.empty(sum(own.values()), rank))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight)
+        if self.adapter is not None:
+            y = y + self.raised(self.lowered(x))
         # Added outside F.linear: DeepSpeed's ZeRO-3 version of it adds the bias in place, which
         # selective recompute would repeat.
         return y if self.bias is None else y + self.bias
+
+    def lowered(self, x: Tensor) -> Tensor:
+        """A x of every part that has an adapter, side by side: [..., in] -> [..., parts x rank]."""
+        assert self.adapter is not None
+        return F.linear(F.dropout(x, self.adapter.dropout, self.training), self.lora_A)
+
+    def raised(self, low: Tensor) -> Tensor:
+        """What an adapter adds, by what `lowered` gave: -> [..., out]."""
+        assert self.adapter is not None
+        lows = iter(low.chunk(len(self._own), dim=-1))
+        factors = iter(self.lora_B.split(list(self._own.values())))
+        added = [
+            F.linear(next(lows), next(factors)) if name in self._own else low.new_zeros(())
+            for name in self._parts
+        ]
+        shapes = [(*low.shape[:-1], size) for size in self._parts.values()]
+        whole = [part.expand(shape) for part, shape in zip(added, shapes, strict=True)]
+        return self.adapter.scale * torch.cat(whole, dim=-1)
+
+
+def _linear(config: ModelConfig, in_features: int, bias: bool, **parts: int) -> Linear:
+    """A projection of a block, or several that are fused, with the adapter it is to have."""
+    rows = sum(parts.values())
+    return Linear(in_features, rows, bias=bias, adapter=config.adapter, parts=parts)
 
 
 class RMSNorm(nn.Module):
@@ -248,13 +295,16 @@ class Attention(nn.Module):
         self.head_width, self.dropout = config.head_dim, config.attention_dropout
         self.causal, self.scale = causal, config.attention_multiplier
         inner = self.heads * self.head_width
-        fused = inner + 2 * self.kv_heads * self.head_width
-        self.qkv_proj = Linear(config.hidden_size, fused, bias=config.attention_bias)
+        kv = self.kv_heads * self.head_width
+        self.qkv_proj = _linear(
+            config, config.hidden_size, config.attention_bias, q_proj=inner, k_proj=kv, v_proj=kv
+        )
         self.q_norm = self.k_norm = None
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_width, config.norm_eps)
             self.k_norm = RMSNorm(self.head_width, config.norm_eps)
-        self.o_proj = Linear(inner, config.hidden_size, bias=config.attention_output_bias)
+        bias = config.attention_output_bias
+        self.o_proj = _linear(config, inner, bias, o_proj=config.hidden_size)
 
     def forward(
         self,
@@ -298,10 +348,10 @@ class CrossAttention(nn.Module):
         self.kv_heads, self.head_width = config.num_key_value_heads, config.head_dim
         self.dropout, self.scale = config.attention_dropout, config.attention_multiplier
         D, inner = config.hidden_size, config.num_attention_heads * config.head_dim
-        self.q_proj = Linear(D, inner, bias=config.attention_bias)
-        fused = 2 * self.kv_heads * self.head_width
-        self.kv_proj = Linear(D, fused, bias=config.attention_bias)
-        self.o_proj = Linear(inner, D, bias=config.attention_output_bias)
+        self.q_proj = _linear(config, D, config.attention_bias, q_proj=inner)
+        kv = self.kv_heads * self.head_width
+        self.kv_proj = _linear(config, D, config.attention_bias, k_proj=kv, v_proj=kv)
+        self.o_proj = _linear(config, inner, config.attention_output_bias, o_proj=D)
 
     def forward(
         self,
@@ -333,10 +383,10 @@ class MLP(nn.Module):
         self.activation, self.gated = config.activation, config.gated
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         if self.gated:
-            self.gate_up_proj = Linear(D, 2 * inner, bias=bias)
+            self.gate_up_proj = _linear(config, D, bias, gate_proj=inner, up_proj=inner)
         else:
-            self.up_proj = Linear(D, inner, bias=bias)
-        self.down_proj = Linear(inner, D, bias=bias)
+            self.up_proj = _linear(config, D, bias, up_proj=inner)
+        self.down_proj = _linear(config, inner, bias, down_proj=D)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         act = ACTIVATIONS[self.activation]

@@ -29,6 +29,7 @@ class Shard(Protocol):
 
     first: int
     held: int
+    vocab_size: int
 
     def largest(self, values: Tensor) -> Tensor: ...
 
@@ -94,8 +95,40 @@ def _compiled() -> tuple[Any, Any]:
     )
 
 
+class _Smoothing:
+    """A part of the label's logit that becomes the mean of all logits (Szegedy et al. 2015)."""
+
+    def __init__(self, part: float, weight_VD: Tensor, shard: Shard | None) -> None:
+        self.part, self.held = part, shard.held if shard else len(weight_VD)
+        self.vocabulary = shard.vocab_size if shard else len(weight_VD)
+        self.mean_D = weight_VD[: self.held].sum(dim=0, dtype=torch.float32) / self.vocabulary
+        if shard is not None:
+            self.mean_D = shard.total(self.mean_D)
+
+    def loss(self, hidden_CD: Tensor, logit_C1: Tensor) -> Tensor:
+        """What is added to the cross entropy of the label."""
+        return self.part * (logit_C1 - hidden_CD.float() @ self.mean_D[:, None])
+
+    def add_gradient(self, grad_CV: Tensor, mask_C1: Tensor) -> None:
+        """What is added to its gradient, beside a label that weighs less."""
+        share_C1 = self.part / self.vocabulary * mask_C1
+        grad_CV[:, : self.held] -= share_C1.to(grad_CV.dtype)
+
+
+def _add_product(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, *, first: bool) -> None:
+    if total_VD.dtype == hidden_CD.dtype:  # the first product overwrites
+        total_VD.addmm_(grad_CV.t(), hidden_CD, beta=int(not first))
+    elif first:
+        total_VD.copy_(grad_CV.t() @ hidden_CD)
+    else:
+        total_VD += grad_CV.t() @ hidden_CD
+
+
 class FusedLinearCrossEntropy(torch.autograd.Function):
-    """Sum over the rows with mask of `logsumexp(h W^T) - (h W^T)[label]`, in nats, fp32."""
+    """Sum over the rows with mask of `logsumexp(h W^T) - (h W^T)[label]`, in nats, fp32.
+
+    `smoothing` spreads a share of the target over the vocabulary; a bias knows of none.
+    """
 
     @staticmethod
     def forward(
@@ -107,7 +140,9 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         shard: Shard | None = None,
         compiled: bool = False,
         bias_V: Tensor | None = None,
+        smoothing: float = 0.0,
     ) -> Tensor:
+        spread = _Smoothing(smoothing, weight_VD, shard) if smoothing else None
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_bias = None
         if bias_V is not None and ctx.needs_input_grad[6]:
@@ -132,7 +167,11 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
                 mine_C1 = (labels_C1 >= 0) & (labels_C1 < shard.held)
                 labels_C1, hit_C1 = labels_C1.where(mine_C1, 0), mask_C1 * mine_C1
             peak_C1, total_C1, picked_C1 = _whole(logits_CV, labels_C1, hit_C1, shard, compiled)
-            loss += ((total_C1.log() - picked_C1) * mask_C1).sum()
+            losses_C1 = total_C1.log() - picked_C1
+            if spread is not None:
+                losses_C1 += spread.loss(h_CD, picked_C1 + peak_C1)
+                hit_C1 = (1 - smoothing) * hit_C1
+            loss += (losses_C1 * mask_C1).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             # softmax minus one at the label, zero where masked
@@ -142,17 +181,14 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             else:
                 grad_CV = logits_CV.mul_(mask_C1 / total_C1)
                 grad_CV = grad_CV.scatter_add_(1, labels_C1, -hit_C1).to(hidden_RD.dtype)
+            if spread is not None:
+                spread.add_gradient(grad_CV, mask_C1)
             if grad_bias is not None:
                 grad_bias += grad_CV.sum(dim=0, dtype=torch.float32)
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[chunk])
             if grad_weight is not None:
-                if grad_weight.dtype == hidden_RD.dtype:  # the first product overwrites
-                    grad_weight.addmm_(grad_CV.t(), h_CD, beta=int(start > 0))
-                elif start == 0:
-                    grad_weight.copy_(grad_CV.t() @ h_CD)
-                else:
-                    grad_weight += grad_CV.t() @ h_CD
+                _add_product(grad_weight, grad_CV, h_CD, first=start == 0)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight_VD.dtype
         return loss
@@ -170,7 +206,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             grad_weight = grad_weight.mul_(scale).to(ctx.weight_dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.mul_(scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, grad_bias
+        return grad_hidden, grad_weight, None, None, None, None, grad_bias, None
 
 
 def chunk_rows(vocabulary: int) -> int:

@@ -22,19 +22,17 @@ from torch import Tensor, nn
 from megalite import shapes
 from megalite.config import ModelConfig
 from megalite.model.cache import Cache, LayerCache
+from megalite.model.heads import Classifier, Head, Transform, head_loss
 from megalite.model.layers import (
-    ACTIVATIONS,
     MLP,
     Attention,
     CrossAttention,
-    Linear,
     attention_mask,
     distance_buckets,
     make_norm,
     rope_table,
     sinusoids,
 )
-from megalite.model.loss import FusedLinearCrossEntropy, Shard
 
 
 class Embedding(nn.Module):
@@ -235,7 +233,11 @@ class LanguageModel(nn.Module):
             self.model = Stack(config, config.num_hidden_layers, embeds=True, causal=causal)
         self.head_loss: Callable[..., Tensor] = head_loss
         self.whole_logits: Callable[[Tensor], Tensor] = lambda logits: logits
+        self.all_tokens: Callable[[Tensor], Tensor] = lambda hidden: hidden
         encodes = config.architecture == "encoder"
+        if config.num_labels:
+            self.score = Classifier(config)
+            return
         if encodes:
             self.lm_transform = Transform(config)
         if encodes or not config.tie_word_embeddings:
@@ -247,8 +249,11 @@ class LanguageModel(nn.Module):
         for name in shapes.stacks(self.config):
             yield from self.get_submodule(name).layers  # type: ignore[misc]
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, batch: Mapping[str, Tensor], *, scores: bool = False) -> Tensor:
         """Sum of the cross entropy over the batch's unmasked targets: fp32 scalar, nats.
+
+        Of a classifier over samples, whose labels and loss_mask are [B]; with `scores`
+        `label_scores` instead, so that an engine gathers the weights of what that runs.
 
         Args:
             batch: input_ids [B, T] and the labels [B, T] of the same places, those that count by
@@ -256,8 +261,12 @@ class LanguageModel(nn.Module):
                 attention_mask (bool [B, T], tokens that are seen), token_type_ids. With two stacks
                 input_ids are those that are read, and decoder_input_ids go with the labels.
         """
-        hidden_BTD = self._head_input(self.hidden(batch))
+        if scores:
+            return self.label_scores(batch)
         labels, mask = batch["labels"], batch["loss_mask"]
+        if self.config.num_labels:
+            return self.score.loss(self.label_scores(batch), labels, mask)
+        hidden_BTD = self._head_input(self.hidden(batch))
         if not self.config.tie_word_embeddings:
             return self.lm_head(hidden_BTD, labels, mask, self.head_loss)
         weight = self.model.embed_tokens.weight
@@ -271,6 +280,16 @@ class LanguageModel(nn.Module):
             return self.model.write(batch["decoder_input_ids"], self.model.read(batch), cache)
         hidden: Tensor = self.model(batch["input_ids"], batch, cache=cache)
         return hidden
+
+    def label_scores(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """fp32 logits of the labels, [B, C].
+
+        Args:
+            batch: as `forward` takes it, and lengths, int64 [B]: tokens of each sample, which begin
+                it.
+        """
+        scores: Tensor = self.score(self.all_tokens(self.hidden(batch)), batch["lengths"])
+        return scores
 
     def logits(self, inputs: Tensor | Mapping[str, Tensor], *, last_only: bool = False) -> Tensor:
         """fp32 scores, [B, T, V], or [B, V] of the last place alone.
@@ -295,71 +314,6 @@ class LanguageModel(nn.Module):
             hidden = self.lm_transform(hidden)
         scale = self.config.logits_scaling
         return hidden if scale == 1 else hidden / scale
-
-
-class Transform(nn.Module):
-    """What BERT does to a hidden state before it names the token (Devlin et al. 2018)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.dense = Linear(config.hidden_size, config.hidden_size, bias=True)
-        self.norm = make_norm(config)
-        self.activation = config.activation
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        y: Tensor = self.norm(ACTIVATIONS[self.activation](self.dense(x_BTD)))
-        return y
-
-
-class Head(nn.Module):
-    """The output head; its forward is the loss, so that ZeRO-3 gathers its weights for it."""
-
-    weight: nn.Parameter | None
-
-    def __init__(self, config: ModelConfig, *, bias: bool) -> None:
-        super().__init__()
-        V, D = config.vocab_size, config.hidden_size
-        self.weight = None if config.tie_word_embeddings else nn.Parameter(torch.empty(V, D))
-        self.bias = nn.Parameter(torch.empty(V)) if bias else None
-
-    def forward(
-        self,
-        hidden_BTD: Tensor,
-        labels_BT: Tensor,
-        mask_BT: Tensor,
-        loss: Callable[..., Tensor],
-        tied_VD: Tensor | None = None,
-    ) -> Tensor:
-        weight = self.weight if tied_VD is None else tied_VD
-        if self.bias is None:
-            return loss(hidden_BTD, weight, labels_BT, mask_BT)
-        return loss(hidden_BTD, weight, labels_BT, mask_BT, bias_V=self.bias)
-
-
-def head_loss(
-    hidden_BTD: Tensor,
-    weight_VD: Tensor,
-    labels_BT: Tensor,
-    mask_BT: Tensor,
-    shard: Shard | None = None,
-    *,
-    bias_V: Tensor | None = None,
-    compiled: bool = False,
-) -> Tensor:
-    """The fused head and cross entropy over flattened rows.
-
-    Args:
-        shard: where W is a part of the vocabulary's rows.
-        compiled: whether what happens between the matrix products is.
-    """
-    rows = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    if not torch.is_grad_enabled():  # an autograd function is told of the weight's wish regardless
-        weight_VD = weight_VD.detach()
-        bias_V = None if bias_V is None else bias_V.detach()
-    loss: Tensor = FusedLinearCrossEntropy.apply(
-        rows, weight_VD, labels_BT.reshape(-1), mask_BT.reshape(-1), shard, compiled, bias_V
-    )
-    return loss
 
 
 def build(config: ModelConfig) -> LanguageModel:

@@ -49,7 +49,10 @@ class Console:
         )
         self._live.update(Group(bar, Text(line)), refresh=True)
 
-    def valid(self, row: Mapping[str, Any], *, tokens: int = 0) -> None:
+    def picture(self, name: str, image: Any, step: int) -> None:
+        """Pictures are not drawn."""
+
+    def valid(self, row: Mapping[str, Any], *, tokens: int | None = None) -> None:
         """Show one valid row, as a line that stays."""
         numbers = [
             f"{key} {_number(value, '.4g')}"

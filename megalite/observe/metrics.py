@@ -36,10 +36,8 @@ class Recorder:
     attempt: int
     total_steps: int
     tensorboard: bool
-    tokens_per_step: int
 
     def __post_init__(self) -> None:
-        self._seen = (0, 0)  # step and tokens of the last train row
         self._last_checkpoint: str | None = None
         self._complained = False
         self._file: BinaryIO | None = None
@@ -54,17 +52,19 @@ class Recorder:
     def train(self, row: Mapping[str, Any]) -> None:
         """Record a train row; `step` counts from 1, `tokens` is the total so far."""
         row = self._write("train", row)
-        self._seen = (row["step"], row["tokens"])
         for view in self._views:
             view.train(row)
 
-    def valid(self, row: Mapping[str, Any]) -> None:
-        """Record an evaluation on held-out data."""
+    def valid(self, row: Mapping[str, Any], *, tokens: int | None = None) -> None:
+        """Record an evaluation on held-out data, after so many tokens of training."""
         row = self._write("valid", row)
-        step, tokens = self._seen
-        tokens += (row["step"] - step) * self.tokens_per_step
         for view in self._views:
             view.valid(row, tokens=tokens)
+
+    def picture(self, name: str, image: Any, step: int) -> None:
+        """Show an image, uint8 [H, W, 3], in TensorBoard."""
+        for view in self._views:
+            view.picture(name, image, step)
 
     def event(self, step: int, name: str, **fields: Any) -> None:
         """Record that something happened: start, resume, checkpoint, skip, signal, end."""

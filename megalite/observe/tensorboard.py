@@ -37,15 +37,20 @@ class TensorBoard:
         if row.get("tokens") is not None:
             self._scalars("by_tokens", int(row["tokens"]), {"train/loss": row.get("loss")})
 
-    def valid(self, row: Mapping[str, Any], *, tokens: int) -> None:
-        """One valid row, with the tokens trained on before it."""
+    def picture(self, name: str, image: Any, step: int) -> None:
+        """An image, uint8 [H, W, 3]."""
+        self._writer(".", step).add_image(name, image, step, dataformats="HWC")
+
+    def valid(self, row: Mapping[str, Any], *, tokens: int | None) -> None:
+        """One valid row, with the tokens trained on before it, where they are known."""
         numbers = {
             f"valid/{key}": value
             for key, value in row.items()
             if key != "step" and isinstance(value, int | float)
         }
         self._scalars(".", int(row["step"]), numbers)
-        self._scalars("by_tokens", tokens, {"valid/loss": row.get("loss")})
+        if tokens is not None:
+            self._scalars("by_tokens", tokens, {"valid/loss": row.get("loss")})
         for writer in self._writers.values():
             writer.flush()
 

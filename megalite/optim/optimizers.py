@@ -43,6 +43,8 @@ def make_optimizer(
         }
     for name, parameter in named_parameters:
         row = rows[name]
+        if not shapes.learns(config, row):
+            continue
         own = "matrices" if _is_muons(config, row) else "decay" if row.decay else "no_decay"
         group = groups[own]
         group["params"].append(parameter)
@@ -55,6 +57,8 @@ def make_optimizer(
 
 def state_names(config: RunConfig, row: shapes.Parameter) -> tuple[str, ...]:
     """Names of the element-wise states the optimizer keeps of a parameter."""
+    if not shapes.learns(config, row):
+        return ()
     if config.optimizer.name == "sgd":
         return ("momentum_buffer",) if config.optimizer.momentum else ()
     return ("momentum_buffer",) if _is_muons(config, row) else ("exp_avg", "exp_avg_sq")

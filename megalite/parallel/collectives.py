@@ -122,6 +122,20 @@ class TakeTokens(torch.autograd.Function):
         return start_gather(grads[0], ctx.group)(), None
 
 
+class AllTokens(torch.autograd.Function):
+    """[B, t, D] -> [B, T, D], which every rank goes on with alike: its gradient is its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BtD: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return start_gather(x_BtD, group)()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        n, rank = dist.get_world_size(ctx.group), dist.get_rank(ctx.group)
+        return grads[0].chunk(n, dim=1)[rank].contiguous(), None
+
+
 class ColumnLinear(torch.autograd.Function):
     """x W^T, where every rank has other rows of W: [B, T, D] -> [B, T, O].
 

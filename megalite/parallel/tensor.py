@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from megalite import shapes
 from megalite.config import ModelConfig
 from megalite.parallel.collectives import (
+    AllTokens,
     ColumnLinear,
     GatherTokens,
     Share,
@@ -49,10 +50,12 @@ class VocabularyShard:
     Attributes:
         first: the id of the rank's first row.
         held: rows that are tokens; those behind them are padding.
+        vocab_size: rows of all ranks that are tokens.
     """
 
     def __init__(self, vocab_size: int, grid: Grid) -> None:
         rows = -(-vocab_size // grid.tensor_parallel)
+        self.vocab_size = vocab_size
         self.first = rows * grid.tensor_rank
         self.held = max(0, min(rows, vocab_size - self.first))
         self._group = grid.tensor_group
@@ -109,7 +112,8 @@ def split(
         owner, _, name = row.name.rpartition(".")
         module = model.get_submodule(owner)
         if kind is shapes.Split.REPLICATED:
-            if _sees_own_heads(row) or (sequence and sees_own_tokens(row)):
+            partial_ = _sees_own_heads(row) or (sequence and sees_own_tokens(row))
+            if partial_ and parameter.requires_grad:
                 parameter.register_hook(partial(_sum_gradient, group))
         elif name != "weight":
             continue
@@ -128,6 +132,8 @@ def split(
         for block in model.blocks:
             for attention in filter(None, (block.self_attn, block.cross_attn)):
                 attention.forward = partial(_own_randomness, attention.forward, grid.tensor_rank)
+    if sequence:
+        model.all_tokens = lambda hidden: AllTokens.apply(hidden, group)
     gather = GatherTokens if sequence else Share
 
     def parallel_loss(
@@ -192,12 +198,17 @@ def _sum_gradient(group: dist.ProcessGroup, grad: Tensor) -> Tensor:
 
 def _column_forward(module: Any, group: dist.ProcessGroup, sequence: bool, x_BTD: Tensor) -> Tensor:
     y: Tensor = ColumnLinear.apply(x_BTD, module.weight, group, sequence)
+    if module.adapter is not None:
+        share = GatherTokens if sequence else Share
+        y = y + module.raised(share.apply(module.lowered(x_BTD), group))
     return y if module.bias is None else y + module.bias
 
 
 def _row_forward(module: Any, group: dist.ProcessGroup, sequence: bool, x_BTF: Tensor) -> Tensor:
     add_up = SumToTokens if sequence else Sum
     y: Tensor = add_up.apply(F.linear(x_BTF, module.weight), group)
+    if module.adapter is not None:
+        y = y + module.raised(add_up.apply(module.lowered(x_BTF), group))
     return y if module.bias is None else y + module.bias
 
 

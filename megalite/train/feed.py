@@ -1,8 +1,8 @@
 """Steps as the loop consumes them: batches, the loss's divisor, and whether to stop.
 
-Once a step the ranks agree on three numbers: how many targets the global batch holds, whether any
-rank was asked to stop, and how many checkpoints have been written. They travel in one small
-reduction over the CPU group, started a step ahead so that nobody waits for it.
+Once a step the ranks agree on four numbers: how many targets and tokens the global batch holds,
+whether any rank was asked to stop, and how many checkpoints have been written. They travel in one
+small reduction over the CPU group, started a step ahead so that nobody waits for it.
 """
 
 from __future__ import annotations
@@ -62,13 +62,15 @@ class Step(NamedTuple):
     """A rank's batches, and what all ranks agreed on.
 
     targets: the global batch's unmasked ones. stop: whether to stop instead of training on it.
-    written: the sum over ranks of the checkpoints each has written, as it was a step ago.
+    written: the sum over ranks of the checkpoints each has written, as it was a step ago. tokens:
+    of the global batch, without padding.
     """
 
     batches: StepBatches
     targets: int
     stop: bool
     written: int
+    tokens: int
 
 
 class Feed:
@@ -90,8 +92,8 @@ class Feed:
         batches, agreed, work = self._ahead
         self._ahead = self._begin()
         work.wait()
-        targets, stop, written = agreed.tolist()
-        return Step(batches, targets, stop > 0, written)
+        targets, tokens, stop, written = agreed.tolist()
+        return Step(batches, targets, stop > 0, written, tokens)
 
     def asked(self) -> bool:
         """Whether any rank was asked to stop, as it was a call ago; all ranks must call it."""
@@ -112,7 +114,6 @@ class Feed:
     def _begin(self) -> tuple[StepBatches, torch.Tensor, Any]:
         batches = next(self._loader)
         stop = int(self._stop.name is not None)
-        agreed = torch.tensor([batches.targets, stop, self._written()])
-        dp_copies = self._grid.tensor_parallel  # ranks that share a model share its batches
-        agreed[0] *= int(self._grid.tensor_rank == 0 or dp_copies == 1)
+        agreed = torch.tensor([batches.targets, batches.tokens, stop, self._written()])
+        agreed[:2] *= int(self._grid.tensor_rank == 0)  # those that share a model share its batches
         return batches, agreed, dist.all_reduce(agreed, group=self._grid.cpu_group, async_op=True)

@@ -10,12 +10,11 @@ from typing import Any
 
 from megalite import checkpoint, files, log
 from megalite.config import RunConfig
-from megalite.data import Dataset
+from megalite.data import Samples
 from megalite.errors import CommandError
 from megalite.log import logger
 from megalite.observe import Recorder, previous_attempts
 from megalite.parallel import Grid
-from megalite.plan import Plan
 from megalite.train.resume import Origin
 
 
@@ -23,10 +22,9 @@ from megalite.train.resume import Origin
 def opened(
     folder: Path,
     config: RunConfig,
-    plan: Plan,
     grid: Grid,
     settings: Mapping[str, Any],
-    train: Dataset,
+    train: Samples,
     origin: Origin | None,
 ) -> Iterator[Recorder]:
     """The run folder, opened by rank 0, and the writer of its records.
@@ -55,7 +53,6 @@ def opened(
         attempt=attempt,
         total_steps=config.training.steps,
         tensorboard=config.logging.tensorboard,
-        tokens_per_step=plan.tokens_per_step,
     )
     try:
         yield recorder
@@ -85,7 +82,7 @@ def _prepare(
     folder: Path,
     config: RunConfig,
     settings: Mapping[str, Any],
-    train: Dataset,
+    train: Samples,
     origin: Origin | None,
 ) -> int:
     """Write what a run folder holds from the start; returns the number of this attempt."""

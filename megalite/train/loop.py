@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,19 @@ from megalite.train.judge import Judge, Verdict
 Inspect = Callable[[int, Engine, Grid], None]
 
 
+class Measure(Protocol):
+    """What a run is measured by, where that is not the loss on held-out shards."""
+
+    def due(self, step: int) -> bool:
+        """Whether a measurement, and a checkpoint of what was measured, follow this step."""
+
+    def finished(self, step: int) -> bool:
+        """Whether the run is to end here."""
+
+    def __call__(self, step: int, samples: int, stopping: Callable[[], bool]) -> float | None:
+        """Measure and record; what the best checkpoint is chosen by, the lower the better."""
+
+
 class Jump(Exception):
     """A step whose loss or gradient jumped, and that the run goes back from; on every rank."""
 
@@ -50,6 +64,7 @@ class Trainer:
         stragglers: looks for ranks that are slower than the others.
         guard: compares replicas.
         inspect: called with (step, engine, grid) between each backward and its update.
+        measure: takes the place of validation.
     """
 
     config: RunConfig
@@ -69,6 +84,7 @@ class Trainer:
     stragglers: Stragglers
     guard: DriftGuard | None = None
     inspect: Inspect | None = None
+    measure: Measure | None = None
 
     def __post_init__(self) -> None:
         self._saved, self._evaluated, self._compared = self.place.step, -1, -1
@@ -81,12 +97,12 @@ class Trainer:
             Stopped: a signal asked for it; the run was saved and can be resumed.
             Jump: the run has to go back; it may be called again from there.
         """
-        if self.place.step == 0:
+        if self.place.step == 0 and self.measure is None:
             self._evaluate()
-        self._lapped = self.place.step, self.sections.totals().get("step", 0.0)
-        while self.place.step < self.config.training.steps:
+        self._lapped = self.place, self.sections.totals().get("step", 0.0)
+        while not self._finished():
             self.sections.enter("step")
-            batches, targets, stop, written = self.feed.next()
+            batches, targets, stop, written, tokens = self.feed.next()
             if self.saver.under_way and written == self.saver.begun * self.grid.world_size:
                 self.settle()
             if stop:
@@ -105,18 +121,24 @@ class Trainer:
             if self.trace.is_full(step):
                 with self.sections.inside("trace"):  # which waits for the device, too
                     self.trace.close()
+            self._tokens = tokens
             self._heed(self._verdict)
             self._advance()
             self._after_step(lr)
         self.sections.enter("end")
         self._finish()
 
+    def _finished(self) -> bool:
+        step = self.place.step
+        stops = self.measure is not None and self.measure.finished(step)
+        return stops or step >= self.config.training.steps
+
     def _advance(self) -> None:
         size, gaps = self.plan.global_batch_size, self.judge.ledger.gaps
         self.place = Place(
             self.place.step + 1,
             advance(self.place.samples, size, gaps),
-            self.place.tokens + self.plan.tokens_per_step,
+            self.place.tokens + self._tokens,
         )
 
     def _accept(self, loss: Tensor, norm: Tensor) -> bool:
@@ -159,18 +181,19 @@ class Trainer:
         if step % training.log_every == 0 or step == training.steps:
             self._log(lr)
         # before the save, which carries the loss: the best checkpoint is chosen by it
-        if _due(step, training.eval_every) or step == training.steps:
+        measured = self.measure is not None and self.measure.due(step)
+        if measured or _due(step, training.eval_every) or step == training.steps:
             self._evaluate()
         if _due(step, training.drift_every):
             self._compare()
-        if _due(step, self.config.checkpoint.every):
+        if measured or _due(step, self.config.checkpoint.every):
             self._save()
 
     def _finish(self) -> None:
         """The last validation and the last checkpoint, unless this very step already had them."""
         if self._evaluated != self.place.step:
             self._evaluate()
-            if self.valid is not None and self._evaluated != self.place.step:
+            if (self.valid or self.measure) and self._evaluated != self.place.step:
                 self._leave()  # asked to stop in the midst of it
         if self._saved != self.place.step:
             self._save()
@@ -179,8 +202,8 @@ class Trainer:
     def _log(self, lr: float) -> None:
         peak = torch.tensor([peak_memory_bytes(self.grid.device)])
         self.grid.agree(peak, dist.ReduceOp.MAX)
-        seconds, steps = self._lap()
-        rate = steps * self.plan.tokens_per_step / seconds
+        seconds, steps, tokens = self._lap()
+        rate = tokens / seconds
         self.recorder.train(
             {
                 "step": self.place.step,
@@ -204,11 +227,14 @@ class Trainer:
             )
             self.recorder.event(self.place.step, "straggler", **slow)
 
-    def _lap(self) -> tuple[float, int]:
-        """Seconds of training and steps since the last call; saves and validations do not count."""
-        step, seconds = self._lapped
-        self._lapped = self.place.step, self.sections.totals().get("step", 0.0)
-        return self._lapped[1] - seconds, self._lapped[0] - step
+    def _lap(self) -> tuple[float, int, int]:
+        """Seconds of training, steps and tokens since the last call.
+
+        Saves and validations do not count.
+        """
+        (before, seconds), now = self._lapped, self.place
+        self._lapped = now, self.sections.totals().get("step", 0.0)
+        return self._lapped[1] - seconds, now.step - before.step, now.tokens - before.tokens
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         """Share of the devices' dense peak that the model's own FLOPs reach, 0 to 1."""
@@ -222,6 +248,12 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Validate, unless the run is asked to stop meanwhile: the next step heeds that."""
+        if self.measure is not None:
+            with self.sections.inside("eval"):
+                score = self.measure(self.place.step, self.place.samples, self.feed.asked)
+            self.place = replace(self.place, valid_loss=score)
+            self._evaluated = self.place.step
+            return
         if self.valid is None:
             return
         with self.sections.inside("eval"):
@@ -239,7 +271,7 @@ class Trainer:
         # a loss that is no number must not end up as the best
         self.place = replace(self.place, valid_loss=loss if math.isfinite(loss) else None)
         row = {"step": self.place.step, "loss": loss, "perplexity": perplexity(loss)}
-        self.recorder.valid(row)
+        self.recorder.valid(row, tokens=self.place.tokens)
         self._evaluated = self.place.step
 
     def _compare(self) -> None:

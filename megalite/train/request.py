@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +10,10 @@ from typing import Any, Literal
 import torch
 
 from megalite.config import RunConfig
-from megalite.data import Dataset, open_data, set_objective
+from megalite.data import Dataset, ExampleSet, Samples, open_data, set_objective
 from megalite.env import Launch
 from megalite.errors import CommandError, DataError, UserError
+from megalite.formats.examples import read_manifest
 from megalite.parallel import Grid
 from megalite.plan import Plan, deepspeed_dict, make_plan
 from megalite.train.checks import hardware_faults
@@ -25,7 +27,8 @@ class Request:
 
     resume: "auto", "never", or a step or run folder. init_from: a checkpoint whose weights a fresh
     run starts from. engine: "reference" is the plain oracle, one rank in fp32. inspect: looks at
-    each step's gradients before they are used.
+    each step's gradients before they are used. prepare: makes the examples of fine-tuning, in the
+    folder that it returns; examples: that folder, once it is known.
     """
 
     config: RunConfig
@@ -34,6 +37,8 @@ class Request:
     allow_change: tuple[str, ...] = ()
     engine: Literal["deepspeed", "reference"] = "deepspeed"
     inspect: Inspect | None = None
+    prepare: Callable[[RunConfig], Path] | None = None
+    examples: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -44,9 +49,8 @@ class Request:
         return self.folder / "checkpoints"
 
 
-def check(request: Request, launch: Launch) -> tuple[Plan, Dataset, Dataset | None]:
-    """Everything that can be known without the other ranks; all faults at once."""
-    config = request.config
+def check_command(request: Request) -> None:
+    """Refuse arguments that name nothing."""
     unknown = [key for key in request.allow_change if key not in ALLOWABLE]
     if unknown:
         raise CommandError(
@@ -56,10 +60,18 @@ def check(request: Request, launch: Launch) -> tuple[Plan, Dataset, Dataset | No
     check_request(request.root, request.resume)
     if (source := request.init_from) is not None and not (source and Path(source).is_dir()):
         raise CommandError(f"--init-from {source!r}: no such folder")
+
+
+def check(request: Request, launch: Launch) -> tuple[Plan, Samples, Dataset | None]:
+    """Everything that can be known without the other ranks; all faults at once."""
+    check_command(request)
+    config = request.config
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     plan = make_plan(config, world_size=launch.world_size, device=device)
     faults = hardware_faults(config, plan, launch, device)
     try:
+        if request.examples is not None:
+            return plan, _open_examples(config, request.examples, faults), None
         train, valid = open_data(config.data, vocab_size=config.model.vocab_size)
         for dataset in filter(None, (train, valid)):
             set_objective(dataset, config)
@@ -73,6 +85,19 @@ def check(request: Request, launch: Launch) -> tuple[Plan, Dataset, Dataset | No
     if faults:
         raise UserError("\n".join(faults))
     return plan, train, valid
+
+
+def _open_examples(config: RunConfig, folder: Path, faults: list[str]) -> ExampleSet:
+    train = ExampleSet(folder, read_manifest(folder), "train", config)
+    size = config.training.global_batch_size
+    if size > train.windows:
+        faults.append(
+            f"training.global_batch_size {size}, but the training split holds {train.windows} "
+            "samples in all; lower it, or give more data"
+        )
+    if faults:
+        raise UserError("\n".join(faults))
+    return train
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megalite import checkpoint, env, files
+from megalite import checkpoint, env, files, shapes
 from megalite.checkpoint import (
     HuggingFaceFolder,
     Place,
@@ -99,13 +99,13 @@ def find_origin(
         logger.warning("%s goes on from %s: --init-from is for a fresh start", root, found[0].name)
     if found is None and init_from is not None and is_huggingface(Path(init_from)):
         weights = HuggingFaceFolder(Path(init_from))
-        weights.refuse_other_model(config.model)
+        weights.refuse_other_model(shapes.base(config.model))
         return Origin(
             weights.path, None, {}, Place(), weights_only=True, weights=weights, damaged=damaged
         )
     if found is None and init_from is not None:
         folder, manifest = _open("--init-from", init_from, grid)
-        refuse_other_model(config.model, folder, manifest)
+        refuse_other_model(config.model, folder, manifest, base=True)
         return Origin(folder, manifest, {}, Place(), weights_only=True, damaged=damaged)
     if found is None:
         return None

@@ -14,7 +14,7 @@ from typing import Any
 
 from megalite import checkpoint, env
 from megalite.checkpoint import Lease, Place, Saver
-from megalite.data import Dataset, Loader
+from megalite.data import Dataset, Loader, Samples
 from megalite.engine import Engine
 from megalite.env import Launch
 from megalite.errors import (
@@ -34,8 +34,9 @@ from megalite.train.folder import opened
 from megalite.train.judge import Judge
 from megalite.train.ledger import IN_CHECKPOINT, Ledger
 from megalite.train.loop import Jump, Trainer
-from megalite.train.request import Request, Settings, check, settings_of
+from megalite.train.request import Request, Settings, check, check_command, settings_of
 from megalite.train.resume import Origin, find_origin, flat, load
+from megalite.train.tuning import Tuning, complete, open_examples
 
 # what gloo and NCCL say of a rank that they have lost
 _LOST = re.compile(r"gloo/|closed by peer|reset by peer|remote process|Broken pipe")
@@ -50,13 +51,19 @@ def run(request: Request, launch: Launch) -> None:
     """
     sections = Sections()
     with StopRequest() as stop_request:
-        plan, train, valid = check(request, launch)
-        grid = start(launch, tensor_parallel=plan.tensor_parallel)
+        grid = None
+        if request.config.finetune is not None:
+            check_command(request)
+            grid = start(launch, tensor_parallel=request.config.parallel.tensor)
         try:
+            if grid is not None:
+                request = complete(request, grid)
+            plan, train, valid = check(request, launch)
+            grid = grid or start(launch, tensor_parallel=plan.tensor_parallel)
             settings = settings_of(request, plan, grid)
             origin = _origin(request, grid, train, settings)
             folder, config = request.folder, request.config
-            with opened(folder, config, plan, grid, settings.full, train, origin) as recorder:
+            with opened(folder, config, grid, settings.full, train, origin) as recorder:
                 _Run(
                     request,
                     plan,
@@ -73,7 +80,7 @@ def run(request: Request, launch: Launch) -> None:
             stop()
 
 
-def _origin(request: Request, grid: Grid, train: Dataset, settings: Settings) -> Origin | None:
+def _origin(request: Request, grid: Grid, train: Samples, settings: Settings) -> Origin | None:
     try:
         return find_origin(
             request.config,
@@ -100,7 +107,7 @@ class _Run:
     plan: Plan
     grid: Grid
     settings: Settings
-    train: Dataset
+    train: Samples
     valid: Dataset | None
     origin: Origin | None
     recorder: Recorder
@@ -114,6 +121,8 @@ class _Run:
         watchdog = self._watchdog()
         try:
             self._train()
+            if self.tuning is not None:
+                self.tuning.conclude(self.place.step)
             self.recorder.event(self.place.step, "end", seconds=self.sections.totals())
             self.recorder.status("done", step=self.place.step)
             self.grid.barrier()
@@ -160,6 +169,7 @@ class _Run:
         self.ledger.begin(self.origin.folder if self.origin and resumed else None)
         self._announce()
         self.saver = self._make_saver()
+        self.tuning = self._make_tuning()
         self.trainer = Trainer(
             config,
             self.plan,
@@ -178,6 +188,7 @@ class _Run:
             Stragglers(self.engine.model, grid),
             guard,
             request.inspect,
+            self.tuning,
         )
         going_on = True
         while going_on:
@@ -192,6 +203,21 @@ class _Run:
             finally:
                 self.place = self.trainer.place
         self.trainer.feed.close()
+
+    def _make_tuning(self) -> Tuning | None:
+        request = self.request
+        if request.examples is None:
+            return None
+        sets = open_examples(request.config, request.examples)
+        return Tuning(
+            request.config,
+            self.engine,
+            self.grid,
+            sets,
+            self.ledger,
+            self.recorder,
+            request.root,
+        )
 
     def _load(self, origin: Origin, guard: DriftGuard | None) -> None:
         request = self.request

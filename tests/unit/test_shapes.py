@@ -46,6 +46,7 @@ FAMILIES: list[dict[str, Any]] = [
      "norm": "layernorm", "type_vocab_size": 2, "tie_word_embeddings": True},
     {"architecture": "encoder_decoder", "position_embedding": "relative", "norm": "layernorm",
      "attention_bias": True},
+    {"num_labels": 3},
 ]  # fmt: skip
 
 

@@ -94,7 +94,7 @@ class HuggingFaceFolder:
 
     def refuse_other_model(self, model: ModelConfig) -> None:
         """Raises CommandError where a run file's model is another than the folder's."""
-        free = {"initializer_range", "hidden_dropout", "attention_dropout"}
+        free = {"initializer_range", "hidden_dropout", "attention_dropout", "classifier_pooling"}
         if model.position_embedding != "learned":
             free.add("max_position_embeddings")
         ours, theirs = (m.model_dump(mode="json", exclude=free) for m in (model, self.section))

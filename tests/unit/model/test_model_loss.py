@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalite.env import has_compiler
 from megalite.model import loss as module
+from megalite.model.heads import head_loss
 from megalite.model.loss import FusedLinearCrossEntropy, chunk_rows
-from megalite.model.transformer import head_loss
 from tests.factories import make_batch, make_model, model_config
 
 R, D, V = 200, 12, 37  # chunks of 64 rows: three and a rest of 8

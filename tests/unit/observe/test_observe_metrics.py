@@ -13,9 +13,7 @@ from megalite.observe import Recorder, metrics, previous_attempts
 
 
 def recorder(folder: Path, *, rank: int = 0, attempt: int = 0) -> Recorder:
-    return Recorder(
-        folder, rank=rank, attempt=attempt, total_steps=20, tensorboard=False, tokens_per_step=32
-    )
+    return Recorder(folder, rank=rank, attempt=attempt, total_steps=20, tensorboard=False)
 
 
 def train_row(step: int, **changes: Any) -> dict[str, Any]:
@@ -152,9 +150,7 @@ def test_attempts_of_a_long_file_are_read_from_its_end(tmp_path: Path) -> None:
 def test_a_full_disk_costs_records_and_not_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recorder = Recorder(
-        tmp_path, rank=0, attempt=0, total_steps=9, tensorboard=False, tokens_per_step=8
-    )
+    recorder = Recorder(tmp_path, rank=0, attempt=0, total_steps=9, tensorboard=False)
     recorder.status("running", step=1)
 
     def full(*_: Any) -> None:
@@ -181,7 +177,6 @@ def test_an_older_start_leaves_the_status_of_a_newer_one(tmp_path: Path) -> None
             attempt=attempt,
             total_steps=9,
             tensorboard=False,
-            tokens_per_step=1,
         )
         recorder.status(state, step=attempt)  # type: ignore[arg-type]
         recorder.close()

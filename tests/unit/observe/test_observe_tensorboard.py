@@ -11,16 +11,14 @@ from megalite.observe import Recorder
 
 
 def run(folder: Path, attempt: int, first: int, last: int, loss: float) -> None:
-    recorder = Recorder(
-        folder, rank=0, attempt=attempt, total_steps=9, tensorboard=True, tokens_per_step=100
-    )
+    recorder = Recorder(folder, rank=0, attempt=attempt, total_steps=9, tensorboard=True)
     if attempt == 0:
-        recorder.valid({"step": 0, "loss": 9.0, "perplexity": 8103.0})
+        recorder.valid({"step": 0, "loss": 9.0, "perplexity": 8103.0}, tokens=0)
     for step in range(first, last + 1):
         row = {"step": step, "loss": loss, "lr": 0.1, "grad_norm": float("nan"), "mfu": None}
         row |= {"tokens": 100 * step, "tokens_per_second": 5.0, "peak_memory_bytes": 2**30}
         recorder.train(row)
-    recorder.valid({"step": last + 1, "loss": loss, "perplexity": 2.0})
+    recorder.valid({"step": last + 1, "loss": loss, "perplexity": 2.0}, tokens=100 * (last + 1))
     recorder.close()
 
 

@@ -52,7 +52,7 @@ class Notes:
         self.calls.append(("log", row["step"]))
         self.rows.append(row)
 
-    def valid(self, row: dict[str, Any]) -> None:
+    def valid(self, row: dict[str, Any], *, tokens: int) -> None:
         self.calls.append(("valid", row["step"]))
         assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
 
@@ -97,7 +97,7 @@ class Steps:
     def __next__(self) -> StepBatches:
         batch = make_batch(run_config().model, seed=self.made)
         self.made += 1
-        return StepBatches(self.made, [batch], batch.targets)
+        return StepBatches(self.made, [batch], batch.targets, 32)
 
     def close(self) -> None:
         self.closed = True

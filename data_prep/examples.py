@@ -1,0 +1,362 @@
+"""Labelled rows to a folder of tokenized examples (see megalite/formats/examples.py), made once.
+
+What an example's tokens are, where BOS and EOS are those that the tokenizer has:
+
+classification      [BOS of an encoder] text [EOS], the text cut to fit
+language_modeling   text [EOS], all of them learned; cut
+seq2seq             text [EOS], cut to fit; then target [EOS], cut and learned
+sft                 the chat template's rendering, cut; the assistant's turns are learned
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.chat import TEMPLATE, Chat, Messages, check_messages, find_template
+from data_prep.output import staged
+from data_prep.records import Unusable
+from data_prep.rows import BadRows, Row, Source, find_source
+from data_prep.train import SAMPLE_CHARACTERS, learn_tokenizer, sample_chunks
+from megalite import files
+from megalite.config import RunConfig
+from megalite.errors import DataError, MegaLiteError
+from megalite.formats.examples import (
+    FORMAT,
+    MANIFEST,
+    ExamplesManifest,
+    SplitInfo,
+    read_manifest,
+    write_split,
+)
+from megalite.formats.tokenizer import Tokenizer, load_tokenizer
+from megalite.log import logger
+
+SPLITS = ("train", "valid", "test")
+_BATCH = 512  # rows tokenized at once
+
+
+def prepare(
+    config: RunConfig, *, tokenizer: str | Path | None, chat_template: str | None = None
+) -> Path:
+    """The folder of a run's examples, below finetune.data.cache; made where it is not there.
+
+    Its name is a hash of what decides its content. Of processes that make it at the same time,
+    one publishes it.
+
+    Args:
+        tokenizer: that of the model started from, for where finetune.data.tokenizer is null; where
+            both are, one is learned from the training split.
+        chat_template: the tokenizer's own, where the caller knows it.
+    Raises:
+        DataError: data, a tokenizer or a template that cannot be used; too many bad rows.
+    """
+    assert config.finetune is not None
+    data = config.finetune.data
+    source = find_source(data.path, data.train_split)
+    name = data.tokenizer or tokenizer
+    encoder = load_tokenizer(name) if name is not None else None
+    template = None
+    if config.finetune.task == "sft":
+        template = find_template(data.chat_template, chat_template, name)
+    origins = {"train": data.train_split, "valid": data.valid_split, "test": data.test_split}
+    arguments = {
+        "format": FORMAT,
+        "task": config.finetune.task,
+        "data": data.model_dump(mode="json", exclude={"cache"}),
+        "seed": config.data.seed,
+        "architecture": config.model.architecture,
+        "sources": {key: source.identity(split) for key, split in origins.items() if split},
+        "tokenizer": (encoder and [encoder.sha256, encoder.bos_id, encoder.eos_id])
+        or config.model.vocab_size,
+        "template": template,
+    }
+    told = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
+    folder = Path(data.cache) / told[:32]
+    if not (folder.is_dir() and any(folder.iterdir())):
+        try:
+            with staged(folder) as staging:
+                _Maker(config, source, encoder, template).make(staging, arguments)
+        except MegaLiteError:
+            if not (folder / MANIFEST).is_file():  # else another process was faster
+                raise
+    read_manifest(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """What a row holds, by the task."""
+
+    row: Row
+    texts: tuple[str, ...]
+    label: str = ""
+    messages: Messages = field(default_factory=list)
+
+
+@dataclass
+class _Arrays:
+    """A split's examples as they grow."""
+
+    tokens: array[int] = field(default_factory=lambda: array("i"))
+    bounds: array[int] = field(default_factory=lambda: array("q", [0]))
+    rows: array[int] = field(default_factory=lambda: array("q"))
+    learned: bytearray = field(default_factory=bytearray)
+    labels: array[int] = field(default_factory=lambda: array("q"))
+    cut: int = 0
+
+    def add(self, row: int, ids: Sequence[int], learned: Sequence[bool], cut: bool) -> None:
+        self.tokens.extend(ids)
+        self.bounds.append(len(self.tokens))
+        self.rows.append(row)
+        self.learned.extend(learned)
+        self.cut += cut
+
+
+class _Maker:
+    """Makes one folder; a split's rows are read anew for each thing that is asked of all."""
+
+    def __init__(
+        self, config: RunConfig, source: Source, encoder: Tokenizer | None, template: str | None
+    ) -> None:
+        assert config.finetune is not None
+        self._config, self._source, self._template = config, source, template
+        self._task, self._data = config.finetune.task, config.finetune.data
+        self._bad = {split: BadRows(self._data.max_bad_rows) for split in SPLITS}
+        self._kept = self._cut_fractions()
+        self._names: tuple[str, ...] | None = None
+        if self._task == "classification":
+            self._names = source.label_names(self._data.train_split, self._data.label_column)
+        self._labels: dict[str, int] = {}  # the place of each, once they are chosen
+        self._labels = self._choose_labels()
+        self._tokenizer = encoder or self._learn_tokenizer()
+        self._chat = Chat(template, self._tokenizer) if template is not None else None
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        leads = self._task == "classification" and config.model.architecture == "encoder"
+        self._before = [bos] if leads and bos is not None else []
+        self._after = [eos] if eos is not None else []
+        if self._data.max_length <= len(self._before) + len(self._after):
+            raise DataError(
+                f"finetune.data.max_length {self._data.max_length}: BOS and EOS leave no token of "
+                "a text; ask for more"
+            )
+
+    def make(self, folder: Path, arguments: dict[str, Any]) -> None:
+        place = folder / "tokenizer"
+        place.mkdir()
+        self._tokenizer.save(place)
+        if self._template is not None:
+            (place / TEMPLATE).write_text(self._template, encoding="utf-8")
+        for file in place.iterdir():
+            files.sync_file(file)
+        splits = [split for split in SPLITS if self._origin(split)]
+        manifest = ExamplesManifest(
+            format=FORMAT,
+            task=self._task,
+            labels=tuple(self._labels),
+            tokenizer_sha256=self._tokenizer.sha256,
+            vocab_size=self._tokenizer.vocab_size,
+            splits={split: self._split(folder, split) for split in splits},
+            arguments=arguments,
+        )
+        files.write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+
+    def _split(self, folder: Path, split: str) -> SplitInfo:
+        made = self._tokenized(split)
+        total, bad = len(made.rows), len(self._bad[split])
+        if not total:
+            raise self._empty(split)
+        if made.cut:
+            logger.warning(
+                "%s: %s of %s examples (%.1f %%) were longer than finetune.data.max_length %d "
+                "allows, and are cut",
+                *(split, f"{made.cut:,}", f"{total:,}", 100 * made.cut / total),
+                self._data.max_length,
+            )
+        arrays = {"tokens": made.tokens, "bounds": made.bounds, "rows": made.rows}
+        counts: dict[str, int] = {}
+        if self._task == "classification":
+            arrays["labels"] = made.labels
+            found = np.bincount(np.asarray(made.labels), minlength=len(self._labels))
+            counts = dict(zip(self._labels, found.tolist(), strict=True))
+            if split == "train" and np.count_nonzero(found) < 2:
+                alone = list(self._labels)[int(found.argmax())]
+                raise DataError(
+                    f"finetune.data.label_column {self._data.label_column!r}: all rows of the "
+                    f"training split are {alone!r}; a classification needs two labels or more"
+                )
+        told = {kind: np.asarray(values) for kind, values in arrays.items()}
+        if self._task != "classification":
+            told["learned"] = np.frombuffer(made.learned, np.uint8)
+        return write_split(folder, split, told, cut=made.cut, bad_rows=bad, counts=counts)
+
+    def _empty(self, split: str) -> DataError:
+        return DataError(
+            f"finetune.data.path {self._data.path}: the {split} split has no example "
+            f"({len(self._bad[split])} bad rows)"
+        )
+
+    # ---- rows
+
+    def _origin(self, split: str) -> str | None:
+        """The split of the source that a split is read from."""
+        if split in self._kept:
+            return self._data.train_split
+        found: str | None = getattr(self._data, f"{split}_split")
+        return found
+
+    def _columns(self) -> list[str]:
+        data = self._data
+        return {
+            "classification": [data.text_column, data.label_column],
+            "language_modeling": [data.text_column],
+            "seq2seq": [data.text_column, data.target_column],
+            "sft": [data.prompt_column, data.response_column]
+            if data.prompt_column and data.response_column
+            else [data.messages_column],
+        }[self._task]
+
+    def _cut_fractions(self) -> dict[str, npt.NDArray[np.bool_]]:
+        """Which rows of the training split each split has, where any is cut off from it."""
+        data = self._data
+        shares = {"test": data.test_fraction, "valid": data.valid_fraction}
+        if not any(shares.values()):
+            return {}
+        rows = sum(1 for _ in self._source.rows(data.train_split, self._columns()))
+        order = np.random.Generator(np.random.PCG64(self._config.data.seed)).permutation(rows)
+        kept, start = {}, 0
+        for split, share in (*shares.items(), ("train", 1.0)):
+            if not share:
+                continue
+            count = rows - start if split == "train" else round(share * rows)
+            if count < 1:
+                key = f"{split}_fraction {share}" if split != "train" else "fractions"
+                raise DataError(
+                    f"finetune.data.{key}: of the {rows} rows of {data.train_split!r} none is left "
+                    f"for {split}; choose other shares"
+                )
+            kept[split] = np.zeros(rows, np.bool_)
+            kept[split][order[start : start + count]] = True
+            start += count
+        return kept
+
+    def _rows(self, split: str) -> Iterator[_Fields]:
+        """The rows that can be used; the others are counted."""
+        origin, kept = self._origin(split), self._kept.get(split)
+        assert origin is not None
+        for row in self._source.rows(origin, self._columns()):
+            if kept is None or kept[row.number]:
+                try:
+                    fields = self._fields(row)
+                except Unusable as error:
+                    self._bad[split].add(row, str(error))
+                    continue
+                yield fields
+
+    def _fields(self, row: Row) -> _Fields:
+        data = self._data
+        if self._task == "classification":
+            text = row.text(data.text_column)
+            label = _label(row.get(data.label_column), data.label_column, self._names)
+            if self._labels and label not in self._labels:
+                raise Unusable(f"label {label!r} is none of {', '.join(self._labels)}")
+            return _Fields(row, (text,), label)
+        if self._task == "sft":
+            if data.prompt_column and data.response_column:
+                asked, told = row.text(data.prompt_column), row.text(data.response_column)
+                turns = (("user", asked), ("assistant", told))
+                return _Fields(row, (), "", [{"role": r, "content": text} for r, text in turns])
+            return _Fields(row, (), "", check_messages(row.get(data.messages_column)))
+        return _Fields(row, tuple(row.text(column) for column in self._columns()))
+
+    # ---- what is learned from the training split before it is tokenized
+
+    def _choose_labels(self) -> dict[str, int]:
+        if self._task != "classification":
+            return {}
+        labels = self._data.labels or self._names
+        if labels is None:
+            found = {fields.label for fields in self._rows("train")}
+            numbers = all(re.fullmatch(r"-?\d+", label) for label in found)
+            labels = tuple(sorted(found, key=lambda x: (int(x), x) if numbers else (0, x)))
+        if len(set(labels)) != len(labels):
+            raise DataError(f"finetune.data.labels {', '.join(labels)}: one is there twice")
+        return {label: place for place, label in enumerate(labels)}
+
+    def _learn_tokenizer(self) -> Tokenizer:
+        texts = (
+            text
+            for fields in self._rows("train")
+            for text in (*fields.texts, *(m.get("content", "") for m in fields.messages))
+        )
+        sample = sample_chunks(texts, SAMPLE_CHARACTERS)
+        if not sample:
+            raise self._empty("train")
+        return learn_tokenizer(sample, self._config.model.vocab_size, option="model.vocab_size")
+
+    # ---- rows to tokens
+
+    def _tokenized(self, split: str) -> _Arrays:
+        made, rows, threads = _Arrays(), self._rows(split), os.cpu_count() or 1
+        while batch := list(islice(rows, _BATCH)):
+            texts = [text for fields in batch for text in fields.texts]
+            ids = iter(self._tokenizer.encode_batch(texts, threads=threads))
+            for fields in batch:
+                found = [next(ids).tolist() for _ in fields.texts]
+                try:
+                    example = self._example(fields, found)
+                except Unusable as error:
+                    self._bad[split].add(fields.row, str(error))
+                    continue
+                made.add(fields.row.number, *example)
+                made.labels.append(self._labels.get(fields.label, -1))
+        return made
+
+    def _example(self, fields: _Fields, found: list[list[int]]) -> tuple[list[int], Any, bool]:
+        """Ids, which of them are learned, and whether any were cut off."""
+        most, before, after = self._data.max_length, self._before, self._after
+        if self._chat is not None:
+            ids, learned = self._chat.encode(fields.messages)
+            if not any(learned[:most]):
+                raise Unusable(f"none of the assistant's tokens is among the first {most}")
+            return ids[:most], learned[:most], len(ids) > most
+        if not all(found):
+            raise Unusable("the tokenizer makes no token of its text")
+        if self._task == "language_modeling":
+            ids = found[0] + after
+            return ids[:most], [True] * min(len(ids), most), len(ids) > most
+        room = most - len(before) - len(after)
+        source, target = before + found[0][:room] + after, [*found[-1], *after]
+        cut, limit = len(found[0]) > room, self._data.max_target_length
+        if self._task == "classification":
+            return source, (), cut
+        learned = [False] * len(source) + [True] * min(len(target), limit)
+        return source + target[:limit], learned, cut or len(target) > limit
+
+
+def _label(value: Any, column: str, names: Sequence[str] | None) -> str:
+    """A label's name: True, False, the digits of a number, or what the source calls it."""
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int):
+        if names is None:
+            return str(value)
+        if 0 <= value < len(names):
+            return names[value]
+    elif isinstance(value, str) and value.strip():
+        return value
+    known = f", not one of {', '.join(names)}" if names else ", neither a whole number nor a name"
+    raise Unusable(f"field {column!r} is {value!r:.40}{known}")

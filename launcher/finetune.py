@@ -1,0 +1,82 @@
+"""Fine-tune a model on labelled data. Started by deepspeed, torchrun, srun or python."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+from megalite import env
+from megalite.config import load_config
+from megalite.errors import CommandError, ConfigError
+from megalite.log import command_parser, run_main
+
+_EXAMPLES = """examples:
+  python launcher/finetune.py --config configs/finetune/reuters.json
+  python launcher/finetune.py --config configs/finetune/lora.json --init-from runs/1b
+  deepspeed --num_gpus 8 launcher/finetune.py --config configs/finetune/sft.json --init-from HF
+  python launcher/finetune.py --config mine.json --set finetune.data.path=reviews.csv
+
+Without a model section in the run file the model is that of --init-from. The same command again
+goes on where the run stopped. Exit codes: as launcher/pretrain.py.
+"""
+
+
+def parse() -> argparse.Namespace:
+    parser = command_parser(__doc__, _EXAMPLES)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run file (JSON)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, dotted (finetune.epochs=5); may be repeated",
+    )
+    parser.add_argument(
+        "--init-from",
+        metavar="CHECKPOINT",
+        help="start from the weights of a checkpoint, or of a model folder of Hugging Face's "
+        "(default: from scratch)",
+    )
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|never|PATH", help="as launcher/pretrain.py"
+    )
+    parser.add_argument(
+        "--allow-change", action="append", default=[], metavar="KEY", help="as launcher/pretrain.py"
+    )
+    # the deepspeed launcher appends it; the environment says the same
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    launch = env.find_launch()
+    model = tokenizer = None
+    if arguments.init_from is not None:
+        if not Path(arguments.init_from).is_dir():
+            raise CommandError(f"--init-from {arguments.init_from!r}: no such folder")
+        from megalite.checkpoint import describe_start
+
+        model, tokenizer = describe_start(Path(arguments.init_from))
+    config = load_config(arguments.config, arguments.set, model=model)
+    if config.finetune is None:
+        raise ConfigError(
+            f"{arguments.config}: no finetune section; write one (configs/finetune has examples), "
+            "or start launcher/pretrain.py"
+        )
+    from data_prep.examples import prepare
+    from megalite.train import Request, run
+
+    request = Request(
+        config,
+        resume=arguments.resume,
+        init_from=arguments.init_from,
+        allow_change=tuple(arguments.allow_change),
+        prepare=partial(prepare, tokenizer=tokenizer),
+    )
+    run(request, launch)
+
+
+if __name__ == "__main__":
+    run_main(main, ranks=True)

@@ -1,0 +1,85 @@
+"""A classifier over a split: every rank scores its part, and all know the whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from megalite import files
+from megalite.data import Batch, ExampleSet, first_batches
+from megalite.evaluate.metrics import classification_metrics, confusion_picture, predictions_rows
+from megalite.parallel import Grid
+
+
+def collect_scores(
+    score: Callable[[Batch], Tensor],
+    dataset: ExampleSet,
+    grid: Grid | None,
+    *,
+    micro_batch_size: int,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Tensor | None:
+    """Logits of every example of a split, in its order: fp32 [N, C], on every rank.
+
+    A collective of all ranks of `grid`. Batches are of equal shapes whatever the ranks; what fills
+    the last ones counts nowhere.
+
+    Args:
+        score: logits of a batch, [B, C].
+        stopping: asked before each batch whether to give up, with the same answer on every rank.
+    Returns:
+        None where it was given up.
+    """
+    rank, size = (grid.data_rank, grid.data_parallel) if grid else (0, 1)
+    samples, step = dataset.windows, micro_batch_size * size
+    order = dataset.arranged(np.arange(samples))
+    parts = []
+    batches = first_batches(
+        dataset, samples, micro_batch_size=micro_batch_size, data_rank=rank, data_size=size
+    )
+    for batch in batches:
+        if stopping():
+            return None
+        parts.append(score(batch).float())
+    own = torch.cat(parts).cpu().numpy()
+    every: list[Any] = grid.gather((rank, own)) if grid else [(0, own)]
+    found = np.empty((samples, own.shape[1]), np.float32)
+    for data_rank, rows in every:
+        firsts = np.arange(data_rank * micro_batch_size, samples + step, step)
+        places = (firsts[:, None] + np.arange(micro_batch_size)).reshape(-1)[: len(rows)]
+        real = places < samples
+        found[order[places[real]]] = rows[real]
+    return torch.from_numpy(found)
+
+
+def measures(scores: Tensor, dataset: ExampleSet) -> dict[str, Any]:
+    """`classification_metrics` of a split."""
+    return classification_metrics(scores, torch.from_numpy(_labels(dataset)), _names(dataset))
+
+
+def write_predictions(path: Path, scores: Tensor, dataset: ExampleSet) -> None:
+    """One line of JSON an example; `id` is the row of its source, from 0."""
+    ids, labels = dataset.split.rows.tolist(), _labels(dataset).tolist()
+    rows = predictions_rows(ids, labels, scores, _names(dataset))
+    files.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def picture(measured: dict[str, Any], dataset: ExampleSet) -> npt.NDArray[np.uint8]:
+    """The confusion matrix as an image, [H, W, 3]."""
+    return confusion_picture(measured["confusion"], _names(dataset))
+
+
+def _labels(dataset: ExampleSet) -> npt.NDArray[np.int64]:
+    assert dataset.split.labels is not None
+    return np.array(dataset.split.labels)
+
+
+def _names(dataset: ExampleSet) -> tuple[str, ...]:
+    return dataset.manifest.labels

@@ -1,0 +1,119 @@
+"""What a classifier is worth, by torchmetrics.
+
+N rows   C labels   H, W height and width of a picture
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalite.errors import DataError, MegaLiteError
+
+_INK, _PAPER, _FULL = (0, 0, 0), (255, 255, 255), (20, 60, 130)
+_FEW, _MARGIN, _LONGEST = 20, 8, 18  # labels, all of whose numbers are shown; pixels; characters
+
+
+def classification_metrics(
+    scores_NC: Tensor, labels_N: Tensor, names: Sequence[str]
+) -> dict[str, Any]:
+    """How well scores (logits or log-probabilities) name the labels; made for JSON.
+
+    loss (mean cross entropy, nats), accuracy, f1_micro; precision, recall and f1, each the plain
+    mean over all C labels as of scikit-learn's macro average with zero_division=0 (torchmetrics'
+    own leaves out a label that is neither there nor predicted); per_class, by name, the same three
+    and count, 0.0 where there is nothing to divide by; confusion, C rows of true labels by C
+    predicted ones; calibration, the expected calibration error (L1) over 15 bins.
+
+    Raises:
+        DataError: no rows.
+        MegaLiteError: scores that are no finite numbers.
+    """
+    # seconds, as it imports all of torchmetrics
+    from torchmetrics.functional import classification as measures
+
+    if not len(labels_N):
+        raise DataError("metrics of a classifier were asked for, of no rows; give a split with any")
+    loss = F.cross_entropy(scores_NC.double(), labels_N)
+    if not torch.isfinite(loss):
+        raise MegaLiteError(f"the classifier's loss is {loss:g}: choose a checkpoint from before")
+    args = scores_NC.argmax(dim=-1), labels_N, len(names)
+    chances = scores_NC.softmax(dim=-1), *args[1:]
+    precisions = measures.multiclass_precision(*args, average="none").tolist()
+    recalls = measures.multiclass_recall(*args, average="none").tolist()
+    f1s = measures.multiclass_f1_score(*args, average="none").tolist()
+    confusion = measures.multiclass_confusion_matrix(*args).tolist()
+    columns = zip(names, precisions, recalls, f1s, map(sum, confusion), strict=True)
+    return {
+        "loss": float(loss),
+        "accuracy": float(measures.multiclass_accuracy(*args, average="micro")),
+        "precision": sum(precisions) / len(names),
+        "recall": sum(recalls) / len(names),
+        "f1": sum(f1s) / len(names),
+        "f1_micro": float(measures.multiclass_f1_score(*args, average="micro")),
+        "per_class": {
+            name: {"precision": precision, "recall": recall, "f1": f1, "count": count}
+            for name, precision, recall, f1, count in columns
+        },
+        "confusion": confusion,
+        "calibration": float(measures.multiclass_calibration_error(*chances, n_bins=15)),
+    }
+
+
+def predictions_rows(
+    ids: Iterable[Any], labels: Iterable[int | None], scores_NC: Tensor, names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Of each row id, label (a name or None), prediction (a name), probabilities in label order."""
+    chances_NC = scores_NC.double().softmax(dim=-1).cpu()
+    likeliest = scores_NC.argmax(dim=-1).tolist()
+    for key, label, best, chances_C in zip(ids, labels, likeliest, chances_NC, strict=True):
+        yield {
+            "id": key.item() if isinstance(key, np.generic) else key,
+            "label": None if label is None else names[label],
+            "prediction": names[best],
+            "probabilities": [round(chance, 6) for chance in chances_C.tolist()],
+        }
+
+
+def confusion_picture(
+    confusion: Sequence[Sequence[int]], names: Sequence[str]
+) -> npt.NDArray[np.uint8]:
+    """Rows of true labels by columns of predicted ones: uint8 [H, W, 3].
+
+    A cell is the darker, the more of its row is in it. Over 20 labels a number is left out where it
+    is wider than its cell.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default()
+    names = [" ".join(name.split()) for name in names]
+    names = [name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…" for name in names]
+    few, widest = len(names) <= _FEW, max(font.getlength(str(max(row))) for row in confusion)
+    cell = max(40, int(widest) + _MARGIN) if few else 24
+    left = 2 * _MARGIN + max(int(font.getlength(text)) for text in (*names, "true \\ predicted"))
+    side = left + cell * len(names) + _MARGIN
+    image = Image.new("RGB", (side, side), _PAPER)
+    draw = ImageDraw.Draw(image)
+    for i, name in enumerate(names):  # lying at the right: a quarter turn puts them on top, upright
+        place = side - left + _MARGIN, left + i * cell + cell // 2
+        draw.text(place, name, _INK, font, anchor="lm")
+    image = image.transpose(Image.Transpose.ROTATE_90)
+    draw = ImageDraw.Draw(image)
+    draw.text((left - _MARGIN, left - _MARGIN), "true \\ predicted", _INK, font, anchor="rs")
+    for i, (name, row) in enumerate(zip(names, confusion, strict=True)):
+        y, total = left + i * cell, sum(row) or 1
+        draw.text((left - _MARGIN, y + cell // 2), name, _INK, font, anchor="rm")
+        for j, count in enumerate(row):
+            x, part = left + j * cell, count / total
+            paint = tuple(round(p + part * (f - p)) for p, f in zip(_PAPER, _FULL, strict=True))
+            draw.rectangle((x, y, x + cell, y + cell), paint, outline=(200, 200, 200))
+            if few or font.getlength(str(count)) <= cell - 2:
+                ink, place = _PAPER if part > 0.5 else _INK, (x + cell // 2, y + cell // 2)
+                draw.text(place, str(count), ink, font, anchor="mm")
+    return np.array(image)

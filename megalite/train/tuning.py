@@ -1,0 +1,209 @@
+"""Fine-tuning in the training loop: epochs, what each is worth, and the best of them at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megalite import checkpoint, files
+from megalite.config import RunConfig, parse_config
+from megalite.data import ExampleSet
+from megalite.engine import Engine
+from megalite.errors import ConfigError, UserError
+from megalite.evaluate import classify, mean_loss, perplexity
+from megalite.formats import checkpoint as disk
+from megalite.formats.examples import ExamplesManifest, read_manifest
+from megalite.log import logger
+from megalite.observe import Recorder
+from megalite.parallel import Grid
+from megalite.train.ledger import Ledger
+from megalite.train.request import Request
+
+PREDICTIONS, EVALUATION = "predictions.jsonl", "evaluation.json"
+
+
+def complete(request: Request, grid: Grid) -> Request:
+    """Have rank 0 make the examples where they are not yet, and fill in what they tell.
+
+    Raises:
+        UserError: on every rank, what is wrong with them or with what is asked of them.
+    """
+    assert request.prepare is not None
+    made: tuple[Path | None, UserError | None] = (None, None)
+    if grid.rank == 0:
+        try:
+            made = request.prepare(request.config), None
+        except UserError as error:
+            made = None, error
+    folder, fault = grid.gather(made)[0]
+    if fault is not None:
+        raise fault
+    manifest = read_manifest(folder)
+    config = _filled(request.config, folder, manifest)
+    return replace(request, config=config, examples=folder)
+
+
+def _filled(config: RunConfig, folder: Path, manifest: ExamplesManifest) -> RunConfig:
+    """The run file with its labels, their weights and the steps of its epochs."""
+    tuning, labels = config.finetune, len(manifest.labels)
+    assert tuning is not None
+    if config.model.num_labels not in (0, labels):
+        raise ConfigError(
+            f"model.num_labels: {config.model.num_labels}, but the examples have {labels} labels "
+            f"({', '.join(manifest.labels[:8])}); leave it out"
+        )
+    if tuning.class_weights and len(tuning.class_weights) != labels:
+        raise ConfigError(
+            f"finetune.class_weights: {len(tuning.class_weights)} of them for {labels} labels"
+        )
+    if manifest.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {config.model.vocab_size}, but the tokenizer has "
+            f"{manifest.vocab_size} ids; raise it"
+        )
+    raw = config.model_dump(mode="json")
+    raw["model"]["num_labels"] = labels
+    if tuning.balance_classes:
+        counts = manifest.splits["train"].counts
+        rows = sum(counts.values())
+        weights = [rows / (labels * max(counts.get(name, 0), 1)) for name in manifest.labels]
+        raw["finetune"] |= {"class_weights": weights, "balance_classes": False}
+    if config.training.steps == 0:
+        train = ExampleSet(folder, manifest, "train", config)
+        samples = tuning.epochs * train.windows
+        raw["training"]["steps"] = math.ceil(samples / config.training.global_batch_size)
+    raw["checkpoint"]["keep_best"] = "valid" in manifest.splits or "test" in manifest.splits
+    return parse_config(raw)
+
+
+def open_examples(config: RunConfig, folder: Path) -> dict[str, ExampleSet]:
+    """The splits there are, each in its own order."""
+    manifest = read_manifest(folder)
+    return {
+        name: ExampleSet(folder, manifest, name, config, shuffle=False) for name in manifest.splits
+    }
+
+
+@dataclass
+class Tuning:
+    """What an epoch is worth, kept in the ledger, so that a run that goes on knows of it.
+
+    Attributes:
+        sets: train, and valid and test where there are such splits.
+        root: the run's checkpoints.
+    """
+
+    config: RunConfig
+    engine: Engine
+    grid: Grid
+    sets: Mapping[str, ExampleSet]
+    ledger: Ledger
+    recorder: Recorder
+    root: Path
+
+    def __post_init__(self) -> None:
+        assert self.config.finetune is not None
+        self._section = self.config.finetune
+        self._classifies = self._section.task == "classification"
+        self.metric = self._section.metric or ("accuracy" if self._classifies else "loss")
+        size, windows = self.config.training.global_batch_size, self.sets["train"].windows
+        epochs = range(1, self._section.epochs + 1)
+        self._ends = {math.ceil(epoch * windows / size): epoch for epoch in epochs}
+        self._per_epoch = windows / size  # steps
+
+    def due(self, step: int) -> bool:
+        """Whether an epoch ends with this step, or the run."""
+        return step in self._ends or step == self.config.training.steps
+
+    def finished(self, step: int) -> bool:
+        """Whether the run has gone on for too many epochs without a better one."""
+        patience, scores = self._section.early_stopping, self._scores(step)
+        if patience is None or not scores:
+            return False
+        best = min(scores, key=lambda at: scores[at])
+        if sum(at > best for at in scores) < patience:
+            return False
+        logger.info("no better %s for %d epochs after step %d", self.metric, patience, best)
+        return True
+
+    def __call__(self, step: int, samples: int, stopping: Callable[[], bool]) -> float | None:
+        """Measure, record, and return what the best is chosen by: the lower the better.
+
+        A collective; None where it was given up, or where nothing is held out.
+        """
+        held = next((name for name in ("valid", "test") if name in self.sets), None)
+        row: dict[str, Any] = {"step": step, "epoch": round(step / self._per_epoch, 4)}
+        if self._section.eval_train:
+            found = self._measure("train", stopping)
+            if found is None:
+                return None
+            row |= {f"train_{key}": value for key, value in found.items()}
+        if held is None:
+            self.recorder.valid(row)
+            return None
+        found = self._measure(held, stopping, step)
+        if found is None:
+            return None
+        self.recorder.valid(row | {"split": held} | found)
+        score = found[self.metric] * (1 if self.metric == "loss" else -1)
+        if not math.isfinite(score):
+            return None
+        self.ledger.add({"kind": "measured", "step": step, "samples": samples, "score": score})
+        return float(score)
+
+    def conclude(self, step: int) -> None:
+        """Measure the test split once with the best weights there are; a collective."""
+        scores = self._scores(step)
+        if "test" not in self.sets or not scores:
+            return
+        best = min(scores, key=lambda at: scores[at])
+        folder = self.root / disk.folder_name(best)
+        if best != step and self.grid.gather(folder.is_dir())[0]:
+            found, manifest = checkpoint.open_checkpoint(folder, self.grid)
+            checkpoint.load_weights(
+                self.engine, self.config.model, grid=self.grid, folder=found, manifest=manifest
+            )
+        else:
+            best = step
+        row = self._measure("test", lambda: False, best)
+        logger.info("the best epoch ended at step %d, by %s", best, self.metric)
+        self.recorder.valid({"step": step, "best_step": best, "split": "test", **(row or {})})
+
+    def _scores(self, step: int) -> dict[int, float]:
+        entries = [e for e in self.ledger.entries if e["kind"] == "measured" and e["step"] <= step]
+        return {entry["step"]: entry["score"] for entry in entries}
+
+    def _measure(
+        self, split: str, stopping: Callable[[], bool], step: int | None = None
+    ) -> dict[str, float] | None:
+        """Numbers of a split; of one that is held out the predictions are written, too."""
+        dataset, size = self.sets[split], self.config.training.micro_batch_size
+        if not self._classifies:
+            loss = mean_loss(
+                self.engine,
+                dataset,
+                grid=self.grid,
+                samples=dataset.windows,
+                micro_batch_size=size,
+                stopping=stopping,
+            )
+            return None if loss is None else {"loss": loss, "perplexity": perplexity(loss)}
+        scores = classify.collect_scores(
+            self.engine.eval_scores,
+            dataset,
+            self.grid,
+            micro_batch_size=size,
+            stopping=stopping,
+        )
+        if scores is None:
+            return None
+        whole = classify.measures(scores, dataset)
+        if step is not None and self.grid.rank == 0:
+            folder = self.recorder.folder
+            files.write_json(folder / EVALUATION, {"step": step, "split": split, **whole})
+            classify.write_predictions(folder / PREDICTIONS, scores, dataset)
+            self.recorder.picture("confusion", classify.picture(whole, dataset), step)
+        return {key: value for key, value in whole.items() if isinstance(value, float)}

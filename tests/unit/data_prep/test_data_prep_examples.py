@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from data_prep import examples, rows
+from data_prep.examples import prepare
+from megalite.errors import DataError
+from megalite.formats.examples import read_manifest
+from megalite.formats.tokenizer import load_tokenizer
+from megalite.log import logger
+from tests.factories import run_config
+from tests.labelled import ROWS, jsonl, make, opened, texts
+
+EOS = 257
+GIVEN = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logger, "propagate", True)
+    return caplog
+
+
+# ---- labels
+
+
+@pytest.mark.parametrize(
+    ("found", "labels"),
+    [
+        ([10, 9, 2.0, "-1"], ("-1", "2", "9", "10")),
+        (["b", "a", 1], ("1", "a", "b")),
+        ([True, False], ("False", "True")),
+    ],
+)
+def test_labels_are_sorted(found: list[Any], labels: tuple[str, ...]) -> None:
+    jsonl("a.jsonl", [{"text": "x", "label": label} for label in found])
+    manifest, splits = opened(make("a.jsonl"))
+    assert manifest.labels == labels
+    assert splits["train"].labels is not None
+    names = [labels[n] for n in splits["train"].labels.tolist()]
+    assert names == [str(int(x)) if isinstance(x, float) else str(x) for x in found]
+
+
+def test_labels_may_be_given() -> None:
+    jsonl("a.jsonl", ROWS)
+    manifest, splits = opened(make("a.jsonl", labels=["2", "0", "1", "more"]))
+    assert manifest.labels == ("2", "0", "1", "more")
+    assert splits["train"].info.counts == {"2": 6, "0": 7, "1": 7, "more": 0}
+    with pytest.raises(DataError, match="label '2' is none of 0, 1"):
+        make("a.jsonl", labels=["0", "1"])
+    with pytest.raises(DataError, match="one is there twice"):
+        make("a.jsonl", labels=["0", "0"])
+    jsonl("b.jsonl", [ROWS[0]] * 3)
+    with pytest.raises(DataError, match="training split are '0'; a classification needs two"):
+        make("b.jsonl", labels=["1", "0"])
+
+
+# ---- fractions
+
+
+def test_fractions_are_cut_off_by_the_seed() -> None:
+    jsonl("a.jsonl", ROWS)
+    found = opened(make("a.jsonl", test_fraction=0.2, valid_fraction=0.1, seed=5))[1]
+    order = np.random.Generator(np.random.PCG64(5)).permutation(20)
+    expected = {"test": order[:4], "valid": order[4:6], "train": order[6:]}
+    for name, split in found.items():
+        assert split.rows.tolist() == sorted(expected[name].tolist())
+        assert texts(split) == [f"text {row}" for row in split.rows]
+    assert sorted(found) == ["test", "train", "valid"]
+    other = opened(make("a.jsonl", test_fraction=0.2, valid_fraction=0.1, seed=6))[1]
+    assert other["test"].rows.tolist() != found["test"].rows.tolist()
+
+
+def test_a_fraction_may_stand_beside_a_split_and_must_hold_a_row() -> None:
+    jsonl("d/train.jsonl", ROWS)
+    jsonl("d/test.jsonl", ROWS[:3])
+    found = opened(make("d", valid_fraction=0.25, test_split="test"))[1]
+    assert [len(found[name]) for name in ("train", "valid", "test")] == [15, 5, 3]
+    for shares, name in (((0.01, None), "valid"), ((0.5, 0.49), "train")):
+        with pytest.raises(DataError, match=f"of the 20 rows of 'train' none is left for {name}"):
+            make("d", valid_fraction=shares[0], test_fraction=shares[1])
+
+
+# ---- tokens of each task
+
+
+def wordpieces(folder: str) -> str:
+    names = ["[UNK]", "[CLS]", "[SEP]", "text", "a", "b", *map(str, range(20))]
+    made: Any = tokenizers.Tokenizer(
+        models.WordLevel({name: n for n, name in enumerate(names)}, unk_token="[UNK]")
+    )
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.add_special_tokens(["[CLS]", "[SEP]"])
+    Path(folder).mkdir()
+    made.save(f"{folder}/tokenizer.json")
+    return folder
+
+
+def test_a_classification_ends_in_eos_and_begins_with_an_encoders_bos(
+    told: pytest.LogCaptureFixture,
+) -> None:
+    jsonl("a.jsonl", ROWS)
+    split = opened(make("a.jsonl", max_length=6))[1]["train"]
+    assert split.learned is None
+    assert split.ids(3).tolist() == [*b"text ", EOS]
+    assert split.info.cut == 20
+    assert told.text.count("20 of 20 examples (100.0 %)") == 1
+    whole = opened(make("a.jsonl", max_length=7))[1]["train"]
+    assert (whole.info.cut, whole.ids(3).tolist()) == (10, [*b"text 3", EOS])
+    words = wordpieces("words")
+    encoder = {"architecture": "encoder"}
+    split = opened(make("a.jsonl", tokenizer=words, model=encoder))[1]["train"]
+    assert split.ids(3).tolist() == [1, 3, 9, 2]
+    split = opened(make("a.jsonl", tokenizer=words))[1]["train"]
+    assert split.ids(3).tolist() == [3, 9, 2]
+    with pytest.raises(DataError, match="max_length 2: BOS and EOS leave no token"):
+        make("a.jsonl", tokenizer=words, model=encoder, max_length=2)
+
+
+def test_all_of_a_text_is_learned() -> None:
+    jsonl("a.jsonl", ["", {"t": "abc"}, {"t": "abcd"}])
+    split = opened(make("a.jsonl", "language_modeling", text_column="t", max_length=4))[1]["train"]
+    assert [split.ids(n).tolist() for n in (0, 1)] == [[*b"abc", EOS], [*b"abcd"]]
+    assert split.marks(0).tolist() == [True] * 4
+    assert (split.info.cut, split.labels, split.info.counts) == (1, None, {})
+
+
+def test_a_target_is_learned_after_its_source() -> None:
+    jsonl("a.jsonl", [{"text": "abcdef", "target": "xy"}, {"text": "a", "target": "uvwxyz"}])
+    split = opened(make("a.jsonl", "seq2seq", max_length=4, max_target_length=3))[1]["train"]
+    assert split.ids(0).tolist() == [*b"abc", EOS, *b"xy", EOS]
+    assert split.ids(1).tolist() == [*b"a", EOS, *b"uvw"]
+    assert split.marks(0).tolist() == [False] * 4 + [True] * 3
+    assert split.marks(1).tolist() == [False] * 2 + [True] * 3
+    assert split.info.cut == 2
+
+
+def test_a_text_without_tokens_is_a_bad_row() -> None:
+    made: Any = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="b"))
+    made.normalizer = tokenizers.normalizers.Replace("x", "")
+    Path("t").mkdir()
+    made.save("t/tokenizer.json")
+    jsonl("a.jsonl", [{"text": "a"}, {"text": "x"}])
+    with pytest.raises(DataError, match="line 2: the tokenizer makes no token of its text"):
+        make("a.jsonl", "language_modeling", tokenizer="t")
+
+
+def test_conversations_are_rendered_and_cut(told: pytest.LogCaptureFixture) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "answer"}]
+    jsonl("a.jsonl", [{"messages": turns}, {"messages": turns * 2}])
+    folder = make("a.jsonl", "sft", max_length=70)
+    split = opened(folder)[1]["train"]
+    head = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    assert texts(split)[0] == f"{head}answer<|im_end|>\n"
+    marked = split.ids(0)[split.marks(0)].tolist()
+    assert bytes(marked).decode() == "answer<|im_end|>"
+    assert (split.lengths.tolist(), split.info.cut) == ([len(head) + 17, 70], 1)
+    assert "generation" in (folder / "tokenizer" / "chat_template.jinja").read_text()
+    assert (folder / "tokenizer" / "bytes.json").is_file()
+    with pytest.raises(DataError, match=f"none of the .* among the first {len(head)}"):
+        make("a.jsonl", "sft", max_length=len(head))
+
+
+def test_prompt_and_response_are_two_turns_of_a_given_template() -> None:
+    jsonl("a.jsonl", [{"q": "x", "a": "y"}, {"q": "x", "a": " "}, {"q": "x"}])
+    own = Path("own.jinja")
+    own.write_text("<{% for m in messages %}{{ '|' * loop.index0 + m.content }}{% endfor %}")
+    asked: dict[str, Any] = {"prompt_column": "q", "response_column": "a", "max_bad_rows": 2}
+    split = opened(make("a.jsonl", "sft", chat_template=GIVEN, **asked))[1]["train"]
+    assert texts(split) == ["x;y;"]
+    assert split.marks(0).tolist() == [True, False, True, False]
+    # the run file's own goes first: see finetune.data.chat_template
+    section = {"path": "a.jsonl", "max_length": 9, "chat_template": "own.jinja"} | asked
+    config = run_config(finetune={"task": "sft", "data": section})
+    folder = prepare(config, tokenizer="bytes", chat_template=GIVEN)
+    assert texts(opened(folder)[1]["train"]) == ["<x|y"]
+    assert (folder / "tokenizer" / "chat_template.jinja").read_bytes() == own.read_bytes()
+
+
+# ---- tokenizers, and the folder
+
+
+def test_a_tokenizer_is_learned_where_there_is_none() -> None:
+    jsonl("a.jsonl", [{"text": f"hello world {n}", "label": n % 2} for n in range(30)])
+    folder = make("a.jsonl", tokenizer=None, model={"vocab_size": 285}, valid_fraction=0.5)
+    manifest, splits = opened(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    assert (tokenizer.vocab_size, manifest.vocab_size) == (285, 285)
+    assert manifest.tokenizer_sha256 == tokenizer.sha256
+    row = splits["valid"].rows[0]
+    assert splits["valid"].ids(0).tolist() == [*tokenizer.encode(f"hello world {row}"), 2]
+    with pytest.raises(DataError, match=r"model\.vocab_size 9000: this text yields"):
+        make("a.jsonl", tokenizer=None, model={"vocab_size": 9000})
+
+
+def test_the_datas_tokenizer_goes_before_the_models() -> None:
+    jsonl("a.jsonl", ROWS)
+    section = {"path": "a.jsonl", "max_length": 64, "tokenizer": "bytes"}
+    config = run_config(finetune={"task": "classification", "data": section})
+    assert read_manifest(prepare(config, tokenizer="gone")).vocab_size == 258
+
+
+def test_a_folder_is_made_once_and_named_by_its_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    jsonl("a.jsonl", ROWS)
+    first = make("a.jsonl")
+    assert first.parent == Path("data/finetune")
+    words = wordpieces("words")
+    others = [
+        make("a.jsonl", max_length=32),
+        make("a.jsonl", seed=2),
+        make("a.jsonl", tokenizer=words),
+        make("a.jsonl", "language_modeling"),
+        make("a.jsonl", cache="b", max_length=16),
+    ]
+    chats = jsonl("c.jsonl", [{"messages": [{"role": "assistant", "content": "x"}]}])
+    others += [
+        make(chats, "sft"),
+        make(chats, "sft", chat_template="{% generation %}{{ 1 }}{% endgeneration %}"),
+    ]
+    os.utime("a.jsonl", ns=(1, 1))
+    others.append(make("a.jsonl"))
+    assert len({first.name, *(other.name for other in others)}) == 9
+    assert make("a.jsonl", cache="b").name == others[-1].name
+    monkeypatch.setattr(examples, "_Maker", None)
+    assert make("a.jsonl") == others[-1]
+    (first / "manifest.json").unlink()
+    os.utime("a.jsonl", ns=(1, 1))
+    (others[-1] / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="delete the folder"):
+        make("a.jsonl")
+
+
+def test_two_at_the_same_time_share_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    jsonl("a.jsonl", ROWS)
+    both, made = threading.Barrier(2), examples._Maker.make
+
+    def together(self: Any, folder: Path, arguments: dict[str, Any]) -> None:
+        made(self, folder, arguments)
+        both.wait(30)
+
+    monkeypatch.setattr(examples._Maker, "make", together)
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(make("a.jsonl"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 2
+    assert found[0] == found[1]
+    assert [path.name for path in found[0].parent.iterdir()] == [found[0].name]
+    assert len(opened(found[0])[1]["train"]) == 20
+
+
+def test_nothing_is_left_of_a_failure() -> None:
+    jsonl("a.jsonl", ["x"])
+    with pytest.raises(DataError, match="bad row 1"):
+        make("a.jsonl")
+    assert not Path("data").exists()
+
+
+def test_many_rows_are_tokenized_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples, "_BATCH", 3)
+    monkeypatch.setattr(rows, "_BATCH", 7)
+    pq.write_table(pa.Table.from_pylist(ROWS), "a.parquet")
+    assert texts(opened(make("a.parquet"))[1]["train"]) == [row["text"] for row in ROWS]

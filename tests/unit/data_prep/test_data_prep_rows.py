@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from megalite.errors import DataError
+from megalite.formats.tokenizer import load_tokenizer
+from megalite.log import logger
+from tests.labelled import ROWS, jsonl, make, opened, texts
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logger, "propagate", True)
+    return caplog
+
+
+# ---- where rows come from
+
+_PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+}
+
+
+def written(kind: str) -> bytes:
+    if kind == "json":
+        return json.dumps(ROWS, indent=1).encode()
+    if kind in ("csv", "tsv"):
+        mark = "," if kind == "csv" else "\t"
+        lines = [mark.join(("label", "text", "more"))]
+        lines += [mark.join((str(row["label"]), f'"{row["text"]}"', "x")) for row in ROWS]
+        return ("\ufeff" + "\r\n".join(lines)).encode()
+    return ("\n\n".join(map(json.dumps, ROWS)) + "\n").encode()
+
+
+@pytest.mark.parametrize("packed", _PACKERS)
+@pytest.mark.parametrize("kind", ["jsonl", "ndjson", "json", "csv", "tsv"])
+def test_every_kind_of_file_gives_the_same_examples(kind: str, packed: str) -> None:
+    Path(f"a.{kind}{packed}").write_bytes(_PACKERS[packed](written(kind)))
+    manifest, splits = opened(make(f"a.{kind}{packed}"))
+    assert texts(splits["train"]) == [row["text"] for row in ROWS]
+    assert manifest.labels == ("0", "1", "2")
+    assert splits["train"].labels is not None
+    assert splits["train"].labels.tolist() == [row["label"] for row in ROWS]
+    assert splits["train"].rows.tolist() == list(range(20))
+    assert splits["train"].info.counts == {"0": 7, "1": 7, "2": 6}
+    assert manifest.task == "classification"
+    assert manifest.tokenizer_sha256 == load_tokenizer("bytes").sha256
+
+
+def test_parquet_and_saved_sets_give_the_same_examples() -> None:
+    table = pa.Table.from_pylist(ROWS)
+    pq.write_table(table, "a.parquet", row_group_size=3)
+    made = datasets.Dataset(table)
+    made.save_to_disk("saved")
+    datasets.DatasetDict({"train": made, "test": made.select(range(6))}).save_to_disk("both")
+    expected = opened(make("a.parquet"))[1]["train"].info
+    assert opened(make("saved"))[1]["train"].info == expected
+    found = opened(make("both", test_split="test"))[1]
+    assert found["train"].info == expected
+    assert len(found["test"]) == 6
+    with pytest.raises(DataError, match="no split 'valid'; it has train, test"):
+        make("both", valid_split="valid")
+    with pytest.raises(DataError, match="no column 'texts'; it has text, label"):
+        make("saved", text_column="texts")
+
+
+def test_a_set_of_the_hub_names_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    feature = datasets.ClassLabel(names=["neg", "pos"])
+    made = datasets.Dataset.from_list([{"text": "a", "label": n} for n in (1, 0, -1)])
+    made = made.cast_column("label", feature)
+    asked = []
+
+    def load(name: str, config: str | None, *, split: str) -> datasets.Dataset:
+        asked.append((name, config, split))
+        return made
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    manifest, splits = opened(make("org/name@small", max_bad_rows=1))
+    assert manifest.labels == ("neg", "pos")
+    assert splits["train"].labels is not None
+    assert splits["train"].labels.tolist() == [1, 0]
+    assert splits["train"].info.bad_rows == 1
+    assert asked == [("org/name", "small", "train")]
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match="no network; local files work offline"):
+        make("org/name")
+
+
+def test_a_folder_has_a_file_a_split() -> None:
+    jsonl("d/train.jsonl", ROWS)
+    Path("d/dev.csv").write_text("text,label\nx,1\n")
+    Path("d/test.ndjson.gz").write_bytes(gzip.compress(json.dumps(ROWS[1]).encode()))
+    Path("d/README.md").write_text("")
+    found = opened(make("d", valid_split="dev", test_split="test.ndjson.gz"))[1]
+    assert {name: len(split) for name, split in found.items()} == {
+        "train": 20,
+        "valid": 1,
+        "test": 1,
+    }
+    with pytest.raises(DataError, match=r"no such split; it has dev.csv, test.*gz, train.jsonl$"):
+        make("d", valid_split="valid")
+    Path("d/train.csv").write_text("text,label\n")
+    with pytest.raises(DataError, match="2 files have the name"):
+        make("d")
+    assert len(opened(make("d", train_split="train.jsonl"))[1]["train"]) == 20
+
+
+def test_paths_that_are_no_data(tmp_path: Path) -> None:
+    Path("a.txt").write_text("x")
+    jsonl("a.jsonl", ROWS)
+    with pytest.raises(DataError, match="ending says no kind of file"):
+        make("a.txt")
+    for path in ("gone.jsonl.gz", str(tmp_path / "gone"), "./gone"):
+        with pytest.raises(DataError, match="there is no such file or folder"):
+            make(path)
+    with pytest.raises(DataError, match=r"a.jsonl: split 'test': no such split; it has train"):
+        make("a.jsonl", test_split="test")
+    assert len(opened(make("a.jsonl", train_split="all"))[1]["train"]) == 20
+
+
+def test_damaged_files_are_named() -> None:
+    Path("a.jsonl.gz").write_bytes(gzip.compress(written("jsonl"))[:-9])
+    Path("a.csv").write_text('text,label\n"x,1\n')
+    Path("b.csv").write_text("text,label,text\n")
+    Path("a.json").write_text("[1,")
+    Path("a.parquet").write_text("PAR1")
+    for name in ("a.jsonl.gz", "a.csv", "a.json", "a.parquet"):
+        with pytest.raises(DataError, match=f"{name}: cannot be read to its end"):
+            make(name)
+    with pytest.raises(DataError, match="several columns are named 'text'"):
+        make("b.csv")
+
+
+# ---- rows with faults
+
+FAULTS: list[tuple[Any, str]] = [
+    ("{", "not JSON that can be read"),
+    ("[1]", "not a JSON object"),
+    ({"label": 1}, "no field 'text'; it has label"),
+    ({"text": 5, "label": 1}, "'text' is 5, not text"),
+    ({"text": None, "label": 1}, "'text' is None, not text"),
+    ({"text": " \n", "label": 1}, "'text' is empty"),
+    ({"text": "a\0", "label": 1}, "NUL at character 1"),
+    ('{"text": "\\ud800", "label": 1}', "half a surrogate pair"),
+    ({"text": "a", "label": None}, "'label' is None, neither a whole number nor a name"),
+    ({"text": "a", "label": 0.5}, "'label' is 0.5"),
+    ({"text": "a", "label": ""}, "'label' is ''"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), FAULTS)
+def test_a_fault_is_named_and_counted(
+    row: Any, reason: str, told: pytest.LogCaptureFixture
+) -> None:
+    jsonl("a.jsonl", [*ROWS[:2], row, ROWS[2]])
+    with pytest.raises(DataError, match=r"a.jsonl line 3: .*bad row 1, .*max_bad_rows 0") as error:
+        make("a.jsonl")
+    assert reason in str(error.value)
+    split = opened(make("a.jsonl", max_bad_rows=1))[1]["train"]
+    assert (split.info.bad_rows, split.rows.tolist()) == (1, [0, 1, 3])
+    assert "a.jsonl line 3" in told.text
+    assert reason in told.text
+
+
+def test_faults_are_counted_by_split_and_few_are_named(told: pytest.LogCaptureFixture) -> None:
+    jsonl("d/train.jsonl", [*ROWS, *["x"] * 8])
+    jsonl("d/test.jsonl", [ROWS[0], {"text": "a", "label": 7}, *["x"] * 7])
+    split = opened(make("d", test_split="test", max_bad_rows=8))[1]
+    assert [one.info.bad_rows for one in split.values()] == [8, 8]
+    assert told.text.count("left out") == 10
+    assert told.text.count("label '7' is none of 0, 1, 2") == 1
+    with pytest.raises(DataError, match=r"bad row 8, more than .* 7"):
+        make("d", test_split="test", max_bad_rows=7)
+
+
+def test_csv_rows_of_another_length_are_faults() -> None:
+    Path("a.csv").write_text("text,label\na,1\nb\nc,2,3\nd,0\n")
+    split = opened(make("a.csv", max_bad_rows=2))[1]["train"]
+    assert texts(split) == ["a", "d"]
+    with pytest.raises(DataError, match=r"row 1 \(to line 3\): 1 fields, not 2"):
+        make("a.csv")
+    assert csv.field_size_limit() > 1 << 31
+
+
+def test_a_split_without_examples_is_refused() -> None:
+    jsonl("d/train.jsonl", ROWS)
+    jsonl("d/test.jsonl", [])
+    with pytest.raises(DataError, match="test split has no example"):
+        make("d", test_split="test")
+    with pytest.raises(DataError, match="train split has no example"):
+        make("d", "language_modeling", train_split="test", tokenizer=None)

@@ -1,0 +1,252 @@
+"""Attributions and attention against what is computed by hand; the page, that it is safe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalite.evaluate.explain import explain_page, input_times_gradient, last_attention
+from megalite.model import LanguageModel, layers
+from megalite.model.layers import Attention, rope_table, rotate
+from megalite.model.transformer import Embedding
+from tests.factories import make_batch, make_model, model_config
+from tests.families import model_section
+
+TEXT = {"decoder": "llama", "encoder": "bert", "encoder_decoder": "t5"}
+
+
+def tiny(architecture: str, **overrides: Any) -> tuple[LanguageModel, dict[str, Tensor]]:
+    config = model_config(**model_section(TEXT[architecture], 1) | overrides)
+    batch = dict(make_batch(config).tensors)
+    batch["decoder_input_ids"] = batch["input_ids"][:, :3]
+    return make_model(config, spread=0.1).eval(), batch
+
+
+def test_of_a_linear_score_the_parts_add_up_to_it() -> None:
+    embed = Embedding(11, 6)
+    torch.nn.init.normal_(embed.weight)
+    ids_BT, weight_TD = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]]), torch.randn(4, 6)
+
+    def score() -> Tensor:
+        return (embed(ids_BT) * weight_TD)[0].sum() + 7
+
+    parts_T = input_times_gradient(embed, score)
+    torch.testing.assert_close(parts_T, (embed.weight[ids_BT[0]] * weight_TD).sum(-1).detach())
+    assert float(parts_T.sum()) == pytest.approx(score().item() - 7, abs=1e-5)
+    assert not embed._forward_hooks
+
+
+@pytest.mark.parametrize("architecture", TEXT)
+def test_attributions_are_the_slope_along_the_embeddings(architecture: str) -> None:
+    model, batch = tiny(architecture)
+    model.double()
+    embed = model.model.embed_tokens
+
+    def score() -> Tensor:
+        return model.hidden(batch)[0, -1].sin().sum()
+
+    with torch.inference_mode():
+        parts_T = input_times_gradient(embed, score)
+    assert parts_T.dtype == torch.float32
+    assert embed.weight.grad is None
+    step, slopes = 1e-4, []
+    for place in range(batch["input_ids"].shape[1]):
+
+        def moved(factor: float, place: int = place) -> float:
+            """The score with one token's embedding, of the text that is read, made longer."""
+            calls: list[int] = []
+
+            def scale(_: Any, __: Any, output: Tensor) -> Tensor:
+                calls.append(1)
+                at = torch.zeros(output.shape[1], 1, dtype=output.dtype)
+                at[place % len(at)] = factor if len(calls) == 1 else 0.0
+                return output * (1 + at)
+
+            handle = embed.register_forward_hook(scale)
+            with torch.no_grad():
+                found = float(score())
+            handle.remove()
+            return found
+
+        slopes.append((moved(step) - moved(-step)) / (2 * step))
+    torch.testing.assert_close(parts_T, torch.tensor(slopes), rtol=1e-3, atol=1e-6)
+    assert float(parts_T.abs().max()) > 1e-3
+
+
+def hand_made(q_TNH: Tensor, k_SKH: Tensor, scale: float, sees: Callable[[int, int], bool]) -> Any:
+    """Weights [T, S], the mean of all heads, of plain numbers."""
+    (T, N, _), (S, K, _) = q_TNH.shape, k_SKH.shape
+    total = [[0.0] * S for _ in range(T)]
+    for head in range(N):
+        for t in range(T):
+            powers = [
+                math.exp(scale * float(q_TNH[t, head] @ k_SKH[s, head * K // N]))
+                if sees(t, s)
+                else 0.0
+                for s in range(S)
+            ]
+            for s in range(S):
+                total[t][s] += powers[s] / sum(powers) / N
+    return torch.tensor(total)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "window", "scale"),
+    [("decoder", None, None), ("decoder", 3, 0.3), ("encoder", None, None)],
+)
+def test_attention_of_each_position(
+    architecture: str, window: int | None, scale: float | None
+) -> None:
+    model, batch = tiny(architecture, sliding_window=window, attention_multiplier=scale)
+    config, attention = model.config, list(model.blocks)[-1].self_attn
+    assert isinstance(attention, Attention)
+    inputs: list[Tensor] = []
+    handle = attention.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+
+    def run() -> None:
+        model.hidden(batch)
+
+    with torch.no_grad():
+        found = [last_attention(model, run, position) for position in range(8)]
+        heads = (attention.heads, attention.kv_heads, attention.kv_heads)
+        qkv = attention.qkv_proj(inputs[0]).unflatten(-1, (sum(heads), -1))
+        q, k, _ = qkv.split(heads, dim=2)
+        if config.position_embedding == "rope":
+            table = rope_table(torch.arange(8), config)
+            q, k = rotate(q, table), rotate(k, table)
+    handle.remove()
+    causal = architecture == "decoder"
+
+    def sees(t: int, s: int) -> bool:
+        return not causal or (s <= t and (window is None or t - s < window))
+
+    wanted = hand_made(q[0], k[0], scale or 1 / math.sqrt(config.head_dim), sees)
+    torch.testing.assert_close(torch.stack(found), wanted, rtol=1e-4, atol=1e-5)
+    for position, row in enumerate(found):
+        assert float(row.sum()) == pytest.approx(1, abs=1e-5)
+        assert not causal or float(row[position + 1 :].abs().sum()) == 0
+    torch.testing.assert_close(last_attention(model, run, None), wanted.mean(0))
+    torch.testing.assert_close(last_attention(model, run, -1), wanted[-1])
+
+
+def test_key_heads_are_shared_in_the_decoder_of_these_tests() -> None:
+    config = tiny("decoder")[0].config
+    assert config.num_key_value_heads < config.num_attention_heads
+
+
+def test_padding_is_not_looked_at() -> None:
+    model, batch = tiny("encoder")
+    batch["attention_mask"] = torch.ones(2, 8, dtype=torch.bool)
+    batch["attention_mask"][0, 6:] = False
+    row = last_attention(model, lambda: model.hidden(batch), 0)
+    assert row[6:].tolist() == [0, 0]
+    assert float(row.sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_with_two_stacks_it_is_the_look_at_the_text_that_is_read() -> None:
+    model, batch = tiny("encoder_decoder")
+    rows = [last_attention(model, lambda: model.hidden(batch), place) for place in range(3)]
+    assert [len(row) for row in rows] == [8, 8, 8]
+    block = list(model.blocks)[-1]
+    weights = torch.stack(rows)
+    inputs: list[Any] = []
+    handle = block.cross_attn.register_forward_hook(lambda *told: inputs.append(told[1:]))
+    with torch.no_grad():
+        model.hidden(batch)
+        (x_BTD, memory_BSD, _, _), _ = inputs[0]
+        attention = block.cross_attn
+        q = attention.q_proj(x_BTD).unflatten(-1, (-1, attention.head_width))
+        k = attention.kv_proj(memory_BSD).unflatten(-1, (-1, attention.head_width))
+    handle.remove()
+    wanted = hand_made(q[0], k[0, :, : attention.kv_heads], attention.scale, lambda t, s: True)
+    torch.testing.assert_close(weights, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_of_positions_counts() -> None:
+    model, batch = tiny("encoder_decoder")
+    seen: list[tuple[Any, ...]] = []
+    real = layers.attend
+
+    class Alone:
+        """The first stack by itself."""
+
+        blocks = model.model.encoder.layers  # type: ignore[union-attr]
+
+    def run() -> None:
+        model.hidden(batch)
+
+    handle = Alone.blocks[-1].self_attn.register_forward_pre_hook(lambda _, args: seen.append(args))
+    row = last_attention(Alone(), run, 2)  # type: ignore[arg-type]
+    handle.remove()
+    attention = Alone.blocks[-1].self_attn
+    x_BTD, _, bias, *_ = seen[0]
+    heads, width = attention.heads, attention.head_width
+    qkv = attention.qkv_proj(x_BTD)[0].unflatten(-1, (-1, width))
+    q, k = qkv[2, :heads], qkv[:, heads : heads + attention.kv_heads]
+    k = k.repeat_interleave(heads // attention.kv_heads, dim=1)
+    scores = torch.einsum("nh,snh->ns", q, k) * attention.scale + bias[0, :, 2]
+    torch.testing.assert_close(row, scores.softmax(-1).mean(0).detach())
+    assert layers.attend is real
+
+
+def test_an_error_leaves_the_model_as_it_was() -> None:
+    model, batch = tiny("decoder")
+    real, batch["input_ids"] = layers.attend, batch["input_ids"] + 10**6
+    with pytest.raises(IndexError):
+        last_attention(model, lambda: model.hidden(batch), 0)
+    assert layers.attend is real
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes, and all text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_shows_all_and_loads_nothing() -> None:
+    evil = '<script>alert("1")</script>{0} &amp; https://a.example/x.png'
+    pieces = ["<script>", 'a"b', " c\n", "d"] * 5
+    attributions = [(-1) ** n * n / 10 for n in range(20)]
+    attention = [n / 190 for n in range(20)]
+    page = explain_page(evil, pieces, attributions, attention, {evil: 0.25, "b": 0.75}, title=evil)
+    found = Tags(page)
+    names = [tag for tag, _ in found.tags]
+    assert not {"script", "link", "img", "iframe", "a", "base"} & set(names)
+    told = [key for _, attributes in found.tags for key in attributes]
+    assert not {"src", "href", "onload", "onclick"} & set(told)
+    assert "url(" not in page
+    assert "@import" not in page
+    assert found.text.count(evil) == 4  # the tab's and the page's title, the text, a label
+    assert "light dark" in page
+    spans = [attributes for tag, attributes in found.tags if "title" in attributes]
+    assert [a["title"] for a in spans] == [f"{x:+.4g}" for x in (*attributions, *attention)]
+    assert spans[19]["style"] == "background: rgba(255, 60, 50, 0.600)"
+    assert spans[18]["style"] == "background: rgba(40, 110, 255, 0.568)"
+    assert spans[20]["style"] == "background: rgba(240, 160, 0, 0.000)"
+    assert names.count("tr") == 2 + 1 + 10
+    widths = [a["style"] for _, a in found.tags if a.get("class") == "bar"]
+    assert widths == ["width: 75.0%", "width: 25.0%"]
+    assert found.text.index("-1.9") < found.text.index("+1.8") < found.text.index("-1.7")
+
+
+def test_a_page_without_tokens_or_differences() -> None:
+    assert "<h2>" in explain_page("", [], [], [], {"a": 1.0}, title="t")
+    assert "0.000)" in explain_page("x", ["x"], [0.0], [0.0], {"a": 1.0}, title="t")
