@@ -40,7 +40,7 @@ def main() -> int:
     arguments = parse()
     if not arguments.max_shard_gb > 0:
         raise CommandError(f"--max-shard-gb {arguments.max_shard_gb}: give a size over 0")
-    from megalite.checkpoint import StoredCheckpoint, open_checkpoint
+    from megalite.checkpoint import StoredCheckpoint, merged, open_checkpoint
     from megalite.checkpoint.huggingface import export
     from megalite.config import load_config
     from megalite.evaluate.verify import require_transformers, verify
@@ -49,9 +49,11 @@ def main() -> int:
     if arguments.verify:
         require_transformers()
     folder, manifest = open_checkpoint(Path(arguments.checkpoint), weights_only=True)
+    section = load_config(folder / "config.json").model
+    stored, model = merged(StoredCheckpoint(folder, manifest), section)
     family = export(
-        StoredCheckpoint(folder, manifest),
-        load_config(folder / "config.json").model,
+        stored,
+        model,
         load_tokenizer(folder / "tokenizer"),
         arguments.output,
         dtype=arguments.dtype,

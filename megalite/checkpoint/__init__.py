@@ -13,7 +13,7 @@ from megalite.checkpoint.load import (
 )
 from megalite.checkpoint.save import Place, Saver, clear_leftovers, retain, set_aside_later
 from megalite.checkpoint.start import describe_start
-from megalite.checkpoint.stored import Stored, StoredCheckpoint, fill_model
+from megalite.checkpoint.stored import Stored, StoredCheckpoint, fill_model, merged
 
 __all__ = [
     "HuggingFaceFolder",
@@ -29,6 +29,7 @@ __all__ = [
     "import_weights",
     "is_huggingface",
     "load_weights",
+    "merged",
     "open_checkpoint",
     "refuse_other_model",
     "restore",

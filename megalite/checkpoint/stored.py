@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megalite import shapes
-from megalite.config import ModelConfig
+from megalite.config import AdapterConfig, ModelConfig
 from megalite.engine import WEIGHT
 from megalite.errors import CheckpointError
 from megalite.formats import checkpoint as disk
@@ -44,6 +44,34 @@ class StoredCheckpoint:
             disk.read_tensor(path, tensor, target.numpy(), box)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path}: cannot read {tensor}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Stored weights with what their adapters add, `W + scale B A`, as plain ones."""
+
+    stored: Stored
+    adapter: AdapterConfig
+
+    def read(self, tensor: str, state: str, target: Tensor, box: tuple[slice, ...]) -> None:
+        self.stored.read(tensor, state, target, box)
+        owner, _, kind = tensor.rpartition(".")
+        projection = owner.rpartition(".")[2]
+        if kind != "weight" or projection not in self.adapter.targets:
+            return
+        own, (rows, columns) = slice(0, self.adapter.rank), box
+        a = torch.empty(self.adapter.rank, columns.stop - columns.start)
+        b = torch.empty(rows.stop - rows.start, self.adapter.rank)
+        self.stored.read(f"{owner}.lora_A", state, a, (own, columns))
+        self.stored.read(f"{owner}.lora_B", state, b, (rows, own))
+        target.addmm_(b, a, alpha=self.adapter.scale)
+
+
+def merged(stored: Stored, model: ModelConfig) -> tuple[Stored, ModelConfig]:
+    """The weights and the section of a model without adapters that does the same."""
+    if model.adapter is None:
+        return stored, model
+    return Merged(stored, model.adapter), model.model_copy(update={"adapter": None})
 
 
 def read_local(

@@ -19,6 +19,7 @@ from megalite.checkpoint import (
     StoredCheckpoint,
     fill_model,
     is_huggingface,
+    merged,
     open_checkpoint,
 )
 from megalite.config import ModelConfig, RunConfig, load_config
@@ -60,10 +61,12 @@ class OpenedModel:
         Raises:
             CommandError: a model that writes no text.
         """
-        if self.config.architecture == "encoder":
+        if self.config.architecture == "encoder" or self.config.num_labels:
+            kind = "a classifier, which names labels"
+            kind = kind if self.config.num_labels else "an encoder, which names hidden tokens"
             raise CommandError(
-                f"{self.folder} holds an encoder, which names hidden tokens and writes no text; "
-                "give a decoder or an encoder_decoder"
+                f"{self.folder} holds {kind} and writes no text; give a decoder or an "
+                "encoder_decoder"
             )
         return CachedReader(self)
 
@@ -82,6 +85,11 @@ class OpenedModel:
         """Summed loss of a batch: fp32 scalar, nats."""
         loss: Tensor = self.model(batch.to(self.device).tensors)
         return loss
+
+    @torch.no_grad()
+    def scores(self, batch: Batch) -> Tensor:
+        """A classifier's logits of a batch: fp32 [B, C]."""
+        return self.model.label_scores(batch.to(self.device).tensors)
 
     @torch.no_grad()
     def named_right(self, batch: Batch) -> int:
@@ -195,7 +203,7 @@ def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
             run = load_config(folder / "config.json")
         except MegaLiteError as error:
             raise CheckpointError(f"{folder}/config.json: {error}") from None
-        stored, config = StoredCheckpoint(folder, manifest), run.model
+        stored, config = merged(StoredCheckpoint(folder, manifest), run.model)
         tokenizer_folder, sha256 = folder / "tokenizer", manifest.tokenizer_sha256
     size, rank = (grid.tensor_parallel, grid.tensor_rank) if grid else (1, 0)
     allowed = shapes.allowed_tensor_parallel(config)

@@ -149,8 +149,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             grad_bias = torch.zeros_like(bias_V, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden_RD) if wants_hidden else None
         grad_weight = torch.empty_like(weight_VD, dtype=torch.float32) if wants_weight else None
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_RD.device)
-        rows = chunk_rows(weight_VD.shape[0])
+        loss, rows = hidden_RD.new_zeros((), dtype=torch.float32), chunk_rows(len(weight_VD))
         for start in range(0, hidden_RD.shape[0], rows):
             chunk = slice(start, start + rows)
             h_CD, labels_C1 = hidden_RD[chunk], labels_R[chunk, None]

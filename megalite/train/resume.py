@@ -13,13 +13,16 @@ from megalite import checkpoint, env, files, shapes
 from megalite.checkpoint import (
     HuggingFaceFolder,
     Place,
+    Stored,
+    StoredCheckpoint,
     find_newest,
     is_huggingface,
+    merged,
     open_checkpoint,
     refuse_other_model,
     set_aside_damaged,
 )
-from megalite.config import RunConfig
+from megalite.config import ModelConfig, RunConfig
 from megalite.engine import Engine
 from megalite.errors import CheckpointError, CommandError, DamagedCheckpoint, OtherVersion
 from megalite.formats import checkpoint as disk
@@ -43,8 +46,8 @@ _NEW_ORDER = ("data", "sequence_length")
 class Origin:
     """The checkpoint to go on from, and the changes against its run file worth recording.
 
-    weights_only: a fresh run starts from its weights (`--init-from`), which are Hugging Face's
-    where `weights` is set and `manifest` is not. damaged: checkpoints of this
+    weights_only: a fresh run starts from its weights (`--init-from`); `weights` reads those that
+    are in no checkpoint as they are, and then there is no `manifest`. damaged: checkpoints of this
     run that were passed over, to be set aside once the start is not refused.
     """
 
@@ -53,7 +56,7 @@ class Origin:
     changes: dict[str, Any]
     place: Place
     weights_only: bool = False
-    weights: HuggingFaceFolder | None = None
+    weights: Stored | None = None
     damaged: tuple[Path, ...] = ()
 
 
@@ -97,21 +100,13 @@ def find_origin(
     found, damaged = (None, ()) if resume == "never" else _find(resume, root, grid)
     if found is not None and init_from is not None:
         logger.warning("%s goes on from %s: --init-from is for a fresh start", root, found[0].name)
-    if found is None and init_from is not None and is_huggingface(Path(init_from)):
-        weights = HuggingFaceFolder(Path(init_from))
-        weights.refuse_other_model(shapes.base(config.model))
-        return Origin(
-            weights.path, None, {}, Place(), weights_only=True, weights=weights, damaged=damaged
-        )
     if found is None and init_from is not None:
-        folder, manifest = _open("--init-from", init_from, grid)
-        refuse_other_model(config.model, folder, manifest, base=True)
-        return Origin(folder, manifest, {}, Place(), weights_only=True, damaged=damaged)
+        return _start(config.model, init_from, grid, damaged)
     if found is None:
         return None
     folder, manifest = found
     refuse_other_model(config.model, folder, manifest)
-    before = _stored(folder, manifest)
+    before = _stored(folder, manifest).model_dump(mode="json")
     after = config.model_dump(mode="json")
     changed = _changes(before, after, manifest, data_fingerprint, tokenizer_sha256)
     refused = [key for key in ALLOWABLE if key in changed and key not in allow]
@@ -135,10 +130,30 @@ def find_origin(
     return Origin(folder, manifest, changed, place, damaged=damaged)
 
 
-def _stored(folder: Path, manifest: disk.Manifest) -> dict[str, Any]:
+def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...]) -> Origin:
+    """What `--init-from` names; of adapters that are not the model's own, the sum with what they
+    are beside.
+    """
+    if is_huggingface(Path(path)):
+        theirs = HuggingFaceFolder(Path(path))
+        theirs.refuse_other_model(shapes.base(model))
+        return Origin(theirs.path, None, {}, Place(), True, theirs, damaged)
+    folder, manifest = _open("--init-from", path, grid)
+    section = _stored(folder, manifest).model
+    if section.adapter in (None, model.adapter):
+        refuse_other_model(model, folder, manifest, base=True)
+        return Origin(folder, manifest, {}, Place(), weights_only=True, damaged=damaged)
+    whole, _ = merged(StoredCheckpoint(folder, manifest), section)
+    plain = {name: entry for name, entry in manifest.tensors.items() if ".lora_" not in name}
+    plain_manifest = manifest.model_copy(update={"tensors": plain})
+    refuse_other_model(shapes.base(model), folder, plain_manifest)
+    return Origin(folder, None, {}, Place(), True, whole, damaged)
+
+
+def _stored(folder: Path, manifest: disk.Manifest) -> RunConfig:
     """The run file of a checkpoint; a field younger than it has its default."""
     try:
-        stored = RunConfig.model_validate(files.read_json(folder / "config.json"))
+        return RunConfig.model_validate(files.read_json(folder / "config.json"))
     except ValidationError as error:
         first = error.errors()[0]
         raise OtherVersion(
@@ -146,7 +161,6 @@ def _stored(folder: Path, manifest: disk.Manifest) -> dict[str, Any]:
             f"{manifest.versions.get('megalite')}: {'.'.join(map(str, first['loc']))}: "
             f"{first['msg']}; go on with that version"
         ) from None
-    return stored.model_dump(mode="json")
 
 
 def load(

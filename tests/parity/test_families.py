@@ -34,22 +34,34 @@ def family_run(shards: dict[str, str], folder: Path, family: str, **sections: An
     return run_file(shards, folder, model=model, data=data, objective=objective, **sections)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "sequence": (2, {"parallel": SEQUENCE, "deepspeed": zero(3)}),
+    "tp2": (4, {"parallel": {"tensor": 2}, "deepspeed": zero(1)}),
+    "tp4": (4, {"parallel": {"tensor": 4, "sequence": True}, "deepspeed": zero(0)}),
+}
+LAYOUTS["sequence"][1]["training"] = {"activation_checkpointing": "selective"}
+ALL = ["qwen3", "t5"]  # grouped heads and norms of heads; two stacks
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [(family, list(LAYOUTS) if family in ALL else ["sequence"]) for family in FAMILIES]
+    + [
+        pytest.param(family, ["tp2", "tp4"], marks=pytest.mark.slow)
+        for family in FAMILIES
+        if family not in ALL
+    ],
+)
 def test_a_family_on_every_kind_of_layout(
-    shards: dict[str, str], tmp_path: Path, family: str
+    shards: dict[str, str], tmp_path: Path, family: str, names: list[str]
 ) -> None:
     plain = family_run(shards, tmp_path / "plain", family)
     run_ranks(_reference, 1, plain)
     oracle = {"curve": curve(plain), "valid": [row["loss"] for row in rows(plain, "valid")]}
     losses = [loss for loss, _ in oracle["curve"]]
     assert losses[-1] < losses[0] - 0.3
-    layouts: dict[str, tuple[int, dict[str, Any]]] = {
-        "tp2": (4, {"parallel": {"tensor": 2}, "deepspeed": zero(1)}),
-        "sequence": (2, {"parallel": SEQUENCE, "deepspeed": zero(3)}),
-        "tp4": (4, {"parallel": {"tensor": 4, "sequence": True}, "deepspeed": zero(0)}),
-    }
-    layouts["sequence"][1]["training"] = {"activation_checkpointing": "selective"}
-    for name, (ranks, sections) in layouts.items():
+    for name in names:
+        ranks, sections = LAYOUTS[name]
         raw = family_run(shards, tmp_path / name, family, **sections)
         assert misses(raw, ranks, oracle) == [], name
 

@@ -31,6 +31,11 @@ def family_of(model: ModelConfig) -> Family:
     Raises:
         CommandError: none; with what stands in the way of the nearest.
     """
+    if model.num_labels:
+        raise CommandError(
+            "this is a classifier, which Hugging Face's classes read in other ways: its labels are "
+            "told by launcher/eval.py"
+        )
     nearest: list[tuple[int, str]] = []
     for family in FAMILIES:
         ours = {key: getattr(model, key) for key in family.ours}
