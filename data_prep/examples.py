@@ -15,7 +15,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -37,6 +37,7 @@ from megalite.formats.examples import (
     MANIFEST,
     ExamplesManifest,
     SplitInfo,
+    edges,
     read_manifest,
     write_split,
 )
@@ -95,6 +96,42 @@ def prepare(
     return folder
 
 
+def prepare_again(
+    config: RunConfig,
+    tokenizer: Path,
+    path: str | None,
+    first: bool,
+    gather: Callable[[Any], Sequence[Any]],
+) -> tuple[Path, str]:
+    """The examples that a fine-tuned model is measured on, and their split; for all ranks.
+
+    Args:
+        path: rows of another file; None: the test split of its own data, else valid, else train.
+        first: whether this is the rank that makes them. gather: a value of each rank, on all.
+    """
+    assert config.finetune is not None
+    data = config.finetune.data.model_copy(update={"tokenizer": None})
+    if path is not None:
+        own = {"path": path, "valid_split": None, "test_split": None}
+        own |= {"valid_fraction": None, "test_fraction": None}
+        data = data.model_copy(update=own)
+    tuning = config.finetune.model_copy(update={"data": data})
+    made: tuple[Path | None, MegaLiteError | None] = (None, None)
+    if first:
+        try:
+            made = (
+                prepare(config.model_copy(update={"finetune": tuning}), tokenizer=tokenizer),
+                None,
+            )
+        except MegaLiteError as error:
+            made = None, error
+    folder, fault = gather(made)[0]
+    if fault is not None:
+        raise fault
+    splits = read_manifest(folder).splits
+    return folder, next(split for split in ("test", "valid", "train") if split in splits)
+
+
 @dataclass(frozen=True)
 class _Fields:
     """What a row holds, by the task."""
@@ -142,10 +179,8 @@ class _Maker:
         self._labels = self._choose_labels()
         self._tokenizer = encoder or self._learn_tokenizer()
         self._chat = Chat(template, self._tokenizer) if template is not None else None
-        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
         leads = self._task == "classification" and config.model.architecture == "encoder"
-        self._before = [bos] if leads and bos is not None else []
-        self._after = [eos] if eos is not None else []
+        self._before, self._after = edges(self._tokenizer, leads=leads)
         if self._data.max_length <= len(self._before) + len(self._after):
             raise DataError(
                 f"finetune.data.max_length {self._data.max_length}: BOS and EOS leave no token of "
@@ -190,7 +225,7 @@ class _Maker:
             arrays["labels"] = made.labels
             found = np.bincount(np.asarray(made.labels), minlength=len(self._labels))
             counts = dict(zip(self._labels, found.tolist(), strict=True))
-            if split == "train" and np.count_nonzero(found) < 2:
+            if split == "train" and self._data.labels is None and np.count_nonzero(found) < 2:
                 alone = list(self._labels)[int(found.argmax())]
                 raise DataError(
                     f"finetune.data.label_column {self._data.label_column!r}: all rows of the "

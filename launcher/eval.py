@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
         help="a step folder, a run folder, or a model folder of Hugging Face's",
     )
     parser.add_argument(
-        "--data", metavar="DIR", help="a shard folder (default: the run file's data.valid)"
+        "--data", metavar="PATH", help="shards, or examples of a fine-tuned model (the run's own)"
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of lm-eval, by name")
     parser.add_argument(
@@ -50,7 +50,8 @@ def main() -> None:
     for name in ("limit", "batch_size", "tensor"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise CommandError(f"--{name.replace('_', '-')} {value}: give 1 or more")
-    from megalite.evaluate import harness, open_model, score_data
+    from data_prep.examples import prepare_again
+    from megalite.evaluate import classify, harness, open_model, score_data
     from megalite.parallel import start
 
     if arguments.tasks:
@@ -59,7 +60,12 @@ def main() -> None:
     opened = open_model(arguments.checkpoint, grid)
     size = arguments.batch_size or (opened.run.training.micro_batch_size if opened.run else 8)
     result = dict.fromkeys(("loss", "perplexity", "bits_per_byte", "tokens"))
-    if not arguments.tasks or arguments.data:
+    if opened.run is not None and opened.run.finetune is not None:
+        folder, split = prepare_again(
+            opened.run, opened.folder / "tokenizer", arguments.data, grid.rank == 0, grid.gather
+        )
+        result |= classify.score_examples(opened, folder, split, grid, micro_batch_size=size)
+    elif not arguments.tasks or arguments.data:
         result |= score_data(opened, grid, data=arguments.data, micro_batch_size=size)
     result["tasks"] = None
     if arguments.tasks:
@@ -78,7 +84,7 @@ def main() -> None:
 def _table(result: dict[str, object]) -> str:
     tasks = result.pop("tasks") or {}
     assert isinstance(tasks, dict)
-    rows = {name: value for name, value in result.items() if value is not None}
+    rows = {name: value for name, value in result.items() if isinstance(value, int | float)}
     for task, metrics in tasks.items():
         rows |= {f"{task} {name}": value for name, value in metrics.items()}
     width = max(14, *map(len, rows)) if rows else 14

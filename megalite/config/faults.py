@@ -119,8 +119,9 @@ def _mend(raw: dict[str, Any], loc: tuple[str | int, ...]) -> None:
     owner: Any = raw
     for part in loc[:-1]:
         try:
-            owner = owner[part]
-        except (KeyError, IndexError, TypeError):
+            # a section that fine-tuning fills in need not be there
+            owner = owner.setdefault(part, {}) if isinstance(owner, dict) else owner[part]
+        except (IndexError, TypeError):
             return
     if not isinstance(owner, dict):
         return

@@ -317,13 +317,15 @@ class RunConfig(Section):
         examples = tuning.get("data")
         length = examples.get("max_length") if isinstance(examples, dict) else None
         filled: dict[str, dict[str, Any]] = {"training": {"steps": 0}}
-        filled["data"] = {"train": [], "sequence_length": length}
+        filled["data"] = {"train": []} | ({} if length is None else {"sequence_length": length})
         model = data.get("model")
         kind = model.get("architecture") if isinstance(model, dict) else None
         pooling = {"encoder": "mean", "encoder_decoder": "first"}.get(str(kind), "last")
         filled["model"] = {"classifier_pooling": tuning.get("pooling") or pooling}
         if tuning.get("adapter") is not None:
             filled["model"]["adapter"] = tuning["adapter"]
+        if "model" not in data:  # said to be missing as a whole
+            del filled["model"]
         for name, own in filled.items():
             section = data.get(name, {})
             if isinstance(section, dict):

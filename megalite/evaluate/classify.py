@@ -14,7 +14,10 @@ from torch import Tensor
 
 from megalite import files
 from megalite.data import Batch, ExampleSet, first_batches
+from megalite.evaluate.loss import perplexity, sum_loss
 from megalite.evaluate.metrics import classification_metrics, confusion_picture, predictions_rows
+from megalite.evaluate.opened import OpenedModel
+from megalite.formats.examples import read_manifest
 from megalite.parallel import Grid
 
 
@@ -57,6 +60,36 @@ def collect_scores(
         real = places < samples
         found[order[places[real]]] = rows[real]
     return torch.from_numpy(found)
+
+
+def score_examples(
+    opened: OpenedModel, folder: Path, split: str, grid: Grid, *, micro_batch_size: int
+) -> dict[str, Any]:
+    """What a fine-tuned model is worth on a split of tokenized examples; a collective.
+
+    Of a classifier `classification_metrics`, of others loss (nats) and perplexity of what is
+    learned.
+    """
+    assert opened.run is not None
+    assert opened.run.finetune is not None
+    dataset = ExampleSet(folder, read_manifest(folder), split, opened.run, shuffle=False)
+    if opened.run.finetune.task != "classification":
+        sums = sum_loss(
+            opened.loss,
+            dataset,
+            samples=dataset.windows,
+            micro_batch_size=micro_batch_size,
+            data_rank=grid.data_rank,
+            data_size=grid.data_parallel,
+        )
+        assert sums is not None
+        grid.agree(sums)
+        loss = float(sums[0] / sums[1])
+        tokens = round(float(sums[1]) / grid.tensor_parallel)
+        return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
+    scores = collect_scores(opened.scores, dataset, grid, micro_batch_size=micro_batch_size)
+    assert scores is not None
+    return measures(scores, dataset)
 
 
 def measures(scores: Tensor, dataset: ExampleSet) -> dict[str, Any]:

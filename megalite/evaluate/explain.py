@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megalite.errors import CommandError
+from megalite.evaluate.opened import OpenedModel
+from megalite.formats.examples import edges
 from megalite.model import LanguageModel, layers
 
 _STRONGEST = 10
@@ -66,6 +69,44 @@ def input_times_gradient(embed: nn.Module, score: Callable[[], Tensor]) -> Tenso
     finally:
         handle.remove()
     return (kept[0].detach().float() * gradient.float()).sum(dim=-1)[0]
+
+
+def explain_text(opened: OpenedModel, text: str, label: str | None = None) -> str:
+    """The page of a classifier's view of a text.
+
+    Args:
+        label: the one that is explained; None: the one it names.
+    Raises:
+        CommandError: no classifier, another label than it has, no text.
+    """
+    config, run = opened.config, opened.run
+    if not config.num_labels or run is None or run.finetune is None:
+        raise CommandError(f"{opened.folder} is no classifier: give one that was fine-tuned here")
+    names = run.finetune.data.labels or ()
+    if label is not None and label not in names:
+        raise CommandError(f"--label {label}: it knows {', '.join(names)}")
+    ids, spans = opened.tokenizer.encode_with_offsets(text)
+    before, after = edges(opened.tokenizer, leads=config.architecture == "encoder")
+    room = run.finetune.data.max_length - len(before) - len(after)
+    ids, spans = ids[:room], spans[:room]
+    if not ids:
+        raise CommandError("the text is empty; give some")
+    pieces = ["" for _ in before] + [text[a:b] for a, b in spans] + ["" for _ in after]
+    whole = torch.tensor([[*before, *ids, *after]], device=opened.device)
+    batch = {"input_ids": whole, "lengths": torch.tensor([whole.shape[1]], device=opened.device)}
+    if config.architecture == "encoder_decoder":
+        start = config.decoder_start_token_id
+        batch["decoder_input_ids"] = torch.full((1, 1), start, device=opened.device)
+    model: Any = opened.model
+    chances = model.label_scores(batch).detach().softmax(dim=-1)[0]
+    place = names.index(label) if label else int(chances.argmax())
+    added = input_times_gradient(
+        model.model.embed_tokens, lambda: model.label_scores(batch)[0, place]
+    )
+    looks = {"mean": None, "first": 0, "last": whole.shape[1] - 1}[config.classifier_pooling]
+    seen = last_attention(model, lambda: model.label_scores(batch), looks)
+    scores = dict(zip(names, chances.tolist(), strict=True))
+    return explain_page(text, pieces, added.tolist(), seen.tolist(), scores, title=names[place])
 
 
 def last_attention(model: LanguageModel, run: Callable[[], object], position: int | None) -> Tensor:

@@ -37,7 +37,7 @@ def mean_loss(
     Returns:
         None where it was given up.
     """
-    sums = _sum_loss(
+    sums = sum_loss(
         engine.eval_loss,
         dataset,
         samples=samples,
@@ -141,7 +141,7 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def _sum_loss(
+def sum_loss(
     loss: Callable[[Batch], Tensor],
     dataset: Samples,
     *,

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megalite import files
 from megalite.errors import DataError
+from megalite.formats.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 FORMAT = "megalite-examples-1"
@@ -89,6 +90,12 @@ class Split:
         """Which of them are to be predicted."""
         assert self.learned is not None
         return self.learned[self.bounds[example] : self.bounds[example + 1]].astype(np.bool_)
+
+
+def edges(tokenizer: Tokenizer, *, leads: bool) -> tuple[list[int], list[int]]:
+    """What stands before and after a text: BOS where it `leads`, and EOS, where there are any."""
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    return ([bos] if leads and bos is not None else []), ([] if eos is None else [eos])
 
 
 def write_split(

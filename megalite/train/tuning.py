@@ -66,6 +66,7 @@ def _filled(config: RunConfig, folder: Path, manifest: ExamplesManifest) -> RunC
         )
     raw = config.model_dump(mode="json")
     raw["model"]["num_labels"] = labels
+    raw["finetune"]["data"]["labels"] = list(manifest.labels) or None
     if tuning.balance_classes:
         counts = manifest.splits["train"].counts
         rows = sum(counts.values())

@@ -253,6 +253,29 @@ def test_chunk_rows(
     assert chunk_rows(vocabulary) == rows
 
 
+@pytest.mark.parametrize("fused_", [False, True])
+def test_a_part_of_the_target_is_spread(fused_: bool) -> None:
+    if fused_ and not has_compiler():
+        pytest.skip("nothing here compiles")
+    hidden, weight, labels, mask = make()
+    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    wanted = F.cross_entropy(h @ w.t(), labels, reduction="none", label_smoothing=0.2)[mask].sum()
+    (3 * wanted).backward()
+    hidden.requires_grad_(), weight.requires_grad_()
+    found = head_loss(hidden, weight, labels, mask, compiled=fused_, smoothing=0.2)
+    (3 * found).backward()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=0)
+    for ours, theirs in ((hidden.grad, h.grad), (weight.grad, w.grad)):
+        assert ours is not None
+        assert theirs is not None
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():  # an evaluation spreads nothing
+        plain = F.cross_entropy(hidden @ weight.t(), labels, reduction="none")[mask].sum()
+        torch.testing.assert_close(
+            head_loss(hidden, weight, labels, mask, smoothing=0.2), plain, rtol=1e-5, atol=0
+        )
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_models_loss_and_every_gradient(tied: bool) -> None:
     """`forward` and `logits` + F.cross_entropy are the same function of the parameters."""

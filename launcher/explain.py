@@ -1,0 +1,49 @@
+"""Show which tokens of a text a classifier's label rests on, as an HTML page."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megalite import files
+from megalite.errors import CommandError
+from megalite.log import command_parser, run_main
+
+_EXAMPLES = """examples:
+  python launcher/explain.py --checkpoint runs/imdb --text "A film to forget." --output why.html
+  python launcher/explain.py --checkpoint runs/imdb --text "..." --label positive --output why.html
+
+Attributions are input times gradient, and the attention of the last layer.
+"""
+
+
+def parse() -> argparse.Namespace:
+    parser = command_parser(__doc__, _EXAMPLES)
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH", help="a step folder, or a run folder"
+    )
+    parser.add_argument("--text", required=True, metavar="TEXT", help="what is classified")
+    parser.add_argument(
+        "--label", metavar="NAME", help="what is explained (default: the likeliest)"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help="the page, written anew"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    if not arguments.output.parent.is_dir() or arguments.output.is_dir():
+        raise CommandError(f"--output {arguments.output}: give a file in a folder that is there")
+    from megalite.evaluate import explain, open_model
+
+    opened = open_model(arguments.checkpoint)
+    page = explain.explain_text(opened, arguments.text, arguments.label)
+    files.write_atomic(arguments.output, page)
+    sys.stdout.write(f"{arguments.output}\n")
+
+
+if __name__ == "__main__":
+    run_main(main)
