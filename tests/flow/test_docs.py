@@ -65,6 +65,17 @@ def test_the_blocks_of_the_models_page_run(tmp_path: Path) -> None:
     assert failures(found, tmp_path) == []
 
 
+@pytest.mark.timeout(900)
+def test_the_blocks_of_the_tutorial_run(tmp_path: Path) -> None:
+    for name in ("launcher", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    found = blocks("tutorial.md")
+    assert len(found) == 7
+    assert failures(found, tmp_path) == []
+    page = (tmp_path / "why.html").read_text(encoding="utf-8")
+    assert "ending" in page
+
+
 @pytest.mark.slow
 def test_datatrove_hands_over_as_the_data_page_says(tmp_path: Path) -> None:
     assert failures(blocks("data.md"), tmp_path) == []

@@ -39,6 +39,15 @@ def test_a_shipped_config_fits_its_gpus(name: str) -> None:
     assert plan.memory_bytes["total"] < 72 * 2**30  # of 80 GB, with room for what is not ours
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("finetune/*.json")), ids=lambda p: p.stem)
+def test_a_shipped_config_of_fine_tuning_loads(path: Path) -> None:
+    base = load_config(CONFIGS / "125m.json").model.model_dump(mode="json")
+    config = load_config(path, model=base if path.stem in ("sft", "lora") else None)
+    assert config.name == path.stem
+    assert (config.finetune is None) == (path.stem == "imdb_text")
+    assert make_plan(config, world_size=1, device="cpu").parameters > 10**6
+
+
 def test_the_schema_file_is_up_to_date() -> None:
     assert json.loads(SCHEMA.read_text()) == json_schema(), "run `python -m megalite.config`"
 
@@ -58,9 +67,10 @@ def test_the_schema_helps_an_editor() -> None:
     assert "gradient_clipping" in schema["properties"]["deepspeed"]["properties"]
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [*SHIPPED, *(f"finetune/{n}" for n in ("imdb", "sft", "lora"))])
 def test_the_schema_knows_every_shipped_key(name: str) -> None:
     def check(value: Any, schema: dict[str, Any]) -> None:
+        schema = next((one for one in schema.get("anyOf", ()) if "$ref" in one), schema)
         schema = defs[schema["$ref"].rsplit("/", 1)[1]] if "$ref" in schema else schema
         if isinstance(value, dict):
             for key, inner in value.items():
