@@ -338,7 +338,8 @@ class _Maker:
         sample = sample_chunks(texts, SAMPLE_CHARACTERS)
         if not sample:
             raise self._empty("train")
-        return learn_tokenizer(sample, self._config.model.vocab_size, option="model.vocab_size")
+        size = self._config.model.vocab_size
+        return learn_tokenizer(sample, size, option="model.vocab_size", fewer=True)
 
     # ---- rows to tokens
 

@@ -110,18 +110,40 @@ def learn_tokenizer(
     vocab_size: int,
     kind: Literal["bpe", "unigram"] = "bpe",
     option: str = "--vocab-size",
+    *,
+    fewer: bool = False,
 ) -> SentencePieceTokenizer:
     """Learn from texts, of `sample_chunks`; `option` is what errors call the size.
+
+    Args:
+        fewer: whether as many pieces as the texts yield will do.
 
     Raises:
         DataError: a vocabulary that the texts cannot fill or that cannot hold their characters.
     """
     size = sum(map(len, sample)) / 1e6
     logger.info("learning %s pieces (%s) from %.1f M characters", f"{vocab_size:,}", kind, size)
-    model = _learn(sample, vocab_size, kind, f"{option} {vocab_size}")
+    asked = f"{option} {vocab_size}"
+    try:
+        model = _learn(sample, vocab_size, kind, asked)
+    except _TooFew as error:
+        if not fewer:
+            raise
+        logger.info("the text yields %d pieces", error.most)
+        model = _learn(sample, error.most, kind, asked)
     tokenizer = SentencePieceTokenizer(model)
     check_round_trip(tokenizer)
     return tokenizer
+
+
+class _TooFew(DataError):
+    """A vocabulary that a text cannot fill, and the largest that it can."""
+
+    def __init__(self, asked: str, most: int) -> None:
+        self.most = most
+        super().__init__(
+            f"{asked}: this text yields {most} pieces at most; give more text, or ask for fewer"
+        )
 
 
 def _learn(sample: Sequence[str], vocab_size: int, kind: str, asked: str) -> bytes:
@@ -164,9 +186,7 @@ def _learn(sample: Sequence[str], vocab_size: int, kind: str, asked: str) -> byt
 
 def _explain(message: str, asked: str) -> DataError:
     if found := re.search(r"size too high .* value <= (\d+)", message):
-        return DataError(
-            f"{asked}: this text yields {found[1]} pieces at most; give more text, or ask for fewer"
-        )
+        return _TooFew(asked, int(found[1]))
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return DataError(
             f"{asked}: the 256 bytes, 3 control tokens and the characters of this text take "

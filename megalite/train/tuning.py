@@ -22,6 +22,7 @@ from megalite.parallel import Grid
 from megalite.train.ledger import Ledger
 from megalite.train.request import Request
 
+_TOLD = ("loss", "perplexity", "accuracy", "precision", "recall", "f1")  # of what was trained on
 PREDICTIONS, EVALUATION = "predictions.jsonl", "evaluation.json"
 
 
@@ -141,7 +142,7 @@ class Tuning:
             found = self._measure("train", stopping)
             if found is None:
                 return None
-            row |= {f"train_{key}": value for key, value in found.items()}
+            row |= {f"train_{key}": found[key] for key in _TOLD if key in found}
         if held is None:
             self.recorder.valid(row)
             return None
