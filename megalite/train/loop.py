@@ -181,12 +181,16 @@ class Trainer:
         if step % training.log_every == 0 or step == training.steps:
             self._log(lr)
         # before the save, which carries the loss: the best checkpoint is chosen by it
-        measured = self.measure is not None and self.measure.due(step)
-        if measured or _due(step, training.eval_every) or step == training.steps:
+        last = step == training.steps
+        if self.measure is None:
+            measured, saves = _due(step, training.eval_every) or last, False
+        else:
+            measured = saves = self.measure.due(step)
+        if measured:
             self._evaluate()
         if _due(step, training.drift_every):
             self._compare()
-        if measured or _due(step, self.config.checkpoint.every):
+        if saves or _due(step, self.config.checkpoint.every):
             self._save()
 
     def _finish(self) -> None:
@@ -309,8 +313,9 @@ class Trainer:
             folder = self.saver.finish()
             deletion = self.retain()
             # the process must not end before it, and without a background nothing goes on beside
-            last = self.place.step == self.config.training.steps or self._leaving
-            if deletion and (last or not self.config.checkpoint.background):
+            if deletion and (
+                self._finished() or self._leaving or not self.config.checkpoint.background
+            ):
                 deletion.join()
         seconds = self.sections.totals()
         self.recorder.event(place.step, "checkpoint", path=folder.name, seconds=seconds)

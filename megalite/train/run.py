@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megalite import checkpoint, env
+from megalite import checkpoint, env, shapes
 from megalite.checkpoint import Lease, Place, Saver
 from megalite.data import Dataset, Loader, Samples
 from megalite.engine import Engine
@@ -311,6 +311,11 @@ class _Run:
             plan.sequence_length,
             self.grid.device.type,
         )
+        rows = shapes.parameters(config.model)
+        learned = sum(row.elements for row in rows if shapes.learns(config, row))
+        if learned < plan.parameters:
+            share = 100 * learned / plan.parameters
+            logger.info("%.3f M of them learn (%.2f %%)", learned / 1e6, share)
         if config.parallel.sequence and plan.tensor_parallel == 1:
             logger.info("parallel.sequence divides nothing where parallel.tensor is 1")
         facts = self.train.describe(plan.global_batch_size * config.training.steps)

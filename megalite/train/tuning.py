@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megalite import checkpoint, files
+from megalite import checkpoint, files, shapes
 from megalite.config import RunConfig, parse_config
 from megalite.data import ExampleSet
 from megalite.engine import Engine
@@ -67,6 +68,7 @@ def _filled(config: RunConfig, folder: Path, manifest: ExamplesManifest) -> RunC
         )
     raw = config.model_dump(mode="json")
     raw["model"]["num_labels"] = labels
+    _check_freeze(config)
     raw["finetune"]["data"]["labels"] = list(manifest.labels) or None
     if tuning.balance_classes:
         counts = manifest.splits["train"].counts
@@ -79,6 +81,20 @@ def _filled(config: RunConfig, folder: Path, manifest: ExamplesManifest) -> RunC
         raw["training"]["steps"] = math.ceil(samples / config.training.global_batch_size)
     raw["checkpoint"]["keep_best"] = "valid" in manifest.splits or "test" in manifest.splits
     return parse_config(raw)
+
+
+def _check_freeze(config: RunConfig) -> None:
+    """Raises ConfigError where a pattern freezes nothing, or nothing is left to learn."""
+    assert config.finetune is not None
+    rows = shapes.parameters(config.model)
+    for pattern in config.finetune.freeze:
+        if not any(fnmatch.fnmatchcase(row.name, pattern) for row in rows):
+            raise ConfigError(
+                f"finetune.freeze: {pattern!r} is no parameter's name; they are such as "
+                f"{rows[0].name}, {rows[-1].name}"
+            )
+    if not any(shapes.learns(config, row) for row in rows):
+        raise ConfigError("finetune.freeze: nothing is left to learn; leave a pattern out")
 
 
 def open_examples(config: RunConfig, folder: Path) -> dict[str, ExampleSet]:
@@ -115,6 +131,7 @@ class Tuning:
         epochs = range(1, self._section.epochs + 1)
         self._ends = {math.ceil(epoch * windows / size): epoch for epoch in epochs}
         self._per_epoch = windows / size  # steps
+        self._said = False
 
     def due(self, step: int) -> bool:
         """Whether an epoch ends with this step, or the run."""
@@ -128,7 +145,9 @@ class Tuning:
         best = min(scores, key=lambda at: scores[at])
         if sum(at > best for at in scores) < patience:
             return False
-        logger.info("no better %s for %d epochs after step %d", self.metric, patience, best)
+        if not self._said:
+            logger.info("no better %s for %d epochs after step %d", self.metric, patience, best)
+        self._said = True
         return True
 
     def __call__(self, step: int, samples: int, stopping: Callable[[], bool]) -> float | None:
