@@ -33,6 +33,9 @@ def parse() -> argparse.Namespace:
         "--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest file (default 5)"
     )
     parser.add_argument("--verify", action="store_true", help="compare with transformers")
+    parser.add_argument(
+        "--adapter", action="store_true", help="write a run's adapters alone, as PEFT does"
+    )
     return parser.parse_args()
 
 
@@ -41,16 +44,23 @@ def main() -> int:
     if not arguments.max_shard_gb > 0:
         raise CommandError(f"--max-shard-gb {arguments.max_shard_gb}: give a size over 0")
     from megalite.checkpoint import StoredCheckpoint, merged, open_checkpoint
-    from megalite.checkpoint.huggingface import export
+    from megalite.checkpoint.huggingface import export, export_adapter
     from megalite.config import load_config
     from megalite.evaluate.verify import require_transformers, verify
     from megalite.formats.tokenizer import load_tokenizer
 
+    if arguments.verify and arguments.adapter:
+        raise CommandError("--verify compares a whole model: leave --adapter out")
     if arguments.verify:
         require_transformers()
     folder, manifest = open_checkpoint(Path(arguments.checkpoint), weights_only=True)
     section = load_config(folder / "config.json").model
+    if arguments.adapter:
+        family = export_adapter(StoredCheckpoint(folder, manifest), section, arguments.output)
+        sys.stdout.write(f"{folder} -> {arguments.output} (adapters of {family.model_type})\n")
+        return 0
     stored, model = merged(StoredCheckpoint(folder, manifest), section)
+    template = folder / "tokenizer" / "chat_template.jinja"
     family = export(
         stored,
         model,
@@ -58,6 +68,7 @@ def main() -> int:
         arguments.output,
         dtype=arguments.dtype,
         shard_bytes=int(arguments.max_shard_gb * 10**9),
+        chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
     )
     sys.stdout.write(f"{folder} -> {arguments.output} ({family.architecture})\n")
     if not arguments.verify:

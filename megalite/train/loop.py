@@ -313,9 +313,8 @@ class Trainer:
             folder = self.saver.finish()
             deletion = self.retain()
             # the process must not end before it, and without a background nothing goes on beside
-            if deletion and (
-                self._finished() or self._leaving or not self.config.checkpoint.background
-            ):
+            ends = self._finished() or self._leaving
+            if deletion and (ends or not self.config.checkpoint.background):
                 deletion.join()
         seconds = self.sections.totals()
         self.recorder.event(place.step, "checkpoint", path=folder.name, seconds=seconds)

@@ -12,11 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.families import FAMILIES
+from megalite.checkpoint import StoredCheckpoint, open_checkpoint
+from megalite.checkpoint.huggingface import export
+from megalite.config import ModelConfig
+from megalite.formats.tokenizer import load_tokenizer
+from tests.families import FAMILIES, model_section
 from tests.parity.test_families import family_run
 from tests.ranks import run_ranks
 from tests.runs import run_file, train, zero
-from tests.unit.huggingface.test_huggingface_families import exported
+from tests.unit.huggingface.test_huggingface_families import InMemory, exported, random_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,12 +41,6 @@ def test_a_model_goes_through_a_run_unchanged(
     shards: dict[str, str], tmp_path: Path, family: str
 ) -> None:
     """Import, train with a rate of next to nothing, export: what was written at step 0 is equal."""
-    from megalite.checkpoint import StoredCheckpoint, open_checkpoint
-    from megalite.checkpoint.huggingface import export
-    from megalite.config import ModelConfig
-    from megalite.formats.tokenizer import load_tokenizer
-    from tests.unit.huggingface.test_huggingface_families import InMemory, random_model
-
     layouts = {"tp2": (2, {"tensor": 2}, 1), "zero3": (2, {}, 3)}
     raw = family_run(shards, tmp_path, family)
     config = ModelConfig.model_validate(raw["model"])
@@ -138,3 +136,45 @@ def test_folders_that_cannot_be_used_are_named(shards: dict[str, str], tmp_path:
     data = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(data[:40])
     refused(broken, "cannot be read")
+
+
+def test_adapters_alone_are_those_of_peft(shards: dict[str, str], tmp_path: Path) -> None:
+    """Trained here beside a model of theirs, loaded there: the scores of what is merged."""
+    peft = pytest.importorskip("peft")
+    from tests.dist.test_finetune import tuning_file, write_rows
+
+    base, section = tmp_path / "base", model_section("llama", 1) | {"vocab_size": 301}
+    config = ModelConfig.model_validate(section)
+    stored = InMemory(random_model(config), config)
+    export(stored, config, load_tokenizer("bytes"), base)
+    (tmp_path / "rows").mkdir()
+    write_rows(tmp_path / "rows" / "train.jsonl", 24, 1)
+    raw = tuning_file(tmp_path / "rows", "lora", model=section)
+    data = raw["finetune"]["data"] | {"valid_fraction": None, "test_split": None, "max_length": 16}
+    targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    adapter = {"rank": 4, "alpha": 12.0, "targets": targets}
+    raw["finetune"] |= {"task": "language_modeling", "data": data, "adapter": adapter}
+    data["tokenizer"] = str(base)
+    raw["optimizer"]["lr"] = 0.05
+    run_ranks(_tuned, 2, raw, str(base))
+    run = str(tmp_path / "runs" / "lora")
+    alone, whole = tmp_path / "alone", tmp_path / "whole"
+    for output, more in ((alone, ["--adapter"]), (whole, ["--verify"])):
+        done = command("export", "--checkpoint", run, "--output", str(output), *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+    ids = torch.randint(301, (2, 12), generator=torch.Generator().manual_seed(1))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        before = theirs(ids).logits
+        found = peft.PeftModel.from_pretrained(theirs, alone)(ids).logits
+        expected = transformers.AutoModelForCausalLM.from_pretrained(whole)(ids).logits
+    assert float((found - before).abs().max()) > 0.01
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    trained = load_file(alone / "adapter_model.safetensors")
+    assert len(trained) == 2 * len(targets) * config.num_hidden_layers
+
+
+def _tuned(launch: Any, raw: dict[str, Any], source: str) -> None:
+    from tests.dist.test_finetune import tune
+
+    tune(launch, raw, init_from=source)

@@ -1,6 +1,6 @@
 """Models of Hugging Face, both ways: from a folder of theirs, and to one."""
 
-from megalite.checkpoint.huggingface.export import DTYPES, export
+from megalite.checkpoint.huggingface.export import DTYPES, export, export_adapter
 from megalite.checkpoint.huggingface.families import FAMILIES
 from megalite.checkpoint.huggingface.folder import HuggingFaceFolder, is_huggingface
 from megalite.checkpoint.huggingface.mapping import family_of, from_config, to_config
@@ -10,6 +10,7 @@ __all__ = [
     "FAMILIES",
     "HuggingFaceFolder",
     "export",
+    "export_adapter",
     "family_of",
     "from_config",
     "is_huggingface",

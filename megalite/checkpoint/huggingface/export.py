@@ -6,7 +6,8 @@ Tensors are read, turned and written a file at a time: memory holds one file of 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def export(
     *,
     dtype: str = "float32",
     shard_bytes: int = 5 * 10**9,
+    chat_template: str | None = None,
 ) -> Family:
     """Write the folder; it appears when it is complete.
 
@@ -55,16 +57,73 @@ def export(
         CommandError: a model that is none of Hugging Face's, an output that is taken.
     """
     family = family_of(model)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CommandError(f"--output {output} exists; give a folder that does not")
-    staging = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with _staged(output) as staging:
         config = to_config(model, family) | _ids(tokenizer, model) | {"dtype": dtype}
         files.write_json(staging / "config.json", config)
         _write_tensors(staging, stored, family, model, DTYPES[dtype], shard_bytes)
         tokenizer.export(staging)
+        if chat_template is not None:
+            (staging / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    return family
+
+
+def export_adapter(stored: Stored, model: ModelConfig, output: Path, *, base: str = "") -> Family:
+    """Write the adapters alone, as PEFT's folder.
+
+    Args:
+        base: the folder or the hub's name of the model that they belong to.
+    Raises:
+        CommandError: no adapters, or beside weights that the family keeps in another form.
+    """
+    if model.adapter is None:
+        raise CommandError("--adapter: this model has none; leave it out")
+    family, adapter = family_of(shapes.base(model)), model.adapter
+    table, found, targets = shapes.tensors(model), dict[str, Tensor](), set[str]()
+    for name, tensor in table.items():
+        owner, _, kind = name.rpartition(".")
+        if kind not in ("lora_A", "lora_B"):
+            continue
+        weight = table[f"{owner}.weight"]
+        place = place_of(family, weight, model)
+        if place.transposed or place.shape != weight.shape:
+            raise CommandError(
+                f"{family.model_type} keeps {owner} in another form, beside which PEFT's adapters "
+                "have no place; export without --adapter, which adds them to the weights"
+            )
+        theirs = place.name.removesuffix(".weight")
+        targets.add(theirs.rpartition(".")[2])
+        value = torch.empty(tensor.shape)
+        stored.read(name, "weight", value, tuple(slice(0, n) for n in tensor.shape))
+        found[f"base_model.model.{theirs}.{kind}.weight"] = value
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if model.architecture == "decoder" else None,
+        "base_model_name_or_path": base,
+        "r": adapter.rank,
+        "lora_alpha": adapter.scale * adapter.rank,
+        "lora_dropout": adapter.dropout,
+        "target_modules": sorted(targets),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    with _staged(output) as staging:
+        files.write_json(staging / "adapter_config.json", config)
+        path = staging / "adapter_model.safetensors"
+        save_file(found, path, metadata={"format": "pt"})
+        files.sync_file(path)
+    return family
+
+
+@contextmanager
+def _staged(output: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `output` when it is complete."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CommandError(f"--output {output} exists; give a folder that does not")
+    staging = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        yield staging
         if output.exists():
             output.rmdir()
         files.publish(staging, output)
@@ -72,7 +131,6 @@ def export(
         raise CommandError(f"--output {output} cannot be written: {error}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return family
 
 
 def _ids(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
