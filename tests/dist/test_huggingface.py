@@ -178,3 +178,43 @@ def _tuned(launch: Any, raw: dict[str, Any], source: str) -> None:
     from tests.dist.test_finetune import tune
 
     tune(launch, raw, init_from=source)
+
+
+def test_an_encoder_of_theirs_is_measured_on_any_layout(tmp_path: Path) -> None:
+    """Masked tokens of shards made with its own tokenizer: two ranks a model, two models."""
+    import tokenizers
+
+    from data_prep.encode import TokenizeOptions, tokenize
+
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    names = ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    text = [" ".join(f"w{(7 * n * n + k) % 90}" for k in range(40)) for n in range(60)]
+    made.train_from_iterator(text, tokenizers.trainers.WordLevelTrainer(special_tokens=names))
+    (tmp_path / "words").mkdir()
+    made.save(str(tmp_path / "words" / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "words")
+    section = model_section("bert", 1) | {"vocab_size": tokenizer.vocab_size}
+    config = ModelConfig.model_validate(section)
+    export(InMemory(random_model(config), config), config, tokenizer, tmp_path / "bert")
+    rows_file = tmp_path / "text.jsonl"
+    rows_file.write_text("".join(json.dumps({"text": line}) + "\n" for line in text))
+    options = TokenizeOptions([str(rows_file)], str(tmp_path / "bert"), tmp_path / "shards", lossy=True)
+    tokenize(options)
+    asked = str(tmp_path / "bert"), str(tmp_path / "shards")
+    (alone,) = run_ranks(_measured, 1, *asked, 1)
+    every = run_ranks(_measured, 4, *asked, 2)
+    assert alone["tokens"] > 200
+    assert 0 < alone["accuracy"] < 1
+    for found in every:
+        assert found["tokens"] == alone["tokens"]
+        assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert found["accuracy"] == pytest.approx(alone["accuracy"], abs=1e-6)
+
+
+def _measured(launch: Any, folder: str, shards: str, tensor: int) -> dict[str, Any]:
+    from megalite.evaluate import open_model, score_data
+    from megalite.parallel import start
+
+    grid = start(launch, tensor_parallel=tensor)
+    return score_data(open_model(folder, grid), grid, data=shards, micro_batch_size=3)
