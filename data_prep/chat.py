@@ -178,6 +178,21 @@ class Chat:
                 spans.append((len(before), len(through)))
         return text, spans
 
+    def ask(self, text: str) -> tuple[str, str]:
+        """A user's one turn as far as the assistant's answer; and what ends such an answer.
+
+        Raises:
+            DataError: the template refuses a lone turn of a user.
+        """
+        turn, mark = [{"role": "user", "content": text}], "\N{REPLACEMENT CHARACTER}"
+        try:
+            through = self._render([*turn, {"role": "assistant", "content": mark}])
+            return self._render(turn, add_generation_prompt=True), through.rpartition(mark)[
+                2
+            ].strip()
+        except Unusable as error:
+            raise DataError(str(error)) from error
+
     def _render(self, messages: Sequence[Any], *, add_generation_prompt: bool = False) -> str:
         marks = self._marks
         marks.blocks, marks.spans = [], []

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from data_prep.chat import TEMPLATE, Chat, Messages, check_messages, find_template
 from data_prep.output import staged
 from data_prep.records import Unusable
-from data_prep.rows import BadRows, Row, Source, find_source
+from data_prep.rows import BadRows, Row, Source, find_source, label_name
 from data_prep.train import SAMPLE_CHARACTERS, learn_tokenizer, sample_chunks
 from megalite import files
 from megalite.config import RunConfig
@@ -112,6 +112,11 @@ def prepare_again(
     assert config.finetune is not None
     data = config.finetune.data.model_copy(update={"tokenizer": None})
     if path is not None:
+        if Path(path).is_dir() and any(Path(path).glob("*.idx")):
+            raise DataError(
+                f"--data {path}: these are shards; a fine-tuned model is measured on rows, as its "
+                f"run was ({data.path}): give a file of them, or leave it out"
+            )
         own = {"path": path, "valid_split": None, "test_split": None}
         own |= {"valid_fraction": None, "test_fraction": None}
         data = data.model_copy(update=own)
@@ -225,6 +230,10 @@ class _Maker:
             arrays["labels"] = made.labels
             found = np.bincount(np.asarray(made.labels), minlength=len(self._labels))
             counts = dict(zip(self._labels, found.tolist(), strict=True))
+            if none := [label for label, count in counts.items() if not count]:
+                logger.warning(
+                    "%s: no example of %s; macro averages count them as 0", split, ", ".join(none)
+                )
             if split == "train" and self._data.labels is None and np.count_nonzero(found) < 2:
                 alone = list(self._labels)[int(found.argmax())]
                 raise DataError(
@@ -239,7 +248,7 @@ class _Maker:
     def _empty(self, split: str) -> DataError:
         return DataError(
             f"finetune.data.path {self._data.path}: the {split} split has no example "
-            f"({len(self._bad[split])} bad rows)"
+            f"({len(self._bad[split])} bad rows); give rows that can be used"
         )
 
     # ---- rows
@@ -269,6 +278,8 @@ class _Maker:
         if not any(shares.values()):
             return {}
         rows = sum(1 for _ in self._source.rows(data.train_split, self._columns()))
+        if not rows:
+            raise self._empty("train")
         order = np.random.Generator(np.random.PCG64(self._config.data.seed)).permutation(rows)
         kept, start = {}, 0
         for split, share in (*shares.items(), ("train", 1.0)):
@@ -303,7 +314,7 @@ class _Maker:
         data = self._data
         if self._task == "classification":
             text = row.text(data.text_column)
-            label = _label(row.get(data.label_column), data.label_column, self._names)
+            label = label_name(row.get(data.label_column), data.label_column, self._names)
             if self._labels and label not in self._labels:
                 raise Unusable(f"label {label!r} is none of {', '.join(self._labels)}")
             return _Fields(row, (text,), label)
@@ -379,20 +390,3 @@ class _Maker:
             return source, (), cut
         learned = [False] * len(source) + [True] * min(len(target), limit)
         return source + target[:limit], learned, cut or len(target) > limit
-
-
-def _label(value: Any, column: str, names: Sequence[str] | None) -> str:
-    """A label's name: True, False, the digits of a number, or what the source calls it."""
-    if isinstance(value, bool):
-        return str(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int):
-        if names is None:
-            return str(value)
-        if 0 <= value < len(names):
-            return names[value]
-    elif isinstance(value, str) and value.strip():
-        return value
-    known = f", not one of {', '.join(names)}" if names else ", neither a whole number nor a name"
-    raise Unusable(f"field {column!r} is {value!r:.40}{known}")

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from megalite import env
-from megalite.config import load_config
+from megalite.config import find_run, load_config
 from megalite.errors import CommandError, ConfigError
 from megalite.log import command_parser, run_main
 
@@ -52,13 +52,15 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     launch = env.find_launch()
-    model = tokenizer = None
-    if arguments.init_from is not None:
+    from megalite.checkpoint import describe_run, describe_start
+
+    own = find_run(arguments.config, arguments.set)
+    known = describe_run(own) if own is not None and arguments.resume != "never" else None
+    if known is None and arguments.init_from is not None:
         if not Path(arguments.init_from).is_dir():
             raise CommandError(f"--init-from {arguments.init_from!r}: no such folder")
-        from megalite.checkpoint import describe_start
-
-        model, tokenizer = describe_start(Path(arguments.init_from))
+        known = describe_start(Path(arguments.init_from))
+    model, tokenizer = known or (None, None)
     config = load_config(arguments.config, arguments.set, model=model)
     if config.finetune is None:
         raise ConfigError(

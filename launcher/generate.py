@@ -14,6 +14,7 @@ _EXAMPLES = """examples:
   python launcher/generate.py --checkpoint runs/smoke --prompt "def main("
   python launcher/generate.py --checkpoint runs/smoke/checkpoints/step_00000300 \\
       --prompt "import os" "class Node" --temperature 0 --max-new-tokens 40
+  python launcher/generate.py --checkpoint runs/sft --chat --prompt "What is 2 plus 2?"
   torchrun --nproc-per-node 2 launcher/generate.py --checkpoint path/of/a/hugging-face-folder \\
       --prompt "Once upon a time" --top-p 0.9 --repetition-penalty 1.2
 
@@ -30,6 +31,9 @@ def parse() -> argparse.Namespace:
         help="a step folder, a run folder, or a model folder of Hugging Face's",
     )
     parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="one or more")
+    parser.add_argument(
+        "--chat", action="store_true", help="a prompt is a user's turn; print the answer alone"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="0: always the likeliest token"
@@ -37,11 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest")
     parser.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest P")
     parser.add_argument(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        metavar="R",
-        help="over 1: what is there already becomes less likely",
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="over 1: repeat less"
     )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
@@ -51,7 +51,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     launch = env.find_launch()
-    from megalite.evaluate import Sampling, open_model, stream_texts
+    from data_prep.chat import Chat, find_template
+    from megalite.evaluate import Sampling, in_order, open_model, stream_texts
     from megalite.parallel import start
 
     sampling = Sampling(
@@ -75,22 +76,23 @@ def main() -> None:
     for prompt in arguments.prompt:
         opened.check_prompt(prompt)
     out = sys.stdout if launch.rank == 0 else io.StringIO()
-    held = list(arguments.prompt)  # of each prompt, what waits for those before it
-    out.write(held[0])
-    for number, piece in stream_texts(
+    prompts, stop, starts = arguments.prompt, arguments.stop, arguments.prompt
+    if arguments.chat:
+        chat = Chat(find_template(None, None, opened.tokenizer_folder), opened.tokenizer)
+        turns = [chat.ask(prompt) for prompt in prompts]
+        prompts, starts = [asked for asked, _ in turns], [""] * len(turns)
+        stop = [*stop, *{end for _, end in turns if end}]
+    pieces = stream_texts(
         reader,
         opened.tokenizer,
-        arguments.prompt,
+        prompts,
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
-        stop=arguments.stop,
-    ):
-        if number == 0:
-            out.write(piece)
-            out.flush()
-        else:
-            held[number] += piece
-    out.write("".join(f"\n{text}" for text in held[1:]) + "\n")
+        stop=stop,
+    )
+    for piece in in_order(pieces, starts):
+        out.write(piece)
+        out.flush()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 
 from megalite import env
 from megalite.config import load_config
+from megalite.errors import ConfigError
 from megalite.log import command_parser, run_main
 
 _EXAMPLES = """examples:
@@ -55,6 +56,10 @@ def main() -> None:
     arguments = parser.parse_args()
     launch = env.find_launch()
     config = load_config(arguments.config, arguments.set)
+    if config.finetune is not None:
+        raise ConfigError(
+            f"{arguments.config}: it has a finetune section; start launcher/finetune.py with it"
+        )
     from megalite.train import Request, run  # torch: after everything that needs no torch
 
     request = Request(

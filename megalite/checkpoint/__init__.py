@@ -12,7 +12,7 @@ from megalite.checkpoint.load import (
     set_aside_damaged,
 )
 from megalite.checkpoint.save import Place, Saver, clear_leftovers, retain, set_aside_later
-from megalite.checkpoint.start import describe_start
+from megalite.checkpoint.start import describe_run, describe_start
 from megalite.checkpoint.stored import Stored, StoredCheckpoint, fill_model, merged
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Stored",
     "StoredCheckpoint",
     "clear_leftovers",
+    "describe_run",
     "describe_start",
     "fill_model",
     "find_newest",

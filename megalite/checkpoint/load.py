@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite import shapes
+from megalite import files, shapes
 from megalite.checkpoint.save import Place, free_name
 from megalite.checkpoint.states import Owned, owned_parameters, read_canonical, value_hash
 from megalite.checkpoint.stored import Stored, StoredCheckpoint, read_local
@@ -81,10 +81,13 @@ def set_aside_damaged(folders: Iterable[Path], grid: Grid) -> None:
 def open_checkpoint(
     path: Path, grid: Grid | None = None, *, weights_only: bool = False
 ) -> tuple[Path, disk.Manifest]:
-    """A checkpoint by its own folder or its run's (the newest published one), checked.
+    """A checkpoint by its own folder or its run's, checked.
+
+    Of a run that is the newest published one.
 
     Args:
-        weights_only: whether it may lack the optimizer's files, as a copy for use may.
+        weights_only: for use: it may lack the optimizer's files, as a copy may, and of a fine-tuned
+            run it is the best one.
     Raises:
         CommandError: no checkpoint there.
         CheckpointError: a damaged one; an older one of the run that is whole is named.
@@ -95,9 +98,10 @@ def open_checkpoint(
         if not found:
             raise CommandError(
                 f"{path} holds no checkpoint: give a step folder "
-                "(.../checkpoints/step_00001000) or a run folder that has one"
+                "(.../checkpoints/step_00001000) or a run folder that has one; for use also a "
+                "model folder of Hugging Face's, whose config.json names a model_type"
             )
-        folder, *older = found
+        folder, *older = _best_first(found) if weights_only else found
     elif (kind := disk.other_format(path)) is not None:
         raise CommandError(
             f"{path} holds {kind!r}, not a checkpoint: give a step folder or a run folder"
@@ -110,6 +114,18 @@ def open_checkpoint(
                 break
         raise CheckpointError("\n".join(problems))
     return folder, manifest
+
+
+def _best_first(folders: list[Path]) -> list[Path]:
+    """Where a fine-tuned run chose one of its checkpoints, that one before the others."""
+    try:
+        tuned = files.read_json(folders[0] / "config.json").get("finetune")
+    except (OSError, ValueError, AttributeError):  # damaged, which is told in its turn
+        return folders
+    chosen = disk.best(folders) if tuned else None
+    if chosen not in (None, folders[0]):
+        logger.info("%s is the best of its run by the split held out", chosen)
+    return sorted(folders, key=lambda folder: folder != chosen)
 
 
 def restore(

@@ -18,7 +18,7 @@ from megalite.checkpoint.states import owned_parameters, read_canonical
 from megalite.checkpoint.write import Snapshot, Writer
 from megalite.config import CheckpointConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
-from megalite.errors import CheckpointError, MegaLiteError, NoSpace, OtherVersion, Superseded
+from megalite.errors import CheckpointError, MegaLiteError, NoSpace, Superseded
 from megalite.formats import checkpoint as disk
 from megalite.log import logger, redact
 from megalite.optim import state_names
@@ -182,9 +182,8 @@ def retain(root: Path, config: CheckpointConfig) -> threading.Thread:
     kept = set(folders[: config.keep])
     if config.keep_every:
         kept |= {folder for folder in folders if disk.step_of(folder) % config.keep_every == 0}
-    if config.keep_best:
-        losses = {folder: loss for folder in folders if (loss := _valid_loss(folder)) is not None}
-        kept |= set(sorted(losses, key=losses.__getitem__)[:1])
+    if config.keep_best and (best := disk.best(folders)) is not None:
+        kept.add(best)
     doomed = []
     for folder in folders:
         if folder not in kept:
@@ -196,13 +195,6 @@ def retain(root: Path, config: CheckpointConfig) -> threading.Thread:
 
 def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _valid_loss(folder: Path) -> float | None:
-    try:
-        return disk.read_manifest(folder).valid_loss
-    except (CheckpointError, OtherVersion):  # damaged: a resume will set it aside
-        return None
 
 
 def set_aside_later(root: Path, step: int) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from megalite import files
 from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
 from megalite.checkpoint.load import open_checkpoint
+from megalite.formats import checkpoint as disk
 
 _FILLED_IN = ("num_labels", "classifier_pooling", "adapter")
 
@@ -23,4 +24,19 @@ def describe_start(path: Path) -> tuple[dict[str, Any], Path]:
         return HuggingFaceFolder(path).section.model_dump(mode="json", exclude_unset=True), path
     folder, _ = open_checkpoint(path, weights_only=True)
     model = files.read_json(folder / "config.json")["model"]
-    return {key: model[key] for key in model if key not in _FILLED_IN}, folder / "tokenizer"
+    return _whole(model), folder / "tokenizer"
+
+
+def describe_run(folder: Path) -> tuple[dict[str, Any], Path] | None:
+    """The same of a run that has checkpoints, which goes on without what it was started from."""
+    for found in disk.published(folder / "checkpoints"):
+        try:
+            model = files.read_json(found / "config.json")["model"]
+            return _whole(model), found / "tokenizer"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            continue  # damaged: the start will set it aside
+    return None
+
+
+def _whole(model: dict[str, Any]) -> dict[str, Any]:
+    return {key: model[key] for key in model if key not in _FILLED_IN}

@@ -158,7 +158,10 @@ def _describe(item: ErrorDetails) -> Fault:
         return Fault((key,), _unknown(loc))
     if kind == "missing" and not isinstance(loc[-1], int):
         example = field.examples[0] if field.examples else {}
-        return Fault((key,), f"is missing; write for example {show({loc[-1]: example})[1:-1]}")
+        remedy = f"write for example {show({loc[-1]: example})[1:-1]}"
+        if loc == ("model",) and "finetune" in found:
+            remedy = "write one, or name a model to start from with --init-from"
+        return Fault((key,), f"is missing; {remedy}")
     expected = _KINDS.get(kind, "another value").format(**item.get("ctx", {}))
     if kind == "literal_error":
         expected = expected.replace("'", "").replace(" or ", ", ")

@@ -51,6 +51,20 @@ def load_config(
     return _check(raw, str(path), faults, origins)
 
 
+def find_run(path: str | Path, sets: Sequence[str] = ()) -> Path | None:
+    """The run folder that a run file means, whatever else may be wrong with it."""
+    faults: list[str] = []
+    raw: dict[str, Any] = {}
+    for _, content in reversed(_read_chain(Path(path), faults)):
+        _merge(raw, content, "", {})
+    _apply_sets(raw, sets, faults, {})
+    logging, name = raw.get("logging", {}), raw.get("name")
+    directory = logging.get("directory", "runs") if isinstance(logging, dict) else None
+    if faults or not isinstance(directory, str) or not isinstance(name, str):
+        return None
+    return Path(directory) / name
+
+
 def parse_config(raw: Mapping[str, Any], source: str = "the run file") -> RunConfig:
     """`load_config` for a run file that is already parsed, such as one kept in a manifest."""
     return _check(copy.deepcopy(dict(raw)), source, [], {})

@@ -6,7 +6,7 @@ as they are certain: a character's last byte has come, and no stop string can be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -158,6 +158,22 @@ def stream_texts(
     continues = getattr(model, "continues", True)
     texts = [_Text(tokenizer, prompt if continues else [], stop) for prompt in ids]
     return _pieces(texts, steps)
+
+
+def in_order(pieces: Iterable[tuple[int, str]], starts: Sequence[str]) -> Iterator[str]:
+    """Numbered pieces as one text: the first's as they come, then the others, a line apart.
+
+    Args:
+        starts: what comes before the pieces of each.
+    """
+    held = list(starts)
+    yield held[0]
+    for number, piece in pieces:
+        if number == 0:
+            yield piece
+        else:
+            held[number] += piece
+    yield "".join(f"\n{text}" for text in held[1:]) + "\n"
 
 
 def _pieces(texts: Sequence[_Text], steps: Iterator[list[int | None]]) -> Iterator[tuple[int, str]]:

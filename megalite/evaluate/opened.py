@@ -47,6 +47,7 @@ class OpenedModel:
     run: RunConfig | None
     model: LanguageModel
     tokenizer: Tokenizer
+    tokenizer_folder: Path
     tokenizer_sha256: str
     device: torch.device
 
@@ -180,7 +181,9 @@ class CachedReader:
 
 
 def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
-    """The model of a step folder, of a run's newest checkpoint, or of Hugging Face's, in fp32.
+    """The model of a step folder, of a run, or of a folder of Hugging Face's, in fp32.
+
+    Of a run that is its newest checkpoint; of a fine-tuned run its best.
 
     Args:
         grid: whose tensor ranks share the model; None: this process has all of it.
@@ -219,4 +222,6 @@ def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
         split(model, config, grid, head_loss)
     model.eval()
     tokenizer = load_tokenizer(tokenizer_folder)
-    return OpenedModel(folder, config, local, run, model, tokenizer, sha256, device)
+    return OpenedModel(
+        folder, config, local, run, model, tokenizer, tokenizer_folder, sha256, device
+    )

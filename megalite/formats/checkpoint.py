@@ -243,6 +243,22 @@ def published(root: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def best(folders: Iterable[Path]) -> Path | None:
+    """The checkpoint of the lowest validation loss, the earliest of equal ones.
+
+    Those not validated at their very step, or whose manifest cannot be read, do not count.
+    """
+    losses = dict[Path, float]()
+    for folder in folders:
+        try:
+            loss = read_manifest(folder).valid_loss
+        except (CheckpointError, OtherVersion):
+            continue
+        if loss is not None:
+            losses[folder] = loss
+    return min(losses, key=lambda folder: (losses[folder], step_of(folder)), default=None)
+
+
 def step_of(folder: Path) -> int:
     """The step a published checkpoint was taken after, from its name."""
     return int(folder.name.removeprefix("step_"))

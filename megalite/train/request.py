@@ -13,6 +13,7 @@ from megalite.config import RunConfig
 from megalite.data import Dataset, ExampleSet, Samples, open_data, set_objective
 from megalite.env import Launch
 from megalite.errors import CommandError, DataError, UserError
+from megalite.formats import checkpoint as disk
 from megalite.formats.examples import read_manifest
 from megalite.parallel import Grid
 from megalite.plan import Plan, deepspeed_dict, make_plan
@@ -58,6 +59,8 @@ def check_command(request: Request) -> None:
             "change without it"
         )
     check_request(request.root, request.resume)
+    if request.resume != "never" and disk.published(request.root):
+        return  # of no use any more
     if (source := request.init_from) is not None and not (source and Path(source).is_dir()):
         raise CommandError(f"--init-from {source!r}: no such folder")
 

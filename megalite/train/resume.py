@@ -138,7 +138,7 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
         theirs = HuggingFaceFolder(Path(path))
         theirs.refuse_other_model(shapes.base(model))
         return Origin(theirs.path, None, {}, Place(), True, theirs, damaged)
-    folder, manifest = _open("--init-from", path, grid)
+    folder, manifest = _open("--init-from", path, grid, weights_only=True)
     section = _stored(folder, manifest).model
     if section.adapter in (None, model.adapter):
         refuse_other_model(model, folder, manifest, base=True)
@@ -271,9 +271,11 @@ def _order_seed_differs(before: dict[str, Any], after: dict[str, Any]) -> bool:
     return bool(before["data"]["seed"] != after["data"]["seed"])
 
 
-def _open(option: str, path: str, grid: Grid) -> tuple[Path, disk.Manifest]:
+def _open(
+    option: str, path: str, grid: Grid, *, weights_only: bool = False
+) -> tuple[Path, disk.Manifest]:
     try:
-        return open_checkpoint(Path(path), grid)
+        return open_checkpoint(Path(path), grid, weights_only=weights_only)
     except (CheckpointError, CommandError) as error:
         raise CommandError(f"{option} {path}: {error}") from None
 

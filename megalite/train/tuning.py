@@ -59,7 +59,8 @@ def _filled(config: RunConfig, folder: Path, manifest: ExamplesManifest) -> RunC
         )
     if tuning.class_weights and len(tuning.class_weights) != labels:
         raise ConfigError(
-            f"finetune.class_weights: {len(tuning.class_weights)} of them for {labels} labels"
+            f"finetune.class_weights: {len(tuning.class_weights)} of them for {labels} labels; "
+            f"give one for each of {', '.join(manifest.labels)}, in this order"
         )
     if manifest.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -180,7 +181,7 @@ class Tuning:
         scores = self._scores(step)
         if "test" not in self.sets or not scores:
             return
-        best = min(scores, key=lambda at: scores[at])
+        best = min(scores, key=lambda at: (scores[at], at))
         folder = self.root / disk.folder_name(best)
         if best != step and self.grid.gather(folder.is_dir())[0]:
             found, manifest = checkpoint.open_checkpoint(folder, self.grid)

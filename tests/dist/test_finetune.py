@@ -231,6 +231,10 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(reviews: Path) -> None
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
     whole = json.loads((folder / "evaluation.json").read_text())
     assert np.array(whole["confusion"]).sum() == 23
+    # what uses the run uses its best
+    assert open_checkpoint(folder)[1].step > measured[best]["step"]
+    assert open_checkpoint(folder, weights_only=True)[1].step == measured[best]["step"]
+    assert open_model(folder).folder.name == f"step_{measured[best]['step']:08d}"
     before = len(rows(raw))
     run_ranks(tune, 1, raw)  # the same command: nothing is left to train
     assert len(rows(raw)) == before

@@ -6,7 +6,7 @@ Tensors are read, turned and written a file at a time: memory holds one file of 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,8 +109,7 @@ def export_adapter(stored: Stored, model: ModelConfig, output: Path, *, base: st
     with _staged(output) as staging:
         files.write_json(staging / "adapter_config.json", config)
         path = staging / "adapter_model.safetensors"
-        save_file(found, path, metadata={"format": "pt"})
-        files.sync_file(path)
+        _save(found, path)
     return family
 
 
@@ -160,13 +159,20 @@ def _write_tensors(
         name = "model" if whole else f"model-{number:05d}-of-{len(groups):05d}"
         tensors = {output.name: _make(stored, output).to(dtype) for output in group}
         path = folder / f"{name}.safetensors"
-        save_file(tensors, path, metadata={"format": "pt"})
-        files.sync_file(path)
+        _save(tensors, path)
         weight_map |= dict.fromkeys(tensors, path.name)
     if len(groups) > 1:
         total = width * sum(output.elements for output in outputs)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         files.write_json(folder / "model.safetensors.index.json", index)
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    path.touch()  # with the mode that files have here; safetensors' own is its owner's alone
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
+    files.sync_file(path)
 
 
 def _outputs(family: Family, model: ModelConfig) -> Sequence[_Output]:

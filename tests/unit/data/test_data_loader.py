@@ -142,13 +142,15 @@ def test_an_error_of_the_thread_is_raised_in_turn_and_stays(memory_shards: Any) 
 
 @pytest.mark.parametrize("taken", [0, 1, 3])
 def test_closing_ends_the_thread_and_may_be_repeated(dataset: Dataset, taken: int) -> None:
+    before = threading.enumerate()
     loader = make(dataset)
     for _ in range(taken):
         next(loader)
-    assert any(thread.name == "loader" for thread in threading.enumerate())
+    (own,) = [thread for thread in threading.enumerate() if thread not in before]
+    assert own.name == "loader"
     loader.close()
     loader.close()
-    assert not any(thread.name == "loader" for thread in threading.enumerate())
+    assert not own.is_alive()
     assert list(loader) == []
 
 

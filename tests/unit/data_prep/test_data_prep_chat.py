@@ -214,3 +214,11 @@ def test_offsets_of_a_hugging_face_tokenizer_name_control_tokens(folder: Path) -
         start, stop = places[names.index(name)]
         assert TEXT[start:stop] == name
     assert tokenizer.bos_id not in tokenizer.encode(TEXT)
+
+
+def test_a_turn_is_asked_and_its_answer_ends() -> None:
+    asked, end = Chat(CHATML, ByteTokenizer()).ask("What?\n")
+    assert asked == "<|im_start|>user\nWhat?\n<|im_end|>\n<|im_start|>assistant\n"
+    assert end == "<|im_end|>"
+    with pytest.raises(DataError, match="the chat template refuses it: two turns"):
+        Chat("{{ raise_exception('two turns') }}", ByteTokenizer()).ask("What?")

@@ -69,7 +69,9 @@ def test_labels_may_be_given() -> None:
         make("a.jsonl", labels=["0", "0"])
     jsonl("b.jsonl", [ROWS[0]] * 3)
     with pytest.raises(DataError, match="training split are '0'; a classification needs two"):
-        make("b.jsonl", labels=["1", "0"])
+        make("b.jsonl")
+    manifest, _ = opened(make("b.jsonl", labels=["1", "0"]))  # whoever names them may have a part
+    assert manifest.splits["train"].counts == {"1": 0, "0": 3}
 
 
 # ---- fractions
@@ -96,6 +98,9 @@ def test_a_fraction_may_stand_beside_a_split_and_must_hold_a_row() -> None:
     for shares, name in (((0.01, None), "valid"), ((0.5, 0.49), "train")):
         with pytest.raises(DataError, match=f"of the 20 rows of 'train' none is left for {name}"):
             make("d", valid_fraction=shares[0], test_fraction=shares[1])
+    jsonl("none.jsonl", [])
+    with pytest.raises(DataError, match="the train split has no example"):
+        make("none.jsonl", valid_fraction=0.1)
 
 
 # ---- tokens of each task

@@ -1,0 +1,75 @@
+"""A conversation's model from its launcher to its answer, when what it started from is gone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_prep.chat import CHATML
+from tests.ranks import run_ranks
+from tests.runs import run_file, train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _launch(name: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "launcher" / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
+
+
+def test_a_model_that_answers(shards: dict[str, str], tmp_path: Path) -> None:
+    model = {"vocab_size": 258, "max_position_embeddings": 96}
+    first = run_file(shards, tmp_path, name="text", model=model)
+    first["training"] |= {"steps": 2, "eval_every": 0}
+    run_ranks(train, 1, first)
+    turns = [{"prompt": f"{n}?", "response": str(n)} for n in range(12)]
+    (tmp_path / "turns.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    data = {"path": str(tmp_path / "turns.jsonl"), "cache": str(tmp_path / "cache")}
+    data |= {"prompt_column": "prompt", "response_column": "response", "tokenizer": "bytes"}
+    raw = {
+        "name": "tuned",
+        "finetune": {"task": "sft", "data": data | {"max_length": 96, "test_fraction": 0.2}},
+        "optimizer": {"lr": 1e-3},
+        "training": {"steps": 2, "global_batch_size": 4, "micro_batch_size": 4},
+        "logging": {"directory": str(tmp_path), "tensorboard": False},
+    }
+    file, run = tmp_path / "tuned.json", tmp_path / "tuned"
+    file.write_text(json.dumps(raw))
+
+    refused = _launch("pretrain", "--config", "configs/finetune/imdb.json")
+    assert refused.returncode == 2
+    assert "it has a finetune section; start launcher/finetune.py" in refused.stderr
+    refused = _launch("finetune", "--config", file)
+    assert refused.returncode == 2
+    assert "model: is missing; write one, or name a model to start from" in refused.stderr
+    assert not run.exists()
+    began = _launch("finetune", "--config", file, "--init-from", tmp_path / "text")
+    assert began.returncode == 0, began.stderr
+    (tmp_path / "text").rename(tmp_path / "gone")
+    for start in ((), ("--init-from", tmp_path / "text")):
+        steps = 3 + len(start)
+        more = ("--set", f"training.steps={steps}")
+        went_on = _launch("finetune", "--config", file, *more, *start)
+        assert went_on.returncode == 0, went_on.stderr
+        assert json.loads((run / "status.json").read_text())["step"] == steps
+
+    for checkpoint in (run, tmp_path / "exported"):
+        asked = ("--prompt", "1?", "2?", "--max-new-tokens", 3, "--temperature", 0)
+        answered = _launch("generate", "--checkpoint", checkpoint, "--chat", *asked)
+        assert answered.returncode == 0, answered.stderr
+        assert "<|im_start|>" not in answered.stdout
+        if checkpoint == run:
+            words = answered.stdout
+            exported = _launch("export", "--checkpoint", run, "--output", tmp_path / "exported")
+            assert exported.returncode == 0, exported.stderr
+        assert answered.stdout == words
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "exported").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+    assert (tmp_path / "exported" / "chat_template.jinja").read_text() == CHATML
+
+    shards_asked = _launch("eval", "--checkpoint", run, "--data", shards["valid"])
+    assert shards_asked.returncode == 2
+    assert "these are shards; a fine-tuned model is measured on rows" in shards_asked.stderr
