@@ -28,7 +28,7 @@ from megalite.errors import CheckpointError, CommandError, MegaLiteError
 from megalite.evaluate.generate import Reader, Rereading
 from megalite.formats.tokenizer import Tokenizer, load_tokenizer
 from megalite.log import logger
-from megalite.model import Cache, EncoderDecoder, LanguageModel, build, head_loss
+from megalite.model import Cache, EncoderDecoder, LanguageModel, build, decoding, head_loss
 from megalite.parallel import Grid, local_model, split
 
 
@@ -69,6 +69,7 @@ class OpenedModel:
                 f"{self.folder} holds {kind} and writes no text; give a decoder or an "
                 "encoder_decoder"
             )
+        decoding.prepare(self.model)
         return CachedReader(self)
 
     def check_prompt(self, prompt: str) -> None:

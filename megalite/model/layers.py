@@ -39,7 +39,11 @@ class Linear(nn.Module):
 
     Args:
         parts: the rows of each projection that is fused in it, by name.
+    Attributes:
+        product: what multiplies instead of `F.linear`, if anything (megalite.model.decoding).
     """
+
+    product: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -61,7 +65,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)
+        y = F.linear(x, self.weight) if self.product is None else self.product(x, self.weight)
         if self.adapter is not None:
             y = y + self.raised(self.lowered(x))
         # Added outside F.linear: DeepSpeed's ZeRO-3 version of it adds the bias in place, which

@@ -232,6 +232,7 @@ class LanguageModel(nn.Module):
             causal = config.architecture == "decoder"
             self.model = Stack(config, config.num_hidden_layers, embeds=True, causal=causal)
         self.head_loss: Callable[..., Tensor] = head_loss
+        self.product: Callable[..., Tensor] | None = None  # instead of F.linear: see decoding
         self.whole_logits: Callable[[Tensor], Tensor] = lambda logits: logits
         self.all_tokens: Callable[[Tensor], Tensor] = lambda hidden: hidden
         encodes = config.architecture == "encoder"
@@ -303,11 +304,17 @@ class LanguageModel(nn.Module):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """fp32 logits [..., V] of hidden states [..., D]."""
+        bias = self.lm_head.bias if self.config.architecture == "encoder" else None
+        product = self.product or F.linear
+        return self.whole_logits(product(self._head_input(hidden), self.head_weight, bias).float())
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """What hidden states are multiplied with: [V, D]."""
         tied = self.config.tie_word_embeddings
         weight = self.model.embed_tokens.weight if tied else self.lm_head.weight
-        assert weight is not None
-        bias = self.lm_head.bias if self.config.architecture == "encoder" else None
-        return self.whole_logits(F.linear(self._head_input(hidden), weight, bias).float())
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
     def _head_input(self, hidden: Tensor) -> Tensor:
         if self.config.architecture == "encoder":
