@@ -9,7 +9,8 @@ import pytest
 
 from megalite.config import RunConfig, parse_config
 from megalite.errors import ConfigError
-from megalite.plan import deepspeed_dict, flops_per_token, make_plan
+from megalite.plan import deepspeed_dict, flops_per_token, hardware_flops_per_token, make_plan
+from megalite.plan.flops import seen_pairs
 
 WEIGHTS = 1000 * 64 * 2 + 3 * (64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 96)
 PARAMETERS = WEIGHTS + 7 * 64  # two norms a block and the last
@@ -317,3 +318,35 @@ def test_muon_keeps_one_state_of_the_blocks_matrices() -> None:
     matrices = WEIGHTS - 2 * 1000 * 64
     expected = 12 * PARAMETERS - 4 * matrices
     assert make_plan(run, world_size=1, device="cpu").memory_bytes["optimizer"] == expected
+
+
+# --- FLOPs by what is seen --------------------------------------------------------------------
+
+
+def _counted(tokens: int, causal: bool, window: int | None, document: int | None) -> int:
+    """The pairs of a window, one by one."""
+    near, count = window or tokens, 0
+    for query in range(tokens):
+        for key in range(tokens):
+            same = document is None or query // document == key // document
+            count += same and abs(query - key) < near and (key <= query or not causal)
+    return count
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 5, 24, 99])
+@pytest.mark.parametrize("document", [None, 4, 24, 48])
+def test_what_tokens_see_is_counted(causal: bool, window: int | None, document: int | None) -> None:
+    found = seen_pairs(24, causal, window, document)
+    assert found == _counted(24, causal, window, document)
+
+
+def test_recompute_repeats_the_blocks_alone() -> None:
+    model = flops_per_token(config().model, 128)
+    told = {
+        mode: hardware_flops_per_token(config(training__activation_checkpointing=mode))
+        for mode in ("none", "selective", "full")
+    }
+    assert told["none"] == told["selective"] == model
+    head = 6 * 1000 * 64
+    assert told["full"] == pytest.approx(model + (model - head) / 3)

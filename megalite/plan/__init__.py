@@ -1,0 +1,18 @@
+"""What a run will be, as plain numbers, before a GPU is asked for. Pure: no torch, no devices."""
+
+from megalite.plan.engine import deepspeed_dict
+from megalite.plan.flops import flops_per_token, hardware_flops_per_token
+from megalite.plan.make import make_plan
+from megalite.plan.memory import host_bytes, offloads
+from megalite.plan.sizes import Plan, Precision
+
+__all__ = [
+    "Plan",
+    "Precision",
+    "deepspeed_dict",
+    "flops_per_token",
+    "hardware_flops_per_token",
+    "host_bytes",
+    "make_plan",
+    "offloads",
+]

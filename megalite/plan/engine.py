@@ -1,0 +1,74 @@
+"""The JSON that DeepSpeed gets: the user's section, what a plan decides, and our defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megalite.config import RunConfig
+from megalite.config.deepspeed_keys import owned_values
+from megalite.plan.memory import bucket_elements
+from megalite.plan.sizes import Plan, without_auto
+
+
+def deepspeed_dict(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """The JSON the DeepSpeed engine gets: the user's section, what MegaLite owns, "auto" filled.
+
+    An "auto" that MegaLite has no value for is left out: DeepSpeed's default holds.
+    """
+    result = without_auto(config.deepspeed)
+    for key, value in _engine_defaults(config, plan).items():
+        _put(result, key, value, keep=True)
+    for key, (value, _) in owned_values(config).items():
+        _put(result, key, value)
+    _put(result, "gradient_accumulation_steps", plan.accumulation_steps)
+    for name in ("bf16", "fp16"):
+        _put(result, f"{name}.enabled", plan.precision == name)
+    # no param_dtype: the model is built in its type, and fp32 runs have no section that asks
+    result["data_types"].pop("param_dtype", None)
+    if plan.zero_stage == 0:
+        result["gradient_clipping"] = 0.0  # DeepSpeed reports no norm there: MegaLite clips
+    return result
+
+
+def _engine_defaults(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    """What MegaLite chooses where the user says nothing."""
+    bucket = bucket_elements(config, plan)
+    defaults: dict[str, Any] = {
+        "steps_per_print": 1_000_000_000,  # the console and metrics.jsonl tell it
+        "wall_clock_breakdown": False,
+        "memory_breakdown": False,
+        "dump_state": False,
+        # gradients are sums over ranks and micro-batches: in 16 bits they would lose what the
+        # fp32 accumulation kept, and fp16's would overflow
+        "communication_data_type": "fp32",
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": config.optimizer.name != "adamw",
+        "bf16.check_grad_overflow": True,
+        "bf16.immediate_grad_update": True,  # each bf16 gradient is freed once it is added
+        "fp16.loss_scale": 0.0,  # 0: dynamic
+        "fp16.initial_scale_power": 16,
+        "fp16.loss_scale_window": 1000,
+        "fp16.hysteresis": 2,
+        "fp16.consecutive_hysteresis": False,
+        "fp16.min_loss_scale": 1,
+        "zero_optimization.stage": plan.zero_stage,
+    }
+    if plan.zero_stage > 0:
+        defaults |= {
+            "zero_optimization.contiguous_gradients": True,
+            "zero_optimization.reduce_scatter": True,
+            "zero_optimization.reduce_bucket_size": bucket,
+            "zero_optimization.allgather_bucket_size": bucket,
+            "zero_optimization.overlap_comm": plan.zero_stage == 3,
+        }
+    if plan.zero_stage == 3:
+        defaults["zero_optimization.stage3_prefetch_bucket_size"] = bucket
+    return defaults
+
+
+def _put(target: dict[str, Any], key: str, value: Any, *, keep: bool = False) -> None:
+    *sections, name = key.split(".")
+    for part in sections:
+        target = target.setdefault(part, {})
+    if not (keep and name in target):
+        target[name] = value

@@ -1,0 +1,20 @@
+"""A whole plan: sizes, and the memory that they take."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from megalite.config import RunConfig
+from megalite.plan.memory import memory_bytes
+from megalite.plan.sizes import Plan, arrange
+
+
+def make_plan(config: RunConfig, *, world_size: int, device: Literal["cpu", "cuda"]) -> Plan:
+    """The plan of `config` on `world_size` ranks.
+
+    Raises:
+        ConfigError: see `arrange`.
+    """
+    plan = arrange(config, world_size=world_size, device=device)
+    return dataclasses.replace(plan, memory_bytes=memory_bytes(config, plan, device))

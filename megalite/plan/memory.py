@@ -1,0 +1,177 @@
+"""Bytes of one rank at the peak of a step.
+
+Legend: n parameters on one tensor rank, d data-parallel ranks, B samples of a micro-batch, T tokens
+of a sample, and the letters of `megalite.shapes`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from megalite import shapes
+from megalite.config import RunConfig
+from megalite.plan.sizes import Plan, without_auto
+
+_LOGIT_ROWS = 1024  # tokens whose logits exist at once in the fused head and loss
+# DeepSpeed's buckets are 5e8 elements: 2 GB in fp32. 5e7 keep a link busy just as well.
+_BUCKET = 50_000_000
+_LIVE_PARAMETERS = 1_000_000_000  # stage3_max_live_parameters of DeepSpeed 0.19
+_SUB_GROUP = 1_000_000_000  # sub_group_size
+_STAGE_0_BUCKET = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE of deepspeed/runtime/engine.py
+
+
+def bucket_elements(config: RunConfig, plan: Plan) -> int:
+    """Elements of a communication bucket: no more than there are; even, as DeepSpeed asks."""
+    local = _local_elements(config, plan.tensor_parallel)
+    return min(_BUCKET, local + local % 2)
+
+
+def _local_elements(config: RunConfig, tensor: int, *, trained: bool = False) -> int:
+    return sum(
+        math.prod(shapes.local_shape(row, tensor_parallel=tensor))
+        for row in shapes.parameters(config.model)
+        if not trained or shapes.learns(config, row)
+    )
+
+
+def offloads(config: RunConfig) -> bool:
+    """Whether the optimizer's states are kept on the host."""
+    zero = config.deepspeed.get("zero_optimization", {})
+    return bool((zero.get("offload_optimizer") or {}).get("device", "none") != "none")
+
+
+def host_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> dict[str, int]:
+    """Bytes that a rank keeps in its host's memory beside what `memory_bytes` totals.
+
+    What an optimizer on the host takes, and the snapshot of a save in the background: the rank's
+    share of fp32 weights and states.
+    """
+    n = _local_elements(config, plan.tensor_parallel)
+    share = -(-(4 * n + _moments(config, plan.tensor_parallel)) // plan.data_parallel)
+    return {
+        "offload_optimizer": plan.memory_bytes["optimizer"]
+        if device == "cuda" and offloads(config)
+        else 0,
+        "checkpoint.background": share if config.checkpoint.background else 0,
+    }
+
+
+def memory_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> dict[str, int]:
+    """Bytes of one rank at the peak of a step, in the categories of the interface.
+
+    The total is less than the sum: gradients that a backward makes, and the buckets they are
+    sent in, take the place of the activations and logits it has consumed. It is the device's: an
+    optimizer that is kept on the host is not in it.
+    """
+    n = _local_elements(config, plan.tensor_parallel)
+    element = 4 if plan.precision == "fp32" else 2
+    parameters, optimizer, held, gradients = _states(config, plan, n, element)
+    activations, logits = _activations(config, plan, element), _logits(config, plan, element)
+    trained = _local_elements(config, plan.tensor_parallel, trained=True)
+    buffers = _buffers(config, plan, trained, element)
+    peak = max(held + activations + logits, gradients + buffers)
+    return {
+        "parameters": parameters,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": activations,
+        "logits": logits,
+        "buffers": buffers,
+        "total": parameters + peak + (0 if device == "cuda" and offloads(config) else optimizer),
+    }
+
+
+def _states(config: RunConfig, plan: Plan, n: int, element: int) -> tuple[int, int, int, int]:
+    """Bytes of weights, of optimizer states, and of gradients: beside activations, and at most.
+
+    What is frozen has neither states nor gradients.
+
+    As DeepSpeed 0.19.8 holds them, checked against its allocations: runtime/bf16_optimizer.py
+    for bf16 at stage 1, else runtime/zero/stage_1_and_2.py and stage3.py. Masters are fp32,
+    also of fp32 weights. A micro-batch but the first finds the gradients of those before it.
+    """
+    stage, d = plan.zero_stage, plan.data_parallel
+    later = plan.accumulation_steps > 1
+    every, n = n, _local_elements(config, plan.tensor_parallel, trained=True)
+    part, parts = -(-n // d), -(-every // d)
+    moments = _moments(config, plan.tensor_parallel)
+    if stage == 0:
+        return element * every, moments, element * n * later, element * n
+    optimizer = 4 * part + -(-moments // d)
+    if stage == 1 and plan.precision == "bf16":  # one flat fp32 buffer, made at the start
+        return element * every, optimizer, 4 * n, 4 * n
+    if stage == 1:  # each gradient in fp32; fp16's own, or the flat copy the step is made from
+        extra = 4 * part if element == 4 else max(4 * part, 2 * n)
+        return element * every, optimizer, 4 * n * later, 4 * n + extra
+    if stage == 2:  # the partition's sum; in fp32 also the flat copy the step is made from
+        return element * every, optimizer, 4 * part * later, (8 if element == 4 else 4) * part
+    gathered = 0 if d == 1 else min(every, _LIVE_PARAMETERS)
+    copied = 4 * min(part, _SUB_GROUP)
+    return element * (parts + gathered), optimizer, 4 * part, 4 * part + copied
+
+
+def _moments(config: RunConfig, tensor: int) -> int:
+    """Bytes of the fp32 states that the optimizer keeps of a tensor rank's parameters."""
+    local, matrices = _local_elements(config, tensor, trained=True), 0
+    if config.optimizer.name == "sgd":
+        return 4 * local * (config.optimizer.momentum > 0)
+    if config.optimizer.name == "muon":  # one state of the blocks' matrices instead of two
+        matrices = sum(
+            math.prod(shapes.local_shape(row, tensor_parallel=tensor))
+            for row in shapes.parameters(config.model)
+            if row.is_matrix_of_block and shapes.learns(config, row)
+        )
+    return 8 * local - 4 * matrices
+
+
+def _buffers(config: RunConfig, plan: Plan, n: int, element: int) -> int:
+    """Bytes of the buckets that gradients are sent in."""
+    section = without_auto(config.deepspeed).get("zero_optimization", {})
+    bucket = int(section.get("reduce_bucket_size", bucket_elements(config, plan)))
+    if plan.zero_stage == 0:
+        return element * min(n, _STAGE_0_BUCKET)
+    if plan.zero_stage == 1:
+        return 0 if plan.precision == "bf16" else 4 * bucket
+    overlap = section.get("overlap_comm", plan.zero_stage == 3) is True
+    staging = element * (2 if overlap else 1)
+    return (staging + (4 if element == 2 else 0)) * bucket  # 16-bit gradients are sent in fp32
+
+
+def _activations(config: RunConfig, plan: Plan, element: int) -> int:
+    """Bytes kept for the backward, plus the work of the one block being differentiated."""
+    model, t = config.model, plan.tensor_parallel
+    tokens = plan.micro_batch_size * plan.sequence_length
+    d, f = model.hidden_size, model.intermediate_size // t
+    q = model.num_attention_heads * model.head_dim // t
+    k = model.num_key_value_heads * model.head_dim // t
+    gated = model.gated
+    own = d // t if config.parallel.sequence else d  # of what is split along the tokens
+    # Of a block, per token: what the norms read and give (4 D); qkv, the turned q and k, and
+    # what attention gives (3 Q + 3 K); the MLP's first products, its activation and product.
+    block = element * (4 * own + 3 * q + 3 * k + (4 if gated else 2) * f)
+    block += 4 * q // model.head_dim  # log-sum-exp of attention
+    block += 2 * own * (model.hidden_dropout > 0)  # masks, a byte an element
+    kept = {
+        "none": block,
+        # the block's input, qkv, attention, its projection, the MLP's products
+        "selective": element * (3 * own + 2 * q + 2 * k + (2 if gated else 1) * f),
+        "full": element * own,
+    }[config.training.activation_checkpointing]
+    work = element * (2 * d + (3 if gated else 2) * f)  # gradients within the block
+    if kept != block:
+        work += block
+    ends = element * 3 * d + 3 * 8  # embedding, last norm; ids, labels, positions
+    return tokens * (sum(shapes.stacks(model).values()) * kept + work + ends)
+
+
+def _logits(config: RunConfig, plan: Plan, element: int) -> int:
+    """Bytes of the fused head and loss: a chunk's logits and their gradient, and the sums."""
+    vocabulary = -(-config.model.vocab_size // plan.tensor_parallel)
+    tokens = plan.micro_batch_size * plan.sequence_length
+    chunk = 2 * 4 * min(_LOGIT_ROWS, tokens) * vocabulary
+    return (
+        chunk
+        + 4 * vocabulary * config.model.hidden_size
+        + element * tokens * (config.model.hidden_size)
+    )

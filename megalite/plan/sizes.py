@@ -1,0 +1,130 @@
+"""Derived sizes (data-parallel ranks, accumulation, tokens a step): divided here alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megalite import shapes
+from megalite.config import RunConfig, source_length, target_length, zero_stage
+from megalite.config.deepspeed_keys import contradiction
+from megalite.errors import ConfigError
+from megalite.plan.flops import flops_per_token
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a run. Batch sizes in samples, memory in bytes a rank."""
+
+    world_size: int
+    tensor_parallel: int
+    data_parallel: int
+    zero_stage: int
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation_steps: int
+    sequence_length: int
+    tokens_per_step: int
+    precision: Precision
+    parameters: int
+    flops_per_token: int
+    memory_bytes: dict[str, int]
+
+
+def arrange(config: RunConfig, *, world_size: int, device: Literal["cpu", "cuda"]) -> Plan:
+    """The plan of `config` on `world_size` ranks, but for its memory.
+
+    Raises:
+        ConfigError: ranks, heads or batches that do not divide, with sizes that do; a precision
+            or a DeepSpeed value that this number of ranks or this device contradicts.
+    """
+    training, tensor = config.training, config.parallel.tensor
+    precision: Precision
+    if training.precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    else:
+        precision = training.precision
+    faults = list(_layout_faults(config, world_size))
+    data_parallel = max(1, world_size // tensor)
+    accumulation = max(1, training.global_batch_size // (training.micro_batch_size * data_parallel))
+    if not faults:
+        faults += _deepspeed_faults(config, accumulation, precision)
+    if faults:
+        raise ConfigError(faults)
+    length = config.data.sequence_length
+    return Plan(
+        world_size=world_size,
+        tensor_parallel=tensor,
+        data_parallel=data_parallel,
+        zero_stage=zero_stage(config),
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=training.micro_batch_size,
+        accumulation_steps=accumulation,
+        sequence_length=length,
+        tokens_per_step=training.global_batch_size * length,
+        precision=precision,
+        parameters=sum(p.elements for p in shapes.parameters(config.model)),
+        flops_per_token=flops_per_token(
+            config.model, length, read=source_length(config), written=target_length(config)
+        ),
+        memory_bytes={},
+    )
+
+
+def without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section of DeepSpeed's without the values that are left to be filled in."""
+    return {
+        key: without_auto(value) if isinstance(value, dict) else copy.deepcopy(value)
+        for key, value in section.items()
+        if value != "auto"
+    }
+
+
+def _layout_faults(config: RunConfig, world_size: int) -> Iterator[str]:
+    training, tensor = config.training, config.parallel.tensor
+    allowed = shapes.allowed_tensor_parallel(config.model)
+    if tensor not in allowed:
+        yield (
+            f"parallel.tensor: {tensor} does not divide the key/value heads "
+            f"({config.model.num_key_value_heads}) and the MLP "
+            f"({config.model.intermediate_size}); {_try(allowed)}"
+        )
+    if world_size % tensor:
+        sizes = [size for size in allowed if world_size % size == 0]
+        yield (
+            f"parallel.tensor: {tensor} does not divide the {world_size} ranks; "
+            f"{_try(sizes)}, or start a multiple of {tensor} ranks"
+        )
+    else:
+        ranks = world_size // tensor
+        whole, part = training.global_batch_size, training.micro_batch_size * ranks
+        if whole % part:
+            near = [n for n in (whole // part * part, (whole // part + 1) * part) if n]
+            yield (
+                f"training.global_batch_size: {whole} is not a multiple of micro_batch_size "
+                f"{training.micro_batch_size} x {ranks} data-parallel ranks = {part}; {_try(near)}"
+            )
+
+
+def _deepspeed_faults(config: RunConfig, accumulation: int, precision: Precision) -> Iterator[str]:
+    found = config.deepspeed.get("gradient_accumulation_steps", "auto")
+    if found not in ("auto", accumulation):
+        told = contradiction(found, accumulation, "training.global_batch_size")
+        yield f"deepspeed.gradient_accumulation_steps: {told}"
+    types = without_auto(config.deepspeed).get("data_types", {})
+    if types.get("param_dtype", precision) != precision:
+        told = contradiction(types["param_dtype"], precision, "training.precision")
+        yield f"deepspeed.data_types.param_dtype: {told}"
+    if precision != "fp32" and zero_stage(config) == 0:
+        yield (
+            f"training.precision: {precision} (auto on a GPU) with ZeRO stage 0 keeps no fp32 "
+            "master weights; set deepspeed.zero_optimization.stage to 1, or the precision to fp32"
+        )
+
+
+def _try(sizes: list[int]) -> str:
+    return "try " + " or ".join(str(size) for size in sizes)
