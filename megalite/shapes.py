@@ -18,6 +18,8 @@ from typing import Any
 
 from megalite.config import AdapterConfig, ModelConfig, RunConfig
 
+_CHUNK_ELEMENTS = 1 << 25  # of logits
+
 
 class Split(enum.Enum):
     """How tensor-parallel ranks share a canonical [out, in] (or [out]) tensor."""
@@ -285,6 +287,27 @@ def _adapters(target: Parameter, adapter: AdapterConfig) -> Iterator[Parameter]:
             split = tensor.split if follows else Split.REPLICATED
             parts.append(Tensor(tensor.name.removesuffix("weight") + kind, shape, split))
         yield Parameter(name + kind, tuple(parts), init, decay=True)
+
+
+def sees_part(parameter: Parameter, *, sequence: bool) -> bool:
+    """Whether a parameter that every tensor rank holds whole meets a part of the tokens or heads.
+
+    Its gradients are summed over the ranks.
+    """
+    if parameter.tensors[0].split is not Split.REPLICATED:
+        return False
+    if parameter.name.endswith(("q_norm.weight", "k_norm.weight")):
+        return True
+    own_tokens = ("model.norm.", "model.encoder.norm.", "model.decoder.norm.", "lm_transform.")
+    return sequence and (".layers." in parameter.name or parameter.name.startswith(own_tokens))
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Tokens whose fp32 logits exist at once in the fused head and loss.
+
+    They fill 128 MiB; a multiple of 64 for the matrix product's sake.
+    """
+    return max(64, _CHUNK_ELEMENTS // vocabulary // 64 * 64)
 
 
 def base(model: ModelConfig) -> ModelConfig:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK_ELEMENTS = 1 << 25  # fp32 logits alive at a time: 128 MiB
+from megalite.shapes import chunk_rows
 
 
 class Shard(Protocol):
@@ -206,8 +206,3 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         if grad_bias is not None:
             grad_bias = grad_bias.mul_(scale).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None, grad_bias, None
-
-
-def chunk_rows(vocabulary: int) -> int:
-    """Rows whose fp32 logits fill a chunk, a multiple of 64 for the matrix product's sake."""
-    return max(64, _CHUNK_ELEMENTS // vocabulary // 64 * 64)

@@ -112,8 +112,7 @@ def split(
         owner, _, name = row.name.rpartition(".")
         module = model.get_submodule(owner)
         if kind is shapes.Split.REPLICATED:
-            partial_ = _sees_own_heads(row) or (sequence and sees_own_tokens(row))
-            if partial_ and parameter.requires_grad:
+            if shapes.sees_part(row, sequence=sequence) and parameter.requires_grad:
                 parameter.register_hook(partial(_sum_gradient, group))
         elif name != "weight":
             continue
@@ -143,18 +142,6 @@ def split(
 
     model.head_loss = parallel_loss
     model.whole_logits = partial(_whole_logits, config.vocab_size, group)
-
-
-def sees_own_tokens(row: shapes.Parameter) -> bool:
-    """Whether, under sequence parallelism, a replicated parameter meets its rank's tokens alone."""
-    return ".layers." in row.name or row.name.startswith(
-        ("model.norm.", "model.encoder.norm.", "model.decoder.norm.", "lm_transform.")
-    )
-
-
-def _sees_own_heads(row: shapes.Parameter) -> bool:
-    """Whether a replicated parameter meets the rank's heads alone."""
-    return row.name.endswith(("q_norm.weight", "k_norm.weight"))
 
 
 def _whole_logits(vocab_size: int, group: dist.ProcessGroup, logits: Tensor) -> Tensor:

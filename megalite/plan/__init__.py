@@ -5,14 +5,18 @@ from megalite.plan.flops import flops_per_token, hardware_flops_per_token
 from megalite.plan.make import make_plan
 from megalite.plan.memory import host_bytes, offloads
 from megalite.plan.sizes import Plan, Precision
+from megalite.plan.traffic import Collective, data_collectives, tensor_collectives
 
 __all__ = [
+    "Collective",
     "Plan",
     "Precision",
+    "data_collectives",
     "deepspeed_dict",
     "flops_per_token",
     "hardware_flops_per_token",
     "host_bytes",
     "make_plan",
     "offloads",
+    "tensor_collectives",
 ]

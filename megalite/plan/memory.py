@@ -23,11 +23,11 @@ _STAGE_0_BUCKET = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE of deepspeed/runtime/
 
 def bucket_elements(config: RunConfig, plan: Plan) -> int:
     """Elements of a communication bucket: no more than there are; even, as DeepSpeed asks."""
-    local = _local_elements(config, plan.tensor_parallel)
+    local = local_elements(config, plan.tensor_parallel)
     return min(_BUCKET, local + local % 2)
 
 
-def _local_elements(config: RunConfig, tensor: int, *, trained: bool = False) -> int:
+def local_elements(config: RunConfig, tensor: int, *, trained: bool = False) -> int:
     return sum(
         math.prod(shapes.local_shape(row, tensor_parallel=tensor))
         for row in shapes.parameters(config.model)
@@ -47,7 +47,7 @@ def host_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) ->
     What an optimizer on the host takes, and the snapshot of a save in the background: the rank's
     share of fp32 weights and states.
     """
-    n = _local_elements(config, plan.tensor_parallel)
+    n = local_elements(config, plan.tensor_parallel)
     share = -(-(4 * n + _moments(config, plan.tensor_parallel)) // plan.data_parallel)
     return {
         "offload_optimizer": plan.memory_bytes["optimizer"]
@@ -64,11 +64,11 @@ def memory_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) 
     sent in, take the place of the activations and logits it has consumed. It is the device's: an
     optimizer that is kept on the host is not in it.
     """
-    n = _local_elements(config, plan.tensor_parallel)
+    n = local_elements(config, plan.tensor_parallel)
     element = 4 if plan.precision == "fp32" else 2
     parameters, optimizer, held, gradients = _states(config, plan, n, element)
     activations, logits = _activations(config, plan, element), _logits(config, plan, element)
-    trained = _local_elements(config, plan.tensor_parallel, trained=True)
+    trained = local_elements(config, plan.tensor_parallel, trained=True)
     buffers = _buffers(config, plan, trained, element)
     peak = max(held + activations + logits, gradients + buffers)
     return {
@@ -93,7 +93,7 @@ def _states(config: RunConfig, plan: Plan, n: int, element: int) -> tuple[int, i
     """
     stage, d = plan.zero_stage, plan.data_parallel
     later = plan.accumulation_steps > 1
-    every, n = n, _local_elements(config, plan.tensor_parallel, trained=True)
+    every, n = n, local_elements(config, plan.tensor_parallel, trained=True)
     part, parts = -(-n // d), -(-every // d)
     moments = _moments(config, plan.tensor_parallel)
     if stage == 0:
@@ -113,7 +113,7 @@ def _states(config: RunConfig, plan: Plan, n: int, element: int) -> tuple[int, i
 
 def _moments(config: RunConfig, tensor: int) -> int:
     """Bytes of the fp32 states that the optimizer keeps of a tensor rank's parameters."""
-    local, matrices = _local_elements(config, tensor, trained=True), 0
+    local, matrices = local_elements(config, tensor, trained=True), 0
     if config.optimizer.name == "sgd":
         return 4 * local * (config.optimizer.momentum > 0)
     if config.optimizer.name == "muon":  # one state of the blocks' matrices instead of two

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megalite import shapes
 from megalite.env import has_compiler
-from megalite.model import loss as module
 from megalite.model.heads import head_loss
-from megalite.model.loss import FusedLinearCrossEntropy, chunk_rows
+from megalite.model.loss import FusedLinearCrossEntropy
+from megalite.shapes import chunk_rows
 from tests.factories import make_batch, make_model, model_config
 
 R, D, V = 200, 12, 37  # chunks of 64 rows: three and a rest of 8
@@ -36,7 +37,7 @@ class Ops(TorchDispatchMode):
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs whole and in chunks of the smallest size."""
     if request.param == "four chunks":
-        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr(shapes, "_CHUNK_ELEMENTS", 1)
         assert chunk_rows(V) == 64
 
 
@@ -195,7 +196,7 @@ def test_half_precision_keeps_an_fp32_loss_and_sum(fused: Loss, dtype: torch.dty
 
 def test_many_chunks_add_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """300 equal contributions: a sum in bf16 stops growing at 256 of them."""
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(shapes, "_CHUNK_ELEMENTS", 1)
     rows = 300 * 64
     hidden = torch.ones(rows, 2, dtype=torch.bfloat16)
     weight = torch.zeros(3, 2, dtype=torch.bfloat16, requires_grad=True)
@@ -249,7 +250,7 @@ def test_rows_around_a_chunk(fused: Loss, rows: int) -> None:
 def test_chunk_rows(
     monkeypatch: pytest.MonkeyPatch, elements: int, vocabulary: int, rows: int
 ) -> None:
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(shapes, "_CHUNK_ELEMENTS", elements)
     assert chunk_rows(vocabulary) == rows
 
 

@@ -1,0 +1,104 @@
+"""A step on the meta device, among ranks that are imagined: what the plan says is what is done."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megalite.config import RunConfig, load_config, parse_config
+from megalite.plan import make_plan, tensor_collectives
+from megalite.train import rehearsal
+from megalite.train.rehearsal import rehearse
+from tests.run_file import BASE
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+MODEL = {
+    "vocab_size": 1001,  # divided by no number of ranks
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+}
+BIASES = {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}
+TWO = {"architecture": "encoder_decoder", "num_decoder_layers": 2}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gpt2": {"norm": "layernorm", "activation": "gelu", "position_embedding": "learned", **BIASES},
+    "qwen3": {"qk_norm": True, "tie_word_embeddings": True},
+    "bert": {"architecture": "encoder", "norm_position": "post", "norm": "layernorm", **BIASES},
+    "t5": {**TWO, "position_embedding": "relative"},
+    "transformer": {**TWO, "norm_position": "post", "hidden_dropout": 0.1},
+    "dropout": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+}
+
+
+def config(kind: str, **sections: Any) -> RunConfig:
+    model = MODEL | KINDS[kind]
+    length = 35 if "num_decoder_layers" in model else 144  # both sides shared evenly by four
+    objective = {"encoder": {"name": "masked", "mask_token_id": 1000}}
+    raw = dict(BASE) | {
+        "model": model,
+        "data": {"train": [{"path": "a"}], "sequence_length": length},
+        "objective": objective.get(model.get("architecture", ""), {}),
+        "training": {"steps": 1, "global_batch_size": 256, "micro_batch_size": 2},
+    }
+    for key, value in sections.items():
+        raw[key] = {**raw.get(key, {}), **value}
+    return parse_config(raw)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_collectives_are_those_of_the_plan(kind: str, sequence: bool, recompute: str) -> None:
+    run = config(
+        kind,
+        parallel={"tensor": 4, "sequence": sequence},
+        training={"activation_checkpointing": recompute},
+    )
+    plan = make_plan(run, world_size=64, device="cuda")
+    assert plan.accumulation_steps == 8
+    done = rehearse(run, plan)
+    assert done.differences == ()
+    assert done.parameters == done.with_gradient
+    assert all(call.count % 8 == 0 for call in done.collectives)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_configs(path: Path) -> None:
+    if path.stem == "schema":
+        pytest.skip("not a run file")
+    if path.stem == "70b":
+        pytest.skip("minutes of a small machine: below, with fewer layers")
+    run = load_config(path)
+    world = run.parallel.tensor * run.training.global_batch_size // run.training.micro_batch_size
+    done = rehearse(run, make_plan(run, world_size=world, device="cuda"))
+    assert done.differences == ()
+
+
+def test_70b_on_a_thousand_ranks() -> None:
+    run = load_config(CONFIGS / "70b.json", ["model.num_hidden_layers=4"])
+    plan = make_plan(run, world_size=1024, device="cuda")
+    done = rehearse(run, plan)
+    assert done.differences == ()
+    assert sum(call.bytes for call in done.collectives) > 0
+
+
+def test_what_differs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config("llama", parallel={"tensor": 2})
+    plan = make_plan(run, world_size=2, device="cuda")
+    expected = tensor_collectives(run, plan)
+    wrong = replace(expected[0], count=expected[0].count + 1)
+    monkeypatch.setattr(rehearsal, "tensor_collectives", lambda *_: (wrong, *expected[1:]))
+    monkeypatch.setattr(rehearsal, "local_elements", lambda *_: 17)
+    parameters, planned, found = rehearse(run, plan).differences
+    assert parameters.startswith("parameters of a rank: 17 planned, ")
+    assert planned == f"planned, not rehearsed: {wrong}"
+    assert found == f"rehearsed, not planned: {expected[0]}"
