@@ -14,6 +14,7 @@ import fnmatch
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from megalite.config import AdapterConfig, ModelConfig, RunConfig
@@ -158,6 +159,7 @@ def stacks(model: ModelConfig) -> dict[str, int]:
     return {"model.encoder": model.num_hidden_layers, "model.decoder": decoder}
 
 
+@lru_cache(maxsize=64)
 def parameters(model: ModelConfig) -> tuple[Parameter, ...]:
     """The parameters of a model, in the order of its `named_parameters()`."""
     return tuple(_parameters(model))

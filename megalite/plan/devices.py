@@ -24,6 +24,8 @@ class Device:
 
     Attributes:
         bf16, fp16, fp32: dense peaks, FLOP/s; None: no such unit.
+        reached: share of the bf16 peak that large matrix products were measured to reach.
+        attention: share of it that flash attention was.
         memory: bytes that a program may have. bandwidth: of that memory, bytes/s.
         link: bytes/s to the devices of the same host, in one direction.
         network: bytes/s to other hosts, a device, in one direction.
@@ -34,6 +36,8 @@ class Device:
     bf16: float | None
     fp16: float | None
     fp32: float | None
+    reached: float
+    attention: float
     memory: int
     bandwidth: float
     link: float
@@ -46,52 +50,69 @@ class Device:
         return {"bf16": self.bf16, "fp16": self.fp16, "fp32": self.fp32}[precision]
 
 
-# TFLOP/s in bf16, fp16, fp32; MiB as the driver tells it; GB/s of memory, of the links to the
-# neighbours (NVLink and Infinity Fabric: half of what both directions have; else PCIe), of the
+# TFLOP/s in bf16, fp16, fp32; what is reached of them: by products, by Bekman's MAMF table (0.8 if
+# it has no row), and by FlashAttention-2 (Dao 2023 on the A100, both directions; Shah et al. 2024
+# on the H100; neighbours by likeness); MiB as the driver tells it; GB/s of memory, of the links to
+# the neighbours (NVLink and Infinity Fabric: half of what both directions have; else PCIe), of the
 # network as such hosts are commonly built, and to the host.
-_Row = tuple[str, float | None, float | None, float, int, float, float, float, float, str]
+_Row = tuple[
+    str, float | None, float | None, float, float, float, int, float, float, float, float, str
+]
 # fmt: off
 _TABLE: tuple[_Row, ...] = (
-    ("b200", 2250.0, 2250.0, 75.0, 183359, 8000, 900, 50, 64, "HGX B200 sheet, an eighth"),
-    ("gh200", 989.4, 989.4, 66.9, 97871, 4000, 450, 50, 450, "data sheet"),
-    ("h200 nvl", 835.5, 835.5, 60.0, 143771, 4800, 450, 25, 64, "data sheet"),
-    ("h200", 989.4, 989.4, 66.9, 143771, 4800, 450, 50, 64, "data sheet"),
-    ("h100 nvl", 835.5, 835.5, 60.0, 95830, 3900, 300, 25, 64, "data sheet"),
-    ("h100 pcie", 756.5, 756.5, 51.2, 81559, 2000, 64, 25, 64, "data sheet"),
-    ("h100 80gb", 989.4, 989.4, 66.9, 81559, 3350, 450, 50, 64, "H100 white paper, SXM5"),
-    ("h100", 989.4, 989.4, 66.9, 81559, 3350, 450, 50, 64, "H100 white paper, SXM5"),
-    ("a100 80gb", 312.0, 312.0, 19.5, 81920, 2039, 300, 25, 32, "data sheet"),
-    ("a100 40gb", 312.0, 312.0, 19.5, 40960, 1555, 300, 25, 32, "data sheet"),
-    ("a100", 312.0, 312.0, 19.5, 40960, 1555, 300, 25, 32, "data sheet"),
-    ("h800 pcie", 756.5, 756.5, 51.2, 81559, 2000, 64, 25, 64, "an H100 but for its links"),
-    ("h800", 989.4, 989.4, 66.9, 81559, 3350, 200, 50, 64, "an H100 but for its links"),
-    ("h20", 148.0, 148.0, 44.0, 97871, 4000, 450, 50, 64, "data sheet"),
-    ("a800", 312.0, 312.0, 19.5, 81920, 2039, 200, 25, 32, "an A100 but for its links"),
-    ("l40s", 362.05, 362.05, 91.6, 46068, 864, 32, 12.5, 32, "data sheet"),
-    ("l4", 121.0, 121.0, 30.3, 23034, 300, 32, 12.5, 32, "data sheet"),
-    ("a10", 125.0, 125.0, 31.2, 23028, 600, 32, 12.5, 32, "data sheet"),
-    ("rtx 4090", 165.2, 165.2, 82.6, 24564, 1008, 32, 12.5, 32, "Ada white paper"),
-    ("rtx 3090", 71.0, 71.0, 35.6, 24576, 936, 32, 12.5, 32, "GA102 white paper"),
-    ("v100 sxm2", None, 125.0, 15.7, 32768, 900, 150, 12.5, 16, "data sheet"),
-    ("v100 pcie", None, 112.0, 14.0, 32768, 900, 16, 12.5, 16, "data sheet"),
-    ("t4", None, 65.0, 8.1, 15360, 320, 16, 6.25, 16, "data sheet"),
-    ("mi300x", 1307.4, 1307.4, 163.4, 196592, 5300, 448, 50, 64, "AMD data sheet"),
+    ("b200", 2250.0, 2250.0, 75.0, 0.776, 0.35, 183359, 8000, 900, 50, 64, "HGX B200 sheet"),
+    ("gh200", 989.4, 989.4, 66.9, 0.83, 0.35, 97871, 4000, 450, 50, 450, "data sheet"),
+    ("h200 nvl", 835.5, 835.5, 60.0, 0.8, 0.35, 143771, 4800, 450, 25, 64, "data sheet"),
+    ("h200", 989.4, 989.4, 66.9, 0.803, 0.35, 143771, 4800, 450, 50, 64, "data sheet"),
+    ("h100 nvl", 835.5, 835.5, 60.0, 0.8, 0.35, 95830, 3900, 300, 25, 64, "data sheet"),
+    ("h100 pcie", 756.5, 756.5, 51.2, 0.8, 0.35, 81559, 2000, 64, 25, 64, "data sheet"),
+    ("h100 80gb", 989.4, 989.4, 66.9, 0.801, 0.35, 81559, 3350, 450, 50, 64, "white paper, SXM5"),
+    ("h100", 989.4, 989.4, 66.9, 0.801, 0.35, 81559, 3350, 450, 50, 64, "white paper, SXM5"),
+    ("a100 80gb", 312.0, 312.0, 19.5, 0.859, 0.6, 81920, 2039, 300, 25, 32, "data sheet"),
+    ("a100 40gb", 312.0, 312.0, 19.5, 0.859, 0.6, 40960, 1555, 300, 25, 32, "data sheet"),
+    ("a100", 312.0, 312.0, 19.5, 0.859, 0.6, 40960, 1555, 300, 25, 32, "data sheet"),
+    ("h800 pcie", 756.5, 756.5, 51.2, 0.8, 0.35, 81559, 2000, 64, 25, 64, "as an H100"),
+    ("h800", 989.4, 989.4, 66.9, 0.8, 0.35, 81559, 3350, 200, 50, 64, "as an H100"),
+    ("h20", 148.0, 148.0, 44.0, 0.8, 0.35, 97871, 4000, 450, 50, 64, "data sheet"),
+    ("a800", 312.0, 312.0, 19.5, 0.8, 0.5, 81920, 2039, 200, 25, 32, "as an A100"),
+    ("l40s", 362.05, 362.05, 91.6, 0.8, 0.5, 46068, 864, 32, 12.5, 32, "data sheet"),
+    ("l4", 121.0, 121.0, 30.3, 0.8, 0.5, 23034, 300, 32, 12.5, 32, "data sheet"),
+    ("a10", 125.0, 125.0, 31.2, 0.8, 0.5, 23028, 600, 32, 12.5, 32, "data sheet"),
+    ("rtx 4090", 165.2, 165.2, 82.6, 0.8, 0.5, 24564, 1008, 32, 12.5, 32, "Ada white paper"),
+    ("rtx 3090", 71.0, 71.0, 35.6, 0.8, 0.5, 24576, 936, 32, 12.5, 32, "GA102 white paper"),
+    ("v100 sxm2", None, 125.0, 15.7, 0.8, 0.5, 32768, 900, 150, 12.5, 16, "data sheet"),
+    ("v100 pcie", None, 112.0, 14.0, 0.8, 0.5, 32768, 900, 16, 12.5, 16, "data sheet"),
+    ("t4", None, 65.0, 8.1, 0.8, 0.5, 15360, 320, 16, 6.25, 16, "data sheet"),
+    ("mi300x", 1307.4, 1307.4, 163.4, 0.601, 0.35, 196592, 5300, 448, 50, 64, "AMD data sheet"),
 )
 # fmt: on
 
 # a core of a server's processor: what a plan for a CPU starts from until it is calibrated
 CPU = Device(
-    "cpu", 50e9, None, 50e9, 8 << 30, 10e9, 5e9, 1e9, 10e9, "a guess: calibrate it by a run"
+    "cpu",
+    50e9,
+    None,
+    50e9,
+    1.0,
+    1.0,
+    8 << 30,
+    10e9,
+    5e9,
+    1e9,
+    10e9,
+    "a guess: calibrate it by a run",
 )
 
 
 def _device(row: _Row) -> Device:
-    name, bf16, fp16, fp32, memory, bandwidth, link, network, host, source = row
+    name, bf16, fp16, fp32, reached, attention, memory, bandwidth, link, network, host, source = row
     return Device(
         name=name.replace(" ", "-"),
         bf16=None if bf16 is None else bf16 * _TERA,
         fp16=None if fp16 is None else fp16 * _TERA,
         fp32=fp32 * _TERA,
+        reached=reached,
+        attention=attention,
         memory=memory * _MIB,
         bandwidth=bandwidth * _GIGA,
         link=link * _GIGA,
