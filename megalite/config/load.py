@@ -51,6 +51,13 @@ def load_config(
     return _check(raw, str(path), faults, origins)
 
 
+def section_changes(sets: Sequence[str]) -> dict[str, Any]:
+    """What `--set` changes, as the sections of a run file."""
+    raw: dict[str, Any] = {}
+    _apply_sets(raw, sets, [], {})
+    return raw
+
+
 def find_run(path: str | Path, sets: Sequence[str] = ()) -> Path | None:
     """The run folder that a run file means, whatever else may be wrong with it."""
     faults: list[str] = []

@@ -19,6 +19,30 @@ _TERA, _GIGA, _MIB = 1e12, 1e9, 1 << 20
 
 
 @dataclass(frozen=True)
+class Efficiencies:
+    """What of a device's peaks a run reaches. Fitted to published runs (benchmarks/plan.py), or to
+    a machine's own (`--calibrate`).
+
+    Attributes:
+        matmul, attention: shares of the FLOP/s that the device's own large products reach, and its
+            attention. bandwidth: of the memory's.
+        link, network: of the bytes/s between the ranks of a host, and between hosts.
+        hidden: share of the forward and backward behind which ZeRO's messages can hide, where an
+            engine overlaps them.
+        launch: seconds to start a kernel. latency: seconds of a message, whatever its size.
+    """
+
+    matmul: float = 0.97
+    attention: float = 0.55
+    bandwidth: float = 0.75
+    link: float = 0.74
+    network: float = 0.65
+    hidden: float = 0.35
+    launch: float = 4e-6
+    latency: float = 2.9e-5
+
+
+@dataclass(frozen=True)
 class Device:
     """What a planner needs to know of one device.
 
@@ -44,6 +68,7 @@ class Device:
     network: float
     host_link: float
     source: str
+    efficiencies: Efficiencies = Efficiencies()
 
     def peak(self, precision: str) -> float | None:
         """FLOP/s in "bf16", "fp16" or "fp32"."""
@@ -171,13 +196,24 @@ def _read(path: Path) -> Device:
             raise ValueError(f"unknown key {unknown[0]!r}; it is one of {', '.join(sorted(known))}")
         base = DEVICES[str(raw.get("extends", "cpu"))]
         own = {key: value for key, value in raw.items() if key != "extends"}
+        if "efficiencies" in own:
+            own["efficiencies"] = _efficiencies(own["efficiencies"])
         for key, value in own.items():
+            if key == "efficiencies":
+                continue
             wrong = not isinstance(value, str) if key in ("name", "source") else not _is_size(value)
             if wrong:
                 raise ValueError(f"{key} is {json.dumps(value)}, not a number over 0")
         return replace(base, **own)
     except (OSError, ValueError, KeyError) as error:
         raise CommandError(f"--gpu {path}: describes no device: {error}") from None
+
+
+def _efficiencies(raw: Any) -> Efficiencies:
+    known = {field.name for field in fields(Efficiencies)}
+    if not isinstance(raw, Mapping) or {*raw} - known or not all(map(_is_size, raw.values())):
+        raise ValueError(f"efficiencies is not an object of numbers over 0 by {', '.join(known)}")
+    return Efficiencies(**raw)
 
 
 def _is_size(value: Any) -> bool:

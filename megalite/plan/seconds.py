@@ -22,30 +22,6 @@ from megalite.plan.traffic import Collective, data_collectives, tensor_collectiv
 
 
 @dataclass(frozen=True)
-class Efficiencies:
-    """What of a device's peaks a run reaches. Fitted to published runs (benchmarks/plan.py), or to
-    a machine's own (`--calibrate`).
-
-    Attributes:
-        matmul, attention: shares of the FLOP/s that the device's own large products reach, and its
-            attention. bandwidth: of the memory's.
-        link, network: of the bytes/s between the ranks of a host, and between hosts.
-        hidden: share of the forward and backward behind which ZeRO's messages can hide, where an
-            engine overlaps them.
-        launch: seconds to start a kernel. latency: seconds of a message, whatever its size.
-    """
-
-    matmul: float = 0.72
-    attention: float = 0.45
-    bandwidth: float = 0.75
-    link: float = 0.7
-    network: float = 0.7
-    hidden: float = 0.8
-    launch: float = 5e-6
-    latency: float = 2e-5
-
-
-@dataclass(frozen=True)
 class Layout:
     """Where the ranks are: hosts of `per_host` devices each."""
 
@@ -77,7 +53,6 @@ def step_seconds(
     config: RunConfig,
     plan: Plan,
     layout: Layout,
-    efficiencies: Efficiencies,
     *,
     document_tokens: float | None = None,
 ) -> Seconds:
@@ -88,7 +63,7 @@ def step_seconds(
     Raises:
         ValueError: a device without units for the run's precision.
     """
-    return _Clock(config, plan, layout, efficiencies, document_tokens).seconds()
+    return _Clock(config, plan, layout, document_tokens).seconds()
 
 
 class _Clock:
@@ -97,11 +72,10 @@ class _Clock:
         config: RunConfig,
         plan: Plan,
         layout: Layout,
-        efficiencies: Efficiencies,
         document_tokens: float | None,
     ) -> None:
         self._config, self._plan, self._layout = config, plan, layout
-        self._eff, self._document = efficiencies, document_tokens
+        self._eff, self._document = layout.device.efficiencies, document_tokens
         self._element = 4 if plan.precision == "fp32" else 2
         # the cores of a CPU are shared by the ranks of its host; a GPU is a rank's own
         share = layout.per_host if layout.device.name == "cpu" else 1

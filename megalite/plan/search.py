@@ -1,0 +1,85 @@
+"""Which layout of a run is the fastest that fits: every one is forecast."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalite import shapes
+from megalite.config import RunConfig, parse_config
+from megalite.errors import ConfigError
+from megalite.plan.forecast import Forecast, forecast
+from megalite.plan.seconds import Layout
+
+_RECOMPUTE = ("none", "selective", "full")
+_MOST = 64  # samples of a micro-batch
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout, by the keys of a run file that make it, and what is to be expected of it."""
+
+    changes: dict[str, Any]
+    forecast: Forecast
+
+
+def search(config: RunConfig, layout: Layout) -> list[Candidate]:
+    """All layouts that fit, the fastest first; of equal ones that which leaves more memory.
+
+    Tensor parallelism within a host (with and without sequence parallelism), ZeRO stages,
+    micro-batches, recompute, and the optimizer on the host.
+    """
+    found = []
+    for changes in _changes(config, layout):
+        try:
+            made = forecast(parse_config(_merged(config.model_dump(mode="json"), changes)), layout)
+        except ConfigError:  # what does not divide, or does not go together
+            continue
+        if made.fits:
+            found.append(Candidate(changes, made))
+    return sorted(found, key=lambda c: (-round(c.forecast.tokens_per_second), -c.forecast.free))
+
+
+def _changes(config: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:
+    tensor = [n for n in shapes.allowed_tensor_parallel(config.model) if layout.per_host % n == 0]
+    micro = [2**n for n in range(_MOST.bit_length())]
+    offload = [False] if layout.device.name == "cpu" else [False, True]
+    for size, stage, batch, again, host in itertools.product(
+        tensor, (0, 1, 2, 3), micro, _RECOMPUTE, offload
+    ):
+        zero: dict[str, Any] = {"stage": stage}
+        if stage == 0 and host:
+            continue
+        zero["offload_optimizer"] = {"device": "cpu" if host else "none"}
+        for sequence in (False, True) if size > 1 else (False,):
+            yield {
+                "parallel": {"tensor": size, "sequence": sequence},
+                "training": {"micro_batch_size": batch, "activation_checkpointing": again},
+                "deepspeed": {"zero_optimization": zero},
+            }
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        inner = result.get(key)
+        if isinstance(value, dict) and isinstance(inner, dict):
+            value = _merged(inner, value)
+        result[key] = value
+    return result
+
+
+def run_file(
+    candidate: Candidate, path: Path, source: Path, changes: dict[str, Any]
+) -> dict[str, Any]:
+    """What a run file at `path` says that extends `source` by a candidate.
+
+    Args:
+        changes: what the command line changes, as sections.
+    """
+    extends = os.path.relpath(source.resolve(), path.resolve().parent)
+    return {"extends": extends, **_merged(changes, candidate.changes)}
