@@ -14,7 +14,7 @@ smoke: venv
 	@$(BIN)/python -u launcher/smoke.py
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: venv
 	$(BIN)/ruff format --check .

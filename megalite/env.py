@@ -24,7 +24,12 @@ _TORCH_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # what Open MPI's mpirun, and MPICH's and Intel MPI's, tell their ranks
 _MPI_KEYS = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
 # what names one launch: Open MPI's (PMIx), MPICH's and Intel MPI's, Slurm's step
-_LAUNCH_KEYS = (("PMIX_NAMESPACE",), ("PMI_JOBID",), ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+_LAUNCH_KEYS = (
+    ("PMIX_NAMESPACE",),
+    ("PMI_JOBID",),
+    # a requeued job counts its steps anew
+    ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"),
+)
 _SHELL_STEPS = ("4294967290", "4294967291")  # slurm.h: the interactive and the batch step
 _PORT_BASE, _PORT_SPAN = 20000, 10000
 

@@ -17,6 +17,14 @@ from data_prep.encode import TokenizeOptions, tokenize
 _MODULES = ("argparse", "ast", "calendar", "dataclasses", "enum", "inspect", "pathlib", "typing")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run side by side (-n 2), those of a file stay together, and a cluster is one."""
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent)
+        alone = path.parts[0] in ("slurm", "faults")
+        item.add_marker(pytest.mark.xdist_group(path.parts[0] if alone else str(path)))
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folders of byte-tokenized shards: `train` (some 400,000 tokens) and `valid`."""

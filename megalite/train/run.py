@@ -31,6 +31,7 @@ from megalite.plan import Plan
 from megalite.train.drift import DriftGuard
 from megalite.train.feed import Feed, StopRequest
 from megalite.train.folder import opened
+from megalite.train.foresight import Foresight
 from megalite.train.judge import Judge
 from megalite.train.ledger import IN_CHECKPOINT, Ledger
 from megalite.train.loop import Jump, Trainer
@@ -161,6 +162,8 @@ class _Run:
     def _train(self) -> None:
         request, config, grid = self.request, self.request.config, self.grid
         self.ledger = Ledger(request.folder, grid, config.guards.spike_window)
+        host = socket.gethostname()
+        foresight = Foresight(config, self.plan, grid, host, grid.gather(host))
         self.engine = _make_engine(request, self.plan, grid, self.settings)
         guard = _guard(request, self.plan, grid, self.engine)
         if self.origin is not None:
@@ -203,6 +206,7 @@ class _Run:
             finally:
                 self.place = self.trainer.place
         self.trainer.feed.close()
+        foresight.conclude(self.recorder)
 
     def _make_tuning(self) -> Tuning | None:
         request = self.request

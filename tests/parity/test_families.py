@@ -40,14 +40,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp4": (4, {"parallel": {"tensor": 4, "sequence": True}, "deepspeed": zero(0)}),
 }
 LAYOUTS["sequence"][1]["training"] = {"activation_checkpointing": "selective"}
-ALL = ["qwen3", "t5"]  # grouped heads and norms of heads; two stacks
+ALL = ["qwen3"]  # grouped heads, and norms of heads
+SOME = ["t5", "gpt2", "bert"]  # two stacks; biases and learned positions; both directions
 
 
 @pytest.mark.parametrize(
     ("family", "names"),
-    [(family, list(LAYOUTS) if family in ALL else ["sequence"]) for family in FAMILIES]
+    [(family, list(LAYOUTS) if family in ALL else ["sequence"]) for family in ALL + SOME]
     + [
-        pytest.param(family, ["tp2", "tp4"], marks=pytest.mark.slow)
+        pytest.param(family, list(LAYOUTS)[1 if family in SOME else 0 :], marks=pytest.mark.slow)
         for family in FAMILIES
         if family not in ALL
     ],

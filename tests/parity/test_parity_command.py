@@ -93,6 +93,7 @@ def test_every_layout_of_two_ranks_agrees(tmp_path: Path) -> None:
     assert "dropout 0" in done.stderr
 
 
+@pytest.mark.slow  # docs/trust.md has the command run as well
 def test_the_command_prints_one_table(tmp_path: Path) -> None:
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(TINY | {"model": TINY["model"] | {"num_key_value_heads": 1}}))

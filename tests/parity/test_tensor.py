@@ -34,8 +34,11 @@ def test_tensor_parallel_agrees_with_one_plain_process(
 FOUR_HEADS = {"num_key_value_heads": 4}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("stage", "tied"),
+    [(1, False), (3, True)]
+    + [pytest.param(*pair, marks=pytest.mark.slow) for pair in ((0, True), (3, False))],
+)
 def test_four_tensor_parallel_ranks_agree_with_one_plain_process(
     shards: dict[str, str], tmp_path: Path, tied: bool, stage: int
 ) -> None:

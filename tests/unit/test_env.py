@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megalite import env
-from megalite.env import Launch, find_launch, first_host, job, thread_count
+from megalite.env import Launch, find_launch, first_host, job, launch_id, thread_count
 from megalite.errors import LaunchError, nearest
 
 TORCHRUN = {
@@ -364,3 +364,9 @@ def test_nearest() -> None:
     assert nearest("vocabsize", iter(known)) == '; did you mean "vocab_size"?'
     assert nearest("banana", known) == ""
     assert nearest("x", ()) == ""
+
+
+def test_a_launch_has_a_name_that_a_requeued_job_does_not_share() -> None:
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+    assert launch_id(step) == launch_id(dict(step)) != launch_id({})
+    assert launch_id(step | {"SLURM_RESTART_COUNT": "1"}) != launch_id(step)

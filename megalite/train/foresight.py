@@ -1,0 +1,100 @@
+"""Predicted beside measured: what a run was to take, and what it took, printed and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalite import files
+from megalite.config import RunConfig
+from megalite.errors import ConfigError
+from megalite.log import logger
+from megalite.observe import Recorder, peak_memory_bytes
+from megalite.parallel import Grid
+from megalite.plan import Plan
+from megalite.plan.devices import CPU, Device, by_driver_name
+from megalite.plan.forecast import forecast
+from megalite.plan.seconds import Layout
+
+RECORD = "plan.json"
+_WARM_UP = 2  # rows that compile, allocate and read for the first time
+
+
+class Foresight:
+    """Foresees a run before its engine is built; tells at its end how true that was.
+
+    On a CPU memory is what the process has beyond what it had before the engine; times there are
+    guesses until `launcher/plan.py --calibrate` knows the machine.
+    """
+
+    def __init__(
+        self, config: RunConfig, plan: Plan, grid: Grid, host: str, hosts: list[str]
+    ) -> None:
+        self._predicted: dict[str, Any] | None = None
+        self._baseline = 0 if grid.device.type == "cuda" else peak_memory_bytes(grid.device)
+        device = _device(grid)
+        if device is None:
+            return
+        layout = Layout(device, len(set(hosts)), hosts.count(host))
+        with suppress(ConfigError):  # such as tensor parallelism over hosts
+            found = forecast(config, layout)
+            self._record: dict[str, Any] = {
+                "device": device.name,
+                "hosts": layout.hosts,
+                "per_host": layout.per_host,
+                "baseline_bytes": self._baseline,
+            }
+            self._predicted = {
+                "memory_bytes": plan.memory_bytes["total"],
+                "step_seconds": found.seconds.total,
+            }
+
+    def conclude(self, recorder: Recorder) -> None:
+        """Of a run's end, on rank 0: print both, and keep them in plan.json."""
+        if recorder.rank != 0 or self._predicted is None:
+            return
+        measured = _measured(recorder.folder, recorder.attempt, self._baseline)
+        if measured is None:
+            return
+        predicted = self._predicted
+        gigabytes = [told["memory_bytes"] / 2**30 for told in (predicted, measured)]
+        seconds = [told["step_seconds"] for told in (predicted, measured)]
+        logger.info(
+            "memory of a rank: %.2f GiB predicted, %.2f measured; a step: %.3g s predicted%s, "
+            "%.3g measured",
+            *gigabytes,
+            seconds[0],
+            " (a guess for a CPU)" if self._record["device"] == "cpu" else "",
+            seconds[1],
+        )
+        record = self._record | {"predicted": predicted, "measured": measured}
+        with suppress(OSError):
+            files.write_json(recorder.folder / RECORD, record)
+
+
+def _device(grid: Grid) -> Device | None:
+    if grid.device.type != "cuda":
+        return dataclasses.replace(CPU)
+    return by_driver_name(torch.cuda.get_device_name(grid.device))
+
+
+def _measured(folder: Path, attempt: int, baseline: int) -> dict[str, Any] | None:
+    """The median step and the most memory of a start's rows; None where there are too few."""
+    try:
+        rows = files.read_rows(folder / "metrics.jsonl")
+    except OSError:
+        return None
+    own = [row for row in rows if row.get("kind") == "train" and row.get("attempt") == attempt]
+    times = [row["step_seconds"] for row in own[_WARM_UP:] if row.get("step_seconds")]
+    if not times:
+        return None
+    most = max(row.get("peak_memory_bytes") or 0 for row in own)
+    return {
+        "memory_bytes": max(0, most - baseline),
+        "step_seconds": statistics.median(times),
+    }
