@@ -23,7 +23,7 @@ _ROUNDS = 60
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     config: RunConfig
     layout: Layout
     seconds: float
@@ -41,7 +41,7 @@ def calibrate(folders: Sequence[Path]) -> dict[str, Any]:
     Raises:
         CommandError: a folder without such a record, or runs on several kinds of devices.
     """
-    runs = [_read(folder) for folder in folders]
+    runs = [read_run(folder) for folder in folders]
     names = sorted({run.layout.device.name for run in runs})
     if len(names) > 1:
         raise CommandError(f"--calibrate: runs on {' and '.join(names)}; give those of one device")
@@ -55,7 +55,7 @@ def calibrate(folders: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _fit(runs: Sequence[_Run], device: Device) -> Efficiencies:
+def _fit(runs: Sequence[Run], device: Device) -> Efficiencies:
     """By turns each efficiency is moved up and down, in steps that shrink."""
     best = device.efficiencies
     lowest, width = _cost(runs, device, best), 2.0
@@ -73,7 +73,7 @@ def _fit(runs: Sequence[_Run], device: Device) -> Efficiencies:
     return best
 
 
-def _cost(runs: Sequence[_Run], device: Device, efficiencies: Efficiencies) -> float:
+def _cost(runs: Sequence[Run], device: Device, efficiencies: Efficiencies) -> float:
     tried = dataclasses.replace(device, efficiencies=efficiencies)
     usual = device.efficiencies
     errors = sum(math.log(run.predicted(tried) / run.seconds) ** 2 for run in runs)
@@ -83,14 +83,14 @@ def _cost(runs: Sequence[_Run], device: Device, efficiencies: Efficiencies) -> f
     return errors / len(runs) + _PULL * pulls / len(_FITTED)
 
 
-def _read(folder: Path) -> _Run:
+def read_run(folder: Path) -> Run:
     try:
         record = files.read_json(folder / "plan.json")
         layout = Layout(DEVICES[record["device"]], record["hosts"], record["per_host"])
         seconds = float(record["measured"]["step_seconds"])
         if not seconds > 0:
             raise ValueError(f"a step of {seconds} seconds")
-        return _Run(load_config(folder / "config.json"), layout, seconds)
+        return Run(load_config(folder / "config.json"), layout, seconds)
     except FileNotFoundError:
         raise CommandError(
             f"--calibrate {folder}: no plan.json there; give run folders whose runs have ended"
