@@ -44,12 +44,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--allow-change", action="append", default=[], metavar="KEY", help="as launcher/pretrain.py"
     )
+    parser.add_argument(
+        "--dry-run",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="RANKS",
+        help="rehearse a step's shapes and messages on so many ranks, here and now; train nothing",
+    )
     # the deepspeed launcher appends it; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> int:
     arguments = parse()
     launch = env.find_launch()
     from megalite.checkpoint import describe_run, describe_start
@@ -67,6 +75,10 @@ def main() -> None:
             f"{arguments.config}: no finetune section; write one (configs/finetune has examples), "
             "or start launcher/pretrain.py"
         )
+    if arguments.dry_run is not None:
+        from megalite.train.rehearsal import dry_run
+
+        return dry_run(config, launch, arguments.dry_run)
     from data_prep.examples import prepare
     from megalite.train import Request, run
 
@@ -78,6 +90,7 @@ def main() -> None:
         prepare=partial(prepare, tokenizer=tokenizer),
     )
     run(request, launch)
+    return 0
 
 
 if __name__ == "__main__":

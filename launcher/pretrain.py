@@ -21,7 +21,7 @@ command line (nothing was written), 75 stopped and resumable, 3 superseded by a 
 """
 
 
-def main() -> None:
+def main() -> int:
     parser = command_parser(__doc__, _EXAMPLES)
     parser.add_argument("--config", required=True, metavar="FILE", help="the run file (JSON)")
     parser.add_argument(
@@ -51,6 +51,14 @@ def main() -> None:
         metavar="KEY",
         help="resume although model, tokenizer, data, sequence_length or seed changed",
     )
+    parser.add_argument(
+        "--dry-run",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="RANKS",
+        help="rehearse a step's shapes and messages on so many ranks, here and now; train nothing",
+    )
     # the deepspeed launcher appends it; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -60,6 +68,10 @@ def main() -> None:
         raise ConfigError(
             f"{arguments.config}: it has a finetune section; start launcher/finetune.py with it"
         )
+    if arguments.dry_run is not None:
+        from megalite.train.rehearsal import dry_run
+
+        return dry_run(config, launch, arguments.dry_run)
     from megalite.train import Request, run  # torch: after everything that needs no torch
 
     request = Request(
@@ -69,6 +81,7 @@ def main() -> None:
         allow_change=tuple(arguments.allow_change),
     )
     run(request, launch)
+    return 0
 
 
 if __name__ == "__main__":

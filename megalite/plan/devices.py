@@ -160,8 +160,10 @@ def find_device(told: str) -> Device:
     Raises:
         CommandError: an unknown device, or a file that describes none.
     """
-    if told.lower() in DEVICES:
-        return DEVICES[told.lower()]
+    plain = told.lower().replace("-", "")
+    for name, device in DEVICES.items():
+        if name.replace("-", "") == plain:
+            return device
     if told.endswith(".json"):
         return _read(Path(told))
     found = by_driver_name(told)

@@ -9,12 +9,13 @@ B samples of a micro-batch   T tokens of a sample
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,10 +26,11 @@ from torch.utils._pytree import tree_leaves
 
 from megalite.config import RunConfig, source_length, target_length
 from megalite.engine.base import tune
+from megalite.env import Launch
 from megalite.errors import CommandError
 from megalite.model import LanguageModel, build
 from megalite.parallel import Grid, local_model, prepare, split
-from megalite.plan import Collective, Plan, tensor_collectives
+from megalite.plan import Collective, Plan, make_plan, tensor_collectives
 from megalite.plan.memory import local_elements
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -190,3 +192,37 @@ def _differences(
         yield f"planned, not rehearsed: {missing}"
     for found in sorted(set(collectives) - expected):
         yield f"rehearsed, not planned: {found}"
+
+
+def dry_run(config: RunConfig, launch: Launch, ranks: int) -> int:
+    """Rehearse a step on so many ranks, and say how it compares with the plan; for `--dry-run`.
+
+    Args:
+        ranks: of the run; 0: those that were started, or so many as share a model.
+    Returns:
+        1 where the rehearsal and the plan differ.
+    """
+    if launch.rank != 0:
+        return 0
+    tuning = config.finetune
+    if tuning is not None and tuning.task == "classification" and not config.model.num_labels:
+        two = config.model.model_copy(update={"num_labels": 2})  # the examples say how many
+        config = config.model_copy(update={"model": two})
+    world = ranks or max(launch.world_size, config.parallel.tensor)
+    device: Literal["cpu", "cuda"] = "cpu" if config.training.precision == "fp32" else "cuda"
+    plan = make_plan(config, world_size=world, device=device)
+    done = rehearse(config, plan)
+    gib = 2**30
+    lines = [
+        f"{config.name} on {world} ranks, of which {plan.tensor_parallel} share a model: every "
+        f"shape of a step agrees ({done.seconds:.0f} s)",
+        f"a rank holds {done.parameters:,} parameters; {done.with_gradient:,} had gradients",
+    ]
+    lines += [
+        f"  {call.group} {call.kind} {call.dtype}: {call.count:,}, {call.bytes / gib:.3f} GiB a step"
+        for call in done.collectives
+    ]
+    lines.append(f"memory of a rank: {plan.memory_bytes['total'] / gib:.2f} GiB by the plan")
+    lines += [f"differs: {difference}" for difference in done.differences]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 1 if done.differences else 0

@@ -1,0 +1,238 @@
+"""Forecasts: devices, time, what is sent, the search, and the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.config import load_config
+from megalite.errors import CommandError, ConfigError
+from megalite.plan import Collective, data_collectives, make_plan
+from megalite.plan.calibrate import calibrate
+from megalite.plan.devices import DEVICES, by_driver_name, find_device
+from megalite.plan.forecast import forecast
+from megalite.plan.search import run_file, search
+from megalite.plan.seconds import Layout, step_seconds
+from megalite.plan.tables import compare, describe
+
+ROOT = Path(__file__).resolve().parents[3]
+H100 = DEVICES["h100-80gb"]
+
+
+def shipped(name: str, *sets: str) -> Any:
+    return load_config(ROOT / "configs" / f"{name}.json", sets)
+
+
+# ---- devices
+
+
+def test_devices_are_found_by_name_by_driver_and_by_file(tmp_path: Path) -> None:
+    assert find_device("H100-80GB") is H100
+    assert find_device("NVIDIA A100-SXM4-80GB") is DEVICES["a100-80gb"]
+    assert by_driver_name("cpu") is None
+    file = tmp_path / "mine.json"
+    own = {"extends": "h100", "name": "mine", "memory": 2**36, "efficiencies": {"matmul": 0.5}}
+    file.write_text(json.dumps(own))
+    found = find_device(str(file))
+    assert (found.name, found.memory, found.bf16) == ("mine", 2**36, H100.bf16)
+    assert (found.efficiencies.matmul, found.efficiencies.link) == (0.5, H100.efficiencies.link)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[]", "not a JSON object"),
+        ('{"extends": "h101"}', "h101"),
+        ('{"memry": 1}', "unknown key 'memry'"),
+        ('{"memory": -1}', "memory is -1, not a number over 0"),
+        ('{"efficiencies": {"matmul": "all"}}', "efficiencies is not an object of numbers over 0"),
+        ("{", "describes no device"),
+    ],
+)
+def test_a_file_that_describes_no_device(content: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(CommandError, match=said):
+        find_device(str(tmp_path / "mine.json"))
+
+
+def test_an_unknown_device_is_named_with_its_nearest() -> None:
+    assert find_device("rtx4090") is DEVICES["rtx-4090"]
+    with pytest.raises(CommandError, match='did you mean "h100-80gb"'):
+        find_device("h10-80gb")
+
+
+# ---- what is sent
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (1, [("all_reduce", 1), ("all_gather", 1)]),
+        (2, [("reduce_scatter", 4), ("all_gather", 1)]),
+        (3, [("reduce_scatter", 4), ("all_gather", 8)]),
+    ],
+)
+def test_what_zero_moves(stage: int, expected: list[tuple[str, int]]) -> None:
+    run = shipped("1b", f"deepspeed.zero_optimization.stage={stage}")
+    ranks = run.training.global_batch_size // run.training.micro_batch_size // 4
+    plan = make_plan(run, world_size=ranks, device="cuda")
+    found = data_collectives(run, plan)
+    assert [(call.kind, call.count) for call in found] == expected
+    assert {call.elements for call in found} == {plan.parameters}
+    assert [call.dtype for call in found] == ["fp32", "bf16"]
+
+
+def test_what_a_rank_of_a_ring_sends() -> None:
+    call = Collective("data", "all_reduce", "bf16", 1000, 3)
+    assert call.bytes == 6000
+    assert call.sent_bytes(4) == 2 * 6000 * 3 / 4
+    assert dataclasses.replace(call, kind="all_gather").sent_bytes(4) == 6000 * 3 / 4
+
+
+# ---- time
+
+
+def test_time_follows_work_devices_and_networks() -> None:
+    run, eight = shipped("7b", "training.micro_batch_size=2"), Layout(H100, 4, 8)
+    base = forecast(run, eight)
+    assert 0.3 < base.mfu < 0.6
+    deeper = forecast(
+        shipped("7b", "training.micro_batch_size=2", "model.num_hidden_layers=64"), eight
+    )
+    assert 1.8 < deeper.seconds.total / base.seconds.total < 2.1
+    slow = dataclasses.replace(H100, network=H100.network / 100)
+    assert forecast(run, Layout(slow, 4, 8)).seconds.data > 20 * base.seconds.data
+    again = ("training.micro_batch_size=2", "training.activation_checkpointing=full")
+    full = forecast(shipped("7b", *again), eight)
+    assert full.seconds.backward > base.seconds.backward
+    assert full.hardware_flops_per_token > full.plan.flops_per_token
+    longer = step_seconds(run, base.plan, eight, document_tokens=100)
+    assert longer.forward < base.seconds.forward
+
+
+def test_what_is_planned_in_vain_is_refused() -> None:
+    with pytest.raises(ConfigError, match="8 ranks share a model, but a host has 4"):
+        forecast(shipped("70b"), Layout(H100, 16, 4))
+    with pytest.raises(ConfigError, match="bf16, for which a v100-sxm2 has no units"):
+        forecast(shipped("1b"), Layout(DEVICES["v100-sxm2"], 1, 8))
+    with pytest.raises(ConfigError, match=r"parallel\.tensor: 3 does not divide"):
+        forecast(shipped("1b", "parallel.tensor=3"), Layout(H100, 1, 8))
+    with pytest.raises(ConfigError, match="is not a multiple of micro_batch_size"):
+        forecast(shipped("1b"), Layout(H100, 1000, 8))
+
+
+# ---- the search
+
+
+def test_the_search_ranks_what_fits(tmp_path: Path) -> None:
+    layout = Layout(DEVICES["a100-40gb"], 1, 8)
+    run = shipped("1b", "model.num_key_value_heads=2")
+    found = search(run, layout)
+    assert all(one.forecast.fits for one in found)
+    rates = [round(one.forecast.tokens_per_second) for one in found]
+    assert rates == sorted(rates, reverse=True)
+    assert len({json.dumps(one.changes) for one in found}) == len(found)
+    source, file = tmp_path / "in" / "mine.json", tmp_path / "out" / "best.json"
+    for path in (source, file):
+        path.parent.mkdir()
+    source.write_text(json.dumps({"extends": str(ROOT / "configs" / "1b.json"), "name": "mine"}))
+    own = {"model": {"num_key_value_heads": 2}, "training": {"steps": 7}}
+    file.write_text(json.dumps(run_file(found[0], file, source, own)))
+    again = load_config(file)
+    assert (again.name, again.training.steps) == ("mine", 7)
+    assert forecast(again, layout).tokens_per_second == found[0].forecast.tokens_per_second
+    assert len(compare(found, 3).splitlines()) == 4
+
+
+def test_no_layout_may_fit() -> None:
+    assert search(shipped("70b"), Layout(DEVICES["rtx-4090"], 1, 1)) == []
+
+
+# ---- the command
+
+
+def command(*arguments: Any, folder: Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "launcher" / "plan.py"), *map(str, arguments)]
+    return subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_command_tells_what_a_run_will_be(tmp_path: Path) -> None:
+    asked = ("--config", ROOT / "configs" / "7b.json", "--nodes", 4, "--json")
+    done = command(*asked, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["fits"] is True
+    assert told["parameters"] == 6_738_415_616
+    names = ["parameters", "gradients", "optimizer", "activations", "logits", "buffers", "total"]
+    assert list(told["memory_bytes"]) == names
+    assert told["tokens_per_second"] == pytest.approx(4096 * 1024 / told["step_seconds"])
+    small = command(*asked[:2], "--gpus-per-node", 1, "--gpu", "rtx-4090", folder=tmp_path)
+    assert small.returncode == 1
+    assert "it does not fit" in small.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_needs_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as leaving: assert leaving.code == 0\n"
+        "assert not {'torch', 'deepspeed', 'numpy'} & set(sys.modules)"
+    )
+    line = f"import sys; sys.argv = sys.argv[1:]\n{code}"
+    path = str(ROOT / "configs" / "7b.json")
+    script = str(ROOT / "launcher" / "plan.py")
+    asked = [sys.executable, "-c", line, script, "--config", path, "--nodes", "4"]
+    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_machine_is_calibrated_by_its_runs(tmp_path: Path) -> None:
+    runs, device = (
+        [],
+        dataclasses.replace(
+            DEVICES["cpu"],
+            efficiencies=dataclasses.replace(
+                DEVICES["cpu"].efficiencies, matmul=0.4, bandwidth=1.5
+            ),
+        ),
+    )
+    for number, sets in enumerate((["training.micro_batch_size=1"], ["parallel.tensor=2"])):
+        run = shipped("smoke", *sets)
+        folder = tmp_path / f"run{number}"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(run.model_dump(mode="json")))
+        layout = Layout(device, 1, 2)
+        plan = make_plan(run, world_size=2, device="cpu")
+        seconds = step_seconds(run, plan, layout).total
+        record = {"device": "cpu", "hosts": 1, "per_host": 2}
+        measured = {"step_seconds": seconds, "memory_bytes": 1}
+        (folder / "plan.json").write_text(json.dumps(record | {"measured": measured}))
+        runs.append((folder, run, seconds))
+    file = tmp_path / "cpu.json"
+    file.write_text(json.dumps(calibrate([folder for folder, _, _ in runs])))
+    found = find_device(str(file))
+    for _, run, seconds in runs:
+        assert forecast(run, Layout(found, 1, 2)).seconds.total == pytest.approx(seconds, rel=0.1)
+    with pytest.raises(CommandError, match=r"no plan\.json there"):
+        calibrate([tmp_path])
+
+
+def test_a_forecast_reads_as_a_table() -> None:
+    run = shipped(
+        "7b", "parallel.tensor=4", "deepspeed.zero_optimization.offload_optimizer.device=cpu"
+    )
+    text = describe(run, forecast(run, Layout(H100, 4, 8)))
+    for word in (
+        "on 4 x 8 h100-80gb",
+        "it fits",
+        "on the host: offload_optimizer",
+        "tensor all_reduce",
+    ):
+        assert word in text
