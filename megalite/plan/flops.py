@@ -9,6 +9,7 @@ windows and documents counted.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megalite import shapes
 from megalite.config import ModelConfig, RunConfig, source_length, target_length
@@ -29,6 +30,7 @@ class Forward:
         return self.blocks + self.head + self.attention
 
 
+@lru_cache(maxsize=64)
 def forward_flops(
     model: ModelConfig,
     sequence_length: int,

@@ -7,10 +7,11 @@ of a sample, and the letters of `megalite.shapes`.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Literal
 
 from megalite import shapes
-from megalite.config import RunConfig
+from megalite.config import ModelConfig, RunConfig
 from megalite.plan.sizes import Plan, without_auto
 
 _LOGIT_ROWS = 1024  # tokens whose logits exist at once in the fused head and loss
@@ -28,11 +29,20 @@ def bucket_elements(config: RunConfig, plan: Plan) -> int:
 
 
 def local_elements(config: RunConfig, tensor: int, *, trained: bool = False) -> int:
-    return sum(
-        math.prod(shapes.local_shape(row, tensor_parallel=tensor))
-        for row in shapes.parameters(config.model)
-        if not trained or shapes.learns(config, row)
-    )
+    """Elements of the parameters on one tensor rank, padding included; or of those that learn."""
+    if not trained or config.finetune is None:
+        return sum(_local_sizes(config.model, tensor).values())
+    rows = shapes.parameters(config.model)
+    sizes = _local_sizes(config.model, tensor)
+    return sum(sizes[row.name] for row in rows if shapes.learns(config, row))
+
+
+@lru_cache(maxsize=64)
+def _local_sizes(model: ModelConfig, tensor: int) -> dict[str, int]:
+    return {
+        row.name: math.prod(shapes.local_shape(row, tensor_parallel=tensor))
+        for row in shapes.parameters(model)
+    }
 
 
 def offloads(config: RunConfig) -> bool:

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ class Candidate:
     forecast: Forecast
 
 
-def search(config: RunConfig, layout: Layout) -> list[Candidate]:
-    """All layouts that fit, the fastest first; of equal ones that which leaves more memory.
+def search(config: RunConfig, layout: Layout, most: int = 50) -> list[Candidate]:
+    """The best layouts that fit, the fastest first; of equal ones that which leaves more memory.
 
     Tensor parallelism within a host (with and without sequence parallelism), ZeRO stages,
     micro-batches, recompute, and the optimizer on the host.
@@ -36,12 +37,33 @@ def search(config: RunConfig, layout: Layout) -> list[Candidate]:
     found = []
     for changes in _changes(config, layout):
         try:
-            made = forecast(parse_config(_merged(config.model_dump(mode="json"), changes)), layout)
-        except ConfigError:  # what does not divide, or does not go together
+            made = forecast(_changed(config, changes), layout)
+        except ConfigError:  # what does not divide
             continue
         if made.fits:
             found.append(Candidate(changes, made))
-    return sorted(found, key=lambda c: (-round(c.forecast.tokens_per_second), -c.forecast.free))
+    found.sort(key=lambda c: (-round(c.forecast.tokens_per_second), -c.forecast.free))
+    return list(itertools.islice(filter(partial(_is_valid, config), found), most))
+
+
+def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """Without the rules of a run file, which take longer than a forecast."""
+    return config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update=changes["parallel"]),
+            "training": config.training.model_copy(update=changes["training"]),
+            "deepspeed": _merged(config.deepspeed, changes["deepspeed"]),
+        }
+    )
+
+
+def _is_valid(config: RunConfig, candidate: Candidate) -> bool:
+    """Whether a layout keeps the rules of a run file."""
+    try:
+        parse_config(_merged(config.model_dump(mode="json"), candidate.changes))
+    except ConfigError:
+        return False
+    return True
 
 
 def _changes(config: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:

@@ -219,7 +219,7 @@ def dry_run(config: RunConfig, launch: Launch, ranks: int) -> int:
         f"a rank holds {done.parameters:,} parameters; {done.with_gradient:,} had gradients",
     ]
     lines += [
-        f"  {call.group} {call.kind} {call.dtype}: {call.count:,}, {call.bytes / gib:.3f} GiB a step"
+        f"  {call.group} {call.kind} {call.dtype}: {call.count:,}, {call.bytes / gib:.3f} GiB"
         for call in done.collectives
     ]
     lines.append(f"memory of a rank: {plan.memory_bytes['total'] / gib:.2f} GiB by the plan")

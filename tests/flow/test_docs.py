@@ -76,6 +76,14 @@ def test_the_blocks_of_the_tutorial_run(tmp_path: Path) -> None:
     assert "ending" in page
 
 
+def test_the_blocks_of_the_planning_page_run(tmp_path: Path) -> None:
+    for name in ("launcher", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    found = blocks("planning.md")
+    assert len(found) == 3
+    assert failures(found, tmp_path) == []
+
+
 @pytest.mark.slow
 def test_datatrove_hands_over_as_the_data_page_says(tmp_path: Path) -> None:
     assert failures(blocks("data.md"), tmp_path) == []
