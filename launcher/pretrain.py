@@ -21,7 +21,7 @@ command line (nothing was written), 75 stopped and resumable, 3 superseded by a 
 """
 
 
-def main() -> int:
+def parse() -> argparse.Namespace:
     parser = command_parser(__doc__, _EXAMPLES)
     parser.add_argument("--config", required=True, metavar="FILE", help="the run file (JSON)")
     parser.add_argument(
@@ -61,7 +61,11 @@ def main() -> int:
     )
     # the deepspeed launcher appends it; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse()
     launch = env.find_launch()
     config = load_config(arguments.config, arguments.set)
     if config.finetune is not None:

@@ -122,7 +122,7 @@ def last_attention(model: LanguageModel, run: Callable[[], object], position: in
     block: Any = list(model.blocks)[-1]
     branch = block.self_attn if block.cross_attn is None else block.cross_attn
     module: Any = layers
-    real, calls = layers.attend, list[tuple[Any, ...]]()
+    real, calls = module.attend, list[tuple[Any, ...]]()
 
     def spy(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **how: Any) -> Tensor:
         calls[:] = [(q, k, mask, how["causal"], how["scale"])]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.config import AdapterConfig, ModelConfig, RopeScalingConfig
+from megalite.model.attend import attend
 from megalite.model.cache import LayerCache
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -213,81 +214,6 @@ def distance_buckets(
     grown = torch.log(distance.float() / single) / math.log(most / single) * (buckets - single)
     far = (single + grown.clamp_min(0).long()).clamp_max(buckets - 1)
     return first + torch.where(distance < single, distance, far)
-
-
-def attention_mask(
-    queries: int,
-    total: int,
-    *,
-    causal: bool,
-    window: int | None,
-    document_ids: Tensor | None,
-    keys: Tensor | None,
-    device: torch.device,
-    explicit: bool = False,
-) -> Tensor | None:
-    """Where the last `queries` of `total` tokens may look: bool [B or 1, 1, queries, total].
-
-    None stands for everywhere, or for what causal attention means by itself.
-
-    Args:
-        window: tokens a token looks back at, itself included.
-        document_ids: [B, total]; a token sees its own document.
-        keys: bool [B, total]; tokens that are seen at all.
-        explicit: whether causality must be in the mask.
-    """
-    rows: Tensor | None = None
-    narrow = window is not None and window < total
-    # one query sees all that came before; several, none of them before, are the kernel's own case
-    if causal and queries > 1 and (explicit or narrow or keys is not None or queries < total):
-        rows = torch.ones(queries, total, dtype=torch.bool, device=device).tril(total - queries)
-    elif causal and document_ids is not None:
-        rows = torch.ones(queries, total, dtype=torch.bool, device=device).tril()
-    if narrow:
-        assert window is not None
-        rows = torch.ones(queries, total, dtype=torch.bool, device=device) if rows is None else rows
-        rows = rows.triu(total - queries - window + 1)
-    mask = None if rows is None else rows[None, None]
-    if document_ids is not None:
-        same = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
-        mask = same if mask is None else same & mask
-    if keys is not None:
-        seen = keys[:, None, None, :]
-        if queries > 1:  # what is not seen sees itself: a row without a key has no mean
-            own = torch.eye(total, dtype=torch.bool, device=device)[total - queries :]
-            seen = seen | own
-        mask = seen if mask is None else seen & mask
-    return mask
-
-
-def attend(
-    q_BTNH: Tensor,
-    k_BKSH: Tensor,
-    v_BKSH: Tensor,
-    mask: Tensor | None,
-    *,
-    dropout: float,
-    causal: bool,
-    scale: float | None,
-) -> Tensor:
-    """softmax(scale q k^T + mask) v: [B, T, N x H]; key/value heads are shared by equal parts."""
-    heads, kv_heads = q_BTNH.shape[2], k_BKSH.shape[1]
-    shared = heads != kv_heads
-    if shared and mask is not None and q_BTNH.is_cuda:
-        # the fused GPU kernels that take a mask share no heads; without them [T, T] scores
-        k_BKSH, v_BKSH = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k_BKSH, v_BKSH))
-        shared = False
-    y_BNTH = F.scaled_dot_product_attention(
-        q_BTNH.transpose(1, 2),
-        k_BKSH,
-        v_BKSH,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=causal and mask is None,
-        enable_gqa=shared,
-        scale=scale,
-    )
-    return y_BNTH.transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):

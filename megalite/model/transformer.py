@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from megalite import shapes
 from megalite.config import ModelConfig
+from megalite.model.attend import attention_mask
 from megalite.model.cache import Cache, LayerCache
 from megalite.model.heads import Classifier, Head, Transform, head_loss
 from megalite.model.layers import (
     MLP,
     Attention,
     CrossAttention,
-    attention_mask,
     distance_buckets,
     make_norm,
     rope_table,

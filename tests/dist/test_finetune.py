@@ -147,7 +147,7 @@ def test_any_layout_gives_the_same_predictions(
     run_ranks(_reference, 1, plain)
     last = numbers(plain)[-1]
     assert last["split"] == "test"
-    assert last["accuracy"] > 0.5
+    assert last["accuracy"] > 0.4  # of three labels
     for name in layouts:
         ranks, others = LAYOUTS[name]
         raw = tuning_file(reviews, name, **(sections | others))

@@ -35,7 +35,7 @@ def _start(raw: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
 
 
 def _wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if (run / "metrics.jsonl").exists():
             for line in (run / "metrics.jsonl").read_text().splitlines():
@@ -43,7 +43,7 @@ def _wait_for_step(run: Path, step: int) -> None:
                 if row["kind"] == "train" and row["step"] >= step:
                     return
         time.sleep(0.1)
-    raise AssertionError("no step in 120 s")
+    raise AssertionError("no step in 300 s")
 
 
 def _ranks(launcher: int) -> dict[int, int]:

@@ -23,7 +23,9 @@ def opened(family: str, number: int = 2, **changes: Any) -> OpenedModel:
     config = ModelConfig.model_validate(model_section(family, number) | changes)
     tokenizer, device = load_tokenizer("bytes"), torch.device("cpu")
     model = random_model(config)
-    return OpenedModel(Path("none"), config, config, None, model, tokenizer, "", device)
+    return OpenedModel(
+        Path("none"), config, config, None, model, tokenizer, Path("none"), "", device
+    )
 
 
 def plain(model: OpenedModel, source: list[int]) -> Rereading:
