@@ -161,6 +161,7 @@ def _write_tensors(
         path = folder / f"{name}.safetensors"
         _save(tensors, path)
         weight_map |= dict.fromkeys(tensors, path.name)
+        del tensors  # before the next ones are made
     if len(groups) > 1:
         total = width * sum(output.elements for output in outputs)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -194,6 +195,9 @@ def _outputs(family: Family, model: ModelConfig) -> Sequence[_Output]:
 def _make(stored: Stored, output: _Output) -> Tensor:
     value = torch.zeros(output.shape)
     for tensor, place in output.parts:
+        if tensor.shape == output.shape and not place.transposed:  # no second copy
+            stored.read(tensor.name, "weight", value, tuple(slice(0, n) for n in tensor.shape))
+            continue
         whole = torch.empty(tensor.shape)
         stored.read(tensor.name, "weight", whole, tuple(slice(0, n) for n in tensor.shape))
         rows = slice(place.first, place.first + tensor.shape[0])
