@@ -1,0 +1,33 @@
+"""A run leaves what was predicted beside what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megalite.plan.calibrate import read_run
+from megalite.plan.devices import DEVICES
+from tests.ranks import run_ranks
+from tests.runs import rows, run_file, train, zero
+
+
+def test_predicted_and_measured_are_kept(shards: dict[str, str], tmp_path: Path) -> None:
+    raw = run_file(shards, tmp_path, deepspeed=zero(2))
+    raw["training"] |= {"steps": 8, "eval_every": 0}
+    run_ranks(train, 2, raw)
+    record = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert (record["device"], record["hosts"], record["per_host"]) == ("cpu", 1, 2)
+    assert record["baseline_bytes"] > 2**26
+    told = sorted(row["step_seconds"] for row in rows(raw)[2:])
+    assert record["measured"]["step_seconds"] == pytest.approx((told[2] + told[3]) / 2)
+    for number in (*record["predicted"].values(), *record["measured"].values()):
+        assert number > 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "memory of a rank: " in log
+    assert "(a guess for a CPU)" in log
+    run = read_run(tmp_path / "run")
+    assert run.seconds == record["measured"]["step_seconds"]
+    predicted = run.predicted(DEVICES["cpu"])
+    assert predicted == pytest.approx(record["predicted"]["step_seconds"])
