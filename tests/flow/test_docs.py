@@ -48,20 +48,12 @@ def test_the_blocks_of_the_data_page_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_the_blocks_of_the_trust_page_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("page", "count"), [("trust.md", 6), ("models.md", 5), ("planning.md", 3)])
+def test_the_blocks_of_a_page_run(page: str, count: int, tmp_path: Path) -> None:
     for name in ("launcher", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    found = blocks("trust.md")
-    assert len(found) == 6
-    assert failures(found, tmp_path) == []
-
-
-@pytest.mark.timeout(900)
-def test_the_blocks_of_the_models_page_run(tmp_path: Path) -> None:
-    for name in ("launcher", "configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    found = blocks("models.md")
-    assert len(found) == 5
+    found = blocks(page)
+    assert len(found) == count
     assert failures(found, tmp_path) == []
 
 
@@ -74,14 +66,6 @@ def test_the_blocks_of_the_tutorial_run(tmp_path: Path) -> None:
     assert failures(found, tmp_path) == []
     page = (tmp_path / "why.html").read_text(encoding="utf-8")
     assert "ending" in page
-
-
-def test_the_blocks_of_the_planning_page_run(tmp_path: Path) -> None:
-    for name in ("launcher", "configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    found = blocks("planning.md")
-    assert len(found) == 3
-    assert failures(found, tmp_path) == []
 
 
 @pytest.mark.slow
