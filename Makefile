@@ -14,7 +14,8 @@ smoke: venv
 	@$(BIN)/python -u launcher/smoke.py
 
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/slurm
+	$(BIN)/python -m pytest tests/slurm
 
 check: venv
 	$(BIN)/ruff format --check .
