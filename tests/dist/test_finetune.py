@@ -142,12 +142,13 @@ def test_any_layout_gives_the_same_predictions(
     reviews: Path, kind: str, changes: dict[str, Any], layouts: list[str]
 ) -> None:
     sections = {"model": KINDS[kind]}
+    changes = {"epochs": 6, **changes}  # enough to learn something
     plain = tuning_file(reviews, "plain", **sections)
     plain["finetune"] |= changes
     run_ranks(_reference, 1, plain)
     last = numbers(plain)[-1]
     assert last["split"] == "test"
-    assert last["accuracy"] > 0.4  # of three labels
+    assert last["accuracy"] > 0.5
     for name in layouts:
         ranks, others = LAYOUTS[name]
         raw = tuning_file(reviews, name, **(sections | others))
