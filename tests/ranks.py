@@ -25,7 +25,7 @@ def run_ranks(
     Raises:
         AssertionError: with the traceback of the first rank that failed, or on the timeout.
     """
-    port = _free_port()
+    port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         receive, send = _CONTEXT.Pipe(duplex=False)
@@ -81,7 +81,7 @@ def _run(
         os._exit(0)  # DeepSpeed's and gloo's exit handlers have nothing to add
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

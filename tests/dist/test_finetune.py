@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 from tests.runs import rows, run_file, train, zero
 
 WORDS = {"good": "fine grand lovely warm", "bad": "awful cold dreary stale", "odd": "queer rum"}
-COMMON = "the a film plot scene with and of it was actor".split()
+COMMON = ["the", "a", "film", "plot", "scene", "with", "and", "of", "it", "was", "actor"]
 KINDS: dict[str, dict[str, Any]] = {
     "decoder": {},
     "encoder": {"architecture": "encoder", "norm": "layernorm", "activation": "gelu"},

@@ -90,7 +90,8 @@ def test_transformers_writes_what_a_trained_model_writes(
         done = command("generate", "--checkpoint", str(checkpoint), *asked)
         assert done.returncode == 0, done.stderr
         texts.append(done.stdout)
-    assert texts[0] == texts[1] == bytes(i for i in wanted if i < 256).decode(errors="replace") + "\n"
+    wanted_text = bytes(i for i in wanted if i < 256).decode(errors="replace") + "\n"
+    assert texts[0] == texts[1] == wanted_text
     assert len(wanted) == len(prompt) + 200
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     line = [*launch, str(ROOT / "launcher" / "generate.py"), "--checkpoint", str(run), *asked]
@@ -199,8 +200,8 @@ def test_an_encoder_of_theirs_is_measured_on_any_layout(tmp_path: Path) -> None:
     export(InMemory(random_model(config), config), config, tokenizer, tmp_path / "bert")
     rows_file = tmp_path / "text.jsonl"
     rows_file.write_text("".join(json.dumps({"text": line}) + "\n" for line in text))
-    options = TokenizeOptions([str(rows_file)], str(tmp_path / "bert"), tmp_path / "shards", lossy=True)
-    tokenize(options)
+    out = tmp_path / "shards"
+    tokenize(TokenizeOptions([str(rows_file)], str(tmp_path / "bert"), out, lossy=True))
     asked = str(tmp_path / "bert"), str(tmp_path / "shards")
     (alone,) = run_ranks(_measured, 1, *asked, 1)
     every = run_ranks(_measured, 4, *asked, 2)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from megalite.observe.watch import find_late
-from tests.ranks import run_ranks
+from tests.ranks import free_port, run_ranks
 from tests.runs import rows, run_file, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,8 @@ BUDGET = 6.0
 def _start(raw: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
     config = folder / "run.json"
     config.write_text(json.dumps(raw))
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    port = ["--master-port", str(free_port())]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", *port]
     return subprocess.Popen(
         [sys.executable, *command, str(ROOT / "launcher/pretrain.py"), "--config", str(config)],
         stderr=subprocess.PIPE,
@@ -34,9 +35,11 @@ def _start(raw: dict[str, Any], folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def _wait_for_step(run: Path, step: int) -> None:
+def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"it ended before step {step}:\n{process.communicate()[1]}")
         if (run / "metrics.jsonl").exists():
             for line in (run / "metrics.jsonl").read_text().splitlines():
                 row = json.loads(line)
@@ -76,7 +79,7 @@ def test_a_stopped_rank_ends_the_job(shards: dict[str, str], tmp_path: Path, sto
     run = tmp_path / "run"
     process = _start(raw, tmp_path)
     try:
-        _wait_for_step(run, 40)
+        _wait_for_step(process, run, 40)
         ranks = _ranks(process.pid)
         os.kill(ranks[stopped], signal.SIGSTOP)
         began = time.monotonic()
@@ -116,7 +119,7 @@ def test_a_suspended_run_goes_on(shards: dict[str, str], tmp_path: Path) -> None
     environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ)
     try:
-        _wait_for_step(tmp_path / "run", 20)
+        _wait_for_step(process, tmp_path / "run", 20)
         process.send_signal(signal.SIGSTOP)
         time.sleep(6)
         process.send_signal(signal.SIGCONT)

@@ -15,7 +15,7 @@ import pytest
 
 from megalite.env import Launch, publish_launch
 from megalite.formats import checkpoint as disk
-from tests.ranks import _CONTEXT, _free_port, run_ranks
+from tests.ranks import _CONTEXT, free_port, run_ranks
 from tests.runs import curve, run_file, train, zero
 
 EVERY = 4
@@ -34,7 +34,7 @@ def _rank(launch: Launch, raw: dict[str, Any]) -> None:
 
 
 def _start(raw: dict[str, Any], world: int) -> list[Any]:
-    port, processes = _free_port(), []
+    port, processes = free_port(), []
     for rank in range(world):
         launch = Launch(rank, world, rank, world, "127.0.0.1", port, "torchrun")
         process = _CONTEXT.Process(target=_rank, args=(launch, raw), daemon=True)

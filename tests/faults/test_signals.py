@@ -28,7 +28,7 @@ def test_one_rank_is_asked_and_all_stop(
     )
     process = _start(raw, tmp_path)
     try:
-        _wait_for_step(tmp_path / "run", 20)
+        _wait_for_step(process, tmp_path / "run", 20)
         os.kill(_ranks(process.pid)[rank], number)
         _, words = process.communicate(timeout=90)
     finally:
