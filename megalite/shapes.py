@@ -312,6 +312,26 @@ def chunk_rows(vocabulary: int) -> int:
     return max(64, _CHUNK_ELEMENTS // vocabulary // 64 * 64)
 
 
+def head_rows(rows: int, targets: int) -> int:
+    """Rows of a micro-batch that the head and its loss are computed for.
+
+    Those that count, rounded up so that few sizes occur; all of them where that saves little.
+    """
+    rounded = max(64, -(-targets // 64) * 64)
+    return rounded if 4 * rounded <= 3 * rows else rows
+
+
+def counted(config: RunConfig, rows: int) -> int:
+    """How many of `rows` places are to be named, on the mean."""
+    return math.ceil(rows * counted_share(config))
+
+
+def counted_share(config: RunConfig) -> float:
+    """The part of a window's places that are to be named: the hidden ones, or all."""
+    hides = config.objective.name == "masked" and config.finetune is None
+    return config.objective.mask_probability if hides else 1.0
+
+
 def base(model: ModelConfig) -> ModelConfig:
     """The language model that a classifier, or one with adapters, is made from."""
     return model.model_copy(update={"num_labels": 0, "adapter": None})

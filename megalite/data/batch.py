@@ -7,9 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from megalite.data.order import Ints
+from megalite.shapes import head_rows
+
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -18,7 +26,8 @@ class Batch:
 
     tensors: input_ids, labels (the next tokens) int64 [B, T]; loss_mask bool [B, T], whether a
         label counts; where documents are masked from each other also position_ids and document_ids
-        int64 [B, T], both from 0 in each sample.
+        int64 [B, T], both from 0 in each sample; where few labels count target_rows int64 [R], the
+        rows of [B x T] that the head is for: those that count, and some that do not.
     place: place of the first sample in the data order.
     targets: labels that count.
     tokens: of text, without padding.
@@ -28,6 +37,15 @@ class Batch:
     place: int
     targets: int
     tokens: int = 0
+
+    @classmethod
+    def of(cls, arrays: Arrays, place: int, tokens: int) -> Batch:
+        """A batch of named arrays, loss_mask among them."""
+        mask = arrays["loss_mask"]
+        if mask.ndim == 2 and (rows := _target_rows(mask.reshape(-1))) is not None:
+            arrays = arrays | {"target_rows": rows}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return cls(tensors, place, int(np.count_nonzero(mask)), tokens)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
         """The same batch on a device; copies from pinned memory do not wait."""
@@ -47,6 +65,15 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(self, tensors={name: change(t) for name, t in self.tensors.items()})
+
+
+def _target_rows(mask_R: npt.NDArray[np.bool_]) -> Ints | None:
+    """The rows that count, filled up with one that does not; None where they are most of all."""
+    targets = np.flatnonzero(mask_R)
+    if (size := head_rows(len(mask_R), len(targets))) == len(mask_R):
+        return None
+    filler = np.argmin(mask_R)
+    return np.concatenate((targets, np.full(size - len(targets), filler)))
 
 
 @dataclass(frozen=True)

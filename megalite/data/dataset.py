@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from megalite.config import DataConfig, RunConfig, SourceConfig
-from megalite.data.batch import Batch
+from megalite.data.batch import Arrays, Batch
 from megalite.data.mixture import Mixture
-from megalite.data.objective import Arrays, Objective, Words, make_objective
+from megalite.data.objective import Objective, Words, make_objective
 from megalite.data.order import Ints, derive_key, permute
 from megalite.errors import DataError
 from megalite.files import sha256_file
@@ -214,9 +213,7 @@ class Dataset:
             arrays["position_ids"], arrays["document_ids"] = _keep_apart(firsts, B, L)
         if self.objective is not None:
             arrays = self.objective(arrays, indices)
-        targets = int(np.count_nonzero(arrays["loss_mask"]))
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return Batch(tensors, place, targets, B * L)
+        return Batch.of(arrays, place, B * L)
 
     def arranged(self, indices: Ints) -> Ints:
         """The samples of a step in the order they are dealt out: all have one length."""

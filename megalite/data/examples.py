@@ -15,17 +15,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from megalite.config import RunConfig
-from megalite.data.batch import Batch
+from megalite.data.batch import Arrays, Batch
 from megalite.data.order import Ints, derive_key, permute
 from megalite.data.packing import assemble, pack
 from megalite.formats.examples import ExamplesManifest, Split, fingerprint, open_split
 
 _ROUND = 8  # tokens; shapes that matrix units like, and fewer of them
-
-Arrays = dict[str, npt.NDArray[Any]]
 
 
 class ExampleSet:
@@ -102,9 +99,7 @@ class ExampleSet:
             marks = [self.split.marks(number) for number in numbers.tolist()]
             make = self._answered if self._task == "seq2seq" else self._continued
             arrays = make(texts, marks)
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        tokens, targets = sum(map(len, texts)), int(np.count_nonzero(arrays["loss_mask"]))
-        return Batch(tensors, place, targets, tokens)
+        return Batch.of(arrays, place, sum(map(len, texts)))
 
     def _classified(self, texts: list[Ints], numbers: Ints) -> Arrays:
         """A text and its label; an encoder_decoder writes one token, which the label is read of."""

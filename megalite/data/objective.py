@@ -9,15 +9,14 @@ B samples   L tokens of a window
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megalite.config import RunConfig, spans
+from megalite.data.batch import Arrays
 from megalite.data.order import Ints, derive_key, uniform
 
-Arrays = dict[str, npt.NDArray[Any]]
 # windows as they are read, and the numbers of their samples -> what a model is given of them
 Objective = Callable[[Arrays, Ints], Arrays]
 

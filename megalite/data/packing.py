@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from megalite.data.batch import Batch
 from megalite.data.order import Ints
@@ -123,11 +122,9 @@ def assemble(
             column += count
         arrays["position_ids"][row, column:] = np.arange(L - column)
         arrays["document_ids"][row, column:] = high - low
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    tensors["loss_mask"] = torch.from_numpy(mask)
     low, high = packing.bounds[windows], packing.bounds[windows + 1]
     held = sum(int(packing.lengths[a:b].sum()) for a, b in zip(low, high, strict=True))
-    return Batch(tensors, place, int(np.count_nonzero(mask)), held)
+    return Batch.of(arrays | {"loss_mask": mask}, place, held)
 
 
 def _best_fit(lengths: Ints, length: int) -> Ints:

@@ -103,12 +103,14 @@ def head_loss(
     shard: Shard | None = None,
     *,
     bias_V: Tensor | None = None,
+    chosen_R: Tensor | None = None,
     compiled: bool = False,
     smoothing: float = 0.0,
 ) -> Tensor:
     """The fused head and cross entropy over flattened rows.
 
     Args:
+        chosen_R: the rows it is computed for, among them all that count; None: every row.
         shard: where W is a part of the vocabulary's rows.
         compiled: whether what happens between the matrix products is.
         smoothing: share of each target that is spread over the vocabulary, in training.
@@ -118,6 +120,9 @@ def head_loss(
         weight_VD = weight_VD.detach()
         bias_V, smoothing = None if bias_V is None else bias_V.detach(), 0.0
     labels_R, mask_R = labels_BT.reshape(-1), mask_BT.reshape(-1)
+    if chosen_R is not None:
+        rows = rows.index_select(0, chosen_R)
+        labels_R, mask_R = labels_R[chosen_R], mask_R[chosen_R]
     loss: Tensor = FusedLinearCrossEntropy.apply(
         rows, weight_VD, labels_R, mask_R, shard, compiled, bias_V, smoothing
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -259,7 +260,8 @@ class LanguageModel(nn.Module):
         Args:
             batch: input_ids [B, T] and the labels [B, T] of the same places, those that count by
                 loss_mask; where it is needed position_ids and document_ids [B, T],
-                attention_mask (bool [B, T], tokens that are seen), token_type_ids. With two stacks
+                attention_mask (bool [B, T], tokens that are seen), token_type_ids; target_rows
+                (int64 [R]), the rows of [B x T] that the head is computed for. With two stacks
                 input_ids are those that are read, and decoder_input_ids go with the labels.
         """
         if scores:
@@ -268,12 +270,13 @@ class LanguageModel(nn.Module):
         if self.config.num_labels:
             return self.score.loss(self.label_scores(batch), labels, mask)
         hidden_BTD = self._head_input(self.hidden(batch))
+        loss = partial(self.head_loss, chosen_R=batch.get("target_rows"))
         if not self.config.tie_word_embeddings:
-            return self.lm_head(hidden_BTD, labels, mask, self.head_loss)
+            return self.lm_head(hidden_BTD, labels, mask, loss)
         weight = self.model.embed_tokens.weight
         if self.config.architecture == "encoder":
-            return self.lm_head(hidden_BTD, labels, mask, self.head_loss, weight)
-        return self.head_loss(hidden_BTD, weight, labels, mask)
+            return self.lm_head(hidden_BTD, labels, mask, loss, weight)
+        return loss(hidden_BTD, weight, labels, mask)
 
     def hidden(self, batch: Mapping[str, Tensor], cache: Cache | None = None) -> Tensor:
         """Hidden states of the tokens that have labels: [B, T, D]."""

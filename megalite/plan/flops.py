@@ -38,12 +38,14 @@ def forward_flops(
     read: int = 0,
     written: int = 0,
     document_tokens: float | None = None,
+    counted: float = 1.0,
 ) -> Forward:
     """FLOPs of a window's forward. Of embedding look-ups there are none; a tied head has its own.
 
     Args:
         read, written: tokens of a window of two stacks on either side.
         document_tokens: mean length of documents that do not see each other; None: no such masks.
+        counted: the part of the places that are to be named (`shapes.counted_share`).
     """
     width, T = model.num_attention_heads * model.head_dim, sequence_length
     encodes = model.architecture == "encoder_decoder"
@@ -58,7 +60,7 @@ def forward_flops(
                 products += row.elements * (read if of_source else tokens)
         if encodes and stack == "model.decoder":
             pairs += layers * tokens * read
-    head = model.vocab_size * model.hidden_size * (written if encodes else T)
+    head = model.vocab_size * model.hidden_size * counted * (written if encodes else T)
     if model.num_labels:
         head = model.num_labels * model.hidden_size
     return Forward(2.0 * products, 2.0 * head, 4.0 * width * pairs)
@@ -86,13 +88,19 @@ def flops_per_token(
     read: int = 0,
     written: int = 0,
     document_tokens: float | None = None,
+    counted: float = 1.0,
 ) -> int:
     """Model FLOPs of a trained token, forward and backward, without recomputation.
 
     Of two stacks each token of the window pays its part of what is `read` and `written`.
     """
     forward = forward_flops(
-        model, sequence_length, read=read, written=written, document_tokens=document_tokens
+        model,
+        sequence_length,
+        read=read,
+        written=written,
+        document_tokens=document_tokens,
+        counted=counted,
     )
     return round(3 * forward.total) // sequence_length
 
@@ -103,9 +111,13 @@ def hardware_flops_per_token(config: RunConfig, *, document_tokens: float | None
     Selective recompute keeps every matrix product; full recompute repeats the blocks' forward.
     """
     T = config.data.sequence_length
-    read, written = source_length(config), target_length(config)
     forward = forward_flops(
-        config.model, T, read=read, written=written, document_tokens=document_tokens
+        config.model,
+        T,
+        read=source_length(config),
+        written=target_length(config),
+        document_tokens=document_tokens,
+        counted=shapes.counted_share(config),
     )
     again = 0.0
     if config.training.activation_checkpointing == "full":

@@ -107,6 +107,7 @@ class _Clock:
             read=source_length(config),
             written=target_length(config),
             document_tokens=self._document,
+            counted=(counted := shapes.counted_share(config)),
         )
         B = plan.micro_batch_size
         blocks = B * flops.blocks / t / (self._peak * device.reached * eff.matmul)
@@ -117,7 +118,7 @@ class _Clock:
         compiled = config.training.compile
         moved = layers * self._block_bytes(compiled) / rate
         weights = self._element * self._matrices / rate
-        logits = 6 * 4 * B * T * config.model.vocab_size / t / rate
+        logits = 6 * 4 * counted * B * T * config.model.vocab_size / t / rate
         # kernels: products, attention, and what compilation leaves of the rest
         launches = layers * (12 if compiled else 26) * eff.launch
         one = blocks + attention + moved + weights

@@ -69,7 +69,11 @@ def arrange(config: RunConfig, *, world_size: int, device: Literal["cpu", "cuda"
         precision=precision,
         parameters=sum(p.elements for p in shapes.parameters(config.model)),
         flops_per_token=flops_per_token(
-            config.model, length, read=source_length(config), written=target_length(config)
+            config.model,
+            length,
+            read=source_length(config),
+            written=target_length(config),
+            counted=shapes.counted_share(config),
         ),
         memory_bytes={},
     )

@@ -121,7 +121,7 @@ class _Calls:
             self._add("reduce_scatter", whole)
         else:
             self._add("all_reduce", whole)
-        rows = B * tokens
+        rows = shapes.head_rows(B * tokens, shapes.counted(self._config, B * tokens))
         chunk = shapes.chunk_rows(-(-model.vocab_size // plan.tensor_parallel))
         for start in range(0, rows, chunk):
             size = min(chunk, rows - start)

@@ -24,6 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megalite import shapes
 from megalite.config import RunConfig, source_length, target_length
 from megalite.engine.base import tune
 from megalite.env import Launch
@@ -153,6 +154,9 @@ def _batch(config: RunConfig, plan: Plan) -> dict[str, Tensor]:
         batch["decoder_input_ids"] = ids(written)
     if config.data.mask_documents or (tuned and tuned.data.packing):
         batch |= {"position_ids": ids(T), "document_ids": ids(T)}
+    rows = shapes.head_rows(B * written, shapes.counted(config, B * written))
+    if rows < B * written:
+        batch["target_rows"] = torch.empty(rows, dtype=torch.int64, device="meta")
     return batch | {"labels": ids(written), "loss_mask": marks(B, written)}
 
 

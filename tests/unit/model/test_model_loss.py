@@ -295,3 +295,24 @@ def test_the_models_loss_and_every_gradient(tied: bool) -> None:
     for name, parameter in plain.named_parameters():
         assert parameter.grad is not None
         assert close(found[name].grad, parameter.grad.double(), 2e-5), name
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder_decoder"])
+def test_chosen_rows_give_the_loss_and_gradients_of_all(architecture: str) -> None:
+    """Rows that do not count may be among them, and more than once."""
+    config = model_config(architecture=architecture)
+    model = make_model(config, spread=0.1)
+    tensors = dict(make_batch(config, samples=3, length=40).tensors)
+    if architecture == "encoder_decoder":
+        tensors["decoder_input_ids"] = tensors["input_ids"]
+    mask_R = tensors["loss_mask"].reshape(-1)
+    filler = int(mask_R.int().argmin())
+    chosen = torch.cat((mask_R.nonzero()[:, 0], torch.tensor([filler] * 3)))
+    found = []
+    for batch in (tensors, tensors | {"target_rows": chosen}):
+        model.zero_grad()
+        loss = model(batch)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])  # type: ignore[union-attr]
+    for whole, part in zip(*found, strict=True):
+        torch.testing.assert_close(part, whole, rtol=2e-5, atol=2e-6)
