@@ -52,7 +52,8 @@ SETS: dict[str, dict[str, Any]] = {
     "reuters": {"length": 128, "longest": 256, "epochs": 8, "lr": 1e-3, "scratch_lr": 1e-3},
     "tomatoes": {"length": 128, "longest": 64, "epochs": 4, "lr": 5e-4, "scratch_lr": 1e-3},
 }
-STEPS, BATCH = 2000, 16
+STEPS, BATCH = 4500, 16
+OWN = 0.4  # the part of the training split's texts, where there is a corpus beside them
 LORA = {"rank": 8, "targets": ["q_proj", "v_proj"]}
 
 
@@ -125,7 +126,7 @@ def pretrain(name: str, work: Path, corpus: Path | None, steps: int) -> None:
     if not (work / "tokenizer").exists():
         command(
             work,
-            *(*prep, "train-tokenizer", "--input", *inputs),
+            *(*prep, "train-tokenizer", "--input", "train.jsonl"),
             *("--vocab-size", PIECES, "--output", "tokenizer"),
         )
     for number, source in enumerate(inputs):
@@ -135,7 +136,8 @@ def pretrain(name: str, work: Path, corpus: Path | None, steps: int) -> None:
                 *(*prep, "tokenize", "--input", source, "--tokenizer", "tokenizer"),
                 *("--output", f"text{number}"),
             )
-    sources = [{"path": f"text{number}", "weight": 1.0} for number in range(len(inputs))]
+    weights = [1.0] if len(inputs) == 1 else [OWN, 1 - OWN]
+    sources = [{"path": f"text{n}", "weight": weight} for n, weight in enumerate(weights)]
     run = {
         "name": "text",
         "model": MODEL,
