@@ -240,6 +240,13 @@ def _parse(text: str) -> tuple[Any, list[str]]:
 # --- merging ---------------------------------------------------------------------------------
 
 
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of a run file laid over others, as one that extends another is; both are kept."""
+    result = copy.deepcopy(dict(base))
+    _merge(result, over, "", {})
+    return result
+
+
 def _merge(
     base: dict[str, Any], over: Mapping[str, Any], source: str, origins: Origins, at: Key = ()
 ) -> None:
