@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config.deepspeed_keys import deepspeed_schema
-from megalite.config.load import load_config
+from megalite.config.load import SHIPPED, load_config
 from megalite.config.model import ModelConfig
 from megalite.config.schema import RunConfig
 from megalite.files import write_json
 from megalite.log import run_main
 
-SCHEMA = Path(__file__).parents[2] / "configs" / "schema.json"
+SCHEMA = SHIPPED / "schema.json"
 
 
 def json_schema() -> dict[str, Any]:

@@ -107,7 +107,8 @@ def _attempts(rows: list[dict[str, Any]]) -> list[Attempt]:
         one.last = max(one.last, row["step"])
         if name == "rollback":
             one.redone += row["step"] - 1 - row["to"]
-        if seconds := row.get("seconds"):
+        # a slow rank's are of one forward pass
+        if name != "straggler" and (seconds := row.get("seconds")):
             one.seconds = {part: float(value) for part, value in seconds.items()}
             measured[number] = time
         elif row["kind"] == "train":  # of a start that was killed later

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     *("errors", "env", "log", "files", "config", "shapes", "plan", "formats"),
     *("parallel", "data|model|optim", "engine", "checkpoint", "observe", "evaluate", "train"),
+    "doctor",
 )
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split("|")}
 TORCH_FREE = LAYERS[: LAYERS.index("formats") + 1]
