@@ -50,7 +50,9 @@ class Foresight:
                 "baseline_bytes": self._baseline,
             }
             self._predicted = {
-                "memory_bytes": plan.memory_bytes["total"],
+                # a GPU's allocator tells what tensors took, a CPU's process has the margin too
+                "memory_bytes": plan.memory_bytes["total"]
+                + (found.margin if grid.device.type == "cpu" else 0),
                 "step_seconds": found.seconds.total,
             }
 
