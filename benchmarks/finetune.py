@@ -52,7 +52,7 @@ SETS: dict[str, dict[str, Any]] = {
     "reuters": {"length": 128, "longest": 256, "epochs": 8, "lr": 1e-3, "scratch_lr": 1e-3},
     "tomatoes": {"length": 128, "longest": 64, "epochs": 4, "lr": 5e-4, "scratch_lr": 1e-3},
 }
-STEPS, BATCH = 4500, 16
+STEPS, BATCH = 3000, 16
 OWN = 0.4  # the part of the training split's texts, where there is a corpus beside them
 LORA = {"rank": 8, "targets": ["q_proj", "v_proj"]}
 

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from data_prep.chat import TEMPLATE, Chat, Messages, check_messages, find_template
 from data_prep.output import staged
 from data_prep.records import Unusable
-from data_prep.rows import BadRows, Row, Source, find_source, label_name
+from data_prep.rows import BadRows, Row, Source, columns_of, find_source, label_name
 from data_prep.train import SAMPLE_CHARACTERS, learn_tokenizer, sample_chunks
 from megalite import files
 from megalite.config import RunConfig
@@ -175,6 +175,7 @@ class _Maker:
         assert config.finetune is not None
         self._config, self._source, self._template = config, source, template
         self._task, self._data = config.finetune.task, config.finetune.data
+        self._columns = columns_of(config.finetune)
         self._bad = {split: BadRows(self._data.max_bad_rows) for split in SPLITS}
         self._kept = self._cut_fractions()
         self._names: tuple[str, ...] | None = None
@@ -260,24 +261,13 @@ class _Maker:
         found: str | None = getattr(self._data, f"{split}_split")
         return found
 
-    def _columns(self) -> list[str]:
-        data = self._data
-        return {
-            "classification": [data.text_column, data.label_column],
-            "language_modeling": [data.text_column],
-            "seq2seq": [data.text_column, data.target_column],
-            "sft": [data.prompt_column, data.response_column]
-            if data.prompt_column and data.response_column
-            else [data.messages_column],
-        }[self._task]
-
     def _cut_fractions(self) -> dict[str, npt.NDArray[np.bool_]]:
         """Which rows of the training split each split has, where any is cut off from it."""
         data = self._data
         shares = {"test": data.test_fraction, "valid": data.valid_fraction}
         if not any(shares.values()):
             return {}
-        rows = sum(1 for _ in self._source.rows(data.train_split, self._columns()))
+        rows = sum(1 for _ in self._source.rows(data.train_split, self._columns))
         if not rows:
             raise self._empty("train")
         order = np.random.Generator(np.random.PCG64(self._config.data.seed)).permutation(rows)
@@ -301,7 +291,7 @@ class _Maker:
         """The rows that can be used; the others are counted."""
         origin, kept = self._origin(split), self._kept.get(split)
         assert origin is not None
-        for row in self._source.rows(origin, self._columns()):
+        for row in self._source.rows(origin, self._columns):
             if kept is None or kept[row.number]:
                 try:
                     fields = self._fields(row)
@@ -324,7 +314,7 @@ class _Maker:
                 turns = (("user", asked), ("assistant", told))
                 return _Fields(row, (), "", [{"role": r, "content": text} for r, text in turns])
             return _Fields(row, (), "", check_messages(row.get(data.messages_column)))
-        return _Fields(row, tuple(row.text(column) for column in self._columns()))
+        return _Fields(row, tuple(row.text(column) for column in self._columns))
 
     # ---- what is learned from the training split before it is tokenized
 

@@ -19,7 +19,9 @@ from typing import Any, Protocol
 
 from data_prep.packed import DAMAGE, PACKED, InputFile, naming
 from data_prep.records import Unusable
+from megalite.config import FinetuneConfig, RunConfig
 from megalite.errors import DataError
+from megalite.formats.tokenizer import load_tokenizer
 from megalite.log import logger
 
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -107,6 +109,19 @@ class BadRows:
             logger.warning("further bad rows are counted without being named")
 
 
+def columns_of(section: FinetuneConfig) -> list[str]:
+    """The columns that a task reads."""
+    data = section.data
+    return {
+        "classification": [data.text_column, data.label_column],
+        "language_modeling": [data.text_column],
+        "seq2seq": [data.text_column, data.target_column],
+        "sft": [data.prompt_column, data.response_column]
+        if data.prompt_column and data.response_column
+        else [data.messages_column],
+    }[section.task]
+
+
 class Source(Protocol):
     """Where rows come from. Each method raises DataError for a split that is not there."""
 
@@ -138,6 +153,33 @@ def find_source(path: str, lone: str) -> Source:
             f"{Path.cwd()}); name one, or a data set of the hub"
         )
     return _Set(path, saved=False)
+
+
+def glance(config: RunConfig) -> str:
+    """What the first rows of a run's examples, and its tokenizer, say before all are read.
+
+    Raises:
+        DataError: data that is not there, has other columns, or a vocabulary over the model's.
+    """
+    assert config.finetune is not None
+    data, columns = config.finetune.data, columns_of(config.finetune)
+    source = find_source(data.path, data.train_split)
+    splits = [split for split in (data.train_split, data.valid_split, data.test_split) if split]
+    for split in splits:
+        first = next(source.rows(split, columns), None)
+        if first is None:
+            raise DataError(f"finetune.data.path {data.path}: the {split} split has no row")
+        try:
+            for column in columns:
+                first.get(column)
+        except Unusable as error:
+            if data.max_bad_rows == 0:
+                raise DataError(f"{first.place}: {error}; name another in finetune.data") from None
+    if data.tokenizer is not None:
+        size, most = load_tokenizer(data.tokenizer).vocab_size, config.model.vocab_size
+        if size > most:
+            raise DataError(f"model.vocab_size: {most}, but the tokenizer has {size} ids; raise it")
+    return f"{data.path}: {', '.join(splits)} with {', '.join(columns)}"
 
 
 def _parts(name: str) -> tuple[str, str]:

@@ -1,4 +1,9 @@
-"""Tell what a run's time went into, what was lost, and why it was started again."""
+"""Examine a machine, a run file on it, or where the time of a run went.
+
+Without --run: versions, devices, MPI, Slurm, memory, limits, disk, clock and ports; with --config
+also what is known of a run before it trains. --run tells what a run's time went into, what was
+lost, and why it was started again.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +12,54 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megalite.errors import CommandError
 from megalite.log import command_parser, run_main
 
 _EXAMPLES = """examples:
-  python launcher/doctor.py --run runs/1b
+  python launcher/doctor.py
+  python launcher/doctor.py --config configs/1b.json
   python launcher/doctor.py --run runs/1b --json
+
+Exit codes: 0 nothing failed (there may be warnings), 1 a check failed, 2 no such run or file.
 """
 
 
-def main() -> None:
+def main() -> int:
     parser = command_parser(__doc__, _EXAMPLES)
-    parser.add_argument("--run", required=True, metavar="RUN", help="a run folder")
+    parser.add_argument("--config", metavar="FILE", help="a run file (JSON), on this machine")
+    parser.add_argument("--run", metavar="RUN", help="a run folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
-    from megalite.observe.console import format_duration
-    from megalite.observe.goodput import goodput
+    told: dict[str, Any] = {}
+    code = 0
+    if arguments.run is not None:
+        from megalite.observe.goodput import goodput
 
-    found: dict[str, Any] = goodput(Path(arguments.run))
+        told = goodput(Path(arguments.run))
+    if arguments.run is None or arguments.config is not None:
+        from data_prep.rows import glance
+        from megalite.config import find_file
+        from megalite.doctor import examine, show
+
+        if arguments.config is not None and not find_file(arguments.config).is_file():
+            raise CommandError(f"--config {arguments.config!r}: no such run file")
+        rows = examine(arguments.config, glance)
+        code = int(any(row.state == "fail" for row in rows))
+        if arguments.json:
+            run = {"run": told} if told else {}
+            told = {"ok": code == 0, "rows": [row._asdict() for row in rows], **run}
+        else:
+            show(rows)
     if arguments.json:
-        sys.stdout.write(json.dumps(found) + "\n")
-        return
+        sys.stdout.write(json.dumps(told) + "\n")
+    elif told:
+        _print_goodput(told)
+    return code
+
+
+def _print_goodput(found: dict[str, Any]) -> None:
+    from megalite.observe.console import format_duration
+
     wall = found["wall_seconds"]
     lines = [
         f"{found['run']}: {found['state']}, goodput {100 * found['goodput']:.1f} % of "

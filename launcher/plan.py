@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megalite import files
-from megalite.config import load_config, section_changes
+from megalite.config import find_file, load_config, section_changes
 from megalite.errors import CommandError
 from megalite.log import command_parser, run_main
 from megalite.plan.devices import DEVICES, find_device
@@ -80,7 +80,8 @@ def main() -> int:
         return 1
     size = f"{arguments.nodes}x{arguments.gpus_per_node}-{layout.device.name}"
     path = arguments.output or Path(f"{config.name}-{size}.json")
-    best = run_file(candidates[0], path, Path(arguments.config), section_changes(arguments.set))
+    source, changes = find_file(arguments.config), section_changes(arguments.set)
+    best = run_file(candidates[0], path, source, changes)
     files.write_json(path, best)
     if arguments.json:
         rows = [c.changes | c.forecast.as_json(config.training.steps) for c in candidates]

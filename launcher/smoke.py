@@ -1,7 +1,6 @@
 """What `make smoke` runs: from the sources of Python's standard library to a trained model.
 
-Tokenizer and shards stay in data/smoke and serve again; runs/smoke is made anew each time.
-"""
+Tokenizer and shards stay in data/smoke and serve again; runs/smoke is made anew each time."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from pathlib import Path
 DATA, RUN, CONFIG = Path("data/smoke"), Path("runs/smoke"), Path("configs/smoke.json")
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 HIGHEST_PERPLEXITY, PROMPT = 60, "class Reader:\n    def __init__(self, name):\n        self."
-SAMPLE = ("--prompt", PROMPT, "--temperature", "0.9", "--top-k", "20")
+SAMPLE = ("--checkpoint", str(RUN), "--prompt", PROMPT, "--temperature", "0.9", "--top-k", "20")
 
 
 def collect(stdlib: Path, folder: Path) -> str:
@@ -76,18 +75,19 @@ def train() -> str:
 
 
 def main() -> None:
-    os.chdir(Path(__file__).resolve().parent.parent)
+    if not (root := Path(__file__).resolve().parent.parent).joinpath("Makefile").is_file():
+        sys.exit("smoke.py trains in a checkout: clone MegaLite, and start `make smoke` there")
+    os.chdir(root)
     corpus = DATA / "corpus"
     learn = f"train-tokenizer --vocab-size 8000 --input {corpus}/train.jsonl".split()
     cut = f"tokenize --tokenizer {DATA}/tokenizer --input".split()
-    generate = (sys.executable, "launcher/generate.py", "--checkpoint", str(RUN), *SAMPLE)
     steps: dict[str, Callable[[], str]] = {
         "corpus": lambda: collect(Path(sysconfig.get_path("stdlib")), corpus),
         "tokenizer": lambda: prepare(DATA / "tokenizer", *learn),
         "train": lambda: prepare(DATA / "train", *cut, f"{corpus}/train.jsonl"),
         "valid": lambda: prepare(DATA / "valid", *cut, f"{corpus}/valid.jsonl"),
         "pretrain": train,
-        "generate": lambda: run(*generate),
+        "generate": lambda: run(sys.executable, "launcher/generate.py", *SAMPLE),
     }
     for name, step in steps.items():
         start, result = time.monotonic(), step()

@@ -136,6 +136,11 @@ def secrets() -> list[str]:
     return [value for name, value in os.environ.items() if names.search(name) and len(value) >= 8]
 
 
+def variable(name: str) -> str:
+    """A variable as the user set it, for a report; "" where it is not set."""
+    return os.environ.get(name, "")
+
+
 def has_agent_store() -> bool:
     """Whether torchrun's agent keeps the ranks' meeting place, and not rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

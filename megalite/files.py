@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,20 +49,25 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes().decode("utf-8"))
 
 
-def read_rows(path: Path, *, last: int | None = None) -> list[dict[str, Any]]:
-    """The objects of a file that holds one a line, but for lines that a crash cut short.
+def each_row(path: Path, *, last: int | None = None) -> Iterator[dict[str, Any] | None]:
+    """The objects of a file that holds one a line, one after the other; None for any other line.
 
     Args:
         last: bytes of its end to read; None: all of it.
     """
-    rows = []
     with open(path, "rb") as file:
         if last is not None:
             file.seek(max(0, file.seek(0, os.SEEK_END) - last))
-        for line in file.read().splitlines():
-            with suppress(ValueError):
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+        for line in file:
+            row = None
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+            yield row if isinstance(row, dict) else None
+
+
+def read_rows(path: Path, *, last: int | None = None) -> list[dict[str, Any]]:
+    """The objects of `each_row`, without the lines that a crash cut short."""
+    return [row for row in each_row(path, last=last) if row is not None]
 
 
 def sha256_file(path: Path) -> str:

@@ -11,7 +11,14 @@ from megalite.checkpoint.load import (
     restore,
     set_aside_damaged,
 )
-from megalite.checkpoint.save import Place, Saver, clear_leftovers, retain, set_aside_later
+from megalite.checkpoint.save import (
+    Place,
+    Saver,
+    checkpoint_bytes,
+    clear_leftovers,
+    retain,
+    set_aside_later,
+)
 from megalite.checkpoint.start import describe_run, describe_start
 from megalite.checkpoint.stored import Stored, StoredCheckpoint, fill_model, merged
 
@@ -22,6 +29,7 @@ __all__ = [
     "Saver",
     "Stored",
     "StoredCheckpoint",
+    "checkpoint_bytes",
     "clear_leftovers",
     "describe_run",
     "describe_start",

@@ -40,6 +40,12 @@ class Place:
     valid_loss: float | None = field(default=None, compare=False)
 
 
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of a checkpoint's tensors; the rest is small."""
+    rows = shapes.parameters(config.model)
+    return 4 * sum(row.elements * (1 + len(state_names(config, row))) for row in rows)
+
+
 class Saver:
     """The saves of one run: at most one at a time.
 
@@ -77,11 +83,7 @@ class Saver:
             "deepspeed": dict(deepspeed or {}),
         }
         self._mark = grid.gather(secrets.token_hex(4))[0]
-        # of the tensors; the rest is small
-        self._bytes = 4 * sum(
-            row.elements * (1 + len(state_names(config, row)))
-            for row in shapes.parameters(config.model)
-        )
+        self._bytes = checkpoint_bytes(config)
         self._writer: Writer | None = None
         self._draft: _Draft | None = None
         self._snapshot: Snapshot = {}

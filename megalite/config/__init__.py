@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from megalite.config.deepspeed_keys import zero_stage
 from megalite.config.finetune import AdapterConfig, ExamplesConfig, FinetuneConfig
-from megalite.config.load import find_run, load_config, parse_config, section_changes
+from megalite.config.load import (
+    find_file,
+    find_run,
+    load_config,
+    merged,
+    parse_config,
+    section_changes,
+)
 from megalite.config.model import ModelConfig, RopeScalingConfig
 from megalite.config.objective import source_length, spans, target_length
 from megalite.config.schema import (
@@ -38,8 +45,10 @@ __all__ = [
     "ScheduleConfig",
     "SourceConfig",
     "TrainingConfig",
+    "find_file",
     "find_run",
     "load_config",
+    "merged",
     "parse_config",
     "section_changes",
     "source_length",

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config.deepspeed_keys import deepspeed_schema
-from megalite.config.load import load_config
+from megalite.config.load import SHIPPED, load_config
 from megalite.config.model import ModelConfig
 from megalite.config.page import configuration_page
 from megalite.config.schema import RunConfig
 from megalite.files import write_atomic, write_json
 from megalite.log import run_main
 
-_ROOT = Path(__file__).parents[2]
-SCHEMA, PAGE = _ROOT / "configs" / "schema.json", _ROOT / "docs" / "configuration.md"
+SCHEMA = SHIPPED / "schema.json"
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 def json_schema() -> dict[str, Any]:

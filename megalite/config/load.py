@@ -1,8 +1,9 @@
 """From a run file to a `RunConfig`: read, extend, set, check, and name every fault at once.
 
 A run file is strict JSON. `"extends": "base.json"` (relative to the file that says so) is read
-first and merged key by key; a list replaces a list. `--set a.b=c` comes last. Nothing here runs
-code, and no input ends in anything but a `RunConfig` or a `ConfigError`.
+first and merged key by key; a list replaces a list. `--set a.b=c` comes last. A file that is not
+where it is said to be is looked for among those that ship, with or without `configs/` before its
+name. Nothing here runs code, and no input ends in anything but a `RunConfig` or a `ConfigError`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,11 @@ from megalite.config.faults import Fault, Key, schema_faults, show
 from megalite.config.rules import rule_faults
 from megalite.config.schema import RunConfig
 from megalite.errors import ConfigError
+from megalite.log import logger
+
+# beside the package in a checkout, within it where it is installed (pyproject.toml)
+_PACKAGE = Path(__file__).parents[1]
+SHIPPED = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
 
 Origins = dict[Key, str]  # what to put before a fault: the file, or --set
 
@@ -45,10 +52,23 @@ def load_config(
     origins: Origins = {}
     if model is not None:
         _merge(raw, {"model": model}, "the model to start from: ", origins)
-    for file, content in reversed(_read_chain(Path(path), faults)):
+    found = find_file(path)
+    if found != Path(path):
+        logger.info("%s is not here: taken from %s", path, found)
+    for file, content in reversed(_read_chain(found, faults)):
         _merge(raw, content, f"{file}: ", origins)
     _apply_sets(raw, sets, faults, origins)
     return _check(raw, str(path), faults, origins)
+
+
+def find_file(name: str | Path, folder: Path = Path()) -> Path:
+    """Where a run file is: as it is written, from `folder` on, else among those that ship."""
+    path = folder / name
+    with suppress(OSError, ValueError):  # names that no file can have
+        shipped = SHIPPED / str(name).removeprefix("configs/")
+        if not path.exists() and ".." not in shipped.parts and shipped.is_file():
+            return shipped
+    return path
 
 
 def section_changes(sets: Sequence[str]) -> dict[str, Any]:
@@ -62,7 +82,7 @@ def find_run(path: str | Path, sets: Sequence[str] = ()) -> Path | None:
     """The run folder that a run file means, whatever else may be wrong with it."""
     faults: list[str] = []
     raw: dict[str, Any] = {}
-    for _, content in reversed(_read_chain(Path(path), faults)):
+    for _, content in reversed(_read_chain(find_file(path), faults)):
         _merge(raw, content, "", {})
     _apply_sets(raw, sets, faults, {})
     logging, name = raw.get("logging", {}), raw.get("name")
@@ -129,7 +149,7 @@ def _read_chain(path: Path, faults: list[str]) -> list[tuple[Path, dict[str, Any
                 'write "extends": "base.json", relative to this file'
             )
             return chain
-        path = path.parent / parent
+        path = find_file(parent, path.parent)
 
 
 def _resolve(path: Path) -> Path:
@@ -238,6 +258,13 @@ def _parse(text: str) -> tuple[Any, list[str]]:
 
 
 # --- merging ---------------------------------------------------------------------------------
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections of a run file laid over others, as one that extends another is; both are kept."""
+    result = copy.deepcopy(dict(base))
+    _merge(result, over, "", {})
+    return result
 
 
 def _merge(

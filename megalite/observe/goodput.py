@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.errors import CommandError
-from megalite.files import read_json, read_rows
+from megalite.files import each_row, read_json
 
 _ENDS = ("end", "stopped", "failed", "superseded", "hang")
 
@@ -50,7 +51,7 @@ def goodput(run: Path) -> dict[str, Any]:
         CommandError: no records there.
     """
     try:
-        attempts = _attempts(read_rows(run / "metrics.jsonl"))
+        attempts = _attempts(row for row in each_row(run / "metrics.jsonl") if row is not None)
     except OSError as error:
         raise CommandError(f"{run}: no records of a run: {error.strerror}") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -90,7 +91,7 @@ def goodput(run: Path) -> dict[str, Any]:
     }
 
 
-def _attempts(rows: list[dict[str, Any]]) -> list[Attempt]:
+def _attempts(rows: Iterable[dict[str, Any]]) -> list[Attempt]:
     found: dict[int, Attempt] = {}
     measured: dict[int, float] = {}  # until when an attempt's own clock has spoken
     for row in rows:
@@ -107,7 +108,8 @@ def _attempts(rows: list[dict[str, Any]]) -> list[Attempt]:
         one.last = max(one.last, row["step"])
         if name == "rollback":
             one.redone += row["step"] - 1 - row["to"]
-        if seconds := row.get("seconds"):
+        # a slow rank's are of one forward pass
+        if name != "straggler" and (seconds := row.get("seconds")):
             one.seconds = {part: float(value) for part, value in seconds.items()}
             measured[number] = time
         elif row["kind"] == "train":  # of a start that was killed later

@@ -18,6 +18,7 @@ from megalite.plan.seconds import Layout, step_seconds
 
 # what a step of any run tells of; the rest needs runs that would tell it apart, and is left
 _FITTED = ("matmul", "bandwidth", "link")
+RECORD = "plan.json"  # what a run leaves of prediction and measurement
 _PULL = 0.02  # how much a factor of e away from the usual costs, beside a run's error squared
 _ROUNDS = 60
 
@@ -85,7 +86,7 @@ def _cost(runs: Sequence[Run], device: Device, efficiencies: Efficiencies) -> fl
 
 def read_run(folder: Path) -> Run:
     try:
-        record = files.read_json(folder / "plan.json")
+        record = files.read_json(folder / RECORD)
         layout = Layout(DEVICES[record["device"]], record["hosts"], record["per_host"])
         seconds = float(record["measured"]["step_seconds"])
         if not seconds > 0:
@@ -93,7 +94,7 @@ def read_run(folder: Path) -> Run:
         return Run(load_config(folder / "config.json"), layout, seconds)
     except FileNotFoundError:
         raise CommandError(
-            f"--calibrate {folder}: no plan.json there; give run folders whose runs have ended"
+            f"--calibrate {folder}: no {RECORD} there; give run folders whose runs have ended"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, MegaLiteError) as error:
-        raise CommandError(f"--calibrate {folder}: plan.json tells nothing: {error}") from None
+        raise CommandError(f"--calibrate {folder}: {RECORD} tells nothing: {error}") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite import shapes
-from megalite.config import RunConfig, parse_config
+from megalite.config import RunConfig, merged, parse_config
 from megalite.errors import ConfigError
 from megalite.plan.forecast import Forecast, forecast
 from megalite.plan.seconds import Layout
@@ -52,7 +52,7 @@ def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
         update={
             "parallel": config.parallel.model_copy(update=changes["parallel"]),
             "training": config.training.model_copy(update=changes["training"]),
-            "deepspeed": _merged(config.deepspeed, changes["deepspeed"]),
+            "deepspeed": merged(config.deepspeed, changes["deepspeed"]),
         }
     )
 
@@ -60,7 +60,7 @@ def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 def _is_valid(config: RunConfig, candidate: Candidate) -> bool:
     """Whether a layout keeps the rules of a run file."""
     try:
-        parse_config(_merged(config.model_dump(mode="json"), candidate.changes))
+        parse_config(merged(config.model_dump(mode="json"), candidate.changes))
     except ConfigError:
         return False
     return True
@@ -85,16 +85,6 @@ def _changes(config: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:
             }
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    result = dict(base)
-    for key, value in over.items():
-        inner = result.get(key)
-        if isinstance(value, dict) and isinstance(inner, dict):
-            value = _merged(inner, value)
-        result[key] = value
-    return result
-
-
 def run_file(
     candidate: Candidate, path: Path, source: Path, changes: dict[str, Any]
 ) -> dict[str, Any]:
@@ -104,4 +94,4 @@ def run_file(
         changes: what the command line changes, as sections.
     """
     extends = os.path.relpath(source.resolve(), path.resolve().parent)
-    return {"extends": extends, **_merged(changes, candidate.changes)}
+    return {"extends": extends, **merged(changes, candidate.changes)}

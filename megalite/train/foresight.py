@@ -17,11 +17,11 @@ from megalite.log import logger
 from megalite.observe import Recorder, peak_memory_bytes
 from megalite.parallel import Grid
 from megalite.plan import Plan
+from megalite.plan.calibrate import RECORD
 from megalite.plan.devices import CPU, Device, by_driver_name
 from megalite.plan.forecast import forecast
 from megalite.plan.seconds import Layout
 
-RECORD = "plan.json"
 _WARM_UP = 2  # rows that compile, allocate and read for the first time
 
 
@@ -50,7 +50,9 @@ class Foresight:
                 "baseline_bytes": self._baseline,
             }
             self._predicted = {
-                "memory_bytes": plan.memory_bytes["total"],
+                # a GPU's allocator tells what tensors took, a CPU's process has the margin too
+                "memory_bytes": plan.memory_bytes["total"]
+                + (found.margin if grid.device.type == "cpu" else 0),
                 "step_seconds": found.seconds.total,
             }
 

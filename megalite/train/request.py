@@ -75,19 +75,29 @@ def check(request: Request, launch: Launch) -> tuple[Plan, Samples, Dataset | No
     try:
         if request.examples is not None:
             return plan, _open_examples(config, request.examples, faults), None
-        train, valid = open_data(config.data, vocab_size=config.model.vocab_size)
-        for dataset in filter(None, (train, valid)):
-            set_objective(dataset, config)
-        if config.training.global_batch_size > train.windows:
-            raise DataError(
-                f"training.global_batch_size {config.training.global_batch_size}, but data.train "
-                f"holds {train.windows} samples in all; lower it, or give more data"
-            )
+        train, valid = open_shards(config)
     except UserError as error:
         raise type(error)("\n".join([*faults, str(error)])) from None
     if faults:
         raise UserError("\n".join(faults))
     return plan, train, valid
+
+
+def open_shards(config: RunConfig) -> tuple[Dataset, Dataset | None]:
+    """What a run file of pretraining trains on, and is validated on.
+
+    Raises:
+        DataError: everything that is wrong with it.
+    """
+    train, valid = open_data(config.data, vocab_size=config.model.vocab_size)
+    for dataset in filter(None, (train, valid)):
+        set_objective(dataset, config)
+    if config.training.global_batch_size > train.windows:
+        raise DataError(
+            f"training.global_batch_size {config.training.global_batch_size}, but data.train "
+            f"holds {train.windows} samples in all; lower it, or give more data"
+        )
+    return train, valid
 
 
 def _open_examples(config: RunConfig, folder: Path, faults: list[str]) -> ExampleSet:

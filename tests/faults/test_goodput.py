@@ -59,9 +59,11 @@ def test_the_time_of_a_run_by_what_it_went_into(tmp_path: Path) -> None:
 
 
 def test_steps_that_a_rollback_threw_away_are_lost(tmp_path: Path) -> None:
+    """Beside a slow rank, whose seconds are of a forward pass."""
     lines = [
         _row("event", 100, 0, 0, name="start"),
         _row("event", 117, 0, 17, name="rollback", to=10),
+        _row("event", 118, 0, 18, name="straggler", rank=1, host="a", seconds=0.3, median=0.1),
         _row("event", 131, 0, 30, name="end", seconds={"setup": 5, "step": 36.0}),
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))

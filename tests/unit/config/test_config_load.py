@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from megalite.config import RunConfig, load_config, parse_config
+from megalite.config import RunConfig, find_file, load_config, parse_config
+from megalite.config.load import SHIPPED
 from megalite.errors import ConfigError
+from megalite.log import logger
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -266,6 +268,26 @@ def test_a_rule_is_silent_about_a_key_at_fault_already() -> None:
     assert [fault.split(":")[1].strip() for fault in caught.value.faults] == [
         "model.max_position_embeddings"
     ]
+
+
+def test_what_is_not_here_is_looked_for_among_those_that_ship(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logger, "propagate", True)
+    with caplog.at_level("INFO", logger="megalite"):
+        shipped = load_config("configs/125m.json")
+    assert caplog.messages == [f"configs/125m.json is not here: taken from {SHIPPED / '125m.json'}"]
+    assert load_config("finetune/imdb.json").name == "imdb"
+    for parent in ("125m.json", "configs/125m.json"):
+        own = write(tmp_path / "mine.json", {"extends": parent, "name": "mine"})
+        assert load_config(own).model == shipped.model
+    (tmp_path / "configs").mkdir()
+    write(tmp_path / "configs/125m.json", SMALL)
+    assert load_config("configs/125m.json").name == "small"
+    for name in ("configs/../125m.json", "../configs/125m.json", "none.json", "", "a\0b"):
+        assert find_file(name) == Path(name)
+    assert "none.json: no such run file" in faults(Path("configs/none.json"))[0]
 
 
 def test_loading_gives_a_run_config(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What a user starts; where MegaLite is installed these are `megalite.launcher`."""

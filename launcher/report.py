@@ -1,0 +1,48 @@
+"""Show runs beside each other on one HTML page: curves, differences, time, events, samples."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megalite import files
+from megalite.errors import CommandError
+from megalite.log import command_parser, run_main
+
+_EXAMPLES = """examples:
+  python launcher/report.py runs/smoke --output smoke.html
+  python launcher/report.py runs/1b runs/1b-again --output both.html
+
+The page needs no network and no other file. A run that still goes is shown as far as it is.
+"""
+
+
+def parse() -> argparse.Namespace:
+    parser = command_parser(__doc__, _EXAMPLES)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="FILE", help="the page, written anew"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    output: Path = arguments.output
+    if not os.path.isdir(output.parent) or os.path.isdir(output):  # also of names too long
+        raise CommandError(f"--output {output}: give a file in a folder that is there")
+    from megalite.report import read_records, render
+
+    page = render(read_records(arguments.runs))
+    try:
+        # a text of a run may hold halves of surrogate pairs, which UTF-8 has no bytes for
+        files.write_atomic(output, page.encode(errors="replace"))
+    except OSError as error:
+        raise CommandError(f"--output {output} cannot be written: {error.strerror}") from None
+    sys.stdout.write(f"{output}\n")
+
+
+if __name__ == "__main__":
+    run_main(main, find_rank=lambda: 0)

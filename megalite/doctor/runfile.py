@@ -1,0 +1,85 @@
+"""A run file on this machine: what launchers find out before they train, each as a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from megalite.config import RunConfig, find_run, load_config
+from megalite.doctor.row import GIB, Row
+from megalite.env import Launch
+from megalite.errors import ConfigError
+from megalite.plan import make_plan
+
+
+def load(path: str) -> RunConfig:
+    """The run file; one of fine-tuning may leave its model to the run's own checkpoints.
+
+    Raises:
+        ConfigError: all of its faults.
+    """
+    from megalite.checkpoint import describe_run
+
+    try:
+        return load_config(path)
+    except ConfigError:
+        own = find_run(path)
+        known = describe_run(own) if own is not None else None
+        config = load_config(path, model=known[0]) if known else None
+        if config is None or config.finetune is None:
+            raise
+        return config
+
+
+def data(config: RunConfig, look: Callable[[RunConfig], str]) -> Row:
+    """Raises UserError: what is wrong with shards, or with examples, which `look` looks at."""
+    if config.finetune is not None:
+        return Row("ok", look(config))
+    from megalite.train.request import open_shards
+
+    train, valid = open_shards(config)
+    facts = train.describe()
+    read = config.training.steps * config.training.global_batch_size / train.windows
+    told = f"{len(facts['sources'])} sources, {facts['tokens']:,} tokens, read {read:.2g} times"
+    held = f"; held out: {valid.windows * valid.sequence_length:,}" if valid else ""
+    return Row("ok", told + held)
+
+
+def memory(config: RunConfig) -> Row:
+    """Whether a run on all GPUs of this host, or on its processor, fits."""
+    import torch
+
+    from megalite.train.checks import hardware_faults
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
+    ranks = gpus or config.parallel.tensor
+    plan = make_plan(config, world_size=ranks, device=device)
+    launch = Launch(0, ranks, 0, ranks, "127.0.0.1", 0, "python")
+    if faults := hardware_faults(config, plan, launch, device):
+        return Row("fail", "\n".join(faults), "more hosts: see launcher/plan.py --nodes")
+    size = plan.memory_bytes["total"] / GIB
+    where = "its GPU's" if gpus else "this host's"
+    return Row("ok", f"{ranks} ranks fit, each with {size:.2f} GiB of {where} memory")
+
+
+def checkpoints(config: RunConfig, free: int) -> Row:
+    """Whether the disk has room for all that the run keeps, and for the next one beside it."""
+    from megalite.checkpoint import checkpoint_bytes
+
+    size, section, steps = checkpoint_bytes(config), config.checkpoint, config.training.steps
+    count = section.keep + 1 + section.keep_best
+    count += steps // section.keep_every if section.keep_every else 0
+    if steps:  # else the examples tell
+        count = min(count, -(-steps // section.every) if section.every else 1)
+    root = Path(config.logging.directory) / config.name / "checkpoints"
+    there = sum(file.stat().st_size for file in root.glob("step_*/**/*") if file.is_file())
+    needed = max(0, count * size - there)
+    told = (
+        f"{count} of {size / GIB:.2f} GiB, {there / GIB:.2f} GiB of them there; "
+        f"{free / GIB:,.1f} GiB free"
+    )
+    if needed > free:
+        return Row("fail", told, "make room, or lower checkpoint.keep")
+    return Row("ok", told)

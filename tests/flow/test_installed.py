@@ -1,0 +1,99 @@
+"""What `pip install .` brings: the wheel is whole, and trains where no checkout is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+NESTED = {"launcher": "megalite/launcher", "configs": "megalite/configs"}  # in the wheel
+
+
+def succeed(*command: str, folder: Path, **environ: str) -> str:
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, **environ}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, for a build leaves its traces beside the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in ("megalite", "data_prep", *NESTED):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), ".")
+    succeed(*PIP, *build, folder=source)
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path) -> Path:
+    target = wheel.parent / "site"
+    succeed(*PIP, "install", "--no-deps", "--target", str(target), str(wheel), folder=wheel.parent)
+    return target
+
+
+def test_the_wheel_is_whole(wheel: Path) -> None:
+    expected = {
+        "/".join((NESTED.get(folder, folder), path.relative_to(ROOT / folder).as_posix()))
+        for folder in ("megalite", "data_prep", *NESTED)
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert found == expected
+
+
+def test_launchers_are_modules_there(installed: Path, tmp_path: Path) -> None:
+    for path in sorted((ROOT / "launcher").glob("[a-z]*.py")):
+        if path.stem != "smoke":
+            command = (sys.executable, "-m", f"megalite.launcher.{path.stem}", "--help")
+            told = succeed(*command, folder=tmp_path, PYTHONPATH=str(installed))
+            assert told.startswith(f"usage: {path.name}")
+    smoke = (sys.executable, "-m", "megalite.launcher.smoke")
+    environ = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(smoke, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert (done.returncode, "start `make smoke` there" in done.stderr) == (1, True)
+
+
+def test_it_trains_where_no_checkout_is(
+    installed: Path, tmp_path: Path, shards: dict[str, str]
+) -> None:
+    """From a file that extends one that ships; started as the README says."""
+    mine: dict[str, Any] = {
+        "extends": "smoke.json",
+        "name": "mine",
+        "model": {"vocab_size": 258, "hidden_size": 16, "intermediate_size": 32},
+        "data": {"train": [{"path": shards["train"]}], "valid": [], "sequence_length": 16},
+        "training": {"steps": 2, "global_batch_size": 2, "micro_batch_size": 1},
+    }
+    (tmp_path / "mine.json").write_text(json.dumps(mine))
+    told = succeed(
+        *(sys.executable, "-c", "import megalite, data_prep; print(megalite.__file__)"),
+        folder=tmp_path,
+        PYTHONPATH=str(installed),
+    )
+    assert Path(told.strip()) == installed / "megalite/__init__.py"
+    launch = (f"{Path(sys.executable).parent}/deepspeed", "--num_gpus", "2", "--module")
+    command = (*launch, "megalite.launcher.pretrain", "--config", "mine.json")
+    succeed(*command, folder=tmp_path, PYTHONPATH=str(installed))
+    assert json.loads((tmp_path / "runs/mine/status.json").read_text())["state"] == "done"
+    plan = ("megalite.launcher.plan", "--config", "configs/7b.json", "--gpu", "h100-80gb", "--json")
+    told = succeed(sys.executable, "-m", *plan, folder=tmp_path, PYTHONPATH=str(installed))
+    assert json.loads(told)["parameters"] == 6_738_415_616
