@@ -3,12 +3,13 @@
 #   make smoke   corpus -> tokenizer -> shards -> training -> perplexity -> a sample   6 min, 2 cores
 #   make test    the whole test suite                                            under 30 min, 2 cores
 #   make check   format, lint, types, house rules                                 under 1 min
+#   make docs    the pages of docs/ as a site, in site/                            under 1 min
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: smoke test check venv
+.PHONY: smoke test check docs venv
 
 smoke: venv
 	@$(BIN)/python -u launcher/smoke.py
@@ -22,6 +23,9 @@ check: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_house.py
+
+docs: venv
+	$(BIN)/python -m mkdocs build --strict
 
 venv: $(VENV)/.installed
 

@@ -57,9 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(command("train-tokenizer", "learn a vocabulary", _train_tokenizer))
     _add_encoding(command("tokenize", "encode documents into shards", _tokenize))
     check = command("verify", "find out whether shards are as written", _verify)
-    check.add_argument("folder", type=Path, metavar="DIR")
+    check.add_argument("folder", type=Path, metavar="DIR", help="a folder that tokenize wrote")
     add = command("inspect", "show what a shard folder holds", _inspect).add_argument
-    add("folder", type=Path, metavar="DIR")
+    add("folder", type=Path, metavar="DIR", help="a folder that tokenize wrote")
     add("--picture", type=Path, metavar="FILE.svg", help="also draw the lengths of documents")
     add("--document", type=_at_least(0), metavar="N", help="the text of a document, from 0")
     return parser
@@ -67,8 +67,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     _add_inputs(parser)
-    parser.add_argument("--vocab-size", type=_at_least(1), required=True, metavar="N")
-    parser.add_argument("--type", choices=["bpe", "unigram"], default="bpe", help="default: bpe")
+    parser.add_argument(
+        "--vocab-size",
+        type=_at_least(1),
+        required=True,
+        metavar="N",
+        help="pieces of the vocabulary, the 256 bytes among them",
+    )
+    parser.add_argument(
+        "--type", choices=["bpe", "unigram"], default="bpe", help="of SentencePiece; default: bpe"
+    )
 
 
 def _add_encoding(parser: argparse.ArgumentParser) -> None:
@@ -109,10 +117,24 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.description = f"{parser.description}\n\n{_INPUTS}"
     add = parser.add_argument
-    add("--input", dest="inputs", nargs="+", action="extend", required=True, metavar="INPUT")
+    add(
+        "--input",
+        dest="inputs",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="INPUT",
+        help="one or more, as told above",
+    )
     add("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     add("--text-field", default="text", metavar="NAME", help="of JSON and tables; default: text")
-    add("--max-bad-records", type=_at_least(0), default=0, metavar="N", help="default: 0")
+    add(
+        "--max-bad-records",
+        type=_at_least(0),
+        default=0,
+        metavar="N",
+        help="bad records that are left out before the command stops; default: 0",
+    )
 
 
 def _at_least(lowest: int) -> Callable[[str], int]:

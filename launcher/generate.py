@@ -34,9 +34,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--chat", action="store_true", help="a prompt is a user's turn; print the answer alone"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="of a text")
     parser.add_argument(
-        "--temperature", type=float, default=1.0, help="0: always the likeliest token"
+        "--temperature", type=float, default=1.0, metavar="T", help="0: the likeliest token"
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest")
     parser.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest P")
@@ -44,7 +44,7 @@ def parse() -> argparse.Namespace:
         "--repetition-penalty", type=float, default=1.0, metavar="R", help="over 1: repeat less"
     )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn")
     return parser.parse_args()
 
 

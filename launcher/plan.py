@@ -30,7 +30,9 @@ Exit codes: 0 it fits, 1 it does not, 2 a configuration or a command line that c
 def parse() -> argparse.Namespace:
     parser = command_parser(__doc__, _EXAMPLES)
     parser.add_argument("--config", metavar="FILE", help="the run file (JSON)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, dotted"
+    )
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts (1)")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="of each (8)")
     parser.add_argument(

@@ -1,6 +1,7 @@
-"""For scripts: the schema of run files, and where a run goes.
+"""For scripts: the schema of run files and its page, and where a run goes.
 
-python -m megalite.config                                           writes configs/schema.json
+python -m megalite.config                                           writes configs/schema.json and
+                                                                    docs/configuration.md
 python -m megalite.config --run-folder CONFIG [--set KEY=VALUE]...  checks CONFIG, prints it
 """
 
@@ -14,11 +15,13 @@ from typing import Any
 from megalite.config.deepspeed_keys import deepspeed_schema
 from megalite.config.load import SHIPPED, load_config
 from megalite.config.model import ModelConfig
+from megalite.config.page import configuration_page
 from megalite.config.schema import RunConfig
-from megalite.files import write_json
+from megalite.files import write_atomic, write_json
 from megalite.log import run_main
 
 SCHEMA = SHIPPED / "schema.json"
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 def json_schema() -> dict[str, Any]:
@@ -54,7 +57,7 @@ def _tidy(section: dict[str, Any]) -> None:
     section.pop("required", None)
     for name, field in section["properties"].items():
         field.pop("title", None)
-        if name in ("num_key_value_heads", "head_dim"):
+        if name in ("num_key_value_heads", "head_dim", "attention_output_bias"):
             field["type"] = [field["type"], "null"]
 
 
@@ -66,7 +69,8 @@ def main() -> None:
     arguments, others = parser.parse_known_args()
     if arguments.run_folder is None:
         write_json(SCHEMA, json_schema())
-        sys.stdout.write(f"wrote {SCHEMA}\n")
+        write_atomic(PAGE, configuration_page(json_schema()))
+        sys.stdout.write(f"wrote {SCHEMA} and {PAGE}\n")
         return
     told = any(word.startswith("--init-from") for word in others)  # there the model may stand
     stand_in = {

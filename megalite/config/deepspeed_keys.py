@@ -100,7 +100,7 @@ _GONE_ALONE = (
     "zero_optimization.zeropp_loco_param"
 )
 _OWN = "MegaLite does this itself"
-_REFUSED = dict.fromkeys(_GONE_ALONE.split(), f"{_GONE}; take it out") | {
+REFUSED = dict.fromkeys(_GONE_ALONE.split(), f"{_GONE}; take it out") | {
     # known, and never right here: why, and what to do
     "amp": f"{_GONE}; set training.precision",
     "autotuning": "starts other runs in the place of this one; take it out",
@@ -132,7 +132,7 @@ def deepspeed_schema() -> dict[str, Any]:
         return {"anyOf": [_KINDS[kind[0]][1] | least, {"const": "auto"}]}
 
     def section(known: dict[str, str]) -> dict[str, Any]:
-        properties = {key: value(kind) for key, kind in known.items() if key not in _REFUSED}
+        properties = {key: value(kind) for key, kind in known.items() if key not in REFUSED}
         return {"type": "object", "properties": properties, "additionalProperties": False}
 
     whole = section(_TOP)
@@ -234,7 +234,7 @@ def _at(section: dict[str, Any], key: str) -> Any:
 def _key_faults(section: dict[str, Any], known: dict[str, str], prefix: str) -> Iterator[Fault]:
     for key, value in section.items():
         where = ("deepspeed", *prefix.split(".")[:-1], key)
-        reason = _REFUSED.get(prefix + key)
+        reason = REFUSED.get(prefix + key)
         if reason is not None:
             if value != "auto":
                 yield Fault((where,), reason)

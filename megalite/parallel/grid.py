@@ -137,6 +137,9 @@ def _own_store(launch: env.Launch) -> Any:
 
     PyTorch listens on every interface otherwise. So does this where a name stands for another
     address on its own host than elsewhere (loopback), or for none of this host's (behind NAT).
+
+    Raises:
+        LaunchError: another process listens there.
     """
     handle, address = None, (launch.master_addr, launch.master_port)
     if launch.rank == 0:
@@ -144,13 +147,21 @@ def _own_store(launch: env.Launch) -> Any:
             found = socket.gethostbyname(launch.master_addr)
             if not found.startswith("127.") or launch.local_world_size == launch.world_size:
                 handle = socket.create_server((found, launch.master_port), backlog=1024).detach()
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        *address,
-        launch.world_size,
-        is_master=launch.rank == 0,
-        timeout=_TIMEOUT,
-        master_listen_fd=handle,
-    )
+    try:
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            *address,
+            launch.world_size,
+            is_master=launch.rank == 0,
+            timeout=_TIMEOUT,
+            master_listen_fd=handle,
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise LaunchError(
+            f"MASTER_PORT {launch.master_port} of {launch.master_addr} is in use, maybe by another "
+            "run; give this one another port: deepspeed --master_port N, torchrun --master-port N"
+        ) from None
 
 
 def _pick_device(launch: env.Launch) -> torch.device:

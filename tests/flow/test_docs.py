@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +15,18 @@ ROOT = Path(__file__).resolve().parents[2]
 INSTALLS = "pip install"  # a block that needs the package registry and minutes
 
 
-def blocks(page: str) -> list[str]:
+def blocks(page: str, kind: str = "bash") -> list[str]:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    return re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def failures(chosen: list[str], folder: Path) -> list[str]:
+def failures(chosen: list[str], folder: Path, sources: Path = ROOT) -> list[str]:
     binaries = Path(sys.executable).parent
     environ = {
         **os.environ,
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(sources),
+        "OMP_NUM_THREADS": "1",  # other tests have the other core
     }
     found = []
     for block in chosen:
@@ -49,7 +51,8 @@ def test_the_blocks_of_the_data_page_run(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("page", "count"), [("trust.md", 6), ("models.md", 5), ("planning.md", 3), ("report.md", 2)]
+    ("page", "count"),
+    [("index.md", 5), ("trust.md", 6), ("models.md", 5), ("planning.md", 3), ("report.md", 2)],
 )
 def test_the_blocks_of_a_page_run(page: str, count: int, tmp_path: Path) -> None:
     for name in ("launcher", "configs"):
@@ -68,6 +71,37 @@ def test_the_blocks_of_the_tutorial_run(tmp_path: Path) -> None:
     assert failures(found, tmp_path) == []
     page = (tmp_path / "why.html").read_text(encoding="utf-8")
     assert "ending" in page
+
+
+@pytest.mark.timeout(900)
+def test_the_patches_of_the_page_on_extending_work(tmp_path: Path) -> None:
+    """In a copy of the sources, one on top of the other; the blocks use what they bring."""
+    for name in ("configs", "data_prep", "docs", "launcher", "megalite"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    patches, found = blocks("extending.md", "diff"), blocks("extending.md")
+    assert (len(patches), len(found)) == (5, 3)
+    for number, patch in enumerate(patches):
+        file = tmp_path / f"{number}.patch"
+        file.write_text(patch, encoding="utf-8")
+        outside = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+        command = ["git", "apply", file.name]
+        done = subprocess.run(command, cwd=tmp_path, env=outside, capture_output=True, text=True)
+        assert done.returncode == 0, f"{patch}\n{done.stderr}"
+    assert failures(found, tmp_path, sources=tmp_path) == []
+
+
+def test_every_page_with_blocks_is_run() -> None:
+    run = (
+        "data.md",
+        "extending.md",
+        "index.md",
+        "models.md",
+        "planning.md",
+        "trust.md",
+        "tutorial.md",
+    )
+    pages = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+    assert [page for page in pages if blocks(page)] == list(run)
 
 
 @pytest.mark.slow

@@ -1,0 +1,74 @@
+"""Each message that docs/errors.md quotes is one that the sources can write."""
+
+from __future__ import annotations
+
+import ast
+import re
+import signal
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.pages import ROOT
+
+FOREIGN = {  # of other programs, and the file that shows it
+    "OutOfMemoryError": "torch/cuda/__init__.py",
+    "Setting accelerator to CPU": "deepspeed/accelerator/real_accelerator.py",
+    "Unable to find hostfile": "deepspeed/launcher/runner.py",
+}
+
+
+def messages() -> list[str]:
+    """What stands in code font in the first column."""
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| (.+?) \| ", page, re.MULTILINE)
+    return [message for cell in cells for message in re.findall(r"^`(.+?)`", cell)]
+
+
+def said(node: ast.AST) -> str | None:
+    """A text as a message, what is filled in as a NUL."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.sub(r"%[.\d]*[sdfgr]", "\0", node.value.replace("%%", "%"))
+    if isinstance(node, ast.JoinedStr):
+        return "".join(said(value) or "\0" for value in node.values)
+    return None
+
+
+@cache
+def sources() -> str:
+    """Every text of the code and every line of the job scripts, a line each."""
+    texts = []
+    for folder in ("megalite", "data_prep", "launcher"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            texts += [text for node in ast.walk(tree) if (text := said(node))]
+    for path in (ROOT / "slurm").iterdir():
+        texts += path.read_text(encoding="utf-8").splitlines()
+    return "\n".join(text.replace("\n", " ") for text in texts)
+
+
+def is_said(message: str) -> bool:
+    """Whether one text has all parts of a message, in their order."""
+    parts = [re.escape(part.strip()) for part in message.split("...") if part.strip(" .;")]
+    return bool(parts) and re.search(".*".join(parts), sources()) is not None
+
+
+@pytest.mark.parametrize("message", messages())
+def test_a_message_is_one_that_is_written(message: str) -> None:
+    if message in FOREIGN:
+        spec = find_spec(FOREIGN[message].split("/")[0])
+        assert spec is not None
+        assert spec.origin is not None
+        file = Path(spec.origin).parents[1] / FOREIGN[message]
+        assert message in file.read_text(encoding="utf-8")
+    elif message != signal.strsignal(signal.SIGKILL):
+        assert is_said(message)
+
+
+def test_a_message_that_nobody_writes_is_found() -> None:
+    assert len(messages()) > 50
+    assert is_said("the launch is half set: ...")
+    assert not is_said("the launch is all set: ...")
+    assert not is_said("missing; start with deepspeed ... the launch is half set")

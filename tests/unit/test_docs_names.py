@@ -1,0 +1,196 @@
+"""What the pages name is there: options, keys, files; and every command in them can be given."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from megalite.config.__main__ import json_schema
+from megalite.config.deepspeed_keys import REFUSED
+from megalite.config.faults import known_keys
+from tests.pages import PAGE, ROOT, actions, commands_page, parsers
+
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("README*.md")])
+PARSERS = dict(parsers())
+# of the programs that start ours, or stand beside them
+FOREIGN = {
+    "deepspeed": "--num_gpus --no_ssh --master_port",
+    "torchrun": "--nproc-per-node --master-port",
+    "mkdocs": "--strict",
+    "mpirun and srun": "--nodes --ntasks-per-node --ntasks",
+    "sbatch": "--gpus-per-node --cpus-per-task --open-mode --signal --export",
+    "squeue": "--me",
+    "others": "--logdir --quiet --help --run-folder --shm-size",
+}
+# named as what a user writes, or as what must not be
+MISSPELT = {"deepspeed.gradient_cliping", "optimizer.lrr"}
+ABSENT = {"configs/mine.json", "slurm/site.env", "launcher/profile.py"}
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def blocks(text: str) -> str:
+    """The code of a page, fenced or indented; a line that ends in a backslash goes on."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    code = "\n".join([*fenced, *re.findall(r"^    .*$", text, re.MULTILINE)])
+    return code.replace("\\\n", " ")
+
+
+def spans(text: str) -> list[str]:
+    """What stands in code font."""
+    plain = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`\n]+)`", plain)
+
+
+def commands(text: str) -> Iterator[tuple[str, list[str]]]:
+    """The commands of ours in a page's code: the parser's name and its arguments."""
+    starts = r"\b(?:python|deepspeed|torchrun|srun|mpirun|sbatch)\b.*?"
+    ours = r"(?P<name>launcher/\w+\.py|-m data_prep [\w-]+|slurm/\w+\.sbatch)(?P<rest>.*)"
+    for found in re.finditer(starts + ours, blocks(text)):
+        lexer = shlex.shlex(found["rest"], posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in lexer:
+            if re.fullmatch(r"[();<>|&]+", word):
+                break
+            words.append(word)
+        yield found["name"].replace("-m", "python -m"), words
+
+
+def test_the_page_of_commands_is_up_to_date() -> None:
+    assert text_of(PAGE) == commands_page(), "run `python -m tests.pages`"
+
+
+def test_every_option_of_every_command_is_documented() -> None:
+    parts = re.split(r"^## (.+)$", text_of(PAGE), flags=re.MULTILINE)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert list(sections) == list(PARSERS)
+    for name, parser in PARSERS.items():
+        for action in actions(parser):
+            assert action.help, f"{name} {action.dest} says nothing"
+            told = action.option_strings or [str(action.metavar)]
+            assert f"| `{told[-1]}` |" in sections[name]
+
+
+def option_faults(text: str) -> list[str]:
+    """Options that no command has."""
+    known = {option for one in PARSERS.values() for option in one._option_string_actions}
+    known |= {option for options in FOREIGN.values() for option in options.split()}
+    for script in (ROOT / "benchmarks").glob("*.py"):
+        known |= set(re.findall(r'"(--[\w-]+)"', text_of(script)))
+    return sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known)
+
+
+def command_faults(text: str) -> list[str]:
+    """Commands that their parsers refuse."""
+    faults = []
+    for name, words in commands(text):
+        if "..." in words or not words:
+            continue  # an excerpt
+        taker, given = name, words
+        if name.startswith("slurm/"):
+            stem = Path(name).stem
+            taker = "python -m data_prep tokenize" if stem == "prep" else f"launcher/{stem}.py"
+            given = words if stem == "prep" else ["--config", *words]
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                PARSERS[taker].parse_args(given)
+        except (SystemExit, KeyError):
+            faults.append(shlex.join([name, *words]))
+    return faults
+
+
+def key_faults(text: str) -> list[str]:
+    """Dotted keys that no run file has."""
+    known = {".".join(key) for key in known_keys()}
+    sections = {key.split(".")[0] for key in known}
+    given = [word for _, words in commands(text) for word in words if "=" in word]
+    named = set()
+    for word in [*spans(text), *given]:
+        for key in re.findall(r"(?<![\w./-])[a-z_]+(?:\.[a-z_0-9]+)+(?![\w*/(-])", word):
+            file = key.endswith((".json", ".md", ".py", ".jsonl", ".sh", ".safetensors"))
+            parameter = key.startswith(("model.layers.", "model.embed_", "model.encoder."))
+            if key.split(".")[0] in sections and not file and not parameter:
+                named.add(re.sub(r"\.\d+", "", key))
+    return sorted(key for key in named - known - MISSPELT if not is_deepspeeds(key))
+
+
+def is_deepspeeds(key: str) -> bool:
+    """Whether a key is one that the deepspeed section knows, or knows to refuse."""
+    schema = json_schema()["properties"]["deepspeed"]
+    first, _, name = key.partition(".")
+    if first != "deepspeed" or name in REFUSED:
+        return first == "deepspeed"
+    for part in name.split("."):
+        if "properties" not in schema:  # DeepSpeed's alone to judge
+            return True
+        if part not in schema["properties"]:
+            return False
+        schema = schema["properties"][part]
+    return True
+
+
+def file_faults(text: str) -> list[str]:
+    """Files of the repository that are not there."""
+    folders = "megalite|data_prep|launcher|configs|slurm|tests|benchmarks|docs"
+    pattern = rf"(?<![\w/.-])(?:{folders})/[\w./*-]*[\w*]"
+    named = {word for span in spans(text) for word in re.findall(pattern, span)}
+    given = {word for _, words in commands(text) for word in words}
+    named |= {word for word in given if re.fullmatch(r"configs/[\w/]+\.json", word)}
+    return [name for name in sorted(named - ABSENT) if not any(ROOT.glob(name))]
+
+
+RULES = (option_faults, command_faults, key_faults, file_faults)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_what_a_page_names_is_there(path: Path, rule: Callable[[str], list[str]]) -> None:
+    assert rule(text_of(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "text", "faults"),
+    [
+        (option_faults, "`--set` and `--sett`", ["--sett"]),
+        (command_faults, "    python launcher/eval.py --data x", ["launcher/eval.py --data x"]),
+        (command_faults, "```bash\npython -m data_prep inspect x || true\n```", []),
+        (command_faults, "    sbatch -N 2 slurm/pretrain.sbatch configs/1b.json --set a=1", []),
+        (
+            command_faults,
+            "    sbatch slurm/prep.sbatch configs/1b.json",
+            ["slurm/prep.sbatch configs/1b.json"],
+        ),
+        (
+            key_faults,
+            "`training.steps` `training.stepz` `model.layers.0.mlp` `data.md` `data.train.0.path`",
+            ["training.stepz"],
+        ),
+        (key_faults, "`deepspeed.zero_optimization.stage`, `deepspeed.amp`", []),
+        (
+            key_faults,
+            "`deepspeed.zero_optimization.stagee`",
+            ["deepspeed.zero_optimization.stagee"],
+        ),
+        (key_faults, "    python launcher/plan.py --set schedule.nam=1", ["schedule.nam"]),
+        (file_faults, "`megalite/shapes.py`, `megalite/shape.py`", ["megalite/shape.py"]),
+    ],
+)
+def test_a_rule_finds_its_fault(
+    rule: Callable[[str], list[str]], text: str, faults: list[str]
+) -> None:
+    assert rule(text) == faults
+
+
+def test_commands_are_found_where_they_are() -> None:
+    found = [name for path in PAGES for name, _ in commands(text_of(path))]
+    assert set(found) >= set(PARSERS)
+    assert len(found) > 80
