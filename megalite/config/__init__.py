@@ -5,13 +5,13 @@ from __future__ import annotations
 from megalite.config.deepspeed_keys import zero_stage
 from megalite.config.finetune import AdapterConfig, ExamplesConfig, FinetuneConfig
 from megalite.config.load import find_run, load_config, parse_config, section_changes
+from megalite.config.logging import LoggingConfig, SamplesConfig, WandbConfig
 from megalite.config.model import ModelConfig, RopeScalingConfig
 from megalite.config.objective import source_length, spans, target_length
 from megalite.config.schema import (
     CheckpointConfig,
     DataConfig,
     GuardsConfig,
-    LoggingConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -35,9 +35,11 @@ __all__ = [
     "ParallelConfig",
     "RopeScalingConfig",
     "RunConfig",
+    "SamplesConfig",
     "ScheduleConfig",
     "SourceConfig",
     "TrainingConfig",
+    "WandbConfig",
     "find_run",
     "load_config",
     "parse_config",

@@ -1,15 +1,32 @@
-"""Scalars and the run file for TensorBoard."""
+"""Scalars, samples of text, pictures and the run file for TensorBoard."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 _TRAIN = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds")
 _GIB = 2**30
+
+
+def train_scalars(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers of a train row by the names they are drawn under."""
+    values = {f"train/{key}": row.get(key) for key in _TRAIN}
+    if row.get("peak_memory_bytes") is not None:
+        values["train/peak_memory_gib"] = row["peak_memory_bytes"] / _GIB
+    return values
+
+
+def valid_scalars(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers of a valid row by the names they are drawn under."""
+    return {
+        f"valid/{key}": value
+        for key, value in row.items()
+        if key != "step" and isinstance(value, int | float)
+    }
 
 
 class TensorBoard:
@@ -29,11 +46,7 @@ class TensorBoard:
 
     def train(self, row: Mapping[str, Any]) -> None:
         """One train row."""
-        step = int(row["step"])
-        values = {f"train/{key}": row.get(key) for key in _TRAIN}
-        if row.get("peak_memory_bytes") is not None:
-            values["train/peak_memory_gib"] = row["peak_memory_bytes"] / _GIB
-        self._scalars(".", step, values)
+        self._scalars(".", int(row["step"]), train_scalars(row))
         if row.get("tokens") is not None:
             self._scalars("by_tokens", int(row["tokens"]), {"train/loss": row.get("loss")})
 
@@ -43,19 +56,19 @@ class TensorBoard:
 
     def valid(self, row: Mapping[str, Any], *, tokens: int | None) -> None:
         """One valid row, with the tokens trained on before it, where they are known."""
-        numbers = {
-            f"valid/{key}": value
-            for key, value in row.items()
-            if key != "step" and isinstance(value, int | float)
-        }
-        self._scalars(".", int(row["step"]), numbers)
+        self._scalars(".", int(row["step"]), valid_scalars(row))
         if tokens is not None:
             self._scalars("by_tokens", tokens, {"valid/loss": row.get("loss")})
         for writer in self._writers.values():
             writer.flush()
 
-    def saved(self, step: int) -> None:
-        """Checkpoints are not drawn."""
+    def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        """Prompts with what was written after them."""
+        shown = [f"{_block(prompt)}\n\ngoes on\n\n{_block(text)}" for prompt, text in texts]
+        self._writer(".", step).add_text("samples", "\n\n---\n\n".join(shown), step)
+
+    def event(self, step: int, name: str) -> None:
+        """Events are not drawn."""
 
     def close(self) -> None:
         """Write out what is buffered."""
@@ -75,7 +88,11 @@ class TensorBoard:
             self._writers[name] = self._writer_class(folder, purge_step=purge, flush_secs=10)
             run_file = self._folder / "config.json"
             if name == "." and run_file.exists():
-                # indented by four it is Markdown's fixed-width block
-                block = textwrap.indent(run_file.read_text(encoding="utf-8"), "    ").rstrip()
-                self._writers[name].add_text("config", block, at)
+                text = run_file.read_text(encoding="utf-8")
+                self._writers[name].add_text("config", _block(text), at)
         return self._writers[name]
+
+
+def _block(text: str) -> str:
+    """Indented by four it is Markdown's fixed-width block."""
+    return textwrap.indent(text, "    ").rstrip()

@@ -8,10 +8,11 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megalite.observe.console import Console, format_duration, format_train
+from megalite.observe.console import Console, format_duration, train_parts
 
 ROW = {
     "step": 7,
@@ -33,7 +34,7 @@ console = Console(total_steps=20)
 row = dict(step=7, loss=3.2, lr=3e-4, grad_norm=0.9, tokens_per_second=1e4, step_seconds=0.5)
 console.train(row)
 log.logger.warning("something to say")
-console.saved(5)
+console.event(5, "checkpoint")
 console.train({**row, "step": 10})
 sys.stdout.write("a report\\n")
 console.close()
@@ -41,20 +42,24 @@ log.logger.info("after the end")
 """
 
 
+def as_line(row: dict[str, Any], total_steps: int) -> str:
+    return "  ".join(train_parts(row, total_steps=total_steps))
+
+
 def test_a_train_row_is_one_aligned_line() -> None:
-    line = format_train(ROW, total_steps=300)
+    line = as_line(ROW, total_steps=300)
     assert line == (
         "step   7/300  loss  3.2157  lr 3.00e-04  grad norm   0.987     12,346 tokens/s"
         "  mfu 45.7 %    1.50 GiB"
     )
-    assert len(format_train({**ROW, "step": 300, "loss": 12.5}, total_steps=300)) == len(line)
+    assert len(as_line({**ROW, "step": 300, "loss": 12.5}, total_steps=300)) == len(line)
 
 
 def test_missing_numbers_keep_their_place() -> None:
-    bare = format_train({**ROW, "loss": None, "grad_norm": None}, total_steps=300)
-    assert len(bare) == len(format_train(ROW, total_steps=300))
+    bare = as_line({**ROW, "loss": None, "grad_norm": None}, total_steps=300)
+    assert len(bare) == len(as_line(ROW, total_steps=300))
     assert "loss       -  " in bare
-    assert "mfu" not in format_train({**ROW, "mfu": None}, total_steps=300)
+    assert "mfu" not in as_line({**ROW, "mfu": None}, total_steps=300)
 
 
 @pytest.mark.parametrize(
@@ -109,4 +114,6 @@ def test_a_terminal_shows_one_view_below_the_messages(tmp_path: Path) -> None:
     assert "50 %" in text
     assert "saved at step 5" in text
     assert text.index("something to say") < text.index("step 10/20") < text.index("after the end")
-    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor comes back
+    hidden, shown = text.index("\x1b[?25l"), text.index("\x1b[?25h")
+    assert shown == hidden + len("\x1b[?25l")  # at once: a kill would leave it hidden
+    assert text.count("\x1b[?25l") == 1
