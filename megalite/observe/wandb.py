@@ -15,7 +15,7 @@ from megalite.files import read_json, write_json
 from megalite.log import logger
 from megalite.observe.tensorboard import train_scalars, valid_scalars
 
-_LOGIN = 30.0  # seconds to answer its question for a key, on a terminal
+_START = 60.0  # seconds to be answered, by the server or to its question for a key on a terminal
 _FINISH = 60.0  # seconds for what is not yet sent, at the end
 
 
@@ -79,6 +79,7 @@ class Wandb:
         with suppress(OSError, ValueError, LookupError, TypeError):
             id = str(read_json(place)["id"])
         config = self._config
+        self._wandb.setup(self._wandb.Settings(silent=True))  # it would ask for a key, and wait
         run = self._wandb.init(
             project=config.project,
             entity=config.entity,
@@ -90,15 +91,18 @@ class Wandb:
             mode=config.mode,
             config=read_json(self._folder / "config.json"),
             allow_val_change=True,
-            settings=self._wandb.Settings(console="off", silent=True, login_timeout=_LOGIN),
+            settings=self._wandb.Settings(
+                console="off", silent=True, init_timeout=_START, login_timeout=_START
+            ),
         )
         if run.disabled:  # nobody answered its question for a key
             raise ConnectionError("no key for it; give one with `wandb login`")
         run.define_metric("step", hidden=True)
         run.define_metric("*", step_metric="step")
-        write_json(place, {"id": id, "url": run.url})
+        write_json(place, {"id": id})
         self._run = run
-        logger.info("W&B: %s", run.url or f"kept for `wandb sync` in {run.dir}")
+        kept = f"`wandb sync {Path(run.dir).parent}` sends it"
+        logger.info("W&B: %s", run.url if config.mode == "online" else kept)
 
     def _log(self, step: int, values: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> None:
         def log() -> None:
