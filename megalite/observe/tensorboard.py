@@ -32,8 +32,9 @@ def valid_scalars(row: Mapping[str, Any]) -> dict[str, float | None]:
 class TensorBoard:
     """Two event folders: `tensorboard/` by step, `tensorboard/by_tokens/` the losses by tokens.
 
-    They are apart because a resumed attempt takes back what a crashed one wrote after the
-    checkpoint, and TensorBoard takes back every tag of a folder from one point of its axis on.
+    Names differ, since one chart has one axis; folders do, because a resumed attempt takes back
+    what a crashed one wrote after the checkpoint, and TensorBoard takes back every tag of a folder
+    from one point of its axis on.
     """
 
     def __init__(self, folder: Path, *, attempt: int) -> None:
@@ -47,8 +48,7 @@ class TensorBoard:
     def train(self, row: Mapping[str, Any]) -> None:
         """One train row."""
         self._scalars(".", int(row["step"]), train_scalars(row))
-        if row.get("tokens") is not None:
-            self._scalars("by_tokens", int(row["tokens"]), {"train/loss": row.get("loss")})
+        self._by_tokens("train", row.get("tokens"), row)
 
     def picture(self, name: str, image: Any, step: int) -> None:
         """An image, uint8 [H, W, 3]."""
@@ -57,15 +57,19 @@ class TensorBoard:
     def valid(self, row: Mapping[str, Any], *, tokens: int | None) -> None:
         """One valid row, with the tokens trained on before it, where they are known."""
         self._scalars(".", int(row["step"]), valid_scalars(row))
-        if tokens is not None:
-            self._scalars("by_tokens", tokens, {"valid/loss": row.get("loss")})
+        self._by_tokens("valid", tokens, row)
         for writer in self._writers.values():
             writer.flush()
 
     def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Prompts with what was written after them."""
-        shown = [f"{_block(prompt)}\n\ngoes on\n\n{_block(text)}" for prompt, text in texts]
-        self._writer(".", step).add_text("samples", "\n\n---\n\n".join(shown), step)
+        shown = [
+            f"**prompt**\n\n{_block(prompt)}\n\n**text**\n\n{_block(text)}\n\n"
+            for prompt, text in texts
+        ]
+        writer = self._writer(".", step)
+        writer.add_text("samples", "---\n\n".join(shown), step)
+        writer.flush()
 
     def event(self, step: int, name: str) -> None:
         """Events are not drawn."""
@@ -74,6 +78,10 @@ class TensorBoard:
         """Write out what is buffered."""
         for writer in self._writers.values():
             writer.close()
+
+    def _by_tokens(self, kind: str, tokens: int | None, row: Mapping[str, Any]) -> None:
+        if tokens is not None:
+            self._scalars("by_tokens", tokens, {f"{kind}/loss_by_tokens": row.get("loss")})
 
     def _scalars(self, name: str, at: int, values: Mapping[str, float | None]) -> None:
         writer = self._writer(name, at)
