@@ -19,6 +19,7 @@ from rich.text import Text
 from megalite.log import logger
 
 _BAR = 40  # columns at most; under a quarter of them it is left out
+_SAMPLE = 160  # columns of a sample's line in a log
 
 
 class Console:
@@ -62,9 +63,10 @@ class Console:
 
     def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Show the beginnings of prompts and of what was written after them, a line each."""
+        room = _SAMPLE if self._live is None else self._live.console.width
         for prompt, text in texts:
-            width = len(str(self._total))
-            logger.info("sample %*d  %s -> %s", width, step, _line(prompt, 40), _line(text, 120))
+            begin = f"sample {step:{len(str(self._total))}}  {_line(prompt, room // 4)} -> "
+            logger.info("%s%s", begin, _line(text, room - len(begin)))
 
     def event(self, step: int, name: str) -> None:
         """Remember the last checkpoint for the live view."""
@@ -119,7 +121,8 @@ class _View:
         room = min(_BAR, width - len(first) - 2)
         if room >= _BAR // 4:
             bar = Table.grid(padding=(0, 2))
-            bar.add_row(ProgressBar(total=1.0, completed=self._share, width=room), first)
+            done = ProgressBar(total=1.0, completed=self._share, width=room, complete_style="cyan")
+            bar.add_row(done, first)
             yield bar
         else:
             others = [first, *others]
@@ -175,5 +178,6 @@ def _number(value: float | None, spec: str) -> str:
 def _line(text: str, longest: int) -> str:
     """The beginning of a text on one line, without what would steer the terminal."""
     words = "".join(c if c.isprintable() else " " for c in text[: 4 * longest]).split()
-    line = " ".join(words)
-    return line if len(line) <= longest else f"{line[: longest - 3]}..."
+    line = Text(" ".join(words))
+    line.truncate(max(1, longest), overflow="ellipsis")
+    return line.plain

@@ -25,7 +25,7 @@ def valid_scalars(row: Mapping[str, Any]) -> dict[str, float | None]:
     return {
         f"valid/{key}": value
         for key, value in row.items()
-        if key != "step" and isinstance(value, int | float)
+        if key not in ("step", "best_step", "epoch") and isinstance(value, int | float)
     }
 
 
