@@ -62,7 +62,9 @@ def address(browser: Any, runs: tuple[Path, str]) -> Iterator[str]:
     )
     address = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: len(json.loads(read(f"{address}/data/runs"))) == 4, "TensorBoard is there")
+        expect_soon(
+            lambda: len(json.loads(read(f"{address}/data/runs"))) == 4, "TensorBoard is there"
+        )
         yield address
     finally:
         server.kill()
@@ -77,7 +79,7 @@ def read(address: str) -> bytes:
         return b"[]"
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
+def expect_soon(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"in {seconds:.0f} s not: {what}"
@@ -132,7 +134,7 @@ def test_what_the_model_wrote_and_the_run_file(
 ) -> None:
     browser.get(f"{address}/#text")
     body = browser.find_element("tag name", "body")
-    until(lambda: "step 40" in body.text, "the last sample is on the page")
+    expect_soon(lambda: "step 40" in body.text, "the last sample is on the page")
     keep("text")
     assert f"the cat\ntext\n{runs[1].strip()}" in body.text.replace("text\n ", "text\n")
     assert '"name": "pretrained"' in body.text
@@ -143,8 +145,8 @@ def test_the_confusion_matrix_is_a_picture(
 ) -> None:
     browser.get(f"{address}/#images")
     body = browser.find_element("tag name", "body")
-    until(lambda: "tag: valid/confusion" in body.text, "the picture has a place")
-    until(
+    expect_soon(lambda: "tag: valid/confusion" in body.text, "the picture has a place")
+    expect_soon(
         lambda: any(colours(picture(browser), image) > 1000 for image in images(browser)),
         "the picture is drawn",
     )
