@@ -140,12 +140,15 @@ def stream_texts(
     max_new_tokens: int,
     sampling: Sampling,
     stop: Sequence[str] = (),
+    controls: bool = False,
 ) -> Iterator[tuple[int, str]]:
     """Pieces of the texts that follow `prompts`, with the prompt's number, as they come.
 
     A text ends with the document or a stop string, which is left out, wherever token boundaries cut
     it. An empty prompt begins a document: it stands for the id that ended the one before.
 
+    Args:
+        controls: whether names of control tokens in prompts are those tokens, as a chat's are.
     Raises:
         CommandError: an empty stop string; an empty prompt where the tokenizer has neither an end
             nor a beginning of document.
@@ -153,7 +156,11 @@ def stream_texts(
     if "" in stop:
         raise CommandError("an empty stop string would end every text at once; leave it out")
     first = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
-    ids = [tokenizer.encode(prompt) or ([] if first is None else [first]) for prompt in prompts]
+    if controls:
+        ids = [tokenizer.encode_with_offsets(prompt)[0] for prompt in prompts]
+    else:
+        ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [tokens or ([] if first is None else [first]) for tokens in ids]
     steps = sample_ids(model, ids, max_new_tokens, tokenizer.eos_id, sampling)
     continues = getattr(model, "continues", True)
     texts = [_Text(tokenizer, prompt if continues else [], stop) for prompt in ids]

@@ -52,7 +52,14 @@ def test_the_blocks_of_the_data_page_run(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("page", "count"),
-    [("index.md", 5), ("trust.md", 6), ("models.md", 5), ("planning.md", 3), ("report.md", 2)],
+    [
+        ("index.md", 5),
+        ("trust.md", 6),
+        ("models.md", 5),
+        ("planning.md", 3),
+        ("report.md", 2),
+        ("watching.md", 1),
+    ],
 )
 def test_the_blocks_of_a_page_run(page: str, count: int, tmp_path: Path) -> None:
     for name in ("launcher", "configs"):
