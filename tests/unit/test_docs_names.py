@@ -20,12 +20,13 @@ PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("README*.md")])
 PARSERS = dict(parsers())
 # of the programs that start ours, or stand beside them
 FOREIGN = {
-    "deepspeed": "--num_gpus --no_ssh --master_port",
+    "deepspeed": "--num_gpus --no_ssh --master_port --module",
     "torchrun": "--nproc-per-node --master-port",
     "mkdocs": "--strict",
     "mpirun and srun": "--nodes --ntasks-per-node --ntasks",
     "sbatch": "--gpus-per-node --cpus-per-task --open-mode --signal --export",
     "squeue": "--me",
+    "pip": "--no-deps",
     "others": "--logdir --quiet --help --run-folder --shm-size",
 }
 # named as what a user writes, or as what must not be
