@@ -72,6 +72,11 @@ def find_template(file: str | None, given: str | None, tokenizer: str | Path | N
     return CHATML
 
 
+def ask(folder: Path, tokenizer: Tokenizer, text: str) -> tuple[str, str]:
+    """`Chat.ask` by the template that lies beside a tokenizer."""
+    return Chat(find_template(None, None, folder), tokenizer).ask(text)
+
+
 def check_messages(value: Any) -> Messages:
     """A conversation with an assistant's turn, without what is null; `Unusable` where it is none.
 

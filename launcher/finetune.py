@@ -79,6 +79,7 @@ def main() -> int:
         from megalite.train.rehearsal import dry_run
 
         return dry_run(config, launch, arguments.dry_run)
+    from data_prep.chat import ask
     from data_prep.examples import prepare
     from megalite.train import Request, run
 
@@ -88,6 +89,7 @@ def main() -> int:
         init_from=arguments.init_from,
         allow_change=tuple(arguments.allow_change),
         prepare=partial(prepare, tokenizer=tokenizer),
+        ask=ask,
     )
     run(request, launch)
     return 0

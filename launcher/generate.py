@@ -70,7 +70,6 @@ def main() -> None:
     opened = open_model(
         arguments.checkpoint, start(launch, tensor_parallel=ranks) if ranks > 1 else None
     )
-    reader = opened.reader()
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever the terminal says: text is UTF-8
         sys.stdout.reconfigure(encoding="utf-8")
     for prompt in arguments.prompt:
@@ -83,12 +82,13 @@ def main() -> None:
         prompts, starts = [asked for asked, _ in turns], [""] * len(turns)
         stop = [*stop, *{end for _, end in turns if end}]
     pieces = stream_texts(
-        reader,
+        opened.reader(),
         opened.tokenizer,
         prompts,
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
         stop=stop,
+        controls=arguments.chat,
     )
     for piece in in_order(pieces, starts):
         out.write(piece)

@@ -12,13 +12,13 @@ from megalite.config.load import (
     parse_config,
     section_changes,
 )
+from megalite.config.logging import LoggingConfig, SamplesConfig, WandbConfig
 from megalite.config.model import ModelConfig, RopeScalingConfig
 from megalite.config.objective import source_length, spans, target_length
 from megalite.config.schema import (
     CheckpointConfig,
     DataConfig,
     GuardsConfig,
-    LoggingConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -42,9 +42,11 @@ __all__ = [
     "ParallelConfig",
     "RopeScalingConfig",
     "RunConfig",
+    "SamplesConfig",
     "ScheduleConfig",
     "SourceConfig",
     "TrainingConfig",
+    "WandbConfig",
     "find_file",
     "find_run",
     "load_config",

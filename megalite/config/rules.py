@@ -25,6 +25,7 @@ def rule_faults(config: RunConfig) -> Iterator[Fault]:
     yield from _names(config)
     yield from _precision(config)
     yield from _profile(config)
+    yield from _samples(config)
 
 
 def _heads(config: RunConfig) -> Iterator[Fault]:
@@ -304,6 +305,14 @@ def _profile(config: RunConfig) -> Iterator[Fault]:
             f"[{first}, {last}] are the first and the last step of a trace; give two steps in "
             f"order, up to training.steps {steps}",
         )
+
+
+def _samples(config: RunConfig) -> Iterator[Fault]:
+    encodes = config.model.architecture == "encoder"
+    classifies = config.finetune is not None and config.finetune.task == "classification"
+    if config.logging.samples and (encodes or classifies):
+        what = "an encoder" if encodes else "a classifier"
+        yield fault("logging.samples", f"{what} writes no text; leave it out")
 
 
 def _divisors(number: int) -> list[int]:

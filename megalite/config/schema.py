@@ -22,6 +22,7 @@ from megalite.config.fields import (
     Text,
 )
 from megalite.config.finetune import FinetuneConfig
+from megalite.config.logging import LoggingConfig
 from megalite.config.model import ModelConfig
 
 
@@ -253,16 +254,6 @@ class GuardsConfig(Section):
         default=1800.0,
         description="The same before the first step, and for what was not yet timed.",
     )
-
-
-class LoggingConfig(Section):
-    """The run folder, which is `directory`/`name`."""
-
-    directory: Text = Field(
-        default="runs",
-        description="Folder of run folders, relative to the working directory.",
-    )
-    tensorboard: bool = Field(default=True, description="Whether TensorBoard files are written.")
 
 
 _MADE_FOR = {"encoder": "masked", "encoder_decoder": "span_corruption"}

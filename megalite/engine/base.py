@@ -80,7 +80,8 @@ class Engine(Protocol):
         """Summed loss of a batch without dropout or gradients: fp32 scalar, nats."""
 
     def eval_scores(self, batch: Batch) -> Tensor:
-        """A classifier's logits of a batch, without dropout or gradients: fp32 [B, C]."""
+        """Logits of a batch, without dropout or gradients: fp32 [B, C] of a classifier's labels,
+        else [B, V] of the token after each text."""
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
         """A context in which parameters the engine keeps in parts are whole (for generation)."""

@@ -11,15 +11,19 @@ from megalite.evaluate.generate import (
 )
 from megalite.evaluate.loss import mean_loss, perplexity, score_data
 from megalite.evaluate.opened import OpenedModel, open_model
+from megalite.evaluate.samples import Prompts, Writer, open_prompts
 
 __all__ = [
     "OpenedModel",
+    "Prompts",
     "Rereading",
     "Sampling",
+    "Writer",
     "generate",
     "in_order",
     "mean_loss",
     "open_model",
+    "open_prompts",
     "perplexity",
     "sample_ids",
     "score_data",

@@ -6,7 +6,7 @@ as they are certain: a character's last byte has come, and no stop string can be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -112,7 +112,8 @@ def generate(
         CommandError: an empty prompt, or a number out of its range (see `Sampling`).
     """
     sampling = Sampling(**settings)  # type: ignore[arg-type]
-    steps = sample_ids(model, [prompt_ids], max_new_tokens, eos_id, sampling)
+    ends = () if eos_id is None else (eos_id,)
+    steps = sample_ids(model, [prompt_ids], max_new_tokens, ends, sampling)
     return [ids[0] for ids in steps if ids[0] is not None]
 
 
@@ -140,12 +141,16 @@ def stream_texts(
     max_new_tokens: int,
     sampling: Sampling,
     stop: Sequence[str] = (),
+    controls: bool = False,
 ) -> Iterator[tuple[int, str]]:
     """Pieces of the texts that follow `prompts`, with the prompt's number, as they come.
 
     A text ends with the document or a stop string, which is left out, wherever token boundaries cut
     it. An empty prompt begins a document: it stands for the id that ended the one before.
 
+    Args:
+        controls: whether names of control tokens in prompts and stop strings are those tokens, as
+            a chat's are.
     Raises:
         CommandError: an empty stop string; an empty prompt where the tokenizer has neither an end
             nor a beginning of document.
@@ -153,8 +158,16 @@ def stream_texts(
     if "" in stop:
         raise CommandError("an empty stop string would end every text at once; leave it out")
     first = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
-    ids = [tokenizer.encode(prompt) or ([] if first is None else [first]) for prompt in prompts]
-    steps = sample_ids(model, ids, max_new_tokens, tokenizer.eos_id, sampling)
+    ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    if controls:
+        ids = [tokenizer.encode_with_offsets(prompt)[0] for prompt in prompts]
+        # a control token has no text that would be found: its id ends what is written
+        names = [tokenizer.encode_with_offsets(text)[0] for text in stop]
+        ends += [tokens[0] for tokens in names if len(tokens) == 1]
+    else:
+        ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [tokens or ([] if first is None else [first]) for tokens in ids]
+    steps = sample_ids(model, ids, max_new_tokens, ends, sampling)
     continues = getattr(model, "continues", True)
     texts = [_Text(tokenizer, prompt if continues else [], stop) for prompt in ids]
     return _pieces(texts, steps)
@@ -192,7 +205,7 @@ def sample_ids(
     model: Reader | LogitsFn,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    eos_id: int | None,
+    ends: Collection[int],
     sampling: Sampling,
 ) -> Iterator[list[int | None]]:
     """The next id of every text, a step after the other; None where a text has ended.
@@ -205,14 +218,14 @@ def sample_ids(
     if max_new_tokens < 0:
         raise CommandError(f"max_new_tokens is {max_new_tokens}; ask for 0 or more")
     reader: Any = model if hasattr(model, "begin") else Rereading(model)
-    return _sample(reader, prompts, max_new_tokens, eos_id, sampling)
+    return _sample(reader, prompts, max_new_tokens, ends, sampling)
 
 
 def _sample(
     reader: Reader,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    eos_id: int | None,
+    ends: Collection[int],
     sampling: Sampling,
 ) -> Iterator[list[int | None]]:
     generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
@@ -236,7 +249,7 @@ def _sample(
         else:
             rows = zip(logits_BV, generators, strict=True)
             tokens = [_choose(logits_V, sampling, generator) for logits_V, generator in rows]
-        running = [on and token != eos_id for on, token in zip(running, tokens, strict=True)]
+        running = [on and token not in ends for on, token in zip(running, tokens, strict=True)]
         yield [token if on else None for token, on in zip(tokens, running, strict=True)]
         if not any(running):
             return

@@ -84,8 +84,8 @@ class Head(nn.Module):
     def forward(
         self,
         hidden_BTD: Tensor,
-        labels_BT: Tensor,
-        mask_BT: Tensor,
+        labels_BT: Tensor | None,
+        mask_BT: Tensor | None,
         loss: Callable[..., Tensor],
         tied_VD: Tensor | None = None,
     ) -> Tensor:

@@ -255,7 +255,8 @@ class LanguageModel(nn.Module):
         """Sum of the cross entropy over the batch's unmasked targets: fp32 scalar, nats.
 
         Of a classifier over samples, whose labels and loss_mask are [B]; with `scores`
-        `label_scores` instead, so that an engine gathers the weights of what that runs.
+        `label_scores` instead, or `next_scores` of another model, so that an engine gathers the
+        weights of what that runs.
 
         Args:
             batch: input_ids [B, T] and the labels [B, T] of the same places, those that count by
@@ -265,7 +266,7 @@ class LanguageModel(nn.Module):
                 input_ids are those that are read, and decoder_input_ids go with the labels.
         """
         if scores:
-            return self.label_scores(batch)
+            return self.label_scores(batch) if self.config.num_labels else self.next_scores(batch)
         labels, mask = batch["labels"], batch["loss_mask"]
         if self.config.num_labels:
             return self.score.loss(self.label_scores(batch), labels, mask)
@@ -294,6 +295,21 @@ class LanguageModel(nn.Module):
         """
         scores: Tensor = self.score(self.all_tokens(self.hidden(batch)), batch["lengths"])
         return scores
+
+    def next_scores(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """fp32 logits of the token after each text, [B, V]; by way of the head's own forward.
+
+        Args:
+            batch: as `forward` takes it, and lengths, int64 [B]: tokens of each text so far.
+        """
+        hidden_BTD, lengths_B = self.all_tokens(self.hidden(batch)), batch["lengths"]
+        rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
+        last_BD = self._head_input(hidden_BTD[rows_B, lengths_B - 1])
+        if self.config.tie_word_embeddings:
+            logits_BV = F.linear(last_BD, self.model.embed_tokens.weight)
+        else:
+            logits_BV = self.lm_head(last_BD, None, None, lambda x, weight, *_: F.linear(x, weight))
+        return self.whole_logits(logits_BV.float())
 
     def logits(self, inputs: Tensor | Mapping[str, Tensor], *, last_only: bool = False) -> Tensor:
         """fp32 scores, [B, T, V], or [B, V] of the last place alone.

@@ -6,11 +6,11 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.console import Group
+from rich.console import ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -18,9 +18,12 @@ from rich.text import Text
 
 from megalite.log import logger
 
+_BAR = 40  # columns at most; under a quarter of them it is left out
+_SAMPLE = 160  # columns of a sample's line in a log
+
 
 class Console:
-    """Shows train and valid rows on standard error."""
+    """Shows rows of a run on standard error."""
 
     def __init__(self, *, total_steps: int) -> None:
         self._total = total_steps
@@ -29,25 +32,22 @@ class Console:
         self._live: Live | None = None
         self._moved: list[tuple[logging.StreamHandler[Any], Any]] = []  # and its stream before
         console = RichConsole(stderr=True)
-        if console.is_terminal and not console.is_dumb_terminal:
+        # rich takes a log for a terminal where FORCE_COLOR is set
+        if sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal:
             self._start_live(console)
 
     def train(self, row: Mapping[str, Any]) -> None:
         """Show one train row: on a terminal in place of the last one."""
         step = int(row["step"])
-        line = format_train(row, total_steps=self._total)
         left = f"left {format_duration(self._seconds_left(step, row.get('step_seconds')))}"
+        progress, *numbers = train_parts(row, total_steps=self._total)
         if self._live is None:
-            logger.info("%s  %s", line, left)
+            logger.info("%s  %s", "  ".join([progress, *numbers]), left)
             return
-        saved = "" if self._saved is None else f"  saved at step {self._saved}"
-        bar = Table.grid(padding=(0, 1))
-        bar.add_row(
-            ProgressBar(total=self._total, completed=step, width=40),
-            f"{100 * step / self._total:.0f} %",
-            left + saved,
-        )
-        self._live.update(Group(bar, Text(line)), refresh=True)
+        head = [progress, f"{100 * step / self._total:3.0f} %", left]
+        if self._saved is not None:
+            head.append(f"saved at step {self._saved}")
+        self._live.update(_View(step / self._total, head, numbers), refresh=True)
 
     def picture(self, name: str, image: Any, step: int) -> None:
         """Pictures are not drawn."""
@@ -61,9 +61,17 @@ class Console:
         ]
         logger.info("valid %*d  %s", len(str(self._total)), row["step"], "  ".join(numbers))
 
-    def saved(self, step: int) -> None:
+    def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        """Show the beginnings of prompts and of what was written after them, a line each."""
+        room = _SAMPLE if self._live is None else self._live.console.width
+        for prompt, text in texts:
+            begin = f"sample {step:{len(str(self._total))}}  {_line(prompt, room // 4)} -> "
+            logger.info("%s%s", begin, _line(text, room - len(begin)))
+
+    def event(self, step: int, name: str) -> None:
         """Remember the last checkpoint for the live view."""
-        self._saved = step
+        if name == "checkpoint":
+            self._saved = step
 
     def close(self) -> None:
         """Leave the last view on the screen and give the terminal back."""
@@ -74,10 +82,17 @@ class Console:
             self._live = None
 
     def _start_live(self, console: RichConsole) -> None:
-        """Draw below; log lines written to standard error scroll above the view."""
+        """Draw below; log lines written to standard error scroll above the view.
+
+        The cursor stays where one sees it: a process that is killed could not bring it back.
+        """
         before = sys.stderr
-        self._live = Live(Text(""), console=console, auto_refresh=False, redirect_stdout=False)
+        # what a library prints there lands on the same terminal, if that is one
+        self._live = Live(
+            Text(""), console=console, auto_refresh=False, redirect_stdout=sys.stdout.isatty()
+        )
         self._live.start()
+        console.show_cursor()
         for handler in logger.handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is before:
                 handler.setStream(sys.stderr)  # rich's proxy by now
@@ -94,8 +109,40 @@ class Console:
         return None if step_seconds is None else (self._total - step) * step_seconds
 
 
-def format_train(row: Mapping[str, Any], *, total_steps: int) -> str:
-    """A train row as one line whose columns stay in place from step to step."""
+class _View:
+    """A bar with what belongs to it, and the numbers below; no line is wider than the terminal."""
+
+    def __init__(self, share: float, head: Sequence[str], numbers: Sequence[str]) -> None:
+        self._share, self._head, self._numbers = share, head, numbers
+
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        first, *others = [*_lines(self._head, width), *_lines(self._numbers, width)]
+        room = min(_BAR, width - len(first) - 2)
+        if room >= _BAR // 4:
+            bar = Table.grid(padding=(0, 2))
+            done = ProgressBar(total=1.0, completed=self._share, width=room, complete_style="cyan")
+            bar.add_row(done, first)
+            yield bar
+        else:
+            others = [first, *others]
+        for line in others:
+            yield Text(line, no_wrap=True, overflow="ellipsis")
+
+
+def _lines(parts: Sequence[str], width: int) -> list[str]:
+    """Parts beside each other, as many on a line as it has room for."""
+    lines = list(parts[:1])
+    for part in parts[1:]:
+        if len(lines[-1]) + 2 + len(part) <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(part)
+    return lines
+
+
+def train_parts(row: Mapping[str, Any], *, total_steps: int) -> list[str]:
+    """A train row in parts whose widths stay the same from step to step."""
     width = len(str(total_steps))
     parts = [
         f"step {row['step']:>{width}}/{total_steps}",
@@ -108,7 +155,7 @@ def format_train(row: Mapping[str, Any], *, total_steps: int) -> str:
         parts.append(f"mfu {100 * row['mfu']:4.1f} %")
     if row.get("peak_memory_bytes") is not None:
         parts.append(f"{row['peak_memory_bytes'] / 2**30:6.2f} GiB")
-    return "  ".join(parts)
+    return parts
 
 
 def format_duration(seconds: float | None) -> str:
@@ -126,3 +173,11 @@ def format_duration(seconds: float | None) -> str:
 def _number(value: float | None, spec: str) -> str:
     """`value`, or a dash of the same width where the step had none."""
     return format(value, spec) if value is not None else "-".rjust(len(format(0.0, spec)))
+
+
+def _line(text: str, longest: int) -> str:
+    """The beginning of a text on one line, without what would steer the terminal."""
+    words = "".join(c if c.isprintable() else " " for c in text[: 4 * longest]).split()
+    line = Text(" ".join(words))
+    line.truncate(max(1, longest), overflow="ellipsis")
+    return line.plain

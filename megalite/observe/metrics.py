@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from megalite.config import WandbConfig
 from megalite.files import read_json, read_rows, write_json
 from megalite.log import logger
 from megalite.observe.console import Console
 from megalite.observe.tensorboard import TensorBoard
+from megalite.observe.wandb import Wandb
 
 State = Literal["running", "saving", "stopped", "done", "failed", "superseded"]
 
@@ -24,11 +26,11 @@ _NOT_OURS = (ValueError, TypeError, KeyError, OverflowError)  # what other JSON 
 
 @dataclass
 class Recorder:
-    """Writes what a run reports: metrics.jsonl, status.json, TensorBoard and the console.
+    """Writes what a run reports: metrics.jsonl, status.json, TensorBoard, W&B and the console.
 
     Rank 0 writes; on every other rank each method does nothing. Rows come without `kind`, `time`
-    and `attempt`, which are added here; numbers that are not finite become null. TensorBoard shows
-    the folder's config.json, so that file comes first.
+    and `attempt`, which are added here; numbers that are not finite become null. TensorBoard and
+    W&B show the folder's config.json, so that file comes first.
     """
 
     folder: Path
@@ -36,18 +38,21 @@ class Recorder:
     attempt: int
     total_steps: int
     tensorboard: bool
+    wandb: WandbConfig | None = None
 
     def __post_init__(self) -> None:
         self._last_checkpoint: str | None = None
         self._complained = False
         self._file: BinaryIO | None = None
-        self._views: list[Console | TensorBoard] = []
+        self._views: list[Console | TensorBoard | Wandb] = []
         if self.rank != 0:
             return
         self._file = _open_lines(self.folder / "metrics.jsonl")
         self._views.append(Console(total_steps=self.total_steps))
         if self.tensorboard:
             self._views.append(TensorBoard(self.folder, attempt=self.attempt))
+        if self.wandb is not None and self.wandb.mode != "disabled":
+            self._views.append(Wandb(self.folder, self.wandb))
 
     def train(self, row: Mapping[str, Any]) -> None:
         """Record a train row; `step` counts from 1, `tokens` is the total so far."""
@@ -62,15 +67,22 @@ class Recorder:
             view.valid(row, tokens=tokens)
 
     def picture(self, name: str, image: Any, step: int) -> None:
-        """Show an image, uint8 [H, W, 3], in TensorBoard."""
+        """Show an image, uint8 [H, W, 3], where there is a place for it."""
         for view in self._views:
             view.picture(name, image, step)
+
+    def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        """Record prompts with the texts that the model wrote after them."""
+        for prompt, text in texts:
+            self._write("sample", {"step": step, "prompt": prompt, "text": text})
+        for view in self._views if texts else ():
+            view.samples(step, texts)
 
     def event(self, step: int, name: str, **fields: Any) -> None:
         """Record that something happened: start, resume, checkpoint, skip, signal, end."""
         self._write("event", {"step": step, "name": name, **fields})
-        for view in self._views if name == "checkpoint" else ():
-            view.saved(step)
+        for view in self._views:
+            view.event(step, name)
 
     def append(self, name: str, step: int, **fields: Any) -> None:
         """Record an event from a rank that does not otherwise write, when rank 0 no longer can."""

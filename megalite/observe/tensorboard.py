@@ -1,10 +1,10 @@
-"""Scalars and the run file for TensorBoard."""
+"""Scalars, samples of text, pictures and the run file for TensorBoard."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,29 @@ _TRAIN = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds")
 _GIB = 2**30
 
 
+def train_scalars(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers of a train row by the names they are drawn under."""
+    values = {f"train/{key}": row.get(key) for key in _TRAIN}
+    if row.get("peak_memory_bytes") is not None:
+        values["train/peak_memory_gib"] = row["peak_memory_bytes"] / _GIB
+    return values
+
+
+def valid_scalars(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers of a valid row by the names they are drawn under."""
+    return {
+        f"valid/{key}": value
+        for key, value in row.items()
+        if key not in ("step", "best_step", "epoch") and isinstance(value, int | float)
+    }
+
+
 class TensorBoard:
     """Two event folders: `tensorboard/` by step, `tensorboard/by_tokens/` the losses by tokens.
 
-    They are apart because a resumed attempt takes back what a crashed one wrote after the
-    checkpoint, and TensorBoard takes back every tag of a folder from one point of its axis on.
+    Names differ, since one chart has one axis; folders do, because a resumed attempt takes back
+    what a crashed one wrote after the checkpoint, and TensorBoard takes back every tag of a folder
+    from one point of its axis on.
     """
 
     def __init__(self, folder: Path, *, attempt: int) -> None:
@@ -29,13 +47,8 @@ class TensorBoard:
 
     def train(self, row: Mapping[str, Any]) -> None:
         """One train row."""
-        step = int(row["step"])
-        values = {f"train/{key}": row.get(key) for key in _TRAIN}
-        if row.get("peak_memory_bytes") is not None:
-            values["train/peak_memory_gib"] = row["peak_memory_bytes"] / _GIB
-        self._scalars(".", step, values)
-        if row.get("tokens") is not None:
-            self._scalars("by_tokens", int(row["tokens"]), {"train/loss": row.get("loss")})
+        self._scalars(".", int(row["step"]), train_scalars(row))
+        self._by_tokens("train", row.get("tokens"), row)
 
     def picture(self, name: str, image: Any, step: int) -> None:
         """An image, uint8 [H, W, 3]."""
@@ -43,24 +56,32 @@ class TensorBoard:
 
     def valid(self, row: Mapping[str, Any], *, tokens: int | None) -> None:
         """One valid row, with the tokens trained on before it, where they are known."""
-        numbers = {
-            f"valid/{key}": value
-            for key, value in row.items()
-            if key != "step" and isinstance(value, int | float)
-        }
-        self._scalars(".", int(row["step"]), numbers)
-        if tokens is not None:
-            self._scalars("by_tokens", tokens, {"valid/loss": row.get("loss")})
+        self._scalars(".", int(row["step"]), valid_scalars(row))
+        self._by_tokens("valid", tokens, row)
         for writer in self._writers.values():
             writer.flush()
 
-    def saved(self, step: int) -> None:
-        """Checkpoints are not drawn."""
+    def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
+        """Prompts with what was written after them."""
+        shown = [
+            f"**prompt**\n\n{_block(prompt)}\n\n**text**\n\n{_block(text)}\n\n"
+            for prompt, text in texts
+        ]
+        writer = self._writer(".", step)
+        writer.add_text("samples", "---\n\n".join(shown), step)
+        writer.flush()
+
+    def event(self, step: int, name: str) -> None:
+        """Events are not drawn."""
 
     def close(self) -> None:
         """Write out what is buffered."""
         for writer in self._writers.values():
             writer.close()
+
+    def _by_tokens(self, kind: str, tokens: int | None, row: Mapping[str, Any]) -> None:
+        if tokens is not None:
+            self._scalars("by_tokens", tokens, {f"{kind}/loss_by_tokens": row.get("loss")})
 
     def _scalars(self, name: str, at: int, values: Mapping[str, float | None]) -> None:
         writer = self._writer(name, at)
@@ -75,7 +96,11 @@ class TensorBoard:
             self._writers[name] = self._writer_class(folder, purge_step=purge, flush_secs=10)
             run_file = self._folder / "config.json"
             if name == "." and run_file.exists():
-                # indented by four it is Markdown's fixed-width block
-                block = textwrap.indent(run_file.read_text(encoding="utf-8"), "    ").rstrip()
-                self._writers[name].add_text("config", block, at)
+                text = run_file.read_text(encoding="utf-8")
+                self._writers[name].add_text("config", _block(text), at)
         return self._writers[name]
+
+
+def _block(text: str) -> str:
+    """Indented by four it is Markdown's fixed-width block."""
+    return textwrap.indent(text, "    ").rstrip()

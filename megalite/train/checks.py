@@ -12,6 +12,7 @@ import torch
 from megalite import env
 from megalite.config import RunConfig
 from megalite.env import Launch
+from megalite.observe.wandb import is_installed
 from megalite.plan import Plan, host_bytes
 
 _CGROUP_LIMITS = (  # version 2, then 1
@@ -94,6 +95,12 @@ def _unsupported(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) 
         yield (
             "training.precision fp16: no GPU found, and a CPU trains in fp32 or bf16; set it to "
             "auto"
+        )
+    wandb = config.logging.wandb
+    if wandb is not None and wandb.mode != "disabled" and not is_installed():
+        yield (
+            "logging.wandb: the package wandb is not installed; get it with `pip install -e "
+            '".[wandb]"`, or leave logging.wandb out'
         )
     if config.training.compile and not env.has_compiler():
         yield (

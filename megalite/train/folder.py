@@ -53,6 +53,7 @@ def opened(
         attempt=attempt,
         total_steps=config.training.steps,
         tensorboard=config.logging.tensorboard,
+        wandb=config.logging.wandb,
     )
     try:
         yield recorder

@@ -18,7 +18,7 @@ from megalite.config import RunConfig
 from megalite.data import Dataset, advance
 from megalite.engine import Engine
 from megalite.errors import NoSpace, Stopped
-from megalite.evaluate import mean_loss, perplexity
+from megalite.evaluate import Writer, mean_loss, perplexity
 from megalite.log import logger
 from megalite.observe import Recorder, Sections, Stragglers, Trace, peak_flops, peak_memory_bytes
 from megalite.optim import learning_rate
@@ -65,6 +65,7 @@ class Trainer:
         guard: compares replicas.
         inspect: called with (step, engine, grid) between each backward and its update.
         measure: takes the place of validation.
+        writer: writes samples of text.
     """
 
     config: RunConfig
@@ -85,6 +86,7 @@ class Trainer:
     guard: DriftGuard | None = None
     inspect: Inspect | None = None
     measure: Measure | None = None
+    writer: Writer | None = None
 
     def __post_init__(self) -> None:
         self._saved, self._evaluated, self._compared = self.place.step, -1, -1
@@ -97,8 +99,10 @@ class Trainer:
             Stopped: a signal asked for it; the run was saved and can be resumed.
             Jump: the run has to go back; it may be called again from there.
         """
-        if self.place.step == 0 and self.measure is None:
-            self._evaluate()
+        if self.place.step == 0:
+            if self.measure is None:
+                self._evaluate()
+            self._write()
         self._lapped = self.place, self.sections.totals().get("step", 0.0)
         while not self._finished():
             self.sections.enter("step")
@@ -188,6 +192,10 @@ class Trainer:
             measured = saves = self.measure.due(step)
         if measured:
             self._evaluate()
+        samples = self.config.logging.samples
+        every = samples.every if samples else None
+        if last or (_due(step, every) if every else measured):
+            self._write()
         if _due(step, training.drift_every):
             self._compare()
         if saves or _due(step, self.config.checkpoint.every):
@@ -277,6 +285,13 @@ class Trainer:
         row = {"step": self.place.step, "loss": loss, "perplexity": perplexity(loss)}
         self.recorder.valid(row, tokens=self.place.tokens)
         self._evaluated = self.place.step
+
+    def _write(self) -> None:
+        """Have the model write on from the run's prompts."""
+        if self.writer is not None:
+            with self.sections.inside("samples"):
+                texts = self.writer(self.feed.asked)
+            self.recorder.samples(self.place.step, texts)
 
     def _compare(self) -> None:
         """Hold replicas against each other, once a step."""

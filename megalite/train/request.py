@@ -13,6 +13,7 @@ from megalite.config import RunConfig
 from megalite.data import Dataset, ExampleSet, Samples, open_data, set_objective
 from megalite.env import Launch
 from megalite.errors import CommandError, DataError, UserError
+from megalite.evaluate.samples import Ask, Prompts, open_prompts
 from megalite.formats import checkpoint as disk
 from megalite.formats.examples import read_manifest
 from megalite.parallel import Grid
@@ -29,7 +30,8 @@ class Request:
     resume: "auto", "never", or a step or run folder. init_from: a checkpoint whose weights a fresh
     run starts from. engine: "reference" is the plain oracle, one rank in fp32. inspect: looks at
     each step's gradients before they are used. prepare: makes the examples of fine-tuning, in the
-    folder that it returns; examples: that folder, once it is known.
+    folder that it returns; examples: that folder, once it is known. ask: makes a user's turn of a
+    prompt that conversations are sampled with.
     """
 
     config: RunConfig
@@ -40,6 +42,7 @@ class Request:
     inspect: Inspect | None = None
     prepare: Callable[[RunConfig], Path] | None = None
     examples: Path | None = None
+    ask: Ask | None = None
 
     @property
     def folder(self) -> Path:
@@ -65,7 +68,7 @@ def check_command(request: Request) -> None:
         raise CommandError(f"--init-from {source!r}: no such folder")
 
 
-def check(request: Request, launch: Launch) -> tuple[Plan, Samples, Dataset | None]:
+def check(request: Request, launch: Launch) -> tuple[Plan, Samples, Dataset | None, Prompts | None]:
     """Everything that can be known without the other ranks; all faults at once."""
     check_command(request)
     config = request.config
@@ -74,13 +77,19 @@ def check(request: Request, launch: Launch) -> tuple[Plan, Samples, Dataset | No
     faults = hardware_faults(config, plan, launch, device)
     try:
         if request.examples is not None:
-            return plan, _open_examples(config, request.examples, faults), None
+            examples = _open_examples(config, request.examples, faults)
+            return plan, examples, None, _prompts(request, examples)
         train, valid = open_shards(config)
+        prompts = _prompts(request, train)
     except UserError as error:
         raise type(error)("\n".join([*faults, str(error)])) from None
     if faults:
         raise UserError("\n".join(faults))
-    return plan, train, valid
+    return plan, train, valid, prompts
+
+
+def _prompts(request: Request, train: Samples) -> Prompts | None:
+    return open_prompts(request.config, train.tokenizer_folder, request.ask)
 
 
 def open_shards(config: RunConfig) -> tuple[Dataset, Dataset | None]:

@@ -24,6 +24,7 @@ from megalite.errors import (
     Superseded,
     UserError,
 )
+from megalite.evaluate import Prompts, Writer
 from megalite.log import logger
 from megalite.observe import Recorder, Sections, Stragglers, Trace, Watchdog, restate
 from megalite.parallel import Grid, start, stop
@@ -59,7 +60,7 @@ def run(request: Request, launch: Launch) -> None:
         try:
             if grid is not None:
                 request = complete(request, grid)
-            plan, train, valid = check(request, launch)
+            plan, train, valid, prompts = check(request, launch)
             grid = grid or start(launch, tensor_parallel=plan.tensor_parallel)
             settings = settings_of(request, plan, grid)
             origin = _origin(request, grid, train, settings)
@@ -72,6 +73,7 @@ def run(request: Request, launch: Launch) -> None:
                     settings,
                     train,
                     valid,
+                    prompts,
                     origin,
                     recorder,
                     stop_request,
@@ -110,6 +112,7 @@ class _Run:
     settings: Settings
     train: Samples
     valid: Dataset | None
+    prompts: Prompts | None
     origin: Origin | None
     recorder: Recorder
     stop_request: StopRequest
@@ -192,6 +195,7 @@ class _Run:
             guard,
             request.inspect,
             self.tuning,
+            Writer(config, self.engine, grid, self.prompts) if self.prompts else None,
         )
         going_on = True
         while going_on:

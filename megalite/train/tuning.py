@@ -227,5 +227,5 @@ class Tuning:
             folder = self.recorder.folder
             files.write_json(folder / EVALUATION, {"step": step, "split": split, **whole})
             classify.write_predictions(folder / PREDICTIONS, scores, dataset)
-            self.recorder.picture("confusion", classify.picture(whole, dataset), step)
+            self.recorder.picture("valid/confusion", classify.picture(whole, dataset), step)
         return {key: value for key, value in whole.items() if isinstance(value, float)}

@@ -52,7 +52,14 @@ def test_the_blocks_of_the_data_page_run(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("page", "count"),
-    [("index.md", 5), ("trust.md", 6), ("models.md", 5), ("planning.md", 3), ("report.md", 2)],
+    [
+        ("index.md", 5),
+        ("trust.md", 6),
+        ("models.md", 5),
+        ("planning.md", 3),
+        ("report.md", 2),
+        ("watching.md", 1),
+    ],
 )
 def test_the_blocks_of_a_page_run(page: str, count: int, tmp_path: Path) -> None:
     for name in ("launcher", "configs"):
@@ -92,6 +99,7 @@ def test_the_patches_of_the_page_on_extending_work(tmp_path: Path) -> None:
 
 def test_every_page_with_blocks_is_run() -> None:
     run = {"data", "extending", "index", "models", "planning", "report", "trust", "tutorial"}
+    run |= {"watching"}
     pages = (path for path in (ROOT / "docs").glob("*.md") if blocks(path.name))
     assert {path.stem for path in pages} == run
 

@@ -11,7 +11,7 @@ from tests.pages import ROOT, actions, parsers
 # not words of the trade: what a user puts in their place, files by name, products
 PLACEHOLDERS = {"ADDRESS", "COMMAND", "CONFIG", "DIR", "ID", "RUN", "SPLIT", "TERM"}
 NAMES = {"ARCHITECTURE", "CONTRIBUTING", "README", "SECURITY", "COMPLETED", "FAILED", "IMDB"}
-NAMES |= {"MegaLite", "NVIDIA", "PyTorch", "PyArrow", "PipelineModule"}
+NAMES |= {"MegaLite", "NeoX", "NVIDIA", "PyTorch", "PyArrow", "PipelineModule"}
 
 
 def prose() -> str:

@@ -26,7 +26,8 @@ FOREIGN = {
     "mpirun and srun": "--nodes --ntasks-per-node --ntasks",
     "sbatch": "--gpus-per-node --cpus-per-task --open-mode --signal --export",
     "squeue": "--me",
-    "others": "--logdir --quiet --help --run-folder --shm-size --no-deps",
+    "pip": "--no-deps",
+    "others": "--logdir --quiet --help --run-folder --shm-size",
 }
 # named as what a user writes, or as what must not be
 MISSPELT = {"deepspeed.gradient_cliping", "optimizer.lrr"}

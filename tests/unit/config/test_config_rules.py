@@ -43,6 +43,7 @@ def faults(**keys: Any) -> list[str]:
         {"name": "7b-v1.2_x"},
         {"training__precision": "bf16"},
         {"training__precision": "fp32", "deepspeed": {"zero_optimization": {"stage": 0}}},
+        {"logging": {"samples": {"prompts": ["é"]}, "wandb": {"project": "p"}}},
         {"checkpoint": {"background": False}, "parallel": {"tensor": 4, "sequence": False}},
     ],
 )
@@ -57,6 +58,16 @@ def test_what_is_sound(keys: dict[str, Any]) -> None:
             {"model__hidden_size": 34},
             "model.hidden_size: 34 is not a multiple of num_attention_heads 4; try 32 or 36, or "
             "set model.head_dim",
+        ),
+        (
+            {"model__architecture": "encoder", "objective": {"mask_token_id": 3},
+             "logging__samples": {"prompts": ["a"]}},
+            "logging.samples: an encoder writes no text; leave it out",
+        ),
+        (
+            {"finetune": {"task": "classification", "data": {"path": "a", "max_length": 64}},
+             "data__train": [], "logging__samples": {"prompts": ["a"]}},
+            "logging.samples: a classifier writes no text; leave it out",
         ),
         (
             {"model__head_dim": 9},

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megalite.config import load_config
+from megalite.config import LoggingConfig, load_config
 from megalite.config.__main__ import SCHEMA, json_schema
 from megalite.plan import make_plan
 
@@ -93,3 +94,14 @@ def test_the_run_file_of_the_readme_loads(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(raw))
     assert load_config(path).name == "mine"
+
+
+def test_what_pages_say_of_logging_is_accepted() -> None:
+    root = CONFIGS.parent
+    page = (root / "docs" / "watching.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r'^    "logging": (\{.*\})$', page, re.MULTILINE)
+    assert LoggingConfig.model_validate(json.loads(section)).wandb is not None
+    text = (root / "README.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"`logging\.(samples|wandb): (\{.*?\})`", text))
+    assert told.keys() == {"samples", "wandb"}
+    LoggingConfig.model_validate({key: json.loads(value) for key, value in told.items()})

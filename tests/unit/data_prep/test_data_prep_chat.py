@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import tokenizers
+import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from data_prep.chat import CHATML, TEMPLATE, Chat, check_messages, find_template
+from data_prep.chat import CHATML, TEMPLATE, Chat, ask, check_messages, find_template
 from data_prep.records import Unusable
 from data_prep.train import learn_tokenizer
 from megalite.errors import DataError
+from megalite.evaluate import Sampling, stream_texts
 from megalite.formats.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 CONTROLS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>"]
@@ -222,3 +224,32 @@ def test_a_turn_is_asked_and_its_answer_ends() -> None:
     assert end == "<|im_end|>"
     with pytest.raises(DataError, match="the chat template refuses it: two turns"):
         Chat("{{ raise_exception('two turns') }}", ByteTokenizer()).ask("What?")
+
+
+def test_a_chat_is_read_and_ends_by_control_tokens(folder: Path) -> None:
+    """As it was learned: the names in the template are tokens, and their ids end the answer."""
+    tokenizer = load_tokenizer(folder)
+    prompt, end = ask(folder, tokenizer, "hello")
+    assert end == "<|im_end|>"
+    answer = tokenizer.encode_with_offsets("world<|im_end|>\n<|im_start|>user")[0]
+    read: list[list[int]] = []
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        read.append(ids[0].tolist())
+        scores = torch.zeros(1, tokenizer.vocab_size)
+        scores[0, answer[len(read) - 1]] = 1
+        return scores
+
+    pieces = stream_texts(
+        logits,
+        tokenizer,
+        [prompt],
+        max_new_tokens=len(answer),
+        sampling=Sampling(temperature=0),
+        stop=[end],
+        controls=True,
+    )
+    assert "".join(piece for _, piece in pieces).strip() == "world"
+    turn = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
+    learned, marks = Chat(CHATML, tokenizer).encode(turn)
+    assert read[0] == learned[: marks.index(True)]

@@ -53,9 +53,9 @@ def test_the_cache_changes_no_token(family: str) -> None:
     assert len(set(map(tuple, alone))) > 1
     for prompt, expected in zip(prompts, alone, strict=True):
         assert generate(model.reader(), prompt, max_new_tokens=50, temperature=0) == expected
-    together = list(sample_ids(model.reader(), prompts, 50, None, Sampling(0.0)))
+    together = list(sample_ids(model.reader(), prompts, 50, (), Sampling(0.0)))
     assert [list(row) for row in zip(*together, strict=True)] == alone
-    drawn = list(sample_ids(model.reader(), prompts, 30, None, Sampling(1.0, seed=4)))
+    drawn = list(sample_ids(model.reader(), prompts, 30, (), Sampling(1.0, seed=4)))
     first = generate(model.reader(), prompts[0], max_new_tokens=30, temperature=1.0, seed=4)
     assert [row[0] for row in drawn] == first
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import pty
+import struct
 import subprocess
 import sys
-from pathlib import Path
+import termios
+from contextlib import suppress
+from typing import Any
 
 import pytest
 
-from megalite.observe.console import Console, format_duration, format_train
+from megalite.observe.console import Console, format_duration, train_parts
 
 ROW = {
     "step": 7,
@@ -31,9 +35,11 @@ from megalite.observe.console import Console
 log.setup()
 console = Console(total_steps=20)
 row = dict(step=7, loss=3.2, lr=3e-4, grad_norm=0.9, tokens_per_second=1e4, step_seconds=0.5)
+row |= dict(mfu=0.45, peak_memory_bytes=3 * 2**29)
 console.train(row)
 log.logger.warning("something to say")
-console.saved(5)
+console.samples(7, [("def f(\\n", "\u4e16\u754c\\x1b[2J and so on" + 200 * " more")])
+console.event(5, "checkpoint")
 console.train({**row, "step": 10})
 sys.stdout.write("a report\\n")
 console.close()
@@ -41,20 +47,24 @@ log.logger.info("after the end")
 """
 
 
+def as_line(row: dict[str, Any], total_steps: int) -> str:
+    return "  ".join(train_parts(row, total_steps=total_steps))
+
+
 def test_a_train_row_is_one_aligned_line() -> None:
-    line = format_train(ROW, total_steps=300)
+    line = as_line(ROW, total_steps=300)
     assert line == (
         "step   7/300  loss  3.2157  lr 3.00e-04  grad norm   0.987     12,346 tokens/s"
         "  mfu 45.7 %    1.50 GiB"
     )
-    assert len(format_train({**ROW, "step": 300, "loss": 12.5}, total_steps=300)) == len(line)
+    assert len(as_line({**ROW, "step": 300, "loss": 12.5}, total_steps=300)) == len(line)
 
 
 def test_missing_numbers_keep_their_place() -> None:
-    bare = format_train({**ROW, "loss": None, "grad_norm": None}, total_steps=300)
-    assert len(bare) == len(format_train(ROW, total_steps=300))
+    bare = as_line({**ROW, "loss": None, "grad_norm": None}, total_steps=300)
+    assert len(bare) == len(as_line(ROW, total_steps=300))
     assert "loss       -  " in bare
-    assert "mfu" not in format_train({**ROW, "mfu": None}, total_steps=300)
+    assert "mfu" not in as_line({**ROW, "mfu": None}, total_steps=300)
 
 
 @pytest.mark.parametrize(
@@ -81,32 +91,66 @@ def test_lines_elsewhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
     assert valid == "valid  4  loss 3  perplexity 20.09"
 
 
-def test_a_terminal_shows_one_view_below_the_messages(tmp_path: Path) -> None:
-    """In a process of its own with a pseudo-terminal as standard error."""
+def on_terminal(program: str, columns: int) -> tuple[Any, str]:
+    """The screen a process of its own leaves behind with a terminal as standard error; and its
+    standard output.
+    """
+    pyte = pytest.importorskip("pyte", reason="the screen is read with pyte, which is not there")
     leader, follower = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
         stderr=follower,
         stdout=subprocess.PIPE,
         text=True,
-        timeout=60,
-        env=environment,
+        env={**environment, "TERM": "xterm"},
     )
     os.close(follower)
-    screen = b""
-    try:
+    screen = pyte.Screen(columns, 30)
+    stream = pyte.ByteStream(screen)
+    with suppress(OSError):  # Linux ends a pseudo-terminal without a writer this way
         while part := os.read(leader, 65536):
-            screen += part
-    except OSError:  # Linux ends a pseudo-terminal without a writer this way
-        pass
+            stream.feed(part)
     os.close(leader)
-    text = screen.decode()
-    assert done.returncode == 0, text
-    assert done.stdout == "a report\n"
-    assert "step  7/20" in text
-    assert "step 10/20" in text
-    assert "50 %" in text
-    assert "saved at step 5" in text
-    assert text.index("something to say") < text.index("step 10/20") < text.index("after the end")
-    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor comes back
+    return screen, process.communicate(timeout=60)[0]
+
+
+def seen(screen: Any) -> list[str]:
+    return [line.rstrip() for line in screen.display if line.strip()]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_terminal_shows_one_view_below_the_messages(columns: int) -> None:
+    screen, output = on_terminal(PROGRAM, columns)
+    assert output == "a report\n"
+    lines = seen(screen)
+    assert lines[0] == "warning: something to say"
+    assert lines[1].startswith("sample  7  def f( -> 世界 [2J and so on more")
+    assert lines[1].endswith("…")
+    assert lines[-1] == "after the end"
+    view = "  ".join(lines[2:-1]).split("  ")
+    view = [part.strip(" \u2501\u2578\u257a") for part in view]  # without the bar
+    assert [part for part in view if part] == [
+        *("step 10/20", "50 %", "left 0:00", "saved at step 5", "loss", "3.2000", "lr 3.00e-04"),
+        *("grad norm", "0.900", "10,000 tokens/s", "mfu 45.0 %", "1.50 GiB"),
+    ]
+    assert len(lines) == (6 if columns < 95 else 5)
+    assert not screen.cursor.hidden
+
+
+def test_a_killed_process_leaves_the_terminal_as_it_was() -> None:
+    program = PROGRAM.replace("console.close()", "import os; os.kill(os.getpid(), 9)")
+    screen, _ = on_terminal(program, 80)
+    assert seen(screen)[-1].endswith("1.50 GiB")
+    assert not screen.cursor.hidden
+
+
+def test_a_log_is_no_terminal_whatever_rich_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console = Console(total_steps=20)
+    console.train(ROW)
+    console.close()
+    assert "\x1b" not in capsys.readouterr().err

@@ -14,6 +14,7 @@ def run(folder: Path, attempt: int, first: int, last: int, loss: float) -> None:
     recorder = Recorder(folder, rank=0, attempt=attempt, total_steps=9, tensorboard=True)
     if attempt == 0:
         recorder.valid({"step": 0, "loss": 9.0, "perplexity": 8103.0}, tokens=0)
+        recorder.samples(0, [("def f(", "x):\n\n    pass"), ("*", "")])
     for step in range(first, last + 1):
         row = {"step": step, "loss": loss, "lr": 0.1, "grad_norm": float("nan"), "mfu": None}
         row |= {"tokens": 100 * step, "tokens_per_second": 5.0, "peak_memory_bytes": 2**30}
@@ -43,10 +44,15 @@ def test_scalars_by_step_and_by_tokens(tmp_path: Path) -> None:
         *("train/loss", "train/lr", "train/tokens_per_second", "train/peak_memory_gib"),
         *("valid/loss", "valid/perplexity"),
     }
-    assert points(by_tokens, "train/loss") == [(100, 4.0), (200, 4.0), (300, 4.0)]
-    assert points(by_tokens, "valid/loss") == [(0, 9.0), (400, 4.0)]
+    assert points(by_tokens, "train/loss_by_tokens") == [(100, 4.0), (200, 4.0), (300, 4.0)]
+    assert points(by_tokens, "valid/loss_by_tokens") == [(0, 9.0), (400, 4.0)]
     (text,) = by_step.Tensors("config/text_summary")
     assert b'      "name": "tiny"' in text.tensor_proto.string_val[0]
+    (text,) = by_step.Tensors("samples/text_summary")
+    said = text.tensor_proto.string_val[0]
+    assert said.startswith(
+        b"**prompt**\n\n    def f(\n\n**text**\n\n    x):\n\n        pass\n\n---"
+    )
 
 
 def test_a_resumed_attempt_takes_back_what_the_crashed_one_wrote_after_it(tmp_path: Path) -> None:
@@ -56,4 +62,6 @@ def test_a_resumed_attempt_takes_back_what_the_crashed_one_wrote_after_it(tmp_pa
     by_step, by_tokens = read(tmp_path / "tensorboard"), read(tmp_path / "tensorboard/by_tokens")
     expected = [(1, 4.0), (2, 4.0), (3, 4.0), (4, 3.0), (5, 3.0), (6, 3.0)]
     assert points(by_step, "train/loss") == expected
-    assert points(by_tokens, "train/loss") == [(100 * step, loss) for step, loss in expected]
+    assert points(by_tokens, "train/loss_by_tokens") == [
+        (100 * step, loss) for step, loss in expected
+    ]

@@ -166,3 +166,15 @@ def test_cached_files_are_free_memory(monkeypatch: pytest.MonkeyPatch, tmp_path:
     given = {"memory_max": f"{24 * GIB}\n", "memory_current": f"{20 * GIB}\n"}
     limits(monkeypatch, tmp_path, **given, memory_stat=statistics)
     assert checks.available_memory() >= 19 * GIB
+
+
+def test_a_missing_package_is_named_with_its_install(
+    free: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free(4)
+    monkeypatch.setattr(checks, "is_installed", lambda: False)
+    for mode, count in (("online", 1), ("disabled", 0)):
+        config = run_config(logging={"wandb": {"project": "mine", "mode": mode}})
+        faults = checks.hardware_faults(config, plan_of(config, 1), launch_of(1, 1), "cpu")
+        assert len(faults) == count
+        assert all('get it with `pip install -e ".[wandb]"`' in fault for fault in faults)

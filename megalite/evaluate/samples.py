@@ -1,0 +1,176 @@
+"""Texts that a model writes in the midst of its training.
+
+Rank 0 chooses the tokens and says which texts are read next; all ranks read them, since they share
+layers (tensor parallelism) or weights (ZeRO-3). Each token costs a forward pass over the texts so
+far, in an engine that knows of no cache.
+
+B prompts   T tokens of the longest text, rounded up   V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalite.config import RunConfig
+from megalite.data import Batch
+from megalite.engine import Engine
+from megalite.errors import DataError, MegaLiteError, Stopped
+from megalite.evaluate.generate import Sampling, stream_texts
+from megalite.formats.tokenizer import Tokenizer, load_tokenizer
+from megalite.log import logger
+from megalite.parallel import Grid
+
+# of a user's one turn the text up to the answer, and what ends the answer
+Ask = Callable[[Path, Tokenizer, str], "tuple[str, str]"]
+
+
+_Texts = tuple[list[list[int]], "list[list[int]] | None"]  # ids of those that are read, and written
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a model is to continue.
+
+    texts: the prompts as it reads them; turns: whether they are those of a chat, which name control
+    tokens. stop: strings that end what it writes.
+    """
+
+    tokenizer: Tokenizer
+    told: Sequence[str]
+    texts: Sequence[str]
+    turns: bool = False
+    stop: Sequence[str] = ()
+
+
+def open_prompts(config: RunConfig, folder: Path | None, ask: Ask | None) -> Prompts | None:
+    """The prompts of a run file; None where it has none.
+
+    Args:
+        folder: of the data's tokenizer.
+        ask: makes a user's turn of a prompt, where conversations are learned.
+    Raises:
+        DataError: no tokenizer, or a chat template that takes no lone turn of a user.
+    """
+    if config.logging.samples is None:
+        return None
+    told = config.logging.samples.prompts
+    if folder is None:
+        raise DataError(
+            "logging.samples: the shards do not tell their tokenizer, which prompts are read with; "
+            "put it beside them as tokenizer/, or leave logging.samples out"
+        )
+    tokenizer = load_tokenizer(folder)
+    if ask is None or config.finetune is None or config.finetune.task != "sft":
+        return Prompts(tokenizer, told, told)
+    turns = [ask(folder, tokenizer, prompt) for prompt in told]
+    ends = {end for _, end in turns if end}
+    return Prompts(tokenizer, told, [text for text, _ in turns], True, list(ends))
+
+
+class Writer:
+    """Writes on from a run's prompts; on rank 0 it is the reader that `stream_texts` asks.
+
+    Numbers of the training stay what they are: what is drawn comes from generators of its own, and
+    nothing is compiled anew for other shapes.
+    """
+
+    def __init__(self, config: RunConfig, engine: Engine, grid: Grid, prompts: Prompts) -> None:
+        assert config.logging.samples is not None
+        self._config, self._samples = config, config.logging.samples
+        self._engine, self._grid, self._prompts = engine, grid, prompts
+        self.continues = config.model.architecture == "decoder"
+        self._round = config.parallel.tensor if config.parallel.sequence else 1
+
+    def __call__(self, stopping: Callable[[], bool]) -> list[tuple[str, str]]:
+        """Each prompt with the text that follows it, on rank 0; a collective.
+
+        Nothing where it was given up, or where the model's scores are not finite.
+
+        Args:
+            stopping: asked before each token whether to give up, with the same answer on every
+                rank.
+        """
+        self._stopping = stopping
+        try:
+            if self._grid.rank == 0:
+                found = self._write()
+                self._tell(None)
+                return found
+            while (texts := self._tell(None)) is not None:
+                self._read(*texts)
+        except Stopped:  # every rank is here
+            pass
+        return []
+
+    def _write(self) -> list[tuple[str, str]]:
+        asked, samples = self._prompts, self._samples
+        written = [""] * len(asked.told)
+        pieces = stream_texts(
+            self,
+            asked.tokenizer,
+            asked.texts,
+            max_new_tokens=samples.max_new_tokens,
+            sampling=Sampling(samples.temperature, seed=self._config.training.seed),
+            stop=asked.stop,
+            controls=asked.turns,
+        )
+        try:
+            for number, piece in pieces:
+                written[number] += piece
+        except Stopped:
+            raise
+        except MegaLiteError as error:
+            logger.warning("no samples: %s", error)
+            return []
+        return list(zip(asked.told, written, strict=True))
+
+    def begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
+        del new_tokens
+        given = [list(prompt) for prompt in prompts]
+        start = self._config.model.decoder_start_token_id
+        # what is read, and what is written after it, or apart from it
+        self._texts = (given, None) if self.continues else (given, [[start] for _ in given])
+        return self._read(*self._tell(self._texts))
+
+    def next(self, tokens: Sequence[int]) -> Tensor:
+        given, written = self._texts
+        for text, token in zip(written or given, tokens, strict=True):
+            text.append(token)
+        return self._read(*self._tell(self._texts))
+
+    def _tell(self, texts: _Texts | None) -> Any:
+        """What rank 0 says is read next, on every rank; None: nothing more."""
+        told = [texts]
+        dist.broadcast_object_list(told, src=0, group=self._grid.cpu_group)
+        return told[0]
+
+    @torch.inference_mode(False)  # the weights that ZeRO-3 gathers are trained with afterwards
+    def _read(self, given: list[list[int]], written: list[list[int]] | None) -> Tensor:
+        if self._stopping():
+            raise Stopped("asked to, in the midst of a sample")
+        ids_BT, lengths_B = self._side_by_side(given)
+        tensors = {"input_ids": ids_BT, "lengths": lengths_B}
+        if written is not None:
+            tensors["attention_mask"] = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
+            tensors["decoder_input_ids"], tensors["lengths"] = self._side_by_side(written)
+        compiled = self._config.training.compile
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            return self._engine.eval_scores(Batch(tensors, place=0, targets=0))
+
+    def _side_by_side(self, texts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """The last tokens of texts, as many as a sample of training has, with zeros behind them."""
+        texts = [text[-self._config.data.sequence_length :] for text in texts]
+        lengths_B = torch.tensor([len(text) for text in texts])
+        T = -(-int(lengths_B.max()) // self._round) * self._round
+        ids_BT = torch.zeros(len(texts), T, dtype=torch.int64)
+        for row_T, text in zip(ids_BT, texts, strict=True):
+            row_T[: len(text)] = torch.tensor(text)
+        return ids_BT, lengths_B

@@ -1,0 +1,117 @@
+"""Samples of text during a run: the same on every layout, and nothing of the run is another."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.chat import ask
+from megalite.env import Launch
+from megalite.evaluate import open_model, stream_texts
+from megalite.evaluate.generate import Sampling
+from tests.dist.test_finetune import tune, tuning_file
+from tests.labelled import jsonl
+from tests.ranks import run_ranks
+from tests.runs import rows, run_file, train, zero
+
+PROMPTS = ["def main(", "import os\n", "é"]
+SAMPLES = {"prompts": PROMPTS, "max_new_tokens": 12, "temperature": 1.0}
+SHORT = {"steps": 6, "eval_every": 3, "eval_batches": 1}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {"deepspeed": zero(2), "model": {"hidden_dropout": 0.1}}),
+    "ZeRO-3": (2, {"deepspeed": zero(3), "model": {"tie_word_embeddings": False}}),
+    "ZeRO-3 tied": (2, {"deepspeed": zero(3), "model": {"tie_word_embeddings": True}}),
+    "TP 2": (2, {"deepspeed": zero(1), "parallel": {"tensor": 2}}),
+    "two stacks": (
+        2,
+        {
+            "deepspeed": zero(1),
+            "model": {"architecture": "encoder_decoder", "position_embedding": "relative"},
+            "data": {"sequence_length": 31},
+            "parallel": {"tensor": 2, "sequence": True},
+        },
+    ),
+}
+
+
+def numbers(raw: dict[str, Any]) -> list[tuple[Any, ...]]:
+    kept = rows(raw, "train") + rows(raw, "valid")
+    return [(row["step"], row["loss"], row.get("grad_norm")) for row in kept]
+
+
+def continued(run: Path, prompts: list[str], **settings: Any) -> list[str]:
+    """What a run's last checkpoint writes, by way of launcher/generate.py."""
+    opened = open_model(run)
+    sampling = Sampling(temperature=1.0, seed=1234)  # training.seed
+    found = [""] * len(prompts)
+    how = {"max_new_tokens": 12, "sampling": sampling, **settings}
+    for number, piece in stream_texts(opened.reader(), opened.tokenizer, prompts, **how):
+        found[number] += piece
+    return found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_run_with_samples_is_the_run_without(
+    shards: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    ranks, sections = LAYOUTS[name]
+    plain = run_file(shards, tmp_path, name="plain", training=SHORT, **sections)
+    run_ranks(train, ranks, plain)
+    raw = run_file(shards, tmp_path, name="told", training=SHORT, **sections)
+    raw["logging"]["samples"] = SAMPLES
+    run_ranks(train, ranks, raw)
+    assert numbers(raw) == numbers(plain)  # to the last bit
+    found = rows(raw, "sample")
+    assert [(row["step"], row["prompt"]) for row in found] == [
+        (step, prompt) for step in (0, 3, 6) for prompt in PROMPTS
+    ]
+    assert found[0].keys() == {"kind", "time", "attempt", "step", "prompt", "text"}
+    assert [row["text"] for row in found[-3:]] == continued(tmp_path / "told", PROMPTS)
+
+
+def test_conversations_are_answered(tmp_path: Path) -> None:
+    talks = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "ok"}]}
+        for n in range(24)
+    ]
+    reviews = tmp_path / "talks"
+    jsonl(str(reviews / "train.jsonl"), talks)
+    raw = tuning_file(reviews, "sft", deepspeed=zero(1))
+    raw["finetune"] |= {"task": "sft", "epochs": 2}
+    del raw["finetune"]["data"]["test_split"]
+    raw["logging"]["samples"] = SAMPLES | {"prompts": ["7?", "9?"], "every": 4}
+    run_ranks(_tune, 1, raw)
+    found = rows(raw, "sample")
+    last = rows(raw)[-1]["step"]
+    assert last % 4 != 0
+    assert [row["step"] for row in found[::2]] == [*range(0, last, 4), last]
+    assert [row["prompt"] for row in found[:2]] == ["7?", "9?"]
+    run = tmp_path / "runs" / "sft"
+    turn = "<|im_start|>user\n{}?<|im_end|>\n<|im_start|>assistant\n"
+    asked = [turn.format(n) for n in (7, 9)]
+    opened = open_model(run)  # of the best epoch; here the last
+    assert opened.folder.name == f"step_{last:08d}"
+    expected = continued(run, asked, stop=["<|im_end|>"], controls=True)
+    assert [row["text"] for row in found[-2:]] == expected
+
+
+def _tune(launch: Launch, raw: dict[str, Any]) -> None:
+    tune(launch, raw, ask=ask)
+
+
+def test_prompts_need_the_tokenizer_of_the_data(shards: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "megatron"
+    folder.mkdir()
+    for path in sorted(Path(shards["train"]).glob("shard_*")):
+        number = path.stem.removeprefix("shard_")
+        shutil.copy(path, folder / f"corpus_{number}_text_document{path.suffix}")
+    raw = run_file(shards | {"train": str(folder)}, tmp_path / "runs", training=SHORT)
+    raw["logging"]["samples"] = SAMPLES
+    with pytest.raises(
+        AssertionError, match=r"DataError: logging\.samples: the shards do not tell"
+    ):
+        run_ranks(train, 1, raw)
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,67 @@
+"""What happens to samples where a run is asked to stop, or its model has diverged."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalite.data import Batch
+from megalite.evaluate import Prompts, Writer
+from megalite.formats.tokenizer import load_tokenizer
+from megalite.parallel import Grid
+from tests.factories import run_config
+
+SAMPLES = {"prompts": ["ab", "c"], "max_new_tokens": 5}
+
+
+class Counting:
+    """An engine that scores id 65 + (tokens so far) highest."""
+
+    def __init__(self, spoilt: int = -1) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self._spoilt = spoilt
+
+    def eval_scores(self, batch: Batch) -> Tensor:
+        self.shapes.append(tuple(batch.tensors["input_ids"].shape))
+        scores = torch.zeros(len(batch.tensors["lengths"]), 258)
+        for row, length in zip(scores, batch.tensors["lengths"].tolist(), strict=True):
+            row[65 + length] = 1
+        return scores / (len(self.shapes) != self._spoilt)
+
+
+def writer(grid: Grid, engine: Any, **sections: Any) -> Writer:
+    config = run_config(logging={"samples": SAMPLES}, model={"vocab_size": 258}, **sections)
+    prompts = SAMPLES["prompts"]
+    return Writer(config, engine, grid, Prompts(load_tokenizer("bytes"), prompts, prompts))
+
+
+def test_each_prompt_with_its_text(grid: Grid) -> None:
+    engine = Counting()
+    found = writer(grid, engine)(lambda: False)
+    assert found == [("ab", "CDEFG"), ("c", "BCDEF")]
+    assert engine.shapes == [(2, length) for length in (2, 3, 4, 5, 6)]
+
+
+def test_shapes_are_those_that_ranks_share_and_no_longer_than_a_sample(grid: Grid) -> None:
+    engine = Counting()
+    share = {"tensor": 4, "sequence": True}
+    writer(grid, engine, parallel=share, data={"sequence_length": 4})(lambda: False)
+    assert engine.shapes == [(2, 4)] * 5
+
+
+def test_a_stop_is_heeded_before_the_next_token(grid: Grid) -> None:
+    engine, asked = Counting(), iter([False, False, True])
+    assert writer(grid, engine)(lambda: next(asked)) == []
+    assert len(engine.shapes) == 2
+
+
+def test_a_model_that_has_diverged_ends_no_run(
+    grid: Grid, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
+    assert writer(grid, Counting(spoilt=2))(lambda: False) == []
+    assert "no samples: the model's scores after 3 tokens are not finite" in caplog.text
