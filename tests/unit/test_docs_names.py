@@ -195,3 +195,11 @@ def test_commands_are_found_where_they_are() -> None:
     found = [name for path in PAGES for name, _ in commands(text_of(path))]
     assert set(found) >= set(PARSERS)
     assert len(found) > 80
+
+
+def test_the_methods_of_a_sink_are_those_that_are_told() -> None:
+    told = text_of(ROOT / "docs" / "extending.md").split("## A sink of metrics")[1]
+    for name in ("tensorboard", "wandb"):
+        source = text_of(ROOT / "megalite" / "observe" / f"{name}.py")
+        public = re.findall(r"^    def ([a-z]\w*)\(", source, re.MULTILINE)
+        assert sorted(re.findall(r"`(\w+)\(", told)) == sorted(public)
