@@ -213,8 +213,8 @@ def fit(rows: Sequence[Row], seconds: float) -> Efficiencies:
 
 # ---- this machine
 
-SHAPES = {  # width, layers, inner width: 5 M to 200 M parameters with 8,192 pieces
-    "5M": (192, 4, 512),
+SHAPES = {  # width, layers, inner width: 6 M to 200 M parameters with 8,192 pieces
+    "6M": (256, 2, 704),
     "20M": (384, 8, 1024),
     "60M": (640, 10, 1728),
     "200M": (1024, 14, 2816),
