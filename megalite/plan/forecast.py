@@ -9,16 +9,13 @@ from megalite.config import RunConfig
 from megalite.errors import ConfigError
 from megalite.plan.flops import hardware_flops_per_token
 from megalite.plan.make import make_plan
-from megalite.plan.memory import host_bytes
+from megalite.plan.memory import host_bytes, process_bytes
 from megalite.plan.seconds import Layout, Seconds, step_seconds
 from megalite.plan.sizes import Plan
 from megalite.plan.traffic import Collective, data_collectives, tensor_collectives
 
 # beside what is counted: the driver's context and NCCL's buffers, and what the allocator wastes
 _CONTEXT, _WASTE = 3 << 29, 0.04
-# On a CPU: what the libraries take once they work, and the holes that the C library's heap keeps
-# where what a step makes and forgets has been (benchmarks/plan.py --cpu measures both together).
-_RUNTIME, _HOLES = 75 << 20, 0.8
 
 
 @dataclass(frozen=True)
@@ -80,13 +77,11 @@ class Forecast:
         }
 
 
-def _margin(plan: Plan, kind: Literal["cpu", "cuda"]) -> int:
+def _margin(config: RunConfig, plan: Plan, kind: Literal["cpu", "cuda"]) -> int:
     """Bytes beside those of the plan: a device's context and allocator, a process's heap."""
-    memory = plan.memory_bytes
     if kind == "cuda":
-        return _CONTEXT + round(_WASTE * memory["total"])
-    comes_and_goes = memory["total"] - memory["parameters"] - memory["optimizer"]
-    return _RUNTIME + round(_HOLES * comes_and_goes)
+        return _CONTEXT + round(_WASTE * plan.memory_bytes["total"])
+    return max(0, process_bytes(config, plan) - plan.memory_bytes["total"])
 
 
 def forecast(config: RunConfig, layout: Layout) -> Forecast:
@@ -112,7 +107,7 @@ def forecast(config: RunConfig, layout: Layout) -> Forecast:
         plan=plan,
         layout=layout,
         seconds=step_seconds(config, plan, layout),
-        margin=_margin(plan, kind),
+        margin=_margin(config, plan, kind),
         host_bytes=host_bytes(config, plan, kind),
         hardware_flops_per_token=hardware_flops_per_token(config),
         collectives=(*tensor_collectives(config, plan), *data_collectives(config, plan)),

@@ -14,11 +14,12 @@ from megalite import shapes
 from megalite.config import ModelConfig, RunConfig
 from megalite.plan.sizes import Plan, without_auto
 
-_LOGIT_ROWS = 1024  # tokens whose logits exist at once in the fused head and loss
 # DeepSpeed's buckets are 5e8 elements: 2 GB in fp32. 5e7 keep a link busy just as well.
 _BUCKET = 50_000_000
 _LIVE_PARAMETERS = 1_000_000_000  # stage3_max_live_parameters of DeepSpeed 0.19
 _SUB_GROUP = 1_000_000_000  # sub_group_size
+# of a CPU's process: what libraries take at work, a group's connections, holes beside small pieces
+_LIBRARIES, _GROUP, _HOLES = 60 << 20, 40 << 20, 0.77
 _STAGE_0_BUCKET = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE of deepspeed/runtime/engine.py
 
 
@@ -77,17 +78,21 @@ def memory_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) 
     n = local_elements(config, plan.tensor_parallel)
     element = 4 if plan.precision == "fp32" else 2
     parameters, optimizer, held, gradients = _states(config, plan, n, element)
-    activations, logits = _activations(config, plan, element), _logits(config, plan, element)
+    kept, work = _activations(config, plan, element)
+    logits = _logits(config, plan, element)
     trained = local_elements(config, plan.tensor_parallel, trained=True)
     buffers = _buffers(config, plan, trained, element)
-    peak = max(held + activations + logits, gradients + buffers)
+    arriving = _arriving(config, plan, n, element)
+    standing = _standing(config, plan)
+    before = held + standing + kept + max(work + logits, arriving)
+    peak = max(before, gradients + buffers)
     return {
         "parameters": parameters,
         "gradients": gradients,
         "optimizer": optimizer,
-        "activations": activations,
+        "activations": kept + work,
         "logits": logits,
-        "buffers": buffers,
+        "buffers": buffers + arriving,
         "total": parameters + peak + (0 if device == "cuda" and offloads(config) else optimizer),
     }
 
@@ -116,9 +121,9 @@ def _states(config: RunConfig, plan: Plan, n: int, element: int) -> tuple[int, i
         return element * every, optimizer, 4 * n * later, 4 * n + extra
     if stage == 2:  # the partition's sum; in fp32 also the flat copy the step is made from
         return element * every, optimizer, 4 * part * later, (8 if element == 4 else 4) * part
-    gathered = 0 if d == 1 else min(every, _LIVE_PARAMETERS)
     copied = 4 * min(part, _SUB_GROUP)
-    return element * (parts + gathered), optimizer, 4 * part, 4 * part + copied
+    whole = _gathered(plan, every, element)
+    return element * parts + whole, optimizer, 4 * part, 4 * part + copied
 
 
 def _moments(config: RunConfig, tensor: int) -> int:
@@ -148,8 +153,63 @@ def _buffers(config: RunConfig, plan: Plan, n: int, element: int) -> int:
     return (staging + (4 if element == 2 else 0)) * bucket  # 16-bit gradients are sent in fp32
 
 
-def _activations(config: RunConfig, plan: Plan, element: int) -> int:
-    """Bytes kept for the backward, plus the work of the one block being differentiated."""
+def _standing(config: RunConfig, plan: Plan) -> int:
+    """Bytes of the buckets that stand beside activations, in fp32 as gradients are sent.
+
+    ZeRO 3 makes its bucket once; ZeRO 1, where it has one, in the first of several micro-batches,
+    for the last.
+    """
+    section = without_auto(config.deepspeed).get("zero_optimization", {})
+    bucket = int(section.get("reduce_bucket_size", bucket_elements(config, plan)))
+    first = plan.zero_stage == 1 and plan.precision != "bf16" and plan.accumulation_steps > 1
+    return 4 * bucket * (plan.zero_stage == 3 or first)
+
+
+def _arriving(config: RunConfig, plan: Plan, n: int, element: int) -> int:
+    """Bytes that ZeRO 3's gathers arrive in: each is kept until its last weight is copied out.
+
+    One is being used while the next is fetched.
+    """
+    if plan.zero_stage != 3 or plan.data_parallel == 1:
+        return 0
+    section = without_auto(config.deepspeed).get("zero_optimization", {})
+    bucket = bucket_elements(config, plan)
+    return element * min(n, 2 * int(section.get("stage3_prefetch_bucket_size", bucket)))
+
+
+def process_bytes(config: RunConfig, plan: Plan) -> int:
+    """Bytes that a rank on a CPU adds to its process: those of a step as the C library keeps them.
+
+    Large pieces come from the system and go back. Where small ones have been, holes stay in the
+    heap, so that the most there was of each kind adds up, though not at one moment. Measured by
+    `benchmarks/plan.py --cpu`.
+    """
+    n, element = local_elements(config, plan.tensor_parallel), 4 if plan.precision == "fp32" else 2
+    trained = local_elements(config, plan.tensor_parallel, trained=True)
+    _, optimizer, held, gradients = _states(config, plan, n, element)
+    made = 4 * (trained if plan.zero_stage < 2 else -(-trained // plan.data_parallel))
+    buffers = _buffers(config, plan, trained, element)
+    kept, work = _activations(config, plan, element)
+    small = max(held + kept + work + _logits(config, plan, element), made)
+    stays, sent = element * trained + optimizer, [buffers, gradients - made]
+    if plan.zero_stage == 3:
+        stays = element * -(-trained // plan.data_parallel) + optimizer
+        stays += held + _standing(config, plan)
+        small += _gathered(plan, n, element) - held
+        sent.append(_arriving(config, plan, n, element))
+    elif plan.zero_stage == 0 and plan.data_parallel == 1:
+        sent = [0]
+    large = sum(sent) if plan.zero_stage == 1 else max(sent)
+    libraries = _LIBRARIES + _GROUP * (plan.world_size > 1)
+    return libraries + stays + large + round((1 + _HOLES) * small)
+
+
+def _gathered(plan: Plan, n: int, element: int) -> int:
+    return 0 if plan.data_parallel == 1 else element * min(n, _LIVE_PARAMETERS)
+
+
+def _activations(config: RunConfig, plan: Plan, element: int) -> tuple[int, int]:
+    """Bytes kept for the backward, and those of work in the one block being differentiated."""
     model, t = config.model, plan.tensor_parallel
     tokens = plan.micro_batch_size * plan.sequence_length
     d, f = model.hidden_size, model.intermediate_size // t
@@ -172,16 +232,16 @@ def _activations(config: RunConfig, plan: Plan, element: int) -> int:
     if kept != block:
         work += block
     ends = element * 3 * d + 3 * 8  # embedding, last norm; ids, labels, positions
-    return tokens * (sum(shapes.stacks(model).values()) * kept + work + ends)
+    blocks = sum(shapes.stacks(model).values())
+    return tokens * (blocks * kept + ends), tokens * work
 
 
 def _logits(config: RunConfig, plan: Plan, element: int) -> int:
-    """Bytes of the fused head and loss: a chunk's logits and their gradient, and the sums."""
+    """Bytes of the fused head and loss: a chunk's logits, and the gradients it gives."""
     vocabulary = -(-config.model.vocab_size // plan.tensor_parallel)
-    tokens = plan.micro_batch_size * plan.sequence_length
-    chunk = 2 * 4 * min(_LOGIT_ROWS, tokens) * vocabulary
-    return (
-        chunk
-        + 4 * vocabulary * config.model.hidden_size
-        + element * tokens * (config.model.hidden_size)
-    )
+    places = plan.micro_batch_size * plan.sequence_length
+    rows = shapes.head_rows(places, shapes.counted(config, places))
+    # turned into their gradient in place; not compiled, 16-bit logits are widened first
+    of_logit = element if element == 4 or config.training.compile else element + 4
+    chunk = of_logit * min(shapes.chunk_rows(vocabulary), rows) * vocabulary
+    return chunk + (4 * vocabulary + element * rows) * config.model.hidden_size

@@ -11,6 +11,7 @@ from megalite.config import RunConfig, parse_config
 from megalite.errors import ConfigError
 from megalite.plan import deepspeed_dict, flops_per_token, hardware_flops_per_token, make_plan
 from megalite.plan.flops import seen_pairs
+from megalite.plan.memory import process_bytes
 
 WEIGHTS = 1000 * 64 * 2 + 3 * (64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 96)
 PARAMETERS = WEIGHTS + 7 * 64  # two norms a block and the last
@@ -196,17 +197,51 @@ def test_recomputation_saves_in_order() -> None:
 
 
 def test_the_total_is_the_larger_of_two_moments() -> None:
-    bytes_ = memory(**stage(1))  # 4 micro-batches: gradients stand beside activations
+    bytes_ = memory(**stage(1))  # 4 micro-batches: gradients and their bucket stand beside them
     assert bytes_["total"] == (
         bytes_["parameters"]
         + bytes_["optimizer"]
         + 4 * PARAMETERS
+        + bytes_["buffers"]
         + bytes_["activations"]
         + bytes_["logits"]
     )
     once = memory(training__micro_batch_size=8, **stage(1))
     assert once["total"] == sum(once.values()) - once["total"] - once["gradients"] - once["buffers"]
     assert once["total"] >= once["parameters"] + once["optimizer"] + once["gradients"]
+
+
+def test_logits_of_the_places_that_count() -> None:
+    every = memory()["logits"]
+    hidden = memory(
+        model__architecture="encoder",
+        objective={"name": "masked", "mask_token_id": 0, "mask_probability": 0.1},
+    )["logits"]
+    assert every == 4 * (256 * 1000 + (1000 + 256) * 64)  # 2 x 128 places of 1,000 pieces
+    assert hidden == 4 * (64 * 1000 + (1000 + 64) * 64)  # 26 of them, rounded up
+
+
+def test_zero_3_keeps_its_bucket_and_what_its_gathers_arrive_in() -> None:
+    n, kept = PARAMETERS, memory(2, **stage(2))
+    whole = memory(2, **stage(3))
+    part = n // 2
+    work = 4 * 256 * (2 * 64 + 3 * 96)  # gradients within a block, gone when the last gather comes
+    before = whole["activations"] - work + max(work + whole["logits"], 4 * n)
+    assert whole["buffers"] == kept["buffers"] + 4 * n + 4 * n  # overlapped; arriving
+    assert whole["total"] - whole["parameters"] - whole["optimizer"] == max(
+        before + 4 * part + 4 * n, whole["gradients"] + 8 * n
+    )
+
+
+def test_a_process_keeps_holes_where_small_pieces_have_been() -> None:
+    run = config(**stage(0))
+    alone, pair = (make_plan(run, world_size=ranks, device="cpu") for ranks in (1, 2))
+    bytes_ = alone.memory_bytes
+    stays = bytes_["parameters"] + bytes_["optimizer"]
+    small = 4 * PARAMETERS + bytes_["activations"] + bytes_["logits"]
+    taken = process_bytes(run, alone)
+    assert taken == (60 << 20) + stays + round(1.77 * small)
+    assert process_bytes(run, pair) - taken == (40 << 20) + 4 * PARAMETERS  # what is sent
 
 
 # --- the JSON DeepSpeed gets -----------------------------------------------------------------
