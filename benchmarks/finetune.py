@@ -47,14 +47,21 @@ MODEL: dict[str, Any] = {
     "position_embedding": "rope",
     "tie_word_embeddings": True,
 }
-# windows of pretraining; tokens of an example, epochs and rates of fine-tuning
+# Pretraining: steps, the part of them on the training split's own texts where there is a corpus,
+# the part of the words it hides. Fine-tuning: tokens of an example, epochs, rates.
 SETS: dict[str, dict[str, Any]] = {
-    "reuters": {"length": 128, "longest": 256, "epochs": 8, "lr": 1e-3, "scratch_lr": 1e-3},
-    "tomatoes": {"length": 128, "longest": 64, "epochs": 4, "lr": 5e-4, "scratch_lr": 1e-3},
+    "reuters": {
+        **{"steps": 3000, "own": 1.0, "mask": 0.2},
+        **{"longest": 256, "epochs": 5, "lr": 1e-3, "scratch_lr": 1e-3, "lora_lr": 2e-3},
+    },
+    "tomatoes": {
+        **{"steps": 6000, "own": 0.4, "mask": 0.3},
+        **{"longest": 64, "epochs": 4, "lr": 5e-4, "scratch_lr": 1e-3, "lora_lr": 2e-3},
+    },
 }
-STEPS, BATCH = 3000, 16
-OWN = 0.4  # the part of the training split's texts, where there is a corpus beside them
-LORA = {"rank": 8, "targets": ["q_proj", "v_proj"]}
+WINDOW, BATCH = 128, 16
+# under 2 % of the model
+LORA = {"rank": 8, "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
 
 
 def parse() -> argparse.Namespace:
@@ -62,10 +69,10 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--corpus", type=Path, metavar="FILE", help="more text to pretrain on")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", help="more text, of general words")
     parser.add_argument("--only", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=STEPS, help="of pretraining")
+    parser.add_argument("--steps", type=int, help="of pretraining; default: as many as it takes")
     parser.add_argument("--ways", nargs="+", default=["pretrained", "scratch", "lora"])
     parser.add_argument("--work", type=Path, metavar="DIR", help="kept; default: a scratch folder")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -117,11 +124,12 @@ def command(work: Path, *arguments: Any) -> None:
     subprocess.run(line, cwd=work, env=environ, check=True, stdout=subprocess.DEVNULL)
 
 
-def pretrain(name: str, work: Path, corpus: Path | None, steps: int) -> None:
+def pretrain(name: str, work: Path, corpus: Path | None, steps: int | None) -> None:
     """The tokenizer and the run `text`, which are made once."""
+    own = SETS[name]
     if (work / "runs" / "text" / "status.json").exists():
         return
-    inputs = ["train.jsonl", *([str(corpus.resolve())] if corpus else [])]
+    inputs = ["train.jsonl", *([str(corpus.resolve())] if corpus and own["own"] < 1 else [])]
     prep = ("-m", "data_prep")
     if not (work / "tokenizer").exists():
         command(
@@ -136,17 +144,17 @@ def pretrain(name: str, work: Path, corpus: Path | None, steps: int) -> None:
                 *(*prep, "tokenize", "--input", source, "--tokenizer", "tokenizer"),
                 *("--output", f"text{number}"),
             )
-    weights = [1.0] if len(inputs) == 1 else [OWN, 1 - OWN]
+    weights = [1.0] if len(inputs) == 1 else [own["own"], 1 - own["own"]]
     sources = [{"path": f"text{n}", "weight": weight} for n, weight in enumerate(weights)]
     run = {
         "name": "text",
         "model": MODEL,
-        "data": {"train": sources, "sequence_length": SETS[name]["length"], "mask_documents": True},
-        "objective": {"name": "masked", "mask_token_id": PIECES, "mask_probability": 0.2},
+        "data": {"train": sources, "sequence_length": WINDOW, "mask_documents": True},
+        "objective": {"name": "masked", "mask_token_id": PIECES, "mask_probability": own["mask"]},
         "optimizer": {"lr": 2e-3, "weight_decay": 0.01, "betas": [0.9, 0.98]},
         "schedule": {"name": "linear", "warmup_steps": 100, "min_lr_ratio": 0.05},
         "training": {
-            "steps": steps,
+            "steps": steps or own["steps"],
             "global_batch_size": BATCH,
             "micro_batch_size": BATCH,
             "compile": True,
@@ -174,9 +182,9 @@ def tune(name: str, work: Path, way: str, seed: int) -> dict[str, Any]:
         "epochs": own["epochs"],
         "eval_train": False,
     }
-    rate = own["scratch_lr"] if way == "scratch" else own["lr"]
+    rate = own[{"pretrained": "lr", "scratch": "scratch_lr", "lora": "lora_lr"}[way]]
     if way == "lora":
-        tuning["adapter"], rate = LORA, 4 * own["lr"]
+        tuning["adapter"] = LORA
     run = {
         "name": f"{way}{seed}",
         "model": MODEL | {"hidden_dropout": 0.2},

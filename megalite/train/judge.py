@@ -20,7 +20,9 @@ from megalite.config import RunConfig
 from megalite.errors import MegaLiteError
 from megalite.train.ledger import Ledger
 
-_FLAT = 0.01  # of the median: the least deviation of a loss; a hundredth is no jump
+# The least deviation of a loss: of the median, where a hundredth is no jump; and in nats, where
+# examples are known by heart, and any that is not is many times the median.
+_FLAT, _LEAST = 0.01, 0.02
 _FLAT_LOG = 0.05  # the same of a norm's logarithm
 
 
@@ -89,7 +91,7 @@ class Judge:
         if len(recent) < max(16, self._guards.spike_window // 2):
             return None
         losses, norms = zip(*recent, strict=True)
-        z = _z(loss, losses, _FLAT * abs(float(np.median(losses))))
+        z = _z(loss, losses, max(_FLAT * abs(float(np.median(losses))), _LEAST))
         if z > self._guards.spike_threshold:
             return f"the loss jumped to {loss:.4f}, {z:.0f} deviations above the last steps'"
         logs = [math.log(max(value, 1e-30)) for value in norms]

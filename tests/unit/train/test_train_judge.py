@@ -1,0 +1,33 @@
+"""What counts as a jump of the loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from megalite.config import load_config
+from megalite.parallel import Grid
+from megalite.train.judge import Judge
+from megalite.train.ledger import Ledger
+
+SMOKE = Path(__file__).parents[3] / "configs" / "smoke.json"
+
+
+@pytest.mark.parametrize(
+    ("usual", "loss", "jumps"),
+    [
+        (3.0, 3.2, False),
+        (3.0, 4.0, True),
+        (0.0005, 0.03, False),  # known by heart: sixty times the median, and nothing
+        (0.0005, 2.0, True),
+    ],
+)
+def test_a_jump_of_the_loss(tmp_path: Path, usual: float, loss: float, jumps: bool) -> None:
+    nobody = cast("Grid", None)  # what is noted is told to no other rank
+    ledger = Ledger(tmp_path, nobody, window=64)
+    judge = Judge(load_config(SMOKE), ledger, scaled=False)
+    for step in range(64):
+        assert judge(step, step, usual * (1 + 0.001 * (step % 3)), 1.0).action == "use"
+    assert judge(64, 64, loss, 1.0).action == ("note" if jumps else "use")
