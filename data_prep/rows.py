@@ -27,6 +27,7 @@ from megalite.log import logger
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _BATCH = 1024  # rows
 _NAMED = 5
+_CHOOSE = "name another by finetune.data.text_column, label_column or the like"
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def glance(config: RunConfig) -> str:
                 first.get(column)
         except Unusable as error:
             if data.max_bad_rows == 0:
-                raise DataError(f"{first.place}: {error}; name another in finetune.data") from None
+                raise DataError(f"{first.place}: {error}; {_CHOOSE}") from None
     if data.tokenizer is not None:
         size, most = load_tokenizer(data.tokenizer).vocab_size, config.model.vocab_size
         if size > most:
@@ -295,10 +296,8 @@ def _check_columns(path: str, names: Sequence[str], columns: Sequence[str]) -> N
     for column in columns:
         if (count := list(names).count(column)) != 1:
             told = "several columns are named" if count else "no column"
-            raise DataError(
-                f"{path}: {told} {column!r}; it has {', '.join(names) or 'none'}: name another in "
-                "finetune.data"
-            )
+            have = ", ".join(names) or "none"
+            raise DataError(f"{path}: {told} {column!r}; it has {have}: {_CHOOSE}")
 
 
 class _Set:
