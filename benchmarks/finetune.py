@@ -29,6 +29,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ SETS: dict[str, dict[str, Any]] = {
     },
     "tomatoes": {
         **{"steps": 6000, "own": 0.4, "mask": 0.3},
-        **{"longest": 64, "epochs": 4, "lr": 5e-4, "scratch_lr": 1e-3, "lora_lr": 2e-3},
+        **{"longest": 64, "epochs": 4, "lr": 1e-3, "scratch_lr": 1e-3, "lora_lr": 2e-3},
     },
 }
 WINDOW, BATCH = 128, 16
@@ -73,6 +74,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of pretraining; default: as many as it takes")
+    parser.add_argument("--jobs", type=int, default=1, help="fine-tunings at once, a core each")
     parser.add_argument("--ways", nargs="+", default=["pretrained", "scratch", "lora"])
     parser.add_argument("--work", type=Path, metavar="DIR", help="kept; default: a scratch folder")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -118,8 +120,8 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def command(work: Path, *arguments: Any) -> None:
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+def command(work: Path, *arguments: Any, **environment: str) -> None:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     line = [sys.executable, *map(str, arguments)]
     subprocess.run(line, cwd=work, env=environ, check=True, stdout=subprocess.DEVNULL)
 
@@ -167,7 +169,7 @@ def pretrain(name: str, work: Path, corpus: Path | None, steps: int | None) -> N
     command(work, ROOT / "launcher" / "pretrain.py", "--config", "text.json")
 
 
-def tune(name: str, work: Path, way: str, seed: int) -> dict[str, Any]:
+def tune(name: str, work: Path, way: str, seed: int, **environment: str) -> dict[str, Any]:
     """One fine-tuning; what its last evaluation, on the test split, found."""
     own, started = SETS[name], time.monotonic()
     tuning: dict[str, Any] = {
@@ -204,7 +206,7 @@ def tune(name: str, work: Path, way: str, seed: int) -> dict[str, Any]:
     file = f"{way}{seed}.json"
     (work / file).write_text(json.dumps(run))
     start = [] if way == "scratch" else ["--init-from", "runs/text"]
-    command(work, ROOT / "launcher" / "finetune.py", "--config", file, *start)
+    command(work, ROOT / "launcher" / "finetune.py", "--config", file, *start, **environment)
     lines = (work / "runs" / f"{way}{seed}" / "metrics.jsonl").read_text().splitlines()
     measured = [row for row in map(json.loads, lines) if row["kind"] == "valid"]
     seconds = time.monotonic() - started
@@ -226,13 +228,19 @@ def measure(name: str, chosen: argparse.Namespace, work: Path) -> dict[str, Any]
         "naive_bayes": naive_bayes(train, test),
         "pretraining_seconds": time.monotonic() - started,
     }
-    for way in chosen.ways:
-        every = [tune(name, work, way, seed) for seed in chosen.seeds]
-        result[way] = {key: [one[key] for one in every] for key in ("test", "valid", "seconds")} | {
-            "mean": statistics.mean(one["test"] for one in every)
+    alone = {"OMP_NUM_THREADS": "1"} if chosen.jobs > 1 else {}
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        begun = {
+            way: [pool.submit(tune, name, work, way, seed, **alone) for seed in chosen.seeds]
+            for way in chosen.ways
         }
-        sys.stdout.write(f"{name} {way}: {json.dumps(result[way])}\n")
-        sys.stdout.flush()
+        for way, futures in begun.items():
+            every = [future.result() for future in futures]
+            result[way] = {
+                key: [one[key] for one in every] for key in ("test", "valid", "seconds")
+            } | {"mean": statistics.mean(one["test"] for one in every)}
+            sys.stdout.write(f"{name} {way}: {json.dumps(result[way])}\n")
+            sys.stdout.flush()
     return result
 
 
