@@ -196,7 +196,10 @@ def process_bytes(config: RunConfig, plan: Plan) -> int:
         stays = element * -(-trained // plan.data_parallel) + optimizer
         stays += held + _standing(config, plan)
         small += _gathered(plan, n, element) - held
-        sent.append(_arriving(config, plan, n, element))
+        arriving = _arriving(config, plan, n, element)
+        # one gather and one bucket for everything both stand until the end of the backward
+        alone = arriving == element * n and trained <= bucket_elements(config, plan)
+        sent.append(arriving + buffers * alone)
     elif plan.zero_stage == 0 and plan.data_parallel == 1:
         sent = [0]
     large = sum(sent) if plan.zero_stage == 1 else max(sent)
