@@ -36,7 +36,7 @@ from megalite.config import RunConfig, parse_config
 from megalite.errors import ConfigError
 from megalite.plan import Plan, make_plan
 from megalite.plan.devices import DEVICES, Device, Efficiencies
-from megalite.plan.flops import forward_flops
+from megalite.plan.flops import window_flops
 from megalite.plan.seconds import Layout, step_seconds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +123,7 @@ def published() -> Iterator[Row]:
             sys.stdout.write(f"left out: {told['row']}: {error}\n")
             continue
         device = GPUS.get(told["gpu"]) or DEVICES[told["gpu"]]
-        forward = forward_flops(config.model, length)
+        forward, _ = window_flops(config.model, length)
         flops = 3 * (forward.blocks + forward.head) / length
         flops += 12 * shape["layers"] * shape["hidden"] * length
         assert device.bf16 is not None

@@ -17,7 +17,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from megalite.config import AdapterConfig, ModelConfig, RunConfig
+from megalite.config import (
+    AdapterConfig,
+    FinetuneConfig,
+    ModelConfig,
+    RunConfig,
+    source_length,
+    target_length,
+)
 
 _CHUNK_ELEMENTS = 1 << 25  # of logits
 
@@ -157,6 +164,13 @@ def stacks(model: ModelConfig) -> dict[str, int]:
         return {"model": model.num_hidden_layers}
     decoder = model.num_decoder_layers or model.num_hidden_layers
     return {"model.encoder": model.num_hidden_layers, "model.decoder": decoder}
+
+
+def lengths(config: RunConfig) -> dict[str, int]:
+    """The tokens of a sample that each stack of a run's model sees, by the stack's name."""
+    if config.model.architecture != "encoder_decoder":
+        return {"model": config.data.sequence_length}
+    return {"model.encoder": source_length(config), "model.decoder": target_length(config)}
 
 
 @lru_cache(maxsize=64)
@@ -339,7 +353,11 @@ def base(model: ModelConfig) -> ModelConfig:
 
 def learns(config: RunConfig, parameter: Parameter) -> bool:
     """Whether a parameter is trained: all, or those that fine-tuning does not freeze."""
-    tuning = config.finetune
+    return learns_under(config.finetune, parameter)
+
+
+def learns_under(tuning: FinetuneConfig | None, parameter: Parameter) -> bool:
+    """`learns` by the section that decides it."""
     if tuning is None:
         return True
     if tuning.adapter and not (parameter.is_adapter or parameter.name == "score.weight"):

@@ -4,7 +4,7 @@ from megalite.plan.engine import deepspeed_dict
 from megalite.plan.flops import flops_per_token, hardware_flops_per_token
 from megalite.plan.make import make_plan
 from megalite.plan.memory import host_bytes, offloads
-from megalite.plan.sizes import Plan, Precision
+from megalite.plan.sizes import Plan, Precision, labelled
 from megalite.plan.traffic import Collective, data_collectives, tensor_collectives
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "flops_per_token",
     "hardware_flops_per_token",
     "host_bytes",
+    "labelled",
     "make_plan",
     "offloads",
     "tensor_collectives",

@@ -11,7 +11,7 @@ from megalite.plan.flops import hardware_flops_per_token
 from megalite.plan.make import make_plan
 from megalite.plan.memory import host_bytes, process_bytes
 from megalite.plan.seconds import Layout, Seconds, step_seconds
-from megalite.plan.sizes import Plan
+from megalite.plan.sizes import Plan, labelled
 from megalite.plan.traffic import Collective, data_collectives, tensor_collectives
 
 # beside what is counted: the driver's context and NCCL's buffers, and what the allocator wastes
@@ -56,8 +56,8 @@ class Forecast:
         return self.plan.flops_per_token * self.tokens_per_second / (peak * ranks)
 
     def as_json(self, steps: int) -> dict[str, Any]:
-        """For `--json`; seconds and bytes."""
-        run = self.seconds.total * steps
+        """For `--json`; seconds and bytes. Steps of 0 are not known: so is how long they take."""
+        run = self.seconds.total * steps if steps else None
         return {
             "parameters": self.plan.parameters,
             "flops_per_token": self.plan.flops_per_token,
@@ -72,7 +72,7 @@ class Forecast:
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
             "run_seconds": run,
-            "device_hours": run * self.plan.world_size / 3600,
+            "device_hours": None if run is None else run * self.plan.world_size / 3600,
             "collectives": [vars(call) | {"bytes": call.bytes} for call in self.collectives],
         }
 
@@ -91,6 +91,7 @@ def forecast(config: RunConfig, layout: Layout) -> Forecast:
         ConfigError: what `make_plan` finds; a window over the positions is found by the run file's
             own rules; a device without units for the precision.
     """
+    config = labelled(config)
     kind: Literal["cpu", "cuda"] = "cpu" if layout.device.name == "cpu" else "cuda"
     plan = make_plan(config, world_size=layout.hosts * layout.per_host, device=kind)
     if layout.device.peak(plan.precision) is None:

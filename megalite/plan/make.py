@@ -7,14 +7,15 @@ from typing import Literal
 
 from megalite.config import RunConfig
 from megalite.plan.memory import memory_bytes
-from megalite.plan.sizes import Plan, arrange
+from megalite.plan.sizes import Plan, arrange, labelled
 
 
 def make_plan(config: RunConfig, *, world_size: int, device: Literal["cpu", "cuda"]) -> Plan:
-    """The plan of `config` on `world_size` ranks.
+    """The plan of `config` on `world_size` ranks, with a stand-in for labels it does not tell.
 
     Raises:
         ConfigError: see `arrange`.
     """
+    config = labelled(config)
     plan = arrange(config, world_size=world_size, device=device)
     return dataclasses.replace(plan, memory_bytes=memory_bytes(config, plan, device))

@@ -12,6 +12,7 @@ from typing import Literal
 
 from megalite import shapes
 from megalite.config import ModelConfig, RunConfig
+from megalite.plan.gradients import gradients, head_weight
 from megalite.plan.sizes import Plan, without_auto
 
 # DeepSpeed's buckets are 5e8 elements: 2 GB in fp32. 5e7 keep a link busy just as well.
@@ -20,13 +21,19 @@ _LIVE_PARAMETERS = 1_000_000_000  # stage3_max_live_parameters of DeepSpeed 0.19
 _SUB_GROUP = 1_000_000_000  # sub_group_size
 # of a CPU's process: what libraries take at work, a group's connections, holes beside small pieces
 _LIBRARIES, _GROUP, _HOLES = 60 << 20, 40 << 20, 0.77
-_STAGE_0_BUCKET = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE of deepspeed/runtime/engine.py
+STAGE_0_BUCKET = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE of deepspeed/runtime/engine.py
 
 
 def bucket_elements(config: RunConfig, plan: Plan) -> int:
     """Elements of a communication bucket: no more than there are; even, as DeepSpeed asks."""
     local = local_elements(config, plan.tensor_parallel)
     return min(_BUCKET, local + local % 2)
+
+
+def bucket_of(config: RunConfig, plan: Plan, key: str) -> int:
+    """Elements of the bucket that `deepspeed.zero_optimization` has under `key`, or ours."""
+    section = without_auto(config.deepspeed).get("zero_optimization", {})
+    return int(section.get(key, bucket_elements(config, plan)))
 
 
 def local_elements(config: RunConfig, tensor: int, *, trained: bool = False) -> int:
@@ -48,7 +55,7 @@ def _local_sizes(model: ModelConfig, tensor: int) -> dict[str, int]:
 
 def offloads(config: RunConfig) -> bool:
     """Whether the optimizer's states are kept on the host."""
-    zero = config.deepspeed.get("zero_optimization", {})
+    zero = without_auto(config.deepspeed).get("zero_optimization", {})
     return bool((zero.get("offload_optimizer") or {}).get("device", "none") != "none")
 
 
@@ -142,12 +149,12 @@ def _moments(config: RunConfig, tensor: int) -> int:
 
 def _buffers(config: RunConfig, plan: Plan, n: int, element: int) -> int:
     """Bytes of the buckets that gradients are sent in."""
-    section = without_auto(config.deepspeed).get("zero_optimization", {})
-    bucket = int(section.get("reduce_bucket_size", bucket_elements(config, plan)))
+    bucket = bucket_of(config, plan, "reduce_bucket_size")
     if plan.zero_stage == 0:
-        return element * min(n, _STAGE_0_BUCKET)
+        return element * min(n, STAGE_0_BUCKET)
     if plan.zero_stage == 1:
         return 0 if plan.precision == "bf16" else 4 * bucket
+    section = without_auto(config.deepspeed).get("zero_optimization", {})
     overlap = section.get("overlap_comm", plan.zero_stage == 3) is True
     staging = element * (2 if overlap else 1)
     return (staging + (4 if element == 2 else 0)) * bucket  # 16-bit gradients are sent in fp32
@@ -159,8 +166,7 @@ def _standing(config: RunConfig, plan: Plan) -> int:
     ZeRO 3 makes its bucket once; ZeRO 1, where it has one, in the first of several micro-batches,
     for the last.
     """
-    section = without_auto(config.deepspeed).get("zero_optimization", {})
-    bucket = int(section.get("reduce_bucket_size", bucket_elements(config, plan)))
+    bucket = bucket_of(config, plan, "reduce_bucket_size")
     first = plan.zero_stage == 1 and plan.precision != "bf16" and plan.accumulation_steps > 1
     return 4 * bucket * (plan.zero_stage == 3 or first)
 
@@ -172,9 +178,7 @@ def _arriving(config: RunConfig, plan: Plan, n: int, element: int) -> int:
     """
     if plan.zero_stage != 3 or plan.data_parallel == 1:
         return 0
-    section = without_auto(config.deepspeed).get("zero_optimization", {})
-    bucket = bucket_elements(config, plan)
-    return element * min(n, 2 * int(section.get("stage3_prefetch_bucket_size", bucket)))
+    return element * min(n, 2 * bucket_of(config, plan, "stage3_prefetch_bucket_size"))
 
 
 def process_bytes(config: RunConfig, plan: Plan) -> int:
@@ -213,38 +217,57 @@ def _gathered(plan: Plan, n: int, element: int) -> int:
 
 def _activations(config: RunConfig, plan: Plan, element: int) -> tuple[int, int]:
     """Bytes kept for the backward, and those of work in the one block being differentiated."""
+    model, kept, work = config.model, 0, 0
+    ends = element * 3 * model.hidden_size + 3 * 8  # embedding, last norm; ids, labels, positions
+    tokens = {stack: plan.micro_batch_size * n for stack, n in shapes.lengths(config).items()}
+    for stack, layers in shapes.stacks(model).items():
+        read = tokens["model.encoder"] if stack == "model.decoder" else 0
+        of_block, of_work = _block(config, plan, element, tokens[stack], read)
+        kept += layers * of_block + tokens[stack] * ends
+        work = max(work, of_work)
+    return kept, work
+
+
+def _block(config: RunConfig, plan: Plan, element: int, tokens: int, read: int) -> tuple[int, int]:
+    """`_activations` of one block of so many tokens, which may look at those that are `read`."""
     model, t = config.model, plan.tensor_parallel
-    tokens = plan.micro_batch_size * plan.sequence_length
     d, f = model.hidden_size, model.intermediate_size // t
     q = model.num_attention_heads * model.head_dim // t
     k = model.num_key_value_heads * model.head_dim // t
-    gated = model.gated
+    gated, cross = model.gated, read > 0
     own = d // t if config.parallel.sequence else d  # of what is split along the tokens
-    # Of a block, per token: what the norms read and give (4 D); qkv, the turned q and k, and
-    # what attention gives (3 Q + 3 K); the MLP's first products, its activation and product.
+    # Per token: what the norms read and give (4 D); qkv, the turned q and k, and what attention
+    # gives (3 Q + 3 K); the MLP's first products, its activation and product. Of attention to what
+    # is read its norm, q and result, and per token that is read k and v.
     block = element * (4 * own + 3 * q + 3 * k + (4 if gated else 2) * f)
-    block += 4 * q // model.head_dim  # log-sum-exp of attention
-    block += 2 * own * (model.hidden_dropout > 0)  # masks, a byte an element
+    block += element * (2 * own + 2 * q) * cross
+    block += 4 * q // model.head_dim * (1 + cross)  # log-sum-exp of attention
+    block += (2 + cross) * own * (model.hidden_dropout > 0)  # masks, a byte an element
+    # the block's input, qkv, attention, its projection, the MLP's products
+    products = element * (3 * own + 2 * q + 2 * k + (2 if gated else 1) * f)
+    products += element * (own + 2 * q) * cross
+    whole = tokens * block + 2 * element * k * read
     kept = {
-        "none": block,
-        # the block's input, qkv, attention, its projection, the MLP's products
-        "selective": element * (3 * own + 2 * q + 2 * k + (2 if gated else 1) * f),
-        "full": element * own,
+        "none": whole,
+        "selective": tokens * products + 2 * element * k * read,
+        "full": tokens * element * own,
     }[config.training.activation_checkpointing]
-    work = element * (2 * d + (3 if gated else 2) * f)  # gradients within the block
-    if kept != block:
-        work += block
-    ends = element * 3 * d + 3 * 8  # embedding, last norm; ids, labels, positions
-    blocks = sum(shapes.stacks(model).values())
-    return tokens * (blocks * kept + ends), tokens * work
+    work = tokens * element * (2 * d + (3 if gated else 2) * f)  # gradients within the block
+    again = config.training.activation_checkpointing != "none"
+    return kept, work + whole * again
 
 
 def _logits(config: RunConfig, plan: Plan, element: int) -> int:
     """Bytes of the fused head and loss: a chunk's logits, and the gradients it gives."""
-    vocabulary = -(-config.model.vocab_size // plan.tensor_parallel)
-    places = plan.micro_batch_size * plan.sequence_length
+    model = config.model
+    if model.num_labels:  # a sample's scores, those in fp32, and their gradient
+        return (element + 8) * plan.micro_batch_size * model.num_labels
+    vocabulary = -(-model.vocab_size // plan.tensor_parallel)
+    *_, length = shapes.lengths(config).values()
+    places = plan.micro_batch_size * length
     rows = shapes.head_rows(places, shapes.counted(config, places))
     # turned into their gradient in place; not compiled, 16-bit logits are widened first
     of_logit = element if element == 4 or config.training.compile else element + 4
     chunk = of_logit * min(shapes.chunk_rows(vocabulary), rows) * vocabulary
-    return chunk + (4 * vocabulary + element * rows) * config.model.hidden_size
+    learns = head_weight(model) in gradients(model, config.finetune).learned
+    return chunk + (4 * vocabulary * learns + element * rows) * model.hidden_size

@@ -17,7 +17,7 @@ from megalite.plan.forecast import Forecast, forecast
 from megalite.plan.seconds import Layout
 
 _RECOMPUTE = ("none", "selective", "full")
-_MOST = 64  # samples of a micro-batch
+_MOST = 128  # samples of a micro-batch that are tried, beside the run file's own
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Candidate:
 def search(config: RunConfig, layout: Layout, most: int = 50) -> list[Candidate]:
     """The best layouts that fit, the fastest first; of equal ones that which leaves more memory.
 
-    Tensor parallelism within a host (with and without sequence parallelism), ZeRO stages,
-    micro-batches, recompute, and the optimizer on the host.
+    Tensor parallelism within a host (with and without sequence parallelism), ZeRO stages, every
+    micro-batch that divides a rank's samples, recompute, and the optimizer on the host; among them
+    the run file's own layout.
     """
     found = []
     for changes in _changes(config, layout):
@@ -42,7 +43,8 @@ def search(config: RunConfig, layout: Layout, most: int = 50) -> list[Candidate]
             continue
         if made.fits:
             found.append(Candidate(changes, made))
-    found.sort(key=lambda c: (-round(c.forecast.tokens_per_second), -c.forecast.free))
+    # seven digits of a rate: what is equal in them is equal
+    found.sort(key=lambda c: (-float(f"{c.forecast.tokens_per_second:.6e}"), -c.forecast.free))
     return list(itertools.islice(filter(partial(_is_valid, config), found), most))
 
 
@@ -67,22 +69,31 @@ def _is_valid(config: RunConfig, candidate: Candidate) -> bool:
 
 
 def _changes(config: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:
-    tensor = [n for n in shapes.allowed_tensor_parallel(config.model) if layout.per_host % n == 0]
-    micro = [2**n for n in range(_MOST.bit_length())]
+    within = {n for n in shapes.allowed_tensor_parallel(config.model) if layout.per_host % n == 0}
+    tensor = sorted(within | {config.parallel.tensor})
     offload = [False] if layout.device.name == "cpu" else [False, True]
-    for size, stage, batch, again, host in itertools.product(
-        tensor, (0, 1, 2, 3), micro, _RECOMPUTE, offload
-    ):
+    for size, stage, again, host in itertools.product(tensor, (0, 1, 2, 3), _RECOMPUTE, offload):
         zero: dict[str, Any] = {"stage": stage}
         if stage == 0 and host:
             continue
         zero["offload_optimizer"] = {"device": "cpu" if host else "none"}
-        for sequence in (False, True) if size > 1 else (False,):
+        sequences = (False, True) if size > 1 else (False,)
+        for batch, sequence in itertools.product(_micro(config, layout, size), sequences):
             yield {
                 "parallel": {"tensor": size, "sequence": sequence},
                 "training": {"micro_batch_size": batch, "activation_checkpointing": again},
                 "deepspeed": {"zero_optimization": zero},
             }
+
+
+def _micro(config: RunConfig, layout: Layout, tensor: int) -> list[int]:
+    """The micro-batches that divide a rank's samples of a step."""
+    training, ranks = config.training, layout.hosts * layout.per_host // tensor
+    samples, rest = divmod(training.global_batch_size, max(1, ranks))
+    if rest:
+        return []
+    tried = {*range(1, _MOST + 1), training.micro_batch_size}
+    return [size for size in sorted(tried) if samples and samples % size == 0]
 
 
 def run_file(

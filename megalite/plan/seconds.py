@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megalite import shapes
-from megalite.config import RunConfig, source_length, target_length
+from megalite.config import RunConfig
 from megalite.plan.devices import Device
-from megalite.plan.flops import forward_flops
+from megalite.plan.flops import run_flops
+from megalite.plan.gradients import gradients
 from megalite.plan.memory import local_elements, offloads
 from megalite.plan.sizes import Plan
 from megalite.plan.traffic import Collective, data_collectives, tensor_collectives
@@ -59,7 +60,7 @@ def step_seconds(
     """Seconds of a step's parts.
 
     Args:
-        document_tokens: see `forward_flops`.
+        document_tokens: see `window_flops`.
     Raises:
         ValueError: a device without units for the run's precision.
     """
@@ -100,52 +101,63 @@ class _Clock:
     def _compute(self) -> tuple[float, float]:
         """Seconds of a micro-batch's forward, and of its backward."""
         config, plan, eff = self._config, self._plan, self._eff
-        t, T, device = plan.tensor_parallel, plan.sequence_length, self._layout.device
-        flops = forward_flops(
-            config.model,
-            T,
-            read=source_length(config),
-            written=target_length(config),
-            document_tokens=self._document,
-            counted=(counted := shapes.counted_share(config)),
-        )
-        B = plan.micro_batch_size
-        blocks = B * flops.blocks / t / (self._peak * device.reached * eff.matmul)
-        attention = B * flops.attention / t / (self._peak * device.attention * eff.attention)
-        head = B * flops.head / t / (self._peak * device.reached * eff.matmul)
+        model, device = config.model, self._layout.device
+        forward_of, backward_of = run_flops(config, self._document)
+        made = gradients(model, config.finetune)
+        share = plan.micro_batch_size / plan.tensor_parallel  # of the FLOPs of a window
+        products = self._peak * device.reached * eff.matmul / share
+        seen = self._peak * device.attention * eff.attention / share
         rate = self._bandwidth * eff.bandwidth
-        layers = sum(shapes.stacks(config.model).values())
-        compiled = config.training.compile
-        moved = layers * self._block_bytes(compiled) / rate
-        weights = self._element * self._matrices / rate
-        logits = 6 * 4 * counted * B * T * config.model.vocab_size / t / rate
+        moved = self._moved_bytes(config.training.compile) / rate
+        weights = self._element * self._held / rate
         # kernels: products, attention, and what compilation leaves of the rest
-        launches = layers * (12 if compiled else 26) * eff.launch
-        one = blocks + attention + moved + weights
+        launches = self._branches * (6 if config.training.compile else 13) * eff.launch
+        one = forward_of.blocks / products + forward_of.attention / seen + moved + weights
         forward = max(one, launches)
         again = {"none": 0.0, "selective": moved, "full": forward}
         recompute = again[config.training.activation_checkpointing]
-        # twice the products; attention's backward computes its scores again: 2.5 times
-        two = 2 * blocks + 2.5 * attention + 2 * moved + 3 * weights
-        backward = max(two + self._accumulation / rate, 2 * launches) + recompute
+        # attention's backward computes its scores again: 2.5 times its forward, not twice
+        two = backward_of.blocks / products + 1.25 * backward_of.attention / seen
+        # weights are read for the inputs' gradients; of those that learn a gradient comes and goes
+        two += weights + 2 * self._element * self._trained / rate
+        accumulation = (8 + self._element) * self._trained / rate  # in fp32
+        reached = made.share(model)
+        backward = max(two + 2 * reached * moved + accumulation, 2 * reached * launches)
         # the head's gradients are made in the forward
-        return forward + 3 * head + logits, backward
+        head = (forward_of.head + backward_of.head) / products
+        return forward + head + self._logit_bytes / rate, backward + reached * recompute
 
     @cached_property
-    def _matrices(self) -> int:
+    def _held(self) -> int:
         return local_elements(self._config, self._plan.tensor_parallel)
 
-    @property
-    def _accumulation(self) -> int:
-        """Bytes of adding a micro-batch's gradients to those before it, in fp32."""
-        return (8 + self._element) * local_elements(
-            self._config, self._plan.tensor_parallel, trained=True
-        )
+    @cached_property
+    def _trained(self) -> int:
+        return local_elements(self._config, self._plan.tensor_parallel, trained=True)
 
-    def _block_bytes(self, compiled: bool) -> int:
-        """Bytes that a block's forward moves beside its products' weights: of a micro-batch."""
-        model, plan, t = self._config.model, self._plan, self._plan.tensor_parallel
-        own = model.hidden_size // t if self._config.parallel.sequence else model.hidden_size
+    @property
+    def _branches(self) -> int:
+        """Attention, attention to what is read, and the MLP, of all blocks."""
+        stacks = shapes.stacks(self._config.model)
+        return sum((3 if name == "model.decoder" else 2) * n for name, n in stacks.items())
+
+    @property
+    def _logit_bytes(self) -> float:
+        """Bytes of a vocabulary's logits that pass through memory, made and turned into gradients:
+        of a micro-batch; a label's scores are none to speak of.
+        """
+        config, plan = self._config, self._plan
+        if config.model.num_labels:
+            return 0.0
+        *_, length = shapes.lengths(config).values()
+        places = shapes.counted_share(config) * plan.micro_batch_size * length
+        return 6 * 4 * places * config.model.vocab_size / plan.tensor_parallel
+
+    def _moved_bytes(self, compiled: bool) -> int:
+        """Bytes that the blocks' forward moves beside its products' weights: of a micro-batch."""
+        config, plan, t = self._config, self._plan, self._plan.tensor_parallel
+        model, lengths = config.model, shapes.lengths(config)
+        own = model.hidden_size // t if config.parallel.sequence else model.hidden_size
         q = model.num_attention_heads * model.head_dim // t
         k = model.num_key_value_heads * model.head_dim // t
         f = model.intermediate_size // t
@@ -153,15 +165,20 @@ class _Clock:
         fused, plain = 6 * own + 3 * (q + k), 14 * own + 10 * (q + k)
         inner = (3 if model.gated else 2) * f
         rest = (fused + inner) if compiled else (plain + 2 * inner)
-        products = 2 * model.hidden_size + 2 * q + 2 * k + (3 if model.gated else 2) * f
-        tokens = plan.micro_batch_size * plan.sequence_length
-        return self._element * tokens * (rest + products)
+        block = rest + 2 * model.hidden_size + 2 * q + 2 * k + inner
+        total = 0
+        for stack, layers in shapes.stacks(model).items():
+            total += layers * lengths[stack] * block
+            if stack == "model.decoder":  # a third norm and residual, and its products
+                cross = (3 if compiled else 7) * own + model.hidden_size + 2 * q
+                read = model.hidden_size + 2 * k
+                total += layers * (lengths[stack] * cross + lengths["model.encoder"] * read)
+        return self._element * plan.micro_batch_size * total
 
     def _optimizer(self) -> float:
         """AdamW reads and writes weights and both moments, in fp32, and reads the gradient."""
         config, plan = self._config, self._plan
-        n = local_elements(config, plan.tensor_parallel, trained=True)
-        own = n / (plan.data_parallel if plan.zero_stage else 1)
+        own = self._trained / (plan.data_parallel if plan.zero_stage else 1)
         moved = own * (28 + self._element)
         if offloads(config) and self._layout.device.name != "cpu":
             return moved / (self._layout.device.host_link * self._eff.bandwidth)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megalite import shapes
-from megalite.config import RunConfig, source_length, target_length, zero_stage
+from megalite.config import RunConfig, zero_stage
 from megalite.config.deepspeed_keys import contradiction
 from megalite.errors import ConfigError
-from megalite.plan.flops import flops_per_token
+from megalite.plan.flops import run_flops_per_token
 
 Precision = Literal["fp32", "bf16", "fp16"]
+
+_LABELS = 2  # of a classifier, until its examples tell
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,25 @@ class Plan:
     memory_bytes: dict[str, int]
 
 
+def labelled(config: RunConfig) -> RunConfig:
+    """A run file with what its examples will fill in: how many labels a classifier has.
+
+    As many as the file names or weighs, else a stand-in: a few rows of the model.
+    """
+    tuning = config.finetune
+    if tuning is None or tuning.task != "classification" or config.model.num_labels:
+        return config
+    labels = len(tuning.data.labels or tuning.class_weights or ()) or _LABELS
+    model = config.model.model_copy(update={"num_labels": labels})
+    return config.model_copy(update={"model": model})
+
+
 def arrange(config: RunConfig, *, world_size: int, device: Literal["cpu", "cuda"]) -> Plan:
     """The plan of `config` on `world_size` ranks, but for its memory.
 
     Raises:
         ConfigError: ranks, heads or batches that do not divide, with sizes that do; a precision
-            or a DeepSpeed value that this number of ranks or this device contradicts.
+            or a DeepSpeed value that this number of ranks, this device or this version contradicts.
     """
     training, tensor = config.training, config.parallel.tensor
     precision: Precision
@@ -68,13 +83,7 @@ def arrange(config: RunConfig, *, world_size: int, device: Literal["cpu", "cuda"
         tokens_per_step=training.global_batch_size * length,
         precision=precision,
         parameters=sum(p.elements for p in shapes.parameters(config.model)),
-        flops_per_token=flops_per_token(
-            config.model,
-            length,
-            read=source_length(config),
-            written=target_length(config),
-            counted=shapes.counted_share(config),
-        ),
+        flops_per_token=run_flops_per_token(config),
         memory_bytes={},
     )
 
@@ -115,6 +124,13 @@ def _layout_faults(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def _deepspeed_faults(config: RunConfig, accumulation: int, precision: Precision) -> Iterator[str]:
+    section = without_auto(config.deepspeed).get("zero_optimization", {})
+    for key, kept in (("offload_param", ("none",)), ("offload_optimizer", ("none", "cpu"))):
+        if (where := (section.get(key) or {}).get("device", "none")) not in kept:
+            yield (
+                f"deepspeed.zero_optimization.{key}: device {where}, which this version does not "
+                "use; leave it out, and offload the optimizer to cpu or use more ranks"
+            )
     found = config.deepspeed.get("gradient_accumulation_steps", "auto")
     if found not in ("auto", accumulation):
         told = contradiction(found, accumulation, "training.global_batch_size")

@@ -30,7 +30,8 @@ def _lines(config: RunConfig, found: Forecast) -> Iterator[str]:
     scale = _BAR / device.memory
     for name, size in plan.memory_bytes.items():
         if name != "total":
-            yield f"  {name:<16} {size / _GIB:8.2f}  {'#' * round(scale * size)}"
+            bar = "#" * min(2 * _BAR, round(scale * size))
+            yield f"  {name:<16} {size / _GIB:8.2f}  {bar}"
     yield f"  {'total at the peak':<16}{plan.memory_bytes['total'] / _GIB:8.2f}"
     if found.margin:
         yield f"  {'driver and waste':<16} {found.margin / _GIB:8.2f}"
@@ -64,6 +65,8 @@ def _time(config: RunConfig, found: Forecast) -> Iterator[str]:
         f"{found.hardware_flops_per_token / 1e9:,.2f} with recompute"
     )
     steps = config.training.steps
+    if steps == 0:  # the examples and their epochs tell
+        return
     run = steps * seconds.total
     yield (
         f"the run: {steps:,} steps, {steps * plan.tokens_per_step / 1e9:,.2f} billion tokens, "

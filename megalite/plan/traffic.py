@@ -2,7 +2,7 @@
 
 Those of the ranks that share a model (`megalite.parallel`) are exact: a rehearsal counts the same.
 Those of the ranks that share a batch are DeepSpeed's, as its ZeRO stages move gradients and
-weights; they are of the plan alone.
+weights, in the fewest calls that its buckets allow; they are of the plan alone.
 
 B samples of a micro-batch   T tokens of a sample   and the letters of `megalite.shapes`
 """
@@ -10,12 +10,14 @@ B samples of a micro-batch   T tokens of a sample   and the letters of `megalite
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from megalite import shapes
-from megalite.config import RunConfig, source_length, target_length
-from megalite.plan.memory import local_elements
+from megalite.config import RunConfig
+from megalite.plan.gradients import HEAD, gradients
+from megalite.plan.memory import STAGE_0_BUCKET, bucket_of, local_elements
 from megalite.plan.sizes import Plan
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
@@ -48,10 +50,7 @@ class Collective:
 
 
 def tensor_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
-    """Those of the ranks that share a model, of one step of `config.training`'s micro-batches.
-
-    Of a model that learns as a whole; adapters and frozen layers ask for other ones.
-    """
+    """Those of the ranks that share a model, of one step of `config.training`'s micro-batches."""
     if plan.tensor_parallel == 1:
         return ()
     found = _Calls(config, plan).count()
@@ -65,73 +64,105 @@ def tensor_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
 
 
 class _Calls:
-    """Counts the calls of one micro-batch, forward and backward."""
+    """Counts the calls of one micro-batch, forward and backward: those of the backward where there
+    is a gradient to be summed.
+    """
 
     def __init__(self, config: RunConfig, plan: Plan) -> None:
         self._config, self._model, self._plan = config, config.model, plan
         self._found: Counter[tuple[Kind, str, int]] = Counter()
+        self._made = gradients(config.model, config.finetune)
         self._sequence = config.parallel.sequence
         self._again = config.training.activation_checkpointing != "none"
         # what follows a block's last sum and is kept: then a recompute makes that sum as well
         post, drops = self._model.norm_position == "post", self._model.hidden_dropout > 0
         self._whole_again = post or drops
+        # of what an adapter's A gives, elements a token: [parts x rank]
+        self._low = {
+            row.name.removesuffix(".lora_A"): sum(tensor.shape[0] for tensor in row.tensors)
+            for row in shapes.parameters(self._model)
+            if row.name.endswith(".lora_A")
+        }
 
     def count(self) -> Counter[tuple[Kind, str, int]]:
-        model, plan = self._model, self._plan
-        B, T, D = plan.micro_batch_size, plan.sequence_length, model.hidden_size
-        read = source_length(self._config)
-        written = target_length(self._config)
+        model, B, D = self._model, self._plan.micro_batch_size, self._model.hidden_size
+        lengths = shapes.lengths(self._config)
         for stack, layers in shapes.stacks(model).items():
-            tokens = T
-            if model.architecture == "encoder_decoder":
-                tokens = written if stack == "model.decoder" else read
-            self._add("all_reduce", B * tokens * D)  # the embedding's sum
-            if self._sequence:
-                self._add("all_gather", B * tokens * D)  # the backward of taking one's own tokens
-            cross = stack == "model.decoder" and model.architecture == "encoder_decoder"
-            for _ in range(layers):
-                self._block(B * tokens * D, B * read * D if cross else 0)
-        self._ends(B, T if model.architecture != "encoder_decoder" else written)
+            tokens = B * lengths[stack]
+            self._add("all_reduce", tokens * D)  # the embedding's sum
+            if self._sequence and f"{stack}.layers" in self._made.passed:
+                self._add("all_gather", tokens * D)  # the backward of taking one's own tokens
+            read = B * lengths["model.encoder"] if stack == "model.decoder" else 0
+            for number in range(layers):
+                self._block(f"{stack}.layers.{number}", tokens, read)
+        self._ends(B, [*lengths.values()][-1])
         self._vectors()
         return self._found
 
     def _add(self, kind: Kind, elements: int, count: int = 1, dtype: str | None = None) -> None:
-        if elements:
+        if elements and count:
             self._found[kind, dtype or self._plan.precision, elements] += count
 
-    def _block(self, whole: int, memory: int) -> None:
+    def _block(self, block: str, tokens: int, read: int) -> None:
         """Attention, attention to what is read, and the MLP: a column and a row product each."""
-        halves = 3 if memory else 2
-        again = (halves if self._whole_again else halves - 1) if self._again else 0
+        up = "gate_up_proj" if self._model.gated else "up_proj"
+        again = self._again and block in self._made.blocks
+        last = self._whole_again or f"{block}.mlp.down_proj" in self._low
+        self._column(f"{block}.self_attn.qkv_proj", tokens, again)
+        self._row(f"{block}.self_attn.o_proj", tokens, again)
+        if read:
+            self._column(f"{block}.cross_attn.q_proj", tokens, again)
+            self._column(f"{block}.cross_attn.kv_proj", read, again)
+            self._row(f"{block}.cross_attn.o_proj", tokens, again)
+        self._column(f"{block}.mlp.{up}", tokens, again)
+        self._row(f"{block}.mlp.down_proj", tokens, again and last)
+
+    def _column(self, module: str, tokens: int, again: bool) -> None:
+        """What every rank reads whole: gathered in the forward and for the weight's gradient."""
+        whole, low = tokens * self._model.hidden_size, tokens * self._low.get(module, 0)
+        passed = f"{module}.weight" in self._made.passed
+        low_passed = self._made.products(f"{module}.lora_A") > 0
         if not self._sequence:
-            self._add("all_reduce", whole, 2 * halves + again)
-            self._add("all_reduce", memory)
+            self._add("all_reduce", whole, passed)
+            self._add("all_reduce", low, low_passed)
             return
-        self._add("all_gather", whole, 3 * halves + (halves if self._again else 0))
-        self._add("reduce_scatter", whole, 2 * halves + again)
-        self._add("all_gather", memory, 3 if self._again else 2)
-        self._add("reduce_scatter", memory)
+        self._add("all_gather", whole, 1 + again + (f"{module}.weight" in self._made.learned))
+        self._add("reduce_scatter", whole, passed)
+        self._add("all_gather", low, 1 + again)
+        self._add("reduce_scatter", low, low_passed)
+
+    def _row(self, module: str, tokens: int, again: bool) -> None:
+        """What every rank has a part of: summed in the forward, and when that is done again."""
+        whole, low = tokens * self._model.hidden_size, tokens * self._low.get(module, 0)
+        if not self._sequence:
+            self._add("all_reduce", whole, 1 + again)
+            self._add("all_reduce", low, 1 + again)
+            return
+        for elements, weight in ((whole, "weight"), (low, "lora_A")):
+            self._add("reduce_scatter", elements, 1 + again)
+            self._add("all_gather", elements, self._made.products(f"{module}.{weight}") > 0)
 
     def _ends(self, B: int, tokens: int) -> None:
-        """The head's input, and the exchange of its cross entropy."""
-        model, plan = self._model, self._plan
+        """The head's input, and the exchange of its cross entropy; a classifier has all labels."""
+        model, plan, passed = self._model, self._plan, HEAD in self._made.passed
         whole = B * tokens * model.hidden_size
-        if self._sequence:
-            self._add("all_gather", whole)
-            self._add("reduce_scatter", whole)
-        else:
-            self._add("all_reduce", whole)
+        self._add("all_gather", whole, self._sequence)
+        if model.num_labels:
+            return
+        self._add("reduce_scatter" if self._sequence else "all_reduce", whole, passed)
         rows = shapes.head_rows(B * tokens, shapes.counted(self._config, B * tokens))
         chunk = shapes.chunk_rows(-(-model.vocab_size // plan.tensor_parallel))
-        for start in range(0, rows, chunk):
-            size = min(chunk, rows - start)
-            self._add("all_reduce", size, dtype="fp32")
-            self._add("all_reduce", 2 * size, dtype="fp32")
+        full, rest = divmod(rows, chunk)
+        for size, count in ((chunk, full), (rest, 1)):
+            self._add("all_reduce", size, count, dtype="fp32")
+            self._add("all_reduce", 2 * size, count, dtype="fp32")
+        if self._config.finetune and self._config.finetune.label_smoothing:
+            self._add("all_reduce", model.hidden_size, dtype="fp32")  # of the mean logit
 
     def _vectors(self) -> None:
         """Gradients of what every rank holds whole and meets with a part of the tokens or heads."""
         for row in shapes.parameters(self._model):
-            if shapes.sees_part(row, sequence=self._sequence):
+            if row.name in self._made.learned and shapes.sees_part(row, sequence=self._sequence):
                 self._add("all_reduce", row.elements)
 
 
@@ -140,20 +171,36 @@ def data_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
 
     As DeepSpeed 0.19 moves them: gradients in fp32 (communication_data_type), weights as they are
     multiplied. Stages 0 and 1 reduce once a step, stages 2 and 3 every micro-batch; stage 3 gathers
-    the weights for each forward and each backward.
+    the weights for each forward and each backward. Buckets are taken to be full; BF16_Optimizer
+    (stage 1) sends its one flat buffer, and the weights of stages 1 and 2 are gathered at once.
     """
     if plan.data_parallel == 1:
         return ()
     n = local_elements(config, plan.tensor_parallel, trained=True)
     every = local_elements(config, plan.tensor_parallel)
     times, stage = plan.accumulation_steps, plan.zero_stage
+    bucket = bucket_of(config, plan, "reduce_bucket_size") if stage else STAGE_0_BUCKET
     rows: list[Collective] = []
     if stage in (0, 1):
-        rows.append(Collective("data", "all_reduce", "fp32", n, 1))
+        whole = stage == 1 and plan.precision == "bf16"
+        rows += _in_buckets("all_reduce", "fp32", n, n if whole else bucket, 1)
     else:
-        rows.append(Collective("data", "reduce_scatter", "fp32", n, times))
+        rows += _in_buckets("reduce_scatter", "fp32", n, bucket, times)
     if stage in (1, 2):
         rows.append(Collective("data", "all_gather", plan.precision, n, 1))
     if stage == 3:
-        rows.append(Collective("data", "all_gather", plan.precision, every, 2 * times))
+        # without prefetching each product's weights come alone, as many as a mean one has
+        fetched = bucket_of(config, plan, "stage3_prefetch_bucket_size")
+        fetched = fetched or -(-every // len(shapes.parameters(config.model)))
+        rows += _in_buckets("all_gather", plan.precision, every, fetched, 2 * times)
     return tuple(rows)
+
+
+def _in_buckets(
+    kind: Kind, dtype: str, elements: int, bucket: int, times: int
+) -> Iterator[Collective]:
+    """So many elements in full buckets and one of what is left."""
+    full, rest = divmod(elements, bucket)
+    for size, count in ((bucket, full), (rest, 1)):
+        if size and count:
+            yield Collective("data", kind, dtype, size, count * times)

@@ -84,13 +84,6 @@ def _cached(statistics: Path) -> int:
 
 
 def _unsupported(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> Iterator[str]:
-    zero = config.deepspeed.get("zero_optimization", {})
-    for key, kept in (("offload_param", ("none",)), ("offload_optimizer", ("none", "cpu"))):
-        if (where := (zero.get(key) or {}).get("device", "none")) not in kept:
-            yield (
-                f"deepspeed.zero_optimization.{key}: device {where}, which this version does not "
-                "use; leave it out, and offload the optimizer to cpu or use more ranks"
-            )
     if plan.precision == "fp16" and device == "cpu":
         yield (
             "training.precision fp16: no GPU found, and a CPU trains in fp32 or bf16; set it to "

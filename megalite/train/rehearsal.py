@@ -25,13 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megalite import shapes
-from megalite.config import RunConfig, source_length, target_length
+from megalite.config import RunConfig
 from megalite.engine.base import tune
 from megalite.env import Launch
 from megalite.errors import CommandError
 from megalite.model import LanguageModel, build
 from megalite.parallel import Grid, local_model, prepare, split
-from megalite.plan import Collective, Plan, make_plan, tensor_collectives
+from megalite.plan import Collective, Plan, labelled, make_plan, tensor_collectives
 from megalite.plan.memory import local_elements
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,12 +63,14 @@ class Rehearsal:
 def rehearse(config: RunConfig, plan: Plan) -> Rehearsal:
     """Go through one micro-batch, forward and backward, as rank 0 of `plan.world_size` would.
 
+    A classifier whose labels are not told has as many as the plan takes it to have.
+
     Raises:
         CommandError: this process has ranks beside it already.
     """
     if dist.is_initialized():
         raise CommandError("a rehearsal needs a process of its own; it is in a group of ranks")
-    began = time.monotonic()
+    began, config = time.monotonic(), labelled(config)
     with _world(plan) as grid:
         model = _build(config, plan, grid)
         calls = _Calls()
@@ -140,7 +142,8 @@ def _batch(config: RunConfig, plan: Plan) -> dict[str, Tensor]:
         return torch.empty(shape, dtype=torch.bool, device="meta")
 
     tuned, two = config.finetune, model.architecture == "encoder_decoder"
-    read = source_length(config) if two else T
+    of_stacks = [*shapes.lengths(config).values()]
+    read, written = of_stacks[0], of_stacks[-1]
     batch = {"input_ids": ids(read)}
     if tuned and not tuned.data.packing and model.architecture != "decoder":
         batch["attention_mask"] = marks(B, read)
@@ -149,7 +152,6 @@ def _batch(config: RunConfig, plan: Plan) -> dict[str, Tensor]:
             batch["decoder_input_ids"] = ids(1)
         lengths, labels = (torch.empty(B, dtype=torch.int64, device="meta") for _ in range(2))
         return batch | {"lengths": lengths, "labels": labels, "loss_mask": marks(B)}
-    written = target_length(config) if two else T
     if two:
         batch["decoder_input_ids"] = ids(written)
     if config.data.mask_documents or (tuned and tuned.data.packing):
@@ -208,10 +210,6 @@ def dry_run(config: RunConfig, launch: Launch, ranks: int) -> int:
     """
     if launch.rank != 0:
         return 0
-    tuning = config.finetune
-    if tuning is not None and tuning.task == "classification" and not config.model.num_labels:
-        two = config.model.model_copy(update={"num_labels": 2})  # the examples say how many
-        config = config.model_copy(update={"model": two})
     world = ranks or max(launch.world_size, config.parallel.tensor)
     device: Literal["cpu", "cuda"] = "cpu" if config.training.precision == "fp32" else "cuda"
     plan = make_plan(config, world_size=world, device=device)

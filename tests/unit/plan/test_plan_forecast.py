@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +76,8 @@ def test_an_unknown_device_is_named_with_its_nearest() -> None:
     ("stage", "expected"),
     [
         (1, [("all_reduce", 1), ("all_gather", 1)]),
-        (2, [("reduce_scatter", 4), ("all_gather", 1)]),
-        (3, [("reduce_scatter", 4), ("all_gather", 8)]),
+        (2, [("reduce_scatter", 4 * 23), ("all_gather", 1)]),
+        (3, [("reduce_scatter", 4 * 23), ("all_gather", 8 * 23)]),
     ],
 )
 def test_what_zero_moves(stage: int, expected: list[tuple[str, int]]) -> None:
@@ -83,9 +85,63 @@ def test_what_zero_moves(stage: int, expected: list[tuple[str, int]]) -> None:
     ranks = run.training.global_batch_size // run.training.micro_batch_size // 4
     plan = make_plan(run, world_size=ranks, device="cuda")
     found = data_collectives(run, plan)
-    assert [(call.kind, call.count) for call in found] == expected
-    assert {call.elements for call in found} == {plan.parameters}
-    assert [call.dtype for call in found] == ["fp32", "bf16"]
+    counts, moved = Counter[str](), Counter[str]()
+    for call in found:
+        counts[call.kind] += call.count
+        moved[call.kind] += call.bytes
+        assert call.dtype == ("bf16" if call.kind == "all_gather" else "fp32")
+    assert list(counts.items()) == expected
+    passes = {1: (1, 1), 2: (4, 1), 3: (4, 8)}[stage]
+    sizes = [times * plan.parameters * size for times, size in zip(passes, (4, 2), strict=True)]
+    assert list(moved.values()) == sizes
+
+
+@pytest.mark.parametrize(
+    ("sets", "calls"),
+    [
+        (("training.precision=fp32", "deepspeed.zero_optimization.stage=0"), 3),
+        (("training.precision=fp32",), 23),
+        (('deepspeed.zero_optimization={"stage":2,"reduce_bucket_size":1e9}',), 4 * 2),
+    ],
+)
+def test_calls_are_those_of_full_buckets(sets: tuple[str, ...], calls: int) -> None:
+    """1.1e9 gradients in buckets of 5e8 (stage 0), of 5e7, and of a run file's own."""
+    run = shipped("1b", *sets)
+    ranks = run.training.global_batch_size // run.training.micro_batch_size // 4
+    rows = data_collectives(run, make_plan(run, world_size=ranks, device="cuda"))
+    assert (
+        sum(call.count for call in rows if call.dtype == "fp32" and call.kind != "all_gather")
+        == calls
+    )
+
+
+def test_a_batch_of_any_size_is_counted_at_once() -> None:
+    one, huge = (
+        shipped(
+            "7b",
+            f"training.global_batch_size={4 * n}",
+            f"training.micro_batch_size={n}",
+            "parallel.tensor=2",
+        )
+        for n in (1, 10**9)
+    )
+    told = []
+    for run in (one, huge):
+        found = forecast(run, Layout(H100, 1, 8))
+        told.append(sum(call.bytes for call in found.collectives if call.group == "tensor"))
+        assert len(describe(run, found)) < 10_000
+    assert told[1] == 10**9 * told[0]
+
+
+def test_fine_tuning_knows_no_steps() -> None:
+    run = shipped("finetune/glue_sst2")
+    found = forecast(run, Layout(H100, 1, 1))
+    assert found.plan.parameters == 6_264_832
+    assert "the run:" not in describe(run, found)
+    told = found.as_json(run.training.steps)
+    assert (told["run_seconds"], told["device_hours"]) == (None, None)
+    timed = shipped("1b", "training.steps=10")
+    assert "the run: 10 steps" in describe(timed, forecast(timed, Layout(H100, 1, 8)))
 
 
 def test_what_a_rank_of_a_ring_sends() -> None:
@@ -114,6 +170,29 @@ def test_time_follows_work_devices_and_networks() -> None:
     assert full.hardware_flops_per_token > full.plan.flops_per_token
     longer = step_seconds(run, base.plan, eight, document_tokens=100)
     assert longer.forward < base.seconds.forward
+
+
+def test_time_is_of_what_learns_and_is_read() -> None:
+    """Adapters save the gradients of what is frozen; a label or a short text its logits."""
+    layout, one = (
+        Layout(H100, 1, 1),
+        ("training.global_batch_size=8", "training.micro_batch_size=8"),
+    )
+    base = shipped("1b").model.model_dump(mode="json", exclude={"adapter", "classifier_pooling"})
+    sft, lora = (
+        forecast(
+            load_config(ROOT / "configs" / "finetune" / f"{name}.json", one, model=base), layout
+        )
+        for name in ("sft", "lora")
+    )
+    assert 0.6 < lora.plan.flops_per_token / sft.plan.flops_per_token < 0.75
+    assert lora.seconds.backward < 0.8 * sft.seconds.backward
+    assert lora.mfu < 1.1 * sft.mfu
+    many = [key.replace("=8", "=256") for key in one]
+    text = forecast(shipped("finetune/imdb_text", *many), layout)
+    label = forecast(shipped("finetune/imdb", *many), layout)
+    assert label.seconds.forward < 0.8 * text.seconds.forward
+    assert label.plan.memory_bytes["logits"] < 10_000
 
 
 def test_what_is_planned_in_vain_is_refused() -> None:
@@ -148,6 +227,27 @@ def test_the_search_ranks_what_fits(tmp_path: Path) -> None:
     assert (again.name, again.training.steps) == ("mine", 7)
     assert forecast(again, layout).tokens_per_second == found[0].forecast.tokens_per_second
     assert len(compare(found, 3).splitlines()) == 4
+
+
+def test_the_search_tries_the_run_files_own_layout() -> None:
+    for sizes in ((120, 15), (8 * 150, 150)):
+        names = ("global_batch_size", "micro_batch_size")
+        own = [f"training.{name}={size}" for name, size in zip(names, sizes, strict=True)]
+        run, layout = shipped("125m", *own), Layout(H100, 1, 8)
+        found = search(run, layout, most=1000)
+        plans = [one.forecast.plan for one in found]
+        assert sizes[1] in {plan.micro_batch_size for plan in plans}
+        assert {8, 16}.isdisjoint({p.micro_batch_size for p in plans if p.data_parallel == 8})
+        assert found[0].forecast.tokens_per_second >= forecast(run, layout).tokens_per_second
+
+
+def test_the_search_ranks_slow_layouts_too() -> None:
+    """Of a token in a second or so each digit counts."""
+    slow = dataclasses.replace(H100, bf16=1e9, memory=1 << 50, fp32=1e9)
+    found = search(shipped("1b"), Layout(slow, 1, 8))
+    rates = [one.forecast.tokens_per_second for one in found]
+    assert max(rates) < 10
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(rates))
 
 
 def test_no_layout_may_fit() -> None:

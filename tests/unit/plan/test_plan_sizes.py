@@ -123,6 +123,16 @@ def test_precision_follows_the_device_when_asked_to() -> None:
             'deepspeed.data_types.param_dtype: found "bf16", but training.precision makes it '
             '"fp32"; change training.precision, and take this out or write "auto"',
         ),
+        *(
+            (
+                {f"deepspeed__zero_optimization__{key}": {"device": device}},
+                1,
+                "cuda",
+                f"deepspeed.zero_optimization.{key}: device {device}, which this version does not "
+                "use; leave it out, and offload the optimizer to cpu or use more ranks",
+            )
+            for key, device in (("offload_param", "cpu"), ("offload_optimizer", "nvme"))
+        ),
     ],
 )
 def test_faults(changes: dict[str, Any], world_size: int, device: Any, expected: str) -> None:

@@ -108,14 +108,6 @@ def test_a_snapshot_of_a_background_save_must_fit_too(free: Any) -> None:
     assert len(checks.hardware_faults(config, plan, launch_of(2, 2), "cpu")) == 1
 
 
-@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
-def test_offload_to_other_places_is_refused(free: Any, key: str) -> None:
-    free(9)
-    config = run_config(deepspeed={"zero_optimization": {"stage": 3, key: {"device": "nvme"}}})
-    (fault,) = checks.hardware_faults(config, plan_of(config, 1), launch_of(1, 1), "cpu")
-    assert f"zero_optimization.{key}: device nvme" in fault
-
-
 def test_every_fault_at_once(free: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     free(1)
     monkeypatch.setattr(env, "has_compiler", lambda: False)

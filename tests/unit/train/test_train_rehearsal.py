@@ -10,17 +10,16 @@ import pytest
 import torch.distributed as dist
 
 from megalite.config import RunConfig, load_config, parse_config
-from megalite.plan import make_plan, tensor_collectives
+from megalite.plan import labelled, make_plan, tensor_collectives
+from megalite.plan.memory import local_elements
 from megalite.train import rehearsal
 from megalite.train.rehearsal import rehearse
 from tests.run_file import BASE
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
-WITHOUT_A_MODEL = ("schema", "finetune/sft", "finetune/lora")  # those start from another's
-SHIPPED = sorted(
-    {str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.json")}
-    - {*WITHOUT_A_MODEL}
-)
+WITHOUT_A_MODEL = ("finetune/sft", "finetune/lora")  # those start from another's
+SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.json") if path.stem != "schema")
+TUNING = sorted(f"finetune/{path.stem}" for path in CONFIGS.glob("finetune/*.json"))
 MODEL = {
     "vocab_size": 1001,  # divided by no number of ranks
     "hidden_size": 64,
@@ -76,15 +75,78 @@ def test_collectives_are_those_of_the_plan(kind: str, sequence: bool, recompute:
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_configs(name: str) -> None:
-    run = load_config(CONFIGS / f"{name}.json")
-    if run.finetune is not None and run.finetune.task == "classification":
-        labelled = run.model.model_copy(update={"num_labels": 2})  # as the examples say
-        run = run.model_copy(update={"model": labelled})
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [*((name, 0) for name in SHIPPED), *((name, size) for name in TUNING for size in (1, 2))],
+)
+def test_shipped_configs(name: str, tensor: int) -> None:
+    """As they are, or so many ranks share a model; labels are those of the stand-in."""
+    filled_in = {"num_labels", "classifier_pooling", "adapter"}
+    base = load_config(CONFIGS / "125m.json").model.model_dump(mode="json", exclude=filled_in)
+    sets = [f"parallel.tensor={tensor}"] if tensor else []
+    model = base if name in WITHOUT_A_MODEL else None
+    run = load_config(CONFIGS / f"{name}.json", sets, model=model)
     world = run.parallel.tensor * run.training.global_batch_size // run.training.micro_batch_size
     done = rehearse(run, make_plan(run, world_size=world, device="cuda"))
     assert done.differences == ()
+
+
+def tuned(kind: str, task: str, section: dict[str, Any], **sections: Any) -> RunConfig:
+    """As `config`, with a finetune section."""
+    raw = config(kind, **sections).model_dump(mode="json")
+    raw["data"]["train"], raw["training"]["steps"] = [], 0
+    raw["data"]["sequence_length"] += raw["data"]["sequence_length"] % 2  # 36: shared by four
+    del raw["model"]["adapter"]  # the section's
+    data = {"path": "a.csv", "max_length": raw["data"]["sequence_length"], "max_target_length": 36}
+    section = section | {"task": task, "data": data | section.get("data", {})}
+    return parse_config({k: v for k, v in raw.items() if k != "objective"} | {"finetune": section})
+
+
+LORA = {"adapter": {"rank": 4}}
+FEW = {"adapter": {"rank": 4, "dropout": 0.1, "targets": ["v_proj", "up_proj", "o_proj"]}}
+FIRST = {"freeze": ["model.embed_*", "model.layers.[01].*"]}
+NORMS = {"freeze": ["*_proj.*", "*embed_*", "lm_head.*", "lm_transform.*", "score.*"]}
+READER = {"freeze": ["model.embed_*", "model.encoder.*", "*.layers.0.self_attn.*"]}
+WRITER = {"freeze": ["model.embed_*", "model.decoder.*"]}
+SCORE = {"freeze": ["model.*"]}
+_TASKS = (
+    *(("llama", "sft", section) for section in (LORA, FEW, FIRST, NORMS)),
+    ("qwen3", "sft", LORA),
+    ("qwen3", "sft", {**FIRST, "label_smoothing": 0.1}),
+    ("dropout", "classification", LORA),
+    *(("gpt2", "classification", section) for section in ({}, FEW, FIRST, SCORE)),
+    *(("bert", "classification", section) for section in ({}, LORA, FIRST, NORMS)),
+    ("bert", "classification", {"data": {"labels": ["a", "b", "c"]}, "class_weights": [1, 2, 3]}),
+    *(("t5", "seq2seq", section) for section in ({}, LORA, FEW, READER, WRITER)),
+    *(("transformer", "seq2seq", section) for section in (LORA, READER, NORMS)),
+    *(("transformer", "classification", section) for section in ({}, LORA, WRITER)),
+)
+TASKS = [
+    (*told, sequence)
+    for told in _TASKS
+    for sequence in (False, True)
+    if not (sequence and told[:2] == ("transformer", "classification"))  # it writes one token
+]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(("kind", "task", "section", "sequence"), TASKS)
+def test_what_is_frozen_sends_nothing(
+    kind: str, task: str, section: dict[str, Any], sequence: bool, recompute: str
+) -> None:
+    """Classifiers and adapters, and layers of any kind that learn or do not."""
+    run = tuned(
+        kind,
+        task,
+        section,
+        parallel={"tensor": 4, "sequence": sequence},
+        training={"activation_checkpointing": recompute},
+    )
+    plan = make_plan(run, world_size=64, device="cuda")
+    done = rehearse(run, plan)
+    assert done.differences == ()
+    assert 0 < done.with_gradient <= done.parameters
+    assert done.with_gradient == local_elements(labelled(run), 4, trained=True)
 
 
 def test_a_thousand_ranks() -> None:
