@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -33,15 +34,25 @@ def search(config: RunConfig, layout: Layout, most: int = 50) -> list[Candidate]
 
     Tensor parallelism within a host (with and without sequence parallelism), ZeRO stages,
     micro-batches, recompute, and the optimizer on the host.
+
+    Raises:
+        ConfigError: no layout can be planned, whatever it takes; of the run file's own, else what
+            most of them have.
     """
-    found = []
+    found: list[Candidate] = []
+    planned, faults = 0, Counter[str]()
     for changes in _changes(config, layout):
         try:
             made = forecast(_changed(config, changes), layout)
-        except ConfigError:  # what does not divide
+        except ConfigError as error:  # what does not divide
+            faults[str(error)] += 1
             continue
+        planned += 1
         if made.fits:
             found.append(Candidate(changes, made))
+    if not planned:
+        forecast(config, layout)  # says what is wrong with the run file's own
+        raise ConfigError(faults.most_common(1)[0][0])
     found.sort(key=lambda c: (-round(c.forecast.tokens_per_second), -c.forecast.free))
     return list(itertools.islice(filter(partial(_is_valid, config), found), most))
 
@@ -69,7 +80,7 @@ def _is_valid(config: RunConfig, candidate: Candidate) -> bool:
 def _changes(config: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:
     tensor = [n for n in shapes.allowed_tensor_parallel(config.model) if layout.per_host % n == 0]
     micro = [2**n for n in range(_MOST.bit_length())]
-    offload = [False] if layout.device.name == "cpu" else [False, True]
+    offload = [False] if layout.device.kind == "cpu" else [False, True]
     for size, stage, batch, again, host in itertools.product(
         tensor, (0, 1, 2, 3), micro, _RECOMPUTE, offload
     ):
