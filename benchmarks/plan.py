@@ -35,7 +35,7 @@ from typing import Any
 from megalite.config import RunConfig, parse_config
 from megalite.errors import ConfigError
 from megalite.plan import Plan, make_plan
-from megalite.plan.devices import DEVICES, Device, Efficiencies
+from megalite.plan.devices import DEVICES, Device, Efficiencies, make_device
 from megalite.plan.flops import window_flops
 from megalite.plan.seconds import Layout, step_seconds
 
@@ -290,7 +290,7 @@ def compare_machine(found: list[dict[str, Any]]) -> dict[str, Any]:
 
     by_name = {(one["shape"], one["layout"]): one for one in found}
     told = calibrate([Path(by_name[key]["folder"]) for key in CALIBRATED_BY])
-    device = dataclasses.replace(DEVICES["cpu"], efficiencies=Efficiencies(**told["efficiencies"]))
+    device = make_device(told)
     memory, beyond, steps = [], [], []
     for one in found:
         predicted, measured = one["predicted"], one["measured"]
@@ -307,7 +307,7 @@ def compare_machine(found: list[dict[str, Any]]) -> dict[str, Any]:
         "memory_median_error_large": statistics.median(large),
         "step_median_error": statistics.median(steps),
         "step_worst_error": max(steps),
-        "efficiencies": told["efficiencies"],
+        "device": told,
     }
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from pathlib import Path
 
 from megalite import env
-from megalite.config import find_run, load_config
+from megalite.config import find_run, load_config, run_parser
 from megalite.errors import CommandError, ConfigError
-from megalite.log import command_parser, run_main
+from megalite.log import run_main
 
 _EXAMPLES = """examples:
   python launcher/finetune.py --config configs/finetune/reuters.json
@@ -22,43 +21,8 @@ goes on where the run stopped. Exit codes: as launcher/pretrain.py.
 """
 
 
-def parse() -> argparse.Namespace:
-    parser = command_parser(__doc__, _EXAMPLES)
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run file (JSON)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key, dotted (finetune.epochs=5); may be repeated",
-    )
-    parser.add_argument(
-        "--init-from",
-        metavar="CHECKPOINT",
-        help="start from the weights of a checkpoint, or of a model folder of Hugging Face's "
-        "(default: from scratch)",
-    )
-    parser.add_argument(
-        "--resume", default="auto", metavar="auto|never|PATH", help="as launcher/pretrain.py"
-    )
-    parser.add_argument(
-        "--allow-change", action="append", default=[], metavar="KEY", help="as launcher/pretrain.py"
-    )
-    parser.add_argument(
-        "--dry-run",
-        type=int,
-        nargs="?",
-        const=0,
-        metavar="RANKS",
-        help="rehearse a step's shapes and messages on so many ranks, here and now; train nothing",
-    )
-    # the deepspeed launcher appends it; the environment says the same
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
 def main() -> int:
-    arguments = parse()
+    arguments = run_parser(__doc__, _EXAMPLES).parse_args()
     launch = env.find_launch()
     from megalite.checkpoint import describe_run, describe_start
 

@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from megalite.errors import CommandError
 
 _CHUNK = 4 << 20  # bytes read at a time while hashing
 _PARTIAL = ".tmp"
@@ -21,7 +23,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     The bytes go to a neighbour of another name, are synced, and are renamed over `path`.
     """
     data = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+    partial = _partial(path)
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -31,6 +33,32 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def check_target(path: Path, reads: Iterable[Path] = ()) -> None:
+    """See to it that `write_atomic` could write `path`, and would replace none of what is read.
+
+    Raises:
+        CommandError: why it could not.
+    """
+    try:
+        if not path.parent.is_dir():
+            raise CommandError(f"there is no folder {path.parent}; make it, or name another file")
+        if path.exists() and not path.is_file():
+            raise CommandError("it is there and no file; name a file")
+        for read in reads:
+            if path.exists() and read.exists() and path.samefile(read):
+                raise CommandError(f"it is {read}, which is read here; name another file")
+        partial = _partial(path)
+        partial.touch(exist_ok=False)
+        partial.unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CommandError(f"it cannot be written: {reason}; name another file") from None
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
 
 
 def clear_partials(folder: Path) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from megalite.config.deepspeed_keys import zero_stage
 from megalite.config.finetune import AdapterConfig, ExamplesConfig, FinetuneConfig
+from megalite.config.launch import run_parser
 from megalite.config.load import (
     find_file,
     find_run,
+    lacks_model,
     load_config,
     merged,
     parse_config,
+    run_files,
     section_changes,
 )
 from megalite.config.logging import LoggingConfig, SamplesConfig, WandbConfig
-from megalite.config.model import ModelConfig, RopeScalingConfig
+from megalite.config.model import ModelConfig, RopeScalingConfig, example_model
 from megalite.config.objective import source_length, spans, target_length
 from megalite.config.schema import (
     CheckpointConfig,
@@ -27,6 +30,7 @@ from megalite.config.schema import (
     SourceConfig,
     TrainingConfig,
 )
+from megalite.config.strict import read_object
 
 __all__ = [
     "AdapterConfig",
@@ -47,11 +51,16 @@ __all__ = [
     "SourceConfig",
     "TrainingConfig",
     "WandbConfig",
+    "example_model",
     "find_file",
     "find_run",
+    "lacks_model",
     "load_config",
     "merged",
     "parse_config",
+    "read_object",
+    "run_files",
+    "run_parser",
     "section_changes",
     "source_length",
     "spans",

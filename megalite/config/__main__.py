@@ -14,7 +14,7 @@ from typing import Any
 
 from megalite.config.deepspeed_keys import deepspeed_schema
 from megalite.config.load import SHIPPED, load_config
-from megalite.config.model import ModelConfig
+from megalite.config.model import example_model
 from megalite.config.page import configuration_page
 from megalite.config.schema import RunConfig
 from megalite.files import write_atomic, write_json
@@ -73,12 +73,9 @@ def main() -> None:
         sys.stdout.write(f"wrote {SCHEMA} and {PAGE}\n")
         return
     told = any(word.startswith("--init-from") for word in others)  # there the model may stand
-    stand_in = {
-        name: field.examples[0]
-        for name, field in ModelConfig.model_fields.items()
-        if field.is_required() and field.examples
-    }
-    config = load_config(arguments.run_folder, arguments.set, model=stand_in if told else None)
+    config = load_config(
+        arguments.run_folder, arguments.set, model=example_model() if told else None
+    )
     sys.stdout.write(f"{Path(config.logging.directory) / config.name}\n")
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ from megalite.config.deepspeed_keys import deepspeed_faults
 from megalite.config.faults import Fault, Key, schema_faults, show
 from megalite.config.rules import rule_faults
 from megalite.config.schema import RunConfig
+from megalite.config.strict import parse_strict, read_value, too_deep
 from megalite.errors import ConfigError
 from megalite.log import logger
 
@@ -28,11 +28,6 @@ _PACKAGE = Path(__file__).parents[1]
 SHIPPED = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
 
 Origins = dict[Key, str]  # what to put before a fault: the file, or --set
-
-_DEPTH = 30  # levels of nesting; a run file has four
-_TOO_DEEP = f"sections within sections over {_DEPTH} deep; this is no run file"
-_STAND_IN = 0.5  # for a number that is none: within every field's bounds, so told once
-_INTEGER_LIMIT = 2**63  # what a signed 64-bit number holds
 
 
 def load_config(
@@ -81,15 +76,32 @@ def section_changes(sets: Sequence[str]) -> dict[str, Any]:
 def find_run(path: str | Path, sets: Sequence[str] = ()) -> Path | None:
     """The run folder that a run file means, whatever else may be wrong with it."""
     faults: list[str] = []
-    raw: dict[str, Any] = {}
-    for _, content in reversed(_read_chain(find_file(path), faults)):
-        _merge(raw, content, "", {})
-    _apply_sets(raw, sets, faults, {})
+    raw = _told(path, sets, faults)
     logging, name = raw.get("logging", {}), raw.get("name")
     directory = logging.get("directory", "runs") if isinstance(logging, dict) else None
     if faults or not isinstance(directory, str) or not isinstance(name, str):
         return None
     return Path(directory) / name
+
+
+def _told(path: str | Path, sets: Sequence[str], faults: list[str]) -> dict[str, Any]:
+    """What a run file and `sets` say, unchecked."""
+    raw: dict[str, Any] = {}
+    for _, content in reversed(_read_chain(find_file(path), faults)):
+        _merge(raw, content, "", {})
+    _apply_sets(raw, sets, faults, {})
+    return raw
+
+
+def run_files(path: str | Path) -> list[Path]:
+    """Where a run file is, and each that it extends in turn."""
+    return [file for file, _ in _read_chain(find_file(path), [])]
+
+
+def lacks_model(path: str | Path, sets: Sequence[str] = ()) -> bool:
+    """Whether a run file tunes a model that only `--init-from` would name."""
+    raw = _told(path, sets, [])
+    return "finetune" in raw and "model" not in raw
 
 
 def parse_config(raw: Mapping[str, Any], source: str = "the run file") -> RunConfig:
@@ -165,96 +177,19 @@ def _read_file(path: Path, asked_by: Path | None, faults: list[str]) -> dict[str
     Raises:
         ConfigError: why there is none, after the faults so far.
     """
-
-    def fail(text: str) -> ConfigError:
-        return ConfigError([*faults, f"{path}: {text}"])
-
     by = f" (extended by {asked_by})" if asked_by else ""
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise OSError("not a regular file")  # reading a pipe would wait for ever
-        data = path.read_bytes()
+        value, notes = read_value(path)
     except FileNotFoundError:
-        raise fail(f"no such run file{by}; check the path") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise fail(f"cannot be read{by}: {reason}; expected a JSON file") from None
-    if data.startswith(b"\xef\xbb\xbf"):
-        raise fail("line 1 column 1: a byte order mark; save as UTF-8 without BOM")
-    try:
-        value, notes = _parse(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        before = data[: error.start].decode("utf-8")
-        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
-        byte = f"byte 0x{data[error.start]:02x} is not UTF-8"
-        raise fail(f"line {line} column {column}: {byte}; save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise fail(
-            f"line {error.lineno} column {error.colno}: not JSON: {error.msg}; "
-            "mend it there (JSON has no comments and no comma before a closing bracket)"
-        ) from None
-    except RecursionError:
-        raise fail(_TOO_DEEP) from None
+        raise ConfigError([*faults, f"{path}: no such run file{by}; check the path"]) from None
+    except ConfigError as error:
+        named = [f"{path}{by}: {fault}" for fault in error.faults]
+        raise ConfigError([*faults, *named]) from None
     faults += [f"{path}: {note}" for note in notes]
-    if _too_deep(value):
-        raise fail(_TOO_DEEP)
     if not isinstance(value, dict):
-        raise fail(
-            f"expected one JSON object {{...}}, found {show(value)}; "
-            "see configs/smoke.json for a whole run file"
-        )
+        told = f"{path}: expected one JSON object {{...}}, found {show(value)}"
+        raise ConfigError([*faults, f"{told}; see configs/smoke.json for a whole run file"])
     return value
-
-
-def _too_deep(value: Any) -> bool:
-    """Whether lists and sections nest so deep that the recursions to come could not end well."""
-    level = [value]
-    for _ in range(_DEPTH):
-        level = [
-            inner
-            for item in level
-            if isinstance(item, (dict, list))
-            for inner in (item.values() if isinstance(item, dict) else item)
-        ]
-    return bool(level)
-
-
-def _parse(text: str) -> tuple[Any, list[str]]:
-    """The value of a JSON text, and what strict JSON or a sound run file would not have."""
-    notes: list[str] = []
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, value in items:
-            if key in result:
-                notes.append(
-                    f"{show(key)} is written twice in one section, as {show(result[key])} and as "
-                    f"{show(value)}; keep one"
-                )
-            result[key] = value
-        return result
-
-    def constant(word: str) -> float:
-        notes.append(f"{word} is not a number JSON knows; write a finite number or null")
-        return _STAND_IN
-
-    def real(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):
-            notes.append(f"{show(digits)} is out of a number's range; write one below 1e308")
-        return value if math.isfinite(value) else _STAND_IN
-
-    def integer(digits: str) -> int:
-        value = int(digits) if len(digits) < 25 else _INTEGER_LIMIT
-        if not -_INTEGER_LIMIT <= value < _INTEGER_LIMIT:
-            notes.append(f"{show(digits)} is out of range; whole numbers end at 2^63 - 1")
-            return 0
-        return value
-
-    value = json.loads(
-        text, object_pairs_hook=pairs, parse_constant=constant, parse_float=real, parse_int=integer
-    )
-    return value, notes
 
 
 # --- merging ---------------------------------------------------------------------------------
@@ -321,10 +256,10 @@ def _set_value(text: str, item: str, faults: list[str]) -> Any:
     if text.strip() in ("NaN", "Infinity", "-Infinity"):
         return text
     try:
-        value, notes = _parse(text)
+        value, notes = parse_strict(text)
     except (json.JSONDecodeError, RecursionError):
         return text
-    if _too_deep(value):
+    if too_deep(value):
         return text
     faults += [f"--set {item}: {note}" for note in notes]
     return value

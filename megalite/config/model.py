@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -180,3 +180,11 @@ class ModelConfig(Section):
     def gated(self) -> bool:
         """Whether one half of the MLP's first product gates the other (Shazeer 2020)."""
         return "glu" in self.activation
+
+
+def example_model() -> dict[str, Any]:
+    """A model section of the examples, for what must know one before the user's is there."""
+    fields = ModelConfig.model_fields.items()
+    return {
+        name: field.examples[0] for name, field in fields if field.is_required() and field.examples
+    }

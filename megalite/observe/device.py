@@ -11,12 +11,13 @@ import torch
 from megalite.plan.devices import by_driver_name
 
 
-def peak_flops(device_name: str, precision: str) -> float | None:
+def peak_flops(device_name: str, precision: str, memory: int | None = None) -> float | None:
     """The device's dense peak in FLOP/s at "bf16", "fp16" or "fp32"; None where it is unknown.
 
-    `device_name` is what `torch.cuda.get_device_name` says, such as "NVIDIA H100 80GB HBM3".
+    `device_name` is what `torch.cuda.get_device_name` says, such as "NVIDIA H100 80GB HBM3", and
+    `memory` the bytes that the driver tells.
     """
-    device = by_driver_name(device_name)
+    device = by_driver_name(device_name, memory)
     return device.peak(precision) if device else None
 
 

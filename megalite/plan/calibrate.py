@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalite import files
-from megalite.config import RunConfig, load_config
-from megalite.errors import CommandError, MegaLiteError
-from megalite.plan.devices import DEVICES, Device, Efficiencies
+from megalite.config import RunConfig, load_config, read_object
+from megalite.config.faults import show
+from megalite.errors import CommandError, ConfigError
+from megalite.plan.devices import DEVICES, PRECISIONS, Device, Efficiencies, number_fault
+from megalite.plan.forecast import forecast
 from megalite.plan.make import make_plan
 from megalite.plan.seconds import Layout, step_seconds
 
@@ -21,6 +22,9 @@ _FITTED = ("matmul", "bandwidth", "link")
 RECORD = "plan.json"  # what a run leaves of prediction and measurement
 _PULL = 0.02  # how much a factor of e away from the usual costs, beside a run's error squared
 _ROUNDS = 60
+_LEAST, _MOST = 1e-5, 1e4  # an efficiency that is fitted
+_MOST_RANKS = 10**6
+_STEP_SECONDS = (1e-6, 1e6, "seconds")
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class Run:
 
     def predicted(self, device: Device) -> float:
         layout = dataclasses.replace(self.layout, device=device)
-        kind: Any = "cpu" if device.name == "cpu" else "cuda"
-        plan = make_plan(self.config, world_size=layout.hosts * layout.per_host, device=kind)
+        world = layout.hosts * layout.per_host
+        plan = make_plan(self.config, world_size=world, device=device.kind)
         return step_seconds(self.config, plan, layout).total
 
 
@@ -41,6 +45,7 @@ def calibrate(folders: Sequence[Path]) -> dict[str, Any]:
 
     Raises:
         CommandError: a folder without such a record, or runs on several kinds of devices.
+        ConfigError: a record that a run cannot have left.
     """
     runs = [read_run(folder) for folder in folders]
     names = sorted({run.layout.device.name for run in runs})
@@ -48,23 +53,41 @@ def calibrate(folders: Sequence[Path]) -> dict[str, Any]:
         raise CommandError(f"--calibrate: runs on {' and '.join(names)}; give those of one device")
     device = runs[0].layout.device
     best = _fit(runs, device)
+    best, rates = _raised(device, best) if device.kind == "cpu" else (best, {})
     return {
         "extends": device.name,
         "name": device.name,
         "source": f"calibrated by {', '.join(map(str, folders))}",
-        "efficiencies": {name: getattr(best, name) for name in vars(best)},
+        **rates,
+        "efficiencies": vars(best),
     }
+
+
+def _raised(device: Device, fitted: Efficiencies) -> tuple[Efficiencies, dict[str, float]]:
+    """A CPU's rates, which were guesses, raised to where the usual efficiencies reach what the
+    runs did; the seconds stay the same."""
+    usual = device.efficiencies
+    more = {name: max(1.0, getattr(fitted, name) / getattr(usual, name)) for name in _FITTED}
+    shares = {name: getattr(fitted, name) / factor for name, factor in more.items()}
+    # attention has the products' peak, and was not fitted
+    best = dataclasses.replace(fitted, **shares, attention=fitted.attention / more["matmul"])
+    peaks = {name: peak for name in PRECISIONS if (peak := device.peak(name)) is not None}
+    rates = {name: peak * more["matmul"] for name, peak in peaks.items()}
+    rates |= {name: getattr(device, name) * more[name] for name in ("bandwidth", "link")}
+    return best, rates
 
 
 def _fit(runs: Sequence[Run], device: Device) -> Efficiencies:
     """By turns each efficiency is moved up and down, in steps that shrink."""
     best = device.efficiencies
+    most = _MOST if device.kind == "cpu" else 1.0  # a CPU's rates are guesses
     lowest, width = _cost(runs, device, best), 2.0
     for _ in range(_ROUNDS):
         moved = False
         for name in _FITTED:
             for factor in (width, 1 / width):
-                tried = dataclasses.replace(best, **{name: getattr(best, name) * factor})
+                share = min(most, max(_LEAST, getattr(best, name) * factor))
+                tried = dataclasses.replace(best, **{name: share})
                 if (cost := _cost(runs, device, tried)) < lowest:
                     best, lowest, moved = tried, cost, True
         if not moved:
@@ -85,16 +108,43 @@ def _cost(runs: Sequence[Run], device: Device, efficiencies: Efficiencies) -> fl
 
 
 def read_run(folder: Path) -> Run:
+    """A run by what it has left in its folder.
+
+    Raises:
+        CommandError: no record there.
+        ConfigError: one that a run cannot have left.
+    """
+    file = folder / RECORD
     try:
-        record = files.read_json(folder / RECORD)
+        record = read_object(file)
+        if faults := list(_faults(record)):
+            raise ConfigError(faults)
         layout = Layout(DEVICES[record["device"]], record["hosts"], record["per_host"])
-        seconds = float(record["measured"]["step_seconds"])
-        if not seconds > 0:
-            raise ValueError(f"a step of {seconds} seconds")
-        return Run(load_config(folder / "config.json"), layout, seconds)
+        config = load_config(folder / "config.json")
+        run = Run(config, layout, float(record["measured"]["step_seconds"]))
+        forecast(config, layout)
     except FileNotFoundError:
         raise CommandError(
             f"--calibrate {folder}: no {RECORD} there; give run folders whose runs have ended"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, MegaLiteError) as error:
-        raise CommandError(f"--calibrate {folder}: {RECORD} tells nothing: {error}") from None
+    except ConfigError as error:
+        told = "\n".join(f"  {fault}" for fault in error.faults)
+        raise ConfigError(
+            f"--calibrate {file}: it tells of no run; run it again, or leave it out:\n{told}"
+        ) from None
+    return run
+
+
+def _faults(record: Mapping[str, Any]) -> Iterator[str]:
+    if (device := record.get("device")) not in list(DEVICES):
+        yield f"device: expected a name that --gpu knows, found {show(device)}"
+    for key in ("hosts", "per_host"):
+        value = record.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_RANKS:
+            yield f"{key}: expected a whole number from 1 to {_MOST_RANKS}, found {show(value)}"
+    measured = record.get("measured")
+    if not isinstance(measured, Mapping):
+        yield f"measured: expected an object, found {show(measured)}"
+        return
+    fault = number_fault("measured.step_seconds", measured.get("step_seconds"), _STEP_SECONDS)
+    yield from filter(None, [fault])

@@ -6,16 +6,20 @@ fp32, for PyTorch leaves TF32 off. The first row whose words all occur in a devi
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from megalite import files
-from megalite.errors import CommandError, nearest
+from megalite.config import read_object
+from megalite.config.faults import show
+from megalite.errors import CommandError, ConfigError, nearest
 
+Kind = Literal["cpu", "cuda"]
+PRECISIONS = ("bf16", "fp16", "fp32")
 _TERA, _GIGA, _MIB = 1e12, 1e9, 1 << 20
+_ALIKE = 0.1  # by what share sizes of one memory differ: MiB, GB, and what drivers keep
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Device:
     """What a planner needs to know of one device.
 
     Attributes:
+        kind: "cpu": its ranks share the cores and links of their host; "cuda": each has its own.
         bf16, fp16, fp32: dense peaks, FLOP/s; None: no such unit.
         reached: share of the bf16 peak that large matrix products were measured to reach.
         attention: share of it that flash attention was.
@@ -57,6 +62,7 @@ class Device:
     """
 
     name: str
+    kind: Kind
     bf16: float | None
     fp16: float | None
     fp32: float | None
@@ -86,6 +92,7 @@ _Row = tuple[
 # fmt: off
 _TABLE: tuple[_Row, ...] = (
     ("b200", 2250.0, 2250.0, 75.0, 0.776, 0.35, 183359, 8000, 900, 50, 64, "HGX B200 sheet"),
+    ("gh200 480gb", 989.4, 989.4, 66.9, 0.83, 0.35, 97871, 4000, 450, 50, 450, "data sheet"),
     ("gh200", 989.4, 989.4, 66.9, 0.83, 0.35, 97871, 4000, 450, 50, 450, "data sheet"),
     ("h200 nvl", 835.5, 835.5, 60.0, 0.8, 0.35, 143771, 4800, 450, 25, 64, "data sheet"),
     ("h200", 989.4, 989.4, 66.9, 0.803, 0.35, 143771, 4800, 450, 50, 64, "data sheet"),
@@ -105,7 +112,9 @@ _TABLE: tuple[_Row, ...] = (
     ("a10", 125.0, 125.0, 31.2, 0.8, 0.5, 23028, 600, 32, 12.5, 32, "data sheet"),
     ("rtx 4090", 165.2, 165.2, 82.6, 0.8, 0.5, 24564, 1008, 32, 12.5, 32, "Ada white paper"),
     ("rtx 3090", 71.0, 71.0, 35.6, 0.8, 0.5, 24576, 936, 32, 12.5, 32, "GA102 white paper"),
+    ("v100 sxm2 16gb", None, 125.0, 15.7, 0.8, 0.5, 16384, 900, 150, 12.5, 16, "data sheet"),
     ("v100 sxm2", None, 125.0, 15.7, 0.8, 0.5, 32768, 900, 150, 12.5, 16, "data sheet"),
+    ("v100 pcie 16gb", None, 112.0, 14.0, 0.8, 0.5, 16384, 900, 16, 12.5, 16, "data sheet"),
     ("v100 pcie", None, 112.0, 14.0, 0.8, 0.5, 32768, 900, 16, 12.5, 16, "data sheet"),
     ("t4", None, 65.0, 8.1, 0.8, 0.5, 15360, 320, 16, 6.25, 16, "data sheet"),
     ("mi300x", 1307.4, 1307.4, 163.4, 0.601, 0.35, 196592, 5300, 448, 50, 64, "AMD data sheet"),
@@ -114,6 +123,7 @@ _TABLE: tuple[_Row, ...] = (
 
 # a core of a server's processor: what a plan for a CPU starts from until it is calibrated
 CPU = Device(
+    "cpu",
     "cpu",
     50e9,
     None,
@@ -133,6 +143,7 @@ def _device(row: _Row) -> Device:
     name, bf16, fp16, fp32, reached, attention, memory, bandwidth, link, network, host, source = row
     return Device(
         name=name.replace(" ", "-"),
+        kind="cuda",
         bf16=None if bf16 is None else bf16 * _TERA,
         fp16=None if fp16 is None else fp16 * _TERA,
         fp32=fp32 * _TERA,
@@ -154,69 +165,148 @@ DEVICES = {device.name: device for device in (*_GPUS, CPU)}
 def find_device(told: str) -> Device:
     """A device by its name here, by that of its driver, or a JSON file that describes one.
 
-    A file holds any of `Device`'s fields in plain units (FLOP/s, bytes, bytes/s), over those of the
-    device that its "extends" names.
-
     Raises:
         CommandError: an unknown device, or a file that describes none.
     """
-    plain = told.lower().replace("-", "")
-    for name, device in DEVICES.items():
-        if name.replace("-", "") == plain:
-            return device
-    if told.endswith(".json"):
+    found = _named(told)
+    if found is None and told.endswith(".json"):
         return _read(Path(told))
-    found = by_driver_name(told)
+    found = found or by_driver_name(told)
     if found is None:
-        names = ", ".join(DEVICES)
-        raise CommandError(
-            f"--gpu {told!r}: no such device{nearest(told.lower(), list(DEVICES))}; it is one of "
-            f"{names}, or a JSON file"
-        )
+        raise CommandError(f"--gpu {show(told)}: {_unknown(told)}, or a JSON file")
     return found
 
 
-def by_driver_name(name: str) -> Device | None:
+def by_driver_name(name: str, memory: int | None = None) -> Device | None:
     """The device that its driver calls `name`, such as "H100 80GB HBM3"; None: unknown.
 
     A name is matched by whole words: an A10G, an RTX 3090 Ti or a MIG slice is not the device it
-    resembles.
+    resembles. Nor is one of another size, told by the name or, better, by the driver.
+
+    Args:
+        memory: bytes, as the driver tells them.
     """
     words = set(name.lower().replace("-", " ").split())
     if {"ti", "d", "laptop", "mig"} & words:
         return None
-    return next((d for d in _GPUS if set(d.name.split("-")) <= words), None)
+    for device in _GPUS:
+        own = set(device.name.split("-"))
+        told = [
+            int(word.rstrip("gb")) << 30
+            for word in words - own
+            if re.fullmatch(r"\d{1,4}gb?", word)
+        ]
+        sizes = told if memory is None else [memory]
+        if own <= words and all(abs(size / device.memory - 1) < _ALIKE for size in sizes):
+            return device
+    return None
+
+
+def _named(told: str) -> Device | None:
+    plain = told.lower().replace("-", "")
+    return next((d for name, d in DEVICES.items() if name.replace("-", "") == plain), None)
+
+
+def _unknown(told: str) -> str:
+    names = list(DEVICES)
+    return f"no such device{nearest(told.lower(), names)}; it is one of {', '.join(names)}"
+
+
+# ---- files
+
+# what a field of a file may be: the least and the most, and its unit
+_GIB = 1 << 30
+_RANGES: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(PRECISIONS, (1e6, 1e18, "FLOP/s (or null: no such unit)")),
+    **dict.fromkeys(("reached", "attention"), (1e-6, 1.0, "as a share of the peak")),
+    "memory": (_GIB, 1 << 46, f"bytes (80 GiB are {80 * _GIB})"),
+    **dict.fromkeys(("bandwidth", "link", "network", "host_link"), (1e6, 1e15, "bytes/s")),
+}
+_EFFICIENCIES: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(("matmul", "attention", "bandwidth", "link", "network"), (1e-6, 1.0, "")),
+    "hidden": (0.0, 1.0, ""),
+    **dict.fromkeys(("launch", "latency"), (0.0, 10.0, "seconds")),
+}
+
+
+def number_fault(key: str, value: Any, bounds: tuple[float, float, str]) -> str | None:
+    """What is wrong with a number that is to lie within bounds, of a unit; None: nothing."""
+    least, most, unit = bounds
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and least <= value <= most:
+        return None
+    return f"{key}: expected {least:.7g} to {most:.7g} {unit}".rstrip() + f", found {show(value)}"
 
 
 def _read(path: Path) -> Device:
     try:
-        raw: Any = files.read_json(path)
-        if not isinstance(raw, Mapping):
-            raise ValueError("not a JSON object")
-        known = {field.name for field in fields(Device)}
-        if unknown := sorted({*raw} - known - {"extends"}):
-            raise ValueError(f"unknown key {unknown[0]!r}; it is one of {', '.join(sorted(known))}")
-        base = DEVICES[str(raw.get("extends", "cpu"))]
-        own = {key: value for key, value in raw.items() if key != "extends"}
-        if "efficiencies" in own:
-            own["efficiencies"] = _efficiencies(own["efficiencies"])
-        for key, value in own.items():
-            if key == "efficiencies":
-                continue
-            wrong = not isinstance(value, str) if key in ("name", "source") else not _is_size(value)
-            if wrong:
-                raise ValueError(f"{key} is {json.dumps(value)}, not a number over 0")
-        return replace(base, **own)
-    except (OSError, ValueError, KeyError) as error:
-        raise CommandError(f"--gpu {path}: describes no device: {error}") from None
+        return make_device(read_object(path))
+    except FileNotFoundError:
+        raise CommandError(f"--gpu {path}: no such file; check the path") from None
+    except ConfigError as error:
+        raise CommandError("\n".join(f"--gpu {path}: {fault}" for fault in error.faults)) from None
 
 
-def _efficiencies(raw: Any) -> Efficiencies:
-    known = {field.name for field in fields(Efficiencies)}
-    if not isinstance(raw, Mapping) or {*raw} - known or not all(map(_is_size, raw.values())):
-        raise ValueError(f"efficiencies is not an object of numbers over 0 by {', '.join(known)}")
-    return Efficiencies(**raw)
+def make_device(told: Mapping[str, Any]) -> Device:
+    """The device that a file describes: `Device`'s fields in plain units (FLOP/s, bytes, bytes/s),
+    over those of the device that its "extends" names; without that, all of them.
+
+    Raises:
+        ConfigError: every fault.
+    """
+    own = {key: value for key, value in told.items() if key != "extends"}
+    base, faults = None, []
+    known = [field.name for field in fields(Device)]
+    if "extends" in told:
+        known.remove("kind")  # which decides how all others are meant
+        name = told["extends"]
+        base = (_named(name) or by_driver_name(name)) if isinstance(name, str) else None
+        if base is None:
+            faults.append(f"extends: {show(name)}: {_unknown(str(name))}")
+    elif absent := [key for key in known if key not in own and key != "efficiencies"]:
+        faults.append(
+            "extends: is missing; name the device that is most like this one, such as "
+            f'"extends": "h100-80gb", or write {", ".join(absent)} as well'
+        )
+    for key, value in own.items():
+        if key in known:
+            faults += _value_faults(key, value)
+        else:
+            hint = nearest(key, known) or f"; it is one of {', '.join(known)}"
+            faults.append(f"{show(key)}: unknown key{hint}")
+    if not faults and all(own.get(key, getattr(base, key, None)) is None for key in PRECISIONS):
+        faults.append(f"{', '.join(PRECISIONS)}: all are null; write the FLOP/s of one")
+    if faults:
+        raise ConfigError(faults)
+    own |= {key: int(own[key]) for key in ("memory",) if key in own}
+    usual = base.efficiencies if base else Efficiencies()
+    own["efficiencies"] = replace(usual, **own.get("efficiencies", {}))
+    return replace(base, **own) if base else Device(**own)
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+def _value_faults(key: str, value: Any) -> Iterator[str]:
+    if key == "efficiencies":
+        if not isinstance(value, Mapping):
+            yield f"{key}: expected an object of shares, found {show(value)}"
+            return
+        for name, share in value.items():
+            if name not in _EFFICIENCIES:
+                hint = nearest(name, _EFFICIENCIES) or f"; it is one of {', '.join(_EFFICIENCIES)}"
+                yield f"{key}.{show(name)}: unknown key{hint}"
+            elif fault := number_fault(f"{key}.{name}", share, _EFFICIENCIES[name]):
+                yield fault
+    elif key in _RANGES:
+        fault = number_fault(key, value, _RANGES[key])
+        if fault and not (value is None and key in PRECISIONS):
+            yield fault
+    elif key == "kind" and value not in ("cpu", "cuda"):
+        yield f'{key}: expected "cpu" or "cuda", found {show(value)}'
+    elif key in ("name", "source") and not isinstance(value, str):
+        yield f"{key}: expected text in quotes, found {show(value)}"
+    elif key == "name" and not _is_file_name(value):
+        yield f"{key}: {show(value)} is no file's name, which it becomes; write a plain word"
+
+
+def _is_file_name(name: str) -> bool:
+    plain = name.isprintable() and name == name.strip() and not {"/", "\\"} & set(name)
+    return plain and name[:1] not in ("", ".", "-") and len(name.encode()) <= 100

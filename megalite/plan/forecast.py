@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from megalite.config import RunConfig
 from megalite.errors import ConfigError
+from megalite.plan.devices import PRECISIONS, Kind
 from megalite.plan.flops import hardware_flops_per_token
 from megalite.plan.make import make_plan
 from megalite.plan.memory import host_bytes, process_bytes
@@ -52,7 +53,7 @@ class Forecast:
     def mfu(self) -> float:
         peak = self.layout.device.peak(self.plan.precision)
         assert peak is not None
-        ranks = self.plan.world_size if self.layout.device.name != "cpu" else self.layout.hosts
+        ranks = self.plan.world_size if self.layout.device.kind != "cpu" else self.layout.hosts
         return self.plan.flops_per_token * self.tokens_per_second / (peak * ranks)
 
     def as_json(self, steps: int) -> dict[str, Any]:
@@ -77,7 +78,7 @@ class Forecast:
         }
 
 
-def _margin(config: RunConfig, plan: Plan, kind: Literal["cpu", "cuda"]) -> int:
+def _margin(config: RunConfig, plan: Plan, kind: Kind) -> int:
     """Bytes beside those of the plan: a device's context and allocator, a process's heap."""
     if kind == "cuda":
         return _CONTEXT + round(_WASTE * plan.memory_bytes["total"])
@@ -92,12 +93,13 @@ def forecast(config: RunConfig, layout: Layout) -> Forecast:
             own rules; a device without units for the precision.
     """
     config = labelled(config)
-    kind: Literal["cpu", "cuda"] = "cpu" if layout.device.name == "cpu" else "cuda"
+    kind = layout.device.kind
     plan = make_plan(config, world_size=layout.hosts * layout.per_host, device=kind)
     if layout.device.peak(plan.precision) is None:
+        had = " or ".join(p for p in PRECISIONS if layout.device.peak(p) is not None)
         raise ConfigError(
             f"training.precision: {plan.precision}, for which a {layout.device.name} has no units; "
-            "set it to fp16 or fp32"
+            f"set it to {had}"
         )
     if plan.tensor_parallel > layout.per_host:
         raise ConfigError(

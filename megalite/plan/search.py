@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -34,15 +35,25 @@ def search(config: RunConfig, layout: Layout, most: int = 50) -> list[Candidate]
     Tensor parallelism within a host (with and without sequence parallelism), ZeRO stages, every
     micro-batch that divides a rank's samples, recompute, and the optimizer on the host; among them
     the run file's own layout.
+
+    Raises:
+        ConfigError: no layout can be planned, whatever it takes; of the run file's own, else what
+            most of them have.
     """
-    found = []
+    found: list[Candidate] = []
+    planned, faults = 0, Counter[str]()
     for changes in _changes(config, layout):
         try:
             made = forecast(_changed(config, changes), layout)
-        except ConfigError:  # what does not divide
+        except ConfigError as error:  # what does not divide
+            faults[str(error)] += 1
             continue
+        planned += 1
         if made.fits:
             found.append(Candidate(changes, made))
+    if not planned:
+        forecast(config, layout)  # says what is wrong with the run file's own
+        raise ConfigError(faults.most_common(1)[0][0])
     # seven digits of a rate: what is equal in them is equal
     found.sort(key=lambda c: (-float(f"{c.forecast.tokens_per_second:.6e}"), -c.forecast.free))
     return list(itertools.islice(filter(partial(_is_valid, config), found), most))
@@ -71,7 +82,7 @@ def _is_valid(config: RunConfig, candidate: Candidate) -> bool:
 def _changes(config: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:
     within = {n for n in shapes.allowed_tensor_parallel(config.model) if layout.per_host % n == 0}
     tensor = sorted(within | {config.parallel.tensor})
-    offload = [False] if layout.device.name == "cpu" else [False, True]
+    offload = [False] if layout.device.kind == "cpu" else [False, True]
     for size, stage, again, host in itertools.product(tensor, (0, 1, 2, 3), _RECOMPUTE, offload):
         zero: dict[str, Any] = {"stage": stage}
         if stage == 0 and host:

@@ -79,7 +79,7 @@ class _Clock:
         self._eff, self._document = layout.device.efficiencies, document_tokens
         self._element = 4 if plan.precision == "fp32" else 2
         # the cores of a CPU are shared by the ranks of its host; a GPU is a rank's own
-        share = layout.per_host if layout.device.name == "cpu" else 1
+        share = layout.per_host if layout.device.kind == "cpu" else 1
         peak = layout.device.peak(plan.precision)
         if peak is None:
             raise ValueError(f"{layout.device.name} has no units for {plan.precision}")
@@ -180,7 +180,7 @@ class _Clock:
         config, plan = self._config, self._plan
         own = self._trained / (plan.data_parallel if plan.zero_stage else 1)
         moved = own * (28 + self._element)
-        if offloads(config) and self._layout.device.name != "cpu":
+        if offloads(config) and self._layout.device.kind != "cpu":
             return moved / (self._layout.device.host_link * self._eff.bandwidth)
         return moved / (self._bandwidth * self._eff.bandwidth)
 
@@ -205,7 +205,7 @@ class _Clock:
     def _rate(self, ranks: int, near: int) -> float:
         """Bytes/s that each rank of a ring sends, `near` of whose members share a host."""
         device, eff = self._layout.device, self._eff
-        share = self._layout.per_host if device.name == "cpu" else 1
+        share = self._layout.per_host if device.kind == "cpu" else 1
         link = device.link * eff.link / share
         if ranks <= near:
             return link

@@ -104,7 +104,8 @@ def _layout_faults(config: RunConfig, world_size: int) -> Iterator[str]:
         yield (
             f"parallel.tensor: {tensor} does not divide the key/value heads "
             f"({config.model.num_key_value_heads}) and the MLP "
-            f"({config.model.intermediate_size}); {_try(allowed)}"
+            f"({config.model.intermediate_size}); "
+            f"{_try([size for size in allowed if world_size % size == 0])}"
         )
     if world_size % tensor:
         sizes = [size for size in allowed if world_size % size == 0]

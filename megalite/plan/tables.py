@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 
 from megalite.config import RunConfig
 from megalite.plan.forecast import Forecast
 from megalite.plan.search import Candidate
 
-_GIB, _BAR = 1 << 30, 40  # characters of a bar as long as the device's memory
+_GIB = 1 << 30
+_BAR, _BEFORE = 40, 29  # characters of a bar as long as the device's memory, and of what leads it
 
 
 def describe(config: RunConfig, found: Forecast) -> str:
@@ -27,11 +29,9 @@ def _lines(config: RunConfig, found: Forecast) -> Iterator[str]:
     )
     yield ""
     yield f"{'memory of a rank':<18} {'GiB':>8}"
-    scale = _BAR / device.memory
     for name, size in plan.memory_bytes.items():
         if name != "total":
-            bar = "#" * min(2 * _BAR, round(scale * size))
-            yield f"  {name:<16} {size / _GIB:8.2f}  {bar}"
+            yield f"  {name:<16} {size / _GIB:8.2f}  {_bar(size / device.memory)}"
     yield f"  {'total at the peak':<16}{plan.memory_bytes['total'] / _GIB:8.2f}"
     if found.margin:
         yield f"  {'driver and waste':<16} {found.margin / _GIB:8.2f}"
@@ -45,9 +45,20 @@ def _lines(config: RunConfig, found: Forecast) -> Iterator[str]:
     if found.collectives:
         yield ""
         yield f"{'a step sends':<8} {'':22} {'calls':>8} {'GiB, whole':>12}"
-        for call in found.collectives:
+        sent: dict[str, tuple[int, int]] = {}
+        for call in found.collectives:  # those of a kind, whatever their sizes
             name = f"{call.group} {call.kind} {call.dtype}"
-            yield f"  {name:<29} {call.count:8,} {call.bytes / _GIB:12.3f}"
+            count, size = sent.get(name, (0, 0))
+            sent[name] = count + call.count, size + call.bytes
+        for name, (count, size) in sent.items():
+            yield f"  {name:<29} {count:8,} {size / _GIB:12.3f}"
+
+
+def _bar(share: float) -> str:
+    """A bar, cut where the terminal ends."""
+    room = max(1, shutil.get_terminal_size().columns - _BEFORE)
+    length = round(_BAR * min(share, room))
+    return "#" * length if length <= room else "#" * (room - 1) + ">"
 
 
 def _time(config: RunConfig, found: Forecast) -> Iterator[str]:
@@ -56,7 +67,7 @@ def _time(config: RunConfig, found: Forecast) -> Iterator[str]:
     for name, value in vars(seconds).items():
         told = {"tensor": "tensor messages", "data": "ZeRO's messages"}.get(name, name)
         if value:
-            yield f"  {told:<16} {value:8.3f}  {'#' * round(_BAR * value / seconds.total)}"
+            yield f"  {told:<16} {value:8.3f}  {_bar(value / seconds.total)}"
     rate = found.tokens_per_second
     yield f"  {'in all':<16} {seconds.total:8.3f}"
     yield (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from contextlib import suppress
 from pathlib import Path
@@ -81,8 +80,9 @@ class Foresight:
 
 def _device(grid: Grid) -> Device | None:
     if grid.device.type != "cuda":
-        return dataclasses.replace(CPU)
-    return by_driver_name(torch.cuda.get_device_name(grid.device))
+        return CPU
+    told = torch.cuda.get_device_properties(grid.device)
+    return by_driver_name(told.name, told.total_memory)
 
 
 def _measured(folder: Path, attempt: int, baseline: int) -> dict[str, Any] | None:

@@ -252,8 +252,8 @@ class Trainer:
         """Share of the devices' dense peak that the model's own FLOPs reach, 0 to 1."""
         if self.grid.device.type != "cuda":
             return None
-        name = torch.cuda.get_device_name(self.grid.device)
-        peak = peak_flops(name, self.plan.precision)
+        told = torch.cuda.get_device_properties(self.grid.device)
+        peak = peak_flops(told.name, self.plan.precision, told.total_memory)
         if peak is None:
             return None
         return self.plan.flops_per_token * tokens_per_second / (peak * self.plan.world_size)

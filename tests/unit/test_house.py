@@ -27,7 +27,7 @@ LAYERS = (
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split("|")}
 TORCH_FREE = LAYERS[: LAYERS.index("formats") + 1]
 
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LAUNCHER_LINES, MAX_PROJECT_LINES = 400, 60, 99, 19_000
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LAUNCHER_LINES, MAX_PROJECT_LINES = 400, 60, 99, 19_200
 
 PROJECT = sorted(
     path

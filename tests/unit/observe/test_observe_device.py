@@ -37,6 +37,7 @@ assert peak_memory_bytes(cpu) > held - 2**20  # the kernel counts in batches
         ("NVIDIA L40S", "bf16", 362.05),
         ("NVIDIA GeForce RTX 4090", "fp16", 165.2),
         ("Tesla V100-SXM2-32GB", "fp16", 125.0),
+        ("Tesla V100-SXM2-16GB", "fp16", 125.0),
         ("AMD Instinct MI300X", "bf16", 1307.4),
     ],
 )
@@ -53,10 +54,18 @@ def test_known_devices(name: str, precision: str, tera: float) -> None:
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16"),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16"),
         ("Tesla V100-SXM2-32GB", "bf16"),
+        ("NVIDIA A100-SXM-64GB", "bf16"),
     ],
 )
 def test_an_unknown_peak_is_none_rather_than_a_guess(name: str, precision: str) -> None:
     assert peak_flops(name, precision) is None
+
+
+def test_the_drivers_memory_decides_over_the_name() -> None:
+    assert peak_flops("NVIDIA H100", "bf16", 95 << 30) is None
+    assert peak_flops("NVIDIA GH200 480GB", "bf16", 95 << 30) == pytest.approx(989.4e12)
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16", 85_000_000_000) == pytest.approx(312e12)
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16", 20 << 30) is None
 
 
 def test_resident_peak_counts_what_was_held_and_stays() -> None:

@@ -46,23 +46,6 @@ def test_devices_are_found_by_name_by_driver_and_by_file(tmp_path: Path) -> None
     assert (found.efficiencies.matmul, found.efficiencies.link) == (0.5, H100.efficiencies.link)
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        ("[]", "not a JSON object"),
-        ('{"extends": "h101"}', "h101"),
-        ('{"memry": 1}', "unknown key 'memry'"),
-        ('{"memory": -1}', "memory is -1, not a number over 0"),
-        ('{"efficiencies": {"matmul": "all"}}', "efficiencies is not an object of numbers over 0"),
-        ("{", "describes no device"),
-    ],
-)
-def test_a_file_that_describes_no_device(content: str, said: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.json").write_text(content)
-    with pytest.raises(CommandError, match=said):
-        find_device(str(tmp_path / "mine.json"))
-
-
 def test_an_unknown_device_is_named_with_its_nearest() -> None:
     assert find_device("rtx4090") is DEVICES["rtx-4090"]
     with pytest.raises(CommandError, match='did you mean "h100-80gb"'):

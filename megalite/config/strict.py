@@ -1,0 +1,120 @@
+"""Strict JSON: what a file of ours may hold, and a fault instead of anything else."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from megalite.config.faults import show
+from megalite.errors import ConfigError
+
+_DEPTH = 30  # levels of nesting; a run file has four
+TOO_DEEP = f"sections within sections over {_DEPTH} deep; nothing that is read here nests so"
+_STAND_IN = 0.5  # for a number that is none: within every field's bounds, so told once
+_INTEGER_LIMIT = 2**63  # what a signed 64-bit number holds
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConfigError: its faults, without its name.
+    """
+    value, notes = read_value(path)
+    if not isinstance(value, dict):
+        notes.append(f"expected one JSON object {{...}}, found {show(value)}")
+    if notes:
+        raise ConfigError(notes)
+    assert isinstance(value, dict)
+    return value
+
+
+def read_value(path: Path) -> tuple[Any, list[str]]:
+    """What a file holds, and what `parse_strict` notes about it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConfigError: why it is not JSON, without its name.
+    """
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise OSError("not a regular file")  # reading a pipe would wait for ever
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot be read: {reason}; expected a JSON file") from None
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise ConfigError("line 1 column 1: a byte order mark; save as UTF-8 without BOM")
+    try:
+        value, notes = parse_strict(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8")
+        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        byte = f"byte 0x{data[error.start]:02x} is not UTF-8"
+        raise ConfigError(f"line {line} column {column}: {byte}; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"line {error.lineno} column {error.colno}: not JSON: {error.msg}; "
+            "mend it there (JSON has no comments and no comma before a closing bracket)"
+        ) from None
+    except RecursionError:
+        raise ConfigError(TOO_DEEP) from None
+    if too_deep(value):
+        raise ConfigError([*notes, TOO_DEEP])
+    return value, notes
+
+
+def too_deep(value: Any) -> bool:
+    """Whether lists and sections nest so deep that the recursions to come could not end well."""
+    level = [value]
+    for _ in range(_DEPTH):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, (dict, list))
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+    return bool(level)
+
+
+def parse_strict(text: str) -> tuple[Any, list[str]]:
+    """The value of a JSON text, and what strict JSON or a sound file would not have."""
+    notes: list[str] = []
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in items:
+            if key in result:
+                notes.append(
+                    f"{show(key)} is written twice in one section, as {show(result[key])} and as "
+                    f"{show(value)}; keep one"
+                )
+            result[key] = value
+        return result
+
+    def constant(word: str) -> float:
+        notes.append(f"{word} is not a number JSON knows; write a finite number or null")
+        return _STAND_IN
+
+    def real(digits: str) -> float:
+        value = float(digits)
+        if not math.isfinite(value):
+            notes.append(f"{show(digits)} is out of a number's range; write one below 1e308")
+        return value if math.isfinite(value) else _STAND_IN
+
+    def integer(digits: str) -> int:
+        value = int(digits) if len(digits) < 25 else _INTEGER_LIMIT
+        if not -_INTEGER_LIMIT <= value < _INTEGER_LIMIT:
+            notes.append(f"{show(digits)} is out of range; whole numbers end at 2^63 - 1")
+            return 0
+        return value
+
+    value = json.loads(
+        text, object_pairs_hook=pairs, parse_constant=constant, parse_float=real, parse_int=integer
+    )
+    return value, notes
