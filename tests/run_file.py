@@ -18,3 +18,14 @@ BASE: dict[str, Any] = {
     "optimizer": {"lr": 1e-3},
     "training": {"steps": 100, "global_batch_size": 8, "micro_batch_size": 2},
 }
+
+# sizes that are counted by hand
+SMALL_LLAMA: dict[str, Any] = {
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}

@@ -78,7 +78,7 @@ def host_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) ->
 def memory_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> dict[str, int]:
     """Bytes of one rank at the peak of a step, in the categories of the interface.
 
-    The total is less than the sum: gradients that a backward makes, and the buckets they are
+    The total can be less than the sum: gradients that a backward makes, and the buckets they are
     sent in, take the place of the activations and logits it has consumed. It is the device's: an
     optimizer that is kept on the host is not in it.
     """
@@ -190,16 +190,16 @@ def process_bytes(config: RunConfig, plan: Plan) -> int:
     """
     n, element = local_elements(config, plan.tensor_parallel), 4 if plan.precision == "fp32" else 2
     trained = local_elements(config, plan.tensor_parallel, trained=True)
-    _, optimizer, held, gradients = _states(config, plan, n, element)
+    weights, optimizer, held, gradients = _states(config, plan, n, element)
     made = 4 * (trained if plan.zero_stage < 2 else -(-trained // plan.data_parallel))
     buffers = _buffers(config, plan, trained, element)
     kept, work = _activations(config, plan, element)
     small = max(held + kept + work + _logits(config, plan, element), made)
-    stays, sent = element * trained + optimizer, [buffers, gradients - made]
+    stays, sent = weights + optimizer, [buffers, gradients - made]
     if plan.zero_stage == 3:
-        stays = element * -(-trained // plan.data_parallel) + optimizer
-        stays += held + _standing(config, plan)
-        small += _gathered(plan, n, element) - held
+        whole = _gathered(plan, n, element)
+        stays += held + _standing(config, plan) - whole
+        small += whole - held
         arriving = _arriving(config, plan, n, element)
         # one gather and one bucket for everything both stand until the end of the backward
         alone = arriving == element * n and trained <= bucket_elements(config, plan)

@@ -9,16 +9,8 @@ import pytest
 from megalite import shapes
 from megalite.config import RunConfig, parse_config
 from megalite.plan import hardware_flops_per_token, make_plan
-
-MODEL = {
-    "vocab_size": 1000,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
+from megalite.plan.memory import process_bytes
+from tests.run_file import SMALL_LLAMA
 
 
 def made(model: dict[str, Any], recompute: str, **sections: Any) -> RunConfig:
@@ -27,7 +19,12 @@ def made(model: dict[str, Any], recompute: str, **sections: Any) -> RunConfig:
         "micro_batch_size": 2,
         "activation_checkpointing": recompute,
     }
-    raw = {"name": "run", "model": MODEL | model, "optimizer": {"lr": 1e-3}, "training": training}
+    raw = {
+        "name": "run",
+        "model": SMALL_LLAMA | model,
+        "optimizer": {"lr": 1e-3},
+        "training": training,
+    }
     raw["training"] |= sections.pop("training", {})
     return parse_config(raw | sections)
 
@@ -125,3 +122,15 @@ def test_a_frozen_head_has_no_gradient_in_memory() -> None:
         memory(tuned("sft", section))["logits"] for section in ({}, {"freeze": ["lm_head.*"]})
     )
     assert learned - frozen == 4 * 1000 * 64
+
+
+def test_a_process_holds_its_frozen_weights() -> None:
+    tuning = {"task": "language_modeling", "data": {"path": "a", "max_length": 128}}
+    tuning["freeze"] = ["model.layers.*"]
+    run = made({}, "none", finetune=tuning, deepspeed={"zero_optimization": {"stage": 0}})
+    plan = make_plan(run, world_size=1, device="cpu")
+    told = plan.memory_bytes
+    assert told["parameters"] > told["gradients"]
+    small = told["gradients"] + told["activations"] + told["logits"]
+    stays = told["parameters"] + told["optimizer"]
+    assert process_bytes(run, plan) == (60 << 20) + stays + round(1.77 * small)

@@ -12,6 +12,7 @@ from megalite.errors import ConfigError
 from megalite.plan import deepspeed_dict, flops_per_token, hardware_flops_per_token, make_plan
 from megalite.plan.flops import seen_pairs
 from megalite.plan.memory import process_bytes
+from tests.run_file import SMALL_LLAMA
 
 WEIGHTS = 1000 * 64 * 2 + 3 * (64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 96)
 PARAMETERS = WEIGHTS + 7 * 64  # two norms a block and the last
@@ -21,15 +22,7 @@ def config(**changes: Any) -> RunConfig:
     """A small Llama; `section__key=value` changes it."""
     raw: dict[str, Any] = {
         "name": "run",
-        "model": {
-            "vocab_size": 1000,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-        },
+        "model": dict(SMALL_LLAMA),
         "data": {"train": [{"path": "a"}], "sequence_length": 128},
         "optimizer": {"lr": 1e-3},
         "training": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2},
