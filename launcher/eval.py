@@ -50,6 +50,8 @@ def main() -> None:
     for name in ("limit", "batch_size", "tensor"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise CommandError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    if not arguments.tasks and (arguments.limit or arguments.task_path):
+        raise CommandError("--limit and --task-path are of --tasks; name some, or leave them out")
     from data_prep.examples import prepare_again
     from megalite.evaluate import classify, harness, open_model, score_data
     from megalite.parallel import start

@@ -35,8 +35,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    if not arguments.output.parent.is_dir() or arguments.output.is_dir():
-        raise CommandError(f"--output {arguments.output}: give a file in a folder that is there")
+    try:
+        files.check_target(arguments.output)
+    except CommandError as error:
+        raise CommandError(f"--output {arguments.output}: {error}") from None
     from megalite.evaluate import explain, open_model
 
     opened = open_model(arguments.checkpoint)
