@@ -71,14 +71,8 @@ def main() -> None:
         result |= score_data(opened, grid, data=arguments.data, micro_batch_size=size)
     result["tasks"] = None
     if arguments.tasks:
-        result["tasks"] = harness.run(
-            opened,
-            grid,
-            arguments.tasks,
-            path=arguments.task_path,
-            limit=arguments.limit,
-            batch_size=size,
-        )
+        told = {"path": arguments.task_path, "limit": arguments.limit, "batch_size": size}
+        result["tasks"] = harness.run(opened, grid, arguments.tasks, **told)
     if launch.rank == 0:
         sys.stdout.write(json.dumps(result) + "\n" if arguments.json else _table(result))
 
