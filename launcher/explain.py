@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from megalite import files
-from megalite.errors import CommandError
 from megalite.log import command_parser, run_main
 
 _EXAMPLES = """examples:
@@ -35,10 +34,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    try:
-        files.check_target(arguments.output)
-    except CommandError as error:
-        raise CommandError(f"--output {arguments.output}: {error}") from None
+    files.check_target(arguments.output)
     from megalite.evaluate import explain, open_model
 
     opened = open_model(arguments.checkpoint)

@@ -10,7 +10,7 @@ from pathlib import Path
 from megalite import files
 from megalite.config import find_file, run_files, section_changes
 from megalite.log import command_parser, run_main
-from megalite.plan.command import calibrated, check_output, planned_config, refuse_useless
+from megalite.plan.command import calibrated, planned_config, refuse_useless
 from megalite.plan.devices import DEVICES, find_device
 from megalite.plan.forecast import forecast
 from megalite.plan.search import run_file, search
@@ -78,7 +78,7 @@ def main() -> int:
         return 0 if found.fits else 1
     size = f"{arguments.nodes}x{arguments.gpus_per_node}-{layout.device.name}"
     path = arguments.output or Path(f"{config.name}-{size}.json")
-    check_output(path, [*run_files(arguments.config), Path(arguments.gpu)])
+    files.check_target(path, [*run_files(arguments.config), Path(arguments.gpu)])
     candidates = search(config, layout)
     if not candidates:
         sys.stderr.write("no layout fits: give more devices, or devices with more memory\n")

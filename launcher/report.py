@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -31,8 +30,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     output: Path = arguments.output
-    if not os.path.isdir(output.parent) or os.path.isdir(output):  # also of names too long
-        raise CommandError(f"--output {output}: give a file in a folder that is there")
+    files.check_target(output)
     from megalite.report import read_records, render
 
     page = render(read_records(arguments.runs))

@@ -39,23 +39,28 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def check_target(path: Path, reads: Iterable[Path] = ()) -> None:
     """See to it that `write_atomic` could write `path`, and would replace none of what is read.
 
+    Args:
+        path: what a command was given as --output.
     Raises:
         CommandError: why it could not.
     """
+    asked = f"--output {path}"
     try:
         if not path.parent.is_dir():
-            raise CommandError(f"there is no folder {path.parent}; make it, or name another file")
+            raise CommandError(
+                f"{asked}: there is no folder {path.parent}; make it, or name another file"
+            )
         if path.exists() and not path.is_file():
-            raise CommandError("it is there and no file; name a file")
+            raise CommandError(f"{asked}: it is there and no file; name a file")
         for read in reads:
             if path.exists() and read.exists() and path.samefile(read):
-                raise CommandError(f"it is {read}, which is read here; name another file")
+                raise CommandError(f"{asked}: it is {read}, which is read here; name another file")
         partial = _partial(path)
         partial.touch(exist_ok=False)
         partial.unlink()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise CommandError(f"it cannot be written: {reason}; name another file") from None
+        raise CommandError(f"{asked}: it cannot be written: {reason}; name another file") from None
 
 
 def _partial(path: Path) -> Path:

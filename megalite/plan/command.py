@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +33,15 @@ def refuse_useless(arguments: argparse.Namespace) -> None:
         raise CommandError("--config is missing; give a run file, such as configs/7b.json")
 
 
-def check_output(path: Path, reads: Iterable[Path]) -> None:
-    """See to it that a file can be written and is none of those that are read.
-
-    Raises:
-        CommandError: why not.
-    """
-    try:
-        files.check_target(path, reads)
-    except CommandError as error:
-        raise CommandError(f"--output {path}: {error}") from None
-
-
 def calibrated(runs: Sequence[str], output: Path | None) -> tuple[Path, dict[str, Any]]:
     """The device file that runs make, written, and where."""
     folders = [Path(run) for run in runs]
     reads = [folder / name for folder in folders for name in (RECORD, "config.json")]
     if output is not None:
-        check_output(output, reads)
+        files.check_target(output, reads)
     device = calibrate(folders)
     path = output or Path(f"{device['name']}.json")
-    check_output(path, reads)
+    files.check_target(path, reads)
     files.write_json(path, device)
     return path, device
 
