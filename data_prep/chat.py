@@ -100,7 +100,8 @@ def check_messages(value: Any) -> Messages:
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
         messages.append(message)
     if all(message["role"] != "assistant" for message in messages):
-        raise Unusable("no turn of an assistant")
+        roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
+        raise Unusable(f"no turn has the role 'assistant'; its roles are {roles[:80]}")
     return messages
 
 

@@ -15,7 +15,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -49,7 +49,12 @@ _BATCH = 512  # rows tokenized at once
 
 
 def prepare(
-    config: RunConfig, *, tokenizer: str | Path | None, chat_template: str | None = None
+    config: RunConfig,
+    *,
+    tokenizer: str | Path | None,
+    chat_template: str | None = None,
+    measured: str = "",
+    unlabelled: bool = False,
 ) -> Path:
     """The folder of a run's examples, below finetune.data.cache; made where it is not there.
 
@@ -60,6 +65,8 @@ def prepare(
         tokenizer: that of the model started from, for where finetune.data.tokenizer is null; where
             both are, one is learned from the training split.
         chat_template: the tokenizer's own, where the caller knows it.
+        measured: what messages call the training split where nothing is learned from it.
+        unlabelled: whether rows may be without a label.
     Raises:
         DataError: data, a tokenizer or a template that cannot be used; too many bad rows.
     """
@@ -82,59 +89,20 @@ def prepare(
         "tokenizer": (encoder and [encoder.sha256, encoder.bos_id, encoder.eos_id])
         or config.model.vocab_size,
         "template": template,
+        **({"unlabelled": True} if unlabelled else {}),
     }
     told = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
     folder = Path(data.cache) / told[:32]
     if not (folder.is_dir() and any(folder.iterdir())):
         try:
             with staged(folder) as staging:
-                _Maker(config, source, encoder, template).make(staging, arguments)
+                maker = _Maker(config, source, encoder, template, measured, unlabelled)
+                maker.make(staging, arguments)
         except MegaLiteError:
             if not (folder / MANIFEST).is_file():  # else another process was faster
                 raise
     read_manifest(folder)
     return folder
-
-
-def prepare_again(
-    config: RunConfig,
-    tokenizer: Path,
-    path: str | None,
-    first: bool,
-    gather: Callable[[Any], Sequence[Any]],
-) -> tuple[Path, str]:
-    """The examples that a fine-tuned model is measured on, and their split; for all ranks.
-
-    Args:
-        path: rows of another file; None: the test split of its own data, else valid, else train.
-        first: whether this is the rank that makes them. gather: a value of each rank, on all.
-    """
-    assert config.finetune is not None
-    data = config.finetune.data.model_copy(update={"tokenizer": None})
-    if path is not None:
-        if Path(path).is_dir() and any(Path(path).glob("*.idx")):
-            raise DataError(
-                f"--data {path}: these are shards; a fine-tuned model is measured on rows, as its "
-                f"run was ({data.path}): give a file of them, or leave it out"
-            )
-        own = {"path": path, "valid_split": None, "test_split": None}
-        own |= {"valid_fraction": None, "test_fraction": None}
-        data = data.model_copy(update=own)
-    tuning = config.finetune.model_copy(update={"data": data})
-    made: tuple[Path | None, MegaLiteError | None] = (None, None)
-    if first:
-        try:
-            made = (
-                prepare(config.model_copy(update={"finetune": tuning}), tokenizer=tokenizer),
-                None,
-            )
-        except MegaLiteError as error:
-            made = None, error
-    folder, fault = gather(made)[0]
-    if fault is not None:
-        raise fault
-    splits = read_manifest(folder).splits
-    return folder, next(split for split in ("test", "valid", "train") if split in splits)
 
 
 @dataclass(frozen=True)
@@ -170,12 +138,22 @@ class _Maker:
     """Makes one folder; a split's rows are read anew for each thing that is asked of all."""
 
     def __init__(
-        self, config: RunConfig, source: Source, encoder: Tokenizer | None, template: str | None
+        self,
+        config: RunConfig,
+        source: Source,
+        encoder: Tokenizer | None,
+        template: str | None,
+        measured: str,
+        unlabelled: bool,
     ) -> None:
         assert config.finetune is not None
         self._config, self._source, self._template = config, source, template
         self._task, self._data = config.finetune.task, config.finetune.data
-        self._columns = columns_of(config.finetune)
+        self._called = {split: split for split in SPLITS} | {"train": measured or "train"}
+        self._columns, self._optional = columns_of(config.finetune), list[str]()
+        if unlabelled:
+            self._columns.remove(self._data.label_column)
+            self._optional = [self._data.label_column]
         self._bad = {split: BadRows(self._data.max_bad_rows) for split in SPLITS}
         self._kept = self._cut_fractions()
         self._names: tuple[str, ...] | None = None
@@ -215,25 +193,27 @@ class _Maker:
 
     def _split(self, folder: Path, split: str) -> SplitInfo:
         made = self._tokenized(split)
-        total, bad = len(made.rows), len(self._bad[split])
+        total, bad, called = len(made.rows), len(self._bad[split]), self._called[split]
         if not total:
             raise self._empty(split)
         if made.cut:
             logger.warning(
                 "%s: %s of %s examples (%.1f %%) were longer than finetune.data.max_length %d "
                 "allows, and are cut",
-                *(split, f"{made.cut:,}", f"{total:,}", 100 * made.cut / total),
+                *(called, f"{made.cut:,}", f"{total:,}", 100 * made.cut / total),
                 self._data.max_length,
             )
         arrays = {"tokens": made.tokens, "bounds": made.bounds, "rows": made.rows}
         counts: dict[str, int] = {}
         if self._task == "classification":
             arrays["labels"] = made.labels
-            found = np.bincount(np.asarray(made.labels), minlength=len(self._labels))
+            known = [label for label in made.labels if label >= 0]
+            found = np.bincount(np.asarray(known, np.int64), minlength=len(self._labels))
             counts = dict(zip(self._labels, found.tolist(), strict=True))
-            if none := [label for label, count in counts.items() if not count]:
+            none = [label for label, count in counts.items() if not count]
+            if none and len(known) == total:
                 logger.warning(
-                    "%s: no example of %s; macro averages count them as 0", split, ", ".join(none)
+                    "%s: no example of %s; macro averages count them as 0", called, ", ".join(none)
                 )
             if split == "train" and self._data.labels is None and np.count_nonzero(found) < 2:
                 alone = list(self._labels)[int(found.argmax())]
@@ -247,9 +227,11 @@ class _Maker:
         return write_split(folder, split, told, cut=made.cut, bad_rows=bad, counts=counts)
 
     def _empty(self, split: str) -> DataError:
+        called = self._called[split]
+        where = f"finetune.data.path {self._data.path}: the {split} split"
         return DataError(
-            f"finetune.data.path {self._data.path}: the {split} split has no example "
-            f"({len(self._bad[split])} bad rows); give rows that can be used"
+            f"{called if called != split else where} has no example ({len(self._bad[split])} bad "
+            "rows); give rows that can be used"
         )
 
     # ---- rows
@@ -291,7 +273,7 @@ class _Maker:
         """The rows that can be used; the others are counted."""
         origin, kept = self._origin(split), self._kept.get(split)
         assert origin is not None
-        for row in self._source.rows(origin, self._columns):
+        for row in self._source.rows(origin, self._columns, self._optional):
             if kept is None or kept[row.number]:
                 try:
                     fields = self._fields(row)
@@ -299,11 +281,14 @@ class _Maker:
                     self._bad[split].add(row, str(error))
                     continue
                 yield fields
+        self._bad[split].check()
 
     def _fields(self, row: Row) -> _Fields:
         data = self._data
         if self._task == "classification":
             text = row.text(data.text_column)
+            if self._optional and row.values.get(data.label_column) in (None, ""):
+                return _Fields(row, (text,))
             label = label_name(row.get(data.label_column), data.label_column, self._names)
             if self._labels and label not in self._labels:
                 raise Unusable(f"label {label!r} is none of {', '.join(self._labels)}")
@@ -358,6 +343,7 @@ class _Maker:
                     continue
                 made.add(fields.row.number, *example)
                 made.labels.append(self._labels.get(fields.label, -1))
+        self._bad[split].check()
         return made
 
     def _example(self, fields: _Fields, found: list[list[int]]) -> tuple[list[int], Any, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ def check_output(output: Path) -> None:
     """Refuse a path that no folder can be made at.
 
     Raises:
-        CommandError: not a name, a link, or below what is no folder.
+        CommandError: not a name, a link, or below what is no folder or cannot be written.
     """
     if output.name in ("", "..") or output.resolve() == Path.cwd():
         raise CommandError(f"--output {str(output)!r} names no new folder; give it a name")
@@ -26,6 +27,10 @@ def check_output(output: Path) -> None:
         if parent.exists():
             if not parent.is_dir():
                 raise CommandError(f"--output {output} is below {parent}, which is no folder")
+            if not os.access(parent, os.W_OK | os.X_OK):
+                raise CommandError(
+                    f"--output {output}: {parent} cannot be written; name another place"
+                )
             return
 
 

@@ -27,7 +27,8 @@ from megalite.log import logger
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _BATCH = 1024  # rows
 _NAMED = 5
-_CHOOSE = "name another by finetune.data.text_column, label_column or the like"
+_ENOUGH = 1000  # bad rows over what is allowed, after which none more is looked for
+_CHOOSE = "rename one, or name another by finetune.data.text_column, label_column or the like"
 
 
 @dataclass(frozen=True)
@@ -86,32 +87,39 @@ def label_name(value: Any, column: str, names: Sequence[str] | None) -> str:
 
 
 class BadRows:
-    """Counts a split's rows with faults, each once, and stops at one more than `limit`."""
+    """Counts a split's rows with faults, each once; more than `limit` of them are refused."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self._known = limit, set[int]()
+        self.limit, self._known, self._first = limit, set[int](), ""
 
     def __len__(self) -> int:
         return len(self._known)
 
     def add(self, row: Row, reason: str) -> None:
-        """Count a row; DataError where there were `limit` before it."""
+        """Count a row; DataError where so many were before it that there is no use in going on."""
         if row.number in self._known:
             return
         self._known.add(row.number)
-        if len(self) > self.limit:
-            raise DataError(
-                f"{row.place}: {reason}; bad row {len(self)}, more than "
-                f"finetune.data.max_bad_rows {self.limit} allows: mend the data, or allow more"
-            )
+        self._first = self._first or f"{row.place}: {reason}"
+        if len(self) > self.limit + _ENOUGH:
+            self.check("or more ")
         if len(self) <= _NAMED:
             logger.warning("%s: %s; left out", row.place, reason)
         elif len(self) == _NAMED + 1:
             logger.warning("further bad rows are counted without being named")
 
+    def check(self, more: str = "") -> None:
+        """DataError where there were too many."""
+        if len(self) > self.limit:
+            found = f"{len(self):,} {more}bad row{'s' if len(self) > 1 else ''}"
+            raise DataError(
+                f"{self._first}; {found}, more than finetune.data.max_bad_rows {self.limit} "
+                "allows: mend the data, or allow more"
+            )
+
 
 def columns_of(section: FinetuneConfig) -> list[str]:
-    """The columns that a task reads."""
+    """The columns that a task learns from."""
     data = section.data
     return {
         "classification": [data.text_column, data.label_column],
@@ -129,8 +137,14 @@ class Source(Protocol):
     def identity(self, split: str) -> list[Any]:
         """What is equal if the split's rows are."""
 
-    def rows(self, split: str, columns: Sequence[str]) -> Iterator[Row]:
-        """All rows in order; DataError for a column that a table lacks, or for a damaged file."""
+    def rows(
+        self, split: str, columns: Sequence[str], optional: Sequence[str] = ()
+    ) -> Iterator[Row]:
+        """All rows in order; DataError for a column that a table lacks, or for a damaged file.
+
+        Args:
+            optional: columns that are read, too, where they are there.
+        """
 
     def label_names(self, split: str, column: str) -> tuple[str, ...] | None:
         """What the numbers in a column are called, where the source knows."""
@@ -210,11 +224,13 @@ class _Files:
     def label_names(self, split: str, column: str) -> tuple[str, ...] | None:
         return None
 
-    def rows(self, split: str, columns: Sequence[str]) -> Iterator[Row]:
+    def rows(
+        self, split: str, columns: Sequence[str], optional: Sequence[str] = ()
+    ) -> Iterator[Row]:
         file = self._file(split)
         ending = _parts(file.name)[1]
         if ending == ".parquet":
-            return _parquet_rows(str(file), columns)
+            return _parquet_rows(str(file), columns, optional)
         if ending in (".csv", ".tsv"):
             return _csv_rows(str(file), columns, "\t" if ending == ".tsv" else ",")
         return _json_rows(str(file), array=ending == ".json")
@@ -276,14 +292,14 @@ def _csv_rows(path: str, columns: Sequence[str], delimiter: str) -> Iterator[Row
             yield Row(number, place, values, f"{found} fields, not {len(header)}" if wrong else "")
 
 
-def _parquet_rows(path: str, columns: Sequence[str]) -> Iterator[Row]:
+def _parquet_rows(path: str, columns: Sequence[str], optional: Sequence[str]) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     damage = (OSError, pa.ArrowException, UnicodeDecodeError)
     with naming(path, damage), closing(pq.ParquetFile(path)) as table:
-        _check_columns(path, table.schema_arrow.names, columns)
-        batches = table.iter_batches(_BATCH, columns=list(columns), use_threads=False)
+        read = _check_columns(path, table.schema_arrow.names, columns, optional)
+        batches = table.iter_batches(_BATCH, columns=read, use_threads=False)
         yield from _table_rows(path, batches)
 
 
@@ -292,12 +308,17 @@ def _table_rows(path: str, tables: Iterator[Any]) -> Iterator[Row]:
     return (Row(n, f"{path} row {n}", row) for n, row in enumerate(values))
 
 
-def _check_columns(path: str, names: Sequence[str], columns: Sequence[str]) -> None:
-    for column in columns:
+def _check_columns(
+    path: str, names: Sequence[str], columns: Sequence[str], optional: Sequence[str] = ()
+) -> list[str]:
+    """What is read: `columns`, each of which is there once, and those of `optional` there are."""
+    read = [*columns, *(column for column in optional if column in names)]
+    for column in read:
         if (count := list(names).count(column)) != 1:
             told = "several columns are named" if count else "no column"
             have = ", ".join(names) or "none"
             raise DataError(f"{path}: {told} {column!r}; it has {have}: {_CHOOSE}")
+    return read
 
 
 class _Set:
@@ -314,11 +335,13 @@ class _Set:
         names = getattr(self._split(split).features.get(column), "names", None)
         return tuple(names) if names else None
 
-    def rows(self, split: str, columns: Sequence[str]) -> Iterator[Row]:
+    def rows(
+        self, split: str, columns: Sequence[str], optional: Sequence[str] = ()
+    ) -> Iterator[Row]:
         found = self._split(split)
-        _check_columns(self._name, found.column_names, columns)
+        read = _check_columns(self._name, found.column_names, columns, optional)
         with naming(self._name, (Exception,)):
-            tables = found.select_columns(list(columns)).with_format("arrow").iter(_BATCH)
+            tables = found.select_columns(read).with_format("arrow").iter(_BATCH)
             yield from _table_rows(f"{self._name} split {split}", tables)
 
     def _split(self, split: str) -> Any:

@@ -1,12 +1,13 @@
-"""Measure a trained model: loss, perplexity, bits per byte on shards, and tasks of lm-eval."""
+"""Measure a trained model: on shards, on tasks of lm-eval, and on examples of a fine-tuned one."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from pathlib import Path
 
-from megalite import env
+from megalite import env, files
 from megalite.errors import CommandError
 from megalite.log import command_parser, run_main
 
@@ -14,6 +15,7 @@ _EXAMPLES = """examples:
   python launcher/eval.py --checkpoint runs/smoke
   python launcher/eval.py --checkpoint runs/smoke --data data/smoke/valid --json
   torchrun --nproc-per-node 4 launcher/eval.py --checkpoint runs/1b --tensor 2 --tasks piqa
+  python launcher/eval.py --checkpoint runs/imdb --data new.csv --predictions labels.jsonl
 
 Of a model of masked tokens also the share of them that it names right. Ranks share the model
 (--tensor) and what is measured (pip install megalite[eval] for --tasks).
@@ -30,6 +32,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--data", metavar="PATH", help="shards, or examples of a fine-tuned model (the run's own)"
+    )
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="write a classifier's answers, a JSON line an example, which needs no label then",
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of lm-eval, by name")
     parser.add_argument(
@@ -52,8 +60,10 @@ def main() -> None:
             raise CommandError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     if not arguments.tasks and (arguments.limit or arguments.task_path):
         raise CommandError("--limit and --task-path are of --tasks; name some, or leave them out")
-    from data_prep.examples import prepare_again
-    from megalite.evaluate import classify, harness, open_model, score_data
+    if arguments.predictions is not None:
+        files.check_target(arguments.predictions, option="--predictions")
+    from data_prep.again import prepare_again
+    from megalite.evaluate import classify, harness, open_model, score_data, table
     from megalite.parallel import start
 
     if arguments.tasks:
@@ -62,11 +72,15 @@ def main() -> None:
     opened = open_model(arguments.checkpoint, grid)
     size = arguments.batch_size or (opened.run.training.micro_batch_size if opened.run else 8)
     result = dict.fromkeys(("loss", "perplexity", "bits_per_byte", "tokens"))
+    if arguments.predictions is not None and not opened.config.num_labels:
+        raise CommandError("--predictions are a classifier's, and this model is none: leave it out")
     if opened.run is not None and opened.run.finetune is not None:
         folder, split = prepare_again(
-            opened.run, opened.folder / "tokenizer", arguments.data, grid.rank == 0, grid.gather
+            *(opened.run, opened.folder / "tokenizer", arguments.data, grid.rank == 0, grid.gather),
+            unlabelled=arguments.predictions is not None and arguments.data is not None,
         )
-        result |= classify.score_examples(opened, folder, split, grid, micro_batch_size=size)
+        told = {"micro_batch_size": size, "predictions": arguments.predictions}
+        result |= classify.score_examples(opened, folder, split, grid, **told)
     elif not arguments.tasks or arguments.data:
         result |= score_data(opened, grid, data=arguments.data, micro_batch_size=size)
     result["tasks"] = None
@@ -74,21 +88,7 @@ def main() -> None:
         told = {"path": arguments.task_path, "limit": arguments.limit, "batch_size": size}
         result["tasks"] = harness.run(opened, grid, arguments.tasks, **told)
     if launch.rank == 0:
-        sys.stdout.write(json.dumps(result) + "\n" if arguments.json else _table(result))
-
-
-def _table(result: dict[str, object]) -> str:
-    tasks = result.pop("tasks") or {}
-    assert isinstance(tasks, dict)
-    rows = {name: value for name, value in result.items() if isinstance(value, int | float)}
-    for task, metrics in tasks.items():
-        rows |= {f"{task} {name}": value for name, value in metrics.items()}
-    width = max(14, *map(len, rows)) if rows else 14
-    lines = []
-    for name, value in rows.items():
-        text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-        lines.append(f"{name:<{width}} {text}\n")
-    return "".join(lines)
+        sys.stdout.write(json.dumps(result) + "\n" if arguments.json else table.table(result))
 
 
 if __name__ == "__main__":

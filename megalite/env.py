@@ -12,6 +12,7 @@ contradicts itself, because a rank that guesses trains alone and says nothing.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -149,6 +150,12 @@ def has_agent_store() -> bool:
 def has_compiler() -> bool:
     """Whether a C++ compiler is on PATH, which torch.compile needs on every device."""
     return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))
+
+
+def has_package(name: str) -> bool:
+    """Whether a package can be imported; a folder that is called like it is none."""
+    found = importlib.util.find_spec(name)
+    return found is not None and found.origin is not None
 
 
 def set_default(name: str, value: str) -> None:

@@ -36,15 +36,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     sync_directory(path.parent)
 
 
-def check_target(path: Path, reads: Iterable[Path] = ()) -> None:
+def check_target(path: Path, reads: Iterable[Path] = (), *, option: str = "--output") -> None:
     """See to it that `write_atomic` could write `path`, and would replace none of what is read.
 
     Args:
-        path: what a command was given as --output.
+        path: what a command was given as `option`.
     Raises:
         CommandError: why it could not.
     """
-    asked = f"--output {path}"
+    asked = f"{option} {path}"
     try:
         if not path.parent.is_dir():
             raise CommandError(

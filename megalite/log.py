@@ -124,6 +124,14 @@ def run_main(
     except MegaLiteError as error:
         _print_error(error)
         code = error.exit_code
+    except ModuleNotFoundError as error:
+        if rank == 0:
+            logger.error(
+                "this Python, %s, has no package %s; install MegaLite into it (`pip install -e "
+                ".`), or start the one that has it",
+                *(sys.executable, error.name),
+            )
+        code = UserError.exit_code
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # `... | head` has read enough

@@ -229,12 +229,6 @@ def pieces(
     return tuple(_pieces(parameter, tensor_parallel, tensor_rank))
 
 
-def allowed_tensor_parallel(model: ModelConfig) -> list[int]:
-    """The tensor-parallel sizes a model can be split by: they divide key/value heads and MLP."""
-    common = math.gcd(model.num_attention_heads, model.num_key_value_heads, model.intermediate_size)
-    return [size for size in range(1, common + 1) if common % size == 0]
-
-
 def _conditions(model: ModelConfig) -> dict[str, bool]:
     return {
         "always": True,

@@ -28,6 +28,7 @@ def make(
     tokenizer: str | Path | None = "bytes",
     chat_template: str | None = None,
     seed: int = 1,
+    unlabelled: bool = False,
     model: dict[str, Any] | None = None,
     **data: Any,
 ) -> Path:
@@ -37,7 +38,7 @@ def make(
         data={"train": [], "sequence_length": section["max_length"], "seed": seed},
         finetune={"task": task, "data": section},
     )
-    return prepare(config, tokenizer=tokenizer, chat_template=chat_template)
+    return prepare(config, tokenizer=tokenizer, chat_template=chat_template, unlabelled=unlabelled)
 
 
 def opened(folder: Path) -> tuple[ExamplesManifest, dict[str, Split]]:

@@ -18,6 +18,7 @@ from megalite.config.load import (
 from megalite.config.logging import LoggingConfig, SamplesConfig, WandbConfig
 from megalite.config.model import ModelConfig, RopeScalingConfig, example_model
 from megalite.config.objective import source_length, spans, target_length
+from megalite.config.rules import allowed_tensor_parallel
 from megalite.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "SourceConfig",
     "TrainingConfig",
     "WandbConfig",
+    "allowed_tensor_parallel",
     "example_model",
     "find_file",
     "find_run",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import json
 import math
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from megalite.config.schema import RunConfig
 from megalite.errors import nearest
 
 Key = tuple[str, ...]
+
+_BEGUN = 3  # letters that are enough to tell which key was begun
 
 
 @dataclass(frozen=True)
@@ -65,16 +68,22 @@ def known_keys(section: type[Section] = RunConfig, at: Key = ()) -> dict[Key, Fi
 
 
 def _unknown(loc: tuple[str | int, ...]) -> str:
-    """What to say to a key nobody knows: the nearest of its section, or of the whole file."""
+    """What to say to a key nobody knows: the nearest of its section, or of the whole file.
+
+    The section's name says nothing of a key, so names alone are compared.
+    """
     *at, name = (part for part in loc if isinstance(part, str))
     known = known_keys()
     siblings = [key[-1] for key in known if key[:-1] == tuple(at)]
+    begun = [s for s in siblings if len(name) >= _BEGUN and s[:_BEGUN] == name[:_BEGUN]]
+    elsewhere = [key for key in known if key[-1] == name]
     hint = nearest(name, siblings)
+    if not hint and not elsewhere and begun:
+        hint = f'; did you mean "{begun[0]}"?'
     if not hint:
-        namesakes = [dotted(key) for key in known if key[-1] == name]
-        hint = f'; did you mean "{namesakes[0]}"?' if namesakes else ""
-    if not hint:
-        hint = nearest(".".join((*at, name)), [dotted(key) for key in known])
+        names = [name] if elsewhere else difflib.get_close_matches(name, [k[-1] for k in known], 1)
+        same = [dotted(key) for key in known if key[-1] in names]
+        hint = f'; did you mean "{same[0]}"?' if same else ""
     return f"unknown key{hint or '; take it out, or write one of ' + ', '.join(siblings)}"
 
 

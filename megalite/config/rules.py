@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
 from megalite.config.deepspeed_keys import zero_stage
 from megalite.config.faults import Fault, fault, show
+from megalite.config.model import ModelConfig
 from megalite.config.objective import source_length, spans, target_length
 from megalite.config.schema import RunConfig
 
@@ -14,6 +16,7 @@ from megalite.config.schema import RunConfig
 def rule_faults(config: RunConfig) -> Iterator[Fault]:
     """Every broken rule between fields of a config whose fields are sound one by one."""
     yield from _heads(config)
+    yield from _shares(config)
     yield from _families(config)
     yield from _finetune(config) if config.finetune else _pretraining(config)
     yield from _positions(config)
@@ -51,11 +54,34 @@ def _heads(config: RunConfig) -> Iterator[Fault]:
         )
 
 
+def allowed_tensor_parallel(model: ModelConfig) -> list[int]:
+    """The tensor-parallel sizes a model can be split by: they divide key/value heads and MLP."""
+    shared = model.num_attention_heads, model.num_key_value_heads, model.intermediate_size
+    return _divisors(math.gcd(*shared))
+
+
+def _shares(config: RunConfig) -> Iterator[Fault]:
+    model, tensor = config.model, config.parallel.tensor
+    allowed = allowed_tensor_parallel(model)
+    if tensor not in allowed:
+        yield fault(
+            "parallel.tensor model.num_attention_heads model.num_key_value_heads "
+            "model.intermediate_size",
+            f"{tensor} does not divide the key/value heads ({model.num_key_value_heads}) and the "
+            f"MLP ({model.intermediate_size}); try {' or '.join(map(str, allowed))}",
+        )
+
+
+def _length_key(config: RunConfig) -> str:
+    """The key that says how long a sample is."""
+    return "finetune.data.max_length" if config.finetune else "data.sequence_length"
+
+
 def _positions(config: RunConfig) -> Iterator[Fault]:
     model, length = config.model, config.data.sequence_length
     if length > model.max_position_embeddings:
         yield fault(
-            "data.sequence_length model.max_position_embeddings",
+            f"{_length_key(config)} data.sequence_length model.max_position_embeddings",
             f"{length} is over model.max_position_embeddings {model.max_position_embeddings}; "
             "lower the one or raise the other",
         )
@@ -209,7 +235,7 @@ def _tokens_of_ranks(config: RunConfig) -> Iterator[Fault]:
             usual = number == length
             advice = f"try {' or '.join(map(str, near))}" if usual else "try another length"
             yield fault(
-                "data.sequence_length parallel.sequence parallel.tensor",
+                f"{_length_key(config)} data.sequence_length parallel.sequence parallel.tensor",
                 f"{told} cannot be shared evenly by parallel.tensor {ranks} ranks, as "
                 f"parallel.sequence asks; {advice}, or set it to false",
             )
@@ -263,10 +289,13 @@ def _retention(config: RunConfig) -> Iterator[Fault]:
             f"{keep}, but the run is saved {saved}; {'try ' if every else ''}{advice}",
         )
     if config.checkpoint.keep_best and not has_held_out(config):
+        held = "data.valid is empty; name held-out shards there"
+        if config.finetune:
+            held = "finetune.data holds nothing out; give it a valid_split or a valid_fraction"
         yield fault(
             "checkpoint.keep_best data.valid",
-            "the best is the one of the lowest validation loss, but data.valid is empty; name "
-            "held-out shards there, or set keep_best to false",
+            f"the best is the one of the lowest validation loss, but {held}, or set keep_best to "
+            "false",
         )
 
 

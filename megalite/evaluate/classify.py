@@ -63,12 +63,21 @@ def collect_scores(
 
 
 def score_examples(
-    opened: OpenedModel, folder: Path, split: str, grid: Grid, *, micro_batch_size: int
+    opened: OpenedModel,
+    folder: Path,
+    split: str,
+    grid: Grid,
+    *,
+    micro_batch_size: int,
+    predictions: Path | None = None,
 ) -> dict[str, Any]:
     """What a fine-tuned model is worth on a split of tokenized examples; a collective.
 
-    Of a classifier `classification_metrics`, of others loss (nats) and perplexity of what is
-    learned.
+    Of a classifier `classification_metrics` where every example has a label, else how many there
+    are; of others loss (nats) and perplexity of what is learned.
+
+    Args:
+        predictions: where rank 0 writes a classifier's answers, a line an example.
     """
     assert opened.run is not None
     assert opened.run.finetune is not None
@@ -89,6 +98,11 @@ def score_examples(
         return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
     scores = collect_scores(opened.scores, dataset, grid, micro_batch_size=micro_batch_size)
     assert scores is not None
+    if predictions is not None and grid.rank == 0:
+        write_predictions(predictions, scores, dataset)
+    labels = _labels(dataset)
+    if (labels < 0).any():
+        return {"examples": len(labels), "labelled": int((labels >= 0).sum())}
     return measures(scores, dataset)
 
 
@@ -98,8 +112,9 @@ def measures(scores: Tensor, dataset: ExampleSet) -> dict[str, Any]:
 
 
 def write_predictions(path: Path, scores: Tensor, dataset: ExampleSet) -> None:
-    """One line of JSON an example; `id` is the row of its source, from 0."""
-    ids, labels = dataset.split.rows.tolist(), _labels(dataset).tolist()
+    """One line of JSON an example; `id` is the row of its source, from 0; no `label` is null."""
+    ids = dataset.split.rows.tolist()
+    labels = (None if label < 0 else label for label in _labels(dataset).tolist())
     rows = predictions_rows(ids, labels, scores, _names(dataset))
     files.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 

@@ -22,7 +22,7 @@ from megalite.checkpoint import (
     merged,
     open_checkpoint,
 )
-from megalite.config import ModelConfig, RunConfig, load_config
+from megalite.config import ModelConfig, RunConfig, allowed_tensor_parallel, load_config
 from megalite.data import Batch
 from megalite.errors import CheckpointError, CommandError, MegaLiteError
 from megalite.evaluate.generate import Reader, Rereading
@@ -210,7 +210,7 @@ def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
         stored, config = merged(StoredCheckpoint(folder, manifest), run.model)
         tokenizer_folder, sha256 = folder / "tokenizer", manifest.tokenizer_sha256
     size, rank = (grid.tensor_parallel, grid.tensor_rank) if grid else (1, 0)
-    allowed = shapes.allowed_tensor_parallel(config)
+    allowed = allowed_tensor_parallel(config)
     if size not in allowed:
         raise CommandError(f"{size} ranks cannot share this model; {allowed} can")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +17,6 @@ from megalite.observe.tensorboard import train_scalars, valid_scalars
 
 _START = 60.0  # seconds to be answered, by the server or to its question for a key on a terminal
 _FINISH = 60.0  # seconds for what is not yet sent, at the end
-
-
-def is_installed() -> bool:
-    """Whether the package is there; a folder of runs that is called wandb is none."""
-    found = importlib.util.find_spec("wandb")
-    return found is not None and found.origin is not None
 
 
 class Wandb:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megalite import shapes
-from megalite.config import RunConfig, zero_stage
+from megalite.config import RunConfig, allowed_tensor_parallel, zero_stage
 from megalite.config.deepspeed_keys import contradiction
 from megalite.errors import ConfigError
 from megalite.plan.flops import run_flops_per_token
@@ -99,15 +99,8 @@ def without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def _layout_faults(config: RunConfig, world_size: int) -> Iterator[str]:
     training, tensor = config.training, config.parallel.tensor
-    allowed = shapes.allowed_tensor_parallel(config.model)
-    if tensor not in allowed:
-        yield (
-            f"parallel.tensor: {tensor} does not divide the key/value heads "
-            f"({config.model.num_key_value_heads}) and the MLP "
-            f"({config.model.intermediate_size}); "
-            f"{_try([size for size in allowed if world_size % size == 0])}"
-        )
     if world_size % tensor:
+        allowed = allowed_tensor_parallel(config.model)
         sizes = [size for size in allowed if world_size % size == 0]
         yield (
             f"parallel.tensor: {tensor} does not divide the {world_size} ranks; "

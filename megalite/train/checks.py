@@ -9,10 +9,9 @@ from typing import Literal
 import psutil
 import torch
 
-from megalite import env
+from megalite import env, shapes
 from megalite.config import RunConfig
 from megalite.env import Launch
-from megalite.observe.wandb import is_installed
 from megalite.plan import Plan, host_bytes
 
 _CGROUP_LIMITS = (  # version 2, then 1
@@ -48,6 +47,22 @@ def hardware_faults(
             "parallel.tensor, a smaller micro_batch_size or activation_checkpointing"
         )
     return faults
+
+
+def remarks(config: RunConfig, plan: Plan) -> Iterator[str]:
+    """What is sound, but may not be what was meant."""
+    rows = shapes.parameters(config.model)
+    learned = sum(row.elements for row in rows if shapes.learns(config, row))
+    if learned < plan.parameters:
+        share = 100 * learned / plan.parameters
+        yield f"{learned / 1e6:.3f} M of them learn ({share:.2f} %)"
+    if config.parallel.sequence and plan.tensor_parallel == 1:
+        yield "parallel.sequence divides nothing where parallel.tensor is 1"
+    if (warmup := config.schedule.warmup_steps) > (steps := config.training.steps):
+        yield (
+            f"schedule.warmup_steps {warmup} is over training.steps {steps}: the rate rises to the "
+            "end"
+        )
 
 
 def _host_faults(beside: Mapping[str, int], launch: Launch) -> Iterator[str]:
@@ -90,10 +105,15 @@ def _unsupported(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) 
             "auto"
         )
     wandb = config.logging.wandb
-    if wandb is not None and wandb.mode != "disabled" and not is_installed():
+    if wandb is not None and wandb.mode != "disabled" and not env.has_package("wandb"):
         yield (
             "logging.wandb: the package wandb is not installed; get it with `pip install -e "
             '".[wandb]"`, or leave logging.wandb out'
+        )
+    if config.logging.tensorboard and not env.has_package("tensorboard"):
+        yield (
+            "logging.tensorboard: the package tensorboard is not installed; `pip install -e .` has "
+            "it, or set it to false"
         )
     if config.training.compile and not env.has_compiler():
         yield (

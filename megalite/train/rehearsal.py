@@ -218,7 +218,8 @@ def dry_run(config: RunConfig, launch: Launch, ranks: int) -> int:
     lines = [
         f"{config.name} on {world} ranks, of which {plan.tensor_parallel} share a model: every "
         f"shape of a step agrees ({done.seconds:.0f} s)",
-        f"a rank holds {done.parameters:,} parameters; {done.with_gradient:,} had gradients",
+        f"a rank computes with {done.parameters:,} parameters; {done.with_gradient:,} had "
+        "gradients",
     ]
     lines += [
         f"  {call.group} {call.kind} {call.dtype}: {call.count:,}, {call.bytes / gib:.3f} GiB"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megalite import checkpoint, env, shapes
+from megalite import checkpoint, env
 from megalite.checkpoint import Lease, Place, Saver
 from megalite.data import Dataset, Loader, Samples
 from megalite.engine import Engine
@@ -29,6 +29,7 @@ from megalite.log import logger
 from megalite.observe import Recorder, Sections, Stragglers, Trace, Watchdog, restate
 from megalite.parallel import Grid, start, stop
 from megalite.plan import Plan
+from megalite.train.checks import remarks
 from megalite.train.drift import DriftGuard
 from megalite.train.feed import Feed, StopRequest
 from megalite.train.folder import opened
@@ -319,13 +320,8 @@ class _Run:
             plan.sequence_length,
             self.grid.device.type,
         )
-        rows = shapes.parameters(config.model)
-        learned = sum(row.elements for row in rows if shapes.learns(config, row))
-        if learned < plan.parameters:
-            share = 100 * learned / plan.parameters
-            logger.info("%.3f M of them learn (%.2f %%)", learned / 1e6, share)
-        if config.parallel.sequence and plan.tensor_parallel == 1:
-            logger.info("parallel.sequence divides nothing where parallel.tensor is 1")
+        for remark in remarks(config, plan):
+            logger.info("%s", remark)
         facts = self.train.describe(plan.global_batch_size * config.training.steps)
         layout = {"world_size": plan.world_size, "zero_stage": plan.zero_stage, "data": facts}
         if origin is None or origin.weights_only:
@@ -335,6 +331,8 @@ class _Run:
             self.recorder.event(self.place.step, "start", **layout, **extra)
             return
         logger.info("resumed from %s", origin.folder)
+        if self.place.step >= config.training.steps:
+            logger.info("all of its steps are done: raise training.steps, or choose another name")
         for key, change in origin.changes.items():
             told = (
                 f"{change['before']} -> {change['after']}" if isinstance(change, dict) else change

@@ -157,14 +157,16 @@ class Tuning:
         A collective; None where it was given up, or where nothing is held out.
         """
         held = next((name for name in ("valid", "test") if name in self.sets), None)
-        row: dict[str, Any] = {"step": step, "epoch": round(step / self._per_epoch, 4)}
+        epoch = self._ends.get(step) or round(step / self._per_epoch, 4)
+        row: dict[str, Any] = {"step": step, "epoch": epoch}
         if self._section.eval_train:
             found = self._measure("train", stopping)
             if found is None:
                 return None
             row |= {f"train_{key}": found[key] for key in _TOLD if key in found}
         if held is None:
-            self.recorder.valid(row)
+            if self._section.eval_train:
+                self.recorder.valid(row)
             return None
         found = self._measure(held, stopping, step)
         if found is None:

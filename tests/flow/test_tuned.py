@@ -73,3 +73,46 @@ def test_a_model_that_answers(shards: dict[str, str], tmp_path: Path) -> None:
     shards_asked = _launch("eval", "--checkpoint", run, "--data", shards["valid"])
     assert shards_asked.returncode == 2
     assert "these are shards; a fine-tuned model is measured on rows" in shards_asked.stderr
+
+
+def test_the_labels_of_new_texts(tmp_path: Path) -> None:
+    kinds = {"good": "a warm film", "bad": "a dull film"}
+    rows = [{"text": f"{kinds[name]} {n}", "label": name} for n in range(8) for name in kinds]
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(tmp_path / "old.jsonl"), "cache": str(tmp_path / "cache")}
+    raw = {
+        "name": "labels",
+        "model": {"vocab_size": 258, "hidden_size": 16, "intermediate_size": 32}
+        | {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32},
+        "finetune": {
+            "task": "classification",
+            "data": data | {"tokenizer": "bytes", "max_length": 32},
+        },
+        "optimizer": {"lr": 1e-3},
+        "training": {"steps": 2, "global_batch_size": 4, "micro_batch_size": 4},
+        "logging": {"directory": str(tmp_path), "tensorboard": False},
+    }
+    file, run, told = tmp_path / "labels.json", tmp_path / "labels", tmp_path / "told.jsonl"
+    file.write_text(json.dumps(raw))
+    began = _launch("finetune", "--config", file)
+    assert began.returncode == 0, began.stderr
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
+
+    (tmp_path / "new.csv").write_text("id,text\n7,a warm one\n8,a dull one\n9,\n")
+    asked = ("--checkpoint", run, "--data", tmp_path / "new.csv")
+    refused = _launch("eval", *asked)
+    assert refused.returncode == 2
+    assert "no column 'label'" in refused.stderr
+    assert "rows without labels are for --predictions FILE" in refused.stderr
+    refused = _launch("eval", *asked, "--predictions", told)
+    assert refused.returncode == 2
+    assert "row 2 (to line 4): field 'text' is empty; 1 bad row, more than" in refused.stderr
+    assert not told.exists()
+    (tmp_path / "new.csv").write_text("id,text\n7,a warm one\n8,a dull one\n")
+    answered = _launch("eval", *asked, "--predictions", told, "--json")
+    assert answered.returncode == 0, answered.stderr
+    found = json.loads(answered.stdout)
+    assert (found["examples"], found["labelled"], found["loss"]) == (2, 0, None)
+    lines = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [(line["id"], line["label"]) for line in lines] == [(0, None), (1, None)]
+    assert all(line["prediction"] in kinds for line in lines)

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megalite.config import ModelConfig
+from megalite.config import ModelConfig, allowed_tensor_parallel
 from megalite.shapes import (
     TABLE,
     Init,
     Split,
-    allowed_tensor_parallel,
     local_shape,
     parameters,
     pieces,

@@ -33,8 +33,8 @@ def family_of(model: ModelConfig) -> Family:
     """
     if model.num_labels:
         raise CommandError(
-            "this is a classifier, which Hugging Face's classes read in other ways: its labels are "
-            "told by launcher/eval.py"
+            "this is a classifier, whose texts and head Hugging Face's classes read in other ways: "
+            "launcher/eval.py --predictions tells the labels of new texts"
         )
     nearest: list[tuple[int, str]] = []
     for family in FAMILIES:

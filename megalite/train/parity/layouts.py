@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from megalite import env, shapes
-from megalite.config import ModelConfig
+from megalite import env
+from megalite.config import ModelConfig, allowed_tensor_parallel
 
 # weights really leave a rank between uses, however small
 _RELEASED = {
@@ -100,7 +100,7 @@ def layouts(model: ModelConfig, ranks: int) -> list[Layout]:
 
 
 def _layouts(model: ModelConfig, ranks: int) -> Iterator[Layout]:
-    sizes = [n for n in shapes.allowed_tensor_parallel(model) if 1 < n <= ranks]
+    sizes = [n for n in allowed_tensor_parallel(model) if 1 < n <= ranks]
     for stage in range(4):
         yield Layout(data=ranks, stage=stage)
     for index, size in enumerate(sizes):  # the norm is ours at stage 0, DeepSpeed's above

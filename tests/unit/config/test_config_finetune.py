@@ -53,7 +53,7 @@ def made(tuning: dict[str, Any], **model: Any) -> RunConfig:
         (section(data={"valid_fraction": 0.6, "test_fraction": 0.4}), {}, "leaves no row to learn"),
         (section(early_stopping=2), {}, "it needs a valid or a test split"),
         (section(adapter={"rank": 4, "targets": []}), {}, "a list of 1 or more"),
-        (section(data={"max_length": 500}), {}, "data.sequence_length: 500 is over"),
+        (section(data={"max_length": 500}), {}, "finetune.data.max_length: 500 is over"),
         ({"task": "classification"}, {}, "finetune.data: is missing"),
     ],
 )

@@ -78,6 +78,11 @@ def test_what_is_sound(keys: dict[str, Any]) -> None:
             "model.num_key_value_heads: 3 does not divide num_attention_heads 4; try 1, 2, 4",
         ),
         (
+            {"parallel__tensor": 3},
+            "parallel.tensor: 3 does not divide the key/value heads (4) and the MLP (64); try 1 "
+            "or 2 or 4",
+        ),
+        (
             {"data__sequence_length": 65},
             "data.sequence_length: 65 is over model.max_position_embeddings 64; lower the one or "
             "raise the other",

@@ -169,7 +169,10 @@ def test_a_templates_file_is_looked_for_in_this_order(tmp_path: Path) -> None:
         ([], "not a list"),
         (["x"], "message 0 is 'x', not an object"),
         ([{"from": "human", "value": "x"}], "no role; it has from, value"),
-        ([{"role": "user", "content": "x"}], "no turn of an assistant"),
+        (
+            [{"role": "user", "content": "x"}],
+            "no turn has the role 'assistant'; its",
+        ),
         ([{"role": "user"}, TURNS[1]], "content of message 0 is None"),
         ([{"role": "assistant", "content": " \n"}], "content of message 0 is empty"),
         ([{"role": "user", "content": "a\0"}, TURNS[1]], "NUL at character 1"),

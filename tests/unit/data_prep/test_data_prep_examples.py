@@ -275,7 +275,7 @@ def test_two_at_the_same_time_share_one_folder(monkeypatch: pytest.MonkeyPatch) 
 
 def test_nothing_is_left_of_a_failure() -> None:
     jsonl("a.jsonl", ["x"])
-    with pytest.raises(DataError, match="bad row 1"):
+    with pytest.raises(DataError, match="1 bad row,"):
         make("a.jsonl")
     assert not Path("data").exists()
 

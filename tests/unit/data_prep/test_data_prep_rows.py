@@ -183,7 +183,9 @@ def test_a_fault_is_named_and_counted(
     row: Any, reason: str, told: pytest.LogCaptureFixture
 ) -> None:
     jsonl("a.jsonl", [*ROWS[:2], row, ROWS[2]])
-    with pytest.raises(DataError, match=r"a.jsonl line 3: .*bad row 1, .*max_bad_rows 0") as error:
+    with pytest.raises(
+        DataError, match=r"a.jsonl line 3: .*; 1 bad row, .*max_bad_rows 0"
+    ) as error:
         make("a.jsonl")
     assert reason in str(error.value)
     split = opened(make("a.jsonl", max_bad_rows=1))[1]["train"]
@@ -199,8 +201,11 @@ def test_faults_are_counted_by_split_and_few_are_named(told: pytest.LogCaptureFi
     assert [one.info.bad_rows for one in split.values()] == [8, 8]
     assert told.text.count("left out") == 10
     assert told.text.count("label '7' is none of 0, 1, 2") == 1
-    with pytest.raises(DataError, match=r"bad row 8, more than .* 7"):
+    with pytest.raises(DataError, match=r"8 bad rows, more than .* 7"):
         make("d", test_split="test", max_bad_rows=7)
+    jsonl("e.jsonl", ["x"] * 3000)
+    with pytest.raises(DataError, match=r"line 1: .*; 1,001 or more bad rows, more than .* 0"):
+        make("e.jsonl")
 
 
 def test_csv_rows_of_another_length_are_faults() -> None:
@@ -219,3 +224,37 @@ def test_a_split_without_examples_is_refused() -> None:
         make("d", test_split="test")
     with pytest.raises(DataError, match="train split has no example"):
         make("d", "language_modeling", train_split="test", tokenizer=None)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "folder"])
+def test_rows_whose_labels_are_asked_for(kind: str, told: pytest.LogCaptureFixture) -> None:
+    found = [{"text": "a", "label": 1}, {"text": "b", "label": None}, {"text": "c", "label": 0}]
+
+    def written(place: str, found: list[dict[str, Any]]) -> str:
+        table = pa.Table.from_pylist(found)
+        if kind == "folder":
+            datasets.Dataset(table).save_to_disk(place)
+            return place
+        path = f"{place}.{kind}"
+        if kind == "parquet":
+            pq.write_table(table, path)
+        elif kind == "csv":
+            lines = [",".join("" if v is None else str(v) for v in row.values()) for row in found]
+            Path(path).write_text("\n".join([",".join(found[0]), *lines]) + "\n")
+        else:
+            jsonl(path, found)
+        return path
+
+    asked = {"labels": ["0", "1"], "unlabelled": True}
+    train = "train" if kind != "folder" else "None"
+    split = opened(make(written("some", found), train_split=train, **asked))[1]["train"]
+    assert split.labels is not None
+    assert split.labels.tolist() == [1, -1, 0]
+    assert split.info.counts == {"0": 1, "1": 1}
+    bare = written("none", [{"text": row["text"]} for row in found])
+    split = opened(make(bare, train_split=train, **asked))[1]["train"]
+    assert split.labels is not None
+    assert split.labels.tolist() == [-1] * 3
+    assert "no example of" not in told.text
+    with pytest.raises(DataError, match="label"):
+        make(bare, train_split=train, labels=["0", "1"])

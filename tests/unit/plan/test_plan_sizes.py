@@ -83,13 +83,6 @@ def test_precision_follows_the_device_when_asked_to() -> None:
             "data-parallel ranks = 32; try 32",
         ),
         (
-            {"parallel__tensor": 4},
-            4,
-            "cpu",
-            "parallel.tensor: 4 does not divide the key/value heads (2) and the MLP (96); try 1 "
-            "or 2",
-        ),
-        (
             {"parallel__tensor": 2},
             3,
             "cpu",
@@ -130,10 +123,6 @@ def test_precision_follows_the_device_when_asked_to() -> None:
 )
 def test_faults(changes: dict[str, Any], world_size: int, device: Any, expected: str) -> None:
     assert faults(config(**changes), world_size, device) == [expected]
-
-
-def test_every_fault_of_a_layout_at_once() -> None:
-    assert len(faults(config(parallel__tensor=3), 4)) == 2
 
 
 def test_flops_count_the_head_and_causal_attention() -> None:

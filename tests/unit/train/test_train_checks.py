@@ -164,9 +164,13 @@ def test_a_missing_package_is_named_with_its_install(
     free: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free(4)
-    monkeypatch.setattr(checks, "is_installed", lambda: False)
+    monkeypatch.setattr(checks.env, "has_package", lambda name: False)
     for mode, count in (("online", 1), ("disabled", 0)):
-        config = run_config(logging={"wandb": {"project": "mine", "mode": mode}})
+        sinks = {"wandb": {"project": "mine", "mode": mode}, "tensorboard": False}
+        config = run_config(logging=sinks)
         faults = checks.hardware_faults(config, plan_of(config, 1), launch_of(1, 1), "cpu")
         assert len(faults) == count
         assert all('get it with `pip install -e ".[wandb]"`' in fault for fault in faults)
+    config = run_config(logging={"tensorboard": True})
+    [fault] = checks.hardware_faults(config, plan_of(config, 1), launch_of(1, 1), "cpu")
+    assert fault.startswith("logging.tensorboard: the package tensorboard is not installed")

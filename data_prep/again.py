@@ -1,0 +1,70 @@
+"""The rows that a fine-tuned model is measured on again, or whose labels it is to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.examples import prepare
+from megalite.config import RunConfig
+from megalite.errors import DataError, MegaLiteError
+from megalite.formats.examples import read_manifest
+
+
+def prepare_again(
+    config: RunConfig,
+    tokenizer: Path,
+    path: str | None,
+    first: bool,
+    gather: Callable[[Any], Sequence[Any]],
+    *,
+    unlabelled: bool = False,
+) -> tuple[Path, str]:
+    """The examples that a fine-tuned model is measured on, and their split; for all ranks.
+
+    Args:
+        path: rows of another file; None: the test split of its own data, else valid, else train.
+        first: whether this is the rank that makes them.
+        gather: a value of each rank, on all.
+        unlabelled: whether rows may be without a label.
+    Raises:
+        DataError: on every rank, what is wrong with them.
+    """
+    made: tuple[Path | None, MegaLiteError | None] = (None, None)
+    if first:
+        try:
+            made = _prepare(config, tokenizer, path, unlabelled), None
+        except MegaLiteError as error:
+            made = None, error
+    folder, fault = gather(made)[0]
+    if fault is not None:
+        raise fault
+    splits = read_manifest(folder).splits
+    return folder, next(split for split in ("test", "valid", "train") if split in splits)
+
+
+def _prepare(config: RunConfig, tokenizer: Path, path: str | None, unlabelled: bool) -> Path:
+    assert config.finetune is not None
+    data = config.finetune.data.model_copy(update={"tokenizer": None})
+    if path is not None:
+        if Path(path).is_dir() and any(Path(path).glob("*.idx")):
+            raise DataError(
+                f"--data {path}: these are shards; a fine-tuned model is measured on rows, as its "
+                f"run was ({data.path}): give a file of them, or leave it out"
+            )
+        own = {"path": path, "valid_split": None, "test_split": None}
+        own |= {"valid_fraction": None, "test_fraction": None}
+        data = data.model_copy(update=own)
+    tuning = config.finetune.model_copy(update={"data": data})
+    config = config.model_copy(update={"finetune": tuning})
+    called = f"--data {path}" if path else ""
+    try:
+        return prepare(config, tokenizer=tokenizer, measured=called, unlabelled=unlabelled)
+    except DataError as error:
+        if path is None:
+            raise
+        told = str(error).replace(f"finetune.data.path {path}", f"--data {path}")
+        lacks = tuning.task == "classification" and repr(data.label_column) in told
+        hint = "; rows without labels are for --predictions FILE" if lacks else ""
+        raise DataError(told + hint) from None
