@@ -124,22 +124,13 @@ def run_main(
     except MegaLiteError as error:
         _print_error(error)
         code = error.exit_code
-    except ModuleNotFoundError as error:
-        if rank == 0:
-            logger.error(
-                "this Python, %s, has no package %s; install MegaLite into it (`pip install -e "
-                ".`), or start the one that has it",
-                *(sys.executable, error.name),
-            )
-        code = UserError.exit_code
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    except Exception:
-        logger.exception("a fault of the program, not of its input:")
-        code = 1
+    except Exception as error:
+        code = _print_fault(error)
     sys.stdout.flush()
     sys.stderr.flush()
     logging.shutdown()
@@ -151,6 +142,20 @@ def run_main(
 def _print_error(error: MegaLiteError) -> None:
     for line in str(error).splitlines():
         logger.error("%s", line)
+
+
+def _print_fault(error: Exception) -> int:
+    """Say what was not foreseen; the exit code. A package that is not there is the user's."""
+    name = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+    if name and name.partition(".")[0] not in ("megalite", "data_prep"):
+        logger.error(
+            "this Python, %s, has no package %s; install MegaLite into it (`pip install -e .`), "
+            "or start the one that has it",
+            *(sys.executable, name),
+        )
+        return UserError.exit_code
+    logger.error("a fault of the program, not of its input:", exc_info=error)
+    return 1
 
 
 def _lower_level(record: logging.LogRecord) -> bool:

@@ -182,6 +182,17 @@ def test_what_is_not_ours_keeps_its_traceback(capsys: pytest.CaptureFixture[str]
     assert shown.endswith("ZeroDivisionError: a bug\n")
 
 
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize(("name", "code"), [("torch", 2), ("megalite.gone", 1)])
+def test_a_package_that_is_not_there(
+    name: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert leave(ModuleNotFoundError(f"No module named {name!r}", name=name)) == code
+    shown = capsys.readouterr().err
+    assert ("Traceback" in shown) == (code == 1)
+    assert (f"{sys.executable}, has no package torch; install" in shown) == (code == 2)
+
+
 @pytest.mark.parametrize("ranks", [False, True])
 def test_the_codes_of_a_real_process(tmp_path: Path, ranks: bool) -> None:
     """Nothing written is lost, also where the interpreter's teardown is left out."""
