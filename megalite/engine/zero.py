@@ -8,8 +8,9 @@ ranks and the loss is divided once, by the targets of the whole global batch.
 from __future__ import annotations
 
 import importlib
+import io
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
 from typing import Any
 
@@ -122,13 +123,14 @@ class DeepSpeedEngine:
             deepspeed.utils.set_z3_leaf_modules(self.model, [type(next(iter(self.model.blocks)))])
         optimizer = make_optimizer(config, self.model.named_parameters())
         self._groups = group_numbers(optimizer)  # before DeepSpeed puts its own tensors there
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=self.model,
-            optimizer=optimizer,
-            config=self.settings,
-            mpu=ds_config.Mpu(grid),
-            dist_init_required=False,
-        )
+        with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory to it
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=self.model,
+                optimizer=optimizer,
+                config=self.settings,
+                mpu=ds_config.Mpu(grid),
+                dist_init_required=False,
+            )
         ds_config.compare(self.settings, self.engine)
         self._create_states()
         if self.stage > 0:
