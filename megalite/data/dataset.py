@@ -244,7 +244,8 @@ def _open(
         if shards.vocab_size > vocab_size:
             faults.append(
                 f"{shards.path}: its tokenizer has {shards.vocab_size} ids, but model.vocab_size "
-                f"is {vocab_size}; raise it, or use shards of a smaller vocabulary"
+                f"is {vocab_size}; raise it for a model yet to be trained, or use shards of this "
+                "model's tokenizer"
             )
     faults += _other_tokenizers(opened)
     # checkpoints carry one file; those of the other sources have its hash
