@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -74,8 +75,10 @@ def test_the_blocks_of_the_tutorial_run(tmp_path: Path) -> None:
     for name in ("launcher", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     found = blocks("tutorial.md")
-    assert len(found) == 7
+    assert len(found) == 8
     assert failures(found, tmp_path) == []
+    [answer] = (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(answer)["prediction"] in ("positive", "negative")
     page = (tmp_path / "why.html").read_text(encoding="utf-8")
     assert "ending" in page
 
