@@ -52,7 +52,7 @@ MODEL: dict[str, Any] = {
 # the part of the words it hides. Fine-tuning: tokens of an example, epochs.
 SETS: dict[str, dict[str, Any]] = {
     "reuters": {"steps": 3000, "own": 1.0, "mask": 0.2, "longest": 256, "epochs": 5},
-    "tomatoes": {"steps": 6000, "own": 0.3, "mask": 0.5, "longest": 64, "epochs": 4},
+    "tomatoes": {"steps": 5000, "own": 0.3, "mask": 0.5, "longest": 64, "epochs": 4},
 }
 WINDOW, BATCH = 128, 16
 RATE, LORA_RATE = 1e-3, 2e-3
