@@ -134,7 +134,7 @@ def _origin(fault: Fault, source: str, origins: Origins) -> str:
     while key and key not in origins and any(part.isdigit() for part in key):
         key = key[:-1]  # into a list, which is written whole
     # a section that nothing but --set has made is known by what is in it
-    within = (told for at, told in origins.items() if at[: len(key)] == key)
+    within = (told for at, told in origins.items() if key and at[: len(key)] == key)
     return origins.get(key) or next(within, f"{source}: ")
 
 
