@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.examples import prepare
+from megalite import files
 from megalite.config import RunConfig
 from megalite.errors import DataError, MegaLiteError
 from megalite.formats.examples import read_manifest
@@ -19,7 +21,7 @@ def prepare_again(
     first: bool,
     gather: Callable[[Any], Sequence[Any]],
     *,
-    unlabelled: bool = False,
+    predictions: Path | None = None,
 ) -> tuple[Path, str]:
     """The examples that a fine-tuned model is measured on, and their split; for all ranks.
 
@@ -27,14 +29,15 @@ def prepare_again(
         path: rows of another file; None: the test split of its own data, else valid, else train.
         first: whether this is the rank that makes them.
         gather: a value of each rank, on all.
-        unlabelled: whether rows may be without a label.
+        predictions: where the answers are to be written; rows of `path` may be without a label
+            then, and those that cannot be used are left out.
     Raises:
-        DataError: on every rank, what is wrong with them.
+        UserError: on every rank, what is wrong with them.
     """
     made: tuple[Path | None, MegaLiteError | None] = (None, None)
     if first:
         try:
-            made = _prepare(config, tokenizer, path, unlabelled), None
+            made = _prepare(config, tokenizer, path, predictions), None
         except MegaLiteError as error:
             made = None, error
     folder, fault = gather(made)[0]
@@ -44,17 +47,23 @@ def prepare_again(
     return folder, next(split for split in ("test", "valid", "train") if split in splits)
 
 
-def _prepare(config: RunConfig, tokenizer: Path, path: str | None, unlabelled: bool) -> Path:
+def _prepare(config: RunConfig, tokenizer: Path, path: str | None, answers: Path | None) -> Path:
     assert config.finetune is not None
     data = config.finetune.data.model_copy(update={"tokenizer": None})
+    unlabelled = answers is not None and path is not None
+    if answers is not None:
+        place = Path(path or data.path)
+        reads = [place, *(place.iterdir() if place.is_dir() else ())]
+        files.check_target(answers, reads, option="--predictions")
     if path is not None:
         if Path(path).is_dir() and any(Path(path).glob("*.idx")):
             raise DataError(
                 f"--data {path}: these are shards; a fine-tuned model is measured on rows, as its "
                 f"run was ({data.path}): give a file of them, or leave it out"
             )
-        own = {"path": path, "valid_split": None, "test_split": None}
-        own |= {"valid_fraction": None, "test_fraction": None}
+        held = ("valid_split", "test_split", "valid_fraction", "test_fraction")
+        limit = sys.maxsize if unlabelled else data.max_bad_rows
+        own = {**dict.fromkeys(held), "path": path, "max_bad_rows": limit}
         data = data.model_copy(update=own)
     tuning = config.finetune.model_copy(update={"data": data})
     config = config.model_copy(update={"finetune": tuning})
@@ -65,6 +74,6 @@ def _prepare(config: RunConfig, tokenizer: Path, path: str | None, unlabelled: b
         if path is None:
             raise
         told = str(error).replace(f"finetune.data.path {path}", f"--data {path}")
-        lacks = tuning.task == "classification" and repr(data.label_column) in told
-        hint = "; rows without labels are for --predictions FILE" if lacks else ""
-        raise DataError(told + hint) from None
+        lacks = [f"no {what} {data.label_column!r}" in told for what in ("column", "field")]
+        hint = "; rows without labels are for --predictions FILE" if any(lacks) else ""
+        raise DataError(told.replace(", or allow more", "") + hint) from None

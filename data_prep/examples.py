@@ -211,6 +211,9 @@ class _Maker:
             found = np.bincount(np.asarray(known, np.int64), minlength=len(self._labels))
             counts = dict(zip(self._labels, found.tolist(), strict=True))
             none = [label for label, count in counts.items() if not count]
+            if called == "train":
+                listed = [f"{label} {count:,}" for label, count in list(counts.items())[:20]]
+                logger.info("train: %d labels: %s", len(counts), ", ".join(listed))
             if none and len(known) == total:
                 logger.warning(
                     "%s: no example of %s; macro averages count them as 0", called, ", ".join(none)
@@ -287,7 +290,7 @@ class _Maker:
         data = self._data
         if self._task == "classification":
             text = row.text(data.text_column)
-            if self._optional and row.values.get(data.label_column) in (None, ""):
+            if self._optional and self._lacks(row.values.get(data.label_column)):
                 return _Fields(row, (text,))
             label = label_name(row.get(data.label_column), data.label_column, self._names)
             if self._labels and label not in self._labels:
@@ -300,6 +303,11 @@ class _Maker:
                 return _Fields(row, (), "", [{"role": r, "content": text} for r, text in turns])
             return _Fields(row, (), "", check_messages(row.get(data.messages_column)))
         return _Fields(row, tuple(row.text(column) for column in self._columns))
+
+    def _lacks(self, label: Any) -> bool:
+        """Whether a value stands for no label: null, blank, NaN, or the hub's -1."""
+        empty = label is None or label != label or (isinstance(label, str) and not label.strip())
+        return empty or (str(label) == "-1" and "-1" not in self._labels)
 
     # ---- what is learned from the training split before it is tokenized
 

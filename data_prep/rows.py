@@ -24,6 +24,8 @@ from megalite.errors import DataError
 from megalite.formats.tokenizer import load_tokenizer
 from megalite.log import logger
 
+Names = Sequence[str]
+
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _BATCH = 1024  # rows
 _NAMED = 5
@@ -137,9 +139,7 @@ class Source(Protocol):
     def identity(self, split: str) -> list[Any]:
         """What is equal if the split's rows are."""
 
-    def rows(
-        self, split: str, columns: Sequence[str], optional: Sequence[str] = ()
-    ) -> Iterator[Row]:
+    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
         """All rows in order; DataError for a column that a table lacks, or for a damaged file.
 
         Args:
@@ -224,15 +224,13 @@ class _Files:
     def label_names(self, split: str, column: str) -> tuple[str, ...] | None:
         return None
 
-    def rows(
-        self, split: str, columns: Sequence[str], optional: Sequence[str] = ()
-    ) -> Iterator[Row]:
+    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
         file = self._file(split)
         ending = _parts(file.name)[1]
         if ending == ".parquet":
             return _parquet_rows(str(file), columns, optional)
         if ending in (".csv", ".tsv"):
-            return _csv_rows(str(file), columns, "\t" if ending == ".tsv" else ",")
+            return _csv_rows(str(file), columns, optional, "\t" if ending == ".tsv" else ",")
         return _json_rows(str(file), array=ending == ".json")
 
     def _file(self, split: str) -> Path:
@@ -277,14 +275,14 @@ def _json_row(number: int, place: str, value: Any) -> Row:
     return Row(number, place, fault=f"{value!r:.40} is not a JSON object")
 
 
-def _csv_rows(path: str, columns: Sequence[str], delimiter: str) -> Iterator[Row]:
+def _csv_rows(path: str, columns: Names, optional: Names, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     damage = (*DAMAGE, UnicodeDecodeError, csv.Error)
     with naming(path, damage), closing(InputFile(path)) as file:
         text = io.TextIOWrapper(file.bytes, "utf-8-sig", newline="")
         reader = csv.DictReader(text, delimiter=delimiter, strict=True)
         header = reader.fieldnames or ()
-        _check_columns(path, header, columns)
+        _check_columns(path, header, columns, optional)
         for number, values in enumerate(reader):
             place = f"{path} row {number} (to line {reader.line_num})"
             found = len(header) - list(values.values()).count(None) + len(values.pop(None, ()))
@@ -292,7 +290,7 @@ def _csv_rows(path: str, columns: Sequence[str], delimiter: str) -> Iterator[Row
             yield Row(number, place, values, f"{found} fields, not {len(header)}" if wrong else "")
 
 
-def _parquet_rows(path: str, columns: Sequence[str], optional: Sequence[str]) -> Iterator[Row]:
+def _parquet_rows(path: str, columns: Names, optional: Names) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -308,9 +306,7 @@ def _table_rows(path: str, tables: Iterator[Any]) -> Iterator[Row]:
     return (Row(n, f"{path} row {n}", row) for n, row in enumerate(values))
 
 
-def _check_columns(
-    path: str, names: Sequence[str], columns: Sequence[str], optional: Sequence[str] = ()
-) -> list[str]:
+def _check_columns(path: str, names: Names, columns: Names, optional: Names = ()) -> list[str]:
     """What is read: `columns`, each of which is there once, and those of `optional` there are."""
     read = [*columns, *(column for column in optional if column in names)]
     for column in read:
@@ -335,9 +331,7 @@ class _Set:
         names = getattr(self._split(split).features.get(column), "names", None)
         return tuple(names) if names else None
 
-    def rows(
-        self, split: str, columns: Sequence[str], optional: Sequence[str] = ()
-    ) -> Iterator[Row]:
+    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
         found = self._split(split)
         read = _check_columns(self._name, found.column_names, columns, optional)
         with naming(self._name, (Exception,)):

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from megalite import env, files
+from megalite import env
 from megalite.errors import CommandError
 from megalite.log import command_parser, run_main
 
@@ -58,10 +58,10 @@ def main() -> None:
     for name in ("limit", "batch_size", "tensor"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise CommandError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    if arguments.tasks and arguments.predictions:
+        raise CommandError("--predictions are a classifier's, whom no --tasks asks: leave one out")
     if not arguments.tasks and (arguments.limit or arguments.task_path):
         raise CommandError("--limit and --task-path are of --tasks; name some, or leave them out")
-    if arguments.predictions is not None:
-        files.check_target(arguments.predictions, option="--predictions")
     from data_prep.again import prepare_again
     from megalite.evaluate import classify, harness, open_model, score_data, table
     from megalite.parallel import start
@@ -77,10 +77,11 @@ def main() -> None:
     if opened.run is not None and opened.run.finetune is not None:
         folder, split = prepare_again(
             *(opened.run, opened.folder / "tokenizer", arguments.data, grid.rank == 0, grid.gather),
-            unlabelled=arguments.predictions is not None and arguments.data is not None,
+            predictions=arguments.predictions,
         )
         told = {"micro_batch_size": size, "predictions": arguments.predictions}
-        result |= classify.score_examples(opened, folder, split, grid, **told)
+        own = arguments.data is None
+        result |= classify.score_examples(opened, folder, split, grid, own=own, **told)
     elif not arguments.tasks or arguments.data:
         result |= score_data(opened, grid, data=arguments.data, micro_batch_size=size)
     result["tasks"] = None

@@ -55,6 +55,8 @@ def check_target(path: Path, reads: Iterable[Path] = (), *, option: str = "--out
         for read in reads:
             if path.exists() and read.exists() and path.samefile(read):
                 raise CommandError(f"{asked}: it is {read}, which is read here; name another file")
+        if path.is_symlink():  # a device's, too
+            raise CommandError(f"{asked} is a link; name the file itself")
         partial = _partial(path)
         partial.touch(exist_ok=False)
         partial.unlink()

@@ -13,6 +13,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +147,14 @@ def _print_error(error: MegaLiteError) -> None:
 
 
 def _print_fault(error: Exception) -> int:
-    """Say what was not foreseen; the exit code. A package that is not there is the user's."""
-    name = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
-    if name and name.partition(".")[0] not in ("megalite", "data_prep"):
-        logger.error(
-            "this Python, %s, has no package %s; install MegaLite into it (`pip install -e .`), "
-            "or start the one that has it",
-            *(sys.executable, name),
-        )
+    """Say what was not foreseen; the exit code. A package that we need is the user's to install."""
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    with suppress(PackageNotFoundError):
+        lines = (line for line in requires("megalite") or () if ";" not in line)  # no extras
+        name = name if name in {re.split(r"\W", line)[0] for line in lines} else None
+    if name is not None:
+        advice = "install MegaLite into it (`pip install -e .`), or start the one that has it"
+        logger.error("this Python, %s, has no package %s; %s", sys.executable, name, advice)
         return UserError.exit_code
     logger.error("a fault of the program, not of its input:", exc_info=error)
     return 1

@@ -74,7 +74,9 @@ def _shares(config: RunConfig) -> Iterator[Fault]:
 
 def _length_key(config: RunConfig) -> str:
     """The key that says how long a sample is."""
-    return "finetune.data.max_length" if config.finetune else "data.sequence_length"
+    tuning, length = config.finetune, config.data.sequence_length
+    own = tuning is not None and tuning.data.max_length == length
+    return "finetune.data.max_length" if own else "data.sequence_length"
 
 
 def _positions(config: RunConfig) -> Iterator[Fault]:

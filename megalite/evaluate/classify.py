@@ -14,10 +14,11 @@ from torch import Tensor
 
 from megalite import files
 from megalite.data import Batch, ExampleSet, first_batches
+from megalite.errors import DataError
 from megalite.evaluate.loss import perplexity, sum_loss
 from megalite.evaluate.metrics import classification_metrics, confusion_picture, predictions_rows
 from megalite.evaluate.opened import OpenedModel
-from megalite.formats.examples import read_manifest
+from megalite.formats.examples import fingerprint, read_manifest
 from megalite.parallel import Grid
 
 
@@ -69,6 +70,7 @@ def score_examples(
     grid: Grid,
     *,
     micro_batch_size: int,
+    own: bool = False,
     predictions: Path | None = None,
 ) -> dict[str, Any]:
     """What a fine-tuned model is worth on a split of tokenized examples; a collective.
@@ -77,11 +79,16 @@ def score_examples(
     are; of others loss (nats) and perplexity of what is learned.
 
     Args:
+        own: whether they are to be those of the run.
         predictions: where rank 0 writes a classifier's answers, a line an example.
     """
     assert opened.run is not None
     assert opened.run.finetune is not None
-    dataset = ExampleSet(folder, read_manifest(folder), split, opened.run, shuffle=False)
+    manifest = read_manifest(folder)
+    if own and opened.data_fingerprint.partition("/")[0] != fingerprint(manifest):
+        told = "its own rows have changed since, and would be split in another way"
+        raise DataError(f"{opened.folder}: {told}; name rows that it has not seen with --data")
+    dataset = ExampleSet(folder, manifest, split, opened.run, shuffle=False)
     if opened.run.finetune.task != "classification":
         sums = sum_loss(
             opened.loss,
@@ -102,7 +109,8 @@ def score_examples(
         write_predictions(predictions, scores, dataset)
     labels = _labels(dataset)
     if (labels < 0).any():
-        return {"examples": len(labels), "labelled": int((labels >= 0).sum())}
+        counts = {"examples": len(labels), "labelled": int((labels >= 0).sum())}
+        return counts | {"left_out": dataset.split.info.bad_rows}
     return measures(scores, dataset)
 
 

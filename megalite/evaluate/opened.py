@@ -50,6 +50,7 @@ class OpenedModel:
     tokenizer_folder: Path
     tokenizer_sha256: str
     device: torch.device
+    data_fingerprint: str = ""
 
     def last_logits(self, ids_1T: Tensor) -> Tensor:
         """Scores of the token after `ids`, fp32 [1, V]; reads no further back than the window."""
@@ -196,7 +197,7 @@ def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
     if not path.is_dir():
         raise CommandError(f"--checkpoint {path}: no such folder; give a step or a run folder")
     run: RunConfig | None = None
-    sha256 = ""
+    sha256 = data = ""
     stored: Stored
     if is_huggingface(path):
         stored = weights = HuggingFaceFolder(path)
@@ -209,6 +210,7 @@ def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
             raise CheckpointError(f"{folder}/config.json: {error}") from None
         stored, config = merged(StoredCheckpoint(folder, manifest), run.model)
         tokenizer_folder, sha256 = folder / "tokenizer", manifest.tokenizer_sha256
+        data = manifest.data_fingerprint
     size, rank = (grid.tensor_parallel, grid.tensor_rank) if grid else (1, 0)
     allowed = allowed_tensor_parallel(config)
     if size not in allowed:
@@ -224,5 +226,5 @@ def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
     model.eval()
     tokenizer = load_tokenizer(tokenizer_folder)
     return OpenedModel(
-        folder, config, local, run, model, tokenizer, tokenizer_folder, sha256, device
+        folder, config, local, run, model, tokenizer, tokenizer_folder, sha256, device, data
     )

@@ -44,10 +44,8 @@ def _lines(config: RunConfig, found: Forecast) -> Iterator[str]:
     yield from _time(config, found)
     if found.collectives:
         yield ""
-        yield (
-            f"links of a device, one way: {device.link / 1e9:,.0f} GB/s within a host, "
-            f"{device.network / 1e9:,.0f} GB/s to others"
-        )
+        link, network = (f"{rate / 1e9:,g} GB/s" for rate in (device.link, device.network))
+        yield f"links of a device, one way: {link} within a host, {network} to others"
         yield f"{'a step sends':<8} {'':22} {'calls':>8} {'GiB, whole':>12}"
         sent: dict[str, tuple[int, int]] = {}
         for call in found.collectives:  # those of a kind, whatever their sizes

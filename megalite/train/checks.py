@@ -59,10 +59,7 @@ def remarks(config: RunConfig, plan: Plan) -> Iterator[str]:
     if config.parallel.sequence and plan.tensor_parallel == 1:
         yield "parallel.sequence divides nothing where parallel.tensor is 1"
     if (warmup := config.schedule.warmup_steps) > (steps := config.training.steps):
-        yield (
-            f"schedule.warmup_steps {warmup} is over training.steps {steps}: the rate rises to the "
-            "end"
-        )
+        yield f"schedule.warmup_steps {warmup} is over training.steps {steps}: the rate only rises"
 
 
 def _host_faults(beside: Mapping[str, int], launch: Launch) -> Iterator[str]:
@@ -111,10 +108,7 @@ def _unsupported(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) 
             '".[wandb]"`, or leave logging.wandb out'
         )
     if config.logging.tensorboard and not env.has_package("tensorboard"):
-        yield (
-            "logging.tensorboard: the package tensorboard is not installed; `pip install -e .` has "
-            "it, or set it to false"
-        )
+        yield "logging.tensorboard: its package is not installed; `pip install -e .` has it"
     if config.training.compile and not env.has_compiler():
         yield (
             "training.compile true: no C++ compiler on PATH, which torch.compile needs; install "

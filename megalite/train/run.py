@@ -332,7 +332,8 @@ class _Run:
             return
         logger.info("resumed from %s", origin.folder)
         if self.place.step >= config.training.steps:
-            logger.info("all of its steps are done: raise training.steps, or choose another name")
+            more = "finetune.epochs" if config.finetune else "training.steps"
+            logger.info("all of its steps are done: raise %s, or choose another name", more)
         for key, change in origin.changes.items():
             told = (
                 f"{change['before']} -> {change['after']}" if isinstance(change, dict) else change

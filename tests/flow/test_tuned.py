@@ -104,15 +104,22 @@ def test_the_labels_of_new_texts(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert "no column 'label'" in refused.stderr
     assert "rows without labels are for --predictions FILE" in refused.stderr
-    refused = _launch("eval", *asked, "--predictions", told)
+    refused = _launch("eval", *asked, "--predictions", tmp_path / "new.csv")
     assert refused.returncode == 2
-    assert "row 2 (to line 4): field 'text' is empty; 1 bad row, more than" in refused.stderr
-    assert not told.exists()
-    (tmp_path / "new.csv").write_text("id,text\n7,a warm one\n8,a dull one\n")
+    assert "which is read here; name another file" in refused.stderr
     answered = _launch("eval", *asked, "--predictions", told, "--json")
     assert answered.returncode == 0, answered.stderr
     found = json.loads(answered.stdout)
-    assert (found["examples"], found["labelled"], found["loss"]) == (2, 0, None)
+    assert (found["examples"], found["labelled"], found["left_out"]) == (2, 0, 1)
+    assert "row 2 (to line 4): field 'text' is empty; left out" in answered.stderr
     lines = [json.loads(line) for line in told.read_text().splitlines()]
     assert [(line["id"], line["label"]) for line in lines] == [(0, None), (1, None)]
     assert all(line["prediction"] in kinds for line in lines)
+
+    measured = _launch("eval", "--checkpoint", run, "--json")
+    assert measured.returncode == 0, measured.stderr
+    assert json.loads(measured.stdout)["accuracy"] is not None
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[2:]))
+    refused = _launch("eval", "--checkpoint", run)
+    assert refused.returncode == 2
+    assert "its own rows have changed since" in refused.stderr

@@ -183,7 +183,9 @@ def test_what_is_not_ours_keeps_its_traceback(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize(("name", "code"), [("torch", 2), ("megalite.gone", 1)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("torch", 2), ("torch.gone", 1), ("langdetect", 1), ("megalite.gone", 1)]
+)
 def test_a_package_that_is_not_there(
     name: str, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

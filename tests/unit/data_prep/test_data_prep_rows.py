@@ -229,6 +229,7 @@ def test_a_split_without_examples_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "folder"])
 def test_rows_whose_labels_are_asked_for(kind: str, told: pytest.LogCaptureFixture) -> None:
     found = [{"text": "a", "label": 1}, {"text": "b", "label": None}, {"text": "c", "label": 0}]
+    found.append({"text": "d", "label": -1})
 
     def written(place: str, found: list[dict[str, Any]]) -> str:
         table = pa.Table.from_pylist(found)
@@ -249,12 +250,12 @@ def test_rows_whose_labels_are_asked_for(kind: str, told: pytest.LogCaptureFixtu
     train = "train" if kind != "folder" else "None"
     split = opened(make(written("some", found), train_split=train, **asked))[1]["train"]
     assert split.labels is not None
-    assert split.labels.tolist() == [1, -1, 0]
+    assert split.labels.tolist() == [1, -1, 0, -1]
     assert split.info.counts == {"0": 1, "1": 1}
     bare = written("none", [{"text": row["text"]} for row in found])
     split = opened(make(bare, train_split=train, **asked))[1]["train"]
     assert split.labels is not None
-    assert split.labels.tolist() == [-1] * 3
+    assert split.labels.tolist() == [-1] * 4
     assert "no example of" not in told.text
     with pytest.raises(DataError, match="label"):
         make(bare, train_split=train, labels=["0", "1"])

@@ -230,11 +230,13 @@ def test_a_target_is_a_file_that_is_not_read(tmp_path: Path) -> None:
     source.write_text("{}")
     (tmp_path / "soft.json").symlink_to(source)
     os.link(source, tmp_path / "hard.json")
+    (tmp_path / "other.json").symlink_to(tmp_path / "gone.json")
     check_target(tmp_path / "new.json", [source])
     check_target(source)
     before = sorted(tmp_path.iterdir())
     for name, said in (
         *((name, "is read here") for name in ("run.json", "soft.json", "hard.json")),
+        ("other.json", "is a link; name the file itself"),
         ("nosuch/x.json", "there is no folder"),
         ("", "no file; name a file"),
         ("x" * 250, "cannot be written"),

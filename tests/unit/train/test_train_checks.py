@@ -173,4 +173,4 @@ def test_a_missing_package_is_named_with_its_install(
         assert all('get it with `pip install -e ".[wandb]"`' in fault for fault in faults)
     config = run_config(logging={"tensorboard": True})
     [fault] = checks.hardware_faults(config, plan_of(config, 1), launch_of(1, 1), "cpu")
-    assert fault.startswith("logging.tensorboard: the package tensorboard is not installed")
+    assert fault.startswith("logging.tensorboard: its package is not installed")
