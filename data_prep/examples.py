@@ -207,8 +207,9 @@ class _Maker:
         counts: dict[str, int] = {}
         if self._task == "classification":
             arrays["labels"] = made.labels
-            known = [label for label in made.labels if label >= 0]
-            found = np.bincount(np.asarray(known, np.int64), minlength=len(self._labels))
+            every = np.asarray(made.labels, np.int64)
+            known = every[every >= 0]
+            found = np.bincount(known, minlength=len(self._labels))
             counts = dict(zip(self._labels, found.tolist(), strict=True))
             none = [label for label, count in counts.items() if not count]
             if called == "train":

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +147,8 @@ def _print_error(error: MegaLiteError) -> None:
 
 def _print_fault(error: Exception) -> int:
     """Say what was not foreseen; the exit code. A package that we need is the user's to install."""
+    from importlib.metadata import PackageNotFoundError, requires  # of no use to a start
+
     name = error.name if isinstance(error, ModuleNotFoundError) else None
     with suppress(PackageNotFoundError):
         lines = (line for line in requires("megalite") or () if ";" not in line)  # no extras
