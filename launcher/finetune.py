@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from megalite import env
-from megalite.config import find_run, load_config, run_parser
+from megalite.config import find_run, load_config, refuse_useless, run_parser
 from megalite.errors import CommandError, ConfigError
 from megalite.log import run_main
 
@@ -23,6 +23,7 @@ goes on where the run stopped. Exit codes: as launcher/pretrain.py.
 
 def main() -> int:
     arguments = run_parser(__doc__, _EXAMPLES).parse_args()
+    refuse_useless(arguments)
     launch = env.find_launch()
     from megalite.checkpoint import describe_run, describe_start
 
@@ -42,7 +43,7 @@ def main() -> int:
     if arguments.dry_run is not None:
         from megalite.train.rehearsal import dry_run
 
-        return dry_run(config, launch, arguments.dry_run)
+        return dry_run(config, launch, arguments.dry_run, arguments.gpu)
     from data_prep.chat import ask
     from data_prep.examples import prepare
     from megalite.train import Request, run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megalite import env
-from megalite.config import load_config, run_parser
+from megalite.config import load_config, refuse_useless, run_parser
 from megalite.errors import ConfigError
 from megalite.log import run_main
 
@@ -21,6 +21,7 @@ command line (nothing was written), 75 stopped and resumable, 3 superseded by a 
 
 def main() -> int:
     arguments = run_parser(__doc__, _EXAMPLES).parse_args()
+    refuse_useless(arguments)
     launch = env.find_launch()
     config = load_config(arguments.config, arguments.set)
     if config.finetune is not None:
@@ -30,7 +31,7 @@ def main() -> int:
     if arguments.dry_run is not None:
         from megalite.train.rehearsal import dry_run
 
-        return dry_run(config, launch, arguments.dry_run)
+        return dry_run(config, launch, arguments.dry_run, arguments.gpu)
     from megalite.train import Request, run  # torch: after everything that needs no torch
 
     request = Request(

@@ -45,7 +45,12 @@ def run_config(**sections: Any) -> RunConfig:
         "model": dict(_MODEL),
         "data": {"train": [{"path": "shards"}], "sequence_length": 8},
         "optimizer": {"lr": 1e-2},
-        "training": {"steps": 10, "global_batch_size": 4, "micro_batch_size": 2},
+        "training": {
+            "steps": 10,
+            "global_batch_size": 4,
+            "micro_batch_size": 2,
+            "precision": "fp32",
+        },
     }
     for name, value in sections.items():
         raw[name] = raw.get(name, {}) | value if isinstance(value, dict) else value

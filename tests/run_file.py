@@ -16,7 +16,7 @@ BASE: dict[str, Any] = {
     },
     "data": {"train": [{"path": "a"}], "sequence_length": 64},
     "optimizer": {"lr": 1e-3},
-    "training": {"steps": 100, "global_batch_size": 8, "micro_batch_size": 2},
+    "training": {"steps": 100, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
 }
 
 # sizes that are counted by hand

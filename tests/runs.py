@@ -36,6 +36,7 @@ _BASE: dict[str, Any] = {
         "steps": 20,
         "global_batch_size": 8,
         "micro_batch_size": 2,
+        "precision": "fp32",
         "log_every": 1,
         "eval_every": 10,
         "eval_batches": 2,

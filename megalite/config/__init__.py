@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megalite.config.deepspeed_keys import zero_stage
 from megalite.config.finetune import AdapterConfig, ExamplesConfig, FinetuneConfig
-from megalite.config.launch import run_parser
+from megalite.config.launch import refuse_useless, run_parser
 from megalite.config.load import (
     find_file,
     find_run,
@@ -61,6 +61,7 @@ __all__ = [
     "merged",
     "parse_config",
     "read_object",
+    "refuse_useless",
     "run_files",
     "run_parser",
     "section_changes",

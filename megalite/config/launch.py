@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megalite.errors import CommandError
 from megalite.log import command_parser
 
 
@@ -47,9 +48,25 @@ def run_parser(about: str | None, examples: str) -> argparse.ArgumentParser:
         help="rehearse a step's shapes and messages on so many ranks (default: those started), "
         "here and now; train nothing",
     )
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME|FILE",
+        help="device to rehearse with --dry-run: a name that plan.py knows, cpu, or a JSON file "
+        "(default: this host's if no RANKS are given, else GPUs)",
+    )
     # the deepspeed launcher appends it; the environment says the same
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def refuse_useless(arguments: argparse.Namespace) -> None:
+    """Refuse options that would be ignored.
+
+    Raises:
+        CommandError: --gpu without --dry-run.
+    """
+    if arguments.gpu is not None and arguments.dry_run is None:
+        raise CommandError("--gpu is an option of --dry-run: add that, or remove --gpu")
 
 
 def _ranks(text: str) -> int:

@@ -160,8 +160,9 @@ class TrainingConfig(Section):
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto",
-        description="Type of weights and activations in forward and backward (auto: bf16 on a "
-        "GPU, fp32 on a CPU); masters and moments are fp32.",
+        description="Type of weights and activations in forward and backward. auto: bf16 on GPUs, "
+        "and on CPUs with AMX or AVX512-BF16 under ZeRO 1 to 3; else fp32. A run keeps what auto "
+        "was when it began. Masters and moments are fp32.",
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         default="none",

@@ -4,13 +4,15 @@ from megalite.plan.engine import deepspeed_dict
 from megalite.plan.flops import flops_per_token, hardware_flops_per_token
 from megalite.plan.make import make_plan
 from megalite.plan.memory import host_bytes, offloads
-from megalite.plan.sizes import Plan, Precision, labelled
+from megalite.plan.precision import Precision, bf16_units, recorded_precision, resolve_precision
+from megalite.plan.sizes import Plan, labelled
 from megalite.plan.traffic import Collective, data_collectives, tensor_collectives
 
 __all__ = [
     "Collective",
     "Plan",
     "Precision",
+    "bf16_units",
     "data_collectives",
     "deepspeed_dict",
     "flops_per_token",
@@ -19,5 +21,7 @@ __all__ = [
     "labelled",
     "make_plan",
     "offloads",
+    "recorded_precision",
+    "resolve_precision",
     "tensor_collectives",
 ]

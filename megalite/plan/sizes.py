@@ -12,8 +12,7 @@ from megalite.config import RunConfig, allowed_tensor_parallel, zero_stage
 from megalite.config.deepspeed_keys import contradiction
 from megalite.errors import ConfigError
 from megalite.plan.flops import run_flops_per_token
-
-Precision = Literal["fp32", "bf16", "fp16"]
+from megalite.plan.precision import Precision, resolve_precision
 
 _LABELS = 2  # of a classifier, until its examples tell
 
@@ -50,19 +49,23 @@ def labelled(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": model})
 
 
-def arrange(config: RunConfig, *, world_size: int, device: Literal["cpu", "cuda"]) -> Plan:
+def arrange(
+    config: RunConfig,
+    *,
+    world_size: int,
+    device: Literal["cpu", "cuda"],
+    bf16: bool | None = None,
+) -> Plan:
     """The plan of `config` on `world_size` ranks, but for its memory.
 
+    Args:
+        bf16: whether a "cpu" has units for bf16; None asks this host.
     Raises:
         ConfigError: ranks, heads or batches that do not divide, with sizes that do; a precision
             or a DeepSpeed value that this number of ranks, this device or this version contradicts.
     """
     training, tensor = config.training, config.parallel.tensor
-    precision: Precision
-    if training.precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
-    else:
-        precision = training.precision
+    precision = resolve_precision(config, device=device, bf16=bf16)
     faults = list(_layout_faults(config, world_size))
     data_parallel = max(1, world_size // tensor)
     accumulation = max(1, training.global_batch_size // (training.micro_batch_size * data_parallel))
@@ -135,7 +138,7 @@ def _deepspeed_faults(config: RunConfig, accumulation: int, precision: Precision
         yield f"deepspeed.data_types.param_dtype: {told}"
     if precision != "fp32" and zero_stage(config) == 0:
         yield (
-            f"training.precision: {precision} (auto on a GPU) with ZeRO stage 0 keeps no fp32 "
+            f"training.precision: {precision} (auto on GPUs) with ZeRO stage 0 keeps no fp32 "
             "master weights; set deepspeed.zero_optimization.stage to 1, or the precision to fp32"
         )
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,9 +32,11 @@ from megalite.errors import CommandError
 from megalite.model import LanguageModel, build
 from megalite.parallel import Grid, local_model, prepare, split
 from megalite.plan import Collective, Plan, labelled, make_plan, tensor_collectives
+from megalite.plan.devices import Kind, find_device
 from megalite.plan.memory import local_elements
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DEVICES = {"cpu": "CPU ranks", "cuda": "GPUs"}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _KINDS = {
     "allreduce_": "all_reduce",
@@ -200,24 +202,43 @@ def _differences(
         yield f"rehearsed, not planned: {found}"
 
 
-def dry_run(config: RunConfig, launch: Launch, ranks: int) -> int:
-    """Rehearse a step on so many ranks, and say how it compares with the plan; for `--dry-run`.
+def _device(config: RunConfig, ranks: int, name: str | None) -> tuple[Kind, bool | None]:
+    """The kind of device to rehearse, and whether it has bf16 (None: as this host's CPUs).
+
+    Ranks that were started have this host's devices. Imagined ranks have GPUs, unless the run file
+    asks for fp32 and this host has none.
+    """
+    if name is not None:
+        device = find_device(name)
+        return device.kind, device.bf16 is not None
+    if torch.cuda.is_available():
+        return "cuda", True
+    here = ranks == 0 or config.training.precision == "fp32"
+    return ("cpu", None) if here else ("cuda", True)
+
+
+def dry_run(config: RunConfig, launch: Launch, ranks: int, gpu: str | None = None) -> int:
+    """Rehearse a step, and report how it compares with the plan; for `--dry-run`.
 
     Args:
-        ranks: of the run; 0: those that were started, or so many as share a model.
+        ranks: of the run. 0 means those that were started, or as many as share a model.
+        gpu: a device that the planner knows, or a device file. None chooses by `ranks`.
     Returns:
-        1 where the rehearsal and the plan differ.
+        1 if the rehearsal and the plan differ.
+    Raises:
+        CommandError: an unknown device.
     """
     if launch.rank != 0:
         return 0
     world = ranks or max(launch.world_size, config.parallel.tensor)
-    device: Literal["cpu", "cuda"] = "cpu" if config.training.precision == "fp32" else "cuda"
-    plan = make_plan(config, world_size=world, device=device)
+    device, bf16 = _device(config, ranks, gpu)
+    plan = make_plan(config, world_size=world, device=device, bf16=bf16)
     done = rehearse(config, plan)
     gib = 2**30
     lines = [
-        f"{config.name} on {world} ranks, of which {plan.tensor_parallel} share a model: every "
-        f"shape of a step agrees ({done.seconds:.0f} s)",
+        f"{config.name} in {plan.precision} on {world} {_DEVICES[device]}, of which "
+        f"{plan.tensor_parallel} share a model: every shape of a step agrees "
+        f"({done.seconds:.0f} s)",
         f"a rank computes with {done.parameters:,} parameters; {done.with_gradient:,} had "
         "gradients",
     ]

@@ -31,7 +31,8 @@ class Request:
     run starts from. engine: "reference" is the plain oracle, one rank in fp32. inspect: looks at
     each step's gradients before they are used. prepare: makes the examples of fine-tuning, in the
     folder that it returns; examples: that folder, once it is known. ask: makes a user's turn of a
-    prompt that conversations are sampled with.
+    prompt that conversations are sampled with. precision_reason: why the run trains in its
+    precision, once the ranks have agreed on what "auto" is.
     """
 
     config: RunConfig
@@ -43,6 +44,7 @@ class Request:
     prepare: Callable[[RunConfig], Path] | None = None
     examples: Path | None = None
     ask: Ask | None = None
+    precision_reason: str = ""
 
     @property
     def folder(self) -> Path:
@@ -72,9 +74,8 @@ def check(request: Request, launch: Launch) -> tuple[Plan, Samples, Dataset | No
     """Everything that can be known without the other ranks; all faults at once."""
     check_command(request)
     config = request.config
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = make_plan(config, world_size=launch.world_size, device=device)
-    faults = hardware_faults(config, plan, launch, device)
+    plan = plan_of(request, launch)
+    faults = hardware_faults(config, plan, launch, _device())
     try:
         if request.examples is not None:
             examples = _open_examples(config, request.examples, faults)
@@ -86,6 +87,19 @@ def check(request: Request, launch: Launch) -> tuple[Plan, Samples, Dataset | No
     if faults:
         raise UserError("\n".join(faults))
     return plan, train, valid, prompts
+
+
+def plan_of(request: Request, launch: Launch) -> Plan:
+    """The plan of a request on the ranks that were started.
+
+    Raises:
+        ConfigError: as `make_plan`.
+    """
+    return make_plan(request.config, world_size=launch.world_size, device=_device())
+
+
+def _device() -> Literal["cpu", "cuda"]:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _prompts(request: Request, train: Samples) -> Prompts | None:

@@ -29,6 +29,7 @@ from megalite.formats import checkpoint as disk
 from megalite.log import logger
 from megalite.observe import resumed_before
 from megalite.parallel import Grid
+from megalite.plan import recorded_precision
 
 ALLOWABLE = ("model", "tokenizer", "data", "sequence_length", "seed")
 _RECORDED = (
@@ -107,6 +108,7 @@ def find_origin(
     folder, manifest = found
     refuse_other_model(config.model, folder, manifest)
     before = _stored(folder, manifest).model_dump(mode="json")
+    before["training"]["precision"] = recorded_precision(before, manifest.deepspeed)
     after = config.model_dump(mode="json")
     changed = _changes(before, after, manifest, data_fingerprint, tokenizer_sha256)
     refused = [key for key in ALLOWABLE if key in changed and key not in allow]

@@ -37,7 +37,15 @@ from megalite.train.foresight import Foresight
 from megalite.train.judge import Judge
 from megalite.train.ledger import IN_CHECKPOINT, Ledger
 from megalite.train.loop import Jump, Trainer
-from megalite.train.request import Request, Settings, check, check_command, settings_of
+from megalite.train.precision import settle_precision
+from megalite.train.request import (
+    Request,
+    Settings,
+    check,
+    check_command,
+    plan_of,
+    settings_of,
+)
 from megalite.train.resume import Origin, find_origin, flat, load
 from megalite.train.tuning import Tuning, complete, open_examples
 
@@ -63,6 +71,8 @@ def run(request: Request, launch: Launch) -> None:
                 request = complete(request, grid)
             plan, train, valid, prompts = check(request, launch)
             grid = grid or start(launch, tensor_parallel=plan.tensor_parallel)
+            request = settle_precision(request, grid)
+            plan = plan_of(request, launch)
             settings = settings_of(request, plan, grid)
             origin = _origin(request, grid, train, settings)
             folder, config = request.folder, request.config
@@ -312,7 +322,9 @@ class _Run:
             "%s: %.1f M parameters, %s, ZeRO-%d, %d x data, %d x tensor, %d x %d tokens a step, %s",
             config.name,
             plan.parameters / 1e6,
-            plan.precision,
+            f"{plan.precision} ({why})"
+            if (why := self.request.precision_reason)
+            else plan.precision,
             plan.zero_stage,
             plan.data_parallel,
             plan.tensor_parallel,

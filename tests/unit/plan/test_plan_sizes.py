@@ -92,7 +92,7 @@ def test_precision_follows_the_device_when_asked_to() -> None:
             stage(0),
             1,
             "cuda",
-            "training.precision: bf16 (auto on a GPU) with ZeRO stage 0 keeps no fp32 master "
+            "training.precision: bf16 (auto on GPUs) with ZeRO stage 0 keeps no fp32 master "
             "weights; set deepspeed.zero_optimization.stage to 1, or the precision to fp32",
         ),
         (

@@ -1,0 +1,67 @@
+"""The precision that `training.precision: auto` stands for on a kind of device.
+
+A function of the run file and of what the processors can do, never of a timing: every start of a
+run, on every rank, must come to the same answer. `megalite/train/precision.py` makes the ranks
+agree and keeps the answer in the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from megalite.config import RunConfig, zero_stage
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+# Flags of /proc/cpuinfo for units that multiply bf16 matrices: Intel's tiles (AMX), and the dot
+# products of AVX-512 (Intel's and AMD's). Without one of them bf16 is half as fast as fp32.
+_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
+_KNOWN = ("fp32", "bf16", "fp16")
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def bf16_units(cpuinfo: Path = _CPUINFO) -> str | None:
+    """Name this host's units for bf16 matrix products: "AMX", "AVX512-BF16", or None."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # no Linux
+        return None
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
+    return next((name for flag, name in _UNITS.items() if flag in flags), None)
+
+
+def resolve_precision(
+    config: RunConfig, *, device: Literal["cpu", "cuda"], bf16: bool | None = None
+) -> Precision:
+    """Return the precision a run file asks for, "auto" resolved.
+
+    On GPUs "auto" is bf16. On CPUs it is bf16 if they have units for it and the ZeRO stage (1 to 3)
+    keeps fp32 master weights, else fp32.
+
+    Args:
+        bf16: whether the CPUs have units for bf16. None asks this host.
+    """
+    precision = config.training.precision
+    if precision != "auto":
+        return precision
+    if device == "cuda":
+        return "bf16"
+    able = bf16_units() is not None if bf16 is None else bf16
+    return "bf16" if able and zero_stage(config) > 0 else "fp32"
+
+
+def recorded_precision(config: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> Precision | None:
+    """Return the precision a checkpoint was trained in; None if its records do not say.
+
+    Args:
+        config: its run file, as JSON. MegaLite 0.1 recorded "auto" as it stood there.
+        deepspeed: its manifest's record of the defaults left to DeepSpeed. bf16 is off by default,
+            so a run with bf16 lacks that entry.
+    """
+    precision = config["training"]["precision"]
+    if precision == "auto":
+        off = not deepspeed or deepspeed.get("bf16.enabled") is False
+        return "fp32" if off else "bf16"
+    return cast(Precision, precision) if precision in _KNOWN else None

@@ -1,0 +1,104 @@
+"""The precision that `precision: auto` stands for in this run: agreed, recorded, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from megalite import files
+from megalite.config import parse_config, zero_stage
+from megalite.errors import ConfigError
+from megalite.formats import checkpoint as disk
+from megalite.log import logger
+from megalite.parallel import Grid
+from megalite.plan import Precision, bf16_units, recorded_precision, resolve_precision
+from megalite.train.request import Request
+
+
+def settle_precision(request: Request, grid: Grid) -> Request:
+    """Return the request with "auto" written out, and the reason; a collective of all ranks.
+
+    A run that goes on keeps the precision of its checkpoint, on other machines too. A fresh run
+    takes bf16 if every rank has units for it.
+
+    Raises:
+        ConfigError: the kept precision is not possible in this ZeRO stage; on every rank.
+    """
+    asked = request.config.training.precision
+    if request.engine == "reference":
+        return _with(request, "fp32", "the reference engine's")
+    goes_on = grid.rank == 0 and request.resume != "never"
+    known = grid.gather((bf16_units(), _recorded(request) if goes_on else None))
+    units: tuple[str | None, ...] = tuple(unit for unit, _ in known)
+    kept: Precision | None = known[0][1]
+    device: Literal["cpu", "cuda"] = "cuda" if grid.device.type == "cuda" else "cpu"
+    able = all(units)
+    if asked != "auto":
+        _warn_of_slow(asked, device, able)
+        return request
+    best = resolve_precision(request.config, device=device, bf16=able)
+    if kept in ("bf16", "fp16") and zero_stage(request.config) == 0:
+        raise ConfigError(
+            f"training.precision auto: the run began in {kept} and goes on in it, but ZeRO stage 0 "
+            "keeps no fp32 master weights; set deepspeed.zero_optimization.stage to 1, or change "
+            "the precision with --set training.precision=fp32"
+        )
+    precision = kept or best
+    if kept and kept != best:
+        logger.info(
+            "the run goes on in %s, as it began; %s is faster on this hardware: "
+            "--set training.precision=%s changes it",
+            kept,
+            best,
+            best,
+        )
+    _warn_of_slow(precision, device, able)
+    reason = "as the run began" if kept else _reason(best, device, units)
+    return _with(request, precision, reason)
+
+
+def _with(request: Request, precision: Precision, reason: str) -> Request:
+    raw = request.config.model_dump(mode="json")
+    raw["training"]["precision"] = precision
+    return replace(request, config=parse_config(raw), precision_reason=reason)
+
+
+def _recorded(request: Request) -> Precision | None:
+    """The precision of the checkpoint that a resume will most likely go on from."""
+    for folder in _candidates(request):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            config = files.read_json(folder / "config.json")
+            manifest = files.read_json(folder / disk.MANIFEST)
+            return recorded_precision(config, manifest.get("deepspeed") or {})
+    return None
+
+
+def _candidates(request: Request) -> Iterator[Path]:
+    if request.resume != "auto":
+        path = Path(request.resume)
+        yield path
+        yield from disk.published(path / "checkpoints")
+        yield from disk.published(path)
+    yield from disk.published(request.root)
+
+
+def _reason(precision: Precision, device: str, units: tuple[str | None, ...]) -> str:
+    if device == "cuda":
+        return "auto on GPUs"
+    if precision == "bf16":
+        return f"auto: every rank has {' or '.join(sorted({unit for unit in units if unit}))}"
+    if all(units):
+        return "auto: ZeRO stage 0 keeps no fp32 masters"
+    lacking = sum(unit is None for unit in units)
+    return f"auto: {lacking} of {len(units)} ranks lack AMX and AVX512-BF16"
+
+
+def _warn_of_slow(precision: str, device: str, able: bool) -> None:
+    if precision == "bf16" and device == "cpu" and not able:
+        logger.warning(
+            "training.precision bf16: a processor of this run has neither AMX nor AVX512-BF16; a "
+            "step takes about twice as long as in fp32"
+        )
