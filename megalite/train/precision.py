@@ -10,16 +10,17 @@ from typing import Literal
 
 from megalite import files
 from megalite.config import parse_config, zero_stage
+from megalite.env import Launch
 from megalite.errors import ConfigError
 from megalite.formats import checkpoint as disk
 from megalite.log import logger
 from megalite.parallel import Grid
-from megalite.plan import Precision, bf16_units, recorded_precision, resolve_precision
-from megalite.train.request import Request
+from megalite.plan import Plan, Precision, bf16_units, recorded_precision, resolve_precision
+from megalite.train.request import Request, plan_of
 
 
-def settle_precision(request: Request, grid: Grid) -> Request:
-    """Return the request with "auto" written out, and the reason; a collective of all ranks.
+def settle_precision(request: Request, launch: Launch, grid: Grid) -> tuple[Request, Plan]:
+    """Return the request with "auto" written out, and its plan; a collective of all ranks.
 
     A run that goes on keeps the precision of its checkpoint, on other machines too. A fresh run
     takes bf16 if every rank has units for it.
@@ -27,6 +28,11 @@ def settle_precision(request: Request, grid: Grid) -> Request:
     Raises:
         ConfigError: the kept precision is not possible in this ZeRO stage; on every rank.
     """
+    settled = _settle(request, grid)
+    return settled, plan_of(settled, launch)
+
+
+def _settle(request: Request, grid: Grid) -> Request:
     asked = request.config.training.precision
     if request.engine == "reference":
         return _with(request, "fp32", "the reference engine's")

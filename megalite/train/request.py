@@ -51,6 +51,12 @@ class Request:
         return Path(self.config.logging.directory) / self.config.name
 
     @property
+    def named_precision(self) -> str:
+        """The precision with its reason, for people."""
+        precision, reason = self.config.training.precision, self.precision_reason
+        return f"{precision} ({reason})" if reason else precision
+
+    @property
     def root(self) -> Path:
         return self.folder / "checkpoints"
 

@@ -38,14 +38,7 @@ from megalite.train.judge import Judge
 from megalite.train.ledger import IN_CHECKPOINT, Ledger
 from megalite.train.loop import Jump, Trainer
 from megalite.train.precision import settle_precision
-from megalite.train.request import (
-    Request,
-    Settings,
-    check,
-    check_command,
-    plan_of,
-    settings_of,
-)
+from megalite.train.request import Request, Settings, check, check_command, settings_of
 from megalite.train.resume import Origin, find_origin, flat, load
 from megalite.train.tuning import Tuning, complete, open_examples
 
@@ -71,8 +64,7 @@ def run(request: Request, launch: Launch) -> None:
                 request = complete(request, grid)
             plan, train, valid, prompts = check(request, launch)
             grid = grid or start(launch, tensor_parallel=plan.tensor_parallel)
-            request = settle_precision(request, grid)
-            plan = plan_of(request, launch)
+            request, plan = settle_precision(request, launch, grid)
             settings = settings_of(request, plan, grid)
             origin = _origin(request, grid, train, settings)
             folder, config = request.folder, request.config

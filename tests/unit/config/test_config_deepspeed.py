@@ -99,7 +99,7 @@ def test_a_section_that_is_none() -> None:
 
 
 def test_precision_is_decided_in_one_place() -> None:
-    [fault] = faults({"bf16": {"enabled": True}})
+    [fault] = faults({"bf16": {"enabled": True}}, precision="auto")
     assert "is decided by training.precision, which is auto" in fault
     [fault] = faults({"bf16": {"enabled": True}}, precision="fp32")
     assert "found true, but training.precision makes it false" in fault
