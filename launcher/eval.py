@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megalite import env
 from megalite.errors import CommandError
-from megalite.log import command_parser, run_main
+from megalite.log import command_parser, logger, run_main
 
 _EXAMPLES = """examples:
   python launcher/eval.py --checkpoint runs/smoke
@@ -62,6 +62,7 @@ def main() -> None:
         raise CommandError("--predictions are a classifier's, whom no --tasks asks: leave one out")
     if not arguments.tasks and (arguments.limit or arguments.task_path):
         raise CommandError("--limit and --task-path are of --tasks; name some, or leave them out")
+    logger.info("load PyTorch and %s", arguments.checkpoint)
     from data_prep.again import prepare_again
     from megalite.evaluate import classify, harness, open_model, score_data, table
     from megalite.parallel import start

@@ -1,11 +1,13 @@
-"""What `make smoke` runs: from the sources of Python's standard library to a trained model.
+"""Go from the sources of Python's standard library to a trained model, for `make smoke`.
 
-Tokenizer and shards stay in data/smoke and serve again; runs/smoke is made anew each time."""
+Tokenizer and shards stay in data/smoke and are used again. runs/smoke is replaced each time.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,7 +19,8 @@ from pathlib import Path
 
 DATA, RUN, CONFIG = Path("data/smoke"), Path("runs/smoke"), Path("configs/smoke.json")
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-HIGHEST_PERPLEXITY, PROMPT = 60, "class Reader:\n    def __init__(self, name):\n        self."
+HIGHEST_PERPLEXITY = 40
+PROMPT = "class Reader:\n    def __init__(self, name):\n        self."
 SAMPLE = ("--checkpoint", str(RUN), "--prompt", PROMPT, "--temperature", "0.9", "--top-k", "20")
 
 
@@ -52,7 +55,7 @@ def prepare(output: Path, *arguments: str) -> str:
 
 
 def train() -> str:
-    """A fresh run on every GPU that divides the batch, at most 8, or on two CPU ranks."""
+    """Train a fresh run on every GPU that divides the batch, at most 8, or on two CPU ranks."""
     import torch
 
     from megalite.config import load_config
@@ -62,16 +65,28 @@ def train() -> str:
     ranks = max(n for n in range(1, count + 1) if training.global_batch_size % n == 0)
     micro_batch = min(training.global_batch_size // ranks, training.micro_batch_size)
     shutil.rmtree(RUN, ignore_errors=True)
-    command = f"--num_gpus {ranks} launcher/pretrain.py --config {CONFIG}".split()
+    command = f"--num_gpus {ranks} --quiet launcher/pretrain.py --config {CONFIG}".split()
     setting = f"training.micro_batch_size={micro_batch}"
     run(f"{sys.prefix}/bin/deepspeed", *command, "--set", setting, capture=False)
     # deepspeed returns 0 also where it was killed by a signal: the run's own word counts
     status = json.loads((RUN / "status.json").read_text())
     rows = map(json.loads, (RUN / "metrics.jsonl").read_text().splitlines())
-    found = [row["perplexity"] for row in rows if row["kind"] == "valid"]
+    valid = [row for row in rows if row["kind"] == "valid"]
+    found = [row["perplexity"] for row in valid]
     if status["state"] != "done" or not (found[-1] and found[-1] < HIGHEST_PERPLEXITY):
         sys.exit(f"{status}, held-out perplexity {found}; expected under {HIGHEST_PERPLEXITY}")
-    return f"{ranks} ranks, held-out perplexity {found[0]:,.0f} -> {found[-1]:.1f}"
+    return (
+        f"{ranks} ranks, held-out perplexity {found[0]:,.0f} -> {found[-1]:.1f}, "
+        f"{bits_per_byte(valid[-1]['loss']):.2f} bits per byte"
+    )
+
+
+def bits_per_byte(loss: float) -> float:
+    """Convert nats per token of the held-out text to bits per byte of it."""
+    with (DATA / "corpus/valid.jsonl").open() as lines:
+        size = sum(len(json.loads(line)["text"].encode()) for line in lines)
+    tokens = json.loads((DATA / "valid/manifest.json").read_text())["tokens"]
+    return loss / math.log(2) * int(tokens) / size
 
 
 def main() -> None:
@@ -81,15 +96,32 @@ def main() -> None:
     corpus = DATA / "corpus"
     learn = f"train-tokenizer --vocab-size 8000 --input {corpus}/train.jsonl".split()
     cut = f"tokenize --tokenizer {DATA}/tokenizer --input".split()
-    steps: dict[str, Callable[[], str]] = {
-        "corpus": lambda: collect(Path(sysconfig.get_path("stdlib")), corpus),
-        "tokenizer": lambda: prepare(DATA / "tokenizer", *learn),
-        "train": lambda: prepare(DATA / "train", *cut, f"{corpus}/train.jsonl"),
-        "valid": lambda: prepare(DATA / "valid", *cut, f"{corpus}/valid.jsonl"),
-        "pretrain": train,
-        "generate": lambda: run(sys.executable, "launcher/generate.py", *SAMPLE),
+    steps: dict[str, tuple[str, Callable[[], str]]] = {
+        "corpus": (
+            "read the sources of Python's standard library",
+            lambda: collect(Path(sysconfig.get_path("stdlib")), corpus),
+        ),
+        "tokenizer": (
+            "learn 8,000 SentencePiece tokens",
+            lambda: prepare(DATA / "tokenizer", *learn),
+        ),
+        "train": (
+            "write the training text as shards of token ids",
+            lambda: prepare(DATA / "train", *cut, f"{corpus}/train.jsonl"),
+        ),
+        "valid": (
+            "write the held-out text likewise",
+            lambda: prepare(DATA / "valid", *cut, f"{corpus}/valid.jsonl"),
+        ),
+        "pretrain": ("load PyTorch, then train a small decoder", train),
+        "generate": (
+            "load the checkpoint and continue a prompt",
+            lambda: run(sys.executable, "launcher/generate.py", *SAMPLE),
+        ),
     }
-    for name, step in steps.items():
+    for name, (doing, step) in steps.items():
+        sys.stdout.write(f"{name:<10} {doing}\n")
+        sys.stdout.flush()
         start, result = time.monotonic(), step()
         sys.stdout.write(f"{name:<10} {time.monotonic() - start:6.1f} s  {result}\n")
     sys.stdout.write(f"the run is {RUN}\nto look at: {sys.prefix}/bin/tensorboard --logdir {RUN}\n")

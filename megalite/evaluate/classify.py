@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megalite.evaluate.loss import perplexity, sum_loss
 from megalite.evaluate.metrics import classification_metrics, confusion_picture, predictions_rows
 from megalite.evaluate.opened import OpenedModel
 from megalite.formats.examples import fingerprint, read_manifest
+from megalite.observe.progress import report_calls
 from megalite.parallel import Grid
 
 
@@ -89,9 +91,13 @@ def score_examples(
         told = "its own rows have changed since, and would be split in another way"
         raise DataError(f"{opened.folder}: {told}; name rows that it has not seen with --data")
     dataset = ExampleSet(folder, manifest, split, opened.run, shuffle=False)
+    batches = -(-dataset.windows // (micro_batch_size * grid.data_parallel))
+    reporting = partial(
+        report_calls, total=batches, what=f"eval on {dataset.windows:,} examples ({split})"
+    )
     if opened.run.finetune.task != "classification":
         sums = sum_loss(
-            opened.loss,
+            reporting(opened.loss),
             dataset,
             samples=dataset.windows,
             micro_batch_size=micro_batch_size,
@@ -103,7 +109,9 @@ def score_examples(
         loss = float(sums[0] / sums[1])
         tokens = round(float(sums[1]) / grid.tensor_parallel)
         return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
-    scores = collect_scores(opened.scores, dataset, grid, micro_batch_size=micro_batch_size)
+    scores = collect_scores(
+        reporting(opened.scores), dataset, grid, micro_batch_size=micro_batch_size
+    )
     assert scores is not None
     if predictions is not None and grid.rank == 0:
         write_predictions(predictions, scores, dataset)

@@ -16,6 +16,7 @@ from megalite.data import Batch, Samples, first_batches, open_valid, set_objecti
 from megalite.engine import Engine
 from megalite.errors import CommandError
 from megalite.evaluate.opened import OpenedModel
+from megalite.observe.progress import report_calls
 from megalite.parallel import Grid
 
 
@@ -87,9 +88,14 @@ def score_data(
         data_size=grid.data_parallel,
     )
     sums, text_bytes, right = torch.zeros(2, dtype=torch.float64), 0, 0
+    count = -(-dataset.windows // (micro_batch_size * grid.data_parallel))
+    length = section["sequence_length"]
+    loss_of = report_calls(
+        opened.loss, total=count, what=f"eval on {dataset.windows:,} samples of {length:,} tokens"
+    )
     masked, causal = (run.objective.name == name for name in ("masked", "causal"))
     for batch in batches():
-        sums += torch.stack((opened.loss(batch).double().cpu(), torch.tensor(batch.targets)))
+        sums += torch.stack((loss_of(batch).double().cpu(), torch.tensor(batch.targets)))
         if masked:
             right += opened.named_right(batch)
         if causal:

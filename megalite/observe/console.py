@@ -141,12 +141,20 @@ def _lines(parts: Sequence[str], width: int) -> list[str]:
     return lines
 
 
+def interval_loss(row: Mapping[str, Any]) -> float | None:
+    """Return the loss to show for a train row: the mean over the steps since the row before.
+
+    One step's loss jumps with its batch. Rows of MegaLite 0.1 have the step's own alone.
+    """
+    return row.get("mean_loss", row.get("loss"))
+
+
 def train_parts(row: Mapping[str, Any], *, total_steps: int) -> list[str]:
     """A train row in parts whose widths stay the same from step to step."""
     width = len(str(total_steps))
     parts = [
         f"step {row['step']:>{width}}/{total_steps}",
-        f"loss {_number(row.get('loss'), '7.4f')}",
+        f"loss {_number(interval_loss(row), '7.4f')}",
         f"lr {_number(row.get('lr'), '.2e')}",
         f"grad norm {_number(row.get('grad_norm'), '7.3f')}",
         f"{_number(row.get('tokens_per_second'), '9,.0f')} tokens/s",

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megalite.observe.console import interval_loss
+
 _TRAIN = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds")
 _GIB = 2**30
 
@@ -15,6 +17,7 @@ _GIB = 2**30
 def train_scalars(row: Mapping[str, Any]) -> dict[str, float | None]:
     """The numbers of a train row by the names they are drawn under."""
     values = {f"train/{key}": row.get(key) for key in _TRAIN}
+    values["train/loss"] = interval_loss(row)
     if row.get("peak_memory_bytes") is not None:
         values["train/peak_memory_gib"] = row["peak_memory_bytes"] / _GIB
     return values
@@ -48,7 +51,7 @@ class TensorBoard:
     def train(self, row: Mapping[str, Any]) -> None:
         """One train row."""
         self._scalars(".", int(row["step"]), train_scalars(row))
-        self._by_tokens("train", row.get("tokens"), row)
+        self._by_tokens("train", row.get("tokens"), interval_loss(row))
 
     def picture(self, name: str, image: Any, step: int) -> None:
         """An image, uint8 [H, W, 3]."""
@@ -57,7 +60,7 @@ class TensorBoard:
     def valid(self, row: Mapping[str, Any], *, tokens: int | None) -> None:
         """One valid row, with the tokens trained on before it, where they are known."""
         self._scalars(".", int(row["step"]), valid_scalars(row))
-        self._by_tokens("valid", tokens, row)
+        self._by_tokens("valid", tokens, row.get("loss"))
         for writer in self._writers.values():
             writer.flush()
 
@@ -79,9 +82,9 @@ class TensorBoard:
         for writer in self._writers.values():
             writer.close()
 
-    def _by_tokens(self, kind: str, tokens: int | None, row: Mapping[str, Any]) -> None:
+    def _by_tokens(self, kind: str, tokens: int | None, loss: float | None) -> None:
         if tokens is not None:
-            self._scalars("by_tokens", tokens, {f"{kind}/loss_by_tokens": row.get("loss")})
+            self._scalars("by_tokens", tokens, {f"{kind}/loss_by_tokens": loss})
 
     def _scalars(self, name: str, at: int, values: Mapping[str, float | None]) -> None:
         writer = self._writer(name, at)

@@ -14,6 +14,7 @@ from typing import Any
 
 from megalite.errors import CommandError
 from megalite.files import each_row, read_json
+from megalite.observe.console import interval_loss
 from megalite.observe.goodput import goodput
 
 _ROWS, _STATUS = "metrics.jsonl", "status.json"
@@ -117,7 +118,8 @@ class Record:
             first, last = self.spans.get(attempt, (time, time))
             self.spans[attempt] = min(first, time), max(last, time)
         if row.get("kind") == "train":
-            self._replaced += self.train.add(step, row)
+            shown = row | {"loss": interval_loss(row)}
+            self._replaced += self.train.add(step, shown)
         elif row.get("kind") == "sample":
             self.samples.append(row)
         elif row.get("kind") == "valid":

@@ -91,6 +91,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._saved, self._evaluated, self._compared = self.place.step, -1, -1
         self._leaving, self._noted = False, "use"
+        self._losses: list[float] = []  # of the steps since the last train row
 
     def run(self) -> None:
         """Train to the last step.
@@ -152,6 +153,7 @@ class Trainer:
         dist.all_reduce(whole)
         both = torch.stack((whole / self.grid.tensor_parallel, norm.to(whole)))
         self._loss, self._norm = both.tolist()
+        self._losses.append(self._loss)
         self._verdict = self.judge(self.place.step + 1, self.place.samples, self._loss, self._norm)
         return self._verdict.action in ("use", "note")
 
@@ -170,7 +172,7 @@ class Trainer:
 
     def go_back(self, place: Place, feed: Feed) -> None:
         """Go on from a checkpoint that the engine was set to."""
-        self.place, self.feed = place, feed
+        self.place, self.feed, self._losses = place, feed, []
         self._saved, self._evaluated, self._compared = place.step, -1, -1
 
     def leave_out(self, jump: Jump) -> None:
@@ -216,10 +218,13 @@ class Trainer:
         self.grid.agree(peak, dist.ReduceOp.MAX)
         seconds, steps, tokens = self._lap()
         rate = tokens / seconds
+        known = [loss for loss in self._losses if math.isfinite(loss)]
+        self._losses = []
         self.recorder.train(
             {
                 "step": self.place.step,
                 "loss": self._loss,
+                "mean_loss": sum(known) / len(known) if known else None,
                 "lr": lr,
                 "grad_norm": self._norm,
                 "tokens": self.place.tokens,

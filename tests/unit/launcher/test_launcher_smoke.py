@@ -20,18 +20,20 @@ class Commands:
 
     def __init__(self) -> None:
         self.seen: list[list[str]] = []
-        self.state, self.perplexities, self.code = "done", [8123.4, 90.0, 41.26], 0
+        self.state, self.perplexities, self.code = "done", [8123.4, 90.0, 26.26], 0
 
     def __call__(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         words = [str(word) for word in command]
         self.seen.append(words)
         if "--output" in words:
-            Path(words[words.index("--output") + 1]).mkdir(parents=True)
+            output = Path(words[words.index("--output") + 1])
+            output.mkdir(parents=True)
+            (output / "manifest.json").write_text(json.dumps({"tokens": 3}))
         if "launcher/pretrain.py" in words:
             run = Path("runs/smoke")
             run.mkdir(parents=True)  # fails where the run before was left
             (run / "status.json").write_text(json.dumps({"state": self.state}))
-            rows = [{"kind": "valid", "perplexity": p} for p in self.perplexities]
+            rows = [{"kind": "valid", "perplexity": p, "loss": 2.0} for p in self.perplexities]
             lines = [json.dumps(row) for row in [{"kind": "event"}, *rows]]
             (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         return subprocess.CompletedProcess(command, self.code, "def read_lines(path):\n", "oh dear")
@@ -104,7 +106,7 @@ def test_a_second_smoke_reuses_the_shards_and_trains_anew(
     assert pretrain[1:3] == ["--num_gpus", "2"]
     assert pretrain[-2:] == ["--set", "training.micro_batch_size=8"]
     said = capsys.readouterr().out
-    assert "2 ranks, held-out perplexity 8,123 -> 41.3" in said
+    assert "2 ranks, held-out perplexity 8,123 -> 26.3, " in said
     assert "def read_lines(path):" in said
     assert said.splitlines()[-1].endswith("tensorboard --logdir runs/smoke")
 
@@ -119,8 +121,10 @@ def test_gpus_share_the_batch(
     micro: int,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    smoke.collect(Path(smoke.sysconfig.get_path("stdlib")), smoke.DATA / "corpus")
+    smoke.prepare(smoke.DATA / "valid")
     smoke.train()
-    (command,) = commands.seen
+    command = commands.seen[-1]
     assert command[1:3] == ["--num_gpus", str(ranks)]
     assert command[-1] == f"training.micro_batch_size={micro}"
 
@@ -129,7 +133,7 @@ def test_gpus_share_the_batch(
     ("state", "perplexities", "message"),
     [
         ("stopped", [8000.0, 30.0], "stopped"),
-        ("done", [8000.0, 61.0], "61.0"),
+        ("done", [8000.0, 41.0], "41.0"),
         ("done", [8000.0, None], "None"),
     ],
 )
@@ -139,6 +143,24 @@ def test_a_run_that_did_not_learn_is_a_failure(
     commands.state, commands.perplexities = state, perplexities
     with pytest.raises(SystemExit, match=message):
         smoke.train()
+
+
+def test_bits_per_byte_count_the_text_and_not_the_tokens(smoke: ModuleType) -> None:
+    corpus, valid = smoke.DATA / "corpus", smoke.DATA / "valid"
+    corpus.mkdir(parents=True)
+    valid.mkdir()
+    (corpus / "valid.jsonl").write_text(json.dumps({"text": "é" * 6}) + "\n")  # 12 bytes
+    (valid / "manifest.json").write_text(json.dumps({"tokens": 3}))
+    assert smoke.bits_per_byte(2.0) == pytest.approx(2.0 / 0.693147 * 3 / 12, rel=1e-5)
+
+
+def test_each_phase_says_what_it_does_before_it_begins(
+    smoke: ModuleType, commands: Commands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smoke.main()
+    words = [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()]
+    phases = ("corpus", "tokenizer", "train", "valid", "pretrain", "generate")
+    assert [words.count(phase) for phase in phases] == [2] * len(phases)
 
 
 def test_a_command_that_fails_ends_the_smoke_with_its_words(

@@ -60,6 +60,11 @@ def test_a_train_row_is_one_aligned_line() -> None:
     assert len(as_line({**ROW, "step": 300, "loss": 12.5}, total_steps=300)) == len(line)
 
 
+def test_the_loss_shown_is_the_mean_since_the_last_row() -> None:
+    assert "loss  3.5000" in as_line({**ROW, "mean_loss": 3.5}, total_steps=300)
+    assert "loss       -  " in as_line({**ROW, "mean_loss": None}, total_steps=300)
+
+
 def test_missing_numbers_keep_their_place() -> None:
     bare = as_line({**ROW, "loss": None, "grad_norm": None}, total_steps=300)
     assert len(bare) == len(as_line(ROW, total_steps=300))

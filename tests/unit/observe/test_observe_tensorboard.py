@@ -8,6 +8,7 @@ from typing import Any
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megalite.observe import Recorder
+from megalite.observe.tensorboard import train_scalars
 
 
 def run(folder: Path, attempt: int, first: int, last: int, loss: float) -> None:
@@ -53,6 +54,11 @@ def test_scalars_by_step_and_by_tokens(tmp_path: Path) -> None:
     assert said.startswith(
         b"**prompt**\n\n    def f(\n\n**text**\n\n    x):\n\n        pass\n\n---"
     )
+
+
+def test_the_loss_drawn_is_the_mean_since_the_last_row() -> None:
+    assert train_scalars({"loss": 4.0, "mean_loss": 3.0})["train/loss"] == 3.0
+    assert train_scalars({"loss": 4.0})["train/loss"] == 4.0
 
 
 def test_a_resumed_attempt_takes_back_what_the_crashed_one_wrote_after_it(tmp_path: Path) -> None:

@@ -99,6 +99,12 @@ def read_page(*folders: Path, now: float = 2000.0) -> Page:
     return Page(render(read_records(folders), now=now))
 
 
+def test_the_train_loss_drawn_is_the_mean_since_the_last_row(tmp_path: Path) -> None:
+    rows = [numbers(1, 9.0, mean_loss=9.0), numbers(3, 5.0, mean_loss=6.5), numbers(4, 4.0)]
+    page = read_page(write_run(tmp_path / "one", rows))
+    assert page.curve("Train loss by step", "one") == {1: 9.0, 3: 6.5, 4: 4.0}
+
+
 def test_two_runs_beside_each_other(tmp_path: Path) -> None:
     ends = row("event", 4, name="end", seconds={"setup": 2.0, "step": 3.0})
     begins = row("event", 0, name="start", world_size=2)
