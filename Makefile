@@ -1,6 +1,6 @@
 # A fresh machine needs Python >= 3.10 and make, nothing else: no compiler, no CUDA toolkit.
 #
-#   make venv    install what training needs into .venv                             2 min, mostly torch
+#   make venv    install what training needs into .venv                            some 2 min, mostly torch
 #   make smoke   corpus -> tokenizer -> shards -> training -> perplexity -> a sample   under 4 min, 2 cores
 #   make dev     add what tests, lint and docs need
 #   make test    the whole test suite                                            under 30 min, 2 cores

@@ -1,6 +1,7 @@
 """Other frameworks' training steps, for `train.py`: run by it, with an interpreter that has them.
 
-    python benchmarks/peers.py hf-compiled '{"model": {...}, "batch": 8, "steps": 6}'
+    python benchmarks/peers.py hf-compiled '{"model": {...}, "batch": 8, "steps": 6,
+                                             "precision": "fp32"}'
 
 Prints one JSON object: the time each step ended at (Unix seconds), and peak resident bytes. Every
 peer has torch's fused AdamW, gradients clipped at 1.0, random tokens in memory and no logging.
@@ -83,11 +84,11 @@ def lit(model: dict[str, Any]) -> nn.Module:
     return built
 
 
-def plain_loop(model: nn.Module, loss: Loss, batches: list[Tensor]) -> list[float]:
+def plain_loop(model: nn.Module, loss: Loss, batches: list[Tensor], *, bf16: bool) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     ends = []
     for tokens in batches:
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=CUDA):  # masters stay fp32
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):  # masters stay fp32
             value = loss(tokens)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -99,7 +100,7 @@ def plain_loop(model: nn.Module, loss: Loss, batches: list[Tensor]) -> list[floa
     return ends
 
 
-def trainer(model: nn.Module, batches: list[Tensor]) -> list[float]:
+def trainer(model: nn.Module, batches: list[Tensor], *, bf16: bool) -> list[float]:
     import tempfile
 
     import transformers
@@ -119,7 +120,7 @@ def trainer(model: nn.Module, batches: list[Tensor]) -> list[float]:
             learning_rate=1e-4,
             max_grad_norm=1.0,
             optim="adamw_torch_fused",
-            bf16=CUDA,
+            bf16=bf16,
             use_cpu=not CUDA,
             report_to=[],
             save_strategy="no",
@@ -136,6 +137,7 @@ def trainer(model: nn.Module, batches: list[Tensor]) -> list[float]:
 def main() -> None:
     peer, shape = sys.argv[1], json.loads(sys.argv[2])
     model, steps, batch = shape["model"], shape["steps"], shape["batch"]
+    bf16 = shape["precision"] == "bf16"
     torch.manual_seed(0)
     lit_peer = peer.startswith("litgpt")  # cuts inputs and labels out of one token more
     size = (batch, model["max_position_embeddings"] + lit_peer)
@@ -156,9 +158,9 @@ def main() -> None:
         return loss
 
     if peer == "hf-trainer":
-        ends = trainer(built, batches)
+        ends = trainer(built, batches, bf16=bf16)
     else:
-        ends = plain_loop(built, lit_loss if lit_peer else hf_loss, batches)
+        ends = plain_loop(built, lit_loss if lit_peer else hf_loss, batches, bf16=bf16)
     memory = peak_memory()
     sys.stdout.write("\n" + json.dumps({"ends": ends, "memory": memory}) + "\n")
 

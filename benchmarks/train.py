@@ -2,16 +2,20 @@
 
     python benchmarks/train.py                          the 42 M shape, three rounds
     python benchmarks/train.py --shape vocab gpt2 --peers /path/to/python --json results.json
+    python benchmarks/train.py --precision bf16 --only megalite fp32 hf-compiled
+                                                        bf16 on a CPU with AMX or AVX512-BF16
     python benchmarks/train.py --shape smoke --steps 60 --only full bare
                                                         what logging and saving cost
 
 In every round each contestant is started afresh, one after the other, and takes the same number of
-steps on random tokens: batch, clipping at 1.0 and AdamW (fused) are the same for all, fp32 on a
-CPU, bf16 with fp32 masters on a GPU. Between them the machine's matrix product is timed. The first
-two steps are warm-up. Ratios are of medians over all rounds. Memory is a process's (a rank's).
+steps on random tokens: batch, clipping at 1.0 and AdamW (fused) are the same for all. The precision
+is fp32 on a CPU and bf16 with fp32 masters on a GPU, or --precision; peers use autocast for bf16.
+Between them the machine's matrix product is timed in that precision. The first two steps are
+warm-up. Ratios are of medians over all rounds. Memory is a process's (a rank's).
 
-    megalite        launcher/pretrain.py: one rank, ZeRO-0 (on a GPU ZeRO-1, which has masters),
+    megalite        launcher/pretrain.py: one rank, ZeRO-0 (in bf16 ZeRO-1, which has masters),
                     blocks compiled, logging and TensorBoard
+    fp32            the same in fp32 and ZeRO-0, whatever --precision says
     plain           the same without compiling
     full, bare      the same with a save in the background every 20 steps; without saves and
                     TensorBoard, logging three times (give 60 steps)
@@ -101,6 +105,7 @@ CONTESTANTS = {
     "plain": Contestant(1, ZERO_0 | {"training": {"compile": False}}),
     "full": Contestant(1, ZERO_0 | SAVING),
     "bare": Contestant(1, ZERO_0 | QUIET),
+    "fp32": Contestant(1, {"deepspeed": _stage(0), "training": {"precision": "fp32"}}),
     "zero1": Contestant(1, {"deepspeed": _stage(1)}),
     "dp2": Contestant(2, {"deepspeed": _stage(1)}),
     "tp2": Contestant(2, {"deepspeed": _stage(1), "parallel": {"tensor": 2}}),
@@ -120,6 +125,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=CONTESTANTS, default=USUAL, metavar="NAME", help="contestants"
     )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help="a contestant takes in a round")
     parser.add_argument("--batch", type=int, help="sequences of a step, instead of the shape's")
@@ -136,6 +144,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     chosen = parse()
+    chosen.precision = chosen.precision or ("bf16" if gpu() else "fp32")
     found = {}
     for shape in chosen.shape:
         found[shape] = result = measure(shape, chosen)
@@ -160,7 +169,7 @@ def measure(shape: str, chosen: argparse.Namespace) -> dict[str, Any]:
             for name in visits:
                 if name in faults:
                     continue
-                peaks.append(peak())
+                peaks.append(peak(chosen.precision))
                 try:
                     visits[name].append(visit(name, model, batch, chosen, folder, number))
                 except RuntimeError as error:
@@ -201,13 +210,14 @@ def flops_per_token(model: dict[str, Any]) -> float:
     return of_model(ModelConfig.model_validate(model), model["max_position_embeddings"])
 
 
-def peak() -> float:
-    """FLOP/s of a large matrix product in fp32 (bf16 on a GPU): the median over two seconds."""
+def peak(precision: str) -> float:
+    """FLOP/s of a large matrix product: the median over two seconds."""
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
     script = f"""
 import statistics, time, torch
 cuda = torch.cuda.is_available()
 torch.set_num_threads({THREADS})
-kind = dict(device="cuda", dtype=torch.bfloat16) if cuda else dict()
+kind = dict(device="cuda" if cuda else "cpu", dtype=torch.{dtype})
 size = 8192 if cuda else 2048
 a, b = torch.randn(size, size, **kind), torch.randn(size, size, **kind)
 rates, end = [], time.perf_counter() + 2
@@ -234,11 +244,13 @@ def visit(
     contestant = CONTESTANTS[name]
     log = folder / f"{name}-{number}.log"
     if contestant.peer:
-        shape = json.dumps({"model": model, "batch": batch, "steps": chosen.steps})
+        shape = json.dumps(
+            {"model": model, "batch": batch, "steps": chosen.steps, "precision": chosen.precision}
+        )
         script = str(Path(__file__).with_name("peers.py"))
         command = [chosen.peers, script, contestant.peer, shape]
     else:
-        command = ours(contestant, model, batch, chosen.steps, folder, f"{name}-{number}")
+        command = ours(contestant, model, batch, chosen, folder, f"{name}-{number}")
     environ = os.environ | {"OMP_NUM_THREADS": str(max(1, THREADS // contestant.ranks))}
     began = time.time()
     with open(log, "w", encoding="utf-8") as file:
@@ -267,11 +279,12 @@ def ours(
     contestant: Contestant,
     model: dict[str, Any],
     batch: int,
-    steps: int,
+    chosen: argparse.Namespace,
     folder: Path,
     name: str,
 ) -> list[str]:
     """The command of a run through the front door; its file is written."""
+    steps = chosen.steps
     run: dict[str, Any] = {
         "name": name,
         "model": model,
@@ -285,6 +298,7 @@ def ours(
             "steps": steps,
             "global_batch_size": batch,
             "micro_batch_size": batch // (contestant.ranks // _tensor(contestant)),
+            "precision": chosen.precision,
             "compile": True,
             "log_every": 1,
         },
@@ -294,7 +308,7 @@ def ours(
     for section, values in contestant.sections.items():
         run[section] = run.get(section, {}) | values
     run["training"]["log_every"] = run["training"]["log_every"] or max(1, steps // 3)
-    if gpu() and run.get("deepspeed") == _stage(0):
+    if run["training"]["precision"] == "bf16" and run.get("deepspeed") == _stage(0):
         run["deepspeed"] = _stage(1)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(run), encoding="utf-8")
