@@ -11,43 +11,90 @@ from typing import Any
 
 import numpy as np
 
+from megalite.errors import DataError
+from megalite.formats.special_tokens import (
+    TOKENIZER_CONFIG,
+    AddedToken,
+    Companions,
+    end_ids,
+)
 from megalite.formats.tokenizer_base import Ids, Placed, Spans, overlaps
+from megalite.formats.tokenizer_export import around_text, export_tokenizer
 
 HUGGING_FACE = "tokenizer.json"
-HUGGING_FACE_CONFIG = "tokenizer_config.json"
-# Names in use for the tokens that begin and end a document, where no tokenizer_config.json says;
-# BERT's are the last.
-_BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>", "[CLS]")
-_EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "[SEP]")
+_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 # Stands for the control token before a piece of text that is encoded separately.
 _MARK = "\uf8ff\ue000\uf8ff"
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`; BOS and EOS by the `tokenizer_config.json` beside it, or by their names.
+    """A `tokenizer.json`, with what the files beside it add.
 
     `encode_batch` uses as many threads as RAYON_NUM_THREADS says: the library has no other way.
+
+    Args:
+        data: the content of the `tokenizer.json`.
+        source: name and content of the file that `save` writes, if that is another one.
     """
 
-    def __init__(self, path: Path) -> None:
-        config = path.with_name(HUGGING_FACE_CONFIG)
-        self._files = {file.name: file.read_bytes() for file in (config,) if file.exists()}
-        self._files[HUGGING_FACE] = data = path.read_bytes()
+    def __init__(
+        self, data: bytes, beside: Companions, source: tuple[str, bytes] | None = None
+    ) -> None:
+        self._data, self._beside = data, beside
+        self._source = source or (HUGGING_FACE, data)
         self._tokenizer, self._with_controls = self._load(), self._load()
         self._tokenizer.encode_special_tokens = True  # as text, that is: not as control tokens
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = max(ids, default=-1) + 1  # ids may have holes
-        self.bos_id = self._control("bos_token", _BOS_NAMES)
-        self.eos_id = self._control("eos_token", _EOS_NAMES)
-        self.sha256 = hashlib.sha256(data).hexdigest()
+        find = self._tokenizer.token_to_id
+        self.bos_id = beside.find("bos_token", find)
+        self.eos_id = beside.find("eos_token", find)
+        self.pad_id = beside.find("pad_token", find)
+        self.end_ids = end_ids(self.eos_id, beside.ids("eos_token_id"))
+        self.prefix_ids, self.suffix_ids = self._around()
+        self.sha256 = hashlib.sha256(self._source[1]).hexdigest()
 
     def _load(self) -> Any:
         import tokenizers
 
-        made = tokenizers.Tokenizer.from_buffer(self._files[HUGGING_FACE])
+        made = tokenizers.Tokenizer.from_buffer(self._data)
         made.no_truncation()
         made.no_padding()
+        known = {token.content for token in made.get_added_tokens_decoder().values()}
+        for token in self._beside.added_tokens:
+            if token.content not in known:
+                self._check_added(made, token)
+                flags = {name: getattr(token, name) for name in _FLAGS}
+                if self._source[0] != HUGGING_FACE:  # SentencePiece's normalizer adds a space
+                    flags["normalized"] = False
+                made.add_tokens([tokenizers.AddedToken(token.content, **flags)])
+        for name in self._beside.missing(made.token_to_id):
+            made.add_special_tokens([tokenizers.AddedToken(name, normalized=False)])
+        special = {t.content for t in made.get_added_tokens_decoder().values() if t.special}
+        for name in self._beside.special_names:
+            if name not in special and made.token_to_id(name) is not None:
+                made.add_special_tokens([tokenizers.AddedToken(name, normalized=False)])
         return made
+
+    def _check_added(self, made: Any, token: AddedToken) -> None:
+        """Refuse a token that would get another id than its files say."""
+        id = made.token_to_id(token.content)
+        end = made.get_vocab_size(with_added_tokens=True)
+        if (end if id is None else id) == token.id:
+            return
+        has = f"its id is {id}" if id is not None else f"the next free id is {end}"
+        raise DataError(
+            f"the added token {token.content!r} has the id {token.id}, but by {self._source[0]} "
+            f"{has}; save the tokenizer again with the program that added it"
+        )
+
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What stands before and after a text by the tokenizer's own settings."""
+        if self._source[0] == HUGGING_FACE:  # then its post-processor alone decides
+            before, after = around_text(self._with_controls)
+        else:
+            before, after = self._beside.around(self.bos_id, self.eos_id)
+        return self._beside.begin(before, self.bos_id), tuple(after)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -112,7 +159,8 @@ class HuggingFaceTokenizer:
         return {id: token for id, token in found.items() if token.special}
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=True))
+        known = [int(id) for id in ids if 0 <= id < self.vocab_size]
+        return str(self._tokenizer.decode(known, skip_special_tokens=True))
 
     def count_bytes(self, ids: Sequence[int]) -> int:
         if self._byte_level:  # a character of a token's name stands for a byte
@@ -128,7 +176,7 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def _byte_level(self) -> bool:
-        decoder = json.loads(self._files[HUGGING_FACE]).get("decoder") or {}
+        decoder = json.loads(self._data).get("decoder") or {}
         kinds = [decoder, *decoder.get("decoders", ())]
         return any(kind.get("type") == "ByteLevel" for kind in kinds)
 
@@ -136,24 +184,16 @@ class HuggingFaceTokenizer:
         return [self._tokenizer.id_to_token(id) or "" for id in range(self.vocab_size)]
 
     def save(self, folder: Path) -> str:
-        for name, data in self._files.items():
-            (folder / name).write_bytes(data)
-        return HUGGING_FACE
+        self._beside.save(folder)
+        name, data = self._source
+        (folder / name).write_bytes(data)
+        return name
 
     def export(self, folder: Path) -> None:
-        self.save(folder)
-        config = folder / HUGGING_FACE_CONFIG
-        if not config.exists():
-            names = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-            told = {k: self._tokenizer.id_to_token(id) for k, id in names.items() if id is not None}
-            content = {"tokenizer_class": "PreTrainedTokenizerFast", **told}
-            config.write_text(json.dumps(content, indent=2) + "\n")
-
-    def _control(self, key: str, names: Sequence[str]) -> int | None:
-        config = json.loads(self._files.get(HUGGING_FACE_CONFIG, b"{}"))
-        if key in config:
-            token = config[key]
-            name = token["content"] if isinstance(token, dict) else token
-            names = (name,) if name else ()
-        ids = (self._tokenizer.token_to_id(name) for name in names)
-        return next((int(id) for id in ids if id is not None), None)
+        around = around_text(self._with_controls)
+        if around != (list(self.prefix_ids), list(self.suffix_ids)):
+            export_tokenizer(self._load(), self, folder, self._beside)
+        elif self._source[0] == HUGGING_FACE and TOKENIZER_CONFIG in self._beside.files:
+            self.save(folder)  # as it came, with truncation and the like
+        else:
+            export_tokenizer(self._load(), self, folder, self._beside)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megalite.formats.huggingface_tokenizer import HuggingFaceTokenizer
+from megalite.formats.special_tokens import Companions, end_ids
 from megalite.formats.tokenizer_base import Ids, Placed, Spans, overlaps
-from megalite.formats.tokenizer_export import export_sentencepiece
+from megalite.formats.tokenizer_export import build_sentencepiece, export_sentencepiece
 
 SENTENCEPIECE = "tokenizer.model"
 
@@ -22,16 +24,33 @@ class SentencePieceTokenizer:
     The library writes a space as U+2581, so that character in a text comes back as a space.
     """
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, beside: Companions | None = None) -> None:
         import sentencepiece
 
-        self._model = model
+        self._model, self._beside = model, beside or Companions(None)
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._processor.get_piece_size()
-        bos, eos = self._processor.bos_id(), self._processor.eos_id()
-        self.bos_id = bos if bos >= 0 else None
-        self.eos_id = eos if eos >= 0 else None
+        self.bos_id = self._find("bos_token", self._processor.bos_id())
+        self.eos_id = self._find("eos_token", self._processor.eos_id())
+        self.pad_id = self._find("pad_token", self._processor.pad_id())
+        self.end_ids = end_ids(self.eos_id, self._beside.ids("eos_token_id"))
+        before, after = self._beside.around(self.bos_id, self.eos_id)
+        self.prefix_ids, self.suffix_ids = self._beside.begin(before, self.bos_id), tuple(after)
         self.sha256 = hashlib.sha256(model).hexdigest()
+
+    def _find(self, key: str, own: int) -> int | None:
+        if key in self._beside.names or own < 0:
+            return self._beside.find(key, self.token_to_id)
+        return own
+
+    def token_to_id(self, name: str) -> int | None:
+        """Return the id of a piece; None if the vocabulary has no such piece."""
+        id = int(self._processor.piece_to_id(name))
+        return id if self._processor.id_to_piece(id) == name else None
+
+    def is_control(self, id: int) -> bool:
+        """Whether a piece is a control token, which has no text."""
+        return bool(self._processor.is_control(id))
 
     def encode(self, text: str) -> list[int]:
         return list(self._processor.encode(text))
@@ -63,10 +82,12 @@ class SentencePieceTokenizer:
         return re.compile("|".join(map(re.escape, names)) or "(?!)")
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._processor.decode([int(id) for id in ids]))
+        return str(self._processor.decode([int(id) for id in ids if 0 <= id < self.vocab_size]))
 
     def count_bytes(self, ids: Sequence[int]) -> int:
-        return int(self._piece_bytes[np.asarray(ids, dtype=np.int64)].sum())
+        found = np.asarray(ids, dtype=np.int64)
+        known = found[(found >= 0) & (found < self.vocab_size)]
+        return int(self._piece_bytes[known].sum())
 
     @cached_property
     def _piece_bytes(self) -> Ids:
@@ -83,8 +104,40 @@ class SentencePieceTokenizer:
         return [self._processor.id_to_piece(id) for id in range(self.vocab_size)]
 
     def save(self, folder: Path) -> str:
+        self._beside.save(folder)
         (folder / SENTENCEPIECE).write_bytes(self._model)
         return SENTENCEPIECE
 
     def export(self, folder: Path) -> None:
-        export_sentencepiece(self._model, folder)
+        export_sentencepiece(self._model, folder, self, self._beside)
+
+
+def load_sentencepiece(
+    model: bytes, beside: Companions
+) -> SentencePieceTokenizer | HuggingFaceTokenizer:
+    """Return the tokenizer of a `.model` file with the files beside it.
+
+    A tokenizer to whose vocabulary something was added is built with the library that
+    `transformers` uses, so that both find the added tokens in the same places.
+    """
+    plain = SentencePieceTokenizer(model, beside)
+    added, size, names = beside.added_tokens, plain.vocab_size, plain.pieces()
+    renames = {t.id: t.content for t in added if t.id < size and names[t.id] != t.content}
+    new = [token for token in added if token.id >= size] or beside.missing(plain.token_to_id)
+    special = [t for t in added if t.id < size and t.special and not plain.is_control(t.id)]
+    prefix = _prefix(beside)
+    if not (renames or new or special or prefix):
+        return plain
+    made, _ = build_sentencepiece(model, renames=renames, prefix=prefix)
+    return HuggingFaceTokenizer(made.to_str().encode(), beside, (SENTENCEPIECE, model))
+
+
+def _prefix(beside: Companions) -> str | None:
+    """Which text gets a space before it, by a `tokenizer_config.json` of Llama's class."""
+    made = beside.config.get("tokenizer_class")
+    llama = isinstance(made, str) and made.startswith(("LlamaTokenizer", "CodeLlamaTokenizer"))
+    if not llama or beside.model_config.get("model_type", "llama") not in ("llama", "code_llama"):
+        return None
+    if beside.config.get("add_prefix_space") is False:
+        return "never"
+    return "always" if beside.config.get("legacy") is True else "first"

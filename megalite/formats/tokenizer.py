@@ -15,7 +15,12 @@ import numpy as np
 
 from megalite.errors import DataError
 from megalite.formats.huggingface_tokenizer import HUGGING_FACE, HuggingFaceTokenizer
-from megalite.formats.sentencepiece_tokenizer import SENTENCEPIECE, SentencePieceTokenizer
+from megalite.formats.sentencepiece_tokenizer import (
+    SENTENCEPIECE,
+    SentencePieceTokenizer,
+    load_sentencepiece,
+)
+from megalite.formats.special_tokens import Companions, end_ids
 from megalite.formats.tokenizer_base import Ids, Placed, Spans, Tokenizer
 from megalite.formats.tokenizer_export import export_bytes
 from megalite.log import logger
@@ -52,12 +57,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if str(path) == "bytes":
         return ByteTokenizer()
     file = _find(Path(path))
+    beside = Companions(file.parent)
     if file.name == _BYTES:
-        return ByteTokenizer()
+        return ByteTokenizer(beside)
     try:
         if file.suffix == ".json":
-            return HuggingFaceTokenizer(file)
-        return SentencePieceTokenizer(file.read_bytes())
+            return HuggingFaceTokenizer(file.read_bytes(), beside)
+        return load_sentencepiece(file.read_bytes(), beside)
     except DataError:
         raise
     except Exception as error:  # both libraries raise bare Exception subclasses of their own
@@ -90,8 +96,13 @@ class ByteTokenizer:
     """UTF-8 bytes as ids 0 to 255; nothing to train, which suits tests and unseen scripts."""
 
     bos_id, eos_id, vocab_size = 256, 257, 258
+    pad_id: int | None = None
+    suffix_ids: tuple[int, ...] = ()
 
-    def __init__(self) -> None:
+    def __init__(self, beside: Companions | None = None) -> None:
+        self._beside = beside or Companions(None)
+        self.end_ids = end_ids(self.eos_id, self._beside.ids("eos_token_id"))
+        self.prefix_ids = self._beside.begin((), self.bos_id)
         content = {"type": "bytes", "bos_id": 256, "eos_id": 257, "vocab_size": 258}
         self._content = (json.dumps(content) + "\n").encode()
         self.sha256 = hashlib.sha256(self._content).hexdigest()
@@ -109,20 +120,21 @@ class ByteTokenizer:
         return list(text.encode()), places
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(id for id in ids if id < 256).decode(errors="replace")
+        return bytes(id for id in ids if 0 <= id < 256).decode(errors="replace")
 
     def count_bytes(self, ids: Sequence[int]) -> int:
-        return sum(id < 256 for id in ids)
+        return sum(0 <= id < 256 for id in ids)
 
     def pieces(self) -> list[str]:
         return [chr(id) for id in range(256)] + ["", ""]
 
     def save(self, folder: Path) -> str:
+        self._beside.save(folder)
         (folder / _BYTES).write_bytes(self._content)
         return _BYTES
 
     def export(self, folder: Path) -> None:
-        export_bytes(folder)
+        export_bytes(folder, self, self._beside)
 
 
 def _find(path: Path) -> Path:

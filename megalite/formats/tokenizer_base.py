@@ -20,6 +20,8 @@ class Tokenizer(Protocol):
     Attributes:
         vocab_size: ids lie in [0, vocab_size).
         bos_id, eos_id, pad_id: None if the vocabulary has no such token.
+        end_ids: every id that ends a text: EOS, and those of `generation_config.json`.
+        prefix_ids, suffix_ids: what stands before and after a text, by the tokenizer's settings.
         sha256: the hash of the file that `save` writes and names.
     """
 
@@ -31,6 +33,18 @@ class Tokenizer(Protocol):
 
     @property
     def eos_id(self) -> int | None: ...
+
+    @property
+    def pad_id(self) -> int | None: ...
+
+    @property
+    def end_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def prefix_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def suffix_ids(self) -> tuple[int, ...]: ...
 
     @property
     def sha256(self) -> str: ...
