@@ -147,7 +147,8 @@ class Companions:
         if name is None or name == "":
             return None
         if not isinstance(name, str):
-            raise self._fault(TOKENIZER_CONFIG, f"{key} is {name!r:.40}, not the name of a token")
+            file = TOKENIZER_CONFIG if value is self.config.get(key) else _TOKENS_MAP
+            raise self._fault(file, f"{key} is {name!r:.40}, not the name of a token")
         return name
 
     @cached_property
