@@ -21,7 +21,7 @@ from megalite.formats.sentencepiece_tokenizer import (
     load_sentencepiece,
 )
 from megalite.formats.special_tokens import Companions, end_ids
-from megalite.formats.tokenizer_base import Ids, Placed, Spans, Tokenizer
+from megalite.formats.tokenizer_base import Ids, Placed, Spans, Tokenizer, encode_text
 from megalite.formats.tokenizer_export import export_bytes
 from megalite.log import logger
 
@@ -32,6 +32,7 @@ __all__ = [
     "SentencePieceTokenizer",
     "Tokenizer",
     "check_round_trip",
+    "encode_text",
     "load_tokenizer",
 ]
 

@@ -81,6 +81,14 @@ class Tokenizer(Protocol):
         """Write the tokenizer as Hugging Face's `tokenizer.json` and `tokenizer_config.json`."""
 
 
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a text that a model continues, with what the tokenizer begins texts with.
+
+    The tokenizer's suffix is left out: it ends a text, and this one goes on.
+    """
+    return [*tokenizer.prefix_ids, *tokenizer.encode(text)]
+
+
 def overlaps(start: int, stop: int, spans: Spans) -> bool:
     """Whether [start, stop) shares a character with one of the spans."""
     return any(start < end and begin < stop for begin, end in spans)
