@@ -103,6 +103,10 @@ class SentencePieceTokenizer:
     def pieces(self) -> list[str]:
         return [self._processor.id_to_piece(id) for id in range(self.vocab_size)]
 
+    def begin_with_bos(self, begins: bool) -> None:
+        self._beside.record_bos(begins)
+        self.prefix_ids = self._beside.begin(self.prefix_ids, self.bos_id)
+
     def save(self, folder: Path) -> str:
         self._beside.save(folder)
         (folder / SENTENCEPIECE).write_bytes(self._model)

@@ -129,6 +129,10 @@ class ByteTokenizer:
     def pieces(self) -> list[str]:
         return [chr(id) for id in range(256)] + ["", ""]
 
+    def begin_with_bos(self, begins: bool) -> None:
+        self._beside.record_bos(begins)
+        self.prefix_ids = self._beside.begin(self.prefix_ids, self.bos_id)
+
     def save(self, folder: Path) -> str:
         self._beside.save(folder)
         (folder / _BYTES).write_bytes(self._content)

@@ -74,6 +74,12 @@ class Tokenizer(Protocol):
     def pieces(self) -> list[str]:
         """Return the name of each id in the vocabulary; holes are empty."""
 
+    def begin_with_bos(self, begins: bool) -> None:
+        """Record whether the documents that a model learns from begin with BOS.
+
+        `save` and `export` keep it, so that the texts that the model continues begin likewise.
+        """
+
     def save(self, folder: Path) -> str:
         """Write the tokenizer's files into an existing folder; return the main file's name."""
 
