@@ -224,17 +224,20 @@ class Companions:
         """The content of `generation_config.json`, with the ids of `config.json`."""
         return self._parse(GENERATION_CONFIG)
 
+    def generation_with(self, other: Companions) -> dict[str, Any]:
+        """The content of both; these files win, and any EOS of either ends a text."""
+        found = {**other.generation(), **self.generation()}
+        ends = [*self.ids("eos_token_id"), *other.ids("eos_token_id")]
+        return _with_ids(found, "eos_token_id", ends)
+
     def _generation_config(self) -> dict[str, Any]:
         found = self._parse(GENERATION_CONFIG)
         for key in _ID_KEYS:
-            known = [] if found.get(key) is None else self._ids(GENERATION_CONFIG, key, found[key])
-            value = self.model_config.get(key)
-            more = [] if value is None else self._ids("config.json", key, value)
+            known, more = self.ids(key), self.model_config.get(key)
             if known and key != "eos_token_id":
                 continue
-            ids = list(dict.fromkeys([*known, *more]))
-            if ids:
-                found[key] = ids[0] if len(ids) == 1 else ids
+            given = [] if more is None else self._ids("config.json", key, more)
+            found = _with_ids(found, key, [*known, *given])
         return found
 
     def _ids(self, file: str, key: str, value: Any) -> list[int]:
@@ -259,6 +262,12 @@ class Companions:
 
     def _fault(self, name: str, fact: str) -> DataError:
         return DataError(f"{(self._folder or Path()) / name}: {fact}; restore the file")
+
+
+def _with_ids(content: dict[str, Any], key: str, ids: Sequence[int]) -> dict[str, Any]:
+    """The content with the ids under a key: one, or several, or without the key."""
+    ids, content = list(dict.fromkeys(ids)), {k: v for k, v in content.items() if k != key}
+    return content | ({key: ids[0] if len(ids) == 1 else ids} if ids else {})
 
 
 def _is_id(value: Any) -> bool:

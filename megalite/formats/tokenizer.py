@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megalite import files
 from megalite.errors import DataError
 from megalite.formats.huggingface_tokenizer import HUGGING_FACE, HuggingFaceTokenizer
 from megalite.formats.sentencepiece_tokenizer import (
@@ -20,7 +21,7 @@ from megalite.formats.sentencepiece_tokenizer import (
     SentencePieceTokenizer,
     load_sentencepiece,
 )
-from megalite.formats.special_tokens import Companions, end_ids
+from megalite.formats.special_tokens import GENERATION_CONFIG, Companions, end_ids
 from megalite.formats.tokenizer_base import Ids, Placed, Spans, Tokenizer, encode_text
 from megalite.formats.tokenizer_export import export_bytes
 from megalite.log import logger
@@ -33,6 +34,7 @@ __all__ = [
     "Tokenizer",
     "check_round_trip",
     "encode_text",
+    "keep_ends",
     "load_tokenizer",
 ]
 
@@ -69,6 +71,26 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise
     except Exception as error:  # both libraries raise bare Exception subclasses of their own
         raise DataError(f"{file}: not a tokenizer that can be read: {error}") from error
+
+
+def keep_ends(folder: Path, start: Path) -> None:
+    """Keep in a tokenizer's folder what ends a text by the model that training starts from.
+
+    Nothing is kept of a model with another tokenizer, whose ids mean something else.
+
+    Args:
+        folder: the tokenizer's; its `generation_config.json` is written.
+        start: a model folder, or a checkpoint with its `tokenizer/`.
+    """
+    place = start / "tokenizer" if (start / "tokenizer").is_dir() else start
+    try:
+        if load_tokenizer(place).sha256 != load_tokenizer(folder).sha256:
+            return
+    except DataError:
+        return
+    content = Companions(folder).generation_with(Companions(place))
+    if content:
+        files.write_json(folder / GENERATION_CONFIG, content)
 
 
 def check_round_trip(tokenizer: Tokenizer, *, lossy: bool = False) -> None:
