@@ -183,6 +183,10 @@ class HuggingFaceTokenizer:
     def pieces(self) -> list[str]:
         return [self._tokenizer.id_to_token(id) or "" for id in range(self.vocab_size)]
 
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return self._beside.generation()
+
     def begin_with_bos(self, begins: bool) -> None:
         self._beside.record_bos(begins)
         self.prefix_ids = self._beside.begin(self.prefix_ids, self.bos_id)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -102,6 +103,10 @@ class SentencePieceTokenizer:
 
     def pieces(self) -> list[str]:
         return [self._processor.id_to_piece(id) for id in range(self.vocab_size)]
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return self._beside.generation()
 
     def begin_with_bos(self, begins: bool) -> None:
         self._beside.record_bos(begins)

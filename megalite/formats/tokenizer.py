@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -150,6 +151,10 @@ class ByteTokenizer:
 
     def pieces(self) -> list[str]:
         return [chr(id) for id in range(256)] + ["", ""]
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return self._beside.generation()
 
     def begin_with_bos(self, begins: bool) -> None:
         self._beside.record_bos(begins)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ class Tokenizer(Protocol):
         bos_id, eos_id, pad_id: None if the vocabulary has no such token.
         end_ids: every id that ends a text: EOS, and those of `generation_config.json`.
         prefix_ids, suffix_ids: what stands before and after a text, by the tokenizer's settings.
+        generation_config: the content of a `generation_config.json`; empty if there is none.
         sha256: the hash of the file that `save` writes and names.
     """
 
@@ -45,6 +46,9 @@ class Tokenizer(Protocol):
 
     @property
     def suffix_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def generation_config(self) -> dict[str, Any]: ...
 
     @property
     def sha256(self) -> str: ...
