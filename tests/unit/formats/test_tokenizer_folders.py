@@ -9,17 +9,14 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import processors
 
 from megalite.errors import DataError
 from megalite.formats.tokenizer import Tokenizer, load_tokenizer
-from tests.unit.formats.test_tokenizer_controls import byte_level
+from tests.tokenizer_folders import END, NAMES, START, json_folder
 from tests.unit.formats.test_tokenizer_export import trained
 
 transformers = pytest.importorskip("transformers")
 
-NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
-START, END = "<|im_start|>", "<|im_end|>"
 TEXTS = (
     "The quick brown fox",
     f"{START}user\nhi {END}\n{START}assistant\n",
@@ -39,21 +36,6 @@ def sentencepiece_folder(folder: Path, files: Mapping[str, Any], **options: Any)
     settings = {"model_type": "bpe", "normalization_rule_name": "identity"}
     tokenizer = trained(**settings, remove_extra_whitespaces=False, **options)
     tokenizer.save(folder)
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content))
-    return folder
-
-
-def json_folder(folder: Path, files: Mapping[str, Any], around: str | None = None) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    made = byte_level()
-    made.add_special_tokens(["<s>", "</s>", START, END])
-    if around:
-        names = [name for name in around.split() if name != "$A"]
-        made.post_processor = processors.TemplateProcessing(
-            single=around, special_tokens=[(name, made.token_to_id(name)) for name in names]
-        )
-    made.save(str(folder / "tokenizer.json"))
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     return folder
