@@ -203,5 +203,8 @@ class HuggingFaceTokenizer:
             export_tokenizer(self._load(), self, folder, self._beside)
         elif self._source[0] == HUGGING_FACE and TOKENIZER_CONFIG in self._beside.files:
             self.save(folder)  # as it came, with truncation and the like
+            if "tokenizer_class" not in self._beside.config:  # else the model's type would decide
+                config = {**self._beside.config, "tokenizer_class": "PreTrainedTokenizerFast"}
+                (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         else:
             export_tokenizer(self._load(), self, folder, self._beside)
