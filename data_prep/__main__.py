@@ -110,7 +110,11 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
     )
     take = "take a tokenizer that does not give back every text"
     add("--lossy", action="store_true", help=take)
-    add("--bos", action="store_true", help="begin each document with BOS")
+    add(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="begin each document with BOS (default: if the tokenizer begins its texts with it)",
+    )
     add("--no-eos", dest="eos", action="store_false", help="do not end each document with EOS")
 
 

@@ -97,9 +97,13 @@ def tokenize(options: TokenizeOptions) -> Manifest:
     check_output(options.output)
     tokenizer = load_tokenizer(options.tokenizer)
     check_round_trip(tokenizer, lossy=options.lossy)
-    folder = WorkFolder(options.output, options.asked(tokenizer), env.launch_id())
+    encoder = Encoder(tokenizer, options)
+    folder = WorkFolder(options.output, encoder.options.asked(tokenizer), env.launch_id())
     rank, ranks = env.find_place()
-    task = _Task(Encoder(tokenizer, options), folder, rank, ranks)
+    if rank == 0 and options.bos is None and encoder.bos is not None:
+        begins = " ".join(tokenizer.pieces()[id] for id in tokenizer.prefix_ids)
+        logger.info("documents begin with %s, as the tokenizer's texts do (not: --no-bos)", begins)
+    task = _Task(encoder, folder, rank, ranks)
     try:
         return _lead(task) if rank == 0 else _follow(task)
     except OSError as error:

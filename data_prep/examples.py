@@ -1,11 +1,14 @@
 """Labelled rows to a folder of tokenized examples (see megalite/formats/examples.py), made once.
 
-What an example's tokens are, where BOS and EOS are those that the tokenizer has:
+The tokens of an example, where BOS and EOS are those that the tokenizer has:
 
-classification      [BOS of an encoder] text [EOS], the text cut to fit
-language_modeling   text [EOS], all of them learned; cut
-seq2seq             text [EOS], cut to fit; then target [EOS], cut and learned
+classification      [BOS] text [EOS], the text cut to fit
+language_modeling   [BOS] text [EOS], all but BOS learned; cut
+seq2seq             [BOS] text [EOS], cut to fit; then target [EOS], cut and learned
 sft                 the chat template's rendering, cut; the assistant's turns are learned
+
+BOS is there if the tokenizer begins its texts with it, and for an encoder that classifies. What the
+tokenizer's settings put before and after a text takes the place of BOS and EOS.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -86,8 +90,7 @@ def prepare(
         "seed": config.data.seed,
         "architecture": config.model.architecture,
         "sources": {key: source.identity(split) for key, split in origins.items() if split},
-        "tokenizer": (encoder and [encoder.sha256, encoder.bos_id, encoder.eos_id])
-        or config.model.vocab_size,
+        "tokenizer": (encoder and _identity(encoder)) or config.model.vocab_size,
         "template": template,
         **({"unlabelled": True} if unlabelled else {}),
     }
@@ -103,6 +106,15 @@ def prepare(
                 raise
     read_manifest(folder)
     return folder
+
+
+def _identity(tokenizer: Tokenizer) -> list[Any]:
+    """What decides the ids of a text, and what the examples' folder keeps of the tokenizer."""
+    made = [tokenizer.sha256, tokenizer.bos_id, tokenizer.eos_id]
+    with tempfile.TemporaryDirectory() as place:
+        main = tokenizer.save(Path(place))
+        others = sorted(path for path in Path(place).iterdir() if path.name != main)
+        return made + [[path.name, files.sha256_file(path)] for path in others]
 
 
 @dataclass(frozen=True)
@@ -165,6 +177,8 @@ class _Maker:
         self._chat = Chat(template, self._tokenizer) if template is not None else None
         leads = self._task == "classification" and config.model.architecture == "encoder"
         self._before, self._after = edges(self._tokenizer, leads=leads)
+        eos = self._tokenizer.eos_id
+        self._ended = self._after if eos is None else [eos]  # a target ends for itself
         if self._data.max_length <= len(self._before) + len(self._after):
             raise DataError(
                 f"finetune.data.max_length {self._data.max_length}: BOS and EOS leave no token of "
@@ -366,10 +380,11 @@ class _Maker:
         if not all(found):
             raise Unusable("the tokenizer makes no token of its text")
         if self._task == "language_modeling":
-            ids = found[0] + after
-            return ids[:most], [True] * min(len(ids), most), len(ids) > most
+            ids = before + found[0] + after
+            learned = [number >= len(before) for number in range(min(len(ids), most))]
+            return ids[:most], learned, len(ids) > most
         room = most - len(before) - len(after)
-        source, target = before + found[0][:room] + after, [*found[-1], *after]
+        source, target = before + found[0][:room] + after, found[-1] + self._ended
         cut, limit = len(found[0]) > room, self._data.max_target_length
         if self._task == "classification":
             return source, (), cut

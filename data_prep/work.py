@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,10 @@ _POLL, _LONGEST_POLL = 0.01, 0.5  # seconds
 
 @dataclass(frozen=True)
 class TokenizeOptions:
-    """The arguments of `tokenize`. workers: of each rank."""
+    """The arguments of `tokenize`.
+
+    workers: of each rank. bos: None means that documents begin as the tokenizer begins its texts.
+    """
 
     inputs: Sequence[str]
     tokenizer: str
@@ -46,7 +49,7 @@ class TokenizeOptions:
     shard_tokens: int = 100_000_000
     workers: int = 1
     max_bad_records: int = 0
-    bos: bool = False
+    bos: bool | None = None
     eos: bool = True
     deduplicate: bool = False
     streaming: bool = True
@@ -91,11 +94,21 @@ class Part:
 
 
 class Encoder:
-    """A tokenizer with what was asked of it: whether documents have BOS and EOS, and the rest."""
+    """A tokenizer with what was asked of it: whether documents have BOS and EOS, and the rest.
+
+    The tokenizer records what documents begin with.
+    """
 
     def __init__(self, tokenizer: Tokenizer, options: TokenizeOptions) -> None:
-        self.tokenizer, self.options = tokenizer, options
-        self.bos = _control(tokenizer.bos_id, "BOS", "leave out --bos") if options.bos else None
+        self.tokenizer, before = tokenizer, list(tokenizer.prefix_ids)
+        begins = bool(before) if options.bos is None else options.bos
+        if begins and not before:
+            before = [_control(tokenizer.bos_id, "BOS", "leave out --bos")]
+        if begins != bool(tokenizer.prefix_ids):
+            tokenizer.begin_with_bos(begins)
+        self.options = replace(options, bos=begins)
+        self._before = before if begins else []
+        self.bos = self._before[0] if begins else None
         self.eos = _control(tokenizer.eos_id, "EOS", "pass --no-eos") if options.eos else None
         self.dtype: Dtype = dtype_for(tokenizer.vocab_size)
 
@@ -106,7 +119,7 @@ class Encoder:
             DataError: an id outside the vocabulary, which no dtype would hold unharmed.
         """
         rows = self.tokenizer.encode_batch(texts)
-        around = (self.bos is not None) + (self.eos is not None)
+        around = len(self._before) + (self.eos is not None)
         lengths = np.fromiter(map(len, rows), np.int64, len(rows)) + around
         ids = np.concatenate(rows) if rows else np.empty(0, np.int32)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size:
@@ -118,7 +131,8 @@ class Encoder:
             return ids.astype(self.dtype), lengths
         tokens = np.empty(ids.size + around * len(rows), self.dtype)
         ends, inner = np.cumsum(lengths), np.ones(tokens.size, np.bool_)
-        for id, places in ((self.bos, ends - lengths), (self.eos, ends - 1)):
+        starts = [(id, ends - lengths + n) for n, id in enumerate(self._before)]
+        for id, places in (*starts, (self.eos, ends - 1)):
             if id is not None:
                 tokens[places], inner[places] = id, False
         tokens[inner] = ids
@@ -127,7 +141,8 @@ class Encoder:
     def key(self, stream: Stream) -> str:
         """The name of a stream's parts: a hash of all that their content depends on."""
         text_field, hashes = self.options.text_field, self.options.deduplicate
-        made_by = [self.tokenizer.sha256, self.bos, self.eos, text_field, hashes]
+        begins = self._before if len(self._before) > 1 else self.bos
+        made_by = [self.tokenizer.sha256, begins, self.eos, text_field, hashes]
         wish = [_VERSION, stream.identity, *made_by]
         return hashlib.sha256(json.dumps(wish).encode()).hexdigest()[:20]
 

@@ -6,15 +6,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from megalite.errors import CommandError
-from megalite.log import command_parser, run_main
+from megalite.errors import CommandError, DataError
+from megalite.formats.tokenizer import Tokenizer, load_tokenizer
+from megalite.log import command_parser, logger, run_main
 
 _EXAMPLES = """examples:
   python launcher/export.py --checkpoint runs/smoke --output exported/smoke --verify
   python launcher/export.py --checkpoint runs/7b --output exported/7b --dtype bfloat16
 
---verify loads the folder with transformers and with MegaLite, compares the scores of both, and ends
-with 1 where they differ (pip install megalite[hf]).
+--verify loads the folder with transformers and with MegaLite, compares scores, the ids of texts and
+what ends a text, and ends with 1 if they differ (pip install megalite[hf]).
 """
 
 
@@ -46,36 +47,59 @@ def main() -> int:
     from megalite.checkpoint import StoredCheckpoint, merged, open_checkpoint
     from megalite.checkpoint.huggingface import export, export_adapter
     from megalite.config import load_config
-    from megalite.evaluate.verify import require_transformers, verify
-    from megalite.formats.tokenizer import load_tokenizer
+    from megalite.evaluate.verify import require_transformers, verify, verify_text
 
     if arguments.verify and arguments.adapter:
         raise CommandError("--verify compares a whole model: leave --adapter out")
     if arguments.verify:
         require_transformers()
     folder, manifest = open_checkpoint(Path(arguments.checkpoint), weights_only=True)
-    section = load_config(folder / "config.json").model
+    run = load_config(folder / "config.json")
     if arguments.adapter:
-        family = export_adapter(StoredCheckpoint(folder, manifest), section, arguments.output)
+        family = export_adapter(StoredCheckpoint(folder, manifest), run.model, arguments.output)
         sys.stdout.write(f"{folder} -> {arguments.output} (adapters of {family.model_type})\n")
         return 0
-    stored, model = merged(StoredCheckpoint(folder, manifest), section)
-    template = folder / "tokenizer" / "chat_template.jinja"
+    stored, model = merged(StoredCheckpoint(folder, manifest), run.model)
+    place = folder / "tokenizer"
+    template, tokenizer = place / "chat_template.jinja", load_tokenizer(place)
+    chat = run.finetune is not None and run.finetune.task == "sft"
     family = export(
         stored,
         model,
-        load_tokenizer(folder / "tokenizer"),
+        tokenizer,
         arguments.output,
         dtype=arguments.dtype,
         shard_bytes=int(arguments.max_shard_gb * 10**9),
         chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
+        ends=_end_of_turn(place, tokenizer) if chat else (),
     )
     sys.stdout.write(f"{folder} -> {arguments.output} ({family.architecture})\n")
     if not arguments.verify:
         return 0
     error, limit = verify(arguments.output)
     sys.stdout.write(f"largest difference of the scores: {error:.1e} (limit {limit:.0e})\n")
-    return 0 if error <= limit else 1
+    faults = verify_text(arguments.output)
+    sys.stdout.write("".join(f"{fault}\n" for fault in faults) or "texts: the same ids and ends\n")
+    return 0 if error <= limit and not faults else 1
+
+
+def _end_of_turn(place: Path, tokenizer: Tokenizer) -> list[int]:
+    """The token that ends an answer by the chat template in a tokenizer's folder."""
+    from data_prep.chat import ask
+
+    try:
+        _, end = ask(place, tokenizer, "x")
+    except DataError as error:
+        logger.warning("the end of a turn is not known to the exported folder: %s", error)
+        return []
+    ids, _ = tokenizer.encode_with_offsets(end)
+    if len(ids) > 1:
+        logger.warning(
+            "the chat template ends a turn with %r, which is %d tokens: other programs stop there "
+            "only if they are given it as a stop string",
+            *(end, len(ids)),
+        )
+    return ids if len(ids) == 1 else []
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megalite.errors import CommandError, MegaLiteError
-from megalite.formats.tokenizer import Tokenizer
+from megalite.formats.tokenizer import Tokenizer, encode_text
 
 # B prompts   T tokens so far   V vocabulary   K the ids that a choice is made among
 LogitsFn = Callable[[Tensor], Tensor]  # ids [1, T] on the CPU -> last logits [1, V]
@@ -25,9 +25,11 @@ class Reader(Protocol):
 
     Attributes:
         continues: whether a text goes on from its prompt; else it begins anew, as an answer.
+        suffix_ids: what ends a prompt that is read whole, because the model answers it.
     """
 
     continues: bool
+    suffix_ids: Sequence[int]
 
     def begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
         """fp32 [B, V]: the scores after each prompt, which at most `new_tokens` will follow."""
@@ -40,6 +42,7 @@ class Rereading:
     """A reader that reads each text anew for every token: slow, and plain."""
 
     continues = True
+    suffix_ids: Sequence[int] = ()
 
     def __init__(self, logits_fn: LogitsFn) -> None:
         self._logits_fn = logits_fn
@@ -146,7 +149,9 @@ def stream_texts(
     """Pieces of the texts that follow `prompts`, with the prompt's number, as they come.
 
     A text ends with the document or a stop string, which is left out, wherever token boundaries cut
-    it. An empty prompt begins a document: it stands for the id that ended the one before.
+    it; a document ends with any of the tokenizer's `end_ids`. A prompt begins with what the
+    tokenizer begins texts with. If that is nothing, an empty prompt stands for the id that ended
+    the document before. Ids outside the tokenizer's vocabulary have no text.
 
     Args:
         controls: whether names of control tokens in prompts and stop strings are those tokens, as
@@ -157,18 +162,18 @@ def stream_texts(
     """
     if "" in stop:
         raise CommandError("an empty stop string would end every text at once; leave it out")
-    first = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
-    ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    if controls:
+    ends, continues = list(tokenizer.end_ids), getattr(model, "continues", True)
+    if controls:  # the template has written what its texts begin with
         ids = [tokenizer.encode_with_offsets(prompt)[0] for prompt in prompts]
         # a control token has no text that would be found: its id ends what is written
         names = [tokenizer.encode_with_offsets(text)[0] for text in stop]
         ends += [tokens[0] for tokens in names if len(tokens) == 1]
     else:
-        ids = [tokenizer.encode(prompt) for prompt in prompts]
+        after = [] if continues else list(getattr(model, "suffix_ids", ()))
+        ids = [encode_text(tokenizer, prompt) + after for prompt in prompts]
+    first = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
     ids = [tokens or ([] if first is None else [first]) for tokens in ids]
     steps = sample_ids(model, ids, max_new_tokens, ends, sampling)
-    continues = getattr(model, "continues", True)
     texts = [_Text(tokenizer, prompt if continues else [], stop) for prompt in ids]
     return _pieces(texts, steps)
 
@@ -259,7 +264,7 @@ def _sample(
 
 def _penalize(logits_BV: Tensor, texts: Sequence[Sequence[int]], penalty: float) -> None:
     for logits_V, text in zip(logits_BV, texts, strict=True):
-        ids = torch.tensor(sorted(set(text)))
+        ids = torch.tensor(sorted({id for id in text if id < len(logits_V)}), dtype=torch.int64)
         scores = logits_V[ids]
         logits_V[ids] = torch.where(scores > 0, scores / penalty, scores * penalty)
 

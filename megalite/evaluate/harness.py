@@ -9,7 +9,8 @@ Requests are pairs of token lists, context and continuation. B rows   T tokens  
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from megalite.errors import CommandError, DataError
 from megalite.evaluate.generate import Sampling, stream_texts
 from megalite.evaluate.opened import OpenedModel
+from megalite.formats.tokenizer import encode_text
 from megalite.parallel import Grid
 
 
@@ -90,12 +92,35 @@ def make_model(opened: OpenedModel, grid: Grid, batch_size: int) -> Any:
 
         def generate_until(self, requests: Any) -> list[str]:
             asked = [request.args for request in requests]
+            for _, settings in asked:
+                GenerationSettings.of(settings)
             return _shared(grid, asked, lambda mine: [_write(opened, *request) for request in mine])
 
     return MegaLiteLM()
 
 
 Pair = tuple[list[int], list[int]]
+# The names of a limit of new tokens; the first that is given counts.
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_SAMPLED = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
+_USED = ("until", *_LENGTHS, *_SAMPLED)
+# Settings of other programs, with the values that change nothing here.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "length_penalty": (1.0,),
+    "diversity_penalty": (0.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "typical_p": (1.0,),
+    "min_p": (0.0,),
+    "penalty_alpha": (0.0,),
+    "frequency_penalty": (0.0,),
+    "presence_penalty": (0.0,),
+    "early_stopping": (False, True),
+    "use_cache": (True, False),
+}
 
 
 def log_likelihoods(
@@ -134,12 +159,16 @@ def _pair(opened: OpenedModel, context: str, continuation: str) -> Pair:
     Spaces at a context's end belong to the continuation, whose tokens begin where those of the
     context alone end.
     """
-    encode = opened.tokenizer.encode
     if not context:
-        return _beginning(opened), encode(continuation)
+        before, ids = _beginning(opened), opened.tokenizer.encode(continuation)
+        opened.check_ids(ids)
+        # a continuation that is what a text begins with is read, not scored
+        return (ids[:1], ids[1:]) if ids[:1] == before else (before, ids)
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
-    whole, before = encode(kept + continuation), encode(kept)
+    whole = encode_text(opened.tokenizer, kept + continuation)
+    before = encode_text(opened.tokenizer, kept)
+    opened.check_ids(whole)
     return before, whole[len(before) :]
 
 
@@ -150,8 +179,12 @@ def _beginning(opened: OpenedModel) -> list[int]:
 
 
 def _windows(opened: OpenedModel, text: str) -> list[Pair]:
-    """A text in parts that each fill the window; a part's context is the last token before it."""
-    ids, size = opened.tokenizer.encode(text), opened.config.max_position_embeddings
+    """A text in parts that each fill the window; a part's context is the last token before it.
+
+    If the tokenizer begins texts with BOS, that BOS is scored, too, as by the harness's own class.
+    """
+    ids, size = encode_text(opened.tokenizer, text), opened.config.max_position_embeddings
+    opened.check_ids(ids)
     before, pairs = _beginning(opened), list[Pair]()
     for first in range(0, len(ids), size):
         part = ids[first : first + size]
@@ -162,17 +195,86 @@ def _windows(opened: OpenedModel, text: str) -> list[Pair]:
 
 
 def _write(opened: OpenedModel, context: str, settings: dict[str, Any]) -> str:
-    until = settings.get("until") or []
-    sampled = settings.get("do_sample", False)
+    wanted = GenerationSettings.of(settings)
     pieces = stream_texts(
         opened.reader(),
         opened.tokenizer,
         [context],
-        max_new_tokens=int(settings.get("max_gen_toks", 256)),
-        sampling=Sampling(float(settings.get("temperature") or 1.0) if sampled else 0.0),
-        stop=[until] if isinstance(until, str) else [text for text in until if text],
+        max_new_tokens=wanted.max_new_tokens,
+        sampling=Sampling(**wanted.sampling),
+        stop=wanted.until,
     )
     return "".join(piece for _, piece in pieces)
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """A task's `generation_kwargs`, as the harness's own class understands them.
+
+    Attributes:
+        sampling: arguments of `Sampling`.
+        until: texts that end an answer.
+    """
+
+    max_new_tokens: int
+    sampling: Mapping[str, Any]
+    until: Sequence[str]
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> GenerationSettings:
+        """Read a task's settings.
+
+        Raises:
+            CommandError: a setting that would be ignored, or a value that is none.
+        """
+        for key, value in settings.items():
+            if key not in _USED and not (key in _NEUTRAL and value in (None, *_NEUTRAL[key])):
+                can = f"only {_NEUTRAL[key][0]} can be had" if key in _NEUTRAL else "is not known"
+                raise CommandError(
+                    f"--tasks: generation_kwargs.{key}: {value!r}: {can}; set it so in the "
+                    f"task's file, or remove it (known are {', '.join(_USED)})"
+                )
+        lengths = [settings[key] for key in _LENGTHS if settings.get(key) is not None]
+        length = _number("max_gen_toks", lengths[0] if lengths else 256)
+        return cls(int(length), _sampling(settings), _until(settings.get("until")))
+
+
+def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `Sampling`: greedy unless the task samples at a temperature over 0."""
+    chosen, temperature = settings.get("do_sample"), settings.get("temperature")
+    if chosen not in (None, False, True):
+        raise CommandError(f"--tasks: generation_kwargs.do_sample: {chosen!r}; give true or false")
+    if temperature is None:
+        temperature = 1.0 if chosen else 0.0
+    found: dict[str, Any] = {"temperature": _number("temperature", temperature)}
+    if chosen is False:
+        found["temperature"] = 0.0
+    for key in ("top_p", "top_k", "repetition_penalty", "seed"):
+        if settings.get(key) is not None:
+            found[key] = _number(key, settings[key])
+    for key in ("top_k", "seed"):
+        if key in found:
+            found[key] = int(found[key])
+    if found.get("top_k", 1) <= 0:  # one way to say that all tokens are kept
+        del found["top_k"]
+    return found
+
+
+def _number(key: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise CommandError(
+            f"--tasks: generation_kwargs.{key}: {value!r} is no number; give one"
+        ) from None
+
+
+def _until(value: Any) -> list[str]:
+    texts = value if isinstance(value, list) else [value]
+    texts = [text for text in texts if text]
+    if not all(isinstance(text, str) for text in texts):
+        raise CommandError(f"--tasks: generation_kwargs.until: {value!r}; give texts")
+    return texts
 
 
 def _shared(grid: Grid, asked: Sequence[Any], answer: Any) -> list[Any]:

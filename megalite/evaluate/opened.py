@@ -26,7 +26,7 @@ from megalite.config import ModelConfig, RunConfig, allowed_tensor_parallel, loa
 from megalite.data import Batch
 from megalite.errors import CheckpointError, CommandError, MegaLiteError
 from megalite.evaluate.generate import Reader, Rereading
-from megalite.formats.tokenizer import Tokenizer, load_tokenizer
+from megalite.formats.tokenizer import Tokenizer, encode_text, load_tokenizer
 from megalite.log import logger
 from megalite.model import Cache, EncoderDecoder, LanguageModel, build, decoding, head_loss
 from megalite.parallel import Grid, local_model, split
@@ -79,9 +79,32 @@ class OpenedModel:
             prompt.encode()
         except UnicodeEncodeError:
             raise CommandError(f"the prompt {prompt!r} is not UTF-8 text; give text") from None
-        length, window = len(self.tokenizer.encode(prompt)), self.config.max_position_embeddings
+        ids, window = encode_text(self.tokenizer, prompt), self.config.max_position_embeddings
+        self.check_ids(ids)
+        length = len(ids)
         if length > window:
             logger.warning("a prompt of %d tokens: the model reads the last %d", length, window)
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Refuse ids that the model has no embedding for.
+
+        Raises:
+            CommandError: the first token of the tokenizer's that the model does not have.
+        """
+        size = self.config.vocab_size
+        if (unknown := next((id for id in ids if id >= size), None)) is not None:
+            raise CommandError(
+                f"the text holds the token {self.tokenizer.pieces()[unknown]!r} of id {unknown}, "
+                f"but the model has {size} ids, 0 to {size - 1}; remove the token, or give "
+                "a model that was trained with it"
+            )
+
+    @property
+    def suffix_ids(self) -> Sequence[int]:
+        """What ends a text that an encoder reads whole: as the folder says, or as it was tuned."""
+        tuned = self.run is not None and self.run.finetune is not None
+        eos = self.tokenizer.eos_id
+        return self.tokenizer.suffix_ids or ((eos,) if tuned and eos is not None else ())
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
@@ -113,10 +136,23 @@ class CachedReader:
         self._opened, self._model = opened, opened.model
         self._window = opened.config.max_position_embeddings
         self.continues = opened.config.architecture == "decoder"
+        self.suffix_ids = opened.suffix_ids
+        # padded rows of a vocabulary are never chosen; from an imported folder the text is what
+        # transformers writes, and an encoder_decoder's last ids name spans
+        ours = self.continues and opened.run is not None
+        self._chosen = slice(opened.tokenizer.vocab_size if ours else None)
         self._beyond: Rereading | None = None
 
     def begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
+        return self._begin(prompts, new_tokens)[:, self._chosen]
+
+    def next(self, tokens: Sequence[int]) -> Tensor:
+        return self._next(tokens)[:, self._chosen]
+
+    def _begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
         device, window = self._opened.device, self._window
+        for prompt in prompts:
+            self._opened.check_ids(prompt)
         prompts = [list(prompt)[-window:] for prompt in prompts]
         length = max(map(len, prompts))
         keys = torch.zeros(len(prompts), length, dtype=torch.bool)
@@ -132,7 +168,7 @@ class CachedReader:
         self._cache = self._make_cache(len(prompts), min(length + new_tokens, window))
         return self._read(ids)
 
-    def next(self, tokens: Sequence[int]) -> Tensor:
+    def _next(self, tokens: Sequence[int]) -> Tensor:
         if self._beyond is not None:
             return self._beyond.next(tokens)
         for text, token in zip(self._texts, tokens, strict=True):
@@ -225,6 +261,25 @@ def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
         split(model, config, grid, head_loss)
     model.eval()
     tokenizer = load_tokenizer(tokenizer_folder)
+    _compare_vocabularies(folder, config, tokenizer)
     return OpenedModel(
         folder, config, local, run, model, tokenizer, tokenizer_folder, sha256, device, data
     )
+
+
+def _compare_vocabularies(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Say which tokens of the tokenizer the model does not have, and what ends no prompt."""
+    size, known = config.vocab_size, tokenizer.vocab_size
+    if known > size:
+        names = [f"{name!r} ({id})" for id, name in enumerate(tokenizer.pieces()) if id >= size]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        logger.warning(
+            "%s: the tokenizer has %d ids, the model %d; text with %s%s is refused",
+            *(folder, known, size, ", ".join(names[:3]), more),
+        )
+    if tokenizer.suffix_ids and config.architecture == "decoder":
+        pieces = tokenizer.pieces()
+        logger.warning(
+            "%s: the tokenizer ends every text with %s; prompts go on, so it is left out",
+            *(folder, " ".join(pieces[id] for id in tokenizer.suffix_ids)),
+        )

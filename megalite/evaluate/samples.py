@@ -87,6 +87,12 @@ class Writer:
         self._config, self._samples = config, config.logging.samples
         self._engine, self._grid, self._prompts = engine, grid, prompts
         self.continues = config.model.architecture == "decoder"
+        finetune, eos = config.finetune, prompts.tokenizer.eos_id
+        tuned = [] if finetune is None or eos is None else [eos]  # as its examples end
+        self.suffix_ids = prompts.tokenizer.suffix_ids or tuned
+        self._failed = False
+        # padded rows of the vocabulary are never chosen; an encoder_decoder's last ids name spans
+        self._chosen = slice(prompts.tokenizer.vocab_size if self.continues else None)
         self._round = config.parallel.tensor if config.parallel.sequence else 1
 
     def __call__(self, stopping: Callable[[], bool]) -> list[tuple[str, str]]:
@@ -113,22 +119,25 @@ class Writer:
     def _write(self) -> list[tuple[str, str]]:
         asked, samples = self._prompts, self._samples
         written = [""] * len(asked.told)
-        pieces = stream_texts(
-            self,
-            asked.tokenizer,
-            asked.texts,
-            max_new_tokens=samples.max_new_tokens,
-            sampling=Sampling(samples.temperature, seed=self._config.training.seed),
-            stop=asked.stop,
-            controls=asked.turns,
-        )
         try:
+            pieces = stream_texts(
+                self,
+                asked.tokenizer,
+                asked.texts,
+                max_new_tokens=samples.max_new_tokens,
+                sampling=Sampling(samples.temperature, seed=self._config.training.seed),
+                stop=asked.stop,
+                controls=asked.turns,
+            )
             for number, piece in pieces:
                 written[number] += piece
         except Stopped:
             raise
-        except MegaLiteError as error:
-            logger.warning("no samples: %s", error)
+        except Exception as error:  # whatever it is, it must not end the training
+            if not self._failed or isinstance(error, MegaLiteError):
+                kind = "" if isinstance(error, MegaLiteError) else f"{type(error).__name__}: "
+                logger.warning("no samples: %s%s", kind, error)
+            self._failed = True
             return []
         return list(zip(asked.told, written, strict=True))
 
@@ -138,13 +147,13 @@ class Writer:
         start = self._config.model.decoder_start_token_id
         # what is read, and what is written after it, or apart from it
         self._texts = (given, None) if self.continues else (given, [[start] for _ in given])
-        return self._read(*self._tell(self._texts))
+        return self._read(*self._tell(self._texts))[:, self._chosen]
 
     def next(self, tokens: Sequence[int]) -> Tensor:
         given, written = self._texts
         for text, token in zip(written or given, tokens, strict=True):
             text.append(token)
-        return self._read(*self._tell(self._texts))
+        return self._read(*self._tell(self._texts))[:, self._chosen]
 
     def _tell(self, texts: _Texts | None) -> Any:
         """What rank 0 says is read next, on every rank; None: nothing more."""

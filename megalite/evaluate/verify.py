@@ -11,6 +11,8 @@ from torch import Tensor
 
 from megalite.errors import CommandError
 from megalite.evaluate.opened import OpenedModel, open_model
+from megalite.formats.special_tokens import GENERATION_CONFIG
+from megalite.formats.tokenizer import PROBES, load_tokenizer
 
 _LIMIT = 1e-4  # of scores, over their spread
 
@@ -34,6 +36,28 @@ def verify(folder: Path, *, tokens: int = 32) -> tuple[float, float]:
         expected, found = ours.model.cpu().logits(inputs_of(ours, ids)), theirs(ours, ids)
     spread = float(expected.std().clamp_min(1e-6))
     return float((found - expected).abs().max()) / spread, _LIMIT
+
+
+def verify_text(folder: Path) -> list[str]:
+    """Return what `transformers` reads in another way than MegaLite: ids of texts, and their ends.
+
+    Both read the folder again.
+    """
+    import transformers
+
+    ours = load_tokenizer(folder)
+    theirs: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    found = list[str]()
+    for text in PROBES:
+        wanted = [*ours.prefix_ids, *ours.encode(text), *ours.suffix_ids]
+        if (ids := theirs(text).input_ids) != wanted:
+            found.append(f"the ids of {text!r} are {ids} in transformers, here {wanted}")
+    if (folder / GENERATION_CONFIG).is_file():
+        eos = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+        ends = {eos} if isinstance(eos, int) else set(eos or ())
+        if ends != set(ours.end_ids):
+            found.append(f"a text ends with {sorted(ends)} there, here with {sorted(ours.end_ids)}")
+    return found
 
 
 def inputs_of(ours: OpenedModel, ids: Tensor) -> dict[str, Tensor]:

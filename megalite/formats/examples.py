@@ -93,9 +93,16 @@ class Split:
 
 
 def edges(tokenizer: Tokenizer, *, leads: bool) -> tuple[list[int], list[int]]:
-    """What stands before and after a text: BOS where it `leads`, and EOS, where there are any."""
+    """Return what stands before and after a text: by the tokenizer's settings, else BOS and EOS.
+
+    Args:
+        leads: if true, BOS stands before a text even if the settings put nothing there.
+    """
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    return ([bos] if leads and bos is not None else []), ([] if eos is None else [eos])
+    before, after = list(tokenizer.prefix_ids), list(tokenizer.suffix_ids)
+    if leads and not before and bos is not None:
+        before = [bos]
+    return before, after or ([] if eos is None else [eos])
 
 
 def write_split(

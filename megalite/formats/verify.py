@@ -283,11 +283,12 @@ def _tokenizer_faults(folder: Path, manifest: Manifest) -> list[str]:
     if faults := fault_of(check_hash, path, expected):
         return faults
     tokenizer = load_tokenizer(path)
+    begins = next(iter(tokenizer.prefix_ids), tokenizer.bos_id)
     return [
         f"{folder / MANIFEST_NAME}: {key} is {told}, the tokenizer beside it says {own}"
         for key, told, own in (
             ("vocab_size", manifest.vocab_size, tokenizer.vocab_size),
-            ("bos", manifest.bos, tokenizer.bos_id),
+            ("bos", manifest.bos, begins),
             ("eos", manifest.eos, tokenizer.eos_id),
         )
         if told not in (None, own)

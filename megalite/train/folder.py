@@ -12,6 +12,7 @@ from megalite import checkpoint, files, log
 from megalite.config import RunConfig
 from megalite.data import Samples
 from megalite.errors import CommandError
+from megalite.formats.tokenizer import keep_ends
 from megalite.log import logger
 from megalite.observe import Recorder, previous_attempts
 from megalite.parallel import Grid
@@ -99,6 +100,8 @@ def _prepare(
         (folder / "tokenizer").mkdir()
     else:
         shutil.copytree(train.tokenizer_folder, folder / "tokenizer")
+    if origin is not None:
+        keep_ends(folder / "tokenizer", origin.folder)
     left = []
     if origin is not None and not origin.weights_only:
         left = checkpoint.set_aside_later(root, origin.place.step)

@@ -23,6 +23,7 @@ from megalite.checkpoint.huggingface.mapping import family_of, to_config
 from megalite.checkpoint.stored import Stored
 from megalite.config import ModelConfig
 from megalite.errors import CommandError
+from megalite.formats.special_tokens import GENERATION_CONFIG
 from megalite.formats.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,18 +51,26 @@ def export(
     dtype: str = "float32",
     shard_bytes: int = 5 * 10**9,
     chat_template: str | None = None,
+    ends: Sequence[int] = (),
 ) -> Family:
     """Write the folder; it appears when it is complete.
 
+    Args:
+        ends: ids that end a text besides those of the tokenizer, such as a chat's end of turn.
     Raises:
         CommandError: a model that is none of Hugging Face's, an output that is taken.
     """
     family = family_of(model)
     with _staged(output) as staging:
-        config = to_config(model, family) | _ids(tokenizer, model) | {"dtype": dtype}
-        files.write_json(staging / "config.json", config)
+        ids = _ids(tokenizer, model, ends)
+        config = to_config(model, family)
+        config = {**config, **ids, **_pad(config, tokenizer, model)}
+        files.write_json(staging / "config.json", config | {"dtype": dtype})
         _write_tensors(staging, stored, family, model, DTYPES[dtype], shard_bytes)
         tokenizer.export(staging)
+        if model.architecture != "encoder":
+            generation = _generation_config(tokenizer, config)
+            files.write_json(staging / GENERATION_CONFIG, generation)
         if chat_template is not None:
             (staging / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     return family
@@ -132,11 +141,32 @@ def _staged(output: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _ids(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+def _ids(tokenizer: Tokenizer, model: ModelConfig, ends: Sequence[int]) -> dict[str, Any]:
+    """BOS, and everything that ends a text, as far as the model has an embedding for it."""
+    bos, size = tokenizer.bos_id, model.vocab_size
+    eos = [id for id in dict.fromkeys([*tokenizer.end_ids, *ends]) if id < size]
     return {
-        key: id if id is not None and id < model.vocab_size else None for key, id in ids.items()
+        "bos_token_id": bos if bos is not None and bos < size else None,
+        "eos_token_id": eos if len(eos) > 1 else next(iter(eos), None),
     }
+
+
+def _pad(config: Mapping[str, Any], tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
+    """The padding token, unless it is EOS, too: transformers does not train its embedding."""
+    pad = tokenizer.pad_id
+    if "pad_token_id" in config or pad is None or pad in tokenizer.end_ids:
+        return {}
+    return {"pad_token_id": pad} if pad < model.vocab_size else {}
+
+
+def _generation_config(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, Any]:
+    """How other programs continue texts: as the model that training started from says."""
+    found = {k: v for k, v in tokenizer.generation_config.items() if k != "transformers_version"}
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    found |= {key: config[key] for key in keys if config.get(key) is not None}
+    if found.get("pad_token_id") is None and (eos := config["eos_token_id"]) is not None:
+        found["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    return found
 
 
 def _write_tensors(

@@ -1,0 +1,152 @@
+"""SentencePiece models."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megalite.formats.huggingface_tokenizer import HuggingFaceTokenizer
+from megalite.formats.special_tokens import Companions, end_ids
+from megalite.formats.tokenizer_base import Ids, Placed, Spans, overlaps
+from megalite.formats.tokenizer_export import build_sentencepiece, export_sentencepiece
+
+SENTENCEPIECE = "tokenizer.model"
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model, given as the content of its `.model` file.
+
+    The library writes a space as U+2581, so that character in a text comes back as a space.
+    """
+
+    def __init__(self, model: bytes, beside: Companions | None = None) -> None:
+        import sentencepiece
+
+        self._model, self._beside = model, beside or Companions(None)
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.bos_id = self._find("bos_token", self._processor.bos_id())
+        self.eos_id = self._find("eos_token", self._processor.eos_id())
+        self.pad_id = self._find("pad_token", self._processor.pad_id())
+        self.end_ids = end_ids(self.eos_id, self._beside.ids("eos_token_id"))
+        before, after = self._beside.around(self.bos_id, self.eos_id)
+        self.prefix_ids, self.suffix_ids = self._beside.begin(before, self.bos_id), tuple(after)
+        self.sha256 = hashlib.sha256(model).hexdigest()
+
+    def _find(self, key: str, own: int) -> int | None:
+        if key in self._beside.names or own < 0:
+            return self._beside.find(key, self.token_to_id)
+        return own
+
+    def token_to_id(self, name: str) -> int | None:
+        """Return the id of a piece; None if the vocabulary has no such piece."""
+        id = int(self._processor.piece_to_id(name))
+        return id if self._processor.id_to_piece(id) == name else None
+
+    def is_control(self, id: int) -> bool:
+        """Whether a piece is a control token, which has no text."""
+        return bool(self._processor.is_control(id))
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._processor.encode(text))
+
+    def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[Ids]:
+        return list(self._processor.encode(list(texts), return_type="numpy", num_threads=threads))
+
+    def encode_with_offsets(self, text: str, plain: Spans = ()) -> Placed:
+        ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        start = 0
+        controls = (m.span() for m in self._controls.finditer(text) if m.group())
+        kept = [span for span in controls if not overlaps(*span, plain)]
+        for begin, end in (*kept, (len(text), len(text))):
+            found = self._processor.encode(text[start:begin], return_type="offset_mapping")
+            ids += found["ids"]
+            # the first bytes of a character end where they begin
+            places += [(start + a, start + max(b, a + 1)) for a, b in found["offsets"]]
+            if begin < end:
+                ids.append(self._processor.piece_to_id(text[begin:end]))
+                places.append((begin, end))
+            start = end
+        return ids, places
+
+    @cached_property
+    def _controls(self) -> re.Pattern[str]:
+        ids = filter(self._processor.is_control, range(self.vocab_size))
+        names = sorted(map(self._processor.id_to_piece, ids), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._processor.decode([int(id) for id in ids if 0 <= id < self.vocab_size]))
+
+    def count_bytes(self, ids: Sequence[int]) -> int:
+        found = np.asarray(ids, dtype=np.int64)
+        known = found[(found >= 0) & (found < self.vocab_size)]
+        return int(self._piece_bytes[known].sum())
+
+    @cached_property
+    def _piece_bytes(self) -> Ids:
+        """Bytes of text each id stands for."""
+        processor, lengths = self._processor, np.zeros(self.vocab_size, dtype=np.int32)
+        for id in range(self.vocab_size):
+            if processor.is_byte(id):
+                lengths[id] = 1
+            elif not processor.is_control(id):
+                lengths[id] = len(processor.id_to_piece(id).replace("\u2581", " ").encode())
+        return lengths
+
+    def pieces(self) -> list[str]:
+        return [self._processor.id_to_piece(id) for id in range(self.vocab_size)]
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return self._beside.generation()
+
+    def begin_with_bos(self, begins: bool) -> None:
+        self._beside.record_bos(begins)
+        self.prefix_ids = self._beside.begin(self.prefix_ids, self.bos_id)
+
+    def save(self, folder: Path) -> str:
+        self._beside.save(folder)
+        (folder / SENTENCEPIECE).write_bytes(self._model)
+        return SENTENCEPIECE
+
+    def export(self, folder: Path) -> None:
+        export_sentencepiece(self._model, folder, self, self._beside)
+
+
+def load_sentencepiece(
+    model: bytes, beside: Companions
+) -> SentencePieceTokenizer | HuggingFaceTokenizer:
+    """Return the tokenizer of a `.model` file with the files beside it.
+
+    A tokenizer to whose vocabulary something was added is built with the library that
+    `transformers` uses, so that both find the added tokens in the same places.
+    """
+    plain = SentencePieceTokenizer(model, beside)
+    added, size, names = beside.added_tokens, plain.vocab_size, plain.pieces()
+    renames = {t.id: t.content for t in added if t.id < size and names[t.id] != t.content}
+    new = [token for token in added if token.id >= size] or beside.missing(plain.token_to_id)
+    special = [t for t in added if t.id < size and t.special and not plain.is_control(t.id)]
+    prefix = _prefix(beside)
+    if not (renames or new or special or prefix):
+        return plain
+    made, _ = build_sentencepiece(model, renames=renames, prefix=prefix)
+    return HuggingFaceTokenizer(made.to_str().encode(), beside, (SENTENCEPIECE, model))
+
+
+def _prefix(beside: Companions) -> str | None:
+    """Which text gets a space before it, by a `tokenizer_config.json` of Llama's class."""
+    made = beside.config.get("tokenizer_class")
+    llama = isinstance(made, str) and made.startswith(("LlamaTokenizer", "CodeLlamaTokenizer"))
+    if not llama or beside.model_config.get("model_type", "llama") not in ("llama", "code_llama"):
+        return None
+    if beside.config.get("add_prefix_space") is False:
+        return "never"
+    return "always" if beside.config.get("legacy") is True else "first"

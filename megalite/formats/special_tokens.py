@@ -1,0 +1,279 @@
+"""The files beside a tokenizer: names of special tokens, added tokens, and what ends a text.
+
+Read as `transformers` reads them: `special_tokens_map.json` and `added_tokens.json` count only if
+`tokenizer_config.json` has no `added_tokens_decoder`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megalite.errors import DataError
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
+_TOKENS_MAP, _ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
+_KEPT = (
+    TOKENIZER_CONFIG,
+    _TOKENS_MAP,
+    _ADDED_TOKENS,
+    GENERATION_CONFIG,
+    "chat_template.jinja",
+)
+# MegaLite's own key of tokenizer_config.json: the shards were made with --bos (or --no-bos).
+_BEGINS = "megalite_documents_begin_with_bos"
+_NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+# Tokenizers (or model types) that put EOS after a text without a word of it in the files.
+_END_WITH_EOS = ("t5", "mt5", "umt5")
+_ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Names in use for the tokens that begin and end a document, if no file names them; BERT's are last.
+_USUAL_NAMES = {
+    "bos_token": ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>", "[CLS]"),
+    "eos_token": ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>", "[SEP]"),
+    "pad_token": (),
+}
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that is found in the text itself, before the tokenizer proper sees the rest."""
+
+    id: int
+    content: str
+    special: bool
+    normalized: bool
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+class Companions:
+    """The files beside a tokenizer; all of them may be absent.
+
+    Attributes:
+        files: name and content of those that belong to the tokenizer, as they are saved with it.
+        model_config: the `config.json` of the model that the folder holds.
+
+    Raises:
+        DataError: a file that holds something else than it should.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self.files: dict[str, bytes] = {}
+        self.config: Mapping[str, Any] = {}
+        self.model_config: Mapping[str, Any] = {}
+        if folder is None:
+            return
+        for name in _KEPT:
+            if (folder / name).is_file():
+                self.files[name] = (folder / name).read_bytes()
+        with suppress(DataError, OSError):  # the model's own reader names what is wrong with it
+            self.model_config = self._parse("config.json", (folder / "config.json").read_bytes())
+        self.config = self._parse(TOKENIZER_CONFIG)
+        made = str(self.config.get("tokenizer_class") or self.model_config.get("model_type"))
+        if made.lower().startswith(_END_WITH_EOS):
+            self._set("add_eos_token", self.config.get("add_eos_token", True))
+        if ids := self._generation_config():
+            self.files[GENERATION_CONFIG] = (json.dumps(ids, indent=2) + "\n").encode()
+
+    def save(self, folder: Path) -> None:
+        """Write the files into an existing folder."""
+        for name, data in self.files.items():
+            (folder / name).write_bytes(data)
+
+    # ---- names
+
+    @cached_property
+    def names(self) -> dict[str, Any]:
+        """What the files say of each key: the name of a token, or None for no such token."""
+        found = dict(self.config)
+        if "added_tokens_decoder" not in self.config:
+            found |= self._parse(_TOKENS_MAP)
+        return {
+            key: self._name(key, value)
+            for key, value in found.items()
+            if key in _NAMED or (key.endswith("_token") and isinstance(value, str))
+        }
+
+    def find(self, key: str, token_to_id: Any) -> int | None:
+        """Return the id of `bos_token`, `eos_token` or `pad_token`; None if there is none.
+
+        Args:
+            token_to_id: a function from a name to its id, or None if the vocabulary lacks it.
+        """
+        if key in self.names:
+            name = self.names[key]
+            return None if name is None else token_to_id(name)
+        ids = self.ids(f"{key}_id")
+        found = (token_to_id(name) for name in _USUAL_NAMES[key])
+        return ids[0] if ids else next((id for id in found if id is not None), None)
+
+    @cached_property
+    def added_tokens(self) -> list[AddedToken]:
+        """The tokens that were added to the vocabulary, by id."""
+        if "added_tokens_decoder" in self.config:
+            stated = self.config["added_tokens_decoder"]
+            return sorted(self._stated(stated), key=lambda token: token.id)
+        known, found = self.special_names, list[AddedToken]()
+        for name, id in self._parse(_ADDED_TOKENS).items():
+            if not _is_id(id):
+                raise self._fault(_ADDED_TOKENS, f"{name!r} has the id {id!r}; ids are 0 or more")
+            found.append(AddedToken(id, name, name in known, name not in known))
+        return sorted(found, key=lambda token: token.id)
+
+    def _stated(self, stated: Any) -> list[AddedToken]:
+        found = list[AddedToken]()
+        try:
+            for id, token in stated.items():
+                flags = ("special", "normalized", "lstrip", "rstrip", "single_word")
+                content = token["content"]
+                if not isinstance(content, str) or not content:
+                    raise ValueError(f"{content!r} is no token")
+                told = {flag: bool(token.get(flag, False)) for flag in flags}
+                found.append(AddedToken(int(id), content, **told))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise self._fault(TOKENIZER_CONFIG, f"added_tokens_decoder: {error}") from None
+        return found
+
+    def _name(self, key: str, value: Any) -> str | None:
+        name = value.get("content") if isinstance(value, dict) else value
+        if name is None or name == "":
+            return None
+        if not isinstance(name, str):
+            file = TOKENIZER_CONFIG if value is self.config.get(key) else _TOKENS_MAP
+            raise self._fault(file, f"{key} is {name!r:.40}, not the name of a token")
+        return name
+
+    @cached_property
+    def special_names(self) -> list[str]:
+        """The names that the files call special, whatever the vocabulary says of them."""
+        found = [name for name in self.names.values() if name]
+        return list(dict.fromkeys([*found, *self._extra]))
+
+    @cached_property
+    def _extra(self) -> list[str]:
+        """The names of special tokens that have no part of their own."""
+        stated, found = dict(self.config), list[str]()
+        if "added_tokens_decoder" not in self.config:
+            stated |= self._parse(_TOKENS_MAP)
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            if isinstance(stated.get(key), list):
+                found += [name for token in stated[key] if (name := self._name(key, token))]
+        return found
+
+    def missing(self, token_to_id: Any) -> list[str]:
+        """The special tokens that are named but not in the vocabulary, which get the next ids.
+
+        Those for padding and the like that no id follows are left out: nothing uses them.
+        """
+        order = [key for key in _NAMED if key in self.names]
+        used = {self.names.get("bos_token"), self.names.get("eos_token"), *self._extra}
+        found = [self.names[key] for key in order if self.names[key]]
+        found = [n for n in dict.fromkeys([*found, *self._extra]) if token_to_id(n) is None]
+        while found and found[-1] not in used:
+            found.pop()
+        return found
+
+    @property
+    def carried(self) -> dict[str, Any]:
+        """What an exported `tokenizer_config.json` keeps of the one that was read."""
+        kept = ("chat_template", "model_max_length", "padding_side", "additional_special_tokens")
+        return {key: self.config[key] for key in kept if key in self.config}
+
+    # ---- what a text begins with
+
+    def around(self, bos_id: int | None, eos_id: int | None) -> tuple[list[int], list[int]]:
+        """What `add_bos_token` and `add_eos_token` put before and after a text."""
+        told = (self.config.get("add_bos_token"), self.config.get("add_eos_token"))
+        before, after = (
+            [id] if flag is True and id is not None else []
+            for flag, id in zip(told, (bos_id, eos_id), strict=True)
+        )
+        return before, after
+
+    def begin(self, before: Sequence[int], bos_id: int | None) -> tuple[int, ...]:
+        """What a text begins with: `before`, unless documents are known to begin otherwise."""
+        begins = self.config.get(_BEGINS)
+        if isinstance(begins, bool) and begins != bool(before):
+            return (bos_id,) if begins and bos_id is not None else ()
+        return tuple(before)
+
+    def record_bos(self, begins: bool) -> None:
+        """Record whether the documents that a model learns from begin with BOS."""
+        self._set(_BEGINS, begins)
+
+    def _set(self, key: str, value: Any) -> None:
+        self.config = {**self.config, key: value}
+        self.files[TOKENIZER_CONFIG] = (json.dumps(self.config, indent=2) + "\n").encode()
+
+    # ---- what ends a text
+
+    def ids(self, key: str) -> list[int]:
+        """The ids under a key of `generation_config.json`, which may hold one or several."""
+        found = self._parse(GENERATION_CONFIG).get(key)
+        return [] if found is None else self._ids(GENERATION_CONFIG, key, found)
+
+    def generation(self) -> dict[str, Any]:
+        """The content of `generation_config.json`, with the ids of `config.json`."""
+        return self._parse(GENERATION_CONFIG)
+
+    def generation_with(self, other: Companions) -> dict[str, Any]:
+        """The content of both; these files win, and any EOS of either ends a text."""
+        found = {**other.generation(), **self.generation()}
+        ends = [*self.ids("eos_token_id"), *other.ids("eos_token_id")]
+        return _with_ids(found, "eos_token_id", ends)
+
+    def _generation_config(self) -> dict[str, Any]:
+        found = self._parse(GENERATION_CONFIG)
+        for key in _ID_KEYS:
+            known, more = self.ids(key), self.model_config.get(key)
+            if known and key != "eos_token_id":
+                continue
+            given = [] if more is None else self._ids("config.json", key, more)
+            found = _with_ids(found, key, [*known, *given])
+        return found
+
+    def _ids(self, file: str, key: str, value: Any) -> list[int]:
+        found = value if isinstance(value, list) else [value]
+        if key == "eos_token_id" and found == [-1]:  # one way to say that there is none
+            return []
+        if not all(map(_is_id, found)):
+            raise self._fault(file, f"{key} is {value!r:.60}; give an id, or a list of ids")
+        return list(found)
+
+    # ---- files
+
+    def _parse(self, name: str, data: bytes | None = None) -> dict[str, Any]:
+        data = self.files.get(name, b"{}") if data is None else data
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise self._fault(name, f"not JSON that can be read: {error}") from None
+        if not isinstance(found, dict):
+            raise self._fault(name, f"holds {found!r:.40}, not an object")
+        return found
+
+    def _fault(self, name: str, fact: str) -> DataError:
+        return DataError(f"{(self._folder or Path()) / name}: {fact}; restore the file")
+
+
+def _with_ids(content: dict[str, Any], key: str, ids: Sequence[int]) -> dict[str, Any]:
+    """The content with the ids under a key: one, or several, or without the key."""
+    ids, content = list(dict.fromkeys(ids)), {k: v for k, v in content.items() if k != key}
+    return content | ({key: ids[0] if len(ids) == 1 else ids} if ids else {})
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def end_ids(eos_id: int | None, more: Sequence[int]) -> tuple[int, ...]:
+    """Every id that ends a text: the tokenizer's EOS first, then those of the model."""
+    return tuple(dict.fromkeys([*([] if eos_id is None else [eos_id]), *more]))

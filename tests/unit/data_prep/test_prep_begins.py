@@ -1,0 +1,110 @@
+"""What documents and examples begin with: as the tokenizer begins its texts, unless overruled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep.encode import tokenize
+from data_prep.work import TokenizeOptions
+from megalite.errors import UserError
+from megalite.formats.shards import open_shards
+from megalite.formats.tokenizer import load_tokenizer
+from megalite.formats.verify import verify_folder
+from tests.labelled import jsonl, make, opened
+from tests.tokenizer_folders import END, START, json_folder
+
+BOS, EOS = 256, 257
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    jsonl("texts.jsonl", [{"text": "ab"}, {"text": "c"}])
+
+
+def documents(tokenizer: str, name: str, **options: Any) -> list[list[int]]:
+    tokenize(TokenizeOptions(["texts.jsonl"], tokenizer, Path(name), **options))
+    assert verify_folder(Path(name)) == []
+    shards = open_shards(name)
+    return [np.asarray(shards.document(n)).tolist() for n in range(shards.documents)]
+
+
+def ids(text: str) -> list[int]:
+    return load_tokenizer("plain").encode(text)
+
+
+@pytest.fixture(autouse=True)
+def folders(place: None) -> None:
+    json_folder(Path("plain"))
+    json_folder(Path("begins"), around="<s> $A")
+    json_folder(Path("several"), around=f"{START} <s> $A {END}")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "bos", "before"),
+    [
+        ("plain", None, []),
+        ("plain", True, [BOS]),
+        ("begins", None, [BOS]),
+        ("begins", True, [BOS]),
+        ("begins", False, []),
+        ("several", None, [258, BOS]),
+        ("several", False, []),
+    ],
+)
+def test_documents_begin_as_the_tokenizer_or_the_command_says(
+    tokenizer: str, bos: bool | None, before: list[int]
+) -> None:
+    found = documents(tokenizer, "out", bos=bos)
+    assert found == [[*before, *ids(text), EOS] for text in ("ab", "c")]
+    # texts that a model of these shards continues begin likewise, wherever the tokenizer goes
+    kept = load_tokenizer("out/tokenizer")
+    assert list(kept.prefix_ids) == before
+    assert documents("out/tokenizer", "again") == found
+    Path("exported").mkdir()
+    kept.export(Path("exported"))
+    assert load_tokenizer("exported").prefix_ids == kept.prefix_ids
+
+
+@pytest.mark.parametrize("bos", [None, True, False])
+def test_bytes_begin_with_nothing_unless_they_are_told(bos: bool | None) -> None:
+    found = documents("bytes", "out", bos=bos)
+    before = [BOS] if bos else []
+    assert found == [[*before, *text.encode(), EOS] for text in ("ab", "c")]
+    assert list(load_tokenizer("out/tokenizer").prefix_ids) == before
+
+
+def test_a_tokenizer_without_bos_is_refused_only_if_bos_is_wanted() -> None:
+    json_folder(Path("none"), {"tokenizer_config.json": {"bos_token": None, "eos_token": "</s>"}})
+    with pytest.raises(UserError, match="has no BOS token; use another, or leave out --bos"):
+        documents("none", "out", bos=True)
+    assert documents("none", "out", bos=None)[1] == [*ids("c"), EOS]
+
+
+@pytest.mark.parametrize(("tokenizer", "before"), [("plain", []), ("begins", [BOS])])
+def test_examples_begin_as_the_tokenizer_says(tokenizer: str, before: list[int]) -> None:
+    jsonl("a.jsonl", [{"text": "ab", "label": n % 2, "target": "xy"} for n in range(4)])
+    split = opened(make("a.jsonl", tokenizer=tokenizer))[1]["train"]
+    assert split.ids(0).tolist() == [*before, *ids("ab"), EOS]
+    model = {"architecture": "encoder"}
+    split = opened(make("a.jsonl", tokenizer=tokenizer, model=model))[1]["train"]
+    assert split.ids(0).tolist() == [BOS, *ids("ab"), EOS]
+    split = opened(make("a.jsonl", "language_modeling", tokenizer=tokenizer))[1]["train"]
+    assert split.ids(0).tolist() == [*before, *ids("ab"), EOS]
+    assert split.marks(0).tolist() == [False] * len(before) + [True] * 3
+    split = opened(make("a.jsonl", "seq2seq", tokenizer=tokenizer))[1]["train"]
+    assert split.ids(0).tolist() == [*before, *ids("ab"), EOS, *ids("xy"), EOS]
+
+
+def test_examples_are_made_again_if_a_file_beside_the_tokenizer_changes() -> None:
+    jsonl("a.jsonl", [{"text": "ab"}] * 3)
+    first = make("a.jsonl", "language_modeling", tokenizer="plain")
+    assert make("a.jsonl", "language_modeling", tokenizer="plain") == first
+    Path("plain/generation_config.json").write_text('{"eos_token_id": [257, 259]}')
+    again = make("a.jsonl", "language_modeling", tokenizer="plain")
+    assert again != first
+    assert load_tokenizer(again / "tokenizer").end_ids == (EOS, 259)

@@ -1,0 +1,244 @@
+"""Tokenizer folders as transformers reads them: ids, vocabulary, ends, what begins a text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+
+from megalite.errors import DataError
+from megalite.formats.tokenizer import Tokenizer, load_tokenizer
+from tests.tokenizer_folders import END, NAMES, START, json_folder
+from tests.unit.formats.test_tokenizer_export import trained
+
+transformers = pytest.importorskip("transformers")
+
+TEXTS = (
+    "The quick brown fox",
+    f"{START}user\nhi {END}\n{START}assistant\n",
+    f"def read(path): {END}  {END}return",
+    "大规模 naïve 😀",
+    "",
+)
+
+
+def added(content: str, **flags: bool) -> dict[str, Any]:
+    told = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+    return {"content": content, "special": True, **told, **flags}
+
+
+def sentencepiece_folder(folder: Path, files: Mapping[str, Any], **options: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"model_type": "bpe", "normalization_rule_name": "identity"}
+    tokenizer = trained(**settings, remove_extra_whitespaces=False, **options)
+    tokenizer.save(folder)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def compare(folder: Path, ours: Tokenizer) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.vocab_size == len(theirs)
+    assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    if ours.pad_id is not None:
+        assert ours.pad_id == theirs.pad_token_id
+    for text in TEXTS:
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode_with_offsets(text)[0] == ids, text
+        around = [*ours.prefix_ids, *ids, *ours.suffix_ids]
+        assert theirs(text).input_ids == around
+        if START not in text:  # transformers 5 takes some additional_special_tokens for text
+            assert ours.decode(around) == theirs.decode(around, skip_special_tokens=True)
+        plain = ours.encode(text)
+        assert ours.decode(plain) == text
+        if START not in text and END not in text:
+            assert plain == ids
+
+
+LLAMA = {"tokenizer_class": "LlamaTokenizer", **NAMES}
+CHATML = {
+    "added_tokens.json": {START: 400, END: 401},
+    "special_tokens_map.json": {
+        "bos_token": "<s>",
+        "eos_token": {**added(END)},
+        "additional_special_tokens": [START, END],
+    },
+}
+FOLDERS: dict[str, dict[str, Any]] = {
+    "bos": {"tokenizer_config.json": LLAMA | {"add_bos_token": True}},
+    "bos and eos": {
+        "tokenizer_config.json": LLAMA | {"add_bos_token": True, "add_eos_token": True}
+    },
+    "neither": {"tokenizer_config.json": LLAMA | {"add_bos_token": False}},
+    "legacy": {"tokenizer_config.json": LLAMA | {"add_bos_token": True, "legacy": True}, **CHATML},
+    "added_tokens.json": {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}, **CHATML},
+    "no class": CHATML,
+    "of another class": {"tokenizer_config.json": NAMES | {"add_bos_token": True}, **CHATML},
+    "added_tokens_decoder": {
+        "tokenizer_config.json": LLAMA
+        | {
+            "eos_token": END,
+            "added_tokens_decoder": {
+                "400": added(START, lstrip=True),
+                "401": added(END, rstrip=True),
+                "402": added("<think>", special=False),
+            },
+        }
+    },
+    "eos that is nowhere else": {"tokenizer_config.json": LLAMA | {"eos_token": END}},
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+@pytest.mark.parametrize("space", [True, False], ids=["space", "no space"])
+def test_a_sentencepiece_folder_is_read_as_transformers_reads_it(
+    kind: str, space: bool, tmp_path: Path
+) -> None:
+    files = {"config.json": {"model_type": "llama", "vocab_size": 410}} | FOLDERS[kind]
+    if not space and "Llama" in str(files.get("tokenizer_config.json")):
+        files["tokenizer_config.json"] = files["tokenizer_config.json"] | {
+            "add_prefix_space": False
+        }
+    folder = sentencepiece_folder(tmp_path / "hf", files, add_dummy_prefix=space)
+    ours = load_tokenizer(folder)
+    compare(folder, ours)
+    written_again(ours, tmp_path)
+
+
+def written_again(ours: Tokenizer, tmp_path: Path) -> None:
+    """What is saved in checkpoints and exported reads the same."""
+    for name, write in (("saved", ours.save), ("exported", ours.export)):
+        folder = tmp_path / name
+        folder.mkdir()
+        write(folder)
+        again = load_tokenizer(folder)
+        told = ("vocab_size", "bos_id", "eos_id", "pad_id", "prefix_ids", "suffix_ids")
+        assert {k: getattr(again, k) for k in told} == {k: getattr(ours, k) for k in told}
+        for text in TEXTS:
+            assert again.encode_with_offsets(text) == ours.encode_with_offsets(text), name
+            assert again.encode(text) == ours.encode(text)
+    compare(tmp_path / "exported", ours)
+
+
+JSON_FOLDERS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "bos": ("<s> $A", {"tokenizer_config.json": NAMES}),
+    "bos whatever the config says": (
+        "<s> $A",
+        {"tokenizer_config.json": NAMES | {"add_bos_token": False}},
+    ),
+    "no bos whatever the config says": (
+        None,
+        {"tokenizer_config.json": NAMES | {"add_bos_token": True}},
+    ),
+    "several before and after": (
+        f"{START} <s> $A </s>",
+        {"tokenizer_config.json": NAMES},
+    ),
+    "names in the map alone": (
+        "<s> $A",
+        {
+            "tokenizer_config.json": {"model_max_length": 64},
+            "special_tokens_map.json": {"bos_token": "<s>", "eos_token": added(END)},
+        },
+    ),
+    "the map against the config": (
+        None,
+        {
+            "tokenizer_config.json": NAMES,
+            "special_tokens_map.json": {"eos_token": END, "pad_token": START},
+        },
+    ),
+    "added_tokens_decoder against the map": (
+        None,
+        {
+            "tokenizer_config.json": NAMES | {"added_tokens_decoder": {}},
+            "special_tokens_map.json": {"eos_token": END},
+        },
+    ),
+    "added_tokens.json": (None, {"tokenizer_config.json": NAMES}),
+}
+
+
+@pytest.mark.parametrize("kind", JSON_FOLDERS)
+def test_a_tokenizer_json_folder_is_read_as_transformers_reads_it(
+    kind: str, tmp_path: Path
+) -> None:
+    around, files = JSON_FOLDERS[kind]
+    folder = json_folder(tmp_path / "hf", files, around)
+    if kind == "added_tokens.json":
+        size = load_tokenizer(folder).vocab_size
+        (folder / kind).write_text(json.dumps({"<tool>": size, "<think>": size + 1}))
+    ours = load_tokenizer(folder)
+    compare(folder, ours)
+    written_again(ours, tmp_path)
+
+
+def test_pieces_of_a_model_are_renamed_by_id(tmp_path: Path) -> None:
+    names = {"399": added(END), "398": added(START)}
+    files = {
+        "config.json": {"model_type": "mistral"},
+        "tokenizer_config.json": {"added_tokens_decoder": names, "eos_token": END},
+    }
+    folder = sentencepiece_folder(tmp_path / "hf", files)
+    ours = load_tokenizer(folder)
+    size = ours.vocab_size
+    assert size == 400
+    assert (ours.eos_id, ours.pieces()[398:]) == (399, [START, END])
+    compare(folder, ours)
+    written_again(ours, tmp_path)
+
+
+def test_an_added_token_that_would_get_another_id_is_refused(tmp_path: Path) -> None:
+    files = {"tokenizer_config.json": {"added_tokens_decoder": {"410": added(END)}}}
+    folder = sentencepiece_folder(tmp_path / "hf", files)
+    with pytest.raises(DataError, match=r"has the id 410, but by tokenizer\.model the next free"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", "[]", "not an object"),
+        ("tokenizer_config.json", "{", "not JSON"),
+        ("tokenizer_config.json", "[" * 100_000, "not JSON"),
+        ("tokenizer_config.json", '{"eos_token": 5}', "eos_token is 5"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "added_tokens_decoder"),
+        ("special_tokens_map.json", '{"eos_token": ["</s>"]}', "eos_token is"),
+        ("added_tokens.json", '{"<x>": "7"}', "'<x>' has the id '7'"),
+        ("generation_config.json", '{"eos_token_id": "</s>"}', "eos_token_id is '</s>'"),
+        ("generation_config.json", '{"eos_token_id": [1, [2]]}', "give an id, or a list of ids"),
+    ],
+)
+def test_a_damaged_file_beside_a_tokenizer_is_named(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    for folder in (
+        sentencepiece_folder(tmp_path / "model", {}),
+        json_folder(tmp_path / "json", {}),
+    ):
+        (folder / name).write_text(content)
+        with pytest.raises(DataError, match=message) as caught:
+            load_tokenizer(folder)
+        assert str(folder / name) in str(caught.value)
+
+
+def test_ends_are_those_of_all_files(tmp_path: Path) -> None:
+    folder = json_folder(tmp_path / "hf", {"tokenizer_config.json": NAMES})
+    start, stop = (tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")),) * 2
+    ids = [start.token_to_id("</s>"), stop.token_to_id(START), stop.token_to_id(END)]
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": ids[1], "pad_token_id": 3}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[2:]}))
+    ours = load_tokenizer(folder)
+    assert ours.eos_id == ids[0]
+    assert set(ours.end_ids) == set(ids)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    ours.save(copy)
+    assert load_tokenizer(copy).end_ids == ours.end_ids
+    assert json.loads((copy / "generation_config.json").read_text())["pad_token_id"] == 3
