@@ -136,7 +136,7 @@ def stream_text(
 def stream_texts(
     model: Reader | LogitsFn,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int,
     sampling: Sampling,
@@ -149,8 +149,8 @@ def stream_texts(
     it. An empty prompt begins a document: it stands for the id that ended the one before.
 
     Args:
-        controls: whether names of control tokens in prompts and stop strings are those tokens, as
-            a chat's are.
+        prompts: texts, or ids as a chat template gives them.
+        controls: If true, a stop string that names a control token is that token, as in a chat.
     Raises:
         CommandError: an empty stop string; an empty prompt where the tokenizer has neither an end
             nor a beginning of document.
@@ -160,12 +160,12 @@ def stream_texts(
     first = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
     ends = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     if controls:
-        ids = [tokenizer.encode_with_offsets(prompt)[0] for prompt in prompts]
         # a control token has no text that would be found: its id ends what is written
         names = [tokenizer.encode_with_offsets(text)[0] for text in stop]
         ends += [tokens[0] for tokens in names if len(tokens) == 1]
-    else:
-        ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [
+        tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts
+    ]
     ids = [tokens or ([] if first is None else [first]) for tokens in ids]
     steps = sample_ids(model, ids, max_new_tokens, ends, sampling)
     continues = getattr(model, "continues", True)
