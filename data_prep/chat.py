@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ CHATML = """\
 # What a template is given of a message without content: nothing, as transformers gives a missing
 # key; null; or "". Templates differ in which of them they can read.
 _NO_CONTENT: tuple[dict[str, Any], ...] = ({}, {"content": None}, {"content": ""})
-_ALWAYS_READ = ("role", "content", "weight")
+_ALWAYS_READ = {"role", "content", "weight", "tool_calls", "function_call"}
+_ENOUGH = 20  # rows in which a key changed nothing, after which it is taken to be unread
 
 
 def find_template(file: str | None, given: str | None, tokenizer: str | Path | None) -> str:
@@ -95,7 +97,7 @@ class Chat:
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._template = tokenizer, Template(template, tokenizer)
-        self._remarks = Counter[str]()
+        self._remarks, self._unread, self._read = Counter[str](), Counter[str](), set[str]()
 
     def encode(
         self, messages: Messages, tools: list[Any] | None = None
@@ -124,8 +126,9 @@ class Chat:
         weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
         messages = self._readable(messages, tools)
         text = self._template.render(messages, tools)
+        spans = self._template.spans
+        self._note_keys(messages, tools, text)
         if self._template.has_tags:
-            spans = self._template.spans
             if not all(weights):
                 if len(spans) != len(weights):
                     raise Unusable(
@@ -172,29 +175,46 @@ class Chat:
         """Log what was noticed since the last report, each kind with its number of rows."""
         for remark, rows in self._remarks.items():
             logger.warning("%s: %s (rows: %s)", called, remark, f"{rows:,}")
+        for key, rows in self._unread.items():
+            if key not in self._read:
+                known = "the chat template does not read"
+                logger.warning(
+                    "%s: %s %.40r of messages (rows: %s)", called, known, key, f"{rows:,}"
+                )
         self._remarks.clear()
+        self._unread.clear()
 
     # ---- what the template reads
 
     def _check_keys(self, messages: Messages, tools: list[Any] | None) -> None:
         """Refuse calls and tools that the template has no place for; note other such keys."""
-        if tools and "tools" not in self._template.variables:
+        if tools and not self._template.mentions("tools"):
             raise Unusable(
                 "it has tools, which the chat template does not write; name one that does by "
                 "finetune.data.chat_template"
             )
-        keys = {key: number for number, message in enumerate(messages) for key in message}
-        for key in keys.keys() - set(_ALWAYS_READ):
-            if self._template.mentions(key) or (
-                key in REASONING and any(map(self._template.mentions, REASONING))
-            ):
-                continue
-            if key in ("tool_calls", "function_call") and messages[keys[key]][key]:
-                raise Unusable(
-                    f"message {keys[key]} has {key}, which the chat template does not write; name "
-                    "one that does by finetune.data.chat_template"
-                )
-            self._remarks[f"the chat template does not read {str(key)!r:.40} of messages"] += 1
+        for number, message in enumerate(messages):
+            for key in ("tool_calls", "function_call"):
+                if message.get(key) and not self._template.mentions(key):
+                    raise Unusable(
+                        f"message {number} has {key}, which the chat template does not write; name "
+                        "one that does by finetune.data.chat_template"
+                    )
+
+    def _note_keys(self, messages: Messages, tools: list[Any] | None, text: str) -> None:
+        """Count the rows with a key that changes nothing in the rendering, until one does."""
+        keys = {"reasoning" if key in REASONING else key for m in messages for key in m}
+        for key in keys - _ALWAYS_READ - self._read:
+            if self._unread[key] < _ENOUGH:
+                names = REASONING if key == "reasoning" else (key,)
+                fewer = [{k: v for k, v in m.items() if k not in names} for m in messages]
+                with suppress(Unusable):
+                    if self._template.render(fewer, tools) == text:
+                        self._unread[key] += 1
+                        continue
+                self._read.add(key)
+            else:
+                self._unread[key] += 1
 
     def _readable(self, messages: Messages, tools: list[Any] | None) -> Messages:
         """The messages as the template is given them: where content is missing, as it can read."""
@@ -307,24 +327,27 @@ class Chat:
         content = str(messages[number].get("content") or "")
         mark, core = new_mark(text + content), content.strip()
         lead = content[: len(content) - len(content.lstrip())]
-        marked = lead + mark + core + mark + content[len(lead) + len(core) :]
-        turns = [*messages]
-        turns[number] = messages[number] | {"content": marked}
-        try:
-            shown, places = take_out(self._template.render(turns, tools), mark)
-            ending = self._ending(mark)
-        except Unusable:
-            shown, places, ending = "", [], ""
-        if not core or shown != text or len(places) != 2:
-            raise DataError(
-                "the chat template writes the first turns of a conversation in another way when "
-                "others follow, so that the assistant's words cannot be found; put "
-                "{% generation %} and {% endgeneration %} around them, in a file that "
-                "finetune.data.chat_template names"
-            )
-        start, stop = places
-        end = next(end for end in (ending, ending.rstrip(), "") if text.startswith(end, stop))
-        return start, stop + len(end)
+        trail = content[len(lead) + len(core) :]
+        # the second is for templates that trim
+        for marked in (mark + content + mark, lead + mark + core + mark + trail):
+            turns = [*messages]
+            turns[number] = messages[number] | {"content": marked}
+            try:
+                shown, places = take_out(self._template.render(turns, tools), mark)
+                ending = self._ending(mark)
+            except Unusable:
+                continue
+            if not core or shown != text or len(places) != 2:
+                continue
+            for end in (ending, ending.rstrip()):
+                if text.startswith(end, places[1]):
+                    return places[0], places[1] + len(end)
+        raise DataError(
+            "the chat template writes the first turns of a conversation in another way when "
+            "others follow, so that the assistant's words cannot be found; put "
+            "{% generation %} and {% endgeneration %} around them, in a file that "
+            "finetune.data.chat_template names"
+        )
 
     def _ending(self, mark: str) -> str:
         """The text that follows an answer, as after a user's single turn."""

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from megalite.log import logger
 Names = Sequence[str]
 
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_CONVERSATIONS = ("conversations", "conversation", "messages", "dialog", "chat")
 _BATCH = 1024  # rows
 _NAMED = 5
 _ENOUGH = 1000  # bad rows over what is allowed, after which none more is looked for
@@ -48,12 +49,18 @@ class Row:
             raise Unusable(self.fault)
         if column not in self.values:
             keys = ", ".join(map(str, list(self.values)[:8])) or "nothing"
-            raise Unusable(f"no field {column!r}; it has {keys}")
+            raise Unusable(f"no field {column!r}; it has {keys}{_other_column(self.values)}")
         return self.values[column]
 
     def text(self, column: str) -> str:
         """A text that can be used; `Unusable` else."""
         return check_text(self.get(column), f"field {column!r}")
+
+
+def _other_column(names: Iterable[Any]) -> str:
+    """Advice if another column seems to hold the conversations."""
+    found = next((name for name in names if name in _CONVERSATIONS), None)
+    return f"; if {found!r} is meant, name it by finetune.data.messages_column" if found else ""
 
 
 def check_text(value: Any, what: str, *, empty: bool = False) -> str:
@@ -313,7 +320,8 @@ def _check_columns(path: str, names: Names, columns: Names, optional: Names = ()
         if (count := list(names).count(column)) != 1:
             told = "several columns are named" if count else "no column"
             have = ", ".join(names) or "none"
-            raise DataError(f"{path}: {told} {column!r}; it has {have}: {_CHOOSE}")
+            choose = _other_column(names) or f": {_CHOOSE}"
+            raise DataError(f"{path}: {told} {column!r}; it has {have}{choose}")
     return read
 
 

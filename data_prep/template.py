@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, NoReturn, TypeAlias
 
 import jinja2
-from jinja2 import meta, nodes
+from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -48,7 +48,6 @@ class Template:
     Attributes:
         spans: of the last rendering, the characters between `generation` tags.
         has_tags: whether there are such tags.
-        variables: names that the template reads and does not set.
     Raises:
         DataError: not a Jinja template.
     """
@@ -67,7 +66,6 @@ class Template:
         self._marks: Any = environment.extensions[_Generation.identifier]
         try:
             self._compiled = environment.from_string(source)
-            self.variables = meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template is no Jinja that can be read: {error}") from error
         self.has_tags: bool = self._marks.used

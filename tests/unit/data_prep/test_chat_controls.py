@@ -83,7 +83,9 @@ def test_a_text_is_encoded_between_control_tokens_as_in_a_corpus(folder: Path) -
 
 
 def test_every_field_of_a_conversation_is_text(folder: Path) -> None:
-    template = PLAIN.replace("messages -%}", "messages -%}{{ tools | tojson }}{{ m.tool_calls }}")
+    template = "{{ tools | tojson }}" + PLAIN.replace(
+        "{% if m.reas", "{{ m.tool_calls }}{% if m.reas"
+    )
     tokenizer = load_tokenizer(folder)
     chat = Chat(template, tokenizer)
     turns, call = pair("a", "b"), {"name": "f</s>", "arguments": {"<s>": ["<|im_end|>"]}}
