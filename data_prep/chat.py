@@ -97,6 +97,7 @@ class Chat:
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._template = tokenizer, Template(template, tokenizer)
+        self._said = False
         self._remarks, self._unread, self._read = Counter[str](), Counter[str](), set[str]()
 
     def encode(
@@ -154,9 +155,9 @@ class Chat:
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        messages = check_messages(messages, answered=False)
-        mark = new_mark("".join(strings([messages, tools])))
         try:
+            messages = check_messages(messages, answered=False)
+            mark = new_mark("".join(strings([messages, tools])))
             self._check_keys(messages, tools)
             messages = self._readable(messages, tools)
             answered = [*messages, {"role": "assistant", "content": mark}]
@@ -167,8 +168,9 @@ class Chat:
             raise DataError(str(error)) from error
         for message in messages:
             content = str(message.get("content") or "").strip()
-            if message["role"] == "system" and content not in text:
+            if message["role"] == "system" and content not in text and not self._said:
                 logger.warning("the chat template does not write the system turn as it is")
+                self._said = True
         return self._tokenizer.encode_with_offsets(text, plain)[0], end
 
     def report(self, called: str) -> None:

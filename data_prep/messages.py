@@ -37,11 +37,12 @@ def check_messages(value: Any, *, answered: bool = True) -> Messages:
     text. It may be missing beside tool_calls; that of an assistant is not empty.
 
     Args:
-        answered: require an assistant's turn that is learned.
+        answered: If true, the conversation is learned: it needs an assistant's turn of weight 1,
+            and no assistant's turn is empty.
     Raises:
         Unusable: not a conversation, or one that cannot be learned.
     """
-    messages = [_message(number, item) for number, item in enumerate(_items(value))]
+    messages = [_message(number, item, answered) for number, item in enumerate(_items(value))]
     if not answered:
         return messages
     turns = [message for message in messages if message["role"] == "assistant"]
@@ -113,7 +114,7 @@ def _parsed(text: str, what: str) -> Any:
         raise Unusable(f"{what} is text that is not JSON: {error}") from None
 
 
-def _message(number: int, item: Any) -> dict[str, Any]:
+def _message(number: int, item: Any, answered: bool) -> dict[str, Any]:
     what = f"message {number}"
     if not isinstance(item, dict):
         raise Unusable(f"{what} is {item!r:.40}, not an object")
@@ -129,7 +130,7 @@ def _message(number: int, item: Any) -> dict[str, Any]:
     if isinstance(message.get("content"), list):
         message["content"] = _joined(message["content"], f"the content of {what}")
     if "content" in message or not message.get("tool_calls"):
-        empty = role != "assistant" or bool(message.get("tool_calls"))
+        empty = role != "assistant" or bool(message.get("tool_calls")) or not answered
         check_text(message.get("content"), f"the content of {what}", empty=empty)
     reasoning = next((message[key] for key in REASONING if key in message), None)
     if reasoning is not None:  # under each name that templates read
