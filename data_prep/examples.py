@@ -35,7 +35,8 @@ from data_prep.messages import (
 )
 from data_prep.output import staged
 from data_prep.records import Unusable
-from data_prep.rows import BadRows, Row, Source, columns_of, find_source, label_name
+from data_prep.rows import BadRows, Row, columns_of, label_name
+from data_prep.sources import Source, find_source
 from data_prep.train import SAMPLE_CHARACTERS, learn_tokenizer, sample_chunks
 from megalite import files
 from megalite.config import RunConfig
