@@ -6,21 +6,21 @@ Templates see what Hugging Face transformers shows them and run in the same sand
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
-from datetime import datetime
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from data_prep.marks import find_names, insert, new_mark, take_out
+from data_prep.messages import REASONING, Messages, check_messages, strings
 from data_prep.records import Unusable
-from data_prep.rows import check_text
+from data_prep.template import Spans, Template
 from megalite.errors import DataError
 from megalite.formats.tokenizer import Tokenizer
+from megalite.log import logger
 
 TEMPLATE = "chat_template.jinja"
 CHATML = """\
@@ -28,7 +28,14 @@ CHATML = """\
 {{ '<|im_start|>' + message['role'] + '\\n' }}
 {%- if message['role'] == 'assistant' %}
 {% generation %}
-{{- message['content'] + '<|im_end|>' -}}
+{{- message['content'] or '' }}
+{%- for call in message['tool_calls'] or [] %}
+{%- set function = call['function'] or call %}
+{{- '\\n' if message['content'] or not loop.first }}
+{{- '<tool_call>\\n{"name": ' + function['name'] | tojson }}
+{{- ', "arguments": ' + (function['arguments'] or {}) | tojson + '}\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>' -}}
 {% endgeneration %}
 {% else %}
 {{- message['content'] + '<|im_end|>' }}
@@ -39,10 +46,11 @@ CHATML = """\
 {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-
-Messages: TypeAlias = "list[dict[str, Any]]"
-Spans: TypeAlias = "list[tuple[int, int]]"
+# What a template is given of a message without content: nothing, as transformers gives a missing
+# key; null; or "". Templates differ in which of them they can read.
+_NO_CONTENT: tuple[dict[str, Any], ...] = ({}, {"content": None}, {"content": ""})
+_ALWAYS_READ = {"role", "content", "weight", "tool_calls", "function_call"}
+_ENOUGH = 20  # rows in which a key changed nothing, after which it is taken to be unread
 
 
 def find_template(file: str | None, given: str | None, tokenizer: str | Path | None) -> str:
@@ -72,91 +80,40 @@ def find_template(file: str | None, given: str | None, tokenizer: str | Path | N
     return CHATML
 
 
-def ask(folder: Path, tokenizer: Tokenizer, text: str) -> tuple[str, str]:
+def ask(folder: Path, tokenizer: Tokenizer, text: str) -> tuple[list[int], str]:
     """`Chat.ask` by the template that lies beside a tokenizer."""
     return Chat(find_template(None, None, folder), tokenizer).ask(text)
 
 
-def check_messages(value: Any) -> Messages:
-    """A conversation with an assistant's turn, without what is null; `Unusable` where it is none.
-
-    A turn's content is text, and may be null beside tool_calls; an assistant's is not empty.
-    """
-    if not isinstance(value, list) or not value:
-        raise Unusable(f"{value!r:.40} is not a list of messages")
-    messages = []
-    for number, message in enumerate(value):
-        what = f"message {number}"
-        if not isinstance(message, dict):
-            raise Unusable(f"{what} is {message!r:.40}, not an object")
-        message = {key: item for key, item in message.items() if item is not None}
-        if not isinstance(message.get("role"), str):
-            raise Unusable(f"{what} has no role; it has {', '.join(message) or 'nothing'}")
-        if "content" in message or not message.get("tool_calls"):
-            empty = message["role"] != "assistant" or bool(message.get("tool_calls"))
-            check_text(message.get("content"), f"the content of {what}", empty=empty)
-        reasoning = next((message[key] for key in _REASONING if key in message), None)
-        if reasoning is not None:  # under each name that templates read
-            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
-        messages.append(message)
-    if all(message["role"] != "assistant" for message in messages):
-        roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
-        raise Unusable(f"no turn has the role 'assistant'; its roles are {roles[:80]}")
-    return messages
-
-
-class _Generation(Extension):
-    """`{% generation %}` ... `{% endgeneration %}`: where the assistant's words are."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def __init__(self, environment: jinja2.Environment) -> None:
-        super().__init__(environment)
-        self.used, self.blocks, self.spans = False, list[str](), list[tuple[int, int]]()
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        self.used, line = True, next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Any) -> str:
-        text, start = str(caller()), sum(map(len, self.blocks))
-        self.spans.append((start, start + len(text)))
-        return text
-
-
 class Chat:
     """A template with the tokenizer whose names of BOS and EOS it may write.
+
+    Control tokens come from the template alone: their names in a message, or in the description of
+    a tool, stay text. `report` says which rows a template had to be trusted with.
 
     Raises:
         DataError: not a Jinja template.
     """
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        pieces, ends = tokenizer.pieces(), {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
-        self._names = {f"{key}_token": pieces[id] for key, id in ends.items() if id is not None}
-        extensions = (_Generation, "jinja2.ext.loopcontrols")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=extensions
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
-        self._marks: Any = environment.extensions[_Generation.identifier]
-        try:
-            self._compiled = environment.from_string(template)
-        except jinja2.TemplateError as error:
-            raise DataError(f"the chat template is no Jinja that can be read: {error}") from error
+        self._tokenizer, self._template = tokenizer, Template(template, tokenizer)
+        self._said = False
+        self._remarks, self._unread, self._read = Counter[str](), Counter[str](), set[str]()
 
-    def encode(self, messages: Messages) -> tuple[list[int], list[bool]]:
-        """The ids of a conversation, and which of them the assistant wrote, if only in part.
+    def encode(
+        self, messages: Messages, tools: list[Any] | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """Return the ids of a conversation, and which of them are learned.
+
+        Learned are the ids that the assistant wrote, if only in part, except in turns of weight 0.
 
         Raises:
-            Unusable: the template refuses the conversation.
-            DataError: the template does not tell the assistant's turns apart.
+            Unusable: the template refuses the conversation, or has no place for a part of it.
+            DataError: the assistant's turns cannot be found in what the template writes.
         """
-        text, spans = self.render(messages)
-        ids, places = self._tokenizer.encode_with_offsets(text)
+        text, spans = self.render(messages, tools)
+        plain = self._plain(self._readable(messages, tools), tools, text)
+        ids, places = self._tokenizer.encode_with_offsets(text, plain)
         learned, current = [False] * len(ids), 0
         for token, (start, stop) in enumerate(places):
             while current < len(spans) and start >= spans[current][1]:
@@ -164,61 +121,242 @@ class Chat:
             learned[token] = current < len(spans) and stop > spans[current][0]
         return ids, learned
 
-    def render(self, messages: Messages) -> tuple[str, Spans]:
-        """The text of a conversation, and from and to which characters the assistant wrote."""
-        text = self._render(messages)
-        if self._marks.used:
-            return text, list(self._marks.spans)
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = self._render(messages[:number], add_generation_prompt=True)
-                through = self._render(messages[: number + 1])
-                if not (through.startswith(before) and text.startswith(through)):
-                    raise DataError(
-                        "the chat template writes the first turns of a conversation in another way "
-                        "when others follow, so that the assistant's words cannot be found; put "
-                        "{% generation %} and {% endgeneration %} around them, in a file that "
-                        "finetune.data.chat_template names"
+    def render(self, messages: Messages, tools: list[Any] | None = None) -> tuple[str, Spans]:
+        """Return the text of a conversation, and the spans of characters that are learned."""
+        self._check_keys(messages, tools)
+        weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
+        messages = self._readable(messages, tools)
+        text = self._template.render(messages, tools)
+        spans = self._template.spans
+        self._note_keys(messages, tools, text)
+        if self._template.has_tags:
+            if not all(weights):
+                if len(spans) != len(weights):
+                    raise Unusable(
+                        f"the chat template marks {len(spans)} turns of the assistant's "
+                        f"{len(weights)}, so that those of weight 0 cannot be found; leave the "
+                        "turns that it does not write out of the conversation"
                     )
-                spans.append((len(before), len(through)))
-        return text, spans
+                spans = [span for span, weight in zip(spans, weights, strict=True) if weight]
+            return text, spans
+        turns = [number for number, m in enumerate(messages) if m["role"] == "assistant"]
+        pairs = zip(turns, weights, strict=True)
+        return text, [self._turn(messages, n, tools, text) for n, weight in pairs if weight]
 
-    def ask(self, text: str) -> tuple[str, str]:
-        """A user's one turn as far as the assistant's answer; and what ends such an answer.
+    def ask(
+        self, messages: str | Messages, tools: list[Any] | None = None
+    ) -> tuple[list[int], str]:
+        """Return the ids of a conversation up to the assistant's answer, and the answer's end.
 
+        Args:
+            messages: the turns, or the text of a user's single turn.
         Raises:
-            DataError: the template refuses a lone turn of a user.
+            DataError: the template refuses such a conversation.
         """
-        turn, mark = [{"role": "user", "content": text}], "\N{REPLACEMENT CHARACTER}"
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
         try:
-            through = self._render([*turn, {"role": "assistant", "content": mark}])
-            return self._render(turn, add_generation_prompt=True), through.rpartition(mark)[
-                2
-            ].strip()
+            messages = check_messages(messages, answered=False)
+            mark = new_mark("".join(strings([messages, tools])))
+            self._check_keys(messages, tools)
+            messages = self._readable(messages, tools)
+            answered = [*messages, {"role": "assistant", "content": mark}]
+            end = self._template.render(answered, tools).rpartition(mark)[2].strip()
+            text = self._template.render(messages, tools, add_generation_prompt=True)
+            plain = self._plain(messages, tools, text, add_generation_prompt=True)
         except Unusable as error:
             raise DataError(str(error)) from error
+        for message in messages:
+            content = str(message.get("content") or "").strip()
+            if message["role"] == "system" and content not in text and not self._said:
+                logger.warning("the chat template does not write the system turn as it is")
+                self._said = True
+        return self._tokenizer.encode_with_offsets(text, plain)[0], end
 
-    def _render(self, messages: Sequence[Any], *, add_generation_prompt: bool = False) -> str:
-        marks = self._marks
-        marks.blocks, marks.spans = [], []
-        seen = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+    def report(self, called: str) -> None:
+        """Log what was noticed since the last report, each kind with its number of rows."""
+        for remark, rows in self._remarks.items():
+            logger.warning("%s: %s (rows: %s)", called, remark, f"{rows:,}")
+        for key, rows in self._unread.items():
+            if key not in self._read:
+                known = "the chat template does not read"
+                logger.warning(
+                    "%s: %s %.40r of messages (rows: %s)", called, known, key, f"{rows:,}"
+                )
+        self._remarks.clear()
+        self._unread.clear()
+
+    # ---- what the template reads
+
+    def _check_keys(self, messages: Messages, tools: list[Any] | None) -> None:
+        """Refuse calls and tools that the template has no place for; note other such keys."""
+        if tools and not self._template.mentions("tools"):
+            raise Unusable(
+                "it has tools, which the chat template does not write; name one that does by "
+                "finetune.data.chat_template"
+            )
+        for number, message in enumerate(messages):
+            for key in ("tool_calls", "function_call"):
+                if message.get(key) and not self._template.mentions(key):
+                    raise Unusable(
+                        f"message {number} has {key}, which the chat template does not write; name "
+                        "one that does by finetune.data.chat_template"
+                    )
+
+    def _note_keys(self, messages: Messages, tools: list[Any] | None, text: str) -> None:
+        """Count the rows with a key that changes nothing in the rendering, until one does."""
+        keys = {"reasoning" if key in REASONING else key for m in messages for key in m}
+        for key in keys - _ALWAYS_READ - self._read:
+            if self._unread[key] < _ENOUGH:
+                names = REASONING if key == "reasoning" else (key,)
+                fewer = [{k: v for k, v in m.items() if k not in names} for m in messages]
+                with suppress(Unusable):
+                    if self._template.render(fewer, tools) == text:
+                        self._unread[key] += 1
+                        continue
+                self._read.add(key)
+            else:
+                self._unread[key] += 1
+
+    def _readable(self, messages: Messages, tools: list[Any] | None) -> Messages:
+        """The messages as the template is given them: where content is missing, as it can read."""
+        shown = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
+        bare = [message for message in shown if "content" not in message]
+        if not bare:
+            return shown
+        names = [_function(call).get("name", "") for m in bare for call in m.get("tool_calls", ())]
+        fault: Unusable | None = None
+        for content in _NO_CONTENT:
+            tried = [message if "content" in message else message | content for message in shown]
+            try:
+                text = self._template.render(tried, tools)
+            except Unusable as error:
+                fault = fault or error
+                continue
+            if all(str(name) in text for name in names):
+                return tried
+        raise fault or Unusable("the chat template does not write the calls of tools")
+
+    # ---- where control tokens are text
+
+    @cached_property
+    def _controls(self) -> re.Pattern[str] | None:
+        """The names of control tokens: tokens without text, that plain text does not become."""
+        tokenizer = self._tokenizer
+        names = [
+            name
+            for id, name in enumerate(tokenizer.pieces())
+            if len(name) > 1
+            and not tokenizer.decode([id])
+            and tokenizer.encode_with_offsets(name)[0] == [id] != tokenizer.encode(name)
+        ]
+        longest = sorted(map(re.escape, names), key=len, reverse=True)
+        return re.compile("|".join(longest)) if names else None
+
+    def _plain(self, messages: Messages, tools: list[Any] | None, text: str, **how: bool) -> Spans:
+        """Where `text`, the rendering, has names of control tokens from messages or tools.
+
+        Raises:
+            Unusable: the template itself reads such a name in a turn that is not the assistant's.
+        """
+        units = [*messages, tools]
+        found = [find_names(strings(unit), self._controls) for unit in units]
+        if not any(found):
+            return []
+        mark = new_mark("".join([text, *strings(units)]))
+
+        def locate(names: Sequence[Sequence[str]]) -> Spans | None:
+            """Their spans; None if the template writes something else for other words."""
+            pairs = zip(units, names, strict=True)
+            *marked, marked_tools = [insert(unit, mark, some) for unit, some in pairs]
+            try:
+                shown, places = take_out(self._template.render(marked, marked_tools, **how), mark)
+            except Unusable:
+                return None
+            longest = sorted({name for some in names for name in some}, key=len, reverse=True)
+            lengths = [
+                next((len(n) for n in longest if shown[at - 1 :].startswith(n)), 1) for at in places
+            ]
+            spans = [(at - 1, at - 1 + size) for at, size in zip(places, lengths, strict=True)]
+            return spans if shown == text else None
+
+        spans = locate(found)
+        if spans is not None:
+            return spans
+        # the template looks for a name itself, as for </think>: it knows what it writes for it
+        kept = list(found)
+        for unit, names in enumerate(found):
+            for name in names:
+                if locate([[name] if n == unit else [] for n in range(len(units))]) is None:
+                    kept[unit] = [other for other in kept[unit] if other != name]
+                    self._note_reading(units[unit], unit, name)
+        spans = locate(kept)
+        if spans is None:
+            raise Unusable("words that look like control tokens cannot be found in the rendering")
+        return spans
+
+    def _note_reading(self, unit: Any, number: int, name: str) -> None:
+        if not isinstance(unit, dict) or unit["role"] != "assistant":
+            what = f"message {number}" if isinstance(unit, dict) else "a tool"
+            raise Unusable(
+                f"{what} has the control token {name!r}, which the chat template reads as its own; "
+                "remove it from the text"
+            )
+        self._remarks[
+            f"the chat template reads {name!r} in an assistant's turn, where it may become a "
+            "control token"
+        ] += 1
+
+    # ---- where the assistant's words are
+
+    def _turn(
+        self, messages: Messages, number: int, tools: list[Any] | None, text: str
+    ) -> tuple[int, int]:
+        """The characters of an assistant's turn: from the generation prompt to the turn's end."""
         try:
-            for block in self._compiled.generate(tools=None, documents=None, **seen, **self._names):
-                marks.blocks.append(block)
-        except Exception as error:  # a template can fail in any way
-            raise Unusable(f"the chat template refuses it: {error}") from error
-        return "".join(marks.blocks)
+            before = self._template.render(messages[:number], tools, add_generation_prompt=True)
+            through = self._template.render(messages[: number + 1], tools)
+        except Unusable:  # as with no message at all, or none of a user
+            return self._marked_turn(messages, number, tools, text)
+        if through.startswith(before) and text.startswith(through):
+            return len(before), len(through)
+        return self._marked_turn(messages, number, tools, text)
+
+    def _marked_turn(
+        self, messages: Messages, number: int, tools: list[Any] | None, text: str
+    ) -> tuple[int, int]:
+        """The same by marks around the content, for turns that cannot be rendered by themselves."""
+        content = str(messages[number].get("content") or "")
+        mark, core = new_mark(text + content), content.strip()
+        lead = content[: len(content) - len(content.lstrip())]
+        trail = content[len(lead) + len(core) :]
+        # the second is for templates that trim
+        for marked in (mark + content + mark, lead + mark + core + mark + trail):
+            turns = [*messages]
+            turns[number] = messages[number] | {"content": marked}
+            try:
+                shown, places = take_out(self._template.render(turns, tools), mark)
+                ending = self._ending(mark)
+            except Unusable:
+                continue
+            if not core or shown != text or len(places) != 2:
+                continue
+            for end in (ending, ending.rstrip()):
+                if text.startswith(end, places[1]):
+                    return places[0], places[1] + len(end)
+        raise DataError(
+            "the chat template writes the first turns of a conversation in another way when "
+            "others follow, so that the assistant's words cannot be found; put "
+            "{% generation %} and {% endgeneration %} around them, in a file that "
+            "finetune.data.chat_template names"
+        )
+
+    def _ending(self, mark: str) -> str:
+        """The text that follows an answer, as after a user's single turn."""
+        pair = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
+        return self._template.render(pair, None).rpartition(mark)[2]
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
-    """Without the escapes of HTML that Jinja's own filter makes."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **how)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
+def _function(call: Any) -> dict[str, Any]:
+    inner = call.get("function")
+    return inner if isinstance(inner, dict) else dict(call)

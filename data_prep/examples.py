@@ -28,10 +28,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.chat import TEMPLATE, Chat, Messages, check_messages, find_template
+from data_prep.chat import TEMPLATE, Chat, find_template
+from data_prep.messages import (
+    ROW_WEIGHTS,
+    TOOLS,
+    Messages,
+    check_messages,
+    check_row_weight,
+    check_tools,
+)
 from data_prep.output import staged
 from data_prep.records import Unusable
-from data_prep.rows import BadRows, Row, Source, columns_of, find_source, label_name
+from data_prep.rows import BadRows, Row, columns_of, label_name
+from data_prep.sources import Source, find_source
 from data_prep.train import SAMPLE_CHARACTERS, learn_tokenizer, sample_chunks
 from megalite import files
 from megalite.config import RunConfig
@@ -125,6 +134,7 @@ class _Fields:
     texts: tuple[str, ...]
     label: str = ""
     messages: Messages = field(default_factory=list)
+    tools: list[Any] | None = None
 
 
 @dataclass
@@ -166,6 +176,8 @@ class _Maker:
         if unlabelled:
             self._columns.remove(self._data.label_column)
             self._optional = [self._data.label_column]
+        if self._task == "sft":
+            self._optional = [name for name in (TOOLS, *ROW_WEIGHTS) if name not in self._columns]
         self._bad = {split: BadRows(self._data.max_bad_rows) for split in SPLITS}
         self._kept = self._cut_fractions()
         self._names: tuple[str, ...] | None = None
@@ -312,11 +324,15 @@ class _Maker:
                 raise Unusable(f"label {label!r} is none of {', '.join(self._labels)}")
             return _Fields(row, (text,), label)
         if self._task == "sft":
+            check_row_weight(row.values)
+            tools = check_tools(row.values.get(TOOLS))
             if data.prompt_column and data.response_column:
                 asked, told = row.text(data.prompt_column), row.text(data.response_column)
                 turns = (("user", asked), ("assistant", told))
-                return _Fields(row, (), "", [{"role": r, "content": text} for r, text in turns])
-            return _Fields(row, (), "", check_messages(row.get(data.messages_column)))
+                messages = [{"role": role, "content": text} for role, text in turns]
+            else:
+                messages = check_messages(row.get(data.messages_column))
+            return _Fields(row, (), messages=messages, tools=tools)
         return _Fields(row, tuple(row.text(column) for column in self._columns))
 
     def _lacks(self, label: Any) -> bool:
@@ -366,6 +382,8 @@ class _Maker:
                     continue
                 made.add(fields.row.number, *example)
                 made.labels.append(self._labels.get(fields.label, -1))
+        if self._chat is not None:
+            self._chat.report(self._called[split])
         self._bad[split].check()
         return made
 
@@ -373,7 +391,7 @@ class _Maker:
         """Ids, which of them are learned, and whether any were cut off."""
         most, before, after = self._data.max_length, self._before, self._after
         if self._chat is not None:
-            ids, learned = self._chat.encode(fields.messages)
+            ids, learned = self._chat.encode(fields.messages, fields.tools)
             if not any(learned[:most]):
                 raise Unusable(f"none of the assistant's tokens is among the first {most}")
             return ids[:most], learned[:most], len(ids) > most

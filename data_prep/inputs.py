@@ -4,7 +4,8 @@ corpus.jsonl              a file, by its ending: JSON lines (.jsonl .ndjson .jso
                           (.parquet), anything else one document of text; .gz, .bz2, .xz and .zst
                           inside .jsonl.gz or .txt.zst are unpacked
 "web/**/*.parquet"        a glob, quoted or expanded by the shell
-src/                      a folder: every file below it, except names that begin with a dot
+src/                      a folder: every file below it, except names that begin with a dot; one
+                          with several splits, or with a data card, is refused
 saved/, saved/:SPLIT      a folder written by save_to_disk of `datasets`
 hf:NAME[@CONFIG][:SPLIT]  a data set of the Hugging Face hub or a local folder of data files
 """
@@ -24,6 +25,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep.clones import check_corpus
 from data_prep.packed import PACKED, is_packed
 from data_prep.sets import HUB, hub_facts, saved_folder, saved_parts
 from data_prep.tables import ParquetTable, even_parts, group_sizes
@@ -195,7 +197,10 @@ def _files(source: int, name: str) -> Iterator[_Found]:
             count += 1
             yield _saved(source, folder)
             continue
-        for file in _below(match) if match in folders else [match]:
+        found = _below(match) if match in folders else [match]
+        if match in folders:
+            check_corpus(match, found)
+        for file in found:
             count += 1
             yield _file(source, file)
     if not count:

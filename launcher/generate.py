@@ -5,20 +5,31 @@ from __future__ import annotations
 import argparse
 import io
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from megalite import env
 from megalite.errors import CommandError
 from megalite.log import command_parser, run_main
+
+if TYPE_CHECKING:
+    from data_prep.conversations import Question
+    from megalite.evaluate import OpenedModel, Sampling
+    from megalite.parallel import Grid
 
 _EXAMPLES = """examples:
   python launcher/generate.py --checkpoint runs/smoke --prompt "def main("
   python launcher/generate.py --checkpoint runs/smoke/checkpoints/step_00000300 \\
       --prompt "import os" "class Node" --temperature 0 --max-new-tokens 40
   python launcher/generate.py --checkpoint runs/sft --chat --prompt "What is 2 plus 2?"
+  python launcher/generate.py --checkpoint runs/sft --chat --system "Answer in one word."
+  python launcher/generate.py --checkpoint runs/sft --chat --messages talks.jsonl --json
   torchrun --nproc-per-node 2 launcher/generate.py --checkpoint path/of/a/hugging-face-folder \\
       --prompt "Once upon a time" --top-p 0.9 --repetition-penalty 1.2
 
 Prompts are continued together and printed in their order. Several ranks share the model.
+With --chat, and neither --prompt nor --messages, each line of standard input is a turn of one
+conversation; on a terminal `exit` or Ctrl-D ends it.
 """
 
 
@@ -30,9 +41,17 @@ def parse() -> argparse.Namespace:
         metavar="PATH",
         help="a step folder, a run folder, or a model folder of Hugging Face's",
     )
-    parser.add_argument("--prompt", nargs="+", required=True, metavar="TEXT", help="one or more")
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more")
     parser.add_argument(
         "--chat", action="store_true", help="a prompt is a user's turn; print the answer alone"
+    )
+    parser.add_argument(
+        "--messages",
+        metavar="FILE",
+        help='--chat: answer the conversations of a file, a line each: {"messages": [...]}',
+    )
+    parser.add_argument(
+        "--system", metavar="TEXT", help="--chat: the system turn (default: the template's own)"
     )
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="of a text")
     parser.add_argument(
@@ -45,14 +64,35 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line for each text")
     return parser.parse_args()
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse options that contradict each other or have no effect.
+
+    Raises:
+        CommandError: the first of them.
+    """
+    if arguments.max_new_tokens < 0:
+        raise CommandError(f"--max-new-tokens {arguments.max_new_tokens}: ask for 0 or more")
+    if "" in arguments.stop:
+        raise CommandError("--stop: an empty text would end everything at once; leave it out")
+    if not arguments.chat:
+        if arguments.messages is not None or arguments.system is not None:
+            raise CommandError("--messages and --system only apply to a chat; add --chat")
+        if arguments.prompt is None:
+            raise CommandError("--prompt is missing; give a text to continue, or --chat to talk")
+    if arguments.prompt is not None and arguments.messages is not None:
+        raise CommandError("--prompt and --messages are both given; remove one")
 
 
 def main() -> None:
     arguments = parse()
     launch = env.find_launch()
-    from data_prep.chat import Chat, find_template
-    from megalite.evaluate import Sampling, in_order, open_model, stream_texts
+    check(arguments)
+    from data_prep.conversations import read_questions
+    from megalite.evaluate import Sampling, open_model
     from megalite.parallel import start
 
     sampling = Sampling(
@@ -62,37 +102,90 @@ def main() -> None:
         arguments.seed,
         arguments.repetition_penalty,
     )
-    if arguments.max_new_tokens < 0:
-        raise CommandError(f"--max-new-tokens {arguments.max_new_tokens}: ask for 0 or more")
-    if "" in arguments.stop:
-        raise CommandError("--stop: an empty text would end everything at once; leave it out")
+    questions = None
+    if arguments.messages is not None:
+        questions = read_questions(arguments.messages, arguments.system)
     ranks = launch.world_size
-    opened = open_model(
-        arguments.checkpoint, start(launch, tensor_parallel=ranks) if ranks > 1 else None
+    grid = start(launch, tensor_parallel=ranks) if ranks > 1 else None
+    opened = open_model(arguments.checkpoint, grid)
+    for stream in (sys.stdin, sys.stdout):  # whatever the terminal says: text is UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    out = sys.stdout if launch.rank == 0 else io.StringIO()
+    pieces = (
+        converse(opened, arguments, sampling, questions, grid)
+        if arguments.chat
+        else continue_prompts(opened, arguments, sampling)
     )
-    if isinstance(sys.stdout, io.TextIOWrapper):  # whatever the terminal says: text is UTF-8
-        sys.stdout.reconfigure(encoding="utf-8")
+    for piece in pieces:
+        out.write(piece)
+        out.flush()
+
+
+def continue_prompts(
+    opened: OpenedModel, arguments: argparse.Namespace, sampling: Sampling
+) -> Iterator[str]:
+    """Yield what is printed: prompts with their continuations, or JSON lines."""
+    from megalite.evaluate import in_order, json_lines, stream_texts
+
     for prompt in arguments.prompt:
         opened.check_prompt(prompt)
-    out = sys.stdout if launch.rank == 0 else io.StringIO()
-    prompts, stop, starts = arguments.prompt, arguments.stop, arguments.prompt
-    if arguments.chat:
-        chat = Chat(find_template(None, None, opened.tokenizer_folder), opened.tokenizer)
-        turns = [chat.ask(prompt) for prompt in prompts]
-        prompts, starts = [asked for asked, _ in turns], [""] * len(turns)
-        stop = [*stop, *{end for _, end in turns if end}]
     pieces = stream_texts(
         opened.reader(),
         opened.tokenizer,
-        prompts,
+        arguments.prompt,
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
-        stop=stop,
-        controls=arguments.chat,
+        stop=arguments.stop,
     )
-    for piece in in_order(pieces, starts):
-        out.write(piece)
-        out.flush()
+    if arguments.json:
+        return json_lines(pieces, [{"prompt": prompt} for prompt in arguments.prompt])
+    return in_order(pieces, arguments.prompt)
+
+
+def converse(
+    opened: OpenedModel,
+    arguments: argparse.Namespace,
+    sampling: Sampling,
+    questions: list[Question] | None,
+    grid: Grid | None,
+) -> Iterator[str]:
+    """Yield what is printed of a chat: answers alone, or JSON lines."""
+    from data_prep.chat import Chat, find_template
+    from data_prep.conversations import Question, with_system
+    from megalite.evaluate import Answerer, in_order, json_lines, read_turns
+
+    chat = Chat(find_template(None, None, opened.tokenizer_folder), opened.tokenizer)
+    answerer = Answerer(
+        opened.reader(),
+        opened.tokenizer,
+        chat.ask,
+        window=opened.config.max_position_embeddings,
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        stop=arguments.stop,
+    )
+    system = with_system([], arguments.system)
+    if arguments.prompt is None and questions is None:
+        share = None if grid is None else (lambda line: grid.gather(line)[0])
+        turns = read_turns(sys.stdin, sys.stdout, first=grid is None or grid.rank == 0, share=share)
+        for text, answer in answerer.talk(turns, system):
+            if arguments.json:
+                yield from json_lines(((0, piece) for piece in answer), [{"prompt": text}])
+            else:
+                yield from answer
+                yield "\n"
+        return
+    prompts = arguments.prompt or []
+    asked = questions or [
+        Question([*system, {"role": "user", "content": prompt}]) for prompt in prompts
+    ]
+    pieces = answerer.answers(asked)
+    if arguments.json:
+        given = [{"messages": question.messages} for question in asked]
+        yield from json_lines(pieces, given)
+    else:
+        yield from in_order(pieces, [""] * len(asked))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """From a run file to a `RunConfig`: read, extend, set, check, and name every fault at once.
 
 A run file is strict JSON. `"extends": "base.json"` (relative to the file that says so) is read
-first and merged key by key; a list replaces a list. `--set a.b=c` comes last. A file that is not
+first and merged key by key; a list replaces a list. `--set a.b=c` comes last. A key also replaces
+its alternative in the files extended (`test_fraction` a `test_split`). A file that is not
 where it is said to be is looked for among those that ship, with or without `configs/` before its
 name. Nothing here runs code, and no input ends in anything but a `RunConfig` or a `ConfigError`.
 """
@@ -28,6 +29,11 @@ _PACKAGE = Path(__file__).parents[1]
 SHIPPED = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
 
 Origins = dict[Key, str]  # what to put before a fault: the file, or --set
+# Two ways to say one thing. Of two files, the one that extends the other decides.
+_ALTERNATIVES: tuple[tuple[Key, Key], ...] = tuple(
+    (("finetune", "data", f"{split}_split"), ("finetune", "data", f"{split}_fraction"))
+    for split in ("valid", "test")
+)
 
 
 def load_config(
@@ -51,7 +57,9 @@ def load_config(
     if found != Path(path):
         logger.info("%s is not here: taken from %s", path, found)
     for file, content in reversed(_read_chain(found, faults)):
+        _drop_alternatives(raw, content)
         _merge(raw, content, f"{file}: ", origins)
+    _drop_alternatives(raw, section_changes(sets))
     _apply_sets(raw, sets, faults, origins)
     return _check(raw, str(path), faults, origins)
 
@@ -218,6 +226,22 @@ def _merge(
         else:
             base[key] = value
             origins[path] = source
+
+
+def _drop_alternatives(base: dict[str, Any], over: Mapping[str, Any]) -> None:
+    """Remove from `base` what `over` says in another way, such as a split given as a fraction."""
+    for pair in _ALTERNATIVES:
+        for (*sections, key), (*_, other) in (pair, pair[::-1]):
+            above, below = _section(over, sections), _section(base, sections)
+            if above.get(key) is not None and other not in above:
+                below.pop(other, None)
+
+
+def _section(raw: Any, keys: Sequence[str]) -> Any:
+    """The section below `keys`; an empty one if there is none."""
+    for key in keys:
+        raw = raw.get(key) if isinstance(raw, dict) else None
+    return raw if isinstance(raw, dict) else {}
 
 
 def _apply_sets(

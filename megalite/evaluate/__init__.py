@@ -1,5 +1,6 @@
 """What a trained model is worth: text it writes, and measures of it."""
 
+from megalite.evaluate.conversation import Answerer, json_lines, read_turns
 from megalite.evaluate.generate import (
     Rereading,
     Sampling,
@@ -14,6 +15,7 @@ from megalite.evaluate.opened import OpenedModel, open_model
 from megalite.evaluate.samples import Prompts, Writer, open_prompts
 
 __all__ = [
+    "Answerer",
     "OpenedModel",
     "Prompts",
     "Rereading",
@@ -21,10 +23,12 @@ __all__ = [
     "Writer",
     "generate",
     "in_order",
+    "json_lines",
     "mean_loss",
     "open_model",
     "open_prompts",
     "perplexity",
+    "read_turns",
     "sample_ids",
     "score_data",
     "stream_text",

@@ -139,7 +139,7 @@ def stream_text(
 def stream_texts(
     model: Reader | LogitsFn,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int,
     sampling: Sampling,
@@ -154,8 +154,8 @@ def stream_texts(
     the document before. Ids outside the tokenizer's vocabulary have no text.
 
     Args:
-        controls: whether names of control tokens in prompts and stop strings are those tokens, as
-            a chat's are.
+        prompts: texts, or ids as a chat template gives them.
+        controls: If true, a stop string that names a control token is that token, as in a chat.
     Raises:
         CommandError: an empty stop string; an empty prompt where the tokenizer has neither an end
             nor a beginning of document.
@@ -163,14 +163,15 @@ def stream_texts(
     if "" in stop:
         raise CommandError("an empty stop string would end every text at once; leave it out")
     ends, continues = list(tokenizer.end_ids), getattr(model, "continues", True)
-    if controls:  # the template has written what its texts begin with
-        ids = [tokenizer.encode_with_offsets(prompt)[0] for prompt in prompts]
+    if controls:
         # a control token has no text that would be found: its id ends what is written
         names = [tokenizer.encode_with_offsets(text)[0] for text in stop]
         ends += [tokens[0] for tokens in names if len(tokens) == 1]
-    else:
-        after = [] if continues else list(getattr(model, "suffix_ids", ()))
-        ids = [encode_text(tokenizer, prompt) + after for prompt in prompts]
+    after = [] if continues else list(getattr(model, "suffix_ids", ()))
+    ids = [
+        encode_text(tokenizer, prompt) + after if isinstance(prompt, str) else list(prompt)
+        for prompt in prompts
+    ]
     first = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
     ids = [tokens or ([] if first is None else [first]) for tokens in ids]
     steps = sample_ids(model, ids, max_new_tokens, ends, sampling)

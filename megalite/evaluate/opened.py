@@ -162,6 +162,7 @@ class CachedReader:
             keys[row, place], ids[row, place] = True, torch.tensor(prompt)
         self._keys = None if bool(keys.all()) else keys.to(device)
         ids = ids.to(device)
+        self._beyond = None  # a reader may begin again
         self._texts = [list(prompt) for prompt in prompts]
         if not self.continues:
             return self._answer(ids, new_tokens)

@@ -28,8 +28,8 @@ from megalite.formats.tokenizer import Tokenizer, load_tokenizer
 from megalite.log import logger
 from megalite.parallel import Grid
 
-# of a user's one turn the text up to the answer, and what ends the answer
-Ask = Callable[[Path, Tokenizer, str], "tuple[str, str]"]
+# from a user's single turn to the ids up to the answer, and the text that ends the answer
+Ask = Callable[[Path, Tokenizer, str], "tuple[list[int], str]"]
 
 
 _Texts = tuple[list[list[int]], "list[list[int]] | None"]  # ids of those that are read, and written
@@ -39,13 +39,13 @@ _Texts = tuple[list[list[int]], "list[list[int]] | None"]  # ids of those that a
 class Prompts:
     """What a model is to continue.
 
-    texts: the prompts as it reads them; turns: whether they are those of a chat, which name control
-    tokens. stop: strings that end what it writes.
+    texts: the prompts as it reads them, ids for a chat. turns: whether they are those of a chat,
+    whose stop strings name control tokens. stop: strings that end what it writes.
     """
 
     tokenizer: Tokenizer
     told: Sequence[str]
-    texts: Sequence[str]
+    texts: Sequence[str | Sequence[int]]
     turns: bool = False
     stop: Sequence[str] = ()
 

@@ -27,7 +27,7 @@ from megalite.errors import DataError
 from megalite.formats.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
-FORMAT = "megalite-examples-1"
+FORMAT = "megalite-examples-2"
 _DTYPES = {"tokens": "<i4", "bounds": "<i8", "rows": "<i8", "learned": "|u1", "labels": "<i8"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def numbers(raw: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [(row["step"], row["loss"], row.get("grad_norm")) for row in kept]
 
 
-def continued(run: Path, prompts: list[str], **settings: Any) -> list[str]:
+def continued(run: Path, prompts: Sequence[str | list[int]], **settings: Any) -> list[str]:
     """What a run's last checkpoint writes, by way of launcher/generate.py."""
     opened = open_model(run)
     sampling = Sampling(temperature=1.0, seed=1234)  # training.seed
@@ -90,10 +91,11 @@ def test_conversations_are_answered(tmp_path: Path) -> None:
     assert [row["step"] for row in found[::2]] == [*range(0, last, 4), last]
     assert [row["prompt"] for row in found[:2]] == ["7?", "9?"]
     run = tmp_path / "runs" / "sft"
-    turn = "<|im_start|>user\n{}?<|im_end|>\n<|im_start|>assistant\n"
-    asked = [turn.format(n) for n in (7, 9)]
     opened = open_model(run)  # of the best epoch; here the last
     assert opened.folder.name == f"step_{last:08d}"
+    asked = [ask(opened.tokenizer_folder, opened.tokenizer, f"{n}?")[0] for n in (7, 9)]
+    turn = "<|im_start|>user\n7?<|im_end|>\n<|im_start|>assistant\n"
+    assert opened.tokenizer.decode(asked[0]) == turn
     expected = continued(run, asked, stop=["<|im_end|>"], controls=True)
     assert [row["text"] for row in found[-2:]] == expected
 

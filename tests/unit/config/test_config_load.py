@@ -88,6 +88,45 @@ def test_extends_merges_sections_and_replaces_lists(tmp_path: Path) -> None:
     assert (training.steps, training.global_batch_size, training.micro_batch_size) == (20, 8, 4)
 
 
+def held_out(path: Path, *sets: str) -> dict[str, Any]:
+    tuning = load_config(path, sets).finetune
+    assert tuning is not None
+    names = [f"{split}_{way}" for split in ("valid", "test") for way in ("split", "fraction")]
+    return {name: value for name in names if (value := getattr(tuning.data, name)) is not None}
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_childs_share_replaces_its_parents_split(tmp_path: Path, split: str) -> None:
+    def tuning(**data: Any) -> dict[str, Any]:
+        data = {"path": "x", "max_length": 8, **data}
+        return {"finetune": {"task": "classification", "data": data}}
+
+    base = {key: value for key, value in SMALL.items() if key != "data"}
+    base["training"] = {"global_batch_size": 8, "micro_batch_size": 2}
+    by_name, by_share = {f"{split}_split": "held"}, {f"{split}_fraction": 0.2}
+    write(tmp_path / "name.json", base | tuning(**by_name))
+    write(tmp_path / "share.json", base | tuning(**by_share))
+    for parent, own in (("name", by_share), ("share", by_name)):
+        child = {"extends": f"{parent}.json", "finetune": {"data": own}}
+        path = write(tmp_path / "child.json", child)
+        assert held_out(path) == own
+        ((key, value),) = own.items()
+        sets = f"finetune.data.{key}={json.dumps(value)}"
+        assert held_out(tmp_path / f"{parent}.json", sets) == own
+        whole = f"finetune.data={json.dumps(own)}"
+        assert held_out(tmp_path / f"{parent}.json", whole) == own
+        empty = {"extends": f"{parent}.json", "finetune": {"data": {key: None}}}
+        expected = by_name if parent == "name" else by_share
+        assert held_out(write(tmp_path / "child.json", empty)) == expected
+    both = {"extends": "name.json", "finetune": {"data": by_name | by_share}}
+    [fault] = faults(write(tmp_path / "both.json", both))
+    assert fault.startswith(f"{tmp_path / 'both.json'}: finetune.data.{split}_split")
+    assert f"give it or {split}_fraction, not both" in fault
+    sets = [f"finetune.data.{split}_split=held", f"finetune.data.{split}_fraction=0.2"]
+    [fault] = faults(tmp_path / "share.json", *sets)
+    assert fault.startswith("--set finetune.data")
+
+
 def test_extends_names_the_circle(tmp_path: Path) -> None:
     write(tmp_path / "a.json", SMALL | {"extends": "b.json"})
     write(tmp_path / "b.json", {"extends": "./c.json"})

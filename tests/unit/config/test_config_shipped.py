@@ -43,10 +43,21 @@ def test_a_shipped_config_fits_its_gpus(name: str) -> None:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("finetune/*.json")), ids=lambda p: p.stem)
 def test_a_shipped_config_of_fine_tuning_loads(path: Path) -> None:
     base = load_config(CONFIGS / "125m.json").model.model_dump(mode="json")
-    config = load_config(path, model=base if path.stem in ("sft", "lora") else None)
+    started = path.stem in ("sft", "lora", "chat", "table_pretrained")
+    config = load_config(path, model=base if started else None)
     assert config.name == path.stem
     assert (config.finetune is None) == (path.stem == "imdb_text")
     assert make_plan(config, world_size=1, device="cpu").parameters > 10**6
+
+
+@pytest.mark.parametrize("name", ["table", "chat"])
+def test_files_for_local_data_hold_out_by_fractions(name: str) -> None:
+    base = load_config(CONFIGS / "125m.json").model.model_dump(mode="json")
+    config = load_config(CONFIGS / f"finetune/{name}.json", model=base if name == "chat" else None)
+    assert config.finetune is not None
+    data = config.finetune.data
+    assert (data.test_split, data.valid_split, data.test_fraction) == (None, None, 0.1)
+    assert not Path(data.path).is_absolute()
 
 
 def test_the_schema_file_is_up_to_date() -> None:
@@ -68,7 +79,13 @@ def test_the_schema_helps_an_editor() -> None:
     assert "gradient_clipping" in schema["properties"]["deepspeed"]["properties"]
 
 
-@pytest.mark.parametrize("name", [*SHIPPED, *(f"finetune/{n}" for n in ("imdb", "sft", "lora"))])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *SHIPPED,
+        *(f"finetune/{n}" for n in ("imdb", "sft", "lora", "chat", "table", "table_pretrained")),
+    ],
+)
 def test_the_schema_knows_every_shipped_key(name: str) -> None:
     def check(value: Any, schema: dict[str, Any]) -> None:
         schema = next((one for one in schema.get("anyOf", ()) if "$ref" in one), schema)

@@ -19,7 +19,7 @@ from megalite.evaluate import Sampling, stream_texts
 from megalite.formats.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 CONTROLS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>"]
-WORDS = ["hello", "world", " 12", "中文", "😀", "naïve", "\n", "\n\n", "  ", "<b>", "it's", "</s>"]
+WORDS = ["hello", "world", " 12", "中文", "😀", "naïve", "\n", "\n\n", "  ", "<b>", "it's"]
 MARKED = """\
 {{ bos_token }}{% for m in messages %}
     {% if loop.index0 > 40 %}{% break %}{% endif %}
@@ -168,7 +168,7 @@ def test_a_templates_file_is_looked_for_in_this_order(tmp_path: Path) -> None:
         (None, "not a list"),
         ([], "not a list"),
         (["x"], "message 0 is 'x', not an object"),
-        ([{"from": "human", "value": "x"}], "no role; it has from, value"),
+        ([{"from": "narrator", "value": "x"}], "from 'narrator'; known are human, user"),
         (
             [{"role": "user", "content": "x"}],
             "no turn has the role 'assistant'; its",
@@ -223,7 +223,10 @@ def test_offsets_of_a_hugging_face_tokenizer_name_control_tokens(folder: Path) -
 
 def test_a_turn_is_asked_and_its_answer_ends() -> None:
     asked, end = Chat(CHATML, ByteTokenizer()).ask("What?\n")
-    assert asked == "<|im_start|>user\nWhat?\n<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        ByteTokenizer().decode(asked)
+        == "<|im_start|>user\nWhat?\n<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert end == "<|im_end|>"
     with pytest.raises(DataError, match="the chat template refuses it: two turns"):
         Chat("{{ raise_exception('two turns') }}", ByteTokenizer()).ask("What?")

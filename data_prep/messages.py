@@ -1,0 +1,218 @@
+"""Conversations as data sets hold them, brought to one form: a list of messages as OpenAI's.
+
+A message is an object with `role`, and `content` as text. Accepted as well: a list of text parts as
+content; ShareGPT's `from` and `value`; the whole list as JSON text, as a CSV file holds it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+from data_prep.records import Unusable
+from data_prep.rows import check_text
+
+Messages: TypeAlias = "list[dict[str, Any]]"
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight")
+TOOLS = "tools"
+# Names under which data sets say whether a turn is learned (OpenAI, axolotl, XTuner).
+_FLAGS = ("weight", "train", "training", "trainable", "loss", "learn")
+# ShareGPT's names of roles. A `function_call` holds JSON of a call in a form of its own.
+_SHAREGPT = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bing", "bard"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+}
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def check_messages(value: Any, *, answered: bool = True) -> Messages:
+    """Return a conversation in one form, without keys that are null.
+
+    A turn that is not to be learned has `weight` 0; no other key says so. The content of a turn is
+    text. It may be missing beside tool_calls; that of an assistant is not empty.
+
+    Args:
+        answered: If true, the conversation is learned: it needs an assistant's turn of weight 1,
+            and no assistant's turn is empty.
+    Raises:
+        Unusable: not a conversation, or one that cannot be learned.
+    """
+    messages = [_message(number, item, answered) for number, item in enumerate(_items(value))]
+    if not answered:
+        return messages
+    turns = [message for message in messages if message["role"] == "assistant"]
+    if not turns:
+        roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
+        raise Unusable(f"no turn has the role 'assistant'; its roles are {roles[:80]}")
+    if not any(message.get("weight", 1) for message in turns):
+        raise Unusable("no turn is learned: every assistant's turn has weight 0")
+    return messages
+
+
+def check_tools(value: Any) -> list[Any] | None:
+    """Return the descriptions of tools that a row holds, as a list or as JSON text; else None.
+
+    Raises:
+        Unusable: neither a list of objects nor nothing.
+    """
+    if isinstance(value, str) and value.strip():
+        value = _parsed(value, f"field {TOOLS!r}")
+    if value is None or value == "" or value == []:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise Unusable(f"field {TOOLS!r} is {value!r:.40}, not a list of objects")
+    return value
+
+
+def check_row_weight(values: Mapping[Any, Any]) -> None:
+    """Refuse a weight of a whole row: every conversation counts as 1.
+
+    Raises:
+        Unusable: a weight other than 1.
+    """
+    for key in ROW_WEIGHTS:
+        value = values.get(key)
+        if value not in (None, "", 1, "1", "1.0"):
+            raise Unusable(
+                f"field {key!r} is {value!r:.40}, and rows are not weighted; remove rows that are "
+                f"not to be learned, and the field {key!r}"
+            )
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Yield every text within a JSON value, keys of objects included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from strings(key)
+            yield from strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from strings(item)
+
+
+def _items(value: Any) -> list[Any]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = _parsed(value, "the conversation")
+    if hasattr(value, "tolist"):  # an array, as a table of some libraries gives
+        value = value.tolist()
+    if not isinstance(value, list) or not value:
+        raise Unusable(f"{value!r:.40} is not a list of messages")
+    return value
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unusable(f"{what} is text that is not JSON: {error}") from None
+
+
+def _message(number: int, item: Any, answered: bool) -> dict[str, Any]:
+    what = f"message {number}"
+    if not isinstance(item, dict):
+        raise Unusable(f"{what} is {item!r:.40}, not an object")
+    message = {key: value for key, value in item.items() if value is not None}
+    if "role" not in message and "from" in message:
+        message = _from_sharegpt(message, what)
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise Unusable(f"{what} has no role; it has {', '.join(map(str, message)) or 'nothing'}")
+    learned = _take_flags(message, what)
+    if "tool_calls" in message:
+        message["tool_calls"] = _calls(message["tool_calls"], what)
+    if isinstance(message.get("content"), list):
+        message["content"] = _joined(message["content"], f"the content of {what}")
+    if "content" in message or not message.get("tool_calls"):
+        empty = role != "assistant" or bool(message.get("tool_calls")) or not answered
+        check_text(message.get("content"), f"the content of {what}", empty=empty)
+    reasoning = next((message[key] for key in REASONING if key in message), None)
+    if reasoning is not None:  # under each name that templates read
+        message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    if learned and role != "assistant":
+        raise Unusable(f"{what} is to be learned, but its role is {role!r}: only an assistant's is")
+    if learned is False and role == "assistant":
+        message["weight"] = 0
+    return message
+
+
+def _from_sharegpt(message: dict[str, Any], what: str) -> dict[str, Any]:
+    """`from` and `value` as role and content."""
+    name = message.pop("from")
+    role = _SHAREGPT.get(name.lower()) if isinstance(name, str) else None
+    if role is None:
+        raise Unusable(
+            f"{what} is from {name!r:.40}; known are {', '.join(_SHAREGPT)}: write it as "
+            '{"role": ..., "content": ...}'
+        )
+    content = message.pop("value", None)
+    return {"role": role, **({} if content is None else {"content": content}), **message}
+
+
+def _take_flags(message: dict[str, Any], what: str) -> bool | None:
+    """Remove the keys that say whether a turn is learned; None if none says so."""
+    learned: bool | None = None
+    for key in _FLAGS:
+        if key in message:
+            value = message.pop(key)
+            if value not in (0, 1):  # False and True are equal to these
+                raise Unusable(
+                    f"{what} has {key} {value!r:.40}: a turn is learned or not; write 1 or 0"
+                )
+            if learned is not None and learned != bool(value):
+                raise Unusable(f"{what} is both to be learned and not to be learned; keep one key")
+            learned = bool(value)
+    return learned
+
+
+def _joined(parts: list[Any], what: str) -> str:
+    """The text of a content in parts."""
+    texts = []
+    for number, part in enumerate(parts):
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
+            raise Unusable(
+                f"part {number} of {what} is of type {kind!r:.40}; only parts of type 'text', with "
+                "a field 'text', can be learned"
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _calls(calls: Any, what: str) -> list[Any]:
+    """Return calls of tools whose arguments are objects, as templates expect; parse JSON text."""
+    if not isinstance(calls, list):
+        raise Unusable(f"the tool_calls of {what} are {calls!r:.40}, not a list")
+    found = []
+    for call in calls:
+        if not isinstance(call, dict):
+            raise Unusable(f"a call in the tool_calls of {what} is {call!r:.40}, not an object")
+        call = {key: value for key, value in call.items() if value is not None}
+        inner = call.get("function")
+        if isinstance(inner, dict):
+            call["function"] = _with_arguments(inner)
+        else:
+            call = _with_arguments(call)
+        found.append(call)
+    return found
+
+
+def _with_arguments(function: dict[str, Any]) -> dict[str, Any]:
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return function
+        if isinstance(parsed, dict):
+            return {**function, "arguments": parsed}
+    return function

@@ -1,0 +1,322 @@
+"""Sources of labelled rows: JSON lines, CSV and Parquet files, and data sets that `datasets` reads.
+
+A source has splits. A folder's split NAME is its file NAME, or NAME with a known ending, or what
+`datasets` finds there, as in a clone of a hub data set. A single file is one split.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Protocol
+
+from data_prep.clones import has_card, is_shard
+from data_prep.packed import DAMAGE, PACKED, InputFile, naming
+from data_prep.records import Unusable
+from data_prep.rows import Names, Row, columns_of, other_column
+from megalite.config import RunConfig
+from megalite.errors import DataError
+from megalite.formats.tokenizer import load_tokenizer
+from megalite.log import logger
+
+_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_BATCH = 1024  # rows
+_CHOOSE = "rename one, or name another by finetune.data.text_column, label_column or the like"
+
+
+class Source(Protocol):
+    """Where rows come from. Each method raises DataError for a split that is not there."""
+
+    def identity(self, split: str) -> list[Any]:
+        """What is equal if the split's rows are."""
+
+    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
+        """All rows in order; DataError for a column that a table lacks, or for a damaged file.
+
+        Args:
+            optional: columns that are read, too, where they are there.
+        """
+
+    def label_names(self, split: str, column: str) -> tuple[str, ...] | None:
+        """What the numbers in a column are called, where the source knows."""
+
+
+def find_source(path: str, lone: str) -> Source:
+    """The source that `finetune.data.path` means; `lone` names the split of a lone file.
+
+    Raises:
+        DataError: a file that is not there, or of another kind.
+    """
+    place = Path(path)
+    if place.is_file():
+        if is_shard(place.name):
+            logger.warning("%s: one of several files of a split; name its folder for all", path)
+        return _Files(place, lone)
+    if place.is_dir():
+        saved = any((place / f).is_file() for f in ("dataset_dict.json", "dataset_info.json"))
+        return _Set(path, saved=True) if saved else _Folder(place)
+    if Path(path.rpartition("@")[0] or ".gone").is_dir():  # FOLDER@CONFIG
+        return _Set(path, saved=False)
+    if place.is_absolute() or path.startswith((".", "~")) or _parts(path)[1]:
+        raise DataError(
+            f"finetune.data.path {path}: there is no such file or folder (working directory "
+            f"{Path.cwd()}); name one, or a data set of the hub"
+        )
+    return _Set(path, saved=False)
+
+
+def glance(config: RunConfig) -> str:
+    """What the first rows of a run's examples, and its tokenizer, say before all are read.
+
+    Raises:
+        DataError: data that is not there, has other columns, or a vocabulary over the model's.
+    """
+    assert config.finetune is not None
+    data, columns = config.finetune.data, columns_of(config.finetune)
+    source = find_source(data.path, data.train_split)
+    splits = [split for split in (data.train_split, data.valid_split, data.test_split) if split]
+    for split in splits:
+        first = next(source.rows(split, columns), None)
+        if first is None:
+            raise DataError(f"finetune.data.path {data.path}: the {split} split has no row")
+        try:
+            for column in columns:
+                first.get(column)
+        except Unusable as error:
+            if data.max_bad_rows == 0:
+                raise DataError(f"{first.place}: {error}; {_CHOOSE}") from None
+    if data.tokenizer is not None:
+        size, most = load_tokenizer(data.tokenizer).vocab_size, config.model.vocab_size
+        if size > most:
+            raise DataError(f"model.vocab_size: {most}, but the tokenizer has {size} ids; raise it")
+    return f"{data.path}: {', '.join(splits)} with {', '.join(columns)}"
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """A file's name without its ending, and that; "" where it is not a known one."""
+    base = name[: name.rindex(".")] if name.lower().endswith(PACKED) else name
+    stem, ending = os.path.splitext(base)
+    return (stem, ending.lower()) if ending.lower() in _ENDINGS else (name, "")
+
+
+class _Files:
+    def __init__(self, place: Path, lone: str) -> None:
+        self._place = place
+        if place.is_file():
+            self._files = {lone: [place]}
+            return
+        self._files = {}
+        for file in sorted(place.iterdir()):
+            if file.is_file() and _parts(file.name)[1]:
+                self._files.setdefault(_parts(file.name)[0], []).append(file)
+                self._files[file.name] = [file]
+
+    def __contains__(self, split: str) -> bool:
+        return split in self._files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def identity(self, split: str) -> list[Any]:
+        file = self._file(split)
+        status = file.stat()
+        return [os.path.realpath(file), status.st_size, status.st_mtime_ns]
+
+    def label_names(self, split: str, column: str) -> tuple[str, ...] | None:
+        return None
+
+    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
+        file = self._file(split)
+        ending = _parts(file.name)[1]
+        if ending == ".parquet":
+            return _parquet_rows(str(file), columns, optional)
+        if ending in (".csv", ".tsv"):
+            return _csv_rows(str(file), columns, optional, "\t" if ending == ".tsv" else ",")
+        return _json_rows(str(file), array=ending == ".json")
+
+    def _file(self, split: str) -> Path:
+        found = self._files.get(split, [])
+        if len(found) == 1:
+            if _parts(found[0].name)[1]:
+                return found[0]
+            raise DataError(
+                f"{found[0]}: the ending says no kind of file that has rows; those are "
+                f"{', '.join(_ENDINGS)}, and within {', '.join(PACKED)}"
+            )
+        files = {file.name for files in self._files.values() for file in files}
+        names = sorted(files if self._place.is_dir() else self._files)
+        several = f"{len(found)} files have the name" if found else "no such split"
+        raise DataError(
+            f"{self._place}: split {split!r}: {several}; it has {', '.join(names) or 'none'}"
+        )
+
+
+class _Folder:
+    """A folder with a file a split, or with the splits that `datasets` sees in it."""
+
+    def __init__(self, place: Path) -> None:
+        self._files = _Files(place, "")
+        self._set, self._card = _Set(str(place), saved=False), has_card(place)
+        self._seen: tuple[str, ...] | None = None
+
+    def identity(self, split: str) -> list[Any]:
+        return self._source(split).identity(split)
+
+    def label_names(self, split: str, column: str) -> tuple[str, ...] | None:
+        return self._source(split).label_names(split, column)
+
+    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
+        return self._source(split).rows(split, columns, optional)
+
+    def _source(self, split: str) -> Source:
+        """Where a split is: in the file of its name, unless a data card says something else."""
+        if not self._card and split in self._files:
+            return self._files
+        if self._seen is None:
+            self._seen = self._set.splits()
+        if split in self._seen:
+            return self._set
+        if split in self._files or not self._seen or (self._files and not self._card):
+            return self._files  # which names what it has
+        raise DataError(
+            f"{self._set.name}: split {split!r}: no such split; it has {', '.join(self._seen)}"
+        )
+
+
+def _json_rows(path: str, *, array: bool) -> Iterator[Row]:
+    """A row a line; a file `array` may hold all of them in one list instead."""
+    with naming(path, (*DAMAGE, ValueError)), closing(InputFile(path)) as file:
+        if array and file.bytes.peek().lstrip()[:1] == b"[":
+            for number, value in enumerate(json.load(file.bytes)):
+                yield _json_row(number, f"{path} row {number}", value)
+            return
+        number = 0
+        for line_number, line in enumerate(file.bytes, 1):
+            if line := line.strip():
+                place = f"{path} line {line_number}"
+                try:
+                    row = _json_row(number, place, json.loads(line))
+                except (ValueError, RecursionError) as error:
+                    row = Row(number, place, fault=f"not JSON that can be read: {error}")
+                yield row
+                number += 1
+
+
+def _json_row(number: int, place: str, value: Any) -> Row:
+    if isinstance(value, dict):
+        return Row(number, place, value)
+    return Row(number, place, fault=f"{value!r:.40} is not a JSON object")
+
+
+def _csv_rows(path: str, columns: Names, optional: Names, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)
+    damage = (*DAMAGE, UnicodeDecodeError, csv.Error)
+    with naming(path, damage), closing(InputFile(path)) as file:
+        text = io.TextIOWrapper(file.bytes, "utf-8-sig", newline="")
+        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        header = reader.fieldnames or ()
+        _check_columns(path, header, columns, optional)
+        for number, values in enumerate(reader):
+            place = f"{path} row {number} (to line {reader.line_num})"
+            found = len(header) - list(values.values()).count(None) + len(values.pop(None, ()))
+            wrong = found != len(header)
+            yield Row(number, place, values, f"{found} fields, not {len(header)}" if wrong else "")
+
+
+def _parquet_rows(path: str, columns: Names, optional: Names) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    damage = (OSError, pa.ArrowException, UnicodeDecodeError)
+    with naming(path, damage), closing(pq.ParquetFile(path)) as table:
+        read = _check_columns(path, table.schema_arrow.names, columns, optional)
+        batches = table.iter_batches(_BATCH, columns=read, use_threads=False)
+        yield from _table_rows(path, batches)
+
+
+def _table_rows(path: str, tables: Iterator[Any]) -> Iterator[Row]:
+    values = (row for table in tables for row in table.to_pylist())
+    return (Row(n, f"{path} row {n}", row) for n, row in enumerate(values))
+
+
+def _check_columns(path: str, names: Names, columns: Names, optional: Names = ()) -> list[str]:
+    """What is read: `columns`, each of which is there once, and those of `optional` there are."""
+    read = [*columns, *(column for column in optional if column in names)]
+    for column in read:
+        if (count := list(names).count(column)) != 1:
+            told = "several columns are named" if count else "no column"
+            have = ", ".join(names) or "none"
+            choose = other_column(names) or f": {_CHOOSE}"
+            raise DataError(f"{path}: {told} {column!r}; it has {have}{choose}")
+    return read
+
+
+class _Set:
+    """NAME[@CONFIG] of the hub or a folder, or a folder that `save_to_disk` wrote."""
+
+    def __init__(self, name: str, *, saved: bool) -> None:
+        self.name, self._saved = name, saved
+        self._open: dict[str, Any] = {}
+
+    def identity(self, split: str) -> list[Any]:
+        return [self.name, split, self._split(split)._fingerprint]
+
+    def label_names(self, split: str, column: str) -> tuple[str, ...] | None:
+        names = getattr(self._split(split).features.get(column), "names", None)
+        return tuple(names) if names else None
+
+    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
+        found = self._split(split)
+        read = _check_columns(self.name, found.column_names, columns, optional)
+        with naming(self.name, (Exception,)):
+            tables = found.select_columns(read).with_format("arrow").iter(_BATCH)
+            yield from _table_rows(f"{self.name} split {split}", tables)
+
+    def splits(self) -> tuple[str, ...]:
+        """The splits of a folder of data files; none if `datasets` finds no data there."""
+        import datasets
+
+        try:
+            builder = datasets.load_dataset_builder(self.name)
+        except Exception as error:  # the library has no error of its own above all others
+            if has_card(Path(self.name)):
+                raise self._unopened(error) from error
+            return ()
+        return tuple(map(str, builder.config.data_files or builder.info.splits or ()))
+
+    def _split(self, split: str) -> Any:
+        if split not in self._open:
+            try:
+                self._open[split] = self._load(split)
+            except DataError:
+                raise
+            except Exception as error:  # the library has no error of its own above all others
+                raise self._unopened(error, f" (split {split!r})") from error
+        return self._open[split]
+
+    def _load(self, split: str) -> Any:
+        import datasets
+
+        if not self._saved:
+            name, config = self.name, ""
+            if not Path(name).is_dir():
+                name, _, config = name.rpartition("@") if "@" in name else (name, "", "")
+            return datasets.load_dataset(name, config or None, split=split)
+        found = datasets.load_from_disk(self.name)
+        splits = found if isinstance(found, dict) else {str(found.split or split): found}
+        if split not in splits:
+            raise DataError(f"{self.name}: no split {split!r}; it has {', '.join(splits)}")
+        return splits[split]
+
+    def _unopened(self, error: Exception, where: str = "") -> DataError:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        advice = "local files work offline: see finetune.data.path"
+        if "Config name" in reason:
+            advice = f"name one, as {self.name}@CONFIG"
+        return DataError(f"{self.name}{where}: cannot be opened as a data set: {reason}; {advice}")

@@ -1,0 +1,174 @@
+"""Talks with a chat model: history, the window, and what one line of input is."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_prep.chat import CHATML, Chat
+from data_prep.conversations import Question, read_questions, with_system
+from megalite.errors import CommandError
+from megalite.evaluate import Answerer, Sampling, json_lines, read_turns
+from megalite.formats.tokenizer import ByteTokenizer
+from megalite.log import logger
+from tests.labelled import jsonl
+
+TEMPLATE = CHATML.replace(
+    "{% for m", "{% if messages[0].role != 'system' %}DEFAULT{% endif %}{% for m", 1
+)
+
+
+class Echo:
+    """A reader that answers each prompt with the number of its user turns, then the end."""
+
+    continues = True
+    suffix_ids: Sequence[int] = ()
+
+    def __init__(self) -> None:
+        self.read: list[str] = []
+
+    def begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
+        del new_tokens
+        texts = [ByteTokenizer().decode(prompt) for prompt in prompts]
+        self.read += texts
+        self._answers = [str(text.count(">user")).encode() for text in texts]
+        self._step = 0
+        return self._scores()
+
+    def next(self, tokens: Sequence[int]) -> Tensor:
+        del tokens
+        self._step += 1
+        return self._scores()
+
+    def _scores(self) -> Tensor:
+        scores = torch.zeros(len(self._answers), 258)
+        for row, answer in zip(scores, self._answers, strict=True):
+            row[answer[self._step] if self._step < len(answer) else 257] = 1
+        return scores
+
+
+def answerer(reader: Echo, window: int = 1000) -> Answerer:
+    chat = Chat(TEMPLATE, ByteTokenizer())
+    how: dict[str, Any] = {"max_new_tokens": 4, "sampling": Sampling(temperature=0)}
+    return Answerer(reader, ByteTokenizer(), chat.ask, window=window, **how)
+
+
+def talk(reader: Echo, turns: list[str], system: str | None = None, **how: Any) -> list[str]:
+    found = answerer(reader, **how).talk(turns, with_system([], system))
+    return ["".join(answer) for _, answer in found]
+
+
+def test_a_talk_reads_its_earlier_turns() -> None:
+    reader = Echo()
+    assert talk(reader, ["a", "b", "c"]) == ["1", "2", "3"]
+    assert reader.read[0].startswith("DEFAULT<|im_start|>user\na<|im_end|>")
+    assert reader.read[2].endswith(
+        "<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_system_turn_replaces_the_templates_own() -> None:
+    reader = Echo()
+    assert talk(reader, ["a", "b"], system="be brief") == ["1", "2"]
+    assert all(text.startswith("<|im_start|>system\nbe brief<|im_end|>\n") for text in reader.read)
+
+
+def test_the_oldest_turns_leave_a_window_that_is_full(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    reader = Echo()
+    turns = [f"turn {n}" for n in range(6)]
+    assert talk(reader, turns, system="S", window=210) == ["1", "2", "2", "2", "2", "2"]
+    assert all(text.startswith("<|im_start|>system\nS<|im_end|>") for text in reader.read)
+    assert all(len(text) + 4 <= 210 for text in reader.read)
+    assert "window of 210 tokens: its 2 oldest turns are no longer read" in caplog.text
+    assert talk(Echo(), ["long " * 50], window=210) == ["1"]
+    assert "the model reads the last 210" in caplog.text
+
+
+def test_many_questions_are_answered_in_order(tmp_path: Any) -> None:
+    def turn(role: str, text: str) -> dict[str, str]:
+        return {"role": role, "content": text}
+
+    talks = [
+        [turn("user", "a"), turn("assistant", "b")] * n + [turn("user", "c")] for n in range(11)
+    ]
+    path = jsonl(str(tmp_path / "talks.jsonl"), [{"messages": talk} for talk in talks])
+    questions = read_questions(path, None)
+    written = [""] * len(talks)
+    for number, piece in answerer(Echo()).answers(questions):
+        written[number] += piece
+    assert written == [str(n + 1) for n in range(11)]
+    systems = read_questions(path, "S")
+    assert [question.messages[0]["content"] for question in systems] == ["S"] * 11
+    assert systems[0].messages[1:] == talks[0]
+    own = [turn("system", "T"), turn("user", "a")]
+    assert with_system(own, "S") == [turn("system", "S"), turn("user", "a")]
+    assert with_system(own, None) == own
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "last turn is the assistant's"),
+        ({"messages": []}, r"line 1: \[\] is not a list of messages"),
+        ({"prompt": "a"}, "line 1: no field 'messages'; it has prompt"),
+        ("{", "line 1: not JSON"),
+        ("", "has no conversation"),
+    ],
+)
+def test_questions_that_cannot_be_asked_are_named(row: Any, message: str, tmp_path: Any) -> None:
+    with pytest.raises(CommandError, match=message):
+        read_questions(jsonl(str(tmp_path / "a.jsonl"), [row]), None)
+    with pytest.raises(CommandError, match="there is no such file"):
+        read_questions(str(tmp_path / "gone.jsonl"), None)
+
+
+def test_json_lines_are_strict_and_in_order() -> None:
+    pieces = [(1, "b\n"), (0, "a"), (1, "\u2028")]
+    found = list(json_lines(pieces, [{"prompt": "x"}, {"prompt": "y"}]))
+    assert [json.loads(line) for line in found] == [
+        {"prompt": "x", "text": "a"},
+        {"prompt": "y", "text": "b\n\u2028"},
+    ]
+    assert all(line.count("\n") == 1 for line in found)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_of_input_are_turns() -> None:
+    out = io.StringIO()
+    found = read_turns(io.StringIO("a\n\n b \nexit\n"), out, first=True, share=None)
+    assert list(found) == ["a", " b ", "exit"]
+    assert out.getvalue() == ""
+    assert list(read_turns(Terminal("a\n\nexit\nb\n"), out, first=True, share=None)) == ["a"]
+    assert out.getvalue() == "> > > "
+    assert list(read_turns(Terminal("a"), out, first=True, share=None)) == ["a"]
+
+
+def test_ranks_share_the_lines_of_the_first() -> None:
+    said: list[Any] = []
+    first = read_turns(
+        io.StringIO("a\nb\n"), io.StringIO(), first=True, share=lambda x: said.append(x) or x
+    )
+    assert list(first) == ["a", "b"]
+    assert said == ["a\n", "b\n", None]
+    heard = iter(said)
+    other = read_turns(io.StringIO(), io.StringIO(), first=False, share=lambda _: next(heard))
+    assert list(other) == ["a", "b"]
+
+
+def test_a_question_may_have_tools() -> None:
+    question = Question([{"role": "user", "content": "a"}], [{"name": "f"}])
+    assert question.tools == [{"name": "f"}]

@@ -1,0 +1,95 @@
+"""launcher/generate.py --chat: prompts, conversations of a file, and turns of standard input."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.labelled import jsonl
+from tests.unit.launcher.test_launcher_generate import _own_logging, checkpoint, say
+
+__all__ = ["_own_logging", "checkpoint"]  # fixtures
+
+GREEDY = ("--temperature", "0", "--max-new-tokens", "5")
+
+
+def question(text: str, *before: str) -> dict[str, Any]:
+    roles = ("user", "assistant") * (len(before) + 1)
+    turns = [{"role": r, "content": t} for r, t in zip(roles, (*before, text), strict=False)]
+    return {"messages": turns}
+
+
+def test_a_file_of_conversations_is_answered_as_prompts_are(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = jsonl(str(tmp_path / "a.jsonl"), [question("ab"), question("cd", "x", "y")])
+    arguments = ["--checkpoint", str(checkpoint), "--chat", *GREEDY]
+    assert say(monkeypatch, *arguments, "--messages", path, "--json") == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["messages"] for row in found] == [
+        question("ab")["messages"],
+        question("cd", "x", "y")["messages"],
+    ]
+    assert say(monkeypatch, *arguments, "--messages", path) == 0
+    assert capsys.readouterr().out == "".join(f"{row['text']}\n" for row in found)
+    assert say(monkeypatch, *arguments, "--prompt", "ab", "--json", "--system", "S") == 0
+    row = json.loads(capsys.readouterr().out)
+    assert [turn["role"] for turn in row["messages"]] == ["system", "user"]
+    assert row["text"] == found[0]["text"]  # the model reads 8 tokens, of what stands last
+
+
+def test_lines_of_standard_input_are_turns(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--checkpoint", str(checkpoint), "--chat", *GREEDY]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\ncd\n"))
+    assert say(monkeypatch, *arguments, "--json") == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in found] == ["ab", "cd"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\ncd\n"))
+    assert say(monkeypatch, *arguments) == 0
+    ended = capsys.readouterr()
+    assert ended.out == "".join(f"{row['text']}\n" for row in found)
+    assert "2 oldest turns are no longer read" in ended.err
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert say(monkeypatch, *arguments) == 0
+
+
+def test_prompts_have_json_too(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--checkpoint", str(checkpoint), *GREEDY, "--prompt", "ab", "cd"]
+    assert say(monkeypatch, *arguments) == 0
+    texts = capsys.readouterr().out.splitlines()
+    assert say(monkeypatch, *arguments, "--json") == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] + row["text"] for row in found] == texts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--prompt is missing"),
+        (["--prompt", "a", "--system", "b"], "only apply to a chat; add --chat"),
+        (["--messages", "a.jsonl"], "only apply to a chat; add --chat"),
+        (["--chat", "--prompt", "a", "--messages", "b"], "both given; remove one"),
+        (["--chat", "--messages", "gone"], "--messages gone: there is no such file"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert say(monkeypatch, "--checkpoint", str(checkpoint), *arguments) == 2
+    assert message in capsys.readouterr().err
