@@ -193,7 +193,10 @@ def glance(config: RunConfig) -> str:
     if data.tokenizer is not None:
         size, most = load_tokenizer(data.tokenizer).vocab_size, config.model.vocab_size
         if size > most:
-            raise DataError(f"model.vocab_size: {most}, but the tokenizer has {size} ids; raise it")
+            raise DataError(
+                f"model.vocab_size: {most}, but the tokenizer has {size} ids; set model.vocab_size "
+                f"to {size}"
+            )
     return f"{data.path}: {', '.join(splits)} with {', '.join(columns)}"
 
 

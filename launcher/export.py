@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from megalite.errors import CommandError
+from megalite.formats import hub
 from megalite.log import command_parser, run_main
 
 _EXAMPLES = """examples:
@@ -43,6 +44,7 @@ def main() -> int:
     arguments = parse()
     if not arguments.max_shard_gb > 0:
         raise CommandError(f"--max-shard-gb {arguments.max_shard_gb}: give a size over 0")
+    checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint")  # before torch is imported
     from megalite.checkpoint import StoredCheckpoint, merged, open_checkpoint
     from megalite.checkpoint.huggingface import export, export_adapter
     from megalite.config import load_config
@@ -53,7 +55,7 @@ def main() -> int:
         raise CommandError("--verify compares a whole model: leave --adapter out")
     if arguments.verify:
         require_transformers()
-    folder, manifest = open_checkpoint(Path(arguments.checkpoint), weights_only=True)
+    folder, manifest = open_checkpoint(checkpoint, weights_only=True)
     section = load_config(folder / "config.json").model
     if arguments.adapter:
         family = export_adapter(StoredCheckpoint(folder, manifest), section, arguments.output)

@@ -8,6 +8,7 @@ import sys
 
 from megalite import env
 from megalite.errors import CommandError
+from megalite.formats import hub
 from megalite.log import command_parser, run_main
 
 _EXAMPLES = """examples:
@@ -51,6 +52,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     launch = env.find_launch()
+    checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint")  # before torch is imported
     from data_prep.chat import Chat, find_template
     from megalite.evaluate import Sampling, in_order, open_model, stream_texts
     from megalite.parallel import start
@@ -67,9 +69,7 @@ def main() -> None:
     if "" in arguments.stop:
         raise CommandError("--stop: an empty text would end everything at once; leave it out")
     ranks = launch.world_size
-    opened = open_model(
-        arguments.checkpoint, start(launch, tensor_parallel=ranks) if ranks > 1 else None
-    )
+    opened = open_model(checkpoint, start(launch, tensor_parallel=ranks) if ranks > 1 else None)
     if isinstance(sys.stdout, io.TextIOWrapper):  # whatever the terminal says: text is UTF-8
         sys.stdout.reconfigure(encoding="utf-8")
     for prompt in arguments.prompt:

@@ -1,5 +1,6 @@
 """Checkpoints: saved as named tensors, published by one rename, found and checked on resume."""
 
+from megalite.checkpoint.differences import compare_models
 from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
 from megalite.checkpoint.lease import Lease
 from megalite.checkpoint.load import (
@@ -20,9 +21,10 @@ from megalite.checkpoint.save import (
     set_aside_later,
 )
 from megalite.checkpoint.start import describe_run, describe_start
-from megalite.checkpoint.stored import Stored, StoredCheckpoint, fill_model, merged
+from megalite.checkpoint.stored import Grown, Stored, StoredCheckpoint, fill_model, merged
 
 __all__ = [
+    "Grown",
     "HuggingFaceFolder",
     "Lease",
     "Place",
@@ -31,6 +33,7 @@ __all__ = [
     "StoredCheckpoint",
     "checkpoint_bytes",
     "clear_leftovers",
+    "compare_models",
     "describe_run",
     "describe_start",
     "fill_model",

@@ -14,14 +14,15 @@ _FILLED_IN = ("num_labels", "classifier_pooling", "adapter")
 
 
 def describe_start(path: Path) -> tuple[dict[str, Any], Path]:
-    """The model section of what lies at `path`, and where its tokenizer does.
+    """Return the model section of what lies at `path`, and the folder of its tokenizer.
 
     Raises:
         CommandError: no model there.
         CheckpointError: a damaged one.
     """
     if is_huggingface(path):
-        return HuggingFaceFolder(path).section.model_dump(mode="json", exclude_unset=True), path
+        opened = HuggingFaceFolder(path)
+        return opened.section.model_dump(mode="json", exclude_unset=True), opened.path
     folder, _ = open_checkpoint(path, weights_only=True)
     model = files.read_json(folder / "config.json")["model"]
     return _whole(model), folder / "tokenizer"
