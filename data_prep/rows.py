@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 
 from data_prep.packed import DAMAGE, PACKED, InputFile, naming
 from data_prep.records import Unusable
+from data_prep.sets import check_reachable
 from megalite.config import FinetuneConfig, RunConfig
 from megalite.errors import DataError
 from megalite.formats.tokenizer import load_tokenizer
@@ -162,12 +164,20 @@ def find_source(path: str, lone: str) -> Source:
     if place.is_dir():
         saved = any((place / f).is_file() for f in ("dataset_dict.json", "dataset_info.json"))
         return _Set(path, saved=True) if saved else _Files(place, lone)
-    if place.is_absolute() or path.startswith((".", "~")) or _parts(path)[1]:
+    if place.is_absolute() or path.startswith((".", "~")) or _looks_like_file(path):
         raise DataError(
             f"finetune.data.path {path}: there is no such file or folder (working directory "
             f"{Path.cwd()}); name one, or a data set of the hub"
         )
     return _Set(path, saved=False)
+
+
+def _looks_like_file(path: str) -> bool:
+    """Return whether a path that names nothing was meant for a file, not for a set of the hub."""
+    place = Path(path)
+    ending = re.fullmatch(r"\.[A-Za-z]{1,6}\d?", place.suffix)
+    here = place.parent == Path() or place.parent.is_dir()
+    return bool(_parts(path)[1] or (ending and here) or path.count("/") > 1)
 
 
 def glance(config: RunConfig) -> str:
@@ -356,11 +366,14 @@ class _Set:
         return self._open[split]
 
     def _load(self, split: str) -> Any:
-        import datasets
-
         if not self._saved:
             name, _, config = self._name.partition("@")
+            check_reachable(name, f"finetune.data.path {name}")
+            import datasets
+
             return datasets.load_dataset(name, config or None, split=split)
+        import datasets
+
         found = datasets.load_from_disk(self._name)
         splits = found if isinstance(found, dict) else {str(found.split or split): found}
         if split not in splits:

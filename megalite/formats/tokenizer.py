@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megalite.errors import DataError
+from megalite.formats import hub
 from megalite.formats.tokenizer_export import export_bytes, export_sentencepiece
 from megalite.log import logger
 
@@ -88,7 +89,9 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer from a `.model` file, a `tokenizer.json`, a folder with one of them, or "bytes".
+    """Return the tokenizer of a file, a folder, a model on the hub, or "bytes".
+
+    Files are `.model` and `tokenizer.json`.
 
     Raises:
         DataError: nothing there, or nothing that can be read.
@@ -333,10 +336,12 @@ def _find(path: Path) -> Path:
         raise DataError(
             f"{path}: a tokenizer is a .model file, a tokenizer.json, a folder with one, or `bytes`"
         )
+    if (downloaded := hub.find_tokenizer(path)) is not None:
+        path = downloaded
     if not path.is_dir():
         raise DataError(
             f"there is no tokenizer {path}; give a .model file, a tokenizer.json, a folder with "
-            "one of them, or `bytes`"
+            "one of them, a model of the hub (ORG/NAME), or `bytes`"
         )
     # tokenizer.json first: where a folder has both, it also holds the tokens added later
     for name in (_HUGGING_FACE, _SENTENCEPIECE, _BYTES):
