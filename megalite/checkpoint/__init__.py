@@ -20,7 +20,7 @@ from megalite.checkpoint.save import (
     retain,
     set_aside_later,
 )
-from megalite.checkpoint.start import describe_run, describe_start
+from megalite.checkpoint.start import describe_run, describe_start, refuse_other_commits
 from megalite.checkpoint.stored import Grown, Stored, StoredCheckpoint, fill_model, merged
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "load_weights",
     "merged",
     "open_checkpoint",
+    "refuse_other_commits",
     "refuse_other_model",
     "restore",
     "retain",

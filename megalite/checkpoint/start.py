@@ -8,7 +8,9 @@ from typing import Any
 from megalite import files
 from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
 from megalite.checkpoint.load import open_checkpoint
+from megalite.errors import CommandError
 from megalite.formats import checkpoint as disk
+from megalite.parallel import Grid
 
 _FILLED_IN = ("num_labels", "classifier_pooling", "adapter")
 
@@ -41,3 +43,13 @@ def describe_run(folder: Path) -> tuple[dict[str, Any], Path] | None:
 
 def _whole(model: dict[str, Any]) -> dict[str, Any]:
     return {key: model[key] for key in model if key not in _FILLED_IN}
+
+
+def refuse_other_commits(path: Path, grid: Grid) -> None:
+    """Raise CommandError on all ranks if hosts took different commits of a model from the hub."""
+    commits = sorted({str(name) for name in grid.gather(path.name)})
+    if path.parent.name == "snapshots" and len(commits) > 1:
+        raise CommandError(
+            f"--init-from: the hosts have different commits, {', '.join(commits)}: name one, as "
+            "ORG/NAME@COMMIT"
+        )

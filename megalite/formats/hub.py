@@ -31,6 +31,7 @@ from megalite.log import logger
 
 _NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_FOLDER = re.compile(r"\w[\w.-]*")
 _PATIENCE = 0.7  # seconds until a hub that does not answer counts as out of reach
 _POLL = 0.1  # seconds
 _FILES_AT_ONCE = 4
@@ -118,7 +119,7 @@ class HubModel:
             except (OSError, ValueError):
                 return None
         folder = self.cache / "snapshots" / commit
-        if not _COMMIT.fullmatch(commit) or not folder.is_dir():
+        if not _FOLDER.fullmatch(commit) or not folder.is_dir():
             return None
         whole = not any(foreign.missing_shards(folder)) and any(folder.rglob("*.safetensors"))
         return folder if whole or not weights else None
@@ -319,19 +320,20 @@ def _download(model: HubModel, commit: str, names: Sequence[str]) -> Path:
     if new:
         logger.info("downloading %s from the hub: %d files into %s", model, len(new), model.cache)
 
-    def download(name: str) -> None:
+    def download(name: str) -> Path:
         began = time.monotonic()
-        path = hf_hub_download(model.name, name, revision=commit)
+        path = Path(hf_hub_download(model.name, name, revision=commit))
         if name.endswith(".safetensors"):
-            size, seconds = Path(path).stat().st_size / 1e6, time.monotonic() - began
+            size, seconds = path.stat().st_size / 1e6, time.monotonic() - began
             logger.info("%s: %s, %.0f MB in %.0f s", model, name, size, seconds)
+        return path.parents[name.count("/")]
 
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        list(pool.map(download, new))
+        folder = next(iter(list(pool.map(download, new))), folder)
     if not _COMMIT.fullmatch(model.revision):
         reference = model.cache / "refs" / model.revision
         reference.parent.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(reference, commit)
+        files.write_atomic(reference, folder.name)
     return folder
 
 

@@ -21,6 +21,7 @@ from megalite.checkpoint import (
     is_huggingface,
     merged,
     open_checkpoint,
+    refuse_other_commits,
     refuse_other_model,
     set_aside_damaged,
 )
@@ -141,7 +142,7 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
     whole: Stored
     if is_huggingface(Path(path)):
         theirs = HuggingFaceFolder(Path(path))
-        _refuse_other_paths(theirs.path, grid)
+        refuse_other_commits(theirs.path, grid)
         changes = compare_models(shapes.base(model), theirs.section, theirs.path)
         if not model.num_labels:
             theirs.require_head()
@@ -163,16 +164,6 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
     plain_manifest = manifest.model_copy(update={"tensors": plain})
     refuse_other_model(shapes.base(model), folder, plain_manifest)
     return Origin(folder, None, changes, Place(), True, whole, damaged)
-
-
-def _refuse_other_paths(path: Path, grid: Grid) -> None:
-    """Raise CommandError if hosts took different commits of one model from the hub."""
-    commits = sorted({str(name) for name in grid.gather(path.name)})
-    if path.parent.name == "snapshots" and len(commits) > 1:
-        raise CommandError(
-            f"--init-from: the hosts have different commits, {', '.join(commits)}: name one, as "
-            "ORG/NAME@COMMIT"
-        )
 
 
 def _stored(folder: Path, manifest: disk.Manifest) -> RunConfig:

@@ -98,6 +98,10 @@ class HuggingFaceFolder:
             raise CommandError(f"{path}/{_CONFIG}: {error}") from None
         self._stored = self._headers()
         self._refuse_quantized(config, list(self._stored))
+        if self.family.model_type == "t5" and self.section.logits_scaling == 1.0:
+            # transformers 5 calls the head tied and writes one of its own
+            tied = "lm_head.weight" not in self._stored and self.section.tie_word_embeddings
+            self.section = self.section.model_copy(update={"tie_word_embeddings": tied})
         self._open: dict[Path, Any] = {}
         self._prefix = self._find_prefix()
         self.missing_head: list[str] = []
@@ -151,10 +155,17 @@ class HuggingFaceFolder:
         parts = quantized.quantized_parts(names)
         if method is None and not parts:
             return
-        if method is None or names:
-            method, found = method or "a method that its config.json does not name", parts
+        if method is None:
+            method, found = "a method that its config.json does not name", parts
         else:
-            found = quantized.quantized_parts(sorted(self._names()))
+            kinds = dict(self._kinds())
+            found = quantized.quantized_parts(sorted(kinds))
+            if kinds and not found and set(kinds.values()) <= {*_FLOATS}:
+                raise CommandError(
+                    f"it says that the weights are quantized by {method}, but all of them are "
+                    "plain floats: if the model was dequantized or merged, remove "
+                    "quantization_config from it"
+                )
         named = config.get("architectures") or ["AutoModel"]
         advice = quantized.quantization_advice(method, self.path, str(named[0]))
         beside = f" (it has {found[0]})" if found else ""
@@ -163,11 +174,12 @@ class HuggingFaceFolder:
             f"{advice}"
         )
 
-    def _names(self) -> Iterator[str]:
-        """Yield the tensors' names as far as the files can be read."""
+    def _kinds(self) -> Iterator[tuple[str, str]]:
+        """Yield the tensors' names and dtypes, as far as the files can be read."""
         for file in sorted(self.path.glob("*.safetensors")):
             with suppress(OSError, SafetensorError), safe_open(file, framework="pt") as opened:
-                yield from opened.keys()
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    yield name, str(opened.get_slice(name).get_dtype())
 
     def _files(self) -> list[Path]:
         """Return the safetensors files of the model: those of its index, else what is there."""
