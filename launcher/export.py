@@ -45,7 +45,7 @@ def main() -> int:
     if not arguments.max_shard_gb > 0:
         raise CommandError(f"--max-shard-gb {arguments.max_shard_gb}: give a size over 0")
     checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint")  # before torch is imported
-    from megalite.checkpoint import StoredCheckpoint, merged, open_checkpoint
+    from megalite.checkpoint import StoredCheckpoint, find_base, merged, open_checkpoint
     from megalite.checkpoint.huggingface import export, export_adapter
     from megalite.config import load_config
     from megalite.evaluate.verify import require_transformers, verify
@@ -58,7 +58,8 @@ def main() -> int:
     folder, manifest = open_checkpoint(checkpoint, weights_only=True)
     section = load_config(folder / "config.json").model
     if arguments.adapter:
-        family = export_adapter(StoredCheckpoint(folder, manifest), section, arguments.output)
+        stored_adapter, base = StoredCheckpoint(folder, manifest), find_base(folder)
+        family = export_adapter(stored_adapter, section, arguments.output, base=base)
         sys.stdout.write(f"{folder} -> {arguments.output} (adapters of {family.model_type})\n")
         return 0
     stored, model = merged(StoredCheckpoint(folder, manifest), section)

@@ -20,7 +20,7 @@ from megalite.checkpoint.save import (
     retain,
     set_aside_later,
 )
-from megalite.checkpoint.start import describe_run, describe_start, refuse_other_commits
+from megalite.checkpoint.start import describe_run, describe_start, find_base, refuse_other_commits
 from megalite.checkpoint.stored import Grown, Stored, StoredCheckpoint, fill_model, merged
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "describe_run",
     "describe_start",
     "fill_model",
+    "find_base",
     "find_newest",
     "import_weights",
     "is_huggingface",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,24 @@ def describe_run(folder: Path) -> tuple[dict[str, Any], Path] | None:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # damaged: the start will set it aside
     return None
+
+
+def find_base(folder: Path) -> str:
+    """Return the name of the model that a checkpoint's run started from, as PEFT writes it.
+
+    Args:
+        folder: a step folder inside its run folder.
+    Returns:
+        a name of the hub, or the whole path of a folder; "" if the run's records do not say.
+    """
+    name = ""
+    with suppress(OSError, IndexError):
+        for row in files.each_row(folder.resolve().parents[1] / "metrics.jsonl"):
+            if row is not None and row.get("kind") == "event" and row.get("name") == "start":
+                name = str(row.get("init_name") or row.get("init_from") or "")
+        if name and Path(name).is_dir():
+            return str(Path(name).resolve())
+    return name
 
 
 def _whole(model: dict[str, Any]) -> dict[str, Any]:
