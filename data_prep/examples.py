@@ -45,6 +45,7 @@ from data_prep.train import SAMPLE_CHARACTERS, learn_tokenizer, sample_chunks
 from megalite import files
 from megalite.config import RunConfig
 from megalite.errors import DataError, MegaLiteError
+from megalite.formats import hub
 from megalite.formats.examples import (
     FORMAT,
     MANIFEST,
@@ -87,6 +88,7 @@ def prepare(
     data = config.finetune.data
     source = find_source(data.path, data.train_split)
     name = data.tokenizer or tokenizer
+    name = hub.find_tokenizer(name, "finetune.data.tokenizer") or name if name else None
     encoder = load_tokenizer(name) if name is not None else None
     template = None
     if config.finetune.task == "sft":

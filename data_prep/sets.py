@@ -10,8 +10,10 @@ from typing import Any
 from data_prep.packed import naming
 from data_prep.records import Record
 from data_prep.tables import check_column, column_records, even_parts, rows_at_once
+from megalite import env
 from megalite.errors import CommandError, DataError
 from megalite.files import read_json
+from megalite.formats import hub
 
 HUB = "hf:"
 _STREAMED_ROWS = 64  # at once; of Parquet the library holds some row groups
@@ -35,12 +37,50 @@ def hub_facts(name: str, *, streaming: bool, part_bytes: int) -> tuple[int, int,
         origin = [str(builder.hash), str(builder.config.name), *map(str, files or [])]
         origin += [" ".join(map(str, data)) for data in getattr(files, "origin_metadata", ())]
         rows = _build(builder, split, streaming=streaming)
+    except DataError:
+        raise
     except Exception as error:  # the library has no error of its own above all others
         raise _unopened(name, error) from error
     if streaming:
         return rows.num_shards, 0, origin
     size = rows.data.nbytes
     return even_parts(size, part_bytes), size, [*origin, rows._fingerprint]
+
+
+def check_reachable(name: str, label: str) -> None:
+    """Refuse a set of the hub that is in no cache if the hub cannot be asked.
+
+    The library itself tries for half a minute, and takes seconds to import.
+
+    Args:
+        name: NAME, or NAME@CONFIG. label: how messages call it.
+    Raises:
+        DataError: with the command that downloads it.
+    """
+    from huggingface_hub import constants
+
+    name = name.partition("@")[0]
+    offline = env.variable("HF_DATASETS_OFFLINE").upper() in ("1", "TRUE", "YES", "ON")
+    reason = "HF_DATASETS_OFFLINE is set" if offline else hub.unreachable()
+    if reason is None:
+        return
+    prepared = Path(env.variable("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    downloaded = Path(constants.HF_HUB_CACHE)
+    if not any(
+        place.is_dir()
+        for place in (
+            prepared / name.replace("/", "___").lower(),
+            prepared / name.replace("/", "___"),
+            downloaded / f"datasets--{name.replace('/', '--')}",
+        )
+    ):
+        raise DataError(
+            f"{label}: no such file or folder here, not in the cache of data sets, and the "
+            f"hub cannot be asked ({reason}); name a local file or folder, or run, where there is "
+            f"a network,\nhf download {name} --repo-type dataset --local-dir "
+            f"{name.rpartition('/')[2]}\nand give that folder"
+        )
+    env.set_default("HF_DATASETS_OFFLINE", "1")  # the library would try in vain
 
 
 def saved_folder(name: str) -> Path | None:
@@ -106,6 +146,8 @@ class SetRows:
             return _open_saved(self._name)
         try:
             return _build(*_builder(self._name), streaming=self._streaming)
+        except DataError:
+            raise
         except Exception as error:
             raise _unopened(self._name, error) from error
 
@@ -135,14 +177,16 @@ class SetRows:
 
 
 def _builder(name: str) -> tuple[Any, str]:
-    """Who builds NAME[@CONFIG][:SPLIT], and the split."""
-    import datasets
-
+    """Return the builder of NAME[@CONFIG][:SPLIT], and the split."""
     split = config = ""
     if not Path(name).exists():
         name, _, split = name.partition(":")
     if not Path(name).exists():
         name, _, config = name.partition("@")
+    if not Path(name).exists():
+        check_reachable(name, f"--input {HUB}{name}")
+    import datasets
+
     return datasets.load_dataset_builder(name, config or None), split or "train"
 
 

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -20,6 +21,7 @@ from data_prep.clones import has_card, is_shard
 from data_prep.packed import DAMAGE, PACKED, InputFile, naming
 from data_prep.records import Unusable
 from data_prep.rows import Names, Row, columns_of, other_column
+from data_prep.sets import check_reachable
 from megalite.config import RunConfig
 from megalite.errors import DataError
 from megalite.formats.tokenizer import load_tokenizer
@@ -63,12 +65,20 @@ def find_source(path: str, lone: str) -> Source:
         return _Set(path, saved=True) if saved else _Folder(place)
     if Path(path.rpartition("@")[0] or ".gone").is_dir():  # FOLDER@CONFIG
         return _Set(path, saved=False)
-    if place.is_absolute() or path.startswith((".", "~")) or _parts(path)[1]:
+    if place.is_absolute() or path.startswith((".", "~")) or _looks_like_file(path):
         raise DataError(
             f"finetune.data.path {path}: there is no such file or folder (working directory "
             f"{Path.cwd()}); name one, or a data set of the hub"
         )
     return _Set(path, saved=False)
+
+
+def _looks_like_file(path: str) -> bool:
+    """Return whether a path that names nothing was meant for a file, not for a set of the hub."""
+    place = Path(path)
+    ending = re.fullmatch(r"\.[A-Za-z]{1,6}\d?", place.suffix)
+    here = place.parent == Path() or place.parent.is_dir()
+    return bool(_parts(path)[1] or (ending and here) or path.count("/") > 1)
 
 
 def glance(config: RunConfig) -> str:
@@ -94,7 +104,10 @@ def glance(config: RunConfig) -> str:
     if data.tokenizer is not None:
         size, most = load_tokenizer(data.tokenizer).vocab_size, config.model.vocab_size
         if size > most:
-            raise DataError(f"model.vocab_size: {most}, but the tokenizer has {size} ids; raise it")
+            raise DataError(
+                f"model.vocab_size: {most}, but the tokenizer has {size} ids; set model.vocab_size "
+                f"to {size}"
+            )
     return f"{data.path}: {', '.join(splits)} with {', '.join(columns)}"
 
 
@@ -301,13 +314,17 @@ class _Set:
         return self._open[split]
 
     def _load(self, split: str) -> Any:
-        import datasets
-
         if not self._saved:
             name, config = self.name, ""
             if not Path(name).is_dir():
                 name, _, config = name.rpartition("@") if "@" in name else (name, "", "")
+            if not Path(name).is_dir():
+                check_reachable(name, f"finetune.data.path {name}")
+            import datasets
+
             return datasets.load_dataset(name, config or None, split=split)
+        import datasets
+
         found = datasets.load_from_disk(self.name)
         splits = found if isinstance(found, dict) else {str(found.split or split): found}
         if split not in splits:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megalite import env
 from megalite.errors import CommandError
+from megalite.formats import hub
 from megalite.log import command_parser, logger, run_main
 
 _EXAMPLES = """examples:
@@ -62,7 +63,8 @@ def main() -> None:
         raise CommandError("--predictions are a classifier's, whom no --tasks asks: leave one out")
     if not arguments.tasks and (arguments.limit or arguments.task_path):
         raise CommandError("--limit and --task-path are of --tasks; name some, or leave them out")
-    logger.info("load PyTorch and %s", arguments.checkpoint)
+    checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint")  # before torch is imported
+    logger.info("load PyTorch and %s", checkpoint)
     from data_prep.again import prepare_again
     from megalite.evaluate import classify, harness, open_model, score_data, table
     from megalite.parallel import start
@@ -70,7 +72,7 @@ def main() -> None:
     if arguments.tasks:
         harness.require()
     grid = start(launch, tensor_parallel=arguments.tensor)
-    opened = open_model(arguments.checkpoint, grid)
+    opened = open_model(checkpoint, grid)
     size = arguments.batch_size or (opened.run.training.micro_batch_size if opened.run else 8)
     result = dict.fromkeys(("loss", "perplexity", "bits_per_byte", "tokens"))
     if arguments.predictions is not None and not opened.config.num_labels:

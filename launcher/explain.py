@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from megalite import files
+from megalite.formats import hub
 from megalite.log import command_parser, run_main
 
 _EXAMPLES = """examples:
@@ -35,9 +36,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     files.check_target(arguments.output)
+    checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint")  # before torch is imported
     from megalite.evaluate import explain, open_model
 
-    opened = open_model(arguments.checkpoint)
+    opened = open_model(checkpoint)
     page = explain.explain_text(opened, arguments.text, arguments.label)
     files.write_atomic(arguments.output, page)
     sys.stdout.write(f"{arguments.output}\n")

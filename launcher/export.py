@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from megalite.errors import CommandError, DataError
+from megalite.formats import hub
 from megalite.formats.tokenizer import Tokenizer, load_tokenizer
 from megalite.log import command_parser, logger, run_main
 
@@ -44,7 +45,8 @@ def main() -> int:
     arguments = parse()
     if not arguments.max_shard_gb > 0:
         raise CommandError(f"--max-shard-gb {arguments.max_shard_gb}: give a size over 0")
-    from megalite.checkpoint import StoredCheckpoint, merged, open_checkpoint
+    checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint")  # before torch is imported
+    from megalite.checkpoint import StoredCheckpoint, find_base, merged, open_checkpoint
     from megalite.checkpoint.huggingface import export, export_adapter
     from megalite.config import load_config
     from megalite.evaluate.verify import require_transformers, verify, verify_text
@@ -53,10 +55,11 @@ def main() -> int:
         raise CommandError("--verify compares a whole model: leave --adapter out")
     if arguments.verify:
         require_transformers()
-    folder, manifest = open_checkpoint(Path(arguments.checkpoint), weights_only=True)
+    folder, manifest = open_checkpoint(checkpoint, weights_only=True)
     run = load_config(folder / "config.json")
     if arguments.adapter:
-        family = export_adapter(StoredCheckpoint(folder, manifest), run.model, arguments.output)
+        stored_adapter, base = StoredCheckpoint(folder, manifest), find_base(folder)
+        family = export_adapter(stored_adapter, run.model, arguments.output, base=base)
         sys.stdout.write(f"{folder} -> {arguments.output} (adapters of {family.model_type})\n")
         return 0
     stored, model = merged(StoredCheckpoint(folder, manifest), run.model)

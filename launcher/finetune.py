@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
 from megalite import env
 from megalite.config import find_run, load_config, refuse_useless, run_parser
-from megalite.errors import CommandError, ConfigError
+from megalite.errors import ConfigError
 from megalite.log import run_main
 
 _EXAMPLES = """examples:
@@ -25,14 +24,16 @@ def main() -> int:
     arguments = run_parser(__doc__, _EXAMPLES).parse_args()
     refuse_useless(arguments)
     launch = env.find_launch()
-    from megalite.checkpoint import describe_run, describe_start
+    from megalite.formats.hub import find_model, find_start
 
     own = find_run(arguments.config, arguments.set)
+    root = None if own is None or arguments.resume == "never" else own / "checkpoints"
+    start = find_start(arguments.init_from, root)
+    from megalite.checkpoint import describe_run, describe_start  # torch
+
     known = describe_run(own) if own is not None and arguments.resume != "never" else None
-    if known is None and arguments.init_from is not None:
-        if not Path(arguments.init_from).is_dir():
-            raise CommandError(f"--init-from {arguments.init_from!r}: no such folder")
-        known = describe_start(Path(arguments.init_from))
+    if known is None and start is not None:
+        known = describe_start(find_model(start, "--init-from"))
     model, tokenizer = known or (None, None)
     config = load_config(arguments.config, arguments.set, model=model)
     if config.finetune is None:
@@ -51,7 +52,8 @@ def main() -> int:
     request = Request(
         config,
         resume=arguments.resume,
-        init_from=arguments.init_from,
+        init_from=start,
+        init_name=arguments.init_from,
         allow_change=tuple(arguments.allow_change),
         prepare=partial(prepare, tokenizer=tokenizer),
         ask=ask,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megalite import env
 from megalite.errors import CommandError
+from megalite.formats import hub
 from megalite.log import command_parser, run_main
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def main() -> None:
     arguments = parse()
     launch = env.find_launch()
     check(arguments)
+    checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint")  # before torch is imported
     from data_prep.conversations import read_questions
     from megalite.evaluate import Sampling, open_model
     from megalite.parallel import start
@@ -107,7 +109,7 @@ def main() -> None:
         questions = read_questions(arguments.messages, arguments.system)
     ranks = launch.world_size
     grid = start(launch, tensor_parallel=ranks) if ranks > 1 else None
-    opened = open_model(arguments.checkpoint, grid)
+    opened = open_model(checkpoint, grid)
     for stream in (sys.stdin, sys.stdout):  # whatever the terminal says: text is UTF-8
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")

@@ -67,9 +67,12 @@ def main() -> int:
     layout = Layout(find_device(arguments.gpu), arguments.nodes, arguments.gpus_per_node)
     model = None
     if arguments.init_from is not None:
+        from megalite.formats.hub import find_model
+
+        start = find_model(arguments.init_from, "--init-from")
         from megalite.checkpoint import describe_start  # torch
 
-        model, _ = describe_start(Path(arguments.init_from))
+        model, _ = describe_start(start)
     config = planned_config(arguments.config, arguments.set, model)
     if not arguments.search:
         found = forecast(config, layout)

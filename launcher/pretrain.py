@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megalite import env
 from megalite.config import load_config, refuse_useless, run_parser
 from megalite.errors import ConfigError
@@ -32,12 +34,17 @@ def main() -> int:
         from megalite.train.rehearsal import dry_run
 
         return dry_run(config, launch, arguments.dry_run, arguments.gpu)
+    from megalite.formats.hub import find_start
+
+    root = Path(config.logging.directory) / config.name / "checkpoints"
+    start = find_start(arguments.init_from, None if arguments.resume == "never" else root)
     from megalite.train import Request, run  # torch: after everything that needs no torch
 
     request = Request(
         config,
         resume=arguments.resume,
-        init_from=arguments.init_from,
+        init_from=start,
+        init_name=arguments.init_from,
         allow_change=tuple(arguments.allow_change),
     )
     run(request, launch)

@@ -1,5 +1,6 @@
 """Checkpoints: saved as named tensors, published by one rename, found and checked on resume."""
 
+from megalite.checkpoint.differences import compare_models
 from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
 from megalite.checkpoint.lease import Lease
 from megalite.checkpoint.load import (
@@ -19,10 +20,11 @@ from megalite.checkpoint.save import (
     retain,
     set_aside_later,
 )
-from megalite.checkpoint.start import describe_run, describe_start
-from megalite.checkpoint.stored import Stored, StoredCheckpoint, fill_model, merged
+from megalite.checkpoint.start import describe_run, describe_start, find_base, refuse_other_commits
+from megalite.checkpoint.stored import Grown, Stored, StoredCheckpoint, fill_model, merged
 
 __all__ = [
+    "Grown",
     "HuggingFaceFolder",
     "Lease",
     "Place",
@@ -31,15 +33,18 @@ __all__ = [
     "StoredCheckpoint",
     "checkpoint_bytes",
     "clear_leftovers",
+    "compare_models",
     "describe_run",
     "describe_start",
     "fill_model",
+    "find_base",
     "find_newest",
     "import_weights",
     "is_huggingface",
     "load_weights",
     "merged",
     "open_checkpoint",
+    "refuse_other_commits",
     "refuse_other_model",
     "restore",
     "retain",

@@ -26,6 +26,7 @@ from megalite.config import ModelConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
 from megalite.errors import CheckpointError, CommandError, DamagedCheckpoint, OtherVersion
 from megalite.formats import checkpoint as disk
+from megalite.formats import foreign
 from megalite.log import logger
 from megalite.optim import state_names
 from megalite.parallel import Grid
@@ -81,21 +82,23 @@ def set_aside_damaged(folders: Iterable[Path], grid: Grid) -> None:
 def open_checkpoint(
     path: Path, grid: Grid | None = None, *, weights_only: bool = False
 ) -> tuple[Path, disk.Manifest]:
-    """A checkpoint by its own folder or its run's, checked.
+    """Return a checkpoint by its own folder or its run's, checked.
 
-    Of a run that is the newest published one.
+    If `path` is a run folder, its newest published checkpoint is used.
 
     Args:
-        weights_only: for use: it may lack the optimizer's files, as a copy may, and of a fine-tuned
-            run it is the best one.
+        weights_only: accept checkpoints without optimizer state, and pick a fine-tuned run's best
+            checkpoint instead of its newest.
     Raises:
-        CommandError: no checkpoint there.
+        CommandError: no checkpoint there; what the folder holds instead, if it is known.
         CheckpointError: a damaged one; an older one of the run that is whole is named.
     """
     folder, older = path, list[Path]()
     if not (path / disk.MANIFEST).exists():
         found = disk.published(path / "checkpoints") or disk.published(path)
         if not found:
+            if (kind := foreign.describe(path)) is not None:
+                raise CommandError(f"{path} {kind}")
             raise CommandError(
                 f"{path} holds no checkpoint: give a step folder "
                 "(.../checkpoints/step_00001000) or a run folder that has one; for use also a "

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megalite import files
 from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
 from megalite.checkpoint.load import open_checkpoint
+from megalite.errors import CommandError
 from megalite.formats import checkpoint as disk
+from megalite.parallel import Grid
 
 _FILLED_IN = ("num_labels", "classifier_pooling", "adapter")
 
 
 def describe_start(path: Path) -> tuple[dict[str, Any], Path]:
-    """The model section of what lies at `path`, and where its tokenizer does.
+    """Return the model section of what lies at `path`, and the folder of its tokenizer.
 
     Raises:
         CommandError: no model there.
         CheckpointError: a damaged one.
     """
     if is_huggingface(path):
-        return HuggingFaceFolder(path).section.model_dump(mode="json", exclude_unset=True), path
+        opened = HuggingFaceFolder(path)
+        return opened.section.model_dump(mode="json", exclude_unset=True), opened.path
     folder, _ = open_checkpoint(path, weights_only=True)
     model = files.read_json(folder / "config.json")["model"]
     return _whole(model), folder / "tokenizer"
@@ -38,5 +42,33 @@ def describe_run(folder: Path) -> tuple[dict[str, Any], Path] | None:
     return None
 
 
+def find_base(folder: Path) -> str:
+    """Return the name of the model that a checkpoint's run started from, as PEFT writes it.
+
+    Args:
+        folder: a step folder inside its run folder.
+    Returns:
+        a name of the hub, or the whole path of a folder; "" if the run's records do not say.
+    """
+    name = ""
+    with suppress(OSError, IndexError):
+        for row in files.each_row(folder.resolve().parents[1] / "metrics.jsonl"):
+            if row is not None and row.get("kind") == "event" and row.get("name") == "start":
+                name = str(row.get("init_name") or row.get("init_from") or "")
+        if name and Path(name).is_dir():
+            return str(Path(name).resolve())
+    return name
+
+
 def _whole(model: dict[str, Any]) -> dict[str, Any]:
     return {key: model[key] for key in model if key not in _FILLED_IN}
+
+
+def refuse_other_commits(path: Path, grid: Grid) -> None:
+    """Raise CommandError on all ranks if hosts took different commits of a model from the hub."""
+    commits = sorted({str(name) for name in grid.gather(path.name)})
+    if path.parent.name == "snapshots" and len(commits) > 1:
+        raise CommandError(
+            f"--init-from: the hosts have different commits, {', '.join(commits)}: name one, as "
+            "ORG/NAME@COMMIT"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +15,8 @@ from megalite.config import AdapterConfig, ModelConfig
 from megalite.engine import WEIGHT
 from megalite.errors import CheckpointError
 from megalite.formats import checkpoint as disk
+
+_ROWS = 4096  # of a vocabulary read at once
 
 
 class Stored(Protocol):
@@ -65,6 +67,46 @@ class Merged:
         self.stored.read(f"{owner}.lora_A", state, a, (own, columns))
         self.stored.read(f"{owner}.lora_B", state, b, (rows, own))
         target.addmm_(b, a, alpha=self.adapter.scale)
+
+
+@dataclass(frozen=True)
+class Grown:
+    """Stored weights of a smaller vocabulary; each row beyond it is the mean of all its rows.
+
+    The mean is a function of the stored numbers alone, so every layout reads the same rows.
+
+    Attributes:
+        model: the section of the stored model.
+    """
+
+    stored: Stored
+    model: ModelConfig
+    _means: dict[str, Tensor] = field(default_factory=dict, compare=False)
+
+    def read(self, tensor: str, state: str, target: Tensor, box: tuple[slice, ...]) -> None:
+        known, (rows, *rest) = shapes.tensors(self.model)[tensor], box
+        size = known.shape[0]
+        if known.split is not shapes.Split.VOCABULARY or rows.stop <= size:
+            self.stored.read(tensor, state, target, box)
+            return
+        held = max(0, size - rows.start)
+        if held:
+            self.stored.read(tensor, state, target[:held], (slice(rows.start, size), *rest))
+        target[held:] = self._mean(tensor, state, known)[tuple(rest)]
+
+    def _mean(self, tensor: str, state: str, known: shapes.Tensor) -> Tensor:
+        """Return the mean over the rows of a tensor: [D], or a scalar of a bias."""
+        if tensor not in self._means:
+            size, *rest = known.shape
+            total = torch.zeros(rest, dtype=torch.float64)
+            for first in range(0, size, _ROWS):
+                last = min(first + _ROWS, size)
+                part = torch.empty(last - first, *rest)
+                inner = (slice(0, width) for width in rest)
+                self.stored.read(tensor, state, part, (slice(first, last), *inner))
+                total += part.sum(dim=0, dtype=torch.float64)
+            self._means[tensor] = (total / size).float()
+        return self._means[tensor]
 
 
 def merged(stored: Stored, model: ModelConfig) -> tuple[Stored, ModelConfig]:

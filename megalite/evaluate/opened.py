@@ -26,6 +26,7 @@ from megalite.config import ModelConfig, RunConfig, allowed_tensor_parallel, loa
 from megalite.data import Batch
 from megalite.errors import CheckpointError, CommandError, MegaLiteError
 from megalite.evaluate.generate import Reader, Rereading
+from megalite.formats import hub
 from megalite.formats.tokenizer import Tokenizer, encode_text, load_tokenizer
 from megalite.log import logger
 from megalite.model import Cache, EncoderDecoder, LanguageModel, build, decoding, head_loss
@@ -54,6 +55,7 @@ class OpenedModel:
 
     def last_logits(self, ids_1T: Tensor) -> Tensor:
         """Scores of the token after `ids`, fp32 [1, V]; reads no further back than the window."""
+        self.check_ids(ids_1T)
         window = self.config.max_position_embeddings
         return self.model.logits(ids_1T[:, -window:].to(self.device), last_only=True)
 
@@ -85,18 +87,21 @@ class OpenedModel:
         if length > window:
             logger.warning("a prompt of %d tokens: the model reads the last %d", length, window)
 
-    def check_ids(self, ids: Sequence[int]) -> None:
+    def check_ids(self, ids: Sequence[int] | Tensor) -> None:
         """Refuse ids that the model has no embedding for.
 
         Raises:
             CommandError: the first token of the tokenizer's that the model does not have.
         """
         size = self.config.vocab_size
-        if (unknown := next((id for id in ids if id >= size), None)) is not None:
+        if self.tokenizer.vocab_size <= size:
+            return
+        known = ids.flatten().tolist() if isinstance(ids, Tensor) else ids
+        if (unknown := next((id for id in known if id >= size), None)) is not None:
             raise CommandError(
                 f"the text holds the token {self.tokenizer.pieces()[unknown]!r} of id {unknown}, "
-                f"but the model has {size} ids, 0 to {size - 1}; remove the token, or give "
-                "a model that was trained with it"
+                f"but the model has {size} ids, 0 to {size - 1}; remove the token, or "
+                "fine-tune the model with launcher/finetune.py --init-from, which adds rows for it"
             )
 
     @property
@@ -109,13 +114,20 @@ class OpenedModel:
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
         """Summed loss of a batch: fp32 scalar, nats."""
+        self._check_batch(batch)
         loss: Tensor = self.model(batch.to(self.device).tensors)
         return loss
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
         """A classifier's logits of a batch: fp32 [B, C]."""
+        self._check_batch(batch)
         return self.model.label_scores(batch.to(self.device).tensors)
+
+    def _check_batch(self, batch: Batch) -> None:
+        for name in ("input_ids", "decoder_input_ids"):
+            if (ids := batch.tensors.get(name)) is not None:
+                self.check_ids(ids)
 
     @torch.no_grad()
     def named_right(self, batch: Batch) -> int:
@@ -220,25 +232,26 @@ class CachedReader:
 
 
 def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
-    """The model of a step folder, of a run, or of a folder of Hugging Face's, in fp32.
+    """Return the model of a step folder, a run, or a model folder of Hugging Face, in fp32.
 
-    Of a run that is its newest checkpoint; of a fine-tuned run its best.
+    If `path` is a run folder, its newest checkpoint is used, or a fine-tuned run's best one.
 
     Args:
+        path: a folder, or a model's name on the hub.
         grid: whose tensor ranks share the model; None: this process has all of it.
     Raises:
         CommandError: no model there, or ranks that cannot share it.
         CheckpointError: damaged.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise CommandError(f"--checkpoint {path}: no such folder; give a step or a run folder")
+    path = hub.find_model(path, "--checkpoint")
     run: RunConfig | None = None
     sha256 = data = ""
     stored: Stored
     if is_huggingface(path):
         stored = weights = HuggingFaceFolder(path)
-        folder, config, tokenizer_folder = path, weights.section, path
+        weights.require_head()
+        weights.say_ignored()
+        folder, config, tokenizer_folder = weights.path, weights.section, weights.path
     else:
         folder, manifest = open_checkpoint(path, weights_only=True)
         try:

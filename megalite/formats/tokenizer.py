@@ -16,6 +16,7 @@ import numpy as np
 
 from megalite import files
 from megalite.errors import DataError
+from megalite.formats import hub
 from megalite.formats.huggingface_tokenizer import HUGGING_FACE, HuggingFaceTokenizer
 from megalite.formats.sentencepiece_tokenizer import (
     SENTENCEPIECE,
@@ -53,7 +54,9 @@ _BYTES = "bytes.json"
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer from a `.model` file, a `tokenizer.json`, a folder with one of them, or "bytes".
+    """Return the tokenizer of a file, a folder, a model on the hub, or "bytes".
+
+    Files are `.model` and `tokenizer.json`.
 
     Raises:
         DataError: nothing there, or nothing that can be read.
@@ -177,10 +180,12 @@ def _find(path: Path) -> Path:
         raise DataError(
             f"{path}: a tokenizer is a .model file, a tokenizer.json, a folder with one, or `bytes`"
         )
+    if (downloaded := hub.find_tokenizer(path)) is not None:
+        path = downloaded
     if not path.is_dir():
         raise DataError(
             f"there is no tokenizer {path}; give a .model file, a tokenizer.json, a folder with "
-            "one of them, or `bytes`"
+            "one of them, a model of the hub (ORG/NAME), or `bytes`"
         )
     # tokenizer.json first: where a folder has both, it also holds the tokens added later
     for name in (HUGGING_FACE, SENTENCEPIECE, _BYTES):

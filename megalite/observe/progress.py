@@ -10,7 +10,8 @@ from megalite.log import logger
 from megalite.observe.console import format_duration
 
 _EVERY = 5.0  # seconds
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def report_calls(

@@ -28,16 +28,17 @@ class Request:
     """What a launcher was asked for.
 
     resume: "auto", "never", or a step or run folder. init_from: a checkpoint whose weights a fresh
-    run starts from. engine: "reference" is the plain oracle, one rank in fp32. inspect: looks at
-    each step's gradients before they are used. prepare: makes the examples of fine-tuning, in the
-    folder that it returns; examples: that folder, once it is known. ask: makes a user's turn of a
-    prompt that conversations are sampled with. precision_reason: why the run trains in its
-    precision, once the ranks have agreed on what "auto" is.
+    run starts from; init_name: its name as the user gave it. engine: "reference" is the plain
+    oracle, one rank in fp32. inspect: looks at each step's gradients before they are used. prepare:
+    makes the examples of fine-tuning, in the folder that it returns; examples: that folder, once it
+    is known. ask: makes a user's turn of a prompt that conversations are sampled with.
+    precision_reason: why the run trains in its precision, once the ranks have agreed on "auto".
     """
 
     config: RunConfig
     resume: str = "auto"
     init_from: str | None = None
+    init_name: str | None = None
     allow_change: tuple[str, ...] = ()
     engine: Literal["deepspeed", "reference"] = "deepspeed"
     inspect: Inspect | None = None

@@ -11,14 +11,17 @@ from pydantic import ValidationError
 
 from megalite import checkpoint, env, files, shapes
 from megalite.checkpoint import (
+    Grown,
     HuggingFaceFolder,
     Place,
     Stored,
     StoredCheckpoint,
+    compare_models,
     find_newest,
     is_huggingface,
     merged,
     open_checkpoint,
+    refuse_other_commits,
     refuse_other_model,
     set_aside_damaged,
 )
@@ -41,6 +44,7 @@ _RECORDED = (
 )
 # each of these makes another order of samples, whose places mean something else
 _NEW_ORDER = ("data", "sequence_length")
+_VOCABULARY = "model.vocab_size"
 
 
 @dataclass(frozen=True)
@@ -133,23 +137,35 @@ def find_origin(
 
 
 def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...]) -> Origin:
-    """What `--init-from` names; of adapters that are not the model's own, the sum with what they
-    are beside.
+    """Return the weights that `--init-from` names.
+
+    Adapters that are not the model's own are added to the weights; a smaller vocabulary grows.
     """
+    whole: Stored
     if is_huggingface(Path(path)):
         theirs = HuggingFaceFolder(Path(path))
-        theirs.refuse_other_model(shapes.base(model))
-        return Origin(theirs.path, None, {}, Place(), True, theirs, damaged)
+        refuse_other_commits(theirs.path, grid)
+        changes = compare_models(shapes.base(model), theirs.section, theirs.path)
+        if not model.num_labels:
+            theirs.require_head()
+        theirs.say_ignored()
+        whole = Grown(theirs, theirs.section) if _VOCABULARY in changes else theirs
+        return Origin(theirs.path, None, changes, Place(), True, whole, damaged)
     folder, manifest = _open("--init-from", path, grid, weights_only=True)
     section = _stored(folder, manifest).model
+    changes = compare_models(shapes.base(model), shapes.base(section), folder)
+    if _VOCABULARY in changes:
+        whole, _ = merged(StoredCheckpoint(folder, manifest), section)
+        grown = Grown(whole, shapes.base(section))
+        return Origin(folder, None, changes, Place(), True, grown, damaged)
     if section.adapter in (None, model.adapter):
         refuse_other_model(model, folder, manifest, base=True)
-        return Origin(folder, manifest, {}, Place(), weights_only=True, damaged=damaged)
+        return Origin(folder, manifest, changes, Place(), weights_only=True, damaged=damaged)
     whole, _ = merged(StoredCheckpoint(folder, manifest), section)
     plain = {name: entry for name, entry in manifest.tensors.items() if ".lora_" not in name}
     plain_manifest = manifest.model_copy(update={"tensors": plain})
     refuse_other_model(shapes.base(model), folder, plain_manifest)
-    return Origin(folder, None, {}, Place(), True, whole, damaged)
+    return Origin(folder, None, changes, Place(), True, whole, damaged)
 
 
 def _stored(folder: Path, manifest: disk.Manifest) -> RunConfig:

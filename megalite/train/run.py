@@ -329,8 +329,10 @@ class _Run:
         facts = self.train.describe(plan.global_batch_size * config.training.steps)
         layout = {"world_size": plan.world_size, "zero_stage": plan.zero_stage, "data": facts}
         if origin is None or origin.weights_only:
-            extra = {"init_from": str(origin.folder)} if origin else {}
+            extra = dict[str, Any]()
             if origin:
+                extra = {"init_from": str(origin.folder), "changes": origin.changes}
+                extra["init_name"] = self.request.init_name or self.request.init_from
                 logger.info("a fresh run from the weights of %s", origin.folder)
             self.recorder.event(self.place.step, "start", **layout, **extra)
             return

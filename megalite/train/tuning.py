@@ -44,12 +44,18 @@ def complete(request: Request, grid: Grid) -> Request:
     if fault is not None:
         raise fault
     manifest = read_manifest(folder)
-    config = _filled(request.config, folder, manifest)
+    config = _filled(request.config, folder, manifest, grows=request.init_from is not None)
     return replace(request, config=config, examples=folder)
 
 
-def _filled(config: RunConfig, folder: Path, manifest: ExamplesManifest) -> RunConfig:
-    """The run file with its labels, their weights and the steps of its epochs."""
+def _filled(
+    config: RunConfig, folder: Path, manifest: ExamplesManifest, *, grows: bool = False
+) -> RunConfig:
+    """Return the run file with its labels, their weights and the steps of its epochs.
+
+    Args:
+        grows: raise the vocabulary to the tokenizer's, as a model that exists already allows.
+    """
     tuning, labels = config.finetune, len(manifest.labels)
     assert tuning is not None
     if config.model.num_labels not in (0, labels):
@@ -62,12 +68,14 @@ def _filled(config: RunConfig, folder: Path, manifest: ExamplesManifest) -> RunC
             f"finetune.class_weights: {len(tuning.class_weights)} of them for {labels} labels; "
             f"give one for each of {', '.join(manifest.labels)}, in this order"
         )
-    if manifest.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size: {config.model.vocab_size}, but the tokenizer has "
-            f"{manifest.vocab_size} ids; raise it"
-        )
     raw = config.model_dump(mode="json")
+    if manifest.vocab_size > config.model.vocab_size:
+        if not grows:
+            raise ConfigError(
+                f"model.vocab_size: {config.model.vocab_size}, but the tokenizer has "
+                f"{manifest.vocab_size} ids; set model.vocab_size to {manifest.vocab_size}"
+            )
+        raw["model"]["vocab_size"] = manifest.vocab_size
     raw["model"]["num_labels"] = labels
     _check_freeze(config)
     raw["finetune"]["data"]["labels"] = list(manifest.labels) or None

@@ -322,6 +322,7 @@ FAMILIES = (
             (r"mlp\.up_proj", "fc1"),
             (r"mlp\.down_proj", "fc2"),
         ),
+        base="model.",
         activation="activation_function",
     ),
 )

@@ -1,13 +1,12 @@
-"""A model folder of Hugging Face, read box by box: a rank asks for no more than it holds.
+"""A model folder of Hugging Face, read box by box: a rank reads no more than it holds.
 
-Whatever is wrong with it is found by its headers, before anything is allocated.
+Every fault of a folder is found in its headers, before anything is allocated.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,17 @@ from megalite.checkpoint.huggingface.families import Family
 from megalite.checkpoint.huggingface.mapping import from_config
 from megalite.config import ModelConfig
 from megalite.errors import CheckpointError, CommandError
+from megalite.formats import foreign, quantized
+from megalite.log import logger
 
-_CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
+_CONFIG, _INDEX = foreign.CONFIG, foreign.INDEX
 _FLOATS = ("F32", "F16", "BF16", "F64")
-_CONVERT = (
-    'python -c "from transformers import AutoModel as M; '
-    "M.from_pretrained('{path}').save_pretrained('{path}-safetensors')\""
+_HEAD = ("lm_transform.", "lm_head.")  # canonical names of a language model's head
+# Copies and constants that classes of transformers write beside the weights.
+_REDUNDANT = re.compile(
+    r"(rotary_emb\.inv_freq|position_ids|token_type_ids|attn\.(masked_)?bias|final_logits_bias"
+    r"|coder\.embed_(tokens|positions)\.weight|cls\.predictions\.decoder\.(weight|bias)"
+    r"|lm_head\.weight)$"
 )
 
 
@@ -36,6 +40,7 @@ class _Stored:
     file: Path
     name: str
     shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -62,52 +67,72 @@ def place_of(family: Family, tensor: shapes.Tensor, model: ModelConfig) -> Place
 
 
 def is_huggingface(path: Path) -> bool:
-    """Whether a folder looks like one of Hugging Face's models."""
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        return "model_type" in files.read_json(path / _CONFIG)
-    return False
+    """Return whether a folder looks like a model of Hugging Face or of sentence-transformers."""
+    return "model_type" in foreign.read_object(foreign.transformer_folder(path) / _CONFIG)
 
 
 class HuggingFaceFolder:
     """An opened folder.
 
     Attributes:
+        path: the folder of config.json; inside the given one for sentence-transformers.
         section: the model section that means the same as its config.json.
+        missing_head: names of the language-model head's tensors that the folder lacks.
+        ignored: names of its tensors that the model has no place for.
 
     Raises:
-        CommandError: all that keeps it from being used.
+        CommandError: everything that keeps the folder from being used.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = foreign.transformer_folder(path)
         try:
-            self.family, raw = from_config(files.read_json(path / _CONFIG))
+            config = files.read_json(path / _CONFIG)
+            self._refuse_quantized(config, [])
+            self.family, raw = from_config(config)
             self.section = ModelConfig.model_validate(raw)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             told = error.errors()[0] if isinstance(error, ValidationError) else error
             raise CommandError(f"{path}/{_CONFIG} cannot be used: {told}") from None
         except CommandError as error:
             raise CommandError(f"{path}/{_CONFIG}: {error}") from None
         self._stored = self._headers()
+        self._refuse_quantized(config, list(self._stored))
+        if self.family.model_type == "t5" and self.section.logits_scaling == 1.0:
+            # transformers 5 calls the head tied and writes one of its own
+            tied = "lm_head.weight" not in self._stored and self.section.tie_word_embeddings
+            self.section = self.section.model_copy(update={"tie_word_embeddings": tied})
         self._open: dict[Path, Any] = {}
+        self._prefix = self._find_prefix()
+        self.missing_head: list[str] = []
         self._places = self._find()
+        self.ignored = self._find_ignored()
 
-    def refuse_other_model(self, model: ModelConfig) -> None:
-        """Raises CommandError where a run file's model is another than the folder's."""
-        free = {"initializer_range", "hidden_dropout", "attention_dropout", "classifier_pooling"}
-        if model.position_embedding != "learned":
-            free.add("max_position_embeddings")
-        ours, theirs = (m.model_dump(mode="json", exclude=free) for m in (model, self.section))
-        if wrong := [key for key in ours if ours[key] != theirs[key]]:
-            told = "; ".join(f"model.{k} is {ours[k]!r}, there {theirs[k]!r}" for k in wrong)
-            section = self.section.model_dump(mode="json", exclude_unset=True)
+    def require_head(self) -> None:
+        """Refuse a folder without a language-model head.
+
+        Raises:
+            CommandError: with the uses that need no head, and the class that has one.
+        """
+        if self.missing_head:
+            more = f" and {len(self.missing_head) - 1} more" if len(self.missing_head) > 1 else ""
             raise CommandError(
-                f"{self.path} holds another model: {told}; its model section is\n"
-                f'"model": {json.dumps(section)}'
+                f"{self.path} has no language-model head ({self.missing_head[0]}{more} missing): "
+                "it can start a classification (finetune.task), but writes and scores no text; "
+                f"take a folder that {self.family.architecture} saved"
+            )
+
+    def say_ignored(self) -> None:
+        """Log which tensors of the folder are not used, such as poolers and other heads."""
+        if self.ignored:
+            more = f" and {len(self.ignored) - 5} more" if len(self.ignored) > 5 else ""
+            names = ", ".join(self.ignored[:5])
+            logger.info(
+                "%s: not used, for the model has no such part: %s%s", self.path, names, more
             )
 
     def read(self, tensor: str, state: str, target: Tensor, box: tuple[slice, ...]) -> None:
-        """A box of a canonical tensor into `target`, as fp32; `state` is the weight.
+        """Read a box of a canonical tensor into `target`, as fp32; `state` is the weight.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -124,62 +149,150 @@ class HuggingFaceFolder:
             raise CheckpointError(f"{stored.file}: cannot read {stored.name}: {error}") from None
         target.copy_(value.t() if place.transposed and value.dim() == 2 else value)
 
-    def _headers(self) -> dict[str, _Stored]:
-        names = sorted(self.path.glob("*.safetensors"))
-        with suppress(OSError, ValueError, KeyError):
-            index = files.read_json(self.path / _INDEX)["weight_map"]
-            names = sorted({self.path / name for name in index.values()})
-        if not names:
-            if any(self.path.glob("*.bin")):
-                command = _CONVERT.format(path=self.path).replace(
-                    "AutoModel ", f"{self.family.architecture} "
-                )
+    def _refuse_quantized(self, config: dict[str, Any], names: list[str]) -> None:
+        """Raise CommandError if the configuration, or what lies beside weights, says so."""
+        method = quantized.quantization(config, self.path)
+        parts = quantized.quantized_parts(names)
+        if method is None and not parts:
+            return
+        if method is None:
+            method, found = "a method that its config.json does not name", parts
+        else:
+            kinds = dict(self._kinds())
+            found = quantized.quantized_parts(sorted(kinds))
+            if kinds and not found and set(kinds.values()) <= {*_FLOATS}:
                 raise CommandError(
-                    f"{self.path} holds its weights as a pickle, which runs whatever is in it and "
-                    f"is not read; where it is trusted, convert it with\n{command}"
+                    f"it says that the weights are quantized by {method}, but all of them are "
+                    "plain floats: if the model was dequantized or merged, remove "
+                    "quantization_config from it"
                 )
-            raise CommandError(f"{self.path} holds no safetensors file")
-        found = dict[str, _Stored]()
+        named = config.get("architectures") or ["AutoModel"]
+        advice = quantized.quantization_advice(method, self.path, str(named[0]))
+        beside = f" (it has {found[0]})" if found else ""
+        raise CommandError(
+            f"the weights are quantized by {method}{beside}, and MegaLite reads plain ones: "
+            f"{advice}"
+        )
+
+    def _kinds(self) -> Iterator[tuple[str, str]]:
+        """Yield the tensors' names and dtypes, as far as the files can be read."""
+        for file in sorted(self.path.glob("*.safetensors")):
+            with suppress(OSError, SafetensorError), safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    yield name, str(opened.get_slice(name).get_dtype())
+
+    def _files(self) -> list[Path]:
+        """Return the safetensors files of the model: those of its index, else what is there."""
+        if missing := list(foreign.missing_shards(self.path)):
+            raise CommandError(
+                f"{self.path} lacks {missing[0]}, which {_INDEX} names ({len(missing)} files are "
+                "missing); download or copy the folder again"
+            )
+        index = foreign.read_object(self.path / _INDEX).get("weight_map")
+        if isinstance(index, dict) and index:
+            return sorted({self.path / str(name) for name in index.values()})
+        if (self.path / "model.safetensors").is_file():
+            return [self.path / "model.safetensors"]
+        other = ("adapter_model", "consolidated")
+        return [f for f in sorted(self.path.glob("*.safetensors")) if not f.name.startswith(other)]
+
+    def _headers(self) -> dict[str, _Stored]:
+        names = self._files()
+        if not names:
+            found = foreign.describe(self.path) or "holds no safetensors file"
+            raise CommandError(f"{self.path} {found}")
+        stored = dict[str, _Stored]()
         for file in names:
+            if foreign.is_pointer(file):
+                raise CommandError(
+                    f"{file} is a note of Git LFS, not the file itself: run `git lfs pull` in "
+                    f"{self.path}, or download the model with hf download"
+                )
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118 - not a mapping
                         view = opened.get_slice(name)
-                        if view.get_dtype() in _FLOATS:
-                            found[name] = _Stored(file, name, tuple(view.get_shape()))
+                        shape = tuple(view.get_shape())
+                        stored[name] = _Stored(file, name, shape, str(view.get_dtype()))
             except (OSError, SafetensorError) as error:
                 raise CommandError(f"{file} cannot be read: {error}") from None
-        return found
+        return stored
+
+    def _find_prefix(self) -> str:
+        """Return what comes before the names of the bare model's tensors in this folder."""
+        table, base = shapes.tensors(self.section), self.family.base
+        anchor = place_of(self.family, table["model.embed_tokens.weight"], self.section).name
+        bare = anchor.removeprefix(base)
+        if base + bare in self._stored or bare in self._stored:
+            return base if base + bare in self._stored else ""
+        found = [name for name in self._stored if name.endswith(f".{bare}")]
+        return found[0].removesuffix(bare) if len(found) == 1 else base
 
     def _find(self) -> dict[str, tuple[Place, _Stored]]:
-        """Every canonical tensor's place; faults of all of them at once."""
-        places, faults = dict[str, tuple[Place, _Stored]](), list[str]()
+        """Find every canonical tensor's place; faults of all of them at once."""
+        places, faults, missing = dict[str, tuple[Place, _Stored]](), list[str](), list[str]()
         for name, tensor in shapes.tensors(self.section).items():
             place = place_of(self.family, tensor, self.section)
             stored = self._lookup(place.name)
-            if stored is None:
+            if stored is None and name.startswith(_HEAD):
+                self.missing_head.append(place.name)
+            elif stored is None:
+                missing.append(name)
                 faults.append(f"{place.name} is missing")
+            elif stored.dtype not in _FLOATS:
+                faults.append(f"{place.name} is of {stored.dtype}, where floats are due")
             elif stored.shape != place.shape:
                 faults.append(f"{place.name} is {list(stored.shape)}, not {list(place.shape)}")
             else:
                 places[name] = (place, stored)
+        absent = bool(missing) and len(missing) == len(faults)
+        if absent and all(name.startswith("model.decoder.") for name in missing):
+            raise CommandError(
+                f"{self.path} holds the encoder of a {self.family.model_type} alone: architecture "
+                f"encoder_decoder needs its decoder, too; take a folder that "
+                f"{self.family.architecture} saved"
+            )
         if faults:
             more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
             raise CommandError(f"{self.path}: {'; '.join(faults[:5])}{more}")
         return places
 
     def _lookup(self, name: str) -> _Stored | None:
-        for other in (name, name.removeprefix(self.family.base), *self._aliases(name)):
-            if other in self._stored:
-                return self._stored[other]
+        for other in (name, *self._aliases(name)):
+            if (found := self._stored.get(self._in_folder(other))) is not None:
+                return found
         return None
 
+    def _in_folder(self, name: str) -> str:
+        """Return a tensor's name under the folder's prefix, which the family's own may lack."""
+        base = self.family.base
+        if base and name.startswith(base):
+            return self._prefix + name.removeprefix(base)
+        return self._prefix.removesuffix(base) + name if self._prefix else name
+
+    def _find_ignored(self) -> list[str]:
+        used = {stored.name for _, stored in self._places.values()}
+        left = [name for name in self._stored if name not in used]
+        if adapters := [name for name in left if ".lora_" in name]:
+            raise CommandError(
+                f"{self.path} holds adapters beside its weights ({adapters[0]}), which would be "
+                "left out: merge them with merge_and_unload of PEFT and save that"
+            )
+        return [name for name in left if not _REDUNDANT.search(name)]
+
     def _aliases(self, name: str) -> Sequence[str]:
-        """Other names of the shared embedding, and BERT's first names of a norm's values."""
+        """Return other names of the shared embedding, and BERT's first names of a norm's values."""
         aliases = {
             "shared.weight": ("encoder.embed_tokens.weight",),
             "model.shared.weight": ("model.encoder.embed_tokens.weight",),
             "cls.predictions.bias": ("cls.predictions.decoder.bias",),
         }
+        if self.section.tie_word_embeddings:  # some programs keep the head's copy alone
+            embedding = ("wte.weight", "word_embeddings.weight", "embed_tokens.weight")
+            if name.endswith((*embedding, "shared.weight")):
+                aliases[name] = (
+                    *aliases.get(name, ()),
+                    *("lm_head.weight", "cls.predictions.decoder.weight"),
+                )
         old = name.replace("LayerNorm.weight", "LayerNorm.gamma")
         return (*aliases.get(name, ()), old.replace("LayerNorm.bias", "LayerNorm.beta"))

@@ -167,7 +167,9 @@ def _rest_of_model(family: Family, told: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "t5":
         found["activation"] = _known({v: k for k, v in _GATES.items()}, "feed_forward_proj", told)
         tied = told.get("tie_word_embeddings", True)
-        found |= {"tie_word_embeddings": tied, "logits_scaling": root if tied else 1.0}
+        # transformers 5 always writes a tied head, and whether it is scaled in a key of its own
+        scaled = told.get("scale_decoder_outputs", tied)
+        found |= {"tie_word_embeddings": tied, "logits_scaling": root if scaled else 1.0}
         found |= {"attention_dropout": told["dropout_rate"], "max_position_embeddings": 512}
     if kind == "marian":
         found["embedding_multiplier"] = root if told["scale_embedding"] else 1.0

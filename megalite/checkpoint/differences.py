@@ -1,0 +1,99 @@
+"""Compare a run's model with the one it starts from: allowed changes, and refused ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megalite.config import ModelConfig
+from megalite.errors import CommandError
+from megalite.log import logger
+
+# Values of training, which say nothing of the weights.
+_UNRELATED = {"initializer_range", "hidden_dropout", "attention_dropout", "classifier_pooling"}
+# Values that change what weights compute, but no tensor's shape.
+_CHANGEABLE = (
+    "max_position_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "norm_eps",
+    "sliding_window",
+)
+
+
+def compare_models(model: ModelConfig, theirs: ModelConfig, source: Path) -> dict[str, Any]:
+    """Return what a run changes of the model it starts from, and log each change.
+
+    Context length, RoPE, the norms' epsilon and the sliding window may change, for no tensor
+    depends on them; the vocabulary may grow.
+
+    Args:
+        model: the run's, without labels and adapters. theirs: the one in `source`, likewise.
+    Returns:
+        {"model.KEY": {"before": value, "after": value}}.
+    Raises:
+        CommandError: another model, with the section to paste.
+    """
+    ours, other = (m.model_dump(mode="json", exclude=_UNRELATED) for m in (model, theirs))
+    wrong = [key for key in ours if ours[key] != other[key]]
+    if theirs.position_embedding == "learned" and "max_position_embeddings" in wrong:
+        _refuse_positions(model, theirs, source)
+    allowed = {*_CHANGEABLE}
+    if model.vocab_size > theirs.vocab_size:
+        allowed.add("vocab_size")
+    if refused := [key for key in wrong if key not in allowed]:
+        told = "; ".join(f"model.{k} is {ours[k]!r}, there {other[k]!r}" for k in refused)
+        section = theirs.model_dump(mode="json", exclude_unset=True)
+        hint = ""
+        if "vocab_size" in refused:
+            hint = " (a vocabulary can only grow)"
+        raise CommandError(
+            f"{source} holds another model: {told}{hint}; its model section is\n"
+            f'"model": {json.dumps(section)}'
+        )
+    changes = {f"model.{key}": {"before": other[key], "after": ours[key]} for key in wrong}
+    for key, change in changes.items():
+        if key != "model.vocab_size":
+            before, after = (json.dumps(change[name]) for name in ("before", "after"))
+            logger.info("%s: %s in %s, %s in this run", key, before, source, after)
+    if "model.vocab_size" in changes:
+        logger.info(
+            "model.vocab_size: %d in %s, %d in this run: each new row of the embedding and of the "
+            "head starts as the mean of the old rows",
+            *(theirs.vocab_size, source, model.vocab_size),
+        )
+    if "model.max_position_embeddings" in changes:
+        _warn_of_positions(model, theirs)
+    return changes
+
+
+def _refuse_positions(model: ModelConfig, theirs: ModelConfig, source: Path) -> None:
+    raise CommandError(
+        f"model.max_position_embeddings is {model.max_position_embeddings}, but {source} holds a "
+        f"learned table of {theirs.max_position_embeddings} positions, and other rows cannot be "
+        f"made from it: set {theirs.max_position_embeddings}, and longest samples that fit "
+        "(finetune.data.max_length or data.sequence_length)"
+    )
+
+
+def _warn_of_positions(model: ModelConfig, theirs: ModelConfig) -> None:
+    """Warn of positions that neither training nor a stretched RoPE covers."""
+    if model.position_embedding not in ("rope", "sinusoidal"):
+        return
+    trained, asked = theirs.max_position_embeddings, model.max_position_embeddings
+    scaling, reach = model.rope_scaling, float(trained)
+    if scaling is not None and scaling != theirs.rope_scaling:
+        before = theirs.rope_scaling.factor if theirs.rope_scaling else 1.0
+        reach = trained * scaling.factor / before
+        if scaling.original_max_position_embeddings:
+            reach = scaling.original_max_position_embeddings * scaling.factor
+    if asked > reach:
+        factor = -(-asked // trained)
+        stretch = json.dumps({"rope_type": "linear", "factor": factor})
+        remedy = f"set model.rope_scaling, such as {stretch}, or train on such lengths"
+        logger.warning(
+            "model.max_position_embeddings %d: the model was trained on positions up to %d%s; %s",
+            *(asked, trained, "" if reach == trained else f", stretched to {reach:.0f}"),
+            remedy if model.position_embedding == "rope" else "train on such lengths",
+        )

@@ -1,0 +1,383 @@
+"""Find the folder of a model or a tokenizer by its path, or by its name on the Hugging Face hub.
+
+A name is ORGANIZATION/MODEL or ORGANIZATION/MODEL@REVISION. Only safetensors, JSON and tokenizer
+files are downloaded, never pickles. They are kept in the hub's own cache, which `hf` and
+transformers share.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import sys
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from megalite import env, files
+from megalite.errors import CommandError, nearest
+from megalite.formats import checkpoint, foreign
+from megalite.log import logger
+
+_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_FOLDER = re.compile(r"\w[\w.-]*")
+_PATIENCE = 0.7  # seconds until a hub that does not answer counts as out of reach
+_POLL = 0.1  # seconds
+_FILES_AT_ONCE = 4
+_SIDE_FILES = (".json", ".model", ".jinja")
+_VOCABULARIES = ("vocab.txt", "merges.txt")
+_STARTED = time.time()
+_LAG = 120.0  # seconds that one rank of a host may start after another
+
+
+def find_model(name: str | Path, option: str) -> Path:
+    """Return the folder of a model: a local one, or one downloaded from the hub.
+
+    A local path always wins. One rank of each host downloads; the others wait for it.
+
+    Args:
+        name: a folder, or a name on the hub.
+        option: how messages call it, such as "--checkpoint".
+    Raises:
+        CommandError: no such folder, a file, no such model, or a hub out of reach.
+    """
+    path = Path(name)
+    if name and _exists(path):
+        if path.is_dir():
+            return path
+        raise CommandError(f"{option} {path} {foreign.describe(path)}")
+    model = parse_name(str(name))
+    if model is None:
+        raise CommandError(f"{option} {str(name)!r}: no such folder{_hint(str(name))}")
+    return _for_all_ranks(model, option, weights=True)
+
+
+def find_start(name: str | None, root: Path | None, option: str = "--init-from") -> str | None:
+    """Return the folder that a fresh run starts from.
+
+    Args:
+        name: as `find_model`, or None, which is returned.
+        root: the run's checkpoints. If there are any, the run goes on from them, and `name` is
+            returned as it is. None means a fresh start in any case.
+    Raises:
+        CommandError: as `find_model`.
+    """
+    if name is None or (root is not None and checkpoint.published(root)):
+        return name
+    return str(find_model(name, option))
+
+
+def find_tokenizer(name: str | Path, option: str = "tokenizer") -> Path | None:
+    """Return the folder of a tokenizer on the hub; None if `name` is a path, or no hub name.
+
+    Raises:
+        CommandError: no such model on the hub, or a hub out of reach.
+    """
+    model = None if _exists(Path(name)) else parse_name(str(name))
+    return None if model is None else _fetch(model, option, weights=False)
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model's name on the hub, and a branch, tag or commit of its repository."""
+
+    name: str
+    revision: str = "main"
+
+    def __str__(self) -> str:
+        return self.name if self.revision == "main" else f"{self.name}@{self.revision}"
+
+    @property
+    def command(self) -> str:
+        """The command that downloads it where there is a network."""
+        more = "" if self.revision == "main" else f" --revision {self.revision}"
+        return f"hf download {self.name}{more} --local-dir {self.name.partition('/')[2]}"
+
+    @cached_property
+    def cache(self) -> Path:
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HUB_CACHE) / f"models--{self.name.replace('/', '--')}"
+
+    def cached(self, *, weights: bool) -> Path | None:
+        """Return the whole snapshot in the cache, if there is one."""
+        commit = self.revision
+        if not _COMMIT.fullmatch(commit):
+            try:
+                commit = (self.cache / "refs" / commit).read_text(encoding="utf-8").strip()
+            except (OSError, ValueError):
+                return None
+        folder = self.cache / "snapshots" / commit
+        if not _FOLDER.fullmatch(commit) or not folder.is_dir():
+            return None
+        whole = not any(foreign.missing_shards(folder)) and any(folder.rglob("*.safetensors"))
+        return folder if whole or not weights else None
+
+
+def parse_name(text: str) -> HubModel | None:
+    """Return the hub's model that a text names; None if it cannot be one."""
+    found = _NAME.fullmatch(text)
+    if found is None or any(bad in text for bad in ("--", "..")):
+        return None
+    if found["name"].endswith((".json", ".jsonl", ".csv", ".gguf", ".safetensors", ".model")):
+        return None
+    return HubModel(found["name"], found["revision"] or "main")
+
+
+def unreachable() -> str | None:
+    """Return why the hub cannot be asked, within a second; None if it can."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    address = urllib.parse.urlsplit(constants.ENDPOINT)
+    proxy = urllib.request.getproxies().get(address.scheme)
+    if proxy and not urllib.request.proxy_bypass(address.hostname or ""):
+        address = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = address.port or (443 if address.scheme == "https" else 80)
+    answer: list[str | None] = [f"{address.hostname} does not answer within {_PATIENCE} s"]
+
+    def connect() -> None:
+        try:
+            socket.create_connection((address.hostname or "", port), timeout=_PATIENCE).close()
+            answer[0] = None
+        except OSError as error:
+            answer[0] = f"{address.hostname}: {error.strerror or error}"
+
+    # a name server that is out of reach keeps its caller waiting for many seconds
+    asking = threading.Thread(target=connect, daemon=True)
+    asking.start()
+    asking.join(_PATIENCE)
+    return answer[0]
+
+
+def _exists(path: Path) -> bool:
+    with suppress(OSError, ValueError):  # names that no file can have
+        return path.exists()
+    return False
+
+
+def _hint(name: str) -> str:
+    """Return what may have been meant by a name that no folder has."""
+    path, similar = Path(name), ""
+    with suppress(OSError, ValueError):
+        inside = [each.name for each in path.parent.iterdir() if each.is_dir()]
+        similar = nearest(path.name, inside)
+    if similar:
+        return similar
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        return (
+            "; give a step folder, a run folder, a model folder, or a model of the hub with its "
+            "organization, such as openai-community/gpt2"
+        )
+    return "; give a step folder, a run folder, a model folder, or a model of the hub (ORG/NAME)"
+
+
+# ---- ranks
+
+
+def _for_all_ranks(model: HubModel, option: str, *, weights: bool) -> Path:
+    """Download on the first rank of each host; the other ranks wait for its word."""
+    launch = env.find_launch()
+    if launch.local_world_size == 1:
+        return _fetch(model, option, weights=weights)
+    note = _note(model, launch)
+    if launch.local_rank != 0:
+        return _await(note)
+    with suppress(OSError):
+        note.unlink()
+    try:
+        folder = _fetch(model, option, weights=weights)
+    except CommandError as error:
+        _leave(note, {"error": str(error)})
+        raise
+    _leave(note, {"folder": str(folder)})
+    return folder
+
+
+def _note(model: HubModel, launch: env.Launch) -> Path:
+    """Return the file in which a host's first rank leaves its word for the others."""
+    meeting = env.launch_id() or f"{launch.master_addr} {launch.master_port}"
+    start = f"{socket.gethostname()} {meeting} {model}"
+    folder = model.cache.parent / ".locks" / "megalite"
+    return folder / f"{sha256(start.encode()).hexdigest()[:24]}.json"
+
+
+def _leave(note: Path, word: dict[str, Any]) -> None:
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(note, word | {"time": time.time()})
+    except OSError as error:
+        raise CommandError(
+            f"the hub's cache {note.parents[2]} cannot be written: {error}; name another with "
+            "HF_HOME"
+        ) from None
+
+
+def _await(note: Path) -> Path:
+    """Wait for the first rank's word; if that rank fails, its launcher ends this one."""
+    while True:
+        word = foreign.read_object(note)
+        age = _STARTED - float(word.get("time", 0.0))
+        if "folder" in word and age < _LAG:
+            return Path(str(word["folder"]))
+        if "error" in word and age < 0:  # not that of an earlier start
+            raise CommandError(str(word["error"]))
+        time.sleep(_POLL)
+
+
+# ---- one download
+
+
+def _fetch(model: HubModel, option: str, *, weights: bool) -> Path:
+    cached = model.cached(weights=weights)
+    if (reason := unreachable()) is not None:
+        if cached is not None:
+            logger.info("%s is taken from the hub's cache: %s", model, reason)
+            return cached
+        raise CommandError(
+            f"{option} {model}: no such folder here, not in the hub's cache, and the hub cannot be "
+            f"asked ({reason}); where there is a network, run\n{model.command}\nand give that "
+            "folder"
+        )
+    if cached is not None and _COMMIT.fullmatch(model.revision):
+        return cached
+    with _quiet():
+        try:
+            commit, names = _listing(model)
+            wanted = _choose(model, option, names, weights=weights)
+            return _download(model, commit, wanted)
+        except CommandError:
+            raise
+        except Exception as error:  # the library's errors have no common root
+            if cached is not None and not _is_refusal(error):
+                logger.warning("%s is taken from the hub's cache: %s", model, _line(error))
+                return cached
+            raise CommandError(f"{option} {model}: {_reason(model, error)}") from None
+
+
+def _listing(model: HubModel) -> tuple[str, list[str]]:
+    """Return the commit of a revision, and the files that it has."""
+    from huggingface_hub import HfApi
+
+    found = HfApi().model_info(model.name, revision=model.revision)
+    names = [file.rfilename for file in found.siblings or ()]
+    if not names:
+        names = HfApi().list_repo_files(model.name, revision=found.sha)
+    return str(found.sha), names
+
+
+def _choose(model: HubModel, option: str, names: Sequence[str], *, weights: bool) -> list[str]:
+    """Return the files to download: those of the root, or of the Transformer's own folder."""
+    root = [name for name in names if "/" not in name]
+    if "config.json" not in root and "modules.json" in root:  # of sentence-transformers
+        root += [name for name in names if re.fullmatch(r"0_[^/]*/[^/]+", name)]
+    plain = [name for name in root if not name.startswith((".", "consolidated"))]
+    side = [name for name in plain if name.endswith(_SIDE_FILES)]
+    side += [name for name in plain if name.rpartition("/")[2] in _VOCABULARIES]
+    if not weights:
+        return side
+    stored = [name for name in plain if name.endswith(".safetensors")]
+    for whole in ("model.safetensors", "model-*-of-*.safetensors"):
+        pattern = re.escape(whole).replace(r"\*", r"\d+")
+        if kept := [name for name in stored if re.fullmatch(pattern, name)]:
+            stored = kept
+    if not stored:
+        raise CommandError(f"{option} {model}: {_without_weights(model, names)}")
+    return side + stored
+
+
+def _without_weights(model: HubModel, names: Sequence[str]) -> str:
+    found = "the repository has no safetensors file"
+    if any(name.endswith(".gguf") for name in names):
+        return f"{found}, but GGUF files, which are not read: take the model they were made from"
+    if any(name.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack")) for name in names):
+        command = foreign.convert_command(model.name, "AutoModelForCausalLM")
+        return (
+            f"{found}, but pickles or the like, which are not downloaded; where it is trusted, "
+            f"convert it with\n{command}\n(or the class that its config.json names)"
+        )
+    return f"{found}: name the repository of a model"
+
+
+def _download(model: HubModel, commit: str, names: Sequence[str]) -> Path:
+    """Download files of a commit, as far as they are not in the cache yet."""
+    from huggingface_hub import hf_hub_download
+
+    folder = model.cache / "snapshots" / commit
+    new = [name for name in names if not (folder / name).exists()]
+    if new:
+        logger.info("downloading %s from the hub: %d files into %s", model, len(new), model.cache)
+
+    def download(name: str) -> Path:
+        began = time.monotonic()
+        path = Path(hf_hub_download(model.name, name, revision=commit))
+        if name.endswith(".safetensors"):
+            size, seconds = path.stat().st_size / 1e6, time.monotonic() - began
+            logger.info("%s: %s, %.0f MB in %.0f s", model, name, size, seconds)
+        return path.parents[name.count("/")]
+
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        folder = next(iter(list(pool.map(download, new))), folder)
+    if not _COMMIT.fullmatch(model.revision):
+        reference = model.cache / "refs" / model.revision
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(reference, folder.name)
+    return folder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Show bars of progress on a terminal alone; elsewhere each file has a line of ours."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    theirs = logging.getLogger("huggingface_hub")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.setLevel(level)
+
+
+def _is_refusal(error: Exception) -> bool:
+    return type(error).__name__ in ("RepositoryNotFoundError", "RevisionNotFoundError")
+
+
+def _line(error: Exception) -> str:
+    text = next((line for line in str(error).splitlines() if line.strip()), "")
+    return text.strip() or type(error).__name__
+
+
+def _reason(model: HubModel, error: Exception) -> str:
+    """Say why the hub did not give a model, and what to do."""
+    kind = type(error).__name__
+    if kind == "GatedRepoError":
+        return (
+            "its owners ask for consent: accept the terms on its page of the hub, log in with "
+            "`hf auth login`, and give the same command again"
+        )
+    if kind == "RepositoryNotFoundError":
+        return (
+            "no such folder here, and the hub has no such model, or none that you may see; check "
+            "the name, or log in with `hf auth login`"
+        )
+    if kind == "RevisionNotFoundError":
+        return f"the hub's {model.name} has no revision {model.revision!r}; name one that it has"
+    return (
+        f"it cannot be downloaded: {_line(error)}; try again, or run\n{model.command}\nand give "
+        "that folder"
+    )

@@ -1,0 +1,150 @@
+"""A run's model beside the one it starts from: what may change, what is said, what is refused."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalite import shapes
+from megalite.checkpoint import Grown, compare_models
+from megalite.config import ModelConfig
+from megalite.errors import CommandError
+from tests.factories import model_config
+
+SOURCE = Path("there")
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+def compare(changes: dict[str, Any], before: dict[str, Any] | None = None) -> dict[str, Any]:
+    theirs = model_config(**(before or {}))
+    return compare_models(model_config(**((before or {}) | changes)), theirs, SOURCE)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_theta", 5e5),
+        ("rope_scaling", LINEAR),
+        ("norm_eps", 1e-6),
+        ("sliding_window", 16),
+        ("max_position_embeddings", 16),
+        ("vocab_size", 70),
+    ],
+)
+def test_change_of_no_shape_is_said_and_returned(
+    key: str, value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="megalite"):
+        found = compare({key: value})
+    assert list(found) == [f"model.{key}"]
+    assert len(caplog.records) == 1
+    assert f"model.{key}: " in caplog.text
+    before = model_config().model_dump(mode="json")[key]
+    assert found[f"model.{key}"]["before"] == before
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_values_of_training_are_no_difference(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="megalite"):
+        assert compare({"hidden_dropout": 0.1, "initializer_range": 0.3}) == {}
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 48},
+        {"vocab_size": 60},
+        {"activation": "geglu"},
+        {"tie_word_embeddings": True},
+        {"qk_norm": True},
+        {"norm_position": "post"},
+    ],
+)
+def test_another_model_is_refused_with_the_section_to_paste(changes: dict[str, Any]) -> None:
+    with pytest.raises(CommandError, match="there holds another model: ") as caught:
+        compare(changes)
+    key, value = next(iter(changes.items()))
+    assert f"model.{key} is {value!r}" in str(caught.value)
+    assert '"model": {"' in str(caught.value)
+    assert ("can only grow" in str(caught.value)) == (key == "vocab_size")
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("before", "changes", "warned"),
+    [
+        ({}, {"max_position_embeddings": 64}, True),
+        ({}, {"max_position_embeddings": 64, "rope_theta": 5e5}, True),
+        ({}, {"max_position_embeddings": 64, "rope_scaling": LINEAR}, False),
+        ({}, {"max_position_embeddings": 128, "rope_scaling": LINEAR}, True),
+        ({}, {"max_position_embeddings": 128, "rope_scaling": YARN}, False),
+        ({}, {"max_position_embeddings": 16}, False),
+        ({"rope_scaling": LINEAR}, {"max_position_embeddings": 64}, True),
+        (
+            {"rope_scaling": LINEAR},
+            {"max_position_embeddings": 64, "rope_scaling": LINEAR | {"factor": 4.0}},
+            False,
+        ),
+        ({"position_embedding": "sinusoidal"}, {"max_position_embeddings": 64}, True),
+        ({"position_embedding": "none"}, {"max_position_embeddings": 64}, False),
+    ],
+)
+def test_positions_beyond_training_are_warned_of(
+    before: dict[str, Any],
+    changes: dict[str, Any],
+    warned: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="megalite"):
+        compare(changes, before)
+    assert ("trained on positions up to 32" in caplog.text) == warned
+    if warned and not before:
+        assert "model.rope_scaling" in caplog.text
+
+
+@pytest.mark.parametrize("length", [16, 64])
+def test_learned_positions_cannot_change(length: int) -> None:
+    with pytest.raises(CommandError, match=r"learned table of 32 positions.*max_length"):
+        compare({"max_position_embeddings": length}, {"position_embedding": "learned"})
+
+
+class _Drawn:
+    """Tensors of a model in memory, read box by box."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.tensors = {
+            name: torch.randn(tensor.shape, generator=generator)
+            for name, tensor in shapes.tensors(model).items()
+        }
+
+    def read(self, tensor: str, _state: str, target: torch.Tensor, box: Any) -> None:
+        target.copy_(self.tensors[tensor][box])
+
+
+def test_new_rows_are_the_mean_of_the_old_ones() -> None:
+    """However the rows are cut, a weight and a bias alike; nothing else changes."""
+    model = model_config(architecture="encoder", norm="layernorm")
+    stored = _Drawn(model)
+    after = shapes.tensors(model.model_copy(update={"vocab_size": 70}))
+    for name, tensor in after.items():
+        old = stored.tensors[name]
+        wanted = old
+        if tensor.split is shapes.Split.VOCABULARY:
+            mean = old.double().mean(dim=0, keepdim=True).float()
+            wanted = torch.cat((old, mean.expand(9, *old.shape[1:])))
+        assert wanted.shape == tensor.shape
+        for first, last in ((0, len(wanted)), (0, 1), (len(wanted) // 2, len(wanted))):
+            rows, *rest = (slice(0, size) for size in tensor.shape)
+            rows = slice(first, last)
+            value = torch.full((last - first, *tensor.shape[1:]), torch.nan)
+            Grown(stored, model).read(name, "weight", value, (rows, *rest))
+            assert torch.equal(value, wanted[first:last]), name
+    assert {"lm_head.bias", "lm_head.weight", "model.embed_tokens.weight"} <= after.keys()

@@ -1,0 +1,200 @@
+"""Names of the hub in the place of folders: downloaded once, cached, and refused in plain words."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from megalite.env import Launch
+from megalite.errors import CommandError
+from megalite.formats import hub
+from megalite.formats.hub import find_model, find_start, find_tokenizer, parse_name
+from megalite.formats.tokenizer import load_tokenizer
+from tests.stub_hub import COMMIT, StubHub, stub_hub
+
+ALONE = Launch(0, 1, 0, 1, "127.0.0.1", 0, "python")
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
+    """A hub with one model, an empty cache, and a working directory without folders."""
+    model = tmp_path / "served"
+    model.mkdir()
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        (model / name).write_text(json.dumps({"model_type": "llama", "file": name}))
+    for name in ("model.safetensors", "consolidated.safetensors", "pytorch_model.bin", "README.md"):
+        (model / name).write_text(name)
+    (model / "onnx").mkdir()
+    (model / "onnx" / "config.json").write_text("{}")
+    load_tokenizer("bytes").export(model)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(hub.env, "find_launch", lambda: ALONE)
+    with stub_hub() as started:
+        started.repositories["org/model"] = model
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", started.endpoint)
+        template = started.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield started
+
+
+def test_model_of_the_hub_is_downloaded_once(server: StubHub, tmp_path: Path) -> None:
+    folder = find_model("org/model", "--checkpoint")
+    assert folder == tmp_path / "cache" / "models--org--model" / "snapshots" / COMMIT
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not {"pytorch_model.bin", "consolidated.safetensors", "onnx", "README.md"} & names
+    assert (folder / "model.safetensors").read_text() == "model.safetensors"
+    assert len(server.gotten()) == len(names)
+    server.requests.clear()
+    assert find_model("org/model", "--checkpoint") == folder
+    assert find_model(f"org/model@{COMMIT}", "--checkpoint") == folder
+    assert server.gotten() == []
+
+
+def test_cached_model_serves_where_there_is_no_network(
+    server: StubHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = find_model("org/model@v1", "--checkpoint")
+    server.repositories["org/model"] = 503  # the hub's own trouble
+    assert find_model("org/model@v1", "--checkpoint") == folder
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    server.requests.clear()
+    assert find_model("org/model@v1", "--checkpoint") == folder
+    assert server.requests == []
+    (folder / "model.safetensors").unlink()  # a download that was cut
+    with pytest.raises(CommandError, match="hf download org/model --revision v1 --local-dir model"):
+        find_model("org/model@v1", "--checkpoint")
+
+
+def silence(*_: Any, **__: Any) -> Any:
+    """A name server that keeps its caller waiting."""
+    time.sleep(5)
+    raise OSError("no answer")
+
+
+@pytest.mark.parametrize("how", ["offline", "refused", "silent"])
+def test_hub_out_of_reach_is_said_within_a_second(
+    server: StubHub, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    elif how == "refused":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    else:
+        monkeypatch.setattr(hub.socket, "create_connection", silence)
+    began = time.monotonic()
+    with pytest.raises(CommandError) as caught:
+        find_model("org/other", "--init-from")
+    assert time.monotonic() - began < 1
+    text = str(caught.value)
+    assert text.startswith("--init-from org/other: no such folder here")
+    assert "\nhf download org/other --local-dir other\n" in text
+    assert {"offline": "HF_HUB_OFFLINE", "refused": "refused", "silent": "not answer"}[how] in text
+
+
+def test_refusals_of_the_hub_are_explained(server: StubHub, tmp_path: Path) -> None:
+    server.repositories |= {"org/private": 401, "org/gated": 403}
+    for name, said in {
+        "org/none": "the hub has no such model",
+        "org/private": "none that you may see",
+        "org/gated": "accept the terms",
+        "org/model@v9": "has no revision 'v9'",
+    }.items():
+        with pytest.raises(CommandError, match=said):
+            find_model(name, "--checkpoint")
+    kinds = {"gguf": "GGUF", "bin": "pickles", "md": "no safetensors file"}
+    for ending, said in kinds.items():
+        folder = tmp_path / ending
+        folder.mkdir()
+        (folder / f"weights.{ending}").write_text("x")
+        server.repositories[f"org/{ending}x"] = folder
+        with pytest.raises(CommandError, match=said):
+            find_model(f"org/{ending}x", "--checkpoint")
+    assert not server.gotten()
+
+
+def test_local_path_wins(server: StubHub, tmp_path: Path) -> None:
+    (tmp_path / "here" / "org" / "model").mkdir(parents=True)
+    assert find_model("org/model", "--checkpoint") == Path("org/model")
+    assert find_tokenizer("org/model") is None
+    assert server.requests == []
+
+
+def test_names_of_the_hub() -> None:
+    for name in ("org/model", "Qwen/Qwen3-0.6B", "a/b_c.d", "org/model@v1", "org/m@refs/pr/3"):
+        found = parse_name(name)
+        assert found is not None
+        assert str(found) == name
+    for name in (
+        *(
+            "gpt2",
+            "a/b/c",
+            "/a/b",
+            "./a/b",
+            "../a",
+            "~/a",
+            "a/",
+            "/a",
+            "a/b@",
+            "a b/c",
+            "a/b c",
+            "",
+        ),
+        *("a/b.json", "a/b.gguf", "a--b/c", "runs/x/..", "-a/b"),
+    ):
+        assert parse_name(name) is None, name
+
+
+@pytest.mark.parametrize("name", ["gpt2", "a/b/c", "", "./none", "x" * 300, "a\0b"])
+def test_anything_else_is_no_folder(server: StubHub, name: str) -> None:
+    with pytest.raises(CommandError, match=r"no such folder; .*hub"):
+        find_model(name, "--checkpoint")
+    assert server.requests == []
+
+
+def test_misspelt_folder_is_proposed(server: StubHub, tmp_path: Path) -> None:
+    (tmp_path / "here" / "runs" / "smoke" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CommandError, match='did you mean "smoke"'):
+        find_model(tmp_path / "here" / "runs" / "smoek", "--checkpoint")
+
+
+def test_run_that_has_checkpoints_needs_no_start(server: StubHub, tmp_path: Path) -> None:
+    assert find_start(None, tmp_path) is None
+    (tmp_path / "checkpoints" / "step_00000003").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000003" / "manifest.json").write_text("{}")
+    assert find_start("org/model", tmp_path / "checkpoints") == "org/model"
+    assert server.requests == []
+    assert str(find_start("org/model", None)).endswith(COMMIT)
+
+
+def test_tokenizer_of_the_hub_comes_without_weights(server: StubHub) -> None:
+    found = load_tokenizer("org/model")
+    assert found.vocab_size == load_tokenizer("bytes").vocab_size
+    assert found.encode("é") == list("é".encode())
+    assert not [name for name in server.gotten() if name.endswith(".safetensors")]
+
+
+def test_one_rank_of_a_host_downloads(server: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = [Launch(n, 2, n, 2, "127.0.0.1", 29517, "torchrun") for n in range(2)]
+    monkeypatch.setattr(hub.env, "find_launch", lambda: launches[0])
+    folder = find_model("org/model", "--checkpoint")
+    server.requests.clear()
+    monkeypatch.setattr(hub.env, "find_launch", lambda: launches[1])
+    assert find_model("org/model", "--checkpoint") == folder
+    assert server.requests == []
+    monkeypatch.setattr(hub, "_STARTED", 0.0)  # before the other rank's word
+    monkeypatch.setattr(hub.env, "find_launch", lambda: launches[0])
+    with pytest.raises(CommandError, match="no such model"):
+        find_model("org/none", "--checkpoint")
+    monkeypatch.setattr(hub.env, "find_launch", lambda: launches[1])
+    with pytest.raises(CommandError, match="no such model"):
+        find_model("org/none", "--checkpoint")
