@@ -45,7 +45,7 @@ def main() -> int:
         raise CommandError(f"--max-shard-gb {arguments.max_shard_gb}: give a size over 0")
     from megalite.checkpoint import StoredCheckpoint, merged, open_checkpoint
     from megalite.checkpoint.huggingface import export, export_adapter
-    from megalite.config import load_config
+    from megalite.config import load_stored
     from megalite.evaluate.verify import require_transformers, verify
     from megalite.formats.tokenizer import load_tokenizer
 
@@ -54,7 +54,7 @@ def main() -> int:
     if arguments.verify:
         require_transformers()
     folder, manifest = open_checkpoint(Path(arguments.checkpoint), weights_only=True)
-    section = load_config(folder / "config.json").model
+    section = load_stored(folder / "config.json").model
     if arguments.adapter:
         family = export_adapter(StoredCheckpoint(folder, manifest), section, arguments.output)
         sys.stdout.write(f"{folder} -> {arguments.output} (adapters of {family.model_type})\n")

@@ -7,7 +7,9 @@ to what a command reports.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import math
 import os
 import re
 import sys
@@ -22,12 +24,26 @@ from megalite.errors import LaunchError, MegaLiteError, UserError
 
 logger = logging.getLogger("megalite")
 
-_REDACTED = "[redacted]"
+REDACTED = "[redacted]"
+# The random part of a token: long, and no plain word, so that data/sk-wikipedia-2024 is a path.
+_BODY = r"(?:[a-z]{20,}|(?=[a-z]*[0-9A-Z])[A-Za-z0-9]{16,})"
 _SECRET = re.compile(
-    r"\b(?:hf_|gh[pousr]_|github_pat_|sk-|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,}"
+    rf"\b(?:(?:hf_|gh[pousr]_|npm_){_BODY}"
+    rf"|sk-(?:[A-Za-z0-9]+-)*{_BODY}[\w-]*"
+    r"|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abeprs]-[A-Za-z0-9-]{12,}|AKIA[A-Z0-9]{12,}"
+    r"|AIza[\w-]{24,}|ya29\.[\w-]{16,}|[rs]k_(?:live|test)_\w{16,}"
+    r"|eyJ[\w-]{6,}\.[\w-]{6,}\.[\w-]*)"  # a JSON Web Token
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
     r"|(?<=://)[^/@:\s]+:[^/@\s]+(?=@)"
 )
-_SECRET_KEY = re.compile(r"(?:^|_)(?:api_?key|access_?key|auth_token|secret|passw(?:or)?d)$", re.I)
+_SECRET_KEY = re.compile(
+    r"(?:^|[_-])(?:(?:api|access|secret|private)_?key|secret|passw(?:or)?d|credentials?"
+    r"|(?:auth|access|api|bearer|hf|refresh|secret|session)_?token)$|^token$",
+    re.IGNORECASE,
+)
+# C0 without tab and newline, DEL, C1, and halves of surrogate pairs, which no encoding has.
+# A carriage return that ends a line does no harm; another overwrites what stands there.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|\r(?!\n)")
 _GRACE_FOR_RANK_0 = 10.0  # seconds
 
 
@@ -54,25 +70,70 @@ def add_file(path: Path) -> logging.Handler:
 class _Redacting(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text: str = redact(super().format(record))
-        return text
+        return printable(text)
 
 
 def redact(value: Any) -> Any:
-    """A JSON value, or a text, without what opens accounts: tokens, keys, passwords in URLs.
+    """Return a JSON value, or a text, without what opens accounts: tokens, keys, passwords in URLs.
 
-    Known by their form, by the environment variables that hold them, and by the keys they are
-    under.
+    They are recognised by their form, by the environment variables that hold them, and by their
+    keys. Only what is read by people is redacted: values that a run needs are never changed.
     """
     if isinstance(value, str):
         for secret in env.secrets():
-            value = value.replace(secret, _REDACTED)
-        return _SECRET.sub(_REDACTED, value)
+            value = value.replace(secret, REDACTED)
+        return _SECRET.sub(REDACTED, value)
     if isinstance(value, Mapping):
         return {
-            key: _REDACTED if isinstance(item, str) and _SECRET_KEY.search(key) else redact(item)
+            key: REDACTED if is_secret(item, key=key) else redact(item)
             for key, item in value.items()
         }
     return [redact(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def is_secret(value: Any, *, key: str = "") -> bool:
+    """Whether a value is a text that holds a secret, or stands under a secret's name."""
+    if not isinstance(value, str) or not value:
+        return False
+    return _SECRET_KEY.search(key) is not None or redact(value) != value
+
+
+def printable(text: str) -> str:
+    r"""Return a text that a terminal cannot take for commands: ESC becomes `\x1b`.
+
+    Tabs and line ends stay. Text that comes from elsewhere (a model, a document, a file's name)
+    goes through this function before it is printed.
+    """
+    return _CONTROLS.sub(_escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def write_report(report: Any, *, as_json: bool = False) -> None:
+    """Write a command's report to standard output: a text as it is printable, or one JSON object.
+
+    The JSON is strict: numbers that it lacks (nan, inf) are null.
+    """
+    if as_json:
+        text = json.dumps(finite(report), allow_nan=False) + "\n"
+    else:
+        encoding = sys.stdout.encoding or "utf-8"  # what it lacks becomes a question mark
+        text = printable(str(report)).encode(encoding, "replace").decode(encoding)
+    sys.stdout.write(text)
+
+
+def finite(value: Any) -> Any:
+    """Return a JSON value whose numbers that are not finite are null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
 
 
 def remove(handler: logging.Handler | None) -> None:

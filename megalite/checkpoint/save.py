@@ -20,7 +20,7 @@ from megalite.config import CheckpointConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
 from megalite.errors import CheckpointError, MegaLiteError, NoSpace, Superseded
 from megalite.formats import checkpoint as disk
-from megalite.log import logger, redact
+from megalite.log import logger
 from megalite.optim import state_names
 from megalite.parallel import Grid
 
@@ -259,7 +259,7 @@ class _Draft:
             entries.update(rank_files)
             for tensor, where in rank_tensors.items():
                 holders.setdefault(tensor, {}).update(where)
-        files.write_json(staging / "config.json", redact(self.config.model_dump(mode="json")))
+        files.write_json(staging / "config.json", self.config.model_dump(mode="json"))
         for name, value in self.notes.items():
             files.write_json(staging / name, value)
         shutil.copytree(tokenizer, staging / "tokenizer")

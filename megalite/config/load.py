@@ -19,6 +19,7 @@ from megalite.config.deepspeed_keys import deepspeed_faults
 from megalite.config.faults import Fault, Key, schema_faults, show
 from megalite.config.rules import rule_faults
 from megalite.config.schema import RunConfig
+from megalite.config.secrets import explain_redacted, redacted_keys, secret_faults
 from megalite.config.strict import parse_strict, read_value, too_deep
 from megalite.errors import ConfigError
 from megalite.log import logger
@@ -54,6 +55,25 @@ def load_config(
         _merge(raw, content, f"{file}: ", origins)
     _apply_sets(raw, sets, faults, origins)
     return _check(raw, str(path), faults, origins)
+
+
+def load_stored(path: Path) -> RunConfig:
+    """Return the run file that a run or a checkpoint keeps as `config.json`.
+
+    Raises:
+        ConfigError: every fault of it; the cause, if redaction of an earlier version is one.
+    """
+    faults: list[str] = []
+    raw = _read_file(path, None, faults)
+    lost = redacted_keys(raw)
+    try:
+        config = _check(raw, str(path), faults, {}, stored=True)
+    except ConfigError as error:
+        told = [f"{path}: {explain_redacted(lost)}"] if lost else []
+        raise ConfigError([*told, *error.faults]) from None
+    if lost:
+        logger.warning("%s: %s", path, explain_redacted(lost))
+    return config
 
 
 def find_file(name: str | Path, folder: Path = Path()) -> Path:
@@ -109,11 +129,20 @@ def parse_config(raw: Mapping[str, Any], source: str = "the run file") -> RunCon
     return _check(copy.deepcopy(dict(raw)), source, [], {})
 
 
-def _check(raw: dict[str, Any], source: str, faults: list[str], origins: Origins) -> RunConfig:
+def _check(
+    raw: dict[str, Any],
+    source: str,
+    faults: list[str],
+    origins: Origins,
+    *,
+    stored: bool = False,
+) -> RunConfig:
+    """stored: a copy that a run keeps, which is read, not written again."""
     raw.pop("$schema", None)  # an editor's, not ours
     config, found = schema_faults(raw)
     faulty = [fault.keys[0] for fault in found]
-    for fault in [*rule_faults(config), *deepspeed_faults(config)]:
+    broken = [*rule_faults(config), *deepspeed_faults(config)]
+    for fault in broken if stored else [*broken, *secret_faults(config)]:
         # a rule about a key that is itself at fault would only repeat it
         if not any(_overlap(key, bad) for key in fault.keys for bad in faulty):
             found.append(fault)

@@ -91,8 +91,8 @@ def _prepare(
     root.mkdir(parents=True, exist_ok=True)
     checkpoint.clear_leftovers(root)
     files.clear_partials(folder)
-    files.write_json(folder / "config.json", log.redact(config.model_dump(mode="json")))
-    files.write_json(folder / "deepspeed.json", log.redact(settings))
+    files.write_json(folder / "config.json", config.model_dump(mode="json"))
+    files.write_json(folder / "deepspeed.json", settings)
     # nothing of another start's tokenizer may stay behind in it
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     if train.tokenizer_folder is None:  # Megatron's shards do not tell it
