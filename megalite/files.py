@@ -133,6 +133,22 @@ def read_rows(path: Path, *, last: int | None = None) -> list[dict[str, Any]]:
     return [row for row in each_row(path, last=last) if row is not None]
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether a name from a file is that of a file beside it, and cannot lead elsewhere."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name not in ("", ".", "..")
+        and not {"/", "\\"} & set(name)
+        and len(name.encode(errors="replace")) <= 255
+    )
+
+
+def is_inner_path(name: object) -> bool:
+    """Whether a path from a file stays below the folder it is relative to; links are not seen."""
+    return isinstance(name, str) and all(is_plain_name(part) for part in name.split("/"))
+
+
 def user_path(text: str) -> Path:
     """Return the path that a text means, with `~` for the home folder, as a shell has it.
 

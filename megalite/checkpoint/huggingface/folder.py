@@ -61,6 +61,25 @@ def place_of(family: Family, tensor: shapes.Tensor, model: ModelConfig) -> Place
     return Place(name, transposed, first, tuple(shape[::-1] if transposed else shape))
 
 
+def _indexed_files(index: Path) -> list[Path]:
+    """The files that an index names, each beside it.
+
+    Raises:
+        CommandError: an index that is damaged, or leads elsewhere.
+    """
+    try:
+        places = files.read_object(index).get("weight_map")
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{index} cannot be read: {error}; download it again") from None
+    names = list(places.values()) if isinstance(places, dict) else [places]
+    if wrong := [name for name in names if not files.is_plain_name(name)]:
+        raise CommandError(
+            f"{index}: weight_map names {wrong[0]!r:.60}, which is no file of this folder; "
+            "download the index again"
+        )
+    return sorted({index.parent / name for name in names})
+
+
 def is_huggingface(path: Path) -> bool:
     """Whether a folder looks like one of Hugging Face's models."""
     with suppress(OSError, ValueError, TypeError, AttributeError):
@@ -126,9 +145,8 @@ class HuggingFaceFolder:
 
     def _headers(self) -> dict[str, _Stored]:
         names = sorted(self.path.glob("*.safetensors"))
-        with suppress(OSError, ValueError, KeyError):
-            index = files.read_json(self.path / _INDEX)["weight_map"]
-            names = sorted({self.path / name for name in index.values()})
+        if (self.path / _INDEX).exists():
+            names = _indexed_files(self.path / _INDEX)
         if not names:
             if any(self.path.glob("*.bin")):
                 command = _CONVERT.format(path=self.path).replace(
