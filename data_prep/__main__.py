@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
 from megalite import env
-from megalite.log import run_main
+from megalite.log import run_main, write_report
 
 _INPUTS = """\
 inputs, each by its name:
@@ -163,7 +162,7 @@ def _train_tokenizer(**given: Any) -> int:
     from data_prep.train import TrainOptions, train_tokenizer
 
     tokenizer = train_tokenizer(TrainOptions(**given))
-    sys.stdout.write(f"{given['output']}: a tokenizer of {tokenizer.vocab_size:,} pieces\n")
+    write_report(f"{given['output']}: a tokenizer of {tokenizer.vocab_size:,} pieces\n")
     return 0
 
 
@@ -187,7 +186,7 @@ def _tokenize(**given: Any) -> int:
     manifest = tokenize(TokenizeOptions(**given))
     if rank:
         return 0  # rank 0 speaks for all
-    sys.stdout.write(
+    write_report(
         f"{given['output']}: {len(manifest.shards)} shards, {manifest.documents:,} documents, "
         f"{manifest.tokens:,} tokens\n"
     )

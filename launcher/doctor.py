@@ -7,13 +7,11 @@ lost, and why it was started again.
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from megalite.errors import CommandError
-from megalite.log import command_parser, run_main
+from megalite.log import command_parser, run_main, write_report
 
 _EXAMPLES = """examples:
   python launcher/doctor.py
@@ -51,7 +49,7 @@ def main() -> int:
         else:
             show(rows)
     if arguments.json:
-        sys.stdout.write(json.dumps(told) + "\n")
+        write_report(told, as_json=True)
     elif told:
         _print_goodput(told)
     return code
@@ -73,7 +71,7 @@ def _print_goodput(found: dict[str, Any]) -> None:
         some = one["last"] > one["first"]
         steps = (f"steps {one['first'] + 1} to {one['last']}" if some else "no step") + lost
         lines.append(f"  attempt {one['attempt']}: {steps}: {one['cause']}")
-    sys.stdout.write("\n".join(lines) + "\n")
+    write_report("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from megalite.errors import CommandError
-from megalite.log import command_parser, run_main
+from megalite.log import command_parser, run_main, write_report
 
 _EXAMPLES = """examples:
   python launcher/export.py --checkpoint runs/smoke --output exported/smoke --verify
@@ -57,7 +56,7 @@ def main() -> int:
     section = load_stored(folder / "config.json").model
     if arguments.adapter:
         family = export_adapter(StoredCheckpoint(folder, manifest), section, arguments.output)
-        sys.stdout.write(f"{folder} -> {arguments.output} (adapters of {family.model_type})\n")
+        write_report(f"{folder} -> {arguments.output} (adapters of {family.model_type})\n")
         return 0
     stored, model = merged(StoredCheckpoint(folder, manifest), section)
     template = folder / "tokenizer" / "chat_template.jinja"
@@ -70,11 +69,11 @@ def main() -> int:
         shard_bytes=int(arguments.max_shard_gb * 10**9),
         chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
     )
-    sys.stdout.write(f"{folder} -> {arguments.output} ({family.architecture})\n")
+    write_report(f"{folder} -> {arguments.output} ({family.architecture})\n")
     if not arguments.verify:
         return 0
     error, limit = verify(arguments.output)
-    sys.stdout.write(f"largest difference of the scores: {error:.1e} (limit {limit:.0e})\n")
+    write_report(f"largest difference of the scores: {error:.1e} (limit {limit:.0e})\n")
     return 0 if error <= limit else 1
 
 

@@ -8,7 +8,7 @@ import sys
 
 from megalite import env
 from megalite.errors import CommandError
-from megalite.log import command_parser, run_main
+from megalite.log import command_parser, printable_pieces, run_main
 
 _EXAMPLES = """examples:
   python launcher/generate.py --checkpoint runs/smoke --prompt "def main("
@@ -90,7 +90,7 @@ def main() -> None:
         stop=stop,
         controls=arguments.chat,
     )
-    for piece in in_order(pieces, starts):
+    for piece in printable_pieces(in_order(pieces, starts), terminal=out.isatty()):
         out.write(piece)
         out.flush()
 

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ _SECRET_KEY = re.compile(
 )
 # C0 without tab and newline, DEL, C1, and halves of surrogate pairs, which no encoding has.
 # A carriage return that ends a line does no harm; another overwrites what stands there.
+# What begins a command; a file of text keeps the others, such as form feeds of source code.
+_COMMANDS = re.compile(r"[\x1b\x80-\x9f\ud800-\udfff]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|\r(?!\n)")
 _GRACE_FOR_RANK_0 = 10.0  # seconds
 
@@ -98,18 +100,32 @@ def is_secret(value: Any, *, key: str = "") -> bool:
     return _SECRET_KEY.search(key) is not None or redact(value) != value
 
 
-def printable(text: str) -> str:
+def printable(text: str, *, terminal: bool = True) -> str:
     r"""Return a text that a terminal cannot take for commands: ESC becomes `\x1b`.
 
     Tabs and line ends stay. Text that comes from elsewhere (a model, a document, a file's name)
     goes through this function before it is printed.
+
+    Args:
+        terminal: if false, the text goes to a file or a pipe: only what would begin a command on a
+            terminal later (ESC, C1) is replaced.
     """
-    return _CONTROLS.sub(_escape, text)
+    return (_CONTROLS if terminal else _COMMANDS).sub(_escape, text)
 
 
 def _escape(found: re.Match[str]) -> str:
     code = ord(found[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def printable_pieces(pieces: Iterable[str], *, terminal: bool = True) -> Iterator[str]:
+    """Yield the pieces of one text as `printable` has the whole, wherever a line end is cut."""
+    held = ""
+    for piece in pieces:
+        text = held + piece
+        held = "\r" if text.endswith("\r") else ""
+        yield printable(text.removesuffix("\r"), terminal=terminal)
+    yield printable(held, terminal=terminal)
 
 
 def write_report(report: Any, *, as_json: bool = False) -> None:
@@ -120,9 +136,14 @@ def write_report(report: Any, *, as_json: bool = False) -> None:
     if as_json:
         text = json.dumps(finite(report), allow_nan=False) + "\n"
     else:
-        encoding = sys.stdout.encoding or "utf-8"  # what it lacks becomes a question mark
-        text = printable(str(report)).encode(encoding, "replace").decode(encoding)
+        text = encodable(printable(str(report)))
     sys.stdout.write(text)
+
+
+def encodable(text: str) -> str:
+    """Return a text with question marks for what standard output's encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def finite(value: Any) -> Any:
