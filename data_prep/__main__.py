@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite import env
-from megalite.log import run_main, write_report
+from megalite.log import CommandParser, run_main, write_report
 
 _INPUTS = """\
 inputs, each by its name:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m data_prep", None, __doc__, formatter_class=plain)
+    parser = CommandParser("python -m data_prep", None, __doc__, formatter_class=plain)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, line: str, run: Callable[..., int]) -> argparse.ArgumentParser:

@@ -63,6 +63,11 @@ def _print_goodput(found: dict[str, Any]) -> None:
         f"{found['run']}: {found['state']}, goodput {100 * found['goodput']:.1f} % of "
         f"{format_duration(wall)}, {found['restarts']} restarts, {found['lost_steps']} steps lost"
     ]
+    if (back := found["clock_set_back_seconds"]) > 0:
+        lines.append(
+            f"  the clock was set back by {format_duration(back)} during the run: time that passed "
+            "at that moment is not counted; see that the hosts keep their clocks (NTP)"
+        )
     for name, seconds in sorted(found["seconds"].items(), key=lambda item: -item[1]):
         share = 100 * seconds / wall if wall else 0.0
         lines.append(f"  {name:8} {share:5.1f} %  {format_duration(seconds):>10}")

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megalite.errors import LaunchError
+from megalite.errors import CommandError, LaunchError
 
 _TORCH_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # what Open MPI's mpirun, and MPICH's and Intel MPI's, tell their ranks
@@ -145,6 +145,21 @@ def secrets() -> list[str]:
         and (found := names.search(name))
         and not (found[0].upper() in ("KEY", "TOKEN") and word.fullmatch(value))
     ]
+
+
+def expand_user(path: str) -> str:
+    """Return a path with the home folder in place of a leading `~` or `~name`, as a shell does.
+
+    Raises:
+        CommandError: `~name` is no user with a home folder here.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise CommandError(
+            f"{path}: {path.split('/')[0]} is no user with a home folder here; write the whole "
+            f"path, or ./{path} for a folder of that name"
+        )
+    return found
 
 
 def variable(name: str) -> str:

@@ -149,28 +149,6 @@ def is_inner_path(name: object) -> bool:
     return isinstance(name, str) and all(is_plain_name(part) for part in name.split("/"))
 
 
-def user_path(text: str) -> Path:
-    """Return the path that a text means, with `~` for the home folder, as a shell has it.
-
-    Raises:
-        CommandError: `~name` of a user who has no home folder here.
-    """
-    return Path(expand_user(text))
-
-
-def expand_user(text: str) -> str:
-    """Return a path with its leading `~` replaced by the home folder; raises as `user_path`."""
-    if not text.startswith("~"):
-        return text
-    found = os.path.expanduser(text)
-    if found.startswith("~"):
-        raise CommandError(
-            f"{text}: {text.split('/')[0]} is no user's home folder here; write the whole path, or "
-            f"./{text} for a folder of that name"
-        )
-    return found
-
-
 def sha256_file(path: Path) -> str:
     """The file's SHA-256 as 64 hexadecimal digits, read in pieces of 4 MiB."""
     digest = hashlib.sha256()

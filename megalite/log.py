@@ -46,6 +46,8 @@ _SECRET_KEY = re.compile(
 # What begins a command; a file of text keeps the others, such as form feeds of source code.
 _COMMANDS = re.compile(r"[\x1b\x80-\x9f\ud800-\udfff]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|\r(?!\n)")
+# metavars of paths
+_PATHS = {"CHECKPOINT", "DIR", "FILE", "FOLDER", "INPUT", "PATH", "RUN"}
 _GRACE_FOR_RANK_0 = 10.0  # seconds
 
 
@@ -164,10 +166,32 @@ def remove(handler: logging.Handler | None) -> None:
         handler.close()
 
 
-def command_parser(about: str | None, examples: str) -> argparse.ArgumentParser:
+class CommandParser(argparse.ArgumentParser):
+    """A parser that expands `~` in paths, also where a shell does not (`--output=~/page.html`).
+
+    An argument is a path if its metavar says so.
+    """
+
+    def parse_known_args(self, *arguments: Any, **keywords: Any) -> Any:
+        found, rest = super().parse_known_args(*arguments, **keywords)
+        for action in self._actions:
+            if isinstance(action.metavar, str) and _PATHS & set(re.split(r"\W", action.metavar)):
+                value = getattr(found, action.dest, None)
+                if isinstance(value, list):
+                    setattr(found, action.dest, [_expand(item) for item in value])
+                elif value is not None:
+                    setattr(found, action.dest, _expand(value))
+        return found, rest
+
+
+def _expand(path: str | Path) -> str | Path:
+    return type(path)(env.expand_user(str(path)))
+
+
+def command_parser(about: str | None, examples: str) -> CommandParser:
     """The parser of a command whose help ends in examples, left as they are laid out."""
     plain = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=about, epilog=examples, formatter_class=plain)
+    return CommandParser(description=about, epilog=examples, formatter_class=plain)
 
 
 def _launched_rank() -> int:

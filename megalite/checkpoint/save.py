@@ -262,7 +262,7 @@ class _Draft:
         files.write_json(staging / "config.json", self.config.model_dump(mode="json"))
         for name, value in self.notes.items():
             files.write_json(staging / name, value)
-        shutil.copytree(tokenizer, staging / "tokenizer")
+        shutil.copytree(tokenizer, staging / "tokenizer", ignore=_links)
         for path in sorted(staging.rglob("*")):
             name = path.relative_to(staging).as_posix()
             if path.is_file() and name not in entries:
@@ -304,6 +304,11 @@ class _Draft:
             replaced.rename(final)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _links(folder: str, names: list[str]) -> list[str]:
+    """The names that are links: a checkpoint holds files, and none from elsewhere."""
+    return [name for name in names if Path(folder, name).is_symlink()]
 
 
 def _prepare(root: Path, staging: Path, lease: Lease | None, needed: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from megalite.config.faults import Fault, Key, schema_faults, show
 from megalite.config.rules import rule_faults
 from megalite.config.schema import RunConfig
 from megalite.config.secrets import explain_redacted, redacted_keys, secret_faults
-from megalite.config.strict import parse_strict, read_value, too_deep
+from megalite.config.strict import drop_halves, parse_strict, read_value, too_deep
 from megalite.errors import ConfigError
 from megalite.log import logger
 
@@ -49,7 +50,7 @@ def load_config(
     if model is not None:
         _merge(raw, {"model": model}, "the model to start from: ", origins)
     found = find_file(path)
-    if found != Path(path):
+    if found != Path(os.path.expanduser(path)):
         logger.info("%s is not here: taken from %s", path, found)
     for file, content in reversed(_read_chain(found, faults)):
         _merge(raw, content, f"{file}: ", origins)
@@ -78,7 +79,7 @@ def load_stored(path: Path) -> RunConfig:
 
 def find_file(name: str | Path, folder: Path = Path()) -> Path:
     """Where a run file is: as it is written, from `folder` on, else among those that ship."""
-    path = folder / name
+    path = folder / os.path.expanduser(name)
     with suppress(OSError, ValueError):  # names that no file can have
         shipped = SHIPPED / str(name).removeprefix("configs/")
         if not path.exists() and ".." not in shipped.parts and shipped.is_file():
@@ -101,7 +102,7 @@ def find_run(path: str | Path, sets: Sequence[str] = ()) -> Path | None:
     directory = logging.get("directory", "runs") if isinstance(logging, dict) else None
     if faults or not isinstance(directory, str) or not isinstance(name, str):
         return None
-    return Path(directory) / name
+    return Path(os.path.expanduser(directory)) / name
 
 
 def _told(path: str | Path, sets: Sequence[str], faults: list[str]) -> dict[str, Any]:
@@ -139,6 +140,9 @@ def _check(
 ) -> RunConfig:
     """stored: a copy that a run keeps, which is read, not written again."""
     raw.pop("$schema", None)  # an editor's, not ours
+    notes: list[str] = []
+    drop_halves(raw, notes)
+    faults += [f"{source}: {note}" for note in notes]
     config, found = schema_faults(raw)
     faulty = [fault.keys[0] for fault in found]
     broken = [*rule_faults(config), *deepspeed_faults(config)]

@@ -36,6 +36,12 @@ PROBES = (
 
 _SENTENCEPIECE, _HUGGING_FACE, _BYTES = "tokenizer.model", "tokenizer.json", "bytes.json"
 _HUGGING_FACE_CONFIG = "tokenizer_config.json"
+# What belongs to a tokenizer, here or in transformers; nothing else of its folder is copied.
+FILES = (
+    *(_SENTENCEPIECE, _HUGGING_FACE, _BYTES, _HUGGING_FACE_CONFIG),
+    *("special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+    *("chat_template.jinja", "chat_template.json", "vocab.json", "vocab.txt", "merges.txt"),
+)
 # Names in use for the tokens that begin and end a document, where no tokenizer_config.json says;
 # BERT's are the last.
 _BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>", "[CLS]")
@@ -106,6 +112,26 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise
     except Exception as error:  # both libraries raise bare Exception subclasses of their own
         raise DataError(f"{file}: not a tokenizer that can be read: {error}") from error
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that belong to its tokenizer.
+
+    Raises:
+        DataError: one of them is a link, which in a folder from elsewhere may lead anywhere.
+    """
+    found = [path for path in sorted(folder.iterdir()) if _belongs(path)]
+    for path in found:
+        if path.is_symlink():
+            raise DataError(
+                f"{path} is a link, which is not followed: what it leads to would be copied into "
+                "the run and its checkpoints; put a copy of the file in its place (cp -L)"
+            )
+    return [path for path in found if path.is_file()]
+
+
+def _belongs(path: Path) -> bool:
+    return path.name in FILES or path.suffix in (".model", ".spm")
 
 
 def check_round_trip(tokenizer: Tokenizer, *, lossy: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -143,4 +144,45 @@ def test_a_run_with_a_token_writes_nothing(shards: dict[str, str], tmp_path: Pat
     assert done.returncode == 2
     assert "deepspeed.wandb.team: it holds a secret" in done.stderr
     assert TOKEN not in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# --- links and names that lead elsewhere ---
+
+
+@pytest.fixture
+def linked(shards: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """Shards from elsewhere, whose tokenizer folder holds links and other files."""
+    (tmp_path / "secret").write_text("the secret")
+    shutil.copytree(shards["train"], tmp_path / "shards")
+    folder = tmp_path / "shards" / "tokenizer"
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    (folder / "loop").symlink_to("..")
+    (folder / "other.txt").write_text("no tokenizer's")
+    return {**shards, "train": str(tmp_path / "shards")}
+
+
+def test_links_beside_the_tokenizer_are_not_followed(
+    linked: dict[str, str], tmp_path: Path
+) -> None:
+    raw = run_file(linked, tmp_path, training={"steps": 2}, checkpoint={"every": 2})
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(raw))
+    done = start(config)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run"
+    for place in (folder, folder / "checkpoints" / "step_00000002"):
+        assert [path.name for path in (place / "tokenizer").iterdir()] == ["bytes.json"]
+    assert not any(b"the secret" in p.read_bytes() for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_link_in_place_of_the_tokenizer_is_refused(
+    linked: dict[str, str], tmp_path: Path
+) -> None:
+    (Path(linked["train"]) / "tokenizer" / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    config = tmp_path / "run.json"
+    config.write_text(json.dumps(run_file(linked, tmp_path, training={"steps": 2})))
+    done = start(config)
+    assert done.returncode == 2
+    assert "chat_template.jinja is a link, which is not followed" in done.stderr
     assert not (tmp_path / "run").exists()

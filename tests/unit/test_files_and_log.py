@@ -347,14 +347,6 @@ def test_names_from_a_file_stay_in_its_folder(name: Any, plain: bool, inner: boo
     assert files.is_inner_path(name) == inner
 
 
-def test_the_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    assert files.user_path("~/runs") == Path("/home/me/runs")
-    assert files.user_path("runs/~x") == Path("runs/~x")
-    with pytest.raises(errors.CommandError, match="~nobody-here is no user's home folder"):
-        files.user_path("~nobody-here/runs")
-
-
 def test_text_for_a_file_loses_only_what_begins_a_command() -> None:
     text = "form\x0cfeed \x1b[31m \x9b0m over\rwritten"
     safe = "form\x0cfeed \\x1b[31m \\x9b0m over\rwritten"
