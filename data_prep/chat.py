@@ -15,10 +15,10 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data_prep.records import Unusable
 from data_prep.rows import check_text
+from data_prep.sandbox import TemplateSandbox, collect, in_time
 from megalite.errors import DataError
 from megalite.formats.tokenizer import Tokenizer
 
@@ -137,15 +137,14 @@ class Chat:
         pieces, ends = tokenizer.pieces(), {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
         self._names = {f"{key}_token": pieces[id] for key, id in ends.items() if id is not None}
         extensions = (_Generation, "jinja2.ext.loopcontrols")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=extensions
-        )
+        environment = TemplateSandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         self._marks: Any = environment.extensions[_Generation.identifier]
         try:
-            self._compiled = environment.from_string(template)
-        except jinja2.TemplateError as error:
+            with in_time():
+                self._compiled = environment.from_string(template)
+        except (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError) as error:
             raise DataError(f"the chat template is no Jinja that can be read: {error}") from error
 
     def encode(self, messages: Messages) -> tuple[list[int], list[bool]]:
@@ -204,11 +203,13 @@ class Chat:
         marks.blocks, marks.spans = [], []
         seen = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            for block in self._compiled.generate(tools=None, documents=None, **seen, **self._names):
-                marks.blocks.append(block)
+            with in_time():
+                pieces = self._compiled.generate(tools=None, documents=None, **seen, **self._names)
+                collect(pieces, marks.blocks)
         except Exception as error:  # a template can fail in any way
-            raise Unusable(f"the chat template refuses it: {error}") from error
-        return "".join(marks.blocks)
+            reason = str(error) or type(error).__name__
+            raise Unusable(f"the chat template refuses it: {reason}") from error
+        return check_text("".join(marks.blocks), "the conversation as the template writes it")
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
