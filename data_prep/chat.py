@@ -20,6 +20,7 @@ from data_prep.records import Unusable
 from data_prep.rows import check_text
 from data_prep.sandbox import TemplateSandbox, collect, in_time
 from megalite.errors import DataError
+from megalite.files import parse_json
 from megalite.formats.tokenizer import Tokenizer
 
 TEMPLATE = "chat_template.jinja"
@@ -62,7 +63,7 @@ def find_template(file: str | None, given: str | None, tokenizer: str | Path | N
             return (folder / TEMPLATE).read_text(encoding="utf-8")
         config = folder / "tokenizer_config.json"
         if config.is_file():
-            found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") or CHATML
+            found = parse_json(config.read_bytes()).get("chat_template") or CHATML
             if isinstance(found, list):  # several, by name
                 found = {one["name"]: one["template"] for one in found}.get("default", CHATML)
             return str(found)

@@ -107,7 +107,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         if file.suffix == ".json":
             return HuggingFaceTokenizer(file)
-        return SentencePieceTokenizer(file.read_bytes())
+        tokenizer = SentencePieceTokenizer(file.read_bytes())
+        tokenizer.encode(" ".join(tokenizer.pieces()[:8]))  # a damaged model fails here
+        return tokenizer
     except DataError:
         raise
     except Exception as error:  # both libraries raise bare Exception subclasses of their own

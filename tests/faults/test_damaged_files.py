@@ -15,33 +15,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from data_prep.chat import ask
-from data_prep.encode import TokenizeOptions, tokenize
 from data_prep.report import inspect, verify
+from data_prep.sets import saved_folder
 from launcher.doctor import _print_goodput
-from megalite import errors, files
+from megalite import errors
 from megalite.checkpoint import (
     Lease,
-    StoredCheckpoint,
     describe_run,
     describe_start,
     find_newest,
     load_weights,
-    open_checkpoint,
     restore,
     set_aside_damaged,
 )
-from megalite.checkpoint.huggingface import HuggingFaceFolder, export, is_huggingface
+from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
 from megalite.config import load_config, load_stored
 from megalite.evaluate import open_model
 from megalite.formats import examples
 from megalite.formats.shards import open_shards
-from megalite.formats.tokenizer import ByteTokenizer, load_tokenizer
+from megalite.formats.tokenizer import load_tokenizer
 from megalite.formats.verify import verify_folder
 from megalite.observe import previous_attempts, restate, resumed_before
 from megalite.observe.goodput import goodput
@@ -52,9 +49,9 @@ from megalite.report import read_records, render
 from megalite.train.ledger import Ledger
 from megalite.train.resume import find_origin
 from tests import damage, labelled
-from tests.factories import make_engine, run_config, save_checkpoint, world_of_one
+from tests.factories import make_engine, world_of_one
 from tests.origins import reseal
-from tests.run_file import BASE
+from tests.whole_folders import MAKERS
 
 FEW, MANY = 12, 250
 SECONDS = 20
@@ -79,101 +76,6 @@ class Kind:
 
 
 GRID: list[Grid] = []  # of this process alone, while the tests of this file run
-
-# --- folders ---
-
-
-def make_run(folder: Path) -> None:
-    """A run folder with every record that a run leaves."""
-    row = {"time": 1000.0, "attempt": 0}
-    seconds = {"setup": 1.0, "step": 2.0}
-    rows: list[dict[str, Any]] = [
-        {"kind": "event", "step": 0, "name": "start", "world_size": 1, "data": {"windows": 9}},
-        {"kind": "train", "step": 1, "loss": 5.0, "lr": 1e-3, "tokens": 64, "mfu": None},
-        {"kind": "valid", "step": 1, "loss": 5.5, "epoch": 1, "accuracy": 0.5, "f1": 0.4},
-        {"kind": "sample", "step": 1, "prompt": "a", "text": "b"},
-        {"kind": "event", "step": 2, "name": "rollback", "to": 1, "gap": [0, 8], "reason": "x"},
-        {"kind": "event", "step": 2, "name": "resume", "path": str(folder), "job": "7"},
-        {"kind": "event", "step": 3, "name": "end", "seconds": seconds},
-    ]
-    lines = [json.dumps({**row, **one, "time": 1000.0 + n}) for n, one in enumerate(rows)]
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    files.write_json(folder / "config.json", run_config().model_dump(mode="json"))
-    status = {"state": "done", "step": 3, "attempt": 0, "last_checkpoint": None, "reason": None}
-    files.write_json(folder / "status.json", status)
-    numbers = {"step_seconds": 0.5, "memory_bytes": 1e9, "tokens_per_second": 10.0, "mfu": 0.1}
-    plan = {"device": "cpu", "hosts": 1, "per_host": 1, "predicted": numbers, "measured": numbers}
-    files.write_json(folder / "plan.json", plan)
-    evaluation = {
-        "test": {"accuracy": 0.5, "f1": 0.4, "confusion": [[1, 2], [3, 4]], "labels": ["a", "b"]},
-        "labels": ["a", "b"],
-    }
-    files.write_json(folder / "evaluation.json", evaluation)
-    answer = {"id": 3, "label": "a", "prediction": "b", "probabilities": [0.2, 0.8]}
-    (folder / "predictions.jsonl").write_text(json.dumps(answer) + "\n")
-    entries = [
-        {"kind": "start"},
-        {"kind": "skip", "step": 2, "samples": 8, "reason": "x"},
-        {"kind": "rollback", "step": 5, "samples": 20, "to": 3, "gap": [16, 24], "reason": "x"},
-        {"kind": "measured", "step": 3, "score": 0.5},
-    ]
-    (folder / "ledger.jsonl").write_text("".join(json.dumps(one) + "\n" for one in entries))
-    (folder / ".lease.json").write_text('{"job": "7", "restart_count": 0, "nonce": "ab"}')
-    files.write_json(folder / "wandb.json", {"id": "abc"})
-
-
-def make_checkpoint(folder: Path) -> None:
-    """A run with a checkpoint, its tokenizer that of bytes."""
-    engine = make_engine(model={"vocab_size": 260})
-    made = save_checkpoint(engine, GRID[0], folder / "checkpoints")
-    content = {"entries": [{"kind": "skip", "step": 2, "samples": 8}], "recent": [[1.0, 2.0]]}
-    files.write_json(made / "ledger.json", content)
-    manifest = files.read_json(made / "manifest.json")
-    manifest["files"]["ledger.json"] = {"bytes": 0, "sha256": ""}
-    files.write_json(made / "manifest.json", manifest)
-    reseal(made)
-
-
-def make_huggingface(folder: Path) -> None:
-    """A folder of Hugging Face's, in two files with an index."""
-    engine = make_engine(model={"vocab_size": 260})
-    made = save_checkpoint(engine, GRID[0], folder / "run" / "checkpoints")
-    _, manifest = open_checkpoint(made)
-    model = engine.config.model
-    stored = StoredCheckpoint(made, manifest)
-    export(stored, model, ByteTokenizer(), folder / "hf", shard_bytes=20_000)
-
-
-def make_shards(folder: Path) -> None:
-    (folder / "text.jsonl").write_text('{"text": "one two three"}\n' * 40)
-    options = TokenizeOptions([str(folder / "text.jsonl")], "bytes", folder / "shards")
-    tokenize(options)
-
-
-def make_examples(folder: Path) -> None:
-    path = labelled.jsonl(str(folder / "rows" / "train.jsonl"), labelled.ROWS)
-    made = labelled.make(path, cache=str(folder / "cache"))
-    made.rename(folder / "examples")
-
-
-def make_texts(folder: Path) -> None:
-    """Files that a user brings along."""
-    labelled.jsonl(str(folder / "rows.jsonl"), labelled.ROWS[:4])
-    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-    labelled.jsonl(str(folder / "chat.jsonl"), [{"messages": turns}] * 3)
-    (folder / "run.json").write_text(json.dumps(BASE))
-    device = {"extends": "h100-80gb", "name": "mine", "bandwidth": 1e12, "efficiencies": {}}
-    (folder / "device.json").write_text(json.dumps(device))
-
-
-MAKERS: dict[str, Callable[[Path], None]] = {
-    "run": make_run,
-    "checkpoint": make_checkpoint,
-    "huggingface": make_huggingface,
-    "shards": make_shards,
-    "examples": make_examples,
-    "texts": make_texts,
-}
 
 # --- readers ---
 
@@ -244,12 +146,12 @@ def read_examples(folder: Path) -> None:
 
 
 def read_tokenizer(folder: Path) -> None:
-    tokenizer = load_tokenizer(folder / "hf")
+    tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode("Some text, 123.")
     tokenizer.decode(ids)
     tokenizer.count_bytes(ids)
     tokenizer.pieces()
-    ask(folder / "hf", tokenizer, "hello")
+    ask(folder, tokenizer, "hello")
 
 
 def tune(name: str, task: str) -> Read:
@@ -274,6 +176,10 @@ CHECKPOINT: tuple[Read, ...] = (
     lambda folder: describe_start(folder),
     ledger,
     resume,
+)
+TOKENIZER: tuple[Read, ...] = (
+    lambda folder: read_tokenizer(folder / "hf"),
+    lambda folder: use(folder / "hf"),
 )
 HUGGING_FACE: tuple[Read, ...] = (
     lambda folder: is_huggingface(folder / "hf"),
@@ -322,11 +228,22 @@ KINDS: dict[str, Kind] = {
     "weights of Hugging Face": Kind(
         "huggingface", "hf/*-00001-*.safetensors", damage.change_safetensors, HUGGING_FACE
     ),
-    "tokenizer.json": Kind(
-        "huggingface", "hf/tokenizer.json", damage.change_json, (read_tokenizer,)
-    ),
+    "tokenizer.json": Kind("huggingface", "hf/tokenizer.json", damage.change_json, TOKENIZER),
     "tokenizer_config.json": Kind(
-        "huggingface", "hf/tokenizer_config.json", damage.change_json, (read_tokenizer,)
+        "huggingface", "hf/tokenizer_config.json", damage.change_json, TOKENIZER
+    ),
+    **{
+        name: Kind("huggingface", f"hf/{name}", damage.change_json, TOKENIZER)
+        for name in ("generation_config.json", "special_tokens_map.json", "added_tokens.json")
+    },
+    "chat template": Kind(
+        "huggingface", "hf/chat_template.jinja", damage.change_bytes, (TOKENIZER[0],)
+    ),
+    "SentencePiece model": Kind(
+        "texts",
+        "trained/tokenizer.model",
+        damage.change_bytes,
+        (lambda folder: read_tokenizer(folder / "trained"),),
     ),
     "manifest of shards": Kind("shards", "shards/manifest.json", damage.change_json, SHARDS),
     "index of shards": Kind("shards", "shards/*.idx", damage.change_bytes, SHARDS),
@@ -339,6 +256,15 @@ KINDS: dict[str, Kind] = {
     ),
     "labelled rows": Kind(
         "texts", "rows.jsonl", damage.change_rows, (tune("rows.jsonl", "classification"),)
+    ),
+    "table of rows": Kind(
+        "texts", "rows.csv", damage.change_bytes, (tune("rows.csv", "classification"),)
+    ),
+    "data set saved to disk": Kind(
+        "texts",
+        "saved/dataset_dict.json",
+        damage.change_json,
+        (lambda folder: saved_folder(str(folder / "saved")),),
     ),
     "conversations": Kind("texts", "chat.jsonl", damage.change_rows, (tune("chat.jsonl", "sft"),)),
     "run file": Kind(
@@ -369,7 +295,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
         GRID[:] = [grid]
         for name, make in MAKERS.items():
             made[name] = tmp_path_factory.mktemp(name)
-            make(made[name])
+            make(made[name], grid)
         yield made
 
 
