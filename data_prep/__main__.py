@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Sequence
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
 from megalite import env
-from megalite.log import run_main
+from megalite.log import CommandParser, run_main, write_report
 
 _INPUTS = """\
 inputs, each by its name:
@@ -45,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m data_prep", None, __doc__, formatter_class=plain)
+    parser = CommandParser("python -m data_prep", None, __doc__, formatter_class=plain)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, line: str, run: Callable[..., int]) -> argparse.ArgumentParser:
@@ -167,7 +166,7 @@ def _train_tokenizer(**given: Any) -> int:
     from data_prep.train import TrainOptions, train_tokenizer
 
     tokenizer = train_tokenizer(TrainOptions(**given))
-    sys.stdout.write(f"{given['output']}: a tokenizer of {tokenizer.vocab_size:,} pieces\n")
+    write_report(f"{given['output']}: a tokenizer of {tokenizer.vocab_size:,} pieces\n")
     return 0
 
 
@@ -191,7 +190,7 @@ def _tokenize(**given: Any) -> int:
     manifest = tokenize(TokenizeOptions(**given))
     if rank:
         return 0  # rank 0 speaks for all
-    sys.stdout.write(
+    write_report(
         f"{given['output']}: {len(manifest.shards)} shards, {manifest.documents:,} documents, "
         f"{manifest.tokens:,} tokens\n"
     )

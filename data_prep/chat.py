@@ -5,7 +5,6 @@ Templates see what Hugging Face transformers shows them and run in the same sand
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from data_prep.messages import REASONING, Messages, check_messages, strings
 from data_prep.records import Unusable
 from data_prep.template import Spans, Template
 from megalite.errors import DataError
+from megalite.files import parse_json
 from megalite.formats.tokenizer import Tokenizer
 from megalite.log import logger
 
@@ -70,7 +70,7 @@ def find_template(file: str | None, given: str | None, tokenizer: str | Path | N
             return (folder / TEMPLATE).read_text(encoding="utf-8")
         config = folder / "tokenizer_config.json"
         if config.is_file():
-            found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") or CHATML
+            found = parse_json(config.read_bytes()).get("chat_template") or CHATML
             if isinstance(found, list):  # several, by name
                 found = {one["name"]: one["template"] for one in found}.get("default", CHATML)
             return str(found)

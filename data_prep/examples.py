@@ -19,6 +19,7 @@ import os
 import re
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -29,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.chat import TEMPLATE, Chat, find_template
+from data_prep.labels import describe_similar, label_name
 from data_prep.messages import (
     ROW_WEIGHTS,
     TOOLS,
@@ -39,7 +41,7 @@ from data_prep.messages import (
 )
 from data_prep.output import staged
 from data_prep.records import Unusable
-from data_prep.rows import BadRows, Row, columns_of, label_name
+from data_prep.rows import BadRows, Row, columns_of
 from data_prep.sources import Source, find_source
 from data_prep.train import SAMPLE_CHARACTERS, learn_tokenizer, sample_chunks
 from megalite import files
@@ -321,7 +323,9 @@ class _Maker:
             text = row.text(data.text_column)
             if self._optional and self._lacks(row.values.get(data.label_column)):
                 return _Fields(row, (text,))
-            label = label_name(row.get(data.label_column), data.label_column, self._names)
+            label = row.get(data.label_column)
+            if not isinstance(label, str) or label not in self._labels:
+                label = label_name(label, data.label_column, self._names)
             if self._labels and label not in self._labels:
                 raise Unusable(f"label {label!r} is none of {', '.join(self._labels)}")
             return _Fields(row, (text,), label)
@@ -349,7 +353,13 @@ class _Maker:
             return {}
         labels = self._data.labels or self._names
         if labels is None:
-            found = {fields.label for fields in self._rows("train")}
+            found = Counter(fields.label for fields in self._rows("train"))
+            for similar in describe_similar(found):
+                logger.warning(
+                    "finetune.data.label_column %r: these are different labels: %s (rows of each); "
+                    "if they mean the same, write them in one way",
+                    *(self._data.label_column, similar),
+                )
             numbers = all(re.fullmatch(r"-?\d+", label) for label in found)
             labels = tuple(sorted(found, key=lambda x: (int(x), x) if numbers else (0, x)))
         if len(set(labels)) != len(labels):

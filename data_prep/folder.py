@@ -32,6 +32,7 @@ from typing import Any
 from data_prep.output import tidied
 from megalite import env
 from megalite.errors import CommandError, DataError, MegaLiteError, UserError
+from megalite.files import parse_json
 from megalite.formats.manifest import MANIFEST_NAME
 from megalite.log import logger
 
@@ -247,7 +248,7 @@ def write(path: Path, value: Any, *, first: bool = False) -> None:
 def read(path: Path) -> Any:
     """JSON that `write` put in place; None where there is none."""
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 

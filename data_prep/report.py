@@ -17,7 +17,7 @@ from megalite.formats.manifest import Manifest
 from megalite.formats.shards import ShardSet, open_shards
 from megalite.formats.tokenizer import load_tokenizer
 from megalite.formats.verify import verify_folder
-from megalite.log import logger
+from megalite.log import encodable, logger, printable, write_report
 
 _EXACT_BITS = 12  # of a length that are counted: a share below 1/2048 of it is not
 _MOST_BINS = 24
@@ -30,10 +30,10 @@ def verify(folder: Path) -> int:
     """Name everything that is wrong with a shard folder; 1 if there is something, else 0."""
     faults = verify_folder(folder)
     for fault in faults:
-        sys.stdout.write(f"{fault}\n")
+        write_report(f"{fault}\n")
     if not faults:
         manifest = open_shards(folder).manifest
-        sys.stdout.write(
+        write_report(
             f"{folder}: {len(manifest.shards)} shards, {manifest.documents:,} documents, "
             f"{manifest.tokens:,} tokens, all as written\n"
         )
@@ -58,11 +58,12 @@ def inspect(folder: Path, document: int | None, picture: Path | None = None) -> 
         raise CommandError(f"--picture {picture}: pictures are drawn as SVG; name a file .svg")
     shards = open_shards(folder)
     if document is not None:
-        _print(_document(shards, document))
+        text = _document(shards, document)
+        sys.stdout.write(encodable(printable(text, terminal=sys.stdout.isatty())))
         return 0
     lengths = Lengths.of(shards)
-    _print("".join(f"{name:18s} {value}\n" for name, value in _summary(shards, lengths)))
-    _print("".join(f"{line}\n" for line in _bars(lengths)))
+    write_report("".join(f"{name:18s} {value}\n" for name, value in _summary(shards, lengths)))
+    write_report("".join(f"{line}\n" for line in _bars(lengths)))
     if picture:
         try:
             picture.write_text(_svg(f"{folder}", lengths), encoding="utf-8")
@@ -253,9 +254,3 @@ def _document(shards: ShardSet, number: int) -> str:
         logger.warning("no manifest, and no tokenizer/ beside the shards: these are its ids")
         return " ".join(map(str, ids)) + "\n"
     return load_tokenizer(shards.folder / shards.manifest.tokenizer.path).decode(ids) + "\n"
-
-
-def _print(text: str) -> None:
-    """Write to standard output; what its encoding does not have becomes a question mark."""
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))

@@ -62,23 +62,6 @@ def check_text(value: Any, what: str, *, empty: bool = False) -> str:
     return value
 
 
-def label_name(value: Any, column: str, names: Sequence[str] | None) -> str:
-    """A label's name: True, False, the digits of a number, or what the source calls it."""
-    if isinstance(value, bool):
-        return str(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int):
-        if names is None:
-            return str(value)
-        if 0 <= value < len(names):
-            return names[value]
-    elif isinstance(value, str) and value.strip():
-        return value
-    known = f", not one of {', '.join(names)}" if names else ", neither a whole number nor a name"
-    raise Unusable(f"field {column!r} is {value!r:.40}{known}")
-
-
 class BadRows:
     """Counts a split's rows with faults, each once; more than `limit` of them are refused."""
 

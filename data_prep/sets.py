@@ -12,7 +12,7 @@ from data_prep.records import Record
 from data_prep.tables import check_column, column_records, even_parts, rows_at_once
 from megalite import env
 from megalite.errors import CommandError, DataError
-from megalite.files import read_json
+from megalite.files import is_plain_name, read_object
 from megalite.formats import hub
 
 HUB = "hf:"
@@ -101,6 +101,8 @@ def saved_folder(name: str) -> Path | None:
     if not (folder / "dataset_dict.json").is_file():
         return None
     splits = _read_json(folder / "dataset_dict.json").get("splits", [])
+    if not isinstance(splits, list) or not all(map(is_plain_name, splits)):
+        raise DataError(f"{folder}/dataset_dict.json: splits are no list of names; save it again")
     if (split or "train") not in splits:
         raise CommandError(
             f"--input {name}: no split {split or 'train'}; it has {', '.join(splits)}: name one "
@@ -217,7 +219,7 @@ def _open_saved(folder: str) -> Any:
 
 def _read_json(path: Path) -> dict[str, Any]:
     with naming(str(path), (OSError, ValueError)):
-        return dict(read_json(path))
+        return read_object(path)
 
 
 def _unopened(name: str, error: Exception) -> DataError:

@@ -25,6 +25,7 @@ from data_prep.folder import Run
 from data_prep.inputs import Stream
 from data_prep.readers import BadRecords, Fault, Reader
 from megalite.errors import CommandError, DataError
+from megalite.files import parse_json
 from megalite.formats.index import Dtype, Integers, dtype_for
 from megalite.formats.tokenizer import Tokenizer
 
@@ -320,7 +321,7 @@ class Worker:
 def read_header(path: Path) -> Part:
     """What a part's file says of itself."""
     with safe_open(path, framework="np") as file:
-        found = json.loads(file.metadata()["part"])
+        found = parse_json(file.metadata()["part"])
     return Part(**{**found, "tally": Tally(**found["tally"])})
 
 

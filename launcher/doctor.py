@@ -7,13 +7,11 @@ lost, and why it was started again.
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from megalite.errors import CommandError
-from megalite.log import command_parser, run_main
+from megalite.log import command_parser, run_main, write_report
 
 _EXAMPLES = """examples:
   python launcher/doctor.py
@@ -51,7 +49,7 @@ def main() -> int:
         else:
             show(rows)
     if arguments.json:
-        sys.stdout.write(json.dumps(told) + "\n")
+        write_report(told, as_json=True)
     elif told:
         _print_goodput(told)
     return code
@@ -65,6 +63,11 @@ def _print_goodput(found: dict[str, Any]) -> None:
         f"{found['run']}: {found['state']}, goodput {100 * found['goodput']:.1f} % of "
         f"{format_duration(wall)}, {found['restarts']} restarts, {found['lost_steps']} steps lost"
     ]
+    if (back := found["clock_set_back_seconds"]) > 0:
+        lines.append(
+            f"  the clock was set back by {format_duration(back)} during the run: time that passed "
+            "at that moment is not counted; see that the hosts keep their clocks (NTP)"
+        )
     for name, seconds in sorted(found["seconds"].items(), key=lambda item: -item[1]):
         share = 100 * seconds / wall if wall else 0.0
         lines.append(f"  {name:8} {share:5.1f} %  {format_duration(seconds):>10}")
@@ -73,7 +76,7 @@ def _print_goodput(found: dict[str, Any]) -> None:
         some = one["last"] > one["first"]
         steps = (f"steps {one['first'] + 1} to {one['last']}" if some else "no step") + lost
         lines.append(f"  attempt {one['attempt']}: {steps}: {one['cause']}")
-    sys.stdout.write("\n".join(lines) + "\n")
+    write_report("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 
 from megalite import env
 from megalite.errors import CommandError
 from megalite.formats import hub
-from megalite.log import command_parser, logger, run_main
+from megalite.log import command_parser, logger, run_main, write_report
 
 _EXAMPLES = """examples:
   python launcher/eval.py --checkpoint runs/smoke
@@ -92,7 +90,8 @@ def main() -> None:
         told = {"path": arguments.task_path, "limit": arguments.limit, "batch_size": size}
         result["tasks"] = harness.run(opened, grid, arguments.tasks, **told)
     if launch.rank == 0:
-        sys.stdout.write(json.dumps(result) + "\n" if arguments.json else table.table(result))
+        report = result if arguments.json else table.table(result)
+        write_report(report, as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from megalite import files
 from megalite.formats import hub
-from megalite.log import command_parser, run_main
+from megalite.log import command_parser, printable, run_main, write_report
 
 _EXAMPLES = """examples:
   python launcher/explain.py --checkpoint runs/imdb --text "A film to forget." --output why.html
@@ -41,8 +40,8 @@ def main() -> None:
 
     opened = open_model(checkpoint)
     page = explain.explain_text(opened, arguments.text, arguments.label)
-    files.write_atomic(arguments.output, page)
-    sys.stdout.write(f"{arguments.output}\n")
+    files.write_atomic(arguments.output, printable(page))
+    write_report(f"{arguments.output}\n")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from megalite.errors import CommandError, DataError
 from megalite.formats import hub
 from megalite.formats.tokenizer import Tokenizer, load_tokenizer
-from megalite.log import command_parser, logger, run_main
+from megalite.log import command_parser, logger, run_main, write_report
 
 _EXAMPLES = """examples:
   python launcher/export.py --checkpoint runs/smoke --output exported/smoke --verify
@@ -48,7 +47,7 @@ def main() -> int:
     checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint")  # before torch is imported
     from megalite.checkpoint import StoredCheckpoint, find_base, merged, open_checkpoint
     from megalite.checkpoint.huggingface import export, export_adapter
-    from megalite.config import load_config
+    from megalite.config import load_stored
     from megalite.evaluate.verify import require_transformers, verify, verify_text
 
     if arguments.verify and arguments.adapter:
@@ -56,11 +55,11 @@ def main() -> int:
     if arguments.verify:
         require_transformers()
     folder, manifest = open_checkpoint(checkpoint, weights_only=True)
-    run = load_config(folder / "config.json")
+    run = load_stored(folder / "config.json")
     if arguments.adapter:
         stored_adapter, base = StoredCheckpoint(folder, manifest), find_base(folder)
         family = export_adapter(stored_adapter, run.model, arguments.output, base=base)
-        sys.stdout.write(f"{folder} -> {arguments.output} (adapters of {family.model_type})\n")
+        write_report(f"{folder} -> {arguments.output} (adapters of {family.model_type})\n")
         return 0
     stored, model = merged(StoredCheckpoint(folder, manifest), run.model)
     place = folder / "tokenizer"
@@ -76,13 +75,13 @@ def main() -> int:
         chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
         ends=_end_of_turn(place, tokenizer) if chat else (),
     )
-    sys.stdout.write(f"{folder} -> {arguments.output} ({family.architecture})\n")
+    write_report(f"{folder} -> {arguments.output} ({family.architecture})\n")
     if not arguments.verify:
         return 0
     error, limit = verify(arguments.output)
-    sys.stdout.write(f"largest difference of the scores: {error:.1e} (limit {limit:.0e})\n")
+    write_report(f"largest difference of the scores: {error:.1e} (limit {limit:.0e})\n")
     faults = verify_text(arguments.output)
-    sys.stdout.write("".join(f"{fault}\n" for fault in faults) or "texts: the same ids and ends\n")
+    write_report("".join(f"{fault}\n" for fault in faults) or "texts: the same ids and ends\n")
     return 0 if error <= limit and not faults else 1
 
 

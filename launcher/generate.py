@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from megalite import env
 from megalite.errors import CommandError
 from megalite.formats import hub
-from megalite.log import command_parser, run_main
+from megalite.log import command_parser, printable_pieces, run_main
 
 if TYPE_CHECKING:
     from data_prep.conversations import Question
@@ -119,7 +119,7 @@ def main() -> None:
         if arguments.chat
         else continue_prompts(opened, arguments, sampling)
     )
-    for piece in pieces:
+    for piece in printable_pieces(pieces, terminal=out.isatty()):
         out.write(piece)
         out.flush()
 

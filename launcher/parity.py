@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import tempfile
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalite.errors import CommandError
-from megalite.log import command_parser, run_main
+from megalite.log import command_parser, run_main, write_report
 
 if TYPE_CHECKING:
     from megalite.train.parity.prove import Finding
@@ -54,7 +53,7 @@ def main() -> int:
         findings += [proof.try_resume(pair) for pair in pairs]
     ok = all(finding.ok for finding in findings)
     report = {"ok": ok, "layouts": [vars(finding) for finding in findings]}
-    sys.stdout.write(json.dumps(report) + "\n" if arguments.json else _table(findings))
+    write_report(report if arguments.json else _table(findings), as_json=arguments.json)
     return 0 if ok else 1
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from megalite import files
 from megalite.config import find_file, run_files, section_changes
-from megalite.log import command_parser, run_main
+from megalite.log import command_parser, run_main, write_report
 from megalite.plan.command import calibrated, planned_config, refuse_useless
 from megalite.plan.devices import DEVICES, find_device
 from megalite.plan.forecast import forecast
@@ -59,10 +58,9 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     arguments = parse()
     refuse_useless(arguments)
-    write = sys.stdout.write
     if arguments.calibrate:
         path, device = calibrated(arguments.calibrate, arguments.output)
-        write(json.dumps(device) + "\n" if arguments.json else f"{path}\n")
+        write_report(device if arguments.json else f"{path}\n", as_json=arguments.json)
         return 0
     layout = Layout(find_device(arguments.gpu), arguments.nodes, arguments.gpus_per_node)
     model = None
@@ -76,8 +74,9 @@ def main() -> int:
     config = planned_config(arguments.config, arguments.set, model)
     if not arguments.search:
         found = forecast(config, layout)
-        told = json.dumps(found.as_json(config.training.steps)) + "\n"
-        write(told if arguments.json else describe(config, found))
+        steps = config.training.steps
+        told = found.as_json(steps) if arguments.json else describe(config, found)
+        write_report(told, as_json=arguments.json)
         return 0 if found.fits else 1
     size = f"{arguments.nodes}x{arguments.gpus_per_node}-{layout.device.name}"
     path = arguments.output or Path(f"{config.name}-{size}.json")
@@ -90,9 +89,9 @@ def main() -> int:
     files.write_json(path, run_file(candidates[0], path, source, changes))
     if arguments.json:
         rows = [c.changes | c.forecast.as_json(config.training.steps) for c in candidates]
-        write(json.dumps({"written": str(path), "candidates": rows}) + "\n")
+        write_report({"written": str(path), "candidates": rows}, as_json=True)
     else:
-        write(f"{compare(candidates)}the first of {len(candidates)}: {path}\n")
+        write_report(f"{compare(candidates)}the first of {len(candidates)}: {path}\n")
     return 0
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from megalite import files
 from megalite.errors import CommandError
-from megalite.log import command_parser, run_main
+from megalite.log import command_parser, printable, run_main, write_report
 
 _EXAMPLES = """examples:
   python launcher/report.py runs/smoke --output smoke.html
@@ -35,11 +34,10 @@ def main() -> None:
 
     page = render(read_records(arguments.runs))
     try:
-        # a text of a run may hold halves of surrogate pairs, which UTF-8 has no bytes for
-        files.write_atomic(output, page.encode(errors="replace"))
+        files.write_atomic(output, printable(page))
     except OSError as error:
         raise CommandError(f"--output {output} cannot be written: {error.strerror}") from None
-    sys.stdout.write(f"{output}\n")
+    write_report(f"{output}\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megalite.errors import LaunchError
+from megalite.errors import CommandError, LaunchError
 
 _TORCH_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # what Open MPI's mpirun, and MPICH's and Intel MPI's, tell their ranks
@@ -132,9 +132,34 @@ def launch_id(env: Mapping[str, str] = os.environ) -> str:
 
 
 def secrets() -> list[str]:
-    """Values of variables whose names say that nobody should read them."""
+    """Values of variables whose names say that nobody should read them.
+
+    Many a KEY or TOKEN is no secret (GROUP_KEY=layernorm): there a plain word is none.
+    """
     names = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-    return [value for name, value in os.environ.items() if names.search(name) and len(value) >= 8]
+    word = re.compile(r"[A-Za-z_.<|>/-]+")
+    return [
+        value
+        for name, value in os.environ.items()
+        if len(value) >= 8
+        and (found := names.search(name))
+        and not (found[0].upper() in ("KEY", "TOKEN") and word.fullmatch(value))
+    ]
+
+
+def expand_user(path: str) -> str:
+    """Return a path with the home folder in place of a leading `~` or `~name`, as a shell does.
+
+    Raises:
+        CommandError: `~name` is no user with a home folder here.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise CommandError(
+            f"{path}: {path.split('/')[0]} is no user with a home folder here; write the whole "
+            f"path, or ./{path} for a folder of that name"
+        )
+    return found
 
 
 def variable(name: str) -> str:

@@ -80,9 +80,36 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parse a JSON text.
+
+    Raises:
+        ValueError: not JSON, not UTF-8, or nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+
+
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; `OSError` and `ValueError` (bad UTF-8 included) are the caller's."""
-    return json.loads(path.read_bytes().decode("utf-8"))
+    """Parse a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: as `parse_json`.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError("not a regular file")  # reading a pipe would wait for ever
+    return parse_json(path.read_bytes())
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that holds an object; raises as `read_json`."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {type(value).__name__}, not a JSON object")
+    return value
 
 
 def each_row(path: Path, *, last: int | None = None) -> Iterator[dict[str, Any] | None]:
@@ -96,14 +123,30 @@ def each_row(path: Path, *, last: int | None = None) -> Iterator[dict[str, Any] 
             file.seek(max(0, file.seek(0, os.SEEK_END) - last))
         for line in file:
             row = None
-            with suppress(ValueError, RecursionError):
-                row = json.loads(line)
+            with suppress(ValueError):
+                row = parse_json(line)
             yield row if isinstance(row, dict) else None
 
 
 def read_rows(path: Path, *, last: int | None = None) -> list[dict[str, Any]]:
     """The objects of `each_row`, without the lines that a crash cut short."""
     return [row for row in each_row(path, last=last) if row is not None]
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name from a file is that of a file beside it, and cannot lead elsewhere."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name not in ("", ".", "..")
+        and not {"/", "\\"} & set(name)
+        and len(name.encode(errors="replace")) <= 255
+    )
+
+
+def is_inner_path(name: object) -> bool:
+    """Whether a path from a file stays below the folder it is relative to; links are not seen."""
+    return isinstance(name, str) and all(is_plain_name(part) for part in name.split("/"))
 
 
 def sha256_file(path: Path) -> str:

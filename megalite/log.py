@@ -7,12 +7,14 @@ to what a command reports.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,30 @@ from megalite.errors import LaunchError, MegaLiteError, UserError
 
 logger = logging.getLogger("megalite")
 
-_REDACTED = "[redacted]"
+REDACTED = "[redacted]"
+# The random part of a token: long, and no plain word, so that data/sk-wikipedia-2024 is a path.
+_BODY = r"(?:[a-z]{20,}|(?=[a-z]*[0-9A-Z])[A-Za-z0-9]{16,})"
 _SECRET = re.compile(
-    r"\b(?:hf_|gh[pousr]_|github_pat_|sk-|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,}"
+    rf"\b(?:(?:hf_|gh[pousr]_|npm_){_BODY}"
+    rf"|sk-(?:[A-Za-z0-9]+-)*{_BODY}[\w-]*"
+    r"|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abeprs]-[A-Za-z0-9-]{12,}|AKIA[A-Z0-9]{12,}"
+    r"|AIza[\w-]{24,}|ya29\.[\w-]{16,}|[rs]k_(?:live|test)_\w{16,}"
+    r"|eyJ[\w-]{6,}\.[\w-]{6,}\.[\w-]*)"  # a JSON Web Token
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
     r"|(?<=://)[^/@:\s]+:[^/@\s]+(?=@)"
 )
-_SECRET_KEY = re.compile(r"(?:^|_)(?:api_?key|access_?key|auth_token|secret|passw(?:or)?d)$", re.I)
+_SECRET_KEY = re.compile(
+    r"(?:^|[_-])(?:(?:api|access|secret|private)_?key|secret|passw(?:or)?d|credentials?"
+    r"|(?:auth|access|api|bearer|hf|refresh|secret|session)_?token)$|^token$",
+    re.IGNORECASE,
+)
+# C0 without tab and newline, DEL, C1, and halves of surrogate pairs, which no encoding has.
+# A carriage return that ends a line does no harm; another overwrites what stands there.
+# What begins a command; a file of text keeps the others, such as form feeds of source code.
+_COMMANDS = re.compile(r"[\x1b\x80-\x9f\ud800-\udfff]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|\r(?!\n)")
+# metavars of paths
+_PATHS = {"CHECKPOINT", "DIR", "FILE", "FOLDER", "INPUT", "PATH", "RUN"}
 _GRACE_FOR_RANK_0 = 10.0  # seconds
 
 
@@ -54,25 +74,89 @@ def add_file(path: Path) -> logging.Handler:
 class _Redacting(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text: str = redact(super().format(record))
-        return text
+        return printable(text)
 
 
 def redact(value: Any) -> Any:
-    """A JSON value, or a text, without what opens accounts: tokens, keys, passwords in URLs.
+    """Return a JSON value, or a text, without what opens accounts: tokens, keys, passwords in URLs.
 
-    Known by their form, by the environment variables that hold them, and by the keys they are
-    under.
+    They are recognised by their form, by the environment variables that hold them, and by their
+    keys. Only what is read by people is redacted: values that a run needs are never changed.
     """
     if isinstance(value, str):
         for secret in env.secrets():
-            value = value.replace(secret, _REDACTED)
-        return _SECRET.sub(_REDACTED, value)
+            value = value.replace(secret, REDACTED)
+        return _SECRET.sub(REDACTED, value)
     if isinstance(value, Mapping):
         return {
-            key: _REDACTED if isinstance(item, str) and _SECRET_KEY.search(key) else redact(item)
+            key: REDACTED if is_secret(item, key=key) else redact(item)
             for key, item in value.items()
         }
     return [redact(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def is_secret(value: Any, *, key: str = "") -> bool:
+    """Whether a value is a text that holds a secret, or stands under a secret's name."""
+    if not isinstance(value, str) or not value:
+        return False
+    return _SECRET_KEY.search(key) is not None or redact(value) != value
+
+
+def printable(text: str, *, terminal: bool = True) -> str:
+    r"""Return a text that a terminal cannot take for commands: ESC becomes `\x1b`.
+
+    Tabs and line ends stay. Text that comes from elsewhere (a model, a document, a file's name)
+    goes through this function before it is printed.
+
+    Args:
+        terminal: if false, the text goes to a file or a pipe: only what would begin a command on a
+            terminal later (ESC, C1) is replaced.
+    """
+    return (_CONTROLS if terminal else _COMMANDS).sub(_escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def printable_pieces(pieces: Iterable[str], *, terminal: bool = True) -> Iterator[str]:
+    """Yield the pieces of one text as `printable` has the whole, wherever a line end is cut."""
+    held = ""
+    for piece in pieces:
+        text = held + piece
+        held = "\r" if text.endswith("\r") else ""
+        yield printable(text.removesuffix("\r"), terminal=terminal)
+    yield printable(held, terminal=terminal)
+
+
+def write_report(report: Any, *, as_json: bool = False) -> None:
+    """Write a command's report to standard output: a text as it is printable, or one JSON object.
+
+    The JSON is strict: numbers that it lacks (nan, inf) are null.
+    """
+    if as_json:
+        text = json.dumps(finite(report), allow_nan=False) + "\n"
+    else:
+        text = encodable(printable(str(report)))
+    sys.stdout.write(text)
+
+
+def encodable(text: str) -> str:
+    """Return a text with question marks for what standard output's encoding lacks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def finite(value: Any) -> Any:
+    """Return a JSON value whose numbers that are not finite are null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
 
 
 def remove(handler: logging.Handler | None) -> None:
@@ -82,10 +166,32 @@ def remove(handler: logging.Handler | None) -> None:
         handler.close()
 
 
-def command_parser(about: str | None, examples: str) -> argparse.ArgumentParser:
+class CommandParser(argparse.ArgumentParser):
+    """A parser that expands `~` in paths, also where a shell does not (`--output=~/page.html`).
+
+    An argument is a path if its metavar says so.
+    """
+
+    def parse_known_args(self, *arguments: Any, **keywords: Any) -> Any:
+        found, rest = super().parse_known_args(*arguments, **keywords)
+        for action in self._actions:
+            if isinstance(action.metavar, str) and _PATHS & set(re.split(r"\W", action.metavar)):
+                value = getattr(found, action.dest, None)
+                if isinstance(value, list):
+                    setattr(found, action.dest, [_expand(item) for item in value])
+                elif value is not None:
+                    setattr(found, action.dest, _expand(value))
+        return found, rest
+
+
+def _expand(path: str | Path) -> str | Path:
+    return type(path)(env.expand_user(str(path)))
+
+
+def command_parser(about: str | None, examples: str) -> CommandParser:
     """The parser of a command whose help ends in examples, left as they are laid out."""
     plain = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=about, epilog=examples, formatter_class=plain)
+    return CommandParser(description=about, epilog=examples, formatter_class=plain)
 
 
 def _launched_rank() -> int:

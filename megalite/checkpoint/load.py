@@ -310,7 +310,9 @@ def _is_written(
     DeepSpeed puts the parts of a parameter together by adding zeros, which turns -0 into 0: where
     hashes differ, the tensor on the disk is held against its own hash, and then number by number.
     """
-    entry = manifest.tensors[name].states[state]
+    entry = manifest.tensors[name].states.get(state)
+    if entry is None:
+        return False  # the manifest lacks it, which reading it has said already
     if value_hash(value) == entry.sha256:
         return True
     stored = torch.empty(value.shape)

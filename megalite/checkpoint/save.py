@@ -20,7 +20,7 @@ from megalite.config import CheckpointConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
 from megalite.errors import CheckpointError, MegaLiteError, NoSpace, Superseded
 from megalite.formats import checkpoint as disk
-from megalite.log import logger, redact
+from megalite.log import logger
 from megalite.optim import state_names
 from megalite.parallel import Grid
 
@@ -259,10 +259,10 @@ class _Draft:
             entries.update(rank_files)
             for tensor, where in rank_tensors.items():
                 holders.setdefault(tensor, {}).update(where)
-        files.write_json(staging / "config.json", redact(self.config.model_dump(mode="json")))
+        files.write_json(staging / "config.json", self.config.model_dump(mode="json"))
         for name, value in self.notes.items():
             files.write_json(staging / name, value)
-        shutil.copytree(tokenizer, staging / "tokenizer")
+        shutil.copytree(tokenizer, staging / "tokenizer", ignore=_links)
         for path in sorted(staging.rglob("*")):
             name = path.relative_to(staging).as_posix()
             if path.is_file() and name not in entries:
@@ -304,6 +304,11 @@ class _Draft:
             replaced.rename(final)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _links(folder: str, names: list[str]) -> list[str]:
+    """The names that are links: a checkpoint holds files, and none from elsewhere."""
+    return [name for name in names if Path(folder, name).is_symlink()]
 
 
 def _prepare(root: Path, staging: Path, lease: Lease | None, needed: int) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from megalite import files
 from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
 from megalite.checkpoint.load import open_checkpoint
-from megalite.errors import CommandError
+from megalite.config import explain_redacted, redacted_keys
+from megalite.errors import CheckpointError, CommandError
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
 
@@ -27,17 +28,15 @@ def describe_start(path: Path) -> tuple[dict[str, Any], Path]:
         opened = HuggingFaceFolder(path)
         return opened.section.model_dump(mode="json", exclude_unset=True), opened.path
     folder, _ = open_checkpoint(path, weights_only=True)
-    model = files.read_json(folder / "config.json")["model"]
-    return _whole(model), folder / "tokenizer"
+    return _model_section(folder), folder / "tokenizer"
 
 
 def describe_run(folder: Path) -> tuple[dict[str, Any], Path] | None:
     """The same of a run that has checkpoints, which goes on without what it was started from."""
     for found in disk.published(folder / "checkpoints"):
         try:
-            model = files.read_json(found / "config.json")["model"]
-            return _whole(model), found / "tokenizer"
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return _model_section(found), found / "tokenizer"
+        except CheckpointError:
             continue  # damaged: the start will set it aside
     return None
 
@@ -60,7 +59,22 @@ def find_base(folder: Path) -> str:
     return name
 
 
-def _whole(model: dict[str, Any]) -> dict[str, Any]:
+def _model_section(folder: Path) -> dict[str, Any]:
+    """Return the model section of a checkpoint's run file, without what fine-tuning fills in.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        CommandError: an earlier version's redaction changed it.
+    """
+    path = folder / "config.json"
+    try:
+        model = files.read_object(path).get("model")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(model, dict):
+        raise CheckpointError(f"{path} has no model section; it is not a checkpoint's")
+    if lost := redacted_keys({"model": model}):
+        raise CommandError(f"{path}: {explain_redacted(lost)}")
     return {key: model[key] for key in model if key not in _FILLED_IN}
 
 

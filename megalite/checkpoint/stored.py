@@ -38,8 +38,8 @@ class StoredCheckpoint:
     manifest: disk.Manifest
 
     def read(self, tensor: str, state: str, target: Tensor, box: tuple[slice, ...]) -> None:
-        entry = self.manifest.tensors[tensor]
-        if state not in entry.states:
+        entry = self.manifest.tensors.get(tensor)
+        if entry is None or state not in entry.states:
             raise CheckpointError(f"{self.folder} holds no {state} of {tensor}")
         path = self.folder / entry.states[state].file
         try:

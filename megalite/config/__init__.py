@@ -10,6 +10,7 @@ from megalite.config.load import (
     find_run,
     lacks_model,
     load_config,
+    load_stored,
     merged,
     parse_config,
     run_files,
@@ -31,6 +32,7 @@ from megalite.config.schema import (
     SourceConfig,
     TrainingConfig,
 )
+from megalite.config.secrets import explain_redacted, redacted_keys, restore_redacted
 from megalite.config.strict import read_object
 
 __all__ = [
@@ -54,14 +56,18 @@ __all__ = [
     "WandbConfig",
     "allowed_tensor_parallel",
     "example_model",
+    "explain_redacted",
     "find_file",
     "find_run",
     "lacks_model",
     "load_config",
+    "load_stored",
     "merged",
     "parse_config",
     "read_object",
+    "redacted_keys",
     "refuse_useless",
+    "restore_redacted",
     "run_files",
     "run_parser",
     "section_changes",

@@ -156,6 +156,7 @@ _KINDS = {
     "too_short": "a list of {min_length} or more",
     "too_long": "a list of {max_length}",
     "literal_error": "one of {expected}",
+    "value_error": "{error}",
 }
 
 

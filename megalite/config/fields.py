@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from megalite import env
+from megalite.errors import CommandError
 
 Count = Annotated[int, Field(ge=1, le=10**12)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**12)]
@@ -14,6 +17,16 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _expand(path: str) -> str:
+    try:
+        return env.expand_user(path)
+    except CommandError:
+        raise ValueError("a path whose ~name is a user with a home folder here") from None
+
+
+PathText = Annotated[Text, AfterValidator(_expand)]  # `~` is the home folder
 
 
 class Section(BaseModel):

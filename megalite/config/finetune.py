@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from megalite.config.fields import Count, CountOrZero, Positive, Section, Share, Text
+from megalite.config.fields import Count, CountOrZero, PathText, Positive, Section, Share, Text
 
 _Part = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 _Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -16,7 +16,7 @@ PROJECTIONS: tuple[_Projection, ...] = get_args(_Projection)
 class ExamplesConfig(Section):
     """Where examples come from, by the names of their columns."""
 
-    path: Text = Field(
+    path: PathText = Field(
         description="A data set of the Hugging Face hub (NAME or NAME@CONFIG), a local JSONL, CSV "
         "or Parquet file, or a folder with one such file a split.",
         examples=["stanfordnlp/imdb"],
@@ -70,19 +70,19 @@ class ExamplesConfig(Section):
         description="sft, language_modeling: whether examples share windows of max_length, each "
         "kept apart (best fit), in place of padding.",
     )
-    tokenizer: Text | None = Field(
+    tokenizer: PathText | None = Field(
         default=None,
         description='A tokenizer\'s file or folder, or "bytes" (null: that of the model started '
         "from; without one it is learned from the training split, with model.vocab_size pieces).",
     )
-    chat_template: Text | None = Field(
+    chat_template: PathText | None = Field(
         default=None,
         description="sft: a file with a Jinja template (null: the tokenizer's own, else ChatML).",
     )
     max_bad_rows: CountOrZero = Field(
         default=0, description="Rows that may be left out for a fault, each split counted alone."
     )
-    cache: Text = Field(
+    cache: PathText = Field(
         default="data/finetune",
         description="Folder of tokenized examples, which are made once; relative to the working "
         "directory.",

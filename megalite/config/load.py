@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,8 @@ from megalite.config.deepspeed_keys import deepspeed_faults
 from megalite.config.faults import Fault, Key, schema_faults, show
 from megalite.config.rules import rule_faults
 from megalite.config.schema import RunConfig
-from megalite.config.strict import parse_strict, read_value, too_deep
+from megalite.config.secrets import explain_redacted, redacted_keys, secret_faults
+from megalite.config.strict import drop_halves, parse_strict, read_value, too_deep
 from megalite.errors import ConfigError
 from megalite.log import logger
 
@@ -54,7 +56,7 @@ def load_config(
     if model is not None:
         _merge(raw, {"model": model}, "the model to start from: ", origins)
     found = find_file(path)
-    if found != Path(path):
+    if found != Path(os.path.expanduser(path)):
         logger.info("%s is not here: taken from %s", path, found)
     for file, content in reversed(_read_chain(found, faults)):
         _drop_alternatives(raw, content)
@@ -64,9 +66,28 @@ def load_config(
     return _check(raw, str(path), faults, origins)
 
 
+def load_stored(path: Path) -> RunConfig:
+    """Return the run file that a run or a checkpoint keeps as `config.json`.
+
+    Raises:
+        ConfigError: every fault of it; the cause, if redaction of an earlier version is one.
+    """
+    faults: list[str] = []
+    raw = _read_file(path, None, faults)
+    lost = redacted_keys(raw)
+    try:
+        config = _check(raw, str(path), faults, {}, stored=True)
+    except ConfigError as error:
+        told = [f"{path}: {explain_redacted(lost)}"] if lost else []
+        raise ConfigError([*told, *error.faults]) from None
+    if lost:
+        logger.warning("%s: %s", path, explain_redacted(lost))
+    return config
+
+
 def find_file(name: str | Path, folder: Path = Path()) -> Path:
     """Where a run file is: as it is written, from `folder` on, else among those that ship."""
-    path = folder / name
+    path = folder / os.path.expanduser(name)
     with suppress(OSError, ValueError):  # names that no file can have
         shipped = SHIPPED / str(name).removeprefix("configs/")
         if not path.exists() and ".." not in shipped.parts and shipped.is_file():
@@ -89,7 +110,7 @@ def find_run(path: str | Path, sets: Sequence[str] = ()) -> Path | None:
     directory = logging.get("directory", "runs") if isinstance(logging, dict) else None
     if faults or not isinstance(directory, str) or not isinstance(name, str):
         return None
-    return Path(directory) / name
+    return Path(os.path.expanduser(directory)) / name
 
 
 def _told(path: str | Path, sets: Sequence[str], faults: list[str]) -> dict[str, Any]:
@@ -117,11 +138,23 @@ def parse_config(raw: Mapping[str, Any], source: str = "the run file") -> RunCon
     return _check(copy.deepcopy(dict(raw)), source, [], {})
 
 
-def _check(raw: dict[str, Any], source: str, faults: list[str], origins: Origins) -> RunConfig:
+def _check(
+    raw: dict[str, Any],
+    source: str,
+    faults: list[str],
+    origins: Origins,
+    *,
+    stored: bool = False,
+) -> RunConfig:
+    """stored: a copy that a run keeps, which is read, not written again."""
     raw.pop("$schema", None)  # an editor's, not ours
+    notes: list[str] = []
+    drop_halves(raw, notes)
+    faults += [f"{source}: {note}" for note in notes]
     config, found = schema_faults(raw)
     faulty = [fault.keys[0] for fault in found]
-    for fault in [*rule_faults(config), *deepspeed_faults(config)]:
+    broken = [*rule_faults(config), *deepspeed_faults(config)]
+    for fault in broken if stored else [*broken, *secret_faults(config)]:
         # a rule about a key that is itself at fault would only repeat it
         if not any(_overlap(key, bad) for key in fault.keys for bad in faulty):
             found.append(fault)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megalite.config.fields import Count, PositiveOrZero, Section, SmallCount, Text
+from megalite.config.fields import Count, PathText, PositiveOrZero, Section, SmallCount, Text
 
 
 class SamplesConfig(Section):
@@ -49,7 +49,7 @@ class WandbConfig(Section):
 class LoggingConfig(Section):
     """The run folder, which is `directory`/`name`."""
 
-    directory: Text = Field(
+    directory: PathText = Field(
         default="runs",
         description="Folder of run folders, relative to the working directory.",
     )

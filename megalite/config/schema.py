@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from megalite.config.fields import (
     Count,
     CountOrZero,
+    PathText,
     Positive,
     PositiveOrZero,
     Section,
@@ -51,7 +52,7 @@ class ObjectiveConfig(Section):
 class SourceConfig(Section):
     """One folder of shards and its part in the mixture."""
 
-    path: Text = Field(
+    path: PathText = Field(
         description="Folder of shards, relative to the working directory.", examples=["data/train"]
     )
     weight: Positive | None = Field(

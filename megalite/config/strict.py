@@ -82,6 +82,31 @@ def too_deep(value: Any) -> bool:
     return bool(level)
 
 
+def drop_halves(value: Any, notes: list[str], *, all_values: bool = False) -> None:
+    """Take keys out that are no Unicode text (half a surrogate pair), in place, and note them.
+
+    A value of a known field is checked by the schema; those of `deepspeed` have none.
+    """
+    if isinstance(value, list):
+        for item in value:
+            drop_halves(item, notes, all_values=all_values)
+    if not isinstance(value, dict):
+        return
+    for key, item in list(value.items()):
+        if _is_half(key) or (all_values and _is_half(item)):
+            notes.append(
+                f"{show(key if _is_half(key) else item)}: half a surrogate pair is no text; write "
+                "the whole character, or remove it"
+            )
+            del value[key]
+        else:
+            drop_halves(item, notes, all_values=all_values or key == "deepspeed")
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def parse_strict(text: str) -> tuple[Any, list[str]]:
     """The value of a JSON text, and what strict JSON or a sound file would not have."""
     notes: list[str] = []

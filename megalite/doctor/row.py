@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from megalite.errors import MegaLiteError
+from megalite.log import printable
 
 GIB = 1 << 30
 STATES = ("ok", "warn", "fail")
@@ -47,5 +48,5 @@ def show(rows: Sequence[Row]) -> None:
     table = Table("", "", "what was found", "what to do", box=None, pad_edge=False)
     for row in rows:
         state = Text(row.state, _COLOURS[row.state])
-        table.add_row(row.name, state, Text(row.found), Text(row.advice))
+        table.add_row(row.name, state, Text(printable(row.found)), Text(printable(row.advice)))
     Console(width=None if sys.stdout.isatty() else 120).print(table)

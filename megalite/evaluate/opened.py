@@ -22,7 +22,7 @@ from megalite.checkpoint import (
     merged,
     open_checkpoint,
 )
-from megalite.config import ModelConfig, RunConfig, allowed_tensor_parallel, load_config
+from megalite.config import ModelConfig, RunConfig, allowed_tensor_parallel, load_stored
 from megalite.data import Batch
 from megalite.errors import CheckpointError, CommandError, MegaLiteError
 from megalite.evaluate.generate import Reader, Rereading
@@ -255,7 +255,7 @@ def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
     else:
         folder, manifest = open_checkpoint(path, weights_only=True)
         try:
-            run = load_config(folder / "config.json")
+            run = load_stored(folder / "config.json")
         except MegaLiteError as error:
             raise CheckpointError(f"{folder}/config.json: {error}") from None
         stored, config = merged(StoredCheckpoint(folder, manifest), run.model)

@@ -158,13 +158,9 @@ def read_tensor(path: Path, name: str, target: Floats, box: tuple[slice, ...]) -
         OSError, ValueError, KeyError: the file cannot be read, or is not what the manifest says.
     """
     with open(path, "rb", buffering=0) as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > _LONGEST_HEADER:
-            raise ValueError(f"a header of {length} bytes")
-        entry = json.loads(file.read(length))[name]
-        shape, offset = entry["shape"], 8 + length + entry["data_offsets"][0]
-        if entry["dtype"] != "F32" or len(shape) != len(box):
-            raise ValueError(f"{name} is {entry['dtype']} of shape {shape}")
+        shape, offset = _find_tensor(file, name)
+        if len(shape) != len(box) or any(b.stop > n for b, n in zip(box, shape, strict=True)):
+            raise ValueError(f"{name} has shape {shape}")
         row = 4 * math.prod(shape[1:])
         whole_rows = all(
             (b.start, b.stop) == (0, n) for b, n in zip(box[1:], shape[1:], strict=True)
@@ -182,6 +178,35 @@ def read_tensor(path: Path, name: str, target: Floats, box: tuple[slice, ...]) -
             rows = np.empty((len(part), *shape[1:]), np.float32)
             _read_into(file, rows, name)
             part[...] = rows[cut]
+
+
+def _find_tensor(file: FileIO, name: str) -> tuple[list[int], int]:
+    """An fp32 tensor's shape and its first byte, by the header of a safetensors file.
+
+    Raises:
+        OSError, ValueError: the file cannot be read; its header is none, or describes no such
+            tensor within the file.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size, _LONGEST_HEADER):
+        raise ValueError(f"its header should have {length} bytes")
+    header = files.parse_json(file.read(length))
+    entry = header.get(name) if isinstance(header, dict) else None
+    if not isinstance(entry, dict):
+        raise ValueError(f"its header describes no {name}")
+    dtype, shape, ends = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not (dtype == "F32" and _are_counts(shape) and _are_counts(ends) and len(ends) == 2):
+        raise ValueError(f"{name} is {dtype!s:.20} of shape {shape!s:.40}")
+    first, stop = (8 + length + end for end in ends)
+    if stop - first != 4 * math.prod(shape) or stop > size:
+        raise ValueError(f"{name} of shape {shape!s:.40} lies at {first} to {stop} of {size}")
+    return shape, first
+
+
+def _are_counts(value: Any) -> bool:
+    plain = isinstance(value, list) and all(type(item) is int for item in value)
+    return plain and all(0 <= item < 1 << 60 for item in value)
 
 
 def _read_into(file: FileIO, target: Floats, name: str) -> None:
@@ -207,7 +232,10 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     found = content.get("format") if isinstance(content, dict) else type(content).__name__
-    intact = isinstance(content, dict) and content.pop("checksum", None) == _checksum(content)
+    try:
+        intact = isinstance(content, dict) and content.pop("checksum", None) == _checksum(content)
+    except RecursionError:
+        raise CheckpointError(f"{path} cannot be read: it nests too deep") from None
     if found != FORMAT and not (intact and str(found).startswith(_FAMILY)):
         raise CheckpointError(f"{path}: format {found!r} found, this version reads {FORMAT!r}")
     if not intact:
@@ -221,12 +249,29 @@ def read_manifest(folder: Path) -> Manifest:
             f"{'.'.join(map(str, first['loc']))}: {first['msg']}; written by {_writer(content)}, "
             "with which it can be used"
         ) from None
+    if (outside := _unlisted(manifest)) is not None:
+        raise CheckpointError(
+            f"{path} names the file {outside!r:.80}, which is no file of the checkpoint's own; use "
+            "another checkpoint"
+        )
     if _STEP_NAME.fullmatch(folder.name) and step_of(folder) != manifest.step:
         raise CheckpointError(
             f"{folder} holds step {manifest.step}: it was renamed; its own name is "
             f"{folder_name(manifest.step)}"
         )
     return manifest
+
+
+def _unlisted(manifest: Manifest) -> str | None:
+    """The first file that lies outside the folder, or holds a tensor and is not listed."""
+    for name in manifest.files:
+        if not files.is_inner_path(name):
+            return name
+    for tensor in manifest.tensors.values():
+        for state in tensor.states.values():
+            if state.file not in manifest.files:
+                return state.file
+    return None
 
 
 def _writer(content: Mapping[str, Any]) -> str:
@@ -331,7 +376,7 @@ def _starts_with(path: Path, held: Mapping[str, list[int]]) -> bool:
             return False
         text = file.read(length)
     try:
-        names = list(json.loads(text))
+        names = list(files.parse_json(text))
         start, _ = _start({name: held[name] for name in names})
     except (ValueError, KeyError, TypeError):
         return False

@@ -51,6 +51,12 @@ PROBES = (
 )
 
 _BYTES = "bytes.json"
+# What belongs to a tokenizer, here or in transformers; nothing else of its folder is copied.
+FILES = (
+    *(SENTENCEPIECE, HUGGING_FACE, _BYTES, GENERATION_CONFIG, "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+    *("vocab.json", "vocab.txt", "merges.txt"),
+)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -70,7 +76,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         if file.suffix == ".json":
             return HuggingFaceTokenizer(file.read_bytes(), beside)
-        return load_sentencepiece(file.read_bytes(), beside)
+        tokenizer = load_sentencepiece(file.read_bytes(), beside)
+        tokenizer.encode(" ".join(tokenizer.pieces()[:8]))  # a damaged model fails here
+        return tokenizer
     except DataError:
         raise
     except Exception as error:  # both libraries raise bare Exception subclasses of their own
@@ -95,6 +103,26 @@ def keep_ends(folder: Path, start: Path) -> None:
     content = Companions(folder).generation_with(Companions(place))
     if content:
         files.write_json(folder / GENERATION_CONFIG, content)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that belong to its tokenizer.
+
+    Raises:
+        DataError: one of them is a link, which in a folder from elsewhere may lead anywhere.
+    """
+    found = [path for path in sorted(folder.iterdir()) if _belongs(path)]
+    for path in found:
+        if path.is_symlink():
+            raise DataError(
+                f"{path} is a link, which is not followed: what it leads to would be copied into "
+                "the run and its checkpoints; put a copy of the file in its place (cp -L)"
+            )
+    return [path for path in found if path.is_file()]
+
+
+def _belongs(path: Path) -> bool:
+    return path.name in FILES or path.suffix in (".model", ".spm")
 
 
 def check_round_trip(tokenizer: Tokenizer, *, lossy: bool = False) -> None:

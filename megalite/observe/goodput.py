@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 from megalite.errors import CommandError
 from megalite.files import each_row, read_json
 
+_SET_BACK = 60.0  # seconds; less is what the clocks of two hosts may differ by
 _ENDS = ("end", "stopped", "failed", "superseded", "hang")
 
 
@@ -44,20 +46,26 @@ def goodput(run: Path) -> dict[str, Any]:
     """The time of a run by what it went into.
 
     Returns:
-        {run, state, attempts, lost_steps, restarts, wall_seconds, seconds, goodput}: `seconds` sums
-        up the sections of all attempts, what was done twice as "lost" and what lay between as
-        "down"; goodput is the part of the wall's seconds that steps which counted took.
+        {run, state, attempts, lost_steps, restarts, wall_seconds, seconds, goodput,
+        clock_set_back_seconds}: `seconds` sums up the sections of all attempts, what was done twice
+        as "lost" and what lay between as "down"; goodput is the part of the wall's seconds that
+        steps which counted took. Where the clock was set back, time goes on from the latest row.
     Raises:
         CommandError: no records there.
     """
     try:
-        attempts = _attempts(row for row in each_row(run / "metrics.jsonl") if row is not None)
+        rows = [row for row in each_row(run / "metrics.jsonl") if row is not None]
+        set_back, rows = _without_set_backs(rows)
+        return _account(run, _attempts(rows)) | {"clock_set_back_seconds": set_back}
     except OSError as error:
         raise CommandError(f"{run}: no records of a run: {error.strerror}") from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise CommandError(
             f"{run}/metrics.jsonl holds rows that no run writes: {type(error).__name__}: {error}"
         ) from None
+
+
+def _account(run: Path, attempts: list[Attempt]) -> dict[str, Any]:
     if not attempts:
         raise CommandError(f"{run}: no metrics.jsonl with a start in it; give a run folder")
     attempts[-1].lost = attempts[-1].redone
@@ -91,12 +99,29 @@ def goodput(run: Path) -> dict[str, Any]:
     }
 
 
+def _without_set_backs(rows: list[dict[str, Any]]) -> tuple[float, list[dict[str, Any]]]:
+    """Rows whose time never falls behind by more than a minute, and the seconds that it did."""
+    found, latest, shift = list[dict[str, Any]](), -math.inf, 0.0
+    for row in rows:
+        if not {"kind", "time", "attempt", "step"} <= {*row}:
+            continue
+        if not all(_is_number(row[key]) for key in ("time", "attempt", "step")):
+            raise ValueError(f"time, attempt and step are no numbers in {row!s:.80}")
+        if row["time"] + shift < latest - _SET_BACK:
+            shift = latest - row["time"]
+        latest = max(latest, row["time"] + shift)
+        found.append({**row, "time": row["time"] + shift})
+    return shift, found
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e15
+
+
 def _attempts(rows: Iterable[dict[str, Any]]) -> list[Attempt]:
     found: dict[int, Attempt] = {}
     measured: dict[int, float] = {}  # until when an attempt's own clock has spoken
     for row in rows:
-        if not {"kind", "time", "attempt", "step"} <= {*row}:
-            continue
         number, time = row["attempt"], row["time"]
         name = row.get("name")
         if name in ("start", "resume"):
@@ -110,6 +135,8 @@ def _attempts(rows: Iterable[dict[str, Any]]) -> list[Attempt]:
             one.redone += row["step"] - 1 - row["to"]
         # a slow rank's are of one forward pass
         if name != "straggler" and (seconds := row.get("seconds")):
+            if not all(map(_is_number, seconds.values())):
+                raise ValueError(f"seconds are no numbers in {row!s:.80}")
             one.seconds = {part: float(value) for part, value in seconds.items()}
             measured[number] = time
         elif row["kind"] == "train":  # of a start that was killed later

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO, Literal
 
 from megalite.config import WandbConfig
 from megalite.files import read_json, read_rows, write_json
-from megalite.log import logger
+from megalite.log import finite, logger, redact
 from megalite.observe.console import Console
 from megalite.observe.tensorboard import TensorBoard
 from megalite.observe.wandb import Wandb
@@ -74,13 +73,14 @@ class Recorder:
     def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Record prompts with the texts that the model wrote after them."""
         for prompt, text in texts:
-            self._write("sample", {"step": step, "prompt": prompt, "text": text})
+            written = {"prompt": redact(prompt), "text": redact(text)}
+            self._write("sample", {"step": step, **written})
         for view in self._views if texts else ():
             view.samples(step, texts)
 
     def event(self, step: int, name: str, **fields: Any) -> None:
         """Record that something happened: start, resume, checkpoint, skip, signal, end."""
-        self._write("event", {"step": step, "name": name, **fields})
+        self._write("event", {"step": step, "name": name, **_without_secrets(fields)})
         for view in self._views:
             view.event(step, name)
 
@@ -88,7 +88,8 @@ class Recorder:
         """Record an event from a rank that does not otherwise write, when rank 0 no longer can."""
         row = {"kind": "event", "time": time.time(), "attempt": self.attempt, "step": step}
         with suppress(OSError), open(self.folder / "metrics.jsonl", "ab") as file:
-            file.write(json.dumps({**row, "name": name, **fields}).encode() + b"\n")
+            told = {**row, "name": name, **_without_secrets(fields)}
+            file.write(json.dumps(told).encode() + b"\n")
 
     def status(
         self,
@@ -106,7 +107,7 @@ class Recorder:
                 "step": step,
                 "attempt": self.attempt,
                 "last_checkpoint": self._last_checkpoint,
-                "reason": reason,
+                "reason": redact(reason),
             }
             with self._without_space():
                 if _stated_attempt(self.folder) <= self.attempt:  # no later start speaks by now
@@ -122,7 +123,7 @@ class Recorder:
         self._file, self._views = None, []
 
     def _write(self, kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        clean = {key: _finite(value) for key, value in row.items()}
+        clean: dict[str, Any] = finite(row)
         if self._file is not None:
             line = {"kind": kind, "time": time.time(), "attempt": self.attempt, **clean}
             # one write a row, so that a reader never meets half of one
@@ -166,7 +167,8 @@ def restate(folder: Path, state: State, *, reason: str) -> None:
     """Say in status.json that a start failed before it could open the run folder."""
     with suppress(OSError, ValueError, TypeError):
         status = read_json(folder / "status.json")
-        write_json(folder / "status.json", {**status, "state": state, "reason": reason})
+        told = {"state": state, "reason": redact(reason)}
+        write_json(folder / "status.json", {**status, **told})
 
 
 def resumed_before(folder: Path, *, path: str, job: str) -> bool:
@@ -200,11 +202,6 @@ def _open_lines(path: Path) -> BinaryIO:
     return file
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+def _without_secrets(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of an event; a reason is text for people, the others are read again by the run."""
+    return {**fields, "reason": redact(fields["reason"])} if "reason" in fields else {**fields}

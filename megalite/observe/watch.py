@@ -28,6 +28,7 @@ import psutil
 import torch
 
 from megalite.config import GuardsConfig
+from megalite.files import parse_json
 
 _POLL = 0.5  # seconds
 _STOPPED = 3.0  # seconds between two polls that no busy host explains
@@ -211,8 +212,10 @@ def _read(folder: Path) -> dict[int, dict[str, Any]]:
     told = {}
     for path in folder.glob("rank_*.txt"):
         # not one that is still being written
-        with suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-            told[int(path.stem.removeprefix("rank_"))] = json.loads(file.readline())
+        with suppress(OSError, ValueError), open(path, "rb") as file:
+            fact = parse_json(file.readline())
+            if isinstance(fact, dict) and {"section", "seconds", "count", "waits"} <= {*fact}:
+                told[int(path.stem.removeprefix("rank_"))] = fact
     return told
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalite.config import RunConfig, load_config, read_object
+from megalite.config import RunConfig, load_stored, read_object
 from megalite.config.faults import show
 from megalite.errors import CommandError, ConfigError
 from megalite.plan.devices import DEVICES, PRECISIONS, Device, Efficiencies, number_fault
@@ -120,7 +120,7 @@ def read_run(folder: Path) -> Run:
         if faults := list(_faults(record)):
             raise ConfigError(faults)
         layout = Layout(DEVICES[record["device"]], record["hosts"], record["per_host"])
-        config = load_config(folder / "config.json")
+        config = load_stored(folder / "config.json")
         run = Run(config, layout, float(record["measured"]["step_seconds"]))
         forecast(config, layout)
     except FileNotFoundError:

@@ -199,6 +199,8 @@ def _read_record(folder: Path) -> Record:
     if record.events:
         with record.doubting(_ROWS):
             record.time = goodput(folder)
+            if (back := record.time["clock_set_back_seconds"]) > 0:
+                record.note(f"The clock was set back by {back:,.0f} s during the run.")
     if (folder / "predictions.jsonl").exists():
         with record.doubting("predictions.jsonl"):
             _read_predictions(record)

@@ -11,8 +11,8 @@ from typing import Any
 from megalite import checkpoint, files, log
 from megalite.config import RunConfig
 from megalite.data import Samples
-from megalite.errors import CommandError
-from megalite.formats.tokenizer import keep_ends
+from megalite.errors import CommandError, DataError
+from megalite.formats.tokenizer import keep_ends, tokenizer_files
 from megalite.log import logger
 from megalite.observe import Recorder, previous_attempts
 from megalite.parallel import Grid
@@ -35,7 +35,7 @@ def opened(
     Raises:
         CommandError: on every rank, where it cannot be written.
     """
-    if fault := grid.gather(_other_kinds(folder))[0]:
+    if fault := grid.gather(_other_kinds(folder) or _links(train))[0]:
         raise CommandError(fault)
     checkpoint.set_aside_damaged(origin.damaged if origin else (), grid)
     handler, attempt = None, 0
@@ -61,6 +61,16 @@ def opened(
     finally:
         recorder.close()
         log.remove(handler)
+
+
+def _links(train: Samples) -> str | None:
+    """What keeps the tokenizer of the data from being copied."""
+    try:
+        if train.tokenizer_folder is not None:
+            tokenizer_files(train.tokenizer_folder)
+    except (OSError, DataError) as error:
+        return str(error)
+    return None
 
 
 def _other_kinds(folder: Path) -> str | None:
@@ -92,14 +102,14 @@ def _prepare(
     root.mkdir(parents=True, exist_ok=True)
     checkpoint.clear_leftovers(root)
     files.clear_partials(folder)
-    files.write_json(folder / "config.json", log.redact(config.model_dump(mode="json")))
-    files.write_json(folder / "deepspeed.json", log.redact(settings))
+    files.write_json(folder / "config.json", config.model_dump(mode="json"))
+    files.write_json(folder / "deepspeed.json", settings)
     # nothing of another start's tokenizer may stay behind in it
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    if train.tokenizer_folder is None:  # Megatron's shards do not tell it
-        (folder / "tokenizer").mkdir()
-    else:
-        shutil.copytree(train.tokenizer_folder, folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    if train.tokenizer_folder is not None:  # Megatron's shards may lack one
+        for path in tokenizer_files(train.tokenizer_folder):
+            shutil.copyfile(path, folder / "tokenizer" / path.name)
     if origin is not None:
         keep_ends(folder / "tokenizer", origin.folder)
     left = []

@@ -55,7 +55,8 @@ class Ledger:
             else:
                 own = _read_lines(self._path)
                 try:
-                    content = files.read_json(origin / IN_CHECKPOINT)
+                    content = files.read_object(origin / IN_CHECKPOINT)
+                    _check_content(content)
                 except FileNotFoundError:  # of a version without one
                     content = {}
                 except (OSError, ValueError) as error:  # told to all: none is left waiting
@@ -96,8 +97,9 @@ class Ledger:
     def skipped(self, step: int, samples: int | None = None) -> Entry | None:
         """The entry that left out the update of a step, at that place of the data order."""
         for entry in reversed(self.entries):
-            same = entry["step"] == step and samples in (None, entry["samples"])
-            if entry["kind"] == "skip" and same:
+            if entry["kind"] != "skip" or entry["step"] != step:
+                continue
+            if samples in (None, entry["samples"]):
                 return entry
         return None
 
@@ -115,12 +117,47 @@ class Ledger:
 
 
 def _read_lines(path: Path) -> list[Entry]:
-    """The entries since the run last began anew."""
+    """The entries since the run last began anew; one cut by a crash, or damaged, has no effect."""
     entries: list[Entry] = []
+    damaged = 0
     with suppress(OSError):
-        for entry in files.read_rows(path):  # one cut by a crash is without effect
-            if entry.get("kind") == "start":
-                entries = []
-            elif "kind" in entry:
+        for entry in files.each_row(path):
+            if entry is not None and entry.get("kind") == "start":
+                entries, damaged = [], 0
+            elif entry is not None and _is_sound(entry):
                 entries.append(entry)
+            else:
+                damaged += 1
+    if damaged:
+        logger.warning("%s: %d damaged lines have no effect; the run goes on", path, damaged)
     return entries
+
+
+def _is_sound(entry: Any) -> bool:
+    """Whether an entry has what its kind is read for."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
+        return False
+    needed = {"skip": ("step", "samples"), "rollback": ("step", "to"), "measured": ("step",)}
+    if not all(_is_count(entry.get(key)) for key in needed.get(entry["kind"], ())):
+        return False
+    if entry["kind"] == "measured":
+        return type(entry.get("score")) in (int, float)
+    if entry["kind"] != "rollback":
+        return True
+    gap = entry.get("gap")
+    return isinstance(gap, list) and len(gap) == 2 and all(map(_is_count, gap)) and gap[0] <= gap[1]
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _check_content(content: dict[str, Any]) -> None:
+    """Refuse what no checkpoint's ledger holds; ValueError."""
+    entries, recent = content.get("entries", []), content.get("recent", [])
+    if not isinstance(entries, list) or not all(map(_is_sound, entries)):
+        raise ValueError("its entries are not those of a run")
+    for pair in recent if isinstance(recent, list) else [None]:
+        numbers = isinstance(pair, list) and [type(item) in (int, float) for item in pair]
+        if numbers != [True, True]:
+            raise ValueError("its recent losses are not pairs of numbers")

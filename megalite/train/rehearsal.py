@@ -9,7 +9,6 @@ B samples of a micro-batch   T tokens of a sample
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from megalite.config import RunConfig
 from megalite.engine.base import tune
 from megalite.env import Launch
 from megalite.errors import CommandError
+from megalite.log import write_report
 from megalite.model import LanguageModel, build
 from megalite.parallel import Grid, local_model, prepare, split
 from megalite.plan import Collective, Plan, labelled, make_plan, tensor_collectives
@@ -248,5 +248,5 @@ def dry_run(config: RunConfig, launch: Launch, ranks: int, gpu: str | None = Non
     ]
     lines.append(f"memory of a rank: {plan.memory_bytes['total'] / gib:.2f} GiB by the plan")
     lines += [f"differs: {difference}" for difference in done.differences]
-    sys.stdout.write("\n".join(lines) + "\n")
+    write_report("\n".join(lines) + "\n")
     return 1 if done.differences else 0

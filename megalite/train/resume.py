@@ -25,7 +25,13 @@ from megalite.checkpoint import (
     refuse_other_model,
     set_aside_damaged,
 )
-from megalite.config import ModelConfig, RunConfig
+from megalite.config import (
+    ModelConfig,
+    RunConfig,
+    explain_redacted,
+    redacted_keys,
+    restore_redacted,
+)
 from megalite.engine import Engine
 from megalite.errors import CheckpointError, CommandError, DamagedCheckpoint, OtherVersion
 from megalite.formats import checkpoint as disk
@@ -111,9 +117,9 @@ def find_origin(
         return None
     folder, manifest = found
     refuse_other_model(config.model, folder, manifest)
-    before = _stored(folder, manifest).model_dump(mode="json")
-    before["training"]["precision"] = recorded_precision(before, manifest.deepspeed)
     after = config.model_dump(mode="json")
+    before = _stored(folder, manifest, after).model_dump(mode="json")
+    before["training"]["precision"] = recorded_precision(before, manifest.deepspeed)
     changed = _changes(before, after, manifest, data_fingerprint, tokenizer_sha256)
     refused = [key for key in ALLOWABLE if key in changed and key not in allow]
     if refused:
@@ -168,11 +174,26 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
     return Origin(folder, None, changes, Place(), True, whole, damaged)
 
 
-def _stored(folder: Path, manifest: disk.Manifest) -> RunConfig:
-    """The run file of a checkpoint; a field younger than it has its default."""
+def _stored(
+    folder: Path, manifest: disk.Manifest, own: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """The run file of a checkpoint; a field younger than it has its default.
+
+    Args:
+        own: the run file of this start, for values that an earlier version's redaction replaced.
+    """
+    place = folder / "config.json"
     try:
-        return RunConfig.model_validate(files.read_json(folder / "config.json"))
+        raw = files.read_object(place)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{place} cannot be read: {error}") from None
+    if own is not None and (keys := restore_redacted(raw, own)):
+        logger.warning("%s: %s; taken from the run file", place, explain_redacted(keys))
+    try:
+        return RunConfig.model_validate(raw)
     except ValidationError as error:
+        if keys := redacted_keys(raw):
+            raise OtherVersion(f"{place}: {explain_redacted(keys)}") from None
         first = error.errors()[0]
         raise OtherVersion(
             f"{folder}/config.json is of another version, MegaLite "

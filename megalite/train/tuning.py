@@ -17,7 +17,7 @@ from megalite.errors import ConfigError, UserError
 from megalite.evaluate import classify, mean_loss, perplexity
 from megalite.formats import checkpoint as disk
 from megalite.formats.examples import ExamplesManifest, read_manifest
-from megalite.log import logger
+from megalite.log import finite, logger
 from megalite.observe import Recorder
 from megalite.parallel import Grid
 from megalite.train.ledger import Ledger
@@ -235,7 +235,7 @@ class Tuning:
         whole = classify.measures(scores, dataset)
         if step is not None and self.grid.rank == 0:
             folder = self.recorder.folder
-            files.write_json(folder / EVALUATION, {"step": step, "split": split, **whole})
+            files.write_json(folder / EVALUATION, finite({"step": step, "split": split, **whole}))
             classify.write_predictions(folder / PREDICTIONS, scores, dataset)
             self.recorder.picture("valid/confusion", classify.picture(whole, dataset), step)
         return {key: value for key, value in whole.items() if isinstance(value, float)}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from launcher.doctor import _print_goodput
 from megalite.errors import CommandError
 from megalite.observe.goodput import goodput
 from tests.ranks import run_ranks
@@ -103,3 +104,23 @@ def test_a_real_run_adds_up(shards: dict[str, str], tmp_path: Path) -> None:
     )
     assert missing.returncode == 2
     assert "no records of a run" in missing.stderr
+
+
+def test_clock_that_is_set_back_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    back = 115 * 86400.0
+    lines = [
+        _row("event", 1000.0 + back, 0, 0, name="start"),
+        _row("train", 1010.0 + back, 0, 10),
+        _row("event", 1020.0, 1, 10, name="resume"),
+        _row("train", 1050.0, 1, 20),
+        _row("event", 1051.0, 1, 20, name="end", seconds={"setup": 2.0, "step": 29.0}),
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    found = goodput(tmp_path)
+    assert found["clock_set_back_seconds"] == back - 10
+    assert found["wall_seconds"] == 41
+    assert 0 < found["goodput"] <= 1
+    _print_goodput(found)
+    assert "the clock was set back by 114 d 23:59:50 during the run" in capsys.readouterr().out

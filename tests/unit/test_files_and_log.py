@@ -276,3 +276,79 @@ def test_the_log_file_is_appended_to(tmp_path: Path) -> None:
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in lines] == ["INFO first start", "INFO second start"]
     assert not any(isinstance(h, logging.FileHandler) for h in log.logger.handlers)
+
+
+# --- what a terminal and a program that reads JSON are given ---
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("plain, tab\tand\nlines\r\n", "plain, tab\tand\nlines\r\n"),
+        ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
+        ("safe\roverwritten", r"safe\x0doverwritten"),
+        ("\x9b31m \x7f \0", r"\x9b31m \x7f \x00"),
+        ("half \ud83d", r"half \ud83d"),
+        ("大规模 😀 naïve", "大规模 😀 naïve"),
+    ],
+)
+def test_printable_text_has_no_commands(text: str, safe: str) -> None:
+    assert log.printable(text) == safe
+    assert "".join(log.printable_pieces(list(text))) == safe
+
+
+@pytest.mark.usefixtures("quiet")
+def test_no_escape_reaches_the_console(capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup()
+    log.logger.error("no such file \x1b[2J\x9b0m")
+    log.write_report("a name \x1b[31m\n")
+    shown = capsys.readouterr()
+    assert shown.err == "error: no such file \\x1b[2J\\x9b0m\n"
+    assert shown.out == "a name \\x1b[31m\n"
+
+
+def test_reports_are_strict_json(capsys: pytest.CaptureFixture[str]) -> None:
+    report = {"loss": math.nan, "perplexity": math.inf, "rows": [{"seconds": (1.5, -math.inf)}]}
+    log.write_report(report, as_json=True)
+    shown = capsys.readouterr().out
+    assert shown == '{"loss": null, "perplexity": null, "rows": [{"seconds": [1.5, null]}]}\n'
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5000, b"\xff", b""])
+def test_json_that_cannot_be_read_is_a_value_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"deep|digits|decode|Expecting"):
+        files.read_json(path)
+    assert list(files.each_row(path)) == ([None] if content else [])
+
+
+def test_a_file_of_another_kind_is_not_an_object(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="it holds list, not a JSON object"):
+        files.read_object(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        files.read_json(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "inner"),
+    [
+        ("model-00001-of-00002.safetensors", True, True),
+        ("tokenizer/bytes.json", False, True),
+        *((name, False, False) for name in ("", ".", "..", "../x", "/etc/passwd", "a/../../b")),
+        *((name, False, False) for name in ("a//b", "a\0b", "a\x1bb", "half \ud83d", "a\\b", None)),
+    ],
+)
+def test_names_from_a_file_stay_in_its_folder(name: Any, plain: bool, inner: bool) -> None:
+    assert files.is_plain_name(name) == plain
+    assert files.is_inner_path(name) == inner
+
+
+def test_text_for_a_file_loses_only_what_begins_a_command() -> None:
+    text = "form\x0cfeed \x1b[31m \x9b0m over\rwritten"
+    safe = "form\x0cfeed \\x1b[31m \\x9b0m over\rwritten"
+    assert log.printable(text, terminal=False) == safe
+    assert "".join(log.printable_pieces(list(text), terminal=False)) == safe

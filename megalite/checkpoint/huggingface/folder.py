@@ -66,6 +66,25 @@ def place_of(family: Family, tensor: shapes.Tensor, model: ModelConfig) -> Place
     return Place(name, transposed, first, tuple(shape[::-1] if transposed else shape))
 
 
+def _indexed_files(index: Path) -> list[Path]:
+    """The files that an index names, each beside it.
+
+    Raises:
+        CommandError: an index that is damaged, or leads elsewhere.
+    """
+    try:
+        places = files.read_object(index).get("weight_map")
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{index} cannot be read: {error}; download it again") from None
+    names = list(places.values()) if isinstance(places, dict) else [places]
+    if wrong := [name for name in names if not files.is_plain_name(name)]:
+        raise CommandError(
+            f"{index}: weight_map names {wrong[0]!r:.60}, which is no file of this folder; "
+            "download the index again"
+        )
+    return sorted({index.parent / name for name in names})
+
+
 def is_huggingface(path: Path) -> bool:
     """Return whether a folder looks like a model of Hugging Face or of sentence-transformers."""
     return "model_type" in foreign.read_object(foreign.transformer_folder(path) / _CONFIG)
@@ -183,14 +202,15 @@ class HuggingFaceFolder:
 
     def _files(self) -> list[Path]:
         """Return the safetensors files of the model: those of its index, else what is there."""
+        index = self.path / _INDEX
+        indexed = _indexed_files(index) if index.exists() else []
         if missing := list(foreign.missing_shards(self.path)):
             raise CommandError(
                 f"{self.path} lacks {missing[0]}, which {_INDEX} names ({len(missing)} files are "
                 "missing); download or copy the folder again"
             )
-        index = foreign.read_object(self.path / _INDEX).get("weight_map")
-        if isinstance(index, dict) and index:
-            return sorted({self.path / str(name) for name in index.values()})
+        if indexed:
+            return indexed
         if (self.path / "model.safetensors").is_file():
             return [self.path / "model.safetensors"]
         other = ("adapter_model", "consolidated")

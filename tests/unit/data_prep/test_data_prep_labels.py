@@ -1,0 +1,74 @@
+"""Labels that people read as one: white space is no part of a label, the rest is reported."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.labels import describe_similar, label_name
+from data_prep.records import Unusable
+from megalite.log import logger
+from tests import labelled
+
+BOM, ZERO_WIDTH, IDEOGRAPHIC, NO_BREAK = "\ufeff", "\u200b", "\u3000", "\xa0"
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.WARNING)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def counts(tmp_path: Path, named: list[Any], /, **data: Any) -> dict[str, int]:
+    rows = [{"text": f"text {n}", "label": label} for n, label in enumerate(named)]
+    path = labelled.jsonl(str(tmp_path / "rows" / "train.jsonl"), rows)
+    manifest, _ = labelled.opened(labelled.make(path, cache=str(tmp_path / "cache"), **data))
+    return dict(manifest.splits["train"].counts)
+
+
+@pytest.mark.parametrize(
+    "space", [" ", "\t", "\n", NO_BREAK, IDEOGRAPHIC, ZERO_WIDTH, BOM, "\u2060 \u200d"]
+)
+def test_space_around_a_label_is_no_part_of_it(tmp_path: Path, space: str) -> None:
+    found = counts(
+        tmp_path, ["正面", f"正面{space}", f"{space}负面", "负面", f"{space}负面{space}"]
+    )
+    assert found == {"正面": 2, "负面": 3}
+    assert label_name(f" a{space}b ", "label", None) == f"a{space}b"
+    with pytest.raises(Unusable, match="neither a whole number nor a name"):
+        label_name(space, "label", None)
+
+
+def test_labels_of_the_run_file_are_taken_as_they_are(tmp_path: Path) -> None:
+    assert counts(tmp_path, ["a", " b", "a "], labels=["a", " b"]) == {"a": 2, " b": 1}
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (["Positive", "positive", "negative"], "'Positive' (1), 'positive' (1)"),
+        (["café", "cafe\u0301", "tea"], r"'caf\xe9' (1), 'cafe\u0301' (1)"),
+        (["ｆｕｌｌ", "full", "x"], "'ｆｕｌｌ' (1), 'full' (1)"),
+        (["two  words", "two words", "x"], "'two  words' (1), 'two words' (1)"),
+        (["a\u200bb", "ab", "x"], r"'a\u200bb' (1), 'ab' (1)"),
+        ([1, "1.0", "01", "2"], "'1' (1), '1.0' (1), '01' (1)"),
+        ([True, "true", "no"], "'True' (1), 'true' (1)"),
+    ],
+)
+def test_labels_that_look_the_same_are_named_with_their_rows(
+    tmp_path: Path, said: pytest.LogCaptureFixture, labels: list[Any], told: str
+) -> None:
+    assert sum(counts(tmp_path, labels).values()) == len(labels)
+    assert f"these are different labels: {told} (rows of each)" in said.text
+
+
+def test_other_labels_are_not_reported(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    counts(tmp_path, ["a", "b", "10", "1", "-1", "nan", "inf", "1a", "ä"])
+    assert "these are different labels" not in said.text
+    assert describe_similar({"US": 3, "us": 1, "it": 2}) == ["'US' (3), 'us' (1)"]

@@ -1,0 +1,50 @@
+"""Checkpoints of versions that wrote "[redacted]" into their config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megalite import files
+from megalite.checkpoint import describe_start
+from megalite.config import load_stored
+from megalite.errors import CommandError, ConfigError
+from megalite.parallel import Grid
+from tests.factories import run_config
+from tests.origins import find, publish, reseal
+
+
+@pytest.fixture
+def redacted(tmp_path: Path) -> Path:
+    folder = publish(tmp_path / "run" / "checkpoints", 5, run_config())
+    raw = files.read_json(folder / "config.json")
+    raw["model"]["norm"] = "[redacted]"
+    files.write_json(folder / "config.json", raw)
+    reseal(folder)
+    return folder
+
+
+def test_resume_takes_a_redacted_value_from_the_run_file(redacted: Path, grid: Grid) -> None:
+    origin = find(grid, redacted.parent, run_config())
+    assert origin is not None
+    assert (origin.folder, origin.changes) == (redacted, {})
+
+
+@pytest.mark.parametrize(
+    "open_it",
+    [
+        lambda folder, _: load_stored(folder / "config.json"),
+        lambda folder, _: describe_start(folder),
+        lambda folder, grid: find(
+            grid, folder.parent.parent / "other", run_config(), init_from=str(folder)
+        ),
+    ],
+    ids=["eval", "describe", "init_from"],
+)
+def test_a_redacted_value_is_named(
+    redacted: Path, grid: Grid, open_it: Callable[[Path, Grid], object]
+) -> None:
+    with pytest.raises((CommandError, ConfigError), match=r"model\.norm: an earlier version"):
+        open_it(redacted, grid)
