@@ -100,6 +100,13 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes; default: the cores at hand, or 1 a rank under mpirun and srun",
     )
+    add(
+        "--valid-fraction",
+        type=float,
+        metavar="F",
+        help="hold out this share of the documents, by a hash of each one's text; above 0, below 1",
+    )
+    add("--valid-output", type=Path, metavar="DIR", help="a new folder for what is held out")
     add("--deduplicate", action="store_true", help="leave out documents that came before")
     add(
         "--no-streaming",
@@ -179,21 +186,27 @@ def _tokenize(**given: Any) -> int:
       python -m data_prep tokenize --input books/ --tokenizer bytes --output data/books --workers 8
       python -m data_prep tokenize --input hf:stanfordnlp/imdb:train --tokenizer data/tok \\
           --output data/imdb --max-bad-records 10
+      python -m data_prep tokenize --input "corpus/*.jsonl" --tokenizer data/tok \\
+          --output data/train --valid-fraction 0.01 --valid-output data/valid
       mpirun -n 64 python -m data_prep tokenize --input "web/*.jsonl.zst" --tokenizer data/tok \\
           --output data/web --deduplicate
     """
     from data_prep.encode import tokenize
     from data_prep.work import TokenizeOptions
+    from megalite.formats.manifest import load_manifest
 
     rank, ranks = env.find_place()
     given["workers"] = given["workers"] or (_cores() if ranks == 1 else 1)
     manifest = tokenize(TokenizeOptions(**given))
     if rank:
         return 0  # rank 0 speaks for all
-    write_report(
-        f"{given['output']}: {len(manifest.shards)} shards, {manifest.documents:,} documents, "
-        f"{manifest.tokens:,} tokens\n"
-    )
+    found = {given["output"]: manifest}
+    if given["valid_output"] is not None:
+        found[given["valid_output"]] = load_manifest(given["valid_output"])
+    total = sum(one.tokens for one in found.values())
+    for folder, one in found.items():
+        share = f", {one.tokens / total:.2%} of all" if len(found) > 1 else ""
+        write_report(f"{folder}: {one.counts()}{share}\n")
     return 0
 
 

@@ -17,8 +17,16 @@ from pathlib import Path
 from data_prep.crew import Crew
 from data_prep.folder import Run, WorkFolder, read, write
 from data_prep.inputs import Stream, find_streams
-from data_prep.join import Join, kept, plan_join, read_join, read_shards, shard_name, write_shards
-from data_prep.output import check_output, refuse_taken
+from data_prep.join import (
+    Join,
+    kept,
+    plan_joins,
+    read_joins,
+    read_shards,
+    write_joins,
+    write_shards,
+)
+from data_prep.output import check_output, check_outputs, refuse_taken
 from data_prep.progress import shown
 from data_prep.work import (
     Encoder,
@@ -31,10 +39,9 @@ from data_prep.work import (
 )
 from megalite import env
 from megalite.errors import DataError, MegaLiteError
-from megalite.files import publish, sync_file
+from megalite.files import sync_file
 from megalite.formats.manifest import (
     Manifest,
-    ShardInfo,
     SourceInfo,
     TokenizerInfo,
     load_manifest,
@@ -46,6 +53,7 @@ from megalite.log import logger
 _RANK_0_COMES = 300.0  # seconds
 _SUCCESSOR_COMES = 15.0  # seconds
 _POLL = 0.1  # seconds
+_SPLIT_BY = "BLAKE2b hash of each document's text: the lowest valid_fraction is the valid split"
 
 
 @dataclass
@@ -72,9 +80,8 @@ class _Task:
 
     def write_shards(self, run: Run, place: int) -> None:
         """Those that nobody has begun, each worker from another one on."""
-        join = read_join(run)
-        first = place * len(join.shards) // self.places
-        write_shards(run, join, self.encoder, wanted=run.claim, first=first)
+        share = min(place / self.places, 0.999)  # the leader of other workers stands behind them
+        write_shards(run, read_joins(run), self.encoder, wanted=run.claim, share=share)
 
     def crew(self, run: Run, streams: Sequence[Stream]) -> Crew:
         """The workers of this rank beside the calling process, which works where it is alone."""
@@ -87,18 +94,23 @@ class _Task:
 def tokenize(options: TokenizeOptions) -> Manifest:
     """Encode all documents of the input into a new shard folder; on any rank but 0 help with it.
 
+    With `valid_fraction` a share of the documents goes to a second folder.
+
     Raises:
-        CommandError: an input that names nothing, an output that is taken or being written.
+        CommandError: an input that names nothing, an output that is taken or being written, two
+            outputs that cannot both be written.
         DataError: a tokenizer or a file that cannot be used, too many bad records, no document.
         MegaLiteError: the disk refused; another rank failed.
     """
     for name, value in (("TOKENIZERS_PARALLELISM", "false"), ("RAYON_NUM_THREADS", "1")):
         env.set_default(name, value)  # a worker is a process
     check_output(options.output)
+    check_outputs(options.output, options.valid_fraction, options.valid_output)
     tokenizer = load_tokenizer(options.tokenizer)
     check_round_trip(tokenizer, lossy=options.lossy)
     encoder = Encoder(tokenizer, options)
-    folder = WorkFolder(options.output, encoder.options.asked(tokenizer), env.launch_id())
+    asked, launch = encoder.options.asked(tokenizer), env.launch_id()
+    folder = WorkFolder(options.output, asked, launch, options.valid_output)
     rank, ranks = env.find_place()
     if rank == 0 and options.bos is None and encoder.bos is not None:
         begins = " ".join(tokenizer.pieces()[id] for id in tokenizer.prefix_ids)
@@ -112,10 +124,13 @@ def tokenize(options: TokenizeOptions) -> Manifest:
 
 def _lead(task: _Task) -> Manifest:
     options, folder = task.encoder.options, task.folder
+    folder.finish_publishing()
     if folder.was_published():
         folder.clear()
         return load_manifest(options.output)
     refuse_taken(options.output)
+    if options.valid_output is not None:
+        refuse_taken(options.valid_output, "--valid-output")
     streams = find_streams(options.inputs, streaming=options.streaming)
     with folder.lead() as run:
         write(run.plan, [asdict(stream) for stream in streams])
@@ -128,31 +143,41 @@ def _lead(task: _Task) -> Manifest:
                     worker.encode_all()
                 worker.wait(lambda: crew.check() and worker.all_done())
             parts = _parts(run, worker, streams)
-            names, size = [name for _, name in parts], options.shard_tokens
-            join = plan_join(run, names, shard_tokens=size, deduplicate=options.deduplicate)
-            tallies = _tally(options, run, join, [source for source, _ in parts])
-            write(run.join, asdict(join))
+            joins = plan_joins(
+                run,
+                [name for _, name in parts],
+                shard_tokens=options.shard_tokens,
+                deduplicate=options.deduplicate,
+                valid_fraction=options.valid_fraction,
+            )
+            sources = [source for source, _ in parts]
+            _refuse_bad_records(options, run, joins[0])
+            tallies = [_tally(options, run, join, sources) for join in joins]
+            _refuse_empty(options, joins, tallies)
+            write_joins(run, joins)
             if crew.idle:
                 task.write_shards(run, 0)
-            shards = _shards(task, run, join, crew)
-            manifest = _manifest(task.encoder, streams, tallies, shards, run.shards)
-        publish(run.shards, options.output)
+            _wait_for_shards(task, run, joins, crew)
+            manifests = [
+                _manifest(task.encoder, streams, tally, run, join)
+                for join, tally in zip(joins, tallies, strict=True)
+            ]
+        folder.publish(run)
     folder.clear()
-    return manifest
+    return manifests[0]
 
 
-def _shards(task: _Task, run: Run, join: Join, crew: Crew) -> list[ShardInfo]:
-    """What all shards turned out to be; those that their writers seem to have left are written."""
+def _wait_for_shards(task: _Task, run: Run, joins: Sequence[Join], crew: Crew) -> None:
+    """Return when all shards are done; those that their writers seem to have left are written."""
     started = time.monotonic()
-    names = {shard_name(number) for number in range(len(join.shards))}
+    names = {name for join in joins for name in join.pieces()}
 
     def write_missing() -> None:
         seconds, done = time.monotonic() - started, run.done()
         logger.info("shards are missing after %.0f s: writing them here", seconds)
-        write_shards(run, join, task.encoder, wanted=lambda name: name not in done)
+        write_shards(run, joins, task.encoder, wanted=lambda name: name not in done)
 
     wait(run, lambda: names <= run.done() or not crew.check(), write_missing)
-    return read_shards(run, len(join.shards))
 
 
 def _follow(task: _Task) -> Manifest:
@@ -201,36 +226,56 @@ def _parts(run: Run, worker: Worker, streams: Sequence[Stream]) -> list[tuple[in
     return parts
 
 
-def _tally(options: TokenizeOptions, run: Run, join: Join, sources: Sequence[int]) -> list[Tally]:
-    """What came of each --input.
-
-    Raises:
-        DataError: more bad records than allowed, also where earlier runs met them; no document.
-    """
-    tallies = [Tally() for _ in options.inputs]
-    faults: list[str] = []
-    for source, (name, first) in zip(sources, join.parts, strict=True):
-        tallies[source].add(kept(run, name, first))
-        faults += read_header(run.part(name)).faults
-    if (bad := sum(tally.bad_records for tally in tallies)) > options.max_bad_records:
+def _refuse_bad_records(options: TokenizeOptions, run: Run, join: Join) -> None:
+    """Raise DataError for more bad records than allowed, also where earlier runs met them."""
+    parts = [read_header(run.part(name)) for name, _ in join.parts]
+    if (bad := sum(part.tally.bad_records for part in parts)) > options.max_bad_records:
+        faults = [fault for part in parts for fault in part.faults]
         raise DataError(
             f"{faults[min(options.max_bad_records, len(faults) - 1)]}; bad record "
             f"{options.max_bad_records + 1} of {bad}, more than --max-bad-records "
             f"{options.max_bad_records} allows: mend the input, or allow more"
         )
-    if not any(tally.documents for tally in tallies):
-        raise DataError(f"no document in {', '.join(options.inputs)}; nothing was written")
+
+
+def _tally(options: TokenizeOptions, run: Run, join: Join, sources: Sequence[int]) -> list[Tally]:
+    """Return what came of each --input in one output."""
+    tallies = [Tally() for _ in options.inputs]
+    for place, source in enumerate(sources):
+        tallies[source].add(kept(run, join, place))
     return tallies
+
+
+def _refuse_empty(
+    options: TokenizeOptions, joins: Sequence[Join], tallies: Sequence[Sequence[Tally]]
+) -> None:
+    """Raise DataError if an output has no document."""
+    counts = [sum(tally.documents for tally in of_join) for of_join in tallies]
+    total, fraction = sum(counts), options.valid_fraction
+    if not total:
+        raise DataError(f"no document in {', '.join(options.inputs)}; nothing was written")
+    for join, count in zip(joins, counts, strict=True):
+        if not count:
+            output = options.valid_output if join.valid else options.output
+            option, change = ("--valid-output", "larger") if join.valid else ("--output", "smaller")
+            raise DataError(
+                f"{option} {output}: --valid-fraction {fraction} of {total:,} documents gives it "
+                f"none; give a {change} fraction, or an input of more documents. Nothing was "
+                "written"
+            )
 
 
 def _manifest(
     encoder: Encoder,
     streams: Sequence[Stream],
     tallies: Sequence[Tally],
-    shards: list[ShardInfo],
-    folder: Path,
+    run: Run,
+    join: Join,
 ) -> Manifest:
     """Complete a shard folder; the manifest is written last."""
+    folder, arguments = join.folder(run), encoder.options.recorded()
+    if join.valid_fraction is not None:
+        arguments |= {"split": "valid" if join.valid else "train", "split_by": _SPLIT_BY}
     files = Counter[int]()
     for stream in streams:
         files[stream.source] += len(stream.paths)
@@ -246,9 +291,9 @@ def _manifest(
         eos=encoder.eos,
         documents=sum(tally.documents for tally in tallies),
         tokens=sum(tally.tokens for tally in tallies),
-        shards=shards,
+        shards=read_shards(run, join),
         sources=sources,
-        arguments=encoder.options.recorded(),
+        arguments=arguments,
     )
     write_manifest(folder, manifest)
     return manifest

@@ -7,7 +7,8 @@
         run-NONCE/                 one run: plan.json, join.json, error.json, beat
             claims/ done/ ends/    a file for each part that somebody works on, has done, is last
             workers/               a file for each worker: what it did so far
-            shards/                becomes NAME
+            shards/ valid/         become NAME and the folder of held-out documents
+        publishing.json            the run whose folders are complete and are being renamed
 
 A part's file is named after everything its content depends on, so what an earlier run made is of
 use to any later one that asks for the same. Files appear by a rename or are created exclusively:
@@ -32,7 +33,7 @@ from typing import Any
 from data_prep.output import tidied
 from megalite import env
 from megalite.errors import CommandError, DataError, MegaLiteError, UserError
-from megalite.files import parse_json
+from megalite.files import parse_json, publish, sync_directory, sync_file
 from megalite.formats.manifest import MANIFEST_NAME
 from megalite.log import logger
 
@@ -48,6 +49,7 @@ class Run:
         self.folder = folder
         self.plan, self.join = folder / "plan.json", folder / "join.json"
         self.shards, self.dropped = folder / "shards", folder / "dropped"
+        self.valid = folder / "valid"
         self._claims, self._done = folder / "claims", folder / "done"
         self._workers, self._error = folder / "workers", folder / "error.json"
         self._ends, self._beat = folder / "ends", folder / "beat"
@@ -55,8 +57,10 @@ class Run:
         self._last_beat, self._heard = None, time.monotonic()
 
     def create(self) -> None:
-        for path in (self._claims, self._done, self._ends, self._workers, self.shards):
+        for path in (self._claims, self._done, self._ends, self._workers):
             path.mkdir(parents=True)
+        self.shards.mkdir()
+        self.valid.mkdir()
 
     def claim(self, name: str) -> bool:
         """Whether this caller is the first to ask for a piece of work."""
@@ -156,14 +160,22 @@ class WorkFolder:
         output: the folder to be.
         asked: everything that the command was asked, as JSON: another wish is another run.
         launch: what the ranks of one launch have in common; ranks follow their own rank 0 alone.
+        valid_output: the folder to be of held-out documents.
     """
 
-    def __init__(self, output: Path, asked: dict[str, Any], launch: str = "") -> None:
+    def __init__(
+        self,
+        output: Path,
+        asked: dict[str, Any],
+        launch: str = "",
+        valid_output: Path | None = None,
+    ) -> None:
         self.output, self._asked = output, json.loads(json.dumps(asked))
-        self._launch = launch
+        self._launch, self._valid_output = launch, valid_output
         self.path = output.with_name(f".{output.name}.work")
         self.parts = self.path / "parts"
         self._current = self.path / "current.json"
+        self._publishing = self.path / "publishing.json"
 
     @contextmanager
     def lead(self) -> Iterator[Run]:
@@ -180,6 +192,7 @@ class WorkFolder:
             began, before = time.monotonic(), self._count()
             try:
                 self._current.unlink(missing_ok=True)
+                self._publishing.unlink(missing_ok=True)
                 for old in self.path.glob("run-*"):
                     shutil.rmtree(old, ignore_errors=True)
                 run = Run(self.path / f"run-{secrets.token_hex(4)}")
@@ -204,6 +217,37 @@ class WorkFolder:
         if current is None or current["launch"] != self._launch:
             return None
         return Run(self.path / current["run"])
+
+    def publish(self, run: Run) -> None:
+        """Give complete folders their names. The training shards come last: they say that all is
+        there. A kill in between is made good by the next `finish_publishing`.
+        """
+        if self._valid_output is not None:
+            write(self._publishing, {"run": run.folder.name, "asked": self._asked})
+            sync_file(self._publishing)
+            sync_directory(self.path)
+        self._rename(run)
+
+    def finish_publishing(self) -> None:
+        """Rename what a run had completed that was killed before all folders had their names.
+
+        Raises:
+            CommandError: that run still goes on.
+        """
+        found = read(self._publishing)
+        if found is None or found["asked"] != self._asked:
+            return
+        lock = _lock(self.path / "lock", self.output)
+        try:
+            self._rename(Run(self.path / found["run"]))
+        finally:
+            os.close(lock)
+
+    def _rename(self, run: Run) -> None:
+        for staging, final in ((run.valid, self._valid_output), (run.shards, self.output)):
+            if final is not None and staging.exists():
+                final.parent.mkdir(parents=True, exist_ok=True)
+                publish(staging, final)
 
     def was_published(self) -> bool:
         """Whether this wish was fulfilled by a run that was killed while it cleaned up."""

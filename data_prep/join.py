@@ -1,7 +1,8 @@
 """Parts to shards: which documents go into which shard, and the shards themselves.
 
 Where a shard ends is a function of the documents' lengths alone, known when all parts are done.
-Duplicates are found by 128-bit hashes; the first document of a text in input order stays.
+Duplicates are found by 128-bit hashes; the first document of a text in input order stays. The same
+hashes decide which documents are held out, so that copies of a text stay on one side.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,33 +29,58 @@ _BUCKET = 1 << 24
 
 @dataclass(frozen=True)
 class Join:
-    """What the shards are made of.
+    """The contents of the shards of one output.
 
     parts: names, in order, each with the number of its first document among all.
     shards: for each the documents it takes: (place in `parts`, first, end), in order.
+    valid_fraction: share of the documents that is held out; None means that there is one output.
+    valid: whether these shards hold the documents that are held out, or the others.
     """
 
     parts: list[tuple[str, int]]
     shards: list[list[tuple[int, int, int]]]
+    valid_fraction: float | None = None
+    valid: bool = False
+
+    def folder(self, run: Run) -> Path:
+        """Return the folder that becomes the output."""
+        return run.valid if self.valid else run.shards
+
+    def pieces(self) -> list[str]:
+        """Return the name of each shard among all that the run has to write."""
+        prefix = "valid_" if self.valid else ""
+        return [prefix + shard_name(number) for number in range(len(self.shards))]
 
 
-def plan_join(run: Run, parts: Sequence[str], *, shard_tokens: int, deduplicate: bool) -> Join:
-    """Cut the documents of all parts into shards of at most `shard_tokens` tokens.
-
-    A document is never cut, so one that is longer than that has a shard to itself. Memory holds the
-    lengths of one part, and with `deduplicate` a byte a document and a bucket of hashes.
-    """
+def plan_joins(
+    run: Run,
+    parts: Sequence[str],
+    *,
+    shard_tokens: int,
+    deduplicate: bool,
+    valid_fraction: float | None = None,
+) -> list[Join]:
+    """Plan the shards of each output: one, or with `valid_fraction` two, the held-out one last."""
     placed, total = list[tuple[str, int]](), 0
     for name in parts:
         placed.append((name, total))
         total += read_header(run.part(name)).tally.documents
     if deduplicate:
         _drop_duplicates(run, placed, total)
-    shards: list[list[tuple[int, int, int]]] = []
-    used = 0
-    for number, (name, first) in enumerate(placed):
+    sides = (False,) if valid_fraction is None else (False, True)
+    return [_cut(run, Join(placed, [], valid_fraction, side), shard_tokens) for side in sides]
+
+
+def _cut(run: Run, join: Join, shard_tokens: int) -> Join:
+    """Cut the documents of all parts into shards of at most `shard_tokens` tokens.
+
+    A document is never cut, so one that is longer than that has a shard to itself. Memory holds the
+    lengths of one part, and with `deduplicate` a byte a document and a bucket of hashes.
+    """
+    shards, used = join.shards, 0
+    for number, (name, _) in enumerate(join.parts):
         lengths = _array(run, name, "lengths")
-        stay = ~_dropped(run, first, len(lengths))
+        stay = ~_omitted(run, join, number, 0, len(lengths))
         ends = np.cumsum(lengths * stay)
         at = 0
         while (following := np.flatnonzero(stay[at:])).size:
@@ -68,59 +95,79 @@ def plan_join(run: Run, parts: Sequence[str], *, shard_tokens: int, deduplicate:
             shards[-1].append((number, at, end))
             used += int(ends[end - 1]) - before
             at = end
-    return Join(placed, shards)
+    return join
 
 
-def read_join(run: Run) -> Join:
+def write_joins(run: Run, joins: Sequence[Join]) -> None:
+    """Let the workers know what was planned."""
+    write(run.join, [asdict(join) for join in joins])
+
+
+def read_joins(run: Run) -> list[Join]:
     """What was planned; FileNotFoundError where the run is over."""
     if (found := read(run.join)) is None:
         raise FileNotFoundError(run.join)
-    return Join(**found)
+    return [Join(**join) for join in found]
 
 
 def write_shards(
-    run: Run, join: Join, encoder: Encoder, *, wanted: Callable[[str], bool], first: int = 0
+    run: Run,
+    joins: Sequence[Join],
+    encoder: Encoder,
+    *,
+    wanted: Callable[[str], bool],
+    share: float = 0.0,
 ) -> None:
-    """Write the shards that are wanted, from number `first` on, and say so in the run.
+    """Write the shards that are wanted, and say so in the run.
 
     Whoever writes a shard, also where another has begun it, writes the same bytes.
+
+    Args:
+        share: where to begin, a share of all shards in [0, 1).
     """
-    count = len(join.shards)
-    for number in (*range(first, count), *range(first)):
-        if wanted(shard_name(number)):
-            _write_shard(run, join, number, encoder)
+    pieces = [(join, number, name) for join in joins for number, name in enumerate(join.pieces())]
+    first = int(share * len(pieces))
+    for join, number, name in pieces[first:] + pieces[:first]:
+        if wanted(name):
+            _write_shard(run, join, number, name, encoder)
 
 
-def _write_shard(run: Run, join: Join, number: int, encoder: Encoder) -> None:
+def _write_shard(run: Run, join: Join, number: int, piece: str, encoder: Encoder) -> None:
     """One shard, made apart and renamed into place: another worker may be at the same one."""
     name, size = shard_name(number), encoder.tokenizer.vocab_size
-    making = run.folder / f"making-{name}-{secrets.token_hex(4)}"
+    making = run.folder / f"making-{piece}-{secrets.token_hex(4)}"
     making.mkdir()
     with ShardWriter(making, name, encoder.dtype, vocab_size=size) as writer:
         for place, start, end in join.shards[number]:
-            writer.add_documents(*_documents(run, *join.parts[place], start, end))
+            writer.add_documents(*_documents(run, join, place, start, end))
         info = writer.close()
     for path in making.iterdir():
-        os.replace(path, run.shards / path.name)
+        os.replace(path, join.folder(run) / path.name)
     making.rmdir()
-    write(run.folder / f"{name}.json", info.model_dump(mode="json"))
-    run.finish(name)
+    write(run.folder / f"{piece}.json", info.model_dump(mode="json"))
+    run.finish(piece)
 
 
 def shard_name(number: int) -> str:
     return f"shard_{number:05d}"
 
 
-def read_shards(run: Run, count: int) -> list[ShardInfo]:
+def read_shards(run: Run, join: Join) -> list[ShardInfo]:
     """What the shards turned out to be, once all are done."""
-    files = (run.folder / f"{shard_name(number)}.json" for number in range(count))
+    files = (run.folder / f"{piece}.json" for piece in join.pieces())
     return [ShardInfo.model_validate(read(file)) for file in files]
 
 
-def kept(run: Run, name: str, first: int) -> Tally:
-    """What a part gives to the shards, after duplicates were dropped."""
+def kept(run: Run, join: Join, place: int) -> Tally:
+    """Return what a part gives to the shards: all but duplicates and the other output's.
+
+    Bad records belong to neither side; the manifest of the training shards counts them.
+    """
+    name, _ = join.parts[place]
     tally = read_header(run.part(name)).tally
-    if (dropped := _dropped(run, first, tally.documents)).any():
+    if join.valid:
+        tally.bad_records = 0
+    if (dropped := _omitted(run, join, place, 0, tally.documents)).any():
         tally.tokens -= int(_array(run, name, "lengths")[dropped].sum())
         tally.bytes -= int(_array(run, name, "bytes")[dropped].sum())
         tally.documents -= int(dropped.sum())
@@ -128,15 +175,16 @@ def kept(run: Run, name: str, first: int) -> Tally:
 
 
 def _documents(
-    run: Run, name: str, first: int, start: int, end: int
+    run: Run, join: Join, place: int, start: int, end: int
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Documents of a part but for duplicates: their tokens in a row, and their lengths."""
+    """Documents of a part that stay: their tokens in a row, and their lengths."""
+    name, _ = join.parts[place]
     ends = np.cumsum(lengths := _array(run, name, "lengths"))
     begin, stop = int(ends[start - 1]) if start else 0, int(ends[end - 1])
     lengths = lengths[start:end]
     with safe_open(run.part(name), framework="np") as file:
         tokens = file.get_slice("tokens")[begin:stop]
-    dropped = _dropped(run, first + start, end - start)
+    dropped = _omitted(run, join, place, start, end - start)
     if dropped.any():
         tokens, lengths = tokens[np.repeat(~dropped, lengths)], lengths[~dropped]
     return tokens, lengths
@@ -164,11 +212,29 @@ def _drop_duplicates(run: Run, parts: Sequence[tuple[str, int]], documents: int)
     dropped.flush()
 
 
-def _dropped(run: Run, first: int, count: int) -> npt.NDArray[np.bool_]:
-    """Which of some documents are duplicates; without `deduplicate` none."""
-    if not count or not run.dropped.exists():
-        return np.zeros(count, np.bool_)
-    return np.fromfile(run.dropped, np.bool_, count=count, offset=first)
+def _omitted(run: Run, join: Join, place: int, start: int, count: int) -> npt.NDArray[np.bool_]:
+    """Return which documents of a part do not stay: duplicates, and those of the other side."""
+    name, first = join.parts[place]
+    omitted = np.zeros(count, np.bool_)
+    if count and run.dropped.exists():
+        omitted = np.fromfile(run.dropped, np.bool_, count=count, offset=first + start)
+    if count and join.valid_fraction is not None:
+        with safe_open(run.part(name), framework="np") as file:
+            hashes = file.get_slice("hashes")[start : start + count]
+        omitted |= is_held_out(hashes, join.valid_fraction) != join.valid
+    return omitted
+
+
+def is_held_out(hashes: npt.NDArray[np.uint64], fraction: float) -> npt.NDArray[np.bool_]:
+    """Return which documents are held out: those whose hash is in the lowest `fraction` of all.
+
+    It depends on the text alone: not on the other documents, their order, the tokenizer or the
+    number of workers. A larger fraction holds out the same documents and more.
+
+    Args:
+        hashes: [N, 2], 128-bit hashes; the second half counts, as a share of 2^64.
+    """
+    return np.asarray(hashes[:, 1] < np.uint64(int(fraction * 2.0**64)))
 
 
 def _array(run: Run, part: str, name: str) -> npt.NDArray[Any]:

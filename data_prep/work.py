@@ -55,16 +55,27 @@ class TokenizeOptions:
     deduplicate: bool = False
     streaming: bool = True
     lossy: bool = False
+    valid_fraction: float | None = None  # of the documents, written to `valid_output`
+    valid_output: Path | None = None
+
+    @property
+    def hashes(self) -> bool:
+        """Whether parts keep a hash of each document."""
+        return self.deduplicate or self.valid_fraction is not None
 
     def recorded(self) -> dict[str, Any]:
         """What the manifest keeps: all that the shards depend on, and nothing else."""
         kept = asdict(self)
-        del kept["output"], kept["workers"]
+        del kept["output"], kept["workers"], kept["valid_output"]
+        if self.valid_fraction is None:
+            del kept["valid_fraction"]
         return {**kept, "inputs": list(self.inputs)}
 
     def asked(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """What two runs have in common that can share their work."""
         asked = self.recorded() | {"tokenizer": tokenizer.sha256}
+        if self.valid_output is not None:
+            asked["valid_output"] = str(self.valid_output)
         del asked["max_bad_records"]
         return asked
 
@@ -141,7 +152,7 @@ class Encoder:
 
     def key(self, stream: Stream) -> str:
         """The name of a stream's parts: a hash of all that their content depends on."""
-        text_field, hashes = self.options.text_field, self.options.deduplicate
+        text_field, hashes = self.options.text_field, self.options.hashes
         begins = self._before if len(self._before) > 1 else self.bos
         made_by = [self.tokenizer.sha256, begins, self.eos, text_field, hashes]
         wish = [_VERSION, stream.identity, *made_by]
@@ -268,7 +279,7 @@ class Worker:
         self._run.report(self._name, asdict(self._tally) | times)
 
     def _encode(self, stream: Stream, part: int, path: Path) -> Part:
-        tally, faults, hashes = Tally(), list[str](), self._encoder.options.deduplicate
+        tally, faults, hashes = Tally(), list[str](), self._encoder.options.hashes
         encoded = [(np.empty(0, self._encoder.dtype), np.empty(0, np.int64))]
         digests, sizes = list[bytes](), list[int]()
         for texts in self._batches(stream, part, tally, faults):

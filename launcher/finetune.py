@@ -1,4 +1,5 @@
-"""Fine-tune a model on labelled data. Started by deepspeed, torchrun, srun or python."""
+"""Fine-tune a model on labelled data. Started by deepspeed, torchrun, srun,
+mpirun or python."""
 
 from __future__ import annotations
 

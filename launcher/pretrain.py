@@ -1,4 +1,5 @@
-"""Pretrain a language model from a run file. Started by deepspeed, torchrun, srun or python."""
+"""Pretrain a language model from a run file. Started by deepspeed, torchrun, srun,
+mpirun or python."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ _EXAMPLES = """examples:
   deepspeed --num_gpus 8 launcher/pretrain.py --config configs/1b.json
   torchrun --nproc-per-node 8 launcher/pretrain.py --config configs/1b.json
   srun --ntasks-per-node 8 python launcher/pretrain.py --config configs/7b.json
+  mpirun -n 8 python launcher/pretrain.py --config configs/1b.json
   python launcher/pretrain.py --config configs/smoke.json --set training.steps=20 --set name=try
 
 The same command again goes on where the run stopped. Exit codes: 0 done, 2 configuration, data or

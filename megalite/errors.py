@@ -21,7 +21,8 @@ assertions, not errors of this tree.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 
 
 class MegaLiteError(Exception):
@@ -88,7 +89,27 @@ class Superseded(MegaLiteError):
     exit_code = 3
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint `; did you mean "x"?` for a misspelt name, or an empty string."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f'; did you mean "{found[0]}"?' if found else ""
+_TYPO = 0.7  # how alike two words are that differ by a slip of the finger
+
+
+def nearest(
+    name: str, known: Iterable[str], shown: Callable[[str], str] = lambda found: found
+) -> str:
+    """Return the hint `; did you mean "x"?` for a misspelt name, or an empty string.
+
+    Word for word: `save_steps` is not a misspelt `steps`, and `warmup_ratio` no `warmup_steps`.
+
+    Args:
+        shown: how to write the name that is meant.
+    """
+    matches = difflib.get_close_matches(name, list(known), n=5, cutoff=0.6)
+    found = next((match for match in matches if _is_typo(name, match)), None)
+    return f'; did you mean "{shown(found)}"?' if found else ""
+
+
+def _is_typo(name: str, meant: str) -> bool:
+    words, others = (re.split(r"[_\-. ]+", text.lower()) for text in (name, meant))
+    if len(words) != len(others):
+        return difflib.SequenceMatcher(None, "".join(words), "".join(others)).ratio() >= 0.9
+    pairs = zip(words, others, strict=True)
+    return all(difflib.SequenceMatcher(None, *pair).ratio() >= _TYPO for pair in pairs)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megalite.config.deepspeed_keys import deepspeed_schema
+from megalite.config.deepspeed_tables import deepspeed_schema
 from megalite.config.load import SHIPPED, load_config
 from megalite.config.model import example_model
 from megalite.config.page import configuration_page

@@ -1,145 +1,20 @@
-"""What the `deepspeed` section may say, known without importing DeepSpeed or torch.
+"""Faults of the `deepspeed` section, found without importing DeepSpeed or torch.
 
 DeepSpeed 0.19 ignores an unknown top-level key without a word, so `gradient_cliping` would train
 unclipped; here it is a fault. What MegaLite owns may be left out, be "auto", or agree: a section
-that says otherwise is a fault too. Keys and defaults are those of 0.19.8, from
-deepspeed/runtime/{config,constants,precision_config}.py and runtime/zero/*config.py.
+that says otherwise is a fault too. So is a key that has no effect on a MegaLite run, unless its
+value says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
+from megalite.config.deepspeed_tables import CHOICES, IDLE_VALUES, KINDS, KNOWN, REFUSED
 from megalite.config.faults import Fault, fault, show
 from megalite.config.schema import RunConfig
 from megalite.errors import nearest
-
-
-def _keys(**kinds: str) -> dict[str, str]:
-    """Each key with its kind, of the keys of each kind."""
-    return {key: kind for kind, keys in kinds.items() for key in keys.split()}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any) -> bool:
-    return _is_number(value) and float(value).is_integer()  # DeepSpeed takes 5e8 for one
-
-
-# Kinds of values: in words, as a JSON schema, and whether a value is of the kind. In the tables of
-# keys below a kind may end in 0 or 1, the least a number of it may be.
-_TYPES = ("fp32", "bf16", "fp16")
-_KINDS: dict[str, tuple[str, dict[str, Any], Callable[[Any], bool]]] = {
-    "b": ("true or false", {"type": "boolean"}, lambda value: isinstance(value, bool)),
-    "i": ("a whole number", {"type": "number"}, _is_whole),
-    "e": (
-        "an even number",
-        {"type": "number", "multipleOf": 2},
-        lambda value: _is_whole(value) and value % 2 == 0,
-    ),
-    "f": ("a number", {"type": "number"}, _is_number),
-    "s": ("text in quotes", {"type": "string"}, lambda value: isinstance(value, str)),
-    "t": ('"fp32", "bf16" or "fp16"', {"enum": [*_TYPES]}, lambda value: value in _TYPES),
-    "d": ("a section {...}", {"type": "object"}, lambda value: isinstance(value, dict)),
-    "x": ("anything", {}, lambda value: True),
-}
-
-_TOP = _keys(
-    i1="train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps "
-    "steps_per_print vocabulary_size",
-    b="managed_gradient_accumulation dump_state disable_python_gc disable_allgather "
-    "prescale_gradients zero_allow_untested_optimizer zero_force_ds_cpu_optimizer "
-    "wall_clock_breakdown memory_breakdown dataloader_drop_last use_data_before_expert_parallelism",
-    t="communication_data_type seq_parallel_communication_data_type",
-    f="gradient_predivide_factor",
-    s="gradient_allreduce_op log_level",
-    f0="gradient_clipping",
-    d="zero_optimization bf16 fp16 torch_autocast data_types optimizer scheduler "
-    "activation_checkpointing comms_logger flops_profiler tensorboard wandb csv_monitor comet "
-    "timers aio checkpoint datastates_ckpt compile",
-)
-
-_NESTED = {
-    "bf16": _keys(
-        b="enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads "
-        "bf16_optimizer_states",
-    ),
-    "fp16": _keys(
-        b="enabled auto_cast consecutive_hysteresis fp16_master_weights_and_grads",
-        f0="loss_scale",
-        i0="initial_scale_power",
-        i1="loss_scale_window hysteresis min_loss_scale",
-    ),
-    "data_types": _keys(t="grad_accum_dtype param_dtype buffer_dtype", x="keep_in_fp32_modules"),
-    "zero_optimization": _keys(
-        i0="stage sub_group_size stage3_prefetch_bucket_size stage3_param_persistence_threshold "
-        "stage3_model_persistence_threshold stage3_max_live_parameters stage3_max_reuse_distance "
-        "stage3_module_granularity_threshold zero_hpz_partition_size",
-        b="contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce "
-        "allgather_partitions overlap_comm compute_grad_norm load_from_fp32_weights "
-        "elastic_checkpoint stage3_gather_16bit_weights_on_model_save "
-        "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential "
-        "ignore_unused_parameters legacy_stage1 round_robin_gradients parameter_alignment "
-        "zero_quantized_weights zero_quantized_nontrainable_weights zero_quantized_gradients "
-        "memory_efficient_linear pipeline_loading_checkpoint override_module_apply "
-        "log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory",
-        i1="reduce_bucket_size",
-        e0="allgather_bucket_size",
-        d="offload_param offload_optimizer leaf_module",
-    ),
-}
-
-_GONE = "was taken out of DeepSpeed 0.19, which refuses it"
-_GONE_ALONE = (
-    "compression_training curriculum_learning eigenvalue graph_harvesting nebula "
-    "progressive_layer_drop quantize_training sparse_attention sparse_gradients "
-    "zero_optimization.mics_shard_size zero_optimization.mics_hierarchical_params_gather "
-    "zero_optimization.zeropp_loco_param"
-)
-_OWN = "MegaLite does this itself"
-REFUSED = dict.fromkeys(_GONE_ALONE.split(), f"{_GONE}; take it out") | {
-    # known, and never right here: why, and what to do
-    "amp": f"{_GONE}; set training.precision",
-    "autotuning": "starts other runs in the place of this one; take it out",
-    "bfloat16": 'is the old name; write "bf16"',
-    "data_efficiency": f"{_OWN}: the order of data belongs to the data section; take it out",
-    "elasticity": f"{_GONE}; a run resumes on another number of ranks without it",
-    "expert_parallel": "is for mixtures of experts, which MegaLite does not build; take it out",
-    "hybrid_engine": "is for reinforcement learning from feedback; take it out",
-    "pipeline": "is for DeepSpeed's PipelineModule, which MegaLite does not build; take it out",
-    "sequence_parallel_size": f"{_OWN}; set parallel.sequence",
-    "tensor_parallel": f"{_OWN}; set parallel.tensor",
-    "weight_quantization": "is for inference; take it out",
-    "optimizer": f"{_OWN}; set the optimizer section of the run file",
-    "scheduler": f"{_OWN}; set the schedule section of the run file",
-    "zero_optimization.cpu_offload": "is the old name; write offload_optimizer",
-    "zero_optimization.cpu_offload_param": "is the old name; write offload_param",
-    "zero_optimization.cpu_offload_use_pin_memory": "is the old name; write offload_optimizer",
-    "zero_optimization.zenflow": "cannot sum gradients, which MegaLite needs; take it out",
-    "zero_optimization.stage3_gather_fp16_weights_on_model_save": "is the old name; write "
-    "stage3_gather_16bit_weights_on_model_save",
-}
-
-
-def deepspeed_schema() -> dict[str, Any]:
-    """The JSON schema of the section, for completion in an editor."""
-
-    def value(kind: str) -> dict[str, Any]:
-        least = {"minimum": int(kind[1:])} if kind[1:] else {}
-        return {"anyOf": [_KINDS[kind[0]][1] | least, {"const": "auto"}]}
-
-    def section(known: dict[str, str]) -> dict[str, Any]:
-        properties = {key: value(kind) for key, kind in known.items() if key not in REFUSED}
-        return {"type": "object", "properties": properties, "additionalProperties": False}
-
-    whole = section(_TOP)
-    for name, known in _NESTED.items():
-        whole["properties"][name] = section(known)
-    whole["properties"]["zero_optimization"]["properties"]["stage"] = {"enum": [0, 1, 2, 3, "auto"]}
-    return whole
 
 
 def zero_stage(config: RunConfig) -> int:
@@ -184,10 +59,8 @@ def owned_values(config: RunConfig) -> dict[str, tuple[Any, str]]:
 def deepspeed_faults(config: RunConfig) -> Iterator[Fault]:
     """Unknown, mistyped, refused and contradicting keys of the `deepspeed` section."""
     section = config.deepspeed
-    yield from _key_faults(section, _TOP, "")
-    for name, known in _NESTED.items():
-        if isinstance(section.get(name), dict):
-            yield from _key_faults(section[name], known, f"{name}.")
+    yield from _key_faults(section, "")
+    yield from _silent_faults(section)
     stage = _at(section, "zero_optimization.stage")
     if stage not in (None, "auto", 0, 1, 2, 3):
         text = f"expected 0, 1, 2 or 3, found {show(stage)}"
@@ -231,22 +104,76 @@ def _at(section: dict[str, Any], key: str) -> Any:
     return value
 
 
-def _key_faults(section: dict[str, Any], known: dict[str, str], prefix: str) -> Iterator[Fault]:
+def _silent_faults(section: dict[str, Any]) -> Iterator[Fault]:
+    """Keys whose output DeepSpeed logs at level "info", which is off unless `log_level` asks."""
+    if section.get("log_level") not in ("debug", "info"):
+        remedy = 'or write "log_level": "info" in the same section'
+        if section.get("steps_per_print", "auto") != "auto":
+            text = f"has no effect at DeepSpeed's log level here; set training.log_every, {remedy}"
+            yield fault("deepspeed.steps_per_print", text)
+        if section.get("dump_state") is True:
+            text = f"has no effect at DeepSpeed's log level here; take it out, {remedy}"
+            yield fault("deepspeed.dump_state", text)
+    logger = section.get("comms_logger")
+    if isinstance(logger, dict) and logger.get("enabled") is True:
+        verbose = logger.get("verbose") is True
+        if not verbose or section.get("log_level") not in ("debug", "info"):
+            text = 'prints nothing without "verbose": true here and deepspeed.log_level "info"'
+            yield fault("deepspeed.comms_logger", f"{text}; set both, or take it out")
+
+
+def _key_faults(section: dict[str, Any], at: str) -> Iterator[Fault]:
+    """Faults of the keys of one section, and of those within it."""
+    known = KNOWN[at]
     for key, value in section.items():
-        where = ("deepspeed", *prefix.split(".")[:-1], key)
-        reason = REFUSED.get(prefix + key)
+        path = f"{at}.{key}".removeprefix(".")
+        where = ("deepspeed", *at.split("."), key) if at else ("deepspeed", key)
+        reason = REFUSED.get(path)
         if reason is not None:
-            if value != "auto":
+            if value != "auto" and not _is_idle(path, value):
                 yield Fault((where,), reason)
         elif key not in known:
-            hint = nearest(key, known) or "; DeepSpeed 0.19.8 has none of this name, take it out"
-            yield Fault((where,), f"unknown key{hint}")
+            yield Fault((where,), f"unknown key{_hint(key, at)}")
         elif value != "auto":
-            kind, least = known[key][0], known[key][1:]
-            expected, _, fits = _KINDS[kind]
-            if not fits(value):
-                text = f'expected {expected} or "auto", found {show(value)}'
+            text = _kind_fault(path, known[key], value)
+            if text:
                 yield Fault((where,), text)
-            elif least and value < int(least):
-                text = f"expected {expected} of {least} or more, found {show(value)}"
-                yield Fault((where,), text)
+            elif path in KNOWN:
+                yield from _key_faults(value, path)
+
+
+def _is_idle(path: str, value: Any) -> bool:
+    """Whether a value of a key without effect says what happens anyway."""
+    if path not in IDLE_VALUES:
+        return False
+    idle = IDLE_VALUES[path]
+    return bool(value == idle) and isinstance(value, bool) == isinstance(idle, bool)
+
+
+def _hint(key: str, at: str) -> str:
+    """What to do about an unknown key: the section it belongs to, or the nearest name."""
+    homes = [home for home, keys in KNOWN.items() if key in keys]
+    if len(homes) == 1:
+        place = ".".join(part for part in ("deepspeed", homes[0], key) if part)
+        return f'; write it as "{place}"'
+    remedy = "; DeepSpeed 0.19.8 has none of this name, take it out"
+    return nearest(key, KNOWN[at]) or (
+        f"{remedy}, or write one of {', '.join(KNOWN[at])}"
+        if at and len(KNOWN[at]) < 12
+        else remedy
+    )
+
+
+def _kind_fault(path: str, kind: str, value: Any) -> str:
+    """What is wrong with a value of a known key; "" if nothing is."""
+    expected, _, fits = KINDS[kind[0]]
+    least = kind[1:]
+    if path in CHOICES:
+        if value not in CHOICES[path]:
+            names = ", ".join(f'"{name}"' for name in CHOICES[path])
+            return f'expected one of {names} or "auto", found {show(value)}'
+    elif not fits(value):
+        return f'expected {expected} or "auto", found {show(value)}'
+    elif least and value < int(least):
+        return f"expected {expected} of {least} or more, found {show(value)}"
+    return ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import json
 import math
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from megalite.config.fields import Section
+from megalite.config.foreign import foreign_answer
 from megalite.config.schema import RunConfig
 from megalite.errors import nearest
 
@@ -67,24 +67,42 @@ def known_keys(section: type[Section] = RunConfig, at: Key = ()) -> dict[Key, Fi
     return found
 
 
-def _unknown(loc: tuple[str | int, ...]) -> str:
-    """What to say to a key nobody knows: the nearest of its section, or of the whole file.
+def _unknown(loc: tuple[str | int, ...], found: Any = None) -> str:
+    """Return what to say about an unknown key.
 
-    The section's name says nothing of a key, so names alone are compared.
+    A name of another trainer is answered with the key that has its meaning. Else it is the key of
+    that name in another section, or the nearest name of its section, or of the whole file. The
+    section's name says nothing about a key, so names alone are compared.
     """
     *at, name = (part for part in loc if isinstance(part, str))
+    answer = foreign_answer(name)
+    if answer:
+        return f"unknown key; {answer}{_answers_within(found)}"
     known = known_keys()
     siblings = [key[-1] for key in known if key[:-1] == tuple(at)]
-    begun = [s for s in siblings if len(name) >= _BEGUN and s[:_BEGUN] == name[:_BEGUN]]
     elsewhere = [key for key in known if key[-1] == name]
-    hint = nearest(name, siblings)
-    if not hint and not elsewhere and begun:
-        hint = f'; did you mean "{begun[0]}"?'
+    hint = ""
+    if elsewhere:  # the one that shares most of the way to it
+        same = max(elsewhere, key=lambda key: sum(a == b for a, b in zip(key, at, strict=False)))
+        hint = f'; did you mean "{dotted(same)}"?'
+    hint = hint or nearest(name, siblings)
+    if not hint and len(name) >= _BEGUN and "_" not in name:
+        begun = [f'"{s}"' for s in siblings if s[:_BEGUN] == name[:_BEGUN]]
+        few = begun[0] if len(begun) == 1 else f"one of {', '.join(begun)}"
+        hint = f"; did you mean {few}?" if begun else ""
     if not hint:
-        names = [name] if elsewhere else difflib.get_close_matches(name, [k[-1] for k in known], 1)
-        same = [dotted(key) for key in known if key[-1] in names]
-        hint = f'; did you mean "{same[0]}"?' if same else ""
-    return f"unknown key{hint or '; take it out, or write one of ' + ', '.join(siblings)}"
+        by_name = {key[-1]: key for key in reversed(known)}
+        hint = nearest(name, by_name, shown=lambda one: dotted(by_name[one]))
+    hint = hint or "; take it out, or write one of " + ", ".join(siblings)
+    return f"unknown key{hint}{_answers_within(found)}"
+
+
+def _answers_within(found: Any) -> str:
+    """Return what names of other trainers within an unknown section are here."""
+    if not isinstance(found, dict):
+        return ""
+    answers = [(key, foreign_answer(key)) for key in found]
+    return "".join(f"; {dotted((key,))}: {answer}" for key, answer in answers if answer)
 
 
 def schema_faults(raw: dict[str, Any]) -> tuple[RunConfig, list[Fault]]:
@@ -165,7 +183,7 @@ def _describe(item: ErrorDetails) -> Fault:
     key = tuple(str(part) for part in loc)
     field = _field(loc)
     if kind == "extra_forbidden" or field is None:
-        return Fault((key,), _unknown(loc))
+        return Fault((key,), _unknown(loc, found))
     if kind == "missing" and not isinstance(loc[-1], int):
         example = field.examples[0] if field.examples else {}
         remedy = f"write for example {show({loc[-1]: example})[1:-1]}"

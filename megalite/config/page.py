@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from megalite.config.deepspeed_keys import REFUSED
+from megalite.config.deepspeed_tables import REFUSED
 
 _LARGE = 10**9  # a bound from here on keeps nonsense out and is no news
 _BOUNDS = {
@@ -49,7 +49,8 @@ stage is 1.
 | key | value |
 | --- | --- |"""
 _REFUSED = """
-Keys that DeepSpeed knows, or knew, and that are refused here:
+Keys that DeepSpeed knows, or knew, and that are refused here. A key that has no effect may hold
+`"auto"`, or the value that DeepSpeed has without it:
 
 | key | why, and what to do |
 | --- | --- |"""

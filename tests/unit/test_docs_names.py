@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megalite.config.__main__ import json_schema
-from megalite.config.deepspeed_keys import REFUSED
+from megalite.config.deepspeed_tables import REFUSED
 from megalite.config.faults import known_keys
 from tests.pages import PAGE, ROOT, actions, commands_page, parsers
 

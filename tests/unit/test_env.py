@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from megalite import env
-from megalite.env import Launch, find_launch, first_host, job, launch_id, thread_count
+from megalite.env import Launch, find_launch, job, launch_id, thread_count
 from megalite.errors import LaunchError, nearest
+from megalite.launchers import first_host
 
 TORCHRUN = {
     "RANK": "5",

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megalite.config import deepspeed_keys as keys
 from megalite.config import parse_config, zero_stage
+from megalite.config.deepspeed_tables import IDLE_VALUES, KNOWN, REFUSED
 from megalite.errors import ConfigError
 from tests.run_file import BASE
 
@@ -32,8 +32,16 @@ def faults(section: Any, **training: Any) -> list[str]:
         {"gradient_allreduce_op": "sum", "data_types": {"grad_accum_dtype": "fp32"}},
         {"gradient_allreduce_op": "mean", "zero_optimization": {"stage": 3}},
         {"fp16": {"enabled": "auto", "initial_scale_power": 12}, "bf16": {"enabled": "auto"}},
-        {"tensorboard": {"enabled": True}, "comms_logger": {"enabled": True}, "log_level": "info"},
-        {"communication_data_type": "bf16", "steps_per_print": 10, "wall_clock_breakdown": True},
+        {"tensorboard": {"enabled": True}, "csv_monitor": {"enabled": True, "output_path": "x"}},
+        {"comms_logger": {"enabled": True, "verbose": True}, "log_level": "info"},
+        {"comms_logger": {"enabled": False, "prof_all": True}, "dump_state": False},
+        {"communication_data_type": "bf16", "wall_clock_breakdown": True},
+        {"steps_per_print": 10, "dump_state": True, "log_level": "debug"},
+        {"steps_per_print": "auto", "torch_autocast": {"enabled": False}},
+        {"flops_profiler": {"enabled": True, "profile_step": 1, "output_file": None}},
+        {"timers": {"throughput": {"enabled": True, "synchronized": False}}},
+        {"data_types": {"keep_in_fp32_modules": ["norm"], "buffer_dtype": "fp32"}},
+        {"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["a.B"]}}},
     ],
 )
 def test_what_is_sound(section: dict[str, Any]) -> None:
@@ -93,6 +101,102 @@ def test_faults(key: str, value: Any, message: str) -> None:
     assert faults(section) == [f".{key}: {message}"]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("activation_checkpointing", {"partition_activations": True}, "training.activation_check"),
+        ("checkpoint", {"tag_validation": "Fail"}, "set the checkpoint section of the run file"),
+        ("datastates_ckpt", {"no_such_key": True}, "set checkpoint.background"),
+        ("compile", {"deepcompile": True}, "set training.compile"),
+        ("aio", {"block_size": 1048576}, "offloads nothing to NVMe; take it out"),
+        ("dataloader_drop_last", True, "the data section fixes the order; take it out"),
+        ("disable_allgather", True, "DeepSpeed 0.19 does not read it; take it out"),
+        ("use_data_before_expert_parallelism", True, "mixtures of experts"),
+        ("vocabulary_size", 50000, "set model.vocab_size"),
+        ("seq_parallel_communication_data_type", "bf16", "set parallel.sequence"),
+        ("torch_autocast.dtype", "bfloat16", "set training.precision"),
+        ("zero_optimization.elastic_checkpoint", True, "load on any number of ranks; take it out"),
+        ("zero_optimization.load_from_fp32_weights", False, "hold fp32 weights; take it out"),
+        (
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+            True,
+            "launcher/export.py writes a model folder; take it out",
+        ),
+        ("zero_optimization.pipeline_loading_checkpoint", True, "own checkpoints; take it out"),
+        ("zero_optimization.legacy_stage1", True, "was taken out of DeepSpeed 0.19"),
+        ("zero_optimization.allgather_partitions", False, "does not read it; take it out"),
+        ("zero_optimization.offload_optimizer.pipeline_read", True, "nothing to NVMe; take it out"),
+        ("steps_per_print", 100, 'set training.log_every, or write "log_level": "info"'),
+        ("dump_state", True, 'take it out, or write "log_level": "info"'),
+        ("comms_logger", {"enabled": True}, 'prints nothing without "verbose": true'),
+        ("comms_logger", {"enabled": True, "verbose": True}, 'deepspeed.log_level "info"'),
+    ],
+)
+def test_key_without_effect_is_refused(key: str, value: Any, remedy: str) -> None:
+    section = value
+    for part in reversed(key.split(".")):
+        section = {part: section}
+    [fault] = faults(section)
+    assert fault.startswith(f".{key}: ")
+    assert remedy in fault
+
+
+@pytest.mark.parametrize("key", IDLE_VALUES)
+def test_key_without_effect_may_say_so(key: str) -> None:
+    """Files of other trainers list keys with the value that they have anyway, or with "auto"."""
+    for value in (IDLE_VALUES[key], "auto"):
+        section = value
+        for part in reversed(key.split(".")):
+            section = {part: section}
+        parse_config(BASE | {"deepspeed": section})
+
+
+@pytest.mark.parametrize("at", KNOWN)
+def test_unknown_key_of_every_section_is_refused(at: str) -> None:
+    keys = [key for key in KNOWN[at] if f"{at}.{key}".removeprefix(".") not in REFUSED]
+    for wrong, hint in ((f"{keys[0]}x", f'did you mean "{keys[0]}"?'), ("no_such_key_at_all", "")):
+        section: Any = {wrong: True}
+        for part in reversed(at.split(".") if at else []):
+            section = {part: section}
+        [fault] = faults(section)
+        assert f"{at}.{wrong}: unknown key; " in fault
+        assert hint in fault
+        assert "take it out" in fault or "did you mean" in fault
+
+
+@pytest.mark.parametrize("at", KNOWN)
+def test_value_of_the_wrong_kind_is_refused_in_every_section(at: str) -> None:
+    for key in KNOWN[at]:
+        path = f"{at}.{key}".removeprefix(".")
+        if path in REFUSED:
+            continue
+        section: Any = {key: [1]}  # a list of a number: of no kind
+        for part in reversed(at.split(".") if at else []):
+            section = {part: section}
+        assert any(fault.startswith(f".{path}: expected ") for fault in faults(section)), path
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"stage": 2}, '.stage: unknown key; write it as "deepspeed.zero_optimization.stage"'),
+        ({"log_level": "verbose"}, '.log_level: expected one of "debug", "info", "warning"'),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "gpu"}}},
+            '.zero_optimization.offload_optimizer.device: expected one of "none", "cpu", "nvme"',
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memry": True}}},
+            'offload_optimizer.pin_memry: unknown key; did you mean "pin_memory"?',
+        ),
+        ({"timers": {"throughput": {"enable": True}}}, 'did you mean "enabled"?'),
+    ],
+)
+def test_message_names_the_key_that_is_meant(section: Any, message: str) -> None:
+    [fault] = faults(section)
+    assert message in fault
+
+
 def test_a_section_that_is_none() -> None:
     [fault] = faults([])
     assert fault.startswith(": expected a section {...}, found []; it is: DeepSpeed's own JSON")
@@ -147,17 +251,39 @@ def fields_of(source: str, name: str) -> set[str]:
         ("zero_optimization", "runtime/zero/config.py", "DeepSpeedZeroConfig"),
         ("bf16", "runtime/precision_config.py", "DeepSpeedBF16Config"),
         ("fp16", "runtime/precision_config.py", "DeepSpeedFP16Config"),
+        ("comms_logger", "comm/config.py", "CommsLoggerConfig"),
+        ("tensorboard", "monitor/config.py", "TensorBoardConfig"),
+        ("csv_monitor", "monitor/config.py", "CSVConfig"),
+        ("wandb", "monitor/config.py", "WandbConfig"),
+        ("comet", "monitor/config.py", "CometConfig"),
+        ("timers.throughput", "utils/config.py", "DeepSpeedThroughputTimerConfig"),
+        (
+            "zero_optimization.offload_param",
+            "runtime/zero/offload_config.py",
+            "DeepSpeedZeroOffloadParamConfig",
+        ),
+        (
+            "zero_optimization.offload_optimizer",
+            "runtime/zero/offload_config.py",
+            "DeepSpeedZeroOffloadOptimizerConfig",
+        ),
+        (
+            "zero_optimization.leaf_module",
+            "runtime/zero/leaf_module_config.py",
+            "DeepSpeedZeroLeafModuleConfig",
+        ),
     ],
 )
 def test_nested_keys_are_deepspeeds(section: str, path: str, model: str) -> None:
-    ours = set(keys._NESTED[section])
+    ours = set(KNOWN[section])
     theirs = fields_of(deepspeed_source(path), model)
-    refused = {k.split(".")[1] for k in keys.REFUSED if k.startswith(f"{section}.")}
+    refused = {k.removeprefix(f"{section}.") for k in REFUSED if k.startswith(f"{section}.")}
     assert ours <= theirs
     assert theirs <= ours | refused
 
 
-def test_top_level_keys_are_deepspeeds() -> None:
+def test_other_keys_are_deepspeeds() -> None:
+    """Of sections that DeepSpeed reads key by key, and not with a model of pydantic."""
     words: set[str] = set()
     for path in (
         "runtime/config.py",
@@ -175,7 +301,8 @@ def test_top_level_keys_are_deepspeeds() -> None:
         for node in ast.walk(ast.parse(deepspeed_source(path))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 words.add(node.value)
-    assert set(keys._TOP) <= words
+    for section in ("", "flops_profiler", "torch_autocast", "data_types", "timers"):
+        assert set(KNOWN[section]) <= words
 
 
 def test_what_deepspeed_has_removed_is_refused() -> None:
@@ -190,4 +317,4 @@ def test_what_deepspeed_has_removed_is_refused() -> None:
                 words = [str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)]
                 removed |= {f"{prefix}{word}" for word in words}
     assert removed
-    assert removed <= set(keys.REFUSED)
+    assert removed <= set(REFUSED)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megalite.config import load_config, parse_config
-from megalite.config.deepspeed_keys import _NESTED, _TOP
+from megalite.config.deepspeed_tables import KNOWN, REFUSED
 from megalite.config.faults import dotted, known_keys
 from megalite.errors import ConfigError
 from megalite.plan import deepspeed_dict, make_plan
@@ -33,8 +33,10 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 KEYS = [dotted(key) for key in known_keys()]
-DEEPSPEED = [f"deepspeed.{key}" for key in _TOP] + [
-    f"deepspeed.{section}.{key}" for section, known in _NESTED.items() for key in known
+DEEPSPEED = [f"deepspeed.{key}" for key in REFUSED] + [
+    ".".join(part for part in ("deepspeed", section, key) if part)
+    for section, known in KNOWN.items()
+    for key in known
 ]
 CHANGES = st.lists(st.tuples(st.sampled_from(KEYS + DEEPSPEED), VALUES), min_size=1, max_size=5)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from megalite.config.__main__ import PAGE, json_schema
-from megalite.config.deepspeed_keys import REFUSED
+from megalite.config.deepspeed_tables import REFUSED
 from megalite.config.faults import known_keys
 from megalite.config.page import configuration_page
 from megalite.config.schema import RunConfig

@@ -273,13 +273,13 @@ def test_the_leader_is_heard_while_shards_are_planned_and_written(
     """Hours on a large corpus, in which no worker may think that nobody leads."""
     monkeypatch.setattr(folder, "_SILENCE", 0.5)
     monkeypatch.setattr(folder, "_BEAT", 0.05)
-    plan = encode.plan_join
+    plan = encode.plan_joins
 
     def slow(*arguments: Any, **options: Any) -> Any:
         time.sleep(1.5)
         return plan(*arguments, **options)
 
-    monkeypatch.setattr(encode, "plan_join", slow)
+    monkeypatch.setattr(encode, "plan_joins", slow)
     tokenize(options(corpus, tmp_path / "out", workers=2))
     assert hashes(tmp_path / "out") == expected
 
@@ -294,7 +294,7 @@ def test_an_empty_output_folder_is_no_sign_of_an_earlier_end(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(encode, "plan_join", interrupted)
+    monkeypatch.setattr(encode, "plan_joins", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenize(wish)
     monkeypatch.undo()

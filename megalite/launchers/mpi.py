@@ -1,0 +1,167 @@
+"""Ranks of MPI's launchers, and of those that describe a rank in the same four numbers.
+
+Checked in this order. An `mpirun` within a job of another launcher describes the ranks, and what
+the other one says is about mpirun's own daemons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megalite.errors import LaunchError
+from megalite.launchers.launch import Launch, number
+
+
+@dataclass(frozen=True)
+class MpiLauncher:
+    """The variables in which a launcher describes a rank; the first that is set counts."""
+
+    name: str
+    rank: tuple[str, ...]
+    size: tuple[str, ...]
+    local_rank: tuple[str, ...]
+    local_size: tuple[str, ...]
+    hosts: tuple[str, ...] = ()  # number of hosts, for launchers that give no local size
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return self.rank + self.size + self.local_rank + self.local_size
+
+
+def _comm_world(name: str, prefix: str) -> MpiLauncher:
+    keys = (f"{prefix}_{key}" for key in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+    return MpiLauncher(name, *((key,) for key in keys))
+
+
+MPI_LAUNCHERS = (
+    _comm_world("Open MPI", "OMPI_COMM_WORLD"),
+    _comm_world("MVAPICH2", "MV2_COMM_WORLD"),
+    _comm_world("MVAPICH", "MVP_COMM_WORLD"),
+    _comm_world("jsrun", "JSM_NAMESPACE"),
+    MpiLauncher(
+        "Flux",
+        ("FLUX_TASK_RANK",),
+        ("FLUX_JOB_SIZE",),
+        ("FLUX_TASK_LOCAL_ID",),
+        (),
+        ("FLUX_JOB_NNODES",),
+    ),
+    MpiLauncher(
+        "Intel MPI or MPICH",
+        ("PMI_RANK", "PALS_RANKID"),
+        ("PMI_SIZE", "PALS_SIZE"),
+        ("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "PALS_LOCAL_RANKID"),
+        ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "PALS_LOCAL_SIZE"),
+    ),
+    MpiLauncher(
+        "Platform MPI",
+        ("MPI_RANKID",),
+        ("MPI_NRANKS",),
+        ("MPI_LOCALRANKID",),
+        ("MPI_LOCALNRANKS",),
+    ),
+)
+
+
+def find_mpi(env: Mapping[str, str]) -> MpiLauncher | None:
+    """Return the launcher that gives this process a rank of several, if one does.
+
+    A world of one is none of MPI's: `mpirun -n 1` is a single process.
+    """
+    for mpi in MPI_LAUNCHERS:
+        if _get(env, mpi.rank) and _get(env, mpi.size) and _number(env, mpi.size, 1) != 1:
+            return mpi
+    return None
+
+
+def find_mpi_rank(env: Mapping[str, str]) -> tuple[int, int] | None:
+    """Return rank and size as an MPI launcher gives them, a size of 1 included."""
+    for mpi in MPI_LAUNCHERS:
+        if _get(env, mpi.rank) and _get(env, mpi.size):
+            return _number(env, mpi.rank, 0), _number(env, mpi.size, 1)
+    return None
+
+
+def read_mpi(env: Mapping[str, str], mpi: MpiLauncher) -> Launch:
+    """Return the launch that an MPI launcher describes.
+
+    MASTER_ADDR and MASTER_PORT count if they are set.
+
+    Raises:
+        LaunchError: nothing says which ranks share this host; RANK, WORLD_SIZE, LOCAL_RANK or
+            LOCAL_WORLD_SIZE are set and say something else.
+    """
+    world = _number(env, mpi.size, 1)
+    launch = Launch(
+        rank=_number(env, mpi.rank, 0),
+        world_size=world,
+        local_rank=_local_rank(env, mpi),
+        local_world_size=_local_size(env, mpi, world),
+        master_addr=env.get("MASTER_ADDR", ""),
+        master_port=number(env, "MASTER_PORT", 0),
+        source=mpi.name,
+    )
+    _refuse_other_numbers(env, mpi, launch)
+    if not launch.master_addr and launch.local_world_size == world:
+        return Launch(**vars(launch) | {"master_addr": "127.0.0.1"})
+    return launch
+
+
+def _local_rank(env: Mapping[str, str], mpi: MpiLauncher) -> int:
+    if _get(env, mpi.local_rank):
+        return _number(env, mpi.local_rank, 0)
+    for key in ("LOCAL_RANK", "SLURM_LOCALID"):  # srun sets PMI's rank and size, but not these
+        if env.get(key):
+            return number(env, key, 0)
+    raise LaunchError(_unknown_host(env, mpi, "LOCAL_RANK", mpi.local_rank))
+
+
+def _local_size(env: Mapping[str, str], mpi: MpiLauncher, world: int) -> int:
+    if _get(env, mpi.local_size):
+        return _number(env, mpi.local_size, 1)
+    if env.get("LOCAL_WORLD_SIZE"):
+        return number(env, "LOCAL_WORLD_SIZE", 1)
+    hosts = _number(env, (*mpi.hosts, "SLURM_STEP_NUM_NODES", "SLURM_JOB_NUM_NODES"), 0)
+    if hosts and world % hosts == 0:
+        return world // hosts
+    raise LaunchError(_unknown_host(env, mpi, "LOCAL_WORLD_SIZE", mpi.local_size))
+
+
+def _unknown_host(
+    env: Mapping[str, str], mpi: MpiLauncher, ours: str, keys: tuple[str, ...]
+) -> str:
+    rank, size = _set(env, mpi.rank), _set(env, mpi.size)
+    missing = " nor ".join((*keys, ours))
+    return (
+        f"{rank}={env[rank]} and {size}={env[size]} ({mpi.name}), but neither {missing} says which "
+        f"ranks share this host; export {ours} for every rank, or start the ranks with torchrun"
+    )
+
+
+def _refuse_other_numbers(env: Mapping[str, str], mpi: MpiLauncher, launch: Launch) -> None:
+    own = {
+        "RANK": launch.rank,
+        "WORLD_SIZE": launch.world_size,
+        "LOCAL_RANK": launch.local_rank,
+        "LOCAL_WORLD_SIZE": launch.local_world_size,
+    }
+    for key, value in own.items():
+        if number(env, key, value) != value:
+            raise LaunchError(
+                f"{key}={env[key]}, but {mpi.name} started rank {launch.rank} of "
+                f"{launch.world_size} (local rank {launch.local_rank} of "
+                f"{launch.local_world_size}); unset {key}"
+            )
+
+
+def _set(env: Mapping[str, str], keys: tuple[str, ...]) -> str:
+    return next((key for key in keys if env.get(key)), "")
+
+
+def _get(env: Mapping[str, str], keys: tuple[str, ...]) -> str:
+    return env.get(_set(env, keys), "")
+
+
+def _number(env: Mapping[str, str], keys: tuple[str, ...], default: int) -> int:
+    return number(env, _set(env, keys), default)

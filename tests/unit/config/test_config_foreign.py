@@ -1,0 +1,129 @@
+"""Names of other trainers are answered with the key that has their meaning, and never another."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.config import load_config, parse_config
+from megalite.config.deepspeed_tables import KNOWN
+from megalite.config.faults import dotted, known_keys
+from megalite.config.foreign import _OTHERWISE, _SAME, foreign_answer
+from megalite.errors import ConfigError, nearest
+from tests.run_file import BASE
+
+KEYS = {dotted(key) for key in known_keys()}
+
+
+def fault_of(raw: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(raw)
+    [fault] = caught.value.faults
+    return fault
+
+
+def with_key(section: str, key: str, value: Any = 1) -> dict[str, Any]:
+    raw = copy.deepcopy(BASE)
+    target = raw
+    for part in section.split(".") if section else ():
+        target = target.setdefault(part, {})
+    target[key] = value
+    return raw
+
+
+def test_every_answer_is_a_key_of_ours() -> None:
+    theirs = {f"deepspeed.{at}.{key}".replace("..", ".") for at in KNOWN for key in KNOWN[at]}
+    assert set(_SAME) <= KEYS | theirs
+
+
+def test_no_foreign_name_is_in_two_rows() -> None:
+    names = [name for row in (*_SAME.values(), *_OTHERWISE.values()) for name in row.split()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("save_steps", '"checkpoint.every"'),
+        ("eval_steps", '"training.eval_every"'),
+        ("logging_steps", '"training.log_every"'),
+        ("max_steps", '"training.steps"'),
+        ("learning_rate", '"optimizer.lr"'),
+        ("lr_scheduler_type", '"schedule.name"'),
+        ("warmup_ratio", "set schedule.warmup_steps, in steps"),
+        ("gradient_accumulation_steps", "set training.global_batch_size"),
+        ("per_device_train_batch_size", '"training.micro_batch_size"'),
+        ("num_train_epochs", "set training.steps; when fine-tuning, finetune.epochs"),
+        ("output_dir", '"logging.directory"'),
+        ("save_total_limit", '"checkpoint.keep"'),
+        ("report_to", "set logging.tensorboard or logging.wandb"),
+        ("bf16", 'set training.precision to "bf16"'),
+        ("fp16", 'set training.precision to "fp16"'),
+        ("gradient_checkpointing", "set training.activation_checkpointing"),
+        ("n_layer", '"model.num_hidden_layers"'),
+        ("n_head", '"model.num_attention_heads"'),
+        ("n_embd", '"model.hidden_size"'),
+        ("d_model", '"model.hidden_size"'),
+        ("hidden_act", '"model.activation"'),
+        ("rms_norm_eps", '"model.norm_eps"'),
+        ("seq_length", '"data.sequence_length"'),
+        ("block_size", '"data.sequence_length"'),
+        ("tensor_model_parallel_size", '"parallel.tensor"'),
+        ("pipeline_model_parallel_size", "there is no pipeline"),
+        ("lora_r", '"finetune.adapter.rank"'),
+        ("lora_alpha", '"finetune.adapter.alpha"'),
+        ("target_modules", '"finetune.adapter.targets"'),
+        ("max_grad_norm", '"optimizer.clip_grad_norm"'),
+        ("zero_stage", '"deepspeed.zero_optimization.stage"'),
+        ("micro-batch-size", 'micro_batch_size"'),
+        ("--lr-warmup-iters", '"schedule.warmup_steps"'),
+        ("ffn-hidden-size", '"model.intermediate_size"'),
+        ("resume_from_checkpoint", "--resume"),
+    ],
+)
+@pytest.mark.parametrize("section", ["", "training", "model", "optimizer"])
+def test_foreign_name_is_answered(section: str, name: str, answer: str) -> None:
+    assert answer in fault_of(with_key(section, name))
+
+
+def test_foreign_name_of_set_is_answered(tmp_path: Path) -> None:
+    """With the right key, and with what said it."""
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(BASE))
+    for told, answer in {
+        "training.save_steps=500": '--set training.save_steps: unknown key; its name here is "che',
+        "max_steps=3": '--set max_steps: unknown key; its name here is "training.steps"',
+        "trainer.max_steps=3": 'name here is "training"; max_steps: its name here is "training.st',
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            load_config(path, [told])
+        assert answer in str(caught.value)
+
+
+def test_nearest_name_never_has_another_word() -> None:
+    """What is proposed for a name of two words has the same two words, but for a typo."""
+    names = ["steps", "log_every", "eval_every", "eval_batches", "warmup_steps", "hidden_size"]
+    for name in ("save_steps", "eval_steps", "warmup_ratio", "hidden_act", "eval_batch_size"):
+        assert nearest(name, names) == ""
+    for name, meant in {"evl_every": "eval_every", "warm_up_steps": "warmup_steps"}.items():
+        assert nearest(name, names) == f'; did you mean "{meant}"?'
+
+
+@pytest.mark.parametrize("name", ["expert_steps", "num_experts", "zloss_weight", "hidden_sharing"])
+def test_unknown_name_proposes_no_other_meaning(name: str) -> None:
+    assert "did you mean" not in fault_of(with_key("training", name))
+    assert "did you mean" not in fault_of(with_key("model", name))
+
+
+def test_key_of_another_section_is_named_before_a_similar_one() -> None:
+    assert 'did you mean "finetune.epochs"?' in fault_of(with_key("optimizer", "epochs"))
+    assert 'did you mean "optimizer.lr"?' in fault_of(with_key("training", "lr"))
+
+
+def test_foreign_answers_are_for_foreign_names_only() -> None:
+    assert foreign_answer("no_such_name") == ""
+    assert all(not foreign_answer(key.split(".")[-1]) for key in ("training.steps", "model.norm"))
