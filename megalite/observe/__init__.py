@@ -1,6 +1,6 @@
 """What a run says about itself: its records, TensorBoard, the console, the device it runs on."""
 
-from megalite.observe.device import peak_flops, peak_memory_bytes
+from megalite.observe.device import has_native_bf16, peak_flops, peak_memory_bytes
 from megalite.observe.metrics import Recorder, previous_attempts, restate, resumed_before
 from megalite.observe.stragglers import Stragglers
 from megalite.observe.trace import Trace
@@ -12,6 +12,7 @@ __all__ = [
     "Stragglers",
     "Trace",
     "Watchdog",
+    "has_native_bf16",
     "peak_flops",
     "peak_memory_bytes",
     "previous_attempts",

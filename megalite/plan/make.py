@@ -10,12 +10,20 @@ from megalite.plan.memory import memory_bytes
 from megalite.plan.sizes import Plan, arrange, labelled
 
 
-def make_plan(config: RunConfig, *, world_size: int, device: Literal["cpu", "cuda"]) -> Plan:
-    """The plan of `config` on `world_size` ranks, with a stand-in for labels it does not tell.
+def make_plan(
+    config: RunConfig,
+    *,
+    world_size: int,
+    device: Literal["cpu", "cuda"],
+    native_bf16: bool = False,
+) -> Plan:
+    """Return the plan of `config` on `world_size` ranks, with a stand-in for unknown labels.
 
+    Args:
+        native_bf16: see `auto_precision`.
     Raises:
         ConfigError: see `arrange`.
     """
     config = labelled(config)
-    plan = arrange(config, world_size=world_size, device=device)
+    plan = arrange(config, world_size=world_size, device=device, native_bf16=native_bf16)
     return dataclasses.replace(plan, memory_bytes=memory_bytes(config, plan, device))

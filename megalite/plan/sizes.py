@@ -50,9 +50,29 @@ def labelled(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": model})
 
 
-def arrange(config: RunConfig, *, world_size: int, device: Literal["cpu", "cuda"]) -> Plan:
-    """The plan of `config` on `world_size` ranks, but for its memory.
+def auto_precision(
+    config: RunConfig, device: Literal["cpu", "cuda"], *, native_bf16: bool
+) -> Precision:
+    """Return what `training.precision` "auto" becomes on a device.
 
+    Args:
+        native_bf16: whether a CPU has AMX or AVX512-BF16. A GPU always gets bf16.
+    """
+    fast = device == "cuda" or (native_bf16 and zero_stage(config) > 0)
+    return "bf16" if fast else "fp32"
+
+
+def arrange(
+    config: RunConfig,
+    *,
+    world_size: int,
+    device: Literal["cpu", "cuda"],
+    native_bf16: bool = False,
+) -> Plan:
+    """Return the plan of `config` on `world_size` ranks, except its memory.
+
+    Args:
+        native_bf16: see `auto_precision`.
     Raises:
         ConfigError: ranks, heads or batches that do not divide, with sizes that do; a precision
             or a DeepSpeed value that this number of ranks, this device or this version contradicts.
@@ -60,7 +80,7 @@ def arrange(config: RunConfig, *, world_size: int, device: Literal["cpu", "cuda"
     training, tensor = config.training, config.parallel.tensor
     precision: Precision
     if training.precision == "auto":
-        precision = "bf16" if device == "cuda" else "fp32"
+        precision = auto_precision(config, device, native_bf16=native_bf16)
     else:
         precision = training.precision
     faults = list(_layout_faults(config, world_size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from megalite import files
 from megalite.config import RunConfig
 from megalite.errors import ConfigError
 from megalite.log import logger
-from megalite.observe import Recorder, peak_memory_bytes
+from megalite.observe import Recorder, has_native_bf16, peak_memory_bytes
 from megalite.parallel import Grid
 from megalite.plan import Plan
 from megalite.plan.calibrate import RECORD
@@ -39,6 +40,8 @@ class Foresight:
         device = _device(grid)
         if device is None:
             return
+        if device.kind == "cpu":
+            device = replace(device, native_bf16=has_native_bf16())
         layout = Layout(device, len(set(hosts)), hosts.count(host))
         with suppress(ConfigError):  # such as tensor parallelism over hosts
             found = forecast(config, layout)
@@ -46,6 +49,7 @@ class Foresight:
                 "device": device.name,
                 "hosts": layout.hosts,
                 "per_host": layout.per_host,
+                "native_bf16": device.native_bf16,
                 "baseline_bytes": self._baseline,
             }
             self._predicted = {
