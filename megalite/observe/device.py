@@ -23,8 +23,7 @@ def peak_flops(device_name: str, precision: str, memory: int | None = None) -> f
 
 def has_native_bf16() -> bool:
     """Return whether this processor has AMX or AVX512-BF16: bf16 products faster than fp32 ones."""
-    has = torch.cpu.get_capabilities().get
-    return bool(has("amx_bf16") or has("avx512_bf16"))
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

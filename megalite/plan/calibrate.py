@@ -12,7 +12,14 @@ from typing import Any
 from megalite.config import RunConfig, load_config, read_object
 from megalite.config.faults import show
 from megalite.errors import CommandError, ConfigError
-from megalite.plan.devices import DEVICES, PRECISIONS, Device, Efficiencies, number_fault
+from megalite.plan.devices import (
+    DEVICES,
+    PRECISIONS,
+    Device,
+    Efficiencies,
+    guess_cpu,
+    number_fault,
+)
 from megalite.plan.forecast import forecast
 from megalite.plan.make import make_plan
 from megalite.plan.seconds import Layout, step_seconds
@@ -123,8 +130,8 @@ def read_run(folder: Path) -> Run:
         if faults := list(_faults(record)):
             raise ConfigError(faults)
         device = DEVICES[record["device"]]
-        native = record.get("native_bf16", device.native_bf16)
-        device = dataclasses.replace(device, native_bf16=native)
+        if device.kind == "cpu":
+            device = guess_cpu(record.get("native_bf16", False))
         layout = Layout(device, record["hosts"], record["per_host"])
         config = load_config(folder / "config.json")
         run = Run(config, layout, float(record["measured"]["step_seconds"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from megalite.observe import Recorder, has_native_bf16, peak_memory_bytes
 from megalite.parallel import Grid
 from megalite.plan import Plan
 from megalite.plan.calibrate import RECORD
-from megalite.plan.devices import CPU, Device, by_driver_name
+from megalite.plan.devices import Device, by_driver_name, guess_cpu
 from megalite.plan.forecast import forecast
 from megalite.plan.seconds import Layout
 
@@ -40,8 +39,6 @@ class Foresight:
         device = _device(grid)
         if device is None:
             return
-        if device.kind == "cpu":
-            device = replace(device, native_bf16=has_native_bf16())
         layout = Layout(device, len(set(hosts)), hosts.count(host))
         with suppress(ConfigError):  # such as tensor parallelism over hosts
             found = forecast(config, layout)
@@ -84,7 +81,7 @@ class Foresight:
 
 def _device(grid: Grid) -> Device | None:
     if grid.device.type != "cuda":
-        return CPU
+        return guess_cpu(has_native_bf16())
     told = torch.cuda.get_device_properties(grid.device)
     return by_driver_name(told.name, told.total_memory)
 

@@ -176,7 +176,8 @@ def test_a_search_in_vain_says_what_is_wrong(
 
 def test_a_table_keeps_to_the_terminal_and_has_a_row_a_message() -> None:
     tiny = dataclasses.replace(DEVICES["h100"], memory=80)
-    text = describe(run := shipped("70b"), forecast(run, Layout(tiny, 16, 8)))
+    run = shipped("70b", "parallel.tensor=8")
+    text = describe(run, forecast(run, Layout(tiny, 16, 8)))
     assert max(len(line) for line in text.splitlines() if "#" in line) == 80
     assert "#>" in text
     sent = [line.split()[:3] for line in text.partition("a step sends")[2].splitlines()[1:]]
@@ -284,11 +285,20 @@ def test_the_search_keeps_the_users_files(tmp_path: Path) -> None:
     own.write_text(json.dumps({"extends": "base.json", "name": "own"}))
     asked = ("--config", own, "--gpus-per-node", 1, "--search")
     kept = [path.read_text() for path in (base, own)]
-    for output in (("--output", base), ("--output", own), ()):
+    done = command("plan", *asked, "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["written"] is None
+    assert told["own"]["rank"] >= 1
+    assert sorted(tmp_path.iterdir()) == [base, own]
+    for output in (("--output", base), ("--output", own)):
         done = command("plan", *asked, *output, folder=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
         assert "which is read here; name another file" in done.stderr
     assert [path.read_text() for path in (base, own)] == kept
+    done = command("plan", *asked, "--output", "best.json", folder=tmp_path)
+    assert "rank 1 is written to best.json" in done.stdout
+    assert load_config(tmp_path / "best.json").name == "own"
 
 
 @pytest.mark.parametrize(
