@@ -23,6 +23,8 @@ goes on where the run stopped. Exit codes: as launcher/pretrain.py.
 
 def main() -> int:
     arguments = run_parser(__doc__, _EXAMPLES).parse_args()
+    if arguments.dry_run is None:
+        env.restart_with_heap()
     launch = env.find_launch()
     from megalite.checkpoint import describe_run, describe_start
 
