@@ -24,6 +24,8 @@ goes on where the run stopped. Exit codes: as launcher/pretrain.py.
 def main() -> int:
     arguments = run_parser(__doc__, _EXAMPLES).parse_args()
     refuse_useless(arguments)
+    if arguments.dry_run is None:
+        env.restart_with_heap()
     launch = env.find_launch()
     from megalite.formats.hub import find_model, find_start
 

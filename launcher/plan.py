@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 from megalite import files
-from megalite.config import find_file, run_files, section_changes
+from megalite.config import RunConfig, find_file, run_files, section_changes
 from megalite.log import command_parser, run_main, write_report
 from megalite.plan.command import calibrated, planned_config, refuse_useless
 from megalite.plan.devices import DEVICES, find_device
 from megalite.plan.forecast import forecast
-from megalite.plan.search import run_file, search
+from megalite.plan.search import rank, run_file
 from megalite.plan.seconds import Layout
 from megalite.plan.tables import compare, describe
 
@@ -36,7 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="of each (8)")
     known = f"{', '.join(DEVICES)}, or a JSON file (h100-80gb)"
     parser.add_argument("--gpu", default="h100-80gb", metavar="NAME|FILE", help=known)
-    told = "rank all layouts that fit; write the best"
+    told = "rank all layouts that fit, and your own; --output writes the best"
     parser.add_argument("--search", action="store_true", help=told)
     parser.add_argument(
         "--init-from",
@@ -78,20 +78,29 @@ def main() -> int:
         told = found.as_json(steps) if arguments.json else describe(config, found)
         write_report(told, as_json=arguments.json)
         return 0 if found.fits else 1
-    size = f"{arguments.nodes}x{arguments.gpus_per_node}-{layout.device.name}"
-    path = arguments.output or Path(f"{config.name}-{size}.json")
-    files.check_target(path, [*run_files(arguments.config), Path(arguments.gpu)])
-    candidates = search(config, layout)
-    if not candidates:
+    return _search(arguments, config, layout)
+
+
+def _search(arguments: argparse.Namespace, config: RunConfig, layout: Layout) -> int:
+    path = arguments.output
+    if path is not None:
+        files.check_target(path, [*run_files(arguments.config), Path(arguments.gpu)])
+    ranking = rank(config, layout)
+    if not ranking.candidates:
         sys.stderr.write("no layout fits: give more devices, or devices with more memory\n")
         return 1
-    source, changes = find_file(arguments.config), section_changes(arguments.set)
-    files.write_json(path, run_file(candidates[0], path, source, changes))
+    if path is not None:
+        source, changes = find_file(arguments.config), section_changes(arguments.set)
+        files.write_json(path, run_file(ranking.candidates[0], path, source, changes))
     if arguments.json:
-        rows = [c.changes | c.forecast.as_json(config.training.steps) for c in candidates]
-        write_report({"written": str(path), "candidates": rows}, as_json=True)
-    else:
-        write_report(f"{compare(candidates)}the first of {len(candidates)}: {path}\n")
+        written = None if path is None else str(path)
+        told = {"written": written} | ranking.as_json(config.training.steps)
+        write_report(told, as_json=True)
+        return 0
+    end = (
+        f"rank 1 is written to {path}" if path else "write rank 1 as a run file with --output FILE"
+    )
+    write_report(f"{compare(ranking)}{end}\n")
     return 0
 
 

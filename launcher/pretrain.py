@@ -26,6 +26,8 @@ command line (nothing was written), 75 stopped and resumable, 3 superseded by a 
 def main() -> int:
     arguments = run_parser(__doc__, _EXAMPLES).parse_args()
     refuse_useless(arguments)
+    if arguments.dry_run is None:
+        env.restart_with_heap()
     launch = env.find_launch()
     config = load_config(arguments.config, arguments.set)
     if config.finetune is not None:

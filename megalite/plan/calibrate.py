@@ -12,7 +12,14 @@ from typing import Any
 from megalite.config import RunConfig, load_stored, read_object
 from megalite.config.faults import show
 from megalite.errors import CommandError, ConfigError
-from megalite.plan.devices import DEVICES, PRECISIONS, Device, Efficiencies, number_fault
+from megalite.plan.devices import (
+    DEVICES,
+    PRECISIONS,
+    Device,
+    Efficiencies,
+    guess_cpu,
+    number_fault,
+)
 from megalite.plan.forecast import forecast
 from megalite.plan.make import make_plan
 from megalite.plan.seconds import Layout, step_seconds
@@ -35,8 +42,8 @@ class Run:
 
     def predicted(self, device: Device) -> float:
         layout = dataclasses.replace(self.layout, device=device)
-        world = layout.hosts * layout.per_host
-        plan = make_plan(self.config, world_size=world, device=device.kind)
+        world, native = layout.hosts * layout.per_host, self.layout.device.native_bf16
+        plan = make_plan(self.config, world_size=world, device=device.kind, native_bf16=native)
         return step_seconds(self.config, plan, layout).total
 
 
@@ -53,7 +60,10 @@ def calibrate(folders: Sequence[Path]) -> dict[str, Any]:
         raise CommandError(f"--calibrate: runs on {' and '.join(names)}; give those of one device")
     device = runs[0].layout.device
     best = _fit(runs, device)
-    best, rates = _raised(device, best) if device.kind == "cpu" else (best, {})
+    rates: dict[str, Any] = {}
+    if device.kind == "cpu":
+        best, rates = _raised(device, best)
+        rates["native_bf16"] = device.native_bf16
     return {
         "extends": device.name,
         "name": device.name,
@@ -119,7 +129,10 @@ def read_run(folder: Path) -> Run:
         record = read_object(file)
         if faults := list(_faults(record)):
             raise ConfigError(faults)
-        layout = Layout(DEVICES[record["device"]], record["hosts"], record["per_host"])
+        device = DEVICES[record["device"]]
+        if device.kind == "cpu":
+            device = guess_cpu(record.get("native_bf16", False))
+        layout = Layout(device, record["hosts"], record["per_host"])
         config = load_stored(folder / "config.json")
         run = Run(config, layout, float(record["measured"]["step_seconds"]))
         forecast(config, layout)
@@ -142,6 +155,8 @@ def _faults(record: Mapping[str, Any]) -> Iterator[str]:
         value = record.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_RANKS:
             yield f"{key}: expected a whole number from 1 to {_MOST_RANKS}, found {show(value)}"
+    if not isinstance(native := record.get("native_bf16", False), bool):
+        yield f"native_bf16: expected true or false, found {show(native)}"
     measured = record.get("measured")
     if not isinstance(measured, Mapping):
         yield f"measured: expected an object, found {show(measured)}"

@@ -93,8 +93,9 @@ def forecast(config: RunConfig, layout: Layout) -> Forecast:
             own rules; a device without units for the precision.
     """
     config = labelled(config)
-    kind = layout.device.kind
-    plan = make_plan(config, world_size=layout.hosts * layout.per_host, device=kind)
+    kind, ranks = layout.device.kind, layout.hosts * layout.per_host
+    native = layout.device.native_bf16
+    plan = make_plan(config, world_size=ranks, device=kind, native_bf16=native)
     if layout.device.peak(plan.precision) is None:
         had = " or ".join(p for p in PRECISIONS if layout.device.peak(p) is not None)
         raise ConfigError(

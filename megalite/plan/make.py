@@ -15,16 +15,16 @@ def make_plan(
     *,
     world_size: int,
     device: Literal["cpu", "cuda"],
-    bf16: bool | None = None,
+    native_bf16: bool | None = None,
 ) -> Plan:
     """The plan of `config` on `world_size` ranks, with a stand-in for labels it does not tell.
 
     Args:
-        bf16: whether a "cpu" has units for bf16, which decides `precision: auto`; None asks this
+        native_bf16: whether a "cpu" has units for bf16, which decides `precision: auto`; None asks this
             host.
     Raises:
         ConfigError: see `arrange`.
     """
     config = labelled(config)
-    plan = arrange(config, world_size=world_size, device=device, bf16=bf16)
+    plan = arrange(config, world_size=world_size, device=device, native_bf16=native_bf16)
     return dataclasses.replace(plan, memory_bytes=memory_bytes(config, plan, device))

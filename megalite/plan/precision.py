@@ -33,7 +33,7 @@ def bf16_units(cpuinfo: Path = _CPUINFO) -> str | None:
 
 
 def resolve_precision(
-    config: RunConfig, *, device: Literal["cpu", "cuda"], bf16: bool | None = None
+    config: RunConfig, *, device: Literal["cpu", "cuda"], native_bf16: bool | None = None
 ) -> Precision:
     """Return the precision a run file asks for, "auto" resolved.
 
@@ -41,14 +41,14 @@ def resolve_precision(
     keeps fp32 master weights, else fp32.
 
     Args:
-        bf16: whether the CPUs have units for bf16. None asks this host.
+        native_bf16: whether the CPUs have units for bf16. None asks this host.
     """
     precision = config.training.precision
     if precision != "auto":
         return precision
     if device == "cuda":
         return "bf16"
-    able = bf16_units() is not None if bf16 is None else bf16
+    able = bf16_units() is not None if native_bf16 is None else native_bf16
     return "bf16" if able and zero_stage(config) > 0 else "fp32"
 
 

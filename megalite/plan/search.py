@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megalite.config import RunConfig, allowed_tensor_parallel, merged, parse_config
+from megalite.config import RunConfig, allowed_tensor_parallel, merged, parse_config, zero_stage
 from megalite.errors import ConfigError
 from megalite.plan.forecast import Forecast, forecast
+from megalite.plan.memory import offloads
 from megalite.plan.seconds import Layout
 
 _RECOMPUTE = ("none", "selective", "full")
@@ -28,8 +29,41 @@ class Candidate:
     forecast: Forecast
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """All layouts of a run that fit, and the place of its own layout among them.
+
+    Attributes:
+        candidates: the best layouts, fastest first; at most as many as requested.
+        fitting: how many layouts fit.
+        own: the run file's own layout; None if it cannot be planned.
+        own_rank: its place, 1 for the fastest; None if it does not fit.
+        fault: why the run file's own layout cannot be planned, else "".
+    """
+
+    candidates: list[Candidate]
+    fitting: int
+    own: Candidate | None
+    own_rank: int | None
+    fault: str
+
+    def as_json(self, steps: int) -> dict[str, Any]:
+        """Return the candidates and the run file's own layout for `--json`."""
+        own = None
+        if self.own is not None:
+            place = {"rank": self.own_rank, "fitting": self.fitting}
+            own = place | self.own.changes | self.own.forecast.as_json(steps)
+        rows = [row.changes | row.forecast.as_json(steps) for row in self.candidates]
+        return {"candidates": rows, "own": own}
+
+
 def search(config: RunConfig, layout: Layout, most: int = 50) -> list[Candidate]:
-    """The best layouts that fit, the fastest first; of equal ones that which leaves more memory.
+    """Return the candidates of `rank`."""
+    return rank(config, layout, most).candidates
+
+
+def rank(config: RunConfig, layout: Layout, most: int = 50) -> Ranking:
+    """Rank the layouts that fit, fastest first; equally fast ones by the memory they leave.
 
     Tensor parallelism within a host (with and without sequence parallelism), ZeRO stages, every
     micro-batch that divides a rank's samples, recompute, and the optimizer on the host; among them
@@ -53,9 +87,38 @@ def search(config: RunConfig, layout: Layout, most: int = 50) -> list[Candidate]
     if not planned:
         forecast(config, layout)  # says what is wrong with the run file's own
         raise ConfigError(faults.most_common(1)[0][0])
-    # seven digits of a rate: what is equal in them is equal
-    found.sort(key=lambda c: (-float(f"{c.forecast.tokens_per_second:.6e}"), -c.forecast.free))
-    return list(itertools.islice(filter(partial(_is_valid, config), found), most))
+    found.sort(key=lambda c: (-_rate(c.forecast), -c.forecast.free))
+    own, fault = None, ""
+    try:
+        own = Candidate(_own_changes(config), forecast(config, layout))
+    except ConfigError as error:
+        fault = str(error)
+    place = None
+    if own is not None and own.forecast.fits:
+        faster = [c for c in found if _rate(c.forecast) > _rate(own.forecast)]
+        place = 1 + sum(_is_valid(config, candidate) for candidate in faster)
+    best = list(itertools.islice(filter(partial(_is_valid, config), found), most))
+    return Ranking(best, len(found), own, place, fault)
+
+
+def _rate(found: Forecast) -> float:
+    """Return tokens a second in seven digits; layouts that are equal in them are equally fast."""
+    return float(f"{found.tokens_per_second:.6e}")
+
+
+def _own_changes(config: RunConfig) -> dict[str, Any]:
+    """Return the run file's own layout in the keys of a candidate."""
+    training, device = config.training, "cpu" if offloads(config) else "none"
+    zero = {"stage": zero_stage(config), "offload_optimizer": {"device": device}}
+    again = training.activation_checkpointing
+    return {
+        "parallel": {"tensor": config.parallel.tensor, "sequence": config.parallel.sequence},
+        "training": {
+            "micro_batch_size": training.micro_batch_size,
+            "activation_checkpointing": again,
+        },
+        "deepspeed": {"zero_optimization": zero},
+    }
 
 
 def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:

@@ -36,7 +36,8 @@ class Seconds:
     """Of one optimizer step on one rank; `tensor` and `data` are what is not hidden.
 
     Attributes:
-        forward, backward: of all micro-batches, recomputation included.
+        forward, backward: of all micro-batches, recomputation included. The gradients of the fused
+            head count as backward, although its forward makes them.
     """
 
     forward: float
@@ -86,20 +87,21 @@ class _Clock:
         self._peak, self._bandwidth = peak / share, layout.device.bandwidth / share
 
     def seconds(self) -> Seconds:
-        forward, backward = self._compute()
+        forward, head, backward = self._compute()
         times = self._plan.accumulation_steps
         return Seconds(
             forward=times * forward,
-            backward=times * backward,
+            backward=times * (head + backward),
             tensor=self._tensor(),
-            data=self._data(times * forward, times * backward, backward),
+            # no message hides behind the head's gradients: the forward makes them
+            data=self._data(times * (forward + head), times * backward, backward),
             optimizer=self._optimizer(),
         )
 
     # ---- what a rank computes
 
-    def _compute(self) -> tuple[float, float]:
-        """Seconds of a micro-batch's forward, and of its backward."""
+    def _compute(self) -> tuple[float, float, float]:
+        """Return seconds of a micro-batch: forward, gradients of the head, rest of the backward."""
         config, plan, eff = self._config, self._plan, self._eff
         model, device = config.model, self._layout.device
         forward_of, backward_of = run_flops(config, self._document)
@@ -123,9 +125,10 @@ class _Clock:
         accumulation = (8 + self._element) * self._trained / rate  # in fp32
         reached = made.share(model)
         backward = max(two + 2 * reached * moved + accumulation, 2 * reached * launches)
-        # the head's gradients are made in the forward
-        head = (forward_of.head + backward_of.head) / products
-        return forward + head + self._logit_bytes / rate, backward + reached * recompute
+        # of six passes over the logits, two make the loss and four turn it into gradients
+        logits = self._logit_bytes / rate
+        forward += forward_of.head / products + logits / 3
+        return forward, backward_of.head / products + 2 / 3 * logits, backward + reached * recompute
 
     @cached_property
     def _held(self) -> int:

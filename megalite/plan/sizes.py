@@ -54,18 +54,18 @@ def arrange(
     *,
     world_size: int,
     device: Literal["cpu", "cuda"],
-    bf16: bool | None = None,
+    native_bf16: bool | None = None,
 ) -> Plan:
     """The plan of `config` on `world_size` ranks, but for its memory.
 
     Args:
-        bf16: whether a "cpu" has units for bf16; None asks this host.
+        native_bf16: whether a "cpu" has units for bf16; None asks this host.
     Raises:
         ConfigError: ranks, heads or batches that do not divide, with sizes that do; a precision
             or a DeepSpeed value that this number of ranks, this device or this version contradicts.
     """
     training, tensor = config.training, config.parallel.tensor
-    precision = resolve_precision(config, device=device, bf16=bf16)
+    precision = resolve_precision(config, device=device, native_bf16=native_bf16)
     faults = list(_layout_faults(config, world_size))
     data_parallel = max(1, world_size // tensor)
     accumulation = max(1, training.global_batch_size // (training.micro_batch_size * data_parallel))

@@ -15,9 +15,9 @@ from megalite.errors import ConfigError
 from megalite.log import logger
 from megalite.observe import Recorder, peak_memory_bytes
 from megalite.parallel import Grid
-from megalite.plan import Plan
+from megalite.plan import Plan, bf16_units
 from megalite.plan.calibrate import RECORD
-from megalite.plan.devices import CPU, Device, by_driver_name
+from megalite.plan.devices import Device, by_driver_name, guess_cpu
 from megalite.plan.forecast import forecast
 from megalite.plan.seconds import Layout
 
@@ -46,6 +46,7 @@ class Foresight:
                 "device": device.name,
                 "hosts": layout.hosts,
                 "per_host": layout.per_host,
+                "native_bf16": device.native_bf16,
                 "baseline_bytes": self._baseline,
             }
             self._predicted = {
@@ -80,7 +81,7 @@ class Foresight:
 
 def _device(grid: Grid) -> Device | None:
     if grid.device.type != "cuda":
-        return CPU
+        return guess_cpu(bf16_units() is not None)
     told = torch.cuda.get_device_properties(grid.device)
     return by_driver_name(told.name, told.total_memory)
 

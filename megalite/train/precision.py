@@ -45,7 +45,7 @@ def _settle(request: Request, grid: Grid) -> Request:
     if asked != "auto":
         _warn_of_slow(asked, device, able)
         return request
-    best = resolve_precision(request.config, device=device, bf16=able)
+    best = resolve_precision(request.config, device=device, native_bf16=able)
     if kept in ("bf16", "fp16") and zero_stage(request.config) == 0:
         raise ConfigError(
             f"training.precision auto: the run began in {kept} and goes on in it, but ZeRO stage 0 "

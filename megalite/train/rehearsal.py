@@ -210,7 +210,7 @@ def _device(config: RunConfig, ranks: int, name: str | None) -> tuple[Kind, bool
     """
     if name is not None:
         device = find_device(name)
-        return device.kind, device.bf16 is not None
+        return device.kind, device.native_bf16
     if torch.cuda.is_available():
         return "cuda", True
     here = ranks == 0 or config.training.precision == "fp32"
@@ -231,8 +231,8 @@ def dry_run(config: RunConfig, launch: Launch, ranks: int, gpu: str | None = Non
     if launch.rank != 0:
         return 0
     world = ranks or max(launch.world_size, config.parallel.tensor)
-    device, bf16 = _device(config, ranks, gpu)
-    plan = make_plan(config, world_size=world, device=device, bf16=bf16)
+    device, native = _device(config, ranks, gpu)
+    plan = make_plan(config, world_size=world, device=device, native_bf16=native)
     done = rehearse(config, plan)
     gib = 2**30
     lines = [

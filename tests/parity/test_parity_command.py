@@ -196,7 +196,7 @@ def test_every_layout_of_every_config_can_be_planned(
 
 def test_scaling_keeps_proportions_and_divisors() -> None:
     big = load_config(ROOT / "configs" / "70b.json")
-    small = scaled(big.model.model_dump(), big.parallel.tensor)
+    small = scaled(big.model.model_dump(), 8)
     assert small["num_attention_heads"] // small["num_key_value_heads"] == 8
     assert small["num_key_value_heads"] == 8
     assert small["intermediate_size"] / small["hidden_size"] == 28672 / 8192

@@ -73,6 +73,7 @@ def command(launcher: str, *arguments: Any, folder: Path) -> subprocess.Complete
         ('{"extends": "cpu", "name": "a\\u001b[1m"}', "name: .* is no file's name"),
         ('{"extends": "cpu", "name": ""}', "name: .* is no file's name"),
         ('{"extends": "cpu", "name": 5}', "name: expected text"),
+        ('{"extends": "cpu", "native_bf16": 1}', "native_bf16: expected true or false, found 1"),
     ],
 )
 def test_a_file_that_describes_no_device(content: str, said: str, tmp_path: Path) -> None:
@@ -80,6 +81,36 @@ def test_a_file_that_describes_no_device(content: str, said: str, tmp_path: Path
     file.write_text(content)
     with pytest.raises(CommandError, match=rf"--gpu {file}: .*{said}"):
         find_device(str(file))
+
+
+@pytest.mark.parametrize(
+    ("device", "stage", "expected"),
+    [
+        ({"extends": "cpu"}, 1, "fp32"),
+        ({"extends": "cpu", "native_bf16": True}, 1, "bf16"),
+        ({"extends": "cpu", "native_bf16": True}, 0, "fp32"),
+        ({"extends": "cpu", "native_bf16": True}, 3, "bf16"),
+        ({"extends": "h100-80gb"}, 1, "bf16"),
+    ],
+)
+def test_auto_precision_is_that_of_the_planned_device(
+    device: dict[str, Any], stage: int, expected: str
+) -> None:
+    run = shipped("smoke", "training.precision=auto", f"deepspeed.zero_optimization.stage={stage}")
+    assert forecast(run, Layout(make_device(device), 1, 2)).plan.precision == expected
+
+
+def test_native_bf16_of_a_whole_device_file_follows_its_kind() -> None:
+    left = ("efficiencies", "native_bf16")
+    for device in (CPU, DEVICES["h100"]):
+        whole = {key: value for key, value in vars(device).items() if key not in left}
+        assert make_device(whole) == device
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_calibrated_cpu_records_its_native_bf16(native: bool, tmp_path: Path) -> None:
+    folder = record(tmp_path / "run", RECORD | {"native_bf16": native})
+    assert make_device(calibrate([folder])).native_bf16 is native
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
@@ -145,7 +176,8 @@ def test_a_search_in_vain_says_what_is_wrong(
 
 def test_a_table_keeps_to_the_terminal_and_has_a_row_a_message() -> None:
     tiny = dataclasses.replace(DEVICES["h100"], memory=80)
-    text = describe(run := shipped("70b"), forecast(run, Layout(tiny, 16, 8)))
+    run = shipped("70b", "parallel.tensor=8")
+    text = describe(run, forecast(run, Layout(tiny, 16, 8)))
     assert max(len(line) for line in text.splitlines() if "#" in line) == 80
     assert "#>" in text
     sent = [line.split()[:3] for line in text.partition("a step sends")[2].splitlines()[1:]]
@@ -178,6 +210,7 @@ def record(folder: Path, content: Any, *sets: str) -> Path:
         (RECORD | {"per_host": True}, "per_host: expected a whole number"),
         (RECORD | {"per_host": "2"}, "per_host: expected a whole number"),
         (RECORD | {"per_host": 7}, "is not a multiple"),
+        (RECORD | {"native_bf16": 1}, "native_bf16: expected true or false"),
         (RECORD | {"measured": 3}, "measured: expected an object"),
         (RECORD | {"measured": {"step_seconds": "1"}}, "measured.step_seconds: expected"),
         (RECORD | {"measured": {"step_seconds": float("inf")}}, "Infinity is not a number"),
@@ -252,11 +285,20 @@ def test_the_search_keeps_the_users_files(tmp_path: Path) -> None:
     own.write_text(json.dumps({"extends": "base.json", "name": "own"}))
     asked = ("--config", own, "--gpus-per-node", 1, "--search")
     kept = [path.read_text() for path in (base, own)]
-    for output in (("--output", base), ("--output", own), ()):
+    done = command("plan", *asked, "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["written"] is None
+    assert told["own"]["rank"] >= 1
+    assert sorted(tmp_path.iterdir()) == [base, own]
+    for output in (("--output", base), ("--output", own)):
         done = command("plan", *asked, *output, folder=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
         assert "which is read here; name another file" in done.stderr
     assert [path.read_text() for path in (base, own)] == kept
+    done = command("plan", *asked, "--output", "best.json", folder=tmp_path)
+    assert "rank 1 is written to best.json" in done.stdout
+    assert load_config(tmp_path / "best.json").name == "own"
 
 
 @pytest.mark.parametrize(

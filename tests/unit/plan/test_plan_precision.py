@@ -51,14 +51,14 @@ def test_a_host_without_cpuinfo_has_no_known_units(tmp_path: Path) -> None:
 )
 def test_auto_follows_device_and_stage(device: Any, bf16: bool, stage: int, precision: str) -> None:
     auto = config("auto", stage)
-    assert resolve_precision(auto, device=device, bf16=bf16) == precision
-    assert make_plan(auto, world_size=1, device=device, bf16=bf16).precision == precision
+    assert resolve_precision(auto, device=device, native_bf16=bf16) == precision
+    assert make_plan(auto, world_size=1, device=device, native_bf16=bf16).precision == precision
 
 
 def test_a_named_precision_is_kept_on_every_device() -> None:
     for bf16 in (True, False):
-        assert resolve_precision(config("fp32"), device="cpu", bf16=bf16) == "fp32"
-        assert resolve_precision(config("bf16"), device="cpu", bf16=bf16) == "bf16"
+        assert resolve_precision(config("fp32"), device="cpu", native_bf16=bf16) == "fp32"
+        assert resolve_precision(config("bf16"), device="cpu", native_bf16=bf16) == "bf16"
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,8 @@ def test_what_is_frozen_sends_nothing(
 
 
 def test_a_thousand_ranks() -> None:
-    run = load_config(CONFIGS / "70b.json", ["model.num_hidden_layers=4"])
+    sets = ["parallel.tensor=8", "training.micro_batch_size=1", "model.num_hidden_layers=4"]
+    run = load_config(CONFIGS / "70b.json", sets)
     plan = make_plan(run, world_size=1024, device="cuda")
     done = rehearse(run, plan)
     assert done.differences == ()
