@@ -51,7 +51,7 @@ class Judge:
         """
         ledger, guards = self.ledger, self._guards
         if (before := ledger.skipped(step, samples)) is not None:
-            return Verdict("skip", f"as before: {before['reason']}")
+            return Verdict("skip", f"as before: {before.get('reason')}")
         if not (math.isfinite(loss) and math.isfinite(norm)):
             if self._scaled and math.isfinite(loss):
                 return Verdict("skip", "fp16 overflow: the loss scale is lowered")
