@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from megalite import env, files
@@ -84,6 +85,9 @@ def take_lease(root: Path, grid: Grid) -> Lease | None:
             lease = Lease(root)
         except OSError as error:
             fault = f"the run folder {root.parent} cannot be written: {error}"
+            for folder in (root, root.parent):  # a refused start leaves nothing behind
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
     if fault := grid.gather(fault)[0]:
         raise CommandError(f"{fault}; make room or set its permissions, or name another directory")
     return lease

@@ -204,10 +204,17 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
 
 
 def _stored(folder: Path, manifest: disk.Manifest) -> RunConfig:
-    """The run file of a checkpoint; a field younger than it has its default."""
+    """Return the run file of a checkpoint; a field younger than it has its default.
+
+    Raises:
+        OtherVersion: it is not this version's.
+        CheckpointError: it cannot be read.
+    """
     try:
         return RunConfig.model_validate(files.read_json(folder / "config.json"))
-    except ValidationError as error:
+    except (OSError, ValueError) as error:
+        if not isinstance(error, ValidationError):  # pydantic's is a ValueError, too
+            raise CheckpointError(f"{folder}/config.json cannot be read: {error}") from None
         first = error.errors()[0]
         raise OtherVersion(
             f"{folder}/config.json is of another version, MegaLite "

@@ -16,7 +16,7 @@ from megalite.checkpoint import Lease, Place, Saver
 from megalite.data import Dataset, Loader, Samples
 from megalite.engine import Engine
 from megalite.env import Launch
-from megalite.errors import CheckpointError, MegaLiteError, Stopped, UserError
+from megalite.errors import MegaLiteError, Stopped, UserError
 from megalite.evaluate import Prompts, Writer
 from megalite.log import logger
 from megalite.observe import (
@@ -25,23 +25,23 @@ from megalite.observe import (
     Stragglers,
     Trace,
     Watchdog,
-    previous_attempts,
     restate,
 )
 from megalite.parallel import Grid, start, stop
 from megalite.plan import Plan
 from megalite.train.announce import announce
 from megalite.train.changes import flat
+from megalite.train.claim import claim, find_for
 from megalite.train.drift import DriftGuard
 from megalite.train.feed import Feed, StopRequest
-from megalite.train.folder import check_kinds, listing, opened, take_over
+from megalite.train.folder import opened
 from megalite.train.foresight import Foresight
 from megalite.train.judge import Judge
 from megalite.train.ledger import IN_CHECKPOINT, Ledger, order_id
 from megalite.train.loop import Jump, Trainer
 from megalite.train.outcome import lost_rank, verdict
 from megalite.train.request import Request, Settings, check, check_command, settings_of
-from megalite.train.resume import Origin, check_request, find_origin, load
+from megalite.train.resume import Origin, load
 from megalite.train.tuning import Tuning, complete, open_examples
 
 
@@ -64,7 +64,7 @@ def run(request: Request, launch: Launch) -> None:
             plan, train, valid, prompts = check(request, launch)
             grid = grid or start(launch, tensor_parallel=plan.tensor_parallel)
             settings = settings_of(request, plan, grid)
-            lease, origin = _claim(request, grid, train, settings)
+            lease, origin = claim(request, grid, train, settings)
             if origin is not None and origin.config is not None:
                 request = replace(request, config=origin.config)
             folder, config = request.folder, request.config
@@ -85,60 +85,6 @@ def run(request: Request, launch: Launch) -> None:
                 )()
         finally:
             stop()
-
-
-def _claim(
-    request: Request, grid: Grid, train: Samples, settings: Settings
-) -> tuple[Lease | None, Origin | None]:
-    """Take the run folder over, and find the checkpoint to go on from; a collective.
-
-    Everything that refuses a start is asked first, by reading alone: a start that is refused must
-    not end one that runs. From the lease on no older start changes the folder. So checkpoints are
-    looked for again if they changed meanwhile.
-    """
-    root = request.root
-    check_kinds(request.folder, grid)
-    seen, origin, damage = listing(root, grid), None, None
-    try:
-        origin = _origin(request, grid, train, settings, read_only=True)
-    except CheckpointError as error:  # only the owner may set damaged checkpoints aside
-        damage = error
-    lease = take_over(request.folder, grid)
-    if damage is None and listing(root, grid) == seen:
-        return lease, origin
-    try:
-        check_request(root, request.resume)
-        return lease, _origin(request, grid, train, settings, lease=lease)
-    except CheckpointError as error:  # the folder is there, and its last state is no longer true
-        if grid.rank == 0:
-            attempt = previous_attempts(request.folder)
-            restate(request.folder, "failed", reason=verdict(error)[1], attempt=attempt)
-        raise
-
-
-def _origin(
-    request: Request,
-    grid: Grid,
-    train: Samples,
-    settings: Settings,
-    *,
-    read_only: bool = False,
-    lease: Lease | None = None,
-) -> Origin | None:
-    return find_origin(
-        request.config,
-        grid=grid,
-        root=request.root,
-        resume=request.resume,
-        init_from=request.init_from,
-        allow=request.allow_change,
-        data_fingerprint=train.content_fingerprint,
-        tokenizer_sha256=train.tokenizer_sha256,
-        deepspeed=settings.left_to_it,
-        total_samples=request.total_samples,
-        read_only=read_only,
-        lease=lease,
-    )
 
 
 @dataclass
@@ -270,7 +216,7 @@ class _Run:
 
     def _load(self, origin: Origin, guard: DriftGuard | None) -> None:
         request = self.request
-        again = partial(_origin, request, self.grid, self.train, self.settings, lease=self.lease)
+        again = partial(find_for, request, self.grid, self.train, self.settings, lease=self.lease)
         self.origin, self.place = load(
             origin, again, self.engine, request.config, self.grid, request.root, self.lease
         )
