@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megalite import env
-from megalite.errors import LaunchError, MegaLiteError, Stopped, Superseded, UserError
+from megalite.errors import LaunchError, MegaLiteError, Stopped, UserError
 
 logger = logging.getLogger("megalite")
 
@@ -148,8 +148,8 @@ def run_main(
         else:
             _print_error(error)
         code = error.exit_code
-    except (Stopped, Superseded) as error:  # all ranks end so, as they were asked to
-        logger.log(logging.INFO if isinstance(error, Stopped) else logging.WARNING, "%s", error)
+    except Stopped as error:  # by all ranks, as one of them was asked to: rank 0 says it
+        logger.info("%s", error)
         code = error.exit_code
     except MegaLiteError as error:
         _print_error(error)
