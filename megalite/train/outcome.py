@@ -10,7 +10,7 @@ from megalite.observe.status import State
 # what gloo and NCCL say of a rank that they have lost
 _LOST = re.compile(r"gloo/|closed by peer|reset by peer|remote process|Broken pipe")
 # places in their sources, and gloo's advice, which ends in a picture that fonts lack
-_SOURCE = re.compile(r"\[?[\w./+-]*/[\w.+-]+\.(?:cc|cpp|cu|h|hpp):\d+\]?:?\s*")
+_SOURCE = re.compile(r"\[?[\w./+-]*/[\w.+-]+\.(?:cc|cpp|cu|h|hpp):\d+\]?[:,]?\s*")
 _ADVICE = re.compile(r"\s*(?:This (?:may|might|could) (?:indicate|be)|GLHF).*", re.DOTALL)
 
 
