@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -178,3 +179,53 @@ def publish(staging: Path, final: Path) -> None:
         sync_directory(folder)
     os.rename(staging, final)
     sync_directory(final.parent)
+
+
+def append_line(path: Path, line: bytes, *, sync: bool = False) -> None:
+    """Append one line to a file: whole, or not at all if the disk is full.
+
+    A line that a crash cut short before gets an end of its own first, so that no two lines join.
+
+    Args:
+        line: without its end.
+        sync: if true, the line is on the disk when this returns.
+    Raises:
+        OSError: the line was not written, and the file is as it was.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        end = os.fstat(handle).st_size
+        cut = end > 0 and os.pread(handle, 1, end - 1) != b"\n"
+        data = b"\n" * cut + line + b"\n"
+        try:
+            written = os.write(handle, data)  # one call: a reader never meets half of a line
+            if written < len(data):
+                written += os.write(handle, data[written:])  # says why the first one was short
+            if sync:
+                os.fsync(handle)
+        except OSError:
+            with suppress(OSError):  # nobody else may have appended since
+                if os.fstat(handle).st_size <= end + len(data):
+                    os.ftruncate(handle, end)
+            raise
+    finally:
+        os.close(handle)
+
+
+def replace_small(path: Path, content: str) -> None:
+    """Replace a small file; on a full disk write over the old content, in the blocks it has.
+
+    Raises:
+        OSError: neither was possible; the old content stays.
+    """
+    try:
+        write_atomic(path, content)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.is_file():
+            raise
+        with open(path, "r+b", buffering=0) as file:
+            # spaces behind JSON change nothing, and no reader meets the end of the old content
+            data = content.encode().ljust(os.fstat(file.fileno()).st_size)
+            if file.write(data) < len(data):
+                raise
+            os.fsync(file.fileno())

@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megalite import env
-from megalite.errors import LaunchError, MegaLiteError, UserError
+from megalite.errors import LaunchError, MegaLiteError, Stopped, UserError
 
 logger = logging.getLogger("megalite")
 
@@ -54,7 +54,7 @@ _GRACE_FOR_RANK_0 = 10.0  # seconds
 def setup(*, rank: int = 0, level: int = logging.INFO) -> None:
     """Send this process's messages to standard error: rank 0 from `level` up, others errors."""
     logger.handlers.clear()
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StandardError(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(_Redacting(f"{prefix}%(levelname_lower)s%(message)s"))
     handler.addFilter(_lower_level)
@@ -65,10 +65,36 @@ def setup(*, rank: int = 0, level: int = logging.INFO) -> None:
 
 def add_file(path: Path) -> logging.Handler:
     """Append this process's messages, with times, to the run's `log.txt`."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(_Redacting("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     return handler
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Standard error; if it leads to a full disk, its lines are lost without a traceback."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class _LogFile(logging.FileHandler):
+    """The run's `log.txt`: a full disk costs lines of it, reported once, and not the run."""
+
+    _complained = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._complained:
+            self._complained = True  # before the warning, which comes here, too
+            logger.warning("%s cannot be written: %s; the run goes on", self.baseFilename, error)
+
+    def close(self) -> None:
+        with suppress(OSError):  # lines that never found room
+            super().close()
 
 
 class _Redacting(logging.Formatter):
@@ -228,22 +254,52 @@ def run_main(
         else:
             _print_error(error)
         code = error.exit_code
+    except Stopped as error:  # by all ranks, as one of them was asked to: rank 0 says it
+        logger.info("%s", error)
+        code = error.exit_code
     except MegaLiteError as error:
         _print_error(error)
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # `... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
         code = 141
     except Exception as error:
         code = _print_fault(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    code = _flush(code, ranks=ranks)
     logging.shutdown()
     if ranks:
         os._exit(code)
     sys.exit(code)
+
+
+def _flush(code: int, *, ranks: bool) -> int:
+    """Write out both streams and return the exit code.
+
+    A full disk under a log costs the log. A report that could not be written is a failure; ranks
+    write none.
+    """
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _silence(sys.stderr)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _silence(sys.stdout)
+        return code or 141
+    except OSError as error:
+        _silence(sys.stdout)
+        if not ranks:
+            logger.error("standard output cannot be written: %s; make room", error)
+            return code or 1
+    return code
+
+
+def _silence(stream: TextIO) -> None:
+    """Send a stream that cannot be written to nowhere, so that the exit does not try again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _print_error(error: MegaLiteError) -> None:

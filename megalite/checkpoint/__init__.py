@@ -2,7 +2,7 @@
 
 from megalite.checkpoint.differences import compare_models
 from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
-from megalite.checkpoint.lease import Lease
+from megalite.checkpoint.lease import Lease, take_lease
 from megalite.checkpoint.load import (
     find_newest,
     import_weights,
@@ -10,16 +10,14 @@ from megalite.checkpoint.load import (
     open_checkpoint,
     refuse_other_model,
     restore,
-    set_aside_damaged,
 )
-from megalite.checkpoint.save import (
-    Place,
-    Saver,
-    checkpoint_bytes,
+from megalite.checkpoint.retention import (
     clear_leftovers,
     retain,
+    set_aside_damaged,
     set_aside_later,
 )
+from megalite.checkpoint.save import Place, Saver, checkpoint_bytes
 from megalite.checkpoint.start import describe_run, describe_start, find_base, refuse_other_commits
 from megalite.checkpoint.stored import Grown, Stored, StoredCheckpoint, fill_model, merged
 
@@ -50,4 +48,5 @@ __all__ = [
     "retain",
     "set_aside_damaged",
     "set_aside_later",
+    "take_lease",
 ]

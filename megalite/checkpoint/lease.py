@@ -1,40 +1,93 @@
-"""Who may publish into a run folder: the newest incarnation of the run, and no other.
+"""The right to write into a run folder: it belongs to the newest start of the run.
 
 A scheduler may start a job again while ranks of its last start still run on a node it has lost
-sight of. Both would save under the same names; only the one that wrote the lease last may.
+sight of. Both would save under the same names. The start that took the lease last may; every
+other one ends with exit code 3.
 """
 
 from __future__ import annotations
 
 import secrets
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from megalite import env, files
-from megalite.errors import Superseded
+from megalite.errors import CommandError, Superseded
+from megalite.parallel import Grid
 
 _NAME = ".lease.json"
+_LOOK_EVERY = 1.0  # seconds; on a network file system each look costs a request
+_TRIES = 3
 
 
 class Lease:
-    """Taken by rank 0 when a run starts, checked before every publication."""
+    """A claim on a run folder, written by rank 0 and checked before every change of the folder.
+
+    Raises:
+        OSError: the claim cannot be written.
+    """
 
     def __init__(self, root: Path) -> None:
         self._path = root / _NAME
         self._nonce = secrets.token_hex(16)
+        self._looked, self._lost = time.monotonic(), False
         job = env.job()
         owner = {"job": job.id, "restart_count": job.restart_count, "nonce": self._nonce}
-        files.write_json(self._path, owner)
+        root.mkdir(parents=True, exist_ok=True)
+        for left in reversed(range(_TRIES)):
+            try:
+                files.write_json(self._path, owner)
+                return
+            except FileNotFoundError:  # another start has cleared our partial file
+                if not left:
+                    raise
 
     def check(self) -> None:
-        """Raises Superseded where a newer start has taken the lease since."""
-        try:
-            owner = files.read_json(self._path)
-            nonce = owner["nonce"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return  # lost, not taken: nobody else claims the folder
-        if nonce != self._nonce:
+        """Raise Superseded if a newer start has taken the lease."""
+        owner = self._owner()
+        if owner is not None:
+            self._lost = True
             raise Superseded(
                 f"{self._path.parent} is owned by a newer start of this run (job "
                 f"{owner.get('job') or 'none'}, restart {owner.get('restart_count')}): this one "
                 "publishes nothing and ends"
             )
+
+    def is_lost(self) -> bool:
+        """Return whether a newer start has taken the lease, as it was at most a second ago."""
+        if not self._lost and time.monotonic() - self._looked >= _LOOK_EVERY:
+            self._looked = time.monotonic()
+            self._lost = self._owner() is not None
+        return self._lost
+
+    def _owner(self) -> dict[str, object] | None:
+        """Return the claim of another start, or None while nobody else claims the folder."""
+        try:
+            owner = files.read_json(self._path)
+            # an unreadable claim is lost, not taken
+            return None if owner["nonce"] == self._nonce else dict(owner)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def take_lease(root: Path, grid: Grid) -> Lease | None:
+    """Take a run folder over; a collective.
+
+    Returns:
+        rank 0's lease; None on the other ranks.
+    Raises:
+        CommandError: on every rank, if rank 0 cannot write into the folder.
+    """
+    lease, fault = None, None
+    if grid.rank == 0:
+        try:
+            lease = Lease(root)
+        except OSError as error:
+            fault = f"the run folder {root.parent} cannot be written: {error}"
+            for folder in (root, root.parent):  # a refused start leaves nothing behind
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
+    if fault := grid.gather(fault)[0]:
+        raise CommandError(f"{fault}; make room or set its permissions, or name another directory")
+    return lease

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite import files, shapes
-from megalite.checkpoint.save import Place, free_name
+from megalite.checkpoint.save import Place
 from megalite.checkpoint.states import Owned, owned_parameters, read_canonical, value_hash
 from megalite.checkpoint.stored import Stored, StoredCheckpoint, read_local
 from megalite.config import ModelConfig, RunConfig
@@ -62,21 +62,6 @@ def find_newest(
             logger.warning("%s", problem)
         damaged.append(folder)
     return None, tuple(damaged)
-
-
-def set_aside_damaged(folders: Iterable[Path], grid: Grid) -> None:
-    """Rename damaged checkpoints to `bad_...`, so that no start trips over them; a collective."""
-    fault = None
-    if grid.rank == 0:
-        for folder in folders:
-            bad = free_name(folder.parent, folder.name.replace("step_", "bad_", 1))
-            try:
-                folder.rename(bad)
-                logger.warning("%s is damaged: set aside as %s", folder, bad.name)
-            except OSError as error:
-                fault = f"{folder} is damaged and cannot be set aside: {error}"
-    if fault := grid.gather(fault)[0]:
-        raise CheckpointError(fault)
 
 
 def open_checkpoint(
@@ -153,7 +138,7 @@ def restore(
     ):
         logger.warning("%s was trained by another optimizer: its states begin anew", folder)
         load_weights(engine, config.model, grid=grid, folder=folder, manifest=manifest)
-        return Place(manifest.step, manifest.samples, manifest.tokens)
+        return Place(manifest.step, manifest.samples, manifest.tokens, manifest.valid_loss)
     _set_states(engine, config.model, states, grid, folder, manifest)
     engine.restore_progress(manifest.progress)
     updates = engine.progress().get("updates")
@@ -162,7 +147,7 @@ def restore(
             f"{folder}: the optimizer should have taken {manifest.progress.get('updates')} updates "
             f"but reports {updates} after the load"
         )
-    return Place(manifest.step, manifest.samples, manifest.tokens)
+    return Place(manifest.step, manifest.samples, manifest.tokens, manifest.valid_loss)
 
 
 def load_weights(

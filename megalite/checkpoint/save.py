@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,17 +13,16 @@ from typing import Any
 
 from megalite import __version__, files, shapes
 from megalite.checkpoint.lease import Lease
+from megalite.checkpoint.retention import REPLACED
 from megalite.checkpoint.states import owned_parameters, read_canonical
-from megalite.checkpoint.write import Snapshot, Writer
-from megalite.config import CheckpointConfig, RunConfig
+from megalite.checkpoint.write import Snapshot, Writer, attempt
+from megalite.config import RunConfig
 from megalite.engine import WEIGHT, Engine
 from megalite.errors import CheckpointError, MegaLiteError, NoSpace, Superseded
 from megalite.formats import checkpoint as disk
 from megalite.log import logger
 from megalite.optim import state_names
 from megalite.parallel import Grid
-
-_REPLACED = ".replaced_"
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class Saver:
         fault = None
         if grid.rank == 0:
             needed = self._bytes
-            fault = _attempt(lambda: _prepare(root, staging, lease, needed))
+            fault = attempt(lambda: _prepare(root, staging, lease, needed))
         self._agree(fault, None)
         self.begun += 1
         self._writer = writer = Writer(staging, grid.rank, self._snapshot if snapshot else None)
@@ -136,7 +134,8 @@ class Saver:
         Returns:
             the published folder.
         Raises:
-            CheckpointError: on every rank alike, when any rank failed; nothing is published.
+            NoSpace: on every rank, if the disk or a quota was full for any rank.
+            CheckpointError: on every rank, if any rank failed otherwise; nothing is published.
             Superseded: a newer start of the run owns the folder.
         """
         assert self._writer is not None
@@ -146,96 +145,52 @@ class Saver:
         final = self._root / disk.folder_name(draft.place.step)
         writer.wait()
         began = time.monotonic()
-        self._agree(CheckpointError(writer.fault) if writer.fault else None, draft.staging)
+        self._agree(writer.fault, draft.staging)
         written = grid.gather((writer.files, writer.tensors))
         fault = None
         if grid.rank == 0:
-            fault = _attempt(lambda: draft.publish(final, self._tokenizer, written, self._lease))
+            fault = attempt(lambda: draft.publish(final, self._tokenizer, written, self._lease))
         self._agree(fault, draft.staging)
         self.seconds += writer.seconds + time.monotonic() - began
         return final
 
+    def record_score(self, place: Place) -> None:
+        """Add a validation loss that was measured after the save to the published checkpoint.
+
+        Rank 0 writes. A score that cannot be written costs the choice of the best, not the run.
+        """
+        folder = self._root / disk.folder_name(place.step)
+        if self._grid.rank != 0 or place.valid_loss is None or not folder.is_dir():
+            return
+        try:
+            if self._lease is not None:
+                self._lease.check()
+            disk.record_valid_loss(folder, place.valid_loss)
+        except Superseded as error:  # rank 0 alone is here: the next agreement ends all ranks
+            logger.debug("%s", error)
+        except (OSError, CheckpointError) as error:
+            logger.warning("%s: its validation loss cannot be noted: %s", folder, error)
+
+    def check_lease(self) -> None:
+        """Raise Superseded on every rank if a newer start owns the folder; a collective."""
+        self._agree(None, None)
+
     def _agree(self, fault: MegaLiteError | None, staging: Path | None) -> None:
         """Go on only if no rank met a fault; otherwise every rank raises the same one."""
         grid, lease = self._grid, self._lease
+        if lease is not None:  # a newer start clears the folder of an older one's save
+            fault = attempt(lease.check) or fault
         if grid.all_ok(fault is None):
             return
-        if lease is not None:  # a newer start clears the folder of an older one's save
-            fault = _attempt(lease.check) or fault
         found: list[MegaLiteError] = [item for item in grid.gather(fault) if item is not None]
         if grid.rank == 0 and staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
         grid.barrier()
         logger.debug("save abandoned: %s", found[0])
-        if isinstance(found[0], Superseded):  # rank 0 alone can tell, and comes first
+        if isinstance(found[0], Superseded):  # only rank 0 notices, and it comes first
             raise found[0]
-        raise type(found[0])(f"the checkpoint was not saved: {found[0]}")
-
-
-def retain(root: Path, config: CheckpointConfig) -> threading.Thread:
-    """Delete the checkpoints nothing keeps; each is renamed before it goes.
-
-    A thread deletes; what it does not come to is cleared by the next start.
-
-    Kept are the newest `keep`, those at multiples of `keep_every`, and with `keep_best` the one of
-    the lowest validation loss among those that were validated at their very step.
-    """
-    folders = disk.published(root)
-    kept = set(folders[: config.keep])
-    if config.keep_every:
-        kept |= {folder for folder in folders if disk.step_of(folder) % config.keep_every == 0}
-    if config.keep_best and (best := disk.best(folders)) is not None:
-        kept.add(best)
-    doomed = []
-    for folder in folders:
-        if folder not in kept:
-            doomed.append(folder.rename(folder.with_name(f".deleted_{folder.name}")))
-    deletion = threading.Thread(target=lambda: [*map(_remove, doomed)], daemon=True)
-    deletion.start()
-    return deletion
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def set_aside_later(root: Path, step: int) -> list[str]:
-    """Rename checkpoints after `step`, from which a run goes on anew; returns their new names.
-
-    Left in place, the next automatic resume would go on from them.
-    """
-    names = []
-    for folder in disk.published(root):
-        if disk.step_of(folder) > step:
-            left = free_name(root, folder.name.replace("step_", "left_", 1))
-            folder.rename(left)
-            names.append(left.name)
-    return names
-
-
-def free_name(root: Path, name: str) -> Path:
-    """`root/name`, with a number behind it where that is taken."""
-    path, count = root / name, 1
-    while path.exists():
-        path, count = root / f"{name}.{count}", count + 1
-    return path
-
-
-def clear_leftovers(root: Path) -> None:
-    """Remove what an interrupted save or deletion left behind; never a published checkpoint."""
-    for folder in root.glob(f"{_REPLACED}*"):
-        final = folder.with_name(folder.name.removeprefix(_REPLACED))
-        if final.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-        else:  # a crash between two renames
-            folder.rename(final)
-    for pattern in (".staging_*", ".deleted_*"):
-        for path in root.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-    files.clear_partials(root)
+        full = [item for item in found if isinstance(item, NoSpace)]
+        raise type((full or found)[0])(f"the checkpoint was not saved: {(full or found)[0]}")
 
 
 @dataclass(frozen=True)
@@ -296,7 +251,7 @@ class _Draft:
             files.publish(staging, final)
             return
         # a run that went back and saves the same step again
-        replaced = final.with_name(f"{_REPLACED}{final.name}")
+        replaced = final.with_name(f"{REPLACED}{final.name}")
         final.rename(replaced)
         try:
             files.publish(staging, final)
@@ -323,14 +278,3 @@ def _prepare(root: Path, staging: Path, lease: Lease | None, needed: int) -> Non
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir()
-
-
-def _attempt(action: Callable[[], object]) -> MegaLiteError | None:
-    """Run rank 0's part; its fault is told to all instead of leaving them waiting."""
-    try:
-        action()
-    except (Superseded, NoSpace) as error:
-        return error
-    except Exception as error:
-        return CheckpointError(f"rank 0: {error}")
-    return None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
+import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,11 +18,13 @@ import torch
 from torch import Tensor
 
 from megalite.engine import WEIGHT
+from megalite.errors import CheckpointError, MegaLiteError, NoSpace, Superseded
 from megalite.formats import checkpoint as disk
 
 _PART_BYTES = 1 << 30  # of a file; and of what waits to be written, unless it is a snapshot
 _WAITING = 2  # parts
 _NICENESS = 5  # a quarter of a core that training wants too
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # a quota shows free space until it is met
 
 Snapshot = dict[tuple[str, str], Tensor]
 
@@ -39,7 +44,7 @@ class Writer:
         self._staging, self._rank, self._snapshot = staging, rank, snapshot
         self.tensors: dict[str, dict[str, Any]] = {}
         self.files: dict[str, dict[str, Any]] = {}
-        self.fault: str | None = None
+        self.fault: CheckpointError | None = None
         self.seconds = 0.0  # spent at writing
         self._parts: dict[str, dict[str, Tensor]] = {}
         self._count = 0
@@ -99,8 +104,28 @@ class Writer:
             arrays = {tensor: value.numpy() for tensor, value in part.items()}
             entry, hashes = disk.write_tensors(path, arrays)
         except Exception as error:
-            self.fault = f"rank {self._rank} could not write {path}: {error}"
+            self.fault = as_fault(error, f"rank {self._rank} could not write {path}: {error}")
             return
         self.files[name] = entry.model_dump()
         for tensor, sha256 in hashes.items():
             self.tensors.setdefault(tensor, {})[state] = {"file": name, "sha256": sha256}
+
+
+def as_fault(error: Exception, message: str) -> CheckpointError:
+    """Return a failed write as NoSpace if the disk or a quota was full, else as CheckpointError."""
+    # shutil.copytree reports the errors of its files as text
+    numbers = [int(found) for found in re.findall(r"\[Errno (\d+)\]", str(error))]
+    if getattr(error, "errno", None) in _FULL or any(number in _FULL for number in numbers):
+        return NoSpace(f"{message}; make room, or lower checkpoint.keep")
+    return CheckpointError(message)
+
+
+def attempt(action: Callable[[], object]) -> MegaLiteError | None:
+    """Run rank 0's part and return its fault, so that all ranks raise it and none waits."""
+    try:
+        action()
+    except (Superseded, NoSpace) as error:
+        return error
+    except Exception as error:
+        return as_fault(error, f"rank 0: {error}")
+    return None

@@ -111,6 +111,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     files.write_json(folder / MANIFEST, {**content, "checksum": _checksum(content)})
 
 
+def record_valid_loss(folder: Path, valid_loss: float) -> None:
+    """Replace the validation loss in a published checkpoint's manifest.
+
+    Raises:
+        OSError, CheckpointError: the manifest cannot be read or written; it stays as it was.
+    """
+    manifest = read_manifest(folder)
+    write_manifest(folder, manifest.model_copy(update={"valid_loss": valid_loss}))
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Floats]) -> tuple[FileEntry, dict[str, str]]:
     """Write and sync a safetensors file, hashing as it goes: no byte is read again.
 

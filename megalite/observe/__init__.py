@@ -1,7 +1,14 @@
 """What a run says about itself: its records, TensorBoard, the console, the device it runs on."""
 
 from megalite.observe.device import peak_flops, peak_memory_bytes
-from megalite.observe.metrics import Recorder, previous_attempts, restate, resumed_before
+from megalite.observe.metrics import Recorder
+from megalite.observe.status import (
+    began_from,
+    last_layout,
+    previous_attempts,
+    restate,
+    resumed_before,
+)
 from megalite.observe.stragglers import Stragglers
 from megalite.observe.trace import Trace
 from megalite.observe.watch import Sections, Watchdog
@@ -12,6 +19,8 @@ __all__ = [
     "Stragglers",
     "Trace",
     "Watchdog",
+    "began_from",
+    "last_layout",
     "peak_flops",
     "peak_memory_bytes",
     "previous_attempts",

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any
 
 from megalite.config import WandbConfig
-from megalite.files import read_json, read_rows, write_json
+from megalite.files import append_line
 from megalite.log import finite, logger, redact
 from megalite.observe.console import Console
+from megalite.observe.status import METRICS, TAIL, State, write_status
 from megalite.observe.tensorboard import TensorBoard
 from megalite.observe.wandb import Wandb
-
-State = Literal["running", "saving", "stopped", "done", "failed", "superseded"]
-
-_TAIL = 1 << 16  # bytes; hundreds of rows
-_NOT_OURS = (ValueError, TypeError, KeyError, OverflowError)  # what other JSON raises
 
 
 @dataclass
@@ -42,11 +39,14 @@ class Recorder:
     def __post_init__(self) -> None:
         self._last_checkpoint: str | None = None
         self._complained = False
-        self._file: BinaryIO | None = None
+        self._writes = self.rank == 0
         self._views: list[Console | TensorBoard | Wandb] = []
+        self._hook = threading.excepthook
         if self.rank != 0:
             return
-        self._file = _open_lines(self.folder / "metrics.jsonl")
+        threading.excepthook = self._thread_failed
+        with self.sparing():
+            _end_last_line(self.folder / METRICS)
         self._views.append(Console(total_steps=self.total_steps))
         if self.tensorboard:
             self._views.append(TensorBoard(self.folder, attempt=self.attempt))
@@ -56,40 +56,36 @@ class Recorder:
     def train(self, row: Mapping[str, Any]) -> None:
         """Record a train row; `step` counts from 1, `tokens` is the total so far."""
         row = self._write("train", row)
-        for view in self._views:
-            view.train(row)
+        self._show(lambda view: view.train(row))
 
     def valid(self, row: Mapping[str, Any], *, tokens: int | None = None) -> None:
         """Record an evaluation on held-out data, after so many tokens of training."""
         row = self._write("valid", row)
-        for view in self._views:
-            view.valid(row, tokens=tokens)
+        self._show(lambda view: view.valid(row, tokens=tokens))
 
     def picture(self, name: str, image: Any, step: int) -> None:
         """Show an image, uint8 [H, W, 3], where there is a place for it."""
-        for view in self._views:
-            view.picture(name, image, step)
+        self._show(lambda view: view.picture(name, image, step))
 
     def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Record prompts with the texts that the model wrote after them."""
         for prompt, text in texts:
             written = {"prompt": redact(prompt), "text": redact(text)}
             self._write("sample", {"step": step, **written})
-        for view in self._views if texts else ():
-            view.samples(step, texts)
+        if texts:
+            self._show(lambda view: view.samples(step, texts))
 
     def event(self, step: int, name: str, **fields: Any) -> None:
         """Record that something happened: start, resume, checkpoint, skip, signal, end."""
         self._write("event", {"step": step, "name": name, **_without_secrets(fields)})
-        for view in self._views:
-            view.event(step, name)
+        self._show(lambda view: view.event(step, name))
 
     def append(self, name: str, step: int, **fields: Any) -> None:
         """Record an event from a rank that does not otherwise write, when rank 0 no longer can."""
         row = {"kind": "event", "time": time.time(), "attempt": self.attempt, "step": step}
-        with suppress(OSError), open(self.folder / "metrics.jsonl", "ab") as file:
-            told = {**row, "name": name, **_without_secrets(fields)}
-            file.write(json.dumps(told).encode() + b"\n")
+        line = finite({**row, "name": name, **_without_secrets(fields)})
+        with suppress(OSError):
+            append_line(self.folder / METRICS, json.dumps(line, allow_nan=False).encode())
 
     def status(
         self,
@@ -101,105 +97,81 @@ class Recorder:
     ) -> None:
         """Replace status.json; without `last_checkpoint` the one named before stays."""
         self._last_checkpoint = last_checkpoint or self._last_checkpoint
-        if self._file is not None:
-            status = {
-                "state": state,
-                "step": step,
-                "attempt": self.attempt,
-                "last_checkpoint": self._last_checkpoint,
-                "reason": redact(reason),
-            }
-            with self._without_space():
-                if _stated_attempt(self.folder) <= self.attempt:  # no later start speaks by now
-                    write_json(self.folder / "status.json", status)
+        if self._writes:
+            with self.sparing():
+                write_status(
+                    self.folder,
+                    state,
+                    step=step,
+                    attempt=self.attempt,
+                    last_checkpoint=self._last_checkpoint,
+                    reason=reason,
+                )
 
     def close(self) -> None:
         """Close everything; again is harmless."""
-        for view in self._views:
-            view.close()
-        if self._file is not None:
-            with self._without_space():
-                self._file.close()
-        self._file, self._views = None, []
-
-    def _write(self, kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        clean: dict[str, Any] = finite(row)
-        if self._file is not None:
-            line = {"kind": kind, "time": time.time(), "attempt": self.attempt, **clean}
-            # one write a row, so that a reader never meets half of one
-            with self._without_space():
-                self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-                self._file.flush()
-        return clean
+        self._show(lambda view: view.close())
+        self._writes, self._views = False, []
+        if self.rank == 0:
+            threading.excepthook = self._hook
 
     @contextmanager
-    def _without_space(self) -> Iterator[None]:
-        """A full disk costs records, said once, and not the run."""
+    def sparing(self) -> Iterator[None]:
+        """Run a block that writes records: a full disk costs them, reported once, not the run."""
         try:
             yield
         except OSError as error:
-            if not self._complained:
-                logger.warning("%s cannot be written: %s; the run goes on", self.folder, error)
-            self._complained = True
+            self._complain(error)
+
+    def _write(self, kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        clean: dict[str, Any] = finite(row)
+        if self._writes:
+            line = {"kind": kind, "time": time.time(), "attempt": self.attempt, **clean}
+            with self.sparing():
+                append_line(self.folder / METRICS, json.dumps(line, allow_nan=False).encode())
+        return clean
+
+    def _show(self, act: Callable[[Console | TensorBoard | Wandb], None]) -> None:
+        """Show something in every view; one that cannot be written shows nothing more."""
+        for view in list(self._views):
+            try:
+                act(view)
+            except OSError as error:
+                self._complain(error)
+                if not isinstance(view, Console):
+                    self._views.remove(view)
+                    with suppress(OSError):
+                        view.close()
+
+    def _complain(self, error: OSError) -> None:
+        if not self._complained:
+            logger.warning("%s cannot be written: %s; the run goes on", self.folder, error)
+        self._complained = True
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """Report a view's own thread that cannot write as any other record that is lost."""
+        if isinstance(failure.exc_value, OSError):
+            self._complain(failure.exc_value)
+        else:
+            self._hook(failure)
 
 
-def previous_attempts(folder: Path) -> int:
-    """How many attempts wrote to this run folder, which is the number of the next one.
+def _end_last_line(path: Path) -> None:
+    """Give a whole last row its end, and drop a row that a crash cut short.
 
-    0 for a fresh folder. Both records are asked: a crash may have left either of them behind.
+    So every line of the file stays a row.
     """
-    attempts = [_stated_attempt(folder)]
-    with suppress(FileNotFoundError):
-        for row in read_rows(folder / "metrics.jsonl", last=_TAIL):
-            with suppress(*_NOT_OURS):
-                attempts.append(int(row["attempt"]))
-    return max(attempts) + 1
-
-
-def _stated_attempt(folder: Path) -> int:
-    """The attempt that status.json names; -1 where there is none, or not one of ours."""
-    with suppress(OSError, *_NOT_OURS):
-        return int(read_json(folder / "status.json")["attempt"])
-    return -1
-
-
-def restate(folder: Path, state: State, *, reason: str) -> None:
-    """Say in status.json that a start failed before it could open the run folder."""
-    with suppress(OSError, ValueError, TypeError):
-        status = read_json(folder / "status.json")
-        told = {"state": state, "reason": redact(reason)}
-        write_json(folder / "status.json", {**status, **told})
-
-
-def resumed_before(folder: Path, *, path: str, job: str) -> bool:
-    """Whether a job has already gone on from the checkpoint at `path`, by the run's events."""
-    with suppress(OSError):
-        for row in read_rows(folder / "metrics.jsonl"):
-            with suppress(*_NOT_OURS):
-                same = row.get("job") == job and Path(row["path"]).resolve() == Path(path)
-                if row["kind"] == "event" and row["name"] == "resume" and same:
-                    return True
-    return False
-
-
-def _open_lines(path: Path) -> BinaryIO:
-    """Open for appending at the start of a line.
-
-    Of a last line without an end, a whole row gets its end, and a row that a crash cut short is
-    dropped: every line of the file stays a row.
-    """
-    file = open(path, "ab+")  # noqa: SIM115 - the recorder closes it
-    end = file.seek(0, 2)
-    file.seek(max(0, end - _TAIL))
-    tail = file.read()
-    rest = tail[tail.rfind(b"\n") + 1 :]
-    if rest:
-        try:
-            json.loads(rest)
-            file.write(b"\n")
-        except ValueError:
-            file.truncate(end - len(rest))
-    return file
+    with open(path, "ab+") as file:
+        end = file.seek(0, 2)
+        file.seek(max(0, end - TAIL))
+        tail = file.read()
+        rest = tail[tail.rfind(b"\n") + 1 :]
+        if rest:
+            try:
+                json.loads(rest)
+                file.write(b"\n")
+            except (ValueError, RecursionError):
+                file.truncate(end - len(rest))
 
 
 def _without_secrets(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ def make_plan(
     """The plan of `config` on `world_size` ranks, with a stand-in for labels it does not tell.
 
     Args:
-        native_bf16: whether a "cpu" has units for bf16, which decides `precision: auto`; None asks this
-            host.
+        native_bf16: whether a "cpu" has units for bf16, which decides `precision: auto`. None asks
+            this host.
     Raises:
         ConfigError: see `arrange`.
     """

@@ -1,7 +1,8 @@
 """Steps as the loop consumes them: batches, the loss's divisor, and whether to stop.
 
-Once a step the ranks agree on four numbers: how many targets and tokens the global batch holds,
-whether any rank was asked to stop, and how many checkpoints have been written. They travel in one
+Once a step the ranks agree on five numbers: the targets and the tokens of the global batch, whether
+any rank was asked to stop, how many checkpoints have been written, and whether a newer start of the
+run has taken its folder. They travel in one
 small reduction over the CPU group, started a step ahead so that nobody waits for it.
 """
 
@@ -63,7 +64,7 @@ class Step(NamedTuple):
 
     targets: the global batch's unmasked ones. stop: whether to stop instead of training on it.
     written: the sum over ranks of the checkpoints each has written, as it was a step ago. tokens:
-    of the global batch, without padding.
+    of the global batch, without padding. superseded: if true, a newer start owns the run folder.
     """
 
     batches: StepBatches
@@ -71,6 +72,7 @@ class Step(NamedTuple):
     stop: bool
     written: int
     tokens: int
+    superseded: bool = False
 
 
 class Feed:
@@ -78,12 +80,19 @@ class Feed:
 
     Args:
         written: how many checkpoints this rank has written.
+        superseded: whether this rank has seen that a newer start owns the run folder.
     """
 
     def __init__(
-        self, loader: Loader, grid: Grid, stop: StopRequest, written: Callable[[], int]
+        self,
+        loader: Loader,
+        grid: Grid,
+        stop: StopRequest,
+        written: Callable[[], int],
+        superseded: Callable[[], bool] = lambda: False,
     ) -> None:
         self._loader, self._grid, self._stop, self._written = loader, grid, stop, written
+        self._superseded = superseded
         self._ahead = self._begin()
         self._poll: tuple[torch.Tensor, Any] | None = None
 
@@ -92,8 +101,8 @@ class Feed:
         batches, agreed, work = self._ahead
         self._ahead = self._begin()
         work.wait()
-        targets, tokens, stop, written = agreed.tolist()
-        return Step(batches, targets, stop > 0, written, tokens)
+        targets, tokens, stop, written, superseded = agreed.tolist()
+        return Step(batches, targets, stop > 0, written, tokens, superseded > 0)
 
     def asked(self) -> bool:
         """Whether any rank was asked to stop, as it was a call ago; all ranks must call it."""
@@ -114,6 +123,7 @@ class Feed:
     def _begin(self) -> tuple[StepBatches, torch.Tensor, Any]:
         batches = next(self._loader)
         stop = int(self._stop.name is not None)
-        agreed = torch.tensor([batches.targets, batches.tokens, stop, self._written()])
+        numbers = [batches.targets, batches.tokens, stop, self._written(), self._superseded()]
+        agreed = torch.tensor([int(number) for number in numbers])
         agreed[:2] *= int(self._grid.tensor_rank == 0)  # those that share a model share its batches
         return batches, agreed, dist.all_reduce(agreed, group=self._grid.cpu_group, async_op=True)

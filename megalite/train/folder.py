@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from megalite import checkpoint, files, log
+from megalite.checkpoint import Lease
 from megalite.config import RunConfig
 from megalite.data import Samples
-from megalite.errors import CommandError, DataError
-from megalite.formats.tokenizer import keep_ends, tokenizer_files
+from megalite.errors import CommandError, MegaLiteError, Superseded
+from megalite.formats import checkpoint as disk
+from megalite.formats.tokenizer import keep_ends
 from megalite.log import logger
 from megalite.observe import Recorder, previous_attempts
 from megalite.parallel import Grid
 from megalite.train.resume import Origin
+
+_TRIES = 3
 
 
 @contextmanager
@@ -27,27 +32,31 @@ def opened(
     settings: Mapping[str, Any],
     train: Samples,
     origin: Origin | None,
+    lease: Lease | None = None,
 ) -> Iterator[Recorder]:
-    """The run folder, opened by rank 0, and the writer of its records.
+    """Open the run folder on rank 0, and yield the writer of its records.
 
     Args:
         settings: DeepSpeed's JSON of this run.
+        lease: rank 0's right to write.
     Raises:
-        CommandError: on every rank, where it cannot be written.
+        CommandError: on every rank, if it cannot be written.
+        Superseded: on every rank, if a newer start owns it.
     """
-    if fault := grid.gather(_other_kinds(folder) or _links(train))[0]:
-        raise CommandError(fault)
-    checkpoint.set_aside_damaged(origin.damaged if origin else (), grid)
+    checkpoint.set_aside_damaged(origin.damaged if origin else (), grid, lease)
     handler, attempt = None, 0
+    fault: MegaLiteError | None = None
     if grid.rank == 0:
         try:
-            attempt = _prepare(folder, config, settings, train, origin)
+            attempt = _prepare(folder, config, settings, train, origin, lease)
             handler = log.add_file(folder / "log.txt")
         except (OSError, shutil.Error) as error:
-            fault = f"the run folder {folder} cannot be written: {error}; name another directory"
+            fault = _refusal(folder, error, lease)
+        except Superseded as error:
+            fault = error
     attempt, fault = grid.gather((attempt, fault))[0]
     if fault:
-        raise CommandError(fault)
+        raise fault
     recorder = Recorder(
         folder,
         rank=grid.rank,
@@ -63,8 +72,68 @@ def opened(
         log.remove(handler)
 
 
+def take_over(folder: Path, grid: Grid) -> Lease | None:
+    """Take the run folder from whoever has it, and clear what a killed start left; a collective.
+
+    Returns:
+        rank 0's lease; None on the other ranks.
+    Raises:
+        CommandError: on every rank, if the folder cannot be written.
+        Superseded: on every rank, if yet another start has taken it meanwhile.
+    """
+    root = folder / "checkpoints"
+    lease = checkpoint.take_lease(root, grid)
+    fault: MegaLiteError | None = None
+    if lease is not None:
+        try:
+            checkpoint.clear_leftovers(root, lease)
+        except OSError as error:
+            fault = _refusal(folder, error, lease)
+        except Superseded as error:
+            fault = error
+    if fault := grid.gather(fault)[0]:
+        raise fault
+    return lease
+
+
+def listing(root: Path, grid: Grid) -> list[tuple[str, int, int]]:
+    """Return the published checkpoints with inode and time of their manifests, as rank 0 sees them.
+
+    Equal listings mean equal checkpoints: what was read of them still holds.
+    """
+    found = list[tuple[str, int, int]]()
+    if grid.rank == 0:
+        for path in disk.published(root):
+            with suppress(OSError):
+                about = (path / disk.MANIFEST).stat()
+                found.append((path.name, about.st_ino, about.st_mtime_ns))
+    return list(grid.gather(found)[0])
+
+
+def _refusal(folder: Path, error: Exception, lease: Lease | None) -> MegaLiteError:
+    """Return why the folder cannot be written: a newer start is busy in it, or a true fault."""
+    try:
+        if lease is not None:
+            lease.check()
+    except Superseded as superseded:
+        return superseded
+    return CommandError(
+        f"the run folder {folder} cannot be written: {error}; name another directory"
+    )
+
+
+def check_folders(folder: Path, train: Samples, grid: Grid) -> None:
+    """Refuse a run folder of another kind, and a tokenizer folder that cannot be copied.
+
+    Raises:
+        CommandError: on every rank, as rank 0 sees it.
+    """
+    if fault := grid.gather(_other_kinds(folder) or _links(train))[0]:
+        raise CommandError(fault)
+
+
 def _links(train: Samples) -> str | None:
-    """What keeps the tokenizer of the data from being copied."""
+    """Return what keeps the tokenizer of the data from being copied."""
     try:
         if train.tokenizer_folder is not None:
             tokenizer_files(train.tokenizer_folder)
@@ -74,7 +143,6 @@ def _links(train: Samples) -> str | None:
 
 
 def _other_kinds(folder: Path) -> str | None:
-    """What of a run folder is a folder where a file belongs, or the other way about."""
     own = ("config.json", "deepspeed.json", "log.txt", "metrics.jsonl", "status.json")
     wrong = [
         path
@@ -96,20 +164,16 @@ def _prepare(
     settings: Mapping[str, Any],
     train: Samples,
     origin: Origin | None,
+    lease: Lease | None,
 ) -> int:
-    """Write what a run folder holds from the start; returns the number of this attempt."""
+    """Write what a run folder contains from the start; return the number of this attempt."""
     attempt, root = previous_attempts(folder), folder / "checkpoints"
-    root.mkdir(parents=True, exist_ok=True)
-    checkpoint.clear_leftovers(root)
+    if lease is not None:
+        lease.check()
     files.clear_partials(folder)
     files.write_json(folder / "config.json", config.model_dump(mode="json"))
     files.write_json(folder / "deepspeed.json", settings)
-    # nothing of another start's tokenizer may stay behind in it
-    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    (folder / "tokenizer").mkdir()
-    if train.tokenizer_folder is not None:  # Megatron's shards may lack one
-        for path in tokenizer_files(train.tokenizer_folder):
-            shutil.copyfile(path, folder / "tokenizer" / path.name)
+    _copy_tokenizer(train, folder / "tokenizer")
     if origin is not None:
         keep_ends(folder / "tokenizer", origin.folder)
     left = []
@@ -118,3 +182,25 @@ def _prepare(
     if left:
         logger.info("going on from an earlier step; set aside: %s", ", ".join(left))
     return attempt
+
+
+def _copy_tokenizer(train: Samples, target: Path) -> None:
+    """Replace `target`, also while another start does the same; nothing of the old one stays."""
+    for left in target.parent.glob(f".{target.name}.*"):  # by a start that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        partial.mkdir()
+        if train.tokenizer_folder is not None:  # Megatron's shards may lack one
+            for path in tokenizer_files(train.tokenizer_folder):
+                shutil.copyfile(path, partial / path.name)
+        for more in reversed(range(_TRIES)):
+            shutil.rmtree(target, ignore_errors=True)
+            try:
+                partial.rename(target)
+                return
+            except OSError:  # another start was faster
+                if not more:
+                    raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

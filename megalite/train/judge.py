@@ -23,6 +23,9 @@ from megalite.train.ledger import Ledger
 # The least deviation of a loss: of the median, where a hundredth is no jump; and in nats, where
 # examples are known by heart, and any that is not is many times the median.
 _FLAT, _LEAST = 0.01, 0.02
+# The least jump in nats of a loss near zero: there one wrong example makes the mean of its batch
+# many times the median. It falls to nothing at a loss of `_USUAL`.
+_LEAST_JUMP, _USUAL = 1.0, 2.0
 _FLAT_LOG = 0.05  # the same of a norm's logarithm
 
 
@@ -51,7 +54,7 @@ class Judge:
         """
         ledger, guards = self.ledger, self._guards
         if (before := ledger.skipped(step, samples)) is not None:
-            return Verdict("skip", f"as before: {before['reason']}")
+            return Verdict("skip", f"as before: {before.get('reason')}")
         if not (math.isfinite(loss) and math.isfinite(norm)):
             if self._scaled and math.isfinite(loss):
                 return Verdict("skip", "fp16 overflow: the loss scale is lowered")
@@ -91,8 +94,10 @@ class Judge:
         if len(recent) < max(16, self._guards.spike_window // 2):
             return None
         losses, norms = zip(*recent, strict=True)
-        z = _z(loss, losses, max(_FLAT * abs(float(np.median(losses))), _LEAST))
-        if z > self._guards.spike_threshold:
+        median = float(np.median(losses))
+        z = _z(loss, losses, max(_FLAT * abs(median), _LEAST))
+        least = _LEAST_JUMP * max(0.0, 1 - abs(median) / _USUAL)
+        if z > self._guards.spike_threshold and loss - median > least:
             return f"the loss jumped to {loss:.4f}, {z:.0f} deviations above the last steps'"
         logs = [math.log(max(value, 1e-30)) for value in norms]
         z = _z(math.log(max(norm, 1e-30)), logs, _FLAT_LOG)

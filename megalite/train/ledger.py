@@ -7,14 +7,16 @@ and part of every later checkpoint (`ledger.json`); a start from an earlier one 
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections import deque
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megalite import files
+from megalite.config import DataConfig
 from megalite.errors import CheckpointError
 from megalite.log import logger
 from megalite.parallel import Grid
@@ -25,12 +27,51 @@ IN_CHECKPOINT = "ledger.json"
 Entry = dict[str, Any]
 
 
+def order_id(fingerprint: str, data: DataConfig) -> str:
+    """Return a short name of a data order; places of one order mean nothing in another."""
+    content = json.dumps([fingerprint, data.sequence_length, data.seed])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def joined_gaps(entries: Iterable[Entry], order: str | None) -> tuple[tuple[int, int], ...]:
+    """Return the gaps of one data order: [first, last) each, ascending, none touching another."""
+    joined: list[tuple[int, int]] = []
+    own = (entry for entry in entries if entry["kind"] == "rollback" and _is_of(entry, order))
+    for first, last in sorted(entry["gap"] for entry in own):
+        if joined and first <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
+        else:
+            joined.append((first, last))
+    return tuple(joined)
+
+
+def _is_of(entry: Mapping[str, Any], order: str | None) -> bool:
+    return order is None or entry.get("order", order) == order
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """Return the ledger that a checkpoint contains; a version without one wrote none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = folder / IN_CHECKPOINT
+    try:
+        content = files.read_object(path)
+        _check_content(content)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return content
+
+
 class Ledger:
-    """The interventions of a run, alike on every rank, and the numbers they are judged by.
+    """The interventions of a run, identical on every rank, and the numbers they are judged by.
 
     An entry has a `kind` ("skip" or "rollback"), `step` and `samples` (the place before that step),
-    and a `reason`; a rollback also the step gone back `to` and the `gap`, [first, last) of the data
-    order, that is left out from then on.
+    a `reason`, and the `order` of the data that `samples` counts in; a rollback also the step gone
+    back `to` and the `gap`, [first, last) of that order, that is left out from then on.
 
     Attributes:
         entries: in the order they were made.
@@ -40,13 +81,18 @@ class Ledger:
     def __init__(self, folder: Path, grid: Grid, window: int) -> None:
         self._path, self._grid = folder / _NAME, grid
         self.entries: list[Entry] = []
+        self._order: str | None = None
         self.recent: deque[tuple[float, float]] = deque(maxlen=window)
 
-    def begin(self, origin: Path | None) -> None:
+    def begin(
+        self, origin: Path | None, *, order: str | None = None, before: str | None = None
+    ) -> None:
         """Take up the ledger of a checkpoint and what the run has added since; a collective.
 
         Args:
-            origin: the checkpoint to go on from; None begins anew.
+            origin: the checkpoint to go on from; None begins a new ledger.
+            order: the data order of this start. Entries of another one leave nothing out of it.
+            before: the order the checkpoint was trained in, for entries that name none.
         """
         own, content, fault = list[Entry](), dict[str, Any](), None
         if self._grid.rank == 0:
@@ -55,22 +101,24 @@ class Ledger:
             else:
                 own = _read_lines(self._path)
                 try:
-                    content = files.read_object(origin / IN_CHECKPOINT)
-                    _check_content(content)
-                except FileNotFoundError:  # of a version without one
-                    content = {}
-                except (OSError, ValueError) as error:  # told to all: none is left waiting
-                    fault = f"{origin / IN_CHECKPOINT} cannot be read: {error}"
+                    content = read_notes(origin)
+                except CheckpointError as error:  # raised by all: none is left waiting
+                    fault = str(error)
         own, content, fault = self._grid.gather((own, content, fault))[0]
         if fault:
             raise CheckpointError(fault)
-        before = content.get("entries", [])
-        self.entries = before + [entry for entry in own if entry not in before]
+        self._order = order
+        named = {} if before is None else {"order": before}
+        saved = [named | entry for entry in content.get("entries", [])]
+        added = [named | entry for entry in own]
+        self.entries = saved + [entry for entry in added if entry not in saved]
         self.recent.clear()
         self.recent.extend((loss, norm) for loss, norm in content.get("recent", []))
 
     def add(self, entry: Entry) -> None:
-        """Make an entry, on every rank alike; rank 0 writes it."""
+        """Make an entry, the same on every rank; rank 0 writes it."""
+        if self._order is not None:
+            entry = entry | {"order": self._order}
         self.entries.append(entry)
         if self._grid.rank == 0:
             self._write(entry)
@@ -81,14 +129,12 @@ class Ledger:
 
     @property
     def gaps(self) -> tuple[tuple[int, int], ...]:
-        """What the data order leaves out: [first, last) each, ascending and apart."""
-        joined: list[tuple[int, int]] = []
-        for first, last in sorted(e["gap"] for e in self.entries if e["kind"] == "rollback"):
-            if joined and first <= joined[-1][1]:
-                joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
-            else:
-                joined.append((first, last))
-        return tuple(joined)
+        """The parts of the present data order that are left out, as `joined_gaps` gives them."""
+        return joined_gaps(self.entries, self._order)
+
+    def is_current(self, entry: Entry) -> bool:
+        """Return whether an entry's places are of the present data order."""
+        return _is_of(entry, self._order)
 
     @property
     def rollbacks(self) -> int:
@@ -97,21 +143,14 @@ class Ledger:
     def skipped(self, step: int, samples: int | None = None) -> Entry | None:
         """The entry that left out the update of a step, at that place of the data order."""
         for entry in reversed(self.entries):
-            if entry["kind"] != "skip" or entry["step"] != step:
-                continue
-            if samples in (None, entry["samples"]):
+            same = entry["kind"] == "skip" and entry["step"] == step
+            if same and samples in (None, entry["samples"]) and self.is_current(entry):
                 return entry
         return None
 
     def _write(self, entry: Entry) -> None:
         try:
-            with open(self._path, "ab+") as file:
-                # not behind a line that a crash cut short
-                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-                start = b"\n" if file.read(1) not in (b"", b"\n") else b""
-                file.write(start + json.dumps(entry).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            files.append_line(self._path, json.dumps(entry).encode(), sync=True)
         except OSError as error:  # it is still part of every later checkpoint
             logger.warning("%s cannot be written: %s; the run goes on", self._path, error)
 
@@ -134,7 +173,7 @@ def _read_lines(path: Path) -> list[Entry]:
 
 
 def _is_sound(entry: Any) -> bool:
-    """Whether an entry has what its kind is read for."""
+    """Return whether an entry has all that its kind is read for; any other one has no effect."""
     if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
         return False
     needed = {"skip": ("step", "samples"), "rollback": ("step", "to"), "measured": ("step",)}
@@ -153,7 +192,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_content(content: dict[str, Any]) -> None:
-    """Refuse what no checkpoint's ledger holds; ValueError."""
+    """Raise ValueError for what no checkpoint's ledger contains."""
     entries, recent = content.get("entries", []), content.get("recent", [])
     if not isinstance(entries, list) or not all(map(_is_sound, entries)):
         raise ValueError("its entries are not those of a run")

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,21 +26,9 @@ from megalite.plan import Plan
 from megalite.train.drift import DriftGuard
 from megalite.train.feed import Feed, StopRequest
 from megalite.train.judge import Judge, Verdict
+from megalite.train.measure import Measure
 
 Inspect = Callable[[int, Engine, Grid], None]
-
-
-class Measure(Protocol):
-    """What a run is measured by, where that is not the loss on held-out shards."""
-
-    def due(self, step: int) -> bool:
-        """Whether a measurement, and a checkpoint of what was measured, follow this step."""
-
-    def finished(self, step: int) -> bool:
-        """Whether the run is to end here."""
-
-    def __call__(self, step: int, samples: int, stopping: Callable[[], bool]) -> float | None:
-        """Measure and record; what the best checkpoint is chosen by, the lower the better."""
 
 
 class Jump(Exception):
@@ -90,6 +77,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._saved, self._evaluated, self._compared = self.place.step, -1, -1
+        self._published, self._before = self.place, self.place
         self._leaving, self._noted = False, "use"
         self._losses: list[float] = []  # of the steps since the last train row
 
@@ -98,16 +86,21 @@ class Trainer:
 
         Raises:
             Stopped: a signal asked for it; the run was saved and can be resumed.
+            Superseded: a newer start of the run has taken its folder.
             Jump: the run has to go back; it may be called again from there.
         """
         if self.place.step == 0:
             if self.measure is None:
                 self._evaluate()
             self._write()
+        elif self._owed():
+            self._evaluate()
         self._lapped = self.place, self.sections.totals().get("step", 0.0)
         while not self._finished():
             self.sections.enter("step")
-            batches, targets, stop, written, tokens = self.feed.next()
+            batches, targets, stop, written, tokens, superseded = self.feed.next()
+            if superseded:
+                self._give_way()
             if self.saver.under_way and written == self.saver.begun * self.grid.world_size:
                 self.settle()
             if stop:
@@ -138,7 +131,20 @@ class Trainer:
         stops = self.measure is not None and self.measure.finished(step)
         return stops or step >= self.config.training.steps
 
+    def _owed(self) -> bool:
+        """Return whether a stop kept the evaluation due at this place from being made."""
+        if self.measure is not None:
+            return self.measure.owed(self.place)
+        due = _due(self.place.step, self.config.training.eval_every)
+        return due and self.valid is not None and self.place.valid_loss is None
+
+    def _give_way(self) -> None:
+        """End the save under way and this start: a newer one owns the run folder."""
+        self.settle()
+        self.saver.check_lease()
+
     def _advance(self) -> None:
+        self._before = self.place
         size, gaps = self.plan.global_batch_size, self.judge.ledger.gaps
         self.place = Place(
             self.place.step + 1,
@@ -174,6 +180,7 @@ class Trainer:
         """Go on from a checkpoint that the engine was set to."""
         self.place, self.feed, self._losses = place, feed, []
         self._saved, self._evaluated, self._compared = place.step, -1, -1
+        self._published = self._before = place
 
     def leave_out(self, jump: Jump) -> None:
         """Go on after a step whose update was refused, without going back."""
@@ -191,7 +198,7 @@ class Trainer:
         if self.measure is None:
             measured, saves = _due(step, training.eval_every) or last, False
         else:
-            measured = saves = self.measure.due(step)
+            measured = saves = self.measure.due(self._before, self.place)
         if measured:
             self._evaluate()
         samples = self.config.logging.samples
@@ -204,11 +211,11 @@ class Trainer:
             self._save()
 
     def _finish(self) -> None:
-        """The last validation and the last checkpoint, unless this very step already had them."""
+        """Make the last validation and the last checkpoint, unless this step already had them."""
         if self._evaluated != self.place.step:
             self._evaluate()
             if (self.valid or self.measure) and self._evaluated != self.place.step:
-                self._leave()  # asked to stop in the midst of it
+                self._leave()  # asked to stop meanwhile: the next start makes it
         if self._saved != self.place.step:
             self._save()
         self.settle()
@@ -267,9 +274,9 @@ class Trainer:
         """Validate, unless the run is asked to stop meanwhile: the next step heeds that."""
         if self.measure is not None:
             with self.sections.inside("eval"):
-                score = self.measure(self.place.step, self.place.samples, self.feed.asked)
-            self.place = replace(self.place, valid_loss=score)
-            self._evaluated = self.place.step
+                measured = self.measure(self.place, self.feed.asked)
+            if measured.complete:
+                self._score(measured.score)
             return
         if self.valid is None:
             return
@@ -285,11 +292,21 @@ class Trainer:
             )
         if loss is None:
             return
-        # a loss that is no number must not end up as the best
-        self.place = replace(self.place, valid_loss=loss if math.isfinite(loss) else None)
         row = {"step": self.place.step, "loss": loss, "perplexity": perplexity(loss)}
         self.recorder.valid(row, tokens=self.place.tokens)
+        # a loss that is no number must not end up as the best
+        self._score(loss if math.isfinite(loss) else None)
+
+    def _score(self, score: float | None) -> None:
+        """Note what this place is worth, also in its checkpoint if that was saved before."""
         self._evaluated = self.place.step
+        self.place = replace(self.place, valid_loss=score)
+        if score is None or self._saved != self.place.step or self.place.step == 0:
+            return
+        self.settle()
+        if self._published.step == self.place.step and self._published.valid_loss is None:
+            self.saver.record_score(self.place)
+            self._published = self.place
 
     def _write(self) -> None:
         """Have the model write on from the run's prompts."""
@@ -314,26 +331,42 @@ class Trainer:
             with self.sections.inside("save"):
                 self.saver.begin(self.place, snapshot=background)
         except NoSpace as error:
-            if self._leaving or self.place.step == self.config.training.steps:
+            if self._leaving or self._finished():
                 raise  # what has not been saved by now is lost
-            logger.warning("step %d: %s; training goes on", self.place.step, error)
-            self.recorder.event(self.place.step, "unsaved", reason=str(error))
-            self.recorder.status("running", step=self.place.step)
+            self._go_on_unsaved(self.place.step, error)
             return
         self._saved = self.place.step
         if not background:
             self.settle()
 
+    def _go_on_unsaved(self, step: int, error: NoSpace) -> None:
+        """Report a save that a full disk has cost."""
+        logger.warning("step %d: %s; training goes on", step, error)
+        self.recorder.event(step, "unsaved", reason=str(error))
+        self.recorder.status("running", step=self.place.step)
+
     def settle(self) -> None:
-        """End the save under way, where there is one: wait for it, publish, and say so."""
+        """End the save under way, if there is one: wait for it, publish, and say so.
+
+        Raises:
+            NoSpace: the disk is full, and this was the last chance to save the present step.
+        """
         place = self.saver.under_way
         if place is None:
             return
+        ends = self._finished() or self._leaving
         with self.sections.inside("save"):
-            folder = self.saver.finish()
+            try:
+                folder = self.saver.finish()
+            except NoSpace as error:
+                self._saved = self._published.step
+                if ends and place.step == self.place.step:
+                    raise
+                self._go_on_unsaved(place.step, error)
+                return
+            self._published = place
             deletion = self.retain()
-            # the process must not end before it, and without a background nothing goes on beside
-            ends = self._finished() or self._leaving
+            # the process must not end before it, and a save in the foreground includes it
             if deletion and (ends or not self.config.checkpoint.background):
                 deletion.join()
         seconds = self.sections.totals()

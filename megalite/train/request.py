@@ -18,9 +18,10 @@ from megalite.formats import checkpoint as disk
 from megalite.formats.examples import read_manifest
 from megalite.parallel import Grid
 from megalite.plan import Plan, deepspeed_dict, make_plan
+from megalite.train.changes import ALLOWABLE, flat
 from megalite.train.checks import hardware_faults
 from megalite.train.loop import Inspect
-from megalite.train.resume import ALLOWABLE, check_request, flat
+from megalite.train.resume import check_request
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Request:
     makes the examples of fine-tuning, in the folder that it returns; examples: that folder, once it
     is known. ask: makes a user's turn of a prompt that conversations are sampled with.
     precision_reason: why the run trains in its precision, once the ranks have agreed on "auto".
+    total_samples: samples to train on in all, if the epochs of fine-tuning decide it; None leaves
+    the length to training.steps.
     """
 
     config: RunConfig
@@ -46,6 +49,7 @@ class Request:
     examples: Path | None = None
     ask: Ask | None = None
     precision_reason: str = ""
+    total_samples: int | None = None
 
     @property
     def folder(self) -> Path:

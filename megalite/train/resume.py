@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from megalite import checkpoint, env, files, shapes
 from megalite.checkpoint import (
     Grown,
     HuggingFaceFolder,
+    Lease,
     Place,
     Stored,
     StoredCheckpoint,
@@ -36,20 +38,13 @@ from megalite.engine import Engine
 from megalite.errors import CheckpointError, CommandError, DamagedCheckpoint, OtherVersion
 from megalite.formats import checkpoint as disk
 from megalite.log import logger
-from megalite.observe import resumed_before
+from megalite.observe import began_from, resumed_before
+from megalite.optim import learning_rate
 from megalite.parallel import Grid
 from megalite.plan import recorded_precision
+from megalite.train.changes import ALLOWABLE, find_changes, moved_defaults
+from megalite.train.ledger import joined_gaps, order_id, read_notes
 
-ALLOWABLE = ("model", "tokenizer", "data", "sequence_length", "seed")
-_RECORDED = (
-    "objective",
-    "optimizer",
-    "schedule",
-    "training.global_batch_size",
-    "training.precision",
-)
-# each of these makes another order of samples, whose places mean something else
-_NEW_ORDER = ("data", "sequence_length")
 _VOCABULARY = "model.vocab_size"
 
 
@@ -59,7 +54,10 @@ class Origin:
 
     weights_only: a fresh run starts from its weights (`--init-from`); `weights` reads those that
     are in no checkpoint as they are, and then there is no `manifest`. damaged: checkpoints of this
-    run that were passed over, to be set aside once the start is not refused.
+    run that were passed over, to be set aside once the start is not refused. config: the run file
+    with the length that follows from the checkpoint. rates: the learning rate of the next step, as
+    the checkpoint's run file gives it and as this one does. orders: the data order of the
+    checkpoint and of this start.
     """
 
     folder: Path
@@ -69,6 +67,9 @@ class Origin:
     weights_only: bool = False
     weights: Stored | None = None
     damaged: tuple[Path, ...] = ()
+    config: RunConfig | None = None
+    rates: tuple[float, float] | None = None
+    orders: tuple[str | None, str | None] = (None, None)
 
 
 _Found = tuple[tuple[Path, disk.Manifest] | None, tuple[Path, ...]]
@@ -98,29 +99,45 @@ def find_origin(
     data_fingerprint: str,
     tokenizer_sha256: str,
     deepspeed: Mapping[str, Any] | None = None,
+    total_samples: int | None = None,
+    read_only: bool = False,
+    lease: Lease | None = None,
 ) -> Origin | None:
-    """The checkpoint `resume` names, else the one `init_from` names, or None for a fresh start.
+    """Return the checkpoint of `resume`, else that of `init_from`, or None for a fresh start.
 
     Args:
         deepspeed: defaults of the installed DeepSpeed that hold in this run, by dotted key.
+        total_samples: samples to train on in all. training.steps follows from it and from the
+            samples that the checkpoint was trained on. None leaves training.steps as it is.
+        read_only: if true, nothing in the run folder is renamed.
+        lease: rank 0's right to rename.
 
     Raises:
         CheckpointError: damaged checkpoints and no whole one.
         CommandError: a change that needs `--allow-change`.
     """
-    found, damaged = (None, ()) if resume == "never" else _find(resume, root, grid)
-    if found is not None and init_from is not None:
-        logger.warning("%s goes on from %s: --init-from is for a fresh start", root, found[0].name)
+    found, damaged = (
+        (None, ()) if resume == "never" else _find(resume, root, grid, read_only, lease)
+    )
     if found is None and init_from is not None:
         return _start(config.model, init_from, grid, damaged)
     if found is None:
         return None
+    if init_from is not None and grid.rank == 0 and not began_from(root.parent, "start"):
+        logger.warning("%s goes on from %s: --init-from is for a fresh start", root, found[0].name)
     folder, manifest = found
     refuse_other_model(config.model, folder, manifest)
-    after = config.model_dump(mode="json")
-    before = _stored(folder, manifest, after).model_dump(mode="json")
+    stored = _stored(folder, manifest, config.model_dump(mode="json"))
+    orders = (
+        order_id(manifest.data_fingerprint, stored.data),
+        order_id(data_fingerprint, config.data),
+    )
+    samples = manifest.samples if orders[0] == orders[1] else 0
+    if total_samples is not None:
+        config = _with_length(config, total_samples, samples, folder, manifest, stored, orders[1])
+    before, after = stored.model_dump(mode="json"), config.model_dump(mode="json")
     before["training"]["precision"] = recorded_precision(before, manifest.deepspeed)
-    changed = _changes(before, after, manifest, data_fingerprint, tokenizer_sha256)
+    changed = find_changes(before, after, manifest, data_fingerprint, tokenizer_sha256)
     refused = [key for key in ALLOWABLE if key in changed and key not in allow]
     if refused:
         raise CommandError(
@@ -135,11 +152,48 @@ def find_origin(
             f"training.steps {config.training.steps}, but {folder} is already past it; ask for "
             "more steps, or start another run with --set name=..."
         )
-    changed |= _moved_defaults(manifest, deepspeed or {})
-    moved = any(key in changed for key in _NEW_ORDER) or _order_seed_differs(before, after)
-    samples = 0 if moved else manifest.samples
-    place = Place(manifest.step, samples, manifest.tokens)
-    return Origin(folder, manifest, changed, place, damaged=damaged)
+    changed |= moved_defaults(manifest, deepspeed or {})
+    return Origin(
+        folder,
+        manifest,
+        changed,
+        Place(manifest.step, samples, manifest.tokens, manifest.valid_loss),
+        damaged=damaged,
+        config=config,
+        rates=(learning_rate(stored, manifest.step + 1), learning_rate(config, manifest.step + 1)),
+        orders=orders,
+    )
+
+
+def _with_length(
+    config: RunConfig,
+    total: int,
+    samples: int,
+    folder: Path,
+    manifest: disk.Manifest,
+    stored: RunConfig,
+    order: str,
+) -> RunConfig:
+    """Set training.steps to what the samples still to come take at the present batch size.
+
+    Samples that a rollback left out were not trained on, so others take their place.
+
+    Raises:
+        CommandError: the checkpoint was trained on more than `total` samples.
+    """
+    gaps = joined_gaps(read_notes(folder).get("entries", []), order)
+    trained = samples - sum(min(last, samples) - first for first, last in gaps if first < samples)
+    size = config.training.global_batch_size
+    if config.finetune is not None and trained - total >= stored.training.global_batch_size:
+        per_epoch = total // config.finetune.epochs
+        raise CommandError(
+            f"finetune.epochs {config.finetune.epochs}, but {folder} has trained "
+            f"{trained / per_epoch:.2f} epochs; ask for more epochs, or start another run with "
+            "--set name=..."
+        )
+    steps = manifest.step + math.ceil(max(0, total - trained) / size)
+    training = config.training.model_copy(update={"steps": steps})
+    return config.model_copy(update={"training": training})
 
 
 def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...]) -> Origin:
@@ -209,6 +263,7 @@ def load(
     config: RunConfig,
     grid: Grid,
     root: Path,
+    lease: Lease | None = None,
 ) -> tuple[Origin, Place]:
     """Bring the engine to where the run stands; a collective.
 
@@ -238,11 +293,11 @@ def load(
             if origin.weights_only or folder.parent != root:
                 raise
             logger.warning("%s", error)
-            set_aside_damaged([origin.folder], grid)
+            set_aside_damaged([origin.folder], grid, lease)
             before = again()
             if before is None:
                 raise
-            set_aside_damaged(before.damaged, grid)
+            set_aside_damaged(before.damaged, grid, lease)
             if _states(before) != _states(origin):
                 # what is in the engine now is of no use, and would be in part left there
                 raise CheckpointError(
@@ -257,8 +312,10 @@ def _states(origin: Origin) -> dict[str, set[str]]:
     return {name: {*entry.states} for name, entry in origin.manifest.tensors.items()}
 
 
-def _find(resume: str, root: Path, grid: Grid) -> _Found:
-    """What `resume` names, and the damaged checkpoints that were passed over.
+def _find(
+    resume: str, root: Path, grid: Grid, read_only: bool = False, lease: Lease | None = None
+) -> _Found:
+    """Return what `resume` names, and the damaged checkpoints that were passed over.
 
     Raises:
         CheckpointError: checkpoints exist and every one is damaged. Nothing starts afresh then.
@@ -267,7 +324,8 @@ def _find(resume: str, root: Path, grid: Grid) -> _Found:
     if resume == "auto" or asked in (own, root.resolve()):
         newest, damaged = find_newest(root, grid)
         if newest is None:
-            set_aside_damaged(damaged, grid)
+            if not read_only:
+                set_aside_damaged(damaged, grid, lease)
             if damaged or any(root.glob("bad_*")):
                 raise CheckpointError(
                     f"every checkpoint in {root} is damaged and none is used; mend one of the bad_ "
@@ -282,7 +340,8 @@ def _find(resume: str, root: Path, grid: Grid) -> _Found:
     newest, damaged = find_newest(root, grid)
     if newest is None:
         return _open("--resume", resume, grid), damaged
-    if newest[0].resolve() != asked:
+    again = grid.rank == 0 and began_from(root.parent, "resume", asked)
+    if newest[0].resolve() != asked and not again:
         logger.warning(
             "%s goes on from its own %s: --resume %s is where it began; to begin there again, "
             "choose another name",
@@ -305,11 +364,6 @@ def _is_repeated(run: Path, asked: Path, grid: Grid) -> bool:
     return bool(grid.gather(before)[0])
 
 
-def _order_seed_differs(before: dict[str, Any], after: dict[str, Any]) -> bool:
-    """`training.seed` is of weights and dropout alone."""
-    return bool(before["data"]["seed"] != after["data"]["seed"])
-
-
 def _open(
     option: str, path: str, grid: Grid, *, weights_only: bool = False
 ) -> tuple[Path, disk.Manifest]:
@@ -317,87 +371,3 @@ def _open(
         return open_checkpoint(Path(path), grid, weights_only=weights_only)
     except (CheckpointError, CommandError) as error:
         raise CommandError(f"{option} {path}: {error}") from None
-
-
-def _changes(
-    before: dict[str, Any],
-    after: dict[str, Any],
-    manifest: disk.Manifest,
-    data_fingerprint: str,
-    tokenizer_sha256: str,
-) -> dict[str, Any]:
-    """What differs, by key: a pair (before, after) or a sentence."""
-    found: dict[str, Any] = {}
-    if (was := _differing(before["model"], after["model"])) is not None:
-        found["model"] = was
-    if manifest.tokenizer_sha256 != tokenizer_sha256:
-        found["tokenizer"] = "another tokenizer made these shards"
-    lengths = before["data"]["sequence_length"], after["data"]["sequence_length"]
-    if lengths[0] != lengths[1]:
-        found["sequence_length"] = f"{lengths[0]} before, {lengths[1]} now"
-    seeds = [
-        f"{section}.seed {before[section]['seed']} before, {after[section]['seed']} now"
-        for section in ("training", "data")
-        if before[section]["seed"] != after[section]["seed"]
-    ]
-    if seeds:
-        found["seed"] = ", ".join(seeds)
-    if manifest.data_fingerprint != data_fingerprint:
-        found["data"] = "other shards, weights or mask_documents than it was trained on"
-    for key in _RECORDED:
-        old, new = _at(before, key), _at(after, key)
-        if old != new:
-            found[key] = {"before": old, "after": new}
-    steps = before["training"]["steps"], after["training"]["steps"]
-    if steps[0] != steps[1] and _follows_steps(after["schedule"]):
-        found["training.steps"] = {"before": steps[0], "after": steps[1]}
-    return found
-
-
-def _follows_steps(schedule: dict[str, Any]) -> bool:
-    """Whether another length of the run makes other learning rates."""
-    return schedule["name"] == "wsd" or (
-        schedule["name"] != "constant" and schedule["decay_steps"] is None
-    )
-
-
-def _moved_defaults(manifest: disk.Manifest, now: Mapping[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's own defaults that another release has set otherwise; each with a warning."""
-    found = {}
-    for key, value in now.items():
-        if key in manifest.deepspeed and (before := manifest.deepspeed[key]) != value:
-            found[f"deepspeed.{key}"] = {"before": before, "after": value}
-            logger.warning(
-                "deepspeed.%s is left to DeepSpeed, whose default was %r in %s and is %r now; to "
-                "go on as before, write it into the run file",
-                key,
-                before,
-                manifest.versions.get("deepspeed", "an earlier release"),
-                value,
-            )
-    return found
-
-
-def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested sections by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
-
-
-def _differing(before: dict[str, Any], after: dict[str, Any]) -> str | None:
-    keys = sorted(k for k in {*before, *after} if before.get(k) != after.get(k))
-    if not keys:
-        return None
-    return ", ".join(f"{k} {before.get(k)!r} before, {after.get(k)!r} now" for k in keys)
-
-
-def _at(tree: dict[str, Any], key: str) -> Any:
-    value: Any = tree
-    for part in key.split("."):
-        value = value[part]
-    return value

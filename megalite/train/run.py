@@ -5,53 +5,53 @@ Whatever the user can mend is found before the run folder is opened, on every ra
 
 from __future__ import annotations
 
-import re
 import socket
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
 
-from megalite import checkpoint, env
+from megalite import checkpoint
 from megalite.checkpoint import Lease, Place, Saver
 from megalite.data import Dataset, Loader, Samples
 from megalite.engine import Engine
 from megalite.env import Launch
-from megalite.errors import (
-    CheckpointError,
-    MegaLiteError,
-    Stopped,
-    Superseded,
-    UserError,
-)
+from megalite.errors import MegaLiteError, Stopped, UserError
 from megalite.evaluate import Prompts, Writer
 from megalite.log import logger
-from megalite.observe import Recorder, Sections, Stragglers, Trace, Watchdog, restate
+from megalite.observe import (
+    Recorder,
+    Sections,
+    Stragglers,
+    Trace,
+    Watchdog,
+    restate,
+)
 from megalite.parallel import Grid, start, stop
 from megalite.plan import Plan
-from megalite.train.checks import remarks
+from megalite.train.announce import announce
+from megalite.train.changes import flat
+from megalite.train.claim import claim, find_for
 from megalite.train.drift import DriftGuard
 from megalite.train.feed import Feed, StopRequest
 from megalite.train.folder import opened
 from megalite.train.foresight import Foresight
 from megalite.train.judge import Judge
-from megalite.train.ledger import IN_CHECKPOINT, Ledger
+from megalite.train.ledger import IN_CHECKPOINT, Ledger, order_id
 from megalite.train.loop import Jump, Trainer
+from megalite.train.outcome import lost_rank, verdict
 from megalite.train.precision import settle_precision
 from megalite.train.request import Request, Settings, check, check_command, settings_of
-from megalite.train.resume import Origin, find_origin, flat, load
+from megalite.train.resume import Origin, load
 from megalite.train.tuning import Tuning, complete, open_examples
-
-# what gloo and NCCL say of a rank that they have lost
-_LOST = re.compile(r"gloo/|closed by peer|reset by peer|remote process|Broken pipe")
 
 
 def run(request: Request, launch: Launch) -> None:
     """Train as requested.
 
     Raises:
-        UserError: before anything was written.
-        MegaLiteError: of another kind afterwards; status.json tells what happened.
+        UserError: the start was refused. Nothing was written, and a start that runs goes on.
+        MegaLiteError: of another kind afterwards; status.json says what happened.
     """
     sections = Sections()
     with StopRequest() as stop_request:
@@ -66,9 +66,11 @@ def run(request: Request, launch: Launch) -> None:
             grid = grid or start(launch, tensor_parallel=plan.tensor_parallel)
             request, plan = settle_precision(request, launch, grid)
             settings = settings_of(request, plan, grid)
-            origin = _origin(request, grid, train, settings)
+            lease, origin = claim(request, grid, train, settings)
+            if origin is not None and origin.config is not None:
+                request = replace(request, config=origin.config)
             folder, config = request.folder, request.config
-            with opened(folder, config, grid, settings.full, train, origin) as recorder:
+            with opened(folder, config, grid, settings.full, train, origin, lease) as recorder:
                 _Run(
                     request,
                     plan,
@@ -81,28 +83,10 @@ def run(request: Request, launch: Launch) -> None:
                     recorder,
                     stop_request,
                     sections,
+                    lease,
                 )()
         finally:
             stop()
-
-
-def _origin(request: Request, grid: Grid, train: Samples, settings: Settings) -> Origin | None:
-    try:
-        return find_origin(
-            request.config,
-            grid=grid,
-            root=request.root,
-            resume=request.resume,
-            init_from=request.init_from,
-            allow=request.allow_change,
-            data_fingerprint=train.content_fingerprint,
-            tokenizer_sha256=train.tokenizer_sha256,
-            deepspeed=settings.left_to_it,
-        )
-    except CheckpointError as error:  # the folder is there, and its last state is no longer true
-        if grid.rank == 0:
-            restate(request.folder, "failed", reason=_verdict(error)[1])
-        raise
 
 
 @dataclass
@@ -120,6 +104,7 @@ class _Run:
     recorder: Recorder
     stop_request: StopRequest
     sections: Sections
+    lease: Lease | None
 
     def __call__(self) -> None:
         """Train; however it ends, status.json says so."""
@@ -129,13 +114,13 @@ class _Run:
         try:
             self._train()
             if self.tuning is not None:
-                self.tuning.conclude(self.place.step)
+                self.tuning.conclude(self.place)
             self.recorder.event(self.place.step, "end", seconds=self.sections.totals())
             self.recorder.status("done", step=self.place.step)
             self.grid.barrier()
         except BaseException as caught:
-            error = _lost_rank(caught) or caught
-            state, reason = _verdict(error)
+            error = lost_rank(caught) or caught
+            state, reason = verdict(error)
             # an event of what ended the start: the cause of the next one
             self.recorder.event(
                 self.place.step, state, reason=reason, seconds=self.sections.totals()
@@ -153,7 +138,7 @@ class _Run:
         def report(found: str) -> None:
             logger.error("%s", found)
             self.recorder.append("hang", self.place.step, reason=found)
-            restate(folder, "failed", reason=found)
+            restate(folder, "failed", reason=found, attempt=self.recorder.attempt)
 
         return Watchdog(
             self.sections,
@@ -174,9 +159,10 @@ class _Run:
         guard = _guard(request, self.plan, grid, self.engine)
         if self.origin is not None:
             self._load(self.origin, guard)
+            request, config = self.request, self.request.config
         resumed = self.origin is not None and not self.origin.weights_only
-        self.ledger.begin(self.origin.folder if self.origin and resumed else None)
-        self._announce()
+        self._begin_ledger(self.origin.folder if self.origin and resumed else None)
+        announce(request, self.plan, grid, self.train, self.origin, self.place, self.recorder)
         self.saver = self._make_saver()
         self.tuning = self._make_tuning()
         self.trainer = Trainer(
@@ -190,7 +176,7 @@ class _Run:
             self.stop_request,
             self.place,
             self.saver,
-            partial(_retain, request, grid),
+            partial(_retain, request, grid, self.lease),
             Trace(request.folder / "profile", grid.rank, config.training.profile),
             Judge(config, self.ledger, scaled=self.plan.precision == "fp16"),
             self.sections,
@@ -232,10 +218,12 @@ class _Run:
 
     def _load(self, origin: Origin, guard: DriftGuard | None) -> None:
         request = self.request
-        again = partial(_origin, request, self.grid, self.train, self.settings)
+        again = partial(find_for, request, self.grid, self.train, self.settings, lease=self.lease)
         self.origin, self.place = load(
-            origin, again, self.engine, request.config, self.grid, request.root
+            origin, again, self.engine, request.config, self.grid, request.root, self.lease
         )
+        if self.origin.config is not None:  # of an earlier checkpoint, if the newest was damaged
+            self.request = replace(request, config=self.origin.config)
         self._say_running()
         if guard is not None:  # each rank may have read for itself
             guard.check(self.place.step)
@@ -246,14 +234,17 @@ class _Run:
         before = trainer.place
         trainer.settle()
         found, damaged = checkpoint.find_newest(self.request.root, grid)
-        checkpoint.set_aside_damaged(damaged, grid)
+        checkpoint.set_aside_damaged(damaged, grid, self.lease)
         if found is None:
             logger.warning("step %d: %s; no checkpoint to go back to", jump.step, jump.reason)
             trainer.leave_out(jump)
             return
         folder, manifest = found
+        samples = manifest.samples
+        if (origin := self.origin) is not None and manifest.step <= origin.place.step:
+            samples = origin.place.samples  # in the data order of this start
         size, around = self.plan.global_batch_size, config.guards.skip_window
-        first = max(manifest.samples, before.samples - around // 2 * size)
+        first = max(samples, before.samples - around // 2 * size)
         entry = {
             "kind": "rollback",
             "step": jump.step,
@@ -265,12 +256,19 @@ class _Run:
         self.ledger.add(entry)
         trainer.feed.close()
         place = checkpoint.restore(self.engine, config, grid=grid, folder=folder, manifest=manifest)
-        self.ledger.begin(folder)
-        self.place = place
+        self._begin_ledger(folder)
+        self.place = place = replace(place, samples=samples)
         trainer.go_back(place, self._feed())
         logger.warning("step %d: %s; back to %s", jump.step, jump.reason, folder.name)
         self.recorder.event(jump.step, "rollback", **{k: entry[k] for k in ("to", "gap", "reason")})
         self._say_running()
+
+    def _begin_ledger(self, folder: Path | None) -> None:
+        before, now = self.origin.orders if self.origin else (None, None)
+        self.ledger.begin(folder, order=now or self._order(), before=before or self._order())
+
+    def _order(self) -> str:
+        return order_id(self.train.content_fingerprint, self.request.config.data)
 
     def _feed(self) -> Feed:
         plan, grid = self.plan, self.grid
@@ -284,7 +282,14 @@ class _Run:
             gaps=self.ledger.gaps,
             pin_memory=grid.device.type == "cuda",
         )
-        return Feed(loader, grid, self.stop_request, lambda: self.saver.written)
+        lease = self.lease
+        return Feed(
+            loader,
+            grid,
+            self.stop_request,
+            lambda: self.saver.written,
+            lambda: lease is not None and lease.is_lost(),
+        )
 
     def _make_saver(self) -> Saver:
         request, train = self.request, self.train
@@ -296,7 +301,7 @@ class _Run:
             data_fingerprint=train.content_fingerprint,
             tokenizer=request.folder / "tokenizer",
             tokenizer_sha256=train.tokenizer_sha256,
-            lease=Lease(request.root) if self.grid.rank == 0 else None,
+            lease=self.lease,
             deepspeed=flat(self.settings.defaults),
             notes=lambda: {IN_CHECKPOINT: self.ledger.content()},
         )
@@ -306,71 +311,6 @@ class _Run:
         origin, root = self.origin, self.request.root
         own = origin.folder.name if origin and origin.folder.parent == root else None
         self.recorder.status("running", step=self.place.step, last_checkpoint=own)
-
-    def _announce(self) -> None:
-        """Say what this start is: to the log, and as an event."""
-        config, plan, origin = self.request.config, self.plan, self.origin
-        logger.info(
-            "%s: %.1f M parameters, %s, ZeRO-%d, %d x data, %d x tensor, %d x %d tokens a step, %s",
-            config.name,
-            plan.parameters / 1e6,
-            f"{plan.precision} ({why})"
-            if (why := self.request.precision_reason)
-            else plan.precision,
-            plan.zero_stage,
-            plan.data_parallel,
-            plan.tensor_parallel,
-            plan.global_batch_size,
-            plan.sequence_length,
-            self.grid.device.type,
-        )
-        for remark in remarks(config, plan):
-            logger.info("%s", remark)
-        facts = self.train.describe(plan.global_batch_size * config.training.steps)
-        layout = {"world_size": plan.world_size, "zero_stage": plan.zero_stage, "data": facts}
-        if origin is None or origin.weights_only:
-            extra = dict[str, Any]()
-            if origin:
-                extra = {"init_from": str(origin.folder), "changes": origin.changes}
-                extra["init_name"] = self.request.init_name or self.request.init_from
-                logger.info("a fresh run from the weights of %s", origin.folder)
-            self.recorder.event(self.place.step, "start", **layout, **extra)
-            return
-        logger.info("resumed from %s", origin.folder)
-        if self.place.step >= config.training.steps:
-            more = "finetune.epochs" if config.finetune else "training.steps"
-            logger.info("all of its steps are done: raise %s, or choose another name", more)
-        for key, change in origin.changes.items():
-            told = (
-                f"{change['before']} -> {change['after']}" if isinstance(change, dict) else change
-            )
-            logger.info("changed since: %s: %s", key, told)
-        self.recorder.event(
-            self.place.step,
-            "resume",
-            path=str(origin.folder),
-            job=env.job().id or None,
-            changes=origin.changes,
-            **layout,
-        )
-
-
-def _lost_rank(error: BaseException) -> MegaLiteError | None:
-    """What a collective's failure means when it is another rank that has gone."""
-    if not isinstance(error, RuntimeError) or not _LOST.search(str(error)):
-        return None
-    first = str(error).splitlines()[0]
-    return MegaLiteError(
-        "another rank no longer answers: see what ended it first, in its own output; the same "
-        f"command goes on from the last checkpoint ({first})"
-    )
-
-
-def _verdict(error: BaseException) -> tuple[Any, str]:
-    state = "failed"
-    if isinstance(error, Stopped | Superseded):
-        state = "stopped" if isinstance(error, Stopped) else "superseded"
-    return state, f"{type(error).__name__}: {error}"
 
 
 def _make_engine(request: Request, plan: Plan, grid: Grid, settings: Settings) -> Engine:
@@ -391,7 +331,7 @@ def _guard(request: Request, plan: Plan, grid: Grid, engine: Engine) -> DriftGua
     return DriftGuard(engine, request.config.model, grid, stage=plan.zero_stage)
 
 
-def _retain(request: Request, grid: Grid) -> threading.Thread | None:
+def _retain(request: Request, grid: Grid, lease: Lease | None) -> threading.Thread | None:
     if grid.rank != 0:
         return None
-    return checkpoint.retain(request.root, request.config.checkpoint)
+    return checkpoint.retain(request.root, request.config.checkpoint, lease)

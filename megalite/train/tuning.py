@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite import checkpoint, files, shapes
+from megalite.checkpoint import Place
 from megalite.config import RunConfig, parse_config
 from megalite.data import ExampleSet
 from megalite.engine import Engine
@@ -21,6 +22,7 @@ from megalite.log import finite, logger
 from megalite.observe import Recorder
 from megalite.parallel import Grid
 from megalite.train.ledger import Ledger
+from megalite.train.measure import Measured
 from megalite.train.request import Request
 
 _TOLD = ("loss", "perplexity", "accuracy", "precision", "recall", "f1")  # of what was trained on
@@ -44,14 +46,17 @@ def complete(request: Request, grid: Grid) -> Request:
     if fault is not None:
         raise fault
     manifest = read_manifest(folder)
-    config = _filled(request.config, folder, manifest, grows=request.init_from is not None)
-    return replace(request, config=config, examples=folder)
+    grows = request.init_from is not None
+    config, total = _filled(request.config, folder, manifest, grows=grows)
+    return replace(request, config=config, examples=folder, total_samples=total)
 
 
 def _filled(
     config: RunConfig, folder: Path, manifest: ExamplesManifest, *, grows: bool = False
-) -> RunConfig:
+) -> tuple[RunConfig, int | None]:
     """Return the run file with its labels, their weights and the steps of its epochs.
+
+    The number is the samples of all epochs; None if the run file gives training.steps itself.
 
     Args:
         grows: raise the vocabulary to the tokenizer's, as a model that exists already allows.
@@ -84,12 +89,13 @@ def _filled(
         rows = sum(counts.values())
         weights = [rows / (labels * max(counts.get(name, 0), 1)) for name in manifest.labels]
         raw["finetune"] |= {"class_weights": weights, "balance_classes": False}
+    total = None
     if config.training.steps == 0:
-        train = ExampleSet(folder, manifest, "train", config)
-        samples = tuning.epochs * train.windows
-        raw["training"]["steps"] = math.ceil(samples / config.training.global_batch_size)
+        total = tuning.epochs * ExampleSet(folder, manifest, "train", config).windows
+        # of a fresh run; a resumed one counts from the samples that it has trained on
+        raw["training"]["steps"] = math.ceil(total / config.training.global_batch_size)
     raw["checkpoint"]["keep_best"] = "valid" in manifest.splits or "test" in manifest.splits
-    return parse_config(raw)
+    return parse_config(raw), total
 
 
 def _check_freeze(config: RunConfig) -> None:
@@ -136,15 +142,24 @@ class Tuning:
         self._section = self.config.finetune
         self._classifies = self._section.task == "classification"
         self.metric = self._section.metric or ("accuracy" if self._classifies else "loss")
-        size, windows = self.config.training.global_batch_size, self.sets["train"].windows
-        epochs = range(1, self._section.epochs + 1)
-        self._ends = {math.ceil(epoch * windows / size): epoch for epoch in epochs}
-        self._per_epoch = windows / size  # steps
+        self._windows = self.sets["train"].windows
+        self._held = next((name for name in ("valid", "test") if name in self.sets), None)
         self._said = False
 
-    def due(self, step: int) -> bool:
-        """Whether an epoch ends with this step, or the run."""
-        return step in self._ends or step == self.config.training.steps
+    def due(self, before: Place, now: Place) -> bool:
+        """Return whether an epoch ends with the step between two places, or the run.
+
+        Epochs are counted in samples: the batch size may change with a resume.
+        """
+        ended = now.samples // self._windows > before.samples // self._windows
+        return ended or now.step == self.config.training.steps
+
+    def owed(self, now: Place) -> bool:
+        """Return whether the last whole epoch has not been measured yet."""
+        end = now.samples // self._windows * self._windows
+        if self._held is None or end == 0:
+            return False
+        return not any(end <= entry["samples"] <= now.samples for entry in self._measured(now.step))
 
     def finished(self, step: int) -> bool:
         """Whether the run has gone on for too many epochs without a better one."""
@@ -159,54 +174,74 @@ class Tuning:
         self._said = True
         return True
 
-    def __call__(self, step: int, samples: int, stopping: Callable[[], bool]) -> float | None:
-        """Measure, record, and return what the best is chosen by: the lower the better.
-
-        A collective; None where it was given up, or where nothing is held out.
-        """
-        held = next((name for name in ("valid", "test") if name in self.sets), None)
-        epoch = self._ends.get(step) or round(step / self._per_epoch, 4)
-        row: dict[str, Any] = {"step": step, "epoch": epoch}
+    def __call__(self, now: Place, stopping: Callable[[], bool]) -> Measured:
+        """Measure and record; a collective."""
+        row: dict[str, Any] = {"step": now.step, "epoch": self._epoch(now.samples)}
         if self._section.eval_train:
             found = self._measure("train", stopping)
             if found is None:
-                return None
+                return Measured(False)
             row |= {f"train_{key}": found[key] for key in _TOLD if key in found}
-        if held is None:
+        if self._held is None:
             if self._section.eval_train:
                 self.recorder.valid(row)
-            return None
-        found = self._measure(held, stopping, step)
+            return Measured(True)
+        found = self._measure(self._held, stopping, now.step)
         if found is None:
-            return None
-        self.recorder.valid(row | {"split": held} | found)
-        score = found[self.metric] * (1 if self.metric == "loss" else -1)
+            return Measured(False)
+        self.recorder.valid(row | {"split": self._held} | found)
+        score = float(found[self.metric] * (1 if self.metric == "loss" else -1))
         if not math.isfinite(score):
-            return None
-        self.ledger.add({"kind": "measured", "step": step, "samples": samples, "score": score})
-        return float(score)
+            return Measured(True)
+        entry = {"kind": "measured", "step": now.step, "samples": now.samples, "score": score}
+        self.ledger.add(entry)
+        return Measured(True, score)
 
-    def conclude(self, step: int) -> None:
-        """Measure the test split once with the best weights there are; a collective."""
-        scores = self._scores(step)
-        if "test" not in self.sets or not scores:
+    def _epoch(self, samples: int) -> float:
+        """Return the epochs trained on: a whole number at the step that ends one."""
+        whole, rest = divmod(samples, self._windows)
+        ended = whole > 0 and rest < self.config.training.global_batch_size
+        return whole if ended else round(samples / self._windows, 4)
+
+    def conclude(self, now: Place) -> None:
+        """Measure the test split once with the weights of the best checkpoint; a collective.
+
+        The choice is the one of `megalite.formats.checkpoint.best`, as everywhere.
+        """
+        if "test" not in self.sets:
             return
-        best = min(scores, key=lambda at: (scores[at], at))
-        folder = self.root / disk.folder_name(best)
-        if best != step and self.grid.gather(folder.is_dir())[0]:
-            found, manifest = checkpoint.open_checkpoint(folder, self.grid)
+        # rank 0's view, for all
+        name = self.grid.gather(_name(disk.best(disk.published(self.root))))[0]
+        if name is None:
+            return
+        best = disk.step_of(self.root / name)
+        scores = self._scores(now.step)
+        top = min(scores, key=lambda at: (scores[at], at), default=best)
+        if best != now.step:
+            found, manifest = checkpoint.open_checkpoint(self.root / name, self.grid)
             checkpoint.load_weights(
                 self.engine, self.config.model, grid=self.grid, folder=found, manifest=manifest
             )
-        else:
-            best = step
         row = self._measure("test", lambda: False, best)
         logger.info("the best epoch ended at step %d, by %s", best, self.metric)
-        self.recorder.valid({"step": step, "best_step": best, "split": "test", **(row or {})})
+        if scores.get(top, 0.0) < scores.get(best, 0.0):
+            logger.warning(
+                "step %d was better by %s, but has no checkpoint any more", top, self.metric
+            )
+        self.recorder.valid({"step": now.step, "best_step": best, "split": "test", **(row or {})})
 
     def _scores(self, step: int) -> dict[int, float]:
-        entries = [e for e in self.ledger.entries if e["kind"] == "measured" and e["step"] <= step]
-        return {entry["step"]: entry["score"] for entry in entries}
+        return {entry["step"]: entry["score"] for entry in self._measured(step, every_order=True)}
+
+    def _measured(self, step: int, *, every_order: bool = False) -> list[dict[str, Any]]:
+        """Return the measurements until `step`; by default those of the present data order."""
+        return [
+            entry
+            for entry in self.ledger.entries
+            if entry["kind"] == "measured"
+            and entry["step"] <= step
+            and (every_order or self.ledger.is_current(entry))
+        ]
 
     def _measure(
         self, split: str, stopping: Callable[[], bool], step: int | None = None
@@ -235,7 +270,13 @@ class Tuning:
         whole = classify.measures(scores, dataset)
         if step is not None and self.grid.rank == 0:
             folder = self.recorder.folder
-            files.write_json(folder / EVALUATION, finite({"step": step, "split": split, **whole}))
-            classify.write_predictions(folder / PREDICTIONS, scores, dataset)
+            with self.recorder.sparing():
+                told = finite({"step": step, "split": split, **whole})
+                files.write_json(folder / EVALUATION, told)
+                classify.write_predictions(folder / PREDICTIONS, scores, dataset)
             self.recorder.picture("valid/confusion", classify.picture(whole, dataset), step)
         return {key: value for key, value in whole.items() if isinstance(value, float)}
+
+
+def _name(folder: Path | None) -> str | None:
+    return None if folder is None else folder.name

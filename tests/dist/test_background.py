@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,30 +50,63 @@ def test_a_snapshot_is_of_its_step(
     assert made[True] == made[False]
 
 
-def _train_failing(launch: Any, raw: dict[str, Any]) -> str:
-    """Rank 1's disk refuses the save of step 10."""
+def _train_failing(launch: Any, raw: dict[str, Any], number: int, step: int) -> str:
+    """Train; rank 1's disk refuses the save of one step."""
     write = disk.write_tensors
 
     def refusing(path: Path, tensors: Any) -> Any:
-        if launch.rank == 1 and "00000010" in str(path):
-            raise OSError(28, "No space left on device")
+        if launch.rank == 1 and f"{step:08d}" in str(path):
+            raise OSError(number, os.strerror(number))
         return write(path, tensors)
 
     disk.write_tensors = refusing
-    with pytest.raises(CheckpointError) as caught:
+    try:
         train(launch, raw)
-    return str(caught.value)
+    except CheckpointError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def test_a_write_that_fails_is_an_error_of_all_ranks(
     shards: dict[str, str], tmp_path: Path
 ) -> None:
     raw = run_file(shards, tmp_path, checkpoint=SAVE | {"background": True}, deepspeed=zero(1))
-    told = run_ranks(_train_failing, 2, raw)
-    assert told[0] == told[1]
-    assert "rank 1 could not write" in told[0]
-    assert "No space left on device" in told[0]
+    reasons = run_ranks(_train_failing, 2, raw, errno.EIO, 10)
+    assert reasons[0] == reasons[1]
+    assert "rank 1 could not write" in reasons[0]
+    assert "Input/output error" in reasons[0]
     assert list(hashes(raw)) == [5]
     assert not list((tmp_path / "run" / "checkpoints").glob(".staging*"))
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["last_checkpoint"]) == ("failed", "step_00000005")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("background", [False, True])
+def test_a_quota_met_in_a_write_costs_that_save_alone(
+    shards: dict[str, str], tmp_path: Path, number: int, background: bool
+) -> None:
+    """The free space of a file system does not show a quota, so no check before finds it."""
+    checkpoint = SAVE | {"background": background}
+    raw = run_file(shards, tmp_path, checkpoint=checkpoint, deepspeed=zero(1))
+    assert run_ranks(_train_failing, 2, raw, number, 10) == ["", ""]
+    assert list(hashes(raw)) == [20, 15, 5]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".staging*"))
+    events = rows(raw, "event")
+    (unsaved,) = [row for row in events if row["name"] == "unsaved"]
+    assert unsaved["step"] == 10
+    assert os.strerror(number) in unsaved["reason"]
+    assert [row["step"] for row in events if row["name"] == "checkpoint"] == [5, 15, 20]
+    assert len(curve(raw)) == 20
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["last_checkpoint"]) == ("done", "step_00000020")
+
+
+def test_a_quota_met_by_the_last_save_ends_the_run(shards: dict[str, str], tmp_path: Path) -> None:
+    """Until then nothing is lost; from then on the last steps would be."""
+    raw = run_file(shards, tmp_path, checkpoint=SAVE | {"background": True}, deepspeed=zero(1))
+    reasons = run_ranks(_train_failing, 2, raw, errno.EDQUOT, 20)
+    assert reasons[0] == reasons[1]
+    assert reasons[0].startswith("NoSpace: the checkpoint was not saved: rank 1")
+    assert "make room, or lower checkpoint.keep" in reasons[0]
+    assert list(hashes(raw)) == [15, 10, 5]

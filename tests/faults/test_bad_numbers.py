@@ -93,7 +93,9 @@ def test_a_nan_on_one_rank_is_left_out_on_all(
     whole = curve(raw)
     assert [step for step, (loss, _) in enumerate(whole, 1) if loss is None] == [12]
     entry = {"kind": "skip", "step": 12, "samples": 88, "reason": "loss nan, gradient norm nan"}
-    assert [e | {"reason": e["reason"].replace("inf", "nan")} for e in _ledger(raw, 20)] == [entry]
+    (kept,) = _ledger(raw, 20)
+    assert len(kept.pop("order")) == 16
+    assert kept | {"reason": kept["reason"].replace("inf", "nan")} == entry
     # from step 10 again, without the fault: what was left out is left out
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000020")
     run_ranks(train, 2, raw)
@@ -157,6 +159,47 @@ def test_a_rollback_leaves_out_the_data(shards: dict[str, str], tmp_path: Path, 
     run_ranks(train, 2, raw)
     assert curve(raw, first=11) == whole[10:]
     assert [e["kind"] for e in _ledger(raw, 30)] == ["rollback"]
+
+
+def test_gaps_of_an_old_order_leave_out_nothing_of_a_new_one(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
+    """Places begin again with other data: a gap of the old order means nothing there."""
+    guards = GUARDS | {"spike": "rollback"}
+    raw = run_file(
+        shards, tmp_path, training=LONG, guards=guards, checkpoint={"every": 10, "keep": 9}
+    )
+    assert run_ranks(_train_planted, 1, raw, 0, 50.0, 24 * 8) == [""]
+    (back,) = _events(raw, "rollback")
+    assert back["gap"] == [23 * 8, 25 * 8]
+    raw["training"] |= {"steps": 58}
+    raw["data"] |= {"seed": 5}
+    # a jump in the new order goes back to the checkpoint of the old one, at the new order's place
+    places = [(step - 31) * 8 for step in (45,)]
+    changed = partial(_train_planted, allow_change=("seed",))
+    assert run_ranks(changed, 1, raw, 0, 50.0, *places) == [""]
+    again = _events(raw, "rollback")[-1]
+    assert (again["step"], again["to"], again["gap"]) == (45, 40, [13 * 8, 15 * 8])
+    trained = {row["step"]: row["samples"] for row in rows(raw) if row["step"] > 30}
+    gap = {step: (step - 30) * 8 + 16 * (step > 43) for step in range(31, 59)}
+    assert trained == gap
+    # from the last checkpoint of the old order again: the new order's own gap is repeated
+    root = tmp_path / "run" / "checkpoints"
+    for path in root.glob("step_000000[45]*"):
+        shutil.rmtree(path)
+    run_ranks(_allow, 1, raw)
+    assert {row["step"]: row["samples"] for row in rows(raw) if row["step"] > 30} == gap
+    # and the old order has the old one still
+    for path in root.glob("step_000000[345]*"):
+        shutil.rmtree(path)
+    raw["training"] |= {"steps": 26}
+    del raw["data"]["seed"]
+    run_ranks(train, 1, raw)
+    assert rows(raw)[-1]["samples"] == 28 * 8
+
+
+def _allow(launch: Any, raw: dict[str, Any]) -> None:
+    train(launch, raw, allow_change=("seed",))
 
 
 def test_a_jump_without_a_checkpoint_is_left_out(shards: dict[str, str], tmp_path: Path) -> None:

@@ -170,7 +170,9 @@ def test_exit_codes(result: Any, code: int, capsys: pytest.CaptureFixture[str]) 
     assert leave(result) == code
     shown = capsys.readouterr()
     assert shown.out == ""
-    if isinstance(result, errors.MegaLiteError):
+    if isinstance(result, errors.Stopped):  # what was asked for is no error
+        assert shown.err == "x\n"
+    elif isinstance(result, errors.MegaLiteError):
         assert shown.err == "".join(f"error: {line}\n" for line in str(result).splitlines())
 
 
@@ -233,6 +235,8 @@ def test_other_ranks_let_rank_0_speak(
     assert leave(errors.CheckpointError("mine alone")) == 1
     assert slept == [10.0]
     assert capsys.readouterr().err == "[rank 3] error: mine alone\n"
+    assert leave(errors.Stopped("asked by all, reported by one")) == 75
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.usefixtures("quiet")

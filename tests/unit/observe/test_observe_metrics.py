@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megalite.observe import Recorder, metrics, previous_attempts
+from megalite.observe import Recorder, previous_attempts
+from megalite.observe import status as status_module
 
 
 def recorder(folder: Path, *, rank: int = 0, attempt: int = 0) -> Recorder:
@@ -157,7 +158,7 @@ def test_a_full_disk_costs_records_and_not_the_run(
         raise OSError(28, "No space left on device")
 
     with caplog.at_level("WARNING", logger="megalite"):
-        monkeypatch.setattr(metrics, "write_json", full)
+        monkeypatch.setattr(status_module, "replace_small", full)
         recorder.status("running", step=2)
         recorder.status("saving", step=2)
         recorder.event(2, "checkpoint")

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from megalite.errors import CommandError
+from megalite.optim import learning_rate
 from megalite.parallel import Grid
-from megalite.train.resume import ALLOWABLE
+from megalite.train.changes import ALLOWABLE
 from tests.factories import run_config
 from tests.origins import changed, find, publish
 
@@ -46,25 +47,54 @@ def test_free_changes(grid: Grid, root: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "sections"),
+    ("keys", "sections"),
     [
-        ("optimizer", {"optimizer": {"lr": 0.5}}),
-        ("optimizer", {"optimizer": {"name": "sgd"}}),
-        ("schedule", {"schedule": {"name": "wsd", "decay_steps": 4}}),
+        ("optimizer.lr", {"optimizer": {"lr": 0.5}}),
+        ("optimizer.name", {"optimizer": {"name": "sgd"}}),
+        ("schedule.name schedule.decay_steps", {"schedule": {"name": "wsd", "decay_steps": 4}}),
+        ("schedule.warmup_steps", {"schedule": {"warmup_steps": 9}}),
         ("training.global_batch_size", {"training": {"global_batch_size": 8}}),
         ("training.precision", {"training": {"precision": "bf16"}}),
         ("training.steps", {"training": {"steps": 20}}),  # a cosine to the end becomes another
     ],
 )
-def test_recorded_changes(grid: Grid, root: Path, key: str, sections: dict[str, Any]) -> None:
+def test_recorded_changes(grid: Grid, root: Path, keys: str, sections: dict[str, Any]) -> None:
+    """Each key for itself, never a section as a whole."""
     publish(root, 5, run_config())
     origin = find(grid, root, changed(**sections))
     assert origin is not None
-    assert list(origin.changes) == [key]
-    before, after = origin.changes[key]["before"], origin.changes[key]["after"]
-    assert before != after
+    assert list(origin.changes) == keys.split()
+    for key in keys.split():
+        before, after = origin.changes[key]["before"], origin.changes[key]["after"]
+        assert before != after
+        assert not isinstance(before, dict)
     json.dumps(origin.changes)  # it becomes a row of metrics.jsonl
     assert origin.place.samples == 20
+
+
+@pytest.mark.parametrize(
+    ("sections", "moves"),
+    [
+        ({"training": {"steps": 20}}, True),
+        ({"optimizer": {"lr": 0.5}}, True),
+        ({"schedule": {"name": "constant"}}, True),
+        ({"schedule": {"warmup_steps": 9}}, True),
+        ({"schedule": {"min_lr_ratio": 0.5}}, True),
+        ({"schedule": {"decay_steps": 8}}, True),
+        ({"optimizer": {"clip_grad_norm": 7.0}}, False),
+        ({"training": {"global_batch_size": 8}}, False),
+    ],
+)
+def test_learning_rates_before_and_after_a_resume(
+    grid: Grid, root: Path, sections: dict[str, Any], moves: bool
+) -> None:
+    """Those of the next step: a longer cosine jumps as much as another peak does."""
+    publish(root, 5, run_config())
+    config = changed(**sections)
+    origin = find(grid, root, config)
+    assert origin is not None
+    assert origin.rates == (learning_rate(run_config(), 6), learning_rate(config, 6))
+    assert (origin.rates[0] != origin.rates[1]) == moves
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {

@@ -22,6 +22,12 @@ SMOKE = Path(__file__).parents[3] / "configs" / "smoke.json"
         (3.0, 4.0, True),
         (0.0005, 0.03, False),  # known by heart: sixty times the median, and nothing
         (0.0005, 2.0, True),
+        (0.014, 0.3339, False),  # one example of a batch is wrong
+        (0.02, 0.9, False),
+        (0.02, 1.5, True),
+        (0.8, 1.2, False),
+        (0.8, 2.0, True),
+        (2.5, 2.9, True),  # a language model: the floor is a share of the loss alone
     ],
 )
 def test_a_jump_of_the_loss(tmp_path: Path, usual: float, loss: float, jumps: bool) -> None:

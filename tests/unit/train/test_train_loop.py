@@ -81,6 +81,9 @@ class Notes:
         steps = sum(call[0] == "step" for call in since)
         return self.begun - (steps < self.writing)
 
+    def record_score(self, place: Place) -> None:
+        self.calls.append(("scored", place.step))
+
     def finish(self) -> Path:
         assert self.under_way is not None
         place, self.under_way = self.under_way, None

@@ -1,0 +1,135 @@
+"""The checkpoints of a run folder that stay, and those that are renamed or deleted.
+
+Every function here takes the lease of its start. A start that has lost the lease changes nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from megalite import files
+from megalite.checkpoint.lease import Lease
+from megalite.config import CheckpointConfig
+from megalite.errors import CheckpointError, MegaLiteError, Superseded
+from megalite.formats import checkpoint as disk
+from megalite.log import logger
+from megalite.parallel import Grid
+
+REPLACED = ".replaced_"
+
+
+def retain(root: Path, config: CheckpointConfig, lease: Lease | None = None) -> threading.Thread:
+    """Delete the checkpoints that nothing keeps; each is renamed before it goes.
+
+    A thread deletes. The next start clears what the thread did not come to. A rename that fails
+    is reported and costs nothing but disk space. Without the lease nothing is deleted.
+
+    Kept are the newest `keep`, those at multiples of `keep_every`, and with `keep_best` the one of
+    the lowest validation loss among those that were validated at their very step.
+    """
+    doomed = list[Path]()
+    try:
+        if lease is not None:
+            lease.check()
+        for folder in _surplus(root, config):
+            with suppress(FileNotFoundError):  # somebody has removed it
+                doomed.append(folder.rename(folder.with_name(f".deleted_{folder.name}")))
+    except Superseded as error:  # rank 0 alone is here: the next agreement ends all ranks
+        logger.debug("nothing is deleted: %s", error)
+    except OSError as error:
+        logger.warning("an old checkpoint stays, it cannot be removed: %s", error)
+    deletion = threading.Thread(target=lambda: [*map(_remove, doomed)], daemon=True)
+    deletion.start()
+    return deletion
+
+
+def _surplus(root: Path, config: CheckpointConfig) -> list[Path]:
+    folders = disk.published(root)
+    kept = set(folders[: config.keep])
+    if config.keep_every:
+        kept |= {folder for folder in folders if disk.step_of(folder) % config.keep_every == 0}
+    if config.keep_best and (best := disk.best(folders)) is not None:
+        kept.add(best)
+    return [folder for folder in folders if folder not in kept]
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside_damaged(folders: Iterable[Path], grid: Grid, lease: Lease | None = None) -> None:
+    """Rename damaged checkpoints to `bad_...`, so that no start trips over them; a collective.
+
+    A folder that is gone needs no new name.
+
+    Raises:
+        Superseded: on every rank, if a newer start owns the run folder.
+        CheckpointError: on every rank, if one cannot be renamed.
+    """
+    fault: MegaLiteError | None = None
+    if grid.rank == 0:
+        for folder in folders:
+            try:
+                if lease is not None:
+                    lease.check()
+                bad = free_name(folder.parent, folder.name.replace("step_", "bad_", 1))
+                folder.rename(bad)
+                logger.warning("%s is damaged: set aside as %s", folder, bad.name)
+            except Superseded as error:
+                fault = error
+            except FileNotFoundError:
+                logger.warning("%s is gone", folder)
+            except OSError as error:
+                fault = CheckpointError(f"{folder} is damaged and cannot be set aside: {error}")
+    if fault := grid.gather(fault)[0]:
+        raise fault
+
+
+def set_aside_later(root: Path, step: int) -> list[str]:
+    """Rename checkpoints after `step`, from which a run goes on again; return their new names.
+
+    Left in place, the next automatic resume would go on from them.
+    """
+    names = []
+    for folder in disk.published(root):
+        if disk.step_of(folder) > step:
+            left = free_name(root, folder.name.replace("step_", "left_", 1))
+            folder.rename(left)
+            names.append(left.name)
+    return names
+
+
+def free_name(root: Path, name: str) -> Path:
+    """Return `root/name`, with a number behind it if that name is taken."""
+    path, count = root / name, 1
+    while path.exists():
+        path, count = root / f"{name}.{count}", count + 1
+    return path
+
+
+def clear_leftovers(root: Path, lease: Lease | None = None) -> None:
+    """Remove what an interrupted save or deletion left behind; never a published checkpoint.
+
+    Raises:
+        Superseded: a newer start owns the run folder: what is there may be its own.
+    """
+    if lease is not None:
+        lease.check()
+    for folder in root.glob(f"{REPLACED}*"):
+        final = folder.with_name(folder.name.removeprefix(REPLACED))
+        if final.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:  # a crash between two renames
+            with suppress(FileNotFoundError):  # an older start that still runs puts it back, too
+                folder.rename(final)
+    for pattern in (".staging_*", ".deleted_*"):
+        for path in root.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+    files.clear_partials(root)

@@ -1,0 +1,99 @@
+"""A start's claim on its run folder: refused by reading alone, or made before anything changes."""
+
+from __future__ import annotations
+
+from megalite.checkpoint import Lease
+from megalite.data import Samples
+from megalite.errors import CheckpointError, UserError
+from megalite.observe import previous_attempts, restate
+from megalite.parallel import Grid
+from megalite.train.folder import check_folders, listing, take_over
+from megalite.train.outcome import verdict
+from megalite.train.request import Request, Settings
+from megalite.train.resume import Origin, check_request, find_origin
+
+_LOOKS = 5
+
+_Listing = list[tuple[str, int, int]]
+
+
+def claim(
+    request: Request, grid: Grid, train: Samples, settings: Settings
+) -> tuple[Lease | None, Origin | None]:
+    """Take the run folder over, and find the checkpoint to go on from; a collective.
+
+    Everything that refuses a start is asked first, by reading alone: a start that is refused must
+    not end one that runs. From the lease on no older start changes the folder. So checkpoints are
+    looked for again if they changed meanwhile.
+
+    Raises:
+        UserError: on every rank; the folder and the start that has it are as they were.
+        CheckpointError: on every rank; the folder is this start's, and status.json says failed.
+    """
+    root = request.root
+    check_folders(request.folder, train, grid)
+    origin, seen = _look(request, grid, train, settings)
+    lease = take_over(request.folder, grid)
+    if seen is not None and listing(root, grid) == seen:
+        return lease, origin
+    try:
+        check_request(root, request.resume)
+        return lease, find_for(request, grid, train, settings, lease=lease)
+    except CheckpointError as error:  # the folder is there, and its last state is no longer true
+        if grid.rank == 0:
+            attempt = previous_attempts(request.folder)
+            restate(request.folder, "failed", reason=verdict(error)[1], attempt=attempt)
+        raise
+
+
+def _look(
+    request: Request, grid: Grid, train: Samples, settings: Settings
+) -> tuple[Origin | None, _Listing | None]:
+    """Find the checkpoint to go on from while another start may publish and delete.
+
+    Returns:
+        the checkpoint, and the listing it was found in. None instead of the listing means that
+        only the owner of the folder can find out.
+    Raises:
+        UserError: on every rank, if any refuses this start.
+    """
+    for _ in range(_LOOKS):
+        seen = listing(request.root, grid)
+        origin, fault = None, None
+        try:
+            origin = find_for(request, grid, train, settings, read_only=True)
+        except (UserError, CheckpointError) as error:
+            fault = error
+        faults = [found for found in grid.gather(fault) if found is not None]
+        if listing(request.root, grid) == seen:  # nothing vanished while it was read
+            break
+    refusals = [found for found in faults if isinstance(found, UserError)]
+    if refusals:
+        raise refusals[0]
+    return origin, None if faults else seen
+
+
+def find_for(
+    request: Request,
+    grid: Grid,
+    train: Samples,
+    settings: Settings,
+    *,
+    read_only: bool = False,
+    lease: Lease | None = None,
+) -> Origin | None:
+    """Find the checkpoint that a request goes on from, as `find_origin` does."""
+    return find_origin(
+        request.config,
+        grid=grid,
+        root=request.root,
+        resume=request.resume,
+        init_from=request.init_from,
+        allow=request.allow_change,
+        data_fingerprint=train.content_fingerprint,
+        tokenizer_sha256=train.tokenizer_sha256,
+        deepspeed=settings.left_to_it,
+        total_samples=request.total_samples,
+        read_only=read_only,
+        lease=lease,
+    )

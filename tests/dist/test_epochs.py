@@ -1,0 +1,139 @@
+"""Epochs of fine-tuning: counted in samples, measured before a run is done, the best one known."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megalite.checkpoint import open_checkpoint
+from megalite.env import Launch
+from megalite.errors import CommandError, MegaLiteError
+from megalite.formats import checkpoint as disk
+from tests.dist.test_finetune import numbers, tune, tuning_file, write_rows
+from tests.ranks import run_ranks
+from tests.runs import rows
+
+EPOCHS = 3
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    folder = tmp_path / "reviews"
+    folder.mkdir()
+    write_rows(folder / "train.jsonl", 61, 1)
+    write_rows(folder / "test.jsonl", 23, 2)
+    return folder
+
+
+def _stopped_at(launch: Launch, raw: dict[str, Any], step: int) -> str:
+    """Tune, and be asked to stop while `step` is computed."""
+
+    def inspect(now: int, *_: Any) -> None:
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        tune(launch, raw, inspect=inspect)
+    except MegaLiteError as error:
+        return type(error).__name__
+    return ""
+
+
+def _tune(launch: Launch, raw: dict[str, Any]) -> str:
+    try:
+        tune(launch, raw)
+    except CommandError as error:
+        return str(error)
+    return ""
+
+
+def _run(raw: dict[str, Any]) -> Path:
+    return Path(raw["logging"]["directory"]) / raw["name"]
+
+
+def _windows(raw: dict[str, Any]) -> int:
+    (start,) = [row for row in rows(raw, "event") if row["name"] == "start"]
+    found: int = start["data"]["windows"]
+    return found
+
+
+@pytest.mark.parametrize(("first", "stop", "then"), [(8, 9, [16]), (8, 15, [4]), (4, 12, [16, 8])])
+def test_another_batch_size_trains_the_same_epochs(
+    reviews: Path, first: int, stop: int, then: list[int]
+) -> None:
+    raw = tuning_file(reviews, "run", schedule={"name": "cosine"})
+    raw["training"] |= {"global_batch_size": first}
+    assert run_ranks(_stopped_at, 1, raw, stop) == ["Stopped"]
+    trained = rows(raw)[-1]["samples"]
+    for size in then:
+        raw["training"] |= {"global_batch_size": size}
+        again = stop + 2 if size != then[-1] else 0
+        assert run_ranks(_stopped_at, 1, raw, again) == ["Stopped" if again else ""]
+    total = EPOCHS * _windows(raw)
+    found = rows(raw)
+    assert total <= found[-1]["samples"] < total + max(first, *then)
+    # each step takes as many as the batch size of its start says
+    sizes = np.diff([0, *(row["samples"] for row in found)])
+    assert set(sizes) == {first, *then}
+    assert trained == first * sum(row["attempt"] == 0 for row in found)
+    measured = numbers(raw)[:-1]
+    assert [row["epoch"] for row in measured] == [1, 2, 3]
+    ends = [row["samples"] for row in found if row["step"] in [m["step"] for m in measured]]
+    for epoch, samples in enumerate(ends, 1):
+        assert 0 <= samples - epoch * _windows(raw) < max(first, *then)
+    # the schedule ends with the run, and the change is said
+    config = json.loads((_run(raw) / "config.json").read_text())
+    assert config["training"]["steps"] == found[-1]["step"]
+    resumed = next(row for row in rows(raw, "event") if row["name"] == "resume")
+    assert resumed["changes"]["training.global_batch_size"] == {"before": first, "after": then[0]}
+    assert resumed["changes"]["training.steps"]["after"] != math.ceil(total / then[0])
+    assert resumed["lr"]["before"] != resumed["lr"]["after"]
+
+
+def test_fewer_epochs_than_were_trained_are_refused(reviews: Path) -> None:
+    raw = tuning_file(reviews, "run")
+    assert run_ranks(_tune, 1, raw) == [""]
+    raw["finetune"] |= {"epochs": 1}
+    (error,) = run_ranks(_tune, 1, raw)
+    assert error.startswith("finetune.epochs 1, but ")
+    assert "has trained 3.0" in error
+    raw["finetune"] |= {"epochs": 4}
+    assert run_ranks(_tune, 1, raw) == [""]
+    assert numbers(raw)[-2]["epoch"] == 4
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("epoch", [2, 3])
+def test_a_stop_in_the_last_step_of_an_epoch_is_measured_in_the_end(
+    reviews: Path, epoch: int, background: bool
+) -> None:
+    """The run, its checkpoints and all that opens them agree on which one is the best."""
+    raw = tuning_file(reviews, "run", checkpoint={"keep": 9, "background": background})
+    raw["finetune"] |= {"metric": "loss"}
+    windows = 49
+    end = math.ceil(epoch * windows / 8)
+    outcome = run_ranks(_stopped_at, 1, raw, end)
+    assert _windows(raw) == windows
+    root = _run(raw) / "checkpoints"
+    if outcome == [""]:  # measured in spite of the stop
+        assert epoch == EPOCHS
+    else:
+        assert outcome == ["Stopped"]
+        assert json.loads((_run(raw) / "status.json").read_text())["state"] == "stopped"
+        assert run_ranks(_tune, 1, raw) == [""]
+    assert json.loads((_run(raw) / "status.json").read_text())["state"] == "done"
+    *measured, last = numbers(raw)
+    assert [row["epoch"] for row in measured] == [1, 2, 3]
+    best = min(measured, key=lambda row: row["loss"])
+    assert last["best_step"] == best["step"]
+    assert open_checkpoint(_run(raw), weights_only=True)[1].step == best["step"]
+    for row in measured:
+        manifest = disk.read_manifest(root / f"step_{row['step']:08d}")
+        assert manifest.valid_loss == pytest.approx(row["loss"])

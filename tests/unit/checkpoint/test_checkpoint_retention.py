@@ -1,0 +1,89 @@
+"""Old checkpoints that cannot be removed, and starts that may remove none."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite import checkpoint
+from megalite.checkpoint import Lease
+from megalite.config import CheckpointConfig
+from megalite.errors import Superseded
+from megalite.formats import checkpoint as disk
+from megalite.parallel import Grid
+from tests.factories import run_config
+from tests.origins import publish
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "runs" / "mine" / "checkpoints"
+    for step in (5, 10, 15):
+        publish(root, step, run_config())
+    return root
+
+
+def names(root: Path) -> list[str]:
+    return [folder.name for folder in disk.published(root)]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOENT, errno.EROFS])
+def test_a_rename_that_fails_costs_space_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def refuse(path: Path, target: Any) -> Any:
+        raise OSError(number, os.strerror(number), str(path))
+
+    with monkeypatch.context() as patch, caplog.at_level("WARNING", logger="megalite"):
+        patch.setattr(Path, "rename", refuse)
+        checkpoint.retain(root, CheckpointConfig(keep=1)).join()
+    assert names(root) == ["step_00000015", "step_00000010", "step_00000005"]
+    # a folder that somebody has removed is what was wanted
+    assert ("cannot be removed" in caplog.text) == (number != errno.ENOENT)
+    checkpoint.retain(root, CheckpointConfig(keep=1)).join()
+    assert names(root) == ["step_00000015"]
+
+
+def test_a_folder_that_cannot_be_listed(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_: Path) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, caplog.at_level("WARNING", logger="megalite"):
+        patch.setattr(disk, "published", refuse)
+        checkpoint.retain(root, CheckpointConfig(keep=1)).join()
+    assert "Input/output error" in caplog.text
+    assert len(names(root)) == 3
+
+
+def test_without_the_lease_nothing_is_removed_or_renamed(grid: Grid, root: Path) -> None:
+    old, _new = Lease(root), Lease(root)
+    (root / ".staging_00000020_ab").mkdir()
+    before = sorted(path.name for path in root.iterdir())
+    checkpoint.retain(root, CheckpointConfig(keep=1), old).join()
+    with pytest.raises(Superseded):
+        checkpoint.clear_leftovers(root, old)
+    with pytest.raises(Superseded):
+        checkpoint.set_aside_damaged([root / "step_00000015"], grid, old)
+    assert sorted(path.name for path in root.iterdir()) == before
+
+
+def test_a_damaged_folder_that_is_gone_needs_no_name(grid: Grid, root: Path) -> None:
+    checkpoint.set_aside_damaged([root / "step_00000099", root / "step_00000015"], grid)
+    assert names(root) == ["step_00000010", "step_00000005"]
+    assert (root / "bad_00000015").is_dir()
+
+
+def test_a_score_that_comes_later_decides_the_best(root: Path) -> None:
+    disk.record_valid_loss(root / "step_00000005", 2.0)
+    assert disk.best(disk.published(root)) == root / "step_00000005"
+    disk.record_valid_loss(root / "step_00000015", 1.5)
+    assert disk.best(disk.published(root)) == root / "step_00000015"
+    manifest = disk.read_manifest(root / "step_00000015")  # its checksum holds
+    assert (manifest.valid_loss, manifest.step) == (1.5, 15)
+    assert disk.damage(root / "step_00000015", manifest) == []
