@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.config import DataConfig, RunConfig, SourceConfig, parse_config
-from megalite.data import Batch, Samples, first_batches, open_valid, set_objective
+from megalite.data import Batch, Dataset, Samples, first_batches, open_valid, set_objective
 from megalite.engine import Engine
 from megalite.errors import CommandError
 from megalite.evaluate.opened import OpenedModel
@@ -67,18 +67,7 @@ def score_data(
         CommandError: no shards, or those of another tokenizer.
     """
     run = opened.run or _run_of(opened)
-    section = run.data.model_dump()
-    if data:
-        section["valid"] = (SourceConfig(path=data),)
-    dataset = open_valid(DataConfig(**section), vocab_size=opened.config.vocab_size)
-    if dataset is None:
-        raise CommandError("there is no run file that names data.valid: say what with --data DIR")
-    if opened.tokenizer_sha256 and dataset.tokenizer_sha256 not in ("", opened.tokenizer_sha256):
-        raise CommandError(
-            f"{dataset.sources[0].folder} was made with another tokenizer than the model's; "
-            f"tokenize it again with --tokenizer {opened.folder / 'tokenizer'}"
-        )
-    set_objective(dataset, run)
+    dataset = _open_held_out(opened, run, data)
     batches = partial(
         first_batches,
         dataset,
@@ -89,7 +78,7 @@ def score_data(
     )
     sums, text_bytes, right = torch.zeros(2, dtype=torch.float64), 0, 0
     count = -(-dataset.windows // (micro_batch_size * grid.data_parallel))
-    length = section["sequence_length"]
+    length = run.data.sequence_length
     loss_of = report_calls(
         opened.loss, total=count, what=f"eval on {dataset.windows:,} samples of {length:,} tokens"
     )
@@ -115,6 +104,27 @@ def score_data(
         "tokens": round(targets),
     }
     return found | ({"accuracy": right / targets} if masked else {})
+
+
+def _open_held_out(opened: OpenedModel, run: RunConfig, data: str | None) -> Dataset:
+    """Open the shards to measure on, prepared for the run's objective.
+
+    Raises:
+        CommandError: no shards, or those of another tokenizer.
+    """
+    section = run.data.model_dump()
+    if data:
+        section["valid"] = (SourceConfig(path=data),)
+    dataset = open_valid(DataConfig(**section), vocab_size=opened.config.vocab_size)
+    if dataset is None:
+        raise CommandError("no run file names data.valid; name shards with --data DIR")
+    if opened.tokenizer_sha256 and dataset.tokenizer_sha256 not in ("", opened.tokenizer_sha256):
+        raise CommandError(
+            f"{dataset.sources[0].folder} was made with another tokenizer than the model's; "
+            f"tokenize it again with --tokenizer {opened.folder / 'tokenizer'}"
+        )
+    set_objective(dataset, run)
+    return dataset
 
 
 def _run_of(opened: OpenedModel) -> RunConfig:

@@ -1,6 +1,6 @@
 """What a run says about itself: its records, TensorBoard, the console, the device it runs on."""
 
-from megalite.observe.device import peak_flops, peak_memory_bytes
+from megalite.observe.device import model_flops_utilization, peak_flops, peak_memory_bytes
 from megalite.observe.metrics import Recorder
 from megalite.observe.status import (
     began_from,
@@ -21,6 +21,7 @@ __all__ = [
     "Watchdog",
     "began_from",
     "last_layout",
+    "model_flops_utilization",
     "peak_flops",
     "peak_memory_bytes",
     "previous_attempts",

@@ -21,6 +21,21 @@ def peak_flops(device_name: str, precision: str, memory: int | None = None) -> f
     return device.peak(precision) if device else None
 
 
+def model_flops_utilization(
+    device: torch.device, precision: str, flops_per_second: float
+) -> float | None:
+    """Return the share of a GPU's dense peak that a model's FLOPs reach, 0 to 1; None: unknown.
+
+    Args:
+        flops_per_second: of one device.
+    """
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    peak = peak_flops(properties.name, precision, properties.total_memory)
+    return None if peak is None else flops_per_second / peak
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this rank held so far: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":

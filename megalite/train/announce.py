@@ -43,11 +43,10 @@ def announce(
     )
     for remark in remarks(config, plan):
         logger.info("%s", remark)
-    layout = _layout(config, plan, grid)
-    facts = {
+    facts: dict[str, Any] = {
         "world_size": plan.world_size,
         "zero_stage": plan.zero_stage,
-        "layout": layout,
+        "layout": _layout(config, plan, grid),
         "data": train.describe(plan.global_batch_size * config.training.steps),
     }
     if origin is None or origin.weights_only:
@@ -57,11 +56,18 @@ def announce(
             facts["init_name"] = request.init_name or request.init_from
         recorder.event(place.step, "start", **facts)
         return
+    _announce_resume(config, origin, place, recorder, facts)
+
+
+def _announce_resume(
+    config: RunConfig, origin: Origin, place: Place, recorder: Recorder, facts: dict[str, Any]
+) -> None:
+    """Report the checkpoint that a run goes on from, and all that has changed since."""
     logger.info("resumed from %s", origin.folder)
     if place.step >= config.training.steps:
         more = "finetune.epochs" if config.finetune else "training.steps"
         logger.info("all of its steps are done: raise %s, or choose another name", more)
-    changes = origin.changes | _moved(last_layout(origin.folder.parent.parent), layout)
+    changes = origin.changes | _moved(last_layout(origin.folder.parent.parent), facts["layout"])
     for key, change in changes.items():
         both = isinstance(change, dict)
         logger.info(

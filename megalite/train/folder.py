@@ -13,9 +13,9 @@ from megalite import checkpoint, files, log
 from megalite.checkpoint import Lease
 from megalite.config import RunConfig
 from megalite.data import Samples
-from megalite.errors import CommandError, MegaLiteError, Superseded
+from megalite.errors import CommandError, DataError, MegaLiteError, Superseded
 from megalite.formats import checkpoint as disk
-from megalite.formats.tokenizer import keep_ends
+from megalite.formats.tokenizer import keep_ends, tokenizer_files
 from megalite.log import logger
 from megalite.observe import Recorder, previous_attempts
 from megalite.parallel import Grid

@@ -19,23 +19,23 @@ from megalite.engine import Engine
 from megalite.errors import NoSpace, Stopped
 from megalite.evaluate import Writer, mean_loss, perplexity
 from megalite.log import logger
-from megalite.observe import Recorder, Sections, Stragglers, Trace, peak_flops, peak_memory_bytes
+from megalite.observe import (
+    Recorder,
+    Sections,
+    Stragglers,
+    Trace,
+    model_flops_utilization,
+    peak_memory_bytes,
+)
 from megalite.optim import learning_rate
 from megalite.parallel import Grid
 from megalite.plan import Plan
 from megalite.train.drift import DriftGuard
 from megalite.train.feed import Feed, StopRequest
-from megalite.train.judge import Judge, Verdict
+from megalite.train.judge import Judge, Jump, Verdict
 from megalite.train.measure import Measure
 
 Inspect = Callable[[int, Engine, Grid], None]
-
-
-class Jump(Exception):
-    """A step whose loss or gradient jumped, and that the run goes back from; on every rank."""
-
-    def __init__(self, step: int, reason: str) -> None:
-        self.step, self.reason = step, reason
 
 
 @dataclass
@@ -225,19 +225,21 @@ class Trainer:
         self.grid.agree(peak, dist.ReduceOp.MAX)
         seconds, steps, tokens = self._lap()
         rate = tokens / seconds
-        known = [loss for loss in self._losses if math.isfinite(loss)]
-        self._losses = []
         self.recorder.train(
             {
                 "step": self.place.step,
                 "loss": self._loss,
-                "mean_loss": sum(known) / len(known) if known else None,
+                "mean_loss": self._take_mean_loss(),
                 "lr": lr,
                 "grad_norm": self._norm,
                 "tokens": self.place.tokens,
                 "samples": self.place.samples,
                 "tokens_per_second": rate,
-                "mfu": self._mfu(rate),
+                "mfu": model_flops_utilization(
+                    self.grid.device,
+                    self.plan.precision,
+                    self.plan.flops_per_token * rate / self.plan.world_size,
+                ),
                 "step_seconds": seconds / steps,
                 "peak_memory_bytes": int(peak.item()),
             }
@@ -260,15 +262,10 @@ class Trainer:
         self._lapped = now, self.sections.totals().get("step", 0.0)
         return self._lapped[1] - seconds, now.step - before.step, now.tokens - before.tokens
 
-    def _mfu(self, tokens_per_second: float) -> float | None:
-        """Share of the devices' dense peak that the model's own FLOPs reach, 0 to 1."""
-        if self.grid.device.type != "cuda":
-            return None
-        told = torch.cuda.get_device_properties(self.grid.device)
-        peak = peak_flops(told.name, self.plan.precision, told.total_memory)
-        if peak is None:
-            return None
-        return self.plan.flops_per_token * tokens_per_second / (peak * self.plan.world_size)
+    def _take_mean_loss(self) -> float | None:
+        """Return the mean of the finite losses since the last call; None if there are none."""
+        known, self._losses = [loss for loss in self._losses if math.isfinite(loss)], []
+        return sum(known) / len(known) if known else None
 
     def _evaluate(self) -> None:
         """Validate, unless the run is asked to stop meanwhile: the next step heeds that."""

@@ -116,13 +116,11 @@ def find_origin(
         CheckpointError: damaged checkpoints and no whole one.
         CommandError: a change that needs `--allow-change`.
     """
-    found, damaged = (
-        (None, ()) if resume == "never" else _find(resume, root, grid, read_only, lease)
-    )
-    if found is None and init_from is not None:
-        return _start(config.model, init_from, grid, damaged)
+    found, damaged = None, tuple[Path, ...]()
+    if resume != "never":
+        found, damaged = _find(resume, root, grid, read_only, lease)
     if found is None:
-        return None
+        return _start(config.model, init_from, grid, damaged) if init_from is not None else None
     if init_from is not None and grid.rank == 0 and not began_from(root.parent, "start"):
         logger.warning("%s goes on from %s: --init-from is for a fresh start", root, found[0].name)
     folder, manifest = found
@@ -138,15 +136,7 @@ def find_origin(
     before, after = stored.model_dump(mode="json"), config.model_dump(mode="json")
     before["training"]["precision"] = recorded_precision(before, manifest.deepspeed)
     changed = find_changes(before, after, manifest, data_fingerprint, tokenizer_sha256)
-    refused = [key for key in ALLOWABLE if key in changed and key not in allow]
-    if refused:
-        raise CommandError(
-            "\n".join(
-                f"{key} differs from the checkpoint {folder}: {changed[key]}; restore it, or go on "
-                f"knowingly with --allow-change {key}"
-                for key in refused
-            )
-        )
+    _refuse_changes(changed, allow, folder)
     if manifest.step > config.training.steps:
         raise CommandError(
             f"training.steps {config.training.steps}, but {folder} is already past it; ask for "
@@ -163,6 +153,19 @@ def find_origin(
         rates=(learning_rate(stored, manifest.step + 1), learning_rate(config, manifest.step + 1)),
         orders=orders,
     )
+
+
+def _refuse_changes(changed: Mapping[str, Any], allow: tuple[str, ...], folder: Path) -> None:
+    """Raise CommandError for changes that need `--allow-change`, all at once."""
+    refused = [key for key in ALLOWABLE if key in changed and key not in allow]
+    if refused:
+        raise CommandError(
+            "\n".join(
+                f"{key} differs from the checkpoint {folder}: {changed[key]}; restore it, or go on "
+                f"knowingly with --allow-change {key}"
+                for key in refused
+            )
+        )
 
 
 def _with_length(
