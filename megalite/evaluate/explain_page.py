@@ -33,7 +33,7 @@ its unit: +0.69 doubles the odds.</p>
 <h2>What each token adds, by gradients</h2>
 {gradient}
 <p>Input times gradient: how the score would change if a token's embedding grew or shrank a little.
-It costs one pass; where it and the loss without the token differ, believe the latter.</p>
+It is an approximation: where the two differ, believe the text without the token.</p>
 <h2>What the last layer looks at</h2>
 {attention}
 <p>The mean of the heads of the last layer, as a multiple of what tokens that are all alike would
@@ -98,7 +98,7 @@ def explain_page(found: Explanation) -> str:
         attention=_looks(found.pieces, found.attention),
         special=found.special_attention,
         rows="".join(
-            f'<tr><td class="text">{_safe(found.pieces[i].strip() or "(a part)")}'
+            f'<tr><td class="text">{_named(found.pieces[i])}'
             f'<td class="number">{i + 1}'
             f'<td class="number">{"–" if lost is None else format(lost[i], "+.3f")}'
             f'<td class="number">{found.gradient[i]:+.3f}'
@@ -106,6 +106,13 @@ def explain_page(found: Explanation) -> str:
             for i in order
         ),
     )
+
+
+def _named(piece: str) -> str:
+    """Return a token for the table: white space is shown, and a part of a character is named."""
+    if not piece:
+        return "(part of a character)"
+    return _safe(piece.strip()) or "␣" * len(piece)
 
 
 def _signed(pieces: Sequence[str], values: Sequence[float], label: str) -> str:
