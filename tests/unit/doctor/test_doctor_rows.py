@@ -114,7 +114,7 @@ CASES: dict[str, Case] = {  # the row, its state, and words that it says
     "a slow read": (lambda: host.disk(HERE, DISK._replace(read=2e7)), "warn", "20 MB/s read"),
     "a small disk": (lambda: host.disk(HERE, DISK._replace(free=9 * GIB)), "warn", "make room"),
     "a full disk": (lambda: host.disk(HERE, DISK._replace(free=9)), "fail", "0.00 GiB free"),
-    "a clock": (lambda: host.clock(-0.004, True), "ok", "+0.0 s off this host's clock; a time serv"),
+    "a clock": (lambda: host.clock(-0.004, True), "ok", "+0.0 s off this host's clock; a"),
     "an unknown clock": (lambda: host.clock(0.0, None), "ok", "a time service is unknown"),
     "a clock left alone": (lambda: host.clock(0.0, False), "ok", "a time service is not seen"),
     "a cluster's": (lambda: host.clock(0.0, False, cluster=True), "warn", "chrony"),
