@@ -13,7 +13,8 @@ _EXAMPLES = """examples:
   python launcher/explain.py --checkpoint runs/imdb --text "A film to forget." --output why.html
   python launcher/explain.py --checkpoint runs/imdb --text "..." --label positive --output why.html
 
-Attributions are input times gradient, and the attention of the last layer.
+The page says what the label's score loses without each token, what each one adds by gradients, and
+what the last layer looks at.
 """
 
 

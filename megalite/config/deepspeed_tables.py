@@ -144,6 +144,7 @@ _GONE_ALONE = (
 _OWN = "MegaLite does this itself"
 _SAVES = "has no effect: MegaLite writes its own checkpoints"
 _NVME = "has no effect: MegaLite offloads nothing to NVMe"
+_SUPER = "is for Superchips, with an optimizer of its own that MegaLite does not read; take it out"
 _OFFLOAD = "zero_optimization.offload_optimizer"
 # Keys with no effect on a MegaLite run: the value that says so, and the reason with the remedy.
 _IDLE: dict[str, tuple[Any, str]] = {
@@ -182,6 +183,8 @@ _IDLE: dict[str, tuple[Any, str]] = {
     f"{_OFFLOAD}.pipeline_read": (False, f"{_NVME}; take it out"),
     f"{_OFFLOAD}.pipeline_write": (False, f"{_NVME}; take it out"),
     f"{_OFFLOAD}.fast_init": (False, f"{_NVME}; take it out"),
+    f"{_OFFLOAD}.super_offload": (False, _SUPER),
+    f"{_OFFLOAD}.cpuadam_cores_perc": (0.8, _SUPER),
 }
 IDLE_VALUES = {key: value for key, (value, _) in _IDLE.items()}
 REFUSED = (

@@ -69,6 +69,10 @@ def _machine(folder: Path) -> Iterator[Check]:
         files, locked = (resource.getrlimit(kind)[0] for kind in kinds)
         return host.limits(files, locked, infiniband=Path("/sys/class/infiniband").is_dir())
 
+    def clock() -> Row:
+        cluster = bool(env.job().id) or shutil.which("sinfo") is not None
+        return host.clock(disk().skew, host.look_synchronised(), cluster=cluster)
+
     ranges = software.look_ranges()
     for name in ("Python", "torch", "deepspeed"):
         yield name, partial(software.look_version, name, ranges.pop(name, software.ANY))
@@ -83,7 +87,7 @@ def _machine(folder: Path) -> Iterator[Check]:
     yield "/dev/shm", shared_memory
     yield "limits", limits
     yield "disk", lambda: host.disk(folder, disk())
-    yield "clock", lambda: host.clock(disk().skew, host.look_synchronised())
+    yield "clock", clock
     yield "ports", host.look_ports
 
 

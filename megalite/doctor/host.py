@@ -116,14 +116,27 @@ def look_synchronised() -> bool | None:
     return None
 
 
-def clock(skew: float, synchronised: bool | None) -> Row:
-    """A skew of minutes breaks logins, Slurm's too; one of seconds the times of a run's records."""
-    kept = {True: "synchronised", False: "not synchronised", None: "unknown"}[synchronised]
-    told = f"files are stamped {round(skew, 1) + 0:+.1f} s off it; the kernel: {kept}"
+def clock(skew: float, synchronised: bool | None, *, cluster: bool = False) -> Row:
+    """Judge this host's clock.
+
+    A skew of minutes breaks logins, Slurm's too; one of seconds the times of a run's records. A
+    clock that no time service sets is harmless on a host by itself. In a container the kernel
+    often cannot see the service at all.
+
+    Args:
+        skew: seconds that files are stamped ahead of this host's clock.
+        synchronised: whether the kernel knows of a time service; None if it says nothing.
+        cluster: whether other hosts take part in runs.
+    """
+    kept = {True: "runs", False: "is not seen", None: "is unknown"}[synchronised]
+    told = (
+        f"the disk stamps files {round(skew, 1) + 0:+.1f} s off this host's clock; a time service "
+        f"{kept}"
+    )
     if abs(skew) > 1:
         advice = "set this host's clock and its file server's by the same time service"
         return Row("fail" if abs(skew) > 60 else "warn", told, advice)
-    if synchronised is False:
+    if synchronised is False and cluster:
         return Row("warn", told, "start a time service (chrony, ntpd) on this host")
     return Row("ok", told)
 

@@ -6,43 +6,21 @@ T tokens   S tokens that are looked at   N query heads   K key/value heads   H h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megalite.errors import CommandError
+from megalite.evaluate.explain_page import Explanation, explain_page
 from megalite.evaluate.opened import OpenedModel
 from megalite.formats.examples import edges
 from megalite.model import LanguageModel, layers
 
-_STRONGEST = 10
-_DARKEST = 0.6  # of 1: what is written on a colour stays readable on a light and a dark page
-_FOR, _AGAINST, _SEEN = "40, 110, 255", "255, 60, 50", "240, 160, 0"
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; background: Canvas; color: CanvasText; }}
-body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; }}
-.text {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
-.bar {{ height: .8em; min-width: 1px; background: rgb({blue}); }}
-td, th {{ padding: 0 .8em; text-align: left; }}
-.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
-</style></head><body><h1>{title}</h1><p class="text">{text}</p>
-<h2>Probabilities</h2><table>{bars}</table>
-<h2>What speaks for it and against it</h2><p class="text">{attributions}</p>
-<p><span style="background: rgba({blue}, {most})">&ensp;for it&ensp;</span>
-<span style="background: rgba({red}, {most})">&ensp;against it&ensp;</span>
-Input times gradient; the fuller the colour, the more.</p>
-<h2>What it looks at</h2><p class="text">{attention}</p>
-<p><span style="background: rgba({amber}, {most})">&ensp;looked at&ensp;</span>
-Attention of the last layer, the mean of its heads.</p>
-<h2>The strongest tokens</h2><table><tr><th>Token<th class="number">Place
-<th class="number">Attribution<th class="number">Attention</tr>{rows}</table></body></html>
-"""
+_AT_ONCE = 16  # texts of the occlusion that are read together
+_GROUPS = 256  # texts of the occlusion: the tokens of a longer text are left out in groups
 
 
 def input_times_gradient(embed: nn.Module, score: Callable[[], Tensor]) -> Tensor:
@@ -72,10 +50,10 @@ def input_times_gradient(embed: nn.Module, score: Callable[[], Tensor]) -> Tenso
 
 
 def explain_text(opened: OpenedModel, text: str, label: str | None = None) -> str:
-    """The page of a classifier's view of a text.
+    """Return the HTML page of a classifier's view of a text.
 
     Args:
-        label: the one that is explained; None: the one it names.
+        label: the label that is explained. None means the predicted one.
     Raises:
         CommandError: no classifier, another label than it has, no text.
     """
@@ -88,28 +66,126 @@ def explain_text(opened: OpenedModel, text: str, label: str | None = None) -> st
     ids, spans = opened.tokenizer.encode_with_offsets(text)
     before, after = edges(opened.tokenizer, leads=config.architecture == "encoder")
     room = run.finetune.data.max_length - len(before) - len(after)
+    cut = max(0, len(ids) - room)
     ids, spans = ids[:room], spans[:room]
     if not ids:
         raise CommandError("the text is empty; give some")
-    pieces = ["" for _ in before] + [text[a:b] for a, b in spans] + ["" for _ in after]
-    whole = torch.tensor([[*before, *ids, *after]], device=opened.device)
-    batch = {"input_ids": whole, "lengths": torch.tensor([whole.shape[1]], device=opened.device)}
+    batch = _batch(opened, [[*before, *ids, *after]])
+    model: Any = opened.model
+    with torch.no_grad():
+        logits = model.label_scores(batch)[0]
+    chances = logits.softmax(dim=-1).tolist()
+    predicted = int(logits.argmax())
+    place = names.index(label) if label else predicted
+    own = slice(len(before), len(before) + len(ids))  # without BOS and EOS
+    gradient = input_times_gradient(
+        model.model.embed_tokens, lambda: log_odds(model.label_scores(batch), place)[0]
+    )
+    looks = {"mean": None, "first": 0, "last": batch["input_ids"].shape[1] - 1}
+    at = looks[config.classifier_pooling]
+    seen = last_attention(model, lambda: model.label_scores(batch), at)
+    even = last_attention(model, lambda: model.label_scores(batch), at, even=True)
+    return explain_page(
+        Explanation(
+            text=text,
+            label=names[place],
+            log_odds=float(log_odds(logits[None], place)),
+            probabilities=dict(zip(names, chances, strict=True)),
+            facts=_facts(opened, len(ids), cut),
+            pieces=_pieces(text, spans),
+            gradient=gradient[own].tolist(),
+            occlusion=_occlusion(opened, before, ids, after, place),
+            attention=(seen / even.clamp_min(1e-9))[own].tolist(),
+            special_attention=1 - float(seen[own].sum()),
+        )
+    )
+
+
+def _pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
+    """Return the text of each token, with what the tokenizer skipped before it, such as spaces.
+
+    Of several tokens that share a character the first has it.
+    """
+    pieces, end = [], 0
+    for _, stop in spans:
+        pieces.append(text[end:stop])
+        end = max(end, stop)
+    return pieces
+
+
+def _facts(opened: OpenedModel, tokens: int, cut: int) -> dict[str, str]:
+    """Return what the page says about the model and the text."""
+    config, run = opened.config, opened.run
+    assert run is not None
+    count = sum(parameter.numel() for parameter in opened.model.parameters())
+    length = f"{tokens} tokens" + (f"; the last {cut} are not read (max_length)" if cut else "")
+    return {
+        "Run": run.name,
+        "Checkpoint": str(opened.folder),
+        "Model": f"{config.architecture}, {config.num_hidden_layers} layers of "
+        f"{config.hidden_size}, {count:,} parameters",
+        "Text": length,
+    }
+
+
+def _batch(opened: OpenedModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Return the batch of texts of one length: input_ids int64 [B, T], lengths int64 [B]."""
+    device, config = opened.device, opened.config
+    ids_BT = torch.tensor(rows, device=device)
+    batch = {"input_ids": ids_BT, "lengths": torch.full_like(ids_BT[:, 0], ids_BT.shape[1])}
     if config.architecture == "encoder_decoder":
         start = config.decoder_start_token_id
-        batch["decoder_input_ids"] = torch.full((1, 1), start, device=opened.device)
+        batch["decoder_input_ids"] = torch.full((len(rows), 1), start, device=device)
+    return batch
+
+
+def log_odds(logits_BC: Tensor, place: int) -> Tensor:
+    """Return ln(p / (1 - p)) of one label, fp32 [B]: its logit against all others' together."""
+    if logits_BC.shape[1] == 1:
+        return logits_BC[:, 0]
+    others = torch.cat((logits_BC[:, :place], logits_BC[:, place + 1 :]), dim=1)
+    return logits_BC[:, place] - others.logsumexp(dim=1)
+
+
+def _occlusion(
+    opened: OpenedModel,
+    before: Sequence[int],
+    ids: Sequence[int],
+    after: Sequence[int],
+    place: int,
+) -> list[float] | None:
+    """Return how much of the log-odds each token holds: what they lose without it.
+
+    The tokens of a long text are left out in groups; each token of a group has the group's value.
+    None means that there is only one token, and nothing would be left to read.
+    """
     model: Any = opened.model
-    chances = model.label_scores(batch).detach().softmax(dim=-1)[0]
-    place = names.index(label) if label else int(chances.argmax())
-    added = input_times_gradient(
-        model.model.embed_tokens, lambda: model.label_scores(batch)[0, place]
-    )
-    looks = {"mean": None, "first": 0, "last": whole.shape[1] - 1}[config.classifier_pooling]
-    seen = last_attention(model, lambda: model.label_scores(batch), looks)
-    scores = dict(zip(names, chances.tolist(), strict=True))
-    return explain_page(text, pieces, added.tolist(), seen.tolist(), scores, title=names[place])
+    size = -(-len(ids) // _GROUPS)
+    starts = range(0, len(ids), size)
+    if len(starts) < 2:
+        return None
+    lost: dict[int, float] = {}
+    with torch.no_grad():
+        whole = log_odds(model.label_scores(_batch(opened, [[*before, *ids, *after]])), place)
+        short = {n: [*before, *ids[:n], *ids[n + size :], *after] for n in starts}
+        by_length = sorted(starts, key=lambda n: len(short[n]))
+        for _, same in groupby(by_length, key=lambda n: len(short[n])):
+            chosen = list(same)
+            for first in range(0, len(chosen), _AT_ONCE):
+                some = chosen[first : first + _AT_ONCE]
+                scores = model.label_scores(_batch(opened, [short[n] for n in some]))
+                values = (whole - log_odds(scores, place)).tolist()
+                lost |= dict(zip(some, values, strict=True))
+    return [lost[n // size * size] for n in range(len(ids))]
 
 
-def last_attention(model: LanguageModel, run: Callable[[], object], position: int | None) -> Tensor:
+def last_attention(
+    model: LanguageModel,
+    run: Callable[[], object],
+    position: int | None,
+    *,
+    even: bool = False,
+) -> Tensor:
     """How the last block looks at the text that is read: fp32 [S] of the first sample, of sum 1.
 
     The mean over this rank's heads of the attention weights; self-attention's, or with two stacks
@@ -118,6 +194,7 @@ def last_attention(model: LanguageModel, run: Callable[[], object], position: in
     Args:
         run: runs the model; its last pass counts.
         position: the token that looks; None: the mean over all.
+        even: if true, as if all tokens were alike: what mask and positions alone give.
     """
     block: Any = list(model.blocks)[-1]
     branch = block.self_attn if block.cross_attn is None else block.cross_attn
@@ -141,8 +218,9 @@ def last_attention(model: LanguageModel, run: Callable[[], object], position: in
         leave()
         for handle in handles:
             handle.remove()
+    q, *others = calls[0]
     with torch.no_grad():
-        return _weights(position, *calls[0])
+        return _weights(position, torch.zeros_like(q) if even else q, *others)
 
 
 def _weights(
@@ -168,51 +246,3 @@ def _weights(
         scores_TS = q_BTNH[0, rows, head].float() @ k_BKSH[0, head // (N // K)].float().T
         total_S += (scale * scores_TS + bias_NTS[head, rows]).softmax(dim=-1).mean(dim=0)
     return total_S / N
-
-
-def explain_page(
-    text: str,
-    pieces: Sequence[str],
-    attributions: Sequence[float],
-    attention: Sequence[float],
-    scores: Mapping[str, float],
-    *,
-    title: str,
-) -> str:
-    """One HTML page that needs nothing else: the text, coloured, and its strongest tokens.
-
-    Args:
-        pieces: the tokens as they are to be read, spaces among them.
-        attributions: of each piece; above 0 speaks for the label.
-        scores: the probability of each label, by name.
-    """
-    order = sorted(range(len(pieces)), key=lambda i: -abs(attributions[i]))[:_STRONGEST]
-    return _PAGE.format(
-        title=escape(title),
-        text=escape(text),
-        blue=_FOR,
-        red=_AGAINST,
-        amber=_SEEN,
-        most=_DARKEST,
-        bars="".join(
-            f'<tr><td>{escape(name)}<td class="number">{chance:.4f}<td style="width: 20rem">'
-            f'<div class="bar" style="width: {100 * chance:.1f}%"></div></tr>'
-            for name, chance in sorted(scores.items(), key=lambda pair: -pair[1])
-        ),
-        attributions=_coloured(pieces, attributions, _FOR, _AGAINST),
-        attention=_coloured(pieces, attention, _SEEN, _SEEN),
-        rows="".join(
-            f'<tr><td class="text">{escape(pieces[i])}<td class="number">{i + 1}'
-            f'<td class="number">{attributions[i]:+.4g}<td class="number">{attention[i]:.4f}</tr>'
-            for i in order
-        ),
-    )
-
-
-def _coloured(pieces: Sequence[str], values: Sequence[float], above: str, below: str) -> str:
-    most = max(map(abs, values), default=0.0) or 1.0
-    return "".join(
-        f'<span title="{value:+.4g}" style="background: rgba({above if value > 0 else below}, '
-        f'{_DARKEST * abs(value) / most:.3f})">{escape(piece)}</span>'
-        for piece, value in zip(pieces, values, strict=True)
-    )

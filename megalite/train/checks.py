@@ -13,7 +13,10 @@ from megalite import env, shapes
 from megalite.config import RunConfig
 from megalite.env import Launch
 from megalite.plan import Plan, host_bytes
+from megalite.plan.sizes import without_auto
 
+# The monitors of DeepSpeed that need a package, and the name it is imported by.
+_MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 _CGROUP_LIMITS = (  # version 2, then 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -114,3 +117,22 @@ def _unsupported(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) 
             "training.compile true: no C++ compiler on PATH, which torch.compile needs; install "
             "g++ or set it to false"
         )
+    yield from _deepspeed_needs(config, device)
+
+
+def _deepspeed_needs(config: RunConfig, device: Literal["cpu", "cuda"]) -> Iterator[str]:
+    """Return which keys of the `deepspeed` section ask for what is not installed here."""
+    section = without_auto(config.deepspeed)
+    for monitor, package in _MONITORS.items():
+        if section.get(monitor, {}).get("enabled") is True and not env.has_package(package):
+            yield (
+                f"deepspeed.{monitor}: the package {package} is not installed; install it, or set "
+                "enabled to false"
+            )
+    zero = section.get("zero_optimization", {})
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if zero.get("stage") == 3 and zero.get(key) is True and device == "cpu":
+            yield (
+                f"deepspeed.zero_optimization.{key}: no GPU found, and DeepSpeed quantizes on GPUs "
+                "only; set it to false"
+            )

@@ -148,7 +148,7 @@ def test_key_without_effect_may_say_so(key: str) -> None:
         section = value
         for part in reversed(key.split(".")):
             section = {part: section}
-        parse_config(BASE | {"deepspeed": section})
+        assert parse_config(BASE | {"deepspeed": section}).deepspeed == section
 
 
 @pytest.mark.parametrize("at", KNOWN)

@@ -1,22 +1,28 @@
-"""Attributions and attention against what is computed by hand; the page, that it is safe."""
+"""Attributions, occlusion and attention against what is computed by hand."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megalite.evaluate.explain import explain_page, input_times_gradient, last_attention
+from megalite.errors import CommandError
+from megalite.evaluate import explain
+from megalite.evaluate.explain import explain_text, input_times_gradient, last_attention
+from megalite.evaluate.opened import OpenedModel
+from megalite.formats.examples import edges
+from megalite.formats.tokenizer import load_tokenizer
 from megalite.model import LanguageModel, layers
 from megalite.model.layers import Attention, rope_table, rotate
 from megalite.model.transformer import Embedding
-from tests.factories import make_batch, make_model, model_config
+from tests.factories import make_batch, make_model, model_config, run_config
 from tests.families import model_section
+from tests.unit.evaluate.test_evaluate_explain_page import Tags
 
 TEXT = {"decoder": "llama", "encoder": "bert", "encoder_decoder": "t5"}
 
@@ -204,49 +210,94 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-class Tags(HTMLParser):
-    """Every tag with its attributes, and all text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def test_the_page_shows_all_and_loads_nothing() -> None:
-    evil = '<script>alert("1")</script>{0} &amp; https://a.example/x.png'
-    pieces = ["<script>", 'a"b', " c\n", "d"] * 5
-    attributions = [(-1) ** n * n / 10 for n in range(20)]
-    attention = [n / 190 for n in range(20)]
-    page = explain_page(evil, pieces, attributions, attention, {evil: 0.25, "b": 0.75}, title=evil)
-    found = Tags(page)
-    names = [tag for tag, _ in found.tags]
-    assert not {"script", "link", "img", "iframe", "a", "base"} & set(names)
-    told = [key for _, attributes in found.tags for key in attributes]
-    assert not {"src", "href", "onload", "onclick"} & set(told)
-    assert "url(" not in page
-    assert "@import" not in page
-    assert found.text.count(evil) == 4  # the tab's and the page's title, the text, a label
-    assert "light dark" in page
-    spans = [attributes for tag, attributes in found.tags if "title" in attributes]
-    assert [a["title"] for a in spans] == [f"{x:+.4g}" for x in (*attributions, *attention)]
-    assert spans[19]["style"] == "background: rgba(255, 60, 50, 0.600)"
-    assert spans[18]["style"] == "background: rgba(40, 110, 255, 0.568)"
-    assert spans[20]["style"] == "background: rgba(240, 160, 0, 0.000)"
-    assert names.count("tr") == 2 + 1 + 10
-    widths = [a["style"] for _, a in found.tags if a.get("class") == "bar"]
-    assert widths == ["width: 75.0%", "width: 25.0%"]
-    assert found.text.index("-1.9") < found.text.index("+1.8") < found.text.index("-1.7")
+def classifier(architecture: str, pooling: str, **data: Any) -> OpenedModel:
+    """A classifier of bytes with random weights, as if it had been fine-tuned."""
+    section = model_section(TEXT[architecture], 1) | {
+        "vocab_size": 258,
+        "num_labels": 3,
+        "classifier_pooling": pooling,
+        "max_position_embeddings": 64,
+    }
+    if architecture == "encoder_decoder":
+        section["decoder_start_token_id"] = 257
+    config = model_config(**section)
+    run = run_config(
+        name="tiny",
+        model=section,
+        data={"train": [], "sequence_length": 64},
+        finetune={
+            "task": "classification",
+            "data": {"path": "x", "max_length": 64, "labels": ["neg", "neu", "pos"]} | data,
+        },
+    )
+    model = make_model(config, spread=0.3).eval()
+    tokenizer = load_tokenizer("bytes")
+    device = torch.device("cpu")
+    place = Path("runs/tiny/checkpoints/step_00000003")
+    return OpenedModel(place, config, config, run, model, tokenizer, place, "", device)
 
 
-def test_a_page_without_tokens_or_differences() -> None:
-    assert "<h2>" in explain_page("", [], [], [], {"a": 1.0}, title="t")
-    assert "0.000)" in explain_page("x", ["x"], [0.0], [0.0], {"a": 1.0}, title="t")
+@pytest.mark.parametrize(
+    ("architecture", "pooling"),
+    [("decoder", "last"), ("encoder", "first"), ("encoder", "mean"), ("encoder_decoder", "first")],
+)
+def test_occlusion_is_the_score_without_each_token(architecture: str, pooling: str) -> None:
+    """Against the log-odds of two texts, token by token; several passes give the same."""
+    opened = classifier(architecture, pooling)
+    ids = list(b"a text to read")
+    before, after = edges(opened.tokenizer, leads=architecture == "encoder")
+
+    def score(own: list[int]) -> float:
+        batch = explain._batch(opened, [[*before, *own, *after]])
+        chance = opened.model.label_scores(batch)[0].double().softmax(-1)[1]
+        return float(torch.log(chance / (1 - chance)))
+
+    with torch.no_grad():
+        wanted = [score(ids) - score(ids[:n] + ids[n + 1 :]) for n in range(len(ids))]
+        found = explain._occlusion(opened, before, ids, after, 1)
+    assert found == pytest.approx(wanted, abs=1e-4)
+    assert max(map(abs, wanted)) > 1e-3
+
+
+def test_tokens_of_a_long_text_are_left_out_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explain, "_GROUPS", 4)
+    opened, ids = classifier("encoder", "mean"), list(b"ten bytes.")
+    found = explain._occlusion(opened, [], ids, [], 0)
+    assert found is not None
+    with torch.no_grad():
+        scores = [
+            explain.log_odds(opened.model.label_scores(explain._batch(opened, [own])), 0).item()
+            for own in (ids, ids[3:], ids[:9])
+        ]
+    assert found[0] == found[1] == found[2] == pytest.approx(scores[0] - scores[1], abs=1e-5)
+    assert found[9] == pytest.approx(scores[0] - scores[2], abs=1e-5)
+    assert explain._occlusion(opened, [], ids[:1], [], 0) is None
+
+
+def test_even_attention_is_what_positions_alone_give() -> None:
+    """With a causal mask and the mean over all tokens the first ones get more."""
+    model, batch = tiny("decoder")
+    even = last_attention(model, lambda: model.hidden(batch), None, even=True)
+    wanted = [sum(1 / (t + 1) for t in range(s, 8)) / 8 for s in range(8)]
+    assert even.tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", TEXT)
+def test_whole_page_of_a_classifier(architecture: str) -> None:
+    """Special tokens are skipped, spaces kept, and the label may be chosen."""
+    pooling = "last" if architecture == "decoder" else "first"
+    opened = classifier(architecture, pooling)
+    text = "good é film"
+    found = Tags(explain_text(opened, text, "pos"))
+    spans = [attributes for _, attributes in found.tags if "title" in attributes]
+    assert len(spans) == 3 * len(text.encode())
+    assert "Explainedpos" in found.text
+    assert "Runtiny" in found.text
+    assert f"{len(text.encode())} tokens" in found.text
+    assert found.text.count(text) == 4  # as it is, and coloured three times
+    longer = explain_text(classifier(architecture, pooling, max_length=8), text)
+    assert "are not read (max_length)" in longer
+    with pytest.raises(CommandError, match="--label bad: it knows neg, neu, pos"):
+        explain_text(opened, text, "bad")
+    with pytest.raises(CommandError, match="the text is empty"):
+        explain_text(opened, "")

@@ -121,6 +121,30 @@ def test_every_fault_at_once(free: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(checks.hardware_faults(config, plan, launch_of(2, 2), "cpu")) == 2
 
 
+def test_deepspeed_section_needs_what_is_installed(
+    free: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A monitor without its package, and quantizing on a CPU, are no traceback of DeepSpeed's."""
+    free(64)
+    monkeypatch.setattr(env, "has_package", lambda name: name == "tensorboard")
+    section: dict[str, Any] = {
+        "comet": {"enabled": True},
+        "wandb": {"enabled": False},
+        "tensorboard": {"enabled": True},
+        "zero_optimization": {"stage": 3, "zero_quantized_weights": True},
+    }
+    config = run_config(deepspeed=section)
+    plan = plan_of(config, 2)
+    launch = launch_of(2, 2)
+    faults = checks.hardware_faults(config, plan, launch, "cpu")
+    assert [fault.partition(":")[0] for fault in faults] == [
+        "deepspeed.comet",
+        "deepspeed.zero_optimization.zero_quantized_weights",
+    ]
+    assert "comet_ml is not installed" in faults[0]
+    assert "set it to false" in faults[1]
+
+
 def limits(monkeypatch: pytest.MonkeyPatch, folder: Path, **contents: str) -> None:
     """A control group of version 2 whose files hold `contents`; dots in names are underscores."""
     for name, content in contents.items():
