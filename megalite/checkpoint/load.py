@@ -97,8 +97,8 @@ def open_checkpoint(
     if not (path / disk.MANIFEST).exists():
         found = disk.published(path / "checkpoints") or disk.published(path)
         if not found:
-            if (other := foreign.describe(path)) is not None:
-                raise CommandError(f"{path} {other}")
+            if (kind := foreign.describe(path)) is not None:
+                raise CommandError(f"{path} {kind}")
             raise CommandError(
                 f"{path} holds no checkpoint: give a step folder "
                 "(.../checkpoints/step_00001000) or a run folder that has one; for use also a "
