@@ -85,7 +85,8 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         required=True,
         metavar="PATH|bytes",
-        help="a .model file, a tokenizer.json, a folder with one of them, or bytes",
+        help="a .model file, a tokenizer.json, a folder with one of them, a model of the hub "
+        "(ORG/NAME), or bytes",
     )
     add(
         "--shard-tokens",

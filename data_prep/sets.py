@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def check_reachable(name: str, label: str) -> None:
     from huggingface_hub import constants
 
     name = name.partition("@")[0]
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+        return  # a path, which the library names
     offline = env.variable("HF_DATASETS_OFFLINE").upper() in ("1", "TRUE", "YES", "ON")
     reason = "HF_DATASETS_OFFLINE is set" if offline else hub.unreachable()
     if reason is None:

@@ -27,7 +27,8 @@ def parse() -> argparse.Namespace:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="a step folder, a run folder, or a model folder of Hugging Face's",
+        help="a step folder, a run folder, a model folder of Hugging Face's, or a model of the hub "
+        "(ORG/NAME, ORG/NAME@REVISION)",
     )
     parser.add_argument(
         "--data", metavar="PATH", help="shards, or examples of a fine-tuned model (the run's own)"

@@ -40,7 +40,8 @@ def parse() -> argparse.Namespace:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="a step folder, a run folder, or a model folder of Hugging Face's",
+        help="a step folder, a run folder, a model folder of Hugging Face's, or a model of the hub "
+        "(ORG/NAME, ORG/NAME@REVISION)",
     )
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more")
     parser.add_argument(

@@ -41,7 +41,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--init-from",
         metavar="CHECKPOINT",
-        help="a checkpoint or a model folder of Hugging Face's, for a run file without a model",
+        help="a checkpoint, a model folder of Hugging Face's or a model of the hub, for a run file "
+        "without a model",
     )
     parser.add_argument(
         "--calibrate",

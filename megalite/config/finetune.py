@@ -72,8 +72,9 @@ class ExamplesConfig(Section):
     )
     tokenizer: PathText | None = Field(
         default=None,
-        description='A tokenizer\'s file or folder, or "bytes" (null: that of the model started '
-        "from; without one it is learned from the training split, with model.vocab_size pieces).",
+        description='A tokenizer\'s file or folder, a model of the hub (ORG/NAME), or "bytes" '
+        "(null: that of the model started from; without one it is learned from the training split, "
+        "with model.vocab_size pieces).",
     )
     chat_template: PathText | None = Field(
         default=None,

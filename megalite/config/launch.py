@@ -29,8 +29,8 @@ def run_parser(about: str | None, examples: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--init-from",
         metavar="CHECKPOINT",
-        help="start a fresh run from the weights of a checkpoint, or of a model folder of Hugging "
-        "Face's",
+        help="start a fresh run from the weights of a checkpoint, of a model folder of Hugging "
+        "Face's, or of a model of the hub (ORG/NAME, ORG/NAME@REVISION)",
     )
     parser.add_argument(
         "--allow-change",

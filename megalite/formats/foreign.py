@@ -13,10 +13,6 @@ CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 _LONGEST_POINTER = 1024  # bytes; the real files of this name are larger
 
-_CONVERT = (
-    'python -c "from transformers import {model} as M; '
-    "M.from_pretrained('{path}').save_pretrained('{path}-safetensors')\""
-)
 _MERGE = (
     'python -c "from peft import {model} as M; '
     "M.from_pretrained('{path}').merge_and_unload().save_pretrained('{path}-merged')\""
@@ -57,7 +53,21 @@ def describe(path: Path) -> str | None:
 
 def convert_command(path: Path | str, architecture: str = "AutoModel") -> str:
     """Return the command that rewrites pickled weights as safetensors with transformers."""
-    return _CONVERT.format(path=path, model=architecture)
+    imports = f"{architecture} as M"
+    return rewrite_command(path, f"{path}-safetensors", imports, "M.from_pretrained(p)")
+
+
+def rewrite_command(path: Path | str, output: str, imports: str, made: str) -> str:
+    """Return a command that saves a model and its tokenizer anew with transformers.
+
+    Args:
+        imports: from transformers. made: an expression of the model, from the path `p`.
+    """
+    return (
+        f'python -c "from transformers import {imports}, AutoTokenizer as T; '
+        f"p, o = '{path}', '{output}'; {made}.save_pretrained(o); "
+        'T.from_pretrained(p).save_pretrained(o)"'
+    )
 
 
 def is_pointer(path: Path) -> bool:
@@ -122,7 +132,8 @@ def _adapter(path: Path) -> str | None:
     merge = _MERGE.format(path=path, model=_PEFT_CLASSES.get(str(kind), "AutoPeftModel"))
     return (
         f"holds an adapter of PEFT ({config.get('peft_type', 'LORA')}), not a model: start from "
-        f"its base model, {base or 'which it does not name'}, or merge both first with\n{merge}"
+        f"its base model, {base or 'which it does not name'}, or merge both first with\n{merge}\n"
+        "and copy the tokenizer's files there"
     )
 
 

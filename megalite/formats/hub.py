@@ -340,7 +340,7 @@ def _download(model: HubModel, commit: str, names: Sequence[str]) -> Path:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Show bars of progress on a terminal alone; elsewhere each file has a line of ours."""
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     if not sys.stderr.isatty():
         disable_progress_bars()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megalite.formats.foreign import read_object
+from megalite.formats.foreign import read_object, rewrite_command
 
 # What quantizers put beside, or in the place of, a weight.
 _PARTS = (
@@ -62,20 +62,17 @@ def quantized_parts(names: list[str]) -> list[str]:
 
 def quantization_advice(method: str, path: Path, architecture: str) -> str:
     """Say how to get a folder of plain weights in the place of a quantized one."""
+    imports, how = f"{architecture} as M", ""
     if method.startswith("fp8") or method.startswith("mxfp4"):
         kind = "FineGrainedFP8Config" if method.startswith("fp8") else "Mxfp4Config"
-        imports, how = f"{architecture} as M, {kind} as Q", "quantization_config=Q(dequantize=True)"
-        made = f"M.from_pretrained('{path}', dtype='bfloat16', {how})"
+        imports, how = f"{imports}, {kind} as Q", ", quantization_config=Q(dequantize=True)"
     elif method.startswith("compressed-tensors"):
-        imports, how = f"{architecture} as M, CompressedTensorsConfig as Q", "run_compressed=False"
-        made = f"M.from_pretrained('{path}', dtype='bfloat16', quantization_config=Q({how}))"
-    elif method.startswith("bitsandbytes"):
-        imports = f"{architecture} as M"
-        made = f"M.from_pretrained('{path}', dtype='bfloat16').dequantize()"
-    else:
+        imports = f"{imports}, CompressedTensorsConfig as Q"
+        how = ", quantization_config=Q(run_compressed=False)"
+    elif not method.startswith("bitsandbytes"):
         return "take the unquantized model that it was made from"
-    command = f'python -c "from transformers import {imports}; {made}.save_pretrained'
-    return (
-        "take the unquantized model that it was made from, or make one with\n"
-        f"{command}('{path}-plain')\""
+    made = f"M.from_pretrained(p, dtype='bfloat16'{how})"
+    made += ".dequantize()" if method.startswith("bitsandbytes") else ""
+    return "take the unquantized model that it was made from, or make one with\n" + rewrite_command(
+        path, f"{path}-plain", imports, made
     )

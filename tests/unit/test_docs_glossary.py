@@ -9,7 +9,8 @@ import pytest
 from tests.pages import ROOT, actions, parsers
 
 # not words of the trade: what a user puts in their place, files by name, products
-PLACEHOLDERS = {"ADDRESS", "COMMAND", "CONFIG", "DIR", "ID", "RUN", "SPLIT", "TERM"}
+PLACEHOLDERS = {"ADDRESS", "COMMAND", "CONFIG", "DIR", "ID", "ORG", "REVISION", "RUN", "SPLIT"}
+PLACEHOLDERS |= {"TERM"}
 NAMES = {"ARCHITECTURE", "CONTRIBUTING", "README", "SECURITY", "COMPLETED", "FAILED", "IMDB"}
 NAMES |= {"MegaLite", "NeoX", "NVIDIA", "PyTorch", "PyArrow", "PipelineModule"}
 

@@ -27,6 +27,7 @@ FOREIGN = {
     "sbatch": "--gpus-per-node --cpus-per-task --open-mode --signal --export",
     "squeue": "--me",
     "pip": "--no-deps",
+    "hf": "--local-dir",
     "others": "--logdir --quiet --help --run-folder --shm-size",
 }
 # named as what a user writes, or as what must not be

@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import lzma
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import zstandard
 
 from megalite.errors import DataError
+from megalite.formats import hub
 from megalite.formats.tokenizer import load_tokenizer
 from megalite.log import logger
 from tests.labelled import ROWS, jsonl, make, opened, texts
@@ -100,6 +102,7 @@ def test_a_set_of_the_hub_names_its_labels(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append((name, config, split))
         return made
 
+    monkeypatch.setattr(hub, "unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     manifest, splits = opened(make("org/name@small", max_bad_rows=1))
     assert manifest.labels == ("neg", "pos")
@@ -114,6 +117,22 @@ def test_a_set_of_the_hub_names_its_labels(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError, match="no network; local files work offline"):
         make("org/name")
+    monkeypatch.setattr(hub, "unreachable", lambda: "no route")
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"org/name: no such file .*asked \(no route\)") as caught:
+        make("org/name@small")
+    assert time.monotonic() - began < 1  # the library tries for half a minute
+    assert "\nhf download org/name --repo-type dataset --local-dir name\n" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["reviews.txt", "reviews.xlsx", "a/b/c", "d/none.text"])
+def test_a_missing_file_of_any_ending_is_no_set_of_the_hub(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    Path("d").mkdir()
+    with pytest.raises(DataError, match=f"{name}: there is no such file or folder"):
+        make(name)
 
 
 def test_a_folder_has_a_file_a_split() -> None:

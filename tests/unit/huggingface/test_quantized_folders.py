@@ -121,4 +121,4 @@ def test_other_places_that_name_a_method(tmp_path: Path) -> None:
 @pytest.mark.parametrize("section", [{}, {"load_in_4bit": False, "load_in_8bit": False}])
 def test_section_that_quantizes_nothing_is_read(section: dict[str, Any], tmp_path: Path) -> None:
     quantize(tmp_path / "there", plain, section, "quantization_config")
-    HuggingFaceFolder(tmp_path / "there")
+    assert HuggingFaceFolder(tmp_path / "there").missing_head == []
