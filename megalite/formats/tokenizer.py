@@ -17,6 +17,7 @@ import numpy as np
 from megalite import files
 from megalite.errors import DataError
 from megalite.formats.huggingface_tokenizer import HUGGING_FACE, HuggingFaceTokenizer
+from megalite.formats.older_tokenizers import explain_tiktoken, find_older, is_older, is_tiktoken
 from megalite.formats.sentencepiece_tokenizer import (
     SENTENCEPIECE,
     SentencePieceTokenizer,
@@ -67,7 +68,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         if file.suffix == ".json":
             return HuggingFaceTokenizer(file.read_bytes(), beside)
-        return load_sentencepiece(file.read_bytes(), beside)
+        data = file.read_bytes()
+        if is_tiktoken(data):
+            raise DataError(explain_tiktoken(file))
+        return load_sentencepiece(data, beside)
     except DataError:
         raise
     except Exception as error:  # both libraries raise bare Exception subclasses of their own
@@ -172,6 +176,8 @@ class ByteTokenizer:
 def _find(path: Path) -> Path:
     """The tokenizer's file that a path means."""
     if path.is_file():
+        if is_older(path) and (advice := find_older(path.parent)):
+            raise DataError(advice)
         if path.suffix in (".model", ".json"):
             return path
         raise DataError(
@@ -186,6 +192,8 @@ def _find(path: Path) -> Path:
     for name in (HUGGING_FACE, SENTENCEPIECE, _BYTES):
         if (path / name).is_file():
             return path / name
+    if advice := find_older(path):
+        raise DataError(advice)
     models = sorted(path.glob("*.model"))
     if len(models) == 1:
         return models[0]
