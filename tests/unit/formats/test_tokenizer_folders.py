@@ -41,7 +41,8 @@ def sentencepiece_folder(folder: Path, files: Mapping[str, Any], **options: Any)
     return folder
 
 
-def compare(folder: Path, ours: Tokenizer) -> None:
+def compare(folder: Path, ours: Tokenizer) -> bool:
+    """Whether transformers reads the folder as we do; an assertion names the first difference."""
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert ours.vocab_size == len(theirs)
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
@@ -58,6 +59,7 @@ def compare(folder: Path, ours: Tokenizer) -> None:
         assert ours.decode(plain) == text
         if START not in text and END not in text:
             assert plain == ids
+    return True
 
 
 LLAMA = {"tokenizer_class": "LlamaTokenizer", **NAMES}
@@ -106,7 +108,7 @@ def test_a_sentencepiece_folder_is_read_as_transformers_reads_it(
         }
     folder = sentencepiece_folder(tmp_path / "hf", files, add_dummy_prefix=space)
     ours = load_tokenizer(folder)
-    compare(folder, ours)
+    assert compare(folder, ours)
     written_again(ours, tmp_path)
 
 
@@ -122,7 +124,7 @@ def written_again(ours: Tokenizer, tmp_path: Path) -> None:
         for text in TEXTS:
             assert again.encode_with_offsets(text) == ours.encode_with_offsets(text), name
             assert again.encode(text) == ours.encode(text)
-    compare(tmp_path / "exported", ours)
+    assert compare(tmp_path / "exported", ours)
 
 
 JSON_FOLDERS: dict[str, tuple[str | None, dict[str, Any]]] = {
@@ -174,7 +176,7 @@ def test_a_tokenizer_json_folder_is_read_as_transformers_reads_it(
         size = load_tokenizer(folder).vocab_size
         (folder / kind).write_text(json.dumps({"<tool>": size, "<think>": size + 1}))
     ours = load_tokenizer(folder)
-    compare(folder, ours)
+    assert compare(folder, ours)
     written_again(ours, tmp_path)
 
 
@@ -189,7 +191,7 @@ def test_pieces_of_a_model_are_renamed_by_id(tmp_path: Path) -> None:
     size = ours.vocab_size
     assert size == 400
     assert (ours.eos_id, ours.pieces()[398:]) == (399, [START, END])
-    compare(folder, ours)
+    assert compare(folder, ours)
     written_again(ours, tmp_path)
 
 
