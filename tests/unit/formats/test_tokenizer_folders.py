@@ -33,8 +33,8 @@ def added(content: str, **flags: bool) -> dict[str, Any]:
 
 def sentencepiece_folder(folder: Path, files: Mapping[str, Any], **options: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"model_type": "bpe", "normalization_rule_name": "identity"}
-    tokenizer = trained(**settings, remove_extra_whitespaces=False, **options)
+    settings = {"model_type": "bpe", "normalization_rule_name": "identity"} | options
+    tokenizer = trained(**settings, remove_extra_whitespaces=False)
     tokenizer.save(folder)
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
@@ -244,3 +244,19 @@ def test_ends_are_those_of_all_files(tmp_path: Path) -> None:
     ours.save(copy)
     assert load_tokenizer(copy).end_ids == ours.end_ids
     assert json.loads((copy / "generation_config.json").read_text())["pad_token_id"] == 3
+
+
+@pytest.mark.parametrize("told", ["class", "model type"])
+def test_t5_ends_a_text_with_eos_without_a_word_of_it(told: str, tmp_path: Path) -> None:
+    config = {"tokenizer_class": "T5Tokenizer"} if told == "class" else {"eos_token": "</s>"}
+    files = {"config.json": {"model_type": "t5"}, "tokenizer_config.json": config}
+    folder = sentencepiece_folder(tmp_path / "hf", files, model_type="unigram")
+    (folder / "tokenizer.model").rename(folder / "spiece.model")
+    ours = load_tokenizer(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs("a").input_ids[-1] == ours.eos_id
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    ours.save(copy)  # without the config.json of the model
+    for tokenizer in (ours, load_tokenizer(copy)):
+        assert (tokenizer.prefix_ids, tokenizer.suffix_ids) == ((), (ours.eos_id,))
