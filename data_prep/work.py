@@ -73,7 +73,8 @@ class TokenizeOptions:
 
     def asked(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """What two runs have in common that can share their work."""
-        asked = self.recorded() | {"tokenizer": tokenizer.sha256}
+        begins = bool(tokenizer.prefix_ids) if self.bos is None else self.bos
+        asked = self.recorded() | {"tokenizer": tokenizer.sha256, "bos": begins}
         if self.valid_output is not None:
             asked["valid_output"] = str(self.valid_output)
         del asked["max_bad_records"]

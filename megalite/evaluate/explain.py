@@ -63,7 +63,8 @@ def explain_text(opened: OpenedModel, text: str, label: str | None = None) -> st
     names = run.finetune.data.labels or ()
     if label is not None and label not in names:
         raise CommandError(f"--label {label}: it knows {', '.join(names)}")
-    ids, spans = opened.tokenizer.encode_with_offsets(text)
+    ids, spans = opened.tokenizer.encode_with_offsets(text, [(0, len(text))])
+    opened.check_ids(ids)
     before, after = edges(opened.tokenizer, leads=config.architecture == "encoder")
     room = run.finetune.data.max_length - len(before) - len(after)
     cut = max(0, len(ids) - room)

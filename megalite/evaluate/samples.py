@@ -89,7 +89,7 @@ class Writer:
         self.continues = config.model.architecture == "decoder"
         finetune, eos = config.finetune, prompts.tokenizer.eos_id
         tuned = [] if finetune is None or eos is None else [eos]  # as its examples end
-        self.suffix_ids = prompts.tokenizer.suffix_ids or tuned
+        self.suffix_ids: Sequence[int] = prompts.tokenizer.suffix_ids or tuned
         self._failed = False
         # padded rows of the vocabulary are never chosen; an encoder_decoder's last ids name spans
         self._chosen = slice(prompts.tokenizer.vocab_size if self.continues else None)

@@ -108,7 +108,7 @@ class HuggingFaceTokenizer:
         found = self._with_controls.encode(text, add_special_tokens=False)
         ids, places = list(found.ids), list(found.offsets)
         controls = [n for n, id in enumerate(ids) if self._is_control(id, text, places[n])]
-        kept = [n for n in controls if not overlaps(*places[n], plain)]
+        kept = [n for n in controls if not overlaps(places[n][0], places[n][1], plain)]
         if len(kept) == len(controls):
             return ids, places
         made, made_places = list[int](), list[tuple[int, int]]()
@@ -130,7 +130,7 @@ class HuggingFaceTokenizer:
         token = self._special.get(id)
         if token is None:
             return False
-        return token.normalized or text[slice(*place)].strip() == token.content.strip()
+        return bool(token.normalized) or text[slice(*place)].strip() == token.content.strip()
 
     def _encode_part(self, text: str, *, leads: bool) -> Placed:
         """Encode what follows a control token as plain text; `leads`: the text begins there."""

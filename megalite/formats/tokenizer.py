@@ -18,6 +18,7 @@ from megalite import files
 from megalite.errors import DataError
 from megalite.formats import hub
 from megalite.formats.huggingface_tokenizer import HUGGING_FACE, HuggingFaceTokenizer
+from megalite.formats.older_tokenizers import explain_tiktoken, find_older, is_older, is_tiktoken
 from megalite.formats.sentencepiece_tokenizer import (
     SENTENCEPIECE,
     SentencePieceTokenizer,
@@ -76,7 +77,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         if file.suffix == ".json":
             return HuggingFaceTokenizer(file.read_bytes(), beside)
-        tokenizer = load_sentencepiece(file.read_bytes(), beside)
+        data = file.read_bytes()
+        if is_tiktoken(data):
+            raise DataError(explain_tiktoken(file))
+        tokenizer = load_sentencepiece(data, beside)
         tokenizer.encode(" ".join(tokenizer.pieces()[:8]))  # a damaged model fails here
         return tokenizer
     except DataError:
@@ -203,6 +207,8 @@ class ByteTokenizer:
 def _find(path: Path) -> Path:
     """The tokenizer's file that a path means."""
     if path.is_file():
+        if is_older(path) and (advice := find_older(path.parent)):
+            raise DataError(advice)
         if path.suffix in (".model", ".json"):
             return path
         raise DataError(
@@ -219,6 +225,8 @@ def _find(path: Path) -> Path:
     for name in (HUGGING_FACE, SENTENCEPIECE, _BYTES):
         if (path / name).is_file():
             return path / name
+    if advice := find_older(path):
+        raise DataError(advice)
     models = sorted(path.glob("*.model"))
     if len(models) == 1:
         return models[0]

@@ -38,7 +38,7 @@ def build_sentencepiece(
     """
     import tokenizers
     from sentencepiece import sentencepiece_model_pb2 as proto
-    from tokenizers import decoders, models, normalizers, pre_tokenizers
+    from tokenizers import decoders, normalizers, pre_tokenizers
 
     spec = proto.ModelProto()  # type: ignore[attr-defined]
     spec.ParseFromString(model)
@@ -46,24 +46,7 @@ def build_sentencepiece(
     names = [renames.get(id, piece.piece) for id, piece in enumerate(spec.pieces)]
     kinds = [_NORMAL if id in renames else p.type for id, p in enumerate(spec.pieces)]
     unknown = [piece.type for piece in spec.pieces].index(_UNKNOWN)
-    if spec.trainer_spec.model_type == _BPE:
-        scores = {p.piece: p.score for id, p in enumerate(spec.pieces) if kinds[id] == _NORMAL}
-        core: Any = models.BPE(
-            {name: id for id, name in enumerate(names)},
-            _merges({name: score for name, score in scores.items() if name in set(names)}),
-            unk_token=names[unknown],
-            fuse_unk=True,
-            byte_fallback=spec.trainer_spec.byte_fallback,
-            ignore_merges=_USER_DEFINED in kinds,
-        )
-    else:
-        pairs = zip(names, spec.pieces, strict=True)
-        core = models.Unigram(
-            [(name, piece.score) for name, piece in pairs],
-            unknown,
-            spec.trainer_spec.byte_fallback,
-        )
-    made, rule = tokenizers.Tokenizer(core), spec.normalizer_spec
+    made, rule = tokenizers.Tokenizer(_core(spec, names, kinds, unknown)), spec.normalizer_spec
     steps: list[Any] = []
     if rule.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rule.precompiled_charsmap))
@@ -90,6 +73,25 @@ def build_sentencepiece(
     if before:
         made.pre_tokenizer = pre_tokenizers.Sequence(before) if len(before) > 1 else before[0]
     return made, names[unknown]
+
+
+def _core(spec: Any, names: Sequence[str], kinds: Sequence[int], unknown: int) -> Any:
+    """The BPE or unigram model of SentencePiece's pieces under their names."""
+    from tokenizers import models
+
+    fallback = spec.trainer_spec.byte_fallback
+    scores = [piece.score for piece in spec.pieces]
+    if spec.trainer_spec.model_type != _BPE:
+        return models.Unigram(list(zip(names, scores, strict=True)), unknown, fallback)
+    pieces = zip(names, kinds, scores, strict=True)
+    return models.BPE(
+        {name: id for id, name in enumerate(names)},
+        _merges({name: score for name, kind, score in pieces if kind == _NORMAL}),
+        unk_token=names[unknown],
+        fuse_unk=True,
+        byte_fallback=fallback,
+        ignore_merges=_USER_DEFINED in kinds,
+    )
 
 
 def export_bytes(folder: Path, tokenizer: Tokenizer, beside: Companions) -> None:

@@ -182,3 +182,24 @@ def test_settings_of_a_task_are_used(
 def test_settings_that_would_be_ignored_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(CommandError, match=message):
         harness.GenerationSettings.of(settings)
+
+
+class Answers:
+    """A reader of whole texts that writes "a" after whatever it has read."""
+
+    continues = False
+    suffix_ids = (EOS,)
+
+    def begin(self, prompts: Any, new_tokens: int) -> torch.Tensor:
+        self.read = [list(prompt) for prompt in prompts]
+        return self.next([])
+
+    def next(self, tokens: Any) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor([[97]]), 258)[0].float()
+
+
+def test_a_text_that_is_answered_is_read_with_its_end(tmp_path: Path) -> None:
+    reader, told = Answers(), {"max_new_tokens": 2, "sampling": GREEDY}
+    pieces = stream_text(reader, load_tokenizer("bytes"), "hi", **told)  # type: ignore[arg-type]
+    assert "".join(pieces) == "aa"
+    assert reader.read == [[*b"hi", EOS]]

@@ -65,3 +65,40 @@ def test_a_model_that_has_diverged_ends_no_run(
     monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
     assert writer(grid, Counting(spoilt=2))(lambda: False) == []
     assert "no samples: the model's scores after 3 tokens are not finite" in caplog.text
+
+
+class Padded(Counting):
+    """Scores rows beyond the tokenizer's 258 ids, the last of them highest."""
+
+    def eval_scores(self, batch: Batch) -> Tensor:
+        scores = super().eval_scores(batch)
+        return torch.cat((scores, torch.full((len(scores), 42), 9.0)), dim=1)
+
+
+def test_rows_beyond_the_tokenizer_are_never_chosen(grid: Grid) -> None:
+    assert writer(grid, Padded())(lambda: False) == [("ab", "CDEFG"), ("c", "BCDEF")]
+
+
+class Broken(Counting):
+    """Fails at every text, as a library might."""
+
+    def eval_scores(self, batch: Batch) -> Tensor:
+        raise IndexError("piece id is out of range")
+
+
+def test_a_fault_in_a_sample_ends_no_run_and_is_said_once(
+    grid: Grid, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
+    write = writer(grid, Broken())
+    assert [write(lambda: False) for _ in range(3)] == [[], [], []]
+    assert caplog.text.count("no samples: IndexError: piece id is out of range") == 1
+
+
+def test_samples_begin_as_the_tokenizer_begins_texts(grid: Grid) -> None:
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.begin_with_bos(True)
+    config = run_config(logging={"samples": SAMPLES}, model={"vocab_size": 258})
+    engine = Counting()
+    Writer(config, engine, grid, Prompts(tokenizer, ["ab"], ["ab"]))(lambda: False)  # type: ignore[arg-type]
+    assert engine.shapes[0] == (1, 3)

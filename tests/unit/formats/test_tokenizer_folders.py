@@ -33,15 +33,16 @@ def added(content: str, **flags: bool) -> dict[str, Any]:
 
 def sentencepiece_folder(folder: Path, files: Mapping[str, Any], **options: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"model_type": "bpe", "normalization_rule_name": "identity"}
-    tokenizer = trained(**settings, remove_extra_whitespaces=False, **options)
+    settings = {"model_type": "bpe", "normalization_rule_name": "identity"} | options
+    tokenizer = trained(**settings, remove_extra_whitespaces=False)
     tokenizer.save(folder)
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     return folder
 
 
-def compare(folder: Path, ours: Tokenizer) -> None:
+def compare(folder: Path, ours: Tokenizer) -> bool:
+    """Whether transformers reads the folder as we do; an assertion names the first difference."""
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert ours.vocab_size == len(theirs)
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
@@ -58,6 +59,7 @@ def compare(folder: Path, ours: Tokenizer) -> None:
         assert ours.decode(plain) == text
         if START not in text and END not in text:
             assert plain == ids
+    return True
 
 
 LLAMA = {"tokenizer_class": "LlamaTokenizer", **NAMES}
@@ -106,7 +108,7 @@ def test_a_sentencepiece_folder_is_read_as_transformers_reads_it(
         }
     folder = sentencepiece_folder(tmp_path / "hf", files, add_dummy_prefix=space)
     ours = load_tokenizer(folder)
-    compare(folder, ours)
+    assert compare(folder, ours)
     written_again(ours, tmp_path)
 
 
@@ -122,7 +124,7 @@ def written_again(ours: Tokenizer, tmp_path: Path) -> None:
         for text in TEXTS:
             assert again.encode_with_offsets(text) == ours.encode_with_offsets(text), name
             assert again.encode(text) == ours.encode(text)
-    compare(tmp_path / "exported", ours)
+    assert compare(tmp_path / "exported", ours)
 
 
 JSON_FOLDERS: dict[str, tuple[str | None, dict[str, Any]]] = {
@@ -174,7 +176,7 @@ def test_a_tokenizer_json_folder_is_read_as_transformers_reads_it(
         size = load_tokenizer(folder).vocab_size
         (folder / kind).write_text(json.dumps({"<tool>": size, "<think>": size + 1}))
     ours = load_tokenizer(folder)
-    compare(folder, ours)
+    assert compare(folder, ours)
     written_again(ours, tmp_path)
 
 
@@ -189,7 +191,7 @@ def test_pieces_of_a_model_are_renamed_by_id(tmp_path: Path) -> None:
     size = ours.vocab_size
     assert size == 400
     assert (ours.eos_id, ours.pieces()[398:]) == (399, [START, END])
-    compare(folder, ours)
+    assert compare(folder, ours)
     written_again(ours, tmp_path)
 
 
@@ -242,3 +244,19 @@ def test_ends_are_those_of_all_files(tmp_path: Path) -> None:
     ours.save(copy)
     assert load_tokenizer(copy).end_ids == ours.end_ids
     assert json.loads((copy / "generation_config.json").read_text())["pad_token_id"] == 3
+
+
+@pytest.mark.parametrize("told", ["class", "model type"])
+def test_t5_ends_a_text_with_eos_without_a_word_of_it(told: str, tmp_path: Path) -> None:
+    config = {"tokenizer_class": "T5Tokenizer"} if told == "class" else {"eos_token": "</s>"}
+    files = {"config.json": {"model_type": "t5"}, "tokenizer_config.json": config}
+    folder = sentencepiece_folder(tmp_path / "hf", files, model_type="unigram")
+    (folder / "tokenizer.model").rename(folder / "spiece.model")
+    ours = load_tokenizer(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs("a").input_ids[-1] == ours.eos_id
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    ours.save(copy)  # without the config.json of the model
+    for tokenizer in (ours, load_tokenizer(copy)):
+        assert (tokenizer.prefix_ids, tokenizer.suffix_ids) == ((), (ours.eos_id,))

@@ -1,0 +1,139 @@
+"""Tokenizer folders of older formats, and the command that makes a tokenizer.json of each."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from megalite.errors import DataError
+from megalite.formats.tokenizer_export import build_sentencepiece
+
+_CONVERT = (
+    'python -c "from transformers import {name} as T; '
+    "T.from_pretrained('{folder}').save_pretrained('{folder}')\""
+)
+# A file that tells the format, what the format is, and the class that reads it without a config.
+_FORMATS = (
+    ("tekken.json", "Mistral's tekken format", "AutoTokenizer"),
+    ("sentencepiece.bpe.model", "XLM-RoBERTa's format, whose ids differ", "XLMRobertaTokenizer"),
+    ("merges.txt", "GPT-2's format", "GPT2Tokenizer"),
+    ("vocab.txt", "BERT's format", "BertTokenizer"),
+)
+_UNIGRAM, _NORMAL = 1, 1  # sentencepiece_model.proto's ModelType and Type
+_FILES = ("tekken.json", "merges.txt", "vocab.json", "vocab.txt", "source.spm", "target.spm")
+
+
+def is_older(path: Path) -> bool:
+    """Whether a file belongs to one of the older formats."""
+    return path.name in _FILES or path.suffix == ".tiktoken"
+
+
+def find_older(folder: Path) -> str | None:
+    """Return what a folder's older format is and how to convert it; None if it has none.
+
+    The commands are for folders with a configuration that names the model, if there is one.
+    """
+    named = _names_its_class(folder)
+    if (folder / "source.spm").is_file():
+        return (
+            f"{folder} holds Marian's two models, source.spm and target.spm; make the one "
+            "tokenizer.json that reads sources and writes answers with\n"
+            'python -c "from megalite.formats.older_tokenizers import convert_marian as c; '
+            f"c('{folder}')\""
+        )
+    for file, kind, name in _FORMATS:
+        if (folder / file).is_file():
+            command = _CONVERT.format(name="AutoTokenizer" if named else name, folder=folder)
+            return (
+                f"{folder} holds {file}, which is {kind}; make its tokenizer.json with "
+                f"transformers (pip install megalite[hf]):\n{command}"
+            )
+    if tiktoken := next(iter(sorted(folder.glob("*.tiktoken"))), None):
+        return explain_tiktoken(tiktoken)
+    return None
+
+
+def is_tiktoken(data: bytes) -> bool:
+    """Whether a file's content is tiktoken's: a token in base64 and its rank in each line."""
+    return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", data[:400]) is not None
+
+
+def explain_tiktoken(file: Path) -> str:
+    """Return how a file of tiktoken's is converted."""
+    made = file.parent / "tokenizer.json"
+    return (
+        f"{file} is tiktoken's format, which knows neither how words are cut nor the special "
+        "tokens. Take the model's folder with a tokenizer.json if there is one; otherwise give "
+        "pattern and extra_special_tokens of the model's own code to (pip install tiktoken "
+        "blobfile megalite[hf])\n"
+        'python -c "from transformers.convert_slow_tokenizer import TikTokenConverter as C; '
+        f"C('{file}').converted().save('{made}')\""
+    )
+
+
+def _names_its_class(folder: Path) -> bool:
+    for name, key in (("tokenizer_config.json", "tokenizer_class"), ("config.json", "model_type")):
+        try:
+            if json.loads((folder / name).read_bytes())[key]:
+                return True
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue
+    return False
+
+
+def convert_marian(folder: str | Path) -> None:
+    """Write a `tokenizer.json` for a folder of Marian's.
+
+    Source texts get the ids that `transformers` gives them, with EOS behind them, and every id has
+    its text. Targets to learn from are cut as sources are, so prefer models with one vocabulary.
+
+    Raises:
+        DataError: files that are missing or are not Marian's.
+    """
+    import tokenizers
+    from sentencepiece import sentencepiece_model_pb2 as proto
+    from tokenizers import models
+
+    folder = Path(folder)
+    try:
+        vocabulary: dict[str, int] = json.loads((folder / "vocab.json").read_bytes())
+        source = (folder / "source.spm").read_bytes()
+        names = sorted(vocabulary, key=vocabulary.__getitem__)
+        spec = proto.ModelProto()  # type: ignore[attr-defined]
+        spec.ParseFromString(source)
+        if sorted(vocabulary.values()) != list(range(len(names))):
+            raise ValueError("vocab.json has holes between its ids")
+        unknown = vocabulary["<unk>"]
+        if spec.trainer_spec.model_type != _UNIGRAM:
+            raise ValueError("source.spm is not a unigram model")
+        made, _ = build_sentencepiece(source)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{folder} is no folder of Marian's that can be read: {error}") from error
+    except Exception as error:  # protobuf's own
+        raise DataError(f"{folder}/source.spm cannot be read: {error}") from error
+    scores = {piece.piece: piece.score for piece in spec.pieces if piece.type == _NORMAL}
+    # what the source's model lacks is never chosen where it has another way
+    least = min(scores.values(), default=0.0) - 10.0
+    core: Any = models.Unigram(
+        [(name, scores.get(name, least - 100.0)) for name in names], unknown, False
+    )
+    joint = tokenizers.Tokenizer(core)
+    joint.normalizer, joint.decoder = made.normalizer, made.decoder
+    if made.pre_tokenizer is not None:
+        joint.pre_tokenizer = made.pre_tokenizer
+    special = [name for name in ("</s>", "<unk>", "<pad>") if name in vocabulary]
+    codes = [name for name in names if re.fullmatch(r">>\S+<<", name)]
+    joint.add_special_tokens(
+        [tokenizers.AddedToken(name, normalized=False) for name in (*special, *codes)]
+    )
+    joint.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
+    joint.save(str(folder / "tokenizer.json"))
+    config = folder / "tokenizer_config.json"
+    told = json.loads(config.read_bytes()) if config.is_file() else {}
+    tokens = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "bos_token": None}
+    told |= {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+    config.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
