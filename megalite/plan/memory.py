@@ -7,11 +7,12 @@ of a sample, and the letters of `megalite.shapes`.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 from megalite import shapes
 from megalite.config import ModelConfig, RunConfig
+from megalite.plan.devices import Kind
 from megalite.plan.gradients import gradients, head_weight
 from megalite.plan.sizes import Plan, without_auto
 
@@ -19,21 +20,27 @@ from megalite.plan.sizes import Plan, without_auto
 _BUCKET = 50_000_000
 _LIVE_PARAMETERS = 1_000_000_000  # stage3_max_live_parameters of DeepSpeed 0.19
 _SUB_GROUP = 1_000_000_000  # sub_group_size
-# of a CPU's process: what libraries take at work, a group's connections, holes beside small pieces
-_LIBRARIES, _GROUP, _HOLES = 60 << 20, 40 << 20, 0.77
+# of a CPU's process: libraries at work, a group's connections, what measures a classifier; and
+# holes in the heap as a share of activations
+_LIBRARIES, _GROUP, _MEASURES, _HOLES = 85 << 20, 40 << 20, 70 << 20, 0.55
 STAGE_0_BUCKET = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE of deepspeed/runtime/engine.py
 
 
-def bucket_elements(config: RunConfig, plan: Plan) -> int:
-    """Elements of a communication bucket: no more than there are; even, as DeepSpeed asks."""
-    local = local_elements(config, plan.tensor_parallel)
-    return min(_BUCKET, local + local % 2)
+def bucket_elements(config: RunConfig, plan: Plan, *, trained: bool = True) -> int:
+    """Return the elements of a communication bucket: even, as DeepSpeed requires.
+
+    Args:
+        trained: if true, no more than learn; else no more than there are.
+    """
+    local = local_elements(config, plan.tensor_parallel, trained=trained)
+    return min(_BUCKET, max(2, local + local % 2))
 
 
 def bucket_of(config: RunConfig, plan: Plan, key: str) -> int:
     """Elements of the bucket that `deepspeed.zero_optimization` has under `key`, or ours."""
     section = without_auto(config.deepspeed).get("zero_optimization", {})
-    return int(section.get(key, bucket_elements(config, plan)))
+    trained = key != "stage3_prefetch_bucket_size"  # weights are fetched, frozen ones too
+    return int(section.get(key, bucket_elements(config, plan, trained=trained)))
 
 
 def local_elements(config: RunConfig, tensor: int, *, trained: bool = False) -> int:
@@ -59,7 +66,7 @@ def offloads(config: RunConfig) -> bool:
     return bool((zero.get("offload_optimizer") or {}).get("device", "none") != "none")
 
 
-def host_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> dict[str, int]:
+def host_bytes(config: RunConfig, plan: Plan, device: Kind) -> dict[str, int]:
     """Bytes that a rank keeps in its host's memory beside what `memory_bytes` totals.
 
     What an optimizer on the host takes, and the snapshot of a save in the background: the rank's
@@ -75,7 +82,7 @@ def host_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) ->
     }
 
 
-def memory_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> dict[str, int]:
+def memory_bytes(config: RunConfig, plan: Plan, device: Kind) -> dict[str, int]:
     """Bytes of one rank at the peak of a step, in the categories of the interface.
 
     The total can be less than the sum: gradients that a backward makes, and the buckets they are
@@ -85,7 +92,7 @@ def memory_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) 
     n = local_elements(config, plan.tensor_parallel)
     element = 4 if plan.precision == "fp32" else 2
     parameters, optimizer, held, gradients = _states(config, plan, n, element)
-    kept, work = _activations(config, plan, element)
+    kept, work = _activations(config, plan, element, device)
     logits = _logits(config, plan, element)
     trained = local_elements(config, plan.tensor_parallel, trained=True)
     buffers = _buffers(config, plan, trained, element)
@@ -182,79 +189,171 @@ def _arriving(config: RunConfig, plan: Plan, n: int, element: int) -> int:
 
 
 def process_bytes(config: RunConfig, plan: Plan) -> int:
-    """Bytes that a rank on a CPU adds to its process: those of a step as the C library keeps them.
+    """Return the bytes that a rank on a CPU adds to its process at the peak of a run.
 
-    Large pieces come from the system and go back. Where small ones have been, holes stay in the
-    heap, so that the most there was of each kind adds up, though not at one moment. Measured by
-    `benchmarks/plan.py --cpu`.
+    They are those of `memory_bytes`, the libraries that a run loads at work, and holes in the C
+    library's heap: a freed tensor leaves room that a tensor of its own size, aligned, does not fit
+    into. Holes are a share of what the blocks keep, measured by `benchmarks/plan.py --cpu` under
+    the heap that `megalite.env.restart_with_heap` sets.
     """
-    n, element = local_elements(config, plan.tensor_parallel), 4 if plan.precision == "fp32" else 2
-    trained = local_elements(config, plan.tensor_parallel, trained=True)
-    weights, optimizer, held, gradients = _states(config, plan, n, element)
-    made = 4 * (trained if plan.zero_stage < 2 else -(-trained // plan.data_parallel))
-    buffers = _buffers(config, plan, trained, element)
-    kept, work = _activations(config, plan, element)
-    small = max(held + kept + work + _logits(config, plan, element), made)
-    stays, sent = weights + optimizer, [buffers, gradients - made]
-    if plan.zero_stage == 3:
-        whole = _gathered(plan, n, element)
-        stays += held + _standing(config, plan) - whole
-        small += whole - held
-        arriving = _arriving(config, plan, n, element)
-        # one gather and one bucket for everything both stand until the end of the backward
-        alone = arriving == element * n and trained <= bucket_elements(config, plan)
-        sent.append(arriving + buffers * alone)
-    elif plan.zero_stage == 0 and plan.data_parallel == 1:
-        sent = [0]
-    large = sum(sent) if plan.zero_stage == 1 else max(sent)
+    element = 4 if plan.precision == "fp32" else 2
+    holes = round(_HOLES * sum(_activations(config, plan, element, "cpu")))
     libraries = _LIBRARIES + _GROUP * (plan.world_size > 1)
-    return libraries + stays + large + round((1 + _HOLES) * small)
+    libraries += _MEASURES * bool(config.model.num_labels)
+    return libraries + plan.memory_bytes["total"] + holes
 
 
 def _gathered(plan: Plan, n: int, element: int) -> int:
     return 0 if plan.data_parallel == 1 else element * min(n, _LIVE_PARAMETERS)
 
 
-def _activations(config: RunConfig, plan: Plan, element: int) -> tuple[int, int]:
+@dataclass(frozen=True)
+class _Stack:
+    """The blocks of one stack in a micro-batch.
+
+    Attributes:
+        name: as in `shapes.stacks`. samples: B. length, read: tokens of a sample, and of the text
+            that its blocks attend to besides.
+    """
+
+    name: str
+    samples: int
+    length: int
+    read: int
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.length
+
+
+def _activations(config: RunConfig, plan: Plan, element: int, device: Kind) -> tuple[int, int]:
     """Bytes kept for the backward, and those of work in the one block being differentiated."""
     model, kept, work = config.model, 0, 0
-    ends = element * 3 * model.hidden_size + 3 * 8  # embedding, last norm; ids, labels, positions
-    tokens = {stack: plan.micro_batch_size * n for stack, n in shapes.lengths(config).items()}
-    for stack, layers in shapes.stacks(model).items():
-        read = tokens["model.encoder"] if stack == "model.decoder" else 0
-        of_block, of_work = _block(config, plan, element, tokens[stack], read)
-        kept += layers * of_block + tokens[stack] * ends
+    # the embedding, and of a pre-norm model the last norm; ids, labels, positions
+    ends = element * (3 if model.norm_position == "pre" else 1) * model.hidden_size + 3 * 8
+    ends += _noise(config, element, device) * model.hidden_size
+    lengths = shapes.lengths(config)
+    for name, layers in shapes.stacks(model).items():
+        read = lengths["model.encoder"] if name == "model.decoder" else 0
+        stack = _Stack(name, plan.micro_batch_size, lengths[name], read)
+        of_block, of_work = _block(config, plan, element, device, stack)
+        kept += layers * of_block + stack.tokens * ends + _shared_mask(config, plan, element, stack)
         work = max(work, of_work)
     return kept, work
 
 
-def _block(config: RunConfig, plan: Plan, element: int, tokens: int, read: int) -> tuple[int, int]:
-    """`_activations` of one block of so many tokens, which may look at those that are `read`."""
-    model, t = config.model, plan.tensor_parallel
+def _block(
+    config: RunConfig, plan: Plan, element: int, device: Kind, stack: _Stack
+) -> tuple[int, int]:
+    """Return `_activations` of one block."""
+    model, t, tokens = config.model, plan.tensor_parallel, stack.tokens
     d, f = model.hidden_size, model.intermediate_size // t
     q = model.num_attention_heads * model.head_dim // t
     k = model.num_key_value_heads * model.head_dim // t
-    gated, cross = model.gated, read > 0
+    gated, cross = model.gated, stack.read > 0
     own = d // t if config.parallel.sequence else d  # of what is split along the tokens
-    # Per token: what the norms read and give (4 D); qkv, the turned q and k, and what attention
-    # gives (3 Q + 3 K); the MLP's first products, its activation and product. Of attention to what
-    # is read its norm, q and result, and per token that is read k and v.
-    block = element * (4 * own + 3 * q + 3 * k + (4 if gated else 2) * f)
-    block += element * (2 * own + 2 * q) * cross
+    # Per token: the norms; qkv, the turned q and k, and what attention gives (3 Q + 3 K); the MLP's
+    # first products, its activation and product. Of attention to what is read its norm, q and
+    # result, and per token that is read k and v.
+    turned = q + k if model.position_embedding == "rope" else 0
+    block = round((2 + cross) * own * _norm(config, element, device))
+    block += element * (turned + 2 * q + 2 * k + 2 * q * cross + (4 if gated else 2) * f)
     block += 4 * q // model.head_dim * (1 + cross)  # log-sum-exp of attention
-    block += (2 + cross) * own * (model.hidden_dropout > 0)  # masks, a byte an element
+    block += (2 + cross) * own * _noise(config, element, device)
     # the block's input, qkv, attention, its projection, the MLP's products
     products = element * (3 * own + 2 * q + 2 * k + (2 if gated else 1) * f)
     products += element * (own + 2 * q) * cross
-    whole = tokens * block + 2 * element * k * read
+    scores = _scores(config, plan, element, device, stack)
+    whole = tokens * block + scores
+    keys = 2 * element * k * stack.samples * stack.read
+    whole += keys
     kept = {
         "none": whole,
-        "selective": tokens * products + 2 * element * k * read,
+        "selective": tokens * products + keys,
         "full": tokens * element * own,
     }[config.training.activation_checkpointing]
     work = tokens * element * (2 * d + (3 if gated else 2) * f)  # gradients within the block
+    if _plain_attention(config, device):  # of scores, their softmax, and the dropped
+        work += scores
     again = config.training.activation_checkpointing != "none"
     return kept, work + whole * again
+
+
+def _eager_cpu(config: RunConfig, device: Kind) -> bool:
+    return device == "cpu" and not config.training.compile
+
+
+def _norm(config: RunConfig, element: int, device: Kind) -> float:
+    """Return bytes an element of the width that one norm keeps: its input and its output.
+
+    A CPU has no kernel of its own for an RMS norm: it keeps the input in fp32 and, where the gain
+    learns, the normalized input as well.
+    """
+    model = config.model
+    if model.norm != "rmsnorm" or not _eager_cpu(config, device):
+        return 2 * element
+    learned = gradients(model, config.finetune).learned
+    norms = [row.name for row in shapes.parameters(model) if "layernorm.weight" in row.name]
+    return element + 4 + 4 * sum(name in learned for name in norms) / len(norms)
+
+
+def _noise(config: RunConfig, element: int, device: Kind) -> int:
+    """Return bytes an element of one dropout's mask, which a CPU keeps as a factor."""
+    each = element if _eager_cpu(config, device) else 1
+    return each if config.model.hidden_dropout > 0 else 0
+
+
+def _mask_samples(config: RunConfig, stack: _Stack) -> int:
+    """Return how many [T, T] masks a stack's self-attention has in a micro-batch; 0: none.
+
+    As `megalite.model.attend` makes them: for documents and padding one of each sample, for a
+    window alone one for all.
+    """
+    tuning, window = config.finetune, config.model.sliding_window
+    reads = stack.name != "model.decoder"  # what is written has neither padding nor documents
+    documents = tuning.data.packing if tuning else config.data.mask_documents
+    padded = tuning is not None and config.model.architecture != "decoder"
+    if reads and (documents or padded):
+        return stack.samples
+    return int(window is not None and window < stack.length)
+
+
+def _shared_mask(config: RunConfig, plan: Plan, element: int, stack: _Stack) -> int:
+    """Return bytes of what all blocks of a stack share: a bool mask, T5's biases and gradients."""
+    samples = _mask_samples(config, stack)
+    if config.model.position_embedding == "relative":
+        heads = config.model.num_attention_heads // plan.tensor_parallel
+        return 2 * element * max(1, samples) * heads * stack.length**2
+    return samples * stack.length**2
+
+
+def _plain_attention(config: RunConfig, device: Kind) -> bool:
+    """Return whether attention makes its scores one by one, for want of a fused kernel."""
+    model = config.model
+    return device == "cpu" and (
+        model.attention_dropout > 0 or model.position_embedding == "relative"
+    )
+
+
+def _scores(config: RunConfig, plan: Plan, element: int, device: Kind, stack: _Stack) -> int:
+    """Return bytes of tokens against tokens that the attention of one block keeps.
+
+    Fused attention makes a mask of numbers from a bool mask and keeps it. On a CPU it knows neither
+    dropout nor biases that learn: there the scores exist in fp32, and with dropout the mask and
+    the product as well. A GPU's fused attention takes no mask for shared heads: they are repeated.
+    """
+    model, t = config.model, plan.tensor_parallel
+    heads, pairs = model.num_attention_heads // t, stack.length**2
+    crossed = stack.length * stack.read
+    if _plain_attention(config, device):
+        copies = 3 if model.attention_dropout > 0 else 1
+        across = crossed if model.attention_dropout > 0 else 0
+        return 4 * copies * stack.samples * heads * (pairs + across)
+    samples = _mask_samples(config, stack)
+    if model.position_embedding == "relative" or not samples:
+        return 0
+    repeated = 2 * (heads - model.num_key_value_heads // t) * model.head_dim * stack.tokens
+    return element * (samples * pairs + repeated * (device == "cuda"))
 
 
 def _logits(config: RunConfig, plan: Plan, element: int) -> int:
