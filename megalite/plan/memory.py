@@ -23,6 +23,7 @@ _SUB_GROUP = 1_000_000_000  # sub_group_size
 # of a CPU's process: libraries at work, a group's connections, what measures a classifier; and
 # holes in the heap as a share of activations
 _LIBRARIES, _GROUP, _MEASURES, _HOLES = 85 << 20, 40 << 20, 70 << 20, 0.55
+_MAPPED = 32 << 20  # a piece of so many bytes is not of the heap
 STAGE_0_BUCKET = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE of deepspeed/runtime/engine.py
 
 
@@ -193,14 +194,40 @@ def process_bytes(config: RunConfig, plan: Plan) -> int:
 
     They are those of `memory_bytes`, the libraries that a run loads at work, and holes in the C
     library's heap: a freed tensor leaves room that a tensor of its own size, aligned, does not fit
-    into. Holes are a share of what the blocks keep, measured by `benchmarks/plan.py --cpu` under
-    the heap that `megalite.env.restart_with_heap` sets.
+    into. Holes are a share of what the blocks keep there, measured by `benchmarks/plan.py --cpu`
+    under the heap that `megalite.env.restart_with_heap` sets.
     """
     element = 4 if plan.precision == "fp32" else 2
-    holes = round(_HOLES * sum(_activations(config, plan, element, "cpu")))
+    _, work = _activations(config, plan, element, "cpu")
+    # unlike a GPU's allocator, a heap reuses the logits' room for the blocks' gradients
+    twice = min(work, _logits(config, plan, element))
+    holes = round(_HOLES * _heap_bytes(config, plan, element))
     libraries = _LIBRARIES + _GROUP * (plan.world_size > 1)
     libraries += _MEASURES * bool(config.model.num_labels)
-    return libraries + plan.memory_bytes["total"] + holes
+    return libraries + plan.memory_bytes["total"] - twice + holes
+
+
+def _heap_bytes(config: RunConfig, plan: Plan, element: int) -> int:
+    """Return the bytes of activations in pieces that the heap holds.
+
+    Larger pieces and masks leave no holes. Scores made one by one leave another copy of their size.
+    """
+    kept, work = _activations(config, plan, element, "cpu")
+    model, total = config.model, kept + work
+    if config.training.activation_checkpointing != "none":
+        return total
+    inner = element * model.intermediate_size // plan.tensor_parallel
+    lengths = shapes.lengths(config)
+    for name, layers in shapes.stacks(model).items():
+        read = lengths["model.encoder"] if name == "model.decoder" else 0
+        stack = _Stack(name, plan.micro_batch_size, lengths[name], read)
+        first = (2 if model.gated else 1) * inner * stack.tokens
+        rest = inner * stack.tokens
+        mapped = first * (first >= _MAPPED) + (2 if model.gated else 1) * rest * (rest >= _MAPPED)
+        scores = _scores(config, plan, element, "cpu", stack)
+        total += layers * (scores // 3 if _plain_attention(config, "cpu") else -scores)
+        total -= layers * mapped
+    return total
 
 
 def _gathered(plan: Plan, n: int, element: int) -> int:
