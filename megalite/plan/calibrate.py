@@ -133,7 +133,8 @@ def read_run(folder: Path) -> Run:
         if device.kind == "cpu":
             device = guess_cpu(record.get("native_bf16", False))
         layout = Layout(device, record["hosts"], record["per_host"])
-        config = load_config(folder / "config.json")
+        sets = [f"training.precision={record['precision']}"] if "precision" in record else []
+        config = load_config(folder / "config.json", sets)
         run = Run(config, layout, float(record["measured"]["step_seconds"]))
         forecast(config, layout)
     except FileNotFoundError:
@@ -157,6 +158,8 @@ def _faults(record: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}: expected a whole number from 1 to {_MOST_RANKS}, found {show(value)}"
     if not isinstance(native := record.get("native_bf16", False), bool):
         yield f"native_bf16: expected true or false, found {show(native)}"
+    if (precision := record.get("precision", "fp32")) not in PRECISIONS:
+        yield f"precision: expected one of {', '.join(PRECISIONS)}, found {show(precision)}"
     measured = record.get("measured")
     if not isinstance(measured, Mapping):
         yield f"measured: expected an object, found {show(measured)}"

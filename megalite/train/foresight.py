@@ -58,6 +58,7 @@ class Foresight:
                 "hosts": layout.hosts,
                 "per_host": layout.per_host,
                 "native_bf16": device.native_bf16,
+                "precision": plan.precision,
                 "baseline_bytes": self._baseline,
             }
             self._predicted = {

@@ -211,6 +211,7 @@ def record(folder: Path, content: Any, *sets: str) -> Path:
         (RECORD | {"per_host": "2"}, "per_host: expected a whole number"),
         (RECORD | {"per_host": 7}, "is not a multiple"),
         (RECORD | {"native_bf16": 1}, "native_bf16: expected true or false"),
+        (RECORD | {"precision": ["fp32"]}, "precision: expected one of bf16, fp16, fp32"),
         (RECORD | {"measured": 3}, "measured: expected an object"),
         (RECORD | {"measured": {"step_seconds": "1"}}, "measured.step_seconds: expected"),
         (RECORD | {"measured": {"step_seconds": float("inf")}}, "Infinity is not a number"),
