@@ -1,8 +1,10 @@
 """How true the plan's forecasts are: against published runs, and against runs on this machine.
 
     python benchmarks/plan.py                       published throughput and layouts (seconds)
-    python benchmarks/plan.py --cpu                 24 small runs here: memory, and steps after
-                                                    calibration on two of them (half an hour)
+    python benchmarks/plan.py --cpu                 24 small runs and 8 of the kinds that users
+                                                    start, here: memory, and steps of the 24 after
+                                                    calibration on two of them (40 minutes)
+    python benchmarks/plan.py --kinds               those 8 alone
     python benchmarks/plan.py --fit 120             search for better efficiencies, for so long
 
 benchmarks/published.json has each published row with its source: layers, width, heads, key/value
@@ -22,15 +24,15 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import random
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import plan_runs
 
 from megalite.config import RunConfig, parse_config
 from megalite.errors import ConfigError
@@ -78,6 +80,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cpu", action="store_true", help="runs on this machine")
+    parser.add_argument("--kinds", nargs="*", metavar="NAME", help="these kinds alone; all")
     parser.add_argument("--fit", type=float, metavar="SECONDS", help="search for efficiencies")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args()
@@ -213,74 +216,39 @@ def fit(rows: Sequence[Row], seconds: float) -> Efficiencies:
 
 # ---- this machine
 
-SHAPES = {  # width, layers, inner width: 6 M to 200 M parameters with 8,192 pieces
-    "6M": (256, 2, 704),
-    "20M": (384, 8, 1024),
-    "60M": (640, 10, 1728),
-    "200M": (1024, 14, 2816),
-}
-LAYOUTS = {  # ranks, tensor, ZeRO, micro-batch, recompute
-    "1 rank": (1, 1, 0, 2, "none"),
-    "1 rank again": (1, 1, 1, 4, "full"),
-    "2 ranks": (2, 1, 1, 2, "none"),
-    "2 ranks ZeRO 2": (2, 1, 2, 2, "selective"),
-    "2 ranks ZeRO 3": (2, 1, 3, 4, "none"),
-    "tensor 2": (2, 2, 1, 4, "selective"),
-}
 CALIBRATED_BY = (("20M", "1 rank"), ("20M", "tensor 2"))
 
 
-def machine_runs(work: Path) -> list[dict[str, Any]]:
-    """Predicted beside measured, of every shape on every layout."""
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    corpus = work / "corpus.txt"
-    stdlib = Path(os.__file__).parent
-    corpus.write_text("\n".join(p.read_text() for p in sorted(stdlib.glob("*.py"))[:60]))
-    prep = [sys.executable, "-m", "data_prep", "tokenize", "--input", str(corpus)]
-    prep += ["--tokenizer", "bytes", "--output", str(work / "shards")]
-    subprocess.run(prep, check=True, env=environ, capture_output=True)
-    found = []
-    for (shape, sizes), (name, layout) in itertools.product(SHAPES.items(), LAYOUTS.items()):
-        run = work / "runs" / f"{shape}-{name}".replace(" ", "-")
-        (work / "run.json").write_text(json.dumps(_machine_file(run, sizes, layout)))
-        ranks = layout[0]
-        command = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-        command += [str(ROOT / "launcher/pretrain.py"), "--config", str(work / "run.json")]
-        subprocess.run([sys.executable, *command], check=True, env=environ, capture_output=True)
-        found.append({"shape": shape, "layout": name, "folder": str(run)})
-        found[-1] |= json.loads((run / "plan.json").read_text())
-        sys.stdout.write(f"{json.dumps(found[-1])}\n")
-        sys.stdout.flush()
+def machine_runs(work: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Run everything of benchmarks/plan_runs.py; return shapes on layouts, and kinds."""
+    plan_runs.write_data(work)
+    found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    for rows, runs in zip(
+        found, (plan_runs.shape_runs(work), plan_runs.kind_runs(work)), strict=True
+    ):
+        for row in runs:
+            rows.append(row)
+            sys.stdout.write(f"{json.dumps(row)}\n")
+            sys.stdout.flush()
     return found
 
 
-def _machine_file(run: Path, sizes: tuple[int, int, int], layout: tuple[Any, ...]) -> Any:
-    hidden, layers, inner = sizes
-    ranks, tensor, stage, micro, recompute = layout
+def memory_error(row: dict[str, Any]) -> tuple[float, bool]:
+    """Return the relative error of predicted memory, and whether it is over 12 % and 100 MB."""
+    predicted, measured = (row[key]["memory_bytes"] for key in ("predicted", "measured"))
+    gap = predicted - measured
+    return gap / measured, abs(gap) > max(0.12 * measured, 100e6)
+
+
+def compare_kinds(found: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "name": run.name,
-        "model": {
-            "vocab_size": 8192,
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_hidden_layers": layers,
-            "num_attention_heads": hidden // 64,
-            "max_position_embeddings": 256,
-        },
-        "data": {"train": [{"path": str(run.parents[1] / "shards")}], "sequence_length": 256},
-        "optimizer": {"lr": 1e-4},
-        "parallel": {"tensor": tensor},
-        "training": {
-            "steps": 6,
-            "global_batch_size": 2 * micro * ranks // tensor,
-            "micro_batch_size": micro,
-            "activation_checkpointing": recompute,
-            "precision": "fp32",
-            "log_every": 1,
-        },
-        "deepspeed": {"zero_optimization": {"stage": stage}},
-        "checkpoint": {"every": 0},
-        "logging": {"directory": str(run.parent), "tensorboard": False},
+        row["kind"]: {
+            "predicted_bytes": row["predicted"]["memory_bytes"],
+            "measured_bytes": row["measured"]["memory_bytes"],
+            "error": memory_error(row)[0],
+            "beyond": memory_error(row)[1],
+        }
+        for row in found
     }
 
 
@@ -293,11 +261,10 @@ def compare_machine(found: list[dict[str, Any]]) -> dict[str, Any]:
     device = make_device(told)
     memory, beyond, steps = [], [], []
     for one in found:
-        predicted, measured = one["predicted"], one["measured"]
-        gap = predicted["memory_bytes"] - measured["memory_bytes"]
-        memory.append(abs(gap) / measured["memory_bytes"])
-        allowed = max(0.12 * measured["memory_bytes"], 100e6)
-        beyond += [f"{one['shape']} {one['layout']}"] * (abs(gap) > allowed)
+        measured = one["measured"]
+        error, over = memory_error(one)
+        memory.append(abs(error))
+        beyond += [f"{one['shape']} {one['layout']}"] * over
         seconds = read_run(Path(one["folder"])).predicted(device)
         steps.append(abs(seconds / measured["step_seconds"] - 1))
     large = [m for m, one in zip(memory, found, strict=True) if one["shape"] in ("60M", "200M")]
@@ -313,6 +280,12 @@ def compare_machine(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     chosen = parse()
+    if chosen.kinds is not None:
+        with tempfile.TemporaryDirectory(prefix="plan-") as work:
+            plan_runs.write_data(Path(work))
+            runs = plan_runs.kind_runs(Path(work), chosen.kinds)
+            sys.stdout.write(json.dumps(compare_kinds(list(runs)), indent=2) + "\n")
+        return
     rows = list(published())
     if chosen.fit:
         best = fit(rows, chosen.fit)
@@ -321,7 +294,9 @@ def main() -> None:
     result = {"published": compare_published(rows)}
     if chosen.cpu:
         with tempfile.TemporaryDirectory(prefix="plan-") as work:
-            result["machine"] = compare_machine(machine_runs(Path(work)))
+            shapes, kinds = machine_runs(Path(work))
+            result["kinds"] = compare_kinds(kinds)
+            result["machine"] = compare_machine(shapes)
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
     if chosen.json:
         chosen.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -62,6 +62,13 @@ class ExampleSet:
             self._packing = pack(self._lengths, self._longest, longer="cut")
         self.windows = self._packing.windows if self._packing else len(self.split)
 
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the longest sample."""
+        if self._packing:
+            return self._longest
+        return min(self._longest, int(self._lengths.max()))
+
     def describe(self, samples: int = 0) -> dict[str, Any]:
         """Sizes for a report."""
         info = self.split.info

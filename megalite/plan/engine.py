@@ -62,7 +62,8 @@ def _engine_defaults(config: RunConfig, plan: Plan) -> dict[str, Any]:
             "zero_optimization.overlap_comm": plan.zero_stage == 3,
         }
     if plan.zero_stage == 3:
-        defaults["zero_optimization.stage3_prefetch_bucket_size"] = bucket
+        fetched = bucket_elements(config, plan, trained=False)
+        defaults["zero_optimization.stage3_prefetch_bucket_size"] = fetched
     return defaults
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Literal
 
 from megalite import shapes
 from megalite.config import ModelConfig, RunConfig
+from megalite.plan.activations import activation_bytes, heap_bytes
+from megalite.plan.devices import Kind
 from megalite.plan.gradients import gradients, head_weight
 from megalite.plan.sizes import Plan, without_auto
 
@@ -19,21 +20,27 @@ from megalite.plan.sizes import Plan, without_auto
 _BUCKET = 50_000_000
 _LIVE_PARAMETERS = 1_000_000_000  # stage3_max_live_parameters of DeepSpeed 0.19
 _SUB_GROUP = 1_000_000_000  # sub_group_size
-# of a CPU's process: what libraries take at work, a group's connections, holes beside small pieces
-_LIBRARIES, _GROUP, _HOLES = 60 << 20, 40 << 20, 0.77
+# of a CPU's process: libraries at work, a group's connections, what measures a classifier; and
+# holes in the heap as a share of activations
+_LIBRARIES, _GROUP, _MEASURES, _HOLES = 85 << 20, 40 << 20, 70 << 20, 0.55
 STAGE_0_BUCKET = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE of deepspeed/runtime/engine.py
 
 
-def bucket_elements(config: RunConfig, plan: Plan) -> int:
-    """Elements of a communication bucket: no more than there are; even, as DeepSpeed asks."""
-    local = local_elements(config, plan.tensor_parallel)
-    return min(_BUCKET, local + local % 2)
+def bucket_elements(config: RunConfig, plan: Plan, *, trained: bool = True) -> int:
+    """Return the elements of a communication bucket: even, as DeepSpeed requires.
+
+    Args:
+        trained: if true, no more than learn; else no more than there are.
+    """
+    local = local_elements(config, plan.tensor_parallel, trained=trained)
+    return min(_BUCKET, max(2, local + local % 2))
 
 
 def bucket_of(config: RunConfig, plan: Plan, key: str) -> int:
     """Elements of the bucket that `deepspeed.zero_optimization` has under `key`, or ours."""
     section = without_auto(config.deepspeed).get("zero_optimization", {})
-    return int(section.get(key, bucket_elements(config, plan)))
+    trained = key != "stage3_prefetch_bucket_size"  # weights are fetched, frozen ones too
+    return int(section.get(key, bucket_elements(config, plan, trained=trained)))
 
 
 def local_elements(config: RunConfig, tensor: int, *, trained: bool = False) -> int:
@@ -59,7 +66,7 @@ def offloads(config: RunConfig) -> bool:
     return bool((zero.get("offload_optimizer") or {}).get("device", "none") != "none")
 
 
-def host_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> dict[str, int]:
+def host_bytes(config: RunConfig, plan: Plan, device: Kind) -> dict[str, int]:
     """Bytes that a rank keeps in its host's memory beside what `memory_bytes` totals.
 
     What an optimizer on the host takes, and the snapshot of a save in the background: the rank's
@@ -75,7 +82,7 @@ def host_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) ->
     }
 
 
-def memory_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> dict[str, int]:
+def memory_bytes(config: RunConfig, plan: Plan, device: Kind) -> dict[str, int]:
     """Bytes of one rank at the peak of a step, in the categories of the interface.
 
     The total can be less than the sum: gradients that a backward makes, and the buckets they are
@@ -85,7 +92,7 @@ def memory_bytes(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) 
     n = local_elements(config, plan.tensor_parallel)
     element = 4 if plan.precision == "fp32" else 2
     parameters, optimizer, held, gradients = _states(config, plan, n, element)
-    kept, work = _activations(config, plan, element)
+    kept, work = activation_bytes(config, plan, element, device)
     logits = _logits(config, plan, element)
     trained = local_elements(config, plan.tensor_parallel, trained=True)
     buffers = _buffers(config, plan, trained, element)
@@ -182,79 +189,25 @@ def _arriving(config: RunConfig, plan: Plan, n: int, element: int) -> int:
 
 
 def process_bytes(config: RunConfig, plan: Plan) -> int:
-    """Bytes that a rank on a CPU adds to its process: those of a step as the C library keeps them.
+    """Return the bytes that a rank on a CPU adds to its process at the peak of a run.
 
-    Large pieces come from the system and go back. Where small ones have been, holes stay in the
-    heap, so that the most there was of each kind adds up, though not at one moment. Measured by
-    `benchmarks/plan.py --cpu`.
+    They are those of `memory_bytes`, the libraries that a run loads at work, and holes in the C
+    library's heap: a freed tensor leaves room that a tensor of its own size, aligned, does not fit
+    into. Holes are a share of what the blocks keep there, measured by `benchmarks/plan.py --cpu`
+    under the heap that `megalite.env.restart_with_heap` sets.
     """
-    n, element = local_elements(config, plan.tensor_parallel), 4 if plan.precision == "fp32" else 2
-    trained = local_elements(config, plan.tensor_parallel, trained=True)
-    weights, optimizer, held, gradients = _states(config, plan, n, element)
-    made = 4 * (trained if plan.zero_stage < 2 else -(-trained // plan.data_parallel))
-    buffers = _buffers(config, plan, trained, element)
-    kept, work = _activations(config, plan, element)
-    small = max(held + kept + work + _logits(config, plan, element), made)
-    stays, sent = weights + optimizer, [buffers, gradients - made]
-    if plan.zero_stage == 3:
-        whole = _gathered(plan, n, element)
-        stays += held + _standing(config, plan) - whole
-        small += whole - held
-        arriving = _arriving(config, plan, n, element)
-        # one gather and one bucket for everything both stand until the end of the backward
-        alone = arriving == element * n and trained <= bucket_elements(config, plan)
-        sent.append(arriving + buffers * alone)
-    elif plan.zero_stage == 0 and plan.data_parallel == 1:
-        sent = [0]
-    large = sum(sent) if plan.zero_stage == 1 else max(sent)
+    element = 4 if plan.precision == "fp32" else 2
+    _, work = activation_bytes(config, plan, element, "cpu")
+    # unlike a GPU's allocator, a heap reuses the logits' room for the blocks' gradients
+    twice = min(work, _logits(config, plan, element))
+    holes = round(_HOLES * heap_bytes(config, plan, element))
     libraries = _LIBRARIES + _GROUP * (plan.world_size > 1)
-    return libraries + stays + large + round((1 + _HOLES) * small)
+    libraries += _MEASURES * bool(config.model.num_labels)
+    return libraries + plan.memory_bytes["total"] - twice + holes
 
 
 def _gathered(plan: Plan, n: int, element: int) -> int:
     return 0 if plan.data_parallel == 1 else element * min(n, _LIVE_PARAMETERS)
-
-
-def _activations(config: RunConfig, plan: Plan, element: int) -> tuple[int, int]:
-    """Bytes kept for the backward, and those of work in the one block being differentiated."""
-    model, kept, work = config.model, 0, 0
-    ends = element * 3 * model.hidden_size + 3 * 8  # embedding, last norm; ids, labels, positions
-    tokens = {stack: plan.micro_batch_size * n for stack, n in shapes.lengths(config).items()}
-    for stack, layers in shapes.stacks(model).items():
-        read = tokens["model.encoder"] if stack == "model.decoder" else 0
-        of_block, of_work = _block(config, plan, element, tokens[stack], read)
-        kept += layers * of_block + tokens[stack] * ends
-        work = max(work, of_work)
-    return kept, work
-
-
-def _block(config: RunConfig, plan: Plan, element: int, tokens: int, read: int) -> tuple[int, int]:
-    """`_activations` of one block of so many tokens, which may look at those that are `read`."""
-    model, t = config.model, plan.tensor_parallel
-    d, f = model.hidden_size, model.intermediate_size // t
-    q = model.num_attention_heads * model.head_dim // t
-    k = model.num_key_value_heads * model.head_dim // t
-    gated, cross = model.gated, read > 0
-    own = d // t if config.parallel.sequence else d  # of what is split along the tokens
-    # Per token: what the norms read and give (4 D); qkv, the turned q and k, and what attention
-    # gives (3 Q + 3 K); the MLP's first products, its activation and product. Of attention to what
-    # is read its norm, q and result, and per token that is read k and v.
-    block = element * (4 * own + 3 * q + 3 * k + (4 if gated else 2) * f)
-    block += element * (2 * own + 2 * q) * cross
-    block += 4 * q // model.head_dim * (1 + cross)  # log-sum-exp of attention
-    block += (2 + cross) * own * (model.hidden_dropout > 0)  # masks, a byte an element
-    # the block's input, qkv, attention, its projection, the MLP's products
-    products = element * (3 * own + 2 * q + 2 * k + (2 if gated else 1) * f)
-    products += element * (own + 2 * q) * cross
-    whole = tokens * block + 2 * element * k * read
-    kept = {
-        "none": whole,
-        "selective": tokens * products + 2 * element * k * read,
-        "full": tokens * element * own,
-    }[config.training.activation_checkpointing]
-    work = tokens * element * (2 * d + (3 if gated else 2) * f)  # gradients within the block
-    again = config.training.activation_checkpointing != "none"
-    return kept, work + whole * again
 
 
 def _logits(config: RunConfig, plan: Plan, element: int) -> int:

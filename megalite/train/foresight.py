@@ -25,16 +25,27 @@ _WARM_UP = 2  # rows that compile, allocate and read for the first time
 
 
 class Foresight:
-    """Foresees a run before its engine is built; tells at its end how true that was.
+    """Forecast of a run before its engine is built, compared with measurements at its end.
 
     On a CPU memory is what the process has beyond what it had before the engine; times there are
     guesses until `launcher/plan.py --calibrate` knows the machine.
+
+    Args:
+        longest: tokens of the longest training sample, where examples may be shorter than allowed.
     """
 
     def __init__(
-        self, config: RunConfig, plan: Plan, grid: Grid, host: str, hosts: list[str]
+        self,
+        config: RunConfig,
+        plan: Plan,
+        grid: Grid,
+        host: str,
+        hosts: list[str],
+        longest: int | None = None,
     ) -> None:
+        config = _as_run(config, plan, longest)
         self._predicted: dict[str, Any] | None = None
+        self._grid = grid
         self._baseline = 0 if grid.device.type == "cuda" else peak_memory_bytes(grid.device)
         device = _device(grid)
         if device is None:
@@ -51,7 +62,7 @@ class Foresight:
             }
             self._predicted = {
                 # a GPU's allocator tells what tensors took, a CPU's process has the margin too
-                "memory_bytes": plan.memory_bytes["total"]
+                "memory_bytes": found.plan.memory_bytes["total"]
                 + (found.margin if grid.device.type == "cpu" else 0),
                 "step_seconds": found.seconds.total,
             }
@@ -60,7 +71,8 @@ class Foresight:
         """Of a run's end, on rank 0: print both, and keep them in plan.json."""
         if recorder.rank != 0 or self._predicted is None:
             return
-        measured = _measured(recorder.folder, recorder.attempt, self._baseline)
+        own = peak_memory_bytes(self._grid.device)  # the last evaluation and save included
+        measured = _measured(recorder.folder, recorder.attempt, self._baseline, own)
         if measured is None:
             return
         predicted = self._predicted
@@ -86,17 +98,32 @@ def _device(grid: Grid) -> Device | None:
     return by_driver_name(told.name, told.total_memory)
 
 
-def _measured(folder: Path, attempt: int, baseline: int) -> dict[str, Any] | None:
-    """The median step and the most memory of a start's rows; None where there are too few."""
+def _as_run(config: RunConfig, plan: Plan, longest: int | None) -> RunConfig:
+    """Return the run file with the precision that "auto" became and the length of its samples."""
+    training = config.training.model_copy(update={"precision": plan.precision})
+    config = config.model_copy(update={"training": training})
+    if longest is None or config.model.architecture == "encoder_decoder":
+        return config
+    length = min(config.data.sequence_length, -(-longest // 8) * 8)
+    data = config.data.model_copy(update={"sequence_length": length})
+    return config.model_copy(update={"data": data})
+
+
+def _measured(folder: Path, attempt: int, baseline: int, own: int) -> dict[str, Any] | None:
+    """Return the median step and the most memory of a start's rows; None if they are too few.
+
+    Args:
+        own: the most memory that this rank has had by now, in bytes.
+    """
     try:
         rows = files.read_rows(folder / "metrics.jsonl")
     except OSError:
         return None
-    own = [row for row in rows if row.get("kind") == "train" and row.get("attempt") == attempt]
-    times = [row["step_seconds"] for row in own[_WARM_UP:] if row.get("step_seconds")]
+    steps = [row for row in rows if row.get("kind") == "train" and row.get("attempt") == attempt]
+    times = [row["step_seconds"] for row in steps[_WARM_UP:] if row.get("step_seconds")]
     if not times:
         return None
-    most = max(row.get("peak_memory_bytes") or 0 for row in own)
+    most = max(own, *(row.get("peak_memory_bytes") or 0 for row in steps))
     return {
         "memory_bytes": max(0, most - baseline),
         "step_seconds": statistics.median(times),

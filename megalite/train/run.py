@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megalite import checkpoint
 from megalite.checkpoint import Lease, Place, Saver
-from megalite.data import Dataset, Loader, Samples
+from megalite.data import Dataset, ExampleSet, Loader, Samples
 from megalite.engine import Engine
 from megalite.env import Launch
 from megalite.errors import MegaLiteError, Stopped, UserError
@@ -154,7 +154,8 @@ class _Run:
         request, config, grid = self.request, self.request.config, self.grid
         self.ledger = Ledger(request.folder, grid, config.guards.spike_window)
         host = socket.gethostname()
-        foresight = Foresight(config, self.plan, grid, host, grid.gather(host))
+        longest = self.train.longest if isinstance(self.train, ExampleSet) else None
+        foresight = Foresight(config, self.plan, grid, host, grid.gather(host), longest)
         self.engine = _make_engine(request, self.plan, grid, self.settings)
         guard = _guard(request, self.plan, grid, self.engine)
         if self.origin is not None:

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from megalite.plan.calibrate import read_run
-from megalite.plan.devices import DEVICES
 from tests.ranks import run_ranks
 from tests.runs import rows, run_file, train, zero
 
@@ -26,5 +25,5 @@ def test_predicted_and_measured_are_kept(shards: dict[str, str], tmp_path: Path)
         assert number > 0
     run = read_run(tmp_path / "run")
     assert run.seconds == record["measured"]["step_seconds"]
-    predicted = run.predicted(DEVICES["cpu"])
+    predicted = run.predicted(run.layout.device)
     assert predicted == pytest.approx(record["predicted"]["step_seconds"])
