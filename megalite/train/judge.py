@@ -36,6 +36,13 @@ class Verdict(NamedTuple):
     reason: str = ""
 
 
+class Jump(Exception):
+    """A step whose loss or gradient jumped, and that the run goes back from; on every rank."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        self.step, self.reason = step, reason
+
+
 class Judge:
     """Judges steps by the numbers of those before; the same on every rank that asks the same.
 

@@ -25,17 +25,10 @@ from megalite.parallel import Grid
 from megalite.plan import Plan
 from megalite.train.drift import DriftGuard
 from megalite.train.feed import Feed, StopRequest
-from megalite.train.judge import Judge, Verdict
+from megalite.train.judge import Judge, Jump, Verdict
 from megalite.train.measure import Measure
 
 Inspect = Callable[[int, Engine, Grid], None]
-
-
-class Jump(Exception):
-    """A step whose loss or gradient jumped, and that the run goes back from; on every rank."""
-
-    def __init__(self, step: int, reason: str) -> None:
-        self.step, self.reason = step, reason
 
 
 @dataclass
@@ -93,7 +86,7 @@ class Trainer:
                 self._evaluate()
             self._write()
         elif self._owed():
-            self._evaluate()
+            self._evaluate_or_leave()
         self._lapped = self.place, self.sections.totals().get("step", 0.0)
         while not self._finished():
             self.sections.enter("step")
@@ -198,7 +191,7 @@ class Trainer:
         else:
             measured = saves = self.measure.due(self._before, self.place)
         if measured:
-            self._evaluate()
+            self._evaluate_or_leave()
         samples = self.config.logging.samples
         every = samples.every if samples else None
         if last or (_due(step, every) if every else measured):
@@ -211,9 +204,7 @@ class Trainer:
     def _finish(self) -> None:
         """Make the last validation and the last checkpoint, unless this step already had them."""
         if self._evaluated != self.place.step:
-            self._evaluate()
-            if (self.valid or self.measure) and self._evaluated != self.place.step:
-                self._leave()  # asked to stop meanwhile: the next start makes it
+            self._evaluate_or_leave()
         if self._saved != self.place.step:
             self._save()
         self.settle()
@@ -265,8 +256,17 @@ class Trainer:
             return None
         return self.plan.flops_per_token * tokens_per_second / (peak * self.plan.world_size)
 
+    def _evaluate_or_leave(self) -> None:
+        """Validate; a run that is asked to stop meanwhile leaves here, and the next start does it.
+
+        Not one step further: the checkpoint of this very place is to get the score.
+        """
+        self._evaluate()
+        if (self.valid or self.measure) and self._evaluated != self.place.step:
+            self._leave()
+
     def _evaluate(self) -> None:
-        """Validate, unless the run is asked to stop meanwhile: the next step heeds that."""
+        """Validate, unless the run is asked to stop meanwhile."""
         if self.measure is not None:
             with self.sections.inside("eval"):
                 measured = self.measure(self.place, self.feed.asked)

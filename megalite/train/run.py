@@ -36,9 +36,9 @@ from megalite.train.drift import DriftGuard
 from megalite.train.feed import Feed, StopRequest
 from megalite.train.folder import opened
 from megalite.train.foresight import Foresight
-from megalite.train.judge import Judge
+from megalite.train.judge import Judge, Jump
 from megalite.train.ledger import IN_CHECKPOINT, Ledger, order_id
-from megalite.train.loop import Jump, Trainer
+from megalite.train.loop import Trainer
 from megalite.train.outcome import lost_rank, verdict
 from megalite.train.request import Request, Settings, check, check_command, settings_of
 from megalite.train.resume import Origin, load
