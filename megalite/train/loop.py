@@ -94,7 +94,7 @@ class Trainer:
                 self._evaluate()
             self._write()
         elif self._owed():
-            self._evaluate()
+            self._evaluate_or_leave()
         self._lapped = self.place, self.sections.totals().get("step", 0.0)
         while not self._finished():
             self.sections.enter("step")
@@ -200,7 +200,7 @@ class Trainer:
         else:
             measured = saves = self.measure.due(self._before, self.place)
         if measured:
-            self._evaluate()
+            self._evaluate_or_leave()
         samples = self.config.logging.samples
         every = samples.every if samples else None
         if last or (_due(step, every) if every else measured):
@@ -213,9 +213,7 @@ class Trainer:
     def _finish(self) -> None:
         """Make the last validation and the last checkpoint, unless this step already had them."""
         if self._evaluated != self.place.step:
-            self._evaluate()
-            if (self.valid or self.measure) and self._evaluated != self.place.step:
-                self._leave()  # asked to stop meanwhile: the next start makes it
+            self._evaluate_or_leave()
         if self._saved != self.place.step:
             self._save()
         self.settle()
@@ -267,8 +265,17 @@ class Trainer:
         known, self._losses = [loss for loss in self._losses if math.isfinite(loss)], []
         return sum(known) / len(known) if known else None
 
+    def _evaluate_or_leave(self) -> None:
+        """Validate; a run that is asked to stop meanwhile leaves here, and the next start does it.
+
+        Not one step further: the checkpoint of this very place is to get the score.
+        """
+        self._evaluate()
+        if (self.valid or self.measure) and self._evaluated != self.place.step:
+            self._leave()
+
     def _evaluate(self) -> None:
-        """Validate, unless the run is asked to stop meanwhile: the next step heeds that."""
+        """Validate, unless the run is asked to stop meanwhile."""
         if self.measure is not None:
             with self.sections.inside("eval"):
                 measured = self.measure(self.place, self.feed.asked)

@@ -103,7 +103,7 @@ def test_fewer_epochs_than_were_trained_are_refused(reviews: Path) -> None:
     raw["finetune"] |= {"epochs": 1}
     (error,) = run_ranks(_tune, 1, raw)
     assert error.startswith("finetune.epochs 1, but ")
-    assert "has trained 3.0" in error
+    assert "has trained 3.10 epochs" in error
     raw["finetune"] |= {"epochs": 4}
     assert run_ranks(_tune, 1, raw) == [""]
     assert numbers(raw)[-2]["epoch"] == 4
