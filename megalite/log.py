@@ -7,11 +7,13 @@ to what a command reports.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import logging
 import math
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -48,6 +50,7 @@ _COMMANDS = re.compile(r"[\x1b\x80-\x9f\ud800-\udfff]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|\r(?!\n)")
 # metavars of paths
 _PATHS = {"CHECKPOINT", "DIR", "FILE", "FOLDER", "INPUT", "PATH", "RUN"}
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _GRACE_FOR_RANK_0 = 10.0  # seconds
 
 
@@ -246,6 +249,8 @@ def run_main(
     except LaunchError:
         rank = 0
     setup(rank=rank)
+    if ranks:
+        end_with_agent()
     try:
         code = main() or 0
     except UserError as error:
@@ -300,6 +305,21 @@ def _flush(code: int, *, ranks: bool) -> int:
 def _silence(stream: TextIO) -> None:
     """Send a stream that cannot be written to nowhere, so that the exit does not try again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def end_with_agent() -> None:
+    """Have Linux send this rank SIGTERM when torchrun's agent dies, as `kill -9` makes it.
+
+    The agent can then end nobody: without this its ranks would train on, and hold their devices.
+    A rank that gets the signal saves and stops.
+    """
+    if not sys.platform.startswith("linux") or not env.variable("TORCHELASTIC_RUN_ID"):
+        return
+    agent = os.getppid()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != agent:  # it died before the call
+            signal.raise_signal(signal.SIGTERM)
 
 
 def _print_error(error: MegaLiteError) -> None:

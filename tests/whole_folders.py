@@ -42,10 +42,14 @@ def make_run(folder: Path, _: Grid) -> None:
     numbers = {"step_seconds": 0.5, "memory_bytes": 1e9, "tokens_per_second": 10.0, "mfu": 0.1}
     plan = {"device": "cpu", "hosts": 1, "per_host": 1, "predicted": numbers, "measured": numbers}
     files.write_json(folder / "plan.json", plan)
-    evaluation = {
-        "test": {"accuracy": 0.5, "f1": 0.4, "confusion": [[1, 2], [3, 4]], "labels": ["a", "b"]},
-        "labels": ["a", "b"],
+    one = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "count": 3}
+    evaluation: dict[str, Any] = {
+        "step": 3,
+        "split": "test",
+        "accuracy": 0.5,
+        "confusion": [[1, 2], [3, 4]],
     }
+    evaluation["per_class"] = {"a": one, "b": one}
     files.write_json(folder / "evaluation.json", evaluation)
     answer = {"id": 3, "label": "a", "prediction": "b", "probabilities": [0.2, 0.8]}
     (folder / "predictions.jsonl").write_text(json.dumps(answer) + "\n")

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -206,7 +206,7 @@ def _find_tensor(file: FileIO, name: str) -> tuple[list[int], int]:
     if not isinstance(entry, dict):
         raise ValueError(f"its header describes no {name}")
     dtype, shape, ends = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not (dtype == "F32" and _are_counts(shape) and _are_counts(ends) and len(ends) == 2):
+    if not _are_counts(shape) or not _are_counts(ends) or (dtype, len(ends)) != ("F32", 2):
         raise ValueError(f"{name} is {dtype!s:.20} of shape {shape!s:.40}")
     first, stop = (8 + length + end for end in ends)
     if stop - first != 4 * math.prod(shape) or stop > size:
@@ -214,7 +214,7 @@ def _find_tensor(file: FileIO, name: str) -> tuple[list[int], int]:
     return shape, first
 
 
-def _are_counts(value: Any) -> bool:
+def _are_counts(value: Any) -> TypeGuard[list[int]]:
     plain = isinstance(value, list) and all(type(item) is int for item in value)
     return plain and all(0 <= item < 1 << 60 for item in value)
 

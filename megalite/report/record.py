@@ -222,7 +222,9 @@ def _read_predictions(record: Record) -> None:
         record.predictions += 1
         if row["label"] != row["prediction"]:
             record.wrong += 1
-            sure = max(row["probabilities"])
+            sure = max(map(number, row["probabilities"]))
+            if math.isnan(sure):
+                raise ValueError(f"probabilities {row['probabilities']!s:.40}")
             told = (sure, str(row["id"]), str(row["label"]), str(row["prediction"]))
             record.mistakes = sorted([*record.mistakes, told], reverse=True)[:_SUREST]
 

@@ -76,7 +76,10 @@ def _indexed_files(index: Path) -> list[Path]:
         places = files.read_object(index).get("weight_map")
     except (OSError, ValueError) as error:
         raise CommandError(f"{index} cannot be read: {error}; download it again") from None
-    names = list(places.values()) if isinstance(places, dict) else [places]
+    if not isinstance(places, dict):
+        told = type(places).__name__
+        raise CommandError(f"{index}: weight_map is {told}, not an object; download it again")
+    names: list[Any] = list(places.values())
     if wrong := [name for name in names if not files.is_plain_name(name)]:
         raise CommandError(
             f"{index}: weight_map names {wrong[0]!r:.60}, which is no file of this folder; "
