@@ -133,6 +133,7 @@ class Tuning:
         self._ends = {math.ceil(epoch * windows / size): epoch for epoch in epochs}
         self._per_epoch = windows / size  # steps
         self._said = False
+        self._baselines: dict[str, dict[str, Any]] = {}  # by split; on rank 0 alone
 
     def due(self, step: int) -> bool:
         """Whether an epoch ends with this step, or the run."""
@@ -226,8 +227,18 @@ class Tuning:
             return None
         whole = classify.measures(scores, dataset)
         if step is not None and self.grid.rank == 0:
+            whole["baselines"] = self._compare(split, whole, step)
+        if step is not None and self.grid.rank == 0:
             folder = self.recorder.folder
             files.write_json(folder / EVALUATION, {"step": step, "split": split, **whole})
             classify.write_predictions(folder / PREDICTIONS, scores, dataset)
             self.recorder.picture("valid/confusion", classify.picture(whole, dataset), step)
         return {key: value for key, value in whole.items() if isinstance(value, float)}
+
+    def _compare(self, split: str, measured: dict[str, Any], step: int) -> dict[str, Any]:
+        """Return the baselines of a split, after a line that compares the model with them."""
+        if split not in self._baselines:
+            self._baselines[split] = classify.baselines(self.sets["train"], self.sets[split])
+        last = step == self.config.training.steps or (split == "test" and "valid" in self.sets)
+        classify.log_comparison(split, measured, self._baselines[split], last=last)
+        return self._baselines[split]
