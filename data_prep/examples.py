@@ -25,17 +25,17 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.chat import TEMPLATE, Chat, find_template
-from data_prep.messages import (
-    ROW_WEIGHTS,
-    TOOLS,
-    Messages,
-    check_messages,
-    check_row_weight,
-    check_tools,
-)
+from data_prep.messages import OPTIONAL_COLUMNS, Messages, read_conversation
 from data_prep.output import staged
 from data_prep.records import Unusable
-from data_prep.rows import BadRows, Row, columns_of, label_name
+from data_prep.rows import (
+    BadRows,
+    Row,
+    columns_of,
+    label_name,
+    strip_label,
+    warn_of_similar,
+)
 from data_prep.sources import Source, find_source
 from data_prep.train import SAMPLE_CHARACTERS, learn_tokenizer, sample_chunks
 from megalite import files
@@ -165,7 +165,7 @@ class _Maker:
             self._columns.remove(self._data.label_column)
             self._optional = [self._data.label_column]
         if self._task == "sft":
-            self._optional = [name for name in (TOOLS, *ROW_WEIGHTS) if name not in self._columns]
+            self._optional = [name for name in OPTIONAL_COLUMNS if name not in self._columns]
         self._bad = {split: BadRows(self._data.max_bad_rows) for split in SPLITS}
         self._kept = self._cut_fractions()
         self._names: tuple[str, ...] | None = None
@@ -310,14 +310,7 @@ class _Maker:
                 raise Unusable(f"label {label!r} is none of {', '.join(self._labels)}")
             return _Fields(row, (text,), label)
         if self._task == "sft":
-            check_row_weight(row.values)
-            tools = check_tools(row.values.get(TOOLS))
-            if data.prompt_column and data.response_column:
-                asked, told = row.text(data.prompt_column), row.text(data.response_column)
-                turns = (("user", asked), ("assistant", told))
-                messages = [{"role": role, "content": text} for role, text in turns]
-            else:
-                messages = check_messages(row.get(data.messages_column))
+            messages, tools = read_conversation(row, self._columns)
             return _Fields(row, (), messages=messages, tools=tools)
         return _Fields(row, tuple(row.text(column) for column in self._columns))
 
@@ -332,10 +325,13 @@ class _Maker:
         if self._task != "classification":
             return {}
         labels = self._data.labels or self._names
-        if labels is None:
+        if labels is not None:
+            labels = tuple(map(strip_label, labels))
+        else:
             found = {fields.label for fields in self._rows("train")}
             numbers = all(re.fullmatch(r"-?\d+", label) for label in found)
             labels = tuple(sorted(found, key=lambda x: (int(x), x) if numbers else (0, x)))
+            warn_of_similar(labels)
         if len(set(labels)) != len(labels):
             raise DataError(f"finetune.data.labels {', '.join(labels)}: one is there twice")
         return {label: place for place, label in enumerate(labels)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,7 @@ Names = Sequence[str]
 
 _CONVERSATIONS = ("conversations", "conversation", "messages", "dialog", "chat")
 _NAMED = 5
+_EDGES = re.compile("^[\\s\u200b-\u200d\u2060\ufeff]+|[\\s\u200b-\u200d\u2060\ufeff]+$")
 _ENOUGH = 1000  # bad rows over what is allowed, after which none more is looked for
 
 
@@ -62,6 +65,25 @@ def check_text(value: Any, what: str, *, empty: bool = False) -> str:
     return value
 
 
+def strip_label(text: str) -> str:
+    """Return a label without the white space and invisible characters at its ends."""
+    return _EDGES.sub("", text)
+
+
+def warn_of_similar(labels: Iterable[str]) -> None:
+    """Log labels that a person would take for one, such as `Pos`, `pos` and `1`, `1.0`."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        key = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+        groups.setdefault(re.sub(r"(?<=\d)\.0+$", "", key), []).append(label)
+    for group in groups.values():
+        if len(group) > 1:
+            shown = ", ".join(map(repr, group))
+            logger.warning(
+                "the labels %s differ only in case, space or form; each is one by itself", shown
+            )
+
+
 def label_name(value: Any, column: str, names: Sequence[str] | None) -> str:
     """A label's name: True, False, the digits of a number, or what the source calls it."""
     if isinstance(value, bool):
@@ -72,9 +94,9 @@ def label_name(value: Any, column: str, names: Sequence[str] | None) -> str:
         if names is None:
             return str(value)
         if 0 <= value < len(names):
-            return names[value]
-    elif isinstance(value, str) and value.strip():
-        return value
+            return strip_label(names[value])
+    elif isinstance(value, str) and (name := strip_label(value)):
+        return name
     known = f", not one of {', '.join(names)}" if names else ", neither a whole number nor a name"
     raise Unusable(f"field {column!r} is {value!r:.40}{known}")
 

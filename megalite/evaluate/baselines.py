@@ -23,7 +23,9 @@ _BUCKETS = 1 << 20
 _CELLS = 1 << 25  # counts of all labels, at most: 128 MiB
 _CHUNK = 1 << 20  # tokens that are read at once
 _SMOOTHINGS = (0.03, 0.1, 0.3, 1.0)
-_CHOOSERS = 5000  # training examples, at most, that the smoothing is chosen on
+_CHOOSERS = 5000  # training examples, at most, that the smoothing is chosen on,
+_CHOICES = 1 << 20  # and at most so many times the labels
+_MOST = 1 << 25  # tokens of the training split that are read: every so many parts, evenly
 
 
 def measure_baselines(train: Split, held_out: Split, num_labels: int) -> _Baselines:
@@ -50,10 +52,11 @@ class _Bayes:
         self._F = F = min(_BUCKETS, 1 << (_CELLS // C).bit_length() - 1)
         self._prior_C = np.log(np.maximum(counts_C, 1e-9) / counts_C.sum())
         labels_N = _labels(train)
-        every = max(10, -(-len(train) // _CHOOSERS))
+        every = max(10, -(-len(train) // min(_CHOOSERS, max(1, _CHOICES // C))))
         seen_CF, chosen_CF = np.zeros((C, F), np.float32), np.zeros((C, F), np.float32)
         left: list[tuple[_Ints, _Ints]] = []
-        for rows, features in _features(train, F):
+        step = -(-len(train.tokens) // _MOST)
+        for rows, features in _features(train, F, step=max(1, step)):
             aside = rows % every == every - 1
             _count(seen_CF, labels_N[rows], features)
             _count(chosen_CF, labels_N[rows[aside]], features[aside])
@@ -89,12 +92,19 @@ def _count(into_CF: npt.NDArray[np.float32], labels: _Ints, features: _Ints) -> 
         into_CF[label] += np.bincount(features[labels == label], minlength=into_CF.shape[1])
 
 
-def _features(split: Split, F: int) -> Iterator[tuple[_Ints, _Ints]]:
-    """Yield examples and the buckets of what they hold, each once an example; some at a time."""
-    bounds, first = np.asarray(split.bounds), 0
-    while first < len(split):
+def _features(split: Split, F: int, *, step: int = 1) -> Iterator[tuple[_Ints, _Ints]]:
+    """Yield examples and the buckets of what they hold, each once an example; some at a time.
+
+    Args:
+        step: reads every so many parts only.
+    """
+    bounds, last, part = np.asarray(split.bounds), 0, -1
+    while last < len(split):
+        first, part = last, part + 1
         last = int(np.searchsorted(bounds, bounds[first] + _CHUNK, side="right")) - 1
         last = min(max(last, first + 1), len(split))
+        if part % step:
+            continue
         tokens = np.asarray(split.tokens[bounds[first] : bounds[last]], np.uint64) + np.uint64(1)
         rows = np.repeat(np.arange(first, last), np.diff(bounds[first : last + 1]))
         inside = rows[1:] == rows[:-1]
@@ -103,7 +113,6 @@ def _features(split: Split, F: int) -> Iterator[tuple[_Ints, _Ints]]:
         both = np.concatenate((rows, rows[1:][inside])) * F + hashed.astype(np.int64)
         both = np.unique(both)
         yield both // F, both % F
-        first = last
 
 
 def _mix(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -200,6 +200,32 @@ def test_weights_of_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         make("b.parquet", "sft")
 
 
+def test_a_system_field_of_a_row_is_its_first_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = {
+        "messages": json.dumps([USER, ANSWER]),
+        "system": "be brief",
+        "prompt": "q",
+        "response": "a",
+    }
+    pq.write_table(pa.Table.from_pylist([row, row | {"system": None}]), "a.parquet")
+    for columns in ({}, {"prompt_column": "prompt", "response_column": "response"}):
+        first, second = texts(
+            opened(make("a.parquet", "sft", max_length=256, **columns))[1]["train"]
+        )
+        assert (
+            first
+            == "<|im_start|>system\nbe brief<|im_end|>\n" + first[first.index("<|im_start|>u") :]
+        )
+        assert second.startswith("<|im_start|>user")
+    own = [{"role": "system", "content": "x"}, USER, ANSWER]
+    jsonl("a.jsonl", [{"messages": own, "system": "y"}])
+    with pytest.raises(DataError, match="the field 'system' and begins with a system turn; remove"):
+        make("a.jsonl", "sft")
+
+
 def test_a_row_of_sharegpt_says_which_column_to_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

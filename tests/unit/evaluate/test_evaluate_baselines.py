@@ -92,6 +92,16 @@ def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure_baselines(train, test, 3) == whole
 
 
+def test_of_a_large_split_some_parts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = drawn(1, 3000), drawn(2, 120)
+    whole = measure_baselines(train, test, 3)
+    monkeypatch.setattr(baselines, "_CHUNK", 100)
+    monkeypatch.setattr(baselines, "_MOST", len(train.tokens) // 3)
+    parts = measure_baselines(train, test, 3)
+    assert parts["majority"] == whole["majority"]
+    assert parts["bag_of_words"]["accuracy"] > whole["bag_of_words"]["accuracy"] - 0.1
+
+
 def test_scores_are_those_of_the_classifiers_metrics() -> None:
     import torch
 
