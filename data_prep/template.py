@@ -63,7 +63,8 @@ class Template:
         environment.filters["tojson"] = _to_json
         # one time for all renderings, or those of one conversation could differ
         environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
-        self._marks: Any = environment.extensions[_Generation.identifier]
+        marks: Any = environment.extensions[_Generation.identifier]
+        self._marks = marks
         try:
             self._compiled = environment.from_string(source)
         except jinja2.TemplateError as error:

@@ -75,7 +75,7 @@ class _Bayes:
         return self._guess(pieces, len(split), self._seen_CF, self._smoothing)
 
     def _guess(self, pieces: Any, N: int, seen_CF: npt.NDArray[Any], smoothing: float) -> _Ints:
-        known_F = seen_CF.any(axis=0)
+        known_F: npt.NDArray[np.bool_] = np.asarray(seen_CF.any(axis=0))
         totals_C = seen_CF.sum(axis=1, dtype=np.float64) + smoothing * np.count_nonzero(known_F)
         scores_CN = np.tile(self._prior_C[:, None], N)
         for rows, features in pieces:
@@ -111,7 +111,8 @@ def _features(split: Split, F: int, *, step: int = 1) -> Iterator[tuple[_Ints, _
         pairs = ((tokens[:-1] << np.uint64(32)) + tokens[1:])[inside]
         hashed = _mix(np.concatenate((tokens, pairs))) % np.uint64(F)
         both = np.concatenate((rows, rows[1:][inside])) * F + hashed.astype(np.int64)
-        both = np.unique(both)
+        both.sort()  # which is faster than np.unique
+        both = both[np.concatenate(([True], both[1:] != both[:-1]))]
         yield both // F, both % F
 
 
