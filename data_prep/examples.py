@@ -362,6 +362,8 @@ class _Maker:
                 except Unusable as error:
                     self._bad[split].add(fields.row, str(error))
                     continue
+                except DataError as error:
+                    raise DataError(f"{fields.row.place}: {error}") from None
                 made.add(fields.row.number, *example)
                 made.labels.append(self._labels.get(fields.label, -1))
         if self._chat is not None:

@@ -39,6 +39,18 @@ SEPARATED = (
 )
 
 
+# Drops the reasoning of earlier turns, and has an empty one for the last, as reasoning models do.
+THINKS = (
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>\n{% if m.role == 'assistant' %}"
+    "{% set parts = (m.content or '').split('</think>') %}"
+    "{% if loop.last %}<think>{{ parts[0] if parts | length > 1 }}</think>{% endif %}"
+    "{{ parts[-1] | trim }}{% for c in m.tool_calls %}call {{ c.function.name }}{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}</{{ m.role }}>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+
+
 def turns(*pairs: str) -> list[dict[str, Any]]:
     roles = {"s": "system", "u": "user", "a": "assistant"}
     return [{"role": roles[text[0]], "content": text[1:]} for text in pairs]
@@ -77,6 +89,25 @@ def test_an_opening_that_the_template_refuses_is_its_refusal() -> None:
 def test_spaces_around_an_opening_are_the_templates_matter() -> None:
     assert learned(WANTS_USER, turns("a  how? ", "uq")) == ["how?</assistant>\n"]
     assert learned(FIRST_IS_READ, turns("a  how? ", "uq")) == ["  how? </assistant>"]
+
+
+def test_turns_that_change_when_others_follow_are_found() -> None:
+    messages = turns(
+        "uq", "ar1</think> one</assistant>?", "u</assistant>\n<assistant>\n", "ar2</think>two"
+    )
+    assert learned(THINKS, messages) == [
+        "one</assistant>?</assistant>\n",
+        "<think>r2</think>two</assistant>\n",
+    ]
+    call = {"role": "assistant", "tool_calls": [CALL]}
+    messages = [USER, call, {"role": "tool", "content": "5"}, ANSWER]
+    assert learned(THINKS, check_messages(messages)) == [
+        "call rain</assistant>\n",
+        "<think></think>hi</assistant>\n",
+    ]
+    bare = THINKS.replace("<assistant>\n{% endif %}", "{% endif %}")
+    with pytest.raises(DataError, match=r"put \{% generation %\}"):
+        learned(bare, turns("uq", "ar1</think>one", "uq", "ar2</think>two"))
 
 
 @pytest.mark.parametrize("key", ["weight", "train", "training", "trainable", "loss", "learn"])
