@@ -8,7 +8,7 @@ from typing import Any
 
 from data_prep.messages import TOOLS, Messages, check_messages, check_tools
 from data_prep.records import Unusable
-from data_prep.sources import find_source
+from data_prep.rows import find_source
 from megalite.errors import CommandError
 
 

@@ -28,15 +28,8 @@ from data_prep.chat import TEMPLATE, Chat, find_template
 from data_prep.messages import OPTIONAL_COLUMNS, Messages, read_conversation
 from data_prep.output import staged
 from data_prep.records import Unusable
-from data_prep.rows import (
-    BadRows,
-    Row,
-    columns_of,
-    label_name,
-    strip_label,
-    warn_of_similar,
-)
-from data_prep.sources import Source, find_source
+from data_prep.row import Row
+from data_prep.rows import BadRows, Source, columns_of, find_source, label_name
 from data_prep.train import SAMPLE_CHARACTERS, learn_tokenizer, sample_chunks
 from megalite import files
 from megalite.config import RunConfig
@@ -325,13 +318,10 @@ class _Maker:
         if self._task != "classification":
             return {}
         labels = self._data.labels or self._names
-        if labels is not None:
-            labels = tuple(map(strip_label, labels))
-        else:
+        if labels is None:
             found = {fields.label for fields in self._rows("train")}
             numbers = all(re.fullmatch(r"-?\d+", label) for label in found)
             labels = tuple(sorted(found, key=lambda x: (int(x), x) if numbers else (0, x)))
-            warn_of_similar(labels)
         if len(set(labels)) != len(labels):
             raise DataError(f"finetune.data.labels {', '.join(labels)}: one is there twice")
         return {label: place for place, label in enumerate(labels)}

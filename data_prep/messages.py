@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from data_prep.records import Unusable
-from data_prep.rows import Row, check_text
+from data_prep.row import Row, check_text
 
 Messages: TypeAlias = "list[dict[str, Any]]"
 

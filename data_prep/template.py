@@ -13,9 +13,10 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data_prep.records import Unusable
+from data_prep.row import check_text
+from data_prep.sandbox import TemplateSandbox, collect, in_time
 from megalite.errors import DataError
 from megalite.formats.tokenizer import Tokenizer
 
@@ -55,7 +56,7 @@ class Template:
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
         pieces, ends = tokenizer.pieces(), {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
         self._names = {f"{key}_token": pieces[id] for key, id in ends.items() if id is not None}
-        environment = ImmutableSandboxedEnvironment(
+        environment = TemplateSandbox(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=(_Generation, "jinja2.ext.loopcontrols"),
@@ -66,8 +67,9 @@ class Template:
         marks: Any = environment.extensions[_Generation.identifier]
         self._marks = marks
         try:
-            self._compiled = environment.from_string(source)
-        except jinja2.TemplateError as error:
+            with in_time():
+                self._compiled = environment.from_string(source)
+        except (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError) as error:
             raise DataError(f"the chat template is no Jinja that can be read: {error}") from error
         self.has_tags: bool = self._marks.used
         self.mentions = cache(lambda word: re.search(rf"\b{re.escape(word)}\b", source) is not None)
@@ -93,11 +95,14 @@ class Template:
         seen = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         seen |= {"tools": tools, "documents": None}
         try:
-            for block in self._compiled.generate(**seen, **self._names):
-                marks.blocks.append(block)
+            with in_time():
+                collect(self._compiled.generate(**seen, **self._names), marks.blocks)
         except Exception as error:  # a template can fail in any way
-            raise Unusable(f"the chat template refuses it: {error}") from error
-        return "".join(marks.blocks)
+            reason = str(error) or type(error).__name__
+            raise Unusable(f"the chat template refuses it: {reason}") from error
+        return check_text(
+            "".join(marks.blocks), "the conversation as the template writes it", empty=True
+        )
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **how: Any) -> str:

@@ -259,30 +259,3 @@ def test_rows_whose_labels_are_asked_for(kind: str, told: pytest.LogCaptureFixtu
     assert "no example of" not in told.text
     with pytest.raises(DataError, match="label"):
         make(bare, train_split=train, labels=["0", "1"])
-
-
-def test_space_around_a_label_is_no_label(told: pytest.LogCaptureFixture) -> None:
-    names = ["pos", "pos ", " neg", "pos\t", "\u3000neg\u200b", "\ufeffpos", "neg"]
-    jsonl("a.jsonl", [{"text": f"{n}", "label": name} for n, name in enumerate(names)])
-    manifest, splits = opened(make("a.jsonl"))
-    assert manifest.labels == ("neg", "pos")
-    assert splits["train"].info.counts == {"neg": 3, "pos": 4}
-    Path("a.csv").write_text("text,label\nfine, pos\nbad,neg\nworse, neg\n")
-    assert opened(make("a.csv"))[0].labels == ("neg", "pos")
-    assert opened(make("a.csv", labels=["pos ", "neg"]))[0].labels == ("pos", "neg")
-    assert "differ only in" not in told.text
-    jsonl("b.jsonl", [{"text": "x", "label": "\u200b"}])
-    with pytest.raises(DataError, match=r"'label' is .* neither a whole number nor a name"):
-        make("b.jsonl")
-
-
-@pytest.mark.parametrize(
-    "pair",
-    [("Pos", "pos"), ("a b", "a  b"), ("caf\u00e9", "cafe\u0301"), ("1", "1.0"), ("\uff21", "a")],
-)
-def test_labels_that_look_alike_are_named(pair: Any, told: pytest.LogCaptureFixture) -> None:
-    jsonl("a.jsonl", [{"text": f"{n}", "label": label} for n, label in enumerate((*pair, "z"))])
-    assert len(opened(make("a.jsonl"))[0].labels) == 3
-    first, second = sorted(pair)
-    assert f"the labels {first!r}, {second!r} differ only in case, space or form" in told.text
-    assert "'z'" not in told.text.partition("differ")[0].rpartition("the labels")[2]

@@ -1,0 +1,143 @@
+"""Where chat templates are rendered: they come with models, and could run or grow without end."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+SECONDS = 10.0  # for one conversation; a template takes milliseconds
+_LONGEST = 1 << 26  # characters of a rendering, and elements of any value in it
+_LARGEST = 10**6  # a number given to a function, such as a width
+
+
+_PRODUCT = 1 << 30  # characters of a text times those that replace one of them
+_WIDE = ("batch", "center", "format", "indent", "replace", "slice", "truncate", "wordwrap")
+
+
+class _Code(CodeGenerator):
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        """As Jinja's own, but the sandbox sees what is put together with `~`."""
+        self.write("environment.join_values((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
+class TemplateSandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which in addition refuses values too large for any conversation."""
+
+    intercepted_binops = frozenset(("*", "**", "+", "%"))
+    code_generator_class = _Code
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.filters |= {name: _limited(name, self.filters[name]) for name in _WIDE}
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(v) for v in (left, right) if isinstance(v, str | list | tuple)]
+        factors = [abs(v) for v in (left, right) if isinstance(v, int)]
+        large = operator == "**" and any(factor > 1000 for factor in factors)
+        large |= operator == "+" and sum(sizes) > _LONGEST
+        large |= operator == "%" and isinstance(left, str) and _is_wide("%", left, right)
+        large |= operator == "*" and any(s * f > _LONGEST for s in sizes for f in factors)
+        if large:
+            raise TemplateError(f"the template makes a value too large with {operator!r}")
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        _check(name, owner if isinstance(owner, str) else "", args, kwargs)
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        """As Jinja's own, whose result stands for `text.format`; with the check of its widths."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+
+        def limited(*args: Any, **kwargs: Any) -> Any:
+            _check("format", value.__self__, args, kwargs)
+            return wrapped(*args, **kwargs)
+
+        return limited
+
+    def join_values(self, values: tuple[Any, ...]) -> str:
+        """Return the texts of `values` as one, as `~` does."""
+        texts = [str(value) for value in values]
+        if sum(map(len, texts)) > _LONGEST:
+            raise TemplateError("the template makes a value too large with '~'")
+        return "".join(texts)
+
+
+def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that refuses what `_check` does."""
+
+    @wraps(function)  # Jinja's marks of what it is passed first, too
+    def limited(*args: Any, **kwargs: Any) -> Any:
+        text = next((value for value in args if isinstance(value, str)), "")
+        _check(name, text, args, kwargs)
+        return function(*args, **kwargs)
+
+    return limited
+
+
+def _check(name: str, text: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise TemplateError if a call would make a value too large."""
+    given = (*args, *kwargs.values())
+    large = any(isinstance(value, int) and abs(value) > _LARGEST for value in given)
+    large |= name in ("format", "format_map") and _is_wide("%{", text, given)
+    longest = max((len(value) for value in given[1:] if isinstance(value, str)), default=0)
+    large |= name == "replace" and len(text) * longest > _PRODUCT
+    if large:
+        raise TemplateError(f"the template makes a value too large with {name or 'a call'}")
+
+
+def _is_wide(signs: str, form: str, values: Any) -> bool:
+    """Whether a format asks for a width of millions, in its text or in a value."""
+    wide = any(len(number) > 6 for number in re.findall(r"\d+", form))
+    values = values if isinstance(values, tuple) else (values,)
+    named = "*" in form and any(isinstance(v, int) and abs(v) > _LARGEST for v in values)
+    return (wide and any(sign in form for sign in signs)) or named
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    """Raise TemplateError in a rendering that takes longer than `SECONDS`.
+
+    Only the main thread can be interrupted; in another the rendering goes on.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise TemplateError(f"the template has not ended after {SECONDS:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    remaining, _ = signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, remaining)
+        signal.signal(signal.SIGALRM, before)
+
+
+def collect(blocks: Iterable[str], into: list[str]) -> None:
+    """Append the pieces of a rendering to a list; TemplateError where they are too many."""
+    length = 0
+    for block in blocks:
+        into.append(block)
+        length += len(block)
+        if length > _LONGEST:
+            raise TemplateError(f"the template writes over {_LONGEST} characters")
