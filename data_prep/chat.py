@@ -17,6 +17,7 @@ from data_prep.marks import find_names, insert, new_mark, take_out
 from data_prep.messages import REASONING, Messages, check_messages, strings
 from data_prep.records import Unusable
 from data_prep.template import Spans, Template
+from data_prep.turns import TurnFinder
 from megalite.errors import DataError
 from megalite.files import parse_json
 from megalite.formats.tokenizer import Tokenizer
@@ -97,7 +98,7 @@ class Chat:
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._template = tokenizer, Template(template, tokenizer)
-        self._said = False
+        self._turns, self._said = TurnFinder(self._template), False
         self._remarks, self._unread, self._read = Counter[str](), Counter[str](), set[str]()
 
     def encode(
@@ -141,7 +142,7 @@ class Chat:
             return text, spans
         turns = [number for number, m in enumerate(messages) if m["role"] == "assistant"]
         pairs = zip(turns, weights, strict=True)
-        return text, [self._turn(messages, n, tools, text) for n, weight in pairs if weight]
+        return text, [self._turns.find(messages, n, tools, text) for n, weight in pairs if weight]
 
     def ask(
         self, messages: str | Messages, tools: list[Any] | None = None
@@ -306,55 +307,6 @@ class Chat:
             f"the chat template reads {name!r} in an assistant's turn, where it may become a "
             "control token"
         ] += 1
-
-    # ---- where the assistant's words are
-
-    def _turn(
-        self, messages: Messages, number: int, tools: list[Any] | None, text: str
-    ) -> tuple[int, int]:
-        """The characters of an assistant's turn: from the generation prompt to the turn's end."""
-        try:
-            before = self._template.render(messages[:number], tools, add_generation_prompt=True)
-            through = self._template.render(messages[: number + 1], tools)
-        except Unusable:  # as with no message at all, or none of a user
-            return self._marked_turn(messages, number, tools, text)
-        if through.startswith(before) and text.startswith(through):
-            return len(before), len(through)
-        return self._marked_turn(messages, number, tools, text)
-
-    def _marked_turn(
-        self, messages: Messages, number: int, tools: list[Any] | None, text: str
-    ) -> tuple[int, int]:
-        """The same by marks around the content, for turns that cannot be rendered by themselves."""
-        content = str(messages[number].get("content") or "")
-        mark, core = new_mark(text + content), content.strip()
-        lead = content[: len(content) - len(content.lstrip())]
-        trail = content[len(lead) + len(core) :]
-        # the second is for templates that trim
-        for marked in (mark + content + mark, lead + mark + core + mark + trail):
-            turns = [*messages]
-            turns[number] = messages[number] | {"content": marked}
-            try:
-                shown, places = take_out(self._template.render(turns, tools), mark)
-                ending = self._ending(mark)
-            except Unusable:
-                continue
-            if not core or shown != text or len(places) != 2:
-                continue
-            for end in (ending, ending.rstrip()):
-                if text.startswith(end, places[1]):
-                    return places[0], places[1] + len(end)
-        raise DataError(
-            "the chat template writes the first turns of a conversation in another way when "
-            "others follow, so that the assistant's words cannot be found; put "
-            "{% generation %} and {% endgeneration %} around them, in a file that "
-            "finetune.data.chat_template names"
-        )
-
-    def _ending(self, mark: str) -> str:
-        """The text that follows an answer, as after a user's single turn."""
-        pair = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
-        return self._template.render(pair, None).rpartition(mark)[2]
 
 
 def _function(call: Any) -> dict[str, Any]:

@@ -8,16 +8,17 @@ from typing import Any
 
 from data_prep.messages import TOOLS, Messages, check_messages, check_tools
 from data_prep.records import Unusable
-from data_prep.sources import find_source
+from data_prep.rows import find_source
 from megalite.errors import CommandError
 
 
 @dataclass(frozen=True)
 class Question:
-    """The turns before an answer, and the tools that may be called."""
+    """The turns before an answer, the tools that may be called, and where they are written."""
 
     messages: Messages
     tools: list[Any] | None = None
+    place: str = ""
 
 
 def read_questions(path: str, system: str | None) -> list[Question]:
@@ -43,13 +44,15 @@ def read_questions(path: str, system: str | None) -> list[Question]:
                 f"--messages {row.place}: the last turn is the assistant's; end with a user's, "
                 "which is answered"
             )
-        questions.append(Question(with_system(messages, system), tools))
+        questions.append(
+            Question(replace_system(messages, system), tools, f"--messages {row.place}")
+        )
     if not questions:
         raise CommandError(f"--messages {path}: the file has no conversation; write one a line")
     return questions
 
 
-def with_system(messages: Messages, system: str | None) -> Messages:
+def replace_system(messages: Messages, system: str | None) -> Messages:
     """Return the turns behind a system turn, which replaces one that they begin with."""
     if system is None:
         return messages

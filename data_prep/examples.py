@@ -31,18 +31,11 @@ import numpy.typing as npt
 
 from data_prep.chat import TEMPLATE, Chat, find_template
 from data_prep.labels import describe_similar, label_name
-from data_prep.messages import (
-    ROW_WEIGHTS,
-    TOOLS,
-    Messages,
-    check_messages,
-    check_row_weight,
-    check_tools,
-)
+from data_prep.messages import OPTIONAL_COLUMNS, Messages, read_conversation
 from data_prep.output import staged
 from data_prep.records import Unusable
-from data_prep.rows import BadRows, Row, columns_of
-from data_prep.sources import Source, find_source
+from data_prep.row import Row
+from data_prep.rows import BadRows, Source, columns_of, find_source
 from data_prep.train import SAMPLE_CHARACTERS, learn_tokenizer, sample_chunks
 from megalite import files
 from megalite.config import RunConfig
@@ -181,7 +174,7 @@ class _Maker:
             self._columns.remove(self._data.label_column)
             self._optional = [self._data.label_column]
         if self._task == "sft":
-            self._optional = [name for name in (TOOLS, *ROW_WEIGHTS) if name not in self._columns]
+            self._optional = [name for name in OPTIONAL_COLUMNS if name not in self._columns]
         self._bad = {split: BadRows(self._data.max_bad_rows) for split in SPLITS}
         self._kept = self._cut_fractions()
         self._names: tuple[str, ...] | None = None
@@ -330,14 +323,7 @@ class _Maker:
                 raise Unusable(f"label {label!r} is none of {', '.join(self._labels)}")
             return _Fields(row, (text,), label)
         if self._task == "sft":
-            check_row_weight(row.values)
-            tools = check_tools(row.values.get(TOOLS))
-            if data.prompt_column and data.response_column:
-                asked, told = row.text(data.prompt_column), row.text(data.response_column)
-                turns = (("user", asked), ("assistant", told))
-                messages = [{"role": role, "content": text} for role, text in turns]
-            else:
-                messages = check_messages(row.get(data.messages_column))
+            messages, tools = read_conversation(row, self._columns)
             return _Fields(row, (), messages=messages, tools=tools)
         return _Fields(row, tuple(row.text(column) for column in self._columns))
 
@@ -392,6 +378,8 @@ class _Maker:
                 except Unusable as error:
                     self._bad[split].add(fields.row, str(error))
                     continue
+                except DataError as error:
+                    raise DataError(f"{fields.row.place}: {error}") from None
                 made.add(fields.row.number, *example)
                 made.labels.append(self._labels.get(fields.label, -1))
         if self._chat is not None:

@@ -7,17 +7,18 @@ content; ShareGPT's `from` and `value`; the whole list as JSON text, as a CSV fi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from data_prep.records import Unusable
-from data_prep.rows import check_text
+from data_prep.row import Row, check_text
 
 Messages: TypeAlias = "list[dict[str, Any]]"
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight")
-TOOLS = "tools"
+_ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight")
+TOOLS, _SYSTEM = "tools", "system"
+OPTIONAL_COLUMNS = (TOOLS, _SYSTEM, *_ROW_WEIGHTS)  # read if a row has them
 # Names under which data sets say whether a turn is learned (OpenAI, axolotl, XTuner).
 _FLAGS = ("weight", "train", "training", "trainable", "loss", "learn")
 # ShareGPT's names of roles. A `function_call` holds JSON of a call in a form of its own.
@@ -69,19 +70,36 @@ def check_tools(value: Any) -> list[Any] | None:
     return value
 
 
-def check_row_weight(values: Mapping[Any, Any]) -> None:
-    """Refuse a weight of a whole row: every conversation counts as 1.
+def read_conversation(row: Row, columns: Sequence[str]) -> tuple[Messages, list[Any] | None]:
+    """Return the turns of a row, and its tools.
 
+    Args:
+        columns: that of the messages, or those of a prompt and its response.
     Raises:
-        Unusable: a weight other than 1.
+        Unusable: not a conversation that can be learned, or a weight other than 1: every row
+            counts as much.
     """
-    for key in ROW_WEIGHTS:
-        value = values.get(key)
-        if value not in (None, "", 1, "1", "1.0"):
+    for key in _ROW_WEIGHTS:
+        weight = None if key in columns else row.values.get(key)
+        if weight not in (None, "", 1, "1", "1.0"):
             raise Unusable(
-                f"field {key!r} is {value!r:.40}, and rows are not weighted; remove rows that are "
+                f"field {key!r} is {weight!r:.40}, and rows are not weighted; remove rows that are "
                 f"not to be learned, and the field {key!r}"
             )
+    if len(columns) == 2:
+        roles = zip(("user", "assistant"), columns, strict=True)
+        messages = [{"role": role, "content": row.text(column)} for role, column in roles]
+    else:
+        messages = check_messages(row.get(columns[0]))
+    system = None if _SYSTEM in columns else row.values.get(_SYSTEM)
+    if system not in (None, ""):
+        check_text(system, f"field {_SYSTEM!r}", empty=True)
+        if messages[0]["role"] == "system":
+            raise Unusable(
+                f"it has the field {_SYSTEM!r} and begins with a system turn; remove one"
+            )
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages, check_tools(row.values.get(TOOLS))
 
 
 def strings(value: Any) -> Iterator[str]:

@@ -1,65 +1,39 @@
-"""Rows of labelled data: their values, their faults, and the columns that a task reads."""
+"""Labelled rows: of JSON lines, CSV and Parquet files, and of data sets that `datasets` reads.
+
+A source has splits. A folder's split NAME is its file NAME, or NAME with a known ending, or what
+`datasets` finds there, as in a clone of a hub data set. A single file is one split.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
 
+from data_prep.clones import has_card, is_shard
+from data_prep.packed import PACKED, naming
 from data_prep.records import Unusable
-from megalite.config import FinetuneConfig
+from data_prep.row import Row
+from data_prep.row_files import (
+    BATCH,
+    CHOOSE,
+    Names,
+    check_columns,
+    csv_rows,
+    json_rows,
+    parquet_rows,
+    table_rows,
+)
+from megalite.config import FinetuneConfig, RunConfig
 from megalite.errors import DataError
+from megalite.formats.tokenizer import load_tokenizer
 from megalite.log import logger
 
-Names = Sequence[str]
-
-_CONVERSATIONS = ("conversations", "conversation", "messages", "dialog", "chat")
+_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _NAMED = 5
 _ENOUGH = 1000  # bad rows over what is allowed, after which none more is looked for
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a split by its number, from 0; `fault` says why it has no values."""
-
-    number: int
-    place: str
-    values: Mapping[str, Any] = field(default_factory=dict)
-    fault: str = ""
-
-    def get(self, column: str) -> Any:
-        """A value; `Unusable` where the row has none of that name."""
-        if self.fault:
-            raise Unusable(self.fault)
-        if column not in self.values:
-            keys = ", ".join(map(str, list(self.values)[:8])) or "nothing"
-            raise Unusable(f"no field {column!r}; it has {keys}{other_column(self.values)}")
-        return self.values[column]
-
-    def text(self, column: str) -> str:
-        """A text that can be used; `Unusable` else."""
-        return check_text(self.get(column), f"field {column!r}")
-
-
-def other_column(names: Iterable[Any]) -> str:
-    """Advice if another column seems to hold the conversations."""
-    found = next((name for name in names if name in _CONVERSATIONS), None)
-    return f"; if {found!r} is meant, name it by finetune.data.messages_column" if found else ""
-
-
-def check_text(value: Any, what: str, *, empty: bool = False) -> str:
-    """The text that a value is; `Unusable` where it is none, or is empty unless that is allowed."""
-    if not isinstance(value, str):
-        raise Unusable(f"{what} is {value!r:.40}, not text")
-    if not (value.strip() or empty):
-        raise Unusable(f"{what} is empty")
-    if "\0" in value:
-        raise Unusable(f"{what} has a NUL at character {value.index(chr(0))}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise Unusable(f"{what} has half a surrogate pair at character {error.start}") from error
-    return value
 
 
 class BadRows:
@@ -105,3 +79,238 @@ def columns_of(section: FinetuneConfig) -> list[str]:
         if data.prompt_column and data.response_column
         else [data.messages_column],
     }[section.task]
+
+
+class Source(Protocol):
+    """Where rows come from. Each method raises DataError for a split that is not there."""
+
+    def identity(self, split: str) -> list[Any]:
+        """What is equal if the split's rows are."""
+
+    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
+        """All rows in order; DataError for a column that a table lacks, or for a damaged file.
+
+        Args:
+            optional: columns that are read, too, where they are there.
+        """
+
+    def label_names(self, split: str, column: str) -> tuple[str, ...] | None:
+        """What the numbers in a column are called, where the source knows."""
+
+
+def find_source(path: str, lone: str) -> Source:
+    """The source that `finetune.data.path` means; `lone` names the split of a lone file.
+
+    Raises:
+        DataError: a file that is not there, or of another kind.
+    """
+    place = Path(path)
+    if place.is_file():
+        if is_shard(place.name):
+            logger.warning("%s: one of several files of a split; name its folder for all", path)
+        return _Files(place, lone)
+    if place.is_dir():
+        saved = any((place / f).is_file() for f in ("dataset_dict.json", "dataset_info.json"))
+        return _Set(path, saved=True) if saved else _Folder(place)
+    if Path(path.rpartition("@")[0] or ".gone").is_dir():  # FOLDER@CONFIG
+        return _Set(path, saved=False)
+    if place.is_absolute() or path.startswith((".", "~")) or _looks_like_file(path):
+        raise DataError(
+            f"finetune.data.path {path}: there is no such file or folder (working directory "
+            f"{Path.cwd()}); name one, or a data set of the hub"
+        )
+    return _Set(path, saved=False)
+
+
+def _looks_like_file(path: str) -> bool:
+    """Return whether a path that names nothing was meant for a file, not for a set of the hub."""
+    place = Path(path)
+    ending = re.fullmatch(r"\.[A-Za-z]{1,6}\d?", place.suffix)
+    here = place.parent == Path() or place.parent.is_dir()
+    return bool(_parts(path)[1] or (ending and here) or path.count("/") > 1)
+
+
+def glance(config: RunConfig) -> str:
+    """What the first rows of a run's examples, and its tokenizer, say before all are read.
+
+    Raises:
+        DataError: data that is not there, has other columns, or a vocabulary over the model's.
+    """
+    assert config.finetune is not None
+    data, columns = config.finetune.data, columns_of(config.finetune)
+    source = find_source(data.path, data.train_split)
+    splits = [split for split in (data.train_split, data.valid_split, data.test_split) if split]
+    for split in splits:
+        first = next(source.rows(split, columns), None)
+        if first is None:
+            raise DataError(f"finetune.data.path {data.path}: the {split} split has no row")
+        try:
+            for column in columns:
+                first.get(column)
+        except Unusable as error:
+            if data.max_bad_rows == 0:
+                raise DataError(f"{first.place}: {error}; {CHOOSE}") from None
+    if data.tokenizer is not None:
+        size, most = load_tokenizer(data.tokenizer).vocab_size, config.model.vocab_size
+        if size > most:
+            raise DataError(
+                f"model.vocab_size: {most}, but the tokenizer has {size} ids; set model.vocab_size "
+                f"to {size}"
+            )
+    return f"{data.path}: {', '.join(splits)} with {', '.join(columns)}"
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """A file's name without its ending, and that; "" where it is not a known one."""
+    base = name[: name.rindex(".")] if name.lower().endswith(PACKED) else name
+    stem, ending = os.path.splitext(base)
+    return (stem, ending.lower()) if ending.lower() in _ENDINGS else (name, "")
+
+
+class _Files:
+    def __init__(self, place: Path, lone: str) -> None:
+        self._place = place
+        if place.is_file():
+            self._files = {lone: [place]}
+            return
+        self._files = {}
+        for file in sorted(place.iterdir()):
+            if file.is_file() and _parts(file.name)[1]:
+                self._files.setdefault(_parts(file.name)[0], []).append(file)
+                self._files[file.name] = [file]
+
+    def __contains__(self, split: str) -> bool:
+        return split in self._files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def identity(self, split: str) -> list[Any]:
+        file = self._file(split)
+        status = file.stat()
+        return [os.path.realpath(file), status.st_size, status.st_mtime_ns]
+
+    def label_names(self, split: str, column: str) -> tuple[str, ...] | None:
+        return None
+
+    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
+        file = self._file(split)
+        ending = _parts(file.name)[1]
+        if ending == ".parquet":
+            return parquet_rows(str(file), columns, optional)
+        if ending in (".csv", ".tsv"):
+            return csv_rows(str(file), columns, optional, "\t" if ending == ".tsv" else ",")
+        return json_rows(str(file), array=ending == ".json")
+
+    def _file(self, split: str) -> Path:
+        found = self._files.get(split, [])
+        if len(found) == 1:
+            if _parts(found[0].name)[1]:
+                return found[0]
+            raise DataError(
+                f"{found[0]}: the ending says no kind of file that has rows; those are "
+                f"{', '.join(_ENDINGS)}, and within {', '.join(PACKED)}"
+            )
+        files = {file.name for files in self._files.values() for file in files}
+        names = sorted(files if self._place.is_dir() else self._files)
+        several = f"{len(found)} files have the name" if found else "no such split"
+        raise DataError(
+            f"{self._place}: split {split!r}: {several}; it has {', '.join(names) or 'none'}"
+        )
+
+
+class _Folder:
+    """A folder with a file a split, or with the splits that `datasets` sees in it."""
+
+    def __init__(self, place: Path) -> None:
+        self._place, self._files = place, _Files(place, "")
+        self._set, self._card = _Set(str(place), saved=False), has_card(place)
+        self._seen: tuple[str, ...] | None = None
+
+    def identity(self, split: str) -> list[Any]:
+        return self._source(split).identity(split)
+
+    def label_names(self, split: str, column: str) -> tuple[str, ...] | None:
+        return self._source(split).label_names(split, column)
+
+    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
+        return self._source(split).rows(split, columns, optional)
+
+    def _source(self, split: str) -> Source:
+        """Where a split is: in the file of its name, unless a data card says something else."""
+        if not self._card and split in self._files:
+            return self._files
+        if self._seen is None:
+            self._seen = self._set.splits()
+        if split in self._seen:
+            return self._set
+        if split in self._files or not self._seen or (self._files and not self._card):
+            return self._files  # which names what it has
+        raise DataError(
+            f"{self._place}: split {split!r}: no such split; it has {', '.join(self._seen)}"
+        )
+
+
+class _Set:
+    """NAME[@CONFIG] of the hub or a folder, or a folder that `save_to_disk` wrote."""
+
+    def __init__(self, name: str, *, saved: bool) -> None:
+        self._name, self._saved = name, saved
+        self._open: dict[str, Any] = {}
+
+    def identity(self, split: str) -> list[Any]:
+        return [self._name, split, self._split(split)._fingerprint]
+
+    def label_names(self, split: str, column: str) -> tuple[str, ...] | None:
+        names = getattr(self._split(split).features.get(column), "names", None)
+        return tuple(names) if names else None
+
+    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
+        found = self._split(split)
+        read = check_columns(self._name, found.column_names, columns, optional)
+        with naming(self._name, (Exception,)):
+            tables = found.select_columns(read).with_format("arrow").iter(BATCH)
+            yield from table_rows(f"{self._name} split {split}", tables)
+
+    def splits(self) -> tuple[str, ...]:
+        """The splits of a folder of data files; none if `datasets` finds no data there."""
+        import datasets
+
+        try:
+            builder = datasets.load_dataset_builder(self._name)
+        except Exception as error:  # the library has no error of its own above all others
+            if has_card(Path(self._name)):
+                raise self._unopened(error) from error
+            return ()
+        return tuple(map(str, builder.config.data_files or builder.info.splits or ()))
+
+    def _split(self, split: str) -> Any:
+        if split not in self._open:
+            try:
+                self._open[split] = self._load(split)
+            except DataError:
+                raise
+            except Exception as error:  # the library has no error of its own above all others
+                raise self._unopened(error, f" (split {split!r})") from error
+        return self._open[split]
+
+    def _load(self, split: str) -> Any:
+        import datasets
+
+        if not self._saved:
+            name, config = self._name, ""
+            if not Path(name).is_dir():
+                name, _, config = name.rpartition("@") if "@" in name else (name, "", "")
+            return datasets.load_dataset(name, config or None, split=split)
+        found = datasets.load_from_disk(self._name)
+        splits = found if isinstance(found, dict) else {str(found.split or split): found}
+        if split not in splits:
+            raise DataError(f"{self._name}: no split {split!r}; it has {', '.join(splits)}")
+        return splits[split]
+
+    def _unopened(self, error: Exception, where: str = "") -> DataError:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        advice = "local files work offline: see finetune.data.path"
+        if "Config name" in reason:
+            advice = f"name one, as {self._name}@CONFIG"
+        return DataError(f"{self._name}{where}: cannot be opened as a data set: {reason}; {advice}")

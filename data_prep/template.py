@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cache
-from typing import Any, NoReturn, TypeAlias, cast
+from typing import Any, NoReturn, TypeAlias
 
 import jinja2
 from jinja2 import nodes
@@ -15,7 +15,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 from data_prep.records import Unusable
-from data_prep.rows import check_text
+from data_prep.row import check_text
 from data_prep.sandbox import TemplateSandbox, collect, in_time
 from megalite.errors import DataError
 from megalite.formats.tokenizer import Tokenizer
@@ -56,12 +56,16 @@ class Template:
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
         pieces, ends = tokenizer.pieces(), {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
         self._names = {f"{key}_token": pieces[id] for key, id in ends.items() if id is not None}
-        extensions = (_Generation, "jinja2.ext.loopcontrols")
-        environment = TemplateSandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment = TemplateSandbox(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=(_Generation, "jinja2.ext.loopcontrols"),
+        )
         environment.filters["tojson"] = _to_json
         # one time for all renderings, or those of one conversation could differ
         environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
-        self._marks = cast(Any, environment.extensions[_Generation.identifier])
+        marks: Any = environment.extensions[_Generation.identifier]
+        self._marks = marks
         try:
             with in_time():
                 self._compiled = environment.from_string(source)
@@ -96,7 +100,9 @@ class Template:
         except Exception as error:  # a template can fail in any way
             reason = str(error) or type(error).__name__
             raise Unusable(f"the chat template refuses it: {reason}") from error
-        return check_text("".join(marks.blocks), "the conversation as the template writes it")
+        return check_text(
+            "".join(marks.blocks), "the conversation as the template writes it", empty=True
+        )
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **how: Any) -> str:

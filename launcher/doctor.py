@@ -35,7 +35,7 @@ def main() -> int:
 
         told = goodput(Path(arguments.run))
     if arguments.run is None or arguments.config is not None:
-        from data_prep.sources import glance
+        from data_prep.rows import glance
         from megalite.config import find_file
         from megalite.doctor import examine, show
 

@@ -155,7 +155,7 @@ def converse(
 ) -> Iterator[str]:
     """Yield what is printed of a chat: answers alone, or JSON lines."""
     from data_prep.chat import Chat, find_template
-    from data_prep.conversations import Question, with_system
+    from data_prep.conversations import Question, replace_system
     from megalite.evaluate import Answerer, in_order, json_lines, read_turns
 
     chat = Chat(find_template(None, None, opened.tokenizer_folder), opened.tokenizer)
@@ -168,7 +168,7 @@ def converse(
         sampling=sampling,
         stop=arguments.stop,
     )
-    system = with_system([], arguments.system)
+    system = replace_system([], arguments.system)
     if arguments.prompt is None and questions is None:
         share = None if grid is None else (lambda line: grid.gather(line)[0])
         turns = read_turns(sys.stdin, sys.stdout, first=grid is None or grid.rank == 0, share=share)

@@ -25,7 +25,9 @@ class SamplesConfig(Section):
         default=64, description="Tokens of a text; each costs a forward pass of all ranks."
     )
     temperature: PositiveOrZero = Field(
-        default=0.0, description="What scores are divided by (0: always the likeliest token)."
+        default=0.8,
+        description="What scores are divided by before a token is drawn, by training.seed "
+        "(0: always the likeliest token).",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from torch import Tensor
 from megalite import files
 from megalite.data import Batch, ExampleSet, first_batches
 from megalite.errors import DataError
+from megalite.evaluate.baselines import measure_baselines
 from megalite.evaluate.loss import perplexity, sum_loss
 from megalite.evaluate.metrics import classification_metrics, confusion_picture, predictions_rows
 from megalite.evaluate.opened import OpenedModel
 from megalite.formats.examples import fingerprint, read_manifest
-from megalite.log import finite
+from megalite.log import finite, logger
 from megalite.observe.progress import report_calls
 from megalite.parallel import Grid
 
@@ -78,8 +79,9 @@ def score_examples(
 ) -> dict[str, Any]:
     """What a fine-tuned model is worth on a split of tokenized examples; a collective.
 
-    Of a classifier `classification_metrics` where every example has a label, else how many there
-    are; of others loss (nats) and perplexity of what is learned.
+    A classifier has `classification_metrics` if every example has a label, else counts of them.
+    On the run's own rows, which are held out, rank 0 adds `baselines`. Others have loss (nats) and
+    perplexity of what is learned.
 
     Args:
         own: whether they are to be those of the run.
@@ -120,12 +122,44 @@ def score_examples(
     if (labels < 0).any():
         counts = {"examples": len(labels), "labelled": int((labels >= 0).sum())}
         return counts | {"left_out": dataset.split.info.bad_rows}
-    return measures(scores, dataset)
+    found = measures(scores, dataset)
+    if own and split != "train" and grid.rank == 0:
+        train = ExampleSet(folder, manifest, "train", opened.run, shuffle=False)
+        found["baselines"] = baselines(train, dataset)
+    return found
 
 
 def measures(scores: Tensor, dataset: ExampleSet) -> dict[str, Any]:
     """`classification_metrics` of a split."""
     return classification_metrics(scores, torch.from_numpy(_labels(dataset)), _names(dataset))
+
+
+def baselines(train: ExampleSet, held_out: ExampleSet) -> dict[str, dict[str, float]]:
+    """Return what any classifier must beat on a split (see `measure_baselines`)."""
+    return measure_baselines(train.split, held_out.split, len(_names(held_out)))
+
+
+def log_comparison(
+    split: str, measured: Mapping[str, Any], known: Mapping[str, Any], *, last: bool
+) -> None:
+    """Log the accuracy of a model beside that of the baselines.
+
+    Args:
+        last: If true, say what to do about a model that does not beat them.
+    """
+    own, bag, majority = (
+        row["accuracy"] for row in (measured, known["bag_of_words"], known["majority"])
+    )
+    logger.info(
+        "%s: accuracy %.4f; a bag of words has %.4f, the most frequent label %.4f",
+        *(split, own, bag, majority),
+    )
+    if last and own <= max(bag, majority):
+        logger.warning(
+            "the model is no better than a bag of words on %s: start from a pretrained model "
+            "(--init-from), or give more texts",
+            split,
+        )
 
 
 def write_predictions(path: Path, scores: Tensor, dataset: ExampleSet) -> None:

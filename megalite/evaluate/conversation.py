@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol, TextIO, TypeAlias
 
+from megalite.errors import DataError
 from megalite.evaluate.generate import Reader, Sampling, stream_texts
 from megalite.formats.tokenizer import Tokenizer
 from megalite.log import logger
@@ -64,6 +65,9 @@ class Question(Protocol):
     @property
     def tools(self) -> list[Any] | None: ...
 
+    @property
+    def place(self) -> str: ...
+
 
 class Answerer:
     """A chat model with the way it writes.
@@ -93,7 +97,7 @@ class Answerer:
         """Yield the pieces of every answer as they come, with the number of its question."""
         waiting, first = iter(questions), 0
         while batch := list(islice(waiting, _TOGETHER)):
-            asked = [self._ask(question.messages, question.tools) for question in batch]
+            asked = [self._asked(question) for question in batch]
             for ids, _ in asked:
                 if len(ids) > self._window:
                     logger.warning(
@@ -103,6 +107,14 @@ class Answerer:
             for number, piece in self._write([ids for ids, _ in asked], [end for _, end in asked]):
                 yield first + number, piece
             first += len(batch)
+
+    def _asked(self, question: Question) -> tuple[list[int], str]:
+        try:
+            return self._ask(question.messages, question.tools)
+        except DataError as error:
+            raise DataError(
+                f"{question.place}: {error}" if question.place else str(error)
+            ) from None
 
     def talk(self, turns: Iterable[str], system: Messages) -> Iterator[tuple[str, Iterator[str]]]:
         """Yield each of a user's turns with the pieces of its answer; earlier turns are read too.

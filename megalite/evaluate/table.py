@@ -7,10 +7,11 @@ from typing import Any
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """A line for each number; those of `tasks`, by name, come last with the task before them."""
+    """A line for each number; those of `baselines` and `tasks` come last, with their name."""
     rows = {name: value for name, value in result.items() if isinstance(value, int | float)}
-    for task, metrics in (result.get("tasks") or {}).items():
-        rows |= {f"{task} {name}": value for name, value in metrics.items()}
+    for section in ("baselines", "tasks"):
+        for task, metrics in (result.get(section) or {}).items():
+            rows |= {f"{task} {name}": value for name, value in metrics.items()}
     width = max(14, *map(len, rows)) if rows else 14
     texts = {k: f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for k, v in rows.items()}
     return "".join(f"{name:<{width}} {text}\n" for name, text in texts.items())

@@ -234,6 +234,11 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(reviews: Path) -> None
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
     whole = json.loads((folder / "evaluation.json").read_text())
     assert np.array(whole["confusion"]).sum() == 23
+    known = whole["baselines"]
+    assert known.keys() == {"majority", "bag_of_words"}
+    assert known["majority"].keys() == known["bag_of_words"].keys() == {"accuracy", "f1"}
+    assert known["bag_of_words"]["accuracy"] > whole["accuracy"]
+    assert "no better than a bag of words on test" in (folder / "log.txt").read_text()
     # what uses the run uses its best
     assert open_checkpoint(folder)[1].step > measured[best]["step"]
     assert open_checkpoint(folder, weights_only=True)[1].step == measured[best]["step"]

@@ -39,6 +39,18 @@ SEPARATED = (
 )
 
 
+# Drops the reasoning of earlier turns, and has an empty one for the last, as reasoning models do.
+THINKS = (
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>\n{% if m.role == 'assistant' %}"
+    "{% set parts = (m.content or '').split('</think>') %}"
+    "{% if loop.last %}<think>{{ parts[0] if parts | length > 1 }}</think>{% endif %}"
+    "{{ parts[-1] | trim }}{% for c in m.tool_calls %}call {{ c.function.name }}{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}</{{ m.role }}>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+
+
 def turns(*pairs: str) -> list[dict[str, Any]]:
     roles = {"s": "system", "u": "user", "a": "assistant"}
     return [{"role": roles[text[0]], "content": text[1:]} for text in pairs]
@@ -77,6 +89,25 @@ def test_an_opening_that_the_template_refuses_is_its_refusal() -> None:
 def test_spaces_around_an_opening_are_the_templates_matter() -> None:
     assert learned(WANTS_USER, turns("a  how? ", "uq")) == ["how?</assistant>\n"]
     assert learned(FIRST_IS_READ, turns("a  how? ", "uq")) == ["  how? </assistant>"]
+
+
+def test_turns_that_change_when_others_follow_are_found() -> None:
+    messages = turns(
+        "uq", "ar1</think> one</assistant>?", "u</assistant>\n<assistant>\n", "ar2</think>two"
+    )
+    assert learned(THINKS, messages) == [
+        "one</assistant>?</assistant>\n",
+        "<think>r2</think>two</assistant>\n",
+    ]
+    call = {"role": "assistant", "tool_calls": [CALL]}
+    messages = [USER, call, {"role": "tool", "content": "5"}, ANSWER]
+    assert learned(THINKS, check_messages(messages)) == [
+        "call rain</assistant>\n",
+        "<think></think>hi</assistant>\n",
+    ]
+    bare = THINKS.replace("<assistant>\n{% endif %}", "{% endif %}")
+    with pytest.raises(DataError, match=r"put \{% generation %\}"):
+        learned(bare, turns("uq", "ar1</think>one", "uq", "ar2</think>two"))
 
 
 @pytest.mark.parametrize("key", ["weight", "train", "training", "trainable", "loss", "learn"])
@@ -198,6 +229,32 @@ def test_weights_of_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pq.write_table(pa.Table.from_pylist([row, row | {"weight": 0.5}]), "b.parquet")
     with pytest.raises(DataError, match=r"field 'weight' is 0.5, and rows are not weighted"):
         make("b.parquet", "sft")
+
+
+def test_a_system_field_of_a_row_is_its_first_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = {
+        "messages": json.dumps([USER, ANSWER]),
+        "system": "be brief",
+        "prompt": "q",
+        "response": "a",
+    }
+    pq.write_table(pa.Table.from_pylist([row, row | {"system": None}]), "a.parquet")
+    for columns in ({}, {"prompt_column": "prompt", "response_column": "response"}):
+        first, second = texts(
+            opened(make("a.parquet", "sft", max_length=256, **columns))[1]["train"]
+        )
+        assert (
+            first
+            == "<|im_start|>system\nbe brief<|im_end|>\n" + first[first.index("<|im_start|>u") :]
+        )
+        assert second.startswith("<|im_start|>user")
+    own = [{"role": "system", "content": "x"}, USER, ANSWER]
+    jsonl("a.jsonl", [{"messages": own, "system": "y"}])
+    with pytest.raises(DataError, match="the field 'system' and begins with a system turn; remove"):
+        make("a.jsonl", "sft")
 
 
 def test_a_row_of_sharegpt_says_which_column_to_name(

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from data_prep import examples, sources
+from data_prep import examples, row_files, rows
 from data_prep.examples import prepare
 from megalite.errors import DataError
 from megalite.formats.examples import read_manifest
@@ -282,6 +282,7 @@ def test_nothing_is_left_of_a_failure() -> None:
 
 def test_many_rows_are_tokenized_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examples, "_BATCH", 3)
-    monkeypatch.setattr(sources, "_BATCH", 7)
+    for module in (rows, row_files):
+        monkeypatch.setattr(module, "BATCH", 7)
     pq.write_table(pa.Table.from_pylist(ROWS), "a.parquet")
     assert texts(opened(make("a.parquet"))[1]["train"]) == [row["text"] for row in ROWS]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from data_prep.chat import CHATML, Chat
-from data_prep.conversations import Question, read_questions, with_system
-from megalite.errors import CommandError
+from data_prep.conversations import Question, read_questions, replace_system
+from megalite.errors import CommandError, DataError
 from megalite.evaluate import Answerer, Sampling, json_lines, read_turns
 from megalite.formats.tokenizer import ByteTokenizer
 from megalite.log import logger
@@ -60,7 +60,7 @@ def answerer(reader: Echo, window: int = 1000) -> Answerer:
 
 
 def talk(reader: Echo, turns: list[str], system: str | None = None, **how: Any) -> list[str]:
-    found = answerer(reader, **how).talk(turns, with_system([], system))
+    found = answerer(reader, **how).talk(turns, replace_system([], system))
     return ["".join(answer) for _, answer in found]
 
 
@@ -111,8 +111,8 @@ def test_many_questions_are_answered_in_order(tmp_path: Any) -> None:
     assert [question.messages[0]["content"] for question in systems] == ["S"] * 11
     assert systems[0].messages[1:] == talks[0]
     own = [turn("system", "T"), turn("user", "a")]
-    assert with_system(own, "S") == [turn("system", "S"), turn("user", "a")]
-    assert with_system(own, None) == own
+    assert replace_system(own, "S") == [turn("system", "S"), turn("user", "a")]
+    assert replace_system(own, None) == own
 
 
 @pytest.mark.parametrize(
@@ -169,6 +169,10 @@ def test_ranks_share_the_lines_of_the_first() -> None:
     assert list(other) == ["a", "b"]
 
 
-def test_a_question_may_have_tools() -> None:
-    question = Question([{"role": "user", "content": "a"}], [{"name": "f"}])
-    assert question.tools == [{"name": "f"}]
+def test_a_question_that_the_template_refuses_is_named(tmp_path: Any) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}
+    questions = read_questions(jsonl(str(tmp_path / "a.jsonl"), [row]), None)
+    with pytest.raises(DataError, match=r"--messages .*line 1: it has tools, which the chat temp"):
+        list(answerer(Echo()).answers(questions))
+    with pytest.raises(DataError, match=r"^it has tools"):
+        list(answerer(Echo()).answers([Question(row["messages"], [{"name": "f"}])]))

@@ -15,7 +15,7 @@ from megalite.formats.tokenizer import load_tokenizer
 from megalite.parallel import Grid
 from tests.factories import run_config
 
-SAMPLES = {"prompts": ["ab", "c"], "max_new_tokens": 5}
+SAMPLES = {"prompts": ["ab", "c"], "max_new_tokens": 5, "temperature": 0}
 
 
 class Counting:
@@ -51,6 +51,21 @@ def test_shapes_are_those_that_ranks_share_and_no_longer_than_a_sample(grid: Gri
     share = {"tensor": 4, "sequence": True}
     writer(grid, engine, parallel=share, data={"sequence_length": 4})(lambda: False)
     assert engine.shapes == [(2, 4)] * 5
+
+
+def test_samples_are_drawn_by_the_seed(grid: Grid) -> None:
+    def written(seed: int) -> list[tuple[str, str]]:
+        samples = {"prompts": SAMPLES["prompts"], "max_new_tokens": 5}
+        config = run_config(
+            logging={"samples": samples}, model={"vocab_size": 258}, training={"seed": seed}
+        )
+        assert config.logging.samples is not None
+        assert config.logging.samples.temperature == 0.8
+        prompts = Prompts(load_tokenizer("bytes"), samples["prompts"], samples["prompts"])
+        engine: Any = Counting()
+        return Writer(config, engine, grid, prompts)(lambda: False)
+
+    assert written(1) == written(1) != written(2)
 
 
 def test_a_stop_is_heeded_before_the_next_token(grid: Grid) -> None:

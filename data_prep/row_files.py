@@ -1,0 +1,88 @@
+"""Rows of JSON lines, CSV and Parquet files, and of Arrow tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+from data_prep.packed import DAMAGE, InputFile, naming
+from data_prep.row import Row, other_column
+from megalite.errors import DataError
+
+Names = Sequence[str]
+
+CHOOSE = "rename one, or name another by finetune.data.text_column, label_column or the like"
+BATCH = 1024  # rows
+
+
+def json_rows(path: str, *, array: bool) -> Iterator[Row]:
+    """A row a line; a file `array` may hold all of them in one list instead."""
+    with naming(path, (*DAMAGE, ValueError)), closing(InputFile(path)) as file:
+        if array and file.bytes.peek().lstrip()[:1] == b"[":
+            for number, value in enumerate(json.load(file.bytes)):
+                yield _json_row(number, f"{path} row {number}", value)
+            return
+        number = 0
+        for line_number, line in enumerate(file.bytes, 1):
+            if line := line.strip():
+                place = f"{path} line {line_number}"
+                try:
+                    row = _json_row(number, place, json.loads(line))
+                except (ValueError, RecursionError) as error:
+                    row = Row(number, place, fault=f"not JSON that can be read: {error}")
+                yield row
+                number += 1
+
+
+def _json_row(number: int, place: str, value: Any) -> Row:
+    if isinstance(value, dict):
+        return Row(number, place, value)
+    return Row(number, place, fault=f"{value!r:.40} is not a JSON object")
+
+
+def csv_rows(path: str, columns: Names, optional: Names, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)
+    damage = (*DAMAGE, UnicodeDecodeError, csv.Error)
+    with naming(path, damage), closing(InputFile(path)) as file:
+        text = io.TextIOWrapper(file.bytes, "utf-8-sig", newline="")
+        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        header = reader.fieldnames or ()
+        check_columns(path, header, columns, optional)
+        for number, values in enumerate(reader):
+            place = f"{path} row {number} (to line {reader.line_num})"
+            found = len(header) - list(values.values()).count(None) + len(values.pop(None, ()))
+            wrong = found != len(header)
+            yield Row(number, place, values, f"{found} fields, not {len(header)}" if wrong else "")
+
+
+def parquet_rows(path: str, columns: Names, optional: Names) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    damage = (OSError, pa.ArrowException, UnicodeDecodeError)
+    with naming(path, damage), closing(pq.ParquetFile(path)) as table:
+        read = check_columns(path, table.schema_arrow.names, columns, optional)
+        batches = table.iter_batches(BATCH, columns=read, use_threads=False)
+        yield from table_rows(path, batches)
+
+
+def table_rows(path: str, tables: Iterator[Any]) -> Iterator[Row]:
+    values = (row for table in tables for row in table.to_pylist())
+    return (Row(n, f"{path} row {n}", row) for n, row in enumerate(values))
+
+
+def check_columns(path: str, names: Names, columns: Names, optional: Names = ()) -> list[str]:
+    """What is read: `columns`, each of which is there once, and those of `optional` there are."""
+    read = [*columns, *(column for column in optional if column in names)]
+    for column in read:
+        if (count := list(names).count(column)) != 1:
+            told = "several columns are named" if count else "no column"
+            have = ", ".join(names) or "none"
+            choose = other_column(names) or f": {CHOOSE}"
+            raise DataError(f"{path}: {told} {column!r}; it has {have}{choose}")
+    return read

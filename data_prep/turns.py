@@ -1,0 +1,126 @@
+"""Where a template without `generation` tags writes the turns of an assistant.
+
+A turn goes from the end of its generation prompt to the end of what closes it.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from data_prep.marks import new_mark, take_out
+from data_prep.messages import Messages
+from data_prep.records import Unusable
+from data_prep.template import Template
+from megalite.errors import DataError
+
+_USER = {"role": "user", "content": "x"}
+
+
+class TurnFinder:
+    """Finds the characters of an assistant's turn in the rendering of a conversation."""
+
+    def __init__(self, template: Template) -> None:
+        self._template = template
+
+    def find(
+        self, messages: Messages, number: int, tools: list[Any] | None, text: str
+    ) -> tuple[int, int]:
+        """Return the span of turn `number` in `text`, the rendering of all messages.
+
+        Raises:
+            DataError: the turn cannot be found.
+        """
+        for search in (self._by_prefixes, self._around_content, self._between_neighbours):
+            try:
+                span = search(messages, number, tools, text)
+            except Unusable:  # the template refuses a part of the conversation, such as none of it
+                continue
+            if span is not None:
+                return span
+        raise DataError(
+            "the chat template writes the first turns of a conversation in another way when "
+            "others follow, so that the assistant's words cannot be found; put "
+            "{% generation %} and {% endgeneration %} around them, in a file that "
+            "finetune.data.chat_template names"
+        )
+
+    def _by_prefixes(
+        self, messages: Messages, number: int, tools: list[Any] | None, text: str
+    ) -> tuple[int, int] | None:
+        """By rendering the messages before the turn, and those up to it."""
+        before = self._template.render(messages[:number], tools, add_generation_prompt=True)
+        through = self._template.render(messages[: number + 1], tools)
+        if through.startswith(before) and text.startswith(through):
+            return len(before), len(through)
+        return None
+
+    def _around_content(
+        self, messages: Messages, number: int, tools: list[Any] | None, text: str
+    ) -> tuple[int, int] | None:
+        """By marks around the content, if what closes the turn follows it."""
+        content = str(messages[number].get("content") or "")
+        mark = new_mark(text + content)
+        lead, core, trail = _trimmed(content)
+        # the second is for templates that trim
+        for marked in (mark + content + mark, lead + mark + core + mark + trail):
+            turns = [*messages]
+            turns[number] = messages[number] | {"content": marked}
+            shown, places = take_out(self._template.render(turns, tools), mark)
+            if not core or shown != text or len(places) != 2:
+                continue
+            for end in (self._ending, self._ending.rstrip()):
+                if text.startswith(end, places[1]):
+                    return places[0], places[1] + len(end)
+        return None
+
+    def _between_neighbours(
+        self, messages: Messages, number: int, tools: list[Any] | None, text: str
+    ) -> tuple[int, int] | None:
+        """By the generation prompt and the closing text between the contents before and after.
+
+        So are found turns that lose a part, such as reasoning, when others follow.
+        """
+        mark, turns, neighbours = new_mark(text), [*messages], []
+        for other in (number - 1, number + 1):
+            if 0 <= other < len(messages):
+                lead, core, trail = _trimmed(str(messages[other].get("content") or ""))
+                marked = (
+                    lead + core + mark + trail if other < number else lead + mark + core + trail
+                )
+                turns[other] = messages[other] | {"content": marked}
+                neighbours.append(other)
+                if not core:
+                    return None
+        shown, places = take_out(self._template.render(turns, tools), mark)
+        if shown != text or len(places) != len(neighbours):
+            return None
+        lower = places[0] if number > 0 else 0
+        upper = places[-1] if number + 1 < len(messages) else len(text)
+        start = text.find(self._prompt, lower, upper) + len(self._prompt)
+        for end in (self._ending, self._ending.rstrip()):
+            stop = text.rfind(end, start, upper) + len(end)
+            if self._prompt.strip() and end.strip() and lower + len(self._prompt) <= start < stop:
+                return start, stop
+        return None
+
+    @cached_property
+    def _ending(self) -> str:
+        """The text that follows an answer, as after a user's single turn."""
+        mark = new_mark("")
+        pair = [_USER, {"role": "assistant", "content": mark}]
+        return self._template.render(pair).rpartition(mark)[2]
+
+    @cached_property
+    def _prompt(self) -> str:
+        """The text that asks for an answer, as after a user's single turn; maybe none."""
+        before = self._template.render([_USER])
+        asking = self._template.render([_USER], add_generation_prompt=True)
+        return asking[len(before) :] if asking.startswith(before) else ""
+
+
+def _trimmed(content: str) -> tuple[str, str, str]:
+    """The white space before a text, the text, and the white space after it."""
+    core = content.strip()
+    lead = content[: len(content) - len(content.lstrip())]
+    return lead, core, content[len(lead) + len(core) :]

@@ -1,0 +1,157 @@
+"""Baselines of a classification: the most frequent label, and a bag of words."""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megalite.evaluate import baselines, classify
+from megalite.evaluate.baselines import measure_baselines
+from megalite.evaluate.table import table
+from megalite.formats.examples import Split, SplitInfo
+
+INFO = SplitInfo(examples=0, tokens=0, cut=0, bad_rows=0, counts={}, sha256={})
+
+
+def split(texts: list[list[int]], labels: list[int]) -> Split:
+    tokens = np.array([token for text in texts for token in text], np.int32)
+    bounds = np.cumsum([0, *map(len, texts)])
+    rows = np.arange(len(texts))
+    return Split("x", INFO, tokens, bounds, rows, None, np.array(labels, np.int64))
+
+
+def drawn(seed: int, count: int, labels: int = 3, own: int = 2) -> Split:
+    """Texts of common tokens, and of some that hint at their label."""
+    draw = random.Random(seed)
+    found = [
+        draw.choices(range(labels), [labels - n for n in range(labels)])[0] for _ in range(count)
+    ]
+    texts = [
+        [draw.randrange(40) for _ in range(draw.randint(1, 12))]
+        + [
+            100 + 5 * (label if draw.random() < 0.8 else draw.randrange(labels)) + draw.randrange(5)
+            for _ in range(own)
+        ]
+        for label in found
+    ]
+    return split(texts, found)
+
+
+def features(text: list[int]) -> set[Any]:
+    return {*text, *pairwise(text)}
+
+
+def plain_bayes(train: Split, test: Split, smoothing: float) -> list[int]:
+    """The same by dictionaries, without buckets."""
+    assert train.labels is not None
+    counts, totals = Counter(train.labels.tolist()), Counter[int]()
+    seen: dict[int, Counter[Any]] = {label: Counter() for label in counts}
+    for n, label in enumerate(train.labels.tolist()):
+        seen[label].update(features(train.ids(n).tolist()))
+    known = set().union(*seen.values())
+    totals.update({c: sum(seen[c].values()) + smoothing * len(known) for c in counts})  # type: ignore[arg-type]
+    found = []
+    for n in range(len(test)):
+        text = features(test.ids(n).tolist()) & known
+        found.append(
+            max(
+                sorted(counts),
+                key=lambda c: (
+                    math.log(counts[c] / len(train))
+                    + sum(math.log((seen[c][f] + smoothing) / totals[c]) for f in text)
+                ),
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_the_bag_is_naive_bayes(smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "_SMOOTHINGS", (smoothing,))
+    train, test = drawn(1, 300), drawn(2, 120)
+    found = measure_baselines(train, test, 3)
+    assert test.labels is not None
+    expected = np.array(plain_bayes(train, test, smoothing)) == test.labels
+    assert found["bag_of_words"]["accuracy"] == pytest.approx(expected.mean(), abs=1e-12)
+    assert found["bag_of_words"]["accuracy"] > found["majority"]["accuracy"] + 0.2
+    assert found["majority"]["accuracy"] == np.mean(test.labels == 0)
+
+
+def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = drawn(1, 300), drawn(2, 120)
+    whole = measure_baselines(train, test, 3)
+    assert measure_baselines(train, test, 3) == whole
+    monkeypatch.setattr(baselines, "_CHUNK", 1)
+    assert measure_baselines(train, test, 3) == whole
+
+
+def test_of_a_large_split_some_parts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = drawn(1, 3000), drawn(2, 120)
+    whole = measure_baselines(train, test, 3)
+    monkeypatch.setattr(baselines, "_CHUNK", 100)
+    monkeypatch.setattr(baselines, "_MOST", len(train.tokens) // 3)
+    parts = measure_baselines(train, test, 3)
+    assert parts["majority"] == whole["majority"]
+    assert parts["bag_of_words"]["accuracy"] > whole["bag_of_words"]["accuracy"] - 0.1
+
+
+def test_scores_are_those_of_the_classifiers_metrics() -> None:
+    import torch
+
+    from megalite.evaluate.metrics import classification_metrics
+
+    train, test = split([[1], [1], [2]], [0, 0, 2]), split([[1], [2], [3], [2]], [0, 2, 1, 1])
+    scores = torch.eye(3)[torch.tensor([0, 2, 0, 2])]  # as a bag of words has it
+    expected = classification_metrics(scores, torch.tensor([0, 2, 1, 1]), ["a", "b", "c"])
+    found = measure_baselines(train, test, 3)
+    for key in ("accuracy", "f1"):
+        assert found["bag_of_words"][key] == pytest.approx(expected[key])
+    assert found["majority"] == {"accuracy": 0.25, "f1": pytest.approx(0.4 / 3)}
+
+
+def test_labels_that_no_training_example_has_are_never_chosen() -> None:
+    train, test = split([[1], [2]], [0, 1]), split([[9], [1]], [2, 0])
+    found = measure_baselines(train, test, 4)
+    assert found["bag_of_words"]["accuracy"] == found["majority"]["accuracy"] == 0.5
+
+
+def test_memory_is_bounded_for_many_labels() -> None:
+    train = drawn(1, 3000, labels=1000, own=6)
+    found = measure_baselines(train, train, 1000)
+    assert found["bag_of_words"]["accuracy"] > 0.5
+    made = baselines._Bayes(train, np.bincount(train.labels, minlength=1000))  # type: ignore[arg-type]
+    assert made._seen_CF.size <= 1 << 25
+
+
+def test_a_model_is_compared_with_them(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    known = {"majority": {"accuracy": 0.5}, "bag_of_words": {"accuracy": 0.75}}
+    classify.log_comparison("test", {"accuracy": 0.75}, known, last=False)
+    line = "test: accuracy 0.7500; a bag of words has 0.7500, the most frequent label 0.5000"
+    assert line in caplog.text
+    assert "no better" not in caplog.text
+    classify.log_comparison("test", {"accuracy": 0.8}, known, last=True)
+    assert "no better" not in caplog.text
+    classify.log_comparison("test", {"accuracy": 0.75}, known, last=True)
+    assert "the model is no better than a bag of words on test: start from a" in caplog.text
+    shown = table({"accuracy": 0.8, "baselines": known, "tasks": None})
+    assert [line.split() for line in shown.splitlines()] == [
+        ["accuracy", "0.8000"],
+        ["majority", "accuracy", "0.5000"],
+        ["bag_of_words", "accuracy", "0.7500"],
+    ]
+
+
+def test_an_empty_example_is_no_fault() -> None:
+    found = measure_baselines(split([[], [1], []], [0, 1, 1]), split([[], [1]], [1, 1]), 2)
+    assert found["bag_of_words"] == {"accuracy": 1.0, "f1": 0.5}
