@@ -18,10 +18,8 @@ import json
 import os
 import re
 import tempfile
-from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,11 +29,12 @@ import numpy.typing as npt
 
 from data_prep.chat import TEMPLATE, Chat, find_template
 from data_prep.labels import describe_similar, label_name
-from data_prep.messages import OPTIONAL_COLUMNS, Messages, read_conversation
+from data_prep.messages import OPTIONAL_COLUMNS, read_conversation
 from data_prep.output import staged
 from data_prep.records import Unusable
 from data_prep.row import Row
 from data_prep.rows import BadRows, Source, columns_of, find_source
+from data_prep.split_arrays import Fields, SplitArrays
 from data_prep.train import SAMPLE_CHARACTERS, learn_tokenizer, sample_chunks
 from megalite import files
 from megalite.config import RunConfig
@@ -121,36 +120,6 @@ def _identity(tokenizer: Tokenizer) -> list[Any]:
         main = tokenizer.save(Path(place))
         others = sorted(path for path in Path(place).iterdir() if path.name != main)
         return made + [[path.name, files.sha256_file(path)] for path in others]
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """What a row holds, by the task."""
-
-    row: Row
-    texts: tuple[str, ...]
-    label: str = ""
-    messages: Messages = field(default_factory=list)
-    tools: list[Any] | None = None
-
-
-@dataclass
-class _Arrays:
-    """A split's examples as they grow."""
-
-    tokens: array[int] = field(default_factory=lambda: array("i"))
-    bounds: array[int] = field(default_factory=lambda: array("q", [0]))
-    rows: array[int] = field(default_factory=lambda: array("q"))
-    learned: bytearray = field(default_factory=bytearray)
-    labels: array[int] = field(default_factory=lambda: array("q"))
-    cut: int = 0
-
-    def add(self, row: int, ids: Sequence[int], learned: Sequence[bool], cut: bool) -> None:
-        self.tokens.extend(ids)
-        self.bounds.append(len(self.tokens))
-        self.rows.append(row)
-        self.learned.extend(learned)
-        self.cut += cut
 
 
 class _Maker:
@@ -296,7 +265,7 @@ class _Maker:
             start += count
         return kept
 
-    def _rows(self, split: str) -> Iterator[_Fields]:
+    def _rows(self, split: str) -> Iterator[Fields]:
         """The rows that can be used; the others are counted."""
         origin, kept = self._origin(split), self._kept.get(split)
         assert origin is not None
@@ -310,22 +279,22 @@ class _Maker:
                 yield fields
         self._bad[split].check()
 
-    def _fields(self, row: Row) -> _Fields:
+    def _fields(self, row: Row) -> Fields:
         data = self._data
         if self._task == "classification":
             text = row.text(data.text_column)
             if self._optional and self._lacks(row.values.get(data.label_column)):
-                return _Fields(row, (text,))
+                return Fields(row, (text,))
             label = row.get(data.label_column)
             if not isinstance(label, str) or label not in self._labels:
                 label = label_name(label, data.label_column, self._names)
             if self._labels and label not in self._labels:
                 raise Unusable(f"label {label!r} is none of {', '.join(self._labels)}")
-            return _Fields(row, (text,), label)
+            return Fields(row, (text,), label)
         if self._task == "sft":
             messages, tools = read_conversation(row, self._columns)
-            return _Fields(row, (), messages=messages, tools=tools)
-        return _Fields(row, tuple(row.text(column) for column in self._columns))
+            return Fields(row, (), messages=messages, tools=tools)
+        return Fields(row, tuple(row.text(column) for column in self._columns))
 
     def _lacks(self, label: Any) -> bool:
         """Whether a value stands for no label: null, blank, NaN, or the hub's -1."""
@@ -366,8 +335,8 @@ class _Maker:
 
     # ---- rows to tokens
 
-    def _tokenized(self, split: str) -> _Arrays:
-        made, rows, threads = _Arrays(), self._rows(split), os.cpu_count() or 1
+    def _tokenized(self, split: str) -> SplitArrays:
+        made, rows, threads = SplitArrays(), self._rows(split), os.cpu_count() or 1
         while batch := list(islice(rows, _BATCH)):
             texts = [text for fields in batch for text in fields.texts]
             ids = iter(self._tokenizer.encode_batch(texts, threads=threads))
@@ -387,7 +356,7 @@ class _Maker:
         self._bad[split].check()
         return made
 
-    def _example(self, fields: _Fields, found: list[list[int]]) -> tuple[list[int], Any, bool]:
+    def _example(self, fields: Fields, found: list[list[int]]) -> tuple[list[int], Any, bool]:
         """Ids, which of them are learned, and whether any were cut off."""
         most, before, after = self._data.max_length, self._before, self._after
         if self._chat is not None:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from megalite.log import logger
+from megalite.observe.metrics import Recorder
 from megalite.parallel import Grid
 
 _SLOW = 1.5  # times the median
@@ -50,6 +52,16 @@ class Stragglers:
             if self._rows[rank] == _ROWS:
                 found.append({"rank": rank, "host": host, "seconds": value, "median": median})
         return found
+
+    def report(self, recorder: Recorder, step: int) -> None:
+        """Log and record the ranks that `check` finds; a collective."""
+        for slow in self.check():
+            logger.warning(
+                "step %d: rank %d on %s is slow: %.3f s a forward pass, the median rank takes %.3f",
+                step,
+                *slow.values(),
+            )
+            recorder.event(step, "straggler", **slow)
 
     def _mark(self, model: nn.Module, *_inputs_and_output: Any) -> None:
         if model.training:

@@ -243,13 +243,7 @@ class Trainer:
             }
         )
         self.recorder.status("running", step=self.place.step)
-        for slow in self.stragglers.check():
-            logger.warning(
-                "step %d: rank %d on %s is slow: %.3f s a forward pass, the median rank takes %.3f",
-                self.place.step,
-                *slow.values(),
-            )
-            self.recorder.event(self.place.step, "straggler", **slow)
+        self.stragglers.report(self.recorder, self.place.step)
 
     def _lap(self) -> tuple[float, int, int]:
         """Seconds of training, steps and tokens since the last call.

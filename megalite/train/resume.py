@@ -137,11 +137,7 @@ def find_origin(
     before["training"]["precision"] = recorded_precision(before, manifest.deepspeed)
     changed = find_changes(before, after, manifest, data_fingerprint, tokenizer_sha256)
     _refuse_changes(changed, allow, folder)
-    if manifest.step > config.training.steps:
-        raise CommandError(
-            f"training.steps {config.training.steps}, but {folder} is already past it; ask for "
-            "more steps, or start another run with --set name=..."
-        )
+    _refuse_shorter(config, folder, manifest)
     changed |= moved_defaults(manifest, deepspeed or {})
     return Origin(
         folder,
@@ -165,6 +161,15 @@ def _refuse_changes(changed: Mapping[str, Any], allow: tuple[str, ...], folder: 
                 f"knowingly with --allow-change {key}"
                 for key in refused
             )
+        )
+
+
+def _refuse_shorter(config: RunConfig, folder: Path, manifest: disk.Manifest) -> None:
+    """Raise CommandError if the checkpoint has taken more steps than the run is to take."""
+    if manifest.step > config.training.steps:
+        raise CommandError(
+            f"training.steps {config.training.steps}, but {folder} is already past it; ask for "
+            "more steps, or start another run with --set name=..."
         )
 
 
