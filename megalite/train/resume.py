@@ -111,7 +111,6 @@ def find_origin(
             samples that the checkpoint was trained on. None leaves training.steps as it is.
         read_only: if true, nothing in the run folder is renamed.
         lease: rank 0's right to rename.
-
     Raises:
         CheckpointError: damaged checkpoints and no whole one.
         CommandError: a change that needs `--allow-change`.
