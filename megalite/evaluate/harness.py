@@ -9,6 +9,7 @@ Requests are pairs of token lists, context and continuation. B rows   T tokens  
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,9 +92,11 @@ def make_model(opened: OpenedModel, grid: Grid, batch_size: int) -> Any:
             return sums
 
         def generate_until(self, requests: Any) -> list[str]:
-            asked = [request.args for request in requests]
-            for _, settings in asked:
+            asked, seen = list[tuple[str, Mapping[str, Any], int]](), Counter[str]()
+            for context, settings in (request.args for request in requests):
                 GenerationSettings.of(settings)
+                asked.append((context, settings, seen[context]))
+                seen[context] += 1  # a task that draws several answers asks several times
             return _shared(grid, asked, lambda mine: [_write(opened, *request) for request in mine])
 
     return MegaLiteLM()
@@ -194,14 +197,16 @@ def _windows(opened: OpenedModel, text: str) -> list[Pair]:
     return pairs
 
 
-def _write(opened: OpenedModel, context: str, settings: dict[str, Any]) -> str:
+def _write(opened: OpenedModel, context: str, settings: Mapping[str, Any], repeat: int = 0) -> str:
+    """The answer to a context; each `repeat` of it is drawn with a seed of its own."""
     wanted = GenerationSettings.of(settings)
+    seed = wanted.sampling.get("seed", 0) + repeat
     pieces = stream_texts(
         opened.reader(),
         opened.tokenizer,
         [context],
         max_new_tokens=wanted.max_new_tokens,
-        sampling=Sampling(**wanted.sampling),
+        sampling=Sampling(**{**wanted.sampling, "seed": seed}),
         stop=wanted.until,
     )
     return "".join(piece for _, piece in pieces)

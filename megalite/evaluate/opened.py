@@ -282,7 +282,7 @@ def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
 
 
 def _compare_vocabularies(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Say which tokens of the tokenizer the model does not have, and what ends no prompt."""
+    """Say which tokens the model does not have, and what the tokenizer puts around a text."""
     size, known = config.vocab_size, tokenizer.vocab_size
     if known > size:
         names = [f"{name!r} ({id})" for id, name in enumerate(tokenizer.pieces()) if id >= size]
@@ -291,9 +291,14 @@ def _compare_vocabularies(folder: Path, config: ModelConfig, tokenizer: Tokenize
             "%s: the tokenizer has %d ids, the model %d; text with %s%s is refused",
             *(folder, known, size, ", ".join(names[:3]), more),
         )
-    if tokenizer.suffix_ids and config.architecture == "decoder":
-        pieces = tokenizer.pieces()
+    pieces = tokenizer.pieces() if tokenizer.prefix_ids or tokenizer.suffix_ids else []
+    before, after = (
+        " ".join(pieces[id] for id in ids) for ids in (tokenizer.prefix_ids, tokenizer.suffix_ids)
+    )
+    if before:
+        logger.info("%s: texts begin with %s, as its tokenizer says", folder, before)
+    if after and config.architecture == "decoder":
         logger.warning(
-            "%s: the tokenizer ends every text with %s; prompts go on, so it is left out",
-            *(folder, " ".join(pieces[id] for id in tokenizer.suffix_ids)),
+            "%s: its tokenizer ends every text with %s; prompts go on, so it is left out",
+            *(folder, after),
         )

@@ -63,11 +63,11 @@ class HuggingFaceTokenizer:
         known = {token.content for token in made.get_added_tokens_decoder().values()}
         for token in self._beside.added_tokens:
             if token.content not in known:
-                self._check_added(made, token)
                 flags = {name: getattr(token, name) for name in _FLAGS}
                 if self._source[0] != HUGGING_FACE:  # SentencePiece's normalizer adds a space
                     flags["normalized"] = False
                 made.add_tokens([tokenizers.AddedToken(token.content, **flags)])
+                self._check_added(made.token_to_id(token.content), token)
         for name in self._beside.missing(made.token_to_id):
             made.add_special_tokens([tokenizers.AddedToken(name, normalized=False)])
         special = {t.content for t in made.get_added_tokens_decoder().values() if t.special}
@@ -76,17 +76,14 @@ class HuggingFaceTokenizer:
                 made.add_special_tokens([tokenizers.AddedToken(name, normalized=False)])
         return made
 
-    def _check_added(self, made: Any, token: AddedToken) -> None:
-        """Refuse a token that would get another id than its files say."""
-        id = made.token_to_id(token.content)
-        end = made.get_vocab_size(with_added_tokens=True)
-        if (end if id is None else id) == token.id:
-            return
-        has = f"its id is {id}" if id is not None else f"the next free id is {end}"
-        raise DataError(
-            f"the added token {token.content!r} has the id {token.id}, but by {self._source[0]} "
-            f"{has}; save the tokenizer again with the program that added it"
-        )
+    def _check_added(self, id: int | None, token: AddedToken) -> None:
+        """Refuse a token that gets another id than its files say."""
+        if id != token.id:
+            raise DataError(
+                f"the added token {token.content!r} has the id {token.id}, but after those of "
+                f"{self._source[0]} it would get {id}; save the tokenizer again with the program "
+                "that added it"
+            )
 
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What stands before and after a text by the tokenizer's own settings."""

@@ -164,8 +164,10 @@ class Companions:
         if "added_tokens_decoder" not in self.config:
             stated |= self._parse(_TOKENS_MAP)
         for key in ("additional_special_tokens", "extra_special_tokens"):
-            if isinstance(stated.get(key), list):
-                found += [name for token in stated[key] if (name := self._name(key, token))]
+            tokens = stated.get(key)
+            tokens = list(tokens.values()) if isinstance(tokens, dict) else tokens
+            if isinstance(tokens, list):
+                found += [name for token in tokens if (name := self._name(key, token))]
         return found
 
     def missing(self, token_to_id: Any) -> list[str]:

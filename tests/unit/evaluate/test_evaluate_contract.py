@@ -203,3 +203,14 @@ def test_a_text_that_is_answered_is_read_with_its_end(tmp_path: Path) -> None:
     pieces = stream_text(reader, load_tokenizer("bytes"), "hi", **told)  # type: ignore[arg-type]
     assert "".join(pieces) == "aa"
     assert reader.read == [[*b"hi", EOS]]
+
+
+def test_answers_that_a_task_draws_several_times_differ(grid: Grid, folder: Path) -> None:
+    pytest.importorskip("lm_eval")
+    ours = harness.make_model(open_model(folder), grid, 3)
+    drawn = ("The cat", {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8})
+    likeliest = ("The cat", {"max_gen_toks": 8})
+    first = ours.generate_until(requests("generate_until", *[drawn] * 4))
+    assert len(set(first)) > 1
+    assert ours.generate_until(requests("generate_until", *[drawn] * 4)) == first
+    assert len(set(ours.generate_until(requests("generate_until", *[likeliest] * 3)))) == 1
