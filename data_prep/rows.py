@@ -228,7 +228,7 @@ class _Folder:
     """A folder with a file a split, or with the splits that `datasets` sees in it."""
 
     def __init__(self, place: Path) -> None:
-        self._files = _Files(place, "")
+        self._place, self._files = place, _Files(place, "")
         self._set, self._card = _Set(str(place), saved=False), has_card(place)
         self._seen: tuple[str, ...] | None = None
 
@@ -252,7 +252,7 @@ class _Folder:
         if split in self._files or not self._seen or (self._files and not self._card):
             return self._files  # which names what it has
         raise DataError(
-            f"{self._set.name}: split {split!r}: no such split; it has {', '.join(self._seen)}"
+            f"{self._place}: split {split!r}: no such split; it has {', '.join(self._seen)}"
         )
 
 
@@ -260,11 +260,11 @@ class _Set:
     """NAME[@CONFIG] of the hub or a folder, or a folder that `save_to_disk` wrote."""
 
     def __init__(self, name: str, *, saved: bool) -> None:
-        self.name, self._saved = name, saved
+        self._name, self._saved = name, saved
         self._open: dict[str, Any] = {}
 
     def identity(self, split: str) -> list[Any]:
-        return [self.name, split, self._split(split)._fingerprint]
+        return [self._name, split, self._split(split)._fingerprint]
 
     def label_names(self, split: str, column: str) -> tuple[str, ...] | None:
         names = getattr(self._split(split).features.get(column), "names", None)
@@ -272,19 +272,19 @@ class _Set:
 
     def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
         found = self._split(split)
-        read = check_columns(self.name, found.column_names, columns, optional)
-        with naming(self.name, (Exception,)):
+        read = check_columns(self._name, found.column_names, columns, optional)
+        with naming(self._name, (Exception,)):
             tables = found.select_columns(read).with_format("arrow").iter(BATCH)
-            yield from table_rows(f"{self.name} split {split}", tables)
+            yield from table_rows(f"{self._name} split {split}", tables)
 
     def splits(self) -> tuple[str, ...]:
         """The splits of a folder of data files; none if `datasets` finds no data there."""
         import datasets
 
         try:
-            builder = datasets.load_dataset_builder(self.name)
+            builder = datasets.load_dataset_builder(self._name)
         except Exception as error:  # the library has no error of its own above all others
-            if has_card(Path(self.name)):
+            if has_card(Path(self._name)):
                 raise self._unopened(error) from error
             return ()
         return tuple(map(str, builder.config.data_files or builder.info.splits or ()))
@@ -303,19 +303,19 @@ class _Set:
         import datasets
 
         if not self._saved:
-            name, config = self.name, ""
+            name, config = self._name, ""
             if not Path(name).is_dir():
                 name, _, config = name.rpartition("@") if "@" in name else (name, "", "")
             return datasets.load_dataset(name, config or None, split=split)
-        found = datasets.load_from_disk(self.name)
+        found = datasets.load_from_disk(self._name)
         splits = found if isinstance(found, dict) else {str(found.split or split): found}
         if split not in splits:
-            raise DataError(f"{self.name}: no split {split!r}; it has {', '.join(splits)}")
+            raise DataError(f"{self._name}: no split {split!r}; it has {', '.join(splits)}")
         return splits[split]
 
     def _unopened(self, error: Exception, where: str = "") -> DataError:
         reason = " ".join(str(error).split()) or type(error).__name__
         advice = "local files work offline: see finetune.data.path"
         if "Config name" in reason:
-            advice = f"name one, as {self.name}@CONFIG"
-        return DataError(f"{self.name}{where}: cannot be opened as a data set: {reason}; {advice}")
+            advice = f"name one, as {self._name}@CONFIG"
+        return DataError(f"{self._name}{where}: cannot be opened as a data set: {reason}; {advice}")

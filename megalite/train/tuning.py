@@ -133,7 +133,7 @@ class Tuning:
         self._ends = {math.ceil(epoch * windows / size): epoch for epoch in epochs}
         self._per_epoch = windows / size  # steps
         self._said = False
-        self._baselines: dict[str, dict[str, Any]] = {}  # by split; on rank 0 alone
+        self._compare = classify.Comparison(self.sets, self.config.training.steps)
 
     def due(self, step: int) -> bool:
         """Whether an epoch ends with this step, or the run."""
@@ -234,11 +234,3 @@ class Tuning:
             classify.write_predictions(folder / PREDICTIONS, scores, dataset)
             self.recorder.picture("valid/confusion", classify.picture(whole, dataset), step)
         return {key: value for key, value in whole.items() if isinstance(value, float)}
-
-    def _compare(self, split: str, measured: dict[str, Any], step: int) -> dict[str, Any]:
-        """Return the baselines of a split, after a line that compares the model with them."""
-        if split not in self._baselines:
-            self._baselines[split] = classify.baselines(self.sets["train"], self.sets[split])
-        last = step == self.config.training.steps or (split == "test" and "valid" in self.sets)
-        classify.log_comparison(split, measured, self._baselines[split], last=last)
-        return self._baselines[split]
