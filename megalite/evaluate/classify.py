@@ -139,27 +139,43 @@ def baselines(train: ExampleSet, held_out: ExampleSet) -> dict[str, dict[str, fl
     return measure_baselines(train.split, held_out.split, len(_names(held_out)))
 
 
-def log_comparison(
-    split: str, measured: Mapping[str, Any], known: Mapping[str, Any], *, last: bool
-) -> None:
-    """Log the accuracy of a model beside that of the baselines.
+class Comparison:
+    """A classifier's evaluations during a run, beside the baselines of their splits; on one rank.
 
     Args:
-        last: If true, say what to do about a model that does not beat them.
+        sets: the splits by name, train among them.
+        steps: of the whole run.
     """
-    own, bag, majority = (
-        row["accuracy"] for row in (measured, known["bag_of_words"], known["majority"])
-    )
-    logger.info(
-        "%s: accuracy %.4f; a bag of words has %.4f, the most frequent label %.4f",
-        *(split, own, bag, majority),
-    )
-    if last and own <= max(bag, majority):
-        logger.warning(
-            "the model is no better than a bag of words on %s: start from a pretrained model "
-            "(--init-from), or give more texts",
-            split,
+
+    def __init__(self, sets: Mapping[str, ExampleSet], steps: int) -> None:
+        self._sets, self._steps = sets, steps
+        self._known: dict[str, dict[str, dict[str, float]]] = {}
+
+    def __call__(
+        self, split: str, measured: Mapping[str, Any], step: int
+    ) -> dict[str, dict[str, float]]:
+        """Log the accuracy of a model beside that of the baselines, and return those.
+
+        The last evaluation also says what to do about a model that does not beat them.
+        """
+        if split not in self._known:
+            self._known[split] = baselines(self._sets["train"], self._sets[split])
+        known = self._known[split]
+        own, bag, majority = (
+            row["accuracy"] for row in (measured, known["bag_of_words"], known["majority"])
         )
+        logger.info(
+            "%s: accuracy %.4f; a bag of words has %.4f, the most frequent label %.4f",
+            *(split, own, bag, majority),
+        )
+        last = step == self._steps or (split == "test" and "valid" in self._sets)
+        if last and own <= max(bag, majority):
+            logger.warning(
+                "the model is no better than a bag of words on %s: start from a pretrained model "
+                "(--init-from), or give more texts",
+                split,
+            )
+        return known
 
 
 def write_predictions(path: Path, scores: Tensor, dataset: ExampleSet) -> None:

@@ -145,7 +145,7 @@ class Tuning:
         self._windows = self.sets["train"].windows
         self._held = next((name for name in ("valid", "test") if name in self.sets), None)
         self._said = False
-        self._baselines: dict[str, dict[str, Any]] = {}  # by split; on rank 0 alone
+        self._compare = classify.Comparison(self.sets, self.config.training.steps)
 
     def due(self, before: Place, now: Place) -> bool:
         """Return whether an epoch ends with the step between two places, or the run.
@@ -279,14 +279,6 @@ class Tuning:
                 classify.write_predictions(folder / PREDICTIONS, scores, dataset)
             self.recorder.picture("valid/confusion", classify.picture(whole, dataset), step)
         return {key: value for key, value in whole.items() if isinstance(value, float)}
-
-    def _compare(self, split: str, measured: dict[str, Any], step: int) -> dict[str, Any]:
-        """Return the baselines of a split, after a line that compares the model with them."""
-        if split not in self._baselines:
-            self._baselines[split] = classify.baselines(self.sets["train"], self.sets[split])
-        last = step == self.config.training.steps or (split == "test" and "valid" in self.sets)
-        classify.log_comparison(split, measured, self._baselines[split], last=last)
-        return self._baselines[split]
 
 
 def _name(folder: Path | None) -> str | None:

@@ -136,14 +136,20 @@ def test_a_model_is_compared_with_them(
     monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
     caplog.set_level(logging.INFO)
     known = {"majority": {"accuracy": 0.5}, "bag_of_words": {"accuracy": 0.75}}
-    classify.log_comparison("test", {"accuracy": 0.75}, known, last=False)
+    monkeypatch.setattr(classify, "baselines", lambda *_: known)
+    sets: Any = {"train": None, "test": None}
+    compare = classify.Comparison(sets, 9)
+    assert compare("test", {"accuracy": 0.75}, 3) == known
     line = "test: accuracy 0.7500; a bag of words has 0.7500, the most frequent label 0.5000"
     assert line in caplog.text
+    compare("test", {"accuracy": 0.8}, 9)
     assert "no better" not in caplog.text
-    classify.log_comparison("test", {"accuracy": 0.8}, known, last=True)
-    assert "no better" not in caplog.text
-    classify.log_comparison("test", {"accuracy": 0.75}, known, last=True)
+    compare("test", {"accuracy": 0.75}, 9)
     assert "the model is no better than a bag of words on test: start from a" in caplog.text
+    caplog.clear()
+    compare = classify.Comparison(sets | {"valid": None}, 9)  # the best epoch's, at the end
+    compare("test", {"accuracy": 0.7}, 3)
+    assert "no better than a bag of words on test" in caplog.text
     shown = table({"accuracy": 0.8, "baselines": known, "tasks": None})
     assert [line.split() for line in shown.splitlines()] == [
         ["accuracy", "0.8000"],
