@@ -49,8 +49,8 @@ def _report(reports: Sequence[dict[str, Any]], size: int, seconds: float) -> Non
     share = min(1.0, covered / size) if size else 0.0
     left = f", {share:.0%}, {_time(seconds * (1 - share) / share)} left" if share > 0 else ""
     logger.info(
-        "so far: %s documents, %.1f MB of text, %s tokens, %.2f MB/s%s",
-        *(f"{_sum(reports, 'documents'):,}", text / 1e6, f"{_sum(reports, 'tokens'):,}"),
+        "so far: %s, %.1f MB of text, %s tokens, %.2f MB/s%s",
+        *(_documents(reports), text / 1e6, f"{_sum(reports, 'tokens'):,}"),
         *(text / 1e6 / seconds, left),
     )
 
@@ -62,10 +62,15 @@ def _report_end(reports: Sequence[dict[str, Any]]) -> None:
     seconds = max(r["ended"] for r in worked) - min(r["began"] for r in worked)
     text, tokens = _sum(worked, "bytes") / 1e6, _sum(worked, "tokens")
     logger.info(
-        "all: %s documents; encoded %.1f MB in %.2f s (%.2f MB/s, %s tokens/s)",
-        *(f"{_sum(worked, 'documents'):,}", text, seconds, text / max(seconds, 1e-9)),
+        "all: %s; encoded %.1f MB in %.2f s (%.2f MB/s, %s tokens/s)",
+        *(_documents(worked), text, seconds, text / max(seconds, 1e-9)),
         f"{tokens / max(seconds, 1e-9):,.0f}",
     )
+
+
+def _documents(reports: Sequence[dict[str, Any]]) -> str:
+    count = _sum(reports, "documents")
+    return f"{count:,} document{'' if count == 1 else 's'}"
 
 
 def _sum(reports: Sequence[dict[str, Any]], key: str) -> int:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from megalite.config.deepspeed_tables import KNOWN
 from megalite.config.fields import Section
 from megalite.config.foreign import foreign_answer
 from megalite.config.schema import RunConfig
@@ -75,9 +76,9 @@ def _unknown(loc: tuple[str | int, ...], found: Any = None) -> str:
     section's name says nothing about a key, so names alone are compared.
     """
     *at, name = (part for part in loc if isinstance(part, str))
-    answer = foreign_answer(name)
+    answer = foreign_answer(name, at[-1] if at else "")
     if answer:
-        return f"unknown key; {answer}{_answers_within(found)}"
+        return f"unknown key; {answer}{_answers_within(name, found)}"
     known = known_keys()
     siblings = [key[-1] for key in known if key[:-1] == tuple(at)]
     elsewhere = [key for key in known if key[-1] == name]
@@ -85,6 +86,10 @@ def _unknown(loc: tuple[str | int, ...], found: Any = None) -> str:
     if elsewhere:  # the one that shares most of the way to it
         same = max(elsewhere, key=lambda key: sum(a == b for a, b in zip(key, at, strict=False)))
         hint = f'; did you mean "{dotted(same)}"?'
+    homes = [home for home, keys in KNOWN.items() if name in keys]
+    if not hint and len(homes) == 1:
+        theirs = ".".join(part for part in ("deepspeed", homes[0], name) if part)
+        hint = f'; did you mean "{theirs}"?'
     hint = hint or nearest(name, siblings)
     if not hint and len(name) >= _BEGUN and "_" not in name:
         begun = [f'"{s}"' for s in siblings if s[:_BEGUN] == name[:_BEGUN]]
@@ -94,14 +99,14 @@ def _unknown(loc: tuple[str | int, ...], found: Any = None) -> str:
         by_name = {key[-1]: key for key in reversed(known)}
         hint = nearest(name, by_name, shown=lambda one: dotted(by_name[one]))
     hint = hint or "; take it out, or write one of " + ", ".join(siblings)
-    return f"unknown key{hint}{_answers_within(found)}"
+    return f"unknown key{hint}{_answers_within(name, found)}"
 
 
-def _answers_within(found: Any) -> str:
+def _answers_within(section: str, found: Any) -> str:
     """Return what names of other trainers within an unknown section are here."""
     if not isinstance(found, dict):
         return ""
-    answers = [(key, foreign_answer(key)) for key in found]
+    answers = [(key, foreign_answer(key, section)) for key in found]
     return "".join(f"; {dotted((key,))}: {answer}" for key, answer in answers if answer)
 
 

@@ -6,7 +6,8 @@ misspelt: the nearest to `save_steps` is `steps`, which would change the length 
 
 from __future__ import annotations
 
-# Ours, then what others call it: Hugging Face, Megatron-LM, nanoGPT, DeepSpeed, Lightning, PEFT.
+# Ours, then what others call it: Hugging Face, Megatron-LM, nanoGPT, DeepSpeed, Lightning, PEFT. A
+# name with a dot counts in that section alone.
 _SAME = {
     "name": "run_name experiment_name exp_name job_name wandb_run_name",
     "model.architecture": "model_type architectures",
@@ -59,7 +60,8 @@ _SAME = {
     "schedule.name": "lr_scheduler_type lr_decay_style scheduler_type lr_schedule "
     "lr_scheduler_name",
     "schedule.warmup_steps": "num_warmup_steps warmup_iters lr_warmup_iters warmup lr_warmup_steps",
-    "schedule.decay_steps": "lr_decay_iters decay_iters lr_decay_steps num_decay_steps",
+    "schedule.decay_steps": "lr_decay_iters decay_iters lr_decay_steps num_decay_steps "
+    "schedule.steps",
     "training.steps": "max_steps train_iters max_iters num_steps total_steps num_train_steps "
     "train_steps num_training_steps max_train_steps iterations num_iterations n_steps",
     "training.global_batch_size": "train_batch_size total_batch_size effective_batch_size",
@@ -69,20 +71,22 @@ _SAME = {
     "training.compile": "torch_compile use_torch_compile compile_model",
     "training.seed": "random_seed manual_seed",
     "training.log_every": "logging_steps log_interval log_steps log_every_n_steps log_freq "
-    "logging_interval print_every",
+    "logging_interval print_every logging.steps logging.interval logging.every",
     "training.eval_every": "eval_steps eval_interval val_check_interval val_interval "
-    "validation_interval eval_freq evaluation_steps eval_every_n_steps",
+    "validation_interval eval_freq evaluation_steps eval_every_n_steps eval.every eval.interval "
+    "eval.steps evaluation.every evaluation.interval evaluation.steps",
     "training.eval_batches": "eval_iters limit_val_batches max_eval_batches eval_num_batches "
     "max_eval_samples val_iters",
     "checkpoint.every": "save_steps save_interval save_every checkpoint_every checkpoint_interval "
     "save_freq ckpt_every ckpt_interval checkpoint_steps every_n_train_steps save_every_n_steps "
-    "checkpointing_steps",
+    "checkpointing_steps checkpoint.steps checkpoint.interval checkpoint.frequency",
     "checkpoint.keep": "save_total_limit keep_last keep_last_n_checkpoints keep_last_n max_to_keep "
     "save_top_k checkpoints_total_limit max_checkpoints",
     "checkpoint.keep_best": "load_best_model_at_end save_best",
     "checkpoint.background": "async_save async_checkpointing",
     "logging.directory": "output_dir out_dir save_dir run_dir log_dir logging_dir ckpt_dir "
-    "checkpoint_dir runs_dir default_root_dir",
+    "checkpoint_dir runs_dir default_root_dir logging.dir logging.path checkpoint.dir "
+    "checkpoint.directory checkpoint.path",
     "logging.tensorboard": "tensorboard_dir use_tensorboard",
     "logging.wandb": "use_wandb wandb_log",
     "logging.wandb.project": "wandb_project",
@@ -139,6 +143,7 @@ _OTHERWISE = {
     "set model.attention_bias and model.mlp_bias": "bias use_bias add_bias_linear",
     "set training.seed (weights, dropout) or data.seed (order)": "seed",
     "set logging.tensorboard or logging.wandb": "report_to log_with logger",
+    "set training.eval_every and training.eval_batches": "eval evaluation validation",
     "set training.eval_every": "eval_strategy evaluation_strategy do_eval",
     "set checkpoint.every": "save_strategy always_save_checkpoint",
     "evaluation uses training.micro_batch_size; set that": "per_device_eval_batch_size "
@@ -148,16 +153,17 @@ _OTHERWISE = {
     "use the option --resume": "resume_from_checkpoint resume load_checkpoint load resume_from "
     "ckpt_path load_path",
     "start that many ranks with torchrun, deepspeed, srun or mpirun": "devices num_gpus world_size "
-    "nproc_per_node num_nodes nnodes n_gpus gpus num_processes dp data_parallel_size",
+    "nproc_per_node num_nodes nnodes n_gpus gpus num_processes dp data_parallel_size parallel.data",
     "there is no pipeline, context or expert parallelism; set parallel.tensor and the ZeRO "
     "stage": "pipeline_model_parallel_size pipeline_parallel_size pp pp_size context_parallel_size "
-    "cp expert_model_parallel_size expert_parallel_size pipeline_parallel context_parallel",
+    "cp expert_model_parallel_size expert_parallel_size pipeline_parallel context_parallel "
+    "parallel.pipeline parallel.context parallel.expert",
     "set deepspeed.zero_optimization.stage": "use_distributed_optimizer fsdp fsdp_config strategy",
     'set model.activation to "swiglu"': "swiglu use_swiglu",
     "the tokenizer of the data decides it; take it out": "bos_token_id eos_token_id pad_token_id "
     "unk_token_id tokenizer_type",
     "python -m data_prep makes tokenizers and shards; give tokenize --tokenizer": "tokenizer "
-    "vocab_file merge_file vocab",
+    "vocab_file merge_file",
     "the order of data needs no worker; take it out": "dataloader_num_workers num_workers "
     "dataloader_drop_last dataloader_pin_memory drop_last pin_memory shuffle",
 }
@@ -168,6 +174,11 @@ _ANSWERS = {
 }
 
 
-def foreign_answer(name: str) -> str:
-    """Return what a name of another trainer is here, or ""; `--max-steps` counts as `max_steps`."""
-    return _ANSWERS.get(name.strip().lstrip("-").replace("-", "_").lower(), "")
+def foreign_answer(name: str, section: str = "") -> str:
+    """Return what a name of another trainer is here, or "".
+
+    `--max-steps` and `max_step` count as `max_steps`.
+    """
+    name = name.strip().lstrip("-").replace("-", "_").lower()
+    forms = (f"{section}.{name}", name, f"{name}s", name.removesuffix("s"))
+    return next((_ANSWERS[form] for form in forms if form in _ANSWERS), "")

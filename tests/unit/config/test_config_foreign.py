@@ -124,6 +124,23 @@ def test_key_of_another_section_is_named_before_a_similar_one() -> None:
     assert 'did you mean "optimizer.lr"?' in fault_of(with_key("training", "lr"))
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "answer"),
+    [
+        ("checkpoint", "steps", 'its name here is "checkpoint.every"'),
+        ("logging", "steps", 'its name here is "training.log_every"'),
+        ("parallel", "data", "start that many ranks"),
+        ("training", "max_step", 'its name here is "training.steps"'),
+        ("training", "eval_step", 'its name here is "training.eval_every"'),
+        ("", "zero_optimization", 'did you mean "deepspeed.zero_optimization"?'),
+        ("training", "overlap_comm", '"deepspeed.zero_optimization.overlap_comm"?'),
+        ("", "eval", "set training.eval_every and training.eval_batches"),
+    ],
+)
+def test_name_is_answered_by_its_section(section: str, name: str, answer: str) -> None:
+    assert answer in fault_of(with_key(section, name))
+
+
 def test_foreign_answers_are_for_foreign_names_only() -> None:
     assert foreign_answer("no_such_name") == ""
     assert all(not foreign_answer(key.split(".")[-1]) for key in ("training.steps", "model.norm"))

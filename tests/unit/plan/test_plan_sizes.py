@@ -290,6 +290,7 @@ def test_the_users_values_stand_and_autos_are_filled() -> None:
             "fp16": {"enabled": "auto", "initial_scale_power": 10},
             "bf16": "auto",
             "steps_per_print": 5,
+            "log_level": "info",
             "optimizer": "auto",
             "zero_optimization": {
                 "stage": 2,
