@@ -44,7 +44,7 @@ def main() -> int:
     arguments = parse()
     if not arguments.max_shard_gb > 0:
         raise CommandError(f"--max-shard-gb {arguments.max_shard_gb}: give a size over 0")
-    checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint")  # before torch is imported
+    checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint", weights=False)
     from megalite.checkpoint import StoredCheckpoint, find_base, merged, open_checkpoint
     from megalite.checkpoint.huggingface import export, export_adapter
     from megalite.config import load_stored

@@ -4,6 +4,7 @@ mpirun or python."""
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 from megalite import env
 from megalite.config import find_run, load_config, refuse_useless, run_parser
@@ -32,11 +33,13 @@ def main() -> int:
     own = find_run(arguments.config, arguments.set)
     root = None if own is None or arguments.resume == "never" else own / "checkpoints"
     start = find_start(arguments.init_from, root)
-    from megalite.checkpoint import describe_run, describe_start  # torch
+    from megalite.checkpoint import describe_run, describe_start, require_head  # torch
 
+    fresh = False
     known = describe_run(own) if own is not None and arguments.resume != "never" else None
     if known is None and start is not None:
-        known = describe_start(find_model(start, "--init-from"))
+        start = str(find_model(start, "--init-from"))
+        known, fresh = describe_start(Path(start)), True
     model, tokenizer = known or (None, None)
     config = load_config(arguments.config, arguments.set, model=model)
     if config.finetune is None:
@@ -44,6 +47,8 @@ def main() -> int:
             f"{arguments.config}: no finetune section; write one (configs/finetune has examples), "
             "or start launcher/pretrain.py"
         )
+    if fresh and start is not None and config.finetune.task != "classification":
+        require_head(Path(start))  # before the examples are made
     if arguments.dry_run is not None:
         from megalite.train.rehearsal import dry_run
 

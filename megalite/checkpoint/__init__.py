@@ -18,7 +18,13 @@ from megalite.checkpoint.retention import (
     set_aside_later,
 )
 from megalite.checkpoint.save import Place, Saver, checkpoint_bytes
-from megalite.checkpoint.start import describe_run, describe_start, find_base, refuse_other_commits
+from megalite.checkpoint.start import (
+    describe_run,
+    describe_start,
+    find_base,
+    refuse_other_commits,
+    require_head,
+)
 from megalite.checkpoint.stored import Grown, Stored, StoredCheckpoint, fill_model, merged
 
 __all__ = [
@@ -44,6 +50,7 @@ __all__ = [
     "open_checkpoint",
     "refuse_other_commits",
     "refuse_other_model",
+    "require_head",
     "restore",
     "retain",
     "set_aside_damaged",

@@ -22,7 +22,9 @@ _CHANGEABLE = (
 )
 
 
-def compare_models(model: ModelConfig, theirs: ModelConfig, source: Path) -> dict[str, Any]:
+def compare_models(
+    model: ModelConfig, theirs: ModelConfig, source: Path, *, adapters: bool = False
+) -> dict[str, Any]:
     """Return what a run changes of the model it starts from, and log each change.
 
     Context length, RoPE, the norms' epsilon and the sliding window may change, for no tensor
@@ -30,6 +32,7 @@ def compare_models(model: ModelConfig, theirs: ModelConfig, source: Path) -> dic
 
     Args:
         model: the run's, without labels and adapters. theirs: the one in `source`, likewise.
+        adapters: whether adapters alone are trained, which leaves new rows as they start.
     Returns:
         {"model.KEY": {"before": value, "after": value}}.
     Raises:
@@ -63,6 +66,11 @@ def compare_models(model: ModelConfig, theirs: ModelConfig, source: Path) -> dic
             "head starts as the mean of the old rows",
             *(theirs.vocab_size, source, model.vocab_size),
         )
+        if adapters:
+            logger.warning(
+                "finetune.adapter does not train the embedding: the rows of new tokens stay that "
+                "mean; to train them, leave finetune.adapter out"
+            )
     if "model.max_position_embeddings" in changes:
         _warn_of_positions(model, theirs)
     return changes

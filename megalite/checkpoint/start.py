@@ -41,6 +41,16 @@ def describe_run(folder: Path) -> tuple[dict[str, Any], Path] | None:
     return None
 
 
+def require_head(path: Path) -> None:
+    """Refuse a model folder without the head that a language model needs; ours always has it.
+
+    Raises:
+        CommandError: as `HuggingFaceFolder.require_head`.
+    """
+    if is_huggingface(path):
+        HuggingFaceFolder(path).require_head()
+
+
 def find_base(folder: Path) -> str:
     """Return the name of the model that a checkpoint's run started from, as PEFT writes it.
 

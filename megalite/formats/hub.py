@@ -41,7 +41,7 @@ _STARTED = time.time()
 _LAG = 120.0  # seconds that one rank of a host may start after another
 
 
-def find_model(name: str | Path, option: str) -> Path:
+def find_model(name: str | Path, option: str, *, weights: bool = True) -> Path:
     """Return the folder of a model: a local one, or one downloaded from the hub.
 
     A local path always wins. One rank of each host downloads; the others wait for it.
@@ -49,6 +49,7 @@ def find_model(name: str | Path, option: str) -> Path:
     Args:
         name: a folder, or a name on the hub.
         option: how messages call it, such as "--checkpoint".
+        weights: if false, only configuration and tokenizer are downloaded.
     Raises:
         CommandError: no such folder, a file, no such model, or a hub out of reach.
     """
@@ -60,7 +61,7 @@ def find_model(name: str | Path, option: str) -> Path:
     model = parse_name(str(name))
     if model is None:
         raise CommandError(f"{option} {str(name)!r}: no such folder{_hint(str(name))}")
-    return _for_all_ranks(model, option, weights=True)
+    return _for_all_ranks(model, option, weights=weights)
 
 
 def find_start(name: str | None, root: Path | None, option: str = "--init-from") -> str | None:

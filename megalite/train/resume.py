@@ -209,10 +209,11 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
     Adapters that are not the model's own are added to the weights; a smaller vocabulary grows.
     """
     whole: Stored
+    base, adapters = shapes.base(model), model.adapter is not None
     if is_huggingface(Path(path)):
         theirs = HuggingFaceFolder(Path(path))
         refuse_other_commits(theirs.path, grid)
-        changes = compare_models(shapes.base(model), theirs.section, theirs.path)
+        changes = compare_models(base, theirs.section, theirs.path, adapters=adapters)
         if not model.num_labels:
             theirs.require_head()
         theirs.say_ignored()
@@ -220,7 +221,7 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
         return Origin(theirs.path, None, changes, Place(), True, whole, damaged)
     folder, manifest = _open("--init-from", path, grid, weights_only=True)
     section = _stored(folder, manifest).model
-    changes = compare_models(shapes.base(model), shapes.base(section), folder)
+    changes = compare_models(base, shapes.base(section), folder, adapters=adapters)
     if _VOCABULARY in changes:
         whole, _ = merged(StoredCheckpoint(folder, manifest), section)
         grown = Grown(whole, shapes.base(section))

@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[2]
 ADDED = ("<pad>", "<|im_start|>", "<|im_end|>")
 STILL = {"name": "sgd", "lr": 1e-45, "momentum": 0.0, "weight_decay": 0.0}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {}),
     "tp2": (2, {"parallel": {"tensor": 2}, "deepspeed": zero(1)}),
     "zero2": (2, {"deepspeed": zero(2)}),
     "zero3": (2, {"deepspeed": zero(3)}),

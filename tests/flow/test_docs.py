@@ -56,7 +56,7 @@ def test_the_blocks_of_the_data_page_run(tmp_path: Path) -> None:
     [
         ("index.md", 5),
         ("trust.md", 6),
-        ("models.md", 5),
+        ("models.md", 6),
         ("planning.md", 3),
         ("report.md", 2),
         ("watching.md", 1),

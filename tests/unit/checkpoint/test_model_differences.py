@@ -48,6 +48,14 @@ def test_change_of_no_shape_is_said_and_returned(
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
+def test_adapters_leave_new_rows_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="megalite"):
+        compare_models(model_config(vocab_size=70), model_config(), SOURCE)
+        assert not caplog.records
+        compare_models(model_config(vocab_size=70), model_config(), SOURCE, adapters=True)
+    assert "finetune.adapter does not train the embedding" in caplog.text
+
+
 def test_values_of_training_are_no_difference(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="megalite"):
         assert compare({"hidden_dropout": 0.1, "initializer_range": 0.3}) == {}

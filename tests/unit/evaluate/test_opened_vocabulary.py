@@ -1,0 +1,46 @@
+"""A tokenizer with more ids than its model has rows: said when opened, refused when used."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalite.data import Batch
+from megalite.errors import CommandError
+from megalite.evaluate import open_model
+from tests.unit.huggingface.test_huggingface_families import exported
+
+
+def test_ids_beyond_the_vocabulary_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exported("llama", 0, tmp_path, vocab_size=120)  # of bytes, which go to 258
+    with caplog.at_level(logging.WARNING, logger="megalite"):
+        opened = open_model(tmp_path)
+    assert "the tokenizer has 258 ids, the model 120" in caplog.text
+    reader = opened.reader()
+    assert reader.begin([[7, 119]], 1).shape == (1, 120)
+    said = r"the text has token 200 \(.*\), but the model has 120 tokens; fine-tune it"
+    with pytest.raises(CommandError, match=said):
+        reader.begin([[7], [200, 3]], 1)
+    ids = torch.tensor([[5, 200]])
+    with pytest.raises(CommandError, match=said):
+        opened.last_logits(ids)
+    mask = torch.ones_like(ids).bool()
+    tensors = {"input_ids": ids, "labels": ids.clamp(max=9), "loss_mask": mask}
+    with pytest.raises(CommandError, match=said):
+        opened.loss(Batch(tensors, 0, 2, 2))
+    tensors["input_ids"] = ids.clamp(max=119)
+    assert opened.loss(Batch(tensors, 0, 2, 2)).isfinite()
+
+
+def test_model_that_has_every_id_is_opened_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exported("llama", 0, tmp_path, vocab_size=300)
+    with caplog.at_level(logging.WARNING, logger="megalite"):
+        open_model(tmp_path)
+    assert not caplog.records
