@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megalite import env
-from megalite.env import (
-    Launch,
-    find_launch,
-    first_host,
-    heap_settings,
-    job,
-    launch_id,
-    thread_count,
-)
+from megalite.env import Launch, find_launch, first_host, job, launch_id, thread_count
 from megalite.errors import LaunchError, nearest
 
 TORCHRUN = {
@@ -381,34 +370,3 @@ def test_a_launch_has_a_name_that_a_requeued_job_does_not_share() -> None:
     step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
     assert launch_id(step) == launch_id(dict(step)) != launch_id({})
     assert launch_id(step | {"SLURM_RESTART_COUNT": "1"}) != launch_id(step)
-
-
-def test_the_heap_of_a_cpu_rank_is_set_once_and_never_over_the_users() -> None:
-    made = heap_settings({}, gpus=False)
-    assert made is not None
-    assert "glibc.malloc.tcache_count=0:" in made
-    assert heap_settings({"GLIBC_TUNABLES": made}, gpus=False) is None
-    assert heap_settings({"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}, gpus=False) is None
-    assert heap_settings({}, gpus=True) is None
-    other = "glibc.pthread.rseq=0"
-    assert heap_settings({"GLIBC_TUNABLES": other}, gpus=False) == f"{other}:{made}"
-
-
-def test_a_process_restarts_once_with_its_arguments_and_its_id(tmp_path: Path) -> None:
-    if "CS_GNU_LIBC_VERSION" not in os.confstr_names or Path("/dev/nvidiactl").exists():
-        pytest.skip("restarts with glibc and without GPUs only")
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os, sys\n"
-        "from megalite import env\n"
-        "print(os.getpid(), flush=True)\n"
-        "env.restart_with_heap()\n"
-        "print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.dev_mode)\n"
-    )
-    environ = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
-    environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    line = [sys.executable, "-X", "dev", str(script), "a b", "--c"]
-    done = subprocess.run(line, env=environ, capture_output=True, text=True, check=True)
-    first, second, rest = done.stdout.splitlines()
-    assert first == second
-    assert rest == f"{heap_settings({}, gpus=False)} ['a b', '--c'] True"
