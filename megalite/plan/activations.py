@@ -180,7 +180,7 @@ def heap_bytes(config: RunConfig, plan: Plan, element: int) -> tuple[int, int]:
     """Return the bytes of activations on a CPU in pieces of the heap, and in larger ones.
 
     Masks count as larger pieces, because they leave no holes. Scores that are made one by one leave
-    another copy of their size in the heap.
+    two more pieces of their size in the heap: the bare product, and its gradient.
     """
     kept, work = activation_bytes(config, plan, element, "cpu")
     model, small, large = config.model, kept + work, 0
@@ -192,7 +192,7 @@ def heap_bytes(config: RunConfig, plan: Plan, element: int) -> tuple[int, int]:
         mapped = first * (first >= MAPPED) + parts * rest * (rest >= MAPPED)
         scores = _scores(config, plan, element, "cpu", stack)
         if _plain_attention(config, "cpu"):
-            small += stack.layers * scores // 3
+            small += stack.layers * scores * 2 // 3
         else:
             mapped += scores
         large += stack.layers * mapped
