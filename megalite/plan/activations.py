@@ -15,7 +15,7 @@ from megalite.plan.devices import Kind
 from megalite.plan.gradients import gradients
 from megalite.plan.sizes import Plan
 
-_MAPPED = 32 << 20  # a piece of so many bytes is not of a CPU's heap
+MAPPED = 32 << 20  # a piece of so many bytes is not of a CPU's heap
 
 
 @dataclass(frozen=True)
@@ -176,21 +176,24 @@ def _scores(config: RunConfig, plan: Plan, element: int, device: Kind, stack: _S
     return element * (samples * pairs + repeated * (device == "cuda"))
 
 
-def heap_bytes(config: RunConfig, plan: Plan, element: int) -> int:
-    """Return the bytes of activations in pieces that the heap holds.
+def heap_bytes(config: RunConfig, plan: Plan, element: int) -> tuple[int, int]:
+    """Return the bytes of activations on a CPU in pieces of the heap, and in larger ones.
 
-    Larger pieces and masks leave no holes. Scores made one by one leave another copy of their size.
+    Masks count as larger pieces, because they leave no holes. Scores that are made one by one leave
+    two more pieces of their size in the heap: the bare product, and its gradient.
     """
     kept, work = activation_bytes(config, plan, element, "cpu")
-    model, total = config.model, kept + work
+    model, small, large = config.model, kept + work, 0
     if config.training.activation_checkpointing != "none":
-        return total
-    inner = element * model.intermediate_size // plan.tensor_parallel
+        return small, 0
+    inner, parts = element * model.intermediate_size // plan.tensor_parallel, 1 + model.gated
     for stack in _stacks(config, plan):
-        first = (2 if model.gated else 1) * inner * stack.tokens
-        rest = inner * stack.tokens
-        mapped = first * (first >= _MAPPED) + (2 if model.gated else 1) * rest * (rest >= _MAPPED)
+        first, rest = parts * inner * stack.tokens, inner * stack.tokens
+        mapped = first * (first >= MAPPED) + parts * rest * (rest >= MAPPED)
         scores = _scores(config, plan, element, "cpu", stack)
-        total += stack.layers * (scores // 3 if _plain_attention(config, "cpu") else -scores)
-        total -= stack.layers * mapped
-    return total
+        if _plain_attention(config, "cpu"):
+            small += stack.layers * scores * 2 // 3
+        else:
+            mapped += scores
+        large += stack.layers * mapped
+    return small - large, large

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from megalite import shapes
 from megalite.config import ModelConfig, RunConfig
-from megalite.plan.activations import activation_bytes, heap_bytes
+from megalite.plan.activations import MAPPED, activation_bytes, heap_bytes
 from megalite.plan.devices import Kind
 from megalite.plan.gradients import gradients, head_weight
 from megalite.plan.sizes import Plan, without_auto
@@ -191,19 +191,57 @@ def _arriving(config: RunConfig, plan: Plan, n: int, element: int) -> int:
 def process_bytes(config: RunConfig, plan: Plan) -> int:
     """Return the bytes that a rank on a CPU adds to its process at the peak of a run.
 
-    They are those of `memory_bytes`, the libraries that a run loads at work, and holes in the C
-    library's heap: a freed tensor leaves room that a tensor of its own size, aligned, does not fit
-    into. Holes are a share of what the blocks keep there, measured by `benchmarks/plan.py --cpu`
-    under the heap that `megalite.env.restart_with_heap` sets.
+    The C library has small pieces in its heap, which keeps the most that it ever held, with holes:
+    a freed tensor leaves room that a tensor of its own size, aligned, does not fit into. Large
+    pieces come from the system and go back to it, so that of two moments the larger counts.
+    Libraries that a run loads at work come on top. Holes are a share of what blocks keep, measured
+    by `benchmarks/plan.py --cpu` under the heap that `megalite.env.restart_with_heap` sets.
     """
-    element = 4 if plan.precision == "fp32" else 2
+    n, element = local_elements(config, plan.tensor_parallel), 4 if plan.precision == "fp32" else 2
+    trained = local_elements(config, plan.tensor_parallel, trained=True)
+    weights, optimizer, held, gradients = _states(config, plan, n, element)
+    copied = _flat_copy(config, plan, trained, gradients)
+    buffers, arriving = (
+        _buffers(config, plan, trained, element),
+        _arriving(config, plan, n, element),
+    )
     _, work = activation_bytes(config, plan, element, "cpu")
-    # unlike a GPU's allocator, a heap reuses the logits' room for the blocks' gradients
-    twice = min(work, _logits(config, plan, element))
-    holes = round(_HOLES * heap_bytes(config, plan, element))
+    chunk, made = _logit_parts(config, plan, element)
+    small, large = heap_bytes(config, plan, element)
+    stays, pieces = weights + optimizer, [made, held, _standing(config, plan)]
+    # ZeRO 1 and 2 flatten a bucket once more to send it (allreduce_bucket); ZeRO 1 keeps the bucket
+    # beside the copy that the step is made from, the others do not
+    again = min(element * trained, buffers) * (plan.zero_stage in (1, 2) and plan.data_parallel > 1)
+    sent = buffers + max(again, copied) if plan.zero_stage == 1 else max(buffers + again, copied)
+    if plan.zero_stage == 3:
+        whole = _gathered(plan, n, element)
+        stays += held + _standing(config, plan) - whole
+        pieces = [made, whole]
+        # one gather and one bucket for everything both stand until the end of the backward
+        alone = arriving == element * n and trained <= bucket_elements(config, plan)
+        sent = max(sent, arriving + buffers * alone)
+    before = sum(size for size in pieces if size < MAPPED or plan.zero_stage == 3)
+    mapped = large + sum(pieces) - before
+    logits = chunk - min(work, chunk)  # what they take beyond the work that follows them
+    if chunk < MAPPED:
+        before += logits
+    else:
+        mapped += logits
+    heap = max(small + round(_HOLES * small) + before, gradients - copied)
+    sent = max(mapped, sent if sent >= MAPPED else 0)
     libraries = _LIBRARIES + _GROUP * (plan.world_size > 1)
     libraries += _MEASURES * bool(config.model.num_labels)
-    return libraries + plan.memory_bytes["total"] - twice + holes
+    return libraries + stays + heap + sent
+
+
+def _flat_copy(config: RunConfig, plan: Plan, trained: int, gradients: int) -> int:
+    """Return bytes of the one fp32 piece of gradients that a step is made from."""
+    if plan.zero_stage == 0:
+        return 0
+    if plan.zero_stage == 1 and plan.precision == "bf16":
+        return gradients
+    made = 4 * (trained if plan.zero_stage == 1 else -(-trained // plan.data_parallel))
+    return gradients - made
 
 
 def _gathered(plan: Plan, n: int, element: int) -> int:
@@ -211,10 +249,14 @@ def _gathered(plan: Plan, n: int, element: int) -> int:
 
 
 def _logits(config: RunConfig, plan: Plan, element: int) -> int:
+    return sum(_logit_parts(config, plan, element))
+
+
+def _logit_parts(config: RunConfig, plan: Plan, element: int) -> tuple[int, int]:
     """Bytes of the fused head and loss: a chunk's logits, and the gradients it gives."""
     model = config.model
     if model.num_labels:  # a sample's scores, those in fp32, and their gradient
-        return (element + 8) * plan.micro_batch_size * model.num_labels
+        return (element + 8) * plan.micro_batch_size * model.num_labels, 0
     vocabulary = -(-model.vocab_size // plan.tensor_parallel)
     *_, length = shapes.lengths(config).values()
     places = plan.micro_batch_size * length
@@ -223,4 +265,4 @@ def _logits(config: RunConfig, plan: Plan, element: int) -> int:
     of_logit = element if element == 4 or config.training.compile else element + 4
     chunk = of_logit * min(shapes.chunk_rows(vocabulary), rows) * vocabulary
     learns = head_weight(model) in gradients(model, config.finetune).learned
-    return chunk + (4 * vocabulary * learns + element * rows) * model.hidden_size
+    return chunk, (4 * vocabulary * learns + element * rows) * model.hidden_size

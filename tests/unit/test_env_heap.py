@@ -1,4 +1,4 @@
-"""The heap settings of a CPU rank, which glibc reads at a start."""
+"""The heap of a process on a CPU: which settings it gets, and its one restart with them."""
 
 from __future__ import annotations
 
