@@ -125,15 +125,7 @@ def find_origin(
         config = _with_length(config, total_samples, samples, folder, manifest, stored, orders[1])
     before, after = stored.model_dump(mode="json"), config.model_dump(mode="json")
     changed = changes(before, after, manifest, data_fingerprint, tokenizer_sha256)
-    refused = [key for key in ALLOWABLE if key in changed and key not in allow]
-    if refused:
-        raise CommandError(
-            "\n".join(
-                f"{key} differs from the checkpoint {folder}: {changed[key]}; restore it, or go on "
-                f"knowingly with --allow-change {key}"
-                for key in refused
-            )
-        )
+    _refuse(changed, allow, folder)
     if manifest.step > config.training.steps:
         raise CommandError(
             f"training.steps {config.training.steps}, but {folder} is already past it; ask for "
@@ -150,6 +142,19 @@ def find_origin(
         rates=(learning_rate(stored, manifest.step + 1), learning_rate(config, manifest.step + 1)),
         orders=orders,
     )
+
+
+def _refuse(changed: Mapping[str, Any], allow: tuple[str, ...], folder: Path) -> None:
+    """Raise CommandError for changes that need `--allow-change`, all of them at once."""
+    refused = [key for key in ALLOWABLE if key in changed and key not in allow]
+    if refused:
+        raise CommandError(
+            "\n".join(
+                f"{key} differs from the checkpoint {folder}: {changed[key]}; restore it, or go on "
+                f"knowingly with --allow-change {key}"
+                for key in refused
+            )
+        )
 
 
 def _with_length(
