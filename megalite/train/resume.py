@@ -125,12 +125,7 @@ def find_origin(
         config = _with_length(config, total_samples, samples, folder, manifest, stored, orders[1])
     before, after = stored.model_dump(mode="json"), config.model_dump(mode="json")
     changed = changes(before, after, manifest, data_fingerprint, tokenizer_sha256)
-    _refuse(changed, allow, folder)
-    if manifest.step > config.training.steps:
-        raise CommandError(
-            f"training.steps {config.training.steps}, but {folder} is already past it; ask for "
-            "more steps, or start another run with --set name=..."
-        )
+    _refuse(changed, allow, folder, manifest.step, config.training.steps)
     changed |= moved_defaults(manifest, deepspeed or {})
     return Origin(
         folder,
@@ -144,8 +139,10 @@ def find_origin(
     )
 
 
-def _refuse(changed: Mapping[str, Any], allow: tuple[str, ...], folder: Path) -> None:
-    """Raise CommandError for changes that need `--allow-change`, all of them at once."""
+def _refuse(
+    changed: Mapping[str, Any], allow: tuple[str, ...], folder: Path, step: int, steps: int
+) -> None:
+    """Raise CommandError for changes that need `--allow-change`, or a checkpoint past `steps`."""
     refused = [key for key in ALLOWABLE if key in changed and key not in allow]
     if refused:
         raise CommandError(
@@ -154,6 +151,11 @@ def _refuse(changed: Mapping[str, Any], allow: tuple[str, ...], folder: Path) ->
                 f"knowingly with --allow-change {key}"
                 for key in refused
             )
+        )
+    if step > steps:
+        raise CommandError(
+            f"training.steps {steps}, but {folder} is already past it; ask for more steps, or "
+            "start another run with --set name=..."
         )
 
 
