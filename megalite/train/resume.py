@@ -107,10 +107,8 @@ def find_origin(
     found, damaged = (
         (None, ()) if resume == "never" else _find(resume, root, grid, read_only, lease)
     )
-    if found is None and init_from is not None:
-        return _start(config.model, init_from, grid, damaged)
     if found is None:
-        return None
+        return _start(config.model, init_from, grid, damaged) if init_from is not None else None
     if init_from is not None and grid.rank == 0 and not began_from(root.parent, "start"):
         logger.warning("%s goes on from %s: --init-from is for a fresh start", root, found[0].name)
     folder, manifest = found
