@@ -68,15 +68,9 @@ def _announce_resume(
         more = "finetune.epochs" if config.finetune else "training.steps"
         logger.info("all of its steps are done: raise %s, or choose another name", more)
     changes = origin.changes | _moved(last_layout(origin.folder.parent.parent), facts["layout"])
-    for key, change in changes.items():
-        both = isinstance(change, dict)
-        logger.info(
-            "changed since: %s: %s",
-            key,
-            f"{_text(change['before'])} -> {_text(change['after'])}" if both else change,
-        )
-    if origin.rates is not None and origin.rates[0] != origin.rates[1]:
-        before, after = origin.rates
+    _report(changes)
+    before, after = origin.rates or (0.0, 0.0)
+    if before != after and place.step < config.training.steps:
         logger.info("learning rate of step %d: %.3g -> %.3g", place.step + 1, before, after)
         facts["lr"] = {"before": before, "after": after}
     recorder.event(
@@ -87,6 +81,16 @@ def _announce_resume(
         changes=changes,
         **facts,
     )
+
+
+def _report(changes: dict[str, Any]) -> None:
+    for key, change in changes.items():
+        both = isinstance(change, dict)
+        logger.info(
+            "changed since: %s: %s",
+            key,
+            f"{_text(change['before'])} -> {_text(change['after'])}" if both else change,
+        )
 
 
 def _layout(config: RunConfig, plan: Plan, grid: Grid) -> dict[str, Any]:

@@ -54,7 +54,8 @@ def test_a_disk_of_two_megabytes(shards: dict[str, str], tmp_path: Path, small_d
     assert [type_of.split(":")[0] for type_of in errors] == ["NoSpace", "NoSpace"]
     assert "make room, or lower checkpoint.keep" in errors[0]
     assert [row["step"] for row in rows(raw)] == [*range(1, 21)]
-    named = [(row["name"], row["step"]) for row in rows(raw, "event") if row["name"] != "start"]
+    others = ("start", "straggler")  # a busy host may slow a rank down
+    named = [(row["name"], row["step"]) for row in rows(raw, "event") if row["name"] not in others]
     assert named == [("checkpoint", 5), ("unsaved", 10), ("unsaved", 15), ("failed", 20)]
     (kept,) = disk.published(run / "checkpoints")
     assert kept.name == "step_00000005"

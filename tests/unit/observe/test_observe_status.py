@@ -1,0 +1,78 @@
+"""What later starts read of a run's status and of its first events."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.observe import Recorder, began_from, last_layout, previous_attempts, restate
+from megalite.train.announce import _moved
+
+
+def record(folder: Path, attempt: int = 0) -> Recorder:
+    return Recorder(folder, rank=0, attempt=attempt, total_steps=9, tensorboard=False)
+
+
+def status(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("state", ["running", "saving", "stopped", "done", "failed"])
+def test_status_names_rank_0s_process_while_it_runs(tmp_path: Path, state: Any) -> None:
+    recorder = record(tmp_path)
+    recorder.status(state, step=3)
+    recorder.close()
+    found = status(tmp_path)
+    process = (found.get("host"), found.get("pid"))
+    runs = state in ("running", "saving")
+    assert process == ((socket.gethostname(), os.getpid()) if runs else (None, None))
+
+
+def test_restate_keeps_the_word_of_a_later_start(tmp_path: Path) -> None:
+    recorder = record(tmp_path, attempt=2)
+    recorder.status("running", step=5, last_checkpoint="step_00000004")
+    restate(tmp_path, "failed", reason="an older start that hangs", attempt=1)
+    assert status(tmp_path)["state"] == "running"
+    restate(tmp_path, "failed", reason="a newer one", attempt=previous_attempts(tmp_path))
+    found = status(tmp_path)
+    assert (found["state"], found["attempt"], found["step"]) == ("failed", 3, 5)
+    assert found["last_checkpoint"] == "step_00000004"
+    recorder.status("running", step=6)  # of the start before: refused
+    recorder.close()
+    assert status(tmp_path) == found
+
+
+def test_restate_of_a_run_without_a_status(tmp_path: Path) -> None:
+    restate(tmp_path, "failed", reason="x", attempt=0)
+    assert status(tmp_path)["state"] == "failed"
+    (tmp_path / "status.json").write_text("[]")
+    restate(tmp_path, "failed", reason="y", attempt=0)
+    assert status(tmp_path)["reason"] == "y"
+
+
+def test_the_origin_of_a_run_is_in_its_events(tmp_path: Path) -> None:
+    other = tmp_path / "other" / "checkpoints" / "step_00000005"
+    other.mkdir(parents=True)
+    run = tmp_path / "run"
+    run.mkdir()
+    assert not began_from(run, "start")
+    recorder = record(run)
+    recorder.event(0, "start", init_from=str(other), layout={"tensor": 1, "ranks": 2})
+    assert began_from(run, "start")
+    assert not began_from(run, "resume", other)
+    recorder.event(5, "resume", path=str(other), layout={"tensor": 2, "ranks": 2})
+    recorder.close()
+    assert began_from(run, "resume", other.resolve())
+    assert began_from(run, "resume", (tmp_path / "other").resolve())
+    assert not began_from(run, "resume", run.resolve())
+    assert last_layout(run) == {"tensor": 2, "ranks": 2}
+    assert _moved({"tensor": 1, "ranks": 2}, last_layout(run)) == {
+        "tensor": {"before": 1, "after": 2}
+    }
+    assert last_layout(tmp_path) == {}
