@@ -24,6 +24,8 @@ from megalite.config import ModelConfig
 from megalite.errors import CheckpointError, CommandError
 
 _CONFIG, _INDEX = "config.json", "model.safetensors.index.json"
+# what values of other types and sizes raise
+_NOT_A_CONFIG = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _CONVERT = (
     'python -c "from transformers import AutoModel as M; '
@@ -103,9 +105,16 @@ class HuggingFaceFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.family, raw = from_config(files.read_json(path / _CONFIG))
+            self.family, raw = from_config(files.read_object(path / _CONFIG))
             self.section = ModelConfig.model_validate(raw)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:
             told = error.errors()[0] if isinstance(error, ValidationError) else error
             raise CommandError(f"{path}/{_CONFIG} cannot be used: {told}") from None
         except CommandError as error:
