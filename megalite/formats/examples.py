@@ -151,12 +151,22 @@ def open_split(folder: Path, manifest: ExamplesManifest, name: str) -> Split:
     info = manifest.splits.get(name)
     if info is None:
         raise DataError(f"{folder}: no split {name!r}; it has {', '.join(manifest.splits)}")
+    needed = {"tokens", "bounds", "rows"}
+    if not needed <= {*info.sha256} <= {*_DTYPES} or not files.is_plain_name(name):
+        raise DataError(
+            f"{folder}/{MANIFEST}: split {name!r} has {', '.join(info.sha256) or 'no arrays'}, not "
+            f"those of a split; delete {folder}: it is made again"
+        )
     arrays: dict[str, Any] = dict.fromkeys(_DTYPES)
     for kind, sha256 in info.sha256.items():
         path = folder / f"{name}.{kind}.npy"
         if not path.is_file() or files.sha256_file(path) != sha256:
             raise DataError(f"{path} is missing or was changed; delete {folder}: it is made again")
-        arrays[kind] = np.load(path, mmap_mode="r" if info.tokens else None, allow_pickle=False)
+        mode: Any = "r" if info.tokens else None
+        try:
+            arrays[kind] = np.load(path, mmap_mode=mode, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"{path} cannot be read: {error}; delete {folder}") from None
     return Split(name, info, **arrays)
 
 

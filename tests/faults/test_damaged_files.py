@@ -53,7 +53,7 @@ from tests.factories import make_engine, world_of_one
 from tests.origins import reseal
 from tests.whole_folders import MAKERS
 
-FEW, MANY = 12, 250
+FEW, MANY = 12, 200
 SECONDS = 20
 
 Read = Callable[[Path], object]

@@ -25,6 +25,8 @@ from megalite.formats import foreign, quantized
 from megalite.log import logger
 
 _CONFIG, _INDEX = foreign.CONFIG, foreign.INDEX
+# what values of other types and sizes raise
+_NOT_A_CONFIG = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _HEAD = ("lm_transform.", "lm_head.")  # canonical names of a language model's head
 # Copies and constants that classes of transformers write beside the weights.
@@ -109,11 +111,11 @@ class HuggingFaceFolder:
     def __init__(self, path: Path) -> None:
         self.path = path = foreign.transformer_folder(path)
         try:
-            config = files.read_json(path / _CONFIG)
+            config = files.read_object(path / _CONFIG)
             self._refuse_quantized(config, [])
             self.family, raw = from_config(config)
             self.section = ModelConfig.model_validate(raw)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *_NOT_A_CONFIG) as error:
             told = error.errors()[0] if isinstance(error, ValidationError) else error
             raise CommandError(f"{path}/{_CONFIG} cannot be used: {told}") from None
         except CommandError as error:
