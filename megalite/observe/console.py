@@ -55,7 +55,7 @@ class Console:
     def valid(self, row: Mapping[str, Any], *, tokens: int | None = None) -> None:
         """Show one valid row, as a line that stays."""
         numbers = [
-            f"{key} {_number(value, '.4g')}"
+            f"{key} {_held_out(value)}"
             for key, value in row.items()
             if key != "step" and (value is None or isinstance(value, int | float))
         ]
@@ -176,6 +176,13 @@ def format_duration(seconds: float | None) -> str:
     if days:
         return f"{days} d {hour}:{minute:02}:{second:02}"
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+def _held_out(value: float | None) -> str:
+    """Format a measurement with four digits, and a large one in full: 14190, not 1.419e+04."""
+    if value is None or not 1e4 <= abs(value) < 1e9:
+        return _number(value, ".4g")
+    return f"{value:.0f}"
 
 
 def _number(value: float | None, spec: str) -> str:

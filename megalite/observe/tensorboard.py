@@ -100,7 +100,7 @@ class TensorBoard:
             run_file = self._folder / "config.json"
             if name == "." and run_file.exists():
                 text = run_file.read_text(encoding="utf-8")
-                self._writers[name].add_text("config", _block(text), at)
+                self._writers[name].add_text("config", _block(text), 0)  # of no step
         return self._writers[name]
 
 

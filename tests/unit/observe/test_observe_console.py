@@ -65,6 +65,17 @@ def test_the_loss_shown_is_the_mean_since_the_last_row() -> None:
     assert "loss       -  " in as_line({**ROW, "mean_loss": None}, total_steps=300)
 
 
+@pytest.mark.parametrize(
+    ("value", "text"), [(14190.4, "14190"), (20.094, "20.09"), (2.5e11, "2.5e+11"), (None, "-")]
+)
+def test_a_measurement_is_shown_in_full(
+    caplog: pytest.LogCaptureFixture, value: float | None, text: str
+) -> None:
+    caplog.set_level("INFO", logger="megalite")
+    Console(total_steps=4).valid({"step": 4, "perplexity": value})
+    assert caplog.messages[-1].split() == ["valid", "4", "perplexity", text]
+
+
 def test_missing_numbers_keep_their_place() -> None:
     bare = as_line({**ROW, "loss": None, "grad_norm": None}, total_steps=300)
     assert len(bare) == len(as_line(ROW, total_steps=300))
