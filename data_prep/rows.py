@@ -26,6 +26,7 @@ from data_prep.row_files import (
     parquet_rows,
     table_rows,
 )
+from data_prep.sets import check_reachable
 from megalite.config import FinetuneConfig, RunConfig
 from megalite.errors import DataError
 from megalite.formats.tokenizer import load_tokenizer
@@ -295,17 +296,19 @@ class _Set:
         return self._open[split]
 
     def _load(self, split: str) -> Any:
+        name, config = self.name, ""
+        if not self._saved and not Path(name).is_dir():
+            name, _, config = name.rpartition("@") if "@" in name else (name, "", "")
+            if not Path(name).is_dir():
+                check_reachable(name, f"finetune.data.path {name}")  # before a slow import
         import datasets
 
         if not self._saved:
-            name, config = self._name, ""
-            if not Path(name).is_dir():
-                name, _, config = name.rpartition("@") if "@" in name else (name, "", "")
             return datasets.load_dataset(name, config or None, split=split)
-        found = datasets.load_from_disk(self._name)
+        found = datasets.load_from_disk(name)
         splits = found if isinstance(found, dict) else {str(found.split or split): found}
         if split not in splits:
-            raise DataError(f"{self._name}: no split {split!r}; it has {', '.join(splits)}")
+            raise DataError(f"{name}: no split {split!r}; it has {', '.join(splits)}")
         return splits[split]
 
     def _unopened(self, error: Exception, where: str = "") -> DataError:

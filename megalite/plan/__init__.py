@@ -4,7 +4,13 @@ from megalite.plan.engine import deepspeed_dict
 from megalite.plan.flops import flops_per_token, hardware_flops_per_token
 from megalite.plan.make import make_plan
 from megalite.plan.memory import host_bytes, offloads
-from megalite.plan.precision import Precision, bf16_units, recorded_precision, resolve_precision
+from megalite.plan.precision import (
+    Precision,
+    auto_of_first_version,
+    bf16_units,
+    recorded_precision,
+    resolve_precision,
+)
 from megalite.plan.sizes import Plan, labelled
 from megalite.plan.traffic import Collective, data_collectives, tensor_collectives
 
@@ -12,6 +18,7 @@ __all__ = [
     "Collective",
     "Plan",
     "Precision",
+    "auto_of_first_version",
     "bf16_units",
     "data_collectives",
     "deepspeed_dict",

@@ -8,9 +8,11 @@ agree and keeps the answer in the run.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from megalite import files
 from megalite.config import RunConfig, zero_stage
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -52,16 +54,25 @@ def resolve_precision(
     return "bf16" if able and zero_stage(config) > 0 else "fp32"
 
 
-def recorded_precision(config: Mapping[str, Any], deepspeed: Mapping[str, Any]) -> Precision | None:
-    """Return the precision a checkpoint was trained in; None if its records do not say.
+def recorded_precision(config: Mapping[str, Any], run: Path) -> Precision | Literal["auto"] | None:
+    """Return the precision a checkpoint was trained in.
+
+    MegaLite 0.1 recorded "auto" as the file said. DeepSpeed's JSON in its run folder tells then.
 
     Args:
-        config: its run file, as JSON. MegaLite 0.1 recorded "auto" as it stood there.
-        deepspeed: its manifest's record of the defaults left to DeepSpeed. bf16 is off by default,
-            so a run with bf16 lacks that entry.
+        config: the checkpoint's run file, as JSON.
+        run: the run folder that the checkpoint lies in.
+    Returns:
+        "auto" if only the device it was trained on could tell; None for an unknown name.
     """
     precision = config["training"]["precision"]
     if precision == "auto":
-        off = not deepspeed or deepspeed.get("bf16.enabled") is False
-        return "fp32" if off else "bf16"
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            return "bf16" if files.read_json(run / "deepspeed.json")["bf16"]["enabled"] else "fp32"
+        return "auto"
     return cast(Precision, precision) if precision in _KNOWN else None
+
+
+def auto_of_first_version(device: Literal["cpu", "cuda"]) -> Precision:
+    """Return what "auto" was in MegaLite 0.1."""
+    return "bf16" if device == "cuda" else "fp32"

@@ -15,7 +15,14 @@ from megalite.errors import ConfigError
 from megalite.formats import checkpoint as disk
 from megalite.log import logger
 from megalite.parallel import Grid
-from megalite.plan import Plan, Precision, bf16_units, recorded_precision, resolve_precision
+from megalite.plan import (
+    Plan,
+    Precision,
+    auto_of_first_version,
+    bf16_units,
+    recorded_precision,
+    resolve_precision,
+)
 from megalite.train.request import Request, plan_of
 
 
@@ -39,8 +46,9 @@ def _settle(request: Request, grid: Grid) -> Request:
     goes_on = grid.rank == 0 and request.resume != "never"
     known = grid.gather((bf16_units(), _recorded(request) if goes_on else None))
     units: tuple[str | None, ...] = tuple(unit for unit, _ in known)
-    kept: Precision | None = known[0][1]
     device: Literal["cpu", "cuda"] = "cuda" if grid.device.type == "cuda" else "cpu"
+    recorded: Precision | Literal["auto"] | None = known[0][1]
+    kept = auto_of_first_version(device) if recorded == "auto" else recorded
     able = all(units)
     if asked != "auto":
         _warn_of_slow(asked, device, able)
@@ -72,13 +80,11 @@ def _with(request: Request, precision: Precision, reason: str) -> Request:
     return replace(request, config=parse_config(raw), precision_reason=reason)
 
 
-def _recorded(request: Request) -> Precision | None:
+def _recorded(request: Request) -> Precision | Literal["auto"] | None:
     """The precision of the checkpoint that a resume will most likely go on from."""
     for folder in _candidates(request):
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-            config = files.read_json(folder / "config.json")
-            manifest = files.read_json(folder / disk.MANIFEST)
-            return recorded_precision(config, manifest.get("deepspeed") or {})
+            return recorded_precision(files.read_json(folder / "config.json"), folder.parents[1])
     return None
 
 

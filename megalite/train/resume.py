@@ -132,8 +132,7 @@ def find_origin(
     samples = manifest.samples if orders[0] == orders[1] else 0
     if total_samples is not None:
         config = _with_length(config, total_samples, samples, folder, manifest, stored, orders[1])
-    before, after = stored.model_dump(mode="json"), config.model_dump(mode="json")
-    before["training"]["precision"] = recorded_precision(before, manifest.deepspeed)
+    before, after = _comparable(stored, folder, config), config.model_dump(mode="json")
     changed = find_changes(before, after, manifest, data_fingerprint, tokenizer_sha256)
     _refuse_changes(changed, allow, folder)
     _refuse_shorter(config, folder, manifest)
@@ -148,6 +147,15 @@ def find_origin(
         rates=(learning_rate(stored, manifest.step + 1), learning_rate(config, manifest.step + 1)),
         orders=orders,
     )
+
+
+def _comparable(stored: RunConfig, folder: Path, config: RunConfig) -> dict[str, Any]:
+    """Return a checkpoint's run file with the precision it was trained in, as JSON."""
+    before = stored.model_dump(mode="json")
+    known = recorded_precision(before, folder.parents[1])
+    # without a record a difference would be a guess
+    before["training"]["precision"] = config.training.precision if known == "auto" else known
+    return before
 
 
 def _refuse_changes(changed: Mapping[str, Any], allow: tuple[str, ...], folder: Path) -> None:

@@ -15,7 +15,7 @@ from megalite.plan import make_plan
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SHIPPED = {  # parameters, ranks it is laid out for, ZeRO stage, tensor-parallel size
-    "smoke": (7_309_568, 2, 1, 1),
+    "smoke": (7_309_824, 2, 1, 1),
     "125m": (134_105_856, 8, 1, 1),
     "350m": (373_867_520, 8, 1, 1),
     "1b": (1_100_048_384, 8, 1, 1),

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megalite.config import parse_config
-from megalite.plan import bf16_units, make_plan, recorded_precision, resolve_precision
+from megalite.plan import (
+    auto_of_first_version,
+    bf16_units,
+    make_plan,
+    recorded_precision,
+    resolve_precision,
+)
 from tests.run_file import BASE
 
 
@@ -62,16 +69,22 @@ def test_a_named_precision_is_kept_on_every_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "deepspeed", "recorded"),
+    ("precision", "bf16", "recorded"),
     [
-        ("bf16", {}, "bf16"),
-        ("auto", {"bf16.enabled": False, "fp16.enabled": False}, "fp32"),
-        ("auto", {"fp16.enabled": False}, "bf16"),
-        ("auto", {}, "fp32"),
-        ("fp64", {}, None),
+        ("bf16", False, "bf16"),
+        ("auto", False, "fp32"),
+        ("auto", True, "bf16"),
+        ("auto", None, "auto"),
+        ("fp64", True, None),
     ],
 )
-def test_checkpoints_that_say_auto_tell_it_by_their_record(
-    precision: str, deepspeed: dict[str, Any], recorded: str | None
+def test_checkpoints_that_say_auto_are_read_with_their_runs_deepspeed_json(
+    tmp_path: Path, precision: str, bf16: bool | None, recorded: str | None
 ) -> None:
-    assert recorded_precision({"training": {"precision": precision}}, deepspeed) == recorded
+    if bf16 is not None:
+        (tmp_path / "deepspeed.json").write_text(json.dumps({"bf16": {"enabled": bf16}}))
+    assert recorded_precision({"training": {"precision": precision}}, tmp_path) == recorded
+
+
+def test_auto_of_the_first_version_followed_the_device() -> None:
+    assert [auto_of_first_version(device) for device in ("cpu", "cuda")] == ["fp32", "bf16"]
