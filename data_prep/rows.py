@@ -296,7 +296,7 @@ class _Set:
         return self._open[split]
 
     def _load(self, split: str) -> Any:
-        name, config = self.name, ""
+        name, config = self._name, ""
         if not self._saved and not Path(name).is_dir():
             name, _, config = name.rpartition("@") if "@" in name else (name, "", "")
             if not Path(name).is_dir():
