@@ -75,7 +75,12 @@ def tuning_file(reviews: Path, name: str, **sections: Any) -> dict[str, Any]:
             "epochs": 3,
         },
         "optimizer": {"lr": 3e-3},
-        "training": {"global_batch_size": 8, "micro_batch_size": 4, "log_every": 1},
+        "training": {
+            "global_batch_size": 8,
+            "micro_batch_size": 4,
+            "log_every": 1,
+            "precision": "fp32",
+        },
         "checkpoint": {"every": 0, "keep": 1},
         "logging": {"directory": str(reviews.parent / "runs"), "tensorboard": False},
     }

@@ -81,7 +81,12 @@ def test_it_trains_where_no_checkout_is(
         "name": "mine",
         "model": {"vocab_size": 258, "hidden_size": 16, "intermediate_size": 32},
         "data": {"train": [{"path": shards["train"]}], "valid": [], "sequence_length": 16},
-        "training": {"steps": 2, "global_batch_size": 2, "micro_batch_size": 1},
+        "training": {
+            "steps": 2,
+            "global_batch_size": 2,
+            "micro_batch_size": 1,
+            "precision": "fp32",
+        },
     }
     (tmp_path / "mine.json").write_text(json.dumps(mine))
     told = succeed(

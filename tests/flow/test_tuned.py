@@ -33,7 +33,12 @@ def test_a_model_that_answers(shards: dict[str, str], tmp_path: Path) -> None:
         "name": "tuned",
         "finetune": {"task": "sft", "data": data | {"max_length": 96, "test_fraction": 0.2}},
         "optimizer": {"lr": 1e-3},
-        "training": {"steps": 2, "global_batch_size": 4, "micro_batch_size": 4},
+        "training": {
+            "steps": 2,
+            "global_batch_size": 4,
+            "micro_batch_size": 4,
+            "precision": "fp32",
+        },
         "logging": {"directory": str(tmp_path), "tensorboard": False},
     }
     file, run = tmp_path / "tuned.json", tmp_path / "tuned"
@@ -89,7 +94,12 @@ def test_the_labels_of_new_texts(tmp_path: Path) -> None:
             "data": data | {"tokenizer": "bytes", "max_length": 32},
         },
         "optimizer": {"lr": 1e-3},
-        "training": {"steps": 2, "global_batch_size": 4, "micro_batch_size": 4},
+        "training": {
+            "steps": 2,
+            "global_batch_size": 4,
+            "micro_batch_size": 4,
+            "precision": "fp32",
+        },
         "logging": {"directory": str(tmp_path), "tensorboard": False},
     }
     file, run, told = tmp_path / "labels.json", tmp_path / "labels", tmp_path / "told.jsonl"

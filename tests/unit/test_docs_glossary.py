@@ -12,7 +12,17 @@ from tests.pages import ROOT, actions, parsers
 PLACEHOLDERS = {"ADDRESS", "COMMAND", "CONFIG", "DIR", "ID", "ORG", "REVISION", "RUN", "SPLIT"}
 PLACEHOLDERS |= {"TERM"}
 NAMES = {"ARCHITECTURE", "CONTRIBUTING", "README", "SECURITY", "COMPLETED", "FAILED", "IMDB"}
-NAMES |= {"MegaLite", "NeoX", "NVIDIA", "PyTorch", "PyArrow", "PipelineModule"}
+NAMES |= {
+    "MegaLite",
+    "MiniLM",
+    "ShareGPT",
+    "SmolLM",
+    "NeoX",
+    "NVIDIA",
+    "PyTorch",
+    "PyArrow",
+    "PipelineModule",
+}
 
 
 def prose() -> str:

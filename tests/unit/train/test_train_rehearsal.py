@@ -17,7 +17,8 @@ from megalite.train.rehearsal import rehearse
 from tests.run_file import BASE
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
-WITHOUT_A_MODEL = ("finetune/sft", "finetune/lora")  # those start from another's
+# they start from another's model
+WITHOUT_A_MODEL = ("finetune/sft", "finetune/lora", "finetune/chat", "finetune/table_pretrained")
 SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.json") if path.stem != "schema")
 TUNING = sorted(f"finetune/{path.stem}" for path in CONFIGS.glob("finetune/*.json"))
 MODEL = {
