@@ -28,9 +28,15 @@ _KEPT = (
 )
 # MegaLite's own key of tokenizer_config.json: the shards were made with --bos (or --no-bos).
 _BEGINS = "megalite_documents_begin_with_bos"
+# MegaLite's own key of tokenizer_config.json: the answer of `space_before`.
+_SPACE = "megalite_space_before_text"
+_SPACES = (None, "always", "first", "never")
 _NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # Tokenizers (or model types) that put EOS after a text without a word of it in the files.
 _END_WITH_EOS = ("t5", "mt5", "umt5")
+# Tokenizers and models for which transformers ignores SentencePiece's own setting of the space.
+_LLAMA_TOKENIZERS = ("LlamaTokenizer", "CodeLlamaTokenizer")
+_LLAMA_MODELS = ("llama", "code_llama")
 _ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Names in use for the tokens that begin and end a document, if no file names them; BERT's are last.
 _USUAL_NAMES = {
@@ -210,6 +216,33 @@ class Companions:
     def record_bos(self, begins: bool) -> None:
         """Record whether the documents that a model learns from begin with BOS."""
         self._set(_BEGINS, begins)
+
+    def space_before(self) -> str | None:
+        """Return which text of a SentencePiece model gets a space before it.
+
+        The answer depends on the `config.json` of the model, which a copy of the tokenizer lacks.
+        So the answer is saved with the tokenizer, and decides from then on.
+
+        Returns:
+            "always", "first" (not after a control token), or "never". None means that the
+            settings inside the SentencePiece model decide.
+        Raises:
+            DataError: the saved answer is none of these.
+        """
+        if _SPACE in self.config:
+            if (saved := self.config[_SPACE]) not in _SPACES:
+                fact = f"{_SPACE} is {saved!r:.40}; it is null, always, first or never"
+                raise self._fault(TOKENIZER_CONFIG, fact)
+            return saved if saved is None else str(saved)
+        name = self.config.get("tokenizer_class")
+        if not isinstance(name, str) or not name.startswith(_LLAMA_TOKENIZERS):
+            return None
+        space = None
+        if self.model_config.get("model_type", "llama") in _LLAMA_MODELS:
+            space = "always" if self.config.get("legacy") is True else "first"
+            space = "never" if self.config.get("add_prefix_space") is False else space
+        self._set(_SPACE, space)
+        return space
 
     def _set(self, key: str, value: Any) -> None:
         self.config = {**self.config, key: value}
