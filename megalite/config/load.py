@@ -127,6 +127,12 @@ def run_files(path: str | Path) -> list[Path]:
     return [file for file, _ in _read_chain(find_file(path), [])]
 
 
+def stated_model(path: str | Path, sets: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the model section that a run file and `sets` state, unchecked; {} without one."""
+    model = _told(path, sets, []).get("model")
+    return model if isinstance(model, dict) else {}
+
+
 def lacks_model(path: str | Path, sets: Sequence[str] = ()) -> bool:
     """Whether a run file tunes a model that only `--init-from` would name."""
     raw = _told(path, sets, [])
