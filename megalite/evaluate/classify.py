@@ -140,7 +140,7 @@ def baselines(train: ExampleSet, held_out: ExampleSet) -> dict[str, dict[str, fl
 
 
 class Comparison:
-    """A classifier's evaluations during a run, beside the baselines of their splits; on one rank.
+    """Comparison of a run's classifier with the baselines of its splits; on one rank.
 
     Args:
         sets: the splits by name, train among them.
@@ -154,7 +154,7 @@ class Comparison:
     def __call__(
         self, split: str, measured: Mapping[str, Any], step: int
     ) -> dict[str, dict[str, float]]:
-        """Log the accuracy of a model beside that of the baselines, and return those.
+        """Log the accuracy of a model and of the baselines, and return the baselines.
 
         The last evaluation also says what to do about a model that does not beat them.
         """
