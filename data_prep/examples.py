@@ -219,7 +219,7 @@ class _Maker:
         return found
 
     def _cut_fractions(self) -> dict[str, npt.NDArray[np.bool_]]:
-        """Which rows of the training split each split has, where any is cut off from it."""
+        """Return which rows of the training split each split has; {} if no split is cut off."""
         data = self._data
         shares = {"test": data.test_fraction, "valid": data.valid_fraction}
         if not any(shares.values()):
@@ -276,7 +276,7 @@ class _Maker:
         return Fields(row, tuple(row.text(column) for column in self._columns))
 
     def _lacks(self, label: Any) -> bool:
-        """Whether a value stands for no label: null, blank, NaN, or the hub's -1."""
+        """Return whether a value means no label: null, blank, NaN, or the hub's -1."""
         empty = label is None or label != label or (isinstance(label, str) and not label.strip())
         return empty or (str(label) == "-1" and "-1" not in self._labels)
 

@@ -114,7 +114,7 @@ def find_run(path: str | Path, sets: Sequence[str] = ()) -> Path | None:
 
 
 def _told(path: str | Path, sets: Sequence[str], faults: list[str]) -> dict[str, Any]:
-    """What a run file and `sets` say, unchecked."""
+    """Return what a run file and `sets` state, unchecked."""
     raw: dict[str, Any] = {}
     for _, content in reversed(_read_chain(find_file(path), faults)):
         _merge(raw, content, "", {})
@@ -134,7 +134,7 @@ def stated_model(path: str | Path, sets: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def lacks_model(path: str | Path, sets: Sequence[str] = ()) -> bool:
-    """Whether a run file tunes a model that only `--init-from` would name."""
+    """Return whether a run file tunes a model that only `--init-from` would name."""
     raw = _told(path, sets, [])
     return "finetune" in raw and "model" not in raw
 

@@ -98,7 +98,7 @@ class Companions:
 
     @cached_property
     def names(self) -> dict[str, Any]:
-        """What the files say of each key: the name of a token, or None for no such token."""
+        """Names of tokens by key, as the files state them; None means no such token."""
         found = dict(self.config)
         if "added_tokens_decoder" not in self.config:
             found |= self._parse(_TOKENS_MAP)
@@ -191,14 +191,14 @@ class Companions:
 
     @property
     def carried(self) -> dict[str, Any]:
-        """What an exported `tokenizer_config.json` keeps of the one that was read."""
+        """Entries of `tokenizer_config.json` that an export keeps."""
         kept = ("chat_template", "model_max_length", "padding_side", "additional_special_tokens")
         return {key: self.config[key] for key in kept if key in self.config}
 
     # ---- what a text begins with
 
     def around(self, bos_id: int | None, eos_id: int | None) -> tuple[list[int], list[int]]:
-        """What `add_bos_token` and `add_eos_token` put before and after a text."""
+        """Return the ids that `add_bos_token` and `add_eos_token` put before and after a text."""
         told = (self.config.get("add_bos_token"), self.config.get("add_eos_token"))
         before, after = (
             [id] if flag is True and id is not None else []
@@ -207,7 +207,7 @@ class Companions:
         return before, after
 
     def begin(self, before: Sequence[int], bos_id: int | None) -> tuple[int, ...]:
-        """What a text begins with: `before`, unless documents are known to begin otherwise."""
+        """Return the ids that begin a text: `before`, unless it is recorded otherwise."""
         begins = self.config.get(_BEGINS)
         if isinstance(begins, bool) and begins != bool(before):
             return (bos_id,) if begins and bos_id is not None else ()
