@@ -234,7 +234,7 @@ def _refuse_bad_records(options: TokenizeOptions, run: Run, join: Join) -> None:
         raise DataError(
             f"{faults[min(options.max_bad_records, len(faults) - 1)]}; bad record "
             f"{options.max_bad_records + 1} of {bad}, more than --max-bad-records "
-            f"{options.max_bad_records} allows: mend the input, or allow more"
+            f"{options.max_bad_records} allows: fix the input, or allow more"
         )
 
 

@@ -13,11 +13,8 @@ tokenizer's settings put before and after a text takes the place of BOS and EOS.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -27,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.cache import cache_arguments, cache_folder, link_learned
 from data_prep.chat import TEMPLATE, Chat, find_template
 from data_prep.labels import describe_similar, label_name
 from data_prep.messages import OPTIONAL_COLUMNS, read_conversation
@@ -64,9 +62,9 @@ def prepare(
     measured: str = "",
     unlabelled: bool = False,
 ) -> Path:
-    """The folder of a run's examples, below finetune.data.cache; made where it is not there.
+    """Return the folder of a run's examples, below finetune.data.cache; make it if it is missing.
 
-    Its name is a hash of what decides its content. Of processes that make it at the same time,
+    Its name is a hash of what decides its content. If several processes make it at the same time,
     one publishes it.
 
     Args:
@@ -87,20 +85,8 @@ def prepare(
     template = None
     if config.finetune.task == "sft":
         template = find_template(data.chat_template, chat_template, name)
-    origins = {"train": data.train_split, "valid": data.valid_split, "test": data.test_split}
-    arguments = {
-        "format": FORMAT,
-        "task": config.finetune.task,
-        "data": data.model_dump(mode="json", exclude={"cache"}),
-        "seed": config.data.seed,
-        "architecture": config.model.architecture,
-        "sources": {key: source.identity(split) for key, split in origins.items() if split},
-        "tokenizer": (encoder and _identity(encoder)) or config.model.vocab_size,
-        "template": template,
-        **({"unlabelled": True} if unlabelled else {}),
-    }
-    told = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
-    folder = Path(data.cache) / told[:32]
+    arguments = cache_arguments(config, source, encoder, template, unlabelled=unlabelled)
+    folder = cache_folder(data.cache, arguments)
     if not (folder.is_dir() and any(folder.iterdir())):
         try:
             with staged(folder) as staging:
@@ -110,20 +96,13 @@ def prepare(
             if not (folder / MANIFEST).is_file():  # else another process was faster
                 raise
     read_manifest(folder)
+    if encoder is None:
+        link_learned(data.cache, arguments, folder, load_tokenizer(folder / "tokenizer"))
     return folder
 
 
-def _identity(tokenizer: Tokenizer) -> list[Any]:
-    """What decides the ids of a text, and what the examples' folder keeps of the tokenizer."""
-    made = [tokenizer.sha256, tokenizer.bos_id, tokenizer.eos_id]
-    with tempfile.TemporaryDirectory() as place:
-        main = tokenizer.save(Path(place))
-        others = sorted(path for path in Path(place).iterdir() if path.name != main)
-        return made + [[path.name, files.sha256_file(path)] for path in others]
-
-
 class _Maker:
-    """Makes one folder; a split's rows are read anew for each thing that is asked of all."""
+    """Maker of one folder; each pass over a split reads its rows again."""
 
     def __init__(
         self,
@@ -240,7 +219,7 @@ class _Maker:
         return found
 
     def _cut_fractions(self) -> dict[str, npt.NDArray[np.bool_]]:
-        """Which rows of the training split each split has, where any is cut off from it."""
+        """Return which rows of the training split each split has; {} if no split is cut off."""
         data = self._data
         shares = {"test": data.test_fraction, "valid": data.valid_fraction}
         if not any(shares.values()):
@@ -297,7 +276,7 @@ class _Maker:
         return Fields(row, tuple(row.text(column) for column in self._columns))
 
     def _lacks(self, label: Any) -> bool:
-        """Whether a value stands for no label: null, blank, NaN, or the hub's -1."""
+        """Return whether a value means no label: null, blank, NaN, or the hub's -1."""
         empty = label is None or label != label or (isinstance(label, str) and not label.strip())
         return empty or (str(label) == "-1" and "-1" not in self._labels)
 

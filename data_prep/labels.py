@@ -53,7 +53,7 @@ def _describe(labels: Sequence[str], counts: Mapping[str, int]) -> str:
 
 
 def _skeleton(label: str) -> str:
-    """What labels share that people read as one."""
+    """Return a key that labels share if people read them as one."""
     folded = unicodedata.normalize("NFKC", _NO_WIDTH.sub("", label)).casefold()
     folded = " ".join(unicodedata.normalize("NFKC", folded).split())
     try:

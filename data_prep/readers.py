@@ -137,5 +137,5 @@ def _check_size(stream: Stream, size: int) -> None:
     if size != stream.size:
         raise DataError(
             f"{stream}: {size:,} bytes, and {stream.size:,} when the command began; leave the "
-            "input alone while it is read, and start anew"
+            "input alone while it is read, and start again"
         )

@@ -47,7 +47,7 @@ class BadRecords:
         if self.count > self.limit:
             raise DataError(
                 f"{fault.place}: {fault.reason}; bad record {self.count}, more than "
-                f"--max-bad-records {self.limit} allows: mend the input, or allow more"
+                f"--max-bad-records {self.limit} allows: fix the input, or allow more"
             )
         if self.count <= _NAMED:
             logger.warning("%s: %s; left out", fault.place, fault.reason)

@@ -77,7 +77,7 @@ def table_rows(path: str, tables: Iterator[Any]) -> Iterator[Row]:
 
 
 def check_columns(path: str, names: Names, columns: Names, optional: Names = ()) -> list[str]:
-    """What is read: `columns`, each of which is there once, and those of `optional` there are."""
+    """Return the columns to read: all `columns`, each of which exists once, and any `optional`."""
     read = [*columns, *(column for column in optional if column in names)]
     for column in read:
         if (count := list(names).count(column)) != 1:

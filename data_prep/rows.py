@@ -83,10 +83,10 @@ def columns_of(section: FinetuneConfig) -> list[str]:
 
 
 class Source(Protocol):
-    """Where rows come from. Each method raises DataError for a split that is not there."""
+    """Source of rows. Each method raises DataError for a split that does not exist."""
 
     def identity(self, split: str) -> list[Any]:
-        """What is equal if the split's rows are."""
+        """Return a value that is equal if the rows of the split are equal."""
 
     def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
         """All rows in order; DataError for a column that a table lacks, or for a damaged file.
@@ -96,7 +96,7 @@ class Source(Protocol):
         """
 
     def label_names(self, split: str, column: str) -> tuple[str, ...] | None:
-        """What the numbers in a column are called, where the source knows."""
+        """Return the names of the numbers in a column; None if the source has none."""
 
 
 def find_source(path: str, lone: str) -> Source:
@@ -238,7 +238,7 @@ class _Folder:
         return self._source(split).rows(split, columns, optional)
 
     def _source(self, split: str) -> Source:
-        """Where a split is: in the file of its name, unless a data card says something else."""
+        """Return the source of a split: the file of its name, unless a data card says otherwise."""
         if not self._card and split in self._files:
             return self._files
         if self._seen is None:

@@ -1,4 +1,4 @@
-"""Where chat templates are rendered: they come with models, and could run or grow without end."""
+"""Sandbox for chat templates, which come with models and could run or grow without end."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _check(name: str, text: str, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def _is_wide(signs: str, form: str, values: Any) -> bool:
-    """Whether a format asks for a width of millions, in its text or in a value."""
+    """Return whether a format has a width of millions, in its text or in a value."""
     wide = any(len(number) > 6 for number in re.findall(r"\d+", form))
     values = values if isinstance(values, tuple) else (values,)
     named = "*" in form and any(isinstance(v, int) and abs(v) > _LARGEST for v in values)

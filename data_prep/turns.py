@@ -1,4 +1,4 @@
-"""Where a template without `generation` tags writes the turns of an assistant.
+"""Places of an assistant's turns in what a template without `generation` tags writes.
 
 A turn goes from the end of its generation prompt to the end of what closes it.
 """

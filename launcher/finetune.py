@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from megalite import env
-from megalite.config import find_run, load_config, refuse_useless, run_parser
+from megalite.config import find_run, load_config, refuse_useless, run_parser, stated_model
 from megalite.errors import ConfigError
 from megalite.log import run_main
 
@@ -36,7 +36,9 @@ def main() -> int:
     from megalite.checkpoint import describe_run, describe_start, require_head  # torch
 
     fresh = False
-    known = describe_run(own) if own is not None and arguments.resume != "never" else None
+    known = None
+    if own is not None and arguments.resume != "never":
+        known = describe_run(own, stated_model(arguments.config, arguments.set))
     if known is None and start is not None:
         start = str(find_model(start, "--init-from"))
         known, fresh = describe_start(Path(start)), True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from megalite import files
 from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
 from megalite.checkpoint.load import open_checkpoint
-from megalite.config import explain_redacted, redacted_keys
+from megalite.config import explain_redacted, redacted_keys, restore_redacted
 from megalite.errors import CheckpointError, CommandError
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
@@ -31,11 +32,22 @@ def describe_start(path: Path) -> tuple[dict[str, Any], Path]:
     return _model_section(folder), folder / "tokenizer"
 
 
-def describe_run(folder: Path) -> tuple[dict[str, Any], Path] | None:
-    """The same of a run that has checkpoints, which goes on without what it was started from."""
+def describe_run(
+    folder: Path, stated: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], Path] | None:
+    """Return the same for a run with checkpoints, which resumes without its start model.
+
+    Args:
+        stated: the model section of the run file. It supplies values that an earlier version's
+            redaction replaced in the checkpoint.
+    Returns:
+        None if no checkpoint of the run can be read.
+    Raises:
+        CommandError: `stated` lacks a value that redaction replaced.
+    """
     for found in disk.published(folder / "checkpoints"):
         try:
-            return _model_section(found), found / "tokenizer"
+            return _model_section(found, stated), found / "tokenizer"
         except CheckpointError:
             continue  # damaged: the start will set it aside
     return None
@@ -69,8 +81,11 @@ def find_base(folder: Path) -> str:
     return name
 
 
-def _model_section(folder: Path) -> dict[str, Any]:
+def _model_section(folder: Path, stated: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the model section of a checkpoint's run file, without what fine-tuning fills in.
+
+    Args:
+        stated: as `describe_run`.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -83,6 +98,7 @@ def _model_section(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(model, dict):
         raise CheckpointError(f"{path} has no model section; it is not a checkpoint's")
+    restore_redacted({"model": model}, {"model": stated or {}})
     if lost := redacted_keys({"model": model}):
         raise CommandError(f"{path}: {explain_redacted(lost)}")
     return {key: model[key] for key in model if key not in _FILLED_IN}

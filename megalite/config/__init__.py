@@ -15,6 +15,7 @@ from megalite.config.load import (
     parse_config,
     run_files,
     section_changes,
+    stated_model,
 )
 from megalite.config.logging import LoggingConfig, SamplesConfig, WandbConfig
 from megalite.config.model import ModelConfig, RopeScalingConfig, example_model
@@ -73,6 +74,7 @@ __all__ = [
     "section_changes",
     "source_length",
     "spans",
+    "stated_model",
     "target_length",
     "zero_stage",
 ]

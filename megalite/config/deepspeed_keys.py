@@ -83,7 +83,7 @@ def deepspeed_faults(config: RunConfig) -> Iterator[Fault]:
 
 
 def contradiction(found: Any, value: Any, source: str) -> str:
-    """What to say where the section disagrees with what MegaLite owns."""
+    """Return the fault of a key that disagrees with a setting that MegaLite owns."""
     if source.startswith("nothing"):
         return f'found {show(found)}, MegaLite needs {show(value)} ({source[9:]}); write "auto"'
     return (
@@ -143,7 +143,7 @@ def _key_faults(section: dict[str, Any], at: str) -> Iterator[Fault]:
 
 
 def _is_idle(path: str, value: Any) -> bool:
-    """Whether a value of a key without effect says what happens anyway."""
+    """Return whether a value of a key without effect states what happens anyway."""
     if path not in IDLE_VALUES:
         return False
     idle = IDLE_VALUES[path]
@@ -151,7 +151,7 @@ def _is_idle(path: str, value: Any) -> bool:
 
 
 def _hint(key: str, at: str) -> str:
-    """What to do about an unknown key: the section it belongs to, or the nearest name."""
+    """Return the remedy for an unknown key: the section it belongs to, or the nearest name."""
     homes = [home for home, keys in KNOWN.items() if key in keys]
     if len(homes) == 1:
         place = ".".join(part for part in ("deepspeed", homes[0], key) if part)
@@ -165,7 +165,7 @@ def _hint(key: str, at: str) -> str:
 
 
 def _kind_fault(path: str, kind: str, value: Any) -> str:
-    """What is wrong with a value of a known key; "" if nothing is."""
+    """Return the fault of a value of a known key; "" if there is none."""
     expected, _, fits = KINDS[kind[0]]
     least = kind[1:]
     if path in CHOICES:

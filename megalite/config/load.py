@@ -114,7 +114,7 @@ def find_run(path: str | Path, sets: Sequence[str] = ()) -> Path | None:
 
 
 def _told(path: str | Path, sets: Sequence[str], faults: list[str]) -> dict[str, Any]:
-    """What a run file and `sets` say, unchecked."""
+    """Return what a run file and `sets` state, unchecked."""
     raw: dict[str, Any] = {}
     for _, content in reversed(_read_chain(find_file(path), faults)):
         _merge(raw, content, "", {})
@@ -127,8 +127,14 @@ def run_files(path: str | Path) -> list[Path]:
     return [file for file, _ in _read_chain(find_file(path), [])]
 
 
+def stated_model(path: str | Path, sets: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the model section that a run file and `sets` state, unchecked; {} without one."""
+    model = _told(path, sets, []).get("model")
+    return model if isinstance(model, dict) else {}
+
+
 def lacks_model(path: str | Path, sets: Sequence[str] = ()) -> bool:
-    """Whether a run file tunes a model that only `--init-from` would name."""
+    """Return whether a run file tunes a model that only `--init-from` would name."""
     raw = _told(path, sets, [])
     return "finetune" in raw and "model" not in raw
 

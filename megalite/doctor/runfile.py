@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from megalite.config import RunConfig, find_run, load_config
+from megalite.config import RunConfig, find_run, load_config, stated_model
 from megalite.doctor.row import GIB, Row
 from megalite.env import Launch
 from megalite.errors import ConfigError
@@ -25,7 +25,7 @@ def load(path: str) -> RunConfig:
         return load_config(path)
     except ConfigError:
         own = find_run(path)
-        known = describe_run(own) if own is not None else None
+        known = describe_run(own, stated_model(path)) if own is not None else None
         config = load_config(path, model=known[0]) if known else None
         if config is None or config.finetune is None:
             raise

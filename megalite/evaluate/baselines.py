@@ -25,23 +25,29 @@ _CHUNK = 1 << 20  # tokens that are read at once
 _SMOOTHINGS = (0.03, 0.1, 0.3, 1.0)
 _CHOOSERS = 5000  # training examples, at most, that the smoothing is chosen on,
 _CHOICES = 1 << 20  # and at most so many times the labels
-_MOST = 1 << 25  # tokens of the training split that are read: every so many parts, evenly
+_MOST = 1 << 25  # tokens of a split that are read, in parts that are spread evenly
+_GUESSES = 1 << 29  # held-out tokens times labels that are scored: under a minute on one core
+_PARTS = 32  # of a held-out split of which not all is read
 
 
 def measure_baselines(train: Split, held_out: Split, num_labels: int) -> _Baselines:
     """Return accuracy and macro F1 on `held_out` of what `train` alone says; the same each time.
 
+    Time is bounded, because one rank measures while the others wait.
+
     Returns:
         `majority`: the label that is most frequent in `train`, the first of several.
-        `bag_of_words`: naive Bayes, whose smoothing is chosen on a part of `train`.
+        `bag_of_words`: naive Bayes, whose smoothing is chosen on a part of `train`. For a large
+            `held_out` it is measured on a part, and `examples` is how many examples that part has.
     """
     labels_N = _labels(held_out)
     counts_C = np.bincount(_known(_labels(train)), minlength=num_labels)
-    guesses = {
-        "majority": np.full(len(labels_N), counts_C.argmax()),
-        "bag_of_words": _Bayes(train, counts_C).predict(held_out),
-    }
-    return {name: _scores(labels_N, found_N, num_labels) for name, found_N in guesses.items()}
+    rows, guesses = _Bayes(train, counts_C).predict(held_out)
+    bag = _scores(labels_N[rows], guesses, num_labels)
+    if len(rows) < len(labels_N):
+        bag["examples"] = len(rows)
+    most_frequent = np.full(len(labels_N), counts_C.argmax())
+    return {"majority": _scores(labels_N, most_frequent, num_labels), "bag_of_words": bag}
 
 
 class _Bayes:
@@ -56,7 +62,8 @@ class _Bayes:
         seen_CF, chosen_CF = np.zeros((C, F), np.float32), np.zeros((C, F), np.float32)
         left: list[tuple[_Ints, _Ints]] = []
         step = -(-len(train.tokens) // _MOST)
-        for rows, features in _features(train, F, step=max(1, step)):
+        for part in _parts(train, _CHUNK, step=max(1, step)):
+            rows, features = _features(train, *part, F)
             aside = rows % every == every - 1
             _count(seen_CF, labels_N[rows], features)
             _count(chosen_CF, labels_N[rows[aside]], features[aside])
@@ -69,10 +76,18 @@ class _Bayes:
         ]
         self._seen_CF, self._smoothing = seen_CF, _SMOOTHINGS[int(np.argmax(right))]
 
-    def predict(self, split: Split) -> _Ints:
-        """Return the likeliest label of each example."""
-        pieces = _features(split, self._F)
-        return self._guess(pieces, len(split), self._seen_CF, self._smoothing)
+    def predict(self, split: Split) -> tuple[_Ints, _Ints]:
+        """Return examples and the likeliest label of each: all, or evenly spread parts."""
+        most = min(_MOST, _GUESSES // self._C)
+        step = -(-len(split.tokens) // most)
+        chunk = _CHUNK if step <= 1 else min(_CHUNK, max(1, most // _PARTS))
+        chosen, guesses = list[_Ints](), list[_Ints]()
+        for first, last in _parts(split, chunk, step=max(1, step)):
+            rows, features = _features(split, first, last, self._F)
+            piece = [(rows - first, features)]
+            guesses.append(self._guess(piece, last - first, self._seen_CF, self._smoothing))
+            chosen.append(np.arange(first, last))
+        return np.concatenate(chosen), np.concatenate(guesses)
 
     def _guess(self, pieces: Any, N: int, seen_CF: npt.NDArray[Any], smoothing: float) -> _Ints:
         known_F: npt.NDArray[np.bool_] = np.asarray(seen_CF.any(axis=0))
@@ -92,28 +107,33 @@ def _count(into_CF: npt.NDArray[np.float32], labels: _Ints, features: _Ints) -> 
         into_CF[label] += np.bincount(features[labels == label], minlength=into_CF.shape[1])
 
 
-def _features(split: Split, F: int, *, step: int = 1) -> Iterator[tuple[_Ints, _Ints]]:
-    """Yield examples and the buckets of what they hold, each once an example; some at a time.
+def _parts(split: Split, chunk: int, *, step: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield first and last + 1 of examples that have about `chunk` tokens, or that are one.
 
     Args:
-        step: reads every so many parts only.
+        step: yield one of so many parts.
     """
     bounds, last, part = np.asarray(split.bounds), 0, -1
     while last < len(split):
         first, part = last, part + 1
-        last = int(np.searchsorted(bounds, bounds[first] + _CHUNK, side="right")) - 1
+        last = int(np.searchsorted(bounds, bounds[first] + chunk, side="right")) - 1
         last = min(max(last, first + 1), len(split))
-        if part % step:
-            continue
-        tokens = np.asarray(split.tokens[bounds[first] : bounds[last]], np.uint64) + np.uint64(1)
-        rows = np.repeat(np.arange(first, last), np.diff(bounds[first : last + 1]))
-        inside = rows[1:] == rows[:-1]
-        pairs = ((tokens[:-1] << np.uint64(32)) + tokens[1:])[inside]
-        hashed = _mix(np.concatenate((tokens, pairs))) % np.uint64(F)
-        both = np.concatenate((rows, rows[1:][inside])) * F + hashed.astype(np.int64)
-        both.sort()  # which is faster than np.unique
-        both = both[np.concatenate(([True], both[1:] != both[:-1]))]
-        yield both // F, both % F
+        if part % step == 0:
+            yield first, last
+
+
+def _features(split: Split, first: int, last: int, F: int) -> tuple[_Ints, _Ints]:
+    """Return examples and the buckets of their tokens and pairs, each once an example."""
+    bounds = np.asarray(split.bounds)
+    tokens = np.asarray(split.tokens[bounds[first] : bounds[last]], np.uint64) + np.uint64(1)
+    rows = np.repeat(np.arange(first, last), np.diff(bounds[first : last + 1]))
+    inside = rows[1:] == rows[:-1]
+    pairs = ((tokens[:-1] << np.uint64(32)) + tokens[1:])[inside]
+    hashed = _mix(np.concatenate((tokens, pairs))) % np.uint64(F)
+    both = np.concatenate((rows, rows[1:][inside])) * F + hashed.astype(np.int64)
+    both.sort()  # which is faster than np.unique
+    both = both[np.concatenate(([True], both[1:] != both[:-1]))]
+    return both // F, both % F
 
 
 def _mix(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

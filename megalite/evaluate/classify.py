@@ -34,7 +34,7 @@ def collect_scores(
     micro_batch_size: int,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Tensor | None:
-    """Logits of every example of a split, in its order: fp32 [N, C], on every rank.
+    """Return the logits of every example of a split, in its order: fp32 [N, C], on every rank.
 
     A collective of all ranks of `grid`. Batches are of equal shapes whatever the ranks; what fills
     the last ones counts nowhere.
@@ -77,7 +77,7 @@ def score_examples(
     own: bool = False,
     predictions: Path | None = None,
 ) -> dict[str, Any]:
-    """What a fine-tuned model is worth on a split of tokenized examples; a collective.
+    """Measure a fine-tuned model on a split of tokenized examples; a collective.
 
     A classifier has `classification_metrics` if every example has a label, else counts of them.
     On the run's own rows, which are held out, rank 0 adds `baselines`. Others have loss (nats) and
@@ -140,7 +140,7 @@ def baselines(train: ExampleSet, held_out: ExampleSet) -> dict[str, dict[str, fl
 
 
 class Comparison:
-    """A classifier's evaluations during a run, beside the baselines of their splits; on one rank.
+    """Comparison of a run's classifier with the baselines of its splits; on one rank.
 
     Args:
         sets: the splits by name, train among them.
@@ -154,7 +154,7 @@ class Comparison:
     def __call__(
         self, split: str, measured: Mapping[str, Any], step: int
     ) -> dict[str, dict[str, float]]:
-        """Log the accuracy of a model beside that of the baselines, and return those.
+        """Log the accuracy of a model and of the baselines, and return the baselines.
 
         The last evaluation also says what to do about a model that does not beat them.
         """
@@ -179,7 +179,7 @@ class Comparison:
 
 
 def write_predictions(path: Path, scores: Tensor, dataset: ExampleSet) -> None:
-    """One line of JSON an example; `id` is the row of its source, from 0; no `label` is null."""
+    """Write a line of JSON an example: `id` is its row in the source; no `label` is null."""
     ids = dataset.split.rows.tolist()
     labels = (None if label < 0 else label for label in _labels(dataset).tolist())
     rows = predictions_rows(ids, labels, scores, _names(dataset))

@@ -36,7 +36,7 @@ its unit: +0.69 doubles the odds.</p>
 It is an approximation: where the two differ, believe the text without the token.</p>
 <h2>What the last layer looks at</h2>
 {attention}
-<p>The mean of the heads of the last layer, as a multiple of what tokens that are all alike would
+<p>The mean of the heads of the last layer, as a multiple of what identical tokens would
 get. {special:.0%} of the attention is on special tokens such as BOS and EOS. Attention on a token
 does not mean that the token decides.</p>
 <h2>The strongest tokens</h2><table><tr><th>Token<th class="number">Place

@@ -149,9 +149,9 @@ def stream_texts(
     """Pieces of the texts that follow `prompts`, with the prompt's number, as they come.
 
     A text ends with the document or a stop string, which is left out, wherever token boundaries cut
-    it; a document ends with any of the tokenizer's `end_ids`. A prompt begins with what the
-    tokenizer begins texts with. If that is nothing, an empty prompt stands for the id that ended
-    the document before. Ids outside the tokenizer's vocabulary have no text.
+    it. A document ends with any of the `end_ids` of the tokenizer or the model. A prompt begins
+    with what the tokenizer begins texts with. If that is nothing, an empty prompt stands for the
+    id that ended the document before. Ids outside the tokenizer's vocabulary have no text.
 
     Args:
         prompts: texts, or ids as a chat template gives them.
@@ -163,6 +163,7 @@ def stream_texts(
     if "" in stop:
         raise CommandError("an empty stop string would end every text at once; leave it out")
     ends, continues = list(tokenizer.end_ids), getattr(model, "continues", True)
+    ends += getattr(model, "end_ids", ())
     if controls:
         # a control token has no text that would be found: its id ends what is written
         names = [tokenizer.encode_with_offsets(text)[0] for text in stop]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,19 @@ class Writer:
         for row_T, text in zip(ids_BT, texts, strict=True):
             row_T[: len(text)] = torch.tensor(text)
         return ids_BT, lengths_B
+
+    @cached_property
+    def end_ids(self) -> Sequence[int]:
+        """Ids that end a text by the model that the run started from.
+
+        The run's folder keeps them with its copy of the tokenizer; the data's tokenizer may lack
+        them.
+        """
+        tokenizer = self._prompts.tokenizer
+        try:
+            kept = load_tokenizer(
+                Path(self._config.logging.directory) / self._config.name / "tokenizer"
+            )
+        except DataError:
+            return ()
+        return kept.end_ids if kept.sha256 == tokenizer.sha256 else ()

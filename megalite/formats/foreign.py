@@ -58,7 +58,7 @@ def convert_command(path: Path | str, architecture: str = "AutoModel") -> str:
 
 
 def rewrite_command(path: Path | str, output: str, imports: str, made: str) -> str:
-    """Return a command that saves a model and its tokenizer anew with transformers.
+    """Return a command that saves a model and its tokenizer again with transformers.
 
     Args:
         imports: from transformers. made: an expression of the model, from the path `p`.

@@ -22,23 +22,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 from megalite import env, files
 from megalite.errors import CommandError, nearest
 from megalite.formats import checkpoint, foreign
+from megalite.formats.first_rank import share_folder
 from megalite.log import logger
 
 _NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FOLDER = re.compile(r"\w[\w.-]*")
 _PATIENCE = 0.7  # seconds until a hub that does not answer counts as out of reach
-_POLL = 0.1  # seconds
 _FILES_AT_ONCE = 4
 _SIDE_FILES = (".json", ".model", ".jinja")
 _VOCABULARIES = ("vocab.txt", "merges.txt")
-_STARTED = time.time()
-_LAG = 120.0  # seconds that one rank of a host may start after another
 
 
 def find_model(name: str | Path, option: str, *, weights: bool = True) -> Path:
@@ -189,53 +186,24 @@ def _hint(name: str) -> str:
 
 
 def _for_all_ranks(model: HubModel, option: str, *, weights: bool) -> Path:
-    """Download on the first rank of each host; the other ranks wait for its word."""
+    """Download on the first rank of each host; the other ranks wait for its result."""
     launch = env.find_launch()
     if launch.local_world_size == 1:
         return _fetch(model, option, weights=weights)
-    note = _note(model, launch)
-    if launch.local_rank != 0:
-        return _await(note)
-    with suppress(OSError):
-        note.unlink()
-    try:
-        folder = _fetch(model, option, weights=weights)
-    except CommandError as error:
-        _leave(note, {"error": str(error)})
-        raise
-    _leave(note, {"folder": str(folder)})
-    return folder
+    return share_folder(
+        _note(model, launch),
+        launch.local_rank == 0,
+        lambda: _fetch(model, option, weights=weights),
+        f"{option} {model}",
+    )
 
 
 def _note(model: HubModel, launch: env.Launch) -> Path:
-    """Return the file in which a host's first rank leaves its word for the others."""
+    """Return the file in which a host's first rank leaves its result for the others."""
     meeting = env.launch_id() or f"{launch.master_addr} {launch.master_port}"
     start = f"{socket.gethostname()} {meeting} {model}"
     folder = model.cache.parent / ".locks" / "megalite"
     return folder / f"{sha256(start.encode()).hexdigest()[:24]}.json"
-
-
-def _leave(note: Path, word: dict[str, Any]) -> None:
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(note, word | {"time": time.time()})
-    except OSError as error:
-        raise CommandError(
-            f"the hub's cache {note.parents[2]} cannot be written: {error}; name another with "
-            "HF_HOME"
-        ) from None
-
-
-def _await(note: Path) -> Path:
-    """Wait for the first rank's word; if that rank fails, its launcher ends this one."""
-    while True:
-        word = foreign.read_object(note)
-        age = _STARTED - float(word.get("time", 0.0))
-        if "folder" in word and age < _LAG:
-            return Path(str(word["folder"]))
-        if "error" in word and age < 0:  # not that of an earlier start
-            raise CommandError(str(word["error"]))
-        time.sleep(_POLL)
 
 
 # ---- one download

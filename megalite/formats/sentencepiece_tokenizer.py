@@ -134,19 +134,8 @@ def load_sentencepiece(
     renames = {t.id: t.content for t in added if t.id < size and names[t.id] != t.content}
     new = [token for token in added if token.id >= size] or beside.missing(plain.token_to_id)
     special = [t for t in added if t.id < size and t.special and not plain.is_control(t.id)]
-    prefix = _prefix(beside)
+    prefix = beside.space_before()
     if not (renames or new or special or prefix):
         return plain
     made, _ = build_sentencepiece(model, renames=renames, prefix=prefix)
     return HuggingFaceTokenizer(made.to_str().encode(), beside, (SENTENCEPIECE, model))
-
-
-def _prefix(beside: Companions) -> str | None:
-    """Which text gets a space before it, by a `tokenizer_config.json` of Llama's class."""
-    made = beside.config.get("tokenizer_class")
-    llama = isinstance(made, str) and made.startswith(("LlamaTokenizer", "CodeLlamaTokenizer"))
-    if not llama or beside.model_config.get("model_type", "llama") not in ("llama", "code_llama"):
-        return None
-    if beside.config.get("add_prefix_space") is False:
-        return "never"
-    return "always" if beside.config.get("legacy") is True else "first"

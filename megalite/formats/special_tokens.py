@@ -28,9 +28,15 @@ _KEPT = (
 )
 # MegaLite's own key of tokenizer_config.json: the shards were made with --bos (or --no-bos).
 _BEGINS = "megalite_documents_begin_with_bos"
+# MegaLite's own key of tokenizer_config.json: the answer of `space_before`.
+_SPACE = "megalite_space_before_text"
+_SPACES = (None, "always", "first", "never")
 _NAMED = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 # Tokenizers (or model types) that put EOS after a text without a word of it in the files.
 _END_WITH_EOS = ("t5", "mt5", "umt5")
+# Tokenizers and models for which transformers ignores SentencePiece's own setting of the space.
+_LLAMA_TOKENIZERS = ("LlamaTokenizer", "CodeLlamaTokenizer")
+_LLAMA_MODELS = ("llama", "code_llama")
 _ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Names in use for the tokens that begin and end a document, if no file names them; BERT's are last.
 _USUAL_NAMES = {
@@ -92,7 +98,7 @@ class Companions:
 
     @cached_property
     def names(self) -> dict[str, Any]:
-        """What the files say of each key: the name of a token, or None for no such token."""
+        """Names of tokens by key, as the files state them; None means no such token."""
         found = dict(self.config)
         if "added_tokens_decoder" not in self.config:
             found |= self._parse(_TOKENS_MAP)
@@ -185,14 +191,14 @@ class Companions:
 
     @property
     def carried(self) -> dict[str, Any]:
-        """What an exported `tokenizer_config.json` keeps of the one that was read."""
+        """Entries of `tokenizer_config.json` that an export keeps."""
         kept = ("chat_template", "model_max_length", "padding_side", "additional_special_tokens")
         return {key: self.config[key] for key in kept if key in self.config}
 
     # ---- what a text begins with
 
     def around(self, bos_id: int | None, eos_id: int | None) -> tuple[list[int], list[int]]:
-        """What `add_bos_token` and `add_eos_token` put before and after a text."""
+        """Return the ids that `add_bos_token` and `add_eos_token` put before and after a text."""
         told = (self.config.get("add_bos_token"), self.config.get("add_eos_token"))
         before, after = (
             [id] if flag is True and id is not None else []
@@ -201,7 +207,7 @@ class Companions:
         return before, after
 
     def begin(self, before: Sequence[int], bos_id: int | None) -> tuple[int, ...]:
-        """What a text begins with: `before`, unless documents are known to begin otherwise."""
+        """Return the ids that begin a text: `before`, unless it is recorded otherwise."""
         begins = self.config.get(_BEGINS)
         if isinstance(begins, bool) and begins != bool(before):
             return (bos_id,) if begins and bos_id is not None else ()
@@ -210,6 +216,33 @@ class Companions:
     def record_bos(self, begins: bool) -> None:
         """Record whether the documents that a model learns from begin with BOS."""
         self._set(_BEGINS, begins)
+
+    def space_before(self) -> str | None:
+        """Return which text of a SentencePiece model gets a space before it.
+
+        The answer depends on the `config.json` of the model, which a copy of the tokenizer lacks.
+        So the answer is saved with the tokenizer, and decides from then on.
+
+        Returns:
+            "always", "first" (not after a control token), or "never". None means that the
+            settings inside the SentencePiece model decide.
+        Raises:
+            DataError: the saved answer is none of these.
+        """
+        if _SPACE in self.config:
+            if (saved := self.config[_SPACE]) not in _SPACES:
+                fact = f"{_SPACE} is {saved!r:.40}; it is null, always, first or never"
+                raise self._fault(TOKENIZER_CONFIG, fact)
+            return saved if saved is None else str(saved)
+        name = self.config.get("tokenizer_class")
+        if not isinstance(name, str) or not name.startswith(_LLAMA_TOKENIZERS):
+            return None
+        space = None
+        if self.model_config.get("model_type", "llama") in _LLAMA_MODELS:
+            space = "always" if self.config.get("legacy") is True else "first"
+            space = "never" if self.config.get("add_prefix_space") is False else space
+        self._set(_SPACE, space)
+        return space
 
     def _set(self, key: str, value: Any) -> None:
         self.config = {**self.config, key: value}

@@ -68,12 +68,12 @@ class Recorder:
         self._show(lambda view: view.picture(name, image, step))
 
     def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
-        """Record prompts with the texts that the model wrote after them."""
-        for prompt, text in texts:
-            written = {"prompt": redact(prompt), "text": redact(text)}
-            self._write("sample", {"step": step, **written})
-        if texts:
-            self._show(lambda view: view.samples(step, texts))
+        """Record prompts with the texts that the model wrote after them; secrets are redacted."""
+        safe = [(redact(prompt), redact(text)) for prompt, text in texts]
+        for prompt, text in safe:
+            self._write("sample", {"step": step, "prompt": prompt, "text": text})
+        if safe:
+            self._show(lambda view: view.samples(step, safe))
 
     def event(self, step: int, name: str, **fields: Any) -> None:
         """Record that something happened: start, resume, checkpoint, skip, signal, end."""

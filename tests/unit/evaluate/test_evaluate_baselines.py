@@ -102,6 +102,36 @@ def test_of_a_large_split_some_parts_are_read(monkeypatch: pytest.MonkeyPatch) -
     assert parts["bag_of_words"]["accuracy"] > whole["bag_of_words"]["accuracy"] - 0.1
 
 
+@pytest.mark.parametrize("bound", ["_MOST", "_GUESSES"])
+def test_a_part_of_a_large_held_out_split_is_scored(
+    bound: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank scores while the others wait, so its time must be bounded."""
+    train, test = drawn(1, 3000), drawn(2, 3000)
+    assert test.labels is not None
+    # sorted by label, as rows often are: parts from everywhere are needed
+    order = np.argsort(test.labels, kind="stable")
+    test = split([test.ids(n).tolist() for n in order], test.labels[order].tolist())
+    whole = measure_baselines(train, test, 3)
+    assert "examples" not in whole["bag_of_words"]
+    most = len(test.tokens) // 6
+    labels, scored = 3, list[int]()
+    monkeypatch.setattr(baselines, bound, most * (labels if bound == "_GUESSES" else 1))
+    guess = baselines._Bayes._guess
+
+    def counted(self: Any, pieces: Any, N: int, *rest: Any) -> Any:
+        scored.append(N)
+        return guess(self, pieces, N, *rest)
+
+    monkeypatch.setattr(baselines._Bayes, "_guess", counted)
+    found = measure_baselines(train, test, labels)
+    assert found["majority"] == whole["majority"]
+    bag = found["bag_of_words"]
+    assert 300 < bag["examples"] < 700  # of 3000, a sixth
+    assert sum(scored[len(baselines._SMOOTHINGS) :]) == bag["examples"]
+    assert bag["accuracy"] == pytest.approx(whole["bag_of_words"]["accuracy"], abs=0.1)
+
+
 def test_scores_are_those_of_the_classifiers_metrics() -> None:
     import torch
 

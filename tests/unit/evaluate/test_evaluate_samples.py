@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,3 +119,20 @@ def test_samples_begin_as_the_tokenizer_begins_texts(grid: Grid) -> None:
     engine = Counting()
     Writer(config, engine, grid, Prompts(tokenizer, ["ab"], ["ab"]))(lambda: False)  # type: ignore[arg-type]
     assert engine.shapes[0] == (1, 3)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept ends", "no folder"])
+def test_samples_end_as_the_model_that_the_run_started_from(
+    kept: bool, grid: Grid, tmp_path: Path
+) -> None:
+    """The run's copy of the tokenizer holds those ends; the tokenizer of the data lacks them."""
+    if kept:
+        folder = tmp_path / "run" / "tokenizer"
+        folder.mkdir(parents=True)
+        load_tokenizer("bytes").save(folder)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [69]}))
+    logging = {"samples": SAMPLES, "directory": str(tmp_path)}
+    config = run_config(logging=logging, model={"vocab_size": 258})
+    engine, prompts = Counting(), Prompts(load_tokenizer("bytes"), ["ab"], ["ab"])
+    found = Writer(config, engine, grid, prompts)(lambda: False)  # type: ignore[arg-type]
+    assert found == [("ab", "CD" if kept else "CDEFG")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from huggingface_hub import constants
 
 from megalite.env import Launch
 from megalite.errors import CommandError
-from megalite.formats import hub
+from megalite.formats import first_rank, hub
 from megalite.formats.hub import find_model, find_start, find_tokenizer, parse_name
 from megalite.formats.tokenizer import load_tokenizer
 from tests.stub_hub import COMMIT, StubHub, stub_hub
@@ -191,10 +192,49 @@ def test_one_rank_of_a_host_downloads(server: StubHub, monkeypatch: pytest.Monke
     monkeypatch.setattr(hub.env, "find_launch", lambda: launches[1])
     assert find_model("org/model", "--checkpoint") == folder
     assert server.requests == []
-    monkeypatch.setattr(hub, "_STARTED", 0.0)  # before the other rank's word
+    monkeypatch.setattr(first_rank, "_STARTED", 0.0)  # before the other rank's word
     monkeypatch.setattr(hub.env, "find_launch", lambda: launches[0])
     with pytest.raises(CommandError, match="no such model"):
         find_model("org/none", "--checkpoint")
     monkeypatch.setattr(hub.env, "find_launch", lambda: launches[1])
     with pytest.raises(CommandError, match="no such model"):
         find_model("org/none", "--checkpoint")
+
+
+def test_ranks_wait_as_long_as_the_first_gives_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = tmp_path / "cache" / ".locks" / "megalite" / "note.json"
+    monkeypatch.setattr(first_rank, "_RENEWAL", 0.05)
+    monkeypatch.setattr(first_rank, "_SILENCE", 0.5)
+    found: list[Path] = []
+
+    def wait() -> None:
+        found.append(first_rank.share_folder(note, False, Path, "--init-from org/model"))
+
+    def download() -> Path:
+        time.sleep(1.2)
+        return tmp_path
+
+    other = threading.Thread(target=wait)
+    other.start()
+    assert first_rank.share_folder(note, True, download, "--init-from org/model") == tmp_path
+    other.join(30)
+    assert found == [tmp_path]
+
+
+@pytest.mark.parametrize("began", [True, False])
+def test_ranks_give_up_a_first_rank_that_died(
+    began: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = tmp_path / "cache" / ".locks" / "megalite" / "note.json"
+    monkeypatch.setattr(first_rank, "_SILENCE", 0.3)
+
+    def die() -> Path:
+        raise SystemExit
+
+    if began:
+        with pytest.raises(SystemExit):
+            first_rank.share_folder(note, True, die, "--init-from org/model")
+    with pytest.raises(CommandError, match="--init-from org/model: the first rank of this host"):
+        first_rank.share_folder(note, False, Path, "--init-from org/model")

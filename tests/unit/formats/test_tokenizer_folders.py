@@ -262,3 +262,37 @@ def test_t5_ends_a_text_with_eos_without_a_word_of_it(told: str, tmp_path: Path)
     ours.save(copy)  # without the config.json of the model
     for tokenizer in (ours, load_tokenizer(copy)):
         assert (tokenizer.prefix_ids, tokenizer.suffix_ids) == ((), (ours.eos_id,))
+
+
+ENCODED = ("<s>hello</s>world", "hello world", " </s> two", *TEXTS)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "t5", None])
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_saved_copies_encode_as_the_folder_they_come_from(
+    kind: str, model_type: str | None, tmp_path: Path
+) -> None:
+    """A copy lacks the config.json of the model, which decides where a space is added."""
+    model = {"config.json": {"model_type": model_type}} if model_type else {}
+    folder = sentencepiece_folder(tmp_path / "hf", model | FOLDERS[kind])
+    fresh = load_tokenizer(folder)
+    for name in ("copy", "copy of the copy"):
+        (tmp_path / name).mkdir()
+        load_tokenizer(folder).save(tmp_path / name)
+        folder = tmp_path / name
+        copy = load_tokenizer(folder)
+        assert type(copy) is type(fresh)
+        assert (copy.prefix_ids, copy.suffix_ids) == (fresh.prefix_ids, fresh.suffix_ids)
+        for text in ENCODED:
+            assert copy.encode_with_offsets(text) == fresh.encode_with_offsets(text)
+            assert copy.encode(text) == fresh.encode(text)
+    first, second = (tmp_path / name for name in ("copy", "copy of the copy"))
+    for file in first.iterdir():
+        assert file.read_bytes() == (second / file.name).read_bytes()
+
+
+def test_a_damaged_answer_about_the_space_is_refused(tmp_path: Path) -> None:
+    config = LLAMA | {"megalite_space_before_text": "sometimes"}
+    folder = sentencepiece_folder(tmp_path / "hf", {"tokenizer_config.json": config})
+    with pytest.raises(DataError, match="is 'sometimes'; it is null, always, first or never"):
+        load_tokenizer(folder)

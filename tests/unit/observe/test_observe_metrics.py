@@ -11,6 +11,8 @@ import pytest
 
 from megalite.observe import Recorder, previous_attempts
 from megalite.observe import status as status_module
+from megalite.observe.tensorboard import TensorBoard
+from megalite.observe.wandb import Wandb
 
 
 def recorder(folder: Path, *, rank: int = 0, attempt: int = 0) -> Recorder:
@@ -67,6 +69,24 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     assert train["grad_norm"] is None
     assert event["norms"] == [1.0, None]
     assert event["ranks"] == {"0": None}
+
+
+def test_secrets_in_samples_are_redacted_in_every_view(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard, W&B and the console show what metrics.jsonl holds."""
+    record, shown = recorder(tmp_path), list[Any]()
+    for view in (TensorBoard, Wandb):
+        monkeypatch.setattr(view, "__init__", lambda _: None)
+        monkeypatch.setattr(view, "samples", lambda _, step, texts: shown.append((step, *texts)))
+        monkeypatch.setattr(view, "close", lambda _: None)
+        record._views.append(view())  # type: ignore[call-arg]
+    token = "hf_" + "aB3" * 12
+    record.samples(1, [(f"401 for {token}: denied", f"see {token}")])
+    record.close()
+    safe = ("401 for [redacted]: denied", "see [redacted]")
+    assert shown == [(1, safe)] * 2
+    assert [(row["prompt"], row["text"]) for row in rows(tmp_path)] == [safe]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from launcher import finetune
 from megalite import files
-from megalite.checkpoint import describe_start
+from megalite.checkpoint import describe_run, describe_start
 from megalite.config import load_stored
 from megalite.errors import CommandError, ConfigError
 from megalite.parallel import Grid
+from megalite.train import rehearsal
 from tests.factories import run_config
 from tests.origins import find, publish, reseal
 
@@ -48,3 +50,32 @@ def test_a_redacted_value_is_named(
 ) -> None:
     with pytest.raises((CommandError, ConfigError), match=r"model\.norm: an earlier version"):
         open_it(redacted, grid)
+
+
+@pytest.mark.parametrize("stated", [{"norm": "layernorm"}, {}], ids=["stated", "not stated"])
+def test_finetuning_takes_a_redacted_value_from_its_run_file(
+    stated: dict[str, str], redacted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher reads the model of the run's checkpoints before it starts."""
+    run = redacted.parent.parent
+    raw = {
+        "name": run.name,
+        "logging": {"directory": str(run.parent)},
+        "model": {"num_hidden_layers": 2, **stated},
+        "data": {"sequence_length": 8},
+        "finetune": {"task": "language_modeling", "data": {"path": "rows.jsonl", "max_length": 8}},
+        "optimizer": {"lr": 1e-3},
+        "training": {"global_batch_size": 4, "micro_batch_size": 2},
+    }
+    files.write_json(tmp_path / "tune.json", raw)
+    found: list[str] = []
+    monkeypatch.setattr(rehearsal, "dry_run", lambda config, *_: found.append(config.model.norm))
+    command = ["finetune.py", "--config", str(tmp_path / "tune.json"), "--dry-run"]
+    monkeypatch.setattr("sys.argv", command)
+    if stated:
+        finetune.main()
+        assert found == ["layernorm"]
+        assert describe_run(run, stated)
+    else:
+        with pytest.raises(CommandError, match=r"model\.norm: an earlier version"):
+            finetune.main()

@@ -1,0 +1,102 @@
+"""A run's copy of its tokenizer finds the examples that were made with the original."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep import examples
+from data_prep.again import prepare_again
+from megalite.formats.tokenizer import keep_ends, tokenizer_files
+from tests.factories import run_config
+from tests.labelled import ROWS, jsonl, make, opened, texts
+from tests.tokenizer_folders import NAMES, json_folder
+
+TEMPLATE = (
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}\r\n{% endfor %}"
+)
+GENERATION: dict[str, Any] = {"temperature": 0.7, "eos_token_id": [259, 257], "top_k": 3}
+TURN = {"messages": [{"role": "assistant", "content": "x"}]}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def start_folder(name: str = "start", **generation: Any) -> Path:
+    return json_folder(
+        Path(name),
+        {
+            "config.json": {"model_type": "llama", "eos_token_id": 258, "pad_token_id": 0},
+            "tokenizer_config.json": NAMES | {"chat_template": TEMPLATE},
+            "generation_config.json": GENERATION | generation,
+        },
+    )
+
+
+def run_copy(made: Path, start: Path) -> Path:
+    """The tokenizer/ of a run: a copy of what lies with the examples, with the start's ends."""
+    folder = Path("run") / "tokenizer"
+    folder.mkdir(parents=True)
+    for path in tokenizer_files(made / "tokenizer"):
+        shutil.copyfile(path, folder / path.name)
+    keep_ends(folder, start)
+    return folder
+
+
+@pytest.mark.parametrize(("task", "row"), [("sft", TURN), ("language_modeling", {"text": "x"})])
+def test_a_resume_reuses_the_examples_of_the_start(
+    task: str, row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jsonl("a.jsonl", [row])
+    first = make("a.jsonl", task, tokenizer=start_folder())
+    copy = run_copy(first, Path("start"))
+    (copy / "generation_config.json").write_text(
+        json.dumps(json.loads((copy / "generation_config.json").read_text()), sort_keys=True)
+    )
+    monkeypatch.setattr(examples, "_Maker", None)  # nothing may be made again
+    assert make("a.jsonl", task, tokenizer=copy) == first
+
+
+def test_an_evaluation_reuses_the_examples_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    jsonl("a.jsonl", [TURN])
+    Path("own.jinja").write_text("{% generation %}{{ messages[0].content }}{% endgeneration %}")
+    given = {"tokenizer": str(start_folder()), "chat_template": "own.jinja"}
+    section = {"path": "a.jsonl", "max_length": 64} | given
+    config = run_config(finetune={"task": "sft", "data": section})
+    first = examples.prepare(config, tokenizer=None)
+    copy = run_copy(first, Path("start"))
+    monkeypatch.setattr(examples, "_Maker", None)
+    assert prepare_again(config, copy, None, True, lambda value: [value])[0] == first
+
+
+def test_a_learned_tokenizer_finds_its_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    jsonl("a.jsonl", [{"text": f"hello world {n}", "label": n % 2} for n in range(30)])
+    model = {"vocab_size": 285}
+    first = make("a.jsonl", tokenizer=None, model=model)
+    copy = run_copy(first, Path("none"))
+    with monkeypatch.context() as patch:
+        patch.setattr(examples, "_Maker", None)
+        assert make("a.jsonl", tokenizer=copy, model=model) == first
+        assert make("a.jsonl", tokenizer=None, model=model) == first
+    ids = opened(first)[1]["train"].tokens.tolist()
+    shutil.rmtree(first)  # the link to it stays
+    assert make("a.jsonl", tokenizer=copy, model=model) == first
+    assert opened(first)[1]["train"].tokens.tolist() == ids
+
+
+def test_another_content_of_a_side_file_makes_other_examples() -> None:
+    jsonl("a.jsonl", ROWS)
+    folders = [
+        make("a.jsonl", tokenizer=start_folder()),
+        make("a.jsonl", tokenizer=start_folder("ends", eos_token_id=257)),
+    ]
+    (Path("start") / "tokenizer_config.json").write_text(json.dumps(NAMES | {"eos_token": "<s>"}))
+    folders.append(make("a.jsonl", tokenizer="start"))
+    assert len(set(folders)) == 3
+    assert len({tuple(texts(opened(folder)[1]["train"])) for folder in folders}) == 1
