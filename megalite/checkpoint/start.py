@@ -10,7 +10,7 @@ from megalite import files
 from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
 from megalite.checkpoint.load import open_checkpoint
 from megalite.config import explain_redacted, redacted_keys
-from megalite.errors import CheckpointError, CommandError
+from megalite.errors import CheckpointError, CommandError, MegaLiteError
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
 
@@ -88,11 +88,31 @@ def _model_section(folder: Path) -> dict[str, Any]:
     return {key: model[key] for key in model if key not in _FILLED_IN}
 
 
-def refuse_other_commits(path: Path, grid: Grid) -> None:
-    """Raise CommandError on all ranks if hosts took different commits of a model from the hub."""
-    commits = sorted({str(name) for name in grid.gather(path.name)})
-    if path.parent.name == "snapshots" and len(commits) > 1:
+def open_model_folder(path: Path, grid: Grid) -> HuggingFaceFolder | None:
+    """Open the model folder of `--init-from` on every rank; a collective.
+
+    Returns:
+        the folder, or None if no host has a model folder there.
+    Raises:
+        CommandError: on every rank, if a host cannot use its folder, or if hosts have different
+            commits of a model from the hub.
+    """
+    if not any(grid.gather(is_huggingface(path))):
+        return None
+    opened: HuggingFaceFolder | None = None
+    fault: MegaLiteError | None = None
+    try:
+        opened = HuggingFaceFolder(path)
+    except MegaLiteError as error:
+        fault = error
+    found = grid.gather((opened.path.name if opened else "", fault))
+    if faults := [fault for _, fault in found if fault is not None]:
+        raise faults[0]
+    assert opened is not None
+    commits = sorted({str(name) for name, _ in found})
+    if opened.path.parent.name == "snapshots" and len(commits) > 1:
         raise CommandError(
             f"--init-from: the hosts have different commits, {', '.join(commits)}: name one, as "
             "ORG/NAME@COMMIT"
         )
+    return opened

@@ -13,17 +13,15 @@ from pydantic import ValidationError
 from megalite import checkpoint, env, files, shapes
 from megalite.checkpoint import (
     Grown,
-    HuggingFaceFolder,
     Lease,
     Place,
     Stored,
     StoredCheckpoint,
     compare_models,
     find_newest,
-    is_huggingface,
     merged,
     open_checkpoint,
-    refuse_other_commits,
+    open_model_folder,
     refuse_other_model,
     set_aside_damaged,
 )
@@ -210,9 +208,7 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
     """
     whole: Stored
     base, adapters = shapes.base(model), model.adapter is not None
-    if is_huggingface(Path(path)):
-        theirs = HuggingFaceFolder(Path(path))
-        refuse_other_commits(theirs.path, grid)
+    if (theirs := open_model_folder(Path(path), grid)) is not None:
         changes = compare_models(base, theirs.section, theirs.path, adapters=adapters)
         if not model.num_labels:
             theirs.require_head()
