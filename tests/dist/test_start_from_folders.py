@@ -18,8 +18,8 @@ from megalite.checkpoint import StoredCheckpoint, open_checkpoint, open_model_fo
 from megalite.checkpoint.huggingface import export
 from megalite.config import ModelConfig, load_config
 from megalite.env import Launch
-from megalite.evaluate.verify import verify
 from megalite.errors import CommandError
+from megalite.evaluate.verify import verify
 from megalite.formats.tokenizer import load_tokenizer
 from tests.dist.test_finetune import tuning_file, write_rows
 from tests.families import model_section
