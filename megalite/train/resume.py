@@ -148,6 +148,21 @@ def find_origin(
     )
 
 
+def samples_at(
+    origin: Origin | None, folder: Path, manifest: disk.Manifest, config: RunConfig
+) -> int:
+    """Return the place of a checkpoint of this run in the data order of this start.
+
+    Args:
+        origin: the checkpoint that this start went on from.
+    """
+    if origin is None or origin.weights_only or manifest.step > origin.place.step:
+        return manifest.samples  # saved by this start
+    stored = _stored(folder, manifest, config.model_dump(mode="json"))
+    same = order_id(manifest.data_fingerprint, stored.data) == origin.orders[1]
+    return manifest.samples if same else origin.place.samples
+
+
 def _refuse_changes(changed: Mapping[str, Any], allow: tuple[str, ...], folder: Path) -> None:
     """Raise CommandError for changes that need `--allow-change`, all at once."""
     refused = [key for key in ALLOWABLE if key in changed and key not in allow]
