@@ -23,6 +23,7 @@ from megalite.parallel import Grid
 
 _NAME = "ledger.jsonl"
 IN_CHECKPOINT = "ledger.json"
+_PLACE = ("step", "samples")
 
 Entry = dict[str, Any]
 
@@ -156,7 +157,7 @@ class Ledger:
 
 
 def _read_lines(path: Path) -> list[Entry]:
-    """The entries since the run last began anew; one cut by a crash, or damaged, has no effect."""
+    """The entries since the run last began; one cut by a crash, or damaged, has no effect."""
     entries: list[Entry] = []
     damaged = 0
     with suppress(OSError):
@@ -176,7 +177,7 @@ def _is_sound(entry: Any) -> bool:
     """Return whether an entry has all that its kind is read for; any other one has no effect."""
     if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
         return False
-    needed = {"skip": ("step", "samples"), "rollback": ("step", "to"), "measured": ("step",)}
+    needed = {"skip": _PLACE, "rollback": ("step", "to"), "measured": _PLACE}
     if not all(_is_count(entry.get(key)) for key in needed.get(entry["kind"], ())):
         return False
     if entry["kind"] == "measured":
