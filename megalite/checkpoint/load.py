@@ -105,7 +105,7 @@ def open_checkpoint(
 
 
 def _best_first(folders: list[Path]) -> list[Path]:
-    """Where a fine-tuned run chose one of its checkpoints, that one before the others."""
+    """Return the checkpoints with the one that a fine-tuned run chose as its best in front."""
     try:
         tuned = files.read_json(folders[0] / "config.json").get("finetune")
     except (OSError, ValueError, AttributeError):  # damaged, which is told in its turn
@@ -136,7 +136,7 @@ def restore(
         for row in shapes.parameters(config.model)
         for tensor in row.tensors
     ):
-        logger.warning("%s was trained by another optimizer: its states begin anew", folder)
+        logger.warning("%s was trained by another optimizer: its states begin again", folder)
         load_weights(engine, config.model, grid=grid, folder=folder, manifest=manifest)
         return Place(manifest.step, manifest.samples, manifest.tokens, manifest.valid_loss)
     _set_states(engine, config.model, states, grid, folder, manifest)
@@ -350,7 +350,7 @@ def _check(
     """Problems of a checkpoint, its files' hashes shared out over the ranks.
 
     Raises:
-        OtherVersion: on every rank alike.
+        OtherVersion: on every rank.
     """
     manifest: disk.Manifest | None = None
     refusal: OtherVersion | None = None

@@ -10,7 +10,7 @@ from megalite import files
 from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
 from megalite.checkpoint.load import open_checkpoint
 from megalite.config import explain_redacted, redacted_keys
-from megalite.errors import CheckpointError, CommandError, MegaLiteError
+from megalite.errors import CheckpointError, CommandError
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
 
@@ -18,7 +18,7 @@ _FILLED_IN = ("num_labels", "classifier_pooling", "adapter")
 
 
 def describe_start(path: Path) -> tuple[dict[str, Any], Path]:
-    """Return the model section of what lies at `path`, and the folder of its tokenizer.
+    """Return the model section of the source at `path`, and the folder of its tokenizer.
 
     Raises:
         CommandError: no model there.
@@ -100,10 +100,10 @@ def open_model_folder(path: Path, grid: Grid) -> HuggingFaceFolder | None:
     if not any(grid.gather(is_huggingface(path))):
         return None
     opened: HuggingFaceFolder | None = None
-    fault: MegaLiteError | None = None
+    fault: CommandError | CheckpointError | None = None
     try:
         opened = HuggingFaceFolder(path)
-    except MegaLiteError as error:
+    except (CommandError, CheckpointError) as error:
         fault = error
     found = grid.gather((opened.path.name if opened else "", fault))
     if faults := [fault for _, fault in found if fault is not None]:

@@ -1,4 +1,4 @@
-"""Which checkpoint a start goes on from, and which changes of the run file it may bring along."""
+"""Choose the checkpoint that a start goes on from, and check what has changed in the run file."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
 def _stored(
     folder: Path, manifest: disk.Manifest, own: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """The run file of a checkpoint; a field younger than it has its default.
+    """Return the run file of a checkpoint; a field younger than it has its default.
 
     Args:
         own: the run file of this start, for values that an earlier version's redaction replaced.
@@ -347,9 +347,9 @@ def _find(
                 set_aside_damaged(damaged, grid, lease)
             if damaged or any(root.glob("bad_*")):
                 raise CheckpointError(
-                    f"every checkpoint in {root} is damaged and none is used; mend one of the bad_ "
-                    "folders, resume from another run with --resume PATH, or start under another "
-                    "name"
+                    f"every checkpoint in {root} is damaged and none is used; repair one of the "
+                    "bad_ folders, resume from another run with --resume PATH, or start under "
+                    "another name"
                 )
         return newest, damaged
     back = own in asked.parents  # to an earlier step of this run
@@ -372,7 +372,7 @@ def _find(
 
 
 def _is_repeated(run: Path, asked: Path, grid: Grid) -> bool:
-    """Whether this job, requeued, has already gone back to `asked`: rank 0's view, for all."""
+    """Return whether this job, requeued, has gone back to `asked` before, as rank 0 sees it."""
     job = env.job()
     before = bool(
         grid.rank == 0
