@@ -75,10 +75,37 @@ def open_checkpoint(
         weights_only: accept checkpoints without optimizer state, and pick a fine-tuned run's best
             checkpoint instead of its newest.
     Raises:
-        CommandError: no checkpoint there; what the folder holds instead, if it is known.
+        CommandError: on every rank, if a host has no checkpoint there; what the folder holds
+            instead, if it is known.
         CheckpointError: a damaged one; an older one of the run that is whole is named.
     """
-    folder, older = path, list[Path]()
+    located: tuple[Path, list[Path]] | None = None
+    fault: CommandError | None = None
+    try:
+        located = _locate(path, weights_only=weights_only)
+    except CommandError as error:  # one host may lack what the others have
+        fault = error
+    faults = [found for found in (grid.gather(fault) if grid else [fault]) if found is not None]
+    if faults:
+        raise faults[0]
+    assert located is not None
+    folder, older = located
+    problems, manifest = _check(folder, grid, weights_only=weights_only)
+    if manifest is None or problems:
+        for other in older:
+            if not _check(other, grid, weights_only=weights_only)[0]:
+                problems.append(f"{other} is whole: give that one to go on from it")
+                break
+        raise CheckpointError("\n".join(problems))
+    return folder, manifest
+
+
+def _locate(path: Path, *, weights_only: bool) -> tuple[Path, list[Path]]:
+    """Return the checkpoint that a path means, and the older ones of its run.
+
+    Raises:
+        CommandError: as `open_checkpoint`.
+    """
     if not (path / disk.MANIFEST).exists():
         found = disk.published(path / "checkpoints") or disk.published(path)
         if not found:
@@ -90,18 +117,12 @@ def open_checkpoint(
                 "model folder of Hugging Face's, whose config.json names a model_type"
             )
         folder, *older = _best_first(found) if weights_only else found
-    elif (kind := disk.other_format(path)) is not None:
+        return folder, older
+    if (kind := disk.other_format(path)) is not None:
         raise CommandError(
             f"{path} holds {kind!r}, not a checkpoint: give a step folder or a run folder"
         )
-    problems, manifest = _check(folder, grid, weights_only=weights_only)
-    if manifest is None or problems:
-        for other in older:
-            if not _check(other, grid, weights_only=weights_only)[0]:
-                problems.append(f"{other} is whole: give that one to go on from it")
-                break
-        raise CheckpointError("\n".join(problems))
-    return folder, manifest
+    return path, []
 
 
 def _best_first(folders: list[Path]) -> list[Path]:

@@ -22,7 +22,9 @@ from megalite.errors import CommandError
 from megalite.evaluate.verify import verify
 from megalite.formats.tokenizer import load_tokenizer
 from tests.dist.test_finetune import tuning_file, write_rows
+from tests.factories import run_config
 from tests.families import model_section
+from tests.origins import publish
 from tests.ranks import run_ranks
 from tests.runs import rows, run_file, train, zero
 from tests.stub_hub import stub_hub
@@ -228,7 +230,9 @@ def _open_own(launch: Launch, pairs: list[list[str]]) -> list[str]:
     for paths in pairs:
         try:
             opened = open_model_folder(Path(paths[launch.rank]), grid)
-            found.append("opened" if opened else "no model folder")
+            if opened is None:
+                open_checkpoint(Path(paths[launch.rank]), grid, weights_only=True)
+            found.append("opened")
         except CommandError as error:
             found.append(str(error))
         assert grid.gather(len(found)) == [len(found)] * 2  # the ranks are in step
@@ -243,10 +247,12 @@ def test_a_folder_that_one_host_cannot_use_is_refused_by_all(tmp_path: Path) -> 
     shutil.copytree(whole, damaged)
     (damaged / "model.safetensors").write_bytes(b"cut")
     pairs = [[str(whole), str(path)] for path in (whole, other, lacks, damaged)]
-    pairs.append([str(lacks), str(lacks)])
+    step = publish(tmp_path / "run" / "checkpoints", 5, run_config())
+    pairs += [[str(path) for path in pair] for pair in ((lacks, step), (step, step))]
     first, second = run_ranks(_open_own, 2, pairs, timeout=60)
     assert first == second
-    assert [first[0], first[4]] == ["opened", "no model folder"]
+    assert [first[0], first[5]] == ["opened", "opened"]
     assert "the hosts have different commits, a1, b2" in first[1]
     assert str(lacks) in first[2]
     assert str(damaged) in first[3]
+    assert f"{lacks} holds no checkpoint" in first[4]
