@@ -57,7 +57,7 @@ def make_run(folder: Path, _: Grid) -> None:
         {"kind": "start"},
         {"kind": "skip", "step": 2, "samples": 8, "reason": "x"},
         {"kind": "rollback", "step": 5, "samples": 20, "to": 3, "gap": [16, 24], "reason": "x"},
-        {"kind": "measured", "step": 3, "score": 0.5},
+        {"kind": "measured", "step": 3, "samples": 12, "score": 0.5},
     ]
     (folder / "ledger.jsonl").write_text("".join(json.dumps(one) + "\n" for one in entries))
     (folder / ".lease.json").write_text('{"job": "7", "restart_count": 0, "nonce": "ab"}')

@@ -22,7 +22,7 @@ from megalite.checkpoint.start import (
     describe_run,
     describe_start,
     find_base,
-    refuse_other_commits,
+    open_model_folder,
     require_head,
 )
 from megalite.checkpoint.stored import Grown, Stored, StoredCheckpoint, fill_model, merged
@@ -48,7 +48,7 @@ __all__ = [
     "load_weights",
     "merged",
     "open_checkpoint",
-    "refuse_other_commits",
+    "open_model_folder",
     "refuse_other_model",
     "require_head",
     "restore",

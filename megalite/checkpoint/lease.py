@@ -31,7 +31,8 @@ class Lease:
     def __init__(self, root: Path) -> None:
         self._path = root / _NAME
         self._nonce = secrets.token_hex(16)
-        self._looked, self._lost = time.monotonic(), False
+        self._looked = time.monotonic()
+        self._newer: dict[str, object] | None = None  # the claim of a newer start, once it is seen
         job = env.job()
         owner = {"job": job.id, "restart_count": job.restart_count, "nonce": self._nonce}
         root.mkdir(parents=True, exist_ok=True)
@@ -44,10 +45,9 @@ class Lease:
                     raise
 
     def check(self) -> None:
-        """Raise Superseded if a newer start has taken the lease."""
-        owner = self._owner()
+        """Raise Superseded if a newer start has taken the lease; it never comes back."""
+        self._newer = owner = self._newer or self._owner()
         if owner is not None:
-            self._lost = True
             raise Superseded(
                 f"{self._path.parent} is owned by a newer start of this run (job "
                 f"{owner.get('job') or 'none'}, restart {owner.get('restart_count')}): this one "
@@ -56,10 +56,10 @@ class Lease:
 
     def is_lost(self) -> bool:
         """Return whether a newer start has taken the lease, as it was at most a second ago."""
-        if not self._lost and time.monotonic() - self._looked >= _LOOK_EVERY:
+        if self._newer is None and time.monotonic() - self._looked >= _LOOK_EVERY:
             self._looked = time.monotonic()
-            self._lost = self._owner() is not None
-        return self._lost
+            self._newer = self._owner()
+        return self._newer is not None
 
     def _owner(self) -> dict[str, object] | None:
         """Return the claim of another start, or None while nobody else claims the folder."""

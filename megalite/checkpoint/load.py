@@ -75,10 +75,37 @@ def open_checkpoint(
         weights_only: accept checkpoints without optimizer state, and pick a fine-tuned run's best
             checkpoint instead of its newest.
     Raises:
-        CommandError: no checkpoint there; what the folder holds instead, if it is known.
+        CommandError: on every rank, if a host has no checkpoint there; what the folder holds
+            instead, if it is known.
         CheckpointError: a damaged one; an older one of the run that is whole is named.
     """
-    folder, older = path, list[Path]()
+    located: tuple[Path, list[Path]] | None = None
+    fault: CommandError | None = None
+    try:
+        located = _locate(path, weights_only=weights_only)
+    except CommandError as error:  # one host may lack what the others have
+        fault = error
+    faults = [found for found in (grid.gather(fault) if grid else [fault]) if found is not None]
+    if faults:
+        raise faults[0]
+    assert located is not None
+    folder, older = located
+    problems, manifest = _check(folder, grid, weights_only=weights_only)
+    if manifest is None or problems:
+        for other in older:
+            if not _check(other, grid, weights_only=weights_only)[0]:
+                problems.append(f"{other} is whole: give that one to go on from it")
+                break
+        raise CheckpointError("\n".join(problems))
+    return folder, manifest
+
+
+def _locate(path: Path, *, weights_only: bool) -> tuple[Path, list[Path]]:
+    """Return the checkpoint that a path means, and the older ones of its run.
+
+    Raises:
+        CommandError: as `open_checkpoint`.
+    """
     if not (path / disk.MANIFEST).exists():
         found = disk.published(path / "checkpoints") or disk.published(path)
         if not found:
@@ -90,22 +117,16 @@ def open_checkpoint(
                 "model folder of Hugging Face's, whose config.json names a model_type"
             )
         folder, *older = _best_first(found) if weights_only else found
-    elif (kind := disk.other_format(path)) is not None:
+        return folder, older
+    if (kind := disk.other_format(path)) is not None:
         raise CommandError(
             f"{path} holds {kind!r}, not a checkpoint: give a step folder or a run folder"
         )
-    problems, manifest = _check(folder, grid, weights_only=weights_only)
-    if manifest is None or problems:
-        for other in older:
-            if not _check(other, grid, weights_only=weights_only)[0]:
-                problems.append(f"{other} is whole: give that one to go on from it")
-                break
-        raise CheckpointError("\n".join(problems))
-    return folder, manifest
+    return path, []
 
 
 def _best_first(folders: list[Path]) -> list[Path]:
-    """Where a fine-tuned run chose one of its checkpoints, that one before the others."""
+    """Return the checkpoints with the one that a fine-tuned run chose as its best in front."""
     try:
         tuned = files.read_json(folders[0] / "config.json").get("finetune")
     except (OSError, ValueError, AttributeError):  # damaged, which is told in its turn
@@ -136,7 +157,7 @@ def restore(
         for row in shapes.parameters(config.model)
         for tensor in row.tensors
     ):
-        logger.warning("%s was trained by another optimizer: its states begin anew", folder)
+        logger.warning("%s was trained by another optimizer: its states begin again", folder)
         load_weights(engine, config.model, grid=grid, folder=folder, manifest=manifest)
         return Place(manifest.step, manifest.samples, manifest.tokens, manifest.valid_loss)
     _set_states(engine, config.model, states, grid, folder, manifest)
@@ -350,7 +371,7 @@ def _check(
     """Problems of a checkpoint, its files' hashes shared out over the ranks.
 
     Raises:
-        OtherVersion: on every rank alike.
+        OtherVersion: on every rank.
     """
     manifest: disk.Manifest | None = None
     refusal: OtherVersion | None = None

@@ -1,6 +1,7 @@
 """The checkpoints of a run folder that stay, and those that are renamed or deleted.
 
-Every function here takes the lease of its start. A start that has lost the lease changes nothing.
+A start that has lost its lease changes nothing: `retain`, `set_aside_damaged` and
+`clear_leftovers` check the lease that they are given. Check it before `set_aside_later`.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class Saver:
             snapshot: whether training may go on at once: everything is copied. Otherwise it must
                 wait for `finish`.
         Raises:
-            NoSpace, CheckpointError: on every rank alike; nothing was written.
+            NoSpace, CheckpointError: on every rank; nothing was written.
             Superseded: a newer start of the run owns the folder.
         """
         assert self._draft is None, "a save is under way"

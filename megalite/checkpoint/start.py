@@ -19,7 +19,7 @@ _FILLED_IN = ("num_labels", "classifier_pooling", "adapter")
 
 
 def describe_start(path: Path) -> tuple[dict[str, Any], Path]:
-    """Return the model section of what lies at `path`, and the folder of its tokenizer.
+    """Return the model section of the source at `path`, and the folder of its tokenizer.
 
     Raises:
         CommandError: no model there.
@@ -104,11 +104,31 @@ def _model_section(folder: Path, stated: Mapping[str, Any] | None = None) -> dic
     return {key: model[key] for key in model if key not in _FILLED_IN}
 
 
-def refuse_other_commits(path: Path, grid: Grid) -> None:
-    """Raise CommandError on all ranks if hosts took different commits of a model from the hub."""
-    commits = sorted({str(name) for name in grid.gather(path.name)})
-    if path.parent.name == "snapshots" and len(commits) > 1:
+def open_model_folder(path: Path, grid: Grid) -> HuggingFaceFolder | None:
+    """Open the model folder of `--init-from` on every rank; a collective.
+
+    Returns:
+        the folder, or None if no host has a model folder there.
+    Raises:
+        CommandError: on every rank, if a host cannot use its folder, or if hosts have different
+            commits of a model from the hub.
+    """
+    if not any(grid.gather(is_huggingface(path))):
+        return None
+    opened: HuggingFaceFolder | None = None
+    fault: CommandError | CheckpointError | None = None
+    try:
+        opened = HuggingFaceFolder(path)
+    except (CommandError, CheckpointError) as error:
+        fault = error
+    found = grid.gather((opened.path.name if opened else "", fault))
+    if faults := [fault for _, fault in found if fault is not None]:
+        raise faults[0]
+    assert opened is not None
+    commits = sorted({str(name) for name, _ in found})
+    if opened.path.parent.name == "snapshots" and len(commits) > 1:
         raise CommandError(
             f"--init-from: the hosts have different commits, {', '.join(commits)}: name one, as "
             "ORG/NAME@COMMIT"
         )
+    return opened

@@ -91,7 +91,7 @@ class Writer:
         finetune, eos = config.finetune, prompts.tokenizer.eos_id
         tuned = [] if finetune is None or eos is None else [eos]  # as its examples end
         self.suffix_ids: Sequence[int] = prompts.tokenizer.suffix_ids or tuned
-        self._failed = False
+        self._failed, self._in_pass = False, False
         # padded rows of the vocabulary are never chosen; an encoder_decoder's last ids name spans
         self._chosen = slice(prompts.tokenizer.vocab_size if self.continues else None)
         self._round = config.parallel.tensor if config.parallel.sequence else 1
@@ -104,6 +104,8 @@ class Writer:
         Args:
             stopping: asked before each token whether to give up, with the same answer on every
                 rank.
+        Raises:
+            Exception: a forward pass failed, and other ranks take part in it.
         """
         self._stopping = stopping
         try:
@@ -135,6 +137,8 @@ class Writer:
         except Stopped:
             raise
         except Exception as error:  # whatever it is, it must not end the training
+            if self._in_pass:  # the other ranks are in this pass, or have failed in it
+                raise
             if not self._failed or isinstance(error, MegaLiteError):
                 kind = "" if isinstance(error, MegaLiteError) else f"{type(error).__name__}: "
                 logger.warning("no samples: %s%s", kind, error)
@@ -148,13 +152,20 @@ class Writer:
         start = self._config.model.decoder_start_token_id
         # what is read, and what is written after it, or apart from it
         self._texts = (given, None) if self.continues else (given, [[start] for _ in given])
-        return self._read(*self._tell(self._texts))[:, self._chosen]
+        return self._read_together()
 
     def next(self, tokens: Sequence[int]) -> Tensor:
         given, written = self._texts
         for text, token in zip(written or given, tokens, strict=True):
             text.append(token)
-        return self._read(*self._tell(self._texts))[:, self._chosen]
+        return self._read_together()
+
+    def _read_together(self) -> Tensor:
+        """Return the scores of the next token, [B, V], on rank 0; the other ranks read as well."""
+        self._in_pass = self._grid.world_size > 1
+        scores = self._read(*self._tell(self._texts))
+        self._in_pass = False
+        return scores[:, self._chosen]
 
     def _tell(self, texts: _Texts | None) -> Any:
         """What rank 0 says is read next, on every rank; None: nothing more."""

@@ -1,4 +1,4 @@
-"""What launchers and operators write into the environment of a rank, read from any mapping.
+"""The variables that launchers and operators set for a rank, read from any mapping.
 
 Every function takes the environment as a mapping, so that nothing here reads `os.environ`.
 """

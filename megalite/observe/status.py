@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from megalite.files import read_json, read_rows, replace_small
+from megalite.files import each_row, read_json, read_rows, replace_small
 from megalite.log import redact
 
 State = Literal["running", "saving", "stopped", "done", "failed", "superseded"]
@@ -118,16 +118,19 @@ def began_from(folder: Path, name: Literal["start", "resume"], path: Path | None
 
 
 def last_layout(folder: Path) -> dict[str, Any]:
-    """Return the layout of the run's last start that recorded one, by key."""
+    """Return the layout that the run's last start recorded, by key; empty if it recorded none."""
     rows = _starts(folder)
-    return dict(rows[-1].get("layout") or {}) if rows else {}
+    layout = rows[-1].get("layout") if rows else None
+    return layout if isinstance(layout, dict) else {}
 
 
 def _starts(folder: Path) -> list[dict[str, Any]]:
     """Return the events that began or resumed the run, in order."""
     found = []
     with suppress(OSError):
-        for row in read_rows(folder / METRICS):
-            if row.get("kind") == "event" and row.get("name") in ("start", "resume"):
+        for row in each_row(folder / METRICS):
+            if row is None or row.get("kind") != "event":
+                continue
+            if row.get("name") in ("start", "resume"):
                 found.append(row)
     return found

@@ -1,4 +1,4 @@
-"""Where the ranks meet: one address and port that all of them know, and the store kept there."""
+"""The meeting place of the ranks: one address and port that all know, and the store kept there."""
 
 from __future__ import annotations
 

@@ -56,18 +56,29 @@ def announce(
             facts["init_name"] = request.init_name or request.init_from
         recorder.event(place.step, "start", **facts)
         return
-    _announce_resume(config, origin, place, recorder, facts)
+    # rank 0 alone reports: the records of a long run are not read once a rank
+    before = last_layout(origin.folder.parent.parent) if grid.rank == 0 else {}
+    _announce_resume(config, origin, place, recorder, facts, before)
 
 
 def _announce_resume(
-    config: RunConfig, origin: Origin, place: Place, recorder: Recorder, facts: dict[str, Any]
+    config: RunConfig,
+    origin: Origin,
+    place: Place,
+    recorder: Recorder,
+    facts: dict[str, Any],
+    layout: dict[str, Any],
 ) -> None:
-    """Report the checkpoint that a run goes on from, and all that has changed since."""
+    """Report the checkpoint that a run goes on from, and all that has changed since.
+
+    Args:
+        layout: of the run's last start, on rank 0.
+    """
     logger.info("resumed from %s", origin.folder)
     if place.step >= config.training.steps:
         more = "finetune.epochs" if config.finetune else "training.steps"
         logger.info("all of its steps are done: raise %s, or choose another name", more)
-    changes = origin.changes | _moved(last_layout(origin.folder.parent.parent), facts["layout"])
+    changes = origin.changes | _moved(layout, facts["layout"])
     _report(changes)
     before, after = origin.rates or (0.0, 0.0)
     if before != after and place.step < config.training.steps:

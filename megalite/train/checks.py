@@ -1,4 +1,4 @@
-"""What this machine cannot do, said before anything is allocated."""
+"""Checks of the hardware, made before anything is allocated."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def remarks(config: RunConfig, plan: Plan) -> Iterator[str]:
 
 
 def _host_faults(beside: Mapping[str, int], launch: Launch) -> Iterator[str]:
-    """Whether what the ranks of this host keep in its memory, beside their GPUs', fits there."""
+    """Yield a fault if the ranks' data in host memory does not fit."""
     needed, free = sum(beside.values()) * launch.local_world_size, available_memory()
     if needed > free:
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in beside.items() if size)

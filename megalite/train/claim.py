@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megalite.checkpoint import Lease
 from megalite.data import Samples
-from megalite.errors import CheckpointError, UserError
+from megalite.errors import CheckpointError, MegaLiteError, UserError
 from megalite.observe import previous_attempts, restate
 from megalite.parallel import Grid
 from megalite.train.folder import check_folders, listing, take_over
@@ -28,7 +28,8 @@ def claim(
 
     Raises:
         UserError: on every rank; the folder and the start that has it are as they were.
-        CheckpointError: on every rank; the folder is this start's, and status.json says failed.
+        MegaLiteError: on every rank, of another kind; the folder is this start's, and status.json
+            says failed.
     """
     root = request.root
     check_folders(request.folder, train, grid)
@@ -39,10 +40,12 @@ def claim(
     try:
         check_request(root, request.resume)
         return lease, find_for(request, grid, train, settings, lease=lease)
-    except CheckpointError as error:  # the folder is there, and its last state is no longer true
+    except (UserError, CheckpointError) as error:  # status.json is outdated
         if grid.rank == 0:
             attempt = previous_attempts(request.folder)
             restate(request.folder, "failed", reason=verdict(error)[1], attempt=attempt)
+        if isinstance(error, UserError):  # found too late to be exit code 2
+            raise MegaLiteError(str(error)) from error
         raise
 
 

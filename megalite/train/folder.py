@@ -17,8 +17,9 @@ from megalite.errors import CommandError, DataError, MegaLiteError, Superseded
 from megalite.formats import checkpoint as disk
 from megalite.formats.tokenizer import keep_ends, tokenizer_files
 from megalite.log import logger
-from megalite.observe import Recorder, previous_attempts
+from megalite.observe import Recorder, previous_attempts, restate
 from megalite.parallel import Grid
+from megalite.train.outcome import verdict
 from megalite.train.resume import Origin
 
 _TRIES = 3
@@ -42,6 +43,7 @@ def opened(
     Raises:
         CommandError: on every rank, if it cannot be written.
         Superseded: on every rank, if a newer start owns it.
+        MegaLiteError: on every rank, if rank 0 fails in another way; status.json says failed.
     """
     checkpoint.set_aside_damaged(origin.damaged if origin else (), grid, lease)
     handler, attempt = None, 0
@@ -54,6 +56,8 @@ def opened(
             fault = _refusal(folder, error, lease)
         except Superseded as error:
             fault = error
+        except Exception as error:  # whatever it is, the other ranks wait for an answer
+            fault = _failed(folder, error)
     attempt, fault = grid.gather((attempt, fault))[0]
     if fault:
         raise fault
@@ -120,6 +124,16 @@ def _refusal(folder: Path, error: Exception, lease: Lease | None) -> MegaLiteErr
     return CommandError(
         f"the run folder {folder} cannot be written: {error}; name another directory"
     )
+
+
+def _failed(folder: Path, error: Exception) -> MegaLiteError:
+    """Record in status.json that the folder could not be prepared; return the error to raise."""
+    logger.debug("the run folder %s", folder, exc_info=error)
+    cause = str(error) if isinstance(error, MegaLiteError) else f"{type(error).__name__}: {error}"
+    fault = MegaLiteError(f"the run folder {folder} cannot be prepared: {cause}")
+    attempt = previous_attempts(folder)
+    restate(folder, "failed", reason=verdict(fault)[1], attempt=attempt)
+    return fault
 
 
 def check_folders(folder: Path, train: Samples, grid: Grid) -> None:

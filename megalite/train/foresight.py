@@ -1,4 +1,4 @@
-"""Predicted beside measured: what a run was to take, and what it took, printed and kept."""
+"""Compare the predicted memory and time of a run with the measured ones; print and keep both."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Judge:
     """Judges steps by the numbers of those before; the same on every rank that asks the same.
 
     Args:
-        scaled: whether the loss is scaled (fp16), where an overflow is the scale's to mend.
+        scaled: whether the loss is scaled (fp16), where the scale handles an overflow.
     """
 
     def __init__(self, config: RunConfig, ledger: Ledger, *, scaled: bool) -> None:

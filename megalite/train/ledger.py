@@ -1,4 +1,4 @@
-"""What was done about bad numbers, kept so that every later start does it again.
+"""A record of what was done about bad numbers, so that every later start does it again.
 
 A run's updates depend on what was left out of them: an update, or the data around a jump of the
 loss. Each such intervention is a line of the run's `ledger.jsonl`, synced before it takes effect,
@@ -23,6 +23,7 @@ from megalite.parallel import Grid
 
 _NAME = "ledger.jsonl"
 IN_CHECKPOINT = "ledger.json"
+_PLACE = ("step", "samples")
 
 Entry = dict[str, Any]
 
@@ -124,7 +125,7 @@ class Ledger:
             self._write(entry)
 
     def content(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {"entries": list(self.entries), "recent": list(self.recent)}
 
     @property
@@ -141,7 +142,7 @@ class Ledger:
         return sum(entry["kind"] == "rollback" for entry in self.entries)
 
     def skipped(self, step: int, samples: int | None = None) -> Entry | None:
-        """The entry that left out the update of a step, at that place of the data order."""
+        """Return the entry that left out the update of a step, at that place of the data order."""
         for entry in reversed(self.entries):
             same = entry["kind"] == "skip" and entry["step"] == step
             if same and samples in (None, entry["samples"]) and self.is_current(entry):
@@ -156,7 +157,7 @@ class Ledger:
 
 
 def _read_lines(path: Path) -> list[Entry]:
-    """The entries since the run last began anew; one cut by a crash, or damaged, has no effect."""
+    """Return the entries since the run last began; a damaged line has no effect."""
     entries: list[Entry] = []
     damaged = 0
     with suppress(OSError):
@@ -176,7 +177,7 @@ def _is_sound(entry: Any) -> bool:
     """Return whether an entry has all that its kind is read for; any other one has no effect."""
     if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
         return False
-    needed = {"skip": ("step", "samples"), "rollback": ("step", "to"), "measured": ("step",)}
+    needed = {"skip": _PLACE, "rollback": ("step", "to"), "measured": _PLACE}
     if not all(_is_count(entry.get(key)) for key in needed.get(entry["kind"], ())):
         return False
     if entry["kind"] == "measured":

@@ -11,7 +11,7 @@ from typing import Literal
 from megalite import files
 from megalite.config import parse_config, zero_stage
 from megalite.env import Launch
-from megalite.errors import ConfigError
+from megalite.errors import ConfigError, UserError
 from megalite.formats import checkpoint as disk
 from megalite.log import logger
 from megalite.parallel import Grid
@@ -23,20 +23,27 @@ from megalite.plan import (
     recorded_precision,
     resolve_precision,
 )
+from megalite.train.checks import hardware_faults
 from megalite.train.request import Request, plan_of
 
 
 def settle_precision(request: Request, launch: Launch, grid: Grid) -> tuple[Request, Plan]:
     """Return the request with "auto" written out, and its plan; a collective of all ranks.
 
-    A run that goes on keeps the precision of its checkpoint, on other machines too. A fresh run
+    A run that goes on keeps the precision of its checkpoint, on other hardware too. A fresh run
     takes bf16 if every rank has units for it.
 
     Raises:
         ConfigError: the kept precision is not possible in this ZeRO stage; on every rank.
+        UserError: the hardware of a rank cannot run the settled precision; on every rank.
     """
     settled = _settle(request, grid)
-    return settled, plan_of(settled, launch)
+    plan, faults = plan_of(settled, launch), list[str]()
+    if plan.precision != plan_of(request, launch).precision:  # the check was of another precision
+        faults = hardware_faults(settled.config, plan, launch, _device(grid))
+    if found := list(dict.fromkeys(fault for own in grid.gather(faults) for fault in own)):
+        raise UserError("\n".join(found))
+    return settled, plan
 
 
 def _settle(request: Request, grid: Grid) -> Request:
@@ -46,7 +53,7 @@ def _settle(request: Request, grid: Grid) -> Request:
     goes_on = grid.rank == 0 and request.resume != "never"
     known = grid.gather((bf16_units(), _recorded(request) if goes_on else None))
     units: tuple[str | None, ...] = tuple(unit for unit, _ in known)
-    device: Literal["cpu", "cuda"] = "cuda" if grid.device.type == "cuda" else "cpu"
+    device = _device(grid)
     recorded: Precision | Literal["auto"] | None = known[0][1]
     kept = auto_of_first_version(device) if recorded == "auto" else recorded
     able = all(units)
@@ -72,6 +79,10 @@ def _settle(request: Request, grid: Grid) -> Request:
     _warn_of_slow(precision, device, able)
     reason = "as the run began" if kept else _reason(best, device, units)
     return _with(request, precision, reason)
+
+
+def _device(grid: Grid) -> Literal["cpu", "cuda"]:
+    return "cuda" if grid.device.type == "cuda" else "cpu"
 
 
 def _with(request: Request, precision: Precision, reason: str) -> Request:

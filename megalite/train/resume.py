@@ -1,4 +1,4 @@
-"""Which checkpoint a start goes on from, and which changes of the run file it may bring along."""
+"""Choose the checkpoint that a start goes on from, and check what has changed in the run file."""
 
 from __future__ import annotations
 
@@ -13,17 +13,15 @@ from pydantic import ValidationError
 from megalite import checkpoint, env, files, shapes
 from megalite.checkpoint import (
     Grown,
-    HuggingFaceFolder,
     Lease,
     Place,
     Stored,
     StoredCheckpoint,
     compare_models,
     find_newest,
-    is_huggingface,
     merged,
     open_checkpoint,
-    refuse_other_commits,
+    open_model_folder,
     refuse_other_model,
     set_aside_damaged,
 )
@@ -158,6 +156,21 @@ def _comparable(stored: RunConfig, folder: Path, config: RunConfig) -> dict[str,
     return before
 
 
+def samples_at(
+    origin: Origin | None, folder: Path, manifest: disk.Manifest, config: RunConfig
+) -> int:
+    """Return the place of a checkpoint of this run in the data order of this start.
+
+    Args:
+        origin: the checkpoint that this start went on from.
+    """
+    if origin is None or origin.weights_only or manifest.step > origin.place.step:
+        return manifest.samples  # saved by this start
+    stored = _stored(folder, manifest, config.model_dump(mode="json"))
+    same = order_id(manifest.data_fingerprint, stored.data) == origin.orders[1]
+    return manifest.samples if same else origin.place.samples
+
+
 def _refuse_changes(changed: Mapping[str, Any], allow: tuple[str, ...], folder: Path) -> None:
     """Raise CommandError for changes that need `--allow-change`, all at once."""
     refused = [key for key in ALLOWABLE if key in changed and key not in allow]
@@ -218,9 +231,7 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
     """
     whole: Stored
     base, adapters = shapes.base(model), model.adapter is not None
-    if is_huggingface(Path(path)):
-        theirs = HuggingFaceFolder(Path(path))
-        refuse_other_commits(theirs.path, grid)
+    if (theirs := open_model_folder(Path(path), grid)) is not None:
         changes = compare_models(base, theirs.section, theirs.path, adapters=adapters)
         if not model.num_labels:
             theirs.require_head()
@@ -247,7 +258,7 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
 def _stored(
     folder: Path, manifest: disk.Manifest, own: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """The run file of a checkpoint; a field younger than it has its default.
+    """Return the run file of a checkpoint; a field younger than it has its default.
 
     Args:
         own: the run file of this start, for values that an earlier version's redaction replaced.
@@ -344,9 +355,9 @@ def _find(
                 set_aside_damaged(damaged, grid, lease)
             if damaged or any(root.glob("bad_*")):
                 raise CheckpointError(
-                    f"every checkpoint in {root} is damaged and none is used; mend one of the bad_ "
-                    "folders, resume from another run with --resume PATH, or start under another "
-                    "name"
+                    f"every checkpoint in {root} is damaged and none is used; repair one of the "
+                    "bad_ folders, resume from another run with --resume PATH, or start under "
+                    "another name"
                 )
         return newest, damaged
     back = own in asked.parents  # to an earlier step of this run
@@ -369,7 +380,7 @@ def _find(
 
 
 def _is_repeated(run: Path, asked: Path, grid: Grid) -> bool:
-    """Whether this job, requeued, has already gone back to `asked`: rank 0's view, for all."""
+    """Return whether this job, requeued, has gone back to `asked` before, as rank 0 sees it."""
     job = env.job()
     before = bool(
         grid.rank == 0

@@ -1,6 +1,6 @@
 """A run from its request to its end: check everything, open the run folder, train, say how it went.
 
-Whatever the user can mend is found before the run folder is opened, on every rank alike.
+Every fault that the user can repair is found before the run folder is opened, on all ranks.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from megalite.train.loop import Trainer
 from megalite.train.outcome import lost_rank, verdict
 from megalite.train.precision import settle_precision
 from megalite.train.request import Request, Settings, check, check_command, settings_of
-from megalite.train.resume import Origin, load
+from megalite.train.resume import Origin, load, samples_at
 from megalite.train.tuning import Tuning, complete, open_examples
 
 
@@ -241,9 +241,7 @@ class _Run:
             trainer.leave_out(jump)
             return
         folder, manifest = found
-        samples = manifest.samples
-        if (origin := self.origin) is not None and manifest.step <= origin.place.step:
-            samples = origin.place.samples  # in the data order of this start
+        samples = samples_at(self.origin, folder, manifest, config)
         size, around = self.plan.global_batch_size, config.guards.skip_window
         first = max(samples, before.samples - around // 2 * size)
         entry = {

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_prep.chat import ask
 from megalite.env import Launch
-from megalite.evaluate import open_model, stream_texts
+from megalite.evaluate import Prompts, Writer, open_model, stream_texts
 from megalite.evaluate.generate import Sampling
+from megalite.formats.tokenizer import load_tokenizer
 from tests.dist.test_finetune import tune, tuning_file
+from tests.factories import run_config
 from tests.labelled import jsonl
 from tests.ranks import run_ranks
 from tests.runs import rows, run_file, train, zero
@@ -117,3 +120,33 @@ def test_prompts_need_the_tokenizer_of_the_data(shards: dict[str, str], tmp_path
     ):
         run_ranks(train, 1, raw)
     assert not (tmp_path / "runs").exists()
+
+
+class _Failing:
+    """An engine whose forward pass fails on some ranks."""
+
+    def __init__(self, fails: bool) -> None:
+        self._fails = fails
+
+    def eval_scores(self, batch: Any) -> torch.Tensor:
+        if self._fails:
+            raise MemoryError("out of memory")
+        return torch.zeros(len(batch.tensors["lengths"]), 258)
+
+
+def _write_failing(launch: Launch, failing: list[int]) -> str:
+    from megalite.parallel import start
+
+    config = run_config(logging={"samples": SAMPLES}, model={"vocab_size": 258})
+    engine: Any = _Failing(launch.rank in failing)
+    prompts = Prompts(load_tokenizer("bytes"), PROMPTS, PROMPTS)
+    try:
+        Writer(config, engine, start(launch), prompts)(lambda: False)
+    except Exception as error:
+        return type(error).__name__
+    return "goes on"
+
+
+def test_a_forward_pass_that_fails_ends_every_rank() -> None:
+    assert run_ranks(_write_failing, 2, [0, 1], timeout=60) == ["MemoryError"] * 2
+    assert run_ranks(_write_failing, 2, [0], timeout=60) == ["MemoryError", "RuntimeError"]

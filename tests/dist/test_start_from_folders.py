@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megalite.checkpoint import StoredCheckpoint, open_checkpoint
+from megalite.checkpoint import StoredCheckpoint, open_checkpoint, open_model_folder
 from megalite.checkpoint.huggingface import export
 from megalite.config import ModelConfig, load_config
 from megalite.env import Launch
+from megalite.errors import CommandError
 from megalite.evaluate.verify import verify
 from megalite.formats.tokenizer import load_tokenizer
 from tests.dist.test_finetune import tuning_file, write_rows
+from tests.factories import run_config
 from tests.families import model_section
+from tests.origins import publish
 from tests.ranks import run_ranks
 from tests.runs import rows, run_file, train, zero
 from tests.stub_hub import stub_hub
@@ -216,3 +220,39 @@ def test_model_of_the_hub_is_tuned_by_several_ranks(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads((out / "adapter_config.json").read_text())
     assert found["base_model_name_or_path"] == "org/tiny"
+
+
+def _open_own(launch: Launch, pairs: list[list[str]]) -> list[str]:
+    """Open folders as hosts with disks of their own do; return what this rank was answered."""
+    from megalite.parallel import start
+
+    grid, found = start(launch), list[str]()
+    for paths in pairs:
+        try:
+            opened = open_model_folder(Path(paths[launch.rank]), grid)
+            if opened is None:
+                open_checkpoint(Path(paths[launch.rank]), grid, weights_only=True)
+            found.append("opened")
+        except CommandError as error:
+            found.append(str(error))
+        assert grid.gather(len(found)) == [len(found)] * 2  # the ranks are in step
+    return found
+
+
+def test_a_folder_that_one_host_cannot_use_is_refused_by_all(tmp_path: Path) -> None:
+    whole = tmp_path / "models--org--name" / "snapshots" / "a1"
+    write_model(whole, "llama", 2, 261)
+    other, lacks, damaged = (whole.parent / name for name in ("b2", "c3", "d4"))
+    shutil.copytree(whole, other)
+    shutil.copytree(whole, damaged)
+    (damaged / "model.safetensors").write_bytes(b"cut")
+    pairs = [[str(whole), str(path)] for path in (whole, other, lacks, damaged)]
+    step = publish(tmp_path / "run" / "checkpoints", 5, run_config())
+    pairs += [[str(path) for path in pair] for pair in ((lacks, step), (step, step))]
+    first, second = run_ranks(_open_own, 2, pairs, timeout=60)
+    assert first == second
+    assert [first[0], first[5]] == ["opened", "opened"]
+    assert "the hosts have different commits, a1, b2" in first[1]
+    assert str(lacks) in first[2]
+    assert str(damaged) in first[3]
+    assert f"{lacks} holds no checkpoint" in first[4]

@@ -170,6 +170,18 @@ def test_a_lost_lease_is_nobodys(root: Path, content: str | None) -> None:
     assert disk.published(root) == []
 
 
+def test_a_lease_that_was_seen_taken_stays_lost(root: Path) -> None:
+    root.mkdir(parents=True)
+    old = Lease(root)
+    Lease(root)
+    old._looked = float("-inf")
+    assert old.is_lost()
+    (root / ".lease.json").unlink()
+    with pytest.raises(Superseded, match="newer start"):
+        old.check()
+    assert old.is_lost()
+
+
 def test_a_superseded_start_publishes_nothing(grid: Grid, root: Path) -> None:
     root.mkdir(parents=True)
     old = Lease(root)

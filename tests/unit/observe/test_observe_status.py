@@ -76,3 +76,10 @@ def test_the_origin_of_a_run_is_in_its_events(tmp_path: Path) -> None:
         "tensor": {"before": 1, "after": 2}
     }
     assert last_layout(tmp_path) == {}
+
+
+@pytest.mark.parametrize("layout", ["torn", [1, 2], 3, None])
+def test_a_layout_that_is_no_object_is_none(tmp_path: Path, layout: object) -> None:
+    row = {"kind": "event", "name": "start", "layout": layout}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert last_layout(tmp_path) == {}

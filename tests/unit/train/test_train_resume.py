@@ -9,8 +9,9 @@ import pytest
 
 from megalite.checkpoint import set_aside_damaged
 from megalite.errors import CheckpointError, CommandError
+from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
-from megalite.train.resume import check_request, find_origin
+from megalite.train.resume import check_request, find_origin, samples_at
 from tests.factories import run_config
 from tests.origins import TOKENIZER, find, fingerprint, publish, reseal, spoil
 
@@ -237,3 +238,30 @@ def test_a_checkpoint_of_another_version_is_refused_and_left(
         with pytest.raises(CommandError, match=r"MegaLite 0.1.0|another version, MegaLite"):
             find(grid, root, run_config(), resume=resume)
     assert sorted(path.name for path in root.iterdir()) == ["step_00000005", "step_00000010"]
+
+
+# --- where a rollback begins to read ---
+
+
+def test_a_rollback_behind_the_start_reads_all_that_came_after(grid: Grid, root: Path) -> None:
+    """The checkpoint that the start went on from is damaged by now; samples are 4 a step."""
+    for step in (5, 10):
+        publish(root, step, run_config())
+    earlier, later = root / "step_00000005", root / "step_00000010"
+    origin = find(grid, root, run_config())
+    assert origin is not None
+    manifest = disk.read_manifest(earlier)
+    assert samples_at(origin, earlier, manifest, run_config()) == 20
+    assert samples_at(origin, later, disk.read_manifest(later), run_config()) == 40
+    assert samples_at(None, earlier, manifest, run_config()) == 20
+
+
+def test_a_rollback_into_another_data_order_begins_where_the_start_did(
+    grid: Grid, root: Path
+) -> None:
+    for step in (5, 10):
+        publish(root, step, run_config())
+    origin = find(grid, root, run_config(), shards="others", allow=("data",))
+    assert origin is not None
+    earlier = root / "step_00000005"
+    assert samples_at(origin, earlier, disk.read_manifest(earlier), run_config()) == 0

@@ -1,0 +1,51 @@
+"""A start that is refused after it took the run folder says so in the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.checkpoint import Lease
+from megalite.errors import MegaLiteError, UserError
+from megalite.parallel import Grid
+from megalite.train import claim as claims
+from megalite.train.claim import claim
+from megalite.train.request import Request, Settings
+from tests.factories import run_config
+from tests.origins import TOKENIZER, fingerprint, publish
+
+
+class _Data:
+    """Samples as far as a claim asks for them."""
+
+    tokenizer_folder = None
+    tokenizer_sha256 = TOKENIZER
+
+    def __init__(self, content_fingerprint: str) -> None:
+        self.content_fingerprint = content_fingerprint
+
+
+def test_a_refusal_after_the_claim_is_a_failure(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start before this one publishes a last checkpoint, which is past training.steps."""
+    config = run_config(logging={"directory": str(tmp_path)}, training={"steps": 7})
+    request = Request(config)
+    publish(request.root, 5, config)
+    take_over = claims.take_over
+
+    def take_over_late(folder: Path, grid: Grid) -> Lease | None:
+        publish(request.root, 10, config)
+        return take_over(folder, grid)
+
+    monkeypatch.setattr(claims, "take_over", take_over_late)
+    data: Any = _Data(fingerprint(config))
+    with pytest.raises(MegaLiteError, match="already past it") as caught:
+        claim(request, grid, data, Settings({}, {}))
+    assert not isinstance(caught.value, UserError)
+    status = json.loads((request.folder / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "already past it" in status["reason"]

@@ -1,0 +1,44 @@
+"""A run folder that rank 0 cannot prepare ends the start on every rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite.errors import DataError, MegaLiteError, UserError
+from megalite.parallel import Grid
+from megalite.train import folder as run_folder
+from megalite.train.folder import opened, take_over
+from tests.factories import run_config
+
+
+class _Data:
+    """Samples whose shards do not name a tokenizer."""
+
+    tokenizer_folder = None
+
+
+@pytest.mark.parametrize("error", [ValueError("nan is not JSON"), DataError("a link")])
+def test_any_fault_of_rank_0_is_one_of_all_ranks(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Raised after the answer that other ranks wait for; the lease is taken, so it is exit 1."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(run_folder, "_copy_tokenizer", fail)
+    folder = tmp_path / "run"
+    lease, data = take_over(folder, grid), _Data()
+    with (
+        pytest.raises(MegaLiteError, match=f"cannot be prepared: .*{error}") as caught,
+        opened(folder, run_config(), grid, {}, data, None, lease),  # type: ignore[arg-type]
+    ):
+        pass
+    assert not isinstance(caught.value, UserError)
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert str(error) in status["reason"]

@@ -1,0 +1,49 @@
+"""The precision that the ranks agree on is checked against the hardware, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megalite.env import Launch
+from megalite.errors import UserError
+from megalite.parallel import Grid
+from megalite.train import checks, precision
+from megalite.train.precision import settle_precision
+from megalite.train.request import Request
+from tests.factories import run_config
+from tests.origins import publish
+
+LAUNCH = Launch(0, 1, 0, 1, "127.0.0.1", 1, "python")
+
+
+def _auto(folder: Path) -> Request:
+    raw = run_config(logging={"directory": str(folder)}).model_dump(mode="json")
+    raw["training"]["precision"] = "auto"
+    return Request(type(run_config()).model_validate(raw))
+
+
+@pytest.mark.parametrize("native", [None, "AMX"])
+def test_a_precision_kept_from_a_gpu_is_refused_on_a_cpu(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: str | None
+) -> None:
+    monkeypatch.setattr(precision, "bf16_units", lambda: native)
+    request = _auto(tmp_path)
+    publish(request.root, 5, run_config(training={"precision": "fp16"}))
+    with pytest.raises(UserError, match=r"training\.precision fp16: no GPU found"):
+        settle_precision(request, LAUNCH, grid)
+
+
+def test_the_memory_of_the_settled_precision_is_checked(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other ranks lack bf16: this rank has planned bf16, and trains in fp32."""
+    request = _auto(tmp_path)
+    monkeypatch.setattr("megalite.plan.precision.bf16_units", lambda: "AMX")
+    monkeypatch.setattr(precision, "bf16_units", lambda: None)
+    settled, plan = settle_precision(request, LAUNCH, grid)
+    assert (settled.config.training.precision, plan.precision) == ("fp32", "fp32")
+    monkeypatch.setattr(checks, "available_memory", lambda: 1000)
+    with pytest.raises(UserError, match="memory: run needs about"):
+        settle_precision(request, LAUNCH, grid)
