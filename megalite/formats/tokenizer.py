@@ -27,7 +27,7 @@ from megalite.formats.sentencepiece_tokenizer import (
 from megalite.formats.special_tokens import GENERATION_CONFIG, Companions, end_ids
 from megalite.formats.tokenizer_base import Ids, Placed, Spans, Tokenizer, encode_text
 from megalite.formats.tokenizer_export import export_bytes
-from megalite.log import logger
+from megalite.log import finite, logger
 
 __all__ = [
     "PROBES",
@@ -106,7 +106,7 @@ def keep_ends(folder: Path, start: Path) -> None:
         return
     content = Companions(folder).generation_with(Companions(place))
     if content:
-        files.write_json(folder / GENERATION_CONFIG, content)
+        files.write_json(folder / GENERATION_CONFIG, finite(content))
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
