@@ -40,7 +40,13 @@ from megalite.formats import examples
 from megalite.formats.shards import open_shards
 from megalite.formats.tokenizer import load_tokenizer
 from megalite.formats.verify import verify_folder
-from megalite.observe import previous_attempts, restate, resumed_before
+from megalite.observe import (
+    began_from,
+    last_layout,
+    previous_attempts,
+    restate,
+    resumed_before,
+)
 from megalite.observe.goodput import goodput
 from megalite.parallel import Grid
 from megalite.plan.calibrate import read_run
@@ -89,9 +95,10 @@ def report(folder: Path) -> None:
 
 
 def records(folder: Path) -> None:
-    previous_attempts(folder)
     resumed_before(folder, path="/a", job="7")
-    restate(folder, "failed", reason="x")
+    began_from(folder, "start")
+    last_layout(folder)
+    restate(folder, "failed", reason="x", attempt=previous_attempts(folder))
 
 
 def ledger(folder: Path) -> None:
@@ -281,7 +288,7 @@ KINDS: dict[str, Kind] = {
 
 def lease(folder: Path) -> None:
     held = Lease.__new__(Lease)
-    held._path, held._nonce = folder / ".lease.json", "ab"
+    held._path, held._nonce, held._newer = folder / ".lease.json", "ab", None
     held.check()
 
 
