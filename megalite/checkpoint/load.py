@@ -297,9 +297,11 @@ def _compare_states(
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for owned in owned_parameters(engine, model, grid):
+            # a frozen weight has no fp32 master: the engine holds it rounded to its own type
+            dtype = torch.float32 if owned.parameter.requires_grad else owned.parameter.dtype
             for state in states(owned.row):
                 for name, value in read_canonical(engine, owned, state, grid).items():
-                    same = pool.submit(_is_written, value, name, state, folder, manifest)
+                    same = pool.submit(_is_written, value, dtype, name, state, folder, manifest)
                     hashing.append((f"{state} of {name}", same))
                     if len(hashing) > _TRAVELLING:
                         compare()
@@ -309,9 +311,16 @@ def _compare_states(
 
 
 def _is_written(
-    value: Tensor, name: str, state: str, folder: Path, manifest: disk.Manifest
+    value: Tensor,
+    dtype: torch.dtype,
+    name: str,
+    state: str,
+    folder: Path,
+    manifest: disk.Manifest,
 ) -> bool:
     """Whether a tensor out of the engine is the one that was written, by its hash.
+
+    The engine may hold it rounded to `dtype`.
 
     DeepSpeed puts the parts of a parameter together by adding zeros, which turns -0 into 0: where
     hashes differ, the tensor on the disk is held against its own hash, and then number by number.
@@ -327,7 +336,8 @@ def _is_written(
         disk.read_tensor(folder / entry.file, name, stored.numpy(), box)
     except (OSError, ValueError, KeyError):
         return False
-    return value_hash(stored) == entry.sha256 and torch.equal(stored, value)
+    held = stored.to(dtype).float()
+    return value_hash(stored) == entry.sha256 and torch.equal(held, value)
 
 
 def _start_receiving(owned: Owned, grid: Grid, read: Callable[[], Tensor]) -> tuple[Tensor, Any]:

@@ -90,14 +90,18 @@ def set_aside_damaged(folders: Iterable[Path], grid: Grid, lease: Lease | None =
         raise fault
 
 
-def set_aside_later(root: Path, step: int) -> list[str]:
-    """Rename checkpoints after `step`, from which a run goes on again; return their new names.
+def set_aside_later(root: Path, step: int, origin: Path) -> list[str]:
+    """Rename checkpoints that are not before `origin`; return their new names.
 
     Left in place, the next automatic resume would go on from them.
+
+    Args:
+        step: that of `origin`, the checkpoint a run goes on from. Another folder of the same step
+            belongs to a branch that the run has left.
     """
     names = []
     for folder in disk.published(root):
-        if disk.step_of(folder) > step:
+        if disk.step_of(folder) >= step and folder.resolve() != origin.resolve():
             left = free_name(root, folder.name.replace("step_", "left_", 1))
             folder.rename(left)
             names.append(left.name)

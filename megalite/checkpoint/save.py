@@ -272,7 +272,7 @@ def _prepare(root: Path, staging: Path, lease: Lease | None, needed: int) -> Non
     root.mkdir(parents=True, exist_ok=True)
     if needed > (free := shutil.disk_usage(root).free):
         raise NoSpace(
-            f"it needs {needed / 2**20:,.0f} MiB and {free / 2**20:,.0f} are free in {root}; make "
+            f"it needs {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} are free in {root}; make "
             "room, or lower checkpoint.keep"
         )
     if staging.exists():

@@ -53,13 +53,15 @@ class Console:
         """Pictures are not drawn."""
 
     def valid(self, row: Mapping[str, Any], *, tokens: int | None = None) -> None:
-        """Show one valid row, as a line that stays."""
+        """Show one valid row, as a line that stays and begins with its split."""
         numbers = [
             f"{key} {_held_out(value)}"
             for key, value in row.items()
             if key != "step" and (value is None or isinstance(value, int | float))
         ]
-        logger.info("valid %*d  %s", len(str(self._total)), row["step"], "  ".join(numbers))
+        split = "test" if row.get("split") == "test" else "valid"
+        step = f"{row['step']:{len(str(self._total))}}"
+        logger.info("%s %s  %s", split, step, "  ".join(numbers))
 
     def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
         """Show the beginnings of prompts and of what was written after them, a line each."""

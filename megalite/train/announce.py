@@ -30,9 +30,9 @@ def announce(
     """Report this start to the log, and as an event."""
     config = request.config
     logger.info(
-        "%s: %.1f M parameters, %s, ZeRO-%d, %d x data, %d x tensor, %d x %d tokens a step, %s",
+        "%s: %s parameters, %s, ZeRO-%d, %d x data, %d x tensor, %d x %d tokens a step, %s",
         config.name,
-        plan.parameters / 1e6,
+        _count(plan.parameters),
         request.named_precision,
         plan.zero_stage,
         plan.data_parallel,
@@ -104,6 +104,11 @@ def _report(changes: dict[str, Any]) -> None:
         )
 
 
+def _count(number: int) -> str:
+    """Return a number of parameters with its unit: 7.3 M, 12.5 K."""
+    return f"{number / 1e6:,.1f} M" if number >= 1e5 else f"{number / 1e3:.1f} K"
+
+
 def _layout(config: RunConfig, plan: Plan, grid: Grid) -> dict[str, Any]:
     """Return how the run is laid out over its ranks, by the names a user knows."""
     return {
@@ -112,7 +117,6 @@ def _layout(config: RunConfig, plan: Plan, grid: Grid) -> dict[str, Any]:
         "sequence": config.parallel.sequence,
         "ZeRO stage": plan.zero_stage,
         "micro_batch_size": plan.micro_batch_size,
-        "precision": plan.precision,
         "device": grid.device.type,
     }
 

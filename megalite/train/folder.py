@@ -192,7 +192,7 @@ def _prepare(
         keep_ends(folder / "tokenizer", origin.folder)
     left = []
     if origin is not None and not origin.weights_only:
-        left = checkpoint.set_aside_later(root, origin.place.step)
+        left = checkpoint.set_aside_later(root, origin.place.step, origin.folder)
     if left:
         logger.info("going on from an earlier step; set aside: %s", ", ".join(left))
     return attempt

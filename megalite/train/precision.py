@@ -70,14 +70,14 @@ def _settle(request: Request, grid: Grid) -> Request:
     precision = kept or best
     if kept and kept != best:
         logger.info(
-            "the run goes on in %s, as it began; %s is faster on this hardware: "
+            "the run goes on in %s, as its checkpoint; %s is faster on this hardware: "
             "--set training.precision=%s changes it",
             kept,
             best,
             best,
         )
     _warn_of_slow(precision, device, able)
-    reason = "as the run began" if kept else _reason(best, device, units)
+    reason = "as its checkpoint" if kept else _reason(best, device, units)
     return _with(request, precision, reason)
 
 

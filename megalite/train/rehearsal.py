@@ -246,7 +246,9 @@ def dry_run(config: RunConfig, launch: Launch, ranks: int, gpu: str | None = Non
         f"  {call.group} {call.kind} {call.dtype}: {call.count:,}, {call.bytes / gib:.3f} GiB"
         for call in done.collectives
     ]
-    lines.append(f"memory of a rank: {plan.memory_bytes['total'] / gib:.2f} GiB by the plan")
+    memory = plan.memory_bytes["total"]
+    size = f"{memory / gib:.2f} GiB" if memory >= gib / 10 else f"{memory / 2**20:.1f} MiB"
+    lines.append(f"memory of a rank's tensors: {size} by the plan")
     lines += [f"differs: {difference}" for difference in done.differences]
     write_report("\n".join(lines) + "\n")
     return 1 if done.differences else 0

@@ -193,6 +193,29 @@ def test_adapters_merge_and_nothing_else_moves(reviews: Path) -> None:
     assert states["score.weight"] == {"weight", "exp_avg", "exp_avg_sq"}
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_frozen_weights_of_an_fp32_run_start_and_resume_a_bf16_run(
+    shards: dict[str, str], reviews: Path, stage: int
+) -> None:
+    """A frozen weight has no fp32 master, so that the engine holds it rounded."""
+    model = tuning_file(reviews, "x")["model"]
+    first = run_file(shards, reviews.parent / "runs", name="text", model=model)
+    first["training"] |= {"steps": 2, "eval_every": 0}
+    run_ranks(train, 1, first)
+    raw = tuning_file(reviews, "lora", model=model, deepspeed=zero(stage))
+    raw["finetune"] |= {"adapter": {"rank": 4}, "epochs": 1}
+    run_ranks(_from, 1, raw, str(reviews.parent / "runs" / "text"))  # in fp32
+    raw["finetune"]["epochs"], raw["training"]["precision"] = 2, "bf16"
+    run_ranks(tune, 2, raw)
+    again = tuning_file(reviews, "again", model=model, deepspeed=zero(stage))
+    again["finetune"] |= {"adapter": {"rank": 4}, "epochs": 1}
+    again["training"]["precision"] = "bf16"
+    run_ranks(_from, 2, again, str(reviews.parent / "runs" / "text"))
+    for name in ("lora", "again"):
+        status = json.loads((reviews.parent / "runs" / name / "status.json").read_text())
+        assert (name, status["state"]) == (name, "done")
+
+
 def test_a_language_model_becomes_a_classifier_and_goes_on(
     shards: dict[str, str], reviews: Path
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megalite import checkpoint
-from megalite.checkpoint import Lease
+from megalite.checkpoint import Lease, set_aside_later
 from megalite.config import CheckpointConfig
 from megalite.errors import Superseded
 from megalite.formats import checkpoint as disk
@@ -87,3 +87,16 @@ def test_a_score_that_comes_later_decides_the_best(root: Path) -> None:
     manifest = disk.read_manifest(root / "step_00000015")  # its checksum holds
     assert (manifest.valid_loss, manifest.step) == (1.5, 15)
     assert disk.damage(root / "step_00000015", manifest) == []
+
+
+def test_another_folder_of_the_same_step_is_set_aside_as_a_branch_that_was_left(
+    tmp_path: Path,
+) -> None:
+    for name in ("step_00000040", "step_00000044", "step_00000048", "left_00000044"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    names = set_aside_later(tmp_path, 44, tmp_path / "left_00000044")
+    assert sorted(names) == ["left_00000044.1", "left_00000048"]
+    kept = set_aside_later(tmp_path, 40, tmp_path / "step_00000040")
+    assert kept == []
+    assert (tmp_path / "step_00000040").is_dir()

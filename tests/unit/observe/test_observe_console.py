@@ -76,6 +76,13 @@ def test_a_measurement_is_shown_in_full(
     assert caplog.messages[-1].split() == ["valid", "4", "perplexity", text]
 
 
+def test_a_row_of_the_test_split_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="megalite")
+    Console(total_steps=12).valid({"step": 9, "split": "test", "loss": 2.0})
+    Console(total_steps=12).valid({"step": 9, "split": "valid", "loss": 2.0})
+    assert caplog.messages[-2:] == ["test  9  loss 2", "valid  9  loss 2"]
+
+
 def test_missing_numbers_keep_their_place() -> None:
     bare = as_line({**ROW, "loss": None, "grad_norm": None}, total_steps=300)
     assert len(bare) == len(as_line(ROW, total_steps=300))
