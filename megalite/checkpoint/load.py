@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite import files, shapes
+from megalite.checkpoint.compare import States, compare_states
 from megalite.checkpoint.save import Place
-from megalite.checkpoint.states import Owned, owned_parameters, read_canonical, value_hash
+from megalite.checkpoint.states import Owned, owned_parameters
 from megalite.checkpoint.stored import Stored, StoredCheckpoint, read_local
 from megalite.config import ModelConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
@@ -31,9 +31,7 @@ from megalite.log import logger
 from megalite.optim import state_names
 from megalite.parallel import Grid
 
-_TRAVELLING = 4  # tensors on their way, or being hashed, at once
-
-States = Callable[[shapes.Parameter], Sequence[str]]
+_TRAVELLING = 4  # tensors on their way at once
 
 
 def _weights_of(model: ModelConfig) -> States:
@@ -205,7 +203,7 @@ def _set_states(
     """Set states, and prove that the engine holds what was once written."""
     stored = StoredCheckpoint(folder, manifest)
     unread = _write_states(engine, model, states, grid, stored)
-    differing = _compare_states(engine, model, states, grid, folder, manifest)
+    differing = compare_states(engine, model, states, grid, folder, manifest)
     told: list[Any] = [line for lines in grid.gather(unread + differing) for line in lines]
     if not told:
         return
@@ -270,74 +268,6 @@ def _write_states(
     while travelling:
         arrive()
     return unread
-
-
-def _compare_states(
-    engine: Engine,
-    model: ModelConfig,
-    states: States,
-    grid: Grid,
-    folder: Path,
-    manifest: disk.Manifest,
-) -> list[str]:
-    """Read every state back out of the engine and hold its hash against the manifest's.
-
-    Returns:
-        what differs, on the rank that owns it.
-
-    Hashes are made by threads while the next states are read.
-    """
-    differing = []
-    hashing: deque[tuple[str, Future[bool]]] = deque()
-
-    def compare() -> None:
-        what, same = hashing.popleft()
-        if not same.result():
-            differing.append(what)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for owned in owned_parameters(engine, model, grid):
-            # a frozen weight has no fp32 master: the engine holds it rounded to its own type
-            dtype = torch.float32 if owned.parameter.requires_grad else owned.parameter.dtype
-            for state in states(owned.row):
-                for name, value in read_canonical(engine, owned, state, grid).items():
-                    same = pool.submit(_is_written, value, dtype, name, state, folder, manifest)
-                    hashing.append((f"{state} of {name}", same))
-                    if len(hashing) > _TRAVELLING:
-                        compare()
-        while hashing:
-            compare()
-    return differing
-
-
-def _is_written(
-    value: Tensor,
-    dtype: torch.dtype,
-    name: str,
-    state: str,
-    folder: Path,
-    manifest: disk.Manifest,
-) -> bool:
-    """Whether a tensor out of the engine is the one that was written, by its hash.
-
-    The engine may hold it rounded to `dtype`.
-
-    DeepSpeed puts the parts of a parameter together by adding zeros, which turns -0 into 0: where
-    hashes differ, the tensor on the disk is held against its own hash, and then number by number.
-    """
-    entry = manifest.tensors[name].states.get(state)
-    if entry is None:
-        return False  # the manifest lacks it, which reading it has said already
-    if value_hash(value) == entry.sha256:
-        return True
-    stored = torch.empty(value.shape)
-    box = tuple(slice(0, size) for size in value.shape)
-    try:
-        disk.read_tensor(folder / entry.file, name, stored.numpy(), box)
-    except (OSError, ValueError, KeyError):
-        return False
-    held = stored.to(dtype).float()
-    return value_hash(stored) == entry.sha256 and torch.equal(held, value)
 
 
 def _start_receiving(owned: Owned, grid: Grid, read: Callable[[], Tensor]) -> tuple[Tensor, Any]:
