@@ -128,9 +128,6 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "_exit", sys.exit)
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_JOB_NUM_NODES"):
         monkeypatch.delenv(key, raising=False)
-    for name in ("handlers", "level", "propagate"):
-        value = getattr(log.logger, name)
-        monkeypatch.setattr(log.logger, name, list(value) if name == "handlers" else value)
 
 
 def leave(result: int | BaseException | None) -> int:

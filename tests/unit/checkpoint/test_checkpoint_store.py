@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -256,9 +255,8 @@ def test_open_checkpoint_by_any_of_its_names(grid: Grid, root: Path) -> None:
 
 
 def test_a_damaged_one_is_named_and_set_aside(
-    grid: Grid, root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    grid: Grid, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
     trained = make_engine()
     for step in (1, 2, 3):
         save_checkpoint(trained, grid, root, place=Place(step))

@@ -11,7 +11,6 @@ import pytest
 from megalite.config import RunConfig, find_file, load_config, parse_config
 from megalite.config.load import SHIPPED
 from megalite.errors import ConfigError
-from megalite.log import logger
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -316,7 +315,6 @@ def test_what_is_not_here_is_looked_for_among_those_that_ship(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logger, "propagate", True)
     with caplog.at_level("INFO", logger="megalite"):
         shipped = load_config("configs/125m.json")
     assert caplog.messages == [f"configs/125m.json is not here: taken from {SHIPPED / '125m.json'}"]

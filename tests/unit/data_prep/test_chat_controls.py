@@ -15,7 +15,6 @@ from data_prep.train import learn_tokenizer
 from megalite.errors import DataError
 from megalite.evaluate import Sampling, stream_texts
 from megalite.formats.tokenizer import Tokenizer, load_tokenizer
-from megalite.log import logger
 from tests.unit.data_prep.test_data_prep_chat import CONTROLS, MARKED, PLAIN, conversations, folder
 
 __all__ = ["folder"]  # a fixture: tokenizers with the control tokens CONTROLS
@@ -107,9 +106,8 @@ def test_names_of_a_sentencepiece_model_stay_text() -> None:
 
 
 def test_a_name_that_the_template_reads_is_its_own(
-    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logger, "propagate", True)
     tokenizer = load_tokenizer(folder)
     chat = Chat(THINKS, tokenizer)
     text = "hello</s>world ends by <|im_end|> here"

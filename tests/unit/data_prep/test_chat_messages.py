@@ -15,7 +15,6 @@ from data_prep.messages import check_messages, check_tools
 from data_prep.records import Unusable
 from megalite.errors import DataError
 from megalite.formats.tokenizer import ByteTokenizer
-from megalite.log import logger
 from tests.labelled import jsonl, make, opened, texts
 from tests.unit.data_prep.test_data_prep_chat import MARKED, PLAIN
 
@@ -208,7 +207,6 @@ def test_keys_that_nothing_reads_are_counted(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logger, "propagate", True)
     row = {"messages": [USER | {"name": "eve"}, ANSWER | {"score": 3}]}
     jsonl("a.jsonl", [row, row])
     make("a.jsonl", "sft")

@@ -13,7 +13,6 @@ import pytest
 from data_prep.clones import has_card, split_of
 from data_prep.inputs import find_streams
 from megalite.errors import CommandError, DataError
-from megalite.log import logger
 from tests.labelled import jsonl, make, opened
 
 CARD = """---
@@ -114,10 +113,7 @@ def test_configurations_of_a_clone_are_chosen() -> None:
         make("clone")
 
 
-def test_one_shard_of_several_is_said(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logger, "propagate", True)
+def test_one_shard_of_several_is_said(caplog: pytest.LogCaptureFixture) -> None:
     clone()
     assert sizes("clone/data/train-00001-of-00002.parquet") == {"train": 6}
     assert "one of several files of a split; name its folder for all" in caplog.text

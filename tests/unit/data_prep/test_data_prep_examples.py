@@ -17,7 +17,6 @@ from data_prep.examples import prepare
 from megalite.errors import DataError
 from megalite.formats.examples import read_manifest
 from megalite.formats.tokenizer import load_tokenizer
-from megalite.log import logger
 from tests.factories import run_config
 from tests.labelled import ROWS, jsonl, make, opened, texts
 
@@ -31,10 +30,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def told(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logger, "propagate", True)
+def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 

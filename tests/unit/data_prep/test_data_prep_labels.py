@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +9,9 @@ import pytest
 
 from data_prep.labels import describe_similar, label_name
 from data_prep.records import Unusable
-from megalite.log import logger
 from tests import labelled
 
 BOM, ZERO_WIDTH, IDEOGRAPHIC, NO_BREAK = "\ufeff", "\u200b", "\u3000", "\xa0"
-
-
-@pytest.fixture
-def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    logger.addHandler(caplog.handler)
-    caplog.set_level(logging.WARNING)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def counts(tmp_path: Path, named: list[Any], /, **data: Any) -> dict[str, int]:
@@ -62,13 +51,13 @@ def test_labels_of_the_run_file_are_taken_as_they_are(tmp_path: Path) -> None:
     ],
 )
 def test_labels_that_look_the_same_are_named_with_their_rows(
-    tmp_path: Path, said: pytest.LogCaptureFixture, labels: list[Any], told: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, labels: list[Any], told: str
 ) -> None:
     assert sum(counts(tmp_path, labels).values()) == len(labels)
-    assert f"these are different labels: {told} (rows of each)" in said.text
+    assert f"these are different labels: {told} (rows of each)" in caplog.text
 
 
-def test_other_labels_are_not_reported(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+def test_other_labels_are_not_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     counts(tmp_path, ["a", "b", "10", "1", "-1", "nan", "inf", "1a", "ä"])
-    assert "these are different labels" not in said.text
+    assert "these are different labels" not in caplog.text
     assert describe_similar({"US": 3, "us": 1, "it": 2}) == ["'US' (3), 'us' (1)"]

@@ -19,7 +19,6 @@ import zstandard
 from megalite.errors import DataError
 from megalite.formats import hub
 from megalite.formats.tokenizer import load_tokenizer
-from megalite.log import logger
 from tests.labelled import ROWS, jsonl, make, opened, texts
 
 
@@ -31,10 +30,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def told(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logger, "propagate", True)
+def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 

@@ -163,7 +163,6 @@ def test_memory_is_bounded_for_many_labels() -> None:
 def test_a_model_is_compared_with_them(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
     caplog.set_level(logging.INFO)
     known = {"majority": {"accuracy": 0.5}, "bag_of_words": {"accuracy": 0.75}}
     monkeypatch.setattr(classify, "baselines", lambda *_: known)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -125,9 +124,8 @@ def test_padded_ids_have_no_text(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_larger_than_the_model_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
     added = {"<|im_start|>": 258, "<|im_end|>": 259}
     path = folder_of(tmp_path / "hf")
     (path / "added_tokens.json").write_text(json.dumps(added))

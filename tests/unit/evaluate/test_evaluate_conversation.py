@@ -16,7 +16,6 @@ from data_prep.conversations import Question, read_questions, replace_system
 from megalite.errors import CommandError, DataError
 from megalite.evaluate import Answerer, Sampling, json_lines, read_turns
 from megalite.formats.tokenizer import ByteTokenizer
-from megalite.log import logger
 from tests.labelled import jsonl
 
 TEMPLATE = CHATML.replace(
@@ -80,10 +79,7 @@ def test_a_system_turn_replaces_the_templates_own() -> None:
     assert all(text.startswith("<|im_start|>system\nbe brief<|im_end|>\n") for text in reader.read)
 
 
-def test_the_oldest_turns_leave_a_window_that_is_full(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logger, "propagate", True)
+def test_the_oldest_turns_leave_a_window_that_is_full(caplog: pytest.LogCaptureFixture) -> None:
     reader = Echo()
     turns = [f"turn {n}" for n in range(6)]
     assert talk(reader, turns, system="S", window=210) == ["1", "2", "2", "2", "2", "2"]

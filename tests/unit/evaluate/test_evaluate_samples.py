@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +76,8 @@ def test_a_stop_is_heeded_before_the_next_token(grid: Grid) -> None:
 
 
 def test_a_model_that_has_diverged_ends_no_run(
-    grid: Grid, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    grid: Grid, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
     assert writer(grid, Counting(spoilt=2))(lambda: False) == []
     assert "no samples: the model's scores after 3 tokens are not finite" in caplog.text
 
@@ -104,9 +102,8 @@ class Broken(Counting):
 
 
 def test_a_fault_in_a_sample_ends_no_run_and_is_said_once(
-    grid: Grid, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    grid: Grid, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
     write = writer(grid, Broken())
     assert [write(lambda: False) for _ in range(3)] == [[], [], []]
     assert caplog.text.count("no samples: IndexError: piece id is out of range") == 1

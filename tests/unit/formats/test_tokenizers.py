@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,10 +158,7 @@ def bert_file(folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def test_a_loss_that_is_allowed_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
+def test_a_loss_that_is_allowed_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = load_tokenizer(bert_file(tmp_path))
     with pytest.raises(DataError, match="allow the loss with --lossy"):
         check_round_trip(tokenizer)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from tests.labelled import jsonl
-from tests.unit.launcher.test_launcher_generate import _own_logging, checkpoint, say
+from tests.unit.launcher.test_launcher_generate import checkpoint, say
 
-__all__ = ["_own_logging", "checkpoint"]  # fixtures
+__all__ = ["checkpoint"]  # fixtures
 
 GREEDY = ("--temperature", "0", "--max-new-tokens", "5")
 

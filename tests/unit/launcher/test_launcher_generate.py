@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megalite import files, log, shapes
+from megalite import files, shapes
 from megalite.config import RunConfig, parse_config
 from megalite.formats import checkpoint as disk
 from megalite.formats.tokenizer import load_tokenizer
@@ -79,14 +79,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     disk.write_manifest(folder, manifest)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _own_logging(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher sets up logging for its process; here the process goes on."""
-    for name in ("handlers", "propagate", "level"):
-        value = getattr(log.logger, name)
-        monkeypatch.setattr(log.logger, name, list(value) if name == "handlers" else value)
 
 
 def say(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:

@@ -8,17 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megalite import log
-
 LAUNCHER = Path(__file__).resolve().parents[3] / "launcher/report.py"
-
-
-@pytest.fixture(autouse=True)
-def _own_logging(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher sets up logging for its process; here the process goes on."""
-    for name in ("handlers", "propagate", "level"):
-        value = getattr(log.logger, name)
-        monkeypatch.setattr(log.logger, name, list(value) if name == "handlers" else value)
 
 
 @pytest.fixture

@@ -99,7 +99,6 @@ def test_durations(seconds: float | None, text: str) -> None:
 
 
 def test_lines_elsewhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
     clock = iter([100.0, 104.0])
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     with caplog.at_level(logging.INFO, logger="megalite"):

@@ -6,14 +6,12 @@ import logging
 
 import pytest
 
-from megalite.log import logger
 from megalite.observe.progress import report_calls
 
 
 def test_calls_are_reported_at_once_and_every_five_seconds(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(logger, "propagate", True)
     now = [0.0]
     with caplog.at_level(logging.INFO, logger="megalite"):
         double = report_calls(lambda x: 2 * x, total=10, what="eval", clock=lambda: now[0])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megalite.observe import Recorder
@@ -61,9 +63,13 @@ def test_the_loss_drawn_is_the_mean_since_the_last_row() -> None:
     assert train_scalars({"loss": 4.0})["train/loss"] == 4.0
 
 
-def test_a_resumed_attempt_takes_back_what_the_crashed_one_wrote_after_it(tmp_path: Path) -> None:
+def test_a_resumed_attempt_takes_back_what_the_crashed_one_wrote_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "config.json").write_text("{}")
     run(tmp_path, 0, 1, 5, loss=4.0)
+    later = time.time() + 1  # within one second the order of a process's files is their names'
+    monkeypatch.setattr("time.time", lambda: later)
     run(tmp_path, 1, 4, 6, loss=3.0)  # resumed from step 3
     by_step, by_tokens = read(tmp_path / "tensorboard"), read(tmp_path / "tensorboard/by_tokens")
     expected = [(1, 4.0), (2, 4.0), (3, 4.0), (4, 3.0), (5, 3.0), (6, 3.0)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -57,9 +56,8 @@ def test_a_run_that_stops_in_their_midst(tmp_path: Path) -> None:
 
 
 def test_a_trace_that_cannot_be_written_ends_no_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
     (tmp_path / "profile").write_text("in the way")
     steps(Trace(tmp_path / "profile", 0, (1, 1)), 1, 2)
     assert "the trace cannot be written" in caplog.text

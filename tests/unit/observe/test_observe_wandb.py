@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +43,6 @@ class Fake:
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, fake: Fake, end: str = "end") -> Fake:
-    monkeypatch.setattr(logging.getLogger("megalite"), "propagate", True)
     monkeypatch.setattr(wandb.importlib, "import_module", lambda _: fake)
     attempt(folder, end)
     return fake
