@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.examples import prepare
+from data_prep.row_files import CHOOSE
 from megalite import files
 from megalite.config import RunConfig
 from megalite.errors import DataError, MegaLiteError
@@ -74,6 +76,11 @@ def _prepare(config: RunConfig, tokenizer: Path, path: str | None, answers: Path
         if path is None:
             raise
         told = str(error).replace(f"finetune.data.path {path}", f"--data {path}")
+        told = told.replace(CHOOSE, "rename one: the columns are those that the run was trained on")
+        told = re.sub(r"name it by finetune\.data\.\w+", "rename it", told)
+        told = told.replace(
+            "more than finetune.data.max_bad_rows", "more than the run's max_bad_rows"
+        )
         lacks = [f"no {what} {data.label_column!r}" in told for what in ("column", "field")]
         hint = "; rows without labels are for --predictions FILE" if any(lacks) else ""
         raise DataError(told.replace(", or allow more", "") + hint) from None

@@ -18,6 +18,7 @@ from megalite.config.fields import Section
 from megalite.config.foreign import foreign_answer
 from megalite.config.schema import RunConfig
 from megalite.errors import nearest
+from megalite.log import is_secret
 
 Key = tuple[str, ...]
 
@@ -79,6 +80,11 @@ def _unknown(loc: tuple[str | int, ...], found: Any = None) -> str:
     answer = foreign_answer(name, at[-1] if at else "")
     if answer:
         return f"unknown key; {answer}{_answers_within(name, found)}"
+    if is_secret("x", key=name):
+        return (
+            "unknown key; take it out: secrets are passed in environment variables such as "
+            "HF_TOKEN and WANDB_API_KEY, since every checkpoint keeps a copy of the run file"
+        )
     known = known_keys()
     siblings = [key[-1] for key in known if key[:-1] == tuple(at)]
     elsewhere = [key for key in known if key[-1] == name]

@@ -260,6 +260,7 @@ def _merge(
         if isinstance(value, dict):
             if not isinstance(base.get(key), dict):
                 base[key] = {}
+                origins[path] = source
             origins.setdefault(path, source)
             _merge(base[key], value, source, origins, path)
         else:
@@ -309,12 +310,7 @@ def _apply_sets(
                 )
                 break
         else:
-            source = "--set "
-            if isinstance(value, dict) and isinstance(section.get(parts[-1]), dict):
-                _merge(section[parts[-1]], value, source, origins, parts)
-            else:
-                section[parts[-1]] = value
-                origins[parts] = source
+            _merge(section, {parts[-1]: value}, "--set ", origins, parts[:-1])
 
 
 def _set_value(text: str, item: str, faults: list[str]) -> Any:

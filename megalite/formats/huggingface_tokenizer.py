@@ -15,6 +15,7 @@ from megalite.errors import DataError
 from megalite.formats.special_tokens import (
     TOKENIZER_CONFIG,
     AddedToken,
+    BeginsTexts,
     Companions,
     end_ids,
 )
@@ -27,7 +28,7 @@ _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 _MARK = "\uf8ff\ue000\uf8ff"
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(BeginsTexts):
     """A `tokenizer.json`, with what the files beside it add.
 
     `encode_batch` uses as many threads as RAYON_NUM_THREADS says: the library has no other way.
@@ -179,14 +180,6 @@ class HuggingFaceTokenizer:
 
     def pieces(self) -> list[str]:
         return [self._tokenizer.id_to_token(id) or "" for id in range(self.vocab_size)]
-
-    @property
-    def generation_config(self) -> dict[str, Any]:
-        return self._beside.generation()
-
-    def begin_with_bos(self, begins: bool) -> None:
-        self._beside.record_bos(begins)
-        self.prefix_ids = self._beside.begin(self.prefix_ids, self.bos_id)
 
     def save(self, folder: Path) -> str:
         self._beside.save(folder)

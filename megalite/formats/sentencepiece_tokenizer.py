@@ -7,19 +7,18 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megalite.formats.huggingface_tokenizer import HuggingFaceTokenizer
-from megalite.formats.special_tokens import Companions, end_ids
+from megalite.formats.special_tokens import BeginsTexts, Companions, end_ids
 from megalite.formats.tokenizer_base import Ids, Placed, Spans, overlaps
 from megalite.formats.tokenizer_export import build_sentencepiece, export_sentencepiece
 
 SENTENCEPIECE = "tokenizer.model"
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(BeginsTexts):
     """A SentencePiece model, given as the content of its `.model` file.
 
     The library writes a space as U+2581, so that character in a text comes back as a space.
@@ -103,14 +102,6 @@ class SentencePieceTokenizer:
 
     def pieces(self) -> list[str]:
         return [self._processor.id_to_piece(id) for id in range(self.vocab_size)]
-
-    @property
-    def generation_config(self) -> dict[str, Any]:
-        return self._beside.generation()
-
-    def begin_with_bos(self, begins: bool) -> None:
-        self._beside.record_bos(begins)
-        self.prefix_ids = self._beside.begin(self.prefix_ids, self.bos_id)
 
     def save(self, folder: Path) -> str:
         self._beside.save(folder)

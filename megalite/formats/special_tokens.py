@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megalite import files
 from megalite.errors import DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -288,8 +289,8 @@ class Companions:
     def _parse(self, name: str, data: bytes | None = None) -> dict[str, Any]:
         data = self.files.get(name, b"{}") if data is None else data
         try:
-            found = json.loads(data)
-        except (ValueError, RecursionError) as error:
+            found = files.parse_json(data)
+        except ValueError as error:
             raise self._fault(name, f"not JSON that can be read: {error}") from None
         if not isinstance(found, dict):
             raise self._fault(name, f"holds {found!r:.40}, not an object")
@@ -297,6 +298,22 @@ class Companions:
 
     def _fault(self, name: str, fact: str) -> DataError:
         return DataError(f"{(self._folder or Path()) / name}: {fact}; restore the file")
+
+
+class BeginsTexts:
+    """What every tokenizer does alike with the files beside it."""
+
+    _beside: Companions
+    bos_id: int | None
+    prefix_ids: tuple[int, ...]
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return self._beside.generation()
+
+    def begin_with_bos(self, begins: bool) -> None:
+        self._beside.record_bos(begins)
+        self.prefix_ids = self._beside.begin(self.prefix_ids, self.bos_id)
 
 
 def _with_ids(content: dict[str, Any], key: str, ids: Sequence[int]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from megalite.formats.sentencepiece_tokenizer import (
     SentencePieceTokenizer,
     load_sentencepiece,
 )
-from megalite.formats.special_tokens import GENERATION_CONFIG, Companions, end_ids
+from megalite.formats.special_tokens import GENERATION_CONFIG, BeginsTexts, Companions, end_ids
 from megalite.formats.tokenizer_base import Ids, Placed, Spans, Tokenizer, encode_text
 from megalite.formats.tokenizer_export import export_bytes
 from megalite.log import finite, logger
@@ -151,7 +150,7 @@ def check_round_trip(tokenizer: Tokenizer, *, lossy: bool = False) -> None:
     logger.warning("%s (%d of %d probes changed)", loss, len(lost), len(PROBES))
 
 
-class ByteTokenizer:
+class ByteTokenizer(BeginsTexts):
     """UTF-8 bytes as ids 0 to 255; nothing to train, which suits tests and unseen scripts."""
 
     bos_id, eos_id, vocab_size = 256, 257, 258
@@ -186,14 +185,6 @@ class ByteTokenizer:
 
     def pieces(self) -> list[str]:
         return [chr(id) for id in range(256)] + ["", ""]
-
-    @property
-    def generation_config(self) -> dict[str, Any]:
-        return self._beside.generation()
-
-    def begin_with_bos(self, begins: bool) -> None:
-        self._beside.record_bos(begins)
-        self.prefix_ids = self._beside.begin(self.prefix_ids, self.bos_id)
 
     def save(self, folder: Path) -> str:
         self._beside.save(folder)

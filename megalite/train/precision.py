@@ -24,7 +24,7 @@ from megalite.plan import (
     resolve_precision,
 )
 from megalite.train.checks import hardware_faults
-from megalite.train.request import Request, plan_of
+from megalite.train.request import Request, device_kind, plan_of
 
 
 def settle_precision(request: Request, launch: Launch, grid: Grid) -> tuple[Request, Plan]:
@@ -40,7 +40,7 @@ def settle_precision(request: Request, launch: Launch, grid: Grid) -> tuple[Requ
     settled = _settle(request, grid)
     plan, faults = plan_of(settled, launch), list[str]()
     if plan.precision != plan_of(request, launch).precision:  # the check was of another precision
-        faults = hardware_faults(settled.config, plan, launch, _device(grid))
+        faults = hardware_faults(settled.config, plan, launch, device_kind())
     if found := list(dict.fromkeys(fault for own in grid.gather(faults) for fault in own)):
         raise UserError("\n".join(found))
     return settled, plan
@@ -53,7 +53,7 @@ def _settle(request: Request, grid: Grid) -> Request:
     goes_on = grid.rank == 0 and request.resume != "never"
     known = grid.gather((bf16_units(), _recorded(request) if goes_on else None))
     units: tuple[str | None, ...] = tuple(unit for unit, _ in known)
-    device = _device(grid)
+    device = device_kind()
     recorded: Precision | Literal["auto"] | None = known[0][1]
     kept = auto_of_first_version(device) if recorded == "auto" else recorded
     able = all(units)
@@ -79,10 +79,6 @@ def _settle(request: Request, grid: Grid) -> Request:
     _warn_of_slow(precision, device, able)
     reason = "as its checkpoint" if kept else _reason(best, device, units)
     return _with(request, precision, reason)
-
-
-def _device(grid: Grid) -> Literal["cpu", "cuda"]:
-    return "cuda" if grid.device.type == "cuda" else "cpu"
 
 
 def _with(request: Request, precision: Precision, reason: str) -> Request:

@@ -86,7 +86,7 @@ def check(request: Request, launch: Launch) -> tuple[Plan, Samples, Dataset | No
     check_command(request)
     config = request.config
     plan = plan_of(request, launch)
-    faults = hardware_faults(config, plan, launch, _device())
+    faults = hardware_faults(config, plan, launch, device_kind())
     try:
         if request.examples is not None:
             examples = _open_examples(config, request.examples, faults)
@@ -106,10 +106,11 @@ def plan_of(request: Request, launch: Launch) -> Plan:
     Raises:
         ConfigError: as `make_plan`.
     """
-    return make_plan(request.config, world_size=launch.world_size, device=_device())
+    return make_plan(request.config, world_size=launch.world_size, device=device_kind())
 
 
-def _device() -> Literal["cpu", "cuda"]:
+def device_kind() -> Literal["cpu", "cuda"]:
+    """What the ranks of this machine compute on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

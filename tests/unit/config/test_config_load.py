@@ -157,6 +157,19 @@ def test_a_fault_names_the_file_it_is_in(tmp_path: Path) -> None:
         f'{path}: nam: unknown key; did you mean "name"?',
         f'{tmp_path / "base.json"}: training.stepz: unknown key; did you mean "steps"?',
     ]
+    found = faults(write(tmp_path / "good.json", SMALL), 'logging={"directori": "x"}')
+    assert found[0].startswith("--set logging.directori: unknown key")
+
+
+@pytest.mark.parametrize("key", ["logging.wandb.api_key", "training.hf_token", "data.password"])
+def test_an_unknown_key_of_a_secret_is_answered_with_the_environment(
+    tmp_path: Path, key: str
+) -> None:
+    path = write(tmp_path / "a.json", SMALL)
+    found = faults(path, "logging.wandb.project=x", f"{key}=hunter2")
+    assert [
+        f"--set {key}: unknown key; take it out: secrets are passed in env" in one for one in found
+    ] == [True]
 
 
 def test_set_reads_json_else_text(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from data_prep import examples
 from data_prep.again import prepare_again
+from megalite.errors import DataError
 from megalite.formats.tokenizer import keep_ends, tokenizer_files
 from tests.factories import run_config
 from tests.labelled import ROWS, jsonl, make, opened, texts
@@ -73,6 +74,26 @@ def test_an_evaluation_reuses_the_examples_of_its_run(monkeypatch: pytest.Monkey
     copy = run_copy(first, Path("start"))
     monkeypatch.setattr(examples, "_Maker", None)
     assert prepare_again(config, copy, None, True, lambda value: [value])[0] == first
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("b.csv", "prompt,answer\na,b\n", "rename one: the columns are those"),
+        ("b.jsonl", json.dumps({"conversation": TURN["messages"]}), "meant, rename it"),
+    ],
+)
+def test_an_evaluation_on_other_columns_advises_what_it_takes(
+    name: str, content: str, advice: str
+) -> None:
+    jsonl("a.jsonl", [TURN])
+    Path(name).write_text(content)
+    section = {"path": "a.jsonl", "max_length": 64, "tokenizer": str(start_folder())}
+    config = run_config(finetune={"task": "sft", "data": section})
+    with pytest.raises(DataError) as caught:
+        prepare_again(config, Path("start"), name, True, lambda value: [value])
+    assert advice in str(caught.value)
+    assert "finetune." not in str(caught.value)
 
 
 def test_a_learned_tokenizer_finds_its_examples(monkeypatch: pytest.MonkeyPatch) -> None:
