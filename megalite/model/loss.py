@@ -87,11 +87,12 @@ def _whole(
 
 
 @cache
-def _compiled() -> tuple[Any, Any]:
+def _compiled() -> tuple[Any, Any, Any]:
     # dynamic: a last chunk or an evaluation of fewer rows is not compiled anew
     return (
         torch.compile(statistics, dynamic=True, fullgraph=True),
         torch.compile(to_gradient, dynamic=True, fullgraph=True),
+        torch.compile(accumulate, fullgraph=True),
     )
 
 
@@ -115,13 +116,21 @@ class _Smoothing:
         grad_CV[:, : self.held] -= share_C1.to(grad_CV.dtype)
 
 
-def _add_product(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, *, first: bool) -> None:
+def accumulate(total_VD: Tensor, product_VD: Tensor) -> None:
+    """Add a half-precision product to an fp32 sum; eager, it is copied to fp32 as a whole first."""
+    total_VD.add_(product_VD)
+
+
+def _add_product(
+    total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, *, first: bool, compiled: bool
+) -> None:
     if total_VD.dtype == hidden_CD.dtype:  # the first product overwrites
         total_VD.addmm_(grad_CV.t(), hidden_CD, beta=int(not first))
     elif first:
         total_VD.copy_(grad_CV.t() @ hidden_CD)
     else:
-        total_VD += grad_CV.t() @ hidden_CD
+        add = _compiled()[2] if compiled else accumulate
+        add(total_VD, grad_CV.t() @ hidden_CD)
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
@@ -187,7 +196,8 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _add_product(grad_weight, grad_CV, h_CD, first=start == 0)
+                first = start == 0
+                _add_product(grad_weight, grad_CV, h_CD, first=first, compiled=compiled)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight_VD.dtype
         return loss
