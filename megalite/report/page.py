@@ -274,10 +274,26 @@ def _confusion(evaluation: Mapping[str, Any]) -> dict[str, Any]:
             (name, *(f"{one[measure]:.3f}" for measure in measures), f"{one['count']:,}")
             for name, one in evaluation["per_class"].items()
         ],
+        "baselines": _baselines(evaluation),
         "names": names,
         "matrix": [[(n, n / max(sum(row), 1)) for n in row] for row in values if few],
         "taken": [pair for pair in sorted(pairs, reverse=True)[:_FEW_LABELS] if pair[0]],
     }
+
+
+def _baselines(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The scores of the model beside those of what is known without one; [] of older runs."""
+    scores = evaluation.get("baselines") or {}
+    rows = [
+        ("the model", evaluation),
+        ("a bag of words", scores.get("bag_of_words")),
+        ("the most frequent label", scores.get("majority")),
+    ]
+    return [
+        (name, *(f"{float(of[key]):.4f}" for key in ("accuracy", "f1")))  # type: ignore[misc]
+        for name, of in rows
+        if scores and of
+    ]
 
 
 def _samples(record: Record) -> list[dict[str, Any]]:
