@@ -177,11 +177,14 @@ def heap_settings(environ: Mapping[str, str], gpus: bool) -> str | None:
 def restart_with_heap() -> None:
     """Restart this process once with `heap_settings`, which glibc reads only at a start.
 
-    The process keeps its id, arguments and open files. Without glibc nothing happens.
+    The process keeps its id, arguments and open files. Without glibc nothing happens, nor within
+    another program that runs a launcher (a notebook, runpy, a fork): that one would begin again.
     """
     gpus = any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd"))
     settings = heap_settings(os.environ, gpus)
-    if settings is None or "CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", {}):
+    glibc = "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", {})
+    started = sys.orig_argv[-len(sys.argv) :]
+    if settings is None or not glibc or started != sys.argv:
         return
     os.environ["GLIBC_TUNABLES"] = settings
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -23,21 +23,40 @@ def test_the_heap_of_a_cpu_rank_is_set_once_and_never_over_the_users() -> None:
     assert heap_settings({"GLIBC_TUNABLES": other}, gpus=False) == f"{other}:{made}"
 
 
-def test_a_process_restarts_once_with_its_arguments_and_its_id(tmp_path: Path) -> None:
+SCRIPT = """
+import os, sys
+from megalite import env
+print(os.getpid(), flush=True)
+env.restart_with_heap()
+print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.dev_mode)
+"""
+
+
+def lines(*arguments: str) -> list[str]:
     if "CS_GNU_LIBC_VERSION" not in os.confstr_names or Path("/dev/nvidiactl").exists():
         pytest.skip("restarts with glibc and without GPUs only")
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os, sys\n"
-        "from megalite import env\n"
-        "print(os.getpid(), flush=True)\n"
-        "env.restart_with_heap()\n"
-        "print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.dev_mode)\n"
-    )
     environ = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
     environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
-    line = [sys.executable, "-X", "dev", str(script), "a b", "--c"]
+    line = [sys.executable, "-X", "dev", *arguments]
     done = subprocess.run(line, env=environ, capture_output=True, text=True, check=True)
-    first, second, rest = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def test_a_process_restarts_once_with_its_arguments_and_its_id(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    first, second, rest = lines(str(script), "a b", "--c")
     assert first == second
     assert rest == f"{heap_settings({}, gpus=False)} ['a b', '--c'] True"
+
+
+def test_a_program_that_runs_a_launcher_does_not_begin_again(tmp_path: Path) -> None:
+    script, caller = tmp_path / "script.py", tmp_path / "caller.py"
+    script.write_text(SCRIPT)
+    caller.write_text(
+        "import runpy, sys\n"
+        f"sys.argv = [{str(script)!r}, *sys.argv[1:]]\n"
+        f"runpy.run_path({str(script)!r}, run_name='__main__')\n"
+    )
+    _, rest = lines(str(caller), "a b")
+    assert rest == "None ['a b'] True"
