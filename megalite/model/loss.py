@@ -122,7 +122,7 @@ def accumulate(total_VD: Tensor, product_VD: Tensor) -> None:
 
 
 def _add_product(
-    total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, *, first: bool, compiled: bool
+    total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, first: bool, compiled: bool
 ) -> None:
     if total_VD.dtype == hidden_CD.dtype:  # the first product overwrites
         total_VD.addmm_(grad_CV.t(), hidden_CD, beta=int(not first))
@@ -196,8 +196,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[chunk])
             if grad_weight is not None:
-                first = start == 0
-                _add_product(grad_weight, grad_CV, h_CD, first=first, compiled=compiled)
+                _add_product(grad_weight, grad_CV, h_CD, start == 0, compiled)
         ctx.grads = (grad_hidden, grad_weight, grad_bias)
         ctx.weight_dtype = weight_VD.dtype
         return loss

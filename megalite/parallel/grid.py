@@ -7,6 +7,7 @@ Ranks that share a model are neighbours, because they talk most and sit on one h
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from megalite import env
 from megalite.errors import LaunchError
+from megalite.mesh import Mesh
 from megalite.parallel.rendezvous import agree_on_address, open_store
 
 _TIMEOUT = datetime.timedelta(minutes=30)  # a first step may compile for minutes on one rank alone
@@ -97,19 +99,15 @@ def start(launch: env.Launch, *, tensor_parallel: int = 1) -> Grid:
             world_size=launch.world_size,
             timeout=_TIMEOUT,
         )
-    world, size = launch.world_size, tensor_parallel
-    data_group = _own_group([list(range(t, world, size)) for t in range(size)], launch.rank)
-    tensor_group = _own_group(
-        [list(range(first, first + size)) for first in range(0, world, size)], launch.rank
-    )
+    mesh = Mesh(data=launch.world_size // tensor_parallel, tensor=tensor_parallel)
     return Grid(
         rank=launch.rank,
-        world_size=world,
+        world_size=launch.world_size,
         local_rank=launch.local_rank,
-        tensor_parallel=size,
+        tensor_parallel=tensor_parallel,
         device=device,
-        data_group=data_group,
-        tensor_group=tensor_group,
+        data_group=_own_group(mesh.groups("zero"), launch.rank),
+        tensor_group=_own_group(mesh.groups("tensor"), launch.rank),
         cpu_group=dist.new_group(backend="gloo", timeout=_TIMEOUT),
     )
 
@@ -120,11 +118,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def _own_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup:
+def _own_group(groups: Sequence[Sequence[int]], rank: int) -> dist.ProcessGroup:
     """Form every group, as all ranks must, and return the one `rank` is in."""
     own = None
     for ranks in groups:
-        group = dist.new_group(ranks, timeout=_TIMEOUT)
+        group = dist.new_group(list(ranks), timeout=_TIMEOUT)
         if rank in ranks:
             own = group
     assert own is not None

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Bottom up; a module imports only from lines above its own. Peers share a line.
 LAYERS = (
-    *("errors", "launchers", "env", "log", "files", "config", "shapes", "plan", "formats"),
-    *("parallel", "data|model|optim", "engine", "checkpoint", "observe"),
+    *("errors", "launchers", "env", "log", "files", "config", "mesh", "shapes", "plan"),
+    *("formats", "parallel", "data|model|optim", "engine", "checkpoint", "observe"),
     *("evaluate|report", "train", "doctor"),
 )
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split("|")}
