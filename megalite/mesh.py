@@ -116,6 +116,9 @@ class Coordinate:
         return self.data_rank * self.mesh.context + self.context_rank
 
 
+WHOLE = Mesh().at(0)  # the only rank of a run without parallelism, which holds everything
+
+
 def _ends(at: Coordinate) -> tuple[int, ...]:
     middle = 0 < at.stage < at.mesh.pipeline - 1
     return at.data_rank, at.context_rank, at.tensor_rank, at.stage if middle else -1

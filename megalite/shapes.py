@@ -25,6 +25,7 @@ from megalite.config import (
     source_length,
     target_length,
 )
+from megalite.mesh import WHOLE, Coordinate
 
 _CHUNK_ELEMENTS = 1 << 25  # of logits
 
@@ -213,20 +214,18 @@ def tensors(model: ModelConfig) -> dict[str, Tensor]:
     return {t.name: t for parameter in parameters(model) for t in parameter.tensors}
 
 
-def local_shape(parameter: Parameter, *, tensor_parallel: int = 1) -> tuple[int, ...]:
-    """The shape of a parameter on one rank of `tensor_parallel`, padding included."""
-    locals_ = [_local(tensor, tensor_parallel) for tensor in parameter.tensors]
+def local_shape(parameter: Parameter, at: Coordinate = WHOLE) -> tuple[int, ...]:
+    """Return the shape of a parameter on a rank, padding included."""
+    locals_ = [_local(tensor, at.mesh.tensor) for tensor in parameter.tensors]
     return (sum(shape[0] for shape in locals_), *locals_[0][1:])
 
 
-def pieces(
-    parameter: Parameter, *, tensor_parallel: int = 1, tensor_rank: int = 0
-) -> tuple[Piece, ...]:
-    """Which boxes of which canonical tensors one rank's parameter is made of.
+def pieces(parameter: Parameter, at: Coordinate = WHOLE) -> tuple[Piece, ...]:
+    """Return which boxes of which canonical tensors a rank's parameter is made of.
 
     What of the parameter no piece covers is padding of the vocabulary, which is zero.
     """
-    return tuple(_pieces(parameter, tensor_parallel, tensor_rank))
+    return tuple(_pieces(parameter, at.mesh.tensor, at.tensor_rank))
 
 
 def _conditions(model: ModelConfig) -> dict[str, bool]:

@@ -17,6 +17,7 @@ from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
 from megalite.engine.reference import ReferenceEngine
 from megalite.env import Launch
+from megalite.mesh import WHOLE
 from megalite.model import LanguageModel, build, initialize
 from megalite.parallel import Grid, start, stop
 
@@ -80,7 +81,7 @@ def make_batch(config: ModelConfig, *, samples: int = 2, length: int = 8, seed: 
 
 # of an engine that needs no other rank
 LONELY: Any = SimpleNamespace(
-    device=torch.device("cpu"), rank=0, world_size=1, tensor_parallel=1, tensor_rank=0
+    device=torch.device("cpu"), rank=0, world_size=1, tensor_parallel=1, tensor_rank=0, at=WHOLE
 )
 
 

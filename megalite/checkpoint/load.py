@@ -225,26 +225,17 @@ def _write_states(
         what could not be read: raised here, it would leave the other ranks waiting.
     """
     unread: list[str] = []
-    size = grid.tensor_parallel
     # on CPUs every rank reads: their common pages are in memory, and gloo is slower
     all_read = grid.device.type == "cpu"
-    local = [shapes.local_shape(r, tensor_parallel=size) for r in shapes.parameters(model)]
+    local = [shapes.local_shape(r, grid.at) for r in shapes.parameters(model)]
     room = torch.empty(max(math.prod(shape) for shape in local))  # new pages cost more than bytes
 
     def read(owned: Owned, state: str) -> Tensor:
         try:
-            return read_local(
-                stored,
-                owned.row,
-                state,
-                tensor_parallel=size,
-                tensor_rank=grid.tensor_rank,
-                room=room,
-            ).to(grid.device)
+            return read_local(stored, owned.row, state, grid.at, room=room).to(grid.device)
         except CheckpointError as error:
             unread.append(str(error))
-            shape = shapes.local_shape(owned.row, tensor_parallel=size)
-            return torch.zeros(shape, device=grid.device)
+            return torch.zeros(shapes.local_shape(owned.row, grid.at), device=grid.device)
 
     travelling: deque[tuple[Owned, str, Tensor, Any]] = deque()
 
@@ -272,13 +263,12 @@ def _write_states(
 
 def _start_receiving(owned: Owned, grid: Grid, read: Callable[[], Tensor]) -> tuple[Tensor, Any]:
     """A state's value on its way to every rank of the data-parallel group, read by its owner."""
-    size = grid.tensor_parallel
     if owned.data_rank == grid.data_rank:
         value = read()
     else:
-        shape = shapes.local_shape(owned.row, tensor_parallel=size)
+        shape = shapes.local_shape(owned.row, grid.at)
         value = torch.empty(shape, dtype=torch.float32, device=grid.device)
-    source = owned.data_rank * size + grid.tensor_rank
+    source = owned.data_rank * grid.tensor_parallel + grid.tensor_rank
     return value, dist.broadcast(value, src=source, group=grid.data_group, async_op=True)
 
 

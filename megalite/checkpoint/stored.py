@@ -15,6 +15,7 @@ from megalite.config import AdapterConfig, ModelConfig
 from megalite.engine import WEIGHT
 from megalite.errors import CheckpointError
 from megalite.formats import checkpoint as disk
+from megalite.mesh import WHOLE, Coordinate
 
 _ROWS = 4096  # of a vocabulary read at once
 
@@ -120,9 +121,8 @@ def read_local(
     stored: Stored,
     row: shapes.Parameter,
     state: str,
+    at: Coordinate = WHOLE,
     *,
-    tensor_parallel: int = 1,
-    tensor_rank: int = 0,
     room: Tensor | None = None,
 ) -> Tensor:
     """One rank's part of a parameter's state: fp32, fused and padded, only its slices read.
@@ -130,9 +130,7 @@ def read_local(
     Args:
         room: flat fp32 memory on the CPU to read into, of that many numbers or more.
     """
-    layout = {"tensor_parallel": tensor_parallel}
-    pieces = shapes.pieces(row, tensor_rank=tensor_rank, **layout)
-    shape = shapes.local_shape(row, **layout)
+    pieces, shape = shapes.pieces(row, at), shapes.local_shape(row, at)
     value = torch.empty(shape) if room is None else room[: math.prod(shape)].view(shape)
     if sum(value[piece.target].numel() for piece in pieces) < value.numel():
         value.zero_()  # padding of the vocabulary
@@ -145,19 +143,10 @@ def fill_model(
     model: nn.Module,
     config: ModelConfig,
     stored: Stored,
-    *,
-    tensor_parallel: int = 1,
-    tensor_rank: int = 0,
+    at: Coordinate = WHOLE,
 ) -> None:
     """Write stored weights into a rank's part of a model, for use without an engine."""
     rows = {row.name: row for row in shapes.parameters(config)}
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            value = read_local(
-                stored,
-                rows[name],
-                WEIGHT,
-                tensor_parallel=tensor_parallel,
-                tensor_rank=tensor_rank,
-            )
-            parameter.copy_(value)
+            parameter.copy_(read_local(stored, rows[name], WEIGHT, at))

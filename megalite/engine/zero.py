@@ -106,8 +106,7 @@ class DeepSpeedEngine:
             config.model,
             seed=config.training.seed,
             gather=self._writable,
-            tensor_parallel=grid.tensor_parallel,
-            tensor_rank=grid.tensor_rank,
+            at=grid.at,
         )
         loss = self.model.head_loss = tune(self.model, config)
         if grid.tensor_parallel > 1:

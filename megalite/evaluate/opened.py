@@ -29,6 +29,7 @@ from megalite.evaluate.generate import Reader, Rereading
 from megalite.formats import hub
 from megalite.formats.tokenizer import Tokenizer, encode_text, load_tokenizer
 from megalite.log import logger
+from megalite.mesh import WHOLE
 from megalite.model import Cache, EncoderDecoder, LanguageModel, build, decoding, head_loss
 from megalite.parallel import Grid, local_model, split
 
@@ -261,7 +262,8 @@ def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
         stored, config = merged(StoredCheckpoint(folder, manifest), run.model)
         tokenizer_folder, sha256 = folder / "tokenizer", manifest.tokenizer_sha256
         data = manifest.data_fingerprint
-    size, rank = (grid.tensor_parallel, grid.tensor_rank) if grid else (1, 0)
+    at = grid.at if grid else WHOLE
+    size = at.mesh.tensor
     allowed = allowed_tensor_parallel(config)
     if size not in allowed:
         raise CommandError(f"{size} ranks cannot share this model; {allowed} can")
@@ -270,7 +272,7 @@ def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
     local = local_model(config, size)
     with device:
         model = build(local)
-    fill_model(model, config, stored, tensor_parallel=size, tensor_rank=rank)
+    fill_model(model, config, stored, at)
     if grid is not None and size > 1:
         split(model, config, grid, head_loss)
     model.eval()

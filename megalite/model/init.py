@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megalite import shapes
 from megalite.config import ModelConfig
+from megalite.mesh import WHOLE, Coordinate
 
 ROWS = 128
 
@@ -27,8 +28,7 @@ def initialize(
     *,
     seed: int,
     gather: Callable[[nn.Parameter], AbstractContextManager[object]],
-    tensor_parallel: int = 1,
-    tensor_rank: int = 0,
+    at: Coordinate = WHOLE,
 ) -> None:
     """Write every parameter of `model`, one at a time.
 
@@ -46,9 +46,7 @@ def initialize(
             if parameter.numel() == 0:  # gathered on another rank, which writes for all
                 continue
             parameter.zero_()  # padding, and biases
-            for piece in shapes.pieces(
-                row, tensor_parallel=tensor_parallel, tensor_rank=tensor_rank
-            ):
+            for piece in shapes.pieces(row, at):
                 if row.init is shapes.Init.ONES:
                     parameter[piece.target].fill_(1.0)
                 elif row.init is not shapes.Init.ZEROS:

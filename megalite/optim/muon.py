@@ -126,7 +126,6 @@ def orthogonalize(
     if replicas:
         size, rank = grid.tensor_parallel, grid.tensor_rank
     group = grid.tensor_group if replicas and size > 1 else None  # None: all ranks
-    place = {"tensor_parallel": grid.tensor_parallel, "tensor_rank": grid.tensor_rank}
     for batch in _batches(fragments):
         tensors = [tensor for fragment in batch for tensor in fragment.row.tensors]
         elements = sum(tensor.elements for tensor in tensors)
@@ -137,7 +136,7 @@ def orthogonalize(
         for fragment in held:
             part = _zeros(fragment, grid)  # and zero it stays where other ranks have it
             fragment.in_part(part).copy_(fragment.in_flat(update_n))
-            for piece in shapes.pieces(fragment.row, **place):
+            for piece in shapes.pieces(fragment.row, grid.at):
                 given[piece.tensor.name][piece.source] = part[piece.target]
         if size > 1:
             dist.all_reduce(whole, group=group)
@@ -149,7 +148,7 @@ def orthogonalize(
             dist.all_reduce(result, group=group)
         for fragment in held:
             part = _zeros(fragment, grid)
-            for piece in shapes.pieces(fragment.row, **place):
+            for piece in shapes.pieces(fragment.row, grid.at):
                 part[piece.target] = made[piece.tensor.name][piece.source]
             fragment.in_flat(update_n).copy_(fragment.in_part(part))
 
@@ -167,7 +166,7 @@ def _batches(fragments: Iterable[Fragment]) -> Iterator[list[Fragment]]:
 
 
 def _zeros(fragment: Fragment, grid: Grid) -> Tensor:
-    shape = shapes.local_shape(fragment.row, tensor_parallel=grid.tensor_parallel)
+    shape = shapes.local_shape(fragment.row, grid.at)
     return torch.zeros(shape, device=grid.device)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from megalite import env
 from megalite.errors import LaunchError
-from megalite.mesh import Mesh
+from megalite.mesh import Coordinate, Mesh
 from megalite.parallel.rendezvous import agree_on_address, open_store
 
 _TIMEOUT = datetime.timedelta(minutes=30)  # a first step may compile for minutes on one rank alone
@@ -33,23 +34,32 @@ class Grid:
     rank: int
     world_size: int
     local_rank: int
-    tensor_parallel: int
+    mesh: Mesh
     device: torch.device
     data_group: dist.ProcessGroup
     tensor_group: dist.ProcessGroup
     cpu_group: dist.ProcessGroup
 
+    @cached_property
+    def at(self) -> Coordinate:
+        """Where this rank stands."""
+        return self.mesh.at(self.rank)
+
     @property
     def data_parallel(self) -> int:
-        return self.world_size // self.tensor_parallel
+        return self.mesh.data
+
+    @property
+    def tensor_parallel(self) -> int:
+        return self.mesh.tensor
 
     @property
     def data_rank(self) -> int:
-        return self.rank // self.tensor_parallel
+        return self.at.data_rank
 
     @property
     def tensor_rank(self) -> int:
-        return self.rank % self.tensor_parallel
+        return self.at.tensor_rank
 
     def agree(self, values: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         """Reduce a small CPU tensor over all ranks, in place."""
@@ -104,7 +114,7 @@ def start(launch: env.Launch, *, tensor_parallel: int = 1) -> Grid:
         rank=launch.rank,
         world_size=launch.world_size,
         local_rank=launch.local_rank,
-        tensor_parallel=tensor_parallel,
+        mesh=mesh,
         device=device,
         data_group=_own_group(mesh.groups("zero"), launch.rank),
         tensor_group=_own_group(mesh.groups("tensor"), launch.rank),

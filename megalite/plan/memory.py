@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from megalite import shapes
 from megalite.config import ModelConfig, RunConfig
+from megalite.mesh import Mesh
 from megalite.plan.activations import MAPPED, activation_bytes, heap_bytes
 from megalite.plan.devices import Kind
 from megalite.plan.gradients import gradients, head_weight
@@ -55,7 +56,7 @@ def local_elements(config: RunConfig, tensor: int, *, trained: bool = False) -> 
 @lru_cache(maxsize=64)
 def _local_sizes(model: ModelConfig, tensor: int) -> dict[str, int]:
     return {
-        row.name: math.prod(shapes.local_shape(row, tensor_parallel=tensor))
+        row.name: math.prod(shapes.local_shape(row, Mesh(tensor=tensor).at(0)))
         for row in shapes.parameters(model)
     }
 
@@ -147,7 +148,7 @@ def _moments(config: RunConfig, tensor: int) -> int:
         return 4 * local * (config.optimizer.momentum > 0)
     if config.optimizer.name == "muon":  # one state of the blocks' matrices instead of two
         matrices = sum(
-            math.prod(shapes.local_shape(row, tensor_parallel=tensor))
+            math.prod(shapes.local_shape(row, Mesh(tensor=tensor).at(0)))
             for row in shapes.parameters(config.model)
             if row.is_matrix_of_block and shapes.learns(config, row)
         )

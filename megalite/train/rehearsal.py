@@ -29,6 +29,7 @@ from megalite.engine.base import tune
 from megalite.env import Launch
 from megalite.errors import CommandError
 from megalite.log import write_report
+from megalite.mesh import Mesh
 from megalite.model import LanguageModel, build
 from megalite.parallel import Grid, local_model, prepare, split
 from megalite.plan import Collective, Plan, labelled, make_plan, tensor_collectives
@@ -101,17 +102,17 @@ def _world(plan: Plan) -> Iterator[Grid]:
     """Rank 0 of a world in which every other rank is imagined."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=plan.world_size)
     try:
-        size = plan.tensor_parallel
+        mesh = Mesh(data=plan.world_size // plan.tensor_parallel, tensor=plan.tensor_parallel)
         every = dist.group.WORLD
         assert every is not None
         yield Grid(
             rank=0,
             world_size=plan.world_size,
             local_rank=0,
-            tensor_parallel=size,
+            mesh=mesh,
             device=torch.device("meta"),
-            data_group=dist.new_group(list(range(0, plan.world_size, size))),
-            tensor_group=dist.new_group(list(range(size))),
+            data_group=dist.new_group(list(mesh.group("zero", 0))),
+            tensor_group=dist.new_group(list(mesh.group("tensor", 0))),
             cpu_group=every,
         )
     finally:

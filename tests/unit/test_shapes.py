@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megalite.config import ModelConfig, allowed_tensor_parallel
+from megalite.mesh import Mesh
 from megalite.shapes import (
     TABLE,
     Init,
@@ -133,9 +134,9 @@ def test_pieces_tile_every_tensor_once(family: dict[str, Any], ranks: int) -> No
     for parameter in parameters(model(**family)):
         covered = {t.name: np.zeros(t.shape, int) for t in parameter.tensors}
         for rank in range(ranks):
-            shape = local_shape(parameter, tensor_parallel=ranks)
+            shape = local_shape(parameter, Mesh(tensor=ranks).at(0))
             local = np.zeros(shape, int)
-            for piece in pieces(parameter, tensor_parallel=ranks, tensor_rank=rank):
+            for piece in pieces(parameter, Mesh(tensor=ranks).at(rank)):
                 covered[piece.tensor.name][piece.source] += 1
                 local[piece.target] += 1
                 assert local[piece.target].shape == covered[piece.tensor.name][piece.source].shape
@@ -148,18 +149,18 @@ def test_pieces_tile_every_tensor_once(family: dict[str, Any], ranks: int) -> No
 
 def test_a_rank_holds_whole_heads_of_each_of_q_k_v() -> None:
     qkv = next(p for p in parameters(model()) if p.name.endswith("qkv_proj.weight"))
-    assert local_shape(qkv, tensor_parallel=4) == ((8 + 4 + 4) * 6 // 4, 24)
-    rows = [piece.source[0] for piece in pieces(qkv, tensor_parallel=4, tensor_rank=3)]
+    assert local_shape(qkv, Mesh(tensor=4).at(0)) == ((8 + 4 + 4) * 6 // 4, 24)
+    rows = [piece.source[0] for piece in pieces(qkv, Mesh(tensor=4).at(3))]
     assert rows == [slice(36, 48), slice(18, 24), slice(18, 24)]
-    targets = [piece.target[0] for piece in pieces(qkv, tensor_parallel=4, tensor_rank=3)]
+    targets = [piece.target[0] for piece in pieces(qkv, Mesh(tensor=4).at(3))]
     assert targets == [slice(0, 12), slice(12, 18), slice(18, 24)]
 
 
 def test_the_vocabulary_is_padded_at_its_end() -> None:
     embedding = parameters(model(vocab_size=5))[0]
     assert local_shape(embedding) == (5, 24)
-    assert local_shape(embedding, tensor_parallel=4) == (2, 24)
-    held = [pieces(embedding, tensor_parallel=4, tensor_rank=rank) for rank in range(4)]
+    assert local_shape(embedding, Mesh(tensor=4).at(0)) == (2, 24)
+    held = [pieces(embedding, Mesh(tensor=4).at(rank)) for rank in range(4)]
     assert [[p.source[0] for p in part] for part in held] == [
         [slice(0, 2)],
         [slice(2, 4)],

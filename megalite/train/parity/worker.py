@@ -214,15 +214,15 @@ def _of_all(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def _canonical(kind: str, row: shapes.Parameter, value: Tensor, grid: Grid) -> Seen:
     """A rank's part of a parameter as canonical tensors, gathered over the tensor ranks."""
-    size = grid.tensor_parallel
+    ranks = grid.mesh.group("tensor", grid.rank)
     if row.tensors[0].split is shapes.Split.REPLICATED:
-        size, parts = 1, [_of_all(value, grid.tensor_group)]
+        ranks, parts = (grid.rank,), [_of_all(value, grid.tensor_group)]
     else:
-        parts = [torch.empty_like(value) for _ in range(size)]
+        parts = [torch.empty_like(value) for _ in ranks]
         dist.all_gather(parts, value.contiguous(), group=grid.tensor_group)
     whole = {tensor.name: value.new_zeros(tensor.shape) for tensor in row.tensors}
-    for rank, part in enumerate(parts):
-        for piece in shapes.pieces(row, tensor_parallel=size, tensor_rank=rank):
+    for rank, part in zip(ranks, parts, strict=True):
+        for piece in shapes.pieces(row, grid.mesh.at(rank)):
             whole[piece.tensor.name][piece.source] = part[piece.target]
     for name, tensor in whole.items():
         yield kind, name, tensor

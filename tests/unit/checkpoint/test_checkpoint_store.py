@@ -23,6 +23,7 @@ from megalite.config import CheckpointConfig, RunConfig
 from megalite.engine import WEIGHT
 from megalite.errors import CheckpointError, CommandError
 from megalite.formats import checkpoint as disk
+from megalite.mesh import Mesh
 from megalite.model import build
 from megalite.parallel import Grid
 from tests.factories import (
@@ -307,11 +308,11 @@ def test_a_rank_reads_its_own_slices(
     for row, rank in itertools.product(shapes.parameters(engine.config.model), range(size)):
         value = engine.model.get_parameter(row.name).data
         whole = {piece.tensor.name: value[piece.target] for piece in shapes.pieces(row)}
-        layout = {"tensor_parallel": size, "tensor_rank": rank}
-        local = read_local(StoredCheckpoint(folder, manifest), row, "weight", **layout)
-        assert local.shape == shapes.local_shape(row, tensor_parallel=size)
+        at = Mesh(tensor=size).at(rank)
+        local = read_local(StoredCheckpoint(folder, manifest), row, "weight", at)
+        assert local.shape == shapes.local_shape(row, at)
         expected = torch.zeros_like(local)
-        for box in shapes.pieces(row, **layout):
+        for box in shapes.pieces(row, at):
             expected[box.target] = whole[box.tensor.name][box.source]
         assert torch.equal(local, expected)
 

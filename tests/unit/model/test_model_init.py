@@ -13,6 +13,7 @@ from torch import nn
 
 from megalite import shapes
 from megalite.config import ModelConfig
+from megalite.mesh import Mesh
 from megalite.model import build, initialize
 from megalite.model import init as module
 from tests.factories import make_model, model_config
@@ -39,7 +40,7 @@ class Local(nn.Module):
             (
                 row.name,
                 nn.Parameter(
-                    torch.full(shapes.local_shape(row, tensor_parallel=size), 9.0, dtype=dtype)
+                    torch.full(shapes.local_shape(row, Mesh(tensor=size).at(0)), 9.0, dtype=dtype)
                 ),
             )
             for row in shapes.parameters(config)
@@ -57,8 +58,7 @@ def start(
         config,
         seed=seed,
         gather=lambda _: nullcontext(),
-        tensor_parallel=size,
-        tensor_rank=rank,
+        at=Mesh(tensor=size).at(rank),
     )
 
 
@@ -70,7 +70,7 @@ def canonical(config: ModelConfig, size: int, **kwargs: Any) -> dict[str, torch.
         local = Local(config, size)
         start(local, config, size=size, rank=rank, **kwargs)
         for name, parameter in local.named_parameters():
-            for piece in shapes.pieces(rows[name], tensor_parallel=size, tensor_rank=rank):
+            for piece in shapes.pieces(rows[name], Mesh(tensor=size).at(rank)):
                 whole[piece.tensor.name][piece.source] = parameter.detach()[piece.target]
     return whole
 
