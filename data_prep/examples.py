@@ -268,7 +268,10 @@ class _Maker:
             if not isinstance(label, str) or label not in self._labels:
                 label = label_name(label, data.label_column, self._names)
             if self._labels and label not in self._labels:
-                raise Unusable(f"label {label!r} is none of {', '.join(self._labels)}")
+                known = ", ".join(map(repr, self._labels))
+                raise Unusable(
+                    f"label {label!r} is none of {known}, the labels of the training rows"
+                )
             return Fields(row, (text,), label)
         if self._task == "sft":
             messages, tools = read_conversation(row, self._columns)
@@ -340,6 +343,11 @@ class _Maker:
         most, before, after = self._data.max_length, self._before, self._after
         if self._chat is not None:
             ids, learned = self._chat.encode(fields.messages, fields.tools)
+            if not any(learned):
+                raise Unusable(
+                    "nothing of it is learned: the chat template leaves the assistant's turns out, "
+                    "or each of them has weight 0"
+                )
             if not any(learned[:most]):
                 raise Unusable(f"none of the assistant's tokens is among the first {most}")
             return ids[:most], learned[:most], len(ids) > most

@@ -7,7 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 
 from data_prep.packed import DAMAGE, InputFile, naming
@@ -16,6 +16,7 @@ from megalite.errors import DataError
 
 Names = Sequence[str]
 
+_LONGEST_NAME = 40
 CHOOSE = "rename one, or name another by finetune.data.text_column, label_column or the like"
 BATCH = 1024  # rows
 
@@ -47,8 +48,8 @@ def _json_row(number: int, place: str, value: Any) -> Row:
 
 def csv_rows(path: str, columns: Names, optional: Names, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
-    damage = (*DAMAGE, UnicodeDecodeError, csv.Error)
-    with naming(path, damage), closing(InputFile(path)) as file:
+    damage = (*DAMAGE, csv.Error)
+    with naming(path, damage), _utf8(path), closing(InputFile(path)) as file:
         text = io.TextIOWrapper(file.bytes, "utf-8-sig", newline="")
         reader = csv.DictReader(text, delimiter=delimiter, strict=True)
         header = reader.fieldnames or ()
@@ -58,6 +59,18 @@ def csv_rows(path: str, columns: Names, optional: Names, delimiter: str) -> Iter
             found = len(header) - list(values.values()).count(None) + len(values.pop(None, ()))
             wrong = found != len(header)
             yield Row(number, place, values, f"{found} fields, not {len(header)}" if wrong else "")
+
+
+@contextmanager
+def _utf8(path: str) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        before = error.object[: error.start][-30:].decode("utf-8", "replace")
+        raise DataError(
+            f"{path}: byte 0x{byte:02x} after {before!r} is not UTF-8; save the file as UTF-8"
+        ) from None
 
 
 def parquet_rows(path: str, columns: Names, optional: Names) -> Iterator[Row]:
@@ -76,13 +89,23 @@ def table_rows(path: str, tables: Iterator[Any]) -> Iterator[Row]:
     return (Row(n, f"{path} row {n}", row) for n, row in enumerate(values))
 
 
+def _shown(name: str) -> str:
+    """A column's name as it is, or in quotes and cut short if it may be no name."""
+    plain = name.isprintable() and name == name.strip() and "," not in name
+    return name if plain and len(name) <= _LONGEST_NAME else f"{name!r:.{_LONGEST_NAME}}"
+
+
 def check_columns(path: str, names: Names, columns: Names, optional: Names = ()) -> list[str]:
     """Return the columns to read: all `columns`, each of which exists once, and any `optional`."""
     read = [*columns, *(column for column in optional if column in names)]
     for column in read:
         if (count := list(names).count(column)) != 1:
             told = "several columns are named" if count else "no column"
-            have = ", ".join(names) or "none"
+            have = ", ".join(map(_shown, names)) or "none"
             choose = other_column(names) or f": {CHOOSE}"
+            if len(names) == 1 and (found := [s for s in ";\t|" if s in names[0]]):
+                choose = f"; columns are separated by commas (of .tsv by tabs), not by {found[0]!r}"
+            elif any(len(name) > _LONGEST_NAME or "\n" in name for name in names):
+                choose = "; the first row must name the columns"
             raise DataError(f"{path}: {told} {column!r}; it has {have}{choose}")
     return read

@@ -24,6 +24,10 @@ _PRODUCT = 1 << 30  # characters of a text times those that replace one of them
 _WIDE = ("batch", "center", "format", "indent", "replace", "slice", "truncate", "wordwrap")
 
 
+class TooSlow(TemplateError):
+    """A rendering takes longer than `SECONDS`."""
+
+
 class _Code(CodeGenerator):
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         """As Jinja's own, but the sandbox sees what is put together with `~`."""
@@ -43,6 +47,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.filters |= {name: _limited(name, self.filters[name]) for name in _WIDE}
+        self.filters["join"] = _limited_join(self.filters["join"])
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         sizes = [len(v) for v in (left, right) if isinstance(v, str | list | tuple)]
@@ -57,6 +62,8 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if name == "join" and isinstance(owner, str) and args:
+            args = (_joinable(args[0], owner), *args[1:])
         _check(name, owner if isinstance(owner, str) else "", args, kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
@@ -78,6 +85,25 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         if sum(map(len, texts)) > _LONGEST:
             raise TemplateError("the template makes a value too large with '~'")
         return "".join(texts)
+
+
+def _limited_join(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Jinja's filter `join`, which refuses what makes a value too large."""
+
+    @wraps(function)
+    def limited(context: Any, value: Any, d: str = "", attribute: Any = None) -> Any:
+        return function(context, _joinable(value, str(d)), d, attribute)
+
+    return limited
+
+
+def _joinable(parts: Any, between: str) -> list[Any]:
+    """Return the parts of a join as a list; TemplateError if what they make is too large."""
+    found = list(parts)
+    length = sum(len(part) for part in found if isinstance(part, str))
+    if length + len(between) * len(found) > _LONGEST:
+        raise TemplateError("the template makes a value too large with 'join'")
+    return found
 
 
 def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,7 +148,7 @@ def in_time() -> Iterator[None]:
         return
 
     def late(*_: object) -> None:
-        raise TemplateError(f"the template has not ended after {SECONDS:.0f} s")
+        raise TooSlow(f"the template has not ended after {SECONDS:.0f} s")
 
     before = signal.signal(signal.SIGALRM, late)
     remaining, _ = signal.setitimer(signal.ITIMER_REAL, SECONDS)

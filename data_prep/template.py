@@ -16,7 +16,7 @@ from jinja2.parser import Parser
 
 from data_prep.records import Unusable
 from data_prep.row import check_text
-from data_prep.sandbox import TemplateSandbox, collect, in_time
+from data_prep.sandbox import TemplateSandbox, TooSlow, collect, in_time
 from megalite.errors import DataError
 from megalite.formats.tokenizer import Tokenizer
 
@@ -89,6 +89,7 @@ class Template:
 
         Raises:
             Unusable: the template refuses it, or fails.
+            DataError: it takes too long.
         """
         marks = self._marks
         marks.blocks, marks.spans = [], []
@@ -97,6 +98,8 @@ class Template:
         try:
             with in_time():
                 collect(self._compiled.generate(**seen, **self._names), marks.blocks)
+        except TooSlow as error:  # as it would be for the next rows
+            raise DataError(f"the chat template cannot be used: {error}") from error
         except Exception as error:  # a template can fail in any way
             reason = str(error) or type(error).__name__
             raise Unusable(f"the chat template refuses it: {reason}") from error

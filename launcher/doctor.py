@@ -25,9 +25,14 @@ Exit codes: 0 nothing failed (there may be warnings), 1 a check failed, 2 no suc
 def main() -> int:
     parser = command_parser(__doc__, _EXAMPLES)
     parser.add_argument("--config", metavar="FILE", help="a run file (JSON), on this machine")
+    parser.add_argument(
+        "--init-from", metavar="PATH", help="the model that the run of --config starts from"
+    )
     parser.add_argument("--run", metavar="RUN", help="a run folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
+    if arguments.init_from is not None and arguments.config is None:
+        raise CommandError("--init-from has no effect without --config; name the run file, too")
     told: dict[str, Any] = {}
     code = 0
     if arguments.run is not None:
@@ -41,7 +46,12 @@ def main() -> int:
 
         if arguments.config is not None and not find_file(arguments.config).is_file():
             raise CommandError(f"--config {arguments.config!r}: no such run file")
-        rows = examine(arguments.config, glance)
+        start = None
+        if arguments.init_from is not None:
+            from megalite.formats.hub import find_model
+
+            start = find_model(arguments.init_from, "--init-from")
+        rows = examine(arguments.config, glance, start)
         code = int(any(row.state == "fail" for row in rows))
         if arguments.json:
             run = {"run": told} if told else {}

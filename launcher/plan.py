@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megalite import files
 from megalite.config import RunConfig, find_file, run_files, section_changes
+from megalite.errors import CommandError
 from megalite.log import command_parser, run_main, write_report
 from megalite.plan.command import calibrated, planned_config, refuse_useless
 from megalite.plan.devices import DEVICES, find_device
@@ -86,6 +87,10 @@ def _search(arguments: argparse.Namespace, config: RunConfig, layout: Layout) ->
     path = arguments.output
     if path is not None:
         files.check_target(path, [*run_files(arguments.config), Path(arguments.gpu)])
+        if path.exists():
+            raise CommandError(
+                f"--output {path}: it is there already; remove it, or name another file"
+            )
     ranking = rank(config, layout)
     if not ranking.candidates:
         sys.stderr.write("no layout fits: give more devices, or devices with more memory\n")

@@ -100,9 +100,14 @@ def read_json(path: Path) -> Any:
         OSError: it cannot be read.
         ValueError: as `parse_json`.
     """
+    return parse_json(read_regular(path))
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a file; OSError if it is none, such as a pipe, which would wait."""
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise OSError("not a regular file")  # reading a pipe would wait for ever
-    return parse_json(path.read_bytes())
+        raise OSError(errno.EINVAL, "not a regular file")
+    return path.read_bytes()
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megalite.config.deepspeed_keys import zero_stage
+from megalite.config.faults import describe_errors
 from megalite.config.finetune import AdapterConfig, ExamplesConfig, FinetuneConfig
 from megalite.config.launch import refuse_useless, run_parser
 from megalite.config.load import (
@@ -56,6 +57,7 @@ __all__ = [
     "TrainingConfig",
     "WandbConfig",
     "allowed_tensor_parallel",
+    "describe_errors",
     "example_model",
     "explain_redacted",
     "find_file",

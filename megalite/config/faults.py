@@ -137,6 +137,13 @@ def schema_faults(raw: dict[str, Any]) -> tuple[RunConfig, list[Fault]]:
     raise AssertionError(f"a run file could not be mended: {details}")
 
 
+def describe_errors(error: ValidationError, section: str) -> str:
+    """Return what is wrong with a section of a run file, each key by its name within it."""
+    details = error.errors(include_url=False)
+    faults = [_describe({**item, "loc": (section, *item["loc"])}) for item in details]
+    return "; ".join(str(fault).removeprefix(f"{section}.") for fault in faults)
+
+
 def _speaks(item: ErrorDetails, details: list[ErrorDetails]) -> bool:
     """Whether an error is the user's own and not the echo of another."""
     if item["type"] == "default_factory_not_called":

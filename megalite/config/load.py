@@ -180,6 +180,10 @@ def _origin(fault: Fault, source: str, origins: Origins) -> str:
     key = fault.keys[0]
     while key and key not in origins and any(part.isdigit() for part in key):
         key = key[:-1]  # into a list, which is written whole
+    if key not in origins:  # what is missing from a section that --set has made
+        above = (origins.get(key[:depth]) for depth in range(len(key) - 1, 0, -1))
+        if (made := next(filter(None, above), "")).startswith("--set"):
+            return made
     # a section that nothing but --set has made is known by what is in it
     within = (told for at, told in origins.items() if key and at[: len(key)] == key)
     return origins.get(key) or next(within, f"{source}: ")

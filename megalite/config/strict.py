@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from megalite import files
 from megalite.config.faults import show
 from megalite.errors import ConfigError
 
@@ -40,9 +41,7 @@ def read_value(path: Path) -> tuple[Any, list[str]]:
         ConfigError: why it is not JSON, without its name.
     """
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise OSError("not a regular file")  # reading a pipe would wait for ever
-        data = path.read_bytes()
+        data = files.read_regular(path)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
@@ -136,7 +135,7 @@ def parse_strict(text: str) -> tuple[Any, list[str]]:
         value = int(digits) if len(digits) < 25 else _INTEGER_LIMIT
         if not -_INTEGER_LIMIT <= value < _INTEGER_LIMIT:
             notes.append(f"{show(digits)} is out of range; whole numbers end at 2^63 - 1")
-            return 0
+            return 1  # within the bounds of every field, so that nothing else is said of it
         return value
 
     value = json.loads(

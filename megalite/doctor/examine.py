@@ -17,11 +17,14 @@ from megalite.doctor.row import Check, Row, run
 from megalite.errors import ConfigError
 
 
-def examine(config: str | None, look: Callable[[RunConfig], str]) -> list[Row]:
+def examine(
+    config: str | None, look: Callable[[RunConfig], str], start: Path | None = None
+) -> list[Row]:
     """The rows of this machine, and of a run file on it.
 
     Args:
         look: what a glance at the examples of fine-tuning says; UserError where they are faulty.
+        start: the folder of the model that the run starts from.
     """
     directory, loaded = Path(), list[RunConfig]()
     if config is not None:
@@ -33,7 +36,7 @@ def examine(config: str | None, look: Callable[[RunConfig], str]) -> list[Row]:
 
     def load() -> Row:
         assert config is not None
-        loaded.append(runfile.load(config))
+        loaded.append(runfile.load(config, start))
         return Row("ok", f"{loaded[0].name}: without faults")
 
     rows = [*run(_machine(folder))]

@@ -13,17 +13,21 @@ from megalite.errors import ConfigError
 from megalite.plan import make_plan
 
 
-def load(path: str) -> RunConfig:
+def load(path: str, start: Path | None = None) -> RunConfig:
     """The run file; one of fine-tuning may leave its model to the run's own checkpoints.
 
+    Args:
+        start: the folder of the model that a fresh run starts from.
     Raises:
         ConfigError: all of its faults.
     """
-    from megalite.checkpoint import describe_run
+    from megalite.checkpoint import describe_run, describe_start
 
     try:
         return load_config(path)
     except ConfigError:
+        if start is not None:
+            return load_config(path, model=describe_start(start)[0])
         own = find_run(path)
         known = describe_run(own, stated_model(path)) if own is not None else None
         config = load_config(path, model=known[0]) if known else None
@@ -60,8 +64,9 @@ def memory(config: RunConfig) -> Row:
     if faults := hardware_faults(config, plan, launch, device):
         return Row("fail", "\n".join(faults), "more hosts: see launcher/plan.py --nodes")
     size = plan.memory_bytes["total"] / GIB
+    fit = f"{ranks} ranks fit, each" if ranks > 1 else "one rank fits,"
     where = "its GPU's" if gpus else "this host's"
-    return Row("ok", f"{ranks} ranks fit, each with {size:.2f} GiB of {where} memory")
+    return Row("ok", f"{fit} with {size:.2f} GiB of {where} memory")
 
 
 def checkpoints(config: RunConfig, free: int) -> Row:

@@ -47,6 +47,8 @@ def read_turns(
                 out.write("> ")
                 out.flush()
             line = source.readline() or None
+            if any("\ud800" <= character <= "\udfff" for character in line or ""):
+                raise DataError("a line of standard input is not UTF-8; send text in UTF-8")
         if terminal and (line is None or line.strip() in ("exit", "/exit")):
             out.write("\n" if line is None else "")
             line = None

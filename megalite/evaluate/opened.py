@@ -258,7 +258,7 @@ def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
         try:
             run = load_stored(folder / "config.json")
         except MegaLiteError as error:
-            raise CheckpointError(f"{folder}/config.json: {error}") from None
+            raise CheckpointError(str(error)) from None
         stored, config = merged(StoredCheckpoint(folder, manifest), run.model)
         tokenizer_folder, sha256 = folder / "tokenizer", manifest.tokenizer_sha256
         data = manifest.data_fingerprint

@@ -215,6 +215,11 @@ def _fetch(model: HubModel, option: str, *, weights: bool) -> Path:
         if cached is not None:
             logger.info("%s is taken from the hub's cache: %s", model, reason)
             return cached
+        if (here := Path(model.name).parent).is_dir():
+            raise CommandError(
+                f"{option} {model}: no such folder in {here}{_hint(model.name)}; nor is there "
+                f"such a model in the hub's cache, and the hub cannot be asked ({reason})"
+            )
         raise CommandError(
             f"{option} {model}: no such folder here, not in the hub's cache, and the hub cannot be "
             f"asked ({reason}); where there is a network, run\n{model.command}\nand give that "

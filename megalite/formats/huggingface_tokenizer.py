@@ -23,6 +23,7 @@ from megalite.formats.tokenizer_base import Ids, Placed, Spans, overlaps
 from megalite.formats.tokenizer_export import around_text, export_tokenizer
 
 HUGGING_FACE = "tokenizer.json"
+_MOST_IDS = 1 << 22  # holes are allowed, but not so many
 _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 # Stands for the control token before a piece of text that is encoded separately.
 _MARK = "\uf8ff\ue000\uf8ff"
@@ -47,6 +48,11 @@ class HuggingFaceTokenizer(BeginsTexts):
         self._tokenizer.encode_special_tokens = True  # as text, that is: not as control tokens
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = max(ids, default=-1) + 1  # ids may have holes
+        if self.vocab_size > _MOST_IDS + 2 * len(ids):
+            raise DataError(
+                f"{HUGGING_FACE} gives the id {self.vocab_size - 1} to one of its {len(ids)} "
+                "tokens; ids are the rows of the model's embedding: number them from 0 on"
+            )
         find = self._tokenizer.token_to_id
         self.bos_id = beside.find("bos_token", find)
         self.eos_id = beside.find("eos_token", find)

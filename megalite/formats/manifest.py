@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from megalite.errors import DataError
-from megalite.files import write_json
+from megalite.files import read_regular, write_json
 
 MANIFEST_NAME = "manifest.json"
 
@@ -127,7 +127,7 @@ def load_manifest(folder: Path | str) -> Manifest:
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(read_regular(path))
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(_absent(folder)) from None
     except ValidationError as error:

@@ -224,5 +224,5 @@ def _find(path: Path) -> Path:
     found = ", ".join(model.name for model in models) or "none of them"
     raise DataError(
         f"{path}: a tokenizer folder holds {HUGGING_FACE}, {SENTENCEPIECE} or one other .model "
-        f"file; found {found}"
+        f"file; found {found}; put the tokenizer's files there, or name another tokenizer"
     )

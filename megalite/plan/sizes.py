@@ -114,9 +114,17 @@ def _layout_faults(config: RunConfig, world_size: int) -> Iterator[str]:
         whole, part = training.global_batch_size, training.micro_batch_size * ranks
         if whole % part:
             near = [n for n in (whole // part * part, (whole // part + 1) * part) if n]
+            advice = _try(near)
+            if whole % ranks == 0:
+                most = min(training.micro_batch_size, whole // ranks)
+                fits = max(n for n in range(1, most + 1) if whole // ranks % n == 0)
+                advice = (
+                    f"set training.micro_batch_size to {fits}, which changes no result; for other "
+                    f"batches {advice}"
+                )
             yield (
                 f"training.global_batch_size: {whole} is not a multiple of micro_batch_size "
-                f"{training.micro_batch_size} x {ranks} data-parallel ranks = {part}; {_try(near)}"
+                f"{training.micro_batch_size} x {ranks} data-parallel ranks = {part}; {advice}"
             )
 
 

@@ -77,7 +77,11 @@ def _announce_resume(
     logger.info("resumed from %s", origin.folder)
     if place.step >= config.training.steps:
         more = "finetune.epochs" if config.finetune else "training.steps"
-        logger.info("all of its steps are done: raise %s, or choose another name", more)
+        logger.info(
+            "all of its steps are done, and an evaluation that is left follows; for more steps "
+            "raise %s, or choose another name",
+            more,
+        )
     changes = origin.changes | _moved(layout, facts["layout"])
     _report(changes)
     before, after = origin.rates or (0.0, 0.0)

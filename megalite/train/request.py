@@ -87,11 +87,13 @@ def check(request: Request, launch: Launch) -> tuple[Plan, Samples, Dataset | No
     config = request.config
     plan = plan_of(request, launch)
     faults = hardware_faults(config, plan, launch, device_kind())
+    train: Samples
+    valid: Dataset | None
     try:
         if request.examples is not None:
-            examples = _open_examples(config, request.examples, faults)
-            return plan, examples, None, _prompts(request, examples)
-        train, valid = open_shards(config)
+            train, valid = _open_examples(config, request.examples), None
+        else:
+            train, valid = open_shards(config)
         prompts = _prompts(request, train)
     except UserError as error:
         raise type(error)("\n".join([*faults, str(error)])) from None
@@ -135,16 +137,14 @@ def open_shards(config: RunConfig) -> tuple[Dataset, Dataset | None]:
     return train, valid
 
 
-def _open_examples(config: RunConfig, folder: Path, faults: list[str]) -> ExampleSet:
+def _open_examples(config: RunConfig, folder: Path) -> ExampleSet:
     train = ExampleSet(folder, read_manifest(folder), "train", config)
     size = config.training.global_batch_size
     if size > train.windows:
-        faults.append(
+        raise DataError(
             f"training.global_batch_size {size}, but the training split holds {train.windows} "
             "samples in all; lower it, or give more data"
         )
-    if faults:
-        raise UserError("\n".join(faults))
     return train
 
 

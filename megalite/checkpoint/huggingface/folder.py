@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from megalite import files, shapes
 from megalite.checkpoint.huggingface.families import Family
 from megalite.checkpoint.huggingface.mapping import from_config
-from megalite.config import ModelConfig
+from megalite.config import ModelConfig, describe_errors
 from megalite.errors import CheckpointError, CommandError
 from megalite.formats import foreign, quantized
 from megalite.log import logger
@@ -29,6 +30,7 @@ _CONFIG, _INDEX = foreign.CONFIG, foreign.INDEX
 _NOT_A_CONFIG = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _HEAD = ("lm_transform.", "lm_head.")  # canonical names of a language model's head
+_TIED = ("lm_head.weight", "cls.predictions.decoder.weight")  # copies of a shared embedding
 # Copies and constants that classes of transformers write beside the weights.
 _REDUNDANT = re.compile(
     r"(rotary_emb\.inv_freq|position_ids|token_type_ids|attn\.(masked_)?bias|final_logits_bias"
@@ -116,7 +118,9 @@ class HuggingFaceFolder:
             self.family, raw = from_config(config)
             self.section = ModelConfig.model_validate(raw)
         except (OSError, *_NOT_A_CONFIG) as error:
-            told = error.errors()[0] if isinstance(error, ValidationError) else error
+            told = str(error)
+            if isinstance(error, ValidationError):
+                told = describe_errors(error, "model")
             raise CommandError(f"{path}/{_CONFIG} cannot be used: {told}") from None
         except CommandError as error:
             raise CommandError(f"{path}/{_CONFIG}: {error}") from None
@@ -145,6 +149,28 @@ class HuggingFaceFolder:
                 "it can start a classification (finetune.task), but writes and scores no text; "
                 f"take a folder that {self.family.architecture} saved"
             )
+        self._compare_tied()
+
+    def _compare_tied(self) -> None:
+        """Refuse a head beside the embedding that it is said to share, and does not."""
+        if not self.section.tie_word_embeddings:
+            return
+        _, shared = self._places["model.embed_tokens.weight"]
+        heads = [self._stored[name] for name in _TIED if name in self._stored]
+        for head in heads:
+            if head.name != shared.name and not torch.equal(self._whole(head), self._whole(shared)):
+                raise CommandError(
+                    f"{self.path}: {_CONFIG} has tie_word_embeddings true, but {head.name} is not "
+                    f"{shared.name}; to use the head that is stored, set tie_word_embeddings to "
+                    "false there, else delete the tensor"
+                )
+
+    def _whole(self, stored: _Stored) -> Tensor:
+        try:
+            with safe_open(stored.file, framework="pt") as file:
+                return file.get_tensor(stored.name).float()
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{stored.file}: cannot read {stored.name}: {error}") from None
 
     def say_ignored(self) -> None:
         """Log which tensors of the folder are not used, such as poolers and other heads."""
@@ -317,7 +343,7 @@ class HuggingFaceFolder:
             if name.endswith((*embedding, "shared.weight")):
                 aliases[name] = (
                     *aliases.get(name, ()),
-                    *("lm_head.weight", "cls.predictions.decoder.weight"),
+                    *_TIED,
                 )
         old = name.replace("LayerNorm.weight", "LayerNorm.gamma")
         return (*aliases.get(name, ()), old.replace("LayerNorm.bias", "LayerNorm.beta"))

@@ -188,6 +188,9 @@ def _known(names: Mapping[str, str], key: str, told: Mapping[str, Any]) -> str:
 
 def _rope(told: Mapping[str, Any]) -> dict[str, Any]:
     """RoPE as transformers 5 writes it (rope_parameters) or as 4 did (rope_theta, rope_scaling)."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(told.get(key) or {}, dict):
+            raise CommandError(f"{key} is {told[key]!r:.40}; give an object with its rope_type")
     section = {**(told.get("rope_parameters") or {}), **(told.get("rope_scaling") or {})}
     kind = section.pop("rope_type", section.pop("type", "default"))
     section.pop("type", None)

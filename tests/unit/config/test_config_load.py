@@ -159,6 +159,8 @@ def test_a_fault_names_the_file_it_is_in(tmp_path: Path) -> None:
     ]
     found = faults(write(tmp_path / "good.json", SMALL), 'logging={"directori": "x"}')
     assert found[0].startswith("--set logging.directori: unknown key")
+    found = faults(tmp_path / "good.json", 'model.rope_scaling={"rope_type":"yarn","factor":2.0}')
+    assert found[0].startswith("--set model.rope_scaling.original_max_position_embeddings: yarn")
 
 
 @pytest.mark.parametrize("key", ["logging.wandb.api_key", "training.hf_token", "data.password"])

@@ -59,7 +59,9 @@ def test_labels_may_be_given() -> None:
     manifest, splits = opened(make("a.jsonl", labels=["2", "0", "1", "more"]))
     assert manifest.labels == ("2", "0", "1", "more")
     assert splits["train"].info.counts == {"2": 6, "0": 7, "1": 7, "more": 0}
-    with pytest.raises(DataError, match="label '2' is none of 0, 1"):
+    with pytest.raises(
+        DataError, match="label '2' is none of '0', '1', the labels of the training rows"
+    ):
         make("a.jsonl", labels=["0", "1"])
     with pytest.raises(DataError, match="one is there twice"):
         make("a.jsonl", labels=["0", "0"])

@@ -88,6 +88,21 @@ def test_parquet_and_saved_sets_give_the_same_examples() -> None:
         make("saved", text_column="texts")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"text;label\na;0\n", "it has text;label; columns are separated by commas .* not by ';'"),
+        (b'"one, two\nthree",good\n', "the first row must name the columns"),
+        ("text,label\ncaf\xe9,1\n".encode("latin-1"), "byte 0xe9 after .*caf' is not UTF-8; save"),
+    ],
+)
+def test_a_table_of_another_program_is_named_for_what_it_is(content: bytes, message: str) -> None:
+    Path("a.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        make("a.csv")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_set_of_the_hub_names_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     feature = datasets.ClassLabel(names=["neg", "pos"])
     made = datasets.Dataset.from_list([{"text": "a", "label": n} for n in (1, 0, -1)])
@@ -215,7 +230,7 @@ def test_faults_are_counted_by_split_and_few_are_named(told: pytest.LogCaptureFi
     split = opened(make("d", test_split="test", max_bad_rows=8))[1]
     assert [one.info.bad_rows for one in split.values()] == [8, 8]
     assert told.text.count("left out") == 10
-    assert told.text.count("label '7' is none of 0, 1, 2") == 1
+    assert told.text.count("label '7' is none of '0', '1', '2'") == 1
     with pytest.raises(DataError, match=r"8 bad rows, more than .* 7"):
         make("d", test_split="test", max_bad_rows=7)
     jsonl("e.jsonl", ["x"] * 3000)

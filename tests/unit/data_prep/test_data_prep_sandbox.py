@@ -42,6 +42,11 @@ def render(template: str) -> str:
         "{{ '{:9999999999}'.format(3) }}",
         "{{ ('a' * 10**6)|replace('a', 'b' * 10**6) }}",
         "{{ ('a' * 10**6).replace('a', 'b' * 10**6) }}",
+        "{{ (['b'] * 2000)|join('a' * 10**6)|length }}",
+        "{{ ('a' * 10**6).join(['b'] * 2000)|length }}",
+        "{{ (['a' * 10**6] * 2000)|join|length }}",
+        "{{ range(100000)|join('a' * 10**6)|length }}",
+        "{{ (['b'] * 2000)|map('upper')|join('a' * 10**6)|length }}",
         DOUBLE.format("+"),
         DOUBLE.format("~"),
         "{% for i in range(99999) %}{{ 'a' * 10**6 }}{% endfor %}",
@@ -56,7 +61,7 @@ def test_template_that_grows_without_end_is_refused(template: str) -> None:
 def test_template_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 0.2)
     before, began = signal.getsignal(signal.SIGALRM), time.monotonic()
-    with pytest.raises(Unusable, match="the template has not ended after"):
+    with pytest.raises(DataError, match="the template has not ended after"):  # not of one row
         render(ENDLESS)
     assert time.monotonic() - began < 5
     assert signal.getsignal(signal.SIGALRM) == before
@@ -84,6 +89,11 @@ def test_template_that_nests_too_deep_is_no_template() -> None:
         (
             "{{ '{:>4}'.format(3) }}{{ 'phone 12345678901'.replace('1', '') }}",
             "   3phone 234567890",
+        ),
+        ("{{ [1, 'b']|join(', ') }}{{ messages|join('', attribute='content') }}", "1, bhihello"),
+        (
+            "{{ ', '.join(['a', 'b']) }}{{ messages|map(attribute='role')|join }}",
+            "a, buserassistant",
         ),
         ("{{ messages[0]['content'] + '</s>' }}{{ 7 % 2 }}{{ 2 ** 10 }}", "hi</s>11024"),
     ],

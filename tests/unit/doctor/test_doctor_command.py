@@ -15,7 +15,7 @@ from data_prep.rows import glance
 from megalite.config import parse_config
 from megalite.doctor import Row, examine, host, runfile, software
 from megalite.doctor.row import GIB
-from megalite.errors import ConfigError, DataError
+from megalite.errors import CommandError, ConfigError, DataError
 from megalite.plan import make_plan
 from megalite.train import checks
 from tests.factories import run_config
@@ -203,6 +203,10 @@ def test_a_model_may_stand_in_the_runs_checkpoints(tmp_path: Path) -> None:
         runfile.load(config)
     step = tmp_path / "run/checkpoints/step_00000001"
     step.mkdir(parents=True)
+    folder = tmp_path / "start"
+    folder.mkdir()
+    with pytest.raises(CommandError, match="start"):
+        runfile.load(config, folder)
     (step / "manifest.json").write_text("{}")
     write(step / "config.json", {"model": model})
     assert runfile.load(config).model.vocab_size == 61

@@ -151,6 +151,8 @@ def test_lines_of_input_are_turns() -> None:
     assert list(read_turns(Terminal("a\n\nexit\nb\n"), out, first=True, share=None)) == ["a"]
     assert out.getvalue() == "> > > "
     assert list(read_turns(Terminal("a"), out, first=True, share=None)) == ["a"]
+    with pytest.raises(DataError, match="standard input is not UTF-8"):
+        list(read_turns(io.StringIO("a\udcff\n"), out, first=True, share=None))
 
 
 def test_ranks_share_the_lines_of_the_first() -> None:

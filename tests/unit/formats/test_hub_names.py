@@ -82,6 +82,19 @@ def silence(*_: Any, **__: Any) -> Any:
     raise OSError("no answer")
 
 
+def test_a_name_below_a_folder_that_is_here_is_a_folder_first(
+    server: StubHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    with pytest.raises(CommandError) as caught:
+        find_model("runs/mien", "--checkpoint")
+    text = str(caught.value)
+    assert text.startswith('--checkpoint runs/mien: no such folder in runs; did you mean "mine"?')
+    assert "hf download" not in text
+
+
 @pytest.mark.parametrize("how", ["offline", "refused", "silent"])
 def test_hub_out_of_reach_is_said_within_a_second(
     server: StubHub, how: str, monkeypatch: pytest.MonkeyPatch

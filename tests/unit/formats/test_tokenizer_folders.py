@@ -31,6 +31,15 @@ def added(content: str, **flags: bool) -> dict[str, Any]:
     return {"content": content, "special": True, **told, **flags}
 
 
+def test_an_id_far_beyond_the_tokens_is_refused(tmp_path: Path) -> None:
+    file = json_folder(tmp_path) / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    raw["model"]["vocab"]["a"] = 2**31 - 1
+    file.write_text(json.dumps(raw))
+    with pytest.raises(DataError, match="gives the id 2147483647 to one of its 260 tokens"):
+        load_tokenizer(tmp_path)
+
+
 def sentencepiece_folder(folder: Path, files: Mapping[str, Any], **options: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"model_type": "bpe", "normalization_rule_name": "identity"} | options

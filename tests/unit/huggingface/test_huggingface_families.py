@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megalite import shapes
 from megalite.checkpoint.huggingface import (
@@ -18,6 +19,7 @@ from megalite.checkpoint.huggingface import (
     to_config,
 )
 from megalite.config import ModelConfig
+from megalite.errors import CommandError
 from megalite.evaluate import open_model
 from megalite.evaluate.verify import inputs_of, theirs, verify
 from megalite.formats.tokenizer import load_tokenizer
@@ -143,6 +145,47 @@ def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
         "model.layers.1.self_attn.k_proj.weight", "weight", value, (slice(0, 32), slice(0, 32))
     )
     assert torch.equal(value, raw["h.1.attn.c_attn.weight"].t()[32:64])
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_beside_the_embedding_that_it_shares_is_compared(
+    tmp_path: Path, equal: bool
+) -> None:
+    exported("llama", 0, tmp_path)
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    stored = load_file(file)
+    raw = json.loads(config.read_text()) | {"tie_word_embeddings": True}
+    config.write_text(json.dumps(raw))
+    embedding = stored["model.embed_tokens.weight"]
+    stored["lm_head.weight"] = embedding.clone() if equal else embedding + 1
+    save_file(stored, file)
+    if equal:
+        assert open_model(tmp_path).config.tie_word_embeddings
+        return
+    with pytest.raises(CommandError, match=r"tie_word_embeddings true, but lm_head\.weight is not"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"rope_type": "linear"}, r"rope_scaling\.factor: is missing"),
+        ({"rope_type": "linear", "factor": -1.0}, r"rope_scaling\.factor: expected a number of"),
+        ("linear", "rope_scaling"),
+    ],
+)
+def test_a_faulty_value_of_a_configuration_is_told_in_words(
+    tmp_path: Path, scaling: Any, message: str
+) -> None:
+    exported("llama", 0, tmp_path)
+    config = tmp_path / "config.json"
+    raw = json.loads(config.read_text())
+    raw.pop("rope_parameters", None)
+    config.write_text(json.dumps(raw | {"rope_scaling": scaling}))
+    with pytest.raises(CommandError, match=message) as caught:
+        HuggingFaceFolder(tmp_path)
+    assert "pydantic" not in str(caught.value)
+    assert "mapping" not in str(caught.value)
 
 
 def test_shards_and_half_precision(tmp_path: Path) -> None:

@@ -76,6 +76,14 @@ def test_precision_follows_the_device_when_asked_to() -> None:
             "data-parallel ranks = 6; try 6 or 12",
         ),
         (
+            {"training__micro_batch_size": 8},
+            2,
+            "cpu",
+            "training.global_batch_size: 8 is not a multiple of micro_batch_size 8 x 2 "
+            "data-parallel ranks = 16; set training.micro_batch_size to 4, which changes no "
+            "result; for other batches try 16",
+        ),
+        (
             {},
             16,
             "cpu",
