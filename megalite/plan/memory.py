@@ -228,7 +228,8 @@ def process_bytes(config: RunConfig, plan: Plan) -> int:
         before += logits
     else:
         mapped += logits
-    heap = max(small + round(_HOLES * small) + before, gradients - copied)
+    # gradients find no room among the activations that a backward frees: both add up
+    heap = small + round(_HOLES * small) + before + gradients - copied
     sent = max(mapped, sent if sent >= MAPPED else 0)
     libraries = _LIBRARIES + _GROUP * (plan.world_size > 1)
     libraries += _MEASURES * bool(config.model.num_labels)

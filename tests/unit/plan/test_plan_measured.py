@@ -26,7 +26,9 @@ def plan_runs() -> Any:
     return module
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.get("kind") or row["layout"])
+@pytest.mark.parametrize(
+    "row", ROWS, ids=lambda row: row.get("kind") or f"{row['shape']} {row['layout']}"
+)
 def test_predicted_memory_is_within_12_percent_or_100_mb(row: dict[str, Any]) -> None:
     runs, work = plan_runs(), Path("work")
     if "kind" in row:
