@@ -13,7 +13,7 @@ from megalite.log import command_parser, run_main, write_report
 from megalite.plan.command import calibrated, planned_config, refuse_useless
 from megalite.plan.devices import DEVICES, find_device
 from megalite.plan.forecast import forecast
-from megalite.plan.search import rank, run_file
+from megalite.plan.search import extends, rank, run_file
 from megalite.plan.seconds import Layout
 from megalite.plan.tables import compare, describe
 
@@ -87,16 +87,17 @@ def _search(arguments: argparse.Namespace, config: RunConfig, layout: Layout) ->
     path = arguments.output
     if path is not None:
         files.check_target(path, [*run_files(arguments.config), Path(arguments.gpu)])
-        if path.exists():
+        source, changes = find_file(arguments.config), section_changes(arguments.set)
+        if path.exists() and not extends(path, source):
             raise CommandError(
-                f"--output {path}: it is there already; remove it, or name another file"
+                f"--output {path}: it is there, and no run file that extends {source}; name another "
+                "file"
             )
     ranking = rank(config, layout)
     if not ranking.candidates:
         sys.stderr.write("no layout fits: give more devices, or devices with more memory\n")
         return 1
     if path is not None:
-        source, changes = find_file(arguments.config), section_changes(arguments.set)
         files.write_json(path, run_file(ranking.candidates[0], path, source, changes))
     if arguments.json:
         written = None if path is None else str(path)

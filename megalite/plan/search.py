@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megalite import files
 from megalite.config import RunConfig, allowed_tensor_parallel, merged, parse_config, zero_stage
 from megalite.errors import ConfigError
 from megalite.plan.forecast import Forecast, forecast
@@ -177,5 +178,14 @@ def run_file(
     Args:
         changes: what the command line changes, as sections.
     """
-    extends = os.path.relpath(source.resolve(), path.resolve().parent)
-    return {"extends": extends, **merged(changes, candidate.changes)}
+    parent = os.path.relpath(source.resolve(), path.resolve().parent)
+    return {"extends": parent, **merged(changes, candidate.changes)}
+
+
+def extends(path: Path, source: Path) -> bool:
+    """Whether a file is a run file that extends `source`, as an earlier search wrote it."""
+    try:
+        parent = files.read_object(path).get("extends")
+    except (OSError, ValueError):
+        return False
+    return isinstance(parent, str) and (path.parent / parent).resolve() == source.resolve()

@@ -299,6 +299,13 @@ def test_the_search_keeps_the_users_files(tmp_path: Path) -> None:
     done = command("plan", *asked, "--output", "best.json", folder=tmp_path)
     assert "rank 1 is written to best.json" in done.stdout
     assert load_config(tmp_path / "best.json").name == "own"
+    done = command("plan", *asked, "--output", "best.json", folder=tmp_path)
+    assert done.returncode == 0, "an earlier search's file is written anew"
+    (tmp_path / "notes.txt").write_text("mine\n")
+    done = command("plan", *asked, "--output", "notes.txt", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "it is there, and no run file that extends" in done.stderr
+    assert (tmp_path / "notes.txt").read_text() == "mine\n"
 
 
 @pytest.mark.parametrize(
