@@ -90,8 +90,8 @@ def _search(arguments: argparse.Namespace, config: RunConfig, layout: Layout) ->
         source, changes = find_file(arguments.config), section_changes(arguments.set)
         if path.exists() and not extends(path, source):
             raise CommandError(
-                f"--output {path}: it is there, and no run file that extends {source}; name another "
-                "file"
+                f"--output {path}: it is there, and no run file that extends {source}; "
+                "name another file"
             )
     ranking = rank(config, layout)
     if not ranking.candidates:
