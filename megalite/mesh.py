@@ -70,8 +70,7 @@ class Mesh:
         rest, tensor_rank = divmod(rank, self.tensor)
         rest, context_rank = divmod(rest, self.context)
         stage, data_rank = divmod(rest, self.data)
-        expert_rank = (data_rank * self.context + context_rank) % self.expert
-        return Coordinate(self, stage, data_rank, context_rank, expert_rank, tensor_rank)
+        return Coordinate(self, stage, data_rank, context_rank, tensor_rank)
 
     def group(self, name: Group, rank: int) -> tuple[int, ...]:
         """Return the ranks of a group that `rank` belongs to, in ascending order.
@@ -100,20 +99,23 @@ class Coordinate:
     stage: int = 0
     data_rank: int = 0
     context_rank: int = 0
-    expert_rank: int = 0
     tensor_rank: int = 0
 
     @property
     def rank(self) -> int:
         """The rank that stands here."""
-        mesh = self.mesh
-        place = (self.stage * mesh.data + self.data_rank) * mesh.context + self.context_rank
-        return place * mesh.tensor + self.tensor_rank
+        place = self.stage * self.mesh.zero + self.zero_rank
+        return place * self.mesh.tensor + self.tensor_rank
 
     @property
     def zero_rank(self) -> int:
         """The place among the ranks that ZeRO partitions over."""
         return self.data_rank * self.mesh.context + self.context_rank
+
+    @property
+    def expert_rank(self) -> int:
+        """The place among the ranks that share a layer's experts."""
+        return self.zero_rank % self.mesh.expert
 
 
 WHOLE = Mesh().at(0)  # the only rank of a run without parallelism, which holds everything

@@ -84,8 +84,8 @@ def read_canonical(engine: Engine, owned: Owned, state: str, grid: Grid) -> dict
     if len(parts) == 1:  # not split: the rank's own part is the whole
         return {p.tensor.name: value[p.target].cpu().contiguous() for p in shapes.pieces(row)}
     whole = {tensor.name: torch.empty(tensor.shape) for tensor in row.tensors}
-    for rank, part in zip(grid.mesh.group("tensor", grid.rank), parts, strict=True):
-        for piece in shapes.pieces(row, grid.mesh.at(rank)):
+    for at, part in zip(grid.tensor_places, parts, strict=True):
+        for piece in shapes.pieces(row, at):
             whole[piece.tensor.name][piece.source] = part[piece.target].cpu()
     return whole
 

@@ -45,6 +45,11 @@ class Grid:
         """Where this rank stands."""
         return self.mesh.at(self.rank)
 
+    @cached_property
+    def tensor_places(self) -> tuple[Coordinate, ...]:
+        """Where the ranks that share this rank's model stand, in the tensor group's order."""
+        return tuple(map(self.mesh.at, self.mesh.group("tensor", self.rank)))
+
     @property
     def data_parallel(self) -> int:
         return self.mesh.data

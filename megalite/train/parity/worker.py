@@ -214,15 +214,15 @@ def _of_all(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def _canonical(kind: str, row: shapes.Parameter, value: Tensor, grid: Grid) -> Seen:
     """A rank's part of a parameter as canonical tensors, gathered over the tensor ranks."""
-    ranks = grid.mesh.group("tensor", grid.rank)
+    places = grid.tensor_places
     if row.tensors[0].split is shapes.Split.REPLICATED:
-        ranks, parts = (grid.rank,), [_of_all(value, grid.tensor_group)]
+        places, parts = (grid.at,), [_of_all(value, grid.tensor_group)]
     else:
-        parts = [torch.empty_like(value) for _ in ranks]
+        parts = [torch.empty_like(value) for _ in places]
         dist.all_gather(parts, value.contiguous(), group=grid.tensor_group)
     whole = {tensor.name: value.new_zeros(tensor.shape) for tensor in row.tensors}
-    for rank, part in zip(ranks, parts, strict=True):
-        for piece in shapes.pieces(row, grid.mesh.at(rank)):
+    for at, part in zip(places, parts, strict=True):
+        for piece in shapes.pieces(row, at):
             whole[piece.tensor.name][piece.source] = part[piece.target]
     for name, tensor in whole.items():
         yield kind, name, tensor
