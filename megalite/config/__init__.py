@@ -21,6 +21,7 @@ from megalite.config.load import (
 from megalite.config.logging import LoggingConfig, SamplesConfig, WandbConfig
 from megalite.config.model import ModelConfig, RopeScalingConfig, example_model
 from megalite.config.objective import source_length, spans, target_length
+from megalite.config.precision import Precision
 from megalite.config.rules import allowed_tensor_parallel
 from megalite.config.schema import (
     CheckpointConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "Precision",
     "RopeScalingConfig",
     "RunConfig",
     "SamplesConfig",

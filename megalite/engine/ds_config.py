@@ -15,9 +15,9 @@ from typing import Any
 
 import deepspeed
 import pydantic
-import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 
+from megalite.config import Precision
 from megalite.errors import ConfigError, EngineError
 from megalite.parallel import Grid
 
@@ -53,7 +53,7 @@ _OBJECTS = {
     "activation_checkpointing": "activation_checkpointing_config",
     "flops_profiler": "flops_profiler_config",
 }
-_DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_DTYPE_NAMES = {precision.torch: precision.value for precision in Precision}
 
 
 class Mpu:

@@ -30,7 +30,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from megalite import shapes
-from megalite.config import RunConfig
+from megalite.config import Precision, RunConfig
 from megalite.data import Batch
 from megalite.engine import ds_config
 from megalite.engine.base import (
@@ -73,8 +73,6 @@ def _import_muon() -> None:
 
 _import_muon()
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class DeepSpeedEngine:
     """One rank's engine.
@@ -86,18 +84,18 @@ class DeepSpeedEngine:
     """
 
     def __init__(
-        self, config: RunConfig, *, grid: Grid, precision: str, settings: Mapping[str, Any]
+        self, config: RunConfig, *, grid: Grid, precision: Precision, settings: Mapping[str, Any]
     ) -> None:
         self.config, self._grid = config, grid
         self.device, self.settings = grid.device, dict(settings)
         self.stage = int(settings["zero_optimization"]["stage"])
-        self.fp16 = precision == "fp16"
+        self.fp16 = precision is Precision.FP16
         self._dropout = has_dropout(config.model)
         ds_config.join()
         # ZeRO-3 refuses "sum" and averages over the ranks: undone in the loss
         averages = settings["gradient_allreduce_op"] == "mean"
         self._loss_scale = float(grid.data_parallel) if averages else 1.0
-        dtype = _DTYPES[precision]
+        dtype = precision.torch
         with self._building(grid), grid.device:
             self.model: LanguageModel = build(local_model(config.model, grid.tensor_parallel))
         self.model.to(device=grid.device, dtype=dtype)

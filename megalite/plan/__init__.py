@@ -3,9 +3,8 @@
 from megalite.plan.engine import deepspeed_dict
 from megalite.plan.flops import flops_per_token, hardware_flops_per_token
 from megalite.plan.make import make_plan
-from megalite.plan.memory import host_bytes, offloads
+from megalite.plan.memory import host_bytes
 from megalite.plan.precision import (
-    Precision,
     auto_of_first_version,
     bf16_units,
     recorded_precision,
@@ -17,7 +16,6 @@ from megalite.plan.traffic import Collective, data_collectives, tensor_collectiv
 __all__ = [
     "Collective",
     "Plan",
-    "Precision",
     "auto_of_first_version",
     "bf16_units",
     "data_collectives",
@@ -27,7 +25,6 @@ __all__ = [
     "host_bytes",
     "labelled",
     "make_plan",
-    "offloads",
     "recorded_precision",
     "resolve_precision",
     "tensor_collectives",

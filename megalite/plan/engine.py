@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from megalite.config import RunConfig
+from megalite.config import Precision, RunConfig
 from megalite.config.deepspeed_keys import owned_values
-from megalite.plan.memory import bucket_elements
-from megalite.plan.sizes import Plan, without_auto
+from megalite.plan.sizes import Plan
+from megalite.plan.zero import without_auto
 
 
 def deepspeed_dict(config: RunConfig, plan: Plan) -> dict[str, Any]:
@@ -21,8 +21,8 @@ def deepspeed_dict(config: RunConfig, plan: Plan) -> dict[str, Any]:
     for key, (value, _) in owned_values(config).items():
         _put(result, key, value)
     _put(result, "gradient_accumulation_steps", plan.accumulation_steps)
-    for name in ("bf16", "fp16"):
-        _put(result, f"{name}.enabled", plan.precision == name)
+    for name in (Precision.BF16, Precision.FP16):
+        _put(result, f"{name}.enabled", plan.precision is name)
     # no param_dtype: the model is built in its type, and fp32 runs have no section that asks
     result["data_types"].pop("param_dtype", None)
     if plan.zero_stage == 0:
@@ -32,7 +32,7 @@ def deepspeed_dict(config: RunConfig, plan: Plan) -> dict[str, Any]:
 
 def _engine_defaults(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """What MegaLite chooses where the user says nothing."""
-    bucket = bucket_elements(config, plan)
+    bucket = plan.zero.reduce_bucket_size
     defaults: dict[str, Any] = {
         "steps_per_print": 1_000_000_000,  # the console and metrics.jsonl tell it
         "wall_clock_breakdown": False,
@@ -40,7 +40,7 @@ def _engine_defaults(config: RunConfig, plan: Plan) -> dict[str, Any]:
         "dump_state": False,
         # gradients are sums over ranks and micro-batches: in 16 bits they would lose what the
         # fp32 accumulation kept, and fp16's would overflow
-        "communication_data_type": "fp32",
+        "communication_data_type": Precision.FP32.value,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": config.optimizer.name != "adamw",
         "bf16.check_grad_overflow": True,
@@ -62,8 +62,7 @@ def _engine_defaults(config: RunConfig, plan: Plan) -> dict[str, Any]:
             "zero_optimization.overlap_comm": plan.zero_stage == 3,
         }
     if plan.zero_stage == 3:
-        fetched = bucket_elements(config, plan, trained=False)
-        defaults["zero_optimization.stage3_prefetch_bucket_size"] = fetched
+        defaults["zero_optimization.stage3_prefetch_bucket_size"] = plan.zero.prefetch_bucket_size
     return defaults
 
 

@@ -7,64 +7,21 @@ of a sample, and the letters of `megalite.shapes`.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 from megalite import shapes
-from megalite.config import ModelConfig, RunConfig
+from megalite.config import Precision, RunConfig
 from megalite.mesh import Mesh
 from megalite.plan.activations import MAPPED, activation_bytes, heap_bytes
 from megalite.plan.devices import Kind
 from megalite.plan.gradients import gradients, head_weight
-from megalite.plan.sizes import Plan, without_auto
+from megalite.plan.sizes import Plan
+from megalite.plan.zero import local_elements
 
-# DeepSpeed's buckets are 5e8 elements: 2 GB in fp32. 5e7 keep a link busy just as well.
-_BUCKET = 50_000_000
 _LIVE_PARAMETERS = 1_000_000_000  # stage3_max_live_parameters of DeepSpeed 0.19
 _SUB_GROUP = 1_000_000_000  # sub_group_size
 # of a CPU's process: libraries at work, a group's connections, what measures a classifier; and
 # holes in the heap as a share of activations
 _LIBRARIES, _GROUP, _MEASURES, _HOLES = 85 << 20, 40 << 20, 70 << 20, 0.55
-STAGE_0_BUCKET = 500_000_000  # MEMORY_OPT_ALLREDUCE_SIZE of deepspeed/runtime/engine.py
-
-
-def bucket_elements(config: RunConfig, plan: Plan, *, trained: bool = True) -> int:
-    """Return the elements of a communication bucket: even, as DeepSpeed requires.
-
-    Args:
-        trained: if true, no more than learn; else no more than there are.
-    """
-    local = local_elements(config, plan.tensor_parallel, trained=trained)
-    return min(_BUCKET, max(2, local + local % 2))
-
-
-def bucket_of(config: RunConfig, plan: Plan, key: str) -> int:
-    """Elements of the bucket that `deepspeed.zero_optimization` has under `key`, or ours."""
-    section = without_auto(config.deepspeed).get("zero_optimization", {})
-    trained = key != "stage3_prefetch_bucket_size"  # weights are fetched, frozen ones too
-    return int(section.get(key, bucket_elements(config, plan, trained=trained)))
-
-
-def local_elements(config: RunConfig, tensor: int, *, trained: bool = False) -> int:
-    """Elements of the parameters on one tensor rank, padding included; or of those that learn."""
-    if not trained or config.finetune is None:
-        return sum(_local_sizes(config.model, tensor).values())
-    rows = shapes.parameters(config.model)
-    sizes = _local_sizes(config.model, tensor)
-    return sum(sizes[row.name] for row in rows if shapes.learns(config, row))
-
-
-@lru_cache(maxsize=64)
-def _local_sizes(model: ModelConfig, tensor: int) -> dict[str, int]:
-    return {
-        row.name: math.prod(shapes.local_shape(row, Mesh(tensor=tensor).at(0)))
-        for row in shapes.parameters(model)
-    }
-
-
-def offloads(config: RunConfig) -> bool:
-    """Whether the optimizer's states are kept on the host."""
-    zero = without_auto(config.deepspeed).get("zero_optimization", {})
-    return bool((zero.get("offload_optimizer") or {}).get("device", "none") != "none")
 
 
 def host_bytes(config: RunConfig, plan: Plan, device: Kind) -> dict[str, int]:
@@ -77,7 +34,7 @@ def host_bytes(config: RunConfig, plan: Plan, device: Kind) -> dict[str, int]:
     share = -(-(4 * n + _moments(config, plan.tensor_parallel)) // plan.data_parallel)
     return {
         "offload_optimizer": plan.memory_bytes["optimizer"]
-        if device == "cuda" and offloads(config)
+        if device == "cuda" and plan.zero.offloads_optimizer
         else 0,
         "checkpoint.background": share if config.checkpoint.background else 0,
     }
@@ -91,14 +48,14 @@ def memory_bytes(config: RunConfig, plan: Plan, device: Kind) -> dict[str, int]:
     optimizer that is kept on the host is not in it.
     """
     n = local_elements(config, plan.tensor_parallel)
-    element = 4 if plan.precision == "fp32" else 2
+    element = plan.precision.bytes
     parameters, optimizer, held, gradients = _states(config, plan, n, element)
     kept, work = activation_bytes(config, plan, element, device)
     logits = _logits(config, plan, element)
     trained = local_elements(config, plan.tensor_parallel, trained=True)
-    buffers = _buffers(config, plan, trained, element)
-    arriving = _arriving(config, plan, n, element)
-    standing = _standing(config, plan)
+    buffers = _buffers(plan, trained, element)
+    arriving = _arriving(plan, n, element)
+    standing = _standing(plan)
     before = held + standing + kept + max(work + logits, arriving)
     peak = max(before, gradients + buffers)
     return {
@@ -108,7 +65,9 @@ def memory_bytes(config: RunConfig, plan: Plan, device: Kind) -> dict[str, int]:
         "activations": kept + work,
         "logits": logits,
         "buffers": buffers + arriving,
-        "total": parameters + peak + (0 if device == "cuda" and offloads(config) else optimizer),
+        "total": parameters
+        + peak
+        + (0 if device == "cuda" and plan.zero.offloads_optimizer else optimizer),
     }
 
 
@@ -129,7 +88,7 @@ def _states(config: RunConfig, plan: Plan, n: int, element: int) -> tuple[int, i
     if stage == 0:
         return element * every, moments, element * n * later, element * n
     optimizer = 4 * part + -(-moments // d)
-    if stage == 1 and plan.precision == "bf16":  # one flat fp32 buffer, made at the start
+    if stage == 1 and plan.precision == Precision.BF16:  # one flat fp32 buffer, made at the start
         return element * every, optimizer, 4 * n, 4 * n
     if stage == 1:  # each gradient in fp32; fp16's own, or the flat copy the step is made from
         extra = 4 * part if element == 4 else max(4 * part, 2 * n)
@@ -155,38 +114,38 @@ def _moments(config: RunConfig, tensor: int) -> int:
     return 8 * local - 4 * matrices
 
 
-def _buffers(config: RunConfig, plan: Plan, n: int, element: int) -> int:
+def _buffers(plan: Plan, n: int, element: int) -> int:
     """Bytes of the buckets that gradients are sent in."""
-    bucket = bucket_of(config, plan, "reduce_bucket_size")
+    bucket = plan.zero.reduce_bucket_size
     if plan.zero_stage == 0:
-        return element * min(n, STAGE_0_BUCKET)
+        return element * min(n, bucket)
     if plan.zero_stage == 1:
-        return 0 if plan.precision == "bf16" else 4 * bucket
-    section = without_auto(config.deepspeed).get("zero_optimization", {})
-    overlap = section.get("overlap_comm", plan.zero_stage == 3) is True
-    staging = element * (2 if overlap else 1)
+        return 0 if plan.precision == Precision.BF16 else 4 * bucket
+    staging = element * (2 if plan.zero.overlap_comm else 1)
     return (staging + (4 if element == 2 else 0)) * bucket  # 16-bit gradients are sent in fp32
 
 
-def _standing(config: RunConfig, plan: Plan) -> int:
+def _standing(plan: Plan) -> int:
     """Bytes of the buckets that stand beside activations, in fp32 as gradients are sent.
 
     ZeRO 3 makes its bucket once; ZeRO 1, where it has one, in the first of several micro-batches,
     for the last.
     """
-    bucket = bucket_of(config, plan, "reduce_bucket_size")
-    first = plan.zero_stage == 1 and plan.precision != "bf16" and plan.accumulation_steps > 1
+    bucket = plan.zero.reduce_bucket_size
+    first = (
+        plan.zero_stage == 1 and plan.precision != Precision.BF16 and plan.accumulation_steps > 1
+    )
     return 4 * bucket * (plan.zero_stage == 3 or first)
 
 
-def _arriving(config: RunConfig, plan: Plan, n: int, element: int) -> int:
+def _arriving(plan: Plan, n: int, element: int) -> int:
     """Bytes that ZeRO 3's gathers arrive in: each is kept until its last weight is copied out.
 
     One is being used while the next is fetched.
     """
     if plan.zero_stage != 3 or plan.data_parallel == 1:
         return 0
-    return element * min(n, 2 * bucket_of(config, plan, "stage3_prefetch_bucket_size"))
+    return element * min(n, 2 * plan.zero.prefetch_bucket_size)
 
 
 def process_bytes(config: RunConfig, plan: Plan) -> int:
@@ -198,28 +157,28 @@ def process_bytes(config: RunConfig, plan: Plan) -> int:
     Libraries that a run loads at work come on top. Holes are a share of what blocks keep, measured
     by `benchmarks/plan.py --cpu` under the heap that `megalite.env.restart_with_heap` sets.
     """
-    n, element = local_elements(config, plan.tensor_parallel), 4 if plan.precision == "fp32" else 2
+    n, element = local_elements(config, plan.tensor_parallel), plan.precision.bytes
     trained = local_elements(config, plan.tensor_parallel, trained=True)
     weights, optimizer, held, gradients = _states(config, plan, n, element)
     copied = _flat_copy(config, plan, trained, gradients)
     buffers, arriving = (
-        _buffers(config, plan, trained, element),
-        _arriving(config, plan, n, element),
+        _buffers(plan, trained, element),
+        _arriving(plan, n, element),
     )
     _, work = activation_bytes(config, plan, element, "cpu")
     chunk, made = _logit_parts(config, plan, element)
     small, large = heap_bytes(config, plan, element)
-    stays, pieces = weights + optimizer, [made, held, _standing(config, plan)]
+    stays, pieces = weights + optimizer, [made, held, _standing(plan)]
     # ZeRO 1 and 2 flatten a bucket once more to send it (allreduce_bucket); ZeRO 1 keeps the bucket
     # beside the copy that the step is made from, the others do not
     again = min(element * trained, buffers) * (plan.zero_stage in (1, 2) and plan.data_parallel > 1)
     sent = buffers + max(again, copied) if plan.zero_stage == 1 else max(buffers + again, copied)
     if plan.zero_stage == 3:
         whole = _gathered(plan, n, element)
-        stays += held + _standing(config, plan) - whole
+        stays += held + _standing(plan) - whole
         pieces = [made, whole]
         # one gather and one bucket for everything both stand until the end of the backward
-        alone = arriving == element * n and trained <= bucket_elements(config, plan)
+        alone = arriving == element * n and trained <= plan.zero.reduce_bucket_size
         sent = max(sent, arriving + buffers * alone)
     before = sum(size for size in pieces if size < MAPPED or plan.zero_stage == 3)
     mapped = large + sum(pieces) - before
@@ -240,7 +199,7 @@ def _flat_copy(config: RunConfig, plan: Plan, trained: int, gradients: int) -> i
     """Return bytes of the one fp32 piece of gradients that a step is made from."""
     if plan.zero_stage == 0:
         return 0
-    if plan.zero_stage == 1 and plan.precision == "bf16":
+    if plan.zero_stage == 1 and plan.precision == Precision.BF16:
         return gradients
     made = 4 * (trained if plan.zero_stage == 1 else -(-trained // plan.data_parallel))
     return gradients - made

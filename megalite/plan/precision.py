@@ -10,17 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from megalite import files
-from megalite.config import RunConfig, zero_stage
-
-Precision = Literal["fp32", "bf16", "fp16"]
+from megalite.config import Precision, RunConfig, zero_stage
 
 # Flags of /proc/cpuinfo for units that multiply bf16 matrices: Intel's tiles (AMX), and the dot
 # products of AVX-512 (Intel's and AMD's). Without one of them bf16 is half as fast as fp32.
 _UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
-_KNOWN = ("fp32", "bf16", "fp16")
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -47,11 +44,11 @@ def resolve_precision(
     """
     precision = config.training.precision
     if precision != "auto":
-        return precision
+        return Precision(precision)
     if device == "cuda":
-        return "bf16"
+        return Precision.BF16
     able = bf16_units() is not None if native_bf16 is None else native_bf16
-    return "bf16" if able and zero_stage(config) > 0 else "fp32"
+    return Precision.BF16 if able and zero_stage(config) > 0 else Precision.FP32
 
 
 def recorded_precision(config: Mapping[str, Any], run: Path) -> Precision | Literal["auto"] | None:
@@ -68,11 +65,12 @@ def recorded_precision(config: Mapping[str, Any], run: Path) -> Precision | Lite
     precision = config["training"]["precision"]
     if precision == "auto":
         with suppress(OSError, ValueError, LookupError, TypeError):
-            return "bf16" if files.read_json(run / "deepspeed.json")["bf16"]["enabled"] else "fp32"
+            enabled = files.read_json(run / "deepspeed.json")["bf16"]["enabled"]
+            return Precision.BF16 if enabled else Precision.FP32
         return "auto"
-    return cast(Precision, precision) if precision in _KNOWN else None
+    return Precision(precision) if precision in list(Precision) else None
 
 
 def auto_of_first_version(device: Literal["cpu", "cuda"]) -> Precision:
     """Return what "auto" was in MegaLite 0.1."""
-    return "bf16" if device == "cuda" else "fp32"
+    return Precision.BF16 if device == "cuda" else Precision.FP32

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from megalite import files
-from megalite.config import RunConfig, allowed_tensor_parallel, merged, parse_config, zero_stage
+from megalite.config import RunConfig, allowed_tensor_parallel, merged, parse_config
 from megalite.errors import ConfigError
 from megalite.plan.forecast import Forecast, forecast
-from megalite.plan.memory import offloads
 from megalite.plan.seconds import Layout
+from megalite.plan.zero import zero_settings
 
 _RECOMPUTE = ("none", "selective", "full")
 _MOST = 128  # samples of a micro-batch that are tried, beside the run file's own
@@ -109,8 +109,9 @@ def _rate(found: Forecast) -> float:
 
 def _own_changes(config: RunConfig) -> dict[str, Any]:
     """Return the run file's own layout in the keys of a candidate."""
-    training, device = config.training, "cpu" if offloads(config) else "none"
-    zero = {"stage": zero_stage(config), "offload_optimizer": {"device": device}}
+    training, own = config.training, zero_settings(config)
+    device = "cpu" if own.offloads_optimizer else "none"
+    zero = {"stage": own.stage, "offload_optimizer": {"device": device}}
     again = training.activation_checkpointing
     return {
         "parallel": {"tensor": config.parallel.tensor, "sequence": config.parallel.sequence},

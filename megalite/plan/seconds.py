@@ -17,9 +17,9 @@ from megalite.config import RunConfig
 from megalite.plan.devices import Device
 from megalite.plan.flops import run_flops
 from megalite.plan.gradients import gradients
-from megalite.plan.memory import local_elements, offloads
 from megalite.plan.sizes import Plan
 from megalite.plan.traffic import Collective, data_collectives, tensor_collectives
+from megalite.plan.zero import local_elements
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class _Clock:
     ) -> None:
         self._config, self._plan, self._layout = config, plan, layout
         self._eff, self._document = layout.device.efficiencies, document_tokens
-        self._element = 4 if plan.precision == "fp32" else 2
+        self._element = plan.precision.bytes
         # the cores of a CPU are shared by the ranks of its host; a GPU is a rank's own
         share = layout.per_host if layout.device.kind == "cpu" else 1
         peak = layout.device.peak(plan.precision)
@@ -180,10 +180,10 @@ class _Clock:
 
     def _optimizer(self) -> float:
         """AdamW reads and writes weights and both moments, in fp32, and reads the gradient."""
-        config, plan = self._config, self._plan
+        plan = self._plan
         own = self._trained / (plan.data_parallel if plan.zero_stage else 1)
         moved = own * (28 + self._element)
-        if offloads(config) and self._layout.device.kind != "cpu":
+        if self._plan.zero.offloads_optimizer and self._layout.device.kind != "cpu":
             return moved / (self._layout.device.host_link * self._eff.bandwidth)
         return moved / (self._bandwidth * self._eff.bandwidth)
 
@@ -199,8 +199,7 @@ class _Clock:
         calls = data_collectives(self._config, plan)
         near = max(1, self._layout.per_host // plan.tensor_parallel)
         sent = self._send(calls, ranks, self._rate(ranks, min(near, ranks)))
-        section = self._config.deepspeed.get("zero_optimization", {})
-        if section.get("overlap_comm", plan.zero_stage == 3) is not True:
+        if not plan.zero.overlap_comm:
             return sent
         room = {3: forward + backward, 2: backward}.get(plan.zero_stage, last)
         return max(0.0, sent - self._eff.hidden * room)

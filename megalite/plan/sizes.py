@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from megalite import shapes
-from megalite.config import RunConfig, allowed_tensor_parallel, zero_stage
+from megalite.config import Precision, RunConfig, allowed_tensor_parallel
 from megalite.config.deepspeed_keys import contradiction
 from megalite.errors import ConfigError
 from megalite.plan.flops import run_flops_per_token
-from megalite.plan.precision import Precision, resolve_precision
+from megalite.plan.precision import resolve_precision
+from megalite.plan.zero import ZeroSettings, without_auto, zero_settings
 
 _LABELS = 2  # of a classifier, until its examples tell
 
@@ -24,7 +24,7 @@ class Plan:
     world_size: int
     tensor_parallel: int
     data_parallel: int
-    zero_stage: int
+    zero: ZeroSettings
     global_batch_size: int
     micro_batch_size: int
     accumulation_steps: int
@@ -34,6 +34,10 @@ class Plan:
     parameters: int
     flops_per_token: int
     memory_bytes: dict[str, int]
+
+    @property
+    def zero_stage(self) -> int:
+        return self.zero.stage
 
 
 def labelled(config: RunConfig) -> RunConfig:
@@ -66,11 +70,11 @@ def arrange(
     """
     training, tensor = config.training, config.parallel.tensor
     precision = resolve_precision(config, device=device, native_bf16=native_bf16)
-    faults = list(_layout_faults(config, world_size))
+    faults, zero = list(_layout_faults(config, world_size)), zero_settings(config)
     data_parallel = max(1, world_size // tensor)
     accumulation = max(1, training.global_batch_size // (training.micro_batch_size * data_parallel))
     if not faults:
-        faults += _deepspeed_faults(config, accumulation, precision)
+        faults += _deepspeed_faults(config, zero, accumulation, precision)
     if faults:
         raise ConfigError(faults)
     length = config.data.sequence_length
@@ -78,7 +82,7 @@ def arrange(
         world_size=world_size,
         tensor_parallel=tensor,
         data_parallel=data_parallel,
-        zero_stage=zero_stage(config),
+        zero=zero,
         global_batch_size=training.global_batch_size,
         micro_batch_size=training.micro_batch_size,
         accumulation_steps=accumulation,
@@ -89,15 +93,6 @@ def arrange(
         flops_per_token=run_flops_per_token(config),
         memory_bytes={},
     )
-
-
-def without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
-    """A section of DeepSpeed's without the values that are left to be filled in."""
-    return {
-        key: without_auto(value) if isinstance(value, dict) else copy.deepcopy(value)
-        for key, value in section.items()
-        if value != "auto"
-    }
 
 
 def _layout_faults(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -128,10 +123,14 @@ def _layout_faults(config: RunConfig, world_size: int) -> Iterator[str]:
             )
 
 
-def _deepspeed_faults(config: RunConfig, accumulation: int, precision: Precision) -> Iterator[str]:
-    section = without_auto(config.deepspeed).get("zero_optimization", {})
-    for key, kept in (("offload_param", ("none",)), ("offload_optimizer", ("none", "cpu"))):
-        if (where := (section.get(key) or {}).get("device", "none")) not in kept:
+def _deepspeed_faults(
+    config: RunConfig, zero: ZeroSettings, accumulation: int, precision: Precision
+) -> Iterator[str]:
+    for key, where, possible in (
+        ("offload_param", zero.offload_param, ("none",)),
+        ("offload_optimizer", zero.offload_optimizer, ("none", "cpu")),
+    ):
+        if where not in possible:
             yield (
                 f"deepspeed.zero_optimization.{key}: device {where}, which this version does not "
                 "use; leave it out, and offload the optimizer to cpu or use more ranks"
@@ -144,7 +143,7 @@ def _deepspeed_faults(config: RunConfig, accumulation: int, precision: Precision
     if types.get("param_dtype", precision) != precision:
         told = contradiction(types["param_dtype"], precision, "training.precision")
         yield f"deepspeed.data_types.param_dtype: {told}"
-    if precision != "fp32" and zero_stage(config) == 0:
+    if precision is not Precision.FP32 and zero.stage == 0:
         yield (
             f"training.precision: {precision} (auto on GPUs) with ZeRO stage 0 keeps no fp32 "
             "master weights; set deepspeed.zero_optimization.stage to 1, or the precision to fp32"

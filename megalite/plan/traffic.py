@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megalite import shapes
-from megalite.config import RunConfig
+from megalite.config import Precision, RunConfig
 from megalite.plan.gradients import HEAD, gradients
-from megalite.plan.memory import STAGE_0_BUCKET, bucket_of, local_elements
 from megalite.plan.sizes import Plan
+from megalite.plan.zero import local_elements
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 
@@ -34,14 +34,14 @@ class Collective:
 
     group: Literal["tensor", "data"]
     kind: Kind
-    dtype: str
+    dtype: Precision
     elements: int
     count: int
 
     @property
     def bytes(self) -> int:
         """Of the whole tensors, over all calls."""
-        return self.count * self.elements * (4 if self.dtype == "fp32" else 2)
+        return self.count * self.elements * self.dtype.bytes
 
     def sent_bytes(self, ranks: int) -> float:
         """What a rank of a ring sends: all but its own part, twice for an all_reduce."""
@@ -70,7 +70,7 @@ class _Calls:
 
     def __init__(self, config: RunConfig, plan: Plan) -> None:
         self._config, self._model, self._plan = config, config.model, plan
-        self._found: Counter[tuple[Kind, str, int]] = Counter()
+        self._found: Counter[tuple[Kind, Precision, int]] = Counter()
         self._made = gradients(config.model, config.finetune)
         self._sequence = config.parallel.sequence
         self._again = config.training.activation_checkpointing != "none"
@@ -84,7 +84,7 @@ class _Calls:
             if row.name.endswith(".lora_A")
         }
 
-    def count(self) -> Counter[tuple[Kind, str, int]]:
+    def count(self) -> Counter[tuple[Kind, Precision, int]]:
         model, B, D = self._model, self._plan.micro_batch_size, self._model.hidden_size
         lengths = shapes.lengths(self._config)
         for stack, layers in shapes.stacks(model).items():
@@ -99,7 +99,9 @@ class _Calls:
         self._vectors()
         return self._found
 
-    def _add(self, kind: Kind, elements: int, count: int = 1, dtype: str | None = None) -> None:
+    def _add(
+        self, kind: Kind, elements: int, count: int = 1, dtype: Precision | None = None
+    ) -> None:
         if elements and count:
             self._found[kind, dtype or self._plan.precision, elements] += count
 
@@ -154,10 +156,10 @@ class _Calls:
         chunk = shapes.chunk_rows(-(-model.vocab_size // plan.tensor_parallel))
         full, rest = divmod(rows, chunk)
         for size, count in ((chunk, full), (rest, 1)):
-            self._add("all_reduce", size, count, dtype="fp32")
-            self._add("all_reduce", 2 * size, count, dtype="fp32")
+            self._add("all_reduce", size, count, dtype=Precision.FP32)
+            self._add("all_reduce", 2 * size, count, dtype=Precision.FP32)
         if self._config.finetune and self._config.finetune.label_smoothing:
-            self._add("all_reduce", model.hidden_size, dtype="fp32")  # of the mean logit
+            self._add("all_reduce", model.hidden_size, dtype=Precision.FP32)  # of the mean logit
 
     def _vectors(self) -> None:
         """Gradients of what every rank holds whole and meets with a part of the tokens or heads."""
@@ -179,25 +181,25 @@ def data_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
     n = local_elements(config, plan.tensor_parallel, trained=True)
     every = local_elements(config, plan.tensor_parallel)
     times, stage = plan.accumulation_steps, plan.zero_stage
-    bucket = bucket_of(config, plan, "reduce_bucket_size") if stage else STAGE_0_BUCKET
+    bucket = plan.zero.reduce_bucket_size
     rows: list[Collective] = []
     if stage in (0, 1):
-        whole = stage == 1 and plan.precision == "bf16"
-        rows += _in_buckets("all_reduce", "fp32", n, n if whole else bucket, 1)
+        whole = stage == 1 and plan.precision is Precision.BF16
+        rows += _in_buckets("all_reduce", Precision.FP32, n, n if whole else bucket, 1)
     else:
-        rows += _in_buckets("reduce_scatter", "fp32", n, bucket, times)
+        rows += _in_buckets("reduce_scatter", Precision.FP32, n, bucket, times)
     if stage in (1, 2):
         rows.append(Collective("data", "all_gather", plan.precision, n, 1))
     if stage == 3:
         # without prefetching each product's weights come alone, as many as a mean one has
-        fetched = bucket_of(config, plan, "stage3_prefetch_bucket_size")
+        fetched = plan.zero.prefetch_bucket_size
         fetched = fetched or -(-every // len(shapes.parameters(config.model)))
         rows += _in_buckets("all_gather", plan.precision, every, fetched, 2 * times)
     return tuple(rows)
 
 
 def _in_buckets(
-    kind: Kind, dtype: str, elements: int, bucket: int, times: int
+    kind: Kind, dtype: Precision, elements: int, bucket: int, times: int
 ) -> Iterator[Collective]:
     """So many elements in full buckets and one of what is left."""
     full, rest = divmod(elements, bucket)

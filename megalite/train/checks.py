@@ -10,10 +10,10 @@ import psutil
 import torch
 
 from megalite import env, shapes
-from megalite.config import RunConfig
+from megalite.config import Precision, RunConfig
 from megalite.env import Launch
 from megalite.plan import Plan, host_bytes
-from megalite.plan.sizes import without_auto
+from megalite.plan.zero import without_auto
 
 # The monitors of DeepSpeed that need a package, and the name it is imported by.
 _MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
@@ -99,7 +99,7 @@ def _cached(statistics: Path) -> int:
 
 
 def _unsupported(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) -> Iterator[str]:
-    if plan.precision == "fp16" and device == "cpu":
+    if plan.precision is Precision.FP16 and device == "cpu":
         yield (
             "training.precision fp16: no GPU found, and a CPU trains in fp32 or bf16; set it to "
             "auto"
@@ -117,10 +117,12 @@ def _unsupported(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) 
             "training.compile true: no C++ compiler on PATH, which torch.compile needs; install "
             "g++ or set it to false"
         )
-    yield from _deepspeed_needs(config, device)
+    yield from _deepspeed_needs(config, plan, device)
 
 
-def _deepspeed_needs(config: RunConfig, device: Literal["cpu", "cuda"]) -> Iterator[str]:
+def _deepspeed_needs(
+    config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]
+) -> Iterator[str]:
     """Return which keys of the `deepspeed` section ask for what is not installed here."""
     section = without_auto(config.deepspeed)
     for monitor, package in _MONITORS.items():
@@ -129,9 +131,8 @@ def _deepspeed_needs(config: RunConfig, device: Literal["cpu", "cuda"]) -> Itera
                 f"deepspeed.{monitor}: the package {package} is not installed; install it, or set "
                 "enabled to false"
             )
-    zero = section.get("zero_optimization", {})
-    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
-        if zero.get("stage") == 3 and zero.get(key) is True and device == "cpu":
+    if plan.zero_stage == 3 and device == "cpu":
+        for key in plan.zero.quantized:
             yield (
                 f"deepspeed.zero_optimization.{key}: no GPU found, and DeepSpeed quantizes on GPUs "
                 "only; set it to false"

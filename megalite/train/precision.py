@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from megalite import files
-from megalite.config import parse_config, zero_stage
+from megalite.config import Precision, parse_config, zero_stage
 from megalite.env import Launch
 from megalite.errors import ConfigError, UserError
 from megalite.formats import checkpoint as disk
@@ -17,7 +17,6 @@ from megalite.log import logger
 from megalite.parallel import Grid
 from megalite.plan import (
     Plan,
-    Precision,
     auto_of_first_version,
     bf16_units,
     recorded_precision,
@@ -49,7 +48,7 @@ def settle_precision(request: Request, launch: Launch, grid: Grid) -> tuple[Requ
 def _settle(request: Request, grid: Grid) -> Request:
     asked = request.config.training.precision
     if request.engine == "reference":
-        return _with(request, "fp32", "the reference engine's")
+        return _with(request, Precision.FP32, "the reference engine's")
     goes_on = grid.rank == 0 and request.resume != "never"
     known = grid.gather((bf16_units(), _recorded(request) if goes_on else None))
     units: tuple[str | None, ...] = tuple(unit for unit, _ in known)
@@ -61,7 +60,7 @@ def _settle(request: Request, grid: Grid) -> Request:
         _warn_of_slow(asked, device, able)
         return request
     best = resolve_precision(request.config, device=device, native_bf16=able)
-    if kept in ("bf16", "fp16") and zero_stage(request.config) == 0:
+    if kept not in (None, Precision.FP32) and zero_stage(request.config) == 0:
         raise ConfigError(
             f"training.precision auto: the run began in {kept} and goes on in it, but ZeRO stage 0 "
             "keeps no fp32 master weights; set deepspeed.zero_optimization.stage to 1, or change "
@@ -83,7 +82,7 @@ def _settle(request: Request, grid: Grid) -> Request:
 
 def _with(request: Request, precision: Precision, reason: str) -> Request:
     raw = request.config.model_dump(mode="json")
-    raw["training"]["precision"] = precision
+    raw["training"]["precision"] = precision.value
     return replace(request, config=parse_config(raw), precision_reason=reason)
 
 
@@ -107,7 +106,7 @@ def _candidates(request: Request) -> Iterator[Path]:
 def _reason(precision: Precision, device: str, units: tuple[str | None, ...]) -> str:
     if device == "cuda":
         return "auto on GPUs"
-    if precision == "bf16":
+    if precision is Precision.BF16:
         return f"auto: every rank has {' or '.join(sorted({unit for unit in units if unit}))}"
     if all(units):
         return "auto: ZeRO stage 0 keeps no fp32 masters"
@@ -116,7 +115,7 @@ def _reason(precision: Precision, device: str, units: tuple[str | None, ...]) ->
 
 
 def _warn_of_slow(precision: str, device: str, able: bool) -> None:
-    if precision == "bf16" and device == "cpu" and not able:
+    if precision == Precision.BF16 and device == "cpu" and not able:
         logger.warning(
             "training.precision bf16: a processor of this run has neither AMX nor AVX512-BF16; a "
             "step takes about twice as long as in fp32"

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megalite import shapes
-from megalite.config import RunConfig
+from megalite.config import Precision, RunConfig
 from megalite.engine.base import tune
 from megalite.env import Launch
 from megalite.errors import CommandError
@@ -34,11 +34,10 @@ from megalite.model import LanguageModel, build
 from megalite.parallel import Grid, local_model, prepare, split
 from megalite.plan import Collective, Plan, labelled, make_plan, tensor_collectives
 from megalite.plan.devices import Kind, find_device
-from megalite.plan.memory import local_elements
+from megalite.plan.zero import local_elements
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _DEVICES = {"cpu": "CPU ranks", "cuda": "GPUs"}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PRECISIONS = {precision.torch: precision for precision in Precision}
 _KINDS = {
     "allreduce_": "all_reduce",
     "_allgather_base_": "all_gather",
@@ -125,7 +124,7 @@ def _build(config: RunConfig, plan: Plan, grid: Grid) -> LanguageModel:
     config = config.model_copy(update={"training": plain})
     with torch.device("meta"):
         model = build(local_model(config.model, plan.tensor_parallel))
-    model.to(_DTYPES[plan.precision])
+    model.to(plan.precision.torch)
     loss = model.head_loss = tune(model, config)
     if plan.tensor_parallel > 1:
         split(model, config.model, grid, loss, sequence=config.parallel.sequence)
@@ -170,14 +169,14 @@ class _Calls(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: Counter[tuple[str, str, int]] = Counter()
+        self._seen: Counter[tuple[str, Precision, int]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             kind = _KINDS[func._schema.name.partition("::")[2]]
             tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
             dtype, elements = tensors[0].dtype, max(t.numel() for t in tensors)
-            self._seen[kind, _NAMES[dtype], elements] += 1
+            self._seen[kind, _PRECISIONS[dtype], elements] += 1
         return func(*args, **(kwargs or {}))
 
     def collectives(self, plan: Plan) -> tuple[Collective, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megalite.config import load_config
+from megalite.config import Precision, load_config
 from megalite.errors import CommandError, ConfigError
 from megalite.plan import Collective, data_collectives, make_plan
 from megalite.plan.calibrate import calibrate
@@ -157,7 +157,7 @@ def test_a_forward_is_no_slower_than_its_backward(name: str, device: str) -> Non
 
 
 def test_what_a_rank_of_a_ring_sends() -> None:
-    call = Collective("data", "all_reduce", "bf16", 1000, 3)
+    call = Collective("data", "all_reduce", Precision.BF16, 1000, 3)
     assert call.bytes == 6000
     assert call.sent_bytes(4) == 2 * 6000 * 3 / 4
     assert dataclasses.replace(call, kind="all_gather").sent_bytes(4) == 6000 * 3 / 4

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megalite import env
-from megalite.config import RunConfig
+from megalite.config import Precision, RunConfig
 from megalite.env import Launch
 from megalite.plan import Plan, make_plan
 from megalite.train import checks
@@ -112,7 +112,7 @@ def test_every_fault_at_once(free: Any, monkeypatch: pytest.MonkeyPatch) -> None
     free(1)
     monkeypatch.setattr(env, "has_compiler", lambda: False)
     config = run_config(training={"compile": True})
-    plan = replace(plan_of(config, 2), precision="fp16")
+    plan = replace(plan_of(config, 2), precision=Precision.FP16)
     faults = checks.hardware_faults(config, plan, launch_of(2, 2), "cpu")
     words = ("training.precision fp16", "training.compile true", "memory:")
     assert len(faults) == len(words)

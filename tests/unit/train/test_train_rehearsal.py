@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megalite.config import RunConfig, load_config, parse_config
 from megalite.plan import labelled, make_plan, tensor_collectives
-from megalite.plan.memory import local_elements
+from megalite.plan.zero import local_elements
 from megalite.train import rehearsal
 from megalite.train.rehearsal import rehearse
 from tests.run_file import BASE

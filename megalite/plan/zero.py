@@ -1,0 +1,109 @@
+"""DeepSpeed's ZeRO section as one typed value, with the sizes that MegaLite fills in."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from megalite import shapes
+from megalite.config import ModelConfig, RunConfig, zero_stage
+from megalite.mesh import Mesh
+
+# DeepSpeed's own buckets are 5e8 elements, 2 GB in fp32. 5e7 keep a link just as busy.
+_BUCKET = 50_000_000
+# Stage 0 has no bucket setting: MEMORY_OPT_ALLREDUCE_SIZE of deepspeed/runtime/engine.py.
+_STAGE_0_BUCKET = 500_000_000
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """The ZeRO section of a run file, "auto" and missing keys filled in. Sizes are in elements.
+
+    Attributes:
+        stage: 0 to 3.
+        reduce_bucket_size: gradients that are sent at once.
+        prefetch_bucket_size: weights that stage 3 fetches at once; 0 means no prefetching.
+        overlap_comm: whether gradients are sent while the backward goes on.
+        offload_optimizer, offload_param: the device that keeps them: "none", "cpu" or "nvme".
+        quantized: the keys that quantize weights and are true.
+    """
+
+    stage: int
+    reduce_bucket_size: int
+    prefetch_bucket_size: int
+    overlap_comm: bool
+    offload_optimizer: str
+    offload_param: str
+    quantized: tuple[str, ...]
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's states are kept on the host."""
+        return self.offload_optimizer != "none"
+
+
+def zero_settings(config: RunConfig) -> ZeroSettings:
+    """Return the ZeRO settings of a run file."""
+    section, stage = without_auto(config.deepspeed).get("zero_optimization", {}), zero_stage(config)
+    tensor = config.parallel.tensor
+    trained = _bucket(local_elements(config, tensor, trained=True))
+    fetched = _bucket(local_elements(config, tensor))  # frozen weights are fetched as well
+    return ZeroSettings(
+        stage=stage,
+        reduce_bucket_size=int(section.get("reduce_bucket_size", trained))
+        if stage
+        else _STAGE_0_BUCKET,
+        prefetch_bucket_size=int(section.get("stage3_prefetch_bucket_size", fetched)),
+        overlap_comm=section.get("overlap_comm", stage == 3) is True,
+        offload_optimizer=_device(section, "offload_optimizer"),
+        offload_param=_device(section, "offload_param"),
+        quantized=tuple(
+            key
+            for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights")
+            if section.get(key) is True
+        ),
+    )
+
+
+def without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a DeepSpeed section without the values that are "auto"."""
+    return {
+        key: without_auto(value) if isinstance(value, dict) else copy.deepcopy(value)
+        for key, value in section.items()
+        if value != "auto"
+    }
+
+
+def local_elements(config: RunConfig, tensor: int, *, trained: bool = False) -> int:
+    """Return the elements of the parameters on one tensor rank, padding included.
+
+    Args:
+        tensor: tensor-parallel ranks.
+        trained: if true, count only the parameters that are trained.
+    """
+    if not trained or config.finetune is None:
+        return sum(_local_sizes(config.model, tensor).values())
+    rows = shapes.parameters(config.model)
+    sizes = _local_sizes(config.model, tensor)
+    return sum(sizes[row.name] for row in rows if shapes.learns(config, row))
+
+
+@lru_cache(maxsize=64)
+def _local_sizes(model: ModelConfig, tensor: int) -> dict[str, int]:
+    return {
+        row.name: math.prod(shapes.local_shape(row, Mesh(tensor=tensor).at(0)))
+        for row in shapes.parameters(model)
+    }
+
+
+def _bucket(elements: int) -> int:
+    """Return the size of a bucket for so many elements: even, as DeepSpeed requires."""
+    return min(_BUCKET, max(2, elements + elements % 2))
+
+
+def _device(section: Mapping[str, Any], key: str) -> str:
+    return str((section.get(key) or {}).get("device", "none"))
