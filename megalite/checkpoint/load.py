@@ -28,8 +28,8 @@ from megalite.errors import CheckpointError, CommandError, DamagedCheckpoint, Ot
 from megalite.formats import checkpoint as disk
 from megalite.formats import foreign
 from megalite.log import logger
-from megalite.optim import state_names
 from megalite.parallel import Grid
+from megalite.plan.optimizer import state_names
 
 _TRAVELLING = 4  # tensors on their way at once
 

@@ -21,8 +21,8 @@ from megalite.engine import WEIGHT, Engine
 from megalite.errors import CheckpointError, MegaLiteError, NoSpace, Superseded
 from megalite.formats import checkpoint as disk
 from megalite.log import logger
-from megalite.optim import state_names
 from megalite.parallel import Grid
+from megalite.plan.optimizer import state_names
 
 
 @dataclass(frozen=True)

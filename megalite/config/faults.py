@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +132,7 @@ def schema_faults(raw: dict[str, Any]) -> tuple[RunConfig, list[Fault]]:
         except ValidationError as error:
             details = error.errors(include_url=False)
         if round == 0:
-            faults = [_describe(item) for item in details if _speaks(item, details)]
+            faults = [_describe(item, raw) for item in details if _speaks(item, details)]
         for item in sorted(details, key=lambda item: -len(item["loc"])):
             _mend(mended, item["loc"])
     raise AssertionError(f"a run file could not be mended: {details}")
@@ -140,7 +141,7 @@ def schema_faults(raw: dict[str, Any]) -> tuple[RunConfig, list[Fault]]:
 def describe_errors(error: ValidationError, section: str) -> str:
     """Return what is wrong with a section of a run file, each key by its name within it."""
     details = error.errors(include_url=False)
-    faults = [_describe({**item, "loc": (section, *item["loc"])}) for item in details]
+    faults = [_describe({**item, "loc": (section, *item["loc"])}, {}) for item in details]
     return "; ".join(str(fault).removeprefix(f"{section}.") for fault in faults)
 
 
@@ -192,11 +193,12 @@ _KINDS = {
     "too_short": "a list of {min_length} or more",
     "too_long": "a list of {max_length}",
     "literal_error": "one of {expected}",
+    "unknown_name": "one of {names}",
     "value_error": "{error}",
 }
 
 
-def _describe(item: ErrorDetails) -> Fault:
+def _describe(item: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
     loc, kind, found = item["loc"], item["type"], item["input"]
     key = tuple(str(part) for part in loc)
     field = _field(loc)
@@ -213,13 +215,31 @@ def _describe(item: ErrorDetails) -> Fault:
         expected = expected.replace("'", "").replace(" or ", ", ")
     if kind == "missing" and isinstance(loc[-1], int):  # an item of a list of fixed length
         key, expected = key[:-1], f"a list of {loc[-1] + 1}"
-    return Fault((key,), f"expected {expected}, found {show(found)}; {_remedy(kind, found, field)}")
+    words = [str(word) for word in getattr(field.annotation, "__args__", ())]
+    missing = None
+    if kind == "unknown_name":
+        words = item["ctx"]["names"].split(", ")
+        missing = _missing_plugin(f"{item['ctx']['kind']}.{found}", raw)
+    remedy = missing or _remedy(kind, found, field, words)
+    return Fault((key,), f"expected {expected}, found {show(found)}; {remedy}")
 
 
-def _remedy(kind: str, found: Any, field: FieldInfo) -> str:
-    """What to do about a value of the wrong kind."""
-    if kind == "literal_error" and isinstance(found, str):
-        words = [str(word) for word in getattr(field.annotation, "__args__", ())]
+def _missing_plugin(name: str, raw: Mapping[str, Any]) -> str | None:
+    """Return the package to install for a name, if the run file records where it came from."""
+    recorded = raw.get("plugins")
+    package = recorded.get(name) if isinstance(recorded, dict) else None
+    if not isinstance(package, str):
+        return None
+    return f"it is {name} of the package {package}, which is not installed here; install it"
+
+
+def _remedy(kind: str, found: Any, field: FieldInfo, words: list[str]) -> str:
+    """Return what to do about a value of the wrong kind.
+
+    Args:
+        words: the values there are, of a key that has few.
+    """
+    if kind in ("literal_error", "unknown_name") and isinstance(found, str):
         hint = nearest(found, words).removeprefix("; ")
         if hint:
             return hint

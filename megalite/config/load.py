@@ -19,6 +19,7 @@ from typing import Any
 
 from megalite.config.deepspeed_keys import deepspeed_faults
 from megalite.config.faults import Fault, Key, schema_faults, show
+from megalite.config.names import plugins_of
 from megalite.config.rules import rule_faults
 from megalite.config.schema import RunConfig
 from megalite.config.secrets import explain_redacted, redacted_keys, secret_faults
@@ -167,7 +168,7 @@ def _check(
     faults += [f"{_origin(fault, source, origins)}{fault}" for fault in found]
     if faults:
         raise ConfigError(faults)
-    return config
+    return config.model_copy(update={"plugins": plugins_of(config)})
 
 
 def _overlap(key: Key, other: Key) -> bool:

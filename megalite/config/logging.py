@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from megalite import registry
 from megalite.config.fields import Count, PathText, PositiveOrZero, Section, SmallCount, Text
+from megalite.config.names import NameOf
 
 
 class SamplesConfig(Section):
@@ -61,4 +63,7 @@ class LoggingConfig(Section):
     )
     wandb: WandbConfig | None = Field(
         default=None, description="Weights & Biases (null: nothing is sent there)."
+    )
+    sinks: Annotated[tuple[Annotated[str, NameOf(registry.sinks)], ...], Field(strict=False)] = (
+        Field(default=(), description="Sinks of installed packages that the run is shown to.")
     )

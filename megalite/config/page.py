@@ -60,7 +60,7 @@ def configuration_page(schema: dict[str, Any]) -> str:
     """The page, in Markdown, of the JSON schema of a run file."""
     defs, top = schema["$defs"], schema["properties"]
     lines = [_INTRODUCTION, *_HEAD]
-    lines += [_row(key, top[key]) for key in ("$schema", "extends", "name")]
+    lines += [_row(key, top[key]) for key in ("$schema", "extends", "name", "plugins")]
     for key, field in top.items():
         for place, name in _sections(key, field, defs):
             told = " ".join(defs[name]["description"].split("\n\n")[0].split())
@@ -110,6 +110,8 @@ def _kind(kind: dict[str, Any]) -> str:
         return f"list of {len(kind['prefixItems'])}: {_kind(kind['prefixItems'][0])}"
     if "items" in kind:
         return f"list: {_kind(kind['items'])}"
+    if kind.get("title"):  # a text with a meaning
+        return str(kind["title"])
     words = ["even"] if "multipleOf" in kind else []
     words.append(_WORDS[kind["type"]])
     for name, word in _BOUNDS.items() if kind["type"] in ("integer", "number") else ():

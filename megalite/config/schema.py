@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from megalite import registry
 from megalite.config.fields import (
     Count,
     CountOrZero,
@@ -25,6 +26,7 @@ from megalite.config.fields import (
 from megalite.config.finetune import FinetuneConfig
 from megalite.config.logging import LoggingConfig
 from megalite.config.model import ModelConfig
+from megalite.config.names import NameOf
 
 
 class ObjectiveConfig(Section):
@@ -104,7 +106,7 @@ class ParallelConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer; norms and biases are never decayed."""
 
-    name: Literal["adamw", "sgd", "muon"] = Field(
+    name: Annotated[str, NameOf(registry.optimizers)] = Field(
         default="adamw",
         description="Update rule; muon: of the blocks' matrices, beside AdamW of all others.",
     )
@@ -298,6 +300,11 @@ class RunConfig(Section):
         default_factory=lambda: {"zero_optimization": {"stage": 1}},
         description="DeepSpeed's own JSON, passed through; what MegaLite owns is filled in and "
         "may not be contradicted.",
+    )
+    plugins: dict[str, str] = Field(
+        default={},
+        description="Package and version of each name that an installed package registers; "
+        "filled in, and kept by the run and its checkpoints.",
     )
 
     @model_validator(mode="before")

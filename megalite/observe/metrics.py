@@ -15,6 +15,7 @@ from megalite.config import WandbConfig
 from megalite.files import append_line
 from megalite.log import finite, logger, redact
 from megalite.observe.console import Console
+from megalite.observe.sinks import Sink, open_sinks
 from megalite.observe.status import METRICS, TAIL, State, write_status
 from megalite.observe.tensorboard import TensorBoard
 from megalite.observe.wandb import Wandb
@@ -22,7 +23,7 @@ from megalite.observe.wandb import Wandb
 
 @dataclass
 class Recorder:
-    """Writes what a run reports: metrics.jsonl, status.json, TensorBoard, W&B and the console.
+    """Writer of what a run reports: metrics.jsonl, status.json, the console and other sinks.
 
     Rank 0 writes; on every other rank each method does nothing. Rows come without `kind`, `time`
     and `attempt`, which are added here; numbers that are not finite become null. TensorBoard and
@@ -35,12 +36,13 @@ class Recorder:
     total_steps: int
     tensorboard: bool
     wandb: WandbConfig | None = None
+    sinks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self._last_checkpoint: str | None = None
         self._complained = False
         self._writes = self.rank == 0
-        self._views: list[Console | TensorBoard | Wandb] = []
+        self._views: list[Sink] = []
         self._hook = threading.excepthook
         if self.rank != 0:
             return
@@ -52,6 +54,8 @@ class Recorder:
             self._views.append(TensorBoard(self.folder, attempt=self.attempt))
         if self.wandb is not None and self.wandb.mode != "disabled":
             self._views.append(Wandb(self.folder, self.wandb))
+        self._plugins = open_sinks(self.sinks, self.folder, attempt=self.attempt)
+        self._views += self._plugins
 
     def train(self, row: Mapping[str, Any]) -> None:
         """Record a train row; `step` counts from 1, `tokens` is the total so far."""
@@ -131,19 +135,21 @@ class Recorder:
                 append_line(self.folder / METRICS, json.dumps(line, allow_nan=False).encode())
         return clean
 
-    def _show(self, act: Callable[[Console | TensorBoard | Wandb], None]) -> None:
+    def _show(self, act: Callable[[Sink], None]) -> None:
         """Show something in every view; one that cannot be written shows nothing more."""
         for view in list(self._views):
             try:
                 act(view)
-            except OSError as error:
+            except Exception as error:
+                if not isinstance(error, OSError) and view not in self._plugins:
+                    raise
                 self._complain(error)
                 if not isinstance(view, Console):
                     self._views.remove(view)
-                    with suppress(OSError):
+                    with suppress(Exception if view in self._plugins else OSError):
                         view.close()
 
-    def _complain(self, error: OSError) -> None:
+    def _complain(self, error: Exception) -> None:
         if not self._complained:
             logger.warning("%s cannot be written: %s; the run goes on", self.folder, error)
         self._complained = True

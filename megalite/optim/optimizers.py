@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megalite import shapes
-from megalite.config import RunConfig
+from megalite import registry, shapes
+from megalite.config import OptimizerConfig, RunConfig
 from megalite.optim.muon import Muon
+from megalite.plan.optimizer import state_names, updates_matrices
+
+Groups = list[dict[str, Any]]
 
 
 def make_optimizer(
@@ -45,36 +48,37 @@ def make_optimizer(
         row = rows[name]
         if not shapes.learns(config, row):
             continue
-        own = "matrices" if _is_muons(config, row) else "decay" if row.decay else "no_decay"
+        own = "decay" if row.decay else "no_decay"
+        if row.is_matrix_of_block and updates_matrices(config):
+            own = "matrices"
         group = groups[own]
         group["params"].append(parameter)
         group["states"] = state_names(config, row)
-    optimizer = _make(config, [group for group in groups.values() if group["params"]])
+    make = registry.optimizers.load(section.name)
+    optimizer = make(section, [group for group in groups.values() if group["params"]])
     if section.l1:
         optimizer.register_step_post_hook(_soft_threshold)
     return optimizer
 
 
-def state_names(config: RunConfig, row: shapes.Parameter) -> tuple[str, ...]:
-    """Names of the element-wise states the optimizer keeps of a parameter."""
-    if not shapes.learns(config, row):
-        return ()
-    if config.optimizer.name == "sgd":
-        return ("momentum_buffer",) if config.optimizer.momentum else ()
-    return ("momentum_buffer",) if _is_muons(config, row) else ("exp_avg", "exp_avg_sq")
+@registry.optimizers.register("adamw", states=("exp_avg", "exp_avg_sq"))
+def _adamw(section: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True
+    )
 
 
-def _is_muons(config: RunConfig, row: shapes.Parameter) -> bool:
-    return config.optimizer.name == "muon" and row.is_matrix_of_block
+@registry.optimizers.register(
+    "muon", states=("exp_avg", "exp_avg_sq"), matrix_states=("momentum_buffer",)
+)
+def _muon(section: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
+    return Muon(
+        groups, lr=section.lr, betas=section.betas, eps=section.eps, momentum=section.momentum
+    )
 
 
-def _make(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    section = config.optimizer
-    adam: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
-    if section.name == "muon":
-        return Muon(groups, momentum=section.momentum, **adam)
-    if section.name == "adamw":
-        return torch.optim.AdamW(groups, fused=True, **adam)
+@registry.optimizers.register("sgd", states=("momentum_buffer",), states_need="momentum")
+def _sgd(section: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
     for group in groups:  # torch couples SGD's decay with the gradient: ours is a hook
         group["decoupled_l2"] = group.pop("weight_decay")
     optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum)

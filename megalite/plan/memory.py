@@ -6,14 +6,12 @@ of a sample, and the letters of `megalite.shapes`.
 
 from __future__ import annotations
 
-import math
-
 from megalite import shapes
 from megalite.config import Precision, RunConfig
-from megalite.mesh import Mesh
 from megalite.plan.activations import MAPPED, activation_bytes, heap_bytes
 from megalite.plan.devices import Kind
 from megalite.plan.gradients import gradients, head_weight
+from megalite.plan.optimizer import state_bytes
 from megalite.plan.sizes import Plan
 from megalite.plan.zero import local_elements
 
@@ -31,7 +29,7 @@ def host_bytes(config: RunConfig, plan: Plan, device: Kind) -> dict[str, int]:
     share of fp32 weights and states.
     """
     n = local_elements(config, plan.tensor_parallel)
-    share = -(-(4 * n + _moments(config, plan.tensor_parallel)) // plan.data_parallel)
+    share = -(-(4 * n + state_bytes(config, plan.tensor_parallel)) // plan.data_parallel)
     return {
         "offload_optimizer": plan.memory_bytes["optimizer"]
         if device == "cuda" and plan.zero.offloads_optimizer
@@ -84,7 +82,7 @@ def _states(config: RunConfig, plan: Plan, n: int, element: int) -> tuple[int, i
     later = plan.accumulation_steps > 1
     every, n = n, local_elements(config, plan.tensor_parallel, trained=True)
     part, parts = -(-n // d), -(-every // d)
-    moments = _moments(config, plan.tensor_parallel)
+    moments = state_bytes(config, plan.tensor_parallel)
     if stage == 0:
         return element * every, moments, element * n * later, element * n
     optimizer = 4 * part + -(-moments // d)
@@ -98,20 +96,6 @@ def _states(config: RunConfig, plan: Plan, n: int, element: int) -> tuple[int, i
     copied = 4 * min(part, _SUB_GROUP)
     whole = _gathered(plan, every, element)
     return element * parts + whole, optimizer, 4 * part, 4 * part + copied
-
-
-def _moments(config: RunConfig, tensor: int) -> int:
-    """Bytes of the fp32 states that the optimizer keeps of a tensor rank's parameters."""
-    local, matrices = local_elements(config, tensor, trained=True), 0
-    if config.optimizer.name == "sgd":
-        return 4 * local * (config.optimizer.momentum > 0)
-    if config.optimizer.name == "muon":  # one state of the blocks' matrices instead of two
-        matrices = sum(
-            math.prod(shapes.local_shape(row, Mesh(tensor=tensor).at(0)))
-            for row in shapes.parameters(config.model)
-            if row.is_matrix_of_block and shapes.learns(config, row)
-        )
-    return 8 * local - 4 * matrices
 
 
 def _buffers(plan: Plan, n: int, element: int) -> int:

@@ -68,6 +68,7 @@ def opened(
         total_steps=config.training.steps,
         tensorboard=config.logging.tensorboard,
         wandb=config.logging.wandb,
+        sinks=config.logging.sinks,
     )
     try:
         yield recorder

@@ -22,8 +22,8 @@ from megalite import env, files, shapes
 from megalite.config import ModelConfig, RunConfig, parse_config
 from megalite.engine import Engine
 from megalite.log import run_main
-from megalite.optim import state_names
 from megalite.parallel import Grid, is_counted
+from megalite.plan.optimizer import state_names
 from megalite.train.parity.trial import SAVED
 from megalite.train.request import Request
 from megalite.train.run import run

@@ -19,7 +19,8 @@ from megalite.engine.reference import (
     updates_taken,
 )
 from megalite.model import build
-from megalite.optim import make_optimizer, state_names
+from megalite.optim import make_optimizer
+from megalite.plan.optimizer import state_names
 from tests.factories import LONELY, make_batch, make_model, run_config
 
 DECAYED, FREE = "lm_head.weight", "model.norm.weight"

@@ -1,0 +1,181 @@
+"""Names that a run file may use for a norm, an optimizer, a reader and so on, and their objects.
+
+An entry comes from one of three places: a module of this project, user code that calls
+`registry.norms.register("scaled")`, or an installed package. A package declares entry points in the
+group `megalite.plugins`, named KIND.NAME, such as `norm.scaled = my_package.norms:Scaled`.
+
+Names are cheap. Those of this project are read from the source of the kind's home module, those of
+packages from their metadata. So checking a run file imports neither torch nor a plug-in; `load`
+imports one module when its object is used. An entry may have *facts*, plain values for code without
+torch. They are the keyword arguments of `register`; a package has them in a second entry point,
+`part.NAME`, whose object is a mapping.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from megalite.errors import UserError, nearest
+
+GROUP = "megalite.plugins"
+_PROJECT = Path(__file__).parents[1]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An entry of an installed package."""
+
+    point: EntryPoint
+    package: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.version}"
+
+
+class Registry(Generic[T]):
+    """The entries of one kind by name.
+
+    Args:
+        kind: what an entry is, as entry points and messages name it: "norm".
+        plural: the registry's name in this module: "norms".
+        home: the module that registers the built-in entries. None: there are none.
+    """
+
+    def __init__(self, kind: str, plural: str, home: str | None) -> None:
+        self.kind, self._plural, self._home = kind, plural, home
+        self._entries: dict[str, T] = {}
+        self._facts: dict[str, Mapping[str, Any]] = {}
+
+    def register(self, name: str, **facts: Any) -> Callable[[T], T]:
+        """Return a decorator that registers an object under `name`.
+
+        Args:
+            facts: plain values for code without torch. In a home module they are literals.
+        Raises:
+            UserError: the name is taken.
+        """
+
+        def add(entry: T) -> T:
+            if name in self._entries or (name in self.builtin and self._home not in sys.modules):
+                raise UserError(f'there is a {self.kind} "{name}" already; register another name')
+            if name in self._plugins:
+                raise UserError(
+                    f'{self.kind} "{name}" is of the package {self._plugins[name]} already; '
+                    "register another name"
+                )
+            self._entries[name], self._facts[name] = entry, facts
+            return entry
+
+        return add
+
+    @cached_property
+    def builtin(self) -> tuple[str, ...]:
+        """The names that this project registers, in the order of the home module."""
+        return tuple(self._declared)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name: built-in ones first."""
+        return tuple(dict.fromkeys((*self.builtin, *self._entries, *self._plugins)))
+
+    def load(self, name: str) -> T:
+        """Return the object of a name; import its module if need be.
+
+        Raises:
+            UserError: an unknown name, or a plug-in that cannot be imported.
+        """
+        if name not in self._entries and name in self.builtin:
+            importlib.import_module(str(self._home))
+        if name not in self._entries and (plugin := self.plugin(name)):
+            self._entries[name] = _load(plugin)
+        if name not in self._entries:
+            raise UserError(self.unknown(name))
+        return self._entries[name]
+
+    def facts(self, name: str) -> Mapping[str, Any]:
+        """Return the facts of a name. A name that states none has an empty mapping."""
+        if name in self._facts:
+            return self._facts[name]
+        if name in self._declared:
+            return self._declared[name]
+        point = _points().get(("part", name))
+        found = _load(point) if point and self.plugin(name) else {}
+        if not isinstance(found, Mapping):
+            raise UserError(f"part.{name} of {point} is no mapping of facts to values")
+        self._facts[name] = found
+        return found
+
+    def plugin(self, name: str) -> Plugin | None:
+        """Return the package that a name comes from. None: it is built in, or of this process."""
+        return None if name in self.builtin else self._plugins.get(name)
+
+    def unknown(self, name: str) -> str:
+        """Return the message for a name that nothing registers."""
+        return (
+            f'{self.kind} "{name}": there is none of that name'
+            f"{nearest(name, self.names)}; there are {', '.join(self.names)}"
+        )
+
+    @cached_property
+    def _declared(self) -> dict[str, dict[str, Any]]:
+        """Facts by name, as the home module's calls of `register` state them."""
+        if self._home is None:
+            return {}
+        source = (_PROJECT / self._home.replace(".", "/")).with_suffix(".py")
+        found: dict[str, dict[str, Any]] = {}
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+                f"{self._plural}.register"
+            ):
+                facts = {str(item.arg): ast.literal_eval(item.value) for item in node.keywords}
+                found[ast.literal_eval(node.args[0])] = facts
+        return found
+
+    @property
+    def _plugins(self) -> dict[str, Plugin]:
+        return {name: plugin for (kind, name), plugin in _points().items() if kind == self.kind}
+
+
+@lru_cache(maxsize=1)
+def _points() -> dict[tuple[str, str], Plugin]:
+    """Return the entry points of installed packages by kind and name, without an import.
+
+    Raises:
+        UserError: two packages declare one name.
+    """
+    found: dict[tuple[str, str], Plugin] = {}
+    for point in entry_points(group=GROUP):
+        kind, _, name = point.name.partition(".")
+        package = point.dist
+        plugin = Plugin(point, package.name if package else "?", package.version if package else "")
+        other = found.setdefault((kind, name), plugin)
+        if other.point.value != point.value:
+            raise UserError(
+                f"{point.name} is of two packages, {other} and {plugin}; uninstall one of them"
+            )
+    return found
+
+
+def _load(plugin: Plugin) -> Any:
+    try:
+        return plugin.point.load()
+    except Exception as error:  # a stranger's module: whatever it raises is a fault of the package
+        raise UserError(
+            f"{plugin.point.name} of the package {plugin} cannot be loaded: "
+            f"{type(error).__name__}: {error}; fix or uninstall the package"
+        ) from error
+
+
+optimizers: Registry[Any] = Registry("optimizer", "optimizers", "megalite.optim.optimizers")
+sinks: Registry[Any] = Registry("sink", "sinks", None)

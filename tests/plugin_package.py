@@ -1,0 +1,96 @@
+"""A package with entries of several kinds, written to a folder as pip would install it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_ENTRY_POINTS = """\
+[megalite.plugins]
+optimizer.lion = toy_parts.optimizers:lion
+part.lion = toy_parts.facts:LION
+sink.lines = toy_parts.sinks:Lines
+"""
+
+_FACTS = """\
+LION = {"states": ("exp_avg",)}
+"""
+
+_OPTIMIZERS = '''\
+import torch
+
+
+class Lion(torch.optim.Optimizer):
+    """The sign of an average of gradients (Chen et al. 2023)."""
+
+    def __init__(self, groups, lr, betas):
+        super().__init__(groups, {"lr": lr, "betas": betas})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                average = state["exp_avg"]
+                update = (average * first + p.grad * (1 - first)).sign()
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+                average.mul_(second).add_(p.grad, alpha=1 - second)
+
+
+def lion(section, groups):
+    return Lion(groups, lr=section.lr, betas=section.betas)
+'''
+
+_SINKS = '''\
+import json
+
+
+class Lines:
+    """Rows of a run in lines.txt of its folder."""
+
+    def __init__(self, folder, *, attempt):
+        self._path = folder / "lines.txt"
+
+    def train(self, row):
+        self._add("train", row)
+
+    def valid(self, row, *, tokens):
+        self._add("valid", row)
+
+    def samples(self, step, texts):
+        self._add("samples", {"step": step, "count": len(texts)})
+
+    def picture(self, name, image, step):
+        pass
+
+    def event(self, step, name):
+        self._add("event", {"step": step, "name": name})
+
+    def close(self):
+        self._add("close", {})
+
+    def _add(self, kind, row):
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps([kind, row]) + "\\n")
+'''
+
+
+def install(folder: Path, *, package: str = "toy-parts", version: str = "1.2") -> None:
+    """Write the package into a folder that is to be on the module path."""
+    home = folder / "toy_parts"
+    home.mkdir(parents=True)
+    for name, text in {
+        "__init__": "",
+        "facts": _FACTS,
+        "optimizers": _OPTIMIZERS,
+        "sinks": _SINKS,
+    }.items():
+        (home / f"{name}.py").write_text(text)
+    about = folder / f"{package.replace('-', '_')}-{version}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    (about / "entry_points.txt").write_text(_ENTRY_POINTS)

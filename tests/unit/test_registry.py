@@ -1,0 +1,127 @@
+# covers: megalite/registry.py megalite/config/names.py
+"""Names of a run file: built in, registered in code, or of an installed package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalite import registry
+from megalite.config import parse_config
+from megalite.errors import ConfigError, UserError
+from megalite.registry import Registry
+from tests.plugin_package import install
+from tests.run_file import BASE
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The toy package on this process's module path."""
+    install(tmp_path / "site")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    registry._points.cache_clear()
+    yield tmp_path / "site"
+    registry._points.cache_clear()
+    for kind in (registry.optimizers, registry.sinks):
+        for name in ("lion", "lines"):
+            kind._entries.pop(name, None)
+            kind._facts.pop(name, None)
+    for name in [name for name in sys.modules if name.split(".")[0] == "toy_parts"]:
+        del sys.modules[name]
+
+
+def with_lion(**sections: Any) -> dict[str, Any]:
+    return BASE | {"optimizer": {"name": "lion", "lr": 1e-3}} | sections
+
+
+def test_builtin_names_are_those_that_the_home_module_registers() -> None:
+    assert registry.optimizers.builtin == ("adamw", "muon", "sgd")
+    assert registry.optimizers.facts("adamw") == {"states": ("exp_avg", "exp_avg_sq")}
+    registry.optimizers.load("muon")
+    assert set(registry.optimizers.builtin) <= set(registry.optimizers._entries)
+
+
+def test_registry_takes_an_entry_in_code_and_refuses_a_second_of_its_name() -> None:
+    kinds: Registry[Any] = Registry("kind", "kinds", None)
+    kinds.register("first", cost=3)(len)
+    assert (kinds.load("first"), kinds.facts("first")) == (len, {"cost": 3})
+    with pytest.raises(UserError, match='there is a kind "first" already'):
+        kinds.register("first")(max)
+    with pytest.raises(UserError, match=r'kind "frist": .*did you mean "first"'):
+        kinds.load("frist")
+
+
+def test_registry_refuses_the_name_of_a_builtin_entry() -> None:
+    with pytest.raises(UserError, match="already"):
+        registry.optimizers.register("adamw")(len)
+
+
+def test_package_adds_names_without_being_imported(installed: Path) -> None:
+    config = parse_config(with_lion(logging={"sinks": ["lines"]}))
+    assert config.plugins == {
+        "optimizer.lion": "toy-parts 1.2",
+        "sink.lines": "toy-parts 1.2",
+    }
+    assert not any(name.startswith("toy_parts") for name in sys.modules)
+    assert registry.optimizers.facts("lion") == {"states": ("exp_avg",)}
+    assert "toy_parts.optimizers" not in sys.modules
+
+
+def test_two_packages_of_one_name_are_refused(installed: Path) -> None:
+    other = installed / "other-2.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 2.0\n")
+    (other / "entry_points.txt").write_text("[megalite.plugins]\nsink.lines = other:Lines\n")
+    registry._points.cache_clear()
+    with pytest.raises(UserError, match=r"sink\.lines is of two packages"):
+        parse_config(BASE | {"logging": {"sinks": ["lines"]}})
+
+
+def test_package_that_cannot_be_imported_is_named(installed: Path) -> None:
+    (installed / "toy_parts/optimizers.py").write_text("import nothing_of_that_name")
+    with pytest.raises(UserError, match=r"optimizer\.lion of the package toy-parts 1\.2 cannot"):
+        registry.optimizers.load("lion")
+
+
+def test_missing_package_is_named_if_the_run_recorded_it() -> None:
+    with pytest.raises(ConfigError, match="expected one of adamw, muon, sgd, found"):
+        parse_config(with_lion())
+    recorded = with_lion(plugins={"optimizer.lion": "toy-parts 1.2"})
+    with pytest.raises(ConfigError, match=r"of the package toy-parts 1\.2, which is not installed"):
+        parse_config(recorded)
+
+
+def test_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match='did you mean "adamw"'):
+        parse_config(BASE | {"optimizer": {"name": "adam", "lr": 1e-3}})
+
+
+def test_checking_and_planning_import_no_torch(installed: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(with_lion()))
+    code = (
+        "import sys; from megalite.config import load_config; from megalite.plan import make_plan\n"
+        f"plan = make_plan(load_config({str(file)!r}), world_size=1, device='cpu')\n"
+        "print(plan.memory_bytes['optimizer'], 'torch' in sys.modules)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": f"{installed}:{root}"},
+    )
+    adamw = BASE | {"optimizer": {"lr": 1e-3}}
+    from megalite.plan import make_plan
+
+    twice = make_plan(parse_config(adamw), world_size=1, device="cpu").memory_bytes["optimizer"]
+    states, torch_was_imported = done.stdout.split()
+    assert torch_was_imported == "False"
+    assert int(states) * 3 == twice * 2  # fp32 masters and one state, not two
