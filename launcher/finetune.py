@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from megalite import env
-from megalite.config import find_run, load_config, refuse_useless, run_parser, stated_model
+from megalite.cli import refuse_useless, run_main, run_parser
+from megalite.config import find_run, load_config, stated_model
 from megalite.errors import ConfigError
-from megalite.log import run_main
 
 _EXAMPLES = """examples:
   python launcher/finetune.py --config configs/finetune/reuters.json

@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megalite.cli import command_parser, run_main
 from megalite.errors import CommandError
-from megalite.log import command_parser, run_main, write_report
+from megalite.log import write_report
 
 if TYPE_CHECKING:
     from megalite.train.parity.prove import Finding

@@ -6,9 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from megalite import env
-from megalite.config import load_config, refuse_useless, run_parser
+from megalite.cli import refuse_useless, run_main, run_parser
+from megalite.config import load_config
 from megalite.errors import ConfigError
-from megalite.log import run_main
 
 _EXAMPLES = """examples:
   python launcher/pretrain.py --config configs/smoke.json

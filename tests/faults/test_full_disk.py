@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megalite import files, log
+from megalite import cli, files, log
 from megalite.env import Launch, publish_launch
 from megalite.errors import CommandError, MegaLiteError
 from megalite.formats import checkpoint as disk
@@ -154,7 +154,7 @@ def _rank(launch: Launch, raw: dict[str, Any], full: str, words: str) -> None:
         if step == 6 and launch.rank == 0:
             fill(Path(full))
 
-    log.run_main(
+    cli.run_main(
         lambda: train(launch, raw, inspect=inspect), ranks=True, find_rank=lambda: launch.rank
     )
 

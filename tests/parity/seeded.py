@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import megalite.engine.zero as zero
 from megalite import checkpoint, env
-from megalite.log import run_main
+from megalite.cli import run_main
 from megalite.parallel import tensor
 from megalite.train.parity import worker
 

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megalite import env, files, shapes
+from megalite.cli import run_main
 from megalite.config import ModelConfig, RunConfig, parse_config
 from megalite.engine import Engine
-from megalite.log import run_main
 from megalite.optim import state_names
 from megalite.parallel import Grid, is_counted
 from megalite.train.parity.trial import SAVED
