@@ -13,7 +13,7 @@ from megalite.errors import CommandError
 from megalite.log import write_report
 
 if TYPE_CHECKING:
-    from megalite.train.parity.prove import Finding
+    from megalite.parity.runner import Finding
 
 _EXAMPLES = """examples:
   python launcher/parity.py --config configs/smoke.json
@@ -34,9 +34,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     arguments = parser.parse_args()
     from megalite.config import load_config
-    from megalite.train.parity.layouts import layouts, resumes
-    from megalite.train.parity.prove import Proof
-    from megalite.train.parity.trial import make_trial, usable_ranks
+    from megalite.parity.layouts import layouts, resumes
+    from megalite.parity.runner import Proof
+    from megalite.parity.trial import make_trial, usable_ranks
 
     if arguments.ranks is not None and arguments.ranks < 1:
         raise CommandError(f"--ranks {arguments.ranks}: give 1 or more")

@@ -13,7 +13,7 @@ import megalite.engine.zero as zero
 from megalite import checkpoint, env
 from megalite.cli import run_main
 from megalite.parallel import tensor
-from megalite.train.parity import worker
+from megalite.parity import worker
 
 UNMARKED = "model.layers.1.mlp.down_proj.weight"
 BIASED = "model.layers.0.self_attn.o_proj"

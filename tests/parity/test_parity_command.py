@@ -15,9 +15,9 @@ from megalite import shapes
 from megalite.config import load_config, parse_config
 from megalite.env import has_compiler
 from megalite.errors import CommandError
-from megalite.train.parity.layouts import REFERENCE, Layout, Resume, layouts, resumes
-from megalite.train.parity.prove import Proof
-from megalite.train.parity.trial import make_trial, scaled, usable_ranks
+from megalite.parity.layouts import REFERENCE, Layout, Resume, layouts, resumes
+from megalite.parity.runner import Proof
+from megalite.parity.trial import make_trial, scaled, usable_ranks
 from tests.parity import seeded
 
 ROOT = Path(__file__).resolve().parents[2]

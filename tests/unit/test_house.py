@@ -23,7 +23,7 @@ LAYERS = (
     *("errors", "launchers", "env", "log", "files", "mesh", "cli|spawn", "config"),
     *("shapes", "plan"),
     *("formats", "parallel", "data|model|optim", "engine", "checkpoint", "observe"),
-    *("evaluate|report", "train", "doctor"),
+    *("evaluate|report", "train", "parity|doctor"),
 )
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split("|")}
 TORCH_FREE = [name for line in LAYERS[: LAYERS.index("formats") + 1] for name in line.split("|")]

@@ -13,7 +13,7 @@ from megalite.checkpoint import describe_run, describe_start
 from megalite.config import load_stored
 from megalite.errors import CommandError, ConfigError
 from megalite.parallel import Grid
-from megalite.train import rehearsal
+from megalite.parity import dry_run as rehearsal
 from tests.factories import run_config
 from tests.origins import find, publish, reseal
 

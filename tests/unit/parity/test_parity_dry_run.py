@@ -10,10 +10,10 @@ import pytest
 import torch.distributed as dist
 
 from megalite.config import RunConfig, load_config, parse_config
+from megalite.parity import dry_run as rehearsal
+from megalite.parity.dry_run import rehearse
 from megalite.plan import labelled, make_plan, tensor_collectives
 from megalite.plan.zero import local_elements
-from megalite.train import rehearsal
-from megalite.train.rehearsal import rehearse
 from tests.run_file import BASE
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"

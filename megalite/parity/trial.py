@@ -19,7 +19,7 @@ from megalite.formats.manifest import Manifest, TokenizerInfo, write_manifest
 from megalite.formats.shards import ShardWriter
 from megalite.formats.tokenizer import load_tokenizer
 from megalite.log import logger
-from megalite.train.parity.layouts import Layout
+from megalite.parity.layouts import Layout
 
 STEPS = 20
 _VALIDATED = 3  # never right before a step whose layers' outputs are compared

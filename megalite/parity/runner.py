@@ -20,9 +20,9 @@ from megalite import env, files
 from megalite.errors import MegaLiteError, UserError
 from megalite.formats.checkpoint import folder_name
 from megalite.log import logger
-from megalite.train.parity.layouts import REFERENCE, Layout, Resume
-from megalite.train.parity.trial import SAVED, STEPS, Trial
-from megalite.train.parity.worker import work
+from megalite.parity.layouts import REFERENCE, Layout, Resume
+from megalite.parity.trial import SAVED, STEPS, Trial
+from megalite.parity.worker import work
 
 LOSS, NORM, PARAMETER = 1e-5, 1e-4, 1e-4  # relative tolerances against the reference
 # Where weights and activations have 8 bits. A gradient that nearly cancels (a bias's, a query's

@@ -24,7 +24,7 @@ from megalite.config import ModelConfig, RunConfig, parse_config
 from megalite.engine import Engine
 from megalite.optim import state_names
 from megalite.parallel import Grid, is_counted
-from megalite.train.parity.trial import SAVED
+from megalite.parity.trial import SAVED
 from megalite.train.request import Request
 from megalite.train.run import run
 
