@@ -52,9 +52,9 @@ def main() -> int:
     if fresh and start is not None and config.finetune.task != "classification":
         require_head(Path(start))  # before the examples are made
     if arguments.dry_run is not None:
-        from megalite.parity.dry_run import dry_run
+        from megalite.parity.dry_run import report_dry_run
 
-        return dry_run(config, launch, arguments.dry_run, arguments.gpu)
+        return report_dry_run(config, launch, arguments.dry_run, arguments.gpu)
     from data_prep.chat import ask
     from data_prep.examples import prepare
     from megalite.train import Request, run

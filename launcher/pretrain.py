@@ -35,9 +35,9 @@ def main() -> int:
             f"{arguments.config}: it has a finetune section; start launcher/finetune.py with it"
         )
     if arguments.dry_run is not None:
-        from megalite.parity.dry_run import dry_run
+        from megalite.parity.dry_run import report_dry_run
 
-        return dry_run(config, launch, arguments.dry_run, arguments.gpu)
+        return report_dry_run(config, launch, arguments.dry_run, arguments.gpu)
     from megalite.formats.hub import find_start
 
     root = Path(config.logging.directory) / config.name / "checkpoints"

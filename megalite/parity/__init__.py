@@ -1,1 +1,1 @@
-"""Proof that a run file trains the same model on every layout, each in processes of its own."""
+"""Proof that a run file trains the same model on every layout, and a dry run of one step."""
