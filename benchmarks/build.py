@@ -21,7 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ranks import run_ranks
+from ranks import run_on_cpu
+
+from megalite.env import Launch
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 0.65  # of one rank's
@@ -36,7 +38,7 @@ def main() -> None:
     chosen = parser.parse_args()
     found: dict[str, Any] = {"config": Path(chosen.config).name}
     for ranks in (1, 2):
-        rows = run_ranks(build, ranks, chosen.config)
+        rows = run_on_cpu(build, ranks, chosen.config)
         found[f"{ranks} ranks"] = {
             "peak_bytes": max(row["peak"] for row in rows),
             "seconds": max(row["seconds"] for row in rows),
@@ -56,20 +58,19 @@ def main() -> None:
     sys.stdout.write(f"ratio {found['ratio']:.3f} (under {TARGET} is meant)\n")
 
 
-def build(_rank: int, ranks: int, config_path: str) -> dict[str, Any]:
+def build(launch: Launch, config_path: str) -> dict[str, Any]:
     """One rank: make the engine, and say what it took."""
     from megalite.config import load_config
     from megalite.engine import ds_config
     from megalite.engine.zero import DeepSpeedEngine
-    from megalite.env import find_launch
     from megalite.parallel import start
     from megalite.plan import deepspeed_dict, make_plan
 
     sets = ["training.precision=bf16", "deepspeed.zero_optimization.stage=3", "parallel.tensor=1"]
-    sets += [f"training.global_batch_size={2 * ranks}", "training.micro_batch_size=1"]
+    sets += [f"training.global_batch_size={2 * launch.world_size}", "training.micro_batch_size=1"]
     config = load_config(config_path, sets)
-    plan = make_plan(config, world_size=ranks, device="cpu")
-    grid = start(find_launch())
+    plan = make_plan(config, world_size=launch.world_size, device="cpu")
+    grid = start(launch)
     settings = ds_config.complete(deepspeed_dict(config, plan), grid)
     grid.barrier()
     before, began = resident("VmRSS"), time.monotonic()

@@ -34,7 +34,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ranks import run_ranks
+from ranks import run_on_cpu
+
+from megalite.env import Launch
 
 STEPS, PIECE = 6, 1 << 22
 MODEL = {
@@ -62,7 +64,7 @@ def main() -> None:
     found = {}
     for ranks in chosen.ranks:
         with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=chosen.folder) as folder:
-            every = run_ranks(measure, ranks, chosen.rounds, Path(folder))
+            every = run_on_cpu(measure, ranks, chosen.rounds, Path(folder))
         rounds = [
             {name: max(rows[number][name] for rows in every) for name in every[0][number]}
             for number in range(chosen.rounds)
@@ -104,9 +106,9 @@ def table(ranks: int, found: dict[str, Any]) -> str:
     )
 
 
-def measure(rank: int, ranks: int, rounds: int, folder: Path) -> list[dict[str, float]]:
+def measure(launch: Launch, rounds: int, folder: Path) -> list[dict[str, float]]:
     """One rank: its own figures of each round."""
-    bench = Bench(rank, ranks, folder)
+    bench = Bench(launch, folder)
     rows = bench.rounds(rounds)
     bench.grid.barrier()
     return rows
@@ -115,17 +117,18 @@ def measure(rank: int, ranks: int, rounds: int, folder: Path) -> list[dict[str, 
 class Bench:
     """A rank's engine and saver, and what is timed of them."""
 
-    def __init__(self, rank: int, ranks: int, folder: Path) -> None:
+    def __init__(self, launch: Launch, folder: Path) -> None:
         from megalite.checkpoint import Saver
         from megalite.config import RunConfig
         from megalite.engine import ds_config
         from megalite.engine.zero import DeepSpeedEngine
-        from megalite.env import find_launch
         from megalite.formats.tokenizer import load_tokenizer
         from megalite.parallel import start
         from megalite.plan import deepspeed_dict, make_plan
         from megalite.train.drift import DriftGuard
 
+        self.rank = rank = launch.rank
+        self.ranks = ranks = launch.world_size
         self.config = config = RunConfig.model_validate(
             {
                 "name": "checkpoint",
@@ -135,9 +138,9 @@ class Bench:
                 "training": {"steps": 1, "global_batch_size": ranks, "micro_batch_size": 1},
             }
         )
-        self.rank, self.ranks, self.folder = rank, ranks, folder
+        self.folder = folder
         plan = make_plan(config, world_size=ranks, device="cpu")
-        self.grid = start(find_launch())
+        self.grid = start(launch)
         settings = ds_config.complete(deepspeed_dict(config, plan), self.grid)
         self.engine = DeepSpeedEngine(
             config, grid=self.grid, precision=plan.precision, settings=settings

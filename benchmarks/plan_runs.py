@@ -10,12 +10,13 @@ import itertools
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from megalite.spawn import free_port, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -179,7 +180,7 @@ def _run(launcher: str, ranks: int, raw: dict[str, Any]) -> dict[str, Any]:
         _step(file, ranks)
     else:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-        command += ["--master-port", str(_free_port())]
+        command += ["--master-port", str(free_port())]
         command += [str(ROOT / f"launcher/{launcher}.py"), "--config", str(file)]
         subprocess.run(command, check=True, env=_environ(), capture_output=True)
     folder = Path(raw["logging"]["directory"]) / raw["name"]
@@ -198,21 +199,11 @@ def _step(file: Path, ranks: int) -> None:
         "SLURM_STEP_TASKS_PER_NODE": str(ranks),
         "SLURM_NTASKS": str(ranks),
         "SLURM_NODEID": "0",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
     }
     command = [sys.executable, str(ROOT / "launcher/pretrain.py"), "--config", str(file)]
     places = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(ranks)]
-    started = [
-        subprocess.Popen(command, env=base | place, stderr=subprocess.DEVNULL) for place in places
-    ]
-    if any(process.wait() for process in started):
-        raise RuntimeError(f"a rank of {file} failed")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    run_command(command, [base | place for place in places], quiet=True)
 
 
 def _shape_file(run: Path, sizes: tuple[int, int, int], layout: tuple[Any, ...]) -> dict[str, Any]:

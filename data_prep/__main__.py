@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from megalite import env
-from megalite.log import CommandParser, run_main, write_report
+from megalite.cli import CommandParser, run_main
+from megalite.log import write_report
 
 _INPUTS = """\
 inputs, each by its name:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megalite.cli import command_parser, run_main
 from megalite.errors import CommandError
-from megalite.log import command_parser, run_main, write_report
+from megalite.log import write_report
 
 _EXAMPLES = """examples:
   python launcher/doctor.py

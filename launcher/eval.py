@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from megalite import env
+from megalite.cli import command_parser, run_main
 from megalite.errors import CommandError
 from megalite.formats import hub
-from megalite.log import command_parser, logger, run_main, write_report
+from megalite.log import logger, write_report
 
 _EXAMPLES = """examples:
   python launcher/eval.py --checkpoint runs/smoke

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from megalite import files
+from megalite.cli import command_parser, run_main
 from megalite.formats import hub
-from megalite.log import command_parser, printable, run_main, write_report
+from megalite.log import printable, write_report
 
 _EXAMPLES = """examples:
   python launcher/explain.py --checkpoint runs/imdb --text "A film to forget." --output why.html

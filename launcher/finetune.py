@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from megalite import env
-from megalite.config import find_run, load_config, refuse_useless, run_parser, stated_model
+from megalite.cli import refuse_useless, run_main, run_parser
+from megalite.config import find_run, load_config, stated_model
 from megalite.errors import ConfigError
-from megalite.log import run_main
 
 _EXAMPLES = """examples:
   python launcher/finetune.py --config configs/finetune/reuters.json
@@ -52,9 +52,9 @@ def main() -> int:
     if fresh and start is not None and config.finetune.task != "classification":
         require_head(Path(start))  # before the examples are made
     if arguments.dry_run is not None:
-        from megalite.train.rehearsal import dry_run
+        from megalite.parity.dry_run import report_dry_run
 
-        return dry_run(config, launch, arguments.dry_run, arguments.gpu)
+        return report_dry_run(config, launch, arguments.dry_run, arguments.gpu)
     from data_prep.chat import ask
     from data_prep.examples import prepare
     from megalite.train import Request, run

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from megalite import env
+from megalite.cli import command_parser, run_main
 from megalite.errors import CommandError
 from megalite.formats import hub
-from megalite.log import command_parser, printable_pieces, run_main
+from megalite.log import printable_pieces
 
 if TYPE_CHECKING:
     from data_prep.conversations import Question

@@ -8,11 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megalite.cli import command_parser, run_main
 from megalite.errors import CommandError
-from megalite.log import command_parser, run_main, write_report
+from megalite.log import write_report
 
 if TYPE_CHECKING:
-    from megalite.train.parity.prove import Finding
+    from megalite.parity.runner import ParityResult
 
 _EXAMPLES = """examples:
   python launcher/parity.py --config configs/smoke.json
@@ -33,9 +34,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     arguments = parser.parse_args()
     from megalite.config import load_config
-    from megalite.train.parity.layouts import layouts, resumes
-    from megalite.train.parity.prove import Proof
-    from megalite.train.parity.trial import make_trial, usable_ranks
+    from megalite.parity.layouts import resume_pairs, select_layouts
+    from megalite.parity.runner import ParityRunner
+    from megalite.parity.trial import make_case, usable_ranks
 
     if arguments.ranks is not None and arguments.ranks < 1:
         raise CommandError(f"--ranks {arguments.ranks}: give 1 or more")
@@ -43,24 +44,24 @@ def main() -> int:
     ranks = usable_ranks(arguments.ranks)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the ranks, removes the folder
     with tempfile.TemporaryDirectory(prefix="megalite-parity-") as folder:
-        trial = make_trial(config, Path(folder), ranks=ranks, scale=arguments.scale)
-        tried = layouts(trial.model, ranks)
-        pairs = resumes(tried) if arguments.resume else []
-        sources = {pair.saved for pair in pairs}
-        proof = Proof(trial)
-        proof.run_reference(resumes=arguments.resume)
-        findings = [proof.try_layout(layout, save=layout in sources) for layout in tried]
-        findings += [proof.try_resume(pair) for pair in pairs]
-    ok = all(finding.ok for finding in findings)
-    report = {"ok": ok, "layouts": [vars(finding) for finding in findings]}
-    write_report(report if arguments.json else _table(findings), as_json=arguments.json)
+        case = make_case(config, Path(folder), ranks=ranks, scale=arguments.scale)
+        layouts = select_layouts(case.model, ranks)
+        pairs = resume_pairs(layouts) if arguments.resume else []
+        saved = {pair.saved for pair in pairs}
+        runner = ParityRunner(case)
+        runner.run_reference(resumes=arguments.resume)
+        results = [runner.try_layout(layout, save=layout in saved) for layout in layouts]
+        results += [runner.try_resume(pair) for pair in pairs]
+    ok = all(result.ok for result in results)
+    report = {"ok": ok, "layouts": [vars(result) for result in results]}
+    write_report(report if arguments.json else _table(results), as_json=arguments.json)
     return 0 if ok else 1
 
 
-def _table(findings: list[Finding]) -> str:
-    width = max(len(finding.name) for finding in findings)
+def _table(results: list[ParityResult]) -> str:
+    width = max(len(result.name) for result in results)
     lines = [f"{'layout':<{width}}  {'loss':>8}  {'norm':>8}  {'worst':>8}        parameter"]
-    for row in findings:
+    for row in results:
         numbers = (row.loss_error, row.grad_norm_error, row.parameter_error)
         cells = "  ".join(f"{'-' if n is None else format(n, '.1e'):>8}" for n in numbers)
         verdict = "ok" if row.ok else "MISS"

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 from megalite import files
+from megalite.cli import command_parser, run_main
 from megalite.config import RunConfig, find_file, run_files, section_changes
 from megalite.errors import CommandError
-from megalite.log import command_parser, run_main, write_report
+from megalite.log import write_report
 from megalite.plan.command import calibrated, planned_config, refuse_useless
 from megalite.plan.devices import DEVICES, find_device
 from megalite.plan.forecast import forecast

@@ -6,9 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from megalite import env
-from megalite.config import load_config, refuse_useless, run_parser
+from megalite.cli import refuse_useless, run_main, run_parser
+from megalite.config import load_config
 from megalite.errors import ConfigError
-from megalite.log import run_main
 
 _EXAMPLES = """examples:
   python launcher/pretrain.py --config configs/smoke.json
@@ -35,9 +35,9 @@ def main() -> int:
             f"{arguments.config}: it has a finetune section; start launcher/finetune.py with it"
         )
     if arguments.dry_run is not None:
-        from megalite.train.rehearsal import dry_run
+        from megalite.parity.dry_run import report_dry_run
 
-        return dry_run(config, launch, arguments.dry_run, arguments.gpu)
+        return report_dry_run(config, launch, arguments.dry_run, arguments.gpu)
     from megalite.formats.hub import find_start
 
     root = Path(config.logging.directory) / config.name / "checkpoints"

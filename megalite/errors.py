@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 class MegaLiteError(Exception):
-    """The root: caught once, by `megalite.log.run_main`, and printed without a traceback."""
+    """The root: caught once, by `megalite.cli.run_main`, and printed without a traceback."""
 
     exit_code = 1
 

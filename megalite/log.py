@@ -1,4 +1,4 @@
-"""Logging, and the one place that ends a process: `run_main` turns an error into its exit code.
+"""Logging, redaction of secrets, and reports on standard output.
 
 Rank 0 speaks for all. Logs and progress go to standard error, so that standard output belongs
 to what a command reports.
@@ -6,23 +6,17 @@ to what a command reports.
 
 from __future__ import annotations
 
-import argparse
-import ctypes
 import json
 import logging
 import math
-import os
 import re
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from megalite import env
-from megalite.errors import LaunchError, MegaLiteError, Stopped, UserError
 
 logger = logging.getLogger("megalite")
 
@@ -48,10 +42,6 @@ _SECRET_KEY = re.compile(
 # What begins a command; a file of text keeps the others, such as form feeds of source code.
 _COMMANDS = re.compile(r"[\x1b\x80-\x9f\ud800-\udfff]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|\r(?!\n)")
-# metavars of paths
-_PATHS = {"CHECKPOINT", "DIR", "FILE", "FOLDER", "INPUT", "PATH", "RUN"}
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-_GRACE_FOR_RANK_0 = 10.0  # seconds
 
 
 def setup(*, rank: int = 0, level: int = logging.INFO) -> None:
@@ -193,154 +183,6 @@ def remove(handler: logging.Handler | None) -> None:
     if handler is not None:
         logger.removeHandler(handler)
         handler.close()
-
-
-class CommandParser(argparse.ArgumentParser):
-    """A parser that expands `~` in paths, also where a shell does not (`--output=~/page.html`).
-
-    An argument is a path if its metavar says so.
-    """
-
-    def parse_known_args(self, *arguments: Any, **keywords: Any) -> Any:
-        found, rest = super().parse_known_args(*arguments, **keywords)
-        for action in self._actions:
-            if isinstance(action.metavar, str) and _PATHS & set(re.split(r"\W", action.metavar)):
-                value = getattr(found, action.dest, None)
-                if isinstance(value, list):
-                    setattr(found, action.dest, [_expand(item) for item in value])
-                elif value is not None:
-                    setattr(found, action.dest, _expand(value))
-        return found, rest
-
-
-def _expand(path: str | Path) -> str | Path:
-    return type(path)(env.expand_user(str(path)))
-
-
-def command_parser(about: str | None, examples: str) -> CommandParser:
-    """The parser of a command whose help ends in examples, left as they are laid out."""
-    plain = argparse.RawDescriptionHelpFormatter
-    return CommandParser(description=about, epilog=examples, formatter_class=plain)
-
-
-def _launched_rank() -> int:
-    return env.find_launch().rank
-
-
-def run_main(
-    main: Callable[[], int | None],
-    *,
-    ranks: bool = False,
-    find_rank: Callable[[], int] = _launched_rank,
-) -> None:
-    """Run a command and leave with its exit code; an error of ours is a line, not a traceback.
-
-    `ranks` says that the command talks to other ranks. The process then ends without the
-    interpreter's teardown: gloo's threads outlive Python's, and one that wants the interpreter
-    while it is torn down aborts the process (seen in 1 of 6 runs); a finished run would count as
-    crashed.
-
-    Every rank finds the same user error. Rank 0 prints it; the others wait for the launcher to
-    end them, or the first to leave would take rank 0 along before it has spoken.
-    """
-    os.umask(os.umask(0o077) | 0o002)  # nothing written is everyone's to change
-    try:
-        rank = find_rank()
-    except LaunchError:
-        rank = 0
-    setup(rank=rank)
-    if ranks:
-        end_with_agent()
-    try:
-        code = main() or 0
-    except UserError as error:
-        if rank != 0:
-            time.sleep(_GRACE_FOR_RANK_0)
-        else:
-            _print_error(error)
-        code = error.exit_code
-    except Stopped as error:  # by all ranks, as one of them was asked to: rank 0 says it
-        logger.info("%s", error)
-        code = error.exit_code
-    except MegaLiteError as error:
-        _print_error(error)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:  # `... | head` has read enough
-        _silence(sys.stdout)
-        code = 141
-    except Exception as error:
-        code = _print_fault(error)
-    code = _flush(code, ranks=ranks)
-    logging.shutdown()
-    if ranks:
-        os._exit(code)
-    sys.exit(code)
-
-
-def _flush(code: int, *, ranks: bool) -> int:
-    """Write out both streams and return the exit code.
-
-    A full disk under a log costs the log. A report that could not be written is a failure; ranks
-    write none.
-    """
-    try:
-        sys.stderr.flush()
-    except OSError:
-        _silence(sys.stderr)
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _silence(sys.stdout)
-        return code or 141
-    except OSError as error:
-        _silence(sys.stdout)
-        if not ranks:
-            logger.error("standard output cannot be written: %s; make room", error)
-            return code or 1
-    return code
-
-
-def _silence(stream: TextIO) -> None:
-    """Send a stream that cannot be written to nowhere, so that the exit does not try again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def end_with_agent() -> None:
-    """Have Linux send this rank SIGTERM when torchrun's agent dies, as `kill -9` makes it.
-
-    The agent can then end nobody: without this its ranks would train on, and hold their devices.
-    A rank that gets the signal saves and stops.
-    """
-    if not sys.platform.startswith("linux") or not env.variable("TORCHELASTIC_RUN_ID"):
-        return
-    agent = os.getppid()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != agent:  # it died before the call
-            signal.raise_signal(signal.SIGTERM)
-
-
-def _print_error(error: MegaLiteError) -> None:
-    for line in str(error).splitlines():
-        logger.error("%s", line)
-
-
-def _print_fault(error: Exception) -> int:
-    """Say what was not foreseen; the exit code. A package that we need is the user's to install."""
-    from importlib.metadata import PackageNotFoundError, requires  # of no use to a start
-
-    name = error.name if isinstance(error, ModuleNotFoundError) else None
-    with suppress(PackageNotFoundError):
-        lines = (line for line in requires("megalite") or () if ";" not in line)  # no extras
-        name = name if name in {re.split(r"\W", line)[0] for line in lines} else None
-    if name is not None:
-        advice = "install MegaLite into it (`pip install -e .`), or start the one that has it"
-        logger.error("this Python, %s, has no package %s; %s", sys.executable, name, advice)
-        return UserError.exit_code
-    logger.error("a fault of the program, not of its input:", exc_info=error)
-    return 1
 
 
 def _lower_level(record: logging.LogRecord) -> bool:

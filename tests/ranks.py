@@ -6,82 +6,41 @@ half a second instead of ten.
 
 from __future__ import annotations
 
-import multiprocessing as mp
-import os
-import socket
-import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-_CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["megalite.engine.preload"])
+from megalite import spawn
+from megalite.env import Launch
+
+PRELOAD = ("megalite.engine.preload",)
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240.0
+    function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 240.0
 ) -> list[Any]:
-    """`function(launch, *args)` on every rank; the results in order of ranks.
+    """Run `function(launch, *arguments)` on every rank and return the results in order of ranks.
 
     Raises:
-        AssertionError: with the traceback of the first rank that failed, or on the timeout.
+        AssertionError: a rank failed, with its traceback, or not all were done in time.
     """
-    port = free_port()
-    pipes, processes = [], []
-    for rank in range(world_size):
-        receive, send = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(
-            target=_run, args=(send, function, rank, world_size, port, args), daemon=True
-        )
-        process.start()
-        send.close()
-        pipes.append(receive)
-        processes.append(process)
+    given = (function, *arguments)
     try:
-        return _collect(pipes, timeout)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+        return spawn.run_ranks(_run, ranks, *given, timeout=timeout, preload=PRELOAD)
+    except spawn.RankError as error:
+        raise AssertionError(str(error)) from None
 
 
-def _collect(pipes: list[Any], timeout: float) -> list[Any]:
-    results: dict[int, Any] = {}
-    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
-    while waiting:
-        ready = mp.connection.wait(list(waiting), timeout=timeout)
-        assert ready, f"ranks {sorted(waiting.values())} gave no result in {timeout:.0f} s"
-        for pipe in ready:
-            rank = waiting.pop(pipe)
-            try:
-                ok, value = pipe.recv()
-            except EOFError:
-                raise AssertionError(f"rank {rank} died without a word") from None
-            assert ok, f"rank {rank}:\n{value}"
-            results[rank] = value
-    return [results[rank] for rank in sorted(results)]
+def start_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
+    """Start `function(launch, *arguments)` on every rank; return the processes."""
+    started = spawn.start_ranks(_run, ranks, function, *arguments, preload=PRELOAD)
+    return [rank.process for rank in started]
 
 
-def _run(
-    pipe: Any, function: Callable[..., Any], rank: int, world: int, port: int, args: tuple[Any, ...]
-) -> None:
+def _run(launch: Launch, function: Callable[..., Any], *arguments: Any) -> Any:
     import torch
 
-    from megalite.env import Launch, publish_launch
-
     torch.set_num_threads(1)
-    source = "python" if world == 1 else "torchrun"
-    launch = Launch(rank, world, rank, world, "127.0.0.1", port, source)
-    publish_launch(launch)
-    try:
-        value = function(launch, *args)
-        pipe.send((True, value))
-    except BaseException:
-        pipe.send((False, traceback.format_exc()))
-    finally:
-        os._exit(0)  # DeepSpeed's and gloo's exit handlers have nothing to add
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    if launch.world_size == 1:
+        launch = replace(launch, source="python")
+    return function(launch, *arguments)

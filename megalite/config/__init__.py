@@ -5,7 +5,6 @@ from __future__ import annotations
 from megalite.config.deepspeed_keys import zero_stage
 from megalite.config.faults import describe_errors
 from megalite.config.finetune import AdapterConfig, ExamplesConfig, FinetuneConfig
-from megalite.config.launch import refuse_useless, run_parser
 from megalite.config.load import (
     find_file,
     find_run,
@@ -71,10 +70,8 @@ __all__ = [
     "parse_config",
     "read_object",
     "redacted_keys",
-    "refuse_useless",
     "restore_redacted",
     "run_files",
-    "run_parser",
     "section_changes",
     "source_length",
     "spans",

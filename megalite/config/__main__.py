@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megalite.cli import run_main
 from megalite.config.deepspeed_tables import deepspeed_schema
 from megalite.config.load import SHIPPED, load_config
 from megalite.config.model import example_model
 from megalite.config.page import configuration_page
 from megalite.config.schema import RunConfig
 from megalite.files import write_atomic, write_json
-from megalite.log import run_main
 
 SCHEMA = SHIPPED / "schema.json"
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"

@@ -1,6 +1,6 @@
 """What ranks send each other: every collective of a step, by its group, kind and size.
 
-Those of the ranks that share a model (`megalite.parallel`) are exact: a rehearsal counts the same.
+Those of the ranks that share a model (`megalite.parallel`) are exact: the dry run counts the same.
 Those of the ranks that share a batch are DeepSpeed's, as its ZeRO stages move gradients and
 weights, in the fewest calls that its buckets allow; they are of the plan alone.
 

@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 
 from data_prep.encode import TokenizeOptions, tokenize
+from megalite.spawn import free_port
 from tests.dist.test_finetune import tune, tuning_file, write_rows
-from tests.ranks import free_port, run_ranks
+from tests.ranks import run_ranks
 from tests.runs import rows, run_file, train, zero
 
 TAGS = {

@@ -14,7 +14,7 @@ import pytest
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
-from megalite.log import run_main
+from megalite.cli import run_main
 def main():
     place = Path(sys.argv[1])
     signal.signal(signal.SIGTERM, lambda *_: (place.joinpath("asked").touch(), os._exit(75)))

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from megalite import files, log
+from megalite import cli, files, log
 from megalite.env import Launch, publish_launch
 from megalite.errors import CommandError, MegaLiteError
 from megalite.formats import checkpoint as disk
 from megalite.observe import Recorder
-from tests.ranks import _CONTEXT, free_port, run_ranks
+from tests.ranks import run_ranks, start_ranks
 from tests.runs import run_file, train
 
 
@@ -154,19 +154,13 @@ def _rank(launch: Launch, raw: dict[str, Any], full: str, words: str) -> None:
         if step == 6 and launch.rank == 0:
             fill(Path(full))
 
-    log.run_main(
+    cli.run_main(
         lambda: train(launch, raw, inspect=inspect), ranks=True, find_rank=lambda: launch.rank
     )
 
 
 def _run(raw: dict[str, Any], full: Path, words: Path) -> list[int | None]:
-    port, processes = free_port(), []
-    for rank in range(2):
-        launch = Launch(rank, 2, rank, 2, "127.0.0.1", port, "torchrun")
-        given = (launch, raw, str(full), str(words))
-        process = _CONTEXT.Process(target=_rank, args=given, daemon=True)
-        process.start()
-        processes.append(process)
+    processes = start_ranks(_rank, 2, raw, str(full), str(words))
     for process in processes:
         process.join(120)
     return [process.exitcode for process in processes]

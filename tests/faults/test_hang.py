@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from megalite.observe.watch import find_late
-from tests.ranks import free_port, run_ranks
+from megalite.spawn import free_port
+from tests.ranks import run_ranks
 from tests.runs import rows, run_file, train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ import pytest
 
 from megalite.env import Launch, publish_launch
 from megalite.formats import checkpoint as disk
-from tests.ranks import _CONTEXT, free_port, run_ranks
+from tests.ranks import run_ranks, start_ranks
 from tests.runs import curve, run_file, train, zero
 
 EVERY = 4
@@ -31,16 +31,6 @@ def _rank(launch: Launch, raw: dict[str, Any]) -> None:
         train(launch, raw)
         code = 0
     os._exit(code)
-
-
-def _start(raw: dict[str, Any], world: int) -> list[Any]:
-    port, processes = free_port(), []
-    for rank in range(world):
-        launch = Launch(rank, world, rank, world, "127.0.0.1", port, "torchrun")
-        process = _CONTEXT.Process(target=_rank, args=(launch, raw), daemon=True)
-        process.start()
-        processes.append(process)
-    return processes
 
 
 def _end(processes: list[Any], victim: int) -> None:
@@ -79,7 +69,7 @@ def _soak(
     root = tmp_path / "killed" / "run" / "checkpoints"
     before: dict[str, disk.Manifest] = {}
     for number in range(kills):
-        processes = _start(raw, 2)
+        processes = start_ranks(_rank, 2, raw)
         newest = max(before, default="")
         deadline = time.monotonic() + 60
         while not newest or max((p.name for p in root.glob("step_*")), default="") <= newest:
@@ -141,7 +131,7 @@ def test_the_others_say_that_a_rank_is_gone(shards: dict[str, str], tmp_path: Pa
     training = {"steps": 10**6, "eval_every": 0}
     raw = run_file(shards, tmp_path, training=training, checkpoint={"every": EVERY})
     run = tmp_path / "run"
-    processes = _start(raw, 2)
+    processes = start_ranks(_rank, 2, raw)
     deadline = time.monotonic() + 60
     while not list(run.glob("checkpoints/step_*")):
         assert time.monotonic() < deadline

@@ -18,7 +18,7 @@ import pytest
 from megalite.env import Launch, publish_launch
 from megalite.errors import CommandError, MegaLiteError
 from megalite.formats import checkpoint as disk
-from tests.ranks import _CONTEXT, free_port, run_ranks
+from tests.ranks import run_ranks, start_ranks
 from tests.runs import rows, run_file, train
 
 EVERY = 2
@@ -50,14 +50,7 @@ def _rank(launch: Launch, raw: dict[str, Any], delay: float, request: dict[str, 
 
 
 def _start(raw: dict[str, Any], world: int, delay: float = 0.0, **request: Any) -> list[Any]:
-    port, processes = free_port(), []
-    for rank in range(world):
-        launch = Launch(rank, world, rank, world, "127.0.0.1", port, "torchrun")
-        given = (launch, raw, delay, request)
-        process = _CONTEXT.Process(target=_rank, args=given, daemon=True)
-        process.start()
-        processes.append(process)
-    return processes
+    return start_ranks(_rank, world, raw, delay, request)
 
 
 def _newest(root: Path) -> int:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 import megalite.engine.zero as zero
 from megalite import checkpoint, env
-from megalite.log import run_main
+from megalite.cli import run_main
 from megalite.parallel import tensor
-from megalite.train.parity import worker
+from megalite.parity import worker
 
 UNMARKED = "model.layers.1.mlp.down_proj.weight"
 BIASED = "model.layers.0.self_attn.o_proj"
@@ -83,14 +83,14 @@ def dropping(restore: Any) -> Any:
     return load
 
 
-def work(bug: str, job: str) -> None:
+def work(bug: str, launch: env.Launch, job: str) -> None:
     """A rank of a layout that has the bug."""
     if bug == "dropped":
         checkpoint.restore = dropping(checkpoint.restore)
     elif bug == "copied":
         checkpoint.restore = copying(checkpoint.restore)
     elif bug == "silent":  # the other rank waits for this one for good
-        if env.find_launch().rank == 1:
+        if launch.rank == 1:
             sys.exit("no room left on this rank")
     elif bug != "none":
         after_split(globals()[bug])

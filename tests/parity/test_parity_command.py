@@ -1,3 +1,5 @@
+# covers: megalite/parity/runner.py megalite/parity/trial.py megalite/parity/layouts.py
+# covers: megalite/parity/worker.py launcher/parity.py
 """The parity command, and what it says of a layout with a bug in it."""
 
 from __future__ import annotations
@@ -15,9 +17,15 @@ from megalite import shapes
 from megalite.config import load_config, parse_config
 from megalite.env import has_compiler
 from megalite.errors import CommandError
-from megalite.train.parity.layouts import REFERENCE, Layout, Resume, layouts, resumes
-from megalite.train.parity.prove import Proof
-from megalite.train.parity.trial import make_trial, scaled, usable_ranks
+from megalite.parity.layouts import (
+    REFERENCE,
+    ParityLayout,
+    ParityResume,
+    resume_pairs,
+    select_layouts,
+)
+from megalite.parity.runner import ParityRunner
+from megalite.parity.trial import make_case, scaled, usable_ranks
 from tests.parity import seeded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +50,7 @@ TINY: dict[str, Any] = {
     "optimizer": {"lr": 3e-3},
     "training": {"steps": 1000, "global_batch_size": 64, "micro_batch_size": 4},
 }
-SAVED, PAIR = Layout(stage=1), Layout(tensor=2, stage=1)
+SAVED, PAIR = ParityLayout(stage=1), ParityLayout(tensor=2, stage=1)
 
 
 def command(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -56,19 +64,19 @@ def command(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def proof(tmp_path_factory: pytest.TempPathFactory) -> Proof:
+def runner(tmp_path_factory: pytest.TempPathFactory) -> ParityRunner:
     """A reference that is trained, and a run saved at its middle."""
-    trial = make_trial(parse_config(TINY), tmp_path_factory.mktemp("trial"), ranks=2)
-    made = Proof(trial, timeout=120)
+    case = make_case(parse_config(TINY), tmp_path_factory.mktemp("trial"), ranks=2)
+    made = ParityRunner(case, timeout=120)
     made.run_reference(resumes=True)
     assert made.try_layout(SAVED, save=True).ok
     return made
 
 
-def with_bug(proof: Proof, bug: str) -> Proof:
-    """The same proof, whose ranks have a bug from now on."""
-    proof.worker = partial(seeded.work, bug)
-    return proof
+def with_bug(runner: ParityRunner, bug: str) -> ParityRunner:
+    """The same runner, whose ranks have a bug from now on."""
+    runner.worker = partial(seeded.work, bug)
+    return runner
 
 
 @pytest.mark.slow
@@ -79,8 +87,8 @@ def test_every_layout_of_two_ranks_agrees(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     model = parse_config(TINY).model
-    tried = layouts(model, 2)
-    names = [layout.name for layout in [*tried, *resumes(tried)]]
+    tried = select_layouts(model, 2)
+    names = [layout.name for layout in [*tried, *resume_pairs(tried)]]
     assert report["ok"] is True
     assert [row["name"] for row in report["layouts"]] == names
     for row in report["layouts"][1:]:
@@ -113,17 +121,19 @@ def test_the_command_prints_one_table(tmp_path: Path) -> None:
         ("perturbed", f"{seeded.PERTURBED} (weight, step 1)"),
     ],
 )
-def test_a_seeded_bug_is_a_miss_that_names_where_it_is(proof: Proof, bug: str, named: str) -> None:
-    row = with_bug(proof, bug).try_layout(PAIR)
+def test_a_seeded_bug_is_a_miss_that_names_where_it_is(
+    runner: ParityRunner, bug: str, named: str
+) -> None:
+    row = with_bug(runner, bug).try_layout(PAIR)
     assert not row.ok
     assert row.parameter == named
     assert row.parameter_error is None or row.parameter_error > 1e-4
 
 
-def test_a_norm_that_is_not_summed_over_tokens_is_named(proof: Proof) -> None:
-    layout = Layout(tensor=2, stage=1, sequence=True)
-    assert with_bug(proof, "none").try_layout(layout).ok
-    row = with_bug(proof, "unsummed").try_layout(layout)
+def test_a_norm_that_is_not_summed_over_tokens_is_named(runner: ParityRunner) -> None:
+    layout = ParityLayout(tensor=2, stage=1, sequence=True)
+    assert with_bug(runner, "none").try_layout(layout).ok
+    row = with_bug(runner, "unsummed").try_layout(layout)
     assert not row.ok
     assert row.parameter == seeded.UNSUMMED
     assert row.parameter_error is not None
@@ -137,19 +147,21 @@ def test_a_norm_that_is_not_summed_over_tokens_is_named(proof: Proof) -> None:
         ("copied", f"{seeded.COPIED} (hyper-parameters, step 11)"),
     ],
 )
-def test_what_a_load_spoils_is_named(proof: Proof, bug: str, named: str) -> None:
-    row = with_bug(proof, bug).try_resume(Resume(SAVED, Layout(data=2, stage=1)))
+def test_what_a_load_spoils_is_named(runner: ParityRunner, bug: str, named: str) -> None:
+    row = with_bug(runner, bug).try_resume(ParityResume(SAVED, ParityLayout(data=2, stage=1)))
     assert not row.ok
     assert row.parameter == named
 
 
-def test_the_same_ranks_without_a_bug_agree(proof: Proof) -> None:
-    assert with_bug(proof, "none").try_layout(PAIR).ok
-    assert with_bug(proof, "none").try_resume(Resume(SAVED, PAIR)).ok
+def test_the_same_ranks_without_a_bug_agree(runner: ParityRunner) -> None:
+    assert with_bug(runner, "none").try_layout(PAIR).ok
+    assert with_bug(runner, "none").try_resume(ParityResume(SAVED, PAIR)).ok
 
 
-def test_a_rank_that_dies_ends_its_layout(proof: Proof, caplog: pytest.LogCaptureFixture) -> None:
-    row = with_bug(proof, "silent").try_layout(Layout(data=2))
+def test_a_rank_that_dies_ends_its_layout(
+    runner: ParityRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = with_bug(runner, "silent").try_layout(ParityLayout(data=2))
     assert (row.ok, row.parameter, row.loss_error) == (False, None, None)
     assert "rank 1" in caplog.text
     assert "no room left on this rank" in caplog.text
@@ -181,17 +193,17 @@ def test_every_layout_of_every_config_can_be_planned(
 ) -> None:
     from megalite.plan import make_plan
 
-    trial = make_trial(load_config(path), tmp_path, ranks=ranks, scale=True)
-    tried = layouts(trial.model, ranks)
+    case = make_case(load_config(path), tmp_path, ranks=ranks, scale=True)
+    tried = select_layouts(case.model, ranks)
     assert tried[0] == REFERENCE
     for layout in tried:
-        config = parse_config(trial.config(layout, "run"))
+        config = parse_config(case.config(layout, "run"))
         plan = make_plan(config, world_size=layout.ranks, device="cpu")
         assert plan.data_parallel == layout.data
     assert len({layout.name for layout in tried}) == len(tried)
-    resumed = {pair.resumed for pair in resumes(tried)}
+    resumed = {pair.resumed for pair in resume_pairs(tried)}
     assert all(layout in tried or layout.precision == "bf16" for layout in resumed)
-    assert all(pair.saved != pair.resumed for pair in resumes(tried))
+    assert all(pair.saved != pair.resumed for pair in resume_pairs(tried))
 
 
 def test_scaling_keeps_proportions_and_divisors() -> None:

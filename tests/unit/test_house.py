@@ -20,12 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Bottom up; a module imports only from lines above its own. Peers share a line.
 LAYERS = (
-    *("errors", "launchers", "env", "log", "files", "registry", "config", "mesh", "shapes", "plan"),
+    *("errors", "launchers", "env", "log", "files", "registry", "mesh", "cli|spawn", "config"),
+    *("shapes", "plan"),
     *("formats", "parallel", "data|model|optim", "engine", "checkpoint", "observe"),
-    *("evaluate|report", "train", "doctor"),
+    *("evaluate|report", "train", "parity|doctor"),
 )
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split("|")}
-TORCH_FREE = LAYERS[: LAYERS.index("formats") + 1]
+TORCH_FREE = [name for line in LAYERS[: LAYERS.index("formats") + 1] for name in line.split("|")]
 TORCH_INSIDE = (
     "megalite/config/precision.py"  # imports it in one property, for callers that have it
 )

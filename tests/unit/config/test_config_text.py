@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from megalite.cli import command_parser
 from megalite.config import find_run, load_config, parse_config
 from megalite.errors import CommandError, ConfigError
-from megalite.log import command_parser
 from tests.run_file import BASE
 
 

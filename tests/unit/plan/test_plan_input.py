@@ -339,7 +339,7 @@ def test_a_run_that_names_no_model_is_planned_for_an_example(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("launcher", ["pretrain", "finetune"])
 @pytest.mark.parametrize("ranks", ["-1", "0", "-3", "1.5", "many"])
-def test_a_rehearsal_has_a_rank_or_more(launcher: str, ranks: str, tmp_path: Path) -> None:
+def test_a_dry_run_has_a_rank_or_more(launcher: str, ranks: str, tmp_path: Path) -> None:
     done = command(launcher, "--config", LORA, "--dry-run", ranks, folder=tmp_path)
     assert done.returncode == 2
     assert f"--dry-run: ranks, at least 1, not '{ranks}'" in done.stderr

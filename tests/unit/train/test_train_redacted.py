@@ -13,7 +13,6 @@ from megalite.checkpoint import describe_run, describe_start
 from megalite.config import load_stored
 from megalite.errors import CommandError, ConfigError
 from megalite.parallel import Grid
-from megalite.train import rehearsal
 from tests.factories import run_config
 from tests.origins import find, publish, reseal
 
@@ -69,7 +68,9 @@ def test_finetuning_takes_a_redacted_value_from_its_run_file(
     }
     files.write_json(tmp_path / "tune.json", raw)
     found: list[str] = []
-    monkeypatch.setattr(rehearsal, "dry_run", lambda config, *_: found.append(config.model.norm))
+    monkeypatch.setattr(
+        "megalite.parity.dry_run.report_dry_run", lambda config, *_: found.append(config.model.norm)
+    )
     command = ["finetune.py", "--config", str(tmp_path / "tune.json"), "--dry-run"]
     monkeypatch.setattr("sys.argv", command)
     if stated:

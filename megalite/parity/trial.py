@@ -1,4 +1,4 @@
-"""What is trained under every layout: a run file made short, exact and independent of its data."""
+"""The case that parity tries: a run file made short, exact and independent of its data."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ from megalite.formats.manifest import Manifest, TokenizerInfo, write_manifest
 from megalite.formats.shards import ShardWriter
 from megalite.formats.tokenizer import load_tokenizer
 from megalite.log import logger
-from megalite.train.parity.layouts import Layout
+from megalite.parity.layouts import ParityLayout
 
 STEPS = 20
-_VALIDATED = 3  # never right before a step whose layers' outputs are compared
-SAVED = 10  # the step after which a run that is resumed was saved
+_EVAL_EVERY = 3  # no validation directly before a step whose layer outputs are compared
+SAVED_STEP = 10  # a run to be resumed is saved after this step
 _SEQUENCE = 64
 _VOCABULARY = 1009  # a prime: no tensor-parallel size divides it
-# AdamW moves a weight whose gradient is rounding alone as far as any other. At 3e-3 with 5 steps of
-# warm-up one plain process whose batches are merely cut otherwise is off by 2.5e-4 in the norm and
-# 9e-4 in a gradient after 20 steps; so no comparison there says anything of layouts.
-_RATE = 1e-3
-_WIDTH, _HEAD_WIDTH = 256, (4, 32)
+# AdamW moves a weight whose gradient is rounding error as far as any other weight. With a rate of
+# 3e-3 and 5 steps of warm-up, a single process that cuts its batches differently was off by 2.5e-4
+# in the norm and by 9e-4 in a gradient after 20 steps. Such a comparison cannot judge a layout.
+_MAX_RATE = 1e-3
+_WIDTH = 256
+_HEAD_WIDTH = (4, 32)  # least and most
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A run file whose layout is still open, and the folder everything is written to."""
+class ParityCase:
+    """A run file whose layout is open, and the folder that everything is written to."""
 
     raw: Mapping[str, Any]
     folder: Path
 
     @property
     def model(self) -> ModelConfig:
-        """The network, as it is tried."""
+        """The model section that all layouts train."""
         return ModelConfig.model_validate(self.raw["model"])
 
-    def config(self, layout: Layout, name: str, *, save: bool = False) -> dict[str, Any]:
-        """The run file of one layout, as the run `name` of the folder; checked.
+    def config(self, layout: ParityLayout, name: str, *, save: bool = False) -> dict[str, Any]:
+        """Return the validated run file of one layout, as the run `name` of the folder.
 
         Raises:
             ConfigError: the layout cannot train this model.
@@ -55,34 +56,36 @@ class Trial:
         raw["name"] = name
         for section, values in layout.sections(raw["training"]["global_batch_size"]).items():
             raw[section] = {**raw.get(section, {}), **values}
-        raw["checkpoint"] = {"every": SAVED if save else 0}
+        raw["checkpoint"] = {"every": SAVED_STEP if save else 0}
         parse_config(raw)
         return raw
 
 
-def usable_ranks(asked: int | None) -> int:
-    """Ranks to try layouts with: each wants a GPU of its own where there are GPUs.
+def usable_ranks(requested: int | None) -> int:
+    """Return the number of ranks: `requested`, else 4 on a CPU, or one per GPU up to 4.
 
     Raises:
-        CommandError: more asked for than there are GPUs.
+        CommandError: more ranks than GPUs were requested, and the host has GPUs.
     """
     gpus = torch.cuda.device_count()
-    if gpus and asked is not None and asked > gpus:
+    if gpus and requested is not None and requested > gpus:
         raise CommandError(
-            f"--ranks {asked}, but this host has {gpus} GPUs: ask for at most {gpus}, or set "
+            f"--ranks {requested}, but this host has {gpus} GPUs: give at most {gpus}, or set "
             "CUDA_VISIBLE_DEVICES= to try on the CPU"
         )
-    return asked or min(4, gpus or 4)
+    return requested or min(4, gpus or 4)
 
 
-def make_trial(config: RunConfig, folder: Path, *, ranks: int, scale: bool = False) -> Trial:
-    """The trial of a run file: `STEPS` steps in fp32 on shards made here. Says what it changed.
+def make_case(config: RunConfig, folder: Path, *, ranks: int, scale: bool = False) -> ParityCase:
+    """Return the case of a run file: `STEPS` steps in fp32 on generated shards; log all changes.
 
     Args:
-        scale: shrink the model in proportion, whatever its size.
+        folder: receives the shards and the runs.
+        ranks: most ranks of a layout.
+        scale: if true, shrink the model in proportion (`scaled`).
     """
     raw = config.model_dump(mode="json")
-    changed = ["random tokens", "fp32", f"{STEPS} steps, validated every {_VALIDATED}"]
+    changed = ["random tokens", "fp32", f"{STEPS} steps, validated every {_EVAL_EVERY}"]
     model = raw["model"]
     if scale:
         model |= scaled(model, raw["parallel"]["tensor"])
@@ -92,7 +95,7 @@ def make_trial(config: RunConfig, folder: Path, *, ranks: int, scale: bool = Fal
         changed.append("dropout 0")
     length = min(raw["data"]["sequence_length"], _SEQUENCE)
     batch = 2 * max(ranks, 2)
-    if ranks % 2:  # two replicas of the model share a batch also where there are three ranks
+    if ranks % 2:  # so that two copies of the model can divide the batch of three ranks
         batch *= 2
     changed.append(f"batches of {batch} x {length} tokens")
     shards = folder / "shards"
@@ -105,40 +108,41 @@ def make_trial(config: RunConfig, folder: Path, *, ranks: int, scale: bool = Fal
     raw["schedule"] |= {"warmup_steps": STEPS, "decay_steps": None}
     rate = raw["optimizer"]["lr"]
     if raw["optimizer"]["name"] == "adamw":
-        rate = min(rate, _RATE)
+        rate = min(rate, _MAX_RATE)
     raw["optimizer"]["lr"] = rate
     changed.append(f"a learning rate that rises to {rate:g}")
     raw["training"] |= {
         "steps": STEPS,
         "global_batch_size": batch,
         "log_every": 1,
-        "eval_every": _VALIDATED,
+        "eval_every": _EVAL_EVERY,
         "eval_batches": 1,
-        "drift_every": 0,  # what differs is the report's to name
+        "drift_every": 0,  # the report names differences
     }
     raw["logging"] = {"directory": str(folder / "runs"), "tensorboard": False}
-    for section in ("deepspeed", "parallel"):  # a layout's
+    for section in ("deepspeed", "parallel"):  # the layout sets them
         del raw[section]
     write_shards(shards, vocab_size=model["vocab_size"], tokens=2 * STEPS * batch * length)
     logger.info("%s, tried with: %s", config.name, ", ".join(changed))
-    return Trial(raw, folder)
+    return ParityCase(raw, folder)
 
 
 def scaled(model: Mapping[str, Any], tensor: int) -> dict[str, Any]:
-    """Two thin layers of the model's proportions: heads per key/value head, MLP to width.
+    """Return the keys of a model with at most two thin layers in the proportions of `model`.
 
-    Tensor-parallel sizes 2, 4 and `tensor` that divided the model still divide it; its vocabulary
-    they do not.
+    The ratios of query heads to key/value heads and of MLP to hidden size are kept.
+    Tensor-parallel sizes 2, 4 and `tensor` that divide `model` also divide the result, except its
+    vocabulary.
     """
-    wanted = [n for n in (2, 4, tensor) if model["num_key_value_heads"] % n == 0]
-    groups = math.lcm(1, *wanted)
+    sizes = [n for n in (2, 4, tensor) if model["num_key_value_heads"] % n == 0]
+    groups = math.lcm(1, *sizes)
     heads = groups * (model["num_attention_heads"] // model["num_key_value_heads"])
     low, high = _HEAD_WIDTH
     head_dim = min(model["head_dim"], max(low, min(high, _WIDTH // heads // 4 * 4)))
     inner = heads * head_dim
     before = model["num_attention_heads"] * model["head_dim"]
     width = max(4, round(model["hidden_size"] * inner / before / 4) * 4)
-    unit = math.lcm(1, *(n for n in wanted if model["intermediate_size"] % n == 0))
+    unit = math.lcm(1, *(n for n in sizes if model["intermediate_size"] % n == 0))
     ratio = model["intermediate_size"] / model["hidden_size"]
     vocabulary = min(model["vocab_size"], _VOCABULARY)
     return {
@@ -154,7 +158,7 @@ def scaled(model: Mapping[str, Any], tensor: int) -> dict[str, Any]:
 
 
 def write_shards(folder: Path, *, vocab_size: int, tokens: int) -> None:
-    """Documents of random length in which most ids follow from the one before."""
+    """Write documents of random length in which most ids follow from their predecessor."""
     (folder / "tokenizer").mkdir(parents=True)
     name = load_tokenizer("bytes").save(folder / "tokenizer")
     dtype = np.dtype("uint16" if vocab_size <= 1 << 16 else "int32")
@@ -163,9 +167,9 @@ def write_shards(folder: Path, *, vocab_size: int, tokens: int) -> None:
     with ShardWriter(folder, "shard_00000", dtype, vocab_size=vocab_size) as writer:
         while writer.tokens < tokens:
             ids = draw.integers(vocab_size, size=int(draw.integers(8, 120)))
-            for place in np.flatnonzero(draw.random(len(ids)) < 0.7):
-                if place:
-                    ids[place] = following[ids[place - 1]]
+            for index in np.flatnonzero(draw.random(len(ids)) < 0.7):
+                if index:
+                    ids[index] = following[ids[index - 1]]
             writer.add_document(ids)
         shard = writer.close()
     digest = sha256_file(folder / "tokenizer" / name)

@@ -1,10 +1,10 @@
-"""One step of a run without its ranks: every shape, dtype and collective, in one CPU process.
+"""Dry run of one training step in one CPU process: every shape, dtype and collective of a rank.
 
-The real model of one rank is built on the meta device, where tensors have shapes and no numbers,
-and the process group of the full world is torch's fake one, which sends nothing. Engines are left
-out: what ZeRO moves is the plan's to tell.
+The real model of one rank is built on the meta device, where tensors have shapes but no values.
+The process group of the full world is PyTorch's fake one, which sends nothing. No engine is built:
+the messages of ZeRO are planned, but not counted.
 
-B samples of a micro-batch   T tokens of a sample
+B: samples per micro-batch. T: tokens per sample.
 """
 
 from __future__ import annotations
@@ -46,13 +46,15 @@ _KINDS = {
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """What a rank of a step did.
+class DryRun:
+    """Result of a dry run: the counts of one rank, and their differences from the plan.
 
     Attributes:
-        parameters: elements that the rank holds; with_gradient: those that a gradient came for.
-        collectives: of the ranks that share a model, in one step.
-        differences: from the plan, in words.
+        parameters: elements that the rank holds.
+        with_gradient: elements that received a gradient.
+        collectives: calls among the ranks that share a model, in one step.
+        differences: one sentence for each difference from the plan.
+        seconds: duration of the dry run.
     """
 
     parameters: int
@@ -62,18 +64,19 @@ class Rehearsal:
     seconds: float
 
 
-def rehearse(config: RunConfig, plan: Plan) -> Rehearsal:
-    """Go through one micro-batch, forward and backward, as rank 0 of `plan.world_size` would.
+def dry_run(config: RunConfig, plan: Plan) -> DryRun:
+    """Run one micro-batch forward and backward as rank 0 of `plan.world_size` ranks.
 
-    A classifier whose labels are not told has as many as the plan takes it to have.
+    A classifier without labels in its run file has as many labels as the plan assumes.
 
     Raises:
-        CommandError: this process has ranks beside it already.
+        CommandError: this process already belongs to a group of ranks.
     """
     if dist.is_initialized():
-        raise CommandError("a rehearsal needs a process of its own; it is in a group of ranks")
-    began, config = time.monotonic(), labelled(config)
-    with _world(plan) as grid:
+        raise CommandError("a dry run needs a process of its own; this one is in a group of ranks")
+    config = labelled(config)
+    began = time.monotonic()
+    with _fake_world(plan) as grid:
         model = _build(config, plan, grid)
         calls = _Calls()
         with calls:
@@ -87,7 +90,7 @@ def rehearse(config: RunConfig, plan: Plan) -> Rehearsal:
             assert parameter.grad.dtype == parameter.dtype, name
     every = list(model.parameters())
     collectives = calls.collectives(plan)
-    return Rehearsal(
+    return DryRun(
         parameters=sum(p.numel() for p in every),
         with_gradient=sum(p.numel() for p in every if p.grad is not None),
         collectives=collectives,
@@ -97,8 +100,8 @@ def rehearse(config: RunConfig, plan: Plan) -> Rehearsal:
 
 
 @contextmanager
-def _world(plan: Plan) -> Iterator[Grid]:
-    """Rank 0 of a world in which every other rank is imagined."""
+def _fake_world(plan: Plan) -> Iterator[Grid]:
+    """Yield the grid of rank 0 in a fake process group of the plan's world size."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=plan.world_size)
     try:
         mesh = Mesh(data=plan.world_size // plan.tensor_parallel, tensor=plan.tensor_parallel)
@@ -119,7 +122,7 @@ def _world(plan: Plan) -> Iterator[Grid]:
 
 
 def _build(config: RunConfig, plan: Plan, grid: Grid) -> LanguageModel:
-    # compiled code calls the same collectives, and has no business here
+    # Compiled code calls the same collectives, and compiling would only cost time here.
     plain = config.training.model_copy(update={"compile": False})
     config = config.model_copy(update={"training": plain})
     with torch.device("meta"):
@@ -134,13 +137,13 @@ def _build(config: RunConfig, plan: Plan, grid: Grid) -> LanguageModel:
 
 
 def _batch(config: RunConfig, plan: Plan) -> dict[str, Tensor]:
-    """A micro-batch of the run's kind, of its full length."""
+    """Return a micro-batch of the run's task at full length, on the meta device."""
     model, B, T = config.model, plan.micro_batch_size, plan.sequence_length
 
     def ids(tokens: int) -> Tensor:
         return torch.empty(B, tokens, dtype=torch.int64, device="meta")
 
-    def marks(*shape: int) -> Tensor:
+    def mask(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bool, device="meta")
 
     tuned, two = config.finetune, model.architecture == "encoder_decoder"
@@ -148,12 +151,12 @@ def _batch(config: RunConfig, plan: Plan) -> dict[str, Tensor]:
     read, written = of_stacks[0], of_stacks[-1]
     batch = {"input_ids": ids(read)}
     if tuned and not tuned.data.packing and model.architecture != "decoder":
-        batch["attention_mask"] = marks(B, read)
+        batch["attention_mask"] = mask(B, read)
     if model.num_labels:
         if two:
             batch["decoder_input_ids"] = ids(1)
         lengths, labels = (torch.empty(B, dtype=torch.int64, device="meta") for _ in range(2))
-        return batch | {"lengths": lengths, "labels": labels, "loss_mask": marks(B)}
+        return batch | {"lengths": lengths, "labels": labels, "loss_mask": mask(B)}
     if two:
         batch["decoder_input_ids"] = ids(written)
     if config.data.mask_documents or (tuned and tuned.data.packing):
@@ -161,11 +164,11 @@ def _batch(config: RunConfig, plan: Plan) -> dict[str, Tensor]:
     rows = shapes.head_rows(B * written, shapes.counted(config, B * written))
     if rows < B * written:
         batch["target_rows"] = torch.empty(rows, dtype=torch.int64, device="meta")
-    return batch | {"labels": ids(written), "loss_mask": marks(B, written)}
+    return batch | {"labels": ids(written), "loss_mask": mask(B, written)}
 
 
 class _Calls(TorchDispatchMode):
-    """Notes the collectives that pass, as the group's ranks make them."""
+    """Counter of the collectives that are called while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +183,7 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def collectives(self, plan: Plan) -> tuple[Collective, ...]:
-        """Those of a whole step, whose micro-batches are alike."""
+        """Return the calls of a whole step, all of whose micro-batches are identical."""
         times: int = plan.accumulation_steps
         found = (
             Collective("tensor", kind, dtype, elements, count * times)  # type: ignore[arg-type]
@@ -192,21 +195,22 @@ class _Calls(TorchDispatchMode):
 def _differences(
     config: RunConfig, plan: Plan, every: list[Any], collectives: tuple[Collective, ...]
 ) -> Iterator[str]:
-    planned, held = local_elements(config, plan.tensor_parallel), sum(p.numel() for p in every)
-    if planned != held:
-        yield f"parameters of a rank: {planned:,} planned, {held:,} rehearsed"
+    planned = local_elements(config, plan.tensor_parallel)
+    built = sum(p.numel() for p in every)
+    if planned != built:
+        yield f"parameters of a rank: {planned:,} planned, {built:,} counted"
     expected = set(tensor_collectives(config, plan))
     for missing in sorted(expected - set(collectives)):
-        yield f"planned, not rehearsed: {missing}"
-    for found in sorted(set(collectives) - expected):
-        yield f"rehearsed, not planned: {found}"
+        yield f"planned, but not counted: {missing}"
+    for extra in sorted(set(collectives) - expected):
+        yield f"counted, but not planned: {extra}"
 
 
 def _device(config: RunConfig, ranks: int, name: str | None) -> tuple[Kind, bool | None]:
-    """The kind of device to rehearse, and whether it has bf16 (None: as this host's CPUs).
+    """Return the device kind of the dry run, and whether it has bf16 (None: as this host's CPUs).
 
-    Ranks that were started have this host's devices. Imagined ranks have GPUs, unless the run file
-    asks for fp32 and this host has none.
+    Started ranks have this host's devices. Other ranks have GPUs, unless this host has none and
+    the run file sets precision fp32.
     """
     if name is not None:
         device = find_device(name)
@@ -217,14 +221,14 @@ def _device(config: RunConfig, ranks: int, name: str | None) -> tuple[Kind, bool
     return ("cpu", None) if here else ("cuda", True)
 
 
-def dry_run(config: RunConfig, launch: Launch, ranks: int, gpu: str | None = None) -> int:
-    """Rehearse a step, and report how it compares with the plan; for `--dry-run`.
+def report_dry_run(config: RunConfig, launch: Launch, ranks: int, gpu: str | None = None) -> int:
+    """Run the dry run and report how it compares with the plan (`--dry-run`).
 
     Args:
-        ranks: of the run. 0 means those that were started, or as many as share a model.
+        ranks: world size. 0 means the ranks that were started, or at least those of one model.
         gpu: a device that the planner knows, or a device file. None chooses by `ranks`.
     Returns:
-        1 if the rehearsal and the plan differ.
+        the exit code: 1 if the dry run and the plan differ.
     Raises:
         CommandError: an unknown device.
     """
@@ -233,22 +237,22 @@ def dry_run(config: RunConfig, launch: Launch, ranks: int, gpu: str | None = Non
     world = ranks or max(launch.world_size, config.parallel.tensor)
     device, native = _device(config, ranks, gpu)
     plan = make_plan(config, world_size=world, device=device, native_bf16=native)
-    done = rehearse(config, plan)
+    counted = dry_run(config, plan)
     gib = 2**30
     lines = [
         f"{config.name} in {plan.precision} on {world} {_DEVICES[device]}, of which "
         f"{plan.tensor_parallel} share a model: every shape of a step agrees "
-        f"({done.seconds:.0f} s)",
-        f"a rank computes with {done.parameters:,} parameters; {done.with_gradient:,} had "
+        f"({counted.seconds:.0f} s)",
+        f"a rank computes with {counted.parameters:,} parameters; {counted.with_gradient:,} had "
         "gradients",
     ]
     lines += [
         f"  {call.group} {call.kind} {call.dtype}: {call.count:,}, {call.bytes / gib:.3f} GiB"
-        for call in done.collectives
+        for call in counted.collectives
     ]
     memory = plan.memory_bytes["total"]
     size = f"{memory / gib:.2f} GiB" if memory >= gib / 10 else f"{memory / 2**20:.1f} MiB"
     lines.append(f"memory of a rank's tensors: {size} by the plan")
-    lines += [f"differs: {difference}" for difference in done.differences]
+    lines += [f"differs: {difference}" for difference in counted.differences]
     write_report("\n".join(lines) + "\n")
-    return 1 if done.differences else 0
+    return 1 if counted.differences else 0

@@ -1,6 +1,6 @@
-"""One rank of a layout: trains it through the front door and looks into its steps.
+"""One rank of a layout: it trains as a launcher would, and inspects the tensors of some steps.
 
-A run keeps the tensors it sees, or compares them with those another run kept, or both.
+A run stores these tensors, compares them with those that another run stored, or both.
 """
 
 from __future__ import annotations
@@ -19,28 +19,33 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megalite import env, files, shapes
+from megalite.cli import run_main
 from megalite.config import ModelConfig, RunConfig, parse_config
 from megalite.engine import Engine
-from megalite.log import run_main
 from megalite.parallel import Grid, is_counted
+from megalite.parity.trial import SAVED_STEP
 from megalite.plan.optimizer import state_names
-from megalite.train.parity.trial import SAVED
 from megalite.train.request import Request
 from megalite.train.run import run
 
 WEIGHT, OUTPUT, GRADIENT, NORM = "weight", "output", "gradient", "counted norm"
 GROUP = "hyper-parameters"
-_FLOOR = 1e-6  # of the whole gradient's norm: a gradient below it is rounding alone
+_FLOOR = 1e-6  # of the whole gradient's norm; a smaller gradient is rounding error
 
-Seen = Iterator[tuple[str, str, Tensor]]  # (kind, name, value), whole on rank 0
+Inspected = Iterator[tuple[str, str, Tensor]]  # (kind, name, value), complete on rank 0
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a rank is told.
+class ParityJob:
+    """Instructions for the ranks of one run, stored as a JSON file.
 
-    steps: those whose tensors are looked at. others: a folder of tensors to compare with. keep: a
-    folder for its own. report: where the comparison goes, a list of `Difference`.
+    Attributes:
+        config: the run file.
+        steps: steps whose tensors are inspected.
+        others: folder of stored tensors to compare with. None compares nothing.
+        keep: folder to store the tensors in. None stores nothing.
+        tolerance: relative error above which a layer's output counts as different.
+        report: file for the comparison, a list of `Difference`.
     """
 
     config: dict[str, Any]
@@ -55,48 +60,48 @@ class Job:
 
 @dataclass(frozen=True)
 class Difference:
-    """The worst of one kind at one step; of what layers give, the first over the tolerance."""
+    """The largest difference of one kind at one step; for outputs, the first over the tolerance."""
 
     step: int
     kind: str
     name: str
-    error: float  # inf: not a number
+    error: float  # relative; inf if a value is not a number
 
 
 class Inspector:
-    """Looks at the tensors of a job's steps, in the order in which a fault spreads.
+    """Inspector of the tensors of a job's steps, in the order in which a fault spreads.
 
-    Weights, optimizer states and hyper-parameters the run starts from, what each layer gives,
-    gradients, and each parameter's part in the gradient norm as the ranks count it.
+    These are the initial weights, optimizer states and hyper-parameters, the outputs of layers, the
+    gradients, and each parameter's contribution to the gradient norm as the ranks count it.
     """
 
-    def __init__(self, job: Job, config: RunConfig) -> None:
+    def __init__(self, job: ParityJob, config: RunConfig) -> None:
         self._job, self._config = job, config
         self._outputs: _Outputs | None = None
-        self.found: list[Difference] = []
+        self.differences: list[Difference] = []
 
     def __call__(self, step: int, engine: Engine, grid: Grid) -> None:
         if step in self._job.steps:
             worst = _Worst(self._job, step, grid.rank)
-            # a run starts at the first, and one that goes on from this run's middle at the other
-            starts = step in (self._job.steps[0], SAVED + 1)
-            for kind, name, value in self._see(engine, grid, starts):
+            # A run starts at its first step; a run that resumes this one starts after SAVED_STEP.
+            starts = step in (self._job.steps[0], SAVED_STEP + 1)
+            for kind, name, value in self._inspect(engine, grid, starts=starts):
                 worst.add(kind, name, value)
-            self.found += worst.close()
+            self.differences += worst.close()
         if self._outputs is None:
             self._outputs = _Outputs(engine.model, self._config.model)
         self._outputs.clear()
 
-    def _see(self, engine: Engine, grid: Grid, starts: bool) -> Seen:
+    def _inspect(self, engine: Engine, grid: Grid, *, starts: bool) -> Inspected:
         rows = {row.name: row for row in shapes.parameters(self._config.model)}
         parameters = [(rows[name], p) for name, p in engine.model.named_parameters()]
         for row, parameter in parameters if starts else ():
             with engine.gathered([parameter]):
-                weight = _of_all(parameter.data, grid.data_group)
+                weight = _equal_or_off(parameter.data, grid.data_group)
             yield from _canonical(WEIGHT, row, weight, grid)
-        kept = [(row, p, state_names(self._config, row)) for row, p in parameters if starts]
-        for state in sorted({name for _, _, names in kept for name in names}):
-            for row, parameter, names in kept:
+        states = [(row, p, state_names(self._config, row)) for row, p in parameters if starts]
+        for state in sorted({name for _, _, names in states for name in names}):
+            for row, parameter, names in states:
                 if state in names:
                     yield from _canonical(state, row, engine.read_state(parameter, state), grid)
         for row, parameter in parameters if starts else ():
@@ -112,9 +117,9 @@ class Inspector:
 
 
 class _Worst:
-    """Holds a step's tensors against those of another run, and keeps them; both on rank 0 alone."""
+    """Comparison of a step's tensors with those of another run, and their storage; on rank 0."""
 
-    def __init__(self, job: Job, step: int, rank: int) -> None:
+    def __init__(self, job: ParityJob, step: int, rank: int) -> None:
         self._step, self._tolerance = step, job.tolerance
         self._kept: dict[str, Tensor] = {}
         self._worst: dict[str, tuple[str, float]] = {}
@@ -129,8 +134,8 @@ class _Worst:
             self._known = set(self._others.keys())
             norms = [self._others.get_tensor(key) for key in self._known if key.startswith(NORM)]
             self._floor = _FLOOR * float(torch.cat(norms).norm())
-        # later a weight whose gradient is rounding alone has gone another way under AdamW, and an
-        # average in which much cancels with it
+        # After the first update, a weight whose gradient is rounding error differs under AdamW, and
+        # so do averages in which large terms cancel.
         self._compared = {
             job.steps[0]: lambda kind: True,
             job.steps[1]: lambda kind: kind in (OUTPUT, GRADIENT, NORM),
@@ -159,10 +164,10 @@ class _Worst:
 
 
 class _Outputs:
-    """What layers give, averaged over the tokens of a step: where in the model a fault begins.
+    """Outputs of layers, averaged over the tokens of a step; they show where a fault begins.
 
-    Of layers whose output every tensor rank holds whole. Recomputed layers count twice on both
-    sides of the average.
+    Only layers whose output every tensor rank holds in full are observed. The outputs of recomputed
+    layers enter sum and count twice.
     """
 
     def __init__(self, model: nn.Module, config: ModelConfig) -> None:
@@ -172,29 +177,29 @@ class _Outputs:
             if row.tensors[0].split in (shapes.Split.REPLICATED, shapes.Split.COLUMNS)
             or row.name == "model.embed_tokens.weight"
         ]
-        self._given: dict[str, list[Tensor]] = {}
+        self._outputs: dict[str, list[Tensor]] = {}
         for name in dict.fromkeys(owners):
             model.get_submodule(name).register_forward_hook(partial(self._add, name))
 
     def _add(self, name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        # selective recompute numbers operations: these must be the same each time
-        self._given.setdefault(name, []).append(output.detach())
+        # Selective recompute numbers the operations, so each pass must run the same ones.
+        self._outputs.setdefault(name, []).append(output.detach())
 
-    def means(self, grid: Grid, *, sequence: bool) -> Seen:
-        for name, given in self._given.items():
+    def means(self, grid: Grid, *, sequence: bool) -> Inspected:
+        for name, given in self._outputs.items():
             rows = torch.cat(given).flatten(0, 1)
             total = torch.cat((rows.sum(0), rows.new_tensor([len(rows)])))
             dist.all_reduce(total, group=grid.data_group)
             if sequence and ".embed_" not in name:
                 dist.all_reduce(total, group=grid.tensor_group)
-            yield OUTPUT, name, _of_all(total[:-1] / total[-1], grid.tensor_group)
+            yield OUTPUT, name, _equal_or_off(total[:-1] / total[-1], grid.tensor_group)
 
     def clear(self) -> None:
-        self._given.clear()
+        self._outputs.clear()
 
 
 def _hyper_parameters(group: Mapping[str, Any]) -> Tensor:
-    """What a parameter is updated with, the rate aside, which is a function of the step."""
+    """Return a parameter's hyper-parameters, except the rate, which depends on the step."""
     keys = ("weight_decay", "decoupled_l2", "l1", "betas", "eps", "momentum")
     values = [
         torch.tensor(group[key], dtype=torch.float64).flatten() for key in keys if key in group
@@ -202,8 +207,8 @@ def _hyper_parameters(group: Mapping[str, Any]) -> Tensor:
     return torch.cat(values)
 
 
-def _of_all(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """A value that every rank of a group should hold alike; off by their spread where not."""
+def _equal_or_off(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return a value that all ranks of a group should hold; add their spread if they differ."""
     if dist.get_world_size(group) == 1:
         return value
     high, low = value.clone(), value.clone()
@@ -212,11 +217,11 @@ def _of_all(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     return value + (high - low)
 
 
-def _canonical(kind: str, row: shapes.Parameter, value: Tensor, grid: Grid) -> Seen:
-    """A rank's part of a parameter as canonical tensors, gathered over the tensor ranks."""
+def _canonical(kind: str, row: shapes.Parameter, value: Tensor, grid: Grid) -> Inspected:
+    """Yield the canonical tensors of a parameter, gathered over the tensor ranks."""
     places = grid.tensor_places
     if row.tensors[0].split is shapes.Split.REPLICATED:
-        places, parts = (grid.at,), [_of_all(value, grid.tensor_group)]
+        places, parts = (grid.at,), [_equal_or_off(value, grid.tensor_group)]
     else:
         parts = [torch.empty_like(value) for _ in places]
         dist.all_gather(parts, value.contiguous(), group=grid.tensor_group)
@@ -229,16 +234,16 @@ def _canonical(kind: str, row: shapes.Parameter, value: Tensor, grid: Grid) -> S
 
 
 def main(path: str) -> None:
-    """Run the job at `path` as the rank this process was started as."""
-    job = Job(**files.read_json(Path(path)))
+    """Run the job at `path` as the rank that this process was started as."""
+    job = ParityJob(**files.read_json(Path(path)))
     config, launch = parse_config(job.config), env.find_launch()
     inspector = Inspector(job, config)
     run(Request(config, job.resume, engine=job.engine, inspect=inspector), launch)
     if launch.rank == 0:
-        report = [vars(difference) for difference in inspector.found]
+        report = [vars(difference) for difference in inspector.differences]
         files.write_atomic(Path(job.report), json.dumps(report))
 
 
-def work(path: str) -> None:
-    """`main`, and the end of the process with its exit code."""
+def work(_launch: env.Launch, path: str) -> None:
+    """Run `main` and end the process with its exit code."""
     run_main(partial(main, path), ranks=True)

@@ -10,10 +10,9 @@ import pytest
 import torch.distributed as dist
 
 from megalite.config import RunConfig, load_config, parse_config
+from megalite.parity.dry_run import dry_run
 from megalite.plan import labelled, make_plan, tensor_collectives
 from megalite.plan.zero import local_elements
-from megalite.train import rehearsal
-from megalite.train.rehearsal import rehearse
 from tests.run_file import BASE
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -69,7 +68,7 @@ def test_collectives_are_those_of_the_plan(kind: str, sequence: bool, recompute:
     )
     plan = make_plan(run, world_size=64, device="cuda")
     assert plan.accumulation_steps == 8
-    done = rehearse(run, plan)
+    done = dry_run(run, plan)
     assert done.differences == ()
     assert done.parameters == done.with_gradient
     assert all(call.count % 8 == 0 for call in done.collectives)
@@ -88,7 +87,7 @@ def test_shipped_configs(name: str, tensor: int) -> None:
     model = base if name in WITHOUT_A_MODEL else None
     run = load_config(CONFIGS / f"{name}.json", sets, model=model)
     world = run.parallel.tensor * run.training.global_batch_size // run.training.micro_batch_size
-    done = rehearse(run, make_plan(run, world_size=world, device="cuda"))
+    done = dry_run(run, make_plan(run, world_size=world, device="cuda"))
     assert done.differences == ()
 
 
@@ -144,7 +143,7 @@ def test_what_is_frozen_sends_nothing(
         training={"activation_checkpointing": recompute},
     )
     plan = make_plan(run, world_size=64, device="cuda")
-    done = rehearse(run, plan)
+    done = dry_run(run, plan)
     assert done.differences == ()
     assert 0 < done.with_gradient <= done.parameters
     assert done.with_gradient == local_elements(labelled(run), 4, trained=True)
@@ -154,7 +153,7 @@ def test_a_thousand_ranks() -> None:
     sets = ["parallel.tensor=8", "training.micro_batch_size=1", "model.num_hidden_layers=4"]
     run = load_config(CONFIGS / "70b.json", sets)
     plan = make_plan(run, world_size=1024, device="cuda")
-    done = rehearse(run, plan)
+    done = dry_run(run, plan)
     assert done.differences == ()
     assert sum(call.bytes for call in done.collectives) > 0
 
@@ -164,9 +163,11 @@ def test_what_differs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(run, world_size=2, device="cuda")
     expected = tensor_collectives(run, plan)
     wrong = replace(expected[0], count=expected[0].count + 1)
-    monkeypatch.setattr(rehearsal, "tensor_collectives", lambda *_: (wrong, *expected[1:]))
-    monkeypatch.setattr(rehearsal, "local_elements", lambda *_: 17)
-    parameters, planned, found = rehearse(run, plan).differences
+    monkeypatch.setattr(
+        "megalite.parity.dry_run.tensor_collectives", lambda *_: (wrong, *expected[1:])
+    )
+    monkeypatch.setattr("megalite.parity.dry_run.local_elements", lambda *_: 17)
+    parameters, planned, found = dry_run(run, plan).differences
     assert parameters.startswith("parameters of a rank: 17 planned, ")
-    assert planned == f"planned, not rehearsed: {wrong}"
-    assert found == f"rehearsed, not planned: {expected[0]}"
+    assert planned == f"planned, but not counted: {wrong}"
+    assert found == f"counted, but not planned: {expected[0]}"

@@ -1,4 +1,4 @@
-"""Which layouts are tried: the rows of the report."""
+"""The layouts that parity compares: the rows of its report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from megalite import env
 from megalite.config import ModelConfig, allowed_tensor_parallel
 
-# weights really leave a rank between uses, however small
+# ZeRO-3 then releases even small weights between uses.
 _RELEASED = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_live_parameters": 1000,
@@ -19,13 +19,18 @@ _RELEASED = {
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One way to train the model: ranks that share it, ranks that share a batch, and options.
+class ParityLayout:
+    """One way to train the model: the ranks of each axis, and options.
 
-    micro_batch_size: samples; None: a rank's whole share of the batch at once.
-    sequence: whether the ranks of `tensor` share the tokens too.
-    offload: whether the optimizer's states are kept and updated on the host.
-    optimizer: in place of the run file's.
+    Attributes:
+        tensor: ranks that share the model.
+        data: copies of the model.
+        stage: of ZeRO.
+        micro_batch_size: samples per micro-batch. None means a rank's whole share of the batch.
+        recompute: activation checkpointing.
+        sequence: if true, sequence parallelism over the tensor ranks.
+        offload: if true, optimizer states are kept and updated on the host.
+        optimizer: replaces the run file's optimizer. None keeps it.
     """
 
     tensor: int = 1
@@ -45,8 +50,8 @@ class Layout:
         return self.tensor * self.data
 
     @property
-    def reference(self) -> Layout:
-        """The layout whose run this one's must equal."""
+    def reference(self) -> ParityLayout:
+        """The layout whose run this layout's run must equal."""
         return replace(REFERENCE, optimizer=self.optimizer)
 
     @property
@@ -63,7 +68,7 @@ class Layout:
         return f"TP {self.tensor} x DP {self.data} ZeRO {self.stage}{notes}"
 
     def sections(self, global_batch_size: int) -> dict[str, dict[str, Any]]:
-        """What of a run file makes it this layout."""
+        """Return the sections of a run file that select this layout."""
         zero = {"stage": self.stage, **(_RELEASED if self.stage == 3 else {})}
         offload = {"offload_optimizer": {"device": "cpu"}} if self.offload else {}
         optimizer = {"optimizer": {"name": self.optimizer}} if self.optimizer else {}
@@ -80,66 +85,66 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Resume:
-    """A run saved under one layout that goes on under another."""
+class ParityResume:
+    """A run saved under one layout and resumed under another."""
 
-    saved: Layout
-    resumed: Layout
+    saved: ParityLayout
+    resumed: ParityLayout
 
     @property
     def name(self) -> str:
         return f"{self.saved.name} -> {self.resumed.name}"
 
 
-REFERENCE = Layout(stage=0, engine="reference")
+REFERENCE = ParityLayout(stage=0, engine="reference")
 
 
-def layouts(model: ModelConfig, ranks: int) -> list[Layout]:
-    """The layouts of a model that fit `ranks`, the reference first."""
+def select_layouts(model: ModelConfig, ranks: int) -> list[ParityLayout]:
+    """Return the layouts of a model that fit on `ranks`, the reference first."""
     return list(dict.fromkeys([REFERENCE, *_layouts(model, ranks)]))
 
 
-def _layouts(model: ModelConfig, ranks: int) -> Iterator[Layout]:
+def _layouts(model: ModelConfig, ranks: int) -> Iterator[ParityLayout]:
     sizes = [n for n in allowed_tensor_parallel(model) if 1 < n <= ranks]
     for stage in range(4):
-        yield Layout(data=ranks, stage=stage)
-    for index, size in enumerate(sizes):  # the norm is ours at stage 0, DeepSpeed's above
-        yield Layout(tensor=size, stage=index % 2)
+        yield ParityLayout(data=ranks, stage=stage)
+    for index, size in enumerate(sizes):  # stage 0 uses our gradient norm, stage 1 DeepSpeed's
+        yield ParityLayout(tensor=size, stage=index % 2)
     pairs = 2 if ranks < 8 else ranks // 2  # replicas of a model that two ranks share
     if 2 in sizes and ranks >= 4:
         for stage in (1, 2, 3):
-            yield Layout(tensor=2, data=pairs, stage=stage)
-    yield Layout(data=min(2, ranks), stage=2, micro_batch_size=1)
+            yield ParityLayout(tensor=2, data=pairs, stage=stage)
+    yield ParityLayout(data=min(2, ranks), stage=2, micro_batch_size=1)
     two, both = min(2, ranks), 2 if ranks >= 4 else 1
     if 2 in sizes:
-        yield Layout(tensor=2, stage=1, recompute="full")
-        yield Layout(tensor=2, data=both, stage=3, recompute="selective")
-        yield Layout(tensor=2, data=both, stage=1, sequence=True)
-        yield Layout(tensor=2, stage=3, sequence=True, recompute="selective")
-        muons = Layout(tensor=2, data=both, stage=2, optimizer="muon")
+        yield ParityLayout(tensor=2, stage=1, recompute="full")
+        yield ParityLayout(tensor=2, data=both, stage=3, recompute="selective")
+        yield ParityLayout(tensor=2, data=both, stage=1, sequence=True)
+        yield ParityLayout(tensor=2, stage=3, sequence=True, recompute="selective")
+        muons = ParityLayout(tensor=2, data=both, stage=2, optimizer="muon")
     else:
-        yield Layout(data=two, stage=1, recompute="full")
-        yield Layout(data=two, stage=3, recompute="selective")
-        muons = Layout(data=two, stage=1, optimizer="muon")
+        yield ParityLayout(data=two, stage=1, recompute="full")
+        yield ParityLayout(data=two, stage=3, recompute="selective")
+        muons = ParityLayout(data=two, stage=1, optimizer="muon")
     if env.has_compiler():
-        yield Layout(data=two, stage=1, compile=True)
+        yield ParityLayout(data=two, stage=1, compile=True)
         if 2 in sizes:
-            yield Layout(tensor=2, stage=0, recompute="selective", compile=True)
-    yield Layout(data=two, stage=2, offload=True)
-    yield Layout(data=two, stage=1, precision="bf16")
+            yield ParityLayout(tensor=2, stage=0, recompute="selective", compile=True)
+    yield ParityLayout(data=two, stage=2, offload=True)
+    yield ParityLayout(data=two, stage=1, precision="bf16")
     yield muons.reference
     yield muons
-    yield Layout(data=two, stage=3, optimizer="muon")
+    yield ParityLayout(data=two, stage=3, optimizer="muon")
 
 
-def resumes(tried: Sequence[Layout]) -> list[Resume]:
-    """Pairs of the layouts tried, their results known: save under one, go on under another.
+def resume_pairs(layouts: Sequence[ParityLayout]) -> list[ParityResume]:
+    """Return pairs of layouts: a run is saved under the first and resumed under the second.
 
-    Two plain layouts save; every other plain one goes on from one of them, the reference from both,
-    and so do those with sequence parallelism and offload, which also save. What trains otherwise
-    (bf16, another optimizer) goes on among its own.
+    Two plain layouts save. Every other plain layout resumes one of them, and the reference resumes
+    both. Layouts with sequence parallelism or offload resume a plain one, and one of them saves.
+    Layouts with bf16 or another optimizer are paired among themselves.
     """
-    usual = [x for x in tried if x.precision == "fp32" and x.optimizer is None]
+    usual = [x for x in layouts if x.precision == "fp32" and x.optimizer is None]
     plain = [
         x
         for x in usual
@@ -156,10 +161,12 @@ def resumes(tried: Sequence[Layout]) -> list[Resume]:
     for index, layout in enumerate(plain):
         others = [x for x in sources if x != layout]
         chosen = others if layout == REFERENCE else [others[index % len(others)]]
-        pairs += [Resume(saved, layout) for saved in chosen]
+        pairs += [ParityResume(saved, layout) for saved in chosen]
     special = [x for x in usual if x.sequence or x.offload]
-    pairs += [Resume(whole[0], x) for x in special] + [Resume(x, whole[0]) for x in special[:1]]
-    muons = [x for x in tried if x.optimizer]
-    pairs += [Resume(muons[1], muons[2]), Resume(muons[2], muons[0])]
-    pairs += [Resume(x, replace(x, stage=3)) for x in tried if x.precision == "bf16"]
+    pairs += [ParityResume(whole[0], x) for x in special] + [
+        ParityResume(x, whole[0]) for x in special[:1]
+    ]
+    muons = [x for x in layouts if x.optimizer]
+    pairs += [ParityResume(muons[1], muons[2]), ParityResume(muons[2], muons[0])]
+    pairs += [ParityResume(x, replace(x, stage=3)) for x in layouts if x.precision == "bf16"]
     return pairs

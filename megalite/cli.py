@@ -1,0 +1,246 @@
+"""Parsers of commands, and `run_main`, which ends a command with its exit code."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from megalite import env
+from megalite.errors import CommandError, LaunchError, MegaLiteError, Stopped, UserError
+from megalite.log import logger, setup
+
+_PATHS = {"CHECKPOINT", "DIR", "FILE", "FOLDER", "INPUT", "PATH", "RUN"}  # metavars of paths
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+_GRACE_FOR_RANK_0 = 10.0  # seconds
+
+
+def _launched_rank() -> int:
+    return env.find_launch().rank
+
+
+def run_main(
+    main: Callable[[], int | None],
+    *,
+    ranks: bool = False,
+    find_rank: Callable[[], int] = _launched_rank,
+) -> None:
+    """Run a command and end the process with its exit code.
+
+    A `MegaLiteError` becomes one line per fault, without a traceback. All ranks raise the same user
+    error. Rank 0 prints it, and the other ranks wait for the launcher to end them, because the
+    first rank that leaves would end rank 0 before it has printed.
+
+    Args:
+        ranks: if true, the command communicates with other ranks, and the process ends without
+            the interpreter's teardown. Gloo's threads outlive Python's, and a thread that needs the
+            interpreter during teardown aborts the process (seen in 1 of 6 runs), so that a
+            finished run would count as crashed.
+        find_rank: returns the rank of this process. Other ranks than 0 log errors only.
+    """
+    os.umask(os.umask(0o077) | 0o002)  # other users cannot change what is written
+    try:
+        rank = find_rank()
+    except LaunchError:
+        rank = 0
+    setup(rank=rank)
+    if ranks:
+        end_with_agent()
+    try:
+        code = main() or 0
+    except UserError as error:
+        if rank != 0:
+            time.sleep(_GRACE_FOR_RANK_0)
+        else:
+            _print_error(error)
+        code = error.exit_code
+    except Stopped as error:  # all ranks stop when one gets a signal; rank 0 reports it
+        logger.info("%s", error)
+        code = error.exit_code
+    except MegaLiteError as error:
+        _print_error(error)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        _silence(sys.stdout)
+        code = 141
+    except Exception as error:
+        code = _print_fault(error)
+    code = _flush(code, ranks=ranks)
+    logging.shutdown()
+    if ranks:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _print_error(error: MegaLiteError) -> None:
+    for line in str(error).splitlines():
+        logger.error("%s", line)
+
+
+def _print_fault(error: Exception) -> int:
+    """Log an unexpected exception and return the exit code.
+
+    A missing dependency of MegaLite is a user error, with advice to install it.
+    """
+    from importlib.metadata import PackageNotFoundError, requires  # slow, and rarely needed
+
+    name = error.name if isinstance(error, ModuleNotFoundError) else None
+    with suppress(PackageNotFoundError):
+        lines = (line for line in requires("megalite") or () if ";" not in line)  # no extras
+        name = name if name in {re.split(r"\W", line)[0] for line in lines} else None
+    if name is not None:
+        advice = "install MegaLite into it (`pip install -e .`), or start the one that has it"
+        logger.error("this Python, %s, has no package %s; %s", sys.executable, name, advice)
+        return UserError.exit_code
+    logger.error("a fault of the program, not of its input:", exc_info=error)
+    return 1
+
+
+def _flush(code: int, *, ranks: bool) -> int:
+    """Flush both streams and return the exit code.
+
+    A full disk under the log loses the log only. A report that cannot be written is a failure.
+    Ranks write no report.
+    """
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _silence(sys.stderr)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _silence(sys.stdout)
+        return code or 141
+    except OSError as error:
+        _silence(sys.stdout)
+        if not ranks:
+            logger.error("standard output cannot be written: %s; make room", error)
+            return code or 1
+    return code
+
+
+def _silence(stream: TextIO) -> None:
+    """Redirect a broken stream to the null device, so that the interpreter's exit can flush it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def end_with_agent() -> None:
+    """Request SIGTERM for this rank when torchrun's agent dies (Linux only).
+
+    An agent that is killed by SIGKILL cannot end its ranks. Without the signal they would continue
+    to train and occupy their devices. With the signal they save and stop.
+    """
+    if not sys.platform.startswith("linux") or not env.variable("TORCHELASTIC_RUN_ID"):
+        return
+    agent = os.getppid()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != agent:  # the agent died before the call
+            signal.raise_signal(signal.SIGTERM)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser that expands `~` in paths, even if the shell does not (`--output=~/page.html`).
+
+    An argument is a path if its metavar is one of a path.
+    """
+
+    def parse_known_args(self, *arguments: Any, **keywords: Any) -> Any:
+        parsed, rest = super().parse_known_args(*arguments, **keywords)
+        for action in self._actions:
+            if isinstance(action.metavar, str) and _PATHS & set(re.split(r"\W", action.metavar)):
+                value = getattr(parsed, action.dest, None)
+                if isinstance(value, list):
+                    setattr(parsed, action.dest, [_expand(item) for item in value])
+                elif value is not None:
+                    setattr(parsed, action.dest, _expand(value))
+        return parsed, rest
+
+
+def _expand(path: str | Path) -> str | Path:
+    return type(path)(env.expand_user(str(path)))
+
+
+def command_parser(about: str | None, examples: str) -> CommandParser:
+    """Return a parser whose help ends in `examples`, printed verbatim."""
+    plain = argparse.RawDescriptionHelpFormatter
+    return CommandParser(description=about, epilog=examples, formatter_class=plain)
+
+
+def run_parser(about: str | None, examples: str) -> argparse.ArgumentParser:
+    """Return the parser of a command that starts a run (launcher/pretrain.py and finetune.py)."""
+    parser = command_parser(about, examples)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run file (JSON)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, dotted (training.steps=100); may be repeated",
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: this run's newest whole checkpoint, else a fresh start (default); never: "
+        "fresh, an error where checkpoints exist; PATH: a step folder or a run folder of any run",
+    )
+    parser.add_argument(
+        "--init-from",
+        metavar="CHECKPOINT",
+        help="start a fresh run from the weights of a checkpoint, of a model folder of Hugging "
+        "Face's, or of a model of the hub (ORG/NAME, ORG/NAME@REVISION)",
+    )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resume although model, tokenizer, data, sequence_length or seed changed",
+    )
+    parser.add_argument(
+        "--dry-run",
+        type=_ranks,
+        nargs="?",
+        const=0,
+        metavar="RANKS",
+        help="check a step's shapes and messages on that many ranks (default: those started) "
+        "in this process; train nothing",
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME|FILE",
+        help="device for --dry-run: a name that plan.py knows, cpu, or a JSON file "
+        "(default: this host's if no RANKS are given, else GPUs)",
+    )
+    # the deepspeed launcher appends it; the environment says the same
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def refuse_useless(arguments: argparse.Namespace) -> None:
+    """Refuse options that would be ignored.
+
+    Raises:
+        CommandError: --gpu without --dry-run.
+    """
+    if arguments.gpu is not None and arguments.dry_run is None:
+        raise CommandError("--gpu is an option of --dry-run: add that, or remove --gpu")
+
+
+def _ranks(text: str) -> int:
+    """Parse a number of ranks of at least 1; 0 stands for an option without a number."""
+    if text.isascii() and text.isdigit() and 1 <= len(text) <= 9 and int(text) >= 1:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"ranks, at least 1, not {text!r}")

@@ -1,0 +1,236 @@
+"""Run a function or a command on N ranks of this host, each in a process of its own.
+
+The ranks get torchrun's variables, so that `env.find_launch` describes them. Parity, tests and
+benchmarks start their ranks here, and a notebook can do the same.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing as mp
+import os
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from megalite import env
+from megalite.errors import MegaLiteError
+
+_SHOWN_LINES = 8  # of a failed rank's output
+_POLL = 0.02  # seconds between two looks at the processes of a command
+
+
+class RankError(MegaLiteError):
+    """A rank failed, or ranks were not done in time.
+
+    Attributes:
+        code: exit code of the failed rank's process. None if it raised an exception, or if the
+            time was up.
+    """
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def free_port() -> int:
+    """Return a port that no process of this host listens on at the loopback address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class RankProcess:
+    """A started rank: its process, the pipe of its result, and the file of its output if any."""
+
+    rank: int
+    process: BaseProcess
+    pipe: connection.Connection
+    log: Path | None
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    ranks: int,
+    *arguments: Any,
+    timeout: float | None = None,
+    preload: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    logs: Path | None = None,
+) -> list[Any]:
+    """Run `function(launch, *arguments)` on every rank and return the results in order of ranks.
+
+    Function, arguments and results are pickled. The result of a rank that ends its process with
+    exit code 0 before it returns is None. If a rank fails, the others are killed.
+
+    Args:
+        timeout: seconds until all ranks must be done. None means no limit.
+        preload: modules that a server process imports once. The ranks are forks of the server and
+            begin at once. If empty, each rank is a new interpreter, which a host with GPUs needs:
+            a process that has initialized CUDA cannot be forked, and DeepSpeed's import does so.
+        environment: variables to set in addition to those of `env.rank_environment`.
+        logs: the folder of `rank_0.log`, ..., which receive the ranks' output. If None, the ranks
+            write to this process's standard output and standard error.
+    Raises:
+        RankError: a rank failed, or not all were done in time; no process is left running.
+    """
+    started = start_ranks(
+        function, ranks, *arguments, preload=preload, environment=environment, logs=logs
+    )
+    try:
+        return _collect(started, timeout)
+    finally:
+        for rank in started:
+            rank.process.kill()
+            rank.process.join()
+            rank.pipe.close()
+
+
+def start_ranks(
+    function: Callable[..., Any],
+    ranks: int,
+    *arguments: Any,
+    preload: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    logs: Path | None = None,
+) -> list[RankProcess]:
+    """Start the ranks of `run_ranks` without waiting for them; the arguments are the same."""
+    port = free_port()
+    context = _context(preload)
+    started: list[RankProcess] = []
+    for rank in range(ranks):
+        receive, send = context.Pipe(duplex=False)
+        environ = env.rank_environment(rank, ranks, port) | dict(environment or {})
+        log = logs / f"rank_{rank}.log" if logs is not None else None
+        given = (send, function, arguments, environ, None if log is None else str(log))
+        process = context.Process(target=_be_rank, args=given, daemon=True)
+        process.start()
+        send.close()  # the pipe then ends when the rank's process ends
+        started.append(RankProcess(rank, process, receive, log))
+    return started
+
+
+def run_command(
+    command: Sequence[str],
+    environments: Sequence[Mapping[str, str]],
+    *,
+    timeout: float | None = None,
+    quiet: bool = False,
+) -> None:
+    """Run a command as every rank at once, each with an environment of its own.
+
+    Args:
+        environments: the complete environment of each rank, such as `env.rank_environment`.
+        timeout: seconds until all must be done. None means no limit.
+        quiet: if true, standard error is discarded.
+    Raises:
+        RankError: a rank failed, or not all were done in time; no process is left running.
+    """
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    stderr = subprocess.DEVNULL if quiet else None
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for environ in environments:
+            started.append(subprocess.Popen(command, env=dict(environ), stderr=stderr))
+        while any(process.poll() is None for process in started):
+            _refuse_failed(started, command)
+            if time.monotonic() > deadline:
+                raise RankError(f"{' '.join(command)} was not done after {timeout:.0f} s")
+            time.sleep(_POLL)
+        _refuse_failed(started, command)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def _refuse_failed(started: Sequence[subprocess.Popen[bytes]], command: Sequence[str]) -> None:
+    for rank, process in enumerate(started):
+        if process.returncode:
+            raise RankError(
+                f"rank {rank} of `{' '.join(command)}` ended with exit code {process.returncode}",
+                process.returncode,
+            )
+
+
+def _context(preload: Sequence[str]) -> SpawnContext | ForkServerContext:
+    if not preload:
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    return context
+
+
+def _be_rank(
+    pipe: connection.Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    environ: Mapping[str, str],
+    log: str | None,
+) -> None:
+    """Become a rank: run the function, and send its result or the traceback of its exception."""
+    env.replace(environ)
+    if log is not None:
+        with open(log, "wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    try:
+        outcome = (True, function(env.find_launch(), *arguments))
+    except SystemExit:
+        raise
+    except BaseException:  # pytest's failures are no Exception
+        outcome = (False, traceback.format_exc())
+    pipe.send(outcome)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Exit handlers of DeepSpeed and gloo's threads can abort a process that is done (`run_main`).
+    os._exit(0)
+
+
+def _collect(started: Sequence[RankProcess], timeout: float | None) -> list[Any]:
+    """Wait for all ranks and return their results; the first failure ends the wait."""
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    results: dict[int, Any] = {}
+    while len(results) < len(started):
+        running = [rank for rank in started if rank.rank not in results]
+        left = None if timeout is None else max(0.0, deadline - time.monotonic())
+        ready = connection.wait([rank.pipe for rank in running], timeout=left)
+        if not ready:
+            numbers = [rank.rank for rank in running]
+            raise RankError(f"ranks {numbers} were not done after {timeout:.0f} s")
+        for rank in running:
+            if rank.pipe in ready:
+                results[rank.rank] = _result(rank)
+    return [results[rank.rank] for rank in started]
+
+
+def _result(rank: RankProcess) -> Any:
+    """Return the result of a rank that has sent one, or whose process has ended."""
+    try:
+        succeeded, value = rank.pipe.recv()
+    except EOFError:
+        rank.process.join()
+        code = rank.process.exitcode
+        if code == 0:
+            return None
+        output = "" if rank.log is None else f":\n{_last_lines(rank.log)}"
+        message = f"rank {rank.rank} ended with exit code {code}{output}"
+        raise RankError(message, code) from None
+    if not succeeded:
+        raise RankError(f"rank {rank.rank}:\n{value}")
+    return value
+
+
+def _last_lines(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return "\n".join(lines[-_SHOWN_LINES:]) or "it said nothing"
