@@ -20,8 +20,8 @@ from data_prep.template import Spans, Template
 from data_prep.turns import TurnFinder
 from megalite.errors import DataError
 from megalite.files import parse_json
-from megalite.formats.tokenizer import Tokenizer
 from megalite.log import logger
+from megalite.tokenizers.tokenizer import Tokenizer
 
 TEMPLATE = "chat_template.jinja"
 CHATML = """\

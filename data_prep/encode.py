@@ -47,8 +47,8 @@ from megalite.formats.manifest import (
     load_manifest,
     write_manifest,
 )
-from megalite.formats.tokenizer import Tokenizer, check_round_trip, load_tokenizer
 from megalite.log import logger
+from megalite.tokenizers.tokenizer import Tokenizer, check_round_trip, load_tokenizer
 
 _RANK_0_COMES = 300.0  # seconds
 _SUCCESSOR_COMES = 15.0  # seconds

@@ -34,10 +34,9 @@ from data_prep.row import Row
 from data_prep.rows import BadRows, Source, columns_of, find_source
 from data_prep.split_arrays import Fields, SplitArrays
 from data_prep.train import SAMPLE_CHARACTERS, learn_tokenizer, sample_chunks
-from megalite import files
+from megalite import files, hub
 from megalite.config import RunConfig
 from megalite.errors import DataError, MegaLiteError
-from megalite.formats import hub
 from megalite.formats.examples import (
     FORMAT,
     MANIFEST,
@@ -47,8 +46,8 @@ from megalite.formats.examples import (
     read_manifest,
     write_split,
 )
-from megalite.formats.tokenizer import Tokenizer, load_tokenizer
 from megalite.log import logger
+from megalite.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "valid", "test")
 _BATCH = 512  # rows tokenized at once

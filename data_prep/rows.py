@@ -29,8 +29,8 @@ from data_prep.row_files import (
 from data_prep.sets import check_reachable
 from megalite.config import FinetuneConfig, RunConfig
 from megalite.errors import DataError
-from megalite.formats.tokenizer import load_tokenizer
 from megalite.log import logger
+from megalite.tokenizers.tokenizer import load_tokenizer
 
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _NAMED = 5

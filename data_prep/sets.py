@@ -11,10 +11,9 @@ from typing import Any
 from data_prep.packed import naming
 from data_prep.records import Record
 from data_prep.tables import check_column, column_records, even_parts, rows_at_once
-from megalite import env
+from megalite import env, hub
 from megalite.errors import CommandError, DataError
 from megalite.files import is_plain_name, read_object
-from megalite.formats import hub
 
 HUB = "hf:"
 _STREAMED_ROWS = 64  # at once; of Parquet the library holds some row groups

@@ -27,7 +27,7 @@ from data_prep.readers import BadRecords, Fault, Reader
 from megalite.errors import CommandError, DataError
 from megalite.files import parse_json
 from megalite.formats.index import Dtype, Integers, dtype_for
-from megalite.formats.tokenizer import Tokenizer
+from megalite.tokenizers.tokenizer import Tokenizer
 
 _VERSION = 1  # of a part's content
 _BATCH_CHARACTERS = 1 << 20  # encoded at once

@@ -48,7 +48,7 @@ def main() -> int:
             raise CommandError(f"--config {arguments.config!r}: no such run file")
         start = None
         if arguments.init_from is not None:
-            from megalite.formats.hub import find_model
+            from megalite.hub import find_model
 
             start = find_model(arguments.init_from, "--init-from")
         rows = examine(arguments.config, glance, start)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megalite import env
+from megalite import env, hub
 from megalite.errors import CommandError
-from megalite.formats import hub
 from megalite.log import command_parser, logger, run_main, write_report
 
 _EXAMPLES = """examples:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megalite import files
-from megalite.formats import hub
+from megalite import files, hub
 from megalite.log import command_parser, printable, run_main, write_report
 
 _EXAMPLES = """examples:

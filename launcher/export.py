@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megalite import hub
 from megalite.errors import CommandError, DataError
-from megalite.formats import hub
-from megalite.formats.tokenizer import Tokenizer, load_tokenizer
 from megalite.log import command_parser, logger, run_main, write_report
+from megalite.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 _EXAMPLES = """examples:
   python launcher/export.py --checkpoint runs/smoke --output exported/smoke --verify

@@ -8,9 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megalite import env
+from megalite import env, hub
 from megalite.errors import CommandError
-from megalite.formats import hub
 from megalite.log import command_parser, printable_pieces, run_main
 
 if TYPE_CHECKING:

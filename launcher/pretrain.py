@@ -38,7 +38,7 @@ def main() -> int:
         from megalite.train.rehearsal import dry_run
 
         return dry_run(config, launch, arguments.dry_run, arguments.gpu)
-    from megalite.formats.hub import find_start
+    from megalite.formats.start import find_start
 
     root = Path(config.logging.directory) / config.name / "checkpoints"
     start = find_start(arguments.init_from, None if arguments.resume == "never" else root)

@@ -17,8 +17,8 @@ from megalite.errors import CommandError
 from megalite.files import sha256_file
 from megalite.formats.manifest import Manifest, TokenizerInfo, write_manifest
 from megalite.formats.shards import ShardWriter
-from megalite.formats.tokenizer import load_tokenizer
 from megalite.log import logger
+from megalite.tokenizers.tokenizer import load_tokenizer
 from megalite.train.parity.layouts import Layout
 
 STEPS = 20

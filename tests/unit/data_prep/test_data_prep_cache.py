@@ -12,7 +12,7 @@ import pytest
 from data_prep import examples
 from data_prep.again import prepare_again
 from megalite.errors import DataError
-from megalite.formats.tokenizer import keep_ends, tokenizer_files
+from megalite.tokenizers.tokenizer import keep_ends, tokenizer_files
 from tests.factories import run_config
 from tests.labelled import ROWS, jsonl, make, opened, texts
 from tests.tokenizer_folders import NAMES, json_folder

@@ -16,7 +16,7 @@ from data_prep import examples, row_files, rows
 from data_prep.examples import prepare
 from megalite.errors import DataError
 from megalite.formats.examples import read_manifest
-from megalite.formats.tokenizer import load_tokenizer
+from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.factories import run_config
 from tests.labelled import ROWS, jsonl, make, opened, texts
 
