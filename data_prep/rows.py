@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.clones import has_card, is_shard
-from data_prep.packed import PACKED, naming
+from data_prep.compressed import COMPRESSED, named_damage
+from data_prep.hf_datasets import check_reachable
 from data_prep.records import Unusable
 from data_prep.row import Row
 from data_prep.row_files import (
@@ -26,7 +27,6 @@ from data_prep.row_files import (
     parquet_rows,
     table_rows,
 )
-from data_prep.sets import check_reachable
 from megalite.config import FinetuneConfig, RunConfig
 from megalite.errors import DataError
 from megalite.log import logger
@@ -131,7 +131,7 @@ def _looks_like_file(path: str) -> bool:
     return bool(_parts(path)[1] or (ending and here) or path.count("/") > 1)
 
 
-def glance(config: RunConfig) -> str:
+def preview(config: RunConfig) -> str:
     """What the first rows of a run's examples, and its tokenizer, say before all are read.
 
     Raises:
@@ -163,7 +163,7 @@ def glance(config: RunConfig) -> str:
 
 def _parts(name: str) -> tuple[str, str]:
     """A file's name without its ending, and that; "" where it is not a known one."""
-    base = name[: name.rindex(".")] if name.lower().endswith(PACKED) else name
+    base = name[: name.rindex(".")] if name.lower().endswith(COMPRESSED) else name
     stem, ending = os.path.splitext(base)
     return (stem, ending.lower()) if ending.lower() in _ENDINGS else (name, "")
 
@@ -210,7 +210,7 @@ class _Files:
                 return found[0]
             raise DataError(
                 f"{found[0]}: the ending says no kind of file that has rows; those are "
-                f"{', '.join(_ENDINGS)}, and within {', '.join(PACKED)}"
+                f"{', '.join(_ENDINGS)}, and within {', '.join(COMPRESSED)}"
             )
         files = {file.name for files in self._files.values() for file in files}
         names = sorted(files if self._place.is_dir() else self._files)
@@ -269,7 +269,7 @@ class _Set:
     def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
         found = self._split(split)
         read = check_columns(self._name, found.column_names, columns, optional)
-        with naming(self._name, (Exception,)):
+        with named_damage(self._name, (Exception,)):
             tables = found.select_columns(read).with_format("arrow").iter(BATCH)
             yield from table_rows(f"{self._name} split {split}", tables)
 

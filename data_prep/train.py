@@ -12,7 +12,8 @@ from typing import Literal
 
 from data_prep.inputs import find_streams
 from data_prep.output import staged
-from data_prep.readers import BadRecords, Fault, read_streams
+from data_prep.part_reader import read_streams
+from data_prep.records import BadRecords, Fault
 from megalite.errors import DataError
 from megalite.files import sync_file
 from megalite.log import logger

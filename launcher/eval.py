@@ -63,7 +63,7 @@ def main() -> None:
         raise CommandError("--limit and --task-path are of --tasks; name some, or leave them out")
     checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint")  # before torch is imported
     logger.info("load PyTorch and %s", checkpoint)
-    from data_prep.again import prepare_again
+    from data_prep.eval_examples import prepare_again
     from megalite.evaluate import classify, harness, open_model, score_data, table
     from megalite.parallel import start
 

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from data_prep.chat import ask
+from data_prep.hf_datasets import saved_folder
 from data_prep.report import inspect, verify
-from data_prep.sets import saved_folder
 from launcher.doctor import _print_goodput
 from megalite import errors
 from megalite.checkpoint import (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_prep import examples
-from data_prep.again import prepare_again
+from data_prep.eval_examples import prepare_again
 from megalite.errors import DataError
 from megalite.tokenizers.tokenizer import keep_ends, tokenizer_files
 from tests.factories import run_config
