@@ -68,14 +68,16 @@ class OpenParts(Protocol):
     """An open file or data set whose parts are read in any order.
 
     Attributes:
-        size: bytes on disk. None means that no comparison with the planned size is made.
         ended: after a part was read, whether no part follows it.
         consumed: about how many bytes on disk the part took.
     """
 
-    size: int | None
     ended: bool
     consumed: int
+
+    @property
+    def size(self) -> int | None:
+        """Bytes on disk. None means that the size is not compared with the planned one."""
 
     def read_part(self, text_field: str, stream: Stream, part: int) -> Iterator[Record]:
         """Yield the documents of one part in order; errors as `OpenFile.records`."""

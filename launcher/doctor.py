@@ -40,7 +40,7 @@ def main() -> int:
 
         told = goodput(Path(arguments.run))
     if arguments.run is None or arguments.config is not None:
-        from data_prep.rows import preview
+        from data_prep.preview import preview
         from megalite.config import find_file
         from megalite.doctor import examine, show
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.rows import preview
+from data_prep.preview import preview
 from megalite.config import parse_config
 from megalite.doctor import Row, examine, host, runfile, software
 from megalite.doctor.row import GIB
