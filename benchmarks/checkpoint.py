@@ -122,9 +122,9 @@ class Bench:
         from megalite.config import RunConfig
         from megalite.engine import ds_config
         from megalite.engine.zero import DeepSpeedEngine
-        from megalite.formats.tokenizer import load_tokenizer
         from megalite.parallel import start
         from megalite.plan import deepspeed_dict, make_plan
+        from megalite.tokenizers.tokenizer import load_tokenizer
         from megalite.train.drift import DriftGuard
 
         self.rank = rank = launch.rank

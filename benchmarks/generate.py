@@ -90,8 +90,8 @@ def make_folder(folder: Path) -> None:
     from megalite import shapes
     from megalite.checkpoint.huggingface import export
     from megalite.config import ModelConfig
-    from megalite.formats.tokenizer import load_tokenizer
     from megalite.model import build, initialize
+    from megalite.tokenizers.tokenizer import load_tokenizer
 
     config = ModelConfig.model_validate(MODEL)
     model = build(config)

@@ -15,7 +15,7 @@ from data_prep.rows import Source
 from megalite import files
 from megalite.config import RunConfig
 from megalite.formats.examples import FORMAT
-from megalite.formats.tokenizer import Tokenizer
+from megalite.tokenizers.tokenizer import Tokenizer
 
 
 def cache_arguments(

@@ -13,15 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_prep.marks import find_names, insert, new_mark, take_out
 from data_prep.messages import REASONING, Messages, check_messages, strings
 from data_prep.records import Unusable
+from data_prep.sentinels import find_names, insert, new_sentinel, remove_sentinels
 from data_prep.template import Spans, Template
 from data_prep.turns import TurnFinder
 from megalite.errors import DataError
 from megalite.files import parse_json
-from megalite.formats.tokenizer import Tokenizer
 from megalite.log import logger
+from megalite.tokenizers.tokenizer import Tokenizer
 
 TEMPLATE = "chat_template.jinja"
 CHATML = """\
@@ -158,11 +158,11 @@ class Chat:
             messages = [{"role": "user", "content": messages}]
         try:
             messages = check_messages(messages, answered=False)
-            mark = new_mark("".join(strings([messages, tools])))
+            sentinel = new_sentinel("".join(strings([messages, tools])))
             self._check_keys(messages, tools)
             messages = self._readable(messages, tools)
-            answered = [*messages, {"role": "assistant", "content": mark}]
-            end = self._template.render(answered, tools).rpartition(mark)[2].strip()
+            answered = [*messages, {"role": "assistant", "content": sentinel}]
+            end = self._template.render(answered, tools).rpartition(sentinel)[2].strip()
             text = self._template.render(messages, tools, add_generation_prompt=True)
             plain = self._plain(messages, tools, text, add_generation_prompt=True)
         except Unusable as error:
@@ -264,14 +264,16 @@ class Chat:
         found = [find_names(strings(unit), self._controls) for unit in units]
         if not any(found):
             return []
-        mark = new_mark("".join([text, *strings(units)]))
+        sentinel = new_sentinel("".join([text, *strings(units)]))
 
         def locate(names: Sequence[Sequence[str]]) -> Spans | None:
             """Their spans; None if the template writes something else for other words."""
             pairs = zip(units, names, strict=True)
-            *marked, marked_tools = [insert(unit, mark, some) for unit, some in pairs]
+            *marked, marked_tools = [insert(unit, sentinel, some) for unit, some in pairs]
             try:
-                shown, places = take_out(self._template.render(marked, marked_tools, **how), mark)
+                shown, places = remove_sentinels(
+                    self._template.render(marked, marked_tools, **how), sentinel
+                )
             except Unusable:
                 return None
             longest = sorted({name for some in names for name in some}, key=len, reverse=True)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_prep.packed import PACKED
+from data_prep.compressed import COMPRESSED
 from megalite.errors import CommandError
 
 _KEYWORDS = {
@@ -84,4 +84,4 @@ def check_corpus(folder: Path, files: Iterable[Path]) -> None:
 
 def _ending(name: str) -> str:
     path = Path(name.lower())
-    return Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix

@@ -14,29 +14,30 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_prep.crew import Crew
-from data_prep.folder import Run, WorkFolder, read, write
-from data_prep.inputs import Stream, find_streams
-from data_prep.join import (
-    Join,
+from data_prep.assemble import (
+    ShardPlan,
     kept,
-    plan_joins,
-    read_joins,
+    plan_shards,
+    read_shard_plans,
     read_shards,
-    write_joins,
+    write_shard_plans,
     write_shards,
 )
+from data_prep.inputs import find_streams
 from data_prep.output import check_output, check_outputs, refuse_taken
 from data_prep.progress import shown
+from data_prep.streams import Stream
 from data_prep.work import (
+    Counts,
     Encoder,
-    Tally,
     TokenizeOptions,
     Worker,
     part_name,
     read_header,
     wait,
 )
+from data_prep.work_folder import Run, WorkFolder, read, write
+from data_prep.workers import WorkerPool
 from megalite import env
 from megalite.errors import DataError, MegaLiteError
 from megalite.files import sync_file
@@ -47,8 +48,8 @@ from megalite.formats.manifest import (
     load_manifest,
     write_manifest,
 )
-from megalite.formats.tokenizer import Tokenizer, check_round_trip, load_tokenizer
 from megalite.log import logger
+from megalite.tokenizers.tokenizer import Tokenizer, check_round_trip, load_tokenizer
 
 _RANK_0_COMES = 300.0  # seconds
 _SUCCESSOR_COMES = 15.0  # seconds
@@ -81,14 +82,14 @@ class _Task:
     def write_shards(self, run: Run, place: int) -> None:
         """Those that nobody has begun, each worker from another one on."""
         share = min(place / self.places, 0.999)  # the leader of other workers stands behind them
-        write_shards(run, read_joins(run), self.encoder, wanted=run.claim, share=share)
+        write_shards(run, read_shard_plans(run), self.encoder, wanted=run.claim, share=share)
 
-    def crew(self, run: Run, streams: Sequence[Stream]) -> Crew:
+    def pool(self, run: Run, streams: Sequence[Stream]) -> WorkerPool:
         """The workers of this rank beside the calling process, which works where it is alone."""
         count = self.encoder.options.workers
         if all(stream.parts is not None for stream in streams):
             count = min(count, sum(stream.parts or 0 for stream in streams))
-        return Crew(self.work, run, streams, count if count > 1 else 0)
+        return WorkerPool(self.work, run, streams, count if count > 1 else 0)
 
 
 def tokenize(options: TokenizeOptions) -> Manifest:
@@ -135,15 +136,15 @@ def _lead(task: _Task) -> Manifest:
     with folder.lead() as run:
         write(run.plan, [asdict(stream) for stream in streams])
         folder.start(run)
-        with run.beating(), _failing(run), task.crew(run, streams) as crew:
-            place = 0 if crew.idle else task.places
+        with run.beating(), _failing(run), task.pool(run, streams) as pool:
+            place = 0 if pool.idle else task.places
             worker = Worker(run, streams, task.encoder, place=place, places=task.places)
             with shown(run, streams, options.max_bad_records):
-                if crew.idle:
+                if pool.idle:
                     worker.encode_all()
-                worker.wait(lambda: crew.check() and worker.all_done())
+                worker.wait(lambda: pool.check() and worker.all_done())
             parts = _parts(run, worker, streams)
-            joins = plan_joins(
+            joins = plan_shards(
                 run,
                 [name for _, name in parts],
                 shard_tokens=options.shard_tokens,
@@ -154,10 +155,10 @@ def _lead(task: _Task) -> Manifest:
             _refuse_bad_records(options, run, joins[0])
             tallies = [_tally(options, run, join, sources) for join in joins]
             _refuse_empty(options, joins, tallies)
-            write_joins(run, joins)
-            if crew.idle:
+            write_shard_plans(run, joins)
+            if pool.idle:
                 task.write_shards(run, 0)
-            _wait_for_shards(task, run, joins, crew)
+            _wait_for_shards(task, run, joins, pool)
             manifests = [
                 _manifest(task.encoder, streams, tally, run, join)
                 for join, tally in zip(joins, tallies, strict=True)
@@ -167,7 +168,7 @@ def _lead(task: _Task) -> Manifest:
     return manifests[0]
 
 
-def _wait_for_shards(task: _Task, run: Run, joins: Sequence[Join], crew: Crew) -> None:
+def _wait_for_shards(task: _Task, run: Run, joins: Sequence[ShardPlan], pool: WorkerPool) -> None:
     """Return when all shards are done; those that their writers seem to have left are written."""
     started = time.monotonic()
     names = {name for join in joins for name in join.pieces()}
@@ -177,7 +178,7 @@ def _wait_for_shards(task: _Task, run: Run, joins: Sequence[Join], crew: Crew) -
         logger.info("shards are missing after %.0f s: writing them here", seconds)
         write_shards(run, joins, task.encoder, wanted=lambda name: name not in done)
 
-    wait(run, lambda: names <= run.done() or not crew.check(), write_missing)
+    wait(run, lambda: names <= run.done() or not pool.check(), write_missing)
 
 
 def _follow(task: _Task) -> Manifest:
@@ -193,10 +194,10 @@ def _follow(task: _Task) -> Manifest:
             time.sleep(_POLL)
         streams = [Stream(**stream) for stream in found]
         try:
-            with _failing(run), task.crew(run, streams) as crew:
-                if crew.idle:
+            with _failing(run), task.pool(run, streams) as pool:
+                if pool.idle:
                     task.work(run, streams, 0)
-                while crew.check() and run.folder.exists():
+                while pool.check() and run.folder.exists():
                     run.check()
                     time.sleep(_POLL)
         except FileNotFoundError:  # rank 0 has ended the run, or begun another
@@ -226,7 +227,7 @@ def _parts(run: Run, worker: Worker, streams: Sequence[Stream]) -> list[tuple[in
     return parts
 
 
-def _refuse_bad_records(options: TokenizeOptions, run: Run, join: Join) -> None:
+def _refuse_bad_records(options: TokenizeOptions, run: Run, join: ShardPlan) -> None:
     """Raise DataError for more bad records than allowed, also where earlier runs met them."""
     parts = [read_header(run.part(name)) for name, _ in join.parts]
     if (bad := sum(part.tally.bad_records for part in parts)) > options.max_bad_records:
@@ -238,16 +239,18 @@ def _refuse_bad_records(options: TokenizeOptions, run: Run, join: Join) -> None:
         )
 
 
-def _tally(options: TokenizeOptions, run: Run, join: Join, sources: Sequence[int]) -> list[Tally]:
+def _tally(
+    options: TokenizeOptions, run: Run, join: ShardPlan, sources: Sequence[int]
+) -> list[Counts]:
     """Return what came of each --input in one output."""
-    tallies = [Tally() for _ in options.inputs]
+    tallies = [Counts() for _ in options.inputs]
     for place, source in enumerate(sources):
         tallies[source].add(kept(run, join, place))
     return tallies
 
 
 def _refuse_empty(
-    options: TokenizeOptions, joins: Sequence[Join], tallies: Sequence[Sequence[Tally]]
+    options: TokenizeOptions, joins: Sequence[ShardPlan], tallies: Sequence[Sequence[Counts]]
 ) -> None:
     """Raise DataError if an output has no document."""
     counts = [sum(tally.documents for tally in of_join) for of_join in tallies]
@@ -268,9 +271,9 @@ def _refuse_empty(
 def _manifest(
     encoder: Encoder,
     streams: Sequence[Stream],
-    tallies: Sequence[Tally],
+    tallies: Sequence[Counts],
     run: Run,
-    join: Join,
+    join: ShardPlan,
 ) -> Manifest:
     """Complete a shard folder; the manifest is written last."""
     folder, arguments = join.folder(run), encoder.options.recorded()

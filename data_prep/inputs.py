@@ -19,55 +19,22 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data_prep.clones import check_corpus
-from data_prep.packed import PACKED, is_packed
-from data_prep.sets import HUB, hub_facts, saved_folder, saved_parts
-from data_prep.tables import ParquetTable, even_parts, group_sizes
+from data_prep.compressed import UNPACKED_RATIO, is_compressed
+from data_prep.hf_datasets import saved_folder
+from data_prep.readers import READERS, kind_of
+from data_prep.streams import HUB, Stream, group_sizes
 from megalite.errors import CommandError
 from megalite.log import logger
 
-Kind = Literal["text", "jsonl", "parquet", "hub", "saved"]
-
-_KINDS: dict[str, Kind] = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-}
 _PARTS = 256  # about as many as a large input is cut into
 _LEAST, _MOST = 1 << 20, 64 << 20  # bytes of a part
-_UNPACKED = 4  # times its size is what a packed file is taken to hold
 _FOOTER_READERS = 16
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Input that is read in parts.
-
-    The order of streams, of parts, and of documents in a part is their order in the shards.
-    """
-
-    source: int  # which --input
-    kind: Kind
-    paths: tuple[str, ...]  # small files that make one part, or one file, set, or saved folder
-    identity: str  # a digest: equal for equal documents in each part
-    parts: int | None  # None: found out by reading
-    part_bytes: int  # bytes of a part, of unpacked input
-    size: int  # bytes on disk; of a hub set that is streamed 0
-    streaming: bool = True  # of hub sets alone
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "paths", tuple(self.paths))  # a list, as JSON gives it back
-
-    def __str__(self) -> str:
-        name = HUB + self.paths[0] if self.kind == "hub" else self.paths[0]
-        return f"{name} and {len(self.paths) - 1} more" if len(self.paths) > 1 else name
 
 
 @dataclass(frozen=True)
@@ -75,7 +42,7 @@ class _Found:
     """A file, or a set, as it was found."""
 
     source: int
-    kind: Kind
+    kind: str
     path: str
     real: str  # the path without links
     size: int = 0
@@ -83,7 +50,7 @@ class _Found:
 
     @property
     def weight(self) -> int:
-        return self.size * _UNPACKED if is_packed(self.path) else self.size
+        return self.size * UNPACKED_RATIO if is_compressed(self.path) else self.size
 
 
 def find_streams(
@@ -111,19 +78,11 @@ def choose_part_bytes(total: int) -> int:
     return min(max(_LEAST, 1 << (total // _PARTS).bit_length() >> 1), _MOST)
 
 
-def kind_of(path: Path) -> Kind:
-    """How a file is read, by its name."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in PACKED:
-        suffixes.pop()
-    return _KINDS.get(suffixes[-1], "text") if suffixes else "text"
-
-
 def _groups(found: Sequence[_Found], part_bytes: int) -> Iterator[list[_Found]]:
     """What one stream is made of: consecutive files of an input and a kind, or one large one."""
     for (_, kind), alike in groupby(found, lambda one: (one.source, one.kind)):
         files = list(alike)
-        limit = -1 if kind in ("hub", "saved") else part_bytes  # -1: each alone
+        limit = -1 if READERS[kind].describe else part_bytes  # -1: each by itself
         for group in group_sizes([one.weight for one in files], limit):
             yield files[group.start : group.stop]
 
@@ -132,21 +91,19 @@ def _stream(group: Sequence[_Found], part_bytes: int, streaming: bool) -> Stream
     first = group[0]
     parts: int | None = 1
     size = sum(one.size for one in group)
-    marks: list[Any] = [[one.real, *one.stamps] for one in group]
-    if first.kind == "hub":
-        parts, size, origin = hub_facts(first.path, streaming=streaming, part_bytes=part_bytes)
-        marks = [first.path, *origin, streaming]
-    elif first.kind == "saved":
-        parts = saved_parts(first.path, part_bytes)
-    elif first.kind == "parquet" and size > part_bytes:
-        parts = None  # until its footer was read
-    elif first.kind == "jsonl" and first.weight > part_bytes:
-        parts = None if is_packed(first.path) else even_parts(size, part_bytes)
+    identity: list[Any] = [[one.real, *one.stamps] for one in group]
+    describe = READERS[first.kind].describe
+    if describe is not None:
+        facts = describe(first.path, streaming, part_bytes)
+        parts = facts.parts
+        size = size if facts.size is None else facts.size
+        identity = identity if facts.identity is None else facts.identity
+    content = json.dumps([first.kind, part_bytes, identity])
     return Stream(
         source=first.source,
         kind=first.kind,
         paths=tuple(one.path for one in group),
-        identity=hashlib.sha256(json.dumps([first.kind, part_bytes, marks]).encode()).hexdigest(),
+        identity=hashlib.sha256(content.encode()).hexdigest(),
         parts=parts,
         part_bytes=part_bytes,
         size=size,
@@ -155,11 +112,11 @@ def _stream(group: Sequence[_Found], part_bytes: int, streaming: bool) -> Stream
 
 
 def _with_parts(stream: Stream) -> Stream:
-    """With the number of parts, where that is a matter of a Parquet file's footer."""
-    if stream.kind != "parquet" or stream.parts is not None:
+    """Return the stream with the number of parts that its reader divides a single file into."""
+    count_parts = READERS[stream.kind].count_parts
+    if count_parts is None or len(stream.paths) > 1:
         return stream
-    with closing(ParquetTable(stream.paths[0])) as table:
-        return replace(stream, parts=len(table.parts(stream.part_bytes)))
+    return replace(stream, parts=count_parts(stream.paths[0], stream.size, stream.part_bytes))
 
 
 def _without_doubles(inputs: Sequence[str]) -> list[_Found]:

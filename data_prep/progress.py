@@ -1,4 +1,4 @@
-"""Lines that say how far all workers of a run are."""
+"""LineFile that say how far all workers of a run are."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from data_prep.folder import Run, repeating
-from data_prep.inputs import Stream
+from data_prep.streams import Stream
+from data_prep.work_folder import Run, repeating
 from megalite.errors import DataError
 from megalite.log import logger
 

@@ -15,9 +15,9 @@ import numpy.typing as npt
 from megalite.errors import CommandError
 from megalite.formats.manifest import Manifest
 from megalite.formats.shards import ShardSet, open_shards
-from megalite.formats.tokenizer import load_tokenizer
 from megalite.formats.verify import verify_folder
 from megalite.log import encodable, logger, printable, write_report
+from megalite.tokenizers.tokenizer import load_tokenizer
 
 _EXACT_BITS = 12  # of a length that are counted: a share below 1/2048 of it is not
 _MOST_BINS = 24

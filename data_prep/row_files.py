@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
-from data_prep.packed import DAMAGE, InputFile, naming
+from data_prep.compressed import READ_ERRORS, InputFile, named_damage
 from data_prep.row import Row, other_column
 from megalite.errors import DataError
 
@@ -23,7 +23,7 @@ BATCH = 1024  # rows
 
 def json_rows(path: str, *, array: bool) -> Iterator[Row]:
     """A row a line; a file `array` may hold all of them in one list instead."""
-    with naming(path, (*DAMAGE, ValueError)), closing(InputFile(path)) as file:
+    with named_damage(path, (*READ_ERRORS, ValueError)), closing(InputFile(path)) as file:
         if array and file.bytes.peek().lstrip()[:1] == b"[":
             for number, value in enumerate(json.load(file.bytes)):
                 yield _json_row(number, f"{path} row {number}", value)
@@ -48,8 +48,8 @@ def _json_row(number: int, place: str, value: Any) -> Row:
 
 def csv_rows(path: str, columns: Names, optional: Names, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
-    damage = (*DAMAGE, csv.Error)
-    with naming(path, damage), _utf8(path), closing(InputFile(path)) as file:
+    damage = (*READ_ERRORS, csv.Error)
+    with named_damage(path, damage), _utf8(path), closing(InputFile(path)) as file:
         text = io.TextIOWrapper(file.bytes, "utf-8-sig", newline="")
         reader = csv.DictReader(text, delimiter=delimiter, strict=True)
         header = reader.fieldnames or ()
@@ -78,7 +78,7 @@ def parquet_rows(path: str, columns: Names, optional: Names) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     damage = (OSError, pa.ArrowException, UnicodeDecodeError)
-    with naming(path, damage), closing(pq.ParquetFile(path)) as table:
+    with named_damage(path, damage), closing(pq.ParquetFile(path)) as table:
         read = check_columns(path, table.schema_arrow.names, columns, optional)
         batches = table.iter_batches(BATCH, columns=read, use_threads=False)
         yield from table_rows(path, batches)

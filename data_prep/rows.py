@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.clones import has_card, is_shard
-from data_prep.packed import PACKED, naming
-from data_prep.records import Unusable
+from data_prep.compressed import COMPRESSED, named_damage
+from data_prep.hf_datasets import check_reachable
 from data_prep.row import Row
 from data_prep.row_files import (
     BATCH,
-    CHOOSE,
     Names,
     check_columns,
     csv_rows,
@@ -26,10 +25,7 @@ from data_prep.row_files import (
     parquet_rows,
     table_rows,
 )
-from data_prep.sets import check_reachable
-from megalite.config import FinetuneConfig, RunConfig
 from megalite.errors import DataError
-from megalite.formats.tokenizer import load_tokenizer
 from megalite.log import logger
 
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -67,19 +63,6 @@ class BadRows:
                 f"{self._first}; {found}, more than finetune.data.max_bad_rows {self.limit} "
                 "allows: mend the data, or allow more"
             )
-
-
-def columns_of(section: FinetuneConfig) -> list[str]:
-    """The columns that a task learns from."""
-    data = section.data
-    return {
-        "classification": [data.text_column, data.label_column],
-        "language_modeling": [data.text_column],
-        "seq2seq": [data.text_column, data.target_column],
-        "sft": [data.prompt_column, data.response_column]
-        if data.prompt_column and data.response_column
-        else [data.messages_column],
-    }[section.task]
 
 
 class Source(Protocol):
@@ -131,39 +114,9 @@ def _looks_like_file(path: str) -> bool:
     return bool(_parts(path)[1] or (ending and here) or path.count("/") > 1)
 
 
-def glance(config: RunConfig) -> str:
-    """What the first rows of a run's examples, and its tokenizer, say before all are read.
-
-    Raises:
-        DataError: data that is not there, has other columns, or a vocabulary over the model's.
-    """
-    assert config.finetune is not None
-    data, columns = config.finetune.data, columns_of(config.finetune)
-    source = find_source(data.path, data.train_split)
-    splits = [split for split in (data.train_split, data.valid_split, data.test_split) if split]
-    for split in splits:
-        first = next(source.rows(split, columns), None)
-        if first is None:
-            raise DataError(f"finetune.data.path {data.path}: the {split} split has no row")
-        try:
-            for column in columns:
-                first.get(column)
-        except Unusable as error:
-            if data.max_bad_rows == 0:
-                raise DataError(f"{first.place}: {error}; {CHOOSE}") from None
-    if data.tokenizer is not None:
-        size, most = load_tokenizer(data.tokenizer).vocab_size, config.model.vocab_size
-        if size > most:
-            raise DataError(
-                f"model.vocab_size: {most}, but the tokenizer has {size} ids; set model.vocab_size "
-                f"to {size}"
-            )
-    return f"{data.path}: {', '.join(splits)} with {', '.join(columns)}"
-
-
 def _parts(name: str) -> tuple[str, str]:
     """A file's name without its ending, and that; "" where it is not a known one."""
-    base = name[: name.rindex(".")] if name.lower().endswith(PACKED) else name
+    base = name[: name.rindex(".")] if name.lower().endswith(COMPRESSED) else name
     stem, ending = os.path.splitext(base)
     return (stem, ending.lower()) if ending.lower() in _ENDINGS else (name, "")
 
@@ -210,7 +163,7 @@ class _Files:
                 return found[0]
             raise DataError(
                 f"{found[0]}: the ending says no kind of file that has rows; those are "
-                f"{', '.join(_ENDINGS)}, and within {', '.join(PACKED)}"
+                f"{', '.join(_ENDINGS)}, and within {', '.join(COMPRESSED)}"
             )
         files = {file.name for files in self._files.values() for file in files}
         names = sorted(files if self._place.is_dir() else self._files)
@@ -269,7 +222,7 @@ class _Set:
     def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
         found = self._split(split)
         read = check_columns(self._name, found.column_names, columns, optional)
-        with naming(self._name, (Exception,)):
+        with named_damage(self._name, (Exception,)):
             tables = found.select_columns(read).with_format("arrow").iter(BATCH)
             yield from table_rows(f"{self._name} split {split}", tables)
 

@@ -1,11 +1,11 @@
-"""A split of examples in memory: the fields of a row, and the arrays that grow by each example."""
+"""A split of examples in memory: the fields of a row, its example, and the arrays that grow."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_prep.messages import Messages
 from data_prep.row import Row
@@ -22,6 +22,20 @@ class Fields:
     tools: list[Any] | None = None
 
 
+class Example(NamedTuple):
+    """An example as tokens.
+
+    Attributes:
+        ids: the tokens.
+        loss_mask: whether each token is learned; empty if a label is learned instead.
+        is_cut: whether the example was longer than allowed.
+    """
+
+    ids: Sequence[int]
+    loss_mask: Sequence[bool]
+    is_cut: bool
+
+
 @dataclass
 class SplitArrays:
     """The examples of a split as they grow."""
@@ -29,14 +43,20 @@ class SplitArrays:
     tokens: array[int] = field(default_factory=lambda: array("i"))
     bounds: array[int] = field(default_factory=lambda: array("q", [0]))
     rows: array[int] = field(default_factory=lambda: array("q"))
-    learned: bytearray = field(default_factory=bytearray)
+    loss_mask: bytearray = field(default_factory=bytearray)
     labels: array[int] = field(default_factory=lambda: array("q"))
     cut: int = 0
 
-    def add(self, row: int, ids: Sequence[int], learned: Sequence[bool], cut: bool) -> None:
-        """Append an example: its tokens, which of them are learned, and whether it was cut."""
-        self.tokens.extend(ids)
+    def add(self, row: int, example: Example, label: int) -> None:
+        """Append an example.
+
+        Args:
+            row: the number of its row.
+            label: the number of its label; -1 means that it has none.
+        """
+        self.tokens.extend(example.ids)
         self.bounds.append(len(self.tokens))
         self.rows.append(row)
-        self.learned.extend(learned)
-        self.cut += cut
+        self.loss_mask.extend(example.loss_mask)
+        self.labels.append(label)
+        self.cut += example.is_cut

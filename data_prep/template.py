@@ -18,7 +18,7 @@ from data_prep.records import Unusable
 from data_prep.row import check_text
 from data_prep.sandbox import TemplateSandbox, TooSlow, collect, in_time
 from megalite.errors import DataError
-from megalite.formats.tokenizer import Tokenizer
+from megalite.tokenizers.tokenizer import Tokenizer
 
 Spans: TypeAlias = "list[tuple[int, int]]"
 

@@ -12,11 +12,12 @@ from typing import Literal
 
 from data_prep.inputs import find_streams
 from data_prep.output import staged
-from data_prep.readers import BadRecords, Fault, read_streams
+from data_prep.part_reader import read_streams
+from data_prep.records import BadRecords, Fault
 from megalite.errors import DataError
 from megalite.files import sync_file
-from megalite.formats.tokenizer import SentencePieceTokenizer, Tokenizer, check_round_trip
 from megalite.log import logger
+from megalite.tokenizers.tokenizer import SentencePieceTokenizer, Tokenizer, check_round_trip
 
 # SentencePiece sees at most this much of the text: BPE learns it in some 20 s and 1 GB.
 SAMPLE_CHARACTERS = 100_000_000

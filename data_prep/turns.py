@@ -8,9 +8,9 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from data_prep.marks import new_mark, take_out
 from data_prep.messages import Messages
 from data_prep.records import Unusable
+from data_prep.sentinels import new_sentinel, remove_sentinels
 from data_prep.template import Template
 from megalite.errors import DataError
 
@@ -60,13 +60,13 @@ class TurnFinder:
     ) -> tuple[int, int] | None:
         """By marks around the content, if what closes the turn follows it."""
         content = str(messages[number].get("content") or "")
-        mark = new_mark(text + content)
+        sentinel = new_sentinel(text + content)
         lead, core, trail = _trimmed(content)
         # the second is for templates that trim
-        for marked in (mark + content + mark, lead + mark + core + mark + trail):
+        for marked in (sentinel + content + sentinel, lead + sentinel + core + sentinel + trail):
             turns = [*messages]
             turns[number] = messages[number] | {"content": marked}
-            shown, places = take_out(self._template.render(turns, tools), mark)
+            shown, places = remove_sentinels(self._template.render(turns, tools), sentinel)
             if not core or shown != text or len(places) != 2:
                 continue
             for end in (self._ending, self._ending.rstrip()):
@@ -81,18 +81,20 @@ class TurnFinder:
 
         So are found turns that lose a part, such as reasoning, when others follow.
         """
-        mark, turns, neighbours = new_mark(text), [*messages], []
+        sentinel, turns, neighbours = new_sentinel(text), [*messages], []
         for other in (number - 1, number + 1):
             if 0 <= other < len(messages):
                 lead, core, trail = _trimmed(str(messages[other].get("content") or ""))
                 marked = (
-                    lead + core + mark + trail if other < number else lead + mark + core + trail
+                    lead + core + sentinel + trail
+                    if other < number
+                    else lead + sentinel + core + trail
                 )
                 turns[other] = messages[other] | {"content": marked}
                 neighbours.append(other)
                 if not core:
                     return None
-        shown, places = take_out(self._template.render(turns, tools), mark)
+        shown, places = remove_sentinels(self._template.render(turns, tools), sentinel)
         if shown != text or len(places) != len(neighbours):
             return None
         lower = places[0] if number > 0 else 0
@@ -107,9 +109,9 @@ class TurnFinder:
     @cached_property
     def _ending(self) -> str:
         """The text that follows an answer, as after a user's single turn."""
-        mark = new_mark("")
-        pair = [_USER, {"role": "assistant", "content": mark}]
-        return self._template.render(pair).rpartition(mark)[2]
+        sentinel = new_sentinel("")
+        pair = [_USER, {"role": "assistant", "content": sentinel}]
+        return self._template.render(pair).rpartition(sentinel)[2]
 
     @cached_property
     def _prompt(self) -> str:

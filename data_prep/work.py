@@ -21,13 +21,14 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from data_prep.folder import Run
-from data_prep.inputs import Stream
-from data_prep.readers import BadRecords, Fault, Reader
+from data_prep.part_reader import PartReader
+from data_prep.records import BadRecords, Fault
+from data_prep.streams import Stream
+from data_prep.work_folder import Run
 from megalite.errors import CommandError, DataError
 from megalite.files import parse_json
 from megalite.formats.index import Dtype, Integers, dtype_for
-from megalite.formats.tokenizer import Tokenizer
+from megalite.tokenizers.tokenizer import Tokenizer
 
 _VERSION = 1  # of a part's content
 _BATCH_CHARACTERS = 1 << 20  # encoded at once
@@ -82,7 +83,7 @@ class TokenizeOptions:
 
 
 @dataclass
-class Tally:
+class Counts:
     """What came of some of the input; `bytes` are of UTF-8 text, `consumed` of files on disk."""
 
     documents: int = 0
@@ -91,7 +92,7 @@ class Tally:
     bad_records: int = 0
     consumed: int = 0
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: Counts) -> None:
         for name, value in asdict(other).items():
             setattr(self, name, getattr(self, name) + value)
 
@@ -100,7 +101,7 @@ class Tally:
 class Part:
     """What the file of a part says of itself."""
 
-    tally: Tally
+    tally: Counts
     ended: bool  # no part of the stream follows
     sha256: str  # of the file's arrays
     faults: list[str] = field(default_factory=list)
@@ -164,7 +165,7 @@ def part_name(key: str, part: int) -> str:
     return f"{key}_{part:06d}"
 
 
-class Choice:
+class PartScheduler:
     """Which part a worker takes next.
 
     Workers begin at different places of the input, so that they meet late. A packed file is read
@@ -229,17 +230,17 @@ class Worker:
         self._run, self._streams, self._encoder = run, streams, encoder
         self.keys = [encoder.key(stream) for stream in streams]
         self._name = f"{place:05d}"
-        self._choice = Choice(run, streams, self.keys, place / places)
+        self._scheduler = PartScheduler(run, streams, self.keys, place / places)
         # of all workers together; one that alone finds more bad records stops all
         self._bad = BadRecords(encoder.options.max_bad_records)
-        self._reader = Reader(encoder.options.text_field)
-        self._tally, self._covered, self._longest = Tally(), 0, 0.0
+        self._reader = PartReader(encoder.options.text_field)
+        self._tally, self._covered, self._longest = Counts(), 0, 0.0
         self._began = self._ended = 0.0
 
     def encode_all(self) -> None:
         """Do parts until there is nothing to take, then what others took and do not finish."""
         try:
-            while (found := self._choice.take()) is not None:
+            while (found := self._scheduler.take()) is not None:
                 self._do(*found)
         finally:
             self._reader.close()
@@ -280,7 +281,7 @@ class Worker:
         self._run.report(self._name, asdict(self._tally) | times)
 
     def _encode(self, stream: Stream, part: int, path: Path) -> Part:
-        tally, faults, hashes = Tally(), list[str](), self._encoder.options.hashes
+        tally, faults, hashes = Counts(), list[str](), self._encoder.options.hashes
         encoded = [(np.empty(0, self._encoder.dtype), np.empty(0, np.int64))]
         digests, sizes = list[bytes](), list[int]()
         for texts in self._batches(stream, part, tally, faults):
@@ -307,7 +308,7 @@ class Worker:
         return made
 
     def _batches(
-        self, stream: Stream, part: int, tally: Tally, faults: list[str]
+        self, stream: Stream, part: int, tally: Counts, faults: list[str]
     ) -> Iterator[list[str]]:
         """The documents of a part, about a million characters a time."""
         batch, characters = list[str](), 0
@@ -334,7 +335,7 @@ def read_header(path: Path) -> Part:
     """What a part's file says of itself."""
     with safe_open(path, framework="np") as file:
         found = parse_json(file.metadata()["part"])
-    return Part(**{**found, "tally": Tally(**found["tally"])})
+    return Part(**{**found, "tally": Counts(**found["tally"])})
 
 
 def inspect_part(path: Path) -> Part | None:

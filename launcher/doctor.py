@@ -41,7 +41,7 @@ def main() -> int:
 
         told = goodput(Path(arguments.run))
     if arguments.run is None or arguments.config is not None:
-        from data_prep.rows import glance
+        from data_prep.preview import preview
         from megalite.config import find_file
         from megalite.doctor import examine, show
 
@@ -49,10 +49,10 @@ def main() -> int:
             raise CommandError(f"--config {arguments.config!r}: no such run file")
         start = None
         if arguments.init_from is not None:
-            from megalite.formats.hub import find_model
+            from megalite.hub import find_model
 
             start = find_model(arguments.init_from, "--init-from")
-        rows = examine(arguments.config, glance, start)
+        rows = examine(arguments.config, preview, start)
         code = int(any(row.state == "fail" for row in rows))
         if arguments.json:
             run = {"run": told} if told else {}

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megalite import env
+from megalite import env, hub
 from megalite.cli import command_parser, run_main
 from megalite.errors import CommandError
-from megalite.formats import hub
 from megalite.log import logger, write_report
 
 _EXAMPLES = """examples:
@@ -65,7 +64,7 @@ def main() -> None:
         raise CommandError("--limit and --task-path are of --tasks; name some, or leave them out")
     checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint")  # before torch is imported
     logger.info("load PyTorch and %s", checkpoint)
-    from data_prep.again import prepare_again
+    from data_prep.eval_examples import prepare_again
     from megalite.evaluate import classify, harness, open_model, score_data, table
     from megalite.parallel import start
 

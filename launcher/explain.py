@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megalite import files
+from megalite import files, hub
 from megalite.cli import command_parser, run_main
-from megalite.formats import hub
 from megalite.log import printable, write_report
 
 _EXAMPLES = """examples:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megalite import hub
 from megalite.cli import command_parser, run_main
 from megalite.errors import CommandError, DataError
-from megalite.formats import hub
-from megalite.formats.tokenizer import Tokenizer, load_tokenizer
 from megalite.log import logger, write_report
+from megalite.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 _EXAMPLES = """examples:
   python launcher/export.py --checkpoint runs/smoke --output exported/smoke --verify

@@ -28,7 +28,8 @@ def main() -> int:
     if arguments.dry_run is None:
         env.restart_with_heap()
     launch = env.find_launch()
-    from megalite.formats.hub import find_model, find_start
+    from megalite.formats.start import find_start
+    from megalite.hub import find_model
 
     own = find_run(arguments.config, arguments.set)
     root = None if own is None or arguments.resume == "never" else own / "checkpoints"

@@ -8,10 +8,9 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from megalite import env
+from megalite import env, hub
 from megalite.cli import command_parser, run_main
 from megalite.errors import CommandError
-from megalite.formats import hub
 from megalite.log import printable_pieces
 
 if TYPE_CHECKING:

@@ -68,7 +68,7 @@ def main() -> int:
     layout = Layout(find_device(arguments.gpu), arguments.nodes, arguments.gpus_per_node)
     model = None
     if arguments.init_from is not None:
-        from megalite.formats.hub import find_model
+        from megalite.hub import find_model
 
         start = find_model(arguments.init_from, "--init-from")
         from megalite.checkpoint import describe_start  # torch

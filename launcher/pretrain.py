@@ -38,7 +38,7 @@ def main() -> int:
         from megalite.parity.dry_run import report_dry_run
 
         return report_dry_run(config, launch, arguments.dry_run, arguments.gpu)
-    from megalite.formats.hub import find_start
+    from megalite.formats.start import find_start
 
     root = Path(config.logging.directory) / config.name / "checkpoints"
     start = find_start(arguments.init_from, None if arguments.resume == "never" else root)

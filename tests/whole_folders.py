@@ -13,8 +13,8 @@ from data_prep.train import TrainOptions, train_tokenizer
 from megalite import files
 from megalite.checkpoint import StoredCheckpoint, open_checkpoint
 from megalite.checkpoint.huggingface import export
-from megalite.formats.tokenizer import ByteTokenizer
 from megalite.parallel import Grid
+from megalite.tokenizers.tokenizer import ByteTokenizer
 from tests import labelled
 from tests.factories import make_engine, run_config, save_checkpoint
 from tests.origins import reseal

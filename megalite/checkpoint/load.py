@@ -26,7 +26,7 @@ from megalite.config import ModelConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
 from megalite.errors import CheckpointError, CommandError, DamagedCheckpoint, OtherVersion
 from megalite.formats import checkpoint as disk
-from megalite.formats import foreign
+from megalite.hub import foreign
 from megalite.log import logger
 from megalite.parallel import Grid
 from megalite.plan.optimizer import state_names

@@ -26,7 +26,7 @@ from megalite.errors import DataError
 from megalite.files import sha256_file
 from megalite.formats.index import OpenFiles
 from megalite.formats.shards import CHECKED_AT_OPEN, ShardSet, open_shards
-from megalite.formats.tokenizer import load_tokenizer
+from megalite.tokenizers.tokenizer import load_tokenizer
 
 _ORDER_VERSION = 1  # part of the fingerprint: raise it when a seed comes to mean another order
 

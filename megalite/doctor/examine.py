@@ -23,7 +23,7 @@ def examine(
     """The rows of this machine, and of a run file on it.
 
     Args:
-        look: what a glance at the examples of fine-tuning says; UserError where they are faulty.
+        look: what a preview at the examples of fine-tuning says; UserError where they are faulty.
         start: the folder of the model that the run starts from.
     """
     directory, loaded = Path(), list[RunConfig]()

@@ -9,8 +9,8 @@ from typing import Any, Protocol, TextIO, TypeAlias
 
 from megalite.errors import DataError
 from megalite.evaluate.generate import Reader, Sampling, stream_texts
-from megalite.formats.tokenizer import Tokenizer
 from megalite.log import logger
+from megalite.tokenizers.tokenizer import Tokenizer
 
 Messages: TypeAlias = "list[dict[str, Any]]"
 # from the turns so far, and the tools, to the ids up to the answer and the text that ends it

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megalite.errors import CommandError, MegaLiteError
-from megalite.formats.tokenizer import Tokenizer, encode_text
+from megalite.tokenizers.tokenizer import Tokenizer, encode_text
 
 # B prompts   T tokens so far   V vocabulary   K the ids that a choice is made among
 LogitsFn = Callable[[Tensor], Tensor]  # ids [1, T] on the CPU -> last logits [1, V]

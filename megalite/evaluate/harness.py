@@ -19,8 +19,8 @@ import torch
 from megalite.errors import CommandError, DataError
 from megalite.evaluate.generate import Sampling, stream_texts
 from megalite.evaluate.opened import OpenedModel
-from megalite.formats.tokenizer import encode_text
 from megalite.parallel import Grid
+from megalite.tokenizers.tokenizer import encode_text
 
 
 def require() -> None:

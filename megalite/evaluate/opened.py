@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalite import shapes
+from megalite import hub, shapes
 from megalite.checkpoint import (
     HuggingFaceFolder,
     Stored,
@@ -26,12 +26,11 @@ from megalite.config import ModelConfig, RunConfig, allowed_tensor_parallel, loa
 from megalite.data import Batch
 from megalite.errors import CheckpointError, CommandError, MegaLiteError
 from megalite.evaluate.generate import Reader, Rereading
-from megalite.formats import hub
-from megalite.formats.tokenizer import Tokenizer, encode_text, load_tokenizer
 from megalite.log import logger
 from megalite.mesh import WHOLE
 from megalite.model import Cache, EncoderDecoder, LanguageModel, build, decoding, head_loss
 from megalite.parallel import Grid, local_model, split
+from megalite.tokenizers.tokenizer import Tokenizer, encode_text, load_tokenizer
 
 
 @dataclass(frozen=True)

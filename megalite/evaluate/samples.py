@@ -25,9 +25,9 @@ from megalite.data import Batch
 from megalite.engine import Engine
 from megalite.errors import DataError, MegaLiteError, Stopped
 from megalite.evaluate.generate import Sampling, stream_texts
-from megalite.formats.tokenizer import Tokenizer, load_tokenizer
 from megalite.log import logger
 from megalite.parallel import Grid
+from megalite.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 # from a user's single turn to the ids up to the answer, and the text that ends the answer
 Ask = Callable[[Path, Tokenizer, str], "tuple[list[int], str]"]

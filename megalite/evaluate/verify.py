@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megalite.errors import CommandError
 from megalite.evaluate.opened import OpenedModel, open_model
-from megalite.formats.special_tokens import GENERATION_CONFIG
-from megalite.formats.tokenizer import PROBES, load_tokenizer
+from megalite.tokenizers.special_tokens import GENERATION_CONFIG
+from megalite.tokenizers.tokenizer import PROBES, load_tokenizer
 
 _LIMIT = 1e-4  # of scores, over their spread
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megalite import files
 from megalite.errors import DataError
-from megalite.formats.tokenizer import Tokenizer
+from megalite.tokenizers.tokenizer import Tokenizer
 
 MANIFEST = "manifest.json"
 FORMAT = "megalite-examples-2"

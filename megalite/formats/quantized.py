@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megalite.formats.foreign import read_object, rewrite_command
+from megalite.hub.foreign import read_object, rewrite_command
 
 # What quantizers put beside, or in the place of, a weight.
 _PARTS = (

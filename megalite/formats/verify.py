@@ -21,8 +21,8 @@ from megalite.formats.manifest import (
     TokenizerInfo,
     load_manifest,
 )
-from megalite.formats.tokenizer import load_tokenizer
 from megalite.log import logger
+from megalite.tokenizers.tokenizer import load_tokenizer
 
 _CHUNK = 8 << 20  # bytes, a multiple of every item's size
 _OUR_SHARD = re.compile(r"shard_\d{5,}")

@@ -17,9 +17,9 @@ from megalite.errors import CommandError
 from megalite.files import sha256_file
 from megalite.formats.manifest import Manifest, TokenizerInfo, write_manifest
 from megalite.formats.shards import ShardWriter
-from megalite.formats.tokenizer import load_tokenizer
 from megalite.log import logger
 from megalite.parity.layouts import ParityLayout
+from megalite.tokenizers.tokenizer import load_tokenizer
 
 STEPS = 20
 _EVAL_EVERY = 3  # no validation directly before a step whose layer outputs are compared

@@ -15,10 +15,10 @@ from megalite.config import RunConfig
 from megalite.data import Samples
 from megalite.errors import CommandError, DataError, MegaLiteError, Superseded
 from megalite.formats import checkpoint as disk
-from megalite.formats.tokenizer import keep_ends, tokenizer_files
 from megalite.log import logger
 from megalite.observe import Recorder, previous_attempts, restate
 from megalite.parallel import Grid
+from megalite.tokenizers.tokenizer import keep_ends, tokenizer_files
 from megalite.train.outcome import verdict
 from megalite.train.resume import Origin
 

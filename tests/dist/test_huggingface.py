@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from megalite.checkpoint import StoredCheckpoint, open_checkpoint
 from megalite.checkpoint.huggingface import export
 from megalite.config import ModelConfig
-from megalite.formats.tokenizer import load_tokenizer
+from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.families import FAMILIES, model_section
 from tests.parity.test_families import family_run
 from tests.ranks import run_ranks

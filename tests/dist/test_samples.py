@@ -14,7 +14,7 @@ from data_prep.chat import ask
 from megalite.env import Launch
 from megalite.evaluate import Prompts, Writer, open_model, stream_texts
 from megalite.evaluate.generate import Sampling
-from megalite.formats.tokenizer import load_tokenizer
+from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.dist.test_finetune import tune, tuning_file
 from tests.factories import run_config
 from tests.labelled import jsonl

@@ -20,7 +20,7 @@ from megalite.config import ModelConfig, load_config
 from megalite.env import Launch
 from megalite.errors import CommandError
 from megalite.evaluate.verify import verify
-from megalite.formats.tokenizer import load_tokenizer
+from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.dist.test_finetune import tuning_file, write_rows
 from tests.factories import run_config
 from tests.families import model_section

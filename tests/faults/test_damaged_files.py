@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from data_prep.chat import ask
+from data_prep.hf_datasets import saved_folder
 from data_prep.report import inspect, verify
-from data_prep.sets import saved_folder
 from launcher.doctor import _print_goodput
 from megalite import errors
 from megalite.checkpoint import (
@@ -38,7 +38,6 @@ from megalite.config import load_config, load_stored
 from megalite.evaluate import open_model
 from megalite.formats import examples
 from megalite.formats.shards import open_shards
-from megalite.formats.tokenizer import load_tokenizer
 from megalite.formats.verify import verify_folder
 from megalite.observe import (
     began_from,
@@ -52,6 +51,7 @@ from megalite.parallel import Grid
 from megalite.plan.calibrate import read_run
 from megalite.plan.devices import find_device
 from megalite.report import read_records, render
+from megalite.tokenizers.tokenizer import load_tokenizer
 from megalite.train.ledger import Ledger
 from megalite.train.resume import find_origin
 from tests import damage, labelled

@@ -13,7 +13,7 @@ from megalite.config import ModelConfig
 from megalite.env import Launch
 from megalite.evaluate import open_model
 from megalite.evaluate.verify import inputs_of, theirs
-from megalite.formats.tokenizer import load_tokenizer
+from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.families import FAMILIES, model_section
 from tests.parity.test_layouts import _reference, misses
 from tests.ranks import run_ranks

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     *("errors", "launchers", "env", "log", "files", "registry", "mesh", "cli|spawn", "config"),
     *("shapes", "plan"),
+    *("hub", "tokenizers"),
     *("formats", "parallel", "data|model|optim", "engine", "checkpoint", "observe"),
     *("evaluate|report", "train", "parity|doctor"),
 )

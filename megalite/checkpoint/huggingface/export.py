@@ -23,8 +23,8 @@ from megalite.checkpoint.huggingface.mapping import family_of, to_config
 from megalite.checkpoint.stored import Stored
 from megalite.config import ModelConfig
 from megalite.errors import CommandError
-from megalite.formats.special_tokens import GENERATION_CONFIG
-from megalite.formats.tokenizer import Tokenizer
+from megalite.tokenizers.special_tokens import GENERATION_CONFIG
+from megalite.tokenizers.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -22,7 +22,8 @@ from megalite.checkpoint.huggingface.families import Family
 from megalite.checkpoint.huggingface.mapping import from_config
 from megalite.config import ModelConfig, describe_errors
 from megalite.errors import CheckpointError, CommandError
-from megalite.formats import foreign, quantized
+from megalite.formats import quantized
+from megalite.hub import foreign
 from megalite.log import logger
 
 _CONFIG, _INDEX = foreign.CONFIG, foreign.INDEX

@@ -16,7 +16,7 @@ from megalite.errors import DataError
 from megalite.formats.index import DTYPES, write_index
 from megalite.formats.manifest import Manifest, TokenizerInfo, write_manifest
 from megalite.formats.shards import ShardWriter
-from megalite.formats.tokenizer import ByteTokenizer
+from megalite.tokenizers.tokenizer import ByteTokenizer
 
 VOCABULARY = 258  # of bytes
 

@@ -12,7 +12,7 @@ from megalite.config import RunConfig
 from megalite.data import ExampleSet, Loader, first_batches
 from megalite.errors import DataError
 from megalite.formats.examples import open_split, read_manifest
-from megalite.formats.tokenizer import load_tokenizer
+from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.factories import run_config
 from tests.labelled import jsonl, make
 

@@ -14,7 +14,7 @@ from data_prep.records import Unusable
 from data_prep.train import learn_tokenizer
 from megalite.errors import DataError
 from megalite.evaluate import Sampling, stream_texts
-from megalite.formats.tokenizer import Tokenizer, load_tokenizer
+from megalite.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from tests.unit.data_prep.test_data_prep_chat import CONTROLS, MARKED, PLAIN, conversations, folder
 
 __all__ = ["folder"]  # a fixture: tokenizers with the control tokens CONTROLS

@@ -14,7 +14,7 @@ from data_prep.chat import CHATML, Chat
 from data_prep.messages import check_messages, check_tools
 from data_prep.records import Unusable
 from megalite.errors import DataError
-from megalite.formats.tokenizer import ByteTokenizer
+from megalite.tokenizers.tokenizer import ByteTokenizer
 from tests.labelled import jsonl, make, opened, texts
 from tests.unit.data_prep.test_data_prep_chat import MARKED, PLAIN
 

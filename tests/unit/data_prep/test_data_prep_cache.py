@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from data_prep import examples
-from data_prep.again import prepare_again
+from data_prep.eval_examples import prepare_again
 from megalite.errors import DataError
-from megalite.formats.tokenizer import keep_ends, tokenizer_files
+from megalite.tokenizers.tokenizer import keep_ends, tokenizer_files
 from tests.factories import run_config
 from tests.labelled import ROWS, jsonl, make, opened, texts
 from tests.tokenizer_folders import NAMES, json_folder
@@ -60,7 +60,7 @@ def test_a_resume_reuses_the_examples_of_the_start(
     (copy / "generation_config.json").write_text(
         json.dumps(json.loads((copy / "generation_config.json").read_text()), sort_keys=True)
     )
-    monkeypatch.setattr(examples, "_Maker", None)  # nothing may be made again
+    monkeypatch.setattr(examples, "ExampleMaker", None)  # nothing may be made again
     assert make("a.jsonl", task, tokenizer=copy) == first
 
 
@@ -72,7 +72,7 @@ def test_an_evaluation_reuses_the_examples_of_its_run(monkeypatch: pytest.Monkey
     config = run_config(finetune={"task": "sft", "data": section})
     first = examples.prepare(config, tokenizer=None)
     copy = run_copy(first, Path("start"))
-    monkeypatch.setattr(examples, "_Maker", None)
+    monkeypatch.setattr(examples, "ExampleMaker", None)
     assert prepare_again(config, copy, None, True, lambda value: [value])[0] == first
 
 
@@ -102,7 +102,7 @@ def test_a_learned_tokenizer_finds_its_examples(monkeypatch: pytest.MonkeyPatch)
     first = make("a.jsonl", tokenizer=None, model=model)
     copy = run_copy(first, Path("none"))
     with monkeypatch.context() as patch:
-        patch.setattr(examples, "_Maker", None)
+        patch.setattr(examples, "ExampleMaker", None)
         assert make("a.jsonl", tokenizer=copy, model=model) == first
         assert make("a.jsonl", tokenizer=None, model=model) == first
     ids = opened(first)[1]["train"].tokens.tolist()

@@ -16,7 +16,7 @@ from data_prep.records import Unusable
 from data_prep.train import learn_tokenizer
 from megalite.errors import DataError
 from megalite.evaluate import Sampling, stream_texts
-from megalite.formats.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from megalite.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 CONTROLS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>"]
 WORDS = ["hello", "world", " 12", "中文", "😀", "naïve", "\n", "\n\n", "  ", "<b>", "it's"]

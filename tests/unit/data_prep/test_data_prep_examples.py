@@ -16,7 +16,7 @@ from data_prep import examples, row_files, rows
 from data_prep.examples import prepare
 from megalite.errors import DataError
 from megalite.formats.examples import read_manifest
-from megalite.formats.tokenizer import load_tokenizer
+from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.factories import run_config
 from tests.labelled import ROWS, jsonl, make, opened, texts
 
@@ -241,7 +241,7 @@ def test_a_folder_is_made_once_and_named_by_its_content(monkeypatch: pytest.Monk
     others.append(make("a.jsonl"))
     assert len({first.name, *(other.name for other in others)}) == 9
     assert make("a.jsonl", cache="b").name == others[-1].name
-    monkeypatch.setattr(examples, "_Maker", None)
+    monkeypatch.setattr(examples, "ExampleMaker", None)
     assert make("a.jsonl") == others[-1]
     (first / "manifest.json").unlink()
     os.utime("a.jsonl", ns=(1, 1))
@@ -252,13 +252,13 @@ def test_a_folder_is_made_once_and_named_by_its_content(monkeypatch: pytest.Monk
 
 def test_two_at_the_same_time_share_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl("a.jsonl", ROWS)
-    both, made = threading.Barrier(2), examples._Maker.make
+    both, made = threading.Barrier(2), examples.ExampleMaker.make
 
     def together(self: Any, folder: Path, arguments: dict[str, Any]) -> None:
         made(self, folder, arguments)
         both.wait(30)
 
-    monkeypatch.setattr(examples._Maker, "make", together)
+    monkeypatch.setattr(examples.ExampleMaker, "make", together)
     found: list[Path] = []
     threads = [threading.Thread(target=lambda: found.append(make("a.jsonl"))) for _ in range(2)]
     for thread in threads:

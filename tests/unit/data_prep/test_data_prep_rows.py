@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from megalite import hub
 from megalite.errors import DataError
-from megalite.formats import hub
-from megalite.formats.tokenizer import load_tokenizer
+from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.labelled import ROWS, jsonl, make, opened, texts
 
 

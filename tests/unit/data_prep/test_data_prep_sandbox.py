@@ -12,7 +12,7 @@ from data_prep import sandbox
 from data_prep.chat import Chat
 from data_prep.records import Unusable
 from megalite.errors import DataError
-from megalite.formats.tokenizer import ByteTokenizer
+from megalite.tokenizers.tokenizer import ByteTokenizer
 
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

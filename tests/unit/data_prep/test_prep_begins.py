@@ -12,8 +12,8 @@ from data_prep.encode import tokenize
 from data_prep.work import TokenizeOptions
 from megalite.errors import UserError
 from megalite.formats.shards import open_shards
-from megalite.formats.tokenizer import load_tokenizer
 from megalite.formats.verify import verify_folder
+from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.labelled import jsonl, make, opened
 from tests.tokenizer_folders import END, START, json_folder
 

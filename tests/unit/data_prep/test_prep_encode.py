@@ -17,8 +17,8 @@ from data_prep.report import inspect, verify
 from data_prep.train import TrainOptions, train_tokenizer
 from megalite.errors import CommandError, DataError, MegaLiteError, UserError
 from megalite.formats.shards import open_shards
-from megalite.formats.tokenizer import ByteTokenizer, load_tokenizer
 from megalite.formats.verify import verify_folder
+from megalite.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 
 TEXTS = [f"document {number}\n" + "  some text, 中文 🎉\n" * number for number in range(1, 40)]
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import folder, output, work
+from data_prep import output, work, work_folder
 from data_prep.__main__ import main
+from data_prep.assemble import is_held_out
 from data_prep.encode import TokenizeOptions, tokenize
-from data_prep.join import is_held_out
 from megalite.errors import CommandError, DataError
 from megalite.formats.manifest import load_manifest
 from megalite.formats.shards import open_shards
@@ -158,7 +158,7 @@ def test_kill_while_the_outputs_get_their_names_is_made_good(
     corpus: Path, tmp_path: Path, expected: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     """The held-out shards have their name, the others not yet; or none has."""
-    inner, renamed = folder.publish, list[Path]()
+    inner, renamed = work_folder.publish, list[Path]()
 
     def killed(staging: Path, final: Path) -> None:
         if len(renamed) == after:
@@ -166,7 +166,7 @@ def test_kill_while_the_outputs_get_their_names_is_made_good(
         renamed.append(final)
         inner(staging, final)
 
-    monkeypatch.setattr(folder, "publish", killed)
+    monkeypatch.setattr(work_folder, "publish", killed)
     with pytest.raises(KeyboardInterrupt):
         tokenize(options(corpus, tmp_path))
     monkeypatch.undo()

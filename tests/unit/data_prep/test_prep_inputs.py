@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.inputs import Stream, choose_part_bytes, find_streams, kind_of
+from data_prep.inputs import choose_part_bytes, find_streams
+from data_prep.readers import kind_of
+from data_prep.streams import Stream
 from megalite.errors import CommandError
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from data_prep import encode, folder, work
+from data_prep import encode, work, work_folder
 from data_prep.encode import TokenizeOptions, tokenize
 from data_prep.inputs import find_streams
 from megalite.errors import CommandError, DataError, MegaLiteError
@@ -174,8 +174,10 @@ def test_killed_ten_times_it_ends_in_the_same_bytes(
 def test_a_kill_after_the_last_rename_is_cleaned_up(corpus: Path, tmp_path: Path) -> None:
     wish = options(corpus, tmp_path / "out")
     tokenize(wish)
-    with folder.WorkFolder(wish.output, wish.asked(encode.load_tokenizer("bytes"))).lead() as run:
-        folder.WorkFolder(wish.output, wish.asked(encode.load_tokenizer("bytes"))).start(run)
+    with work_folder.WorkFolder(
+        wish.output, wish.asked(encode.load_tokenizer("bytes"))
+    ).lead() as run:
+        work_folder.WorkFolder(wish.output, wish.asked(encode.load_tokenizer("bytes"))).start(run)
     assert (tmp_path / ".out.work").is_dir()
     assert tokenize(wish).documents > 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -185,7 +187,7 @@ def test_a_kill_after_the_last_rename_is_cleaned_up(corpus: Path, tmp_path: Path
 
 def test_a_second_command_is_told_who_writes(corpus: Path, tmp_path: Path) -> None:
     hold = (
-        "import sys, time; from pathlib import Path; from data_prep.folder import WorkFolder\n"
+        "import sys, time; from pathlib import Path; from data_prep.work_folder import WorkFolder\n"
         "with WorkFolder(Path(sys.argv[1]), {}).lead():\n"
         "    print('held', flush=True); time.sleep(60)"
     )
@@ -238,16 +240,16 @@ def test_a_part_that_its_worker_has_left_is_done_by_another(
 ) -> None:
     """A claim of a worker on a host that is gone."""
     monkeypatch.setattr(work, "_IMPATIENT", 0.2)
-    claim, lost = folder.Run.claim, []
+    claim, lost = work_folder.Run.claim, []
 
-    def losing(run: folder.Run, name: str) -> bool:
+    def losing(run: work_folder.Run, name: str) -> bool:
         mine = claim(run, name)
         if mine and "_" in name and "shard" not in name and len(lost) < 2:
             lost.append(name)
             return False
         return mine
 
-    monkeypatch.setattr(folder.Run, "claim", losing)
+    monkeypatch.setattr(work_folder.Run, "claim", losing)
     tokenize(options(corpus, tmp_path / "out"))
     assert len(lost) == 2
     assert hashes(tmp_path / "out") == expected
@@ -257,12 +259,12 @@ def test_a_shard_that_its_worker_has_left_is_written_by_another(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, str]
 ) -> None:
     monkeypatch.setattr(work, "_IMPATIENT", 0.2)
-    claim = folder.Run.claim
+    claim = work_folder.Run.claim
 
-    def losing(run: folder.Run, name: str) -> bool:
+    def losing(run: work_folder.Run, name: str) -> bool:
         return claim(run, name) and name != "shard_00001"
 
-    monkeypatch.setattr(folder.Run, "claim", losing)
+    monkeypatch.setattr(work_folder.Run, "claim", losing)
     tokenize(options(corpus, tmp_path / "out"))
     assert hashes(tmp_path / "out") == expected
 
@@ -271,15 +273,15 @@ def test_the_leader_is_heard_while_shards_are_planned_and_written(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, str]
 ) -> None:
     """Hours on a large corpus, in which no worker may think that nobody leads."""
-    monkeypatch.setattr(folder, "_SILENCE", 0.5)
-    monkeypatch.setattr(folder, "_BEAT", 0.05)
-    plan = encode.plan_joins
+    monkeypatch.setattr(work_folder, "_SILENCE", 0.5)
+    monkeypatch.setattr(work_folder, "_BEAT", 0.05)
+    plan = encode.plan_shards
 
     def slow(*arguments: Any, **options: Any) -> Any:
         time.sleep(1.5)
         return plan(*arguments, **options)
 
-    monkeypatch.setattr(encode, "plan_joins", slow)
+    monkeypatch.setattr(encode, "plan_shards", slow)
     tokenize(options(corpus, tmp_path / "out", workers=2))
     assert hashes(tmp_path / "out") == expected
 
@@ -294,13 +296,13 @@ def test_an_empty_output_folder_is_no_sign_of_an_earlier_end(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(encode, "plan_joins", interrupted)
+    monkeypatch.setattr(encode, "plan_shards", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenize(wish)
     monkeypatch.undo()
     kept = len(list((tmp_path / ".out.work" / "parts").glob("*.part")))
     assert kept > 0
-    sharing = folder.WorkFolder(wish.output, wish.asked(encode.load_tokenizer("bytes")))
+    sharing = work_folder.WorkFolder(wish.output, wish.asked(encode.load_tokenizer("bytes")))
     with sharing.lead() as run:
         sharing.start(run)
         assert not sharing.was_published()
@@ -314,7 +316,7 @@ def test_an_empty_output_folder_is_no_sign_of_an_earlier_end(
 
 
 def test_ranks_follow_the_leader_of_their_own_launch(tmp_path: Path) -> None:
-    mine, other = (folder.WorkFolder(tmp_path / "out", {"a": 1}, launch) for launch in "xy")
+    mine, other = (work_folder.WorkFolder(tmp_path / "out", {"a": 1}, launch) for launch in "xy")
     with mine.lead() as run:
         mine.start(run)
         found = mine.follow()
@@ -339,7 +341,7 @@ def test_a_full_disk_is_said_in_a_line(
 def test_duplicates_are_left_out_whoever_meets_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    monkeypatch.setattr("data_prep.join._BUCKET", 100)
+    monkeypatch.setattr("data_prep.assemble._BUCKET", 100)
     draw = random.Random(2)
     texts = [f"text {draw.randrange(700)} " + "x" * draw.randrange(40) for _ in range(4000)]
     write_lines(tmp_path / "a.jsonl", texts[:1500])

@@ -17,8 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.inputs import Stream, find_streams
-from data_prep.readers import Fault, Reader, Record, read_streams
+from data_prep.inputs import find_streams
+from data_prep.part_reader import PartReader, read_streams
+from data_prep.records import Fault, Record
+from data_prep.streams import Stream
 
 
 def zstd(data: bytes) -> bytes:
@@ -81,7 +83,7 @@ def in_any_order(
 ) -> dict[int, tuple[list[Record], bool]]:
     """Each part, and some twice and some left midway, by one reader in a drawn order."""
     found: dict[int, tuple[list[Record], bool]] = {}
-    reader = Reader("text")
+    reader = PartReader("text")
     order = list(range(parts)) * 2
     draw.shuffle(order)
     for part in order:
@@ -184,7 +186,7 @@ def test_a_line_longer_than_parts_leaves_those_inside_it_empty(tmp_path: Path) -
         path = tmp_path / f"a.jsonl{ending}"
         path.write_bytes(pack(data))
         (stream,) = find_streams([str(path)], part_bytes=40)
-        reader = Reader("text")
+        reader = PartReader("text")
         parts = [list(reader.read(stream, part)) for part in range(30)]
         assert [n for n, part in enumerate(parts) if part] == [0, 1013 // 40]
         assert list(reader.read(stream, 7)) == []
@@ -198,7 +200,7 @@ def test_what_parts_take_adds_up_to_the_size(ending: str, tmp_path: Path) -> Non
     path = tmp_path / f"a.jsonl{ending}"
     path.write_bytes(PACKERS[ending](b"".join(rows)))
     (stream,) = find_streams([str(path)], part_bytes=500_000)
-    reader, part, consumed = Reader("text"), 0, 0
+    reader, part, consumed = PartReader("text"), 0, 0
     while not reader.ended:
         assert len(list(reader.read(stream, part))) > 0
         consumed += reader.consumed

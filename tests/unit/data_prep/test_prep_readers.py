@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.inputs import find_streams
-from data_prep.readers import BadRecords, Fault, Reader, read_streams
+from data_prep.part_reader import PartReader, read_streams
+from data_prep.records import BadRecords, Fault
 from megalite.errors import DataError
 
 TEXTS = ["one\r\ntwo  \n", "中文 \u2028 line", "  😀\t", "z" * 70_000]
@@ -39,7 +40,7 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
     ".xz": lzma.compress,
     ".zst": zstd,
 }
-PACKED = {
+COMPRESSED = {
     "a.jsonl": LINES,
     "a.jsonl.gz": gzip.compress(LINES),
     "members.jsonl.gz": gzip.compress(LINES[:100]) + gzip.compress(LINES[100:]),
@@ -55,10 +56,10 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", COMPRESSED)
 def test_json_lines_are_read_however_packed(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
-    path.write_bytes(PACKED[name])
+    path.write_bytes(COMPRESSED[name])
     assert documents(path) == TEXTS
 
 
@@ -179,7 +180,7 @@ def test_damage_is_named_in_parts_too(ending: str, tmp_path: Path) -> None:
         list(read_streams([stream], "text"))
     for part in (sum(map(len, rows)) // 1000, 1 << 20):  # the last one, and one beyond the end
         with pytest.raises(DataError, match="cannot be read to its end"):
-            list(Reader("text").read(stream, part))
+            list(PartReader("text").read(stream, part))
 
 
 def test_a_column_of_a_wrong_kind_is_named_before_a_row_is_read(tmp_path: Path) -> None:

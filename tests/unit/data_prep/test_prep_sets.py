@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep.inputs import Stream, find_streams
-from data_prep.readers import Fault, Reader, Record, read_streams
+from data_prep.inputs import find_streams
+from data_prep.part_reader import PartReader, read_streams
+from data_prep.records import Fault, Record
+from data_prep.streams import Stream
 from megalite.errors import CommandError, DataError, UserError
 
 TEXTS: list[str | None] = [f"document {number}" for number in range(100)]
@@ -34,7 +36,7 @@ def backwards(streams: list[Stream]) -> list[Record]:
     found: list[Record] = []
     for stream in streams:
         assert stream.parts
-        reader = Reader("text")
+        reader = PartReader("text")
         parts = [list(reader.read(stream, part)) for part in reversed(range(stream.parts))]
         found += [record for part in reversed(parts) for record in part]
     return found

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from data_prep import train
 from data_prep.train import TrainOptions, chunks, sample_chunks, train_tokenizer
 from megalite.errors import CommandError, DataError
-from megalite.formats.tokenizer import load_tokenizer
+from megalite.tokenizers.tokenizer import load_tokenizer
 
 SOURCE = "def f(x):\n    if x:\n        return x + 123\n\n\nclass A:\n    pass\n"
 NAMES = "ant bee cat dog eel fox gnu hen ibis jay kite lark mole newt owl pig ram seal toad yak"

@@ -15,7 +15,7 @@ from data_prep.report import Lengths, inspect
 from megalite.errors import CommandError
 from megalite.formats.manifest import Manifest, SourceInfo, TokenizerInfo, write_manifest
 from megalite.formats.shards import ShardWriter
-from megalite.formats.tokenizer import ByteTokenizer
+from megalite.tokenizers.tokenizer import ByteTokenizer
 
 SVG = "{http://www.w3.org/2000/svg}"
 Lists = list[list[int]]

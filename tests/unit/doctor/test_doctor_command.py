@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from data_prep.rows import glance
+from data_prep.preview import preview
 from megalite.config import parse_config
 from megalite.doctor import Row, examine, host, runfile, software
 from megalite.doctor.row import GIB
@@ -51,7 +51,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows_of(path: str) -> dict[str, Row]:
-    return {row.name: row for row in examine(path, glance)}
+    return {row.name: row for row in examine(path, preview)}
 
 
 def test_the_machine_as_a_table(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_examples_are_looked_at(quick: None, tmp_path: Path) -> None:
 
 def test_faults_of_examples(tmp_path: Path) -> None:
     def look(path: str, **data: Any) -> str:
-        return glance(parse_config(tuning(path, **data)))
+        return preview(parse_config(tuning(path, **data)))
 
     path = jsonl(str(tmp_path / "rows.jsonl"), [{"text": "x"}, *ROWS])
     assert look(path, max_bad_rows=1).endswith("train with text, label")

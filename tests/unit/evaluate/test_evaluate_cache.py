@@ -12,7 +12,7 @@ from megalite.config import ModelConfig
 from megalite.errors import CommandError
 from megalite.evaluate import OpenedModel, Rereading, generate, open_model, stream_texts
 from megalite.evaluate.generate import Sampling, sample_ids
-from megalite.formats.tokenizer import load_tokenizer
+from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.families import FAMILIES, model_section
 from tests.unit.huggingface.test_huggingface_families import exported, random_model
 

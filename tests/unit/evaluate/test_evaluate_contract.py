@@ -12,8 +12,8 @@ from tokenizers import processors
 
 from megalite.errors import CommandError
 from megalite.evaluate import Sampling, harness, open_model, stream_text, stream_texts
-from megalite.formats.tokenizer import load_tokenizer
 from megalite.parallel import Grid
+from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.unit.huggingface.test_huggingface_families import exported
 
 transformers = pytest.importorskip("transformers")

@@ -15,7 +15,7 @@ from data_prep.chat import CHATML, Chat
 from data_prep.conversations import Question, read_questions, replace_system
 from megalite.errors import CommandError, DataError
 from megalite.evaluate import Answerer, Sampling, json_lines, read_turns
-from megalite.formats.tokenizer import ByteTokenizer
+from megalite.tokenizers.tokenizer import ByteTokenizer
 from tests.labelled import jsonl
 
 TEMPLATE = CHATML.replace(

@@ -16,10 +16,10 @@ from megalite.evaluate import explain
 from megalite.evaluate.explain import explain_text, input_times_gradient, last_attention
 from megalite.evaluate.opened import OpenedModel
 from megalite.formats.examples import edges
-from megalite.formats.tokenizer import load_tokenizer
 from megalite.model import LanguageModel, layers
 from megalite.model.layers import Attention, rope_table, rotate
 from megalite.model.transformer import Embedding
+from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.factories import make_batch, make_model, model_config, run_config
 from tests.families import model_section
 from tests.unit.evaluate.test_evaluate_explain_page import Tags

@@ -13,7 +13,7 @@ import torch
 from megalite.errors import CommandError, MegaLiteError
 from megalite.evaluate import Sampling, generate, stream_text
 from megalite.evaluate.generate import LogitsFn
-from megalite.formats.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from megalite.tokenizers.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 GREEDY = Sampling(temperature=0)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megalite.data import Batch
 from megalite.evaluate import Prompts, Writer
-from megalite.formats.tokenizer import load_tokenizer
 from megalite.parallel import Grid
+from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.factories import run_config
 
 SAMPLES = {"prompts": ["ab", "c"], "max_new_tokens": 5, "temperature": 0}

@@ -9,7 +9,7 @@ import pytest
 from megalite.formats.index import dtype_for
 from megalite.formats.manifest import Manifest, TokenizerInfo, write_manifest
 from megalite.formats.shards import ShardWriter
-from megalite.formats.tokenizer import ByteTokenizer
+from megalite.tokenizers.tokenizer import ByteTokenizer
 
 MakeFolder = Callable[..., Path]
 

@@ -14,9 +14,9 @@ import pytest
 from megalite.errors import DataError
 from megalite.formats.index import DTYPES, Dtype, dtype_for, write_index
 from megalite.formats.shards import ShardWriter, open_shards
-from megalite.formats.tokenizer import ByteTokenizer
 from megalite.formats.verify import verify_folder
 from megalite.log import logger
+from megalite.tokenizers.tokenizer import ByteTokenizer
 
 MakeFolder = Callable[..., Path]
 U16, I32 = DTYPES[8], DTYPES[4]

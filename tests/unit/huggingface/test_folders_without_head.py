@@ -16,8 +16,8 @@ from megalite.checkpoint import fill_model
 from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
 from megalite.errors import CommandError
 from megalite.evaluate import open_model
-from megalite.formats.tokenizer import load_tokenizer
 from megalite.model import build
+from megalite.tokenizers.tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

@@ -22,8 +22,8 @@ from megalite.config import ModelConfig
 from megalite.errors import CommandError
 from megalite.evaluate import open_model
 from megalite.evaluate.verify import inputs_of, theirs, verify
-from megalite.formats.tokenizer import load_tokenizer
 from megalite.model import LanguageModel, build, initialize
+from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.families import FAMILIES, model_section
 
 transformers = pytest.importorskip("transformers")

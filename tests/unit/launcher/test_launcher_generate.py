@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from megalite import files, shapes
 from megalite.config import RunConfig, parse_config
 from megalite.formats import checkpoint as disk
-from megalite.formats.tokenizer import load_tokenizer
 from megalite.model import LanguageModel, build
+from megalite.tokenizers.tokenizer import load_tokenizer
 
 LAUNCHER = Path(__file__).resolve().parents[3] / "launcher/generate.py"
 POSITIONS = 8

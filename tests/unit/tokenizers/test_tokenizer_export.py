@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer as HuggingFace
 
-from megalite.formats.tokenizer import PROBES, SentencePieceTokenizer, load_tokenizer
+from megalite.tokenizers.tokenizer import PROBES, SentencePieceTokenizer, load_tokenizer
 
 CORPUS = [
     "def read(path): return open(path).read()  # all of it",

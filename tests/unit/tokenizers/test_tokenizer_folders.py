@@ -11,9 +11,9 @@ import pytest
 import tokenizers
 
 from megalite.errors import DataError
-from megalite.formats.tokenizer import Tokenizer, load_tokenizer
+from megalite.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from tests.tokenizer_folders import END, NAMES, START, json_folder
-from tests.unit.formats.test_tokenizer_export import trained
+from tests.unit.tokenizers.test_tokenizer_export import trained
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.formats.huggingface_tokenizer import HuggingFaceTokenizer
-from megalite.formats.special_tokens import BeginsTexts, Companions, end_ids
-from megalite.formats.tokenizer_base import Ids, Placed, Spans, overlaps
-from megalite.formats.tokenizer_export import build_sentencepiece, export_sentencepiece
+from megalite.tokenizers.base import Ids, Placed, Spans, overlaps
+from megalite.tokenizers.export import build_sentencepiece, export_sentencepiece
+from megalite.tokenizers.huggingface import HuggingFaceTokenizer
+from megalite.tokenizers.special_tokens import BeginsTexts, Companions, end_ids
 
 SENTENCEPIECE = "tokenizer.model"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from megalite import files
 from megalite.errors import CommandError
-from megalite.formats import foreign
+from megalite.hub import foreign
 
 _POLL = 0.1  # seconds
 _RENEWAL = 10.0  # seconds between two signs of life

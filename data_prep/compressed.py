@@ -22,16 +22,17 @@ from megalite.errors import DataError
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-PACKED = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 BUFFER = 1 << 20  # bytes
+UNPACKED_RATIO = 4  # a compressed file is taken to hold this many times its size
 # what reading a damaged file raises
-DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError)
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _PIECE = 1 << 16  # bytes of a packed file at once
 
 
-def is_packed(path: str) -> bool:
+def is_compressed(path: str) -> bool:
     """Whether a file's name says that it is compressed."""
-    return path.lower().endswith(PACKED)
+    return path.lower().endswith(COMPRESSED)
 
 
 def unreadable(name: str, error: Exception) -> DataError:
@@ -42,7 +43,7 @@ def unreadable(name: str, error: Exception) -> DataError:
 
 
 @contextmanager
-def naming(name: str, damage: tuple[type[Exception], ...] = DAMAGE) -> Iterator[None]:
+def named_damage(name: str, damage: tuple[type[Exception], ...] = READ_ERRORS) -> Iterator[None]:
     """Turns what reading a damaged file, a table or a set raises into a DataError with its name."""
     try:
         yield
@@ -59,17 +60,17 @@ class InputFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        with naming(path):
+        with named_damage(path):
             self._disk = io.FileIO(path)
         self.size = os.fstat(self._disk.fileno()).st_size
-        if not self.size and is_packed(path):
+        if not self.size and is_compressed(path):
             self._disk.close()
             raise unreadable(path, EOFError("it is empty; even nothing takes bytes when packed"))
         self.bytes = self._unpack(path.lower())
 
     def _unpack(self, name: str) -> io.BufferedReader:
         disk = self._disk
-        if not is_packed(name):
+        if not is_compressed(name):
             return io.BufferedReader(disk, BUFFER)
         if name.endswith(".gz"):
             return io.BufferedReader(gzip.GzipFile(fileobj=disk, mode="rb"), BUFFER)

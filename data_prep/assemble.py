@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from data_prep.folder import Run, read, write
-from data_prep.work import Encoder, Tally, read_header
+from data_prep.work import Counts, Encoder, read_header
+from data_prep.work_folder import Run, read, write
 from megalite.formats.manifest import ShardInfo
 from megalite.formats.shards import ShardWriter
 
@@ -28,7 +28,7 @@ _BUCKET = 1 << 24
 
 
 @dataclass(frozen=True)
-class Join:
+class ShardPlan:
     """The contents of the shards of one output.
 
     parts: names, in order, each with the number of its first document among all.
@@ -52,14 +52,14 @@ class Join:
         return [prefix + shard_name(number) for number in range(len(self.shards))]
 
 
-def plan_joins(
+def plan_shards(
     run: Run,
     parts: Sequence[str],
     *,
     shard_tokens: int,
     deduplicate: bool,
     valid_fraction: float | None = None,
-) -> list[Join]:
+) -> list[ShardPlan]:
     """Plan the shards of each output: one, or with `valid_fraction` two, the held-out one last."""
     placed, total = list[tuple[str, int]](), 0
     for name in parts:
@@ -68,10 +68,10 @@ def plan_joins(
     if deduplicate:
         _drop_duplicates(run, placed, total)
     sides = (False,) if valid_fraction is None else (False, True)
-    return [_cut(run, Join(placed, [], valid_fraction, side), shard_tokens) for side in sides]
+    return [_cut(run, ShardPlan(placed, [], valid_fraction, side), shard_tokens) for side in sides]
 
 
-def _cut(run: Run, join: Join, shard_tokens: int) -> Join:
+def _cut(run: Run, join: ShardPlan, shard_tokens: int) -> ShardPlan:
     """Cut the documents of all parts into shards of at most `shard_tokens` tokens.
 
     A document is never cut, so one that is longer than that has a shard to itself. Memory holds the
@@ -98,21 +98,21 @@ def _cut(run: Run, join: Join, shard_tokens: int) -> Join:
     return join
 
 
-def write_joins(run: Run, joins: Sequence[Join]) -> None:
+def write_shard_plans(run: Run, joins: Sequence[ShardPlan]) -> None:
     """Let the workers know what was planned."""
     write(run.join, [asdict(join) for join in joins])
 
 
-def read_joins(run: Run) -> list[Join]:
+def read_shard_plans(run: Run) -> list[ShardPlan]:
     """What was planned; FileNotFoundError where the run is over."""
     if (found := read(run.join)) is None:
         raise FileNotFoundError(run.join)
-    return [Join(**join) for join in found]
+    return [ShardPlan(**join) for join in found]
 
 
 def write_shards(
     run: Run,
-    joins: Sequence[Join],
+    joins: Sequence[ShardPlan],
     encoder: Encoder,
     *,
     wanted: Callable[[str], bool],
@@ -132,7 +132,7 @@ def write_shards(
             _write_shard(run, join, number, name, encoder)
 
 
-def _write_shard(run: Run, join: Join, number: int, piece: str, encoder: Encoder) -> None:
+def _write_shard(run: Run, join: ShardPlan, number: int, piece: str, encoder: Encoder) -> None:
     """One shard, made apart and renamed into place: another worker may be at the same one."""
     name, size = shard_name(number), encoder.tokenizer.vocab_size
     making = run.folder / f"making-{piece}-{secrets.token_hex(4)}"
@@ -152,13 +152,13 @@ def shard_name(number: int) -> str:
     return f"shard_{number:05d}"
 
 
-def read_shards(run: Run, join: Join) -> list[ShardInfo]:
+def read_shards(run: Run, join: ShardPlan) -> list[ShardInfo]:
     """What the shards turned out to be, once all are done."""
     files = (run.folder / f"{piece}.json" for piece in join.pieces())
     return [ShardInfo.model_validate(read(file)) for file in files]
 
 
-def kept(run: Run, join: Join, place: int) -> Tally:
+def kept(run: Run, join: ShardPlan, place: int) -> Counts:
     """Return what a part gives to the shards: all but duplicates and the other output's.
 
     Bad records belong to neither side; the manifest of the training shards counts them.
@@ -175,7 +175,7 @@ def kept(run: Run, join: Join, place: int) -> Tally:
 
 
 def _documents(
-    run: Run, join: Join, place: int, start: int, end: int
+    run: Run, join: ShardPlan, place: int, start: int, end: int
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Documents of a part that stay: their tokens in a row, and their lengths."""
     name, _ = join.parts[place]
@@ -212,7 +212,9 @@ def _drop_duplicates(run: Run, parts: Sequence[tuple[str, int]], documents: int)
     dropped.flush()
 
 
-def _omitted(run: Run, join: Join, place: int, start: int, count: int) -> npt.NDArray[np.bool_]:
+def _omitted(
+    run: Run, join: ShardPlan, place: int, start: int, count: int
+) -> npt.NDArray[np.bool_]:
     """Return which documents of a part do not stay: duplicates, and those of the other side."""
     name, first = join.parts[place]
     omitted = np.zeros(count, np.bool_)

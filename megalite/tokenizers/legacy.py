@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.errors import DataError
-from megalite.formats.tokenizer_export import build_sentencepiece
+from megalite.tokenizers.export import build_sentencepiece
 
 _CONVERT = (
     'python -c "from transformers import {name} as T; '
@@ -40,7 +40,7 @@ def find_older(folder: Path) -> str | None:
         return (
             f"{folder} holds Marian's two models, source.spm and target.spm; make the one "
             "tokenizer.json that reads sources and writes answers with\n"
-            'python -c "from megalite.formats.older_tokenizers import convert_marian as c; '
+            'python -c "from megalite.tokenizers.legacy import convert_marian as c; '
             f"c('{folder}')\""
         )
     for file, kind, name in _FORMATS:

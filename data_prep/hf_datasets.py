@@ -8,26 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.packed import naming
+from data_prep.arrow_columns import check_column, column_records, rows_at_once
+from data_prep.compressed import named_damage
 from data_prep.records import Record
-from data_prep.tables import check_column, column_records, even_parts, rows_at_once
-from megalite import env
+from data_prep.streams import HUB, DatasetFacts, ReaderSpec, Stream, even_parts
+from megalite import env, hub
 from megalite.errors import CommandError, DataError
 from megalite.files import is_plain_name, read_object
-from megalite.formats import hub
 
-HUB = "hf:"
 _STREAMED_ROWS = 64  # at once; of Parquet the library holds some row groups
 # A saved set is mapped into memory, where pages stay that were read: it is mapped anew after these.
 _MAPPED_BYTES = 1 << 26
 
 
-def hub_facts(name: str, *, streaming: bool, part_bytes: int) -> tuple[int, int, list[str]]:
-    """A set's data files if it is streamed, else its rows, downloaded, in even parts.
+def describe_hub(name: str, streaming: bool, part_bytes: int) -> DatasetFacts:
+    """Return the facts about a data set of the hub, which is downloaded unless it is streamed.
 
-    Returns:
-        the number of parts; bytes of its tables, 0 where they are streamed; what is equal if its
-        rows are.
+    A streamed data set has one part a data file; another has even parts of its rows.
+
     Raises:
         DataError: a set that the library cannot open, with its reason: it names the splits there
             are for one that is missing, and the configurations where one must be chosen.
@@ -43,9 +41,10 @@ def hub_facts(name: str, *, streaming: bool, part_bytes: int) -> tuple[int, int,
     except Exception as error:  # the library has no error of its own above all others
         raise _unopened(name, error) from error
     if streaming:
-        return rows.num_shards, 0, origin
+        return DatasetFacts(rows.num_shards, 0, [name, *origin, streaming])
     size = rows.data.nbytes
-    return even_parts(size, part_bytes), size, [*origin, rows._fingerprint]
+    identity = [name, *origin, rows._fingerprint, streaming]
+    return DatasetFacts(even_parts(size, part_bytes), size, identity)
 
 
 def check_reachable(name: str, label: str) -> None:
@@ -114,12 +113,13 @@ def saved_folder(name: str) -> Path | None:
     return folder / (split or "train")
 
 
-def saved_parts(folder: str, part_bytes: int) -> int:
-    """In how many parts a saved set is read; DataError where the library cannot open it."""
-    return even_parts(_open_saved(folder).data.nbytes, part_bytes)
+def describe_saved(folder: str, streaming: bool, part_bytes: int) -> DatasetFacts:
+    """Return the facts about a saved data set; DataError if the library cannot open it."""
+    del streaming
+    return DatasetFacts(even_parts(_open_saved(folder).data.nbytes, part_bytes))
 
 
-class SetRows:
+class DatasetRows:
     """An open data set: one part a data file if it is streamed, else even parts of its rows."""
 
     def __init__(self, name: str, *, saved: bool, streaming: bool) -> None:
@@ -127,9 +127,18 @@ class SetRows:
         self._label = name if saved else HUB + name
         self._rows: Any = None
         self._used = 0
+        self.size: int | None = None  # rows are compared by their fingerprint
+        self.ended = False
+        self.consumed = 0
+
+    def read_part(self, text_field: str, stream: Stream, part: int) -> Iterator[Record]:
+        """Yield the rows of one part; errors as `records`."""
+        parts = stream.parts or 1
+        yield from self.records(text_field, part, parts)
+        self.consumed = stream.size // parts
 
     def records(self, text_field: str, part: int, parts: int) -> Iterator[Record]:
-        """The rows of one of `parts`.
+        """Yield the rows of one of `parts`.
 
         Raises:
             DataError: no such column, or not of text; a set that cannot be read.
@@ -157,7 +166,7 @@ class SetRows:
             raise _unopened(self._name, error) from error
 
     def _tables(self, part: int, parts: int) -> Iterator[Any]:
-        with naming(self._label, (Exception,)):
+        with named_damage(self._label, (Exception,)):
             yield from self._shard(part, parts) if self._streaming else self._slices(part, parts)
 
     def _shard(self, part: int, parts: int) -> Iterator[Any]:
@@ -206,7 +215,7 @@ def _build(builder: Any, split: str, *, streaming: bool) -> Any:
 def _open_saved(folder: str) -> Any:
     import datasets
 
-    with naming(folder, (Exception,)):
+    with named_damage(folder, (Exception,)):
         rows = datasets.load_from_disk(folder)
         state = _read_json(Path(folder, "state.json"))
         if files := state.get("_indices_data_files"):  # of early versions; left out by the library
@@ -221,7 +230,7 @@ def _open_saved(folder: str) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    with naming(str(path), (OSError, ValueError)):
+    with named_damage(str(path), (OSError, ValueError)):
         return read_object(path)
 
 
@@ -242,3 +251,12 @@ def _no_torch() -> Iterator[None]:
         yield
     finally:
         datasets.config.TORCH_AVAILABLE = before
+
+
+def _open_rows(stream: Stream) -> DatasetRows:
+    saved = stream.kind == "saved"
+    return DatasetRows(stream.paths[0], saved=saved, streaming=stream.streaming)
+
+
+HUB_READER = ReaderSpec(open_parts=_open_rows, describe=describe_hub)
+SAVED_READER = ReaderSpec(open_parts=_open_rows, describe=describe_saved)

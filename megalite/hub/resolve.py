@@ -25,8 +25,8 @@ from pathlib import Path
 
 from megalite import env, files
 from megalite.errors import CommandError, nearest
-from megalite.formats import checkpoint, foreign
-from megalite.formats.first_rank import share_folder
+from megalite.hub import foreign
+from megalite.hub.first_rank import share_folder
 from megalite.log import logger
 
 _NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
@@ -59,21 +59,6 @@ def find_model(name: str | Path, option: str, *, weights: bool = True) -> Path:
     if model is None:
         raise CommandError(f"{option} {str(name)!r}: no such folder{_hint(str(name))}")
     return _for_all_ranks(model, option, weights=weights)
-
-
-def find_start(name: str | None, root: Path | None, option: str = "--init-from") -> str | None:
-    """Return the folder that a fresh run starts from.
-
-    Args:
-        name: as `find_model`, or None, which is returned.
-        root: the run's checkpoints. If there are any, the run goes on from them, and `name` is
-            returned as it is. None means a fresh start in any case.
-    Raises:
-        CommandError: as `find_model`.
-    """
-    if name is None or (root is not None and checkpoint.published(root)):
-        return name
-    return str(find_model(name, option))
 
 
 def find_tokenizer(name: str | Path, option: str = "tokenizer") -> Path | None:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 
-from data_prep.folder import Run
-from data_prep.inputs import Stream
+from data_prep.streams import Stream
+from data_prep.work_folder import Run
 from megalite import log
 from megalite.errors import MegaLiteError
 
@@ -23,7 +23,7 @@ _LOOK = 0.5  # seconds
 Work = Callable[[Run, Sequence[Stream], int], None]
 
 
-class Crew:
+class WorkerPool:
     """`count` processes that run `work(run, streams, number)`; none is left when the block ends.
 
     They are forks where that is safe, which begins at once: on Linux, outside MPI, whose libraries
@@ -52,7 +52,7 @@ class Crew:
                 )
         return True
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> WorkerPool:
         sys.stdout.flush()
         sys.stderr.flush()
         for process in self._processes:

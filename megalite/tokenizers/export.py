@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megalite.formats.special_tokens import TOKENIZER_CONFIG, Companions
-from megalite.formats.tokenizer_base import Tokenizer
+from megalite.tokenizers.base import Tokenizer
+from megalite.tokenizers.special_tokens import TOKENIZER_CONFIG, Companions
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _UNIGRAM, _BPE = 1, 2  # sentencepiece_model.proto's ModelType and Type

@@ -10,8 +10,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from megalite.formats.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
-from tests.unit.formats.test_tokenizer_export import CORPUS, trained
+from megalite.tokenizers.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from tests.unit.tokenizers.test_tokenizer_export import CORPUS, trained
 
 START, END = "<|im_start|>", "<|im_end|>"
 

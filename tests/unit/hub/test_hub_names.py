@@ -14,9 +14,10 @@ from huggingface_hub import constants
 
 from megalite.env import Launch
 from megalite.errors import CommandError
-from megalite.formats import first_rank, hub
-from megalite.formats.hub import find_model, find_start, find_tokenizer, parse_name
-from megalite.formats.tokenizer import load_tokenizer
+from megalite.formats.start import find_start
+from megalite.hub import find_model, find_tokenizer, first_rank, parse_name
+from megalite.hub import resolve as hub
+from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.stub_hub import COMMIT, StubHub, stub_hub
 
 ALONE = Launch(0, 1, 0, 1, "127.0.0.1", 0, "python")

@@ -9,8 +9,8 @@ import pytest
 
 from megalite.checkpoint import open_checkpoint
 from megalite.errors import CommandError
-from megalite.formats.foreign import describe, transformer_folder
-from megalite.formats.hub import find_model
+from megalite.hub import find_model
+from megalite.hub.foreign import describe, transformer_folder
 
 PEFT = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"})
 LLAMA = json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})

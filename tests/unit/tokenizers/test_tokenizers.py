@@ -15,7 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from megalite.errors import DataError
 from megalite.files import sha256_file
-from megalite.formats.tokenizer import (
+from megalite.tokenizers.tokenizer import (
     PROBES,
     ByteTokenizer,
     Tokenizer,

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-from data_prep.packed import BUFFER, InputFile, is_packed, naming
+from data_prep.compressed import BUFFER, UNPACKED_RATIO, InputFile, is_compressed, named_damage
 from data_prep.records import Record, records, text_of_json
+from data_prep.streams import ReaderSpec, Stream, even_parts
 
 
-class Lines:
+class LineFile:
     """A file that gives its lines part by part, in any order of parts.
 
     Between parts it stays where it is. No line begins after `_last` and before `_position`; one
@@ -24,7 +25,9 @@ class Lines:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._packed = is_packed(path)
+        self.ended = False
+        self.consumed = 0
+        self._packed = is_compressed(path)
         self._counted = (0, 0)  # an offset of a plain file, and the newlines before it
         self._rewind(InputFile(path))
 
@@ -44,7 +47,7 @@ class Lines:
         Raises:
             DataError: a file that cannot be read so far.
         """
-        with naming(self.path):
+        with named_damage(self.path):
             self._before, self._taken = self._before + self._taken, 0
             self._find_line(start, stop)
             self._first, self._first_disk = self._position, self.file.tell_disk()
@@ -62,6 +65,17 @@ class Lines:
             filter(None, stripped), text_of, lambda _: f"{self.path} line {self.number()}"
         )
 
+    def read_part(self, text_field: str, stream: Stream, part: int) -> Iterator[Record]:
+        """Yield the documents of one part of `stream.part_bytes` unpacked bytes."""
+        start, stop = part * stream.part_bytes, (part + 1) * stream.part_bytes
+        yield from self.records(text_field, start, stop)
+        if stream.parts is None:
+            self.ended = self.ends_by(stop)
+            self.consumed = self.disk_bytes()
+        else:
+            self.ended = False
+            self.consumed = min(stop, stream.size) - start
+
     def number(self) -> int:
         """The number of the line given last, from 1; of a plain file, counted when first asked."""
         if not self._packed:
@@ -70,7 +84,7 @@ class Lines:
 
     def ends_by(self, stop: int) -> bool:
         """After a part that ends there: whether the unpacked file does too, or ended before."""
-        with naming(self.path):
+        with named_damage(self.path):
             return self._position <= stop and not self.file.bytes.peek(1)
 
     def disk_bytes(self) -> int:
@@ -122,3 +136,18 @@ class Lines:
                 lines += piece.count(b"\n")
         self._counted = (at, lines)
         return lines
+
+
+def count_parts(path: str, size: int, part_bytes: int) -> int | None:
+    """Return the parts of a file of `size` bytes on disk; None if only reading finds the end."""
+    if not is_compressed(path):
+        return even_parts(size, part_bytes) if size > part_bytes else 1
+    return None if size * UNPACKED_RATIO > part_bytes else 1
+
+
+READER = ReaderSpec(
+    suffixes=(".jsonl", ".ndjson", ".json"),
+    open_file=LineFile,
+    open_parts=lambda stream: LineFile(stream.paths[0]),
+    count_parts=count_parts,
+)

@@ -13,20 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite import files
+from megalite import files, hub
 from megalite.errors import DataError
-from megalite.formats import hub
-from megalite.formats.huggingface_tokenizer import HUGGING_FACE, HuggingFaceTokenizer
-from megalite.formats.older_tokenizers import explain_tiktoken, find_older, is_older, is_tiktoken
-from megalite.formats.sentencepiece_tokenizer import (
+from megalite.log import finite, logger
+from megalite.tokenizers.base import Ids, Placed, Spans, Tokenizer, encode_text
+from megalite.tokenizers.export import export_bytes
+from megalite.tokenizers.huggingface import HUGGING_FACE, HuggingFaceTokenizer
+from megalite.tokenizers.legacy import explain_tiktoken, find_older, is_older, is_tiktoken
+from megalite.tokenizers.sentencepiece import (
     SENTENCEPIECE,
     SentencePieceTokenizer,
     load_sentencepiece,
 )
-from megalite.formats.special_tokens import GENERATION_CONFIG, BeginsTexts, Companions, end_ids
-from megalite.formats.tokenizer_base import Ids, Placed, Spans, Tokenizer, encode_text
-from megalite.formats.tokenizer_export import export_bytes
-from megalite.log import finite, logger
+from megalite.tokenizers.special_tokens import GENERATION_CONFIG, BeginsTexts, Companions, end_ids
 
 __all__ = [
     "PROBES",

@@ -1,6 +1,6 @@
 """Marks in the texts of a conversation, by which their places in a template's rendering are found.
 
-A mark is a number that is nowhere else in the conversation: digits pass through the filters of
+A sentinel is a number that is nowhere else in the conversation: digits pass through the filters of
 templates (trim, upper, tojson) as they are.
 """
 
@@ -10,21 +10,21 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# The first digit occurs once: two marks cannot overlap, nor a mark and the text around it.
+# The first digit occurs once: two marks cannot overlap, nor a sentinel and the text around it.
 _DIGITS = "70318294651"
 
 
-def new_mark(text: str) -> str:
-    """Return a mark that does not occur in `text`."""
-    mark = _DIGITS
-    while mark in text:
-        mark += "0"
-    return mark
+def new_sentinel(text: str) -> str:
+    """Return a sentinel that does not occur in `text`."""
+    sentinel = _DIGITS
+    while sentinel in text:
+        sentinel += "0"
+    return sentinel
 
 
-def take_out(text: str, mark: str) -> tuple[str, list[int]]:
+def remove_sentinels(text: str, sentinel: str) -> tuple[str, list[int]]:
     """Return a text without its marks, and the place of each in that text."""
-    parts = text.split(mark)
+    parts = text.split(sentinel)
     places, length = [], 0
     for part in parts[:-1]:
         length += len(part)
@@ -39,10 +39,10 @@ def find_names(texts: Iterable[str], names: re.Pattern[str] | None) -> list[str]
     return list(dict.fromkeys(name for text in texts for name in names.findall(text)))
 
 
-def insert(value: Any, mark: str, names: Iterable[str]) -> Any:
-    """Return a JSON value in whose texts a mark follows the first character of each name."""
+def insert(value: Any, sentinel: str, names: Iterable[str]) -> Any:
+    """Return a JSON value in whose texts a sentinel follows the first character of each name."""
     pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
-    return _changed(value, lambda text: pattern.sub(lambda m: m[0][:1] + mark + m[0][1:], text))
+    return _changed(value, lambda text: pattern.sub(lambda m: m[0][:1] + sentinel + m[0][1:], text))
 
 
 def _changed(value: Any, change: Callable[[str], str]) -> Any:

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from megalite.errors import DataError
-from megalite.formats.special_tokens import (
+from megalite.tokenizers.base import Ids, Placed, Spans, overlaps
+from megalite.tokenizers.export import around_text, export_tokenizer
+from megalite.tokenizers.special_tokens import (
     TOKENIZER_CONFIG,
     AddedToken,
     BeginsTexts,
     Companions,
     end_ids,
 )
-from megalite.formats.tokenizer_base import Ids, Placed, Spans, overlaps
-from megalite.formats.tokenizer_export import around_text, export_tokenizer
 
 HUGGING_FACE = "tokenizer.json"
 _MOST_IDS = 1 << 22  # holes are allowed, but not so many

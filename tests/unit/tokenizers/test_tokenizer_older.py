@@ -15,9 +15,9 @@ import sentencepiece
 from tokenizers import pre_tokenizers
 
 from megalite.errors import DataError
-from megalite.formats.older_tokenizers import convert_marian
-from megalite.formats.tokenizer import load_tokenizer
-from tests.unit.formats.test_tokenizer_export import trained
+from megalite.tokenizers.legacy import convert_marian
+from megalite.tokenizers.tokenizer import load_tokenizer
+from tests.unit.tokenizers.test_tokenizer_export import trained
 
 transformers = pytest.importorskip("transformers")
 
