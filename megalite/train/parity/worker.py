@@ -92,7 +92,7 @@ class Inspector:
         parameters = [(rows[name], p) for name, p in engine.model.named_parameters()]
         for row, parameter in parameters if starts else ():
             with engine.gathered([parameter]):
-                weight = _of_all(parameter.data, grid.data_group)
+                weight = _of_all(parameter.data, grid.zero_group)
             yield from _canonical(WEIGHT, row, weight, grid)
         kept = [(row, p, state_names(self._config, row)) for row, p in parameters if starts]
         for state in sorted({name for _, _, names in kept for name in names}):
@@ -184,7 +184,7 @@ class _Outputs:
         for name, given in self._given.items():
             rows = torch.cat(given).flatten(0, 1)
             total = torch.cat((rows.sum(0), rows.new_tensor([len(rows)])))
-            dist.all_reduce(total, group=grid.data_group)
+            dist.all_reduce(total, group=grid.zero_group)
             if sequence and ".embed_" not in name:
                 dist.all_reduce(total, group=grid.tensor_group)
             yield OUTPUT, name, _of_all(total[:-1] / total[-1], grid.tensor_group)
