@@ -70,7 +70,7 @@ def main() -> None:
 
     if arguments.tasks:
         harness.require()
-    grid = start(launch, tensor_parallel=arguments.tensor)
+    grid = start(launch, tensor=arguments.tensor)
     opened = open_model(checkpoint, grid)
     size = arguments.batch_size or (opened.run.training.micro_batch_size if opened.run else 8)
     result = dict.fromkeys(("loss", "perplexity", "bits_per_byte", "tokens"))
@@ -78,7 +78,11 @@ def main() -> None:
         raise CommandError("--predictions are a classifier's, and this model is none: leave it out")
     if opened.run is not None and opened.run.finetune is not None:
         folder, split = prepare_again(
-            *(opened.run, opened.folder / "tokenizer", arguments.data, grid.rank == 0, grid.gather),
+            opened.run,
+            opened.folder / "tokenizer",
+            arguments.data,
+            grid.rank == 0,
+            grid.all_gather_objects,
             predictions=arguments.predictions,
         )
         told = {"micro_batch_size": size, "predictions": arguments.predictions}

@@ -109,7 +109,7 @@ def main() -> None:
     if arguments.messages is not None:
         questions = read_questions(arguments.messages, arguments.system)
     ranks = launch.world_size
-    grid = start(launch, tensor_parallel=ranks) if ranks > 1 else None
+    grid = start(launch, tensor=ranks) if ranks > 1 else None
     opened = open_model(checkpoint, grid)
     for stream in (sys.stdin, sys.stdout):  # whatever the terminal says: text is UTF-8
         if isinstance(stream, io.TextIOWrapper):
@@ -170,7 +170,7 @@ def converse(
     )
     system = replace_system([], arguments.system)
     if arguments.prompt is None and questions is None:
-        share = None if grid is None else (lambda line: grid.gather(line)[0])
+        share = None if grid is None else (lambda line: grid.all_gather_objects(line)[0])
         turns = read_turns(sys.stdin, sys.stdout, first=grid is None or grid.rank == 0, share=share)
         for text, answer in answerer.talk(turns, system):
             if arguments.json:

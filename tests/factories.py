@@ -81,7 +81,7 @@ def make_batch(config: ModelConfig, *, samples: int = 2, length: int = 8, seed: 
 
 # of an engine that needs no other rank
 LONELY: Any = SimpleNamespace(
-    device=torch.device("cpu"), rank=0, world_size=1, tensor_parallel=1, tensor_rank=0, at=WHOLE
+    device=torch.device("cpu"), rank=0, world_size=1, mesh=WHOLE.mesh, at=WHOLE
 )
 
 

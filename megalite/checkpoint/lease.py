@@ -88,6 +88,6 @@ def take_lease(root: Path, grid: Grid) -> Lease | None:
             for folder in (root, root.parent):  # a refused start leaves nothing behind
                 with suppress(OSError):  # it is not empty
                     folder.rmdir()
-    if fault := grid.gather(fault)[0]:
+    if fault := grid.all_gather_objects(fault)[0]:
         raise CommandError(f"{fault}; make room or set its permissions, or name another directory")
     return lease

@@ -50,7 +50,7 @@ def find_newest(
     """
     damaged = list[Path]()
     # rank 0's view, for all
-    names: Any = grid.gather([path.name for path in disk.published(root)])[0]
+    names: Any = grid.all_gather_objects([path.name for path in disk.published(root)])[0]
     for name in names:
         folder = root / name
         problems, manifest = _check(folder, grid, tensors=False)
@@ -83,7 +83,11 @@ def open_checkpoint(
         located = _locate(path, weights_only=weights_only)
     except CommandError as error:  # one host may lack what the others have
         fault = error
-    faults = [found for found in (grid.gather(fault) if grid else [fault]) if found is not None]
+    faults = [
+        found
+        for found in (grid.all_gather_objects(fault) if grid else [fault])
+        if found is not None
+    ]
     if faults:
         raise faults[0]
     assert located is not None
@@ -188,7 +192,7 @@ def import_weights(engine: Engine, model: ModelConfig, *, grid: Grid, stored: St
     """
     states = _weights_of(shapes.base(model))
     unread = _write_states(engine, model, states, grid, stored)
-    if told := [line for lines in grid.gather(unread) for line in lines]:
+    if told := [line for lines in grid.all_gather_objects(unread) for line in lines]:
         raise CheckpointError("\n".join(told))
 
 
@@ -204,7 +208,9 @@ def _set_states(
     stored = StoredCheckpoint(folder, manifest)
     unread = _write_states(engine, model, states, grid, stored)
     differing = compare_states(engine, model, states, grid, folder, manifest)
-    told: list[Any] = [line for lines in grid.gather(unread + differing) for line in lines]
+    told: list[Any] = [
+        line for lines in grid.all_gather_objects(unread + differing) for line in lines
+    ]
     if not told:
         return
     problems, _ = _check(folder, grid)
@@ -247,7 +253,7 @@ def _write_states(
     for owned in owned_parameters(engine, model, grid):
         for state in states(owned.row):
             alone = owned.held and state != WEIGHT  # nobody else has a use for it
-            if alone and owned.data_rank != grid.data_rank:
+            if alone and owned.data_rank != grid.at.zero_rank:
                 continue
             if alone or all_read:
                 engine.write_state(owned.parameter, state, read(owned, state))
@@ -263,13 +269,13 @@ def _write_states(
 
 def _start_receiving(owned: Owned, grid: Grid, read: Callable[[], Tensor]) -> tuple[Tensor, Any]:
     """A state's value on its way to every rank of the data-parallel group, read by its owner."""
-    if owned.data_rank == grid.data_rank:
+    if owned.data_rank == grid.at.zero_rank:
         value = read()
     else:
         shape = shapes.local_shape(owned.row, grid.at)
         value = torch.empty(shape, dtype=torch.float32, device=grid.device)
-    source = owned.data_rank * grid.tensor_parallel + grid.tensor_rank
-    return value, dist.broadcast(value, src=source, group=grid.data_group, async_op=True)
+    source = owned.data_rank * grid.mesh.tensor + grid.at.tensor_rank
+    return value, dist.broadcast(value, src=source, group=grid.zero_group, async_op=True)
 
 
 def refuse_other_model(
@@ -318,7 +324,7 @@ def _check(
         mine = [str(error)]
     except OtherVersion as error:
         refusal = error
-    found: list[Any] = grid.gather((mine, refusal)) if grid else [(mine, refusal)]
+    found: list[Any] = grid.all_gather_objects((mine, refusal)) if grid else [(mine, refusal)]
     for _, refused in found:
         if refused is not None:
             raise refused

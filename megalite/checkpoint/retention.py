@@ -86,7 +86,7 @@ def set_aside_damaged(folders: Iterable[Path], grid: Grid, lease: Lease | None =
                 logger.warning("%s is gone", folder)
             except OSError as error:
                 fault = CheckpointError(f"{folder} is damaged and cannot be set aside: {error}")
-    if fault := grid.gather(fault)[0]:
+    if fault := grid.all_gather_objects(fault)[0]:
         raise fault
 
 

@@ -80,7 +80,7 @@ class Saver:
             "tokenizer_sha256": tokenizer_sha256,
             "deepspeed": dict(deepspeed or {}),
         }
-        self._mark = grid.gather(secrets.token_hex(4))[0]
+        self._mark = grid.all_gather_objects(secrets.token_hex(4))[0]
         self._bytes = checkpoint_bytes(config)
         self._writer: Writer | None = None
         self._draft: _Draft | None = None
@@ -146,7 +146,7 @@ class Saver:
         writer.wait()
         began = time.monotonic()
         self._agree(writer.fault, draft.staging)
-        written = grid.gather((writer.files, writer.tensors))
+        written = grid.all_gather_objects((writer.files, writer.tensors))
         fault = None
         if grid.rank == 0:
             fault = attempt(lambda: draft.publish(final, self._tokenizer, written, self._lease))
@@ -180,9 +180,11 @@ class Saver:
         grid, lease = self._grid, self._lease
         if lease is not None:  # a newer start clears the folder of an older one's save
             fault = attempt(lease.check) or fault
-        if grid.all_ok(fault is None):
+        if grid.all_true(fault is None):
             return
-        found: list[MegaLiteError] = [item for item in grid.gather(fault) if item is not None]
+        found: list[MegaLiteError] = [
+            item for item in grid.all_gather_objects(fault) if item is not None
+        ]
         if grid.rank == 0 and staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
         grid.barrier()

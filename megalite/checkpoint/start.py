@@ -113,7 +113,7 @@ def open_model_folder(path: Path, grid: Grid) -> HuggingFaceFolder | None:
         CommandError: on every rank, if a host cannot use its folder, or if hosts have different
             commits of a model from the hub.
     """
-    if not any(grid.gather(is_huggingface(path))):
+    if not any(grid.all_gather_objects(is_huggingface(path))):
         return None
     opened: HuggingFaceFolder | None = None
     fault: CommandError | CheckpointError | None = None
@@ -121,7 +121,7 @@ def open_model_folder(path: Path, grid: Grid) -> HuggingFaceFolder | None:
         opened = HuggingFaceFolder(path)
     except (CommandError, CheckpointError) as error:
         fault = error
-    found = grid.gather((opened.path.name if opened else "", fault))
+    found = grid.all_gather_objects((opened.path.name if opened else "", fault))
     if faults := [fault for _, fault in found if fault is not None]:
         raise faults[0]
     assert opened is not None

@@ -34,7 +34,7 @@ class Owned:
 
     def is_mine(self, grid: Grid) -> bool:
         """Whether this rank writes the parameter."""
-        return (self.data_rank, self.tensor_rank) == (grid.data_rank, grid.tensor_rank)
+        return (self.data_rank, self.tensor_rank) == (grid.at.zero_rank, grid.at.tensor_rank)
 
 
 def owned_parameters(engine: Engine, config: ModelConfig, grid: Grid) -> Iterator[Owned]:
@@ -47,11 +47,11 @@ def owned_parameters(engine: Engine, config: ModelConfig, grid: Grid) -> Iterato
     table = {row.name: row for row in shapes.parameters(config)}
     for name, parameter in engine.model.named_parameters():
         row, holder = table[name], engine.holder(parameter)
-        first = 0 if holder is None else holder * grid.tensor_parallel
-        able = loads if holder is None else loads[first : first + grid.tensor_parallel]
+        first = 0 if holder is None else holder * grid.mesh.tensor
+        able = loads if holder is None else loads[first : first + grid.mesh.tensor]
         owner = first + able.index(min(able))
         loads[owner] += row.elements
-        owned = Owned(parameter, row, *divmod(owner, grid.tensor_parallel), holder is not None)
+        owned = Owned(parameter, row, *divmod(owner, grid.mesh.tensor), holder is not None)
         if owned.held:
             held.append(owned)
         else:
@@ -64,7 +64,7 @@ def read_canonical(engine: Engine, owned: Owned, state: str, grid: Grid) -> dict
 
     A collective of all ranks; empty on the others. May share memory with the engine.
     """
-    mine = owned.data_rank == grid.data_rank
+    mine = owned.data_rank == grid.at.zero_rank
     if owned.held:
         if not mine:
             return {}
@@ -73,7 +73,7 @@ def read_canonical(engine: Engine, owned: Owned, state: str, grid: Grid) -> dict
         value = engine.read_state(owned.parameter, state)
     if not mine:
         return {}
-    row, size = owned.row, grid.tensor_parallel
+    row, size = owned.row, grid.mesh.tensor
     parts = [value]
     if size > 1 and row.tensors[0].split is not shapes.Split.REPLICATED:
         value = value.to(grid.device).contiguous()

@@ -63,22 +63,22 @@ class Mpu:
         self._grid = grid
 
     def get_model_parallel_rank(self) -> int:
-        return self._grid.tensor_rank
+        return self._grid.at.tensor_rank
 
     def get_model_parallel_world_size(self) -> int:
-        return self._grid.tensor_parallel
+        return self._grid.mesh.tensor
 
     def get_model_parallel_group(self) -> Any:
         return self._grid.tensor_group
 
     def get_data_parallel_rank(self) -> int:
-        return self._grid.data_rank
+        return self._grid.at.zero_rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self._grid.data_parallel
+        return self._grid.mesh.zero
 
     def get_data_parallel_group(self) -> Any:
-        return self._grid.data_group
+        return self._grid.zero_group
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size

@@ -25,7 +25,7 @@ def fragments(
             places = []
             for parameter in group:
                 _, offset, length = zero.grad_position[zero.get_param_id(parameter)]
-                start = grid.data_rank * length  # of equal parts, the last ones padded
+                start = grid.at.zero_rank * length  # of equal parts, the last ones padded
                 length = max(0, min(length, parameter.ds_numel - start))
                 places.append((parameter, (start, length, offset)))
             found[id(zero.fp32_partitioned_groups_flat[number])] = places

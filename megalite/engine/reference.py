@@ -120,7 +120,7 @@ def clip_gradients(
     with_grad = [p for p in parameters if p.grad is not None]
     counted = [p.grad for p in with_grad if grid is None or is_counted(p, grid)]
     norm = total_norm([grad for grad in counted if grad is not None])
-    if grid is not None and grid.tensor_parallel > 1:
+    if grid is not None and grid.mesh.tensor > 1:
         square = norm.square()
         dist.all_reduce(square, group=grid.tensor_group)
         norm = square.sqrt()

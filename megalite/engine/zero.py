@@ -94,10 +94,10 @@ class DeepSpeedEngine:
         ds_config.join()
         # ZeRO-3 refuses "sum" and averages over the ranks: undone in the loss
         averages = settings["gradient_allreduce_op"] == "mean"
-        self._loss_scale = float(grid.data_parallel) if averages else 1.0
+        self._loss_scale = float(grid.mesh.zero) if averages else 1.0
         dtype = precision.torch
         with self._building(grid), grid.device:
-            self.model: LanguageModel = build(local_model(config.model, grid.tensor_parallel))
+            self.model: LanguageModel = build(local_model(config.model, grid.mesh.tensor))
         self.model.to(device=grid.device, dtype=dtype)
         initialize(
             self.model,
@@ -107,7 +107,7 @@ class DeepSpeedEngine:
             at=grid.at,
         )
         loss = self.model.head_loss = tune(self.model, config)
-        if grid.tensor_parallel > 1:
+        if grid.mesh.tensor > 1:
             sequence = config.parallel.sequence
             split(self.model, config.model, grid, loss, sequence=sequence)
         prepare(
@@ -251,9 +251,9 @@ class DeepSpeedEngine:
         DeepSpeed's own cut fails where ranks do not divide the elements and the last part is short.
         """
         size = parameter.ds_tensor.ds_numel
-        padded = value.new_zeros(size * self._grid.data_parallel)
+        padded = value.new_zeros(size * self._grid.mesh.zero)
         padded[: value.numel()] = value.flatten()
-        return padded[self._grid.data_rank * size :][:size]
+        return padded[self._grid.at.zero_rank * size :][:size]
 
     def group(self, parameter: nn.Parameter) -> Mapping[str, Any]:
         group: Mapping[str, Any] = self._inner().param_groups[self._groups[id(parameter)]]
@@ -314,10 +314,10 @@ class DeepSpeedEngine:
         """The ranks that have all of a parameter's partition; of those that were cut, none."""
         parameters = list(self.model.parameters())
         held = [fragment(p)[1] if p.numel() else 0 for p in parameters]
-        found = torch.zeros(self._grid.data_parallel, len(parameters), dtype=torch.int64)
-        found[self._grid.data_rank] = torch.tensor(held)
+        found = torch.zeros(self._grid.mesh.zero, len(parameters), dtype=torch.int64)
+        found[self._grid.at.zero_rank] = torch.tensor(held)
         found = found.to(self.device)
-        dist.all_reduce(found, group=self._grid.data_group)
+        dist.all_reduce(found, group=self._grid.zero_group)
         whole = found == torch.tensor([p.numel() for p in parameters], device=self.device)
         return {id(parameters[index]): rank for rank, index in whole.nonzero().tolist()}
 
@@ -350,7 +350,7 @@ class DeepSpeedEngine:
         if self.stage != 3:
             return nullcontext()
         context: AbstractContextManager[object] = deepspeed.zero.Init(
-            data_parallel_group=grid.data_group,
+            data_parallel_group=grid.zero_group,
             config_dict_or_path=self.settings,
             mpu=ds_config.Mpu(grid),
         )

@@ -45,7 +45,7 @@ def collect_scores(
     Returns:
         None where it was given up.
     """
-    rank, size = (grid.data_rank, grid.data_parallel) if grid else (0, 1)
+    rank, size = (grid.at.data_rank, grid.mesh.data) if grid else (0, 1)
     samples, step = dataset.windows, micro_batch_size * size
     order = dataset.arranged(np.arange(samples))
     parts = []
@@ -57,9 +57,9 @@ def collect_scores(
             return None
         parts.append(score(batch).float())
     own = torch.cat(parts).cpu().numpy()
-    every: list[Any] = grid.gather((rank, own)) if grid else [(0, own)]
+    every = grid.gather_once(own) if grid else [own]
     found = np.empty((samples, own.shape[1]), np.float32)
-    for data_rank, rows in every:
+    for data_rank, rows in enumerate(every):
         firsts = np.arange(data_rank * micro_batch_size, samples + step, step)
         places = (firsts[:, None] + np.arange(micro_batch_size)).reshape(-1)[: len(rows)]
         real = places < samples
@@ -94,7 +94,7 @@ def score_examples(
         told = "its own rows have changed since, and would be split in another way"
         raise DataError(f"{opened.folder}: {told}; name rows that it has not seen with --data")
     dataset = ExampleSet(folder, manifest, split, opened.run, shuffle=False)
-    batches = -(-dataset.windows // (micro_batch_size * grid.data_parallel))
+    batches = -(-dataset.windows // (micro_batch_size * grid.mesh.data))
     reporting = partial(
         report_calls, total=batches, what=f"eval on {dataset.windows:,} examples ({split})"
     )
@@ -104,13 +104,13 @@ def score_examples(
             dataset,
             samples=dataset.windows,
             micro_batch_size=micro_batch_size,
-            data_rank=grid.data_rank,
-            data_size=grid.data_parallel,
+            data_rank=grid.at.data_rank,
+            data_size=grid.mesh.data,
         )
         assert sums is not None
-        grid.agree(sums)
+        grid.sum_once(sums)
         loss = float(sums[0] / sums[1])
-        tokens = round(float(sums[1]) / grid.tensor_parallel)
+        tokens = round(float(sums[1]))
         return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
     scores = collect_scores(
         reporting(opened.scores), dataset, grid, micro_batch_size=micro_batch_size

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -284,10 +284,9 @@ def _until(value: Any) -> list[str]:
 
 def _shared(grid: Grid, asked: Sequence[Any], answer: Any) -> list[Any]:
     """Answers to all, each group of tensor ranks having answered every so-many-th."""
-    size = grid.data_parallel
-    parts = grid.gather(answer(asked[grid.data_rank :: size]))
-    firsts: Iterable[list[Any]] = parts[:: grid.tensor_parallel]
+    size = grid.mesh.data
+    parts = grid.gather_once(answer(asked[grid.at.data_rank :: size]))
     found: list[Any] = [None] * len(asked)
-    for rank, part in enumerate(firsts):
+    for rank, part in enumerate(parts):
         found[rank::size] = part
     return found

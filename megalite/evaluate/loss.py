@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megalite.config import DataConfig, RunConfig, SourceConfig, parse_config
@@ -43,13 +42,13 @@ def mean_loss(
         dataset,
         samples=samples,
         micro_batch_size=micro_batch_size,
-        data_rank=grid.data_rank,
-        data_size=grid.data_parallel,
+        data_rank=grid.at.data_rank,
+        data_size=grid.mesh.data,
         stopping=stopping,
     )
     if sums is None:
         return None
-    dist.all_reduce(sums, group=grid.cpu_group)
+    grid.sum_once(sums)
     return float(sums[0] / sums[1])
 
 
@@ -73,11 +72,11 @@ def score_data(
         dataset,
         dataset.windows,
         micro_batch_size=micro_batch_size,
-        data_rank=grid.data_rank,
-        data_size=grid.data_parallel,
+        data_rank=grid.at.data_rank,
+        data_size=grid.mesh.data,
     )
     sums, text_bytes, right = torch.zeros(2, dtype=torch.float64), 0, 0
-    count = -(-dataset.windows // (micro_batch_size * grid.data_parallel))
+    count = -(-dataset.windows // (micro_batch_size * grid.mesh.data))
     length = run.data.sequence_length
     loss_of = report_calls(
         opened.loss, total=count, what=f"eval on {dataset.windows:,} samples of {length:,} tokens"
@@ -94,9 +93,7 @@ def score_data(
                 for row, seen in zip(labels, mask, strict=True)
             )
     totals = torch.cat((sums, torch.tensor([text_bytes, right], dtype=torch.float64)))
-    totals /= grid.tensor_parallel  # each of the ranks that share a model has counted
-    grid.agree(totals)
-    total, targets, text_bytes, right = totals.tolist()
+    total, targets, text_bytes, right = grid.sum_once(totals).tolist()
     found = {
         "loss": total / targets,
         "perplexity": perplexity(total / targets),

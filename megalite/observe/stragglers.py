@@ -44,7 +44,7 @@ class Stragglers:
             return []
         begin, end = self._marks
         seconds = end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
-        told = self._grid.gather((seconds, socket.gethostname()))
+        told = self._grid.all_gather_objects((seconds, socket.gethostname()))
         median = statistics.median(value for value, _ in told)
         found = []
         for rank, (value, host) in enumerate(told):

@@ -1,7 +1,9 @@
-"""The grid of ranks: who shares a model (tensor parallel) and who shares a batch (data parallel).
+"""Grid of ranks: a rank's coordinate on the mesh and its process groups.
 
-Ranks that share a model are neighbours, because they talk most and sit on one host:
-`rank = data_rank * tensor_parallel + tensor_rank`, the order of Megatron-LM.
+Ranks that share a model are neighbours on one host, because they communicate most
+(`megalite/mesh.py`). The data rank (`grid.at.data_rank` of `grid.mesh.data`) decides which samples
+a rank reads. The ZeRO group is a different thing: the ranks that partition optimizer states and sum
+gradients.
 """
 
 from __future__ import annotations
@@ -25,10 +27,13 @@ _TIMEOUT = datetime.timedelta(minutes=30)  # a first step may compile for minute
 
 @dataclass(frozen=True)
 class Grid:
-    """This rank's place and the groups it belongs to.
+    """This rank's coordinate and the groups it belongs to.
 
-    `cpu_group` holds all ranks over gloo: small agreements (counts, flags) that must wait neither
-    for the device nor for the device's communicator.
+    Attributes:
+        zero_group: ranks that ZeRO partitions over and that sum gradients.
+        tensor_group: ranks that share each matrix.
+        cpu_group: all ranks over gloo, for small reductions (counts, flags) that must not wait for
+            the device or its communicator.
     """
 
     rank: int
@@ -36,67 +41,80 @@ class Grid:
     local_rank: int
     mesh: Mesh
     device: torch.device
-    data_group: dist.ProcessGroup
+    zero_group: dist.ProcessGroup
     tensor_group: dist.ProcessGroup
     cpu_group: dist.ProcessGroup
 
     @cached_property
     def at(self) -> Coordinate:
-        """Where this rank stands."""
+        """Coordinate of this rank."""
         return self.mesh.at(self.rank)
 
     @cached_property
     def tensor_places(self) -> tuple[Coordinate, ...]:
-        """Where the ranks that share this rank's model stand, in the tensor group's order."""
+        """Coordinates of the ranks of the tensor group, in the group's order."""
         return tuple(map(self.mesh.at, self.mesh.group("tensor", self.rank)))
 
-    @property
-    def data_parallel(self) -> int:
-        return self.mesh.data
-
-    @property
-    def tensor_parallel(self) -> int:
-        return self.mesh.tensor
-
-    @property
-    def data_rank(self) -> int:
-        return self.at.data_rank
-
-    @property
-    def tensor_rank(self) -> int:
-        return self.at.tensor_rank
-
-    def agree(self, values: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+    def all_reduce_cpu(
+        self, values: torch.Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    ) -> None:
         """Reduce a small CPU tensor over all ranks, in place."""
         dist.all_reduce(values, op=op, group=self.cpu_group)
 
-    def all_ok(self, ok: bool) -> bool:
-        """Whether every rank says yes; every rank must ask."""
-        flag = torch.tensor([int(ok)])
-        self.agree(flag, dist.ReduceOp.MIN)
-        return bool(flag.item())
+    def sum_once(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in place, so that ranks that share a model count once; a collective.
 
-    def gather(self, value: object) -> list[Any]:
-        """One small picklable value of every rank, on every rank, in order of ranks."""
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, value, group=self.cpu_group)
-        return found
+        Args:
+            values: numbers of this rank's samples; identical on ranks that share a model.
+        Returns:
+            `values`. A tensor on the device is summed there, without a wait for it.
+        """
+        on_cpu = values.device.type == "cpu"
+        dist.all_reduce(values, group=self.cpu_group if on_cpu else None)
+        return self.count_once(values)
+
+    def count_once(self, sums: torch.Tensor) -> torch.Tensor:
+        """Divide sums over all ranks, in place, so that ranks that share a model count once."""
+        if sums.is_floating_point():
+            return sums.div_(self.mesh.tensor)
+        return sums.floor_divide_(self.mesh.tensor)
+
+    def all_true(self, flag: bool) -> bool:
+        """Return whether `flag` is true on every rank; a collective."""
+        value = torch.tensor([int(flag)])
+        self.all_reduce_cpu(value, dist.ReduceOp.MIN)
+        return bool(value.item())
+
+    def all_gather_objects(self, value: object) -> list[Any]:
+        """Return the small picklable values of all ranks, in order of ranks; a collective."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.cpu_group)
+        return values
+
+    def gather_once(self, value: object) -> list[Any]:
+        """Return one small picklable value of each data rank, in order; a collective.
+
+        The first of the ranks that share a model gives it.
+        """
+        return self.all_gather_objects(value)[:: self.mesh.tensor]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        self.agree(torch.zeros(1))
+        self.all_reduce_cpu(torch.zeros(1))
 
 
-def start(launch: env.Launch, *, tensor_parallel: int = 1) -> Grid:
+def start(launch: env.Launch, *, tensor: int = 1) -> Grid:
     """Join the other ranks and form the groups.
 
+    Args:
+        tensor: ranks that share a model.
     Raises:
         LaunchError: more ranks on this host than devices, or ranks that do not form a grid.
     """
     device = _pick_device(launch)
-    if launch.world_size % tensor_parallel:
+    if launch.world_size % tensor:
         raise LaunchError(
-            f"parallel.tensor {tensor_parallel} does not divide the {launch.world_size} ranks that "
+            f"parallel.tensor {tensor} does not divide the {launch.world_size} ranks that "
             "were started; start a multiple of it, or lower parallel.tensor"
         )
     torch.set_num_threads(env.thread_count(launch))
@@ -114,14 +132,14 @@ def start(launch: env.Launch, *, tensor_parallel: int = 1) -> Grid:
             world_size=launch.world_size,
             timeout=_TIMEOUT,
         )
-    mesh = Mesh(data=launch.world_size // tensor_parallel, tensor=tensor_parallel)
+    mesh = Mesh(data=launch.world_size // tensor, tensor=tensor)
     return Grid(
         rank=launch.rank,
         world_size=launch.world_size,
         local_rank=launch.local_rank,
         mesh=mesh,
         device=device,
-        data_group=_own_group(mesh.groups("zero"), launch.rank),
+        zero_group=_own_group(mesh.groups("zero"), launch.rank),
         tensor_group=_own_group(mesh.groups("tensor"), launch.rank),
         cpu_group=dist.new_group(backend="gloo", timeout=_TIMEOUT),
     )

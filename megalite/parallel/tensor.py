@@ -54,9 +54,9 @@ class VocabularyShard:
     """
 
     def __init__(self, vocab_size: int, grid: Grid) -> None:
-        rows = -(-vocab_size // grid.tensor_parallel)
+        rows = -(-vocab_size // grid.mesh.tensor)
         self.vocab_size = vocab_size
-        self.first = rows * grid.tensor_rank
+        self.first = rows * grid.at.tensor_rank
         self.held = max(0, min(rows, vocab_size - self.first))
         self._group = grid.tensor_group
 
@@ -130,7 +130,7 @@ def split(
     elif config.attention_dropout:
         for block in model.blocks:
             for attention in filter(None, (block.self_attn, block.cross_attn)):
-                attention.forward = partial(_own_randomness, attention.forward, grid.tensor_rank)
+                attention.forward = partial(_own_randomness, attention.forward, grid.at.tensor_rank)
     if sequence:
         model.all_tokens = lambda hidden: AllTokens.apply(hidden, group)
     gather = GatherTokens if sequence else Share
@@ -153,7 +153,7 @@ def _whole_logits(vocab_size: int, group: dist.ProcessGroup, logits: Tensor) -> 
 
 def is_counted(parameter: nn.Parameter, grid: Grid) -> bool:
     """Whether this rank's part of a parameter counts in a sum over the ranks of a model."""
-    return grid.tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
+    return grid.at.tensor_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
 
 
 def _own_randomness(forward: Callable[..., Tensor], rank: int, x: Tensor, *args: Any) -> Tensor:
@@ -175,7 +175,7 @@ def _enter(grid: Grid, dropout: bool, block: nn.Module, inputs: Any) -> Any:
     x_BTD, *others = inputs
     if dropout and block.training:
         # out of the shared stream, which each micro-batch seeds; blocks recompute under their own
-        torch.manual_seed(int(torch.randint(1 << 62, ()).item()) + grid.tensor_rank + 1)
+        torch.manual_seed(int(torch.randint(1 << 62, ()).item()) + grid.at.tensor_rank + 1)
     return TakeTokens.apply(x_BTD, grid.tensor_group), *others
 
 

@@ -113,7 +113,7 @@ def _fake_world(plan: Plan) -> Iterator[Grid]:
             local_rank=0,
             mesh=mesh,
             device=torch.device("meta"),
-            data_group=dist.new_group(list(mesh.group("zero", 0))),
+            zero_group=dist.new_group(list(mesh.group("zero", 0))),
             tensor_group=dist.new_group(list(mesh.group("tensor", 0))),
             cpu_group=every,
         )

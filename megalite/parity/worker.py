@@ -97,7 +97,7 @@ class Inspector:
         parameters = [(rows[name], p) for name, p in engine.model.named_parameters()]
         for row, parameter in parameters if starts else ():
             with engine.gathered([parameter]):
-                weight = _equal_or_off(parameter.data, grid.data_group)
+                weight = _equal_or_off(parameter.data, grid.zero_group)
             yield from _canonical(WEIGHT, row, weight, grid)
         states = [(row, p, state_names(self._config, row)) for row, p in parameters if starts]
         for state in sorted({name for _, _, names in states for name in names}):
@@ -189,7 +189,7 @@ class _Outputs:
         for name, given in self._outputs.items():
             rows = torch.cat(given).flatten(0, 1)
             total = torch.cat((rows.sum(0), rows.new_tensor([len(rows)])))
-            dist.all_reduce(total, group=grid.data_group)
+            dist.all_reduce(total, group=grid.zero_group)
             if sequence and ".embed_" not in name:
                 dist.all_reduce(total, group=grid.tensor_group)
             yield OUTPUT, name, _equal_or_off(total[:-1] / total[-1], grid.tensor_group)

@@ -67,7 +67,7 @@ def _look(
             origin = find_for(request, grid, train, settings, read_only=True)
         except (UserError, CheckpointError) as error:
             fault = error
-        faults = [found for found in grid.gather(fault) if found is not None]
+        faults = [found for found in grid.all_gather_objects(fault) if found is not None]
         if listing(request.root, grid) == seen:  # nothing vanished while it was read
             break
     refusals = [found for found in faults if isinstance(found, UserError)]

@@ -34,7 +34,7 @@ class DriftGuard:
         self._group = grid.tensor_group if stage == 3 else grid.cpu_group
         self._device = grid.device if stage == 3 else torch.device("cpu")
         # where tensor ranks hold different parts, each has a place of its own
-        parts = grid.tensor_parallel if stage < 3 else 0
+        parts = grid.mesh.tensor if stage < 3 else 0
         self._compared: dict[str, nn.Parameter] = {}
         self._places: list[int] = []  # of each in the vector that is reduced
         self._size = 0
@@ -44,7 +44,7 @@ class DriftGuard:
             places = 1 if alike else parts
             if places:
                 self._compared[name] = parameter
-                self._places.append(self._size if alike else self._size + grid.tensor_rank)
+                self._places.append(self._size if alike else self._size + grid.at.tensor_rank)
                 self._size += places
         if dist.get_world_size(self._group) == 1:
             self._compared = {}
@@ -68,14 +68,14 @@ class DriftGuard:
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self._group)
         high, low = both.cpu()[:, self._places]
         differing = (high != -low).nonzero().flatten().tolist()
-        if not self._grid.all_ok(not differing):
+        if not self._grid.all_true(not differing):
             self._raise(step, own, differing)
 
     def _raise(self, step: int, own: Tensor, differing: list[int]) -> None:
         """Find the ranks whose hashes are not those of the most."""
         names = list(self._compared)
         found = {names[i]: (self._places[i], int(own[i])) for i in differing}
-        every = self._grid.gather(found)
+        every = self._grid.all_gather_objects(found)
         lines = []
         for name in sorted({name for one in every for name in one}):
             hashes = [(rank, *one[name]) for rank, one in enumerate(every) if name in one]

@@ -101,6 +101,7 @@ class Feed:
         batches, agreed, work = self._ahead
         self._ahead = self._begin()
         work.wait()
+        self._grid.count_once(agreed[:2])
         targets, tokens, stop, written, superseded = agreed.tolist()
         return Step(batches, targets, stop > 0, written, tokens, superseded > 0)
 
@@ -125,5 +126,4 @@ class Feed:
         stop = int(self._stop.name is not None)
         numbers = [batches.targets, batches.tokens, stop, self._written(), self._superseded()]
         agreed = torch.tensor([int(number) for number in numbers])
-        agreed[:2] *= int(self._grid.tensor_rank == 0)  # those that share a model share its batches
         return batches, agreed, dist.all_reduce(agreed, group=self._grid.cpu_group, async_op=True)

@@ -58,7 +58,7 @@ def opened(
             fault = error
         except Exception as error:  # whatever it is, the other ranks wait for an answer
             fault = _failed(folder, error)
-    attempt, fault = grid.gather((attempt, fault))[0]
+    attempt, fault = grid.all_gather_objects((attempt, fault))[0]
     if fault:
         raise fault
     recorder = Recorder(
@@ -96,7 +96,7 @@ def take_over(folder: Path, grid: Grid) -> Lease | None:
             fault = _refusal(folder, error, lease)
         except Superseded as error:
             fault = error
-    if fault := grid.gather(fault)[0]:
+    if fault := grid.all_gather_objects(fault)[0]:
         raise fault
     return lease
 
@@ -112,7 +112,7 @@ def listing(root: Path, grid: Grid) -> list[tuple[str, int, int]]:
             with suppress(OSError):
                 about = (path / disk.MANIFEST).stat()
                 found.append((path.name, about.st_ino, about.st_mtime_ns))
-    return list(grid.gather(found)[0])
+    return list(grid.all_gather_objects(found)[0])
 
 
 def _refusal(folder: Path, error: Exception, lease: Lease | None) -> MegaLiteError:
@@ -143,7 +143,7 @@ def check_folders(folder: Path, train: Samples, grid: Grid) -> None:
     Raises:
         CommandError: on every rank, as rank 0 sees it.
     """
-    if fault := grid.gather(_other_kinds(folder) or _links(train))[0]:
+    if fault := grid.all_gather_objects(_other_kinds(folder) or _links(train))[0]:
         raise CommandError(fault)
 
 

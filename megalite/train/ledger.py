@@ -105,7 +105,7 @@ class Ledger:
                     content = read_notes(origin)
                 except CheckpointError as error:  # raised by all: none is left waiting
                     fault = str(error)
-        own, content, fault = self._grid.gather((own, content, fault))[0]
+        own, content, fault = self._grid.all_gather_objects((own, content, fault))[0]
         if fault:
             raise CheckpointError(fault)
         self._order = order

@@ -154,10 +154,9 @@ class Trainer:
 
     def _accept(self, loss: Tensor, norm: Tensor) -> bool:
         """Judge the step's numbers; one wait for the device, where DeepSpeed has its own."""
-        whole = loss.detach().clone()
         # over all ranks, so that each has the same number and comes to the same verdict
-        dist.all_reduce(whole)
-        both = torch.stack((whole / self.grid.tensor_parallel, norm.to(whole)))
+        whole = self.grid.sum_once(loss.detach().clone())
+        both = torch.stack((whole, norm.to(whole)))
         self._loss, self._norm = both.tolist()
         self._losses.append(self._loss)
         self._verdict = self.judge(self.place.step + 1, self.place.samples, self._loss, self._norm)
@@ -220,7 +219,7 @@ class Trainer:
 
     def _log(self, lr: float) -> None:
         peak = torch.tensor([peak_memory_bytes(self.grid.device)])
-        self.grid.agree(peak, dist.ReduceOp.MAX)
+        self.grid.all_reduce_cpu(peak, dist.ReduceOp.MAX)
         seconds, steps, tokens = self._lap()
         rate = tokens / seconds
         self.recorder.train(
@@ -382,7 +381,7 @@ class Trainer:
             kept = "with nothing to save"
         elif self._saved != self.place.step:
             slowest = torch.tensor([self.saver.seconds], dtype=torch.float64)
-            self.grid.agree(slowest, dist.ReduceOp.MAX)
+            self.grid.all_reduce_cpu(slowest, dist.ReduceOp.MAX)
             if (seconds := float(slowest)) > self.config.checkpoint.grace_seconds:
                 kept = (
                     f"and not saved, which took {seconds:.0f} s the last time, over "

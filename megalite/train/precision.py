@@ -40,7 +40,9 @@ def settle_precision(request: Request, launch: Launch, grid: Grid) -> tuple[Requ
     plan, faults = plan_of(settled, launch), list[str]()
     if plan.precision != plan_of(request, launch).precision:  # the check was of another precision
         faults = hardware_faults(settled.config, plan, launch, device_kind())
-    if found := list(dict.fromkeys(fault for own in grid.gather(faults) for fault in own)):
+    if found := list(
+        dict.fromkeys(fault for own in grid.all_gather_objects(faults) for fault in own)
+    ):
         raise UserError("\n".join(found))
     return settled, plan
 
@@ -50,7 +52,7 @@ def _settle(request: Request, grid: Grid) -> Request:
     if request.engine == "reference":
         return _with(request, Precision.FP32, "the reference engine's")
     goes_on = grid.rank == 0 and request.resume != "never"
-    known = grid.gather((bf16_units(), _recorded(request) if goes_on else None))
+    known = grid.all_gather_objects((bf16_units(), _recorded(request) if goes_on else None))
     units: tuple[str | None, ...] = tuple(unit for unit, _ in known)
     device = device_kind()
     recorded: Precision | Literal["auto"] | None = known[0][1]

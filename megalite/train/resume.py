@@ -388,7 +388,7 @@ def _is_repeated(run: Path, asked: Path, grid: Grid) -> bool:
         and job.restart_count
         and resumed_before(run, path=str(asked), job=job.id)
     )
-    return bool(grid.gather(before)[0])
+    return bool(grid.all_gather_objects(before)[0])
 
 
 def _open(

@@ -58,12 +58,12 @@ def run(request: Request, launch: Launch) -> None:
         grid = None
         if request.config.finetune is not None:
             check_command(request)
-            grid = start(launch, tensor_parallel=request.config.parallel.tensor)
+            grid = start(launch, tensor=request.config.parallel.tensor)
         try:
             if grid is not None:
                 request = complete(request, grid)
             plan, train, valid, prompts = check(request, launch)
-            grid = grid or start(launch, tensor_parallel=plan.tensor_parallel)
+            grid = grid or start(launch, tensor=plan.tensor_parallel)
             request, plan = settle_precision(request, launch, grid)
             settings = settings_of(request, plan, grid)
             lease, origin = claim(request, grid, train, settings)
@@ -146,7 +146,7 @@ class _Run:
             folder=folder,
             attempt=self.recorder.attempt,
             rank=self.grid.rank,
-            hosts=self.grid.gather(socket.gethostname()),
+            hosts=self.grid.all_gather_objects(socket.gethostname()),
             report=report,
         )
 
@@ -155,7 +155,7 @@ class _Run:
         self.ledger = Ledger(request.folder, grid, config.guards.spike_window)
         host = socket.gethostname()
         longest = self.train.longest if isinstance(self.train, ExampleSet) else None
-        foresight = Foresight(config, self.plan, grid, host, grid.gather(host), longest)
+        foresight = Foresight(config, self.plan, grid, host, grid.all_gather_objects(host), longest)
         self.engine = _make_engine(request, self.plan, grid, self.settings)
         guard = _guard(request, self.plan, grid, self.engine)
         if self.origin is not None:
@@ -275,7 +275,7 @@ class _Run:
             self.train,
             global_batch_size=plan.global_batch_size,
             micro_batch_size=plan.micro_batch_size,
-            data_rank=grid.data_rank,
+            data_rank=grid.at.data_rank,
             data_size=plan.data_parallel,
             start=self.place.samples,
             gaps=self.ledger.gaps,

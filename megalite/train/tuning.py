@@ -42,7 +42,7 @@ def complete(request: Request, grid: Grid) -> Request:
             made = request.prepare(request.config), None
         except UserError as error:
             made = None, error
-    folder, fault = grid.gather(made)[0]
+    folder, fault = grid.all_gather_objects(made)[0]
     if fault is not None:
         raise fault
     manifest = read_manifest(folder)
@@ -212,7 +212,7 @@ class Tuning:
         if "test" not in self.sets:
             return
         # rank 0's view, for all
-        name = self.grid.gather(_name(disk.best(disk.published(self.root))))[0]
+        name = self.grid.all_gather_objects(_name(disk.best(disk.published(self.root))))[0]
         if name is None:
             return
         best = disk.step_of(self.root / name)

@@ -217,5 +217,5 @@ def _measured(launch: Any, folder: str, shards: str, tensor: int) -> dict[str, A
     from megalite.evaluate import open_model, score_data
     from megalite.parallel import start
 
-    grid = start(launch, tensor_parallel=tensor)
+    grid = start(launch, tensor=tensor)
     return score_data(open_model(folder, grid), grid, data=shards, micro_batch_size=3)

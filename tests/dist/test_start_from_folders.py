@@ -235,7 +235,7 @@ def _open_own(launch: Launch, pairs: list[list[str]]) -> list[str]:
             found.append("opened")
         except CommandError as error:
             found.append(str(error))
-        assert grid.gather(len(found)) == [len(found)] * 2  # the ranks are in step
+        assert grid.all_gather_objects(len(found)) == [len(found)] * 2  # the ranks are in step
     return found
 
 

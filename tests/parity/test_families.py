@@ -70,7 +70,7 @@ def test_a_family_on_every_kind_of_layout(
 def _scores(launch: Launch, folders: list[str]) -> list[Any]:
     from megalite.parallel import start
 
-    grid, found = start(launch, tensor_parallel=launch.world_size), []
+    grid, found = start(launch, tensor=launch.world_size), []
     for folder in folders:
         opened = open_model(folder, grid)
         with torch.no_grad():
