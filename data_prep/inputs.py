@@ -27,7 +27,7 @@ from typing import Any
 from data_prep.clones import check_corpus
 from data_prep.compressed import UNPACKED_RATIO, is_compressed
 from data_prep.hf_datasets import saved_folder
-from data_prep.readers import READERS, kind_of
+from data_prep.readers import find_reader, kind_of
 from data_prep.streams import HUB, Stream, group_sizes
 from megalite.errors import CommandError
 from megalite.log import logger
@@ -82,7 +82,7 @@ def _groups(found: Sequence[_Found], part_bytes: int) -> Iterator[list[_Found]]:
     """What one stream is made of: consecutive files of an input and a kind, or one large one."""
     for (_, kind), alike in groupby(found, lambda one: (one.source, one.kind)):
         files = list(alike)
-        limit = -1 if READERS[kind].describe else part_bytes  # -1: each by itself
+        limit = -1 if find_reader(kind).describe else part_bytes  # -1: each by itself
         for group in group_sizes([one.weight for one in files], limit):
             yield files[group.start : group.stop]
 
@@ -92,7 +92,7 @@ def _stream(group: Sequence[_Found], part_bytes: int, streaming: bool) -> Stream
     parts: int | None = 1
     size = sum(one.size for one in group)
     identity: list[Any] = [[one.real, *one.stamps] for one in group]
-    describe = READERS[first.kind].describe
+    describe = find_reader(first.kind).describe
     if describe is not None:
         facts = describe(first.path, streaming, part_bytes)
         parts = facts.parts
@@ -113,7 +113,7 @@ def _stream(group: Sequence[_Found], part_bytes: int, streaming: bool) -> Stream
 
 def _with_parts(stream: Stream) -> Stream:
     """Return the stream with the number of parts that its reader divides a single file into."""
-    count_parts = READERS[stream.kind].count_parts
+    count_parts = find_reader(stream.kind).count_parts
     if count_parts is None or len(stream.paths) > 1:
         return stream
     return replace(stream, parts=count_parts(stream.paths[0], stream.size, stream.part_bytes))

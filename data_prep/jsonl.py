@@ -146,7 +146,6 @@ def count_parts(path: str, size: int, part_bytes: int) -> int | None:
 
 
 READER = ReaderSpec(
-    suffixes=(".jsonl", ".ndjson", ".json"),
     open_file=LineFile,
     open_parts=lambda stream: LineFile(stream.paths[0]),
     count_parts=count_parts,

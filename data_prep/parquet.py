@@ -83,7 +83,6 @@ def count_parts(path: str, size: int, part_bytes: int) -> int:
 
 
 READER = ReaderSpec(
-    suffixes=(".parquet",),
     open_file=ParquetTable,
     open_parts=lambda stream: ParquetTable(stream.paths[0]),
     count_parts=count_parts,

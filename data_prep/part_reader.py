@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
-from data_prep.readers import READERS
+from data_prep.readers import find_reader
 from data_prep.records import Record
 from data_prep.streams import OpenParts, Stream
 from megalite.errors import DataError
@@ -41,7 +41,7 @@ class PartReader:
         """
         self.ended, self.consumed = False, 0
         if stream.parts is None or part < stream.parts:
-            reader = READERS[stream.kind]
+            reader = find_reader(stream.kind)
             if reader.open_parts and (stream.parts != 1 or reader.open_file is None):
                 yield from self._read_part(stream, part)
             else:
@@ -67,7 +67,7 @@ class PartReader:
         if self._open is not None and self._stream == stream:
             return self._open
         self.close()
-        make = READERS[stream.kind].open_parts
+        make = find_reader(stream.kind).open_parts
         assert make is not None
         self._open = make(stream)
         self._stream = stream
@@ -75,7 +75,7 @@ class PartReader:
 
     def _read_files(self, stream: Stream) -> Iterator[Record]:
         """Yield all of several small files, or of a large file that is not divided."""
-        make = READERS[stream.kind].open_file
+        make = find_reader(stream.kind).open_file
         assert make is not None
         for path in stream.paths:
             with closing(make(path)) as file:

@@ -1,6 +1,8 @@
-"""The table of readers: how each kind of input is read, by the ending of a file's name.
+"""The built-in readers: how each kind of input is read, by the ending of a file's name.
 
-A new reader is one class and one entry of `READERS`. Modules of readers import no other reader.
+A new reader is one class and one call of `registry.readers.register`. A package's reader is an
+entry point `reader.NAME` whose object is a `ReaderSpec`; it reads files that end in `.NAME`, or the
+`suffixes` that `part.NAME` states. Modules of readers import no other reader.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from data_prep import hf_datasets, jsonl, parquet
 from data_prep.compressed import COMPRESSED, InputFile, named_damage
 from data_prep.records import Record, records, text_of_bytes
 from data_prep.streams import ReaderSpec
+from megalite import registry
 
 
 class TextFile(InputFile):
@@ -26,13 +29,17 @@ class TextFile(InputFile):
         return records([data], text_of_bytes, lambda _: self.path)
 
 
-READERS: dict[str, ReaderSpec] = {
-    "text": ReaderSpec(open_file=TextFile),
-    "jsonl": jsonl.READER,
-    "parquet": parquet.READER,
-    "hub": hf_datasets.HUB_READER,
-    "saved": hf_datasets.SAVED_READER,
-}
+registry.readers.register("text", suffixes=())(ReaderSpec(open_file=TextFile))
+registry.readers.register("jsonl", suffixes=(".jsonl", ".ndjson", ".json"))(jsonl.READER)
+registry.readers.register("parquet", suffixes=(".parquet",))(parquet.READER)
+registry.readers.register("hub", suffixes=())(hf_datasets.HUB_READER)
+registry.readers.register("saved", suffixes=())(hf_datasets.SAVED_READER)
+
+
+def find_reader(kind: str) -> ReaderSpec:
+    """Return the reader of a kind of input."""
+    reader: ReaderSpec = registry.readers.load(kind)
+    return reader
 
 
 def kind_of(path: Path) -> str:
@@ -40,5 +47,9 @@ def kind_of(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
-    kinds = {suffix: kind for kind, reader in READERS.items() for suffix in reader.suffixes}
+    kinds = {
+        suffix: kind
+        for kind in registry.readers.names
+        for suffix in registry.readers.facts(kind).get("suffixes", (f".{kind}",))
+    }
     return kinds.get(suffixes[-1], "text") if suffixes else "text"

@@ -20,7 +20,7 @@ class Stream:
 
     Attributes:
         source: number of the --input.
-        kind: name of the reader in `data_prep.readers.READERS`.
+        kind: name of the reader (`data_prep.readers`).
         paths: small files that make one part; or one file, data set or saved folder.
         identity: a digest, equal for equal documents in each part.
         parts: None means that only reading finds the last part.
@@ -104,11 +104,10 @@ class DatasetFacts(NamedTuple):
 class ReaderSpec:
     """How one kind of input is read.
 
-    The simplest reader has `suffixes` and `open_file`: each of its files is read whole, small ones
-    several to a part.
+    The simplest reader has `open_file` alone: each of its files is read whole, small ones several
+    to a part.
 
     Attributes:
-        suffixes: endings of file names, such as ".jsonl"; empty for data sets.
         open_file: opens the file at a path.
         open_parts: opens a large file, or a data set, that is read in parts.
         count_parts: number of parts of a file, from its path, its bytes on disk and `part_bytes`.
@@ -116,7 +115,6 @@ class ReaderSpec:
         describe: facts about a data set, from its name, `streaming` and `part_bytes`.
     """
 
-    suffixes: tuple[str, ...] = ()
     open_file: Callable[[str], OpenFile] | None = None
     open_parts: Callable[[Stream], OpenParts] | None = None
     count_parts: Callable[[str, int, int], int | None] | None = None

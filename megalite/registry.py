@@ -178,4 +178,5 @@ def _load(plugin: Plugin) -> Any:
 
 
 optimizers: Registry[Any] = Registry("optimizer", "optimizers", "megalite.optim.optimizers")
+readers: Registry[Any] = Registry("reader", "readers", "data_prep.readers")
 sinks: Registry[Any] = Registry("sink", "sinks", None)

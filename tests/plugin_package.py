@@ -8,6 +8,7 @@ _ENTRY_POINTS = """\
 [megalite.plugins]
 optimizer.lion = toy_parts.optimizers:lion
 part.lion = toy_parts.facts:LION
+reader.csvz = toy_parts.readers:CSVZ
 sink.lines = toy_parts.sinks:Lines
 """
 
@@ -43,6 +44,31 @@ class Lion(torch.optim.Optimizer):
 
 def lion(section, groups):
     return Lion(groups, lr=section.lr, betas=section.betas)
+'''
+
+_READERS = '''\
+import csv
+import os
+
+from data_prep.streams import ReaderSpec
+
+
+class Table:
+    """Rows of a table whose values are separated by the letter z."""
+
+    def __init__(self, path):
+        self._file = open(path, encoding="utf-8", newline="")
+        self.size = os.stat(path).st_size
+
+    def records(self, text_field):
+        for row in csv.DictReader(self._file, delimiter="z"):
+            yield row[text_field]
+
+    def close(self):
+        self._file.close()
+
+
+CSVZ = ReaderSpec(open_file=Table)
 '''
 
 _SINKS = '''\
@@ -87,6 +113,7 @@ def install(folder: Path, *, package: str = "toy-parts", version: str = "1.2") -
         "__init__": "",
         "facts": _FACTS,
         "optimizers": _OPTIMIZERS,
+        "readers": _READERS,
         "sinks": _SINKS,
     }.items():
         (home / f"{name}.py").write_text(text)

@@ -28,8 +28,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     registry._points.cache_clear()
     yield tmp_path / "site"
     registry._points.cache_clear()
-    for kind in (registry.optimizers, registry.sinks):
-        for name in ("lion", "lines"):
+    for kind in (registry.optimizers, registry.readers, registry.sinks):
+        for name in ("lion", "csvz", "lines"):
             kind._entries.pop(name, None)
             kind._facts.pop(name, None)
     for name in [name for name in sys.modules if name.split(".")[0] == "toy_parts"]:
@@ -125,3 +125,18 @@ def test_checking_and_planning_import_no_torch(installed: Path, tmp_path: Path) 
     states, torch_was_imported = done.stdout.split()
     assert torch_was_imported == "False"
     assert int(states) * 3 == twice * 2  # fp32 masters and one state, not two
+
+
+def test_reader_of_a_package_reads_files_by_their_ending(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csvz").write_text("textzn\nhello worldz1\nmore textz2\n")
+    root = Path(__file__).resolve().parents[2]
+    command = "tokenize --tokenizer bytes --input a.csvz --output shards".split()
+    subprocess.run(
+        [sys.executable, "-m", "data_prep", *command],
+        check=True,
+        cwd=tmp_path,
+        capture_output=True,
+        env={"PYTHONPATH": f"{installed}:{root}"},
+    )
+    manifest = json.loads((tmp_path / "shards/manifest.json").read_text())
+    assert manifest["documents"] == 2
