@@ -24,6 +24,7 @@ from data_prep.tasks import TaskContext, task_class
 from data_prep.train import SAMPLE_CHARACTERS, learn_tokenizer, sample_chunks
 from megalite import files, hub
 from megalite.config import RunConfig
+from megalite.config.tasks import find_task
 from megalite.errors import DataError, MegaLiteError
 from megalite.formats.examples import (
     FORMAT,
@@ -68,7 +69,7 @@ def prepare(
     name = hub.find_tokenizer(name, "finetune.data.tokenizer") or name if name else None
     encoder = load_tokenizer(name) if name is not None else None
     template = None
-    if task_class(config.finetune.task).uses_template:
+    if find_task(config.finetune.task).uses_template:
         template = find_template(data.chat_template, chat_template, name)
     arguments = cache_arguments(config, source, encoder, template, unlabelled=unlabelled)
     folder = cache_folder(data.cache, arguments)
@@ -120,7 +121,7 @@ class ExampleMaker:
         self._template = template
         kind = task_class(config.finetune.task)
         names = None
-        if kind.has_labels:
+        if find_task(config.finetune.task).has_labels:
             names = source.label_names(self._data.train_split, self._data.label_column)
         self._task = kind(
             TaskContext(

@@ -179,4 +179,5 @@ def _load(plugin: Plugin) -> Any:
 
 optimizers: Registry[Any] = Registry("optimizer", "optimizers", "megalite.optim.optimizers")
 readers: Registry[Any] = Registry("reader", "readers", "data_prep.readers")
+tasks: Registry[Any] = Registry("task", "tasks", "megalite.config.tasks")
 sinks: Registry[Any] = Registry("sink", "sinks", None)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 
 from data_prep.tasks.base import ExampleTask, TaskContext
+from megalite.config.tasks import find_task
 
 __all__ = ["ExampleTask", "TaskContext", "task_class"]
 
 
 def task_class(name: str) -> type[ExampleTask]:
-    """Return the class of the task `finetune.task`: TASK in the module of the task's name."""
-    found: type[ExampleTask] = import_module(f"data_prep.tasks.{name}").TASK
+    """Return the class of examples of the task `finetune.task`."""
+    module, _, kind = find_task(name).examples.partition(":")
+    found: type[ExampleTask] = getattr(import_module(module), kind)
     return found

@@ -47,9 +47,6 @@ class ExampleTask:
         labels: the number of each label; empty if the task has no labels.
     """
 
-    uses_template = False
-    has_labels = False
-
     def __init__(self, context: TaskContext) -> None:
         self.context = context
         self.columns = self.columns_of(context.data)

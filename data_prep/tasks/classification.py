@@ -26,8 +26,6 @@ _LISTED = 20  # labels whose counts are logged
 class Classification(ExampleTask):
     """The task "classification": a model learns the label of a text."""
 
-    has_labels = True
-
     def __init__(self, context: TaskContext) -> None:
         super().__init__(context)
         if context.unlabelled:
@@ -124,6 +122,3 @@ class Classification(ExampleTask):
         """Return the examples of each label, int64 [labels]; unlabelled ones count nowhere."""
         numbers = np.asarray(made.labels, np.int64)
         return np.bincount(numbers[numbers >= 0], minlength=len(self.labels))
-
-
-TASK = Classification

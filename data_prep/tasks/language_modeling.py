@@ -23,6 +23,3 @@ class LanguageModeling(ExampleTask):
         ids = self.before + texts[0] + self.after
         loss_mask = [number >= len(self.before) for number in range(min(len(ids), most))]
         return Example(ids[:most], loss_mask, is_cut=len(ids) > most)
-
-
-TASK = LanguageModeling

@@ -32,6 +32,3 @@ class Seq2Seq(ExampleTask):
         limit = data.max_target_length
         loss_mask = [False] * len(source) + [True] * min(len(target), limit)
         return Example(source + target[:limit], loss_mask, is_cut=is_cut or len(target) > limit)
-
-
-TASK = Seq2Seq

@@ -17,8 +17,6 @@ from megalite.tokenizers.tokenizer import Tokenizer
 class SupervisedFineTuning(ExampleTask):
     """The task "sft": a decoder learns the assistant's turns of conversations."""
 
-    uses_template = True
-
     def __init__(self, context: TaskContext) -> None:
         super().__init__(context)
         self.optional = [name for name in OPTIONAL_COLUMNS if name not in self.columns]
@@ -53,6 +51,3 @@ class SupervisedFineTuning(ExampleTask):
 
     def report(self, called: str) -> None:
         self.chat.report(called)
-
-
-TASK = SupervisedFineTuning

@@ -6,7 +6,9 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
+from megalite import registry
 from megalite.config.fields import Count, CountOrZero, PathText, Positive, Section, Share, Text
+from megalite.config.names import NameOf
 
 _Part = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 _Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -112,7 +114,7 @@ class AdapterConfig(Section):
 class FinetuneConfig(Section):
     """What is learned from examples, and what of the model learns."""
 
-    task: Literal["classification", "sft", "language_modeling", "seq2seq"] = Field(
+    task: Annotated[str, NameOf(registry.tasks)] = Field(
         description="A label; the assistant's turns of conversations; all of a text; or another "
         "text.",
         examples=["classification"],

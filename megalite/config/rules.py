@@ -11,6 +11,7 @@ from megalite.config.faults import Fault, fault, show
 from megalite.config.model import ModelConfig
 from megalite.config.objective import source_length, spans, target_length
 from megalite.config.schema import RunConfig
+from megalite.config.tasks import find_task, optional_keys, tasks_with_key
 
 
 def rule_faults(config: RunConfig) -> Iterator[Fault]:
@@ -117,37 +118,29 @@ def _families(config: RunConfig) -> Iterator[Fault]:
         )
 
 
-_TASKS = {"sft": "decoder", "language_modeling": "decoder", "seq2seq": "encoder_decoder"}
-
-
 def _finetune(config: RunConfig) -> Iterator[Fault]:
     """What is learned from examples needs its kind of network, and no shards."""
     tuning, kind = config.finetune, config.model.architecture
     assert tuning is not None
-    task, data = tuning.task, tuning.data
-    classifies = task == "classification"
-    if (meant := _TASKS.get(task, kind)) != kind:
+    task, data = find_task(tuning.task), tuning.data
+    if task.architectures and kind not in task.architectures:
+        meant = " or ".join(map(show, task.architectures))
         yield fault(
             "finetune.task model.architecture",
-            f"{show(task)} needs an architecture {show(meant)}, found {show(kind)}; name another "
+            f"{show(tuning.task)} needs an architecture {meant}, found {show(kind)}; name another "
             "task or model",
         )
-    for key, found, tasks in (
-        ("pooling", tuning.pooling, ("classification",)),
-        ("class_weights", tuning.class_weights, ("classification",)),
-        ("balance_classes", tuning.balance_classes, ("classification",)),
-        ("data.labels", data.labels, ("classification",)),
-        ("data.packing", data.packing, ("sft", "language_modeling")),
-        ("data.chat_template", data.chat_template, ("sft",)),
-        ("data.prompt_column", data.prompt_column, ("sft",)),
-    ):
-        if found and task not in tasks:
-            yield fault(f"finetune.{key}", f"it has a meaning for {' and '.join(tasks)} alone")
+    for key in optional_keys():
+        *inner, last = key.split(".")
+        value = getattr(data if inner else tuning, last)
+        if value and key not in task.keys:
+            having = " and ".join(tasks_with_key(key))
+            yield fault(f"finetune.{key}", f"it has a meaning for {having} alone")
     if tuning.pooling and kind == "encoder_decoder":
         yield fault("finetune.pooling", "an encoder_decoder writes one token; leave it out")
     if tuning.class_weights and tuning.balance_classes:
         yield fault("finetune.class_weights", "balance_classes makes them; give one of the two")
-    if not classifies and tuning.metric not in (None, "loss"):
+    if tuning.metric not in (None, *task.metrics):
         yield fault("finetune.metric", f"{show(tuning.metric)} is of a classification; write loss")
     if (data.prompt_column is None) != (data.response_column is None):
         yield fault("finetune.data.prompt_column", "it goes with response_column: give both")
@@ -166,7 +159,7 @@ def _finetune(config: RunConfig) -> Iterator[Fault]:
             "data.sequence_length finetune.data.max_length",
             f"{config.data.sequence_length}, but examples have {data.max_length}; leave it out",
         )
-    if classifies and config.parallel.sequence and kind == "encoder_decoder":
+    if task.has_labels and config.parallel.sequence and kind == "encoder_decoder":
         yield fault("parallel.sequence finetune.task", "one written token cannot be shared; false")
 
 
@@ -340,8 +333,8 @@ def _profile(config: RunConfig) -> Iterator[Fault]:
 
 def _samples(config: RunConfig) -> Iterator[Fault]:
     encodes = config.model.architecture == "encoder"
-    classifies = config.finetune is not None and config.finetune.task == "classification"
-    if config.logging.samples and (encodes or classifies):
+    writes = config.finetune is None or find_task(config.finetune.task).writes_text
+    if config.logging.samples and (encodes or not writes):
         what = "an encoder" if encodes else "a classifier"
         yield fault("logging.samples", f"{what} writes no text; leave it out")
 

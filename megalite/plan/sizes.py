@@ -9,6 +9,7 @@ from typing import Literal
 from megalite import shapes
 from megalite.config import Precision, RunConfig, allowed_tensor_parallel
 from megalite.config.deepspeed_keys import contradiction
+from megalite.config.tasks import find_task
 from megalite.errors import ConfigError
 from megalite.plan.flops import run_flops_per_token
 from megalite.plan.precision import resolve_precision
@@ -46,7 +47,7 @@ def labelled(config: RunConfig) -> RunConfig:
     As many as the file names or weighs, else a stand-in: a few rows of the model.
     """
     tuning = config.finetune
-    if tuning is None or tuning.task != "classification" or config.model.num_labels:
+    if tuning is None or not find_task(tuning.task).has_labels or config.model.num_labels:
         return config
     labels = len(tuning.data.labels or tuning.class_weights or ()) or _LABELS
     model = config.model.model_copy(update={"num_labels": labels})

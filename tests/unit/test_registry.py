@@ -130,7 +130,7 @@ def test_checking_and_planning_import_no_torch(installed: Path, tmp_path: Path) 
 def test_reader_of_a_package_reads_files_by_their_ending(installed: Path, tmp_path: Path) -> None:
     (tmp_path / "a.csvz").write_text("textzn\nhello worldz1\nmore textz2\n")
     root = Path(__file__).resolve().parents[2]
-    command = "tokenize --tokenizer bytes --input a.csvz --output shards".split()
+    command = ["tokenize", "--tokenizer", "bytes", "--input", "a.csvz", "--output", "shards"]
     subprocess.run(
         [sys.executable, "-m", "data_prep", *command],
         check=True,
