@@ -121,7 +121,7 @@ def contest(name: str, batch: int, folder: Path) -> dict[str, Any]:
         opened = open_model(folder)
 
         def write() -> list[int]:
-            steps = list(sample_ids(opened.reader(), ids.tolist(), NEW, (), Sampling(0.0)))
+            steps = list(sample_ids(opened.decoder(), ids.tolist(), NEW, (), Sampling(0.0)))
             return [row[0] or 0 for row in steps]
     else:
         import transformers

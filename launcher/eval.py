@@ -65,7 +65,8 @@ def main() -> None:
     checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint")  # before torch is imported
     logger.info("load PyTorch and %s", checkpoint)
     from data_prep.eval_examples import prepare_again
-    from megalite.evaluate import classify, harness, open_model, score_data, table
+    from megalite.evaluate import harness, open_model, score_data, table
+    from megalite.evaluate.tasks import classification
     from megalite.parallel import start
 
     if arguments.tasks:
@@ -87,7 +88,7 @@ def main() -> None:
         )
         told = {"micro_batch_size": size, "predictions": arguments.predictions}
         own = arguments.data is None
-        result |= classify.score_examples(opened, folder, split, grid, own=own, **told)
+        result |= classification.score_examples(opened, folder, split, grid, own=own, **told)
     elif not arguments.tasks or arguments.data:
         result |= score_data(opened, grid, data=arguments.data, micro_batch_size=size)
     result["tasks"] = None

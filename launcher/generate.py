@@ -15,7 +15,7 @@ from megalite.log import printable_pieces
 
 if TYPE_CHECKING:
     from data_prep.conversations import Question
-    from megalite.evaluate import OpenedModel, Sampling
+    from megalite.evaluate import LoadedModel, Sampling
     from megalite.parallel import Grid
 
 _EXAMPLES = """examples:
@@ -126,7 +126,7 @@ def main() -> None:
 
 
 def continue_prompts(
-    opened: OpenedModel, arguments: argparse.Namespace, sampling: Sampling
+    opened: LoadedModel, arguments: argparse.Namespace, sampling: Sampling
 ) -> Iterator[str]:
     """Yield what is printed: prompts with their continuations, or JSON lines."""
     from megalite.evaluate import in_order, json_lines, stream_texts
@@ -134,7 +134,7 @@ def continue_prompts(
     for prompt in arguments.prompt:
         opened.check_prompt(prompt)
     pieces = stream_texts(
-        opened.reader(),
+        opened.decoder(),
         opened.tokenizer,
         arguments.prompt,
         max_new_tokens=arguments.max_new_tokens,
@@ -147,7 +147,7 @@ def continue_prompts(
 
 
 def converse(
-    opened: OpenedModel,
+    opened: LoadedModel,
     arguments: argparse.Namespace,
     sampling: Sampling,
     questions: list[Question] | None,
@@ -160,7 +160,7 @@ def converse(
 
     chat = Chat(find_template(None, None, opened.tokenizer_folder), opened.tokenizer)
     answerer = Answerer(
-        opened.reader(),
+        opened.decoder(),
         opened.tokenizer,
         chat.ask,
         window=opened.config.max_position_embeddings,

@@ -3,8 +3,9 @@
 from megalite.data.batch import Batch, StepBatches
 from megalite.data.dataset import Dataset, open_data, open_train, open_valid, set_objective
 from megalite.data.examples import ExampleSet
-from megalite.data.loader import Loader, Samples, advance, first_batches
+from megalite.data.loader import Loader, advance, first_batches
 from megalite.data.packing import Packing, assemble, pack
+from megalite.data.samples import Samples
 
 __all__ = [
     "Batch",

@@ -119,7 +119,7 @@ class Dataset:
         self.sequence_length = sequence_length
         self.sources = list(sources)
         self._windows = np.array([(s.tokens - 1) // sequence_length for s in sources])
-        self.windows = int(self._windows.sum())  # of one epoch of all sources
+        self.num_samples = int(self._windows.sum())  # of one epoch of all sources
         given = [weight for weight in weights if weight is not None]
         self._mixture = Mixture(given or self._windows.tolist())
         self._seed, self._shuffle, self._mask_documents = seed, shuffle, mask_documents
@@ -155,8 +155,8 @@ class Dataset:
         length = self.sequence_length
         rows = zip(self.sources, self._windows.tolist(), self._mixture.shares, strict=True)
         return {
-            "windows": self.windows,
-            "tokens": self.windows * length,
+            "windows": self.num_samples,
+            "tokens": self.num_samples * length,
             "sources": [
                 {
                     "path": str(source.path),
@@ -175,11 +175,11 @@ class Dataset:
 
     def batch(self, indices: Ints, place: int) -> Batch:
         """The samples at `indices`, int64 [B], each in [0, 2^43), side by side."""
-        return self.read(*self.locate(indices), indices, place)
+        return self.read(*self.source_of(indices), indices, place)
 
-    def locate(self, indices: Ints) -> tuple[Ints, Ints]:
+    def source_of(self, indices: Ints) -> tuple[Ints, Ints]:
         """Where samples lie: the number of the source, and the first token of the window in it."""
-        source, number = self._mixture.locate(indices)
+        source, number = self._mixture.source_of(indices)
         windows = self._windows[source]
         epoch, window = np.divmod(number, windows)
         if self._shuffle:
@@ -187,7 +187,7 @@ class Dataset:
         return source, window * self.sequence_length
 
     def read(self, sources: Ints, starts: Ints, indices: Ints, place: int) -> Batch:
-        """The windows that `locate` found of the samples at `indices`, as tensors.
+        """The windows that `source_of` found of the samples at `indices`, as tensors.
 
         Raises:
             DataError: a shard that is damaged where it is read.
@@ -215,7 +215,7 @@ class Dataset:
             arrays = self.objective(arrays, indices)
         return Batch.of(arrays, place, B * L)
 
-    def arranged(self, indices: Ints) -> Ints:
+    def sort_by_length(self, indices: Ints) -> Ints:
         """The samples of a step in the order they are dealt out: all have one length."""
         return indices
 

@@ -16,17 +16,13 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from megalite.data.batch import Batch, StepBatches
-from megalite.data.dataset import Dataset
-from megalite.data.examples import ExampleSet
 from megalite.data.order import Ints, leave_out
-
-Samples: TypeAlias = Dataset | ExampleSet
+from megalite.data.samples import Samples
 
 _CLOSE_SECONDS = 30.0  # longer than any healthy read of a few steps
 
@@ -108,8 +104,8 @@ class Loader:
 
     def _make_step(self) -> StepBatches:
         whole = leave_out(self._place + np.arange(self._step), self._place, self._gaps)
-        indices = self._dataset.arranged(whole)[self._offsets]
-        sources, starts = self._dataset.locate(indices)  # once a step: a few dozen small calls
+        indices = self._dataset.sort_by_length(whole)[self._offsets]
+        sources, starts = self._dataset.source_of(indices)  # once a step: a few dozen small calls
         batches = []
         for row in range(len(indices)):
             place = int(indices[row, 0])
@@ -135,7 +131,7 @@ def first_batches(
     """
     step = micro_batch_size * data_size
     padded = -(-samples // step) * step
-    order = dataset.arranged(np.arange(samples))
+    order = dataset.sort_by_length(np.arange(samples))
     for offsets in _offsets(padded, micro_batch_size, data_rank, data_size):
         batch = dataset.batch(order[np.minimum(offsets, samples - 1)], int(offsets[0]))
         whole = offsets[-1] < samples

@@ -59,7 +59,7 @@ class Mixture:
         ]
         self.shares = [float(Fraction(w) / nodes[1]) for w in weights]
 
-    def locate(self, index: Ints) -> tuple[Ints, Ints]:
+    def source_of(self, index: Ints) -> tuple[Ints, Ints]:
         """The source of each sample, and the sample's number among those of that source.
 
         Args:

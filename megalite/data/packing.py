@@ -86,7 +86,7 @@ def assemble(
     place: int,
     *,
     pad_id: int = 0,
-    marks: Callable[[int], npt.NDArray[np.bool_]] | None = None,
+    loss_mask: Callable[[int], npt.NDArray[np.bool_]] | None = None,
 ) -> Batch:
     """Windows as a batch whose documents are kept apart, shaped like a batch of pretraining.
 
@@ -97,7 +97,7 @@ def assemble(
         windows: int64 [B], numbers of windows.
         tokens: the ids of a document, by its number.
         place: of the first window in the order of training.
-        marks: which tokens of a document are to be named; None: all.
+        loss_mask: which tokens of a document are learned, by its number. None means all.
     """
     shape = (len(windows), L := packing.length)
     names = ("input_ids", "labels", "position_ids", "document_ids")
@@ -114,9 +114,9 @@ def assemble(
             arrays["input_ids"][row, here] = ids[:count]
             arrays["labels"][row, counted] = ids[1:]  # a cut piece's last target is in the next one
             mask[row, counted] = True
-            if marks is not None:
-                marked = marks(int(packing.documents[piece]))
-                mask[row, counted] = marked[start + 1 : start + len(ids)]
+            if loss_mask is not None:
+                is_learned = loss_mask(int(packing.documents[piece]))
+                mask[row, counted] = is_learned[start + 1 : start + len(ids)]
             arrays["position_ids"][row, here] = np.arange(count)
             arrays["document_ids"][row, here] = number
             column += count

@@ -44,9 +44,9 @@ def data(config: RunConfig, look: Callable[[RunConfig], str]) -> Row:
 
     train, valid = open_shards(config)
     facts = train.describe()
-    read = config.training.steps * config.training.global_batch_size / train.windows
+    read = config.training.steps * config.training.global_batch_size / train.num_samples
     told = f"{len(facts['sources'])} sources, {facts['tokens']:,} tokens, read {read:.2g} times"
-    held = f"; held out: {valid.windows * valid.sequence_length:,}" if valid else ""
+    held = f"; held out: {valid.num_samples * valid.sequence_length:,}" if valid else ""
     return Row("ok", told + held)
 
 

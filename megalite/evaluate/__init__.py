@@ -2,24 +2,24 @@
 
 from megalite.evaluate.conversation import Answerer, json_lines, read_turns
 from megalite.evaluate.generate import (
-    Rereading,
     Sampling,
+    UncachedDecoder,
     generate,
     in_order,
     sample_ids,
     stream_text,
     stream_texts,
 )
+from megalite.evaluate.loading import LoadedModel, open_model
 from megalite.evaluate.loss import mean_loss, perplexity, score_data
-from megalite.evaluate.opened import OpenedModel, open_model
 from megalite.evaluate.samples import Prompts, Writer, open_prompts
 
 __all__ = [
     "Answerer",
-    "OpenedModel",
+    "LoadedModel",
     "Prompts",
-    "Rereading",
     "Sampling",
+    "UncachedDecoder",
     "Writer",
     "generate",
     "in_order",

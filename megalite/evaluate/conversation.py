@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Protocol, TextIO, TypeAlias
 
 from megalite.errors import DataError
-from megalite.evaluate.generate import Reader, Sampling, stream_texts
+from megalite.evaluate.generate import Decoder, Sampling, stream_texts
 from megalite.log import logger
 from megalite.tokenizers.tokenizer import Tokenizer
 
@@ -82,7 +82,7 @@ class Answerer:
 
     def __init__(
         self,
-        reader: Reader,
+        decoder: Decoder,
         tokenizer: Tokenizer,
         ask: AskTurns,
         *,
@@ -91,7 +91,7 @@ class Answerer:
         sampling: Sampling,
         stop: Sequence[str] = (),
     ) -> None:
-        self._reader, self._tokenizer, self._ask = reader, tokenizer, ask
+        self._decoder, self._tokenizer, self._ask = decoder, tokenizer, ask
         self._window, self._max_new_tokens = window, max_new_tokens
         self._sampling, self._stop = sampling, stop
 
@@ -164,7 +164,7 @@ class Answerer:
         self, prompts: Sequence[list[int]], ends: Sequence[str]
     ) -> Iterator[tuple[int, str]]:
         return stream_texts(
-            self._reader,
+            self._decoder,
             self._tokenizer,
             prompts,
             max_new_tokens=self._max_new_tokens,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megalite.errors import CommandError
 from megalite.evaluate.explain_page import Explanation, explain_page
-from megalite.evaluate.opened import OpenedModel
+from megalite.evaluate.loading import LoadedModel
 from megalite.formats.examples import edges
 from megalite.model import LanguageModel, layers
 
@@ -49,7 +49,7 @@ def input_times_gradient(embed: nn.Module, score: Callable[[], Tensor]) -> Tenso
     return (kept[0].detach().float() * gradient.float()).sum(dim=-1)[0]
 
 
-def explain_text(opened: OpenedModel, text: str, label: str | None = None) -> str:
+def explain_text(opened: LoadedModel, text: str, label: str | None = None) -> str:
     """Return the HTML page of a classifier's view of a text.
 
     Args:
@@ -114,7 +114,7 @@ def _pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
     return pieces
 
 
-def _facts(opened: OpenedModel, tokens: int, cut: int) -> dict[str, str]:
+def _facts(opened: LoadedModel, tokens: int, cut: int) -> dict[str, str]:
     """Return what the page says about the model and the text."""
     config, run = opened.config, opened.run
     assert run is not None
@@ -129,7 +129,7 @@ def _facts(opened: OpenedModel, tokens: int, cut: int) -> dict[str, str]:
     }
 
 
-def _batch(opened: OpenedModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def _batch(opened: LoadedModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Return the batch of texts of one length: input_ids int64 [B, T], lengths int64 [B]."""
     device, config = opened.device, opened.config
     ids_BT = torch.tensor(rows, device=device)
@@ -149,7 +149,7 @@ def log_odds(logits_BC: Tensor, place: int) -> Tensor:
 
 
 def _occlusion(
-    opened: OpenedModel,
+    opened: LoadedModel,
     before: Sequence[int],
     ids: Sequence[int],
     after: Sequence[int],

@@ -20,7 +20,7 @@ from megalite.tokenizers.tokenizer import Tokenizer, encode_text
 LogitsFn = Callable[[Tensor], Tensor]  # ids [1, T] on the CPU -> last logits [1, V]
 
 
-class Reader(Protocol):
+class Decoder(Protocol):
     """What is asked of a model: the scores of the token after each text, as the texts grow.
 
     Attributes:
@@ -38,8 +38,8 @@ class Reader(Protocol):
         """fp32 [B, V]: the scores after one more token of each text."""
 
 
-class Rereading:
-    """A reader that reads each text anew for every token: slow, and plain."""
+class UncachedDecoder:
+    """A decoder that reads each text anew for every token: slow, and plain."""
 
     continues = True
     suffix_ids: Sequence[int] = ()
@@ -100,7 +100,7 @@ class Sampling:
 
 
 def generate(
-    model: Reader | LogitsFn,
+    model: Decoder | LogitsFn,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
@@ -121,7 +121,7 @@ def generate(
 
 
 def stream_text(
-    model: Reader | LogitsFn,
+    model: Decoder | LogitsFn,
     tokenizer: Tokenizer,
     prompt: str,
     *,
@@ -137,7 +137,7 @@ def stream_text(
 
 
 def stream_texts(
-    model: Reader | LogitsFn,
+    model: Decoder | LogitsFn,
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
     *,
@@ -209,7 +209,7 @@ def _pieces(texts: Sequence[_Text], steps: Iterator[list[int | None]]) -> Iterat
 
 
 def sample_ids(
-    model: Reader | LogitsFn,
+    model: Decoder | LogitsFn,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     ends: Collection[int],
@@ -224,12 +224,12 @@ def sample_ids(
         raise CommandError("the prompt has no tokens: a model continues what it is given")
     if max_new_tokens < 0:
         raise CommandError(f"max_new_tokens is {max_new_tokens}; ask for 0 or more")
-    reader: Any = model if hasattr(model, "begin") else Rereading(model)
-    return _sample(reader, prompts, max_new_tokens, ends, sampling)
+    decoder: Any = model if hasattr(model, "begin") else UncachedDecoder(model)
+    return _sample(decoder, prompts, max_new_tokens, ends, sampling)
 
 
 def _sample(
-    reader: Reader,
+    decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     ends: Collection[int],
@@ -241,7 +241,7 @@ def _sample(
     tokens = list[int]()
     for step in range(max_new_tokens):
         with torch.inference_mode():
-            logits_BV = reader.next(tokens) if step else reader.begin(prompts, max_new_tokens)
+            logits_BV = decoder.next(tokens) if step else decoder.begin(prompts, max_new_tokens)
             logits_BV = logits_BV.cpu()
         if not torch.isfinite(logits_BV.amax(dim=1)).all():
             raise MegaLiteError(

@@ -18,7 +18,7 @@ import torch
 
 from megalite.errors import CommandError, DataError
 from megalite.evaluate.generate import Sampling, stream_texts
-from megalite.evaluate.opened import OpenedModel
+from megalite.evaluate.loading import LoadedModel
 from megalite.parallel import Grid
 from megalite.tokenizers.tokenizer import encode_text
 
@@ -30,7 +30,7 @@ def require() -> None:
 
 
 def run(
-    opened: OpenedModel,
+    opened: LoadedModel,
     grid: Grid,
     tasks: Sequence[str],
     *,
@@ -71,7 +71,7 @@ def run(
     return results
 
 
-def make_model(opened: OpenedModel, grid: Grid, batch_size: int) -> Any:
+def make_model(opened: LoadedModel, grid: Grid, batch_size: int) -> Any:
     """The model as the harness's own class of models."""
     from lm_eval.api.model import LM
 
@@ -127,7 +127,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 
 def log_likelihoods(
-    opened: OpenedModel, pairs: Sequence[Pair], batch_size: int
+    opened: LoadedModel, pairs: Sequence[Pair], batch_size: int
 ) -> list[tuple[float, bool]]:
     """Of each continuation the log of its probability after its context, in nats, and whether the
     likeliest tokens are just these.
@@ -156,7 +156,7 @@ def log_likelihoods(
     return found
 
 
-def _pair(opened: OpenedModel, context: str, continuation: str) -> Pair:
+def _pair(opened: LoadedModel, context: str, continuation: str) -> Pair:
     """Tokens of both; they are cut apart where the harness's own class cuts them.
 
     Spaces at a context's end belong to the continuation, whose tokens begin where those of the
@@ -175,13 +175,13 @@ def _pair(opened: OpenedModel, context: str, continuation: str) -> Pair:
     return before, whole[len(before) :]
 
 
-def _beginning(opened: OpenedModel) -> list[int]:
+def _beginning(opened: LoadedModel) -> list[int]:
     first = opened.tokenizer.bos_id
     first = opened.tokenizer.eos_id if first is None else first
     return [0 if first is None else first]
 
 
-def _windows(opened: OpenedModel, text: str) -> list[Pair]:
+def _windows(opened: LoadedModel, text: str) -> list[Pair]:
     """A text in parts that each fill the window; a part's context is the last token before it.
 
     If the tokenizer begins texts with BOS, that BOS is scored, too, as by the harness's own class.
@@ -197,12 +197,12 @@ def _windows(opened: OpenedModel, text: str) -> list[Pair]:
     return pairs
 
 
-def _write(opened: OpenedModel, context: str, settings: Mapping[str, Any], repeat: int = 0) -> str:
+def _write(opened: LoadedModel, context: str, settings: Mapping[str, Any], repeat: int = 0) -> str:
     """The answer to a context; each `repeat` of it is drawn with a seed of its own."""
     wanted = GenerationSettings.of(settings)
     seed = wanted.sampling.get("seed", 0) + repeat
     pieces = stream_texts(
-        opened.reader(),
+        opened.decoder(),
         opened.tokenizer,
         [context],
         max_new_tokens=wanted.max_new_tokens,

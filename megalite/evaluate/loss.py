@@ -14,7 +14,7 @@ from megalite.config import DataConfig, RunConfig, SourceConfig, parse_config
 from megalite.data import Batch, Dataset, Samples, first_batches, open_valid, set_objective
 from megalite.engine import Engine
 from megalite.errors import CommandError
-from megalite.evaluate.opened import OpenedModel
+from megalite.evaluate.loading import LoadedModel
 from megalite.observe.progress import report_calls
 from megalite.parallel import Grid
 
@@ -53,7 +53,7 @@ def mean_loss(
 
 
 def score_data(
-    opened: OpenedModel, grid: Grid, *, data: str | None, micro_batch_size: int
+    opened: LoadedModel, grid: Grid, *, data: str | None, micro_batch_size: int
 ) -> dict[str, float | int | None]:
     """Loss (nats), perplexity, bits per byte of text and tokens counted, over all ranks.
 
@@ -70,22 +70,24 @@ def score_data(
     batches = partial(
         first_batches,
         dataset,
-        dataset.windows,
+        dataset.num_samples,
         micro_batch_size=micro_batch_size,
         data_rank=grid.at.data_rank,
         data_size=grid.mesh.data,
     )
     sums, text_bytes, right = torch.zeros(2, dtype=torch.float64), 0, 0
-    count = -(-dataset.windows // (micro_batch_size * grid.mesh.data))
+    count = -(-dataset.num_samples // (micro_batch_size * grid.mesh.data))
     length = run.data.sequence_length
     loss_of = report_calls(
-        opened.loss, total=count, what=f"eval on {dataset.windows:,} samples of {length:,} tokens"
+        opened.loss,
+        total=count,
+        what=f"eval on {dataset.num_samples:,} samples of {length:,} tokens",
     )
     masked, causal = (run.objective.name == name for name in ("masked", "causal"))
     for batch in batches():
         sums += torch.stack((loss_of(batch).double().cpu(), torch.tensor(batch.targets)))
         if masked:
-            right += opened.named_right(batch)
+            right += opened.count_correct(batch)
         if causal:
             labels, mask = batch.tensors["labels"], batch.tensors["loss_mask"]
             text_bytes += sum(
@@ -103,7 +105,7 @@ def score_data(
     return found | ({"accuracy": right / targets} if masked else {})
 
 
-def _open_held_out(opened: OpenedModel, run: RunConfig, data: str | None) -> Dataset:
+def _open_held_out(opened: LoadedModel, run: RunConfig, data: str | None) -> Dataset:
     """Open the shards to measure on, prepared for the run's objective.
 
     Raises:
@@ -124,7 +126,7 @@ def _open_held_out(opened: OpenedModel, run: RunConfig, data: str | None) -> Dat
     return dataset
 
 
-def _run_of(opened: OpenedModel) -> RunConfig:
+def _run_of(opened: LoadedModel) -> RunConfig:
     """A run file for a folder that has none: the model, and windows as long as it reads."""
     model, objective = opened.config, dict[str, Any]()
     if model.architecture == "encoder":
@@ -171,7 +173,7 @@ def sum_loss(
     """
     batches = first_batches(
         dataset,
-        min(samples, dataset.windows),
+        min(samples, dataset.num_samples),
         micro_batch_size=micro_batch_size,
         data_rank=data_rank,
         data_size=data_size,

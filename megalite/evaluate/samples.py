@@ -177,16 +177,16 @@ class Writer:
     def _read(self, given: list[list[int]], written: list[list[int]] | None) -> Tensor:
         if self._stopping():
             raise Stopped("asked to, in the midst of a sample")
-        ids_BT, lengths_B = self._side_by_side(given)
+        ids_BT, lengths_B = self._pad_batch(given)
         tensors = {"input_ids": ids_BT, "lengths": lengths_B}
         if written is not None:
             tensors["attention_mask"] = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
-            tensors["decoder_input_ids"], tensors["lengths"] = self._side_by_side(written)
+            tensors["decoder_input_ids"], tensors["lengths"] = self._pad_batch(written)
         compiled = self._config.training.compile
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             return self._engine.eval_scores(Batch(tensors, place=0, targets=0))
 
-    def _side_by_side(self, texts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _pad_batch(self, texts: list[list[int]]) -> tuple[Tensor, Tensor]:
         """The last tokens of texts, as many as a sample of training has, with zeros behind them."""
         texts = [text[-self._config.data.sequence_length :] for text in texts]
         lengths_B = torch.tensor([len(text) for text in texts])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megalite.errors import CommandError
-from megalite.evaluate.opened import OpenedModel, open_model
+from megalite.evaluate.loading import LoadedModel, open_model
 from megalite.tokenizers.special_tokens import GENERATION_CONFIG
 from megalite.tokenizers.tokenizer import PROBES, load_tokenizer
 
@@ -60,13 +60,13 @@ def verify_text(folder: Path) -> list[str]:
     return found
 
 
-def inputs_of(ours: OpenedModel, ids: Tensor) -> dict[str, Tensor]:
+def inputs_of(ours: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
     """The tokens as our model takes them; with two stacks they are read and written."""
     writes = ours.config.architecture == "encoder_decoder"
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if writes else {})
 
 
-def theirs(ours: OpenedModel, ids: Tensor) -> Tensor:
+def theirs(ours: LoadedModel, ids: Tensor) -> Tensor:
     """The scores of `transformers` for the same folder and tokens: fp32 [B, T, V]."""
     import transformers
 

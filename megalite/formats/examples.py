@@ -86,8 +86,8 @@ class Split:
         """The tokens of an example."""
         return self.tokens[self.bounds[example] : self.bounds[example + 1]]
 
-    def marks(self, example: int) -> npt.NDArray[np.bool_]:
-        """Which of them are to be predicted."""
+    def loss_mask(self, example: int) -> npt.NDArray[np.bool_]:
+        """Return which tokens of an example are learned."""
         assert self.learned is not None
         return self.learned[self.bounds[example] : self.bounds[example + 1]].astype(np.bool_)
 

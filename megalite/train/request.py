@@ -129,10 +129,10 @@ def open_shards(config: RunConfig) -> tuple[Dataset, Dataset | None]:
     train, valid = open_data(config.data, vocab_size=config.model.vocab_size)
     for dataset in filter(None, (train, valid)):
         set_objective(dataset, config)
-    if config.training.global_batch_size > train.windows:
+    if config.training.global_batch_size > train.num_samples:
         raise DataError(
             f"training.global_batch_size {config.training.global_batch_size}, but data.train "
-            f"holds {train.windows} samples in all; lower it, or give more data"
+            f"holds {train.num_samples} samples in all; lower it, or give more data"
         )
     return train, valid
 
@@ -140,9 +140,9 @@ def open_shards(config: RunConfig) -> tuple[Dataset, Dataset | None]:
 def _open_examples(config: RunConfig, folder: Path) -> ExampleSet:
     train = ExampleSet(folder, read_manifest(folder), "train", config)
     size = config.training.global_batch_size
-    if size > train.windows:
+    if size > train.num_samples:
         raise DataError(
-            f"training.global_batch_size {size}, but the training split holds {train.windows} "
+            f"training.global_batch_size {size}, but the training split holds {train.num_samples} "
             "samples in all; lower it, or give more data"
         )
     return train

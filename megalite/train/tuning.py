@@ -15,7 +15,8 @@ from megalite.config import RunConfig, parse_config
 from megalite.data import ExampleSet
 from megalite.engine import Engine
 from megalite.errors import ConfigError, UserError
-from megalite.evaluate import classify, mean_loss, perplexity
+from megalite.evaluate import mean_loss, perplexity
+from megalite.evaluate.tasks import classification
 from megalite.formats import checkpoint as disk
 from megalite.formats.examples import ExamplesManifest, read_manifest
 from megalite.log import finite, logger
@@ -91,7 +92,7 @@ def _filled(
         raw["finetune"] |= {"class_weights": weights, "balance_classes": False}
     total = None
     if config.training.steps == 0:
-        total = tuning.epochs * ExampleSet(folder, manifest, "train", config).windows
+        total = tuning.epochs * ExampleSet(folder, manifest, "train", config).num_samples
         # of a fresh run; a resumed one counts from the samples that it has trained on
         raw["training"]["steps"] = math.ceil(total / config.training.global_batch_size)
     raw["checkpoint"]["keep_best"] = "valid" in manifest.splits or "test" in manifest.splits
@@ -142,10 +143,10 @@ class Tuning:
         self._section = self.config.finetune
         self._classifies = self._section.task == "classification"
         self.metric = self._section.metric or ("accuracy" if self._classifies else "loss")
-        self._windows = self.sets["train"].windows
+        self._windows = self.sets["train"].num_samples
         self._held = next((name for name in ("valid", "test") if name in self.sets), None)
         self._said = False
-        self._compare = classify.Comparison(self.sets, self.config.training.steps)
+        self._compare = classification.Comparison(self.sets, self.config.training.steps)
 
     def due(self, before: Place, now: Place) -> bool:
         """Return whether an epoch ends with the step between two places, or the run.
@@ -254,12 +255,12 @@ class Tuning:
                 self.engine,
                 dataset,
                 grid=self.grid,
-                samples=dataset.windows,
+                samples=dataset.num_samples,
                 micro_batch_size=size,
                 stopping=stopping,
             )
             return None if loss is None else {"loss": loss, "perplexity": perplexity(loss)}
-        scores = classify.collect_scores(
+        scores = classification.collect_scores(
             self.engine.eval_scores,
             dataset,
             self.grid,
@@ -268,7 +269,7 @@ class Tuning:
         )
         if scores is None:
             return None
-        whole = classify.measures(scores, dataset)
+        whole = classification.measures(scores, dataset)
         if step is not None and self.grid.rank == 0:
             whole["baselines"] = self._compare(split, whole, step)
         if step is not None and self.grid.rank == 0:
@@ -276,8 +277,8 @@ class Tuning:
             with self.recorder.sparing():
                 told = finite({"step": step, "split": split, **whole})
                 files.write_json(folder / EVALUATION, told)
-                classify.write_predictions(folder / PREDICTIONS, scores, dataset)
-            self.recorder.picture("valid/confusion", classify.picture(whole, dataset), step)
+                classification.write_predictions(folder / PREDICTIONS, scores, dataset)
+            self.recorder.picture("valid/confusion", classification.picture(whole, dataset), step)
         return {key: value for key, value in whole.items() if isinstance(value, float)}
 
 

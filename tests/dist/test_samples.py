@@ -52,7 +52,7 @@ def continued(run: Path, prompts: Sequence[str | list[int]], **settings: Any) ->
     sampling = Sampling(temperature=1.0, seed=1234)  # training.seed
     found = [""] * len(prompts)
     how = {"max_new_tokens": 12, "sampling": sampling, **settings}
-    for number, piece in stream_texts(opened.reader(), opened.tokenizer, prompts, **how):
+    for number, piece in stream_texts(opened.decoder(), opened.tokenizer, prompts, **how):
         found[number] += piece
     return found
 

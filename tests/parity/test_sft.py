@@ -47,7 +47,7 @@ def test_the_loss_of_twenty_conversations(
     total, targets = 0.0, 0
     with torch.no_grad():
         for batch in first_batches(
-            dataset, dataset.windows, micro_batch_size=3, data_rank=0, data_size=1
+            dataset, dataset.num_samples, micro_batch_size=3, data_rank=0, data_size=1
         ):
             total += float(model(batch.tensors))
             targets += batch.targets

@@ -66,7 +66,7 @@ def open_one(*folders: Path, **options: Any) -> Dataset:
 
 
 def read_all(dataset: Dataset) -> None:
-    dataset.batch(np.arange(dataset.windows), 0)
+    dataset.batch(np.arange(dataset.num_samples), 0)
 
 
 def cut(folder: Path) -> None:
@@ -130,7 +130,7 @@ def test_megatrons_shards_are_read_as_the_same_samples(tmp_path: Path) -> None:
     ours = write_folder(tmp_path / "web")
     theirs = write_megatron(tmp_path / "mega")
     one, other = open_one(ours), open_one(theirs)
-    places = np.arange(2 * one.windows)
+    places = np.arange(2 * one.num_samples)
     batch, same = one.batch(places, 0), other.batch(places, 0)
     for name, tensor in batch.tensors.items():
         assert tensor.equal(same.tensors[name]), name

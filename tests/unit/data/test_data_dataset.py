@@ -48,10 +48,10 @@ def test_samples_hold_the_tokens_of_their_windows(
 ) -> None:
     sources = [memory_shards(one, seed=i) for i, one in enumerate(lengths)]
     dataset = make(sources, L=L, seed=seed, shuffle=shuffle)
-    n = 2 * dataset.windows + 3
+    n = 2 * dataset.num_samples + 3
     batch = dataset.batch(np.arange(n), 0)
     seen = [0] * len(sources)
-    owners, starts = dataset.locate(np.arange(n))
+    owners, starts = dataset.source_of(np.arange(n))
     for row, owner in enumerate(owners.tolist()):
         ids, windows = sources[owner].ids, (sources[owner].tokens - 1) // L
         epoch, window = divmod(seen[owner], windows)
@@ -78,7 +78,7 @@ def test_documents_are_kept_apart(
     batch = dataset.batch(np.array(places), 0)
     expected = [
         naive_documents(source.starts.tolist(), int(first), L)
-        for first in dataset.locate(np.array(places))[1]
+        for first in dataset.source_of(np.array(places))[1]
     ]
     for name in ("position_ids", "document_ids", "loss_mask"):
         assert batch.tensors[name].tolist() == [row[name] for row in expected], name
@@ -123,11 +123,13 @@ def test_tensors_are_what_the_engine_expects(memory_shards: Any) -> None:
 def test_an_epoch_reads_every_window_once_and_the_next_in_another_order(memory_shards: Any) -> None:
     sources = [memory_shards([50] * 20, seed=1), memory_shards([70] * 3, seed=2)]
     dataset = make(sources, L=10)
-    assert dataset.windows == 99 + 20
+    assert dataset.num_samples == 99 + 20
     epochs = []
     for epoch in range(2):
-        places = np.arange(dataset.windows) + epoch * dataset.windows
-        epochs.append(list(zip(*(part.tolist() for part in dataset.locate(places)), strict=True)))
+        places = np.arange(dataset.num_samples) + epoch * dataset.num_samples
+        epochs.append(
+            list(zip(*(part.tolist() for part in dataset.source_of(places)), strict=True))
+        )
     expected = [(0, 10 * i) for i in range(99)] + [(1, 10 * i) for i in range(20)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == expected
     assert epochs[0] != epochs[1]
@@ -136,7 +138,7 @@ def test_an_epoch_reads_every_window_once_and_the_next_in_another_order(memory_s
 def test_without_shuffling_windows_come_in_their_natural_order(memory_shards: Any) -> None:
     sources = [memory_shards([100], seed=1), memory_shards([50], seed=2)]
     dataset = make(sources, L=10, shuffle=False)
-    owner, first = dataset.locate(np.arange(dataset.windows))
+    owner, first = dataset.source_of(np.arange(dataset.num_samples))
     assert first[owner == 0].tolist() == [10 * i for i in range(9)]
     assert first[owner == 1].tolist() == [10 * i for i in range(4)]
 
@@ -144,7 +146,7 @@ def test_without_shuffling_windows_come_in_their_natural_order(memory_shards: An
 def test_weights_set_the_shares(memory_shards: Any) -> None:
     sources = [memory_shards([1000], seed=1), memory_shards([100], seed=2)]
     dataset = make(sources, L=10, weights=[1.0, 3.0])
-    owner, _ = dataset.locate(np.arange(400))
+    owner, _ = dataset.source_of(np.arange(400))
     assert abs(int((owner == 1).sum()) - 300) <= 2
     rows = dataset.describe(samples=400)["sources"]
     assert [row["share"] for row in rows] == [0.25, 0.75]

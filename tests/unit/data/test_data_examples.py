@@ -49,12 +49,12 @@ def labelled() -> list[dict[str, Any]]:
 def test_an_epoch_is_every_example_once_and_the_next_is_shuffled_anew() -> None:
     dataset = examples("classification", labelled())
     N = len(LENGTHS)
-    numbers, epochs = dataset.locate(np.arange(3 * N))
+    numbers, epochs = dataset.source_of(np.arange(3 * N))
     assert [sorted(numbers[e * N : (e + 1) * N].tolist()) for e in range(3)] == [list(range(N))] * 3
     assert len({tuple(numbers[e * N : (e + 1) * N].tolist()) for e in range(3)}) == 3
     assert epochs.tolist() == [e for e in range(3) for _ in range(N)]
     plain = examples("classification", labelled(), shuffle=False)
-    assert plain.locate(np.arange(N))[0].tolist() == list(range(N))
+    assert plain.source_of(np.arange(N))[0].tolist() == list(range(N))
 
 
 def test_a_classifier_reads_texts_side_by_side() -> None:
@@ -105,7 +105,7 @@ def test_an_evaluation_counts_each_example_once() -> None:
     labels: list[int] = []
     for rank in range(2):
         for batch in first_batches(
-            dataset, dataset.windows, micro_batch_size=4, data_rank=rank, data_size=2
+            dataset, dataset.num_samples, micro_batch_size=4, data_rank=rank, data_size=2
         ):
             assert len(batch.tensors["labels"]) == 4
             labels += batch.tensors["labels"][batch.tensors["loss_mask"]].tolist()
@@ -120,8 +120,8 @@ def test_a_text_is_learned_token_by_token_or_packed() -> None:
     assert batch["labels"][0].tolist() == [*b"bc", 257, 0, 0, 0, 0, 0]
     assert batch["loss_mask"].sum(dim=1).tolist() == [3, 7]
     packed = examples("language_modeling", rows, shuffle=False, packing=True, max_length=40)
-    assert packed.windows < len(rows) / 2
-    every = [packed.batch(np.array([n]), 0) for n in range(packed.windows)]
+    assert packed.num_samples < len(rows) / 2
+    every = [packed.batch(np.array([n]), 0) for n in range(packed.num_samples)]
     assert sum(b.targets for b in every) == sum(LENGTHS)
     assert sum(b.tokens for b in every) == sum(LENGTHS) + len(LENGTHS)
     found = []

@@ -102,19 +102,19 @@ def test_a_restart_on_another_layout_and_batch_size_reads_on_where_it_stopped(
 
 
 def test_epochs_go_on_without_end(dataset: Dataset) -> None:
-    steps = dataset.windows // 12 + 3
+    steps = dataset.num_samples // 12 + 3
     assert [step.place for step in take(make(dataset), steps)] == [12 * i for i in range(steps)]
 
 
 def test_reading_ahead_is_bounded(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    locate = Dataset.locate
+    source_of = Dataset.source_of
 
     def count(self: Dataset, indices: Any) -> Any:
         made.append(len(indices))
-        return locate(self, indices)
+        return source_of(self, indices)
 
-    monkeypatch.setattr(Dataset, "locate", count)
+    monkeypatch.setattr(Dataset, "source_of", count)
     loader = make(dataset, prefetch=3)
     deadline = time.monotonic() + 5
     while len(made) < 4 and time.monotonic() < deadline:

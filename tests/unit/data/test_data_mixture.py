@@ -21,7 +21,7 @@ WEIGHTS = st.lists(
 @given(weights=WEIGHTS)
 def test_every_prefix_keeps_the_proportions(weights: list[float]) -> None:
     n = 3000
-    source, number = Mixture(weights).locate(np.arange(n))
+    source, number = Mixture(weights).source_of(np.arange(n))
     counts = np.cumsum(source[:, None] == np.arange(len(weights)), axis=0)
     # a sample's number is how many of its source came before it
     assert np.array_equal(number, counts[np.arange(n), source] - 1)
@@ -33,7 +33,7 @@ def test_every_prefix_keeps_the_proportions(weights: list[float]) -> None:
 @given(weights=WEIGHTS, start=st.integers(0, LIMIT - 400))
 def test_proportions_hold_far_into_the_order(weights: list[float], start: int) -> None:
     """A sample's number is the count of its source in the prefix before it."""
-    source, number = Mixture(weights).locate(np.arange(start, start + 400))
+    source, number = Mixture(weights).source_of(np.arange(start, start + 400))
     total = sum(map(Fraction, weights))
     bound = 1 + Fraction(math.log2(len(weights)))
     for place, one, count in zip(range(start, start + 400), source, number, strict=True):
@@ -44,7 +44,7 @@ def test_proportions_hold_far_into_the_order(weights: list[float], start: int) -
 
 def test_an_epoch_by_windows_visits_each_exactly_once() -> None:
     windows = [3, 1, 410, 77, 9, 2]
-    source, number = Mixture(windows).locate(np.arange(2 * sum(windows)))
+    source, number = Mixture(windows).source_of(np.arange(2 * sum(windows)))
     for epoch in range(2):
         part = slice(epoch * sum(windows), (epoch + 1) * sum(windows))
         for i, count in enumerate(windows):
@@ -54,14 +54,14 @@ def test_an_epoch_by_windows_visits_each_exactly_once() -> None:
 
 def test_one_source_is_read_in_its_own_order() -> None:
     index = np.array([0, 1, 5, LIMIT - 1])
-    source, number = Mixture([0.3]).locate(index)
+    source, number = Mixture([0.3]).source_of(index)
     assert source.tolist() == [0, 0, 0, 0]
     assert np.array_equal(number, index)
 
 
 def test_the_scale_of_weights_does_not_matter() -> None:
     index = np.arange(1000)
-    small, large = Mixture([0.25, 0.5, 1.0]).locate(index), Mixture([1, 2, 4]).locate(index)
+    small, large = Mixture([0.25, 0.5, 1.0]).source_of(index), Mixture([1, 2, 4]).source_of(index)
     assert np.array_equal(small[0], large[0])
     assert np.array_equal(small[1], large[1])
     assert Mixture([1, 3]).shares == [0.25, 0.75]
@@ -69,7 +69,7 @@ def test_the_scale_of_weights_does_not_matter() -> None:
 
 def test_extreme_weights_stay_in_bounds() -> None:
     weights = [1e-300, 1e300, 1.0]
-    source, number = Mixture(weights).locate(np.array([0, 1, 2, LIMIT - 1]))
+    source, number = Mixture(weights).source_of(np.array([0, 1, 2, LIMIT - 1]))
     assert source.tolist() == [1, 1, 1, 1]
     assert number.tolist() == [0, 1, 2, LIMIT - 1]
 

@@ -89,12 +89,12 @@ def test_a_folder_is_read_as_the_same_tokens_in_memory(
         seed=9,
         mask_documents=True,
     )
-    places = np.arange(3 * dataset.windows)
+    places = np.arange(3 * dataset.num_samples)
     one, other = dataset.batch(places, 0), in_memory.batch(places, 0)
     assert one.targets == other.targets
     for name, tensor in one.tensors.items():
         assert tensor.equal(other.tensors[name]), name
-    assert dataset.windows == 664 // 16 + 219 // 16
+    assert dataset.num_samples == 664 // 16 + 219 // 16
     paths = [source["path"] for source in dataset.describe()["sources"]]
     assert paths == [str(folders["web"]), str(folders["code"])]
 
@@ -103,9 +103,9 @@ def test_training_is_shuffled_and_validation_is_not(folders: dict[str, Path]) ->
     data = config([folders["web"]], [folders["web"]])
     train, valid = open_data(data, vocab_size=500)
     assert valid is not None
-    natural = 16 * np.arange(valid.windows)
-    assert np.array_equal(valid.locate(np.arange(valid.windows))[1], natural)
-    assert not np.array_equal(train.locate(np.arange(train.windows))[1], natural)
+    natural = 16 * np.arange(valid.num_samples)
+    assert np.array_equal(valid.source_of(np.arange(valid.num_samples))[1], natural)
+    assert not np.array_equal(train.source_of(np.arange(train.num_samples))[1], natural)
     assert train.fingerprint == open_train(data, vocab_size=500).fingerprint
     again = open_valid(data, vocab_size=500)
     assert again is not None
@@ -121,7 +121,7 @@ def test_validation_may_be_absent(folders: dict[str, Path]) -> None:
 def test_weights_and_seed_reach_the_order(folders: dict[str, Path]) -> None:
     both = [folders["web"], folders["code"]]
     dataset = open_train(config(both, weights=[1, 3]), vocab_size=500)
-    assert (dataset.locate(np.arange(400))[0] == 1).mean() == pytest.approx(0.75, abs=0.01)
+    assert (dataset.source_of(np.arange(400))[0] == 1).mean() == pytest.approx(0.75, abs=0.01)
     other = open_train(config(both, weights=[1, 3], seed=1), vocab_size=500)
     assert dataset.fingerprint != other.fingerprint
 
@@ -161,7 +161,7 @@ def test_a_flipped_byte_is_found_where_verifying_was_asked_for(
     data[0] ^= 1
     flipped.write_bytes(data)
     dataset = open_train(config([folders["web"]], verify=asked), vocab_size=500, verify=verify)
-    places = np.arange(dataset.windows)
+    places = np.arange(dataset.num_samples)
     if found:
         with pytest.raises(DataError, match=r"shard_00000\.bin"):
             dataset.batch(places, 0)
@@ -184,7 +184,7 @@ def test_a_shard_damaged_under_way_stops_the_loader_with_its_name(
         pin_memory=False,
     )
     with pytest.raises(DataError, match=r"shard_00002\.bin"):
-        list(islice(loader, dataset.windows))
+        list(islice(loader, dataset.num_samples))
     loader.close()
 
 

@@ -141,7 +141,7 @@ def test_all_of_a_text_is_learned() -> None:
     jsonl("a.jsonl", ["", {"t": "abc"}, {"t": "abcd"}])
     split = opened(make("a.jsonl", "language_modeling", text_column="t", max_length=4))[1]["train"]
     assert [split.ids(n).tolist() for n in (0, 1)] == [[*b"abc", EOS], [*b"abcd"]]
-    assert split.marks(0).tolist() == [True] * 4
+    assert split.loss_mask(0).tolist() == [True] * 4
     assert (split.info.cut, split.labels, split.info.counts) == (1, None, {})
 
 
@@ -150,8 +150,8 @@ def test_a_target_is_learned_after_its_source() -> None:
     split = opened(make("a.jsonl", "seq2seq", max_length=4, max_target_length=3))[1]["train"]
     assert split.ids(0).tolist() == [*b"abc", EOS, *b"xy", EOS]
     assert split.ids(1).tolist() == [*b"a", EOS, *b"uvw"]
-    assert split.marks(0).tolist() == [False] * 4 + [True] * 3
-    assert split.marks(1).tolist() == [False] * 2 + [True] * 3
+    assert split.loss_mask(0).tolist() == [False] * 4 + [True] * 3
+    assert split.loss_mask(1).tolist() == [False] * 2 + [True] * 3
     assert split.info.cut == 2
 
 
@@ -172,7 +172,7 @@ def test_conversations_are_rendered_and_cut(told: pytest.LogCaptureFixture) -> N
     split = opened(folder)[1]["train"]
     head = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
     assert texts(split)[0] == f"{head}answer<|im_end|>\n"
-    marked = split.ids(0)[split.marks(0)].tolist()
+    marked = split.ids(0)[split.loss_mask(0)].tolist()
     assert bytes(marked).decode() == "answer<|im_end|>"
     assert (split.lengths.tolist(), split.info.cut) == ([len(head) + 17, 70], 1)
     assert "generation" in (folder / "tokenizer" / "chat_template.jinja").read_text()
@@ -188,7 +188,7 @@ def test_prompt_and_response_are_two_turns_of_a_given_template() -> None:
     asked: dict[str, Any] = {"prompt_column": "q", "response_column": "a", "max_bad_rows": 2}
     split = opened(make("a.jsonl", "sft", chat_template=GIVEN, **asked))[1]["train"]
     assert texts(split) == ["x;y;"]
-    assert split.marks(0).tolist() == [True, False, True, False]
+    assert split.loss_mask(0).tolist() == [True, False, True, False]
     # the run file's own goes first: see finetune.data.chat_template
     section = {"path": "a.jsonl", "max_length": 9, "chat_template": "own.jinja"} | asked
     config = run_config(finetune={"task": "sft", "data": section})

@@ -95,7 +95,7 @@ def test_examples_begin_as_the_tokenizer_says(tokenizer: str, before: list[int])
     assert split.ids(0).tolist() == [BOS, *ids("ab"), EOS]
     split = opened(make("a.jsonl", "language_modeling", tokenizer=tokenizer))[1]["train"]
     assert split.ids(0).tolist() == [*before, *ids("ab"), EOS]
-    assert split.marks(0).tolist() == [False] * len(before) + [True] * 3
+    assert split.loss_mask(0).tolist() == [False] * len(before) + [True] * 3
     split = opened(make("a.jsonl", "seq2seq", tokenizer=tokenizer))[1]["train"]
     assert split.ids(0).tolist() == [*before, *ids("ab"), EOS, *ids("xy"), EOS]
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megalite.evaluate import baselines, classify
+from megalite.evaluate import baselines
 from megalite.evaluate.baselines import measure_baselines
 from megalite.evaluate.table import table
+from megalite.evaluate.tasks import classification
 from megalite.formats.examples import Split, SplitInfo
 
 INFO = SplitInfo(examples=0, tokens=0, cut=0, bad_rows=0, counts={}, sha256={})
@@ -165,9 +166,9 @@ def test_a_model_is_compared_with_them(
 ) -> None:
     caplog.set_level(logging.INFO)
     known = {"majority": {"accuracy": 0.5}, "bag_of_words": {"accuracy": 0.75}}
-    monkeypatch.setattr(classify, "baselines", lambda *_: known)
+    monkeypatch.setattr(classification, "baselines", lambda *_: known)
     sets: Any = {"train": None, "test": None}
-    compare = classify.Comparison(sets, 9)
+    compare = classification.Comparison(sets, 9)
     assert compare("test", {"accuracy": 0.75}, 3) == known
     line = "test: accuracy 0.7500; a bag of words has 0.7500, the most frequent label 0.5000"
     assert line in caplog.text
@@ -176,7 +177,7 @@ def test_a_model_is_compared_with_them(
     compare("test", {"accuracy": 0.75}, 9)
     assert "the model is no better than a bag of words on test: start from a" in caplog.text
     caplog.clear()
-    compare = classify.Comparison(sets | {"valid": None}, 9)  # the best epoch's, at the end
+    compare = classification.Comparison(sets | {"valid": None}, 9)  # the best epoch's, at the end
     compare("test", {"accuracy": 0.7}, 3)
     assert "no better than a bag of words on test" in caplog.text
     shown = table({"accuracy": 0.8, "baselines": known, "tasks": None})

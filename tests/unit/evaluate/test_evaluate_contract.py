@@ -63,7 +63,7 @@ def test_greedy_text_is_that_of_transformers(folder: Path) -> None:
     opened = open_model(folder)
     for prompt in ("The cat", "naïve 大"):
         pieces = stream_text(
-            opened.reader(), opened.tokenizer, prompt, max_new_tokens=16, sampling=GREEDY
+            opened.decoder(), opened.tokenizer, prompt, max_new_tokens=16, sampling=GREEDY
         )
         assert "".join(pieces) == greedy_of_transformers(folder, prompt, 16)
 
@@ -132,9 +132,9 @@ def test_a_tokenizer_larger_than_the_model_is_named(
     opened = open_model(path)
     assert "the tokenizer has 260 ids, the model 258; text with '<|im_start|>' (258)" in caplog.text
     told: dict[str, Any] = {"max_new_tokens": 2, "sampling": GREEDY}
-    pieces = stream_texts(opened.reader(), opened.tokenizer, ["plain"], **told)
+    pieces = stream_texts(opened.decoder(), opened.tokenizer, ["plain"], **told)
     assert list(pieces)
-    chat = stream_texts(opened.reader(), opened.tokenizer, ["<|im_end|>x"], controls=True, **told)
+    chat = stream_texts(opened.decoder(), opened.tokenizer, ["<|im_end|>x"], controls=True, **told)
     with pytest.raises(CommandError, match=r"'<\|im_end\|>' of id 259, but the model has 258"):
         list(chat)
     with pytest.raises(CommandError, match="of id 259"):

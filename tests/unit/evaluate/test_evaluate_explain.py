@@ -14,7 +14,7 @@ from torch import Tensor
 from megalite.errors import CommandError
 from megalite.evaluate import explain
 from megalite.evaluate.explain import explain_text, input_times_gradient, last_attention
-from megalite.evaluate.opened import OpenedModel
+from megalite.evaluate.loading import LoadedModel
 from megalite.formats.examples import edges
 from megalite.model import LanguageModel, layers
 from megalite.model.layers import Attention, rope_table, rotate
@@ -210,7 +210,7 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def classifier(architecture: str, pooling: str, **data: Any) -> OpenedModel:
+def classifier(architecture: str, pooling: str, **data: Any) -> LoadedModel:
     """A classifier of bytes with random weights, as if it had been fine-tuned."""
     section = model_section(TEXT[architecture], 1) | {
         "vocab_size": 258,
@@ -234,7 +234,7 @@ def classifier(architecture: str, pooling: str, **data: Any) -> OpenedModel:
     tokenizer = load_tokenizer("bytes")
     device = torch.device("cpu")
     place = Path("runs/tiny/checkpoints/step_00000003")
-    return OpenedModel(place, config, config, run, model, tokenizer, place, "", device)
+    return LoadedModel(place, config, config, run, model, tokenizer, place, "", device)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def test_ids_beyond_the_vocabulary_are_refused(
     with caplog.at_level(logging.WARNING, logger="megalite"):
         opened = open_model(tmp_path)
     assert "the tokenizer has 258 ids, the model 120" in caplog.text
-    reader = opened.reader()
+    reader = opened.decoder()
     assert reader.begin([[7, 119]], 1).shape == (1, 120)
     said = r"token .* of id 200, but the model has 120 ids, .*fine-tune the model"
     with pytest.raises(CommandError, match=said):

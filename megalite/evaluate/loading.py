@@ -25,7 +25,7 @@ from megalite.checkpoint import (
 from megalite.config import ModelConfig, RunConfig, allowed_tensor_parallel, load_stored
 from megalite.data import Batch
 from megalite.errors import CheckpointError, CommandError, MegaLiteError
-from megalite.evaluate.generate import Reader, Rereading
+from megalite.evaluate.generate import Decoder, UncachedDecoder
 from megalite.log import logger
 from megalite.mesh import WHOLE
 from megalite.model import Cache, EncoderDecoder, LanguageModel, build, decoding, head_loss
@@ -34,7 +34,7 @@ from megalite.tokenizers.tokenizer import Tokenizer, encode_text, load_tokenizer
 
 
 @dataclass(frozen=True)
-class OpenedModel:
+class LoadedModel:
     """A model with the configuration and the tokenizer it was trained with.
 
     Attributes:
@@ -59,7 +59,7 @@ class OpenedModel:
         window = self.config.max_position_embeddings
         return self.model.logits(ids_1T[:, -window:].to(self.device), last_only=True)
 
-    def reader(self) -> Reader:
+    def decoder(self) -> Decoder:
         """A reader that keeps what it has computed.
 
         Raises:
@@ -73,7 +73,7 @@ class OpenedModel:
                 "encoder_decoder"
             )
         decoding.prepare(self.model)
-        return CachedReader(self)
+        return CachedDecoder(self)
 
     def check_prompt(self, prompt: str) -> None:
         """Refuse text that is no UTF-8; say so where a prompt is longer than the window."""
@@ -130,7 +130,7 @@ class OpenedModel:
                 self.check_ids(ids)
 
     @torch.no_grad()
-    def named_right(self, batch: Batch) -> int:
+    def count_correct(self, batch: Batch) -> int:
         """How many of a batch's targets are the likeliest tokens of their places."""
         tensors = batch.to(self.device).tensors
         mask = tensors["loss_mask"]
@@ -138,13 +138,13 @@ class OpenedModel:
         return int((likeliest == tensors["labels"][mask]).sum())
 
 
-class CachedReader:
+class CachedDecoder:
     """Reads each token once, and keeps its keys and values; prompts are padded at their left.
 
     Beyond the window a model is made for it reads the last tokens anew for each.
     """
 
-    def __init__(self, opened: OpenedModel) -> None:
+    def __init__(self, opened: LoadedModel) -> None:
         self._opened, self._model = opened, opened.model
         self._window = opened.config.max_position_embeddings
         self.continues = opened.config.architecture == "decoder"
@@ -153,7 +153,7 @@ class CachedReader:
         # transformers writes, and an encoder_decoder's last ids name spans
         ours = self.continues and opened.run is not None
         self._chosen = slice(opened.tokenizer.vocab_size if ours else None)
-        self._beyond: Rereading | None = None
+        self._beyond: UncachedDecoder | None = None
 
     def begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
         return self._begin(prompts, new_tokens)[:, self._chosen]
@@ -187,7 +187,7 @@ class CachedReader:
         for text, token in zip(self._texts, tokens, strict=True):
             text.append(token)
         if self.continues and self._cache.length == self._window:
-            self._beyond = Rereading(self._opened.last_logits)
+            self._beyond = UncachedDecoder(self._opened.last_logits)
             return self._beyond.begin(self._texts, 0)
         ids = torch.tensor(tokens, device=self._opened.device)[:, None]
         if self._keys is not None and self.continues:
@@ -231,7 +231,7 @@ class CachedReader:
         )
 
 
-def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
+def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
     """Return the model of a step folder, a run, or a model folder of Hugging Face, in fp32.
 
     If `path` is a run folder, its newest checkpoint is used, or a fine-tuned run's best one.
@@ -277,7 +277,7 @@ def open_model(path: str | Path, grid: Grid | None = None) -> OpenedModel:
     model.eval()
     tokenizer = load_tokenizer(tokenizer_folder)
     _compare_vocabularies(folder, config, tokenizer)
-    return OpenedModel(
+    return LoadedModel(
         folder, config, local, run, model, tokenizer, tokenizer_folder, sha256, device, data
     )
 

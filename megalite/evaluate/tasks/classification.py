@@ -17,9 +17,9 @@ from megalite import files
 from megalite.data import Batch, ExampleSet, first_batches
 from megalite.errors import DataError
 from megalite.evaluate.baselines import measure_baselines
+from megalite.evaluate.loading import LoadedModel
 from megalite.evaluate.loss import perplexity, sum_loss
 from megalite.evaluate.metrics import classification_metrics, confusion_picture, predictions_rows
-from megalite.evaluate.opened import OpenedModel
 from megalite.formats.examples import fingerprint, read_manifest
 from megalite.log import finite, logger
 from megalite.observe.progress import report_calls
@@ -46,8 +46,8 @@ def collect_scores(
         None where it was given up.
     """
     rank, size = (grid.at.data_rank, grid.mesh.data) if grid else (0, 1)
-    samples, step = dataset.windows, micro_batch_size * size
-    order = dataset.arranged(np.arange(samples))
+    samples, step = dataset.num_samples, micro_batch_size * size
+    order = dataset.sort_by_length(np.arange(samples))
     parts = []
     batches = first_batches(
         dataset, samples, micro_batch_size=micro_batch_size, data_rank=rank, data_size=size
@@ -68,7 +68,7 @@ def collect_scores(
 
 
 def score_examples(
-    opened: OpenedModel,
+    opened: LoadedModel,
     folder: Path,
     split: str,
     grid: Grid,
@@ -94,15 +94,15 @@ def score_examples(
         told = "its own rows have changed since, and would be split in another way"
         raise DataError(f"{opened.folder}: {told}; name rows that it has not seen with --data")
     dataset = ExampleSet(folder, manifest, split, opened.run, shuffle=False)
-    batches = -(-dataset.windows // (micro_batch_size * grid.mesh.data))
+    batches = -(-dataset.num_samples // (micro_batch_size * grid.mesh.data))
     reporting = partial(
-        report_calls, total=batches, what=f"eval on {dataset.windows:,} examples ({split})"
+        report_calls, total=batches, what=f"eval on {dataset.num_samples:,} examples ({split})"
     )
     if opened.run.finetune.task != "classification":
         sums = sum_loss(
             reporting(opened.loss),
             dataset,
-            samples=dataset.windows,
+            samples=dataset.num_samples,
             micro_batch_size=micro_batch_size,
             data_rank=grid.at.data_rank,
             data_size=grid.mesh.data,

@@ -1,0 +1,1 @@
+"""Measures of fine-tuned models, a file a kind of task."""
