@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megalite import files, shapes
-from megalite.checkpoint.huggingface.families import Family
+from megalite.checkpoint.huggingface.family import Family
 from megalite.checkpoint.huggingface.folder import Place, place_of
 from megalite.checkpoint.huggingface.mapping import family_of, to_config
 from megalite.checkpoint.stored import Stored
@@ -217,8 +217,7 @@ def _outputs(family: Family, model: ModelConfig) -> Sequence[_Output]:
     for name, canonical in family.copies(model).items():
         place = place_of(family, table[canonical], model)
         found.append(_Output(name, place.shape, ((table[canonical], place),)))
-    if family.model_type == "marian":  # a buffer that its class wants to find
-        found.append(_Output("final_logits_bias", (1, model.vocab_size), ()))
+    found += [_Output(name, shape, ()) for name, shape in family.buffers(model).items()]
     return found
 
 

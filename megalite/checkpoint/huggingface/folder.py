@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalite import files, shapes
-from megalite.checkpoint.huggingface.families import Family
+from megalite.checkpoint.huggingface.family import Family
 from megalite.checkpoint.huggingface.mapping import from_config
 from megalite.config import ModelConfig, describe_errors
 from megalite.errors import CheckpointError, CommandError
@@ -31,9 +31,9 @@ _CONFIG, _INDEX = foreign.CONFIG, foreign.INDEX
 _NOT_A_CONFIG = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _HEAD = ("lm_transform.", "lm_head.")  # canonical names of a language model's head
-_TIED = ("lm_head.weight", "cls.predictions.decoder.weight")  # copies of a shared embedding
-# Copies and constants that classes of transformers write beside the weights.
-_REDUNDANT = re.compile(
+_HEADS = ("lm_head.weight", "cls.predictions.decoder.weight")  # common names of the head
+# Copies and constants that classes of transformers write in addition to the weights.
+_REDUNDANT = (
     r"(rotary_emb\.inv_freq|position_ids|token_type_ids|attn\.(masked_)?bias|final_logits_bias"
     r"|coder\.embed_(tokens|positions)\.weight|cls\.predictions\.decoder\.(weight|bias)"
     r"|lm_head\.weight)$"
@@ -127,10 +127,7 @@ class HuggingFaceFolder:
             raise CommandError(f"{path}/{_CONFIG}: {error}") from None
         self._stored = self._headers()
         self._refuse_quantized(config, list(self._stored))
-        if self.family.model_type == "t5" and self.section.logits_scaling == 1.0:
-            # transformers 5 calls the head tied and writes one of its own
-            tied = "lm_head.weight" not in self._stored and self.section.tie_word_embeddings
-            self.section = self.section.model_copy(update={"tie_word_embeddings": tied})
+        self.section = self.family.adjust_section(self.section, self._stored)
         self._open: dict[Path, Any] = {}
         self._prefix = self._find_prefix()
         self.missing_head: list[str] = []
@@ -157,7 +154,7 @@ class HuggingFaceFolder:
         if not self.section.tie_word_embeddings:
             return
         _, shared = self._places["model.embed_tokens.weight"]
-        heads = [self._stored[name] for name in _TIED if name in self._stored]
+        heads = [self._stored[name] for name in self._heads() if name in self._stored]
         for head in heads:
             if head.name != shared.name and not torch.equal(self._whole(head), self._whole(shared)):
                 raise CommandError(
@@ -272,7 +269,7 @@ class HuggingFaceFolder:
 
     def _find_prefix(self) -> str:
         """Return what comes before the names of the bare model's tensors in this folder."""
-        table, base = shapes.tensors(self.section), self.family.base
+        table, base = shapes.tensors(self.section), self.family.prefix
         anchor = place_of(self.family, table["model.embed_tokens.weight"], self.section).name
         bare = anchor.removeprefix(base)
         if base + bare in self._stored or bare in self._stored:
@@ -317,7 +314,7 @@ class HuggingFaceFolder:
 
     def _in_folder(self, name: str) -> str:
         """Return a tensor's name under the folder's prefix, which the family's own may lack."""
-        base = self.family.base
+        base = self.family.prefix
         if base and name.startswith(base):
             return self._prefix + name.removeprefix(base)
         return self._prefix.removesuffix(base) + name if self._prefix else name
@@ -330,21 +327,20 @@ class HuggingFaceFolder:
                 f"{self.path} holds adapters beside its weights ({adapters[0]}), which would be "
                 "left out: merge them with merge_and_unload of PEFT and save that"
             )
-        return [name for name in left if not _REDUNDANT.search(name)]
+        redundant = re.compile(f"{_REDUNDANT}|{self.family.redundant}")
+        return [name for name in left if not redundant.search(name)]
 
     def _aliases(self, name: str) -> Sequence[str]:
-        """Return other names of the shared embedding, and BERT's first names of a norm's values."""
-        aliases = {
-            "shared.weight": ("encoder.embed_tokens.weight",),
-            "model.shared.weight": ("model.encoder.embed_tokens.weight",),
-            "cls.predictions.bias": ("cls.predictions.decoder.bias",),
-        }
-        if self.section.tie_word_embeddings:  # some programs keep the head's copy alone
-            embedding = ("wte.weight", "word_embeddings.weight", "embed_tokens.weight")
-            if name.endswith((*embedding, "shared.weight")):
-                aliases[name] = (
-                    *aliases.get(name, ()),
-                    *_TIED,
-                )
-        old = name.replace("LayerNorm.weight", "LayerNorm.gamma")
-        return (*aliases.get(name, ()), old.replace("LayerNorm.bias", "LayerNorm.beta"))
+        """Return other names under which folders store the tensor that the family calls `name`.
+
+        Some programs store a tied embedding under the name of its copy in the head only.
+        """
+        aliases = self.family.aliases(name)
+        embedding = self.family.rename("model.embed_tokens.weight", self.section)
+        tied = self.section.tie_word_embeddings and name == embedding
+        return (*aliases, *self._heads()) if tied else aliases
+
+    def _heads(self) -> Sequence[str]:
+        """Return the names under which folders store the head, a copy of a tied embedding."""
+        own = self.family.rename("lm_head.weight", self.section)
+        return list(dict.fromkeys((*_HEADS, own)))

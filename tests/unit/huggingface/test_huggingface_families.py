@@ -1,3 +1,14 @@
+# covers: megalite/checkpoint/huggingface/family.py megalite/checkpoint/huggingface/rope.py
+# covers: megalite/checkpoint/huggingface/mapping.py megalite/checkpoint/huggingface/export.py
+# covers: megalite/checkpoint/huggingface/folder.py megalite/evaluate/verify.py
+# covers: megalite/checkpoint/huggingface/families/bert.py
+# covers: megalite/checkpoint/huggingface/families/gpt2.py
+# covers: megalite/checkpoint/huggingface/families/llama.py
+# covers: megalite/checkpoint/huggingface/families/marian.py
+# covers: megalite/checkpoint/huggingface/families/mistral.py
+# covers: megalite/checkpoint/huggingface/families/qwen2.py
+# covers: megalite/checkpoint/huggingface/families/qwen3.py
+# covers: megalite/checkpoint/huggingface/families/t5.py
 """Every family against transformers itself: same weights, same scores, both ways."""
 
 from __future__ import annotations
@@ -14,6 +25,7 @@ from megalite import shapes
 from megalite.checkpoint.huggingface import (
     HuggingFaceFolder,
     export,
+    families,
     family_of,
     from_config,
     to_config,
@@ -120,6 +132,13 @@ def test_the_configuration_comes_back(family: str) -> None:
             again["max_position_embeddings"] = wanted["max_position_embeddings"]
             again["initializer_range"] = wanted["initializer_range"]
         assert again == wanted
+
+
+def test_each_file_of_the_package_defines_one_family() -> None:
+    folder = Path(families.__file__).parent
+    assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(families.FAMILIES)
+    assert set(families.FAMILIES) == set(FAMILIES)
+    assert next(iter(families.FAMILIES)) == "llama"  # preferred to others that fit a model
 
 
 def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
