@@ -87,7 +87,7 @@ def make_folder(folder: Path) -> None:
 
     import torch
 
-    from megalite import shapes
+    from megalite import arch
     from megalite.checkpoint.huggingface import export
     from megalite.config import ModelConfig
     from megalite.model import build, initialize
@@ -96,11 +96,11 @@ def make_folder(folder: Path) -> None:
     config = ModelConfig.model_validate(MODEL)
     model = build(config)
     initialize(model, config, seed=1, gather=lambda _: nullcontext())
-    rows = {row.name: row for row in shapes.parameters(config)}
+    rows = {row.name: row for row in arch.parameters(config)}
     tensors = {
         piece.tensor.name: value.detach()[piece.target]
         for name, value in model.named_parameters()
-        for piece in shapes.pieces(rows[name])
+        for piece in arch.pieces(rows[name])
     }
 
     class InMemory:

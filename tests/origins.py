@@ -8,7 +8,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from megalite import files, shapes
+from megalite import arch, files
 from megalite.config import RunConfig
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
@@ -60,7 +60,7 @@ def publish(
         deepspeed=deepspeed or {},
         tensors={
             name: disk.TensorEntry(shape=list(tensor.shape), states={})
-            for name, tensor in shapes.tensors(config.model).items()
+            for name, tensor in arch.tensors(config.model).items()
         },
         files=entries,
     )

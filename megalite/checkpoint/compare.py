@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalite import shapes
+from megalite import arch
 from megalite.checkpoint.states import owned_parameters, read_canonical, value_hash
 from megalite.config import ModelConfig
 from megalite.engine import Engine
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
 
-States = Callable[[shapes.Parameter], Sequence[str]]  # the states to set, by the table's row
+States = Callable[[arch.ParameterSpec], Sequence[str]]  # the states to set, by the table's row
 _PENDING = 4  # tensors whose hashes are being made, at most
 
 

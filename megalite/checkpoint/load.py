@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite import files, shapes
+from megalite import arch, files
 from megalite.checkpoint.compare import States, compare_states
 from megalite.checkpoint.save import Place
 from megalite.checkpoint.states import Owned, owned_parameters
@@ -36,7 +36,7 @@ _TRAVELLING = 4  # tensors on their way at once
 
 def _weights_of(model: ModelConfig) -> States:
     """The weights of the parameters that `model` has as well; other ones stay as they started."""
-    names = {row.name for row in shapes.parameters(model)}
+    names = {row.name for row in arch.parameters(model)}
     return lambda row: (WEIGHT,) if row.name in names else ()
 
 
@@ -151,12 +151,12 @@ def restore(
     """
     refuse_other_model(config.model, folder, manifest)
 
-    def states(row: shapes.Parameter) -> tuple[str, ...]:
+    def states(row: arch.ParameterSpec) -> tuple[str, ...]:
         return (WEIGHT, *state_names(config, row))
 
     if any(
         set(manifest.tensors[tensor.name].states) != {*states(row)}
-        for row in shapes.parameters(config.model)
+        for row in arch.parameters(config.model)
         for tensor in row.tensors
     ):
         logger.warning("%s was trained by another optimizer: its states begin again", folder)
@@ -190,7 +190,7 @@ def import_weights(engine: Engine, model: ModelConfig, *, grid: Grid, stored: St
     Raises:
         CheckpointError: on every rank, if any could not read.
     """
-    states = _weights_of(shapes.base(model))
+    states = _weights_of(arch.base_model(model))
     unread = _write_states(engine, model, states, grid, stored)
     if told := [line for lines in grid.all_gather_objects(unread) for line in lines]:
         raise CheckpointError("\n".join(told))
@@ -233,7 +233,7 @@ def _write_states(
     unread: list[str] = []
     # on CPUs every rank reads: their common pages are in memory, and gloo is slower
     all_read = grid.device.type == "cpu"
-    local = [shapes.local_shape(r, grid.at) for r in shapes.parameters(model)]
+    local = [arch.local_shape(r, grid.at) for r in arch.parameters(model)]
     room = torch.empty(max(math.prod(shape) for shape in local))  # new pages cost more than bytes
 
     def read(owned: Owned, state: str) -> Tensor:
@@ -241,7 +241,7 @@ def _write_states(
             return read_local(stored, owned.row, state, grid.at, room=room).to(grid.device)
         except CheckpointError as error:
             unread.append(str(error))
-            return torch.zeros(shapes.local_shape(owned.row, grid.at), device=grid.device)
+            return torch.zeros(arch.local_shape(owned.row, grid.at), device=grid.device)
 
     travelling: deque[tuple[Owned, str, Tensor, Any]] = deque()
 
@@ -272,7 +272,7 @@ def _start_receiving(owned: Owned, grid: Grid, read: Callable[[], Tensor]) -> tu
     if owned.data_rank == grid.at.zero_rank:
         value = read()
     else:
-        shape = shapes.local_shape(owned.row, grid.at)
+        shape = arch.local_shape(owned.row, grid.at)
         value = torch.empty(shape, dtype=torch.float32, device=grid.device)
     source = owned.data_rank * grid.mesh.tensor + grid.at.tensor_rank
     return value, dist.broadcast(value, src=source, group=grid.zero_group, async_op=True)
@@ -289,9 +289,9 @@ def refuse_other_model(
         the model that the checkpoint has the weights of.
     """
     found = {name: entry.shape for name, entry in manifest.tensors.items()}
-    wanted = {name: list(tensor.shape) for name, tensor in shapes.tensors(model).items()}
-    if wanted != found and base and model != shapes.base(model):
-        return refuse_other_model(shapes.base(model), folder, manifest)
+    wanted = {name: list(tensor.shape) for name, tensor in arch.tensors(model).items()}
+    if wanted != found and base and model != arch.base_model(model):
+        return refuse_other_model(arch.base_model(model), folder, manifest)
     if wanted != found:
         name = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))[0]
         raise CommandError(

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megalite import __version__, files, shapes
+from megalite import __version__, arch, files
 from megalite.checkpoint.lease import Lease
 from megalite.checkpoint.retention import REPLACED
 from megalite.checkpoint.states import owned_parameters, read_canonical
@@ -40,7 +40,7 @@ class Place:
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Bytes of a checkpoint's tensors; the rest is small."""
-    rows = shapes.parameters(config.model)
+    rows = arch.parameters(config.model)
     return 4 * sum(row.elements * (1 + len(state_names(config, row))) for row in rows)
 
 
@@ -225,7 +225,7 @@ class _Draft:
             if path.is_file() and name not in entries:
                 files.sync_file(path)
                 entries[name] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
-        whole = shapes.tensors(self.config.model)
+        whole = arch.tensors(self.config.model)
         manifest = disk.Manifest(
             format="megalite-checkpoint-1",
             step=self.place.step,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import ModelConfig
 from megalite.engine import Engine
 from megalite.parallel import Grid
@@ -27,7 +27,7 @@ class Owned:
     """
 
     parameter: nn.Parameter
-    row: shapes.Parameter
+    row: arch.ParameterSpec
     data_rank: int
     tensor_rank: int
     held: bool
@@ -44,7 +44,7 @@ def owned_parameters(engine: Engine, config: ModelConfig, grid: Grid) -> Iterato
     ranks must handle together comes first: later, each would wait there for the others' own.
     """
     loads, held = [0] * grid.world_size, list[Owned]()
-    table = {row.name: row for row in shapes.parameters(config)}
+    table = {row.name: row for row in arch.parameters(config)}
     for name, parameter in engine.model.named_parameters():
         row, holder = table[name], engine.holder(parameter)
         first = 0 if holder is None else holder * grid.mesh.tensor
@@ -75,17 +75,17 @@ def read_canonical(engine: Engine, owned: Owned, state: str, grid: Grid) -> dict
         return {}
     row, size = owned.row, grid.mesh.tensor
     parts = [value]
-    if size > 1 and row.tensors[0].split is not shapes.Split.REPLICATED:
+    if size > 1 and row.tensors[0].split is not arch.Split.REPLICATED:
         value = value.to(grid.device).contiguous()
         parts = [torch.empty_like(value) for _ in range(size)]
         dist.all_gather(parts, value, group=grid.tensor_group)
     if not owned.is_mine(grid):
         return {}
     if len(parts) == 1:  # not split: the rank's own part is the whole
-        return {p.tensor.name: value[p.target].cpu().contiguous() for p in shapes.pieces(row)}
+        return {p.tensor.name: value[p.target].cpu().contiguous() for p in arch.pieces(row)}
     whole = {tensor.name: torch.empty(tensor.shape) for tensor in row.tensors}
     for at, part in zip(grid.tensor_places, parts, strict=True):
-        for piece in shapes.pieces(row, at):
+        for piece in arch.pieces(row, at):
             whole[piece.tensor.name][piece.source] = part[piece.target].cpu()
     return whole
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import AdapterConfig, ModelConfig
 from megalite.engine import WEIGHT
 from megalite.errors import CheckpointError
@@ -85,9 +85,9 @@ class Grown:
     _means: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     def read(self, tensor: str, state: str, target: Tensor, box: tuple[slice, ...]) -> None:
-        known, (rows, *rest) = shapes.tensors(self.model)[tensor], box
+        known, (rows, *rest) = arch.tensors(self.model)[tensor], box
         size = known.shape[0]
-        if known.split is not shapes.Split.VOCABULARY or rows.stop <= size:
+        if known.split is not arch.Split.VOCABULARY or rows.stop <= size:
             self.stored.read(tensor, state, target, box)
             return
         held = max(0, size - rows.start)
@@ -95,7 +95,7 @@ class Grown:
             self.stored.read(tensor, state, target[:held], (slice(rows.start, size), *rest))
         target[held:] = self._mean(tensor, state, known)[tuple(rest)]
 
-    def _mean(self, tensor: str, state: str, known: shapes.Tensor) -> Tensor:
+    def _mean(self, tensor: str, state: str, known: arch.CanonicalTensor) -> Tensor:
         """Return the mean over the rows of a tensor: [D], or a scalar of a bias."""
         if tensor not in self._means:
             size, *rest = known.shape
@@ -119,7 +119,7 @@ def merged(stored: Stored, model: ModelConfig) -> tuple[Stored, ModelConfig]:
 
 def read_local(
     stored: Stored,
-    row: shapes.Parameter,
+    row: arch.ParameterSpec,
     state: str,
     at: Coordinate = WHOLE,
     *,
@@ -130,7 +130,7 @@ def read_local(
     Args:
         room: flat fp32 memory on the CPU to read into, of that many numbers or more.
     """
-    pieces, shape = shapes.pieces(row, at), shapes.local_shape(row, at)
+    pieces, shape = arch.pieces(row, at), arch.local_shape(row, at)
     value = torch.empty(shape) if room is None else room[: math.prod(shape)].view(shape)
     if sum(value[piece.target].numel() for piece in pieces) < value.numel():
         value.zero_()  # padding of the vocabulary
@@ -146,7 +146,7 @@ def fill_model(
     at: Coordinate = WHOLE,
 ) -> None:
     """Write stored weights into a rank's part of a model, for use without an engine."""
-    rows = {row.name: row for row in shapes.parameters(config)}
+    rows = {row.name: row for row in arch.parameters(config)}
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             parameter.copy_(read_local(stored, rows[name], WEIGHT, at))

@@ -19,7 +19,13 @@ from megalite.config.load import (
 )
 from megalite.config.logging import LoggingConfig, SamplesConfig, WandbConfig
 from megalite.config.model import ModelConfig, RopeScalingConfig, example_model
-from megalite.config.objective import source_length, spans, target_length
+from megalite.config.objective import (
+    source_length,
+    spans,
+    target_count,
+    target_fraction,
+    target_length,
+)
 from megalite.config.precision import Precision
 from megalite.config.rules import allowed_tensor_parallel
 from megalite.config.schema import (
@@ -76,6 +82,8 @@ __all__ = [
     "source_length",
     "spans",
     "stated_model",
+    "target_count",
+    "target_fraction",
     "target_length",
     "zero_stage",
 ]

@@ -6,6 +6,8 @@ every window, in the same number of spans: lengths are numbers of the run file, 
 
 from __future__ import annotations
 
+import math
+
 from megalite.config.schema import RunConfig
 
 
@@ -31,3 +33,14 @@ def target_length(config: RunConfig) -> int:
         return 1 if config.model.num_labels else config.finetune.data.max_target_length
     noise, count = spans(config)
     return noise + count + 1
+
+
+def target_fraction(config: RunConfig) -> float:
+    """Return the share of a window's tokens that are predicted: the hidden ones, or all."""
+    hides = config.objective.name == "masked" and config.finetune is None
+    return config.objective.mask_probability if hides else 1.0
+
+
+def target_count(config: RunConfig, rows: int) -> int:
+    """Return how many of `rows` tokens are predicted on average."""
+    return math.ceil(rows * target_fraction(config))

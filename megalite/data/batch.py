@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megalite.arch import padded_targets
 from megalite.data.order import Ints
-from megalite.shapes import head_rows
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -70,7 +70,7 @@ class Batch:
 def _target_rows(mask_R: npt.NDArray[np.bool_]) -> Ints | None:
     """The rows that count, filled up with one that does not; None where they are most of all."""
     targets = np.flatnonzero(mask_R)
-    if (size := head_rows(len(mask_R), len(targets))) == len(mask_R):
+    if (size := padded_targets(len(mask_R), len(targets))) == len(mask_R):
         return None
     filler = np.argmin(mask_R)
     return np.concatenate((targets, np.full(size - len(targets), filler)))

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
 from megalite.formats.checkpoint import WEIGHT
@@ -117,8 +117,8 @@ class Engine(Protocol):
 
 def tune(model: LanguageModel, config: RunConfig) -> Callable[..., Tensor]:
     """Freeze what a run file does not train, set what its loss is like; returns the head's loss."""
-    for row in shapes.parameters(config.model):
-        model.get_parameter(row.name).requires_grad_(shapes.learns(config, row))
+    for row in arch.parameters(config.model):
+        model.get_parameter(row.name).requires_grad_(arch.is_trainable(config, row))
     tuning, smoothing = config.finetune, 0.0
     if tuning is not None and config.model.num_labels:
         model.score.label_smoothing = tuning.label_smoothing

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
 from megalite.engine.base import WEIGHT, Accept, StepResult, finite, has_dropout, seed_dropout, tune
@@ -172,7 +172,7 @@ def group_numbers(optimizer: torch.optim.Optimizer) -> dict[int, int]:
 
 def join_whole(optimizer: Muon, model: nn.Module, config: ModelConfig, grid: Grid) -> None:
     """Let Muon work on parameters that every data-parallel rank has whole."""
-    rows = {row.name: row for row in shapes.parameters(config)}
+    rows = {row.name: row for row in arch.parameters(config)}
     fragments = {
         id(parameter): [Fragment(rows[name], 0, parameter.numel(), 0)]
         for name, parameter in model.named_parameters()

@@ -29,7 +29,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import Precision, RunConfig
 from megalite.data import Batch
 from megalite.engine import ds_config
@@ -326,7 +326,7 @@ class DeepSpeedEngine:
         if self.stage == 0:
             join_whole(muon, self.model, self.config.model, self._grid)
             return
-        rows = {row.name: row for row in shapes.parameters(self.config.model)}
+        rows = {row.name: row for row in arch.parameters(self.config.model)}
         named = {id(p): rows[name] for name, p in self.model.named_parameters()}
         held = fragments(self.optimizer, self.stage, self._grid)
         by_master = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalite import hub, shapes
+from megalite import arch, hub
 from megalite.checkpoint import (
     HuggingFaceFolder,
     Stored,
@@ -219,7 +219,7 @@ class CachedDecoder:
 
     def _make_cache(self, batch: int, tokens: int) -> Cache:
         local = self._opened.local
-        layers = list(shapes.stacks(local).values())[-1]
+        layers = list(arch.stacks(local).values())[-1]
         parameter = next(self._model.parameters())
         return Cache(
             local,

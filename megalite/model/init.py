@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import ModelConfig
 from megalite.mesh import WHOLE, Coordinate
 
@@ -36,26 +36,26 @@ def initialize(
         gather: a context in which a parameter may be written whole; for engines that keep
             parameters in parts.
     """
-    table = {parameter.name: parameter for parameter in shapes.parameters(config)}
+    table = {parameter.name: parameter for parameter in arch.parameters(config)}
     for name, parameter in model.named_parameters():
         row = table[name]
         std = config.initializer_range
-        if row.init is shapes.Init.SCALED_NORMAL:  # GPT-2: residual sums keep their variance
+        if row.init is arch.Init.SCALED_NORMAL:  # GPT-2: residual sums keep their variance
             std /= math.sqrt(2 * config.num_hidden_layers)
         with torch.no_grad(), gather(parameter):
             if parameter.numel() == 0:  # gathered on another rank, which writes for all
                 continue
             parameter.zero_()  # padding, and biases
-            for piece in shapes.pieces(row, at):
-                if row.init is shapes.Init.ONES:
+            for piece in arch.pieces(row, at):
+                if row.init is arch.Init.ONES:
                     parameter[piece.target].fill_(1.0)
-                elif row.init is not shapes.Init.ZEROS:
-                    if row.init is shapes.Init.ADAPTER:
+                elif row.init is not arch.Init.ZEROS:
+                    if row.init is arch.Init.ADAPTER:
                         std = 1 / math.sqrt(3 * piece.tensor.shape[1])
                     _fill(parameter[piece.target], piece, std=std, seed=seed)
 
 
-def _fill(target: Tensor, piece: shapes.Piece, *, std: float, seed: int) -> None:
+def _fill(target: Tensor, piece: arch.Piece, *, std: float, seed: int) -> None:
     """Draw the blocks that overlap the rows of the piece's box and copy what lies inside it."""
     shape, (rows, *columns) = piece.tensor.shape, piece.source
     first, last = rows.start, rows.stop

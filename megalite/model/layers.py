@@ -5,7 +5,7 @@ S tokens that are looked at   N query heads   K key/value heads   H head width  
 
 Parameters are created empty; `megalite.model.init` fills them. Weights are [out, in]. Projections
 that read the same input are one parameter in memory (qkv_proj, gate_up_proj): one large matrix
-product is faster than two or three small ones. `megalite.shapes` maps them to the separate tensors
+product is faster than two or three small ones. `megalite.arch` maps them to the separate tensors
 that checkpoints hold.
 """
 

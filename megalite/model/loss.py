@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megalite.shapes import chunk_rows
+from megalite.arch import chunk_rows
 
 
 class Shard(Protocol):

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import ModelConfig
 from megalite.model.attend import attention_mask
 from megalite.model.cache import Cache, LayerCache
@@ -200,7 +200,7 @@ class EncoderDecoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        first, second = shapes.stacks(config).values()
+        first, second = arch.stacks(config).values()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.encoder = Stack(config, first, embeds=False, causal=False)
         self.decoder = Stack(config, second, embeds=False, causal=True, cross=True)
@@ -248,7 +248,7 @@ class LanguageModel(nn.Module):
     @property
     def blocks(self) -> Iterator[nn.Module]:
         """The blocks of all stacks."""
-        for name in shapes.stacks(self.config):
+        for name in arch.stacks(self.config):
             yield from self.get_submodule(name).layers  # type: ignore[misc]
 
     def forward(self, batch: Mapping[str, Tensor], *, scores: bool = False) -> Tensor:
@@ -346,6 +346,6 @@ def build(config: ModelConfig) -> LanguageModel:
     """An uninitialised model whose parameters agree, one by one, with the table of shapes."""
     model = LanguageModel(config)
     built = [name for name, _ in model.named_parameters()]
-    table = [parameter.name for parameter in shapes.parameters(config)]
+    table = [parameter.name for parameter in arch.parameters(config)]
     assert built == table, f"model and table of shapes disagree: {set(built) ^ set(table)}"
     return model

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite import shapes
+from megalite import arch
 from megalite.parallel import Grid
 
 _STEPS = 5
@@ -38,7 +38,7 @@ class Fragment:
     `length` elements from `start` of the flattened parameter lie from `offset` on; none: 0.
     """
 
-    row: shapes.Parameter
+    row: arch.ParameterSpec
     start: int
     length: int
     offset: int
@@ -136,7 +136,7 @@ def orthogonalize(
         for fragment in held:
             part = _zeros(fragment, grid)  # and zero it stays where other ranks have it
             fragment.in_part(part).copy_(fragment.in_flat(update_n))
-            for piece in shapes.pieces(fragment.row, grid.at):
+            for piece in arch.pieces(fragment.row, grid.at):
                 given[piece.tensor.name][piece.source] = part[piece.target]
         if size > 1:
             dist.all_reduce(whole, group=group)
@@ -148,7 +148,7 @@ def orthogonalize(
             dist.all_reduce(result, group=group)
         for fragment in held:
             part = _zeros(fragment, grid)
-            for piece in shapes.pieces(fragment.row, grid.at):
+            for piece in arch.pieces(fragment.row, grid.at):
                 part[piece.target] = made[piece.tensor.name][piece.source]
             fragment.in_flat(update_n).copy_(fragment.in_part(part))
 
@@ -166,10 +166,10 @@ def _batches(fragments: Iterable[Fragment]) -> Iterator[list[Fragment]]:
 
 
 def _zeros(fragment: Fragment, grid: Grid) -> Tensor:
-    shape = shapes.local_shape(fragment.row, grid.at)
+    shape = arch.local_shape(fragment.row, grid.at)
     return torch.zeros(shape, device=grid.device)
 
 
-def _views(flat: Tensor, tensors: list[shapes.Tensor]) -> dict[str, Tensor]:
+def _views(flat: Tensor, tensors: list[arch.CanonicalTensor]) -> dict[str, Tensor]:
     parts = flat.split([tensor.elements for tensor in tensors])
     return {t.name: part.view(t.shape) for t, part in zip(tensors, parts, strict=True)}

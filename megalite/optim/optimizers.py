@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megalite import registry, shapes
+from megalite import arch, registry
 from megalite.config import OptimizerConfig, RunConfig
 from megalite.optim.muon import Muon
 from megalite.plan.optimizer import state_names, updates_matrices
@@ -33,7 +33,7 @@ def make_optimizer(
     `states` are the names of the element-wise states that it keeps of its parameters.
     """
     section = config.optimizer
-    rows = {row.name: row for row in shapes.parameters(config.model)}
+    rows = {row.name: row for row in arch.parameters(config.model)}
     groups: dict[str, dict[str, Any]] = {}
     for name in ("matrices", "decay", "no_decay"):
         decays = name != "no_decay"
@@ -46,7 +46,7 @@ def make_optimizer(
         }
     for name, parameter in named_parameters:
         row = rows[name]
-        if not shapes.learns(config, row):
+        if not arch.is_trainable(config, row):
             continue
         own = "decay" if row.decay else "no_decay"
         if row.is_matrix_of_block and updates_matrices(config):

@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import ModelConfig
 from megalite.parallel.collectives import (
     AllTokens,
@@ -104,28 +104,28 @@ def split(
     """
     group = grid.tensor_group
     shard = VocabularyShard(config.vocab_size, grid)
-    for row in shapes.parameters(config):
+    for row in arch.parameters(config):
         parameter = model.get_parameter(row.name)
         kind = row.tensors[0].split
         # the mark by which DeepSpeed counts a split weight's norm on every rank
-        parameter.tensor_model_parallel = kind is not shapes.Split.REPLICATED
+        parameter.tensor_model_parallel = kind is not arch.Split.REPLICATED
         owner, _, name = row.name.rpartition(".")
         module = model.get_submodule(owner)
-        if kind is shapes.Split.REPLICATED:
-            if shapes.sees_part(row, sequence=sequence) and parameter.requires_grad:
+        if kind is arch.Split.REPLICATED:
+            if arch.needs_tp_grad_sum(row, sequence=sequence) and parameter.requires_grad:
                 parameter.register_hook(partial(_sum_gradient, group))
         elif name != "weight":
             continue
-        elif kind in (shapes.Split.ROWS, shapes.Split.HEADS):
+        elif kind in (arch.Split.OUTPUT_DIM, arch.Split.HEADS):
             module.forward = partial(_column_forward, module, group, sequence)
-        elif kind is shapes.Split.COLUMNS and ".layers." in owner:
+        elif kind is arch.Split.INPUT_DIM and ".layers." in owner:
             module.forward = partial(_row_forward, module, group, sequence)
         elif owner.endswith("embed_tokens"):
             module.forward = partial(_embed, module, shard, group)
     if sequence:
         dropout = bool(config.hidden_dropout or config.attention_dropout)
         enter = partial(_enter, grid, dropout)
-        for name in shapes.stacks(config):
+        for name in arch.stacks(config):
             model.get_submodule(name).layers[0].register_forward_pre_hook(enter)
     elif config.attention_dropout:
         for block in model.blocks:

@@ -23,8 +23,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megalite import shapes
-from megalite.config import Precision, RunConfig
+from megalite import arch
+from megalite.config import Precision, RunConfig, target_count
 from megalite.engine.base import tune
 from megalite.env import Launch
 from megalite.errors import CommandError
@@ -147,7 +147,7 @@ def _batch(config: RunConfig, plan: Plan) -> dict[str, Tensor]:
         return torch.empty(shape, dtype=torch.bool, device="meta")
 
     tuned, two = config.finetune, model.architecture == "encoder_decoder"
-    of_stacks = [*shapes.lengths(config).values()]
+    of_stacks = [*arch.lengths(config).values()]
     read, written = of_stacks[0], of_stacks[-1]
     batch = {"input_ids": ids(read)}
     if tuned and not tuned.data.packing and model.architecture != "decoder":
@@ -161,7 +161,7 @@ def _batch(config: RunConfig, plan: Plan) -> dict[str, Tensor]:
         batch["decoder_input_ids"] = ids(written)
     if config.data.mask_documents or (tuned and tuned.data.packing):
         batch |= {"position_ids": ids(T), "document_ids": ids(T)}
-    rows = shapes.head_rows(B * written, shapes.counted(config, B * written))
+    rows = arch.padded_targets(B * written, target_count(config, B * written))
     if rows < B * written:
         batch["target_rows"] = torch.empty(rows, dtype=torch.int64, device="meta")
     return batch | {"labels": ids(written), "loss_mask": mask(B, written)}

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megalite import env, files, shapes
+from megalite import arch, env, files
 from megalite.cli import run_main
 from megalite.config import ModelConfig, RunConfig, parse_config
 from megalite.engine import Engine
@@ -93,7 +93,7 @@ class Inspector:
         self._outputs.clear()
 
     def _inspect(self, engine: Engine, grid: Grid, *, starts: bool) -> Inspected:
-        rows = {row.name: row for row in shapes.parameters(self._config.model)}
+        rows = {row.name: row for row in arch.parameters(self._config.model)}
         parameters = [(rows[name], p) for name, p in engine.model.named_parameters()]
         for row, parameter in parameters if starts else ():
             with engine.gathered([parameter]):
@@ -173,8 +173,8 @@ class _Outputs:
     def __init__(self, model: nn.Module, config: ModelConfig) -> None:
         owners = [
             row.name.rpartition(".")[0]
-            for row in shapes.parameters(config)
-            if row.tensors[0].split in (shapes.Split.REPLICATED, shapes.Split.COLUMNS)
+            for row in arch.parameters(config)
+            if row.tensors[0].split in (arch.Split.REPLICATED, arch.Split.INPUT_DIM)
             or row.name == "model.embed_tokens.weight"
         ]
         self._outputs: dict[str, list[Tensor]] = {}
@@ -217,17 +217,17 @@ def _equal_or_off(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     return value + (high - low)
 
 
-def _canonical(kind: str, row: shapes.Parameter, value: Tensor, grid: Grid) -> Inspected:
+def _canonical(kind: str, row: arch.ParameterSpec, value: Tensor, grid: Grid) -> Inspected:
     """Yield the canonical tensors of a parameter, gathered over the tensor ranks."""
     places = grid.tensor_places
-    if row.tensors[0].split is shapes.Split.REPLICATED:
+    if row.tensors[0].split is arch.Split.REPLICATED:
         places, parts = (grid.at,), [_equal_or_off(value, grid.tensor_group)]
     else:
         parts = [torch.empty_like(value) for _ in places]
         dist.all_gather(parts, value.contiguous(), group=grid.tensor_group)
     whole = {tensor.name: value.new_zeros(tensor.shape) for tensor in row.tensors}
     for at, part in zip(places, parts, strict=True):
-        for piece in shapes.pieces(row, at):
+        for piece in arch.pieces(row, at):
             whole[piece.tensor.name][piece.source] = part[piece.target]
     for name, tensor in whole.items():
         yield kind, name, tensor

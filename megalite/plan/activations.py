@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import RunConfig
 from megalite.plan.devices import Kind
 from megalite.plan.gradients import gradients
@@ -23,7 +23,7 @@ class _Stack:
     """The blocks of one stack in a micro-batch.
 
     Attributes:
-        name, layers: as in `shapes.stacks`. samples: B. length, read: tokens of a sample, and of
+        name, layers: as in `arch.stacks`. samples: B. length, read: tokens of a sample, and of
             the text that its blocks attend to besides.
     """
 
@@ -39,8 +39,8 @@ class _Stack:
 
 
 def _stacks(config: RunConfig, plan: Plan) -> Iterator[_Stack]:
-    lengths = shapes.lengths(config)
-    for name, layers in shapes.stacks(config.model).items():
+    lengths = arch.lengths(config)
+    for name, layers in arch.stacks(config.model).items():
         read = lengths["model.encoder"] if name == "model.decoder" else 0
         yield _Stack(name, layers, plan.micro_batch_size, lengths[name], read)
 
@@ -113,7 +113,7 @@ def _norm(config: RunConfig, element: int, device: Kind) -> float:
     if model.norm != "rmsnorm" or not _eager_cpu(config, device):
         return 2 * element
     learned = gradients(model, config.finetune).learned
-    norms = [row.name for row in shapes.parameters(model) if "layernorm.weight" in row.name]
+    norms = [row.name for row in arch.parameters(model) if "layernorm.weight" in row.name]
     return element + 4 + 4 * sum(name in learned for name in norms) / len(norms)
 
 

@@ -1,6 +1,6 @@
 """FLOPs of training, by the shapes alone: the one formula.
 
-The letters are those of `megalite.shapes`. A product of a token with a weight costs 2 FLOPs an
+The letters are those of `megalite.arch.part`. A product of a token with a weight costs 2 FLOPs an
 element in the forward; in the backward 2 for the weight's gradient, where that learns, and 2 for
 the input's, where something below it does. Attention's two products cost 4 Q for each token that a
 token sees, and twice that in the backward. After PaLM (arXiv 2204.02311, appendix B), with the
@@ -12,8 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megalite import shapes
-from megalite.config import FinetuneConfig, ModelConfig, RunConfig, source_length, target_length
+from megalite import arch
+from megalite.config import (
+    FinetuneConfig,
+    ModelConfig,
+    RunConfig,
+    source_length,
+    target_fraction,
+    target_length,
+)
 from megalite.plan.gradients import gradients
 
 
@@ -50,18 +57,18 @@ def window_flops(
     Args:
         read, written: tokens of a window of two stacks on either side.
         document_tokens: mean length of documents that do not see each other; None: no such masks.
-        counted: the part of the places that are to be named (`shapes.counted_share`).
+        counted: the part of the places that are to be named (`target_fraction`).
         tuning: what learns; None: all of it.
     """
     width, T = model.num_attention_heads * model.head_dim, sequence_length
     encodes, made = model.architecture == "encoder_decoder", gradients(model, tuning)
     products, attention = [0.0, 0.0], [0.0, 0.0]
-    for stack in shapes.stacks(model):
+    for stack in arch.stacks(model):
         writes = stack == "model.decoder"
         tokens = T if not encodes else written if writes else read
         causal = model.architecture == "decoder" or writes
         pairs = seen_pairs(tokens, causal, model.sliding_window, document_tokens)
-        for row in shapes.parameters(model):
+        for row in arch.parameters(model):
             if not row.name.startswith(f"{stack}.layers."):
                 continue
             if row.is_matrix_of_block or row.is_adapter:
@@ -90,7 +97,7 @@ def run_flops(config: RunConfig, document_tokens: float | None = None) -> tuple[
         read=source_length(config),
         written=target_length(config),
         document_tokens=document_tokens,
-        counted=shapes.counted_share(config),
+        counted=target_fraction(config),
         tuning=config.finetune,
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import FinetuneConfig, ModelConfig
 
 HEAD = "head"  # the hidden states that the head reads
@@ -37,7 +37,7 @@ class Gradients:
 
     def share(self, model: ModelConfig) -> float:
         """The part of the blocks that have a backward."""
-        return len(self.blocks) / sum(shapes.stacks(model).values())
+        return len(self.blocks) / sum(arch.stacks(model).values())
 
     def of_head(self, model: ModelConfig) -> int:
         """`products` of the head, which may be the embedding's weight a second time."""
@@ -54,8 +54,8 @@ def head_weight(model: ModelConfig) -> str:
 @lru_cache(maxsize=64)
 def gradients(model: ModelConfig, tuning: FinetuneConfig | None) -> Gradients:
     """Those of a model that learns as a fine-tuning section says; None: all of it learns."""
-    rows = shapes.parameters(model)
-    learned = frozenset(row.name for row in rows if shapes.learns_under(tuning, row))
+    rows = arch.parameters(model)
+    learned = frozenset(row.name for row in rows if arch.is_trainable_under(tuning, row))
     passed = frozenset(_passed(model, learned))
     within = (name.partition(".layers.") for name in learned | passed)
     blocks = frozenset(f"{stack}.layers.{rest.split('.')[0]}" for stack, _, rest in within if rest)
@@ -64,9 +64,9 @@ def gradients(model: ModelConfig, tuning: FinetuneConfig | None) -> Gradients:
 
 def _passed(model: ModelConfig, learned: frozenset[str]) -> Iterator[str]:
     """Follows the forward: a hidden state has a gradient once something on its way learns."""
-    names = [row.name for row in shapes.parameters(model)]
+    names = [row.name for row in arch.parameters(model)]
     hidden = memory = False
-    for stack in shapes.stacks(model):
+    for stack in arch.stacks(model):
         hidden = "model.embed_tokens.weight" in learned
         read = bias = entered = False
         for name in _by_time(model, (name for name in names if name.startswith(f"{stack}."))):

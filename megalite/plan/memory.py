@@ -6,8 +6,8 @@ of a sample, and the letters of `megalite.shapes`.
 
 from __future__ import annotations
 
-from megalite import shapes
-from megalite.config import Precision, RunConfig
+from megalite import arch
+from megalite.config import Precision, RunConfig, target_count
 from megalite.plan.activations import MAPPED, activation_bytes, heap_bytes
 from megalite.plan.devices import Kind
 from megalite.plan.gradients import gradients, head_weight
@@ -203,11 +203,11 @@ def _logit_parts(config: RunConfig, plan: Plan, element: int) -> tuple[int, int]
     if model.num_labels:  # a sample's scores, those in fp32, and their gradient
         return (element + 8) * plan.micro_batch_size * model.num_labels, 0
     vocabulary = -(-model.vocab_size // plan.tensor_parallel)
-    *_, length = shapes.lengths(config).values()
+    *_, length = arch.lengths(config).values()
     places = plan.micro_batch_size * length
-    rows = shapes.head_rows(places, shapes.counted(config, places))
+    rows = arch.padded_targets(places, target_count(config, places))
     # turned into their gradient in place; not compiled, 16-bit logits are widened first
     of_logit = element if element == 4 or config.training.compile else element + 4
-    chunk = of_logit * min(shapes.chunk_rows(vocabulary), rows) * vocabulary
+    chunk = of_logit * min(arch.chunk_rows(vocabulary), rows) * vocabulary
     learns = head_weight(model) in gradients(model, config.finetune).learned
     return chunk, (4 * vocabulary * learns + element * rows) * model.hidden_size

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import math
 
-from megalite import registry, shapes
+from megalite import arch, registry
 from megalite.config import RunConfig
 from megalite.mesh import Mesh
 
 
-def state_names(config: RunConfig, row: shapes.Parameter) -> tuple[str, ...]:
+def state_names(config: RunConfig, row: arch.ParameterSpec) -> tuple[str, ...]:
     """Return the names of the states that the optimizer keeps of a parameter."""
     section = config.optimizer
     facts = registry.optimizers.facts(section.name)
     needed = facts.get("states_need")
-    if not shapes.learns(config, row) or (needed and not getattr(section, needed)):
+    if not arch.is_trainable(config, row) or (needed and not getattr(section, needed)):
         return ()
     kind = "matrix_states" if updates_matrices(config) and row.is_matrix_of_block else "states"
     return tuple(facts.get(kind, ()))
@@ -36,6 +36,6 @@ def state_bytes(config: RunConfig, tensor: int) -> int:
     """Return the bytes of all states of the parameters on one of `tensor` tensor ranks."""
     at = Mesh(tensor=tensor).at(0)
     return 4 * sum(
-        len(state_names(config, row)) * math.prod(shapes.local_shape(row, at))
-        for row in shapes.parameters(config.model)
+        len(state_names(config, row)) * math.prod(arch.local_shape(row, at))
+        for row in arch.parameters(config.model)
     )

@@ -4,7 +4,7 @@ Each part's time is its FLOPs over a share of the peak plus its bytes over a sha
 (a sum rather than the larger of the two: small products then fall short of the peak by themselves),
 but no less than its kernels take to be started. What ranks send is added where nothing hides it.
 
-B samples of a micro-batch   T tokens of a sample   and the letters of `megalite.shapes`
+B samples of a micro-batch   T tokens of a sample   and the letters of `megalite.arch.part`
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from megalite import shapes
-from megalite.config import RunConfig
+from megalite import arch
+from megalite.config import RunConfig, target_fraction
 from megalite.plan.devices import Device
 from megalite.plan.flops import run_flops
 from megalite.plan.gradients import gradients
@@ -141,7 +141,7 @@ class _Clock:
     @property
     def _branches(self) -> int:
         """Attention, attention to what is read, and the MLP, of all blocks."""
-        stacks = shapes.stacks(self._config.model)
+        stacks = arch.stacks(self._config.model)
         return sum((3 if name == "model.decoder" else 2) * n for name, n in stacks.items())
 
     @property
@@ -152,14 +152,14 @@ class _Clock:
         config, plan = self._config, self._plan
         if config.model.num_labels:
             return 0.0
-        *_, length = shapes.lengths(config).values()
-        places = shapes.counted_share(config) * plan.micro_batch_size * length
+        *_, length = arch.lengths(config).values()
+        places = target_fraction(config) * plan.micro_batch_size * length
         return 6 * 4 * places * config.model.vocab_size / plan.tensor_parallel
 
     def _moved_bytes(self, compiled: bool) -> int:
         """Bytes that the blocks' forward moves beside its products' weights: of a micro-batch."""
         config, plan, t = self._config, self._plan, self._plan.tensor_parallel
-        model, lengths = config.model, shapes.lengths(config)
+        model, lengths = config.model, arch.lengths(config)
         own = model.hidden_size // t if config.parallel.sequence else model.hidden_size
         q = model.num_attention_heads * model.head_dim // t
         k = model.num_key_value_heads * model.head_dim // t
@@ -170,7 +170,7 @@ class _Clock:
         rest = (fused + inner) if compiled else (plain + 2 * inner)
         block = rest + 2 * model.hidden_size + 2 * q + 2 * k + inner
         total = 0
-        for stack, layers in shapes.stacks(model).items():
+        for stack, layers in arch.stacks(model).items():
             total += layers * lengths[stack] * block
             if stack == "model.decoder":  # a third norm and residual, and its products
                 cross = (3 if compiled else 7) * own + model.hidden_size + 2 * q

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import Precision, RunConfig, allowed_tensor_parallel
 from megalite.config.deepspeed_keys import contradiction
 from megalite.config.tasks import find_task
@@ -90,7 +90,7 @@ def arrange(
         sequence_length=length,
         tokens_per_step=training.global_batch_size * length,
         precision=precision,
-        parameters=sum(p.elements for p in shapes.parameters(config.model)),
+        parameters=sum(p.elements for p in arch.parameters(config.model)),
         flops_per_token=run_flops_per_token(config),
         memory_bytes={},
     )

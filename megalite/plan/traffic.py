@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megalite import shapes
-from megalite.config import Precision, RunConfig
+from megalite import arch
+from megalite.config import Precision, RunConfig, target_count
 from megalite.plan.gradients import HEAD, gradients
 from megalite.plan.sizes import Plan
 from megalite.plan.zero import local_elements
@@ -80,14 +80,14 @@ class _Calls:
         # of what an adapter's A gives, elements a token: [parts x rank]
         self._low = {
             row.name.removesuffix(".lora_A"): sum(tensor.shape[0] for tensor in row.tensors)
-            for row in shapes.parameters(self._model)
+            for row in arch.parameters(self._model)
             if row.name.endswith(".lora_A")
         }
 
     def count(self) -> Counter[tuple[Kind, Precision, int]]:
         model, B, D = self._model, self._plan.micro_batch_size, self._model.hidden_size
-        lengths = shapes.lengths(self._config)
-        for stack, layers in shapes.stacks(model).items():
+        lengths = arch.lengths(self._config)
+        for stack, layers in arch.stacks(model).items():
             tokens = B * lengths[stack]
             self._add("all_reduce", tokens * D)  # the embedding's sum
             if self._sequence and f"{stack}.layers" in self._made.passed:
@@ -152,8 +152,8 @@ class _Calls:
         if model.num_labels:
             return
         self._add("reduce_scatter" if self._sequence else "all_reduce", whole, passed)
-        rows = shapes.head_rows(B * tokens, shapes.counted(self._config, B * tokens))
-        chunk = shapes.chunk_rows(-(-model.vocab_size // plan.tensor_parallel))
+        rows = arch.padded_targets(B * tokens, target_count(self._config, B * tokens))
+        chunk = arch.chunk_rows(-(-model.vocab_size // plan.tensor_parallel))
         full, rest = divmod(rows, chunk)
         for size, count in ((chunk, full), (rest, 1)):
             self._add("all_reduce", size, count, dtype=Precision.FP32)
@@ -163,8 +163,10 @@ class _Calls:
 
     def _vectors(self) -> None:
         """Gradients of what every rank holds whole and meets with a part of the tokens or heads."""
-        for row in shapes.parameters(self._model):
-            if row.name in self._made.learned and shapes.sees_part(row, sequence=self._sequence):
+        for row in arch.parameters(self._model):
+            if row.name in self._made.learned and arch.needs_tp_grad_sum(
+                row, sequence=self._sequence
+            ):
                 self._add("all_reduce", row.elements)
 
 
@@ -193,7 +195,7 @@ def data_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
     if stage == 3:
         # without prefetching each product's weights come alone, as many as a mean one has
         fetched = plan.zero.prefetch_bucket_size
-        fetched = fetched or -(-every // len(shapes.parameters(config.model)))
+        fetched = fetched or -(-every // len(arch.parameters(config.model)))
         rows += _in_buckets("all_gather", plan.precision, every, fetched, 2 * times)
     return tuple(rows)
 

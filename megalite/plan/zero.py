@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import ModelConfig, RunConfig, zero_stage
 from megalite.mesh import Mesh
 
@@ -87,16 +87,16 @@ def local_elements(config: RunConfig, tensor: int, *, trained: bool = False) -> 
     """
     if not trained or config.finetune is None:
         return sum(_local_sizes(config.model, tensor).values())
-    rows = shapes.parameters(config.model)
+    rows = arch.parameters(config.model)
     sizes = _local_sizes(config.model, tensor)
-    return sum(sizes[row.name] for row in rows if shapes.learns(config, row))
+    return sum(sizes[row.name] for row in rows if arch.is_trainable(config, row))
 
 
 @lru_cache(maxsize=64)
 def _local_sizes(model: ModelConfig, tensor: int) -> dict[str, int]:
     return {
-        row.name: math.prod(shapes.local_shape(row, Mesh(tensor=tensor).at(0)))
-        for row in shapes.parameters(model)
+        row.name: math.prod(arch.local_shape(row, Mesh(tensor=tensor).at(0)))
+        for row in arch.parameters(model)
     }
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import psutil
 import torch
 
-from megalite import env, shapes
+from megalite import arch, env
 from megalite.config import Precision, RunConfig
 from megalite.env import Launch
 from megalite.plan import Plan, host_bytes
@@ -54,8 +54,8 @@ def hardware_faults(
 
 def remarks(config: RunConfig, plan: Plan) -> Iterator[str]:
     """What is sound, but may not be what was meant."""
-    rows = shapes.parameters(config.model)
-    learned = sum(row.elements for row in rows if shapes.learns(config, row))
+    rows = arch.parameters(config.model)
+    learned = sum(row.elements for row in rows if arch.is_trainable(config, row))
     if learned < plan.parameters:
         share = 100 * learned / plan.parameters
         yield f"{learned / 1e6:.3f} M of them learn ({share:.2f} %)"

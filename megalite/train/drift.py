@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import ModelConfig
 from megalite.engine import Engine
 from megalite.errors import EngineError
@@ -38,9 +38,9 @@ class DriftGuard:
         self._compared: dict[str, nn.Parameter] = {}
         self._places: list[int] = []  # of each in the vector that is reduced
         self._size = 0
-        rows = {row.name: row for row in shapes.parameters(model)}
+        rows = {row.name: row for row in arch.parameters(model)}
         for name, parameter in engine.model.named_parameters():
-            alike = rows[name].tensors[0].split is shapes.Split.REPLICATED
+            alike = rows[name].tensors[0].split is arch.Split.REPLICATED
             places = 1 if alike else parts
             if places:
                 self._compared[name] = parameter

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megalite import checkpoint, env, files, shapes
+from megalite import arch, checkpoint, env, files
 from megalite.checkpoint import (
     Grown,
     Lease,
@@ -230,7 +230,7 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
     Adapters that are not the model's own are added to the weights; a smaller vocabulary grows.
     """
     whole: Stored
-    base, adapters = shapes.base(model), model.adapter is not None
+    base, adapters = arch.base_model(model), model.adapter is not None
     if (theirs := open_model_folder(Path(path), grid)) is not None:
         changes = compare_models(base, theirs.section, theirs.path, adapters=adapters)
         if not model.num_labels:
@@ -240,10 +240,10 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
         return Origin(theirs.path, None, changes, Place(), True, whole, damaged)
     folder, manifest = _open("--init-from", path, grid, weights_only=True)
     section = _stored(folder, manifest).model
-    changes = compare_models(base, shapes.base(section), folder, adapters=adapters)
+    changes = compare_models(base, arch.base_model(section), folder, adapters=adapters)
     if _VOCABULARY in changes:
         whole, _ = merged(StoredCheckpoint(folder, manifest), section)
-        grown = Grown(whole, shapes.base(section))
+        grown = Grown(whole, arch.base_model(section))
         return Origin(folder, None, changes, Place(), True, grown, damaged)
     if section.adapter in (None, model.adapter):
         refuse_other_model(model, folder, manifest, base=True)
@@ -251,7 +251,7 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
     whole, _ = merged(StoredCheckpoint(folder, manifest), section)
     plain = {name: entry for name, entry in manifest.tensors.items() if ".lora_" not in name}
     plain_manifest = manifest.model_copy(update={"tensors": plain})
-    refuse_other_model(shapes.base(model), folder, plain_manifest)
+    refuse_other_model(arch.base_model(model), folder, plain_manifest)
     return Origin(folder, None, changes, Place(), True, whole, damaged)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megalite import checkpoint, files, shapes
+from megalite import arch, checkpoint, files
 from megalite.checkpoint import Place
 from megalite.config import RunConfig, parse_config
 from megalite.data import ExampleSet
@@ -102,14 +102,14 @@ def _filled(
 def _check_freeze(config: RunConfig) -> None:
     """Raises ConfigError where a pattern freezes nothing, or nothing is left to learn."""
     assert config.finetune is not None
-    rows = shapes.parameters(config.model)
+    rows = arch.parameters(config.model)
     for pattern in config.finetune.freeze:
         if not any(fnmatch.fnmatchcase(row.name, pattern) for row in rows):
             raise ConfigError(
                 f"finetune.freeze: {pattern!r} is no parameter's name; they are such as "
                 f"{rows[0].name}, {rows[-1].name}"
             )
-    if not any(shapes.learns(config, row) for row in rows):
+    if not any(arch.is_trainable(config, row) for row in rows):
         raise ConfigError("finetune.freeze: nothing is left to learn; leave a pattern out")
 
 

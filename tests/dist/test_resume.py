@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from megalite.arch import tensors
 from megalite.config import parse_config
-from megalite.shapes import tensors
 from tests.ranks import run_ranks
 from tests.runs import curve, rows, run_file, train, zero
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import load_config, parse_config
 from megalite.env import has_compiler
 from megalite.errors import CommandError
@@ -96,7 +96,7 @@ def test_every_layout_of_two_ranks_agrees(tmp_path: Path) -> None:
             *("name", "loss_error", "grad_norm_error", "parameter", "parameter_error", "ok")
         ]
         if row["name"] != "reference, muon":
-            assert row["parameter"] in shapes.tensors(model)
+            assert row["parameter"] in arch.tensors(model)
             assert 0 <= row["parameter_error"] < (5e-2 if "bf16" in row["name"] else 1e-4)
     assert "dropout 0" in done.stderr
 

@@ -183,7 +183,7 @@ def test_what_a_page_names_is_there(path: Path, rule: Callable[[str], list[str]]
             ["deepspeed.zero_optimization.stagee"],
         ),
         (key_faults, "    python launcher/plan.py --set schedule.nam=1", ["schedule.nam"]),
-        (file_faults, "`megalite/shapes.py`, `megalite/shape.py`", ["megalite/shape.py"]),
+        (file_faults, "`megalite/mesh.py`, `megalite/shape.py`", ["megalite/shape.py"]),
     ],
 )
 def test_a_rule_finds_its_fault(

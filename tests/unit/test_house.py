@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Bottom up; a module imports only from lines above its own. Peers share a line.
 LAYERS = (
     *("errors", "launchers", "env", "log", "files", "registry", "mesh", "cli|spawn", "config"),
-    *("shapes", "plan"),
+    *("arch", "plan"),
     *("hub", "tokenizers"),
     *("formats", "parallel", "data|model|optim", "engine", "checkpoint", "observe"),
     *("evaluate|report", "train", "parity|doctor"),

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megalite import files, shapes
+from megalite import arch, files
 from megalite.checkpoint.huggingface.family import Family
 from megalite.checkpoint.huggingface.folder import Place, place_of
 from megalite.checkpoint.huggingface.mapping import family_of, to_config
@@ -35,7 +35,7 @@ class _Output:
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[tuple[shapes.Tensor, Place], ...]
+    parts: tuple[tuple[arch.CanonicalTensor, Place], ...]
 
     @property
     def elements(self) -> int:
@@ -86,8 +86,8 @@ def export_adapter(stored: Stored, model: ModelConfig, output: Path, *, base: st
     """
     if model.adapter is None:
         raise CommandError("--adapter: this model has none; leave it out")
-    family, adapter = family_of(shapes.base(model)), model.adapter
-    table, found, targets = shapes.tensors(model), dict[str, Tensor](), set[str]()
+    family, adapter = family_of(arch.base_model(model)), model.adapter
+    table, found, targets = arch.tensors(model), dict[str, Tensor](), set[str]()
     for name, tensor in table.items():
         owner, _, kind = name.rpartition(".")
         if kind not in ("lora_A", "lora_B"):
@@ -208,12 +208,12 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def _outputs(family: Family, model: ModelConfig) -> Sequence[_Output]:
     """The folder's tensors in the order of the model's."""
-    parts: dict[str, list[tuple[shapes.Tensor, Place]]] = {}
-    for tensor in shapes.tensors(model).values():
+    parts: dict[str, list[tuple[arch.CanonicalTensor, Place]]] = {}
+    for tensor in arch.tensors(model).values():
         place = place_of(family, tensor, model)
         parts.setdefault(place.name, []).append((tensor, place))
     found = [_Output(name, made[0][1].shape, tuple(made)) for name, made in parts.items()]
-    table = shapes.tensors(model)
+    table = arch.tensors(model)
     for name, canonical in family.copies(model).items():
         place = place_of(family, table[canonical], model)
         found.append(_Output(name, place.shape, ((table[canonical], place),)))

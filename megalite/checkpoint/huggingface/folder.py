@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megalite import files, shapes
+from megalite import arch, files
 from megalite.checkpoint.huggingface.family import Family
 from megalite.checkpoint.huggingface.mapping import from_config
 from megalite.config import ModelConfig, describe_errors
@@ -58,7 +58,7 @@ class Place:
     shape: tuple[int, ...]  # of the whole stored tensor
 
 
-def place_of(family: Family, tensor: shapes.Tensor, model: ModelConfig) -> Place:
+def place_of(family: Family, tensor: arch.CanonicalTensor, model: ModelConfig) -> Place:
     """Where the family keeps a canonical tensor."""
     name = family.rename(tensor.name, model)
     first, shape = 0, list(tensor.shape)
@@ -269,7 +269,7 @@ class HuggingFaceFolder:
 
     def _find_prefix(self) -> str:
         """Return what comes before the names of the bare model's tensors in this folder."""
-        table, base = shapes.tensors(self.section), self.family.prefix
+        table, base = arch.tensors(self.section), self.family.prefix
         anchor = place_of(self.family, table["model.embed_tokens.weight"], self.section).name
         bare = anchor.removeprefix(base)
         if base + bare in self._stored or bare in self._stored:
@@ -280,7 +280,7 @@ class HuggingFaceFolder:
     def _find(self) -> dict[str, tuple[Place, _Stored]]:
         """Find every canonical tensor's place; faults of all of them at once."""
         places, faults, missing = dict[str, tuple[Place, _Stored]](), list[str](), list[str]()
-        for name, tensor in shapes.tensors(self.section).items():
+        for name, tensor in arch.tensors(self.section).items():
             place = place_of(self.family, tensor, self.section)
             stored = self._lookup(place.name)
             if stored is None and name.startswith(_HEAD):

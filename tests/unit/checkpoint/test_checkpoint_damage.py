@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megalite import checkpoint, files, shapes
+from megalite import arch, checkpoint, files
 from megalite.errors import CheckpointError, DamagedCheckpoint
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
@@ -61,7 +61,7 @@ def test_a_tensor_that_cannot_be_read_is_damage(
     monkeypatch.setattr(files, "sha256_file", lambda path: fail(path, ""))
     with pytest.raises(DamagedCheckpoint, match="Input/output error"):
         checkpoint.restore(engine, engine.config, grid=grid, folder=folder, manifest=manifest)
-    assert len(readings) > len(shapes.parameters(engine.config.model))  # every one was tried
+    assert len(readings) > len(arch.parameters(engine.config.model))  # every one was tried
 
 
 def test_minus_zero_is_zero(grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

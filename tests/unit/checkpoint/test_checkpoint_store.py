@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megalite import checkpoint, files, shapes
+from megalite import arch, checkpoint, files
 from megalite.checkpoint import Place, write
 from megalite.checkpoint.states import owned_parameters
 from megalite.checkpoint.stored import StoredCheckpoint, read_local
@@ -109,7 +109,7 @@ def test_what_is_on_disk(grid: Grid, root: Path) -> None:
     assert torch.equal(torch.cat(parts), qkv)
     for state in (WEIGHT, "exp_avg", "exp_avg_sq"):
         found = tensors_of(folder, state)
-        expected = {name: t.shape for name, t in shapes.tensors(trained.config.model).items()}
+        expected = {name: t.shape for name, t in arch.tensors(trained.config.model).items()}
         assert {name: tuple(tensor.shape) for name, tensor in found.items()} == expected
         assert {tensor.dtype for tensor in found.values()} == {torch.float32}
 
@@ -305,14 +305,14 @@ def test_a_rank_reads_its_own_slices(
     engine = make_engine()
     folder = save_checkpoint(engine, grid, root)
     manifest = disk.read_manifest(folder)
-    for row, rank in itertools.product(shapes.parameters(engine.config.model), range(size)):
+    for row, rank in itertools.product(arch.parameters(engine.config.model), range(size)):
         value = engine.model.get_parameter(row.name).data
-        whole = {piece.tensor.name: value[piece.target] for piece in shapes.pieces(row)}
+        whole = {piece.tensor.name: value[piece.target] for piece in arch.pieces(row)}
         at = Mesh(tensor=size).at(rank)
         local = read_local(StoredCheckpoint(folder, manifest), row, "weight", at)
-        assert local.shape == shapes.local_shape(row, at)
+        assert local.shape == arch.local_shape(row, at)
         expected = torch.zeros_like(local)
-        for box in shapes.pieces(row, at):
+        for box in arch.pieces(row, at):
             expected[box.target] = whole[box.tensor.name][box.source]
         assert torch.equal(local, expected)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalite import shapes
+from megalite import arch
 from megalite.checkpoint import Grown, compare_models
 from megalite.config import ModelConfig
 from megalite.errors import CommandError
@@ -130,7 +130,7 @@ class _Drawn:
         generator = torch.Generator().manual_seed(7)
         self.tensors = {
             name: torch.randn(tensor.shape, generator=generator)
-            for name, tensor in shapes.tensors(model).items()
+            for name, tensor in arch.tensors(model).items()
         }
 
     def read(self, tensor: str, _state: str, target: torch.Tensor, box: Any) -> None:
@@ -141,11 +141,11 @@ def test_new_rows_are_the_mean_of_the_old_ones() -> None:
     """However the rows are cut, a weight and a bias alike; nothing else changes."""
     model = model_config(architecture="encoder", norm="layernorm")
     stored = _Drawn(model)
-    after = shapes.tensors(model.model_copy(update={"vocab_size": 70}))
+    after = arch.tensors(model.model_copy(update={"vocab_size": 70}))
     for name, tensor in after.items():
         old = stored.tensors[name]
         wanted = old
-        if tensor.split is shapes.Split.VOCABULARY:
+        if tensor.split is arch.Split.VOCABULARY:
             mean = old.double().mean(dim=0, keepdim=True).float()
             wanted = torch.cat((old, mean.expand(9, *old.shape[1:])))
         assert wanted.shape == tensor.shape

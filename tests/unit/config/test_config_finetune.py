@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import RunConfig, load_config, parse_config
 from megalite.errors import ConfigError
 from megalite.plan import make_plan
@@ -96,8 +96,8 @@ def test_what_is_filled_in() -> None:
 def test_what_learns() -> None:
     targets = {"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"]}
     config = made(section(adapter=targets), num_labels=3)
-    rows = shapes.parameters(config.model)
-    assert {row.name for row in rows if shapes.learns(config, row)} == {
+    rows = arch.parameters(config.model)
+    assert {row.name for row in rows if arch.is_trainable(config, row)} == {
         "score.weight",
         *(
             f"model.layers.{layer}.{name}.lora_{kind}"
@@ -106,18 +106,18 @@ def test_what_learns() -> None:
             for kind in "AB"
         ),
     }
-    found = {t.name: (t.shape, t.split) for t in shapes.tensors(config.model).values()}
-    split = shapes.Split
+    found = {t.name: (t.shape, t.split) for t in arch.tensors(config.model).values()}
+    split = arch.Split
     name = "model.layers.0.self_attn.v_proj"
     assert found[f"{name}.lora_A"] == ((4, 32), split.REPLICATED)
     assert found[f"{name}.lora_B"] == ((32, 4), split.HEADS)
     name = "model.layers.1.mlp.down_proj"
-    assert found[f"{name}.lora_A"] == ((4, 64), split.COLUMNS)
+    assert found[f"{name}.lora_A"] == ((4, 64), split.INPUT_DIM)
     assert found[f"{name}.lora_B"] == ((32, 4), split.REPLICATED)
     assert "model.layers.0.self_attn.k_proj.lora_A" not in found
     assert "lm_head.weight" not in found
     frozen = made(section("sft", freeze=["model.embed_tokens.*", "model.layers.0.*"]))
-    left = [row.name for row in shapes.parameters(frozen.model) if shapes.learns(frozen, row)]
+    left = [row.name for row in arch.parameters(frozen.model) if arch.is_trainable(frozen, row)]
     assert not any(name.startswith(("model.embed", "model.layers.0.")) for name in left)
     assert "model.layers.1.mlp.down_proj.weight" in left
 
@@ -129,7 +129,7 @@ def test_what_is_frozen_has_no_states(stage: int) -> None:
     config = parse_config(raw)
     plan = make_plan(config, world_size=2, device="cpu")
     learned = sum(
-        row.elements for row in shapes.parameters(config.model) if shapes.learns(config, row)
+        row.elements for row in arch.parameters(config.model) if arch.is_trainable(config, row)
     )
     assert learned < plan.parameters / 5
     memory = plan.memory_bytes

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megalite import shapes
+from megalite import arch
 from megalite.checkpoint import fill_model
 from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
 from megalite.errors import CommandError
@@ -68,7 +68,7 @@ def hidden_states(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     opened = HuggingFaceFolder(folder)
     config = opened.section.model_copy(update={"num_labels": 2})
     model = build(config).eval()
-    rows = {row.name for row in shapes.parameters(opened.section)}
+    rows = {row.name for row in arch.parameters(opened.section)}
     heads = [name for name, _ in model.named_parameters() if name not in rows]
     assert heads == ["score.weight"]
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megalite import shapes
+from megalite import arch
 from megalite.checkpoint.huggingface import (
     HuggingFaceFolder,
     export,
@@ -48,9 +48,9 @@ class InMemory:
 
     def __init__(self, model: LanguageModel, config: ModelConfig) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
-        rows = {row.name: row for row in shapes.parameters(config)}
+        rows = {row.name: row for row in arch.parameters(config)}
         for name, value in model.named_parameters():
-            for piece in shapes.pieces(rows[name]):
+            for piece in arch.pieces(rows[name]):
                 self.tensors[piece.tensor.name] = value.detach()[piece.target].clone()
 
     def read(self, tensor: str, _state: str, target: torch.Tensor, box: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megalite import files, shapes
+from megalite import arch, files
 from megalite.config import RunConfig, parse_config
 from megalite.formats import checkpoint as disk
 from megalite.model import LanguageModel, build
@@ -49,7 +49,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(tensor.shape, generator=generator)
-        for name, tensor in shapes.tensors(config.model).items()
+        for name, tensor in arch.tensors(config.model).items()
     }
     save_file(tensors, folder / "weights.safetensors")
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]

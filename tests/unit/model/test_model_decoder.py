@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import ModelConfig
 from megalite.model import LanguageModel, build
 from tests.factories import make_batch, make_model, model_config
@@ -209,11 +209,11 @@ def test_logits_against_transformers_llama(overrides: dict[str, Any]) -> None:
         )
     ).eval()
     parameters = dict(theirs.named_parameters())
-    assert set(parameters) == set(shapes.tensors(config))
+    assert set(parameters) == set(arch.tensors(config))
     with torch.no_grad():
-        for row in shapes.parameters(config):
+        for row in arch.parameters(config):
             ours = model.get_parameter(row.name)
-            for piece in shapes.pieces(row):
+            for piece in arch.pieces(row):
                 parameters[piece.tensor.name][piece.source] = ours[piece.target]
         ids = make_batch(config, samples=3, length=31).tensors["input_ids"]
         torch.testing.assert_close(model.logits(ids), theirs(ids).logits, rtol=0, atol=1e-5)
@@ -373,4 +373,4 @@ def test_parameters_are_the_tables(variant: str) -> None:
     """Names, order and shapes; `build` itself asserts the names."""
     config = model_config(**VARIANTS[variant])
     built = [(name, tuple(p.shape)) for name, p in build(config).named_parameters()]
-    assert built == [(p.name, shapes.local_shape(p)) for p in shapes.parameters(config)]
+    assert built == [(p.name, arch.local_shape(p)) for p in arch.parameters(config)]

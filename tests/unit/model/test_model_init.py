@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import ModelConfig
 from megalite.mesh import Mesh
 from megalite.model import build, initialize
@@ -40,10 +40,10 @@ class Local(nn.Module):
             (
                 row.name,
                 nn.Parameter(
-                    torch.full(shapes.local_shape(row, Mesh(tensor=size).at(0)), 9.0, dtype=dtype)
+                    torch.full(arch.local_shape(row, Mesh(tensor=size).at(0)), 9.0, dtype=dtype)
                 ),
             )
-            for row in shapes.parameters(config)
+            for row in arch.parameters(config)
         ]
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -64,13 +64,13 @@ def start(
 
 def canonical(config: ModelConfig, size: int, **kwargs: Any) -> dict[str, torch.Tensor]:
     """Whole tensors put together from the parts of all ranks."""
-    rows = {row.name: row for row in shapes.parameters(config)}
-    whole = {name: torch.full(t.shape, torch.nan) for name, t in shapes.tensors(config).items()}
+    rows = {row.name: row for row in arch.parameters(config)}
+    whole = {name: torch.full(t.shape, torch.nan) for name, t in arch.tensors(config).items()}
     for rank in range(size):
         local = Local(config, size)
         start(local, config, size=size, rank=rank, **kwargs)
         for name, parameter in local.named_parameters():
-            for piece in shapes.pieces(rows[name], Mesh(tensor=size).at(rank)):
+            for piece in arch.pieces(rows[name], Mesh(tensor=size).at(rank)):
                 whole[piece.tensor.name][piece.source] = parameter.detach()[piece.target]
     return whole
 
@@ -108,7 +108,7 @@ def test_a_rank_draws_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.torch, "randn", counted)
     start(Local(config, 1), config)
     whole = sum(drawn)
-    assert whole == sum(t.elements for t in shapes.tensors(config).values() if len(t.shape) > 1)
+    assert whole == sum(t.elements for t in arch.tensors(config).values() if len(t.shape) > 1)
     drawn.clear()
     start(Local(config, 4), config, size=4, rank=2)
     assert sum(drawn) < 0.4 * whole

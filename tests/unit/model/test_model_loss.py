@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalite import shapes
+from megalite.arch import chunk_rows, ends
 from megalite.env import has_compiler
 from megalite.model.heads import head_loss
 from megalite.model.loss import FusedLinearCrossEntropy
-from megalite.shapes import chunk_rows
 from tests.factories import make_batch, make_model, model_config
 
 R, D, V = 200, 12, 37  # chunks of 64 rows: three and a rest of 8
@@ -37,7 +36,7 @@ class Ops(TorchDispatchMode):
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs whole and in chunks of the smallest size."""
     if request.param == "four chunks":
-        monkeypatch.setattr(shapes, "_CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr(ends, "_CHUNK_ELEMENTS", 1)
         assert chunk_rows(V) == 64
 
 
@@ -196,7 +195,7 @@ def test_half_precision_keeps_an_fp32_loss_and_sum(fused: Loss, dtype: torch.dty
 
 def test_many_chunks_add_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """300 equal contributions: a sum in bf16 stops growing at 256 of them."""
-    monkeypatch.setattr(shapes, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(ends, "_CHUNK_ELEMENTS", 1)
     rows = 300 * 64
     hidden = torch.ones(rows, 2, dtype=torch.bfloat16)
     weight = torch.zeros(3, 2, dtype=torch.bfloat16, requires_grad=True)
@@ -250,7 +249,7 @@ def test_rows_around_a_chunk(fused: Loss, rows: int) -> None:
 def test_chunk_rows(
     monkeypatch: pytest.MonkeyPatch, elements: int, vocabulary: int, rows: int
 ) -> None:
-    monkeypatch.setattr(shapes, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(ends, "_CHUNK_ELEMENTS", elements)
     assert chunk_rows(vocabulary) == rows
 
 

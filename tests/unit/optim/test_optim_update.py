@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megalite import shapes
+from megalite import arch
 from megalite.engine.reference import (
     ReferenceEngine,
     clip_gradients,
@@ -199,7 +199,7 @@ def test_states_made_ahead_are_those_a_step_makes(
 ) -> None:
     """And a first step from them is the first step from none."""
     config = run_config(optimizer=optimizer)
-    assert {state_names(config, row) for row in shapes.parameters(config.model)} == {names}
+    assert {state_names(config, row) for row in arch.parameters(config.model)} == {names}
     ahead, eager = (setting(**optimizer) for _ in range(2))
     create_states(ahead[0])
     run(*ahead, [0.01, 0.01])
@@ -310,8 +310,8 @@ def test_evaluation_is_without_dropout_or_gradient() -> None:
 
 def test_the_decay_column_of_the_table_is_what_groups_read() -> None:
     config = run_config(model={"norm": "layernorm", "mlp_bias": True, "activation": "relu"})
-    for row in shapes.parameters(config.model):
-        assert row.decay == (len(shapes.local_shape(row)) == 2), row.name
+    for row in arch.parameters(config.model):
+        assert row.decay == (len(arch.local_shape(row)) == 2), row.name
 
 
 def test_the_norm_of_a_long_gradient_is_exact() -> None:

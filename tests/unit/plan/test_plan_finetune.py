@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megalite import shapes
+from megalite import arch
 from megalite.config import RunConfig, parse_config
 from megalite.plan import hardware_flops_per_token, make_plan
 from megalite.plan.memory import process_bytes
@@ -72,7 +72,7 @@ def test_a_classifier_has_no_vocabulary_to_choose_from(
     told = tuned("classification", section, architecture=kind, num_labels=labels)
     plan, same = (make_plan(one, world_size=1, device="cpu") for one in (run, told))
     assert plan == same
-    rows = shapes.parameters(told.model)
+    rows = arch.parameters(told.model)
     assert plan.parameters == sum(row.elements for row in rows)
     assert plan.memory_bytes["logits"] == 12 * 2 * labels
     products = sum(  # one token is written, and looks at those that are read

@@ -1,0 +1,44 @@
+"""A model as its parts: every parameter's name, shape, split and initial values, and every cost."""
+
+from megalite.arch.ends import chunk_rows, padded_targets
+from megalite.arch.network import (
+    base_model,
+    is_trainable,
+    is_trainable_under,
+    lengths,
+    network,
+    parameters,
+    stacks,
+    tensors,
+)
+from megalite.arch.table import (
+    CanonicalTensor,
+    Init,
+    ParameterSpec,
+    Piece,
+    Split,
+    local_shape,
+    needs_tp_grad_sum,
+    pieces,
+)
+
+__all__ = [
+    "CanonicalTensor",
+    "Init",
+    "ParameterSpec",
+    "Piece",
+    "Split",
+    "base_model",
+    "chunk_rows",
+    "is_trainable",
+    "is_trainable_under",
+    "lengths",
+    "local_shape",
+    "needs_tp_grad_sum",
+    "network",
+    "padded_targets",
+    "parameters",
+    "pieces",
+    "stacks",
+    "tensors",
+]

@@ -1,0 +1,72 @@
+"""The feed-forward net of a block. The letters are those of `megalite.arch.part`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megalite.arch.norms import in_forward_order, norm_rows
+from megalite.arch.part import Cost, Flow, Grads, Kept, Workload
+from megalite.arch.products import KERNELS, RESIDUAL_PASSES, ProductMessages, product_flops
+from megalite.arch.table import Init, ParameterSpec, Sees, Split, specify
+from megalite.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class MLP:
+    """The feed-forward net, gated or plain, and the norm of its residual branch; a block's end."""
+
+    def rows(self, model: ModelConfig, prefix: str) -> Iterator[ParameterSpec]:
+        """Yield the parameters; gate and up are fused into one product."""
+        width, inner = model.hidden_size, model.intermediate_size
+        yield from norm_rows(model, f"{prefix}post_attention_layernorm")
+        name, parts = f"{prefix}mlp.up_proj", ["up_proj"]
+        if model.gated:
+            name, parts = f"{prefix}mlp.gate_up_proj", ["gate_proj", "up_proj"]
+        weights = {part: (inner, width) for part in parts}
+        yield specify(f"{name}.weight", weights, Split.OUTPUT_DIM)
+        if model.mlp_bias:
+            biases = {part: (inner,) for part in parts}
+            yield specify(f"{name}.bias", biases, Split.OUTPUT_DIM)
+        down = f"{prefix}mlp.down_proj"
+        yield specify(f"{down}.weight", (width, inner), Split.INPUT_DIM, Init.SCALED_NORMAL)
+        if model.mlp_bias:
+            yield specify(f"{down}.bias", (width,), sees=Sees.OWN_TOKENS)
+
+    def follow(self, model: ModelConfig, specs: Sequence[ParameterSpec], flow: Flow) -> None:
+        """Lead the gradients through."""
+        ordered = in_forward_order(model, specs, "post_attention_layernorm")
+        flow.hidden = flow.through(ordered, flow.hidden)
+
+    def cost(
+        self, model: ModelConfig, specs: Sequence[ParameterSpec], load: Workload, grads: Grads
+    ) -> Cost:
+        """Return the cost of one block's feed-forward net."""
+        messages = ProductMessages(specs, model.hidden_size, load, grads)
+        stream, element = load.stream_width(model), load.element
+        inner, parts = model.intermediate_size // load.tensor, 2 if model.gated else 1
+        # what follows a block's last sum and is kept makes the recompute repeat that sum
+        follows = model.norm_position == "post" or model.hidden_dropout > 0
+        repeats = load.recompute and (follows or "mlp.down_proj" in messages.low)
+        up = "mlp.gate_up_proj" if model.gated else "mlp.up_proj"
+        # the first product, the activation, and the product of both halves
+        activated = (parts + 1) * inner
+        moved = RESIDUAL_PASSES[load.compiled] * stream + model.hidden_size + activated
+        moved += activated if load.compiled else 2 * activated
+        first = element * parts * inner
+        return Cost(
+            products=product_flops(specs, load.tokens, grads),
+            messages=(
+                *messages.column(up, load.batch_tokens),
+                *messages.row("mlp.down_proj", load.batch_tokens, again=repeats),
+            ),
+            kept=Kept(
+                norm=stream * load.norm_bytes,
+                values=2 * first + stream * load.dropout_bytes(model),
+                outputs=element * stream + first,
+                work=element * (2 * model.hidden_size + activated),
+                large=(first, *[element * inner] * parts),
+            ),
+            moved=element * load.batch_tokens * moved,
+            kernels=KERNELS[load.compiled],
+        )
