@@ -171,7 +171,8 @@ def measure(shape: str, chosen: argparse.Namespace) -> dict[str, Any]:
                     continue
                 peaks.append(peak(chosen.precision))
                 try:
-                    visits[name].append(visit(name, model, batch, chosen, folder, number))
+                    row = visit(name, model, batch, chosen, folder / f"{name}-{number}")
+                    visits[name].append(row)
                 except RuntimeError as error:
                     faults[name] = str(error)
                     sys.stderr.write(f"{name}: {error}\n")
@@ -233,16 +234,11 @@ print(statistics.median(rates))
 
 
 def visit(
-    name: str,
-    model: dict[str, Any],
-    batch: int,
-    chosen: argparse.Namespace,
-    folder: Path,
-    number: int,
+    name: str, model: dict[str, Any], batch: int, chosen: argparse.Namespace, place: Path
 ) -> dict[str, Any]:
     """One contestant's steps in a fresh process: seconds each, peak memory, time to the first."""
     contestant = CONTESTANTS[name]
-    log = folder / f"{name}-{number}.log"
+    log = place.with_suffix(".log")
     if contestant.peer:
         shape = json.dumps(
             {"model": model, "batch": batch, "steps": chosen.steps, "precision": chosen.precision}
@@ -250,7 +246,7 @@ def visit(
         script = str(Path(__file__).with_name("peers.py"))
         command = [chosen.peers, script, contestant.peer, shape]
     else:
-        command = ours(contestant, model, batch, chosen, folder, f"{name}-{number}")
+        command = ours(contestant, model, batch, chosen, place)
     environ = os.environ | {"OMP_NUM_THREADS": str(max(1, THREADS // contestant.ranks))}
     began = time.time()
     with open(log, "w", encoding="utf-8") as file:
@@ -262,7 +258,7 @@ def visit(
         told = json.loads(text.strip().splitlines()[-1])
         ends, memory = told["ends"], told["memory"]
     else:
-        lines = (folder / "runs" / f"{name}-{number}" / "metrics.jsonl").read_text().splitlines()
+        lines = (place.parent / "runs" / place.name / "metrics.jsonl").read_text().splitlines()
         rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
         memory = max(row["peak_memory_bytes"] for row in rows)
         ends = [row["time"] for row in rows]
@@ -280,13 +276,12 @@ def ours(
     model: dict[str, Any],
     batch: int,
     chosen: argparse.Namespace,
-    folder: Path,
-    name: str,
+    place: Path,
 ) -> list[str]:
     """The command of a run through the front door; its file is written."""
-    steps = chosen.steps
+    steps, folder = chosen.steps, place.parent
     run: dict[str, Any] = {
-        "name": name,
+        "name": place.name,
         "model": model,
         "data": {
             "train": [{"path": str(folder / "data")}],
@@ -310,7 +305,7 @@ def ours(
     run["training"]["log_every"] = run["training"]["log_every"] or max(1, steps // 3)
     if run["training"]["precision"] == "bf16" and run.get("deepspeed") == _stage(0):
         run["deepspeed"] = _stage(1)
-    path = folder / f"{name}.json"
+    path = folder / f"{place.name}.json"
     path.write_text(json.dumps(run), encoding="utf-8")
     launch = [sys.executable]
     if contestant.ranks > 1:

@@ -178,16 +178,28 @@ def _file(source: int, path: Path) -> _Found:
         raise CommandError(f"--input {name}: no regular file; a pipe or a device can be read once")
     if not os.access(name, os.R_OK):
         raise CommandError(f"--input {name}: this user may not read it")
-    stamps = (status.st_size, status.st_mtime_ns)
-    return _Found(source, kind_of(path), name, os.path.realpath(name), status.st_size, stamps)
+    return _Found(
+        source,
+        kind=kind_of(path),
+        path=name,
+        real=os.path.realpath(name),
+        size=status.st_size,
+        stamps=(status.st_size, status.st_mtime_ns),
+    )
 
 
 def _saved(source: int, folder: Path) -> _Found:
     files = [folder / "state.json", folder / "dataset_info.json", *sorted(folder.glob("*.arrow"))]
     found = [_file(source, file) for file in files]
     stamps = tuple([Path(one.real).name, *one.stamps] for one in found)
-    real = os.path.realpath(folder)
-    return _Found(source, "saved", str(folder), real, sum(one.size for one in found), stamps)
+    return _Found(
+        source,
+        kind="saved",
+        path=str(folder),
+        real=os.path.realpath(folder),
+        size=sum(one.size for one in found),
+        stamps=stamps,
+    )
 
 
 def _below(folder: Path) -> list[Path]:

@@ -52,9 +52,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse()
-    launch = env.find_launch()
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse options that contradict each other, before anything is loaded."""
     for name in ("limit", "batch_size", "tensor"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise CommandError(f"--{name.replace('_', '-')} {value}: give 1 or more")
@@ -62,6 +61,12 @@ def main() -> None:
         raise CommandError("--predictions are a classifier's, whom no --tasks asks: leave one out")
     if not arguments.tasks and (arguments.limit or arguments.task_path):
         raise CommandError("--limit and --task-path are of --tasks; name some, or leave them out")
+
+
+def main() -> None:
+    arguments = parse()
+    launch = env.find_launch()
+    check(arguments)
     checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint")  # before torch is imported
     logger.info("load PyTorch and %s", checkpoint)
     from data_prep.eval_examples import prepare_again

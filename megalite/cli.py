@@ -55,32 +55,36 @@ def run_main(
     setup(rank=rank)
     if ranks:
         end_with_agent()
+    code = _flush(_exit_code(main, rank), ranks=ranks)
+    logging.shutdown()
+    if ranks:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _exit_code(main: Callable[[], int | None], rank: int) -> int:
+    """Run `main`, report what it raised, and return the exit code."""
     try:
-        code = main() or 0
+        return main() or 0
     except UserError as error:
         if rank != 0:
             time.sleep(_GRACE_FOR_RANK_0)
         else:
             _print_error(error)
-        code = error.exit_code
+        return error.exit_code
     except Stopped as error:  # all ranks stop when one gets a signal; rank 0 reports it
         logger.info("%s", error)
-        code = error.exit_code
+        return error.exit_code
     except MegaLiteError as error:
         _print_error(error)
-        code = error.exit_code
+        return error.exit_code
     except KeyboardInterrupt:
-        code = 130
+        return 130
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         _silence(sys.stdout)
-        code = 141
+        return 141
     except Exception as error:
-        code = _print_fault(error)
-    code = _flush(code, ranks=ranks)
-    logging.shutdown()
-    if ranks:
-        os._exit(code)
-    sys.exit(code)
+        return _print_fault(error)
 
 
 def _print_error(error: MegaLiteError) -> None:

@@ -213,7 +213,15 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     It has torchrun's variables and one thread a rank. What another launcher said about this
     process is removed.
     """
-    launch = Launch(rank, world_size, rank, world_size, "127.0.0.1", port, "torchrun")
+    launch = Launch(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_world_size=world_size,
+        master_addr="127.0.0.1",
+        master_port=port,
+        source="torchrun",
+    )
     environ = os.environ.items()
     own = {key: value for key, value in environ if not launchers.is_launchers_own(key)}
     return own | _to_torchrun(launch) | {"OMP_NUM_THREADS": "1"}

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 from megalite.config.deepspeed_keys import zero_stage
 from megalite.config.faults import Fault, fault, show
+from megalite.config.finetune import ExamplesConfig, FinetuneConfig
 from megalite.config.model import ModelConfig
 from megalite.config.objective import source_length, spans, target_length
 from megalite.config.schema import RunConfig
-from megalite.config.tasks import find_task, optional_keys, tasks_with_key
+from megalite.config.tasks import TaskSpec, find_task, optional_keys, tasks_with_key
 
 
 def rule_faults(config: RunConfig) -> Iterator[Fault]:
@@ -130,12 +131,7 @@ def _finetune(config: RunConfig) -> Iterator[Fault]:
             f"{show(tuning.task)} needs an architecture {meant}, found {show(kind)}; name another "
             "task or model",
         )
-    for key in optional_keys():
-        *inner, last = key.split(".")
-        value = getattr(data if inner else tuning, last)
-        if value and key not in task.keys:
-            having = " and ".join(tasks_with_key(key))
-            yield fault(f"finetune.{key}", f"it has a meaning for {having} alone")
+    yield from _task_keys(tuning, task)
     if tuning.pooling and kind == "encoder_decoder":
         yield fault("finetune.pooling", "an encoder_decoder writes one token; leave it out")
     if tuning.class_weights and tuning.balance_classes:
@@ -144,12 +140,7 @@ def _finetune(config: RunConfig) -> Iterator[Fault]:
         yield fault("finetune.metric", f"{show(tuning.metric)} is of a classification; write loss")
     if (data.prompt_column is None) != (data.response_column is None):
         yield fault("finetune.data.prompt_column", "it goes with response_column: give both")
-    for split in ("valid", "test"):
-        if getattr(data, f"{split}_split") and getattr(data, f"{split}_fraction"):
-            key = f"finetune.data.{split}"
-            yield fault(f"{key}_split {key}_fraction", f"give it or {split}_fraction, not both")
-    if (data.valid_fraction or 0) + (data.test_fraction or 0) >= 1:
-        yield fault("finetune.data.valid_fraction", "with test_fraction it leaves no row to learn")
+    yield from _splits(data)
     if tuning.early_stopping and not has_held_out(config):
         yield fault("finetune.early_stopping", "it needs a valid or a test split to look at")
     if config.data.train or config.data.valid:
@@ -161,6 +152,26 @@ def _finetune(config: RunConfig) -> Iterator[Fault]:
         )
     if task.has_labels and config.parallel.sequence and kind == "encoder_decoder":
         yield fault("parallel.sequence finetune.task", "one written token cannot be shared; false")
+
+
+def _task_keys(tuning: FinetuneConfig, task: TaskSpec) -> Iterator[Fault]:
+    """Yield the keys that are set and do not apply to the task."""
+    for key in optional_keys():
+        *inner, last = key.split(".")
+        value = getattr(tuning.data if inner else tuning, last)
+        if value and key not in task.keys:
+            having = " and ".join(tasks_with_key(key))
+            yield fault(f"finetune.{key}", f"it has a meaning for {having} alone")
+
+
+def _splits(data: ExamplesConfig) -> Iterator[Fault]:
+    """Yield splits that are given twice, and fractions that leave nothing to train on."""
+    for split in ("valid", "test"):
+        if getattr(data, f"{split}_split") and getattr(data, f"{split}_fraction"):
+            key = f"finetune.data.{split}"
+            yield fault(f"{key}_split {key}_fraction", f"give it or {split}_fraction, not both")
+    if (data.valid_fraction or 0) + (data.test_fraction or 0) >= 1:
+        yield fault("finetune.data.valid_fraction", "with test_fraction it leaves no row to learn")
 
 
 def has_held_out(config: RunConfig) -> bool:

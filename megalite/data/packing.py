@@ -75,7 +75,12 @@ def pack(lengths: Ints, length: int, *, longer: Literal["cut", "leave out"]) -> 
     order = np.argsort(window, kind="stable")  # in a window, pieces lie in the documents' order
     bounds = np.concatenate([[0], np.cumsum(np.bincount(window))])
     return Packing(
-        length, bounds, documents[order], starts[order], pieces[order], np.flatnonzero(out)
+        length,
+        bounds,
+        documents=documents[order],
+        starts=starts[order],
+        lengths=pieces[order],
+        left_out=np.flatnonzero(out),
     )
 
 

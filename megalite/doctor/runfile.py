@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from megalite.config import RunConfig, find_run, load_config, stated_model
 from megalite.doctor.row import GIB, Row
-from megalite.env import Launch
 from megalite.errors import ConfigError
+from megalite.launchers import ALONE
 from megalite.plan import make_plan
 
 
@@ -60,7 +61,7 @@ def memory(config: RunConfig) -> Row:
     device: Literal["cpu", "cuda"] = "cuda" if gpus else "cpu"
     ranks = gpus or config.parallel.tensor
     plan = make_plan(config, world_size=ranks, device=device)
-    launch = Launch(0, ranks, 0, ranks, "127.0.0.1", 0, "python")
+    launch = replace(ALONE, world_size=ranks, local_world_size=ranks)
     if faults := hardware_faults(config, plan, launch, device):
         return Row("fail", "\n".join(faults), "more hosts: see launcher/plan.py --nodes")
     size = plan.memory_bytes["total"] / GIB

@@ -278,7 +278,16 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
     tokenizer = load_tokenizer(tokenizer_folder)
     _compare_vocabularies(folder, config, tokenizer)
     return LoadedModel(
-        folder, config, local, run, model, tokenizer, tokenizer_folder, sha256, device, data
+        folder=folder,
+        config=config,
+        local=local,
+        run=run,
+        model=model,
+        tokenizer=tokenizer,
+        tokenizer_folder=tokenizer_folder,
+        tokenizer_sha256=sha256,
+        device=device,
+        data_fingerprint=data,
     )
 
 

@@ -190,7 +190,15 @@ def read_index(path: Path, *, check: bool = True) -> Index:
         _check_sequences(path, lengths, pointers, header.dtype.itemsize)
         _check_documents(path, documents, S)
     tokens = int(pointers[-1]) // header.dtype.itemsize + int(lengths[-1]) if S else 0
-    return Index(header.dtype, lengths, pointers, documents, modes, tokens, header)
+    return Index(
+        dtype=header.dtype,
+        lengths=lengths,
+        pointers=pointers,
+        documents=documents,
+        modes=modes,
+        tokens=tokens,
+        header=header,
+    )
 
 
 def _check_sequences(path: Path, lengths: Integers, pointers: Integers, itemsize: int) -> None:

@@ -41,6 +41,28 @@ def refuse_half_a_cluster(env: Mapping[str, str]) -> None:
     Raises:
         LaunchError: what announces them, and which launcher to use.
     """
+    _refuse_half_an_mpi(env)
+    for key in _BARE_RANKS:
+        if env.get(key):
+            _refuse(
+                env, key, "but nothing gives the number of ranks", "use mpirun, srun or torchrun"
+            )
+    if _asks_for_several(env.get("PET_NPROC_PER_NODE", "")):
+        _refuse(env, "PET_NPROC_PER_NODE", "is for torchrun, and torchrun did not start this")
+    _refuse_one_of_several_hosts(env)
+    if env.get("PBS_TASKNUM", "1") not in ("", "0", "1"):
+        _refuse(env, "PBS_TASKNUM", "names one of several tasks", "start the ranks with mpirun")
+    if env.get("K_MPI_JOB_ROLE"):
+        _refuse(env, "K_MPI_JOB_ROLE", "is for ranks of mpirun", "start it with mpirun")
+    hosts = len(hosts_of_job(env))
+    if hosts > 1:
+        raise LaunchError(
+            f"a world of 1 rank inside a job of {hosts} hosts: the other hosts would idle; start "
+            "the ranks with mpirun, or ask for one host"
+        )
+
+
+def _refuse_half_an_mpi(env: Mapping[str, str]) -> None:
     for mpi in MPI_LAUNCHERS:
         found = [key for key in mpi.keys if env.get(key)]
         whole = any(env.get(key) for key in mpi.rank) and any(env.get(key) for key in mpi.size)
@@ -49,13 +71,9 @@ def refuse_half_a_cluster(env: Mapping[str, str]) -> None:
                 keys[0] for keys in (mpi.rank, mpi.size) if not any(env.get(key) for key in keys)
             )
             _refuse(env, found[0], f"but {missing} missing ({mpi.name})", "start it with mpirun")
-    for key in _BARE_RANKS:
-        if env.get(key):
-            _refuse(
-                env, key, "but nothing gives the number of ranks", "use mpirun, srun or torchrun"
-            )
-    if _asks_for_several(env.get("PET_NPROC_PER_NODE", "")):
-        _refuse(env, "PET_NPROC_PER_NODE", "is for torchrun, and torchrun did not start this")
+
+
+def _refuse_one_of_several_hosts(env: Mapping[str, str]) -> None:
     for key in _HOST_COUNTS:
         if _asks_for_several(env.get(key, "").partition(":")[0]):
             _refuse(env, key, "says several hosts, but RANK does not say which rank this is")
@@ -68,16 +86,6 @@ def refuse_half_a_cluster(env: Mapping[str, str]) -> None:
         hosts = _count_hosts(env.get(key, ""))
         if hosts > 1:
             _refuse(env, key, f"names {hosts} hosts, but RANK does not say which rank this is")
-    if env.get("PBS_TASKNUM", "1") not in ("", "0", "1"):
-        _refuse(env, "PBS_TASKNUM", "names one of several tasks", "start the ranks with mpirun")
-    if env.get("K_MPI_JOB_ROLE"):
-        _refuse(env, "K_MPI_JOB_ROLE", "is for ranks of mpirun", "start it with mpirun")
-    hosts = len(hosts_of_job(env))
-    if hosts > 1:
-        raise LaunchError(
-            f"a world of 1 rank inside a job of {hosts} hosts: the other hosts would idle; start "
-            "the ranks with mpirun, or ask for one host"
-        )
 
 
 def _refuse(

@@ -21,7 +21,15 @@ class Launch:
     source: str  # "torchrun" (deepspeed uses the same variables), "srun", an MPI, or "python"
 
 
-ALONE = Launch(0, 1, 0, 1, "127.0.0.1", 0, "python")
+ALONE = Launch(
+    rank=0,
+    world_size=1,
+    local_rank=0,
+    local_world_size=1,
+    master_addr="127.0.0.1",
+    master_port=0,
+    source="python",
+)
 
 
 def is_number(value: str) -> bool:

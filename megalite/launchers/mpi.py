@@ -41,11 +41,11 @@ MPI_LAUNCHERS = (
     _comm_world("jsrun", "JSM_NAMESPACE"),
     MpiLauncher(
         "Flux",
-        ("FLUX_TASK_RANK",),
-        ("FLUX_JOB_SIZE",),
-        ("FLUX_TASK_LOCAL_ID",),
-        (),
-        ("FLUX_JOB_NNODES",),
+        rank=("FLUX_TASK_RANK",),
+        size=("FLUX_JOB_SIZE",),
+        local_rank=("FLUX_TASK_LOCAL_ID",),
+        local_size=(),
+        hosts=("FLUX_JOB_NNODES",),
     ),
     MpiLauncher(
         "Intel MPI or MPICH",

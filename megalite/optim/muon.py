@@ -133,11 +133,7 @@ def orthogonalize(
         result = torch.zeros_like(whole)
         given, made = _views(whole, tensors), _views(result, tensors)
         held = [fragment for fragment in batch if fragment.length]
-        for fragment in held:
-            part = _zeros(fragment, grid)  # and zero it stays where other ranks have it
-            fragment.in_part(part).copy_(fragment.in_flat(update_n))
-            for piece in arch.pieces(fragment.row, grid.at):
-                given[piece.tensor.name][piece.source] = part[piece.target]
+        _put_together(held, update_n, given, grid)
         if size > 1:
             dist.all_reduce(whole, group=group)
         for number, tensor in enumerate(tensors):
@@ -146,11 +142,29 @@ def orthogonalize(
                 made[tensor.name].copy_(newton_schulz(given[tensor.name]).mul_(step))
         if size > 1:
             dist.all_reduce(result, group=group)
-        for fragment in held:
-            part = _zeros(fragment, grid)
-            for piece in arch.pieces(fragment.row, grid.at):
-                part[piece.target] = made[piece.tensor.name][piece.source]
-            fragment.in_flat(update_n).copy_(fragment.in_part(part))
+        _take_apart(held, update_n, made, grid)
+
+
+def _put_together(
+    fragments: list[Fragment], update_n: Tensor, tensors: dict[str, Tensor], grid: Grid
+) -> None:
+    """Copy this rank's fragments into the canonical tensors, which are zero elsewhere."""
+    for fragment in fragments:
+        part = _zeros(fragment, grid)  # elements of other ranks stay zero
+        fragment.in_part(part).copy_(fragment.in_flat(update_n))
+        for piece in arch.pieces(fragment.row, grid.at):
+            tensors[piece.tensor.name][piece.source] = part[piece.target]
+
+
+def _take_apart(
+    fragments: list[Fragment], update_n: Tensor, tensors: dict[str, Tensor], grid: Grid
+) -> None:
+    """Copy this rank's fragments out of the canonical tensors."""
+    for fragment in fragments:
+        part = _zeros(fragment, grid)
+        for piece in arch.pieces(fragment.row, grid.at):
+            part[piece.target] = tensors[piece.tensor.name][piece.source]
+        fragment.in_flat(update_n).copy_(fragment.in_part(part))
 
 
 def _batches(fragments: Iterable[Fragment]) -> Iterator[list[Fragment]]:

@@ -297,15 +297,7 @@ def make_device(told: Mapping[str, Any]) -> Device:
 
 def _value_faults(key: str, value: Any) -> Iterator[str]:
     if key == "efficiencies":
-        if not isinstance(value, Mapping):
-            yield f"{key}: expected an object of shares, found {show(value)}"
-            return
-        for name, share in value.items():
-            if name not in _EFFICIENCIES:
-                hint = nearest(name, _EFFICIENCIES) or f"; it is one of {', '.join(_EFFICIENCIES)}"
-                yield f"{key}.{show(name)}: unknown key{hint}"
-            elif fault := number_fault(f"{key}.{name}", share, _EFFICIENCIES[name]):
-                yield fault
+        yield from _efficiency_faults(key, value)
     elif key in _RANGES:
         fault = number_fault(key, value, _RANGES[key])
         if fault and not (value is None and key in PRECISIONS):
@@ -318,6 +310,20 @@ def _value_faults(key: str, value: Any) -> Iterator[str]:
         yield f"{key}: expected text in quotes, found {show(value)}"
     elif key == "name" and not _is_file_name(value):
         yield f"{key}: {show(value)} is no file's name, which it becomes; write a plain word"
+
+
+def _efficiency_faults(key: str, value: Any) -> Iterator[str]:
+    if not isinstance(value, Mapping):
+        yield f"{key}: expected an object of shares, found {show(value)}"
+        return
+    for name, share in value.items():
+        if name not in _EFFICIENCIES:
+            hint = nearest(name, _EFFICIENCIES) or f"; it is one of {', '.join(_EFFICIENCIES)}"
+            yield f"{key}.{show(name)}: unknown key{hint}"
+            continue
+        fault = number_fault(f"{key}.{name}", share, _EFFICIENCIES[name])
+        if fault:
+            yield fault
 
 
 def _is_file_name(name: str) -> bool:

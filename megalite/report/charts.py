@@ -161,11 +161,11 @@ def chart(panel: Panel, records: Sequence[Record]) -> dict[str, Any] | None:
         "panel": panel,
         "x": across,
         "y": up,
-        "curves": [_curve(panel, *one, across, up) for one in found],
+        "curves": [_curve(panel, *one, across=across, up=up) for one in found],
     }
 
 
-def _curve(panel: Panel, index: int, x: Numbers, y: Numbers, across: Axis, up: Axis) -> Any:
+def _curve(panel: Panel, index: int, x: Numbers, y: Numbers, *, across: Axis, up: Axis) -> Any:
     at = thin(y)
     lines = {"raw": _line(x[at], y[at], across, up)}
     if panel.smooth and len(y) >= _SMOOTHED_FROM:
