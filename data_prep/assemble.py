@@ -99,12 +99,12 @@ def _cut(run: Run, join: ShardPlan, shard_tokens: int) -> ShardPlan:
 
 
 def write_shard_plans(run: Run, joins: Sequence[ShardPlan]) -> None:
-    """Let the workers know what was planned."""
+    """Publish the plan of the shards to the workers."""
     write(run.join, [asdict(join) for join in joins])
 
 
 def read_shard_plans(run: Run) -> list[ShardPlan]:
-    """What was planned; FileNotFoundError where the run is over."""
+    """Return the plan of the shards. Raise FileNotFoundError if the run is over."""
     if (found := read(run.join)) is None:
         raise FileNotFoundError(run.join)
     return [ShardPlan(**join) for join in found]
@@ -133,7 +133,9 @@ def write_shards(
 
 
 def _write_shard(run: Run, join: ShardPlan, number: int, piece: str, encoder: Encoder) -> None:
-    """One shard, made apart and renamed into place: another worker may be at the same one."""
+    """Write one shard in a folder of its own and rename it into place. Another worker may write the
+    same shard at the same time.
+    """
     name, size = shard_name(number), encoder.tokenizer.vocab_size
     making = run.folder / f"making-{piece}-{secrets.token_hex(4)}"
     making.mkdir()
@@ -153,7 +155,7 @@ def shard_name(number: int) -> str:
 
 
 def read_shards(run: Run, join: ShardPlan) -> list[ShardInfo]:
-    """What the shards turned out to be, once all are done."""
+    """Return the facts about all shards, once they are written."""
     files = (run.folder / f"{piece}.json" for piece in join.pieces())
     return [ShardInfo.model_validate(read(file)) for file in files]
 
@@ -177,7 +179,7 @@ def kept(run: Run, join: ShardPlan, place: int) -> Counts:
 def _documents(
     run: Run, join: ShardPlan, place: int, start: int, end: int
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Documents of a part that stay: their tokens in a row, and their lengths."""
+    """Return the documents of a part that stay: their tokens as one array, and their lengths."""
     name, _ = join.parts[place]
     ends = np.cumsum(lengths := _array(run, name, "lengths"))
     begin, stop = int(ends[start - 1]) if start else 0, int(ends[end - 1])

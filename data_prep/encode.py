@@ -59,7 +59,7 @@ _SPLIT_BY = "BLAKE2b hash of each document's text: the lowest valid_fraction is 
 
 @dataclass
 class _Task:
-    """What a rank works with."""
+    """The encoder, the work folder and the place of a rank."""
 
     encoder: Encoder
     folder: WorkFolder
@@ -68,11 +68,11 @@ class _Task:
 
     @property
     def places(self) -> int:
-        """Workers of all ranks."""
+        """Number of workers on all ranks."""
         return self.ranks * self.encoder.options.workers
 
     def work(self, run: Run, streams: Sequence[Stream], number: int) -> None:
-        """All that a worker does beside the leader: encode, wait for the plan, write shards."""
+        """Do the work of one worker: encode, wait for the plan, write shards."""
         place = self.rank * self.encoder.options.workers + number
         worker = Worker(run, streams, self.encoder, place=place, places=self.places)
         worker.encode_all()
@@ -80,12 +80,12 @@ class _Task:
         self.write_shards(run, place)
 
     def write_shards(self, run: Run, place: int) -> None:
-        """Those that nobody has begun, each worker from another one on."""
+        """Write shards that nobody has begun. Each worker starts from another shard."""
         share = min(place / self.places, 0.999)  # the leader of other workers stands behind them
         write_shards(run, read_shard_plans(run), self.encoder, wanted=run.claim, share=share)
 
     def pool(self, run: Run, streams: Sequence[Stream]) -> WorkerPool:
-        """The workers of this rank beside the calling process, which works where it is alone."""
+        """Return the workers of this rank. Without workers, the calling process does their work."""
         count = self.encoder.options.workers
         if all(stream.parts is not None for stream in streams):
             count = min(count, sum(stream.parts or 0 for stream in streams))
@@ -207,7 +207,7 @@ def _follow(task: _Task) -> Manifest:
 
 @contextmanager
 def _failing(run: Run) -> Iterator[None]:
-    """What goes wrong here stops all ranks."""
+    """Stop all ranks if the block raises an error."""
     try:
         yield
     except FileNotFoundError:
@@ -218,7 +218,7 @@ def _failing(run: Run) -> Iterator[None]:
 
 
 def _parts(run: Run, worker: Worker, streams: Sequence[Stream]) -> list[tuple[int, str]]:
-    """Every part in input order: the number of its --input, and its name."""
+    """Return every part in input order: the number of its --input, and its name."""
     parts = []
     for stream, key in zip(streams, worker.keys, strict=True):
         last = run.last(key) if stream.parts is None else stream.parts - 1

@@ -54,10 +54,10 @@ def prepare(
     one publishes it.
 
     Args:
-        tokenizer: that of the model started from, for where finetune.data.tokenizer is null; where
-            both are, one is learned from the training split.
-        chat_template: the tokenizer's own, where the caller knows it.
-        measured: what messages call the training split where nothing is learned from it.
+        tokenizer: that of the model started from, used if finetune.data.tokenizer is null. If both
+            are null, a tokenizer is learned from the training split.
+        chat_template: the tokenizer's own, if the caller knows it.
+        measured: what messages call the training split if nothing is learned from it.
         unlabelled: whether rows may be without a label.
     Raises:
         DataError: data, a tokenizer or a template that cannot be used; too many bad rows.

@@ -17,7 +17,7 @@ from data_prep.streams import ReaderSpec, Stream, even_parts
 
 
 class LineFile:
-    """A file that gives its lines part by part, in any order of parts.
+    """A file whose lines are read part by part, in any order of parts.
 
     Between parts it stays where it is. No line begins after `_last` and before `_position`; one
     begins at `_position` if `_fresh`, else that is within a line longer than the part.
@@ -36,10 +36,10 @@ class LineFile:
         self._position, self._last, self._fresh = 0, -1, True
         self._before = 0  # newlines before the part's first line; of packed files alone
         self._first = self._taken = 0  # the part's first line's offset, and lines given since
-        self._first_disk = 0  # where that was read from
+        self._first_disk = 0  # and its place on disk
 
     def part(self, start: int, stop: int) -> Iterator[bytes]:
-        """The lines that begin at `start` or later and before `stop`, with their ends.
+        """Yield the lines that begin at `start` or later and before `stop`, with their ends.
 
         A byte order mark at the beginning of the file is left out. Memory holds a buffer, and a
         line.
@@ -58,7 +58,7 @@ class LineFile:
                 yield line if self._last else line.removeprefix(codecs.BOM_UTF8)
 
     def records(self, text_field: str, start: int = 0, stop: int = sys.maxsize) -> Iterator[Record]:
-        """The documents in the lines of a part, or of the whole file; errors as `part`."""
+        """Yield the documents in the lines of a part, or of the whole file; errors as `part`."""
         stripped = (line.strip(b" \t\r\n") for line in self.part(start, stop))
         text_of = partial(text_of_json, text_field=text_field)
         return records(
@@ -77,18 +77,20 @@ class LineFile:
             self.consumed = min(stop, stream.size) - start
 
     def number(self) -> int:
-        """The number of the line given last, from 1; of a plain file, counted when first asked."""
+        """Return the number of the last line that was read, from 1."""
         if not self._packed:
             self._before = self._count_plain(self._first)
         return self._before + self._taken
 
     def ends_by(self, stop: int) -> bool:
-        """After a part that ends there: whether the unpacked file does too, or ended before."""
+        """Return whether the unpacked file ends at `stop` or before, after a part that ends at
+        `stop`.
+        """
         with named_damage(self.path):
             return self._position <= stop and not self.file.bytes.peek(1)
 
     def disk_bytes(self) -> int:
-        """About how many bytes on disk the part took."""
+        """Return about how many bytes on disk the part took."""
         return self.file.tell_disk() - self._first_disk
 
     def close(self) -> None:
@@ -127,7 +129,9 @@ class LineFile:
             self._before += piece.count(b"\n")
 
     def _count_plain(self, offset: int) -> int:
-        """Newlines before `offset`; goes on from the last count where that is not beyond it."""
+        """Return the newlines before `offset`. Continue from the last count if that is not beyond
+        it.
+        """
         at, lines = self._counted if self._counted[0] <= offset else (0, 0)
         with open(self.path, "rb", 0) as file:
             file.seek(at)

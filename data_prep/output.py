@@ -1,4 +1,4 @@
-"""Where a command writes: a staging folder beside the output, published by one rename."""
+"""Output of a command: a staging folder next to the final one, published by one rename."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def _first_parent(output: Path) -> Path:
 
 
 def refuse_taken(output: Path, option: str = "--output") -> None:
-    """Raises CommandError where something is at `output` but an empty folder."""
+    """Raise CommandError if `output` exists and is not an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CommandError(f"{option} {output} exists and is not empty; name a new folder")
 
 
 @contextmanager
 def tidied(output: Path) -> Iterator[None]:
-    """Folders above `output` that were made in the block vanish if it fails and they are empty."""
+    """Remove the folders above `output` that the block created, if it fails and they are empty."""
     missing = [parent for parent in output.parents if not parent.exists()]
     try:
         yield
@@ -95,7 +95,8 @@ def tidied(output: Path) -> Iterator[None]:
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `output` when the block ends, and vanishes if it fails.
+    """Give a folder to write into. It becomes `output` when the block ends, and is removed if it
+    fails.
 
     Raises:
         CommandError: `output` exists and is not an empty folder.

@@ -15,7 +15,7 @@ from megalite.errors import DataError
 
 
 class PartReader:
-    """Reads parts, and keeps a stream open for its next part.
+    """Reader of the parts of streams; it keeps a stream open for its next part.
 
     Memory holds one record, a few rows of a table, or a buffer. Parts may be read in any order.
     Rising parts of a compressed file decompress it once.

@@ -31,7 +31,7 @@ def shown(run: Run, streams: Sequence[Stream], limit: int) -> Iterator[None]:
         if (bad := _sum(reports, "bad_records")) > limit:
             run.fail(
                 DataError(
-                    f"{bad} bad records, more than --max-bad-records {limit} allows: mend the "
+                    f"{bad} bad records, more than --max-bad-records {limit} allows: fix the "
                     "input, or allow more; the first ones are named above"
                 )
             )

@@ -71,7 +71,7 @@ def inspect(folder: Path, document: int | None, picture: Path | None = None) -> 
 
 @dataclass
 class Lengths:
-    """How many documents have which number of tokens.
+    """Histogram of the number of tokens in documents.
 
     Lengths of 4,096 and more are counted by their 12 leading bits, so that there are few of them;
     `shortest` and `longest` are exact.
@@ -83,7 +83,7 @@ class Lengths:
 
     @classmethod
     def of(cls, shards: ShardSet) -> Lengths:
-        """The lengths of a folder's documents, gone through shard by shard."""
+        """Return the lengths of a folder's documents, read shard by shard."""
         found = cls()
         for shard in range(len(shards.manifest.shards)):
             found.add(shards.document_lengths(shard))
@@ -101,14 +101,15 @@ class Lengths:
         self.counts.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
 
     def below(self, share: float) -> int:
-        """The least length that at least this share of the documents does not exceed."""
+        """Return the least length that at least this share of the documents does not exceed."""
         values = sorted(self.counts)
         ends = np.cumsum([self.counts[value] for value in values])
         place = int(np.searchsorted(ends, share * ends[-1])) if values else 0
         return values[place] if values else 0
 
     def bins(self) -> list[tuple[int, int, int]]:
-        """(first length, last length, documents) of each bar: octaves in 1, 2, 4 or 8 equal parts.
+        """Return (first length, last length, documents) of each bar: octaves in 1, 2, 4 or 8 equal
+        parts.
 
         The most parts are taken that make 24 bars at most, else 1. Documents without tokens have a
         bar of their own.
@@ -123,7 +124,7 @@ class Lengths:
         ]
 
     def _edges(self, parts: int) -> list[int]:
-        """Of the bars from the shortest document's to the longest one's."""
+        """Return the edges of the bars, from the shortest document's to the longest one's."""
         octaves = range(self.longest.bit_length() + 1)
         steps = {int(2**octave * (1 + part / parts)) for octave in octaves for part in range(parts)}
         edges = sorted({0, *steps})
@@ -172,7 +173,7 @@ def _sources(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _bars(lengths: Lengths) -> Iterator[str]:
-    """The histogram in block characters, a line for each bar."""
+    """Return the histogram in block characters, a line for each bar."""
     bins = lengths.bins() if lengths.counts else []
     total, most = sum(count for *_, count in bins), max((count for *_, count in bins), default=0)
     wide = len(f"{bins[-1][1]:,}") if bins else 0
@@ -185,12 +186,12 @@ def _bars(lengths: Lengths) -> Iterator[str]:
         yield f"{label}  {bar:{_BAR}s}  {count:>9,}  {100 * count / total:5.1f} %"
 
 
-# Of the drawing, in its own units.
+# Sizes of the drawing, in its own units.
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _FLOOR = 800, 350, 70, 720, 60, 290
 
 
 def _svg(title: str, lengths: Lengths) -> str:
-    """The histogram as a drawing, with lines at the median and at 90 % of the documents."""
+    """Return the histogram as a drawing, with lines at the median and at 90 % of the documents."""
     bins = lengths.bins() if lengths.counts else [(0, 0, 0)]
     total, most = sum(lengths.counts.values()), max(max(count for *_, count in bins), 1)
     step = (_RIGHT - _LEFT) / len(bins)
@@ -233,7 +234,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start", *, size: int = 1
 
 
 def _place(bins: Sequence[tuple[int, int, int]], length: int) -> float:
-    """Where a length lies on an axis on which every bar is 1 wide."""
+    """Return the position of a length on an axis on which every bar is 1 wide."""
     for place, (low, high, _) in enumerate(bins):
         if length <= high:
             return place + (length - low) / (high + 1 - low)

@@ -30,7 +30,7 @@ class TooSlow(TemplateError):
 
 class _Code(CodeGenerator):
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        """As Jinja's own, but the sandbox sees what is put together with `~`."""
+        """Compile `~` as Jinja does, but let the sandbox see the result."""
         self.write("environment.join_values((")
         for part in node.nodes:
             self.visit(part, frame)
@@ -68,7 +68,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Any:
-        """As Jinja's own, whose result stands for `text.format`; with the check of its widths."""
+        """Return Jinja's own replacement of `text.format`, with a check of its widths."""
         wrapped = super().wrap_str_format(value)
         if wrapped is None:
             return None
@@ -88,7 +88,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
 
 def _limited_join(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Jinja's filter `join`, which refuses what makes a value too large."""
+    """Return Jinja's filter `join`, which refuses to make a value too large."""
 
     @wraps(function)
     def limited(context: Any, value: Any, d: str = "", attribute: Any = None) -> Any:
@@ -107,7 +107,7 @@ def _joinable(parts: Any, between: str) -> list[Any]:
 
 
 def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that refuses what `_check` does."""
+    """Return a filter that refuses what `_check` refuses."""
 
     @wraps(function)  # Jinja's marks of what it is passed first, too
     def limited(*args: Any, **kwargs: Any) -> Any:
@@ -160,7 +160,7 @@ def in_time() -> Iterator[None]:
 
 
 def collect(blocks: Iterable[str], into: list[str]) -> None:
-    """Append the pieces of a rendering to a list; TemplateError where they are too many."""
+    """Append the pieces of a rendering to a list. Raise TemplateError if they are too many."""
     length = 0
     for block in blocks:
         into.append(block)

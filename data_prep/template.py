@@ -24,7 +24,7 @@ Spans: TypeAlias = "list[tuple[int, int]]"
 
 
 class _Generation(Extension):
-    """`{% generation %}` ... `{% endgeneration %}`: where the assistant's words are."""
+    """Jinja tags `{% generation %}` ... `{% endgeneration %}` around the assistant's words."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -109,7 +109,7 @@ class Template:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
-    """Without the escapes of HTML that Jinja's own filter makes."""
+    """Return JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
 

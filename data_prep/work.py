@@ -65,7 +65,7 @@ class TokenizeOptions:
         return self.deduplicate or self.valid_fraction is not None
 
     def recorded(self) -> dict[str, Any]:
-        """What the manifest keeps: all that the shards depend on, and nothing else."""
+        """Return the options that decide the shards, for the manifest."""
         kept = asdict(self)
         del kept["output"], kept["workers"], kept["valid_output"]
         if self.valid_fraction is None:
@@ -73,7 +73,7 @@ class TokenizeOptions:
         return {**kept, "inputs": list(self.inputs)}
 
     def asked(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """What two runs have in common that can share their work."""
+        """Return the options that two runs must share to share their work."""
         begins = bool(tokenizer.prefix_ids) if self.bos is None else self.bos
         asked = self.recorded() | {"tokenizer": tokenizer.sha256, "bos": begins}
         if self.valid_output is not None:
@@ -84,7 +84,7 @@ class TokenizeOptions:
 
 @dataclass
 class Counts:
-    """What came of some of the input; `bytes` are of UTF-8 text, `consumed` of files on disk."""
+    """Counts of documents and tokens; `bytes` are of UTF-8 text, `consumed` of files on disk."""
 
     documents: int = 0
     bytes: int = 0
@@ -99,7 +99,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Part:
-    """What the file of a part says of itself."""
+    """Header of the file of an encoded part."""
 
     tally: Counts
     ended: bool  # no part of the stream follows
@@ -127,7 +127,7 @@ class Encoder:
         self.dtype: Dtype = dtype_for(tokenizer.vocab_size)
 
     def encode(self, texts: Sequence[str]) -> tuple[Integers, npt.NDArray[np.int64]]:
-        """The ids of all texts in a row, in the shards' dtype, and how many are each one's.
+        """Return the ids of all texts as one array, in the shards' dtype, and each text's length.
 
         Raises:
             DataError: an id outside the vocabulary, which no dtype would hold unharmed.
@@ -153,7 +153,7 @@ class Encoder:
         return tokens, lengths
 
     def key(self, stream: Stream) -> str:
-        """The name of a stream's parts: a hash of all that their content depends on."""
+        """Return the name of a stream's parts: a hash of everything that decides their content."""
         text_field, hashes = self.options.text_field, self.options.hashes
         begins = self._before if len(self._before) > 1 else self.bos
         made_by = [self.tokenizer.sha256, begins, self.eos, text_field, hashes]
@@ -166,10 +166,10 @@ def part_name(key: str, part: int) -> str:
 
 
 class PartScheduler:
-    """Which part a worker takes next.
+    """Choice of the part that a worker takes next.
 
-    Workers begin at different places of the input, so that they meet late. A packed file is read
-    on by the one that began it, and shared where nothing else is left.
+    Workers begin at different places of the input, so that they meet late. The worker that began
+    a compressed file continues it; others share it only when nothing else is left.
 
     Args:
         start: where to begin, a share of the input in [0, 1).
@@ -189,7 +189,7 @@ class PartScheduler:
         self._reading: int | None = None
 
     def take(self) -> tuple[int, int] | None:
-        """A stream's number and a part of it that is now this worker's; None if none is left."""
+        """Return a stream's number and a part that is now this worker's; None if none is left."""
         if self._reading is not None and (found := self._next_of(self._reading)):
             return found
         for number, part in self._places:
@@ -218,7 +218,7 @@ class PartScheduler:
 
 
 class Worker:
-    """Encodes parts until all are done.
+    """Worker that encodes parts until all are done.
 
     Args:
         place: of this worker among `places`; the leader of other workers stands behind them.
@@ -246,7 +246,7 @@ class Worker:
             self._reader.close()
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """Until `ready`; parts that their workers seem to have left are done here meanwhile.
+        """Wait until `ready`. Meanwhile, do the parts that their workers seem to have left.
 
         Raises:
             FileNotFoundError: the run is over.
@@ -310,7 +310,7 @@ class Worker:
     def _batches(
         self, stream: Stream, part: int, tally: Counts, faults: list[str]
     ) -> Iterator[list[str]]:
-        """The documents of a part, about a million characters a time."""
+        """Yield the documents of a part, about a million characters at a time."""
         batch, characters = list[str](), 0
         for record in self._reader.read(stream, part):
             if isinstance(record, Fault):
@@ -332,14 +332,14 @@ class Worker:
 
 
 def read_header(path: Path) -> Part:
-    """What a part's file says of itself."""
+    """Return the header of a part's file."""
     with safe_open(path, framework="np") as file:
         found = parse_json(file.metadata()["part"])
     return Part(**{**found, "tally": Counts(**found["tally"])})
 
 
 def inspect_part(path: Path) -> Part | None:
-    """What a part's file holds; None, and no file, where it is not what was written."""
+    """Return the header of a part's file. If its hash is wrong, remove the file and return None."""
     try:
         made = read_header(path)
         with safe_open(path, framework="np") as file:
@@ -355,7 +355,7 @@ def inspect_part(path: Path) -> Part | None:
 def wait(
     run: Run, ready: Callable[[], bool], do_left: Callable[[], None], *, longest: float = 0.0
 ) -> None:
-    """Until `ready`; where nothing more gets done, what others seem to have left is done here.
+    """Wait until `ready`. If nothing more gets done, do what other workers seem to have left.
 
     Args:
         longest: seconds that a piece of work is known to take.
@@ -374,7 +374,7 @@ def wait(
 
 
 def missing(run: Run, streams: Sequence[Stream], keys: Sequence[str]) -> list[tuple[int, int]]:
-    """The parts that are not done; of a stream whose end nobody has seen, the first such."""
+    """Return the parts that are not done; of a stream of unknown end, the first such part."""
     done, left = run.done(), list[tuple[int, int]]()
     for number, (stream, key) in enumerate(zip(streams, keys, strict=True)):
         last = run.last(key) if stream.parts is None else stream.parts - 1

@@ -1,4 +1,4 @@
-"""What is learned from a window: tokens that are hidden, or spans that are cut out of it.
+"""Objectives over windows of text: tokens that are hidden, or spans that are cut out.
 
 Both are functions of (seed, sample): every layout, and a run that goes on, hides the same tokens,
 and another epoch hides others.
@@ -26,7 +26,7 @@ _NOT_A_WORD = frozenset("\u2581\u0120\u010a\u0109")  # how vocabularies write sp
 def make_objective(
     config: RunConfig, words: Words | None, special: frozenset[int]
 ) -> Objective | None:
-    """The objective of a run file; None where windows are learned as they are.
+    """Return the objective of a run file; None if windows are learned unchanged.
 
     Args:
         words: which tokens of a text begin a word; needed for `whole_words`.
@@ -38,7 +38,7 @@ def make_objective(
 
 
 class Words:
-    """Where words begin, by what the pieces of a vocabulary look like.
+    """Beginnings of words, found by the form of a vocabulary's pieces.
 
     A piece begins one where it starts with a space or a sign, or follows a piece that ends so;
     where the vocabulary marks the pieces that go on ("##"), those alone do not.
@@ -59,7 +59,7 @@ class Words:
         self._ends = np.array([not marked and (not p or sign(p[-1])) for p in pieces])
 
     def numbers(self, ids_BL: Ints) -> Ints:
-        """The number of the word in its window that each token belongs to: int64 [B, L]."""
+        """Return the number of each token's word in its window: int64 [B, L]."""
         begins = self._starts[ids_BL]
         begins[:, 1:] |= self._ends[ids_BL[:, :-1]]
         begins[:, 0] = True
@@ -129,7 +129,7 @@ class SpanCorruption:
 
 
 def shifted(sources: Ints, targets: Ints, start: int) -> Arrays:
-    """What two stacks are given: a text that is read, and one that is written from `start` on."""
+    """Return the inputs of two stacks: a text to read, and one to write after `start`."""
     before = np.full((len(targets), 1), start, np.int64)
     return {
         "input_ids": sources,
@@ -140,12 +140,12 @@ def shifted(sources: Ints, targets: Ints, start: int) -> Arrays:
 
 
 def _parts(chances: npt.NDArray[np.float64], total: int, count: int) -> Ints:
-    """`total` cut into `count` parts of at least one, all cuts alike likely."""
+    """Divide `total` into `count` parts of at least one; all divisions are equally likely."""
     cuts = np.sort(np.argsort(chances[: total - 1], kind="stable")[: count - 1]) + 1
     return np.diff(cuts, prepend=0, append=total)
 
 
 def _draw(seed: int, samples: Ints, length: int, times: int) -> list[npt.NDArray[np.float64]]:
-    """Numbers in [0, 1): [B, length], as often as asked."""
+    """Return numbers in [0, 1): [B, length] at each call."""
     keys = derive_key(seed, np.full_like(samples, -1), samples)
     return [uniform(keys, length, stream) for stream in range(times)]

@@ -155,7 +155,7 @@ def _known(labels: _Ints) -> _Ints:
 
 
 def _scores(labels_N: _Ints, found_N: _Ints, C: int) -> dict[str, float]:
-    """Accuracy, and the plain mean of all labels' F1, 0 where there is nothing to divide by."""
+    """Return accuracy, and the plain mean of all labels' F1 (0 for a label without examples)."""
     confusion_CC = np.bincount(labels_N * C + found_N, minlength=C * C).reshape(C, C)
     right_C = confusion_CC.diagonal()
     f1_C = 2 * right_C / np.maximum(confusion_CC.sum(axis=0) + confusion_CC.sum(axis=1), 1)

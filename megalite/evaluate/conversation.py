@@ -136,7 +136,7 @@ class Answerer:
             history.append({"role": "assistant", "content": "".join(answer)})
 
     def _fit(self, system: Messages, history: Messages) -> tuple[list[int], str]:
-        """The ids of the conversation; turns that find no room leave `history`."""
+        """Return the ids of the conversation. Turns that do not fit are removed from `history`."""
         dropped = 0
         ids, end = self._ask([*system, *history], None)
         while len(ids) + self._max_new_tokens > self._window and len(history) > 1:

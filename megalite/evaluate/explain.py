@@ -24,7 +24,7 @@ _GROUPS = 256  # texts of the occlusion: the tokens of a longer text are left ou
 
 
 def input_times_gradient(embed: nn.Module, score: Callable[[], Tensor]) -> Tensor:
-    """What each token adds to a score, to the first order: fp32 [T] of the first sample.
+    """Return what each token adds to a score, to first order: fp32 [T] of the first sample.
 
     Embedding times gradient (Simonyan et al. 2013; Shrikumar et al. 2016).
 
@@ -187,7 +187,7 @@ def last_attention(
     *,
     even: bool = False,
 ) -> Tensor:
-    """How the last block looks at the text that is read: fp32 [S] of the first sample, of sum 1.
+    """Return the last block's attention to the text: fp32 [S] of the first sample, with sum 1.
 
     The mean over this rank's heads of the attention weights; self-attention's, or with two stacks
     those of the written tokens on the text that is read.
@@ -232,7 +232,7 @@ def _weights(
     causal: bool,
     scale: float | None,
 ) -> Tensor:
-    """softmax(scale q k^T + mask) of the first sample, the mean of heads and queries: [S]."""
+    """Return softmax(scale q k^T + mask) of the first sample, mean of heads and queries: [S]."""
     (B, T, N, H), (K, S), device = q_BTNH.shape, k_BKSH.shape[1:3], q_BTNH.device
     rows = slice(None) if position is None else [position]
     if mask is None:

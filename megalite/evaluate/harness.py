@@ -24,7 +24,7 @@ from megalite.tokenizers.tokenizer import encode_text
 
 
 def require() -> None:
-    """Raises CommandError where the package is not there."""
+    """Raise CommandError if the package lm_eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise CommandError("--tasks needs the package lm_eval: pip install megalite[eval]")
 
@@ -38,7 +38,7 @@ def run(
     limit: int | None,
     batch_size: int,
 ) -> dict[str, dict[str, float]]:
-    """The metrics of each task, as numbers by "name" or "name_stderr".
+    """Return the metrics of each task, as numbers by "name" or "name_stderr".
 
     Raises:
         CommandError: a task that is not known, or a model that does not continue text.
@@ -72,7 +72,7 @@ def run(
 
 
 def make_model(opened: LoadedModel, grid: Grid, batch_size: int) -> Any:
-    """The model as the harness's own class of models."""
+    """Return the model as the harness's own class of models."""
     from lm_eval.api.model import LM
 
     class MegaLiteLM(LM):
@@ -129,8 +129,9 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 def log_likelihoods(
     opened: LoadedModel, pairs: Sequence[Pair], batch_size: int
 ) -> list[tuple[float, bool]]:
-    """Of each continuation the log of its probability after its context, in nats, and whether the
-    likeliest tokens are just these.
+    """Return, for each continuation, its log-probability and whether greedy decoding gives it.
+
+    The log-probability is in nats, given the context.
 
     Longest first, so that a batch has little padding; what is over the window is cut at the left.
     """
@@ -157,7 +158,8 @@ def log_likelihoods(
 
 
 def _pair(opened: LoadedModel, context: str, continuation: str) -> Pair:
-    """Tokens of both; they are cut apart where the harness's own class cuts them.
+    """Return the tokens of context and continuation, divided as the harness's own class divides
+    them.
 
     Spaces at a context's end belong to the continuation, whose tokens begin where those of the
     context alone end.
@@ -182,7 +184,7 @@ def _beginning(opened: LoadedModel) -> list[int]:
 
 
 def _windows(opened: LoadedModel, text: str) -> list[Pair]:
-    """A text in parts that each fill the window; a part's context is the last token before it.
+    """Return a text in parts that fill the window; a part's context is the last token before it.
 
     If the tokenizer begins texts with BOS, that BOS is scored, too, as by the harness's own class.
     """
@@ -198,7 +200,7 @@ def _windows(opened: LoadedModel, text: str) -> list[Pair]:
 
 
 def _write(opened: LoadedModel, context: str, settings: Mapping[str, Any], repeat: int = 0) -> str:
-    """The answer to a context; each `repeat` of it is drawn with a seed of its own."""
+    """Return the answer to a context; each `repeat` draws it with another seed."""
     wanted = GenerationSettings.of(settings)
     seed = wanted.sampling.get("seed", 0) + repeat
     pieces = stream_texts(
@@ -283,7 +285,7 @@ def _until(value: Any) -> list[str]:
 
 
 def _shared(grid: Grid, asked: Sequence[Any], answer: Any) -> list[Any]:
-    """Answers to all, each group of tensor ranks having answered every so-many-th."""
+    """Return the answers to all requests. The groups of tensor ranks take turns to answer them."""
     size = grid.mesh.data
     parts = grid.gather_once(answer(asked[grid.at.data_rank :: size]))
     found: list[Any] = [None] * len(asked)

@@ -1,4 +1,4 @@
-"""A checkpoint, or a folder of Hugging Face's, as a model to use: from its folder alone.
+"""A checkpoint, or a folder of Hugging Face's, loaded as a model from its folder only.
 
 B prompts   T tokens   V vocabulary
 """
@@ -54,13 +54,15 @@ class LoadedModel:
     data_fingerprint: str = ""
 
     def last_logits(self, ids_1T: Tensor) -> Tensor:
-        """Scores of the token after `ids`, fp32 [1, V]; reads no further back than the window."""
+        """Return scores of the token after `ids`, fp32 [1, V], from the last tokens within the
+        window.
+        """
         self.check_ids(ids_1T)
         window = self.config.max_position_embeddings
         return self.model.logits(ids_1T[:, -window:].to(self.device), last_only=True)
 
     def decoder(self) -> Decoder:
-        """A reader that keeps what it has computed.
+        """Return a decoder with a cache.
 
         Raises:
             CommandError: a model that writes no text.
@@ -76,7 +78,7 @@ class LoadedModel:
         return CachedDecoder(self)
 
     def check_prompt(self, prompt: str) -> None:
-        """Refuse text that is no UTF-8; say so where a prompt is longer than the window."""
+        """Refuse text that is not UTF-8. Warn about a prompt that is longer than the window."""
         try:
             prompt.encode()
         except UnicodeEncodeError:
@@ -106,21 +108,21 @@ class LoadedModel:
 
     @property
     def suffix_ids(self) -> Sequence[int]:
-        """What ends a text that an encoder reads whole: as the folder says, or as it was tuned."""
+        """Ids that end a text that an encoder reads: by the folder's files, or as fine-tuned."""
         tuned = self.run is not None and self.run.finetune is not None
         eos = self.tokenizer.eos_id
         return self.tokenizer.suffix_ids or ((eos,) if tuned and eos is not None else ())
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
-        """Summed loss of a batch: fp32 scalar, nats."""
+        """Return the summed loss of a batch: fp32 scalar, nats."""
         self._check_batch(batch)
         loss: Tensor = self.model(batch.to(self.device).tensors)
         return loss
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
-        """A classifier's logits of a batch: fp32 [B, C]."""
+        """Return a classifier's logits of a batch: fp32 [B, C]."""
         self._check_batch(batch)
         return self.model.label_scores(batch.to(self.device).tensors)
 
@@ -131,7 +133,7 @@ class LoadedModel:
 
     @torch.no_grad()
     def count_correct(self, batch: Batch) -> int:
-        """How many of a batch's targets are the likeliest tokens of their places."""
+        """Return how many of a batch's targets are the most likely tokens at their places."""
         tensors = batch.to(self.device).tensors
         mask = tensors["loss_mask"]
         likeliest = self.model.scores(self.model.hidden(tensors)[mask]).argmax(dim=-1)
@@ -139,7 +141,10 @@ class LoadedModel:
 
 
 class CachedDecoder:
-    """Reads each token once, and keeps its keys and values; prompts are padded at their left.
+    """Decoder that caches keys and values, so each token is run once. Prompts are padded at the
+    left.
+
+    Beyond the window of the model, the last tokens are run again for each new one.
 
     Beyond the window a model is made for it reads the last tokens anew for each.
     """
@@ -283,7 +288,7 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
 
 
 def _compare_vocabularies(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Say which tokens the model does not have, and what the tokenizer puts around a text."""
+    """Report tokens that the model lacks, and what the tokenizer puts around a text."""
     size, known = config.vocab_size, tokenizer.vocab_size
     if known > size:
         names = [f"{name!r} ({id})" for id, name in enumerate(tokenizer.pieces()) if id >= size]

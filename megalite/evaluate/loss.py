@@ -28,14 +28,16 @@ def mean_loss(
     micro_batch_size: int,
     stopping: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Cross entropy in nats over the unmasked targets of the first `samples` windows.
+    """Return the cross entropy in nats per unmasked target of the first `samples` samples.
+
+    If the data set has fewer samples, all of them count. A collective of all ranks.
 
     Where the data set has fewer windows, over all of them. A collective of all ranks.
 
     Args:
-        stopping: asked before each batch whether to give up, with the same answer on every rank.
+        stopping: called before each batch; returns whether to give up, the same on every rank.
     Returns:
-        None where it was given up.
+        None if it was given up.
     """
     sums = sum_loss(
         engine.eval_loss,
@@ -55,7 +57,10 @@ def mean_loss(
 def score_data(
     opened: LoadedModel, grid: Grid, *, data: str | None, micro_batch_size: int
 ) -> dict[str, float | int | None]:
-    """Loss (nats), perplexity, bits per byte of text and tokens counted, over all ranks.
+    """Return loss (nats), perplexity, bits per byte of text and counted tokens, over all ranks.
+
+    Bits per byte compares models of different tokenizers. It is null if the targets are not
+    continued text. A model of masked tokens also has `accuracy`: the share of targets it predicts.
 
     Bits per byte compares models of different tokenizers; null where the targets are no text that
     goes on. Of a model of masked tokens also `accuracy`, the share it names right.
@@ -127,7 +132,7 @@ def _open_held_out(opened: LoadedModel, run: RunConfig, data: str | None) -> Dat
 
 
 def _run_of(opened: LoadedModel) -> RunConfig:
-    """A run file for a folder that has none: the model, and windows as long as it reads."""
+    """Return a run file for a folder that has none: the model, and windows as long as it reads."""
     model, objective = opened.config, dict[str, Any]()
     if model.architecture == "encoder":
         pieces = opened.tokenizer.pieces()
@@ -149,7 +154,7 @@ def _run_of(opened: LoadedModel) -> RunConfig:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """Return exp(loss), or infinity if that overflows."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -166,7 +171,10 @@ def sum_loss(
     data_size: int,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Tensor | None:
-    """This rank's summed loss and targets: float64 [2] on the CPU; None where it was given up.
+    """Return this rank's summed loss and targets: float64 [2] on the CPU; None if it was given up.
+
+    float64 keeps the digits of a sum over millions of targets. The sum stays on the device until
+    the end, so that no batch waits for the one before.
 
     float64, since a sum over millions of targets must keep its digits; on the device until the
     end, so that no batch waits for the one before.

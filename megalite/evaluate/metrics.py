@@ -1,4 +1,4 @@
-"""What a classifier is worth, by torchmetrics.
+"""Metrics of a classifier, by torchmetrics.
 
 N rows   C labels   H, W height and width of a picture
 """
@@ -23,7 +23,7 @@ _FEW, _MARGIN, _LONGEST = 20, 8, 18  # labels, all of whose numbers are shown; p
 def classification_metrics(
     scores_NC: Tensor, labels_N: Tensor, names: Sequence[str]
 ) -> dict[str, Any]:
-    """How well scores (logits or log-probabilities) name the labels; made for JSON.
+    """Return metrics of scores (logits or log-probabilities) against labels, as JSON values.
 
     loss (mean cross entropy, nats), accuracy, f1_micro; precision, recall and f1, each the plain
     mean over all C labels as of scikit-learn's macro average with zero_division=0 (torchmetrics'
@@ -69,7 +69,7 @@ def classification_metrics(
 def predictions_rows(
     ids: Iterable[Any], labels: Iterable[int | None], scores_NC: Tensor, names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """Of each row id, label (a name or None), prediction (a name), probabilities in label order."""
+    """Yield id, label (a name or None), prediction (a name) and probabilities of each row."""
     chances_NC = scores_NC.double().softmax(dim=-1).cpu()
     likeliest = scores_NC.argmax(dim=-1).tolist()
     for key, label, best, chances_C in zip(ids, labels, likeliest, chances_NC, strict=True):
@@ -84,7 +84,7 @@ def predictions_rows(
 def confusion_picture(
     confusion: Sequence[Sequence[int]], names: Sequence[str]
 ) -> npt.NDArray[np.uint8]:
-    """Rows of true labels by columns of predicted ones: uint8 [H, W, 3].
+    """Return a picture of the confusion matrix: true labels by predicted ones, uint8 [H, W, 3].
 
     A cell is the darker, the more of its row is in it. Over 20 labels a number is left out where it
     is wider than its cell.

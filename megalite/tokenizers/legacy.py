@@ -14,7 +14,7 @@ _CONVERT = (
     'python -c "from transformers import {name} as T; '
     "T.from_pretrained('{folder}').save_pretrained('{folder}')\""
 )
-# A file that tells the format, what the format is, and the class that reads it without a config.
+# A file that shows the format, the format, and the class that reads it without a config.
 _FORMATS = (
     ("tekken.json", "Mistral's tekken format", "AutoTokenizer"),
     ("sentencepiece.bpe.model", "XLM-RoBERTa's format, whose ids differ", "XLMRobertaTokenizer"),
@@ -133,7 +133,7 @@ def convert_marian(folder: str | Path) -> None:
     )
     joint.save(str(folder / "tokenizer.json"))
     config = folder / "tokenizer_config.json"
-    told = json.loads(config.read_bytes()) if config.is_file() else {}
+    settings = json.loads(config.read_bytes()) if config.is_file() else {}
     tokens = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "bos_token": None}
-    told |= {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
-    config.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
