@@ -194,7 +194,7 @@ def _tokenize(**given: Any) -> int:
           --output data/web --deduplicate
     """
     from data_prep.encode import tokenize
-    from data_prep.work import TokenizeOptions
+    from data_prep.options import TokenizeOptions
     from megalite.formats.manifest import load_manifest
 
     rank, ranks = env.find_place()

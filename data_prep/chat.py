@@ -98,9 +98,13 @@ class Chat:
     """
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._template = tokenizer, Template(template, tokenizer)
-        self._turns, self._said = TurnFinder(self._template), False
-        self._remarks, self._unread, self._read = Counter[str](), Counter[str](), set[str]()
+        self._tokenizer = tokenizer
+        self._template = Template(template, tokenizer)
+        self._turns = TurnFinder(self._template)
+        self._said = False
+        self._remarks = Counter[str]()
+        self._unread = Counter[str]()
+        self._read = set[str]()
 
     def encode(
         self, messages: Messages, tools: list[Any] | None = None
@@ -116,7 +120,8 @@ class Chat:
         text, spans = self.render(messages, tools)
         plain = self._plain(self._readable(messages, tools), tools, text)
         ids, places = self._tokenizer.encode_with_offsets(text, plain)
-        learned, current = [False] * len(ids), 0
+        learned = [False] * len(ids)
+        current = 0
         for token, (start, stop) in enumerate(places):
             while current < len(spans) and start >= spans[current][1]:
                 current += 1

@@ -99,7 +99,9 @@ class _Streams(io.RawIOBase):
         disk: io.FileIO,
         make: Callable[[], bz2.BZ2Decompressor] | Callable[[], lzma.LZMADecompressor],
     ) -> None:
-        self._disk, self._make, self._stream = disk, make, make()
+        self._disk = disk
+        self._make = make
+        self._stream = make()
 
     def readable(self) -> bool:
         return True

@@ -23,19 +23,14 @@ from data_prep.assemble import (
     write_shard_plans,
     write_shards,
 )
+from data_prep.encoder import Encoder
 from data_prep.inputs import find_streams
+from data_prep.options import TokenizeOptions
 from data_prep.output import check_output, check_outputs, refuse_taken
+from data_prep.part_files import Counts, part_name, read_header
 from data_prep.progress import shown
 from data_prep.streams import Stream
-from data_prep.work import (
-    Counts,
-    Encoder,
-    TokenizeOptions,
-    Worker,
-    part_name,
-    read_header,
-    wait,
-)
+from data_prep.work import Worker, wait
 from data_prep.work_folder import Run, WorkFolder, read, write
 from data_prep.workers import WorkerPool
 from megalite import env
@@ -110,7 +105,8 @@ def tokenize(options: TokenizeOptions) -> Manifest:
     tokenizer = load_tokenizer(options.tokenizer)
     check_round_trip(tokenizer, lossy=options.lossy)
     encoder = Encoder(tokenizer, options)
-    asked, launch = encoder.options.asked(tokenizer), env.launch_id()
+    asked = encoder.options.asked(tokenizer)
+    launch = env.launch_id()
     folder = WorkFolder(options.output, asked, launch, options.valid_output)
     rank, ranks = env.find_place()
     if rank == 0 and options.bos is None and encoder.bos is not None:
@@ -124,7 +120,8 @@ def tokenize(options: TokenizeOptions) -> Manifest:
 
 
 def _lead(task: _Task) -> Manifest:
-    options, folder = task.encoder.options, task.folder
+    options = task.encoder.options
+    folder = task.folder
     folder.finish_publishing()
     if folder.was_published():
         folder.clear()
@@ -174,7 +171,8 @@ def _wait_for_shards(task: _Task, run: Run, joins: Sequence[ShardPlan], pool: Wo
     names = {name for join in joins for name in join.pieces()}
 
     def write_missing() -> None:
-        seconds, done = time.monotonic() - started, run.done()
+        seconds = time.monotonic() - started
+        done = run.done()
         logger.info("shards are missing after %.0f s: writing them here", seconds)
         write_shards(run, joins, task.encoder, wanted=lambda name: name not in done)
 
@@ -183,7 +181,8 @@ def _wait_for_shards(task: _Task, run: Run, joins: Sequence[ShardPlan], pool: Wo
 
 def _follow(task: _Task) -> Manifest:
     """Work for the run that rank 0 leads, until its output is there."""
-    output, patience = task.encoder.options.output, _RANK_0_COMES
+    output = task.encoder.options.output
+    patience = _RANK_0_COMES
     while True:
         deadline = time.monotonic() + patience
         while (run := task.folder.follow()) is None or (found := read(run.plan)) is None:
@@ -254,7 +253,8 @@ def _refuse_empty(
 ) -> None:
     """Raise DataError if an output has no document."""
     counts = [sum(tally.documents for tally in of_join) for of_join in tallies]
-    total, fraction = sum(counts), options.valid_fraction
+    total = sum(counts)
+    fraction = options.valid_fraction
     if not total:
         raise DataError(f"no document in {', '.join(options.inputs)}; nothing was written")
     for join, count in zip(joins, counts, strict=True):
@@ -276,7 +276,8 @@ def _manifest(
     join: ShardPlan,
 ) -> Manifest:
     """Complete a shard folder; the manifest is written last."""
-    folder, arguments = join.folder(run), encoder.options.recorded()
+    folder = join.folder(run)
+    arguments = encoder.options.recorded()
     if join.valid_fraction is not None:
         arguments |= {"split": "valid" if join.valid else "train", "split_by": _SPLIT_BY}
     files = Counter[int]()

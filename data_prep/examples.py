@@ -168,7 +168,8 @@ class ExampleMaker:
 
     def _write(self, folder: Path, split: str) -> SplitInfo:
         made = self._tokenized(split)
-        total, title = len(made.rows), self._splits.titles[split]
+        total = len(made.rows)
+        title = self._splits.titles[split]
         if not total:
             raise self._splits.empty_fault(split)
         if made.cut:
@@ -205,7 +206,9 @@ class ExampleMaker:
         return learn_tokenizer(sample, size, option="model.vocab_size", fewer=True)
 
     def _tokenized(self, split: str) -> SplitArrays:
-        made, rows, threads = SplitArrays(), self._splits.rows(split), os.cpu_count() or 1
+        made = SplitArrays()
+        rows = self._splits.rows(split)
+        threads = os.cpu_count() or 1
         bad = self._splits.bad[split]
         while batch := list(islice(rows, _BATCH)):
             texts = [text for fields in batch for text in fields.texts]

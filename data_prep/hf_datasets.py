@@ -92,7 +92,8 @@ def saved_folder(name: str) -> Path | None:
     Raises:
         CommandError: a split that is not there, or none given where none is called train.
     """
-    folder, split = Path(name), ""
+    folder = Path(name)
+    split = ""
     if not folder.exists() and ":" in name:
         base, _, split = name.rpartition(":")
         folder = Path(base)
@@ -124,7 +125,9 @@ class DatasetRows:
     """An open data set: one part a data file if it is streamed, else even parts of its rows."""
 
     def __init__(self, name: str, *, saved: bool, streaming: bool) -> None:
-        self._name, self._saved, self._streaming = name, saved, streaming and not saved
+        self._name = name
+        self._saved = saved
+        self._streaming = streaming and not saved
         self._label = name if saved else HUB + name
         self._rows: Any = None
         self._used = 0
@@ -188,7 +191,8 @@ class DatasetRows:
 
     def close(self) -> None:
         """Release the tables."""
-        self._rows, self._used = None, 0
+        self._rows = None
+        self._used = 0
 
 
 def _builder(name: str) -> tuple[Any, str]:

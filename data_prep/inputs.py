@@ -33,7 +33,8 @@ from megalite.errors import CommandError
 from megalite.log import logger
 
 _PARTS = 256  # about as many as a large input is cut into
-_LEAST, _MOST = 1 << 20, 64 << 20  # bytes of a part
+_LEAST = 1 << 20
+_MOST = 64 << 20  # bytes of a part
 _FOOTER_READERS = 16
 
 

@@ -32,8 +32,11 @@ class LineFile:
         self._rewind(InputFile(path))
 
     def _rewind(self, file: InputFile) -> None:
-        self.file, self.size = file, file.size
-        self._position, self._last, self._fresh = 0, -1, True
+        self.file = file
+        self.size = file.size
+        self._position = 0
+        self._last = -1
+        self._fresh = True
         self._before = 0  # newlines before the part's first line; of packed files alone
         self._first = self._taken = 0  # the part's first line's offset, and lines given since
         self._first_disk = 0  # and its place on disk
@@ -48,12 +51,15 @@ class LineFile:
             DataError: a file that cannot be read so far.
         """
         with named_damage(self.path):
-            self._before, self._taken = self._before + self._taken, 0
+            self._before = self._before + self._taken
+            self._taken = 0
             self._find_line(start, stop)
-            self._first, self._first_disk = self._position, self.file.tell_disk()
+            self._first = self._position
+            self._first_disk = self.file.tell_disk()
             readline = self.file.bytes.readline
             while self._fresh and self._position < stop and (line := readline()):
-                self._last, self._position = self._position, self._position + len(line)
+                self._last = self._position
+                self._position = self._position + len(line)
                 self._taken += 1
                 yield line if self._last else line.removeprefix(codecs.BOM_UTF8)
 
@@ -67,7 +73,8 @@ class LineFile:
 
     def read_part(self, text_field: str, stream: Stream, part: int) -> Iterator[Record]:
         """Yield the documents of one part of `stream.part_bytes` unpacked bytes."""
-        start, stop = part * stream.part_bytes, (part + 1) * stream.part_bytes
+        start = part * stream.part_bytes
+        stop = (part + 1) * stream.part_bytes
         yield from self.records(text_field, start, stop)
         if stream.parts is None:
             self.ended = self.ends_by(stop)
@@ -108,7 +115,8 @@ class LineFile:
             return
         if self._position < start:
             self._skip(start - 1 - self._position)
-        self._last, self._fresh = start - 1, False
+        self._last = start - 1
+        self._fresh = False
         readline = self.file.bytes.readline
         while not self._fresh and self._position < stop:
             piece = readline(min(BUFFER, stop - self._position))

@@ -17,7 +17,8 @@ Messages: TypeAlias = "list[dict[str, Any]]"
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 _ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight")
-TOOLS, _SYSTEM = "tools", "system"
+TOOLS = "tools"
+_SYSTEM = "system"
 OPTIONAL_COLUMNS = (TOOLS, _SYSTEM, *_ROW_WEIGHTS)  # read if a row has them
 # Names under which data sets say whether a turn is learned (OpenAI, axolotl, XTuner).
 _FLAGS = ("weight", "train", "training", "trainable", "loss", "learn")

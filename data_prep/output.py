@@ -51,7 +51,8 @@ def check_outputs(output: Path, fraction: float | None, held_out: Path | None) -
             f"--valid-fraction {fraction} is no share between 0 and 1; give one such as 0.01"
         )
     check_output(held_out, "--valid-output")
-    one, other = output.resolve(), held_out.resolve()
+    one = output.resolve()
+    other = held_out.resolve()
     work = one.with_name(f".{one.name}.work")
     if one.is_relative_to(other) or other.is_relative_to(one) or other.is_relative_to(work):
         raise CommandError(

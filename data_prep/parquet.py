@@ -27,7 +27,8 @@ class ParquetTable:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.path, self._damage = path, (OSError, pa.ArrowException)
+        self.path = path
+        self._damage = (OSError, pa.ArrowException)
         with named_damage(path, self._damage):
             # with a buffer and without `pre_buffer`, pages are read as they are needed
             self._file = pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)

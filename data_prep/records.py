@@ -39,7 +39,8 @@ class BadRecords:
     """Counter of faults that logs the first ones and stops at one more than `limit`."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.count = limit, 0
+        self.limit = limit
+        self.count = 0
 
     def add(self, fault: Fault) -> None:
         """Count one fault. Raise DataError if `limit` faults came before it."""

@@ -93,7 +93,8 @@ class Lengths:
         """Count more documents."""
         if not lengths.size:
             return
-        low, high = int(lengths.min()), int(lengths.max())
+        low = int(lengths.min())
+        high = int(lengths.max())
         self.shortest = min(self.shortest, low) if self.counts else low
         self.longest = max(self.longest, high)
         cut = np.maximum(np.frexp(lengths)[1] - _EXACT_BITS, 0)
@@ -151,7 +152,8 @@ def _summary(shards: ShardSet, lengths: Lengths) -> Iterator[tuple[str, str]]:
     yield "tokenizer", f"{found.path} {found.sha256[:12]}" if found.path else "unknown"
     yield "fingerprint", shards.fingerprint
     if manifest.shards:
-        first, last = manifest.shards[0].name, manifest.shards[-1].name
+        first = manifest.shards[0].name
+        last = manifest.shards[-1].name
         most = max(shard.tokens for shard in manifest.shards)
         names = first if first == last else f"{first} to {last}"
         yield "shards", f"{len(manifest.shards):,}: {names}, {most:,} tokens at most"
@@ -175,7 +177,8 @@ def _sources(manifest: Manifest) -> Iterator[tuple[str, str]]:
 def _bars(lengths: Lengths) -> Iterator[str]:
     """Return the histogram in block characters, a line for each bar."""
     bins = lengths.bins() if lengths.counts else []
-    total, most = sum(count for *_, count in bins), max((count for *_, count in bins), default=0)
+    total = sum(count for *_, count in bins)
+    most = max((count for *_, count in bins), default=0)
     wide = len(f"{bins[-1][1]:,}") if bins else 0
     if bins:
         yield "\ntokens a document".ljust(2 * wide + _BAR + 8) + "documents"
@@ -187,13 +190,19 @@ def _bars(lengths: Lengths) -> Iterator[str]:
 
 
 # Sizes of the drawing, in its own units.
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _FLOOR = 800, 350, 70, 720, 60, 290
+_WIDTH = 800
+_HEIGHT = 350
+_LEFT = 70
+_RIGHT = 720
+_TOP = 60
+_FLOOR = 290
 
 
 def _svg(title: str, lengths: Lengths) -> str:
     """Return the histogram as a drawing, with lines at the median and at 90 % of the documents."""
     bins = lengths.bins() if lengths.counts else [(0, 0, 0)]
-    total, most = sum(lengths.counts.values()), max(max(count for *_, count in bins), 1)
+    total = sum(lengths.counts.values())
+    most = max(max(count for *_, count in bins), 1)
     step = (_RIGHT - _LEFT) / len(bins)
     body = [_text(_LEFT, 22, f"{title}: {total:,} documents by their tokens", size=15)]
     for part in range(5):
@@ -203,7 +212,8 @@ def _svg(title: str, lengths: Lengths) -> str:
             _text(_LEFT - 6, y + 4, f"{100 * most * part / 4 / max(total, 1):.1f} %", "end")
         )
     for place, (low, high, count) in enumerate(bins):
-        x, tall = _LEFT + place * step, (_FLOOR - _TOP) * count / most
+        x = _LEFT + place * step
+        tall = (_FLOOR - _TOP) * count / most
         body.append(
             f'<rect x="{x + 1:.1f}" y="{_FLOOR - tall:.1f}" width="{step - 2:.1f}" '
             f'height="{tall:.1f}" fill="#3b75af"><title>{low:,} to {high:,} tokens: {count:,} '

@@ -37,7 +37,9 @@ class BadRows:
     """Counter of a split's unusable rows, each once, which refuses more than `limit` of them."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self._known, self._first = limit, set[int](), ""
+        self.limit = limit
+        self._known = set[int]()
+        self._first = ""
 
     def __len__(self) -> int:
         return len(self._known)
@@ -177,8 +179,10 @@ class _Folder:
     """A folder with a file a split, or with the splits that `datasets` sees in it."""
 
     def __init__(self, place: Path) -> None:
-        self._place, self._files = place, _Files(place, "")
-        self._set, self._card = _Set(str(place), saved=False), has_card(place)
+        self._place = place
+        self._files = _Files(place, "")
+        self._set = _Set(str(place), saved=False)
+        self._card = has_card(place)
         self._seen: tuple[str, ...] | None = None
 
     def identity(self, split: str) -> list[Any]:
@@ -209,7 +213,8 @@ class _Set:
     """NAME[@CONFIG] of the hub or a folder, or a folder that `save_to_disk` wrote."""
 
     def __init__(self, name: str, *, saved: bool) -> None:
-        self._name, self._saved = name, saved
+        self._name = name
+        self._saved = saved
         self._open: dict[str, Any] = {}
 
     def identity(self, split: str) -> list[Any]:
@@ -249,7 +254,8 @@ class _Set:
         return self._open[split]
 
     def _load(self, split: str) -> Any:
-        name, config = self._name, ""
+        name = self._name
+        config = ""
         if not self._saved and not Path(name).is_dir():
             name, _, config = name.rpartition("@") if "@" in name else (name, "", "")
             if not Path(name).is_dir():

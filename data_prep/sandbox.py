@@ -61,7 +61,8 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        owner = getattr(__obj, "__self__", None)
+        name = getattr(__obj, "__name__", "")
         if name == "join" and isinstance(owner, str) and args:
             args = (_joinable(args[0], owner), *args[1:])
         _check(name, owner if isinstance(owner, str) else "", args, kwargs)

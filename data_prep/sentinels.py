@@ -25,7 +25,8 @@ def new_sentinel(text: str) -> str:
 def remove_sentinels(text: str, sentinel: str) -> tuple[str, list[int]]:
     """Return a text without its sentinels, and the place of each in that text."""
     parts = text.split(sentinel)
-    places, length = [], 0
+    places = []
+    length = 0
     for part in parts[:-1]:
         length += len(part)
         places.append(length)

@@ -65,7 +65,9 @@ def sample_chunks(documents: Iterator[str], limit: int) -> list[str]:
     Each chunk draws a number from a seeded generator and stays while that is below a threshold,
     which is halved whenever the sample is full: uniform, the same in every run, flat in memory.
     """
-    draw, threshold, size = random.Random(_SEED), 1.0, 0
+    draw = random.Random(_SEED)
+    threshold = 1.0
+    size = 0
     kept: list[tuple[float, str]] = []
     for document in documents:
         for chunk in chunks(document):

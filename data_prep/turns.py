@@ -81,7 +81,9 @@ class TurnFinder:
 
         So are found turns that lose a part, such as reasoning, when others follow.
         """
-        sentinel, turns, neighbours = new_sentinel(text), [*messages], []
+        sentinel = new_sentinel(text)
+        turns = [*messages]
+        neighbours = []
         for other in (number - 1, number + 1):
             if 0 <= other < len(messages):
                 lead, core, trail = _trimmed(str(messages[other].get("content") or ""))

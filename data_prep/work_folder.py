@@ -47,14 +47,20 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.plan, self.join = folder / "plan.json", folder / "join.json"
-        self.shards, self.dropped = folder / "shards", folder / "dropped"
+        self.plan = folder / "plan.json"
+        self.join = folder / "join.json"
+        self.shards = folder / "shards"
+        self.dropped = folder / "dropped"
         self.valid = folder / "valid"
-        self._claims, self._done = folder / "claims", folder / "done"
-        self._workers, self._error = folder / "workers", folder / "error.json"
-        self._ends, self._beat = folder / "ends", folder / "beat"
+        self._claims = folder / "claims"
+        self._done = folder / "done"
+        self._workers = folder / "workers"
+        self._error = folder / "error.json"
+        self._ends = folder / "ends"
+        self._beat = folder / "beat"
         self._parts = folder.parent / "parts"
-        self._last_beat, self._heard = None, time.monotonic()
+        self._last_beat = None
+        self._heard = time.monotonic()
 
     def create(self) -> None:
         for path in (self._claims, self._done, self._ends, self._workers):
@@ -115,7 +121,8 @@ class Run:
             kind = DataError if found["code"] == DataError.exit_code else MegaLiteError
             raise kind(by + found["message"])
         if (beat := read(self._beat)) != self._last_beat:
-            self._last_beat, self._heard = beat, time.monotonic()
+            self._last_beat = beat
+            self._heard = time.monotonic()
         elif time.monotonic() - self._heard > _SILENCE:
             raise MegaLiteError(
                 f"rank 0 gave no sign of life in {self.folder} for {_SILENCE:.0f} s; what is done "
@@ -170,8 +177,10 @@ class WorkFolder:
         launch: str = "",
         valid_output: Path | None = None,
     ) -> None:
-        self.output, self._asked = output, json.loads(json.dumps(asked))
-        self._launch, self._valid_output = launch, valid_output
+        self.output = output
+        self._asked = json.loads(json.dumps(asked))
+        self._launch = launch
+        self._valid_output = valid_output
         self.path = output.with_name(f".{output.name}.work")
         self.parts = self.path / "parts"
         self._current = self.path / "current.json"
@@ -190,7 +199,8 @@ class WorkFolder:
         with tidied(self.path):
             self.parts.mkdir(parents=True, exist_ok=True)
             lock = _lock(self.path / "lock", self.output)
-            began, before = time.monotonic(), self._count()
+            began = time.monotonic()
+            before = self._count()
             try:
                 self._current.unlink(missing_ok=True)
                 self._publishing.unlink(missing_ok=True)

@@ -122,7 +122,9 @@ class Dataset:
         self.num_samples = int(self._windows.sum())  # of one epoch of all sources
         given = [weight for weight in weights if weight is not None]
         self._mixture = Mixture(given or self._windows.tolist())
-        self._seed, self._shuffle, self._mask_documents = seed, shuffle, mask_documents
+        self._seed = seed
+        self._shuffle = shuffle
+        self._mask_documents = mask_documents
         self.objective: Objective | None = None
         content = {
             "order": _ORDER_VERSION,
@@ -198,12 +200,14 @@ class Dataset:
             DataError: a shard that is damaged where it is read.
         """
         shape = B, L = len(starts), self.sequence_length
-        input_ids, labels = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        input_ids = np.empty(shape, np.int64)
+        labels = np.empty(shape, np.int64)
         documents = []
         for row, (number, start) in enumerate(zip(sources.tolist(), starts.tolist(), strict=True)):
             source = self.sources[number]
             window = source.read(start, L + 1)
-            input_ids[row], labels[row] = window[:-1], window[1:]
+            input_ids[row] = window[:-1]
+            labels[row] = window[1:]
             if self._mask_documents:
                 # in one long row of all samples, where column L of a row is column 0 of the next
                 documents.append(source.document_starts(start, start + L + 1) + (row * L - start))

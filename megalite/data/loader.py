@@ -60,7 +60,9 @@ class Loader:
     ) -> None:
         assert 0 <= data_rank < data_size
         assert global_batch_size % (micro_batch_size * data_size) == 0
-        self._dataset, self._place, self._step = dataset, start, global_batch_size
+        self._dataset = dataset
+        self._place = start
+        self._step = global_batch_size
         self._gaps = gaps
         self._offsets = _offsets(global_batch_size, micro_batch_size, data_rank, data_size)
         self._pin = pin_memory and torch.cuda.is_available()

@@ -74,11 +74,13 @@ class Masked:
     """
 
     def __init__(self, config: RunConfig, words: Words | None, special: frozenset[int]) -> None:
-        self._config, self._words = config, words
+        self._config = config
+        self._words = words
         self._special = np.array(sorted(special), np.int64)
 
     def __call__(self, arrays: Arrays, samples: Ints) -> Arrays:
-        objective, vocabulary = self._config.objective, self._config.model.vocab_size
+        objective = self._config.objective
+        vocabulary = self._config.model.vocab_size
         ids = arrays["input_ids"]
         chance, kind, other = _draw(self._config.data.seed, samples, ids.shape[1], 3)
         if self._words is not None:
@@ -108,17 +110,20 @@ class SpanCorruption:
         self._config = config
 
     def __call__(self, arrays: Arrays, samples: Ints) -> Arrays:
-        config, ids = self._config, arrays["input_ids"]
+        config = self._config
+        ids = arrays["input_ids"]
         noise, count = spans(config)
         left, noisy = _draw(config.data.seed, samples, ids.shape[1], 2)
         sentinels = config.model.vocab_size - 1 - np.arange(count + 1)
-        sources, targets = [], []
+        sources = []
+        targets = []
         for row, tokens in enumerate(ids):
             kept = _parts(left[row], len(tokens) - noise, count)
             cut = _parts(noisy[row], noise, count)
             bounds = np.cumsum(np.stack((kept, cut), axis=1).reshape(-1))
             pieces = np.split(tokens, bounds[:-1])
-            source, target = list[Ints](), list[Ints]()
+            source = list[Ints]()
+            target = list[Ints]()
             for number in range(count):
                 sentinel = sentinels[number : number + 1]
                 source += [pieces[2 * number], sentinel]

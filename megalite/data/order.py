@@ -29,7 +29,7 @@ def leave_out(indices: Ints, start: int, gaps: Sequence[tuple[int, int]]) -> Int
 
     Args:
         indices: ascending places from `start` on, as if there were no gaps.
-        gaps: [first, last) each, ascending and disjoint; one that ends before `start` has no effect.
+        gaps: [first, last) each, ascending and disjoint; none counts if it ends before `start`.
     """
     moved = indices.copy()
     for first, last in gaps:

@@ -108,9 +108,11 @@ def assemble(
         low, high = packing.bounds[window : window + 2].tolist()
         column = 0
         for number, piece in enumerate(range(low, high)):
-            start, count = int(packing.starts[piece]), int(packing.lengths[piece])
+            start = int(packing.starts[piece])
+            count = int(packing.lengths[piece])
             ids = tokens(int(packing.documents[piece]))[start : start + count + 1]
-            here, counted = slice(column, column + count), slice(column, column + len(ids) - 1)
+            here = slice(column, column + count)
+            counted = slice(column, column + len(ids) - 1)
             arrays["input_ids"][row, here] = ids[:count]
             arrays["labels"][row, counted] = ids[1:]  # a cut piece's last target is in the next one
             mask[row, counted] = True
@@ -122,7 +124,8 @@ def assemble(
             column += count
         arrays["position_ids"][row, column:] = np.arange(L - column)
         arrays["document_ids"][row, column:] = high - low
-    low, high = packing.bounds[windows], packing.bounds[windows + 1]
+    low = packing.bounds[windows]
+    high = packing.bounds[windows + 1]
     held = sum(int(packing.lengths[a:b].sum()) for a, b in zip(low, high, strict=True))
     return Batch.of(arrays | {"loss_mask": mask}, place, held)
 

@@ -164,7 +164,8 @@ def stream_texts(
     """
     if "" in stop:
         raise CommandError("an empty stop string would end every text at once; leave it out")
-    ends, continues = list(tokenizer.end_ids), getattr(model, "continues", True)
+    ends = list(tokenizer.end_ids)
+    continues = getattr(model, "continues", True)
     ends += getattr(model, "end_ids", ())
     if controls:
         # a control token has no text that would be found: its id ends what is written
@@ -278,7 +279,8 @@ def _choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) ->
     # the maximum is taken out first: a tiny temperature must not divide into infinities
     scaled_V = (logits_V - logits_V.max()).double() / sampling.temperature
     scores_K, ids_K = torch.sort(scaled_V, descending=True, stable=True)
-    scores_K, ids_K = scores_K[: sampling.top_k], ids_K[: sampling.top_k]
+    scores_K = scores_K[: sampling.top_k]
+    ids_K = ids_K[: sampling.top_k]
     probabilities_K = torch.softmax(scores_K, dim=0)
     if sampling.top_p is not None:
         before_K = probabilities_K.cumsum(0) - probabilities_K
@@ -296,9 +298,12 @@ class _Text:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
-        self._tokenizer, self._ids, self._stop = tokenizer, list(prompt), stop
+        self._tokenizer = tokenizer
+        self._ids = list(prompt)
+        self._stop = stop
         # decoding begins at `start`; the text before `done` is given out
-        self._start, self._done = 0, len(self._ids)
+        self._start = 0
+        self._done = len(self._ids)
         self._before = tokenizer.decode(self._ids)
         self._held = ""  # what may be the beginning of a stop string
         self.ended = False
@@ -310,7 +315,8 @@ class _Text:
         if text.endswith("\ufffd"):  # U+FFFD stands for bytes that are no character, or not yet
             return ""
         piece = text[len(self._before) :]
-        self._start, self._done = self._done, len(self._ids)
+        self._start = self._done
+        self._done = len(self._ids)
         self._before = self._tokenizer.decode(self._ids[self._start : self._done])
         return self._release(piece)
 
@@ -321,7 +327,9 @@ class _Text:
             rest = self._tokenizer.decode(self._ids[self._start :])[len(self._before) :]
         found = self._release(rest)
         if not self.ended:
-            found, self._held, self.ended = found + self._held, "", True
+            found = found + self._held
+            self._held = ""
+            self.ended = True
         return found
 
     def _release(self, piece: str) -> str:

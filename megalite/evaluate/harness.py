@@ -86,13 +86,15 @@ def make_model(opened: LoadedModel, grid: Grid, batch_size: int) -> Any:
             texts = [_windows(opened, request.args[0]) for request in requests]
             pairs = [pair for windows in texts for pair in windows]
             found = _shared(grid, pairs, lambda mine: log_likelihoods(opened, mine, batch_size))
-            sums, rest = list[float](), iter(found)
+            sums = list[float]()
+            rest = iter(found)
             for windows in texts:
                 sums.append(sum(next(rest)[0] for _ in windows))
             return sums
 
         def generate_until(self, requests: Any) -> list[str]:
-            asked, seen = list[tuple[str, Mapping[str, Any], int]](), Counter[str]()
+            asked = list[tuple[str, Mapping[str, Any], int]]()
+            seen = Counter[str]()
             for context, settings in (request.args for request in requests):
                 GenerationSettings.of(settings)
                 asked.append((context, settings, seen[context]))
@@ -165,7 +167,8 @@ def _pair(opened: LoadedModel, context: str, continuation: str) -> Pair:
     context alone end.
     """
     if not context:
-        before, ids = _beginning(opened), opened.tokenizer.encode(continuation)
+        before = _beginning(opened)
+        ids = opened.tokenizer.encode(continuation)
         opened.check_ids(ids)
         # a continuation that is what a text begins with is read, not scored
         return (ids[:1], ids[1:]) if ids[:1] == before else (before, ids)
@@ -188,9 +191,11 @@ def _windows(opened: LoadedModel, text: str) -> list[Pair]:
 
     If the tokenizer begins texts with BOS, that BOS is scored, too, as by the harness's own class.
     """
-    ids, size = encode_text(opened.tokenizer, text), opened.config.max_position_embeddings
+    ids = encode_text(opened.tokenizer, text)
+    size = opened.config.max_position_embeddings
     opened.check_ids(ids)
-    before, pairs = _beginning(opened), list[Pair]()
+    before = _beginning(opened)
+    pairs = list[Pair]()
     for first in range(0, len(ids), size):
         part = ids[first : first + size]
         # the last part is filled up with what came before
@@ -248,7 +253,8 @@ class GenerationSettings:
 
 def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `Sampling`: greedy unless the task samples at a temperature over 0."""
-    chosen, temperature = settings.get("do_sample"), settings.get("temperature")
+    chosen = settings.get("do_sample")
+    temperature = settings.get("temperature")
     if chosen not in (None, False, True):
         raise CommandError(f"--tasks: generation_kwargs.do_sample: {chosen!r}; give true or false")
     if temperature is None:

@@ -83,7 +83,8 @@ class LoadedModel:
             prompt.encode()
         except UnicodeEncodeError:
             raise CommandError(f"the prompt {prompt!r} is not UTF-8 text; give text") from None
-        ids, window = encode_text(self.tokenizer, prompt), self.config.max_position_embeddings
+        ids = encode_text(self.tokenizer, prompt)
+        window = self.config.max_position_embeddings
         self.check_ids(ids)
         length = len(ids)
         if length > window:
@@ -150,7 +151,8 @@ class CachedDecoder:
     """
 
     def __init__(self, opened: LoadedModel) -> None:
-        self._opened, self._model = opened, opened.model
+        self._opened = opened
+        self._model = opened.model
         self._window = opened.config.max_position_embeddings
         self.continues = opened.config.architecture == "decoder"
         self.suffix_ids = opened.suffix_ids
@@ -167,7 +169,8 @@ class CachedDecoder:
         return self._next(tokens)[:, self._chosen]
 
     def _begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
-        device, window = self._opened.device, self._window
+        device = self._opened.device
+        window = self._window
         for prompt in prompts:
             self._opened.check_ids(prompt)
         prompts = [list(prompt)[-window:] for prompt in prompts]
@@ -176,7 +179,8 @@ class CachedDecoder:
         ids = torch.zeros(keys.shape, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             place = slice(length - len(prompt), None) if self.continues else slice(len(prompt))
-            keys[row, place], ids[row, place] = True, torch.tensor(prompt)
+            keys[row, place] = True
+            ids[row, place] = torch.tensor(prompt)
         self._keys = None if bool(keys.all()) else keys.to(device)
         ids = ids.to(device)
         self._beyond = None  # a reader may begin again
@@ -212,7 +216,8 @@ class CachedDecoder:
         return self._model.scores(self._model.hidden(inputs, self._cache)[:, -1])
 
     def _answer(self, ids_BS: Tensor, new_tokens: int) -> Tensor:
-        model, config = self._model.model, self._opened.config
+        model = self._model.model
+        config = self._opened.config
         assert isinstance(model, EncoderDecoder)
         inputs = {"input_ids": ids_BS}
         if self._keys is not None:
@@ -256,7 +261,9 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
         stored = weights = HuggingFaceFolder(path)
         weights.require_head()
         weights.say_ignored()
-        folder, config, tokenizer_folder = weights.path, weights.section, weights.path
+        folder = weights.path
+        config = weights.section
+        tokenizer_folder = weights.path
     else:
         folder, manifest = open_checkpoint(path, weights_only=True)
         try:
@@ -264,7 +271,8 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
         except MegaLiteError as error:
             raise CheckpointError(str(error)) from None
         stored, config = merged(StoredCheckpoint(folder, manifest), run.model)
-        tokenizer_folder, sha256 = folder / "tokenizer", manifest.tokenizer_sha256
+        tokenizer_folder = folder / "tokenizer"
+        sha256 = manifest.tokenizer_sha256
         data = manifest.data_fingerprint
     at = grid.at if grid else WHOLE
     size = at.mesh.tensor
@@ -289,7 +297,8 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
 
 def _compare_vocabularies(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
     """Report tokens that the model lacks, and what the tokenizer puts around a text."""
-    size, known = config.vocab_size, tokenizer.vocab_size
+    size = config.vocab_size
+    known = tokenizer.vocab_size
     if known > size:
         names = [f"{name!r} ({id})" for id, name in enumerate(tokenizer.pieces()) if id >= size]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -80,7 +80,9 @@ def score_data(
         data_rank=grid.at.data_rank,
         data_size=grid.mesh.data,
     )
-    sums, text_bytes, right = torch.zeros(2, dtype=torch.float64), 0, 0
+    sums = torch.zeros(2, dtype=torch.float64)
+    text_bytes = 0
+    right = 0
     count = -(-dataset.num_samples // (micro_batch_size * grid.mesh.data))
     length = run.data.sequence_length
     loss_of = report_calls(
@@ -94,7 +96,8 @@ def score_data(
         if masked:
             right += opened.count_correct(batch)
         if causal:
-            labels, mask = batch.tensors["labels"], batch.tensors["loss_mask"]
+            labels = batch.tensors["labels"]
+            mask = batch.tensors["loss_mask"]
             text_bytes += sum(
                 opened.tokenizer.count_bytes(row[seen].tolist())
                 for row, seen in zip(labels, mask, strict=True)
@@ -133,7 +136,8 @@ def _open_held_out(opened: LoadedModel, run: RunConfig, data: str | None) -> Dat
 
 def _run_of(opened: LoadedModel) -> RunConfig:
     """Return a run file for a folder that has none: the model, and windows as long as it reads."""
-    model, objective = opened.config, dict[str, Any]()
+    model = opened.config
+    objective = dict[str, Any]()
     if model.architecture == "encoder":
         pieces = opened.tokenizer.pieces()
         ids = [pieces.index(name) for name in ("[MASK]", "<mask>") if name in pieces]
@@ -186,7 +190,8 @@ def sum_loss(
         data_rank=data_rank,
         data_size=data_size,
     )
-    losses, targets = [], 0
+    losses = []
+    targets = 0
     for batch in batches:
         if stopping():
             return None

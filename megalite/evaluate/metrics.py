@@ -16,8 +16,12 @@ from torch import Tensor
 
 from megalite.errors import DataError, MegaLiteError
 
-_INK, _PAPER, _FULL = (0, 0, 0), (255, 255, 255), (20, 60, 130)
-_FEW, _MARGIN, _LONGEST = 20, 8, 18  # labels, all of whose numbers are shown; pixels; characters
+_INK = (0, 0, 0)
+_PAPER = (255, 255, 255)
+_FULL = (20, 60, 130)
+_FEW = 20  # labels, all of whose numbers are shown
+_MARGIN = 8  # pixels
+_LONGEST = 18  # characters
 
 
 def classification_metrics(
@@ -94,7 +98,8 @@ def confusion_picture(
     font = ImageFont.load_default()
     names = [" ".join(name.split()) for name in names]
     names = [name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…" for name in names]
-    few, widest = len(names) <= _FEW, max(font.getlength(str(max(row))) for row in confusion)
+    few = len(names) <= _FEW
+    widest = max(font.getlength(str(max(row))) for row in confusion)
     cell = max(40, int(widest) + _MARGIN) if few else 24
     left = 2 * _MARGIN + max(int(font.getlength(text)) for text in (*names, "true \\ predicted"))
     side = left + cell * len(names) + _MARGIN
@@ -107,13 +112,16 @@ def confusion_picture(
     draw = ImageDraw.Draw(image)
     draw.text((left - _MARGIN, left - _MARGIN), "true \\ predicted", _INK, font, anchor="rs")
     for i, (name, row) in enumerate(zip(names, confusion, strict=True)):
-        y, total = left + i * cell, sum(row) or 1
+        y = left + i * cell
+        total = sum(row) or 1
         draw.text((left - _MARGIN, y + cell // 2), name, _INK, font, anchor="rm")
         for j, count in enumerate(row):
-            x, part = left + j * cell, count / total
+            x = left + j * cell
+            part = count / total
             paint = tuple(round(p + part * (f - p)) for p, f in zip(_PAPER, _FULL, strict=True))
             draw.rectangle((x, y, x + cell, y + cell), paint, outline=(200, 200, 200))
             if few or font.getlength(str(count)) <= cell - 2:
-                ink, place = _PAPER if part > 0.5 else _INK, (x + cell // 2, y + cell // 2)
+                ink = _PAPER if part > 0.5 else _INK
+                place = (x + cell // 2, y + cell // 2)
                 draw.text(place, str(count), ink, font, anchor="mm")
     return np.array(image)

@@ -85,13 +85,18 @@ class Writer:
 
     def __init__(self, config: RunConfig, engine: Engine, grid: Grid, prompts: Prompts) -> None:
         assert config.logging.samples is not None
-        self._config, self._samples = config, config.logging.samples
-        self._engine, self._grid, self._prompts = engine, grid, prompts
+        self._config = config
+        self._samples = config.logging.samples
+        self._engine = engine
+        self._grid = grid
+        self._prompts = prompts
         self.continues = config.model.architecture == "decoder"
-        finetune, eos = config.finetune, prompts.tokenizer.eos_id
+        finetune = config.finetune
+        eos = prompts.tokenizer.eos_id
         tuned = [] if finetune is None or eos is None else [eos]  # as its examples end
         self.suffix_ids: Sequence[int] = prompts.tokenizer.suffix_ids or tuned
-        self._failed, self._in_pass = False, False
+        self._failed = False
+        self._in_pass = False
         # padded rows of the vocabulary are never chosen; an encoder_decoder's last ids name spans
         self._chosen = slice(prompts.tokenizer.vocab_size if self.continues else None)
         self._round = config.parallel.tensor if config.parallel.sequence else 1
@@ -120,7 +125,8 @@ class Writer:
         return []
 
     def _write(self) -> list[tuple[str, str]]:
-        asked, samples = self._prompts, self._samples
+        asked = self._prompts
+        samples = self._samples
         written = [""] * len(asked.shown)
         try:
             pieces = stream_texts(

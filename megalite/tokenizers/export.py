@@ -12,8 +12,12 @@ from megalite.tokenizers.base import Tokenizer
 from megalite.tokenizers.special_tokens import TOKENIZER_CONFIG, Companions
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
-_UNIGRAM, _BPE = 1, 2  # sentencepiece_model.proto's ModelType and Type
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_UNIGRAM = 1
+_BPE = 2  # sentencepiece_model.proto's ModelType and Type
+_NORMAL = 1
+_UNKNOWN = 2
+_CONTROL = 3
+_USER_DEFINED = 4
 
 
 def export_sentencepiece(
@@ -46,7 +50,8 @@ def build_sentencepiece(
     names = [renames.get(id, piece.piece) for id, piece in enumerate(spec.pieces)]
     kinds = [_NORMAL if id in renames else p.type for id, p in enumerate(spec.pieces)]
     unknown = [piece.type for piece in spec.pieces].index(_UNKNOWN)
-    made, rule = tokenizers.Tokenizer(_core(spec, names, kinds, unknown)), spec.normalizer_spec
+    made = tokenizers.Tokenizer(_core(spec, names, kinds, unknown))
+    rule = spec.normalizer_spec
     steps: list[Any] = []
     if rule.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rule.precompiled_charsmap))
@@ -163,7 +168,8 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     found = []
     for piece, score in scores.items():
         for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
+            left = piece[:cut]
+            right = piece[cut:]
             if left in scores and right in scores:
                 found.append((-score, scores[left], scores[right], left, right))
     found.sort(key=lambda merge: (merge[0], -merge[1], -merge[2]))

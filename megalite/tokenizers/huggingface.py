@@ -42,9 +42,11 @@ class HuggingFaceTokenizer(TokenizerBase):
     def __init__(
         self, data: bytes, companions: Companions, source: tuple[str, bytes] | None = None
     ) -> None:
-        self._data, self._companions = data, companions
+        self._data = data
+        self._companions = companions
         self._source = source or (HUGGING_FACE, data)
-        self._tokenizer, self._with_controls = self._load(), self._load()
+        self._tokenizer = self._load()
+        self._with_controls = self._load()
         self._tokenizer.encode_special_tokens = True  # as text, that is: not as control tokens
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = max(ids, default=-1) + 1  # ids may have holes
@@ -110,12 +112,14 @@ class HuggingFaceTokenizer(TokenizerBase):
 
     def encode_with_offsets(self, text: str, plain: Spans = ()) -> Placed:
         found = self._with_controls.encode(text, add_special_tokens=False)
-        ids, places = list(found.ids), list(found.offsets)
+        ids = list(found.ids)
+        places = list(found.offsets)
         controls = [n for n, id in enumerate(ids) if self._is_control(id, text, places[n])]
         kept = [n for n in controls if not overlaps(places[n][0], places[n][1], plain)]
         if len(kept) == len(controls):
             return ids, places
-        made, made_places = list[int](), list[tuple[int, int]]()
+        made = list[int]()
+        made_places = list[tuple[int, int]]()
         first = start = 0
         for control in (*kept, len(ids)):  # the text before each, then the token itself
             stop = places[control][0] if control < len(ids) else len(text)
@@ -123,10 +127,12 @@ class HuggingFaceTokenizer(TokenizerBase):
                 part, part_places = self._encode_part(text[start:stop], leads=start == 0)
                 part_places = [(start + a, start + b) for a, b in part_places]
             else:
-                part, part_places = ids[first:control], places[first:control]
+                part = ids[first:control]
+                part_places = places[first:control]
             made += part + ids[control : control + 1]
             made_places += part_places + places[control : control + 1]
-            first, start = control + 1, stop if control == len(ids) else places[control][1]
+            first = control + 1
+            start = stop if control == len(ids) else places[control][1]
         return made, made_places
 
     def _is_control(self, id: int, text: str, place: tuple[int, int]) -> bool:

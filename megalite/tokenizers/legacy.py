@@ -21,7 +21,8 @@ _FORMATS = (
     ("merges.txt", "GPT-2's format", "GPT2Tokenizer"),
     ("vocab.txt", "BERT's format", "BertTokenizer"),
 )
-_UNIGRAM, _NORMAL = 1, 1  # sentencepiece_model.proto's ModelType and Type
+_UNIGRAM = 1
+_NORMAL = 1  # sentencepiece_model.proto's ModelType and Type
 _FILES = ("tekken.json", "merges.txt", "vocab.json", "vocab.txt", "source.spm", "target.spm")
 
 
@@ -120,7 +121,8 @@ def convert_marian(folder: str | Path) -> None:
         [(name, scores.get(name, least - 100.0)) for name in names], unknown, False
     )
     joint = tokenizers.Tokenizer(core)
-    joint.normalizer, joint.decoder = made.normalizer, made.decoder
+    joint.normalizer = made.normalizer
+    joint.decoder = made.decoder
     if made.pre_tokenizer is not None:
         joint.pre_tokenizer = made.pre_tokenizer
     special = [name for name in ("</s>", "<unk>", "<pad>") if name in vocabulary]

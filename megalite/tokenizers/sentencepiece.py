@@ -27,7 +27,8 @@ class SentencePieceTokenizer(TokenizerBase):
     def __init__(self, model: bytes, companions: Companions | None = None) -> None:
         import sentencepiece
 
-        self._model, self._companions = model, companions or Companions(None)
+        self._model = model
+        self._companions = companions or Companions(None)
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._processor.get_piece_size()
         self.bos_id = self._find("bos_token", self._processor.bos_id())
@@ -35,7 +36,8 @@ class SentencePieceTokenizer(TokenizerBase):
         self.pad_id = self._find("pad_token", self._processor.pad_id())
         self.end_ids = end_ids(self.eos_id, self._companions.ids("eos_token_id"))
         before, after = self._companions.around(self.bos_id, self.eos_id)
-        self.prefix_ids, self.suffix_ids = self._companions.begin(before, self.bos_id), tuple(after)
+        self.prefix_ids = self._companions.begin(before, self.bos_id)
+        self.suffix_ids = tuple(after)
         self.sha256 = hashlib.sha256(model).hexdigest()
 
     def _find(self, key: str, own: int) -> int | None:
@@ -92,7 +94,8 @@ class SentencePieceTokenizer(TokenizerBase):
     @cached_property
     def _piece_bytes(self) -> Ids:
         """Number of bytes of text that each id stands for."""
-        processor, lengths = self._processor, np.zeros(self.vocab_size, dtype=np.int32)
+        processor = self._processor
+        lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for id in range(self.vocab_size):
             if processor.is_byte(id):
                 lengths[id] = 1
@@ -121,7 +124,9 @@ def load_sentencepiece(
     `transformers` uses, so that both find the added tokens in the same places.
     """
     plain = SentencePieceTokenizer(model, companions)
-    added, size, names = companions.added_tokens, plain.vocab_size, plain.pieces()
+    added = companions.added_tokens
+    size = plain.vocab_size
+    names = plain.pieces()
     renames = {t.id: t.content for t in added if t.id < size and names[t.id] != t.content}
     new = [token for token in added if token.id >= size] or companions.missing(plain.token_to_id)
     special = [t for t in added if t.id < size and t.special and not plain.is_control(t.id)]

@@ -19,7 +19,8 @@ from megalite.errors import DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
-_TOKENS_MAP, _ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
+_TOKENS_MAP = "special_tokens_map.json"
+_ADDED_TOKENS = "added_tokens.json"
 _KEPT = (
     TOKENIZER_CONFIG,
     _TOKENS_MAP,
@@ -128,7 +129,8 @@ class Companions:
         if "added_tokens_decoder" in self.config:
             stated = self.config["added_tokens_decoder"]
             return sorted(self._stated(stated), key=lambda token: token.id)
-        known, found = self.special_names, list[AddedToken]()
+        known = self.special_names
+        found = list[AddedToken]()
         for name, id in self._parse(_ADDED_TOKENS).items():
             if not _is_id(id):
                 raise self._fault(_ADDED_TOKENS, f"{name!r} has the id {id!r}; ids are 0 or more")
@@ -167,7 +169,8 @@ class Companions:
     @cached_property
     def _extra(self) -> list[str]:
         """Names of special tokens that have no role of their own."""
-        stated, found = dict(self.config), list[str]()
+        stated = dict(self.config)
+        found = list[str]()
         if "added_tokens_decoder" not in self.config:
             stated |= self._parse(_TOKENS_MAP)
         for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -269,7 +272,8 @@ class Companions:
     def _generation_config(self) -> dict[str, Any]:
         found = self._parse(GENERATION_CONFIG)
         for key in _ID_KEYS:
-            known, more = self.ids(key), self.model_config.get(key)
+            known = self.ids(key)
+            more = self.model_config.get(key)
             if known and key != "eos_token_id":
                 continue
             given = [] if more is None else self._ids("config.json", key, more)
@@ -318,7 +322,8 @@ class TokenizerBase:
 
 def _with_ids(content: dict[str, Any], key: str, ids: Sequence[int]) -> dict[str, Any]:
     """Return the content with the ids under a key: one, or several, or without the key."""
-    ids, content = list(dict.fromkeys(ids)), {k: v for k, v in content.items() if k != key}
+    ids = list(dict.fromkeys(ids))
+    content = {k: v for k, v in content.items() if k != key}
     return content | ({key: ids[0] if len(ids) == 1 else ids} if ids else {})
 
 

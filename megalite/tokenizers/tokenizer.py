@@ -152,7 +152,9 @@ def check_round_trip(tokenizer: Tokenizer, *, lossy: bool = False) -> None:
 class ByteTokenizer(TokenizerBase):
     """UTF-8 bytes as ids 0 to 255; nothing to train, which suits tests and unseen scripts."""
 
-    bos_id, eos_id, vocab_size = 256, 257, 258
+    bos_id = 256
+    eos_id = 257
+    vocab_size = 258
     pad_id: int | None = None
     suffix_ids: tuple[int, ...] = ()
 

@@ -46,7 +46,8 @@ def collect_scores(
         None if it was given up.
     """
     rank, size = (grid.at.data_rank, grid.mesh.data) if grid else (0, 1)
-    samples, step = dataset.num_samples, micro_batch_size * size
+    samples = dataset.num_samples
+    step = micro_batch_size * size
     order = dataset.sort_by_length(np.arange(samples))
     parts = []
     batches = first_batches(
@@ -148,7 +149,8 @@ class Comparison:
     """
 
     def __init__(self, sets: Mapping[str, ExampleSet], steps: int) -> None:
-        self._sets, self._steps = sets, steps
+        self._sets = sets
+        self._steps = steps
         self._known: dict[str, dict[str, dict[str, float]]] = {}
 
     def __call__(
