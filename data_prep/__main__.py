@@ -136,7 +136,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         action="extend",
         required=True,
         metavar="INPUT",
-        help="one or more, as told above",
+        help="one or more, as described above",
     )
     add("--output", type=Path, required=True, metavar="DIR", help="a new folder")
     add("--text-field", default="text", metavar="NAME", help="of JSON and tables; default: text")
@@ -160,7 +160,7 @@ def _at_least(lowest: int) -> Callable[[str], int]:
 
 
 def _cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -194,7 +194,7 @@ def _tokenize(**given: Any) -> int:
           --output data/web --deduplicate
     """
     from data_prep.encode import tokenize
-    from data_prep.work import TokenizeOptions
+    from data_prep.options import TokenizeOptions
     from megalite.formats.manifest import load_manifest
 
     rank, ranks = env.find_place()

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from data_prep.work import Counts, Encoder, read_header
+from data_prep.encoder import Encoder
+from data_prep.part_files import Counts, read_header
 from data_prep.work_folder import Run, read, write
 from megalite.formats.manifest import ShardInfo
 from megalite.formats.shards import ShardWriter
@@ -61,7 +62,8 @@ def plan_shards(
     valid_fraction: float | None = None,
 ) -> list[ShardPlan]:
     """Plan the shards of each output: one, or with `valid_fraction` two, the held-out one last."""
-    placed, total = list[tuple[str, int]](), 0
+    placed = list[tuple[str, int]]()
+    total = 0
     for name in parts:
         placed.append((name, total))
         total += read_header(run.part(name)).tally.documents
@@ -77,7 +79,8 @@ def _cut(run: Run, join: ShardPlan, shard_tokens: int) -> ShardPlan:
     A document is never cut, so one that is longer than that has a shard to itself. Memory holds the
     lengths of one part, and with `deduplicate` a byte a document and a bucket of hashes.
     """
-    shards, used = join.shards, 0
+    shards = join.shards
+    used = 0
     for number, (name, _) in enumerate(join.parts):
         lengths = _array(run, name, "lengths")
         stay = ~_omitted(run, join, number, 0, len(lengths))
@@ -99,12 +102,12 @@ def _cut(run: Run, join: ShardPlan, shard_tokens: int) -> ShardPlan:
 
 
 def write_shard_plans(run: Run, joins: Sequence[ShardPlan]) -> None:
-    """Let the workers know what was planned."""
+    """Publish the plan of the shards to the workers."""
     write(run.join, [asdict(join) for join in joins])
 
 
 def read_shard_plans(run: Run) -> list[ShardPlan]:
-    """What was planned; FileNotFoundError where the run is over."""
+    """Return the plan of the shards. Raise FileNotFoundError if the run is over."""
     if (found := read(run.join)) is None:
         raise FileNotFoundError(run.join)
     return [ShardPlan(**join) for join in found]
@@ -133,8 +136,11 @@ def write_shards(
 
 
 def _write_shard(run: Run, join: ShardPlan, number: int, piece: str, encoder: Encoder) -> None:
-    """One shard, made apart and renamed into place: another worker may be at the same one."""
-    name, size = shard_name(number), encoder.tokenizer.vocab_size
+    """Write one shard in a folder of its own and rename it into place. Another worker may write the
+    same shard at the same time.
+    """
+    name = shard_name(number)
+    size = encoder.tokenizer.vocab_size
     making = run.folder / f"making-{piece}-{secrets.token_hex(4)}"
     making.mkdir()
     with ShardWriter(making, name, encoder.dtype, vocab_size=size) as writer:
@@ -153,7 +159,7 @@ def shard_name(number: int) -> str:
 
 
 def read_shards(run: Run, join: ShardPlan) -> list[ShardInfo]:
-    """What the shards turned out to be, once all are done."""
+    """Return the facts about all shards, once they are written."""
     files = (run.folder / f"{piece}.json" for piece in join.pieces())
     return [ShardInfo.model_validate(read(file)) for file in files]
 
@@ -177,16 +183,18 @@ def kept(run: Run, join: ShardPlan, place: int) -> Counts:
 def _documents(
     run: Run, join: ShardPlan, place: int, start: int, end: int
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Documents of a part that stay: their tokens in a row, and their lengths."""
+    """Return the documents of a part that stay: their tokens as one array, and their lengths."""
     name, _ = join.parts[place]
     ends = np.cumsum(lengths := _array(run, name, "lengths"))
-    begin, stop = int(ends[start - 1]) if start else 0, int(ends[end - 1])
+    begin = int(ends[start - 1]) if start else 0
+    stop = int(ends[end - 1])
     lengths = lengths[start:end]
     with safe_open(run.part(name), framework="np") as file:
         tokens = file.get_slice("tokens")[begin:stop]
     dropped = _omitted(run, join, place, start, end - start)
     if dropped.any():
-        tokens, lengths = tokens[np.repeat(~dropped, lengths)], lengths[~dropped]
+        tokens = tokens[np.repeat(~dropped, lengths)]
+        lengths = lengths[~dropped]
     return tokens, lengths
 
 
@@ -199,13 +207,15 @@ def _drop_duplicates(run: Run, parts: Sequence[tuple[str, int]], documents: int)
     dropped = np.memmap(run.dropped, np.bool_, mode="r+", shape=(documents,))
     buckets = -(-documents // _BUCKET)
     for bucket in range(buckets):
-        found, places = [], []
+        found = []
+        places = []
         for name, first in parts:
             hashes = _array(run, name, "hashes")
             chosen = np.flatnonzero(hashes[:, 0] % np.uint64(buckets) == bucket)
             found.append(hashes[chosen])
             places.append(first + chosen)
-        hashes, place = np.concatenate(found), np.concatenate(places)
+        hashes = np.concatenate(found)
+        place = np.concatenate(places)
         order = np.lexsort((place, hashes[:, 1], hashes[:, 0]))
         again = (hashes[order[1:]] == hashes[order[:-1]]).all(1)
         dropped[place[order[1:][again]]] = True

@@ -54,7 +54,7 @@ def cache_arguments(
 def cache_folder(cache: str, arguments: dict[str, Any]) -> Path:
     """Return the folder below `cache` for the examples of these arguments, which may not exist."""
     folder = Path(cache) / _hash(json.dumps(arguments, sort_keys=True).encode())[:32]
-    # of `link_learned`; if its target was deleted, that is where the examples are made again
+    # `link_learned` made it; if its target was deleted, the examples are made there again
     return folder.parent / folder.readlink() if folder.is_symlink() else folder
 
 

@@ -47,7 +47,7 @@ CHATML = """\
 {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-# What a template is given of a message without content: nothing, as transformers gives a missing
+# Values that a template gets for missing content: nothing, as transformers gives a missing
 # key; null; or "". Templates differ in which of them they can read.
 _NO_CONTENT: tuple[dict[str, Any], ...] = ({}, {"content": None}, {"content": ""})
 _ALWAYS_READ = {"role", "content", "weight", "tool_calls", "function_call"}
@@ -55,7 +55,8 @@ _ENOUGH = 20  # rows in which a key changed nothing, after which it is taken to 
 
 
 def find_template(file: str | None, given: str | None, tokenizer: str | Path | None) -> str:
-    """The text of `file`, else `given`, else what lies beside the tokenizer, else ChatML.
+    """Return the text of `file`, else `given`, else the template of the tokenizer's folder, else
+    ChatML.
 
     Raises:
         DataError: a file that cannot be read.
@@ -82,7 +83,7 @@ def find_template(file: str | None, given: str | None, tokenizer: str | Path | N
 
 
 def ask(folder: Path, tokenizer: Tokenizer, text: str) -> tuple[list[int], str]:
-    """`Chat.ask` by the template that lies beside a tokenizer."""
+    """Return `Chat.ask` by the template in a tokenizer's folder."""
     return Chat(find_template(None, None, folder), tokenizer).ask(text)
 
 
@@ -97,9 +98,13 @@ class Chat:
     """
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._template = tokenizer, Template(template, tokenizer)
-        self._turns, self._said = TurnFinder(self._template), False
-        self._remarks, self._unread, self._read = Counter[str](), Counter[str](), set[str]()
+        self._tokenizer = tokenizer
+        self._template = Template(template, tokenizer)
+        self._turns = TurnFinder(self._template)
+        self._said = False
+        self._remarks = Counter[str]()
+        self._unread = Counter[str]()
+        self._read = set[str]()
 
     def encode(
         self, messages: Messages, tools: list[Any] | None = None
@@ -115,7 +120,8 @@ class Chat:
         text, spans = self.render(messages, tools)
         plain = self._plain(self._readable(messages, tools), tools, text)
         ids, places = self._tokenizer.encode_with_offsets(text, plain)
-        learned, current = [False] * len(ids), 0
+        learned = [False] * len(ids)
+        current = 0
         for token, (start, stop) in enumerate(places):
             while current < len(spans) and start >= spans[current][1]:
                 current += 1
@@ -220,7 +226,7 @@ class Chat:
                 self._unread[key] += 1
 
     def _readable(self, messages: Messages, tools: list[Any] | None) -> Messages:
-        """The messages as the template is given them: where content is missing, as it can read."""
+        """Return the messages with missing content in the first form that the template renders."""
         shown = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
         bare = [message for message in shown if "content" not in message]
         if not bare:
@@ -242,7 +248,9 @@ class Chat:
 
     @cached_property
     def _controls(self) -> re.Pattern[str] | None:
-        """The names of control tokens: tokens without text, that plain text does not become."""
+        """Pattern of the names of control tokens: tokens without text that plain text does not
+        become.
+        """
         tokenizer = self._tokenizer
         names = [
             name
@@ -255,7 +263,8 @@ class Chat:
         return re.compile("|".join(longest)) if names else None
 
     def _plain(self, messages: Messages, tools: list[Any] | None, text: str, **how: bool) -> Spans:
-        """Where `text`, the rendering, has names of control tokens from messages or tools.
+        """Return the spans of `text`, the rendering, in which messages or tools name control
+        tokens.
 
         Raises:
             Unusable: the template itself reads such a name in a turn that is not the assistant's.
@@ -267,7 +276,9 @@ class Chat:
         sentinel = new_sentinel("".join([text, *strings(units)]))
 
         def locate(names: Sequence[Sequence[str]]) -> Spans | None:
-            """Their spans; None if the template writes something else for other words."""
+            """Return the spans of these names. None means that the template writes other text for
+            other words.
+            """
             pairs = zip(units, names, strict=True)
             *marked, marked_tools = [insert(unit, sentinel, some) for unit, some in pairs]
             try:

@@ -1,8 +1,7 @@
 """Compressed files as the bytes in them: gzip, bzip2, xz and zstd, of several members or frames.
 
-A file that is cut, or that holds anything else after its last member but zeros, cannot be read to
-its end. The standard library's bz2 and lzma leave such a rest out without a word, so their streams
-are joined here.
+A file that is cut, or that has anything but zeros after its last member, cannot be read to its end.
+The standard library's bz2 and lzma ignore such a rest silently, so their streams are joined here.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def is_compressed(path: str) -> bool:
 
 
 def unreadable(name: str, error: Exception) -> DataError:
-    """The error of a file that is damaged, cut, gone or forbidden."""
+    """Return the error for a file that is damaged, cut, gone or forbidden."""
     known = isinstance(error, OSError) and error.strerror
     reason = " ".join(str(known or error).split()) or type(error).__name__
     return DataError(f"{name}: cannot be read to its end: {reason}")
@@ -44,7 +43,7 @@ def unreadable(name: str, error: Exception) -> DataError:
 
 @contextmanager
 def named_damage(name: str, damage: tuple[type[Exception], ...] = READ_ERRORS) -> Iterator[None]:
-    """Turns what reading a damaged file, a table or a set raises into a DataError with its name."""
+    """Raise a DataError that names the file, table or data set, if reading it fails."""
     try:
         yield
     except damage as error:
@@ -77,13 +76,13 @@ class InputFile:
         if name.endswith(".zst"):
             import pyarrow as pa
 
-            # pyarrow's reader tells a cut file from its end; zstandard's does not
+            # pyarrow's reader detects a cut file; zstandard's takes the cut for the end
             return io.BufferedReader(pa.CompressedInputStream(disk, "zstd"), BUFFER)
         make = bz2.BZ2Decompressor if name.endswith(".bz2") else lzma.LZMADecompressor
         return io.BufferedReader(_Streams(disk, make), BUFFER)
 
     def tell_disk(self) -> int:
-        """How far the file was read, in bytes on disk, up to a buffer."""
+        """Return how many bytes on disk have been read, up to a buffer."""
         return self._disk.tell()
 
     def close(self) -> None:
@@ -100,7 +99,9 @@ class _Streams(io.RawIOBase):
         disk: io.FileIO,
         make: Callable[[], bz2.BZ2Decompressor] | Callable[[], lzma.LZMADecompressor],
     ) -> None:
-        self._disk, self._make, self._stream = disk, make, make()
+        self._disk = disk
+        self._make = make
+        self._stream = make()
 
     def readable(self) -> bool:
         return True
@@ -112,7 +113,7 @@ class _Streams(io.RawIOBase):
         return len(data)
 
     def _next(self, size: int) -> bytes:
-        """Some bytes, `size` at most; none at the end of the file."""
+        """Return some bytes, at most `size`; none at the end of the file."""
         while True:
             packed = b""
             if self._stream.eof:

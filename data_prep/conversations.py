@@ -14,7 +14,7 @@ from megalite.errors import CommandError
 
 @dataclass(frozen=True)
 class Question:
-    """The turns before an answer, the tools that may be called, and where they are written."""
+    """The turns before an answer, the tools that may be called, and their place in a file."""
 
     messages: Messages
     tools: list[Any] | None = None

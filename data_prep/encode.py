@@ -23,19 +23,14 @@ from data_prep.assemble import (
     write_shard_plans,
     write_shards,
 )
+from data_prep.encoder import Encoder
 from data_prep.inputs import find_streams
+from data_prep.options import TokenizeOptions
 from data_prep.output import check_output, check_outputs, refuse_taken
+from data_prep.part_files import Counts, part_name, read_header
 from data_prep.progress import shown
 from data_prep.streams import Stream
-from data_prep.work import (
-    Counts,
-    Encoder,
-    TokenizeOptions,
-    Worker,
-    part_name,
-    read_header,
-    wait,
-)
+from data_prep.work import Worker, wait
 from data_prep.work_folder import Run, WorkFolder, read, write
 from data_prep.workers import WorkerPool
 from megalite import env
@@ -59,7 +54,7 @@ _SPLIT_BY = "BLAKE2b hash of each document's text: the lowest valid_fraction is 
 
 @dataclass
 class _Task:
-    """What a rank works with."""
+    """The encoder, the work folder and the place of a rank."""
 
     encoder: Encoder
     folder: WorkFolder
@@ -68,11 +63,11 @@ class _Task:
 
     @property
     def places(self) -> int:
-        """Workers of all ranks."""
+        """Number of workers on all ranks."""
         return self.ranks * self.encoder.options.workers
 
     def work(self, run: Run, streams: Sequence[Stream], number: int) -> None:
-        """All that a worker does beside the leader: encode, wait for the plan, write shards."""
+        """Do the work of one worker: encode, wait for the plan, write shards."""
         place = self.rank * self.encoder.options.workers + number
         worker = Worker(run, streams, self.encoder, place=place, places=self.places)
         worker.encode_all()
@@ -80,12 +75,12 @@ class _Task:
         self.write_shards(run, place)
 
     def write_shards(self, run: Run, place: int) -> None:
-        """Those that nobody has begun, each worker from another one on."""
+        """Write shards that nobody has begun. Each worker starts from another shard."""
         share = min(place / self.places, 0.999)  # the leader of other workers stands behind them
         write_shards(run, read_shard_plans(run), self.encoder, wanted=run.claim, share=share)
 
     def pool(self, run: Run, streams: Sequence[Stream]) -> WorkerPool:
-        """The workers of this rank beside the calling process, which works where it is alone."""
+        """Return the workers of this rank. Without workers, the calling process does their work."""
         count = self.encoder.options.workers
         if all(stream.parts is not None for stream in streams):
             count = min(count, sum(stream.parts or 0 for stream in streams))
@@ -110,7 +105,8 @@ def tokenize(options: TokenizeOptions) -> Manifest:
     tokenizer = load_tokenizer(options.tokenizer)
     check_round_trip(tokenizer, lossy=options.lossy)
     encoder = Encoder(tokenizer, options)
-    asked, launch = encoder.options.asked(tokenizer), env.launch_id()
+    asked = encoder.options.asked(tokenizer)
+    launch = env.launch_id()
     folder = WorkFolder(options.output, asked, launch, options.valid_output)
     rank, ranks = env.find_place()
     if rank == 0 and options.bos is None and encoder.bos is not None:
@@ -124,7 +120,8 @@ def tokenize(options: TokenizeOptions) -> Manifest:
 
 
 def _lead(task: _Task) -> Manifest:
-    options, folder = task.encoder.options, task.folder
+    options = task.encoder.options
+    folder = task.folder
     folder.finish_publishing()
     if folder.was_published():
         folder.clear()
@@ -174,7 +171,8 @@ def _wait_for_shards(task: _Task, run: Run, joins: Sequence[ShardPlan], pool: Wo
     names = {name for join in joins for name in join.pieces()}
 
     def write_missing() -> None:
-        seconds, done = time.monotonic() - started, run.done()
+        seconds = time.monotonic() - started
+        done = run.done()
         logger.info("shards are missing after %.0f s: writing them here", seconds)
         write_shards(run, joins, task.encoder, wanted=lambda name: name not in done)
 
@@ -183,7 +181,8 @@ def _wait_for_shards(task: _Task, run: Run, joins: Sequence[ShardPlan], pool: Wo
 
 def _follow(task: _Task) -> Manifest:
     """Work for the run that rank 0 leads, until its output is there."""
-    output, patience = task.encoder.options.output, _RANK_0_COMES
+    output = task.encoder.options.output
+    patience = _RANK_0_COMES
     while True:
         deadline = time.monotonic() + patience
         while (run := task.folder.follow()) is None or (found := read(run.plan)) is None:
@@ -207,7 +206,7 @@ def _follow(task: _Task) -> Manifest:
 
 @contextmanager
 def _failing(run: Run) -> Iterator[None]:
-    """What goes wrong here stops all ranks."""
+    """Stop all ranks if the block raises an error."""
     try:
         yield
     except FileNotFoundError:
@@ -218,7 +217,7 @@ def _failing(run: Run) -> Iterator[None]:
 
 
 def _parts(run: Run, worker: Worker, streams: Sequence[Stream]) -> list[tuple[int, str]]:
-    """Every part in input order: the number of its --input, and its name."""
+    """Return every part in input order: the number of its --input, and its name."""
     parts = []
     for stream, key in zip(streams, worker.keys, strict=True):
         last = run.last(key) if stream.parts is None else stream.parts - 1
@@ -254,7 +253,8 @@ def _refuse_empty(
 ) -> None:
     """Raise DataError if an output has no document."""
     counts = [sum(tally.documents for tally in of_join) for of_join in tallies]
-    total, fraction = sum(counts), options.valid_fraction
+    total = sum(counts)
+    fraction = options.valid_fraction
     if not total:
         raise DataError(f"no document in {', '.join(options.inputs)}; nothing was written")
     for join, count in zip(joins, counts, strict=True):
@@ -276,7 +276,8 @@ def _manifest(
     join: ShardPlan,
 ) -> Manifest:
     """Complete a shard folder; the manifest is written last."""
-    folder, arguments = join.folder(run), encoder.options.recorded()
+    folder = join.folder(run)
+    arguments = encoder.options.recorded()
     if join.valid_fraction is not None:
         arguments |= {"split": "valid" if join.valid else "train", "split_by": _SPLIT_BY}
     files = Counter[int]()

@@ -1,4 +1,4 @@
-"""The rows that a fine-tuned model is measured on again, or whose labels it is to tell."""
+"""Rows that a fine-tuned model is evaluated on, or whose labels it predicts."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ def prepare_again(
     *,
     predictions: Path | None = None,
 ) -> tuple[Path, str]:
-    """The examples that a fine-tuned model is measured on, and their split; for all ranks.
+    """Return the examples that a fine-tuned model is evaluated on, and their split. All ranks call
+    it.
 
     Args:
-        path: rows of another file; None: the test split of its own data, else valid, else train.
-        first: whether this is the rank that makes them.
-        gather: a value of each rank, on all.
-        predictions: where the answers are to be written; rows of `path` may be without a label
-            then, and those that cannot be used are left out.
+        path: a file of other rows. None means the run's own data: the test split, else valid, else
+            train.
+        first: whether this is the rank that makes the examples.
+        gather: a function that returns the value of each rank, on all ranks.
+        predictions: the file for the answers. If it is given, rows of `path` may lack a label, and
+            unusable rows are skipped.
     Raises:
-        UserError: on every rank, what is wrong with them.
+        UserError: data that cannot be used, on every rank.
     """
     made: tuple[Path | None, MegaLiteError | None] = (None, None)
     if first:
@@ -63,10 +65,10 @@ def _prepare(config: RunConfig, tokenizer: Path, path: str | None, answers: Path
                 f"--data {path}: these are shards; a fine-tuned model is measured on rows, as its "
                 f"run was ({data.path}): give a file of them, or leave it out"
             )
-        held = ("valid_split", "test_split", "valid_fraction", "test_fraction")
+        fractions = ("valid_split", "test_split", "valid_fraction", "test_fraction")
         limit = sys.maxsize if unlabelled else data.max_bad_rows
-        own = {**dict.fromkeys(held), "path": path, "max_bad_rows": limit}
-        data = data.model_copy(update=own)
+        changes = {**dict.fromkeys(fractions), "path": path, "max_bad_rows": limit}
+        data = data.model_copy(update=changes)
     tuning = config.finetune.model_copy(update={"data": data})
     config = config.model_copy(update={"finetune": tuning})
     called = f"--data {path}" if path else ""
@@ -75,12 +77,14 @@ def _prepare(config: RunConfig, tokenizer: Path, path: str | None, answers: Path
     except DataError as error:
         if path is None:
             raise
-        told = str(error).replace(f"finetune.data.path {path}", f"--data {path}")
-        told = told.replace(CHOOSE, "rename one: the columns are those that the run was trained on")
-        told = re.sub(r"name it by finetune\.data\.\w+", "rename it", told)
-        told = told.replace(
+        message = str(error).replace(f"finetune.data.path {path}", f"--data {path}")
+        message = message.replace(
+            CHOOSE, "rename one: the columns are those that the run was trained on"
+        )
+        message = re.sub(r"name it by finetune\.data\.\w+", "rename it", message)
+        message = message.replace(
             "more than finetune.data.max_bad_rows", "more than the run's max_bad_rows"
         )
-        lacks = [f"no {what} {data.label_column!r}" in told for what in ("column", "field")]
+        lacks = [f"no {what} {data.label_column!r}" in message for what in ("column", "field")]
         hint = "; rows without labels are for --predictions FILE" if any(lacks) else ""
-        raise DataError(told.replace(", or allow more", "") + hint) from None
+        raise DataError(message.replace(", or allow more", "") + hint) from None

@@ -54,10 +54,10 @@ def prepare(
     one publishes it.
 
     Args:
-        tokenizer: that of the model started from, for where finetune.data.tokenizer is null; where
-            both are, one is learned from the training split.
-        chat_template: the tokenizer's own, where the caller knows it.
-        measured: what messages call the training split where nothing is learned from it.
+        tokenizer: that of the model started from, used if finetune.data.tokenizer is null. If both
+            are null, a tokenizer is learned from the training split.
+        chat_template: the tokenizer's own, if the caller knows it.
+        measured: what messages call the training split if nothing is learned from it.
         unlabelled: whether rows may be without a label.
     Raises:
         DataError: data, a tokenizer or a template that cannot be used; too many bad rows.
@@ -168,7 +168,8 @@ class ExampleMaker:
 
     def _write(self, folder: Path, split: str) -> SplitInfo:
         made = self._tokenized(split)
-        total, title = len(made.rows), self._splits.titles[split]
+        total = len(made.rows)
+        title = self._splits.titles[split]
         if not total:
             raise self._splits.empty_fault(split)
         if made.cut:
@@ -205,7 +206,9 @@ class ExampleMaker:
         return learn_tokenizer(sample, size, option="model.vocab_size", fewer=True)
 
     def _tokenized(self, split: str) -> SplitArrays:
-        made, rows, threads = SplitArrays(), self._splits.rows(split), os.cpu_count() or 1
+        made = SplitArrays()
+        rows = self._splits.rows(split)
+        threads = os.cpu_count() or 1
         bad = self._splits.bad[split]
         while batch := list(islice(rows, _BATCH)):
             texts = [text for fields in batch for text in fields.texts]

@@ -1,4 +1,4 @@
-"""Data sets as the `datasets` library reads them: of the hub, of local files, and saved to disk."""
+"""Data sets that the `datasets` library reads: from the hub, local files, or saved to disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megalite.errors import CommandError, DataError
 from megalite.files import is_plain_name, read_object
 
 _STREAMED_ROWS = 64  # at once; of Parquet the library holds some row groups
-# A saved set is mapped into memory, where pages stay that were read: it is mapped anew after these.
+# Pages of a mapped data set stay in memory once they were read; after so many it is mapped again.
 _MAPPED_BYTES = 1 << 26
 
 
@@ -28,7 +28,7 @@ def describe_hub(name: str, streaming: bool, part_bytes: int) -> DatasetFacts:
 
     Raises:
         DataError: a set that the library cannot open, with its reason: it names the splits there
-            are for one that is missing, and the configurations where one must be chosen.
+            are for one that is missing, and the configurations if one must be chosen.
     """
     try:
         builder, split = _builder(name)
@@ -86,12 +86,14 @@ def check_reachable(name: str, label: str) -> None:
 
 
 def saved_folder(name: str) -> Path | None:
-    """The folder of the data set that `FOLDER` or `FOLDER:SPLIT` names, if one was saved there.
+    """Return the folder of the data set `FOLDER` or `FOLDER:SPLIT` that `save_to_disk` wrote; else
+    None.
 
     Raises:
         CommandError: a split that is not there, or none given where none is called train.
     """
-    folder, split = Path(name), ""
+    folder = Path(name)
+    split = ""
     if not folder.exists() and ":" in name:
         base, _, split = name.rpartition(":")
         folder = Path(base)
@@ -123,7 +125,9 @@ class DatasetRows:
     """An open data set: one part a data file if it is streamed, else even parts of its rows."""
 
     def __init__(self, name: str, *, saved: bool, streaming: bool) -> None:
-        self._name, self._saved, self._streaming = name, saved, streaming and not saved
+        self._name = name
+        self._saved = saved
+        self._streaming = streaming and not saved
         self._label = name if saved else HUB + name
         self._rows: Any = None
         self._used = 0
@@ -186,8 +190,9 @@ class DatasetRows:
             yield rows[row : min(row + step, stop)]
 
     def close(self) -> None:
-        """Let go of the tables."""
-        self._rows, self._used = None, 0
+        """Release the tables."""
+        self._rows = None
+        self._used = 0
 
 
 def _builder(name: str) -> tuple[Any, str]:
@@ -218,7 +223,7 @@ def _open_saved(folder: str) -> Any:
     with named_damage(folder, (Exception,)):
         rows = datasets.load_from_disk(folder)
         state = _read_json(Path(folder, "state.json"))
-        if files := state.get("_indices_data_files"):  # of early versions; left out by the library
+        if files := state.get("_indices_data_files"):  # of early versions; the library ignores them
             import pyarrow as pa
 
             tables = []
@@ -242,7 +247,9 @@ def _unopened(name: str, error: Exception) -> DataError:
 
 @contextlib.contextmanager
 def _no_torch() -> Iterator[None]:
-    """Streams are made without importing torch, which takes seconds and nothing here needs."""
+    """Keep `datasets` from importing torch for streams. The import takes seconds, and nothing needs
+    it.
+    """
     import datasets
 
     before = datasets.config.TORCH_AVAILABLE

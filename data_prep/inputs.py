@@ -1,4 +1,4 @@
-"""What `--input` means, and how it is cut into parts that do not depend on who reads them.
+"""Meaning of `--input`, and its division into parts, which do not depend on who reads them.
 
 corpus.jsonl              a file, by its ending: JSON lines (.jsonl .ndjson .json), Parquet
                           (.parquet), anything else one document of text; .gz, .bz2, .xz and .zst
@@ -33,7 +33,8 @@ from megalite.errors import CommandError
 from megalite.log import logger
 
 _PARTS = 256  # about as many as a large input is cut into
-_LEAST, _MOST = 1 << 20, 64 << 20  # bytes of a part
+_LEAST = 1 << 20
+_MOST = 64 << 20  # bytes of a part
 _FOOTER_READERS = 16
 
 
@@ -46,7 +47,7 @@ class _Found:
     path: str
     real: str  # the path without links
     size: int = 0
-    stamps: tuple[Any, ...] = ()  # what tells it from another under the same name
+    stamps: tuple[Any, ...] = ()  # these differ if another file has the name
 
     @property
     def weight(self) -> int:
@@ -56,11 +57,12 @@ class _Found:
 def find_streams(
     inputs: Sequence[str], *, streaming: bool = True, part_bytes: int | None = None
 ) -> list[Stream]:
-    """The streams of all inputs, in the order given; in a glob or a folder by name.
+    """Return the streams of all inputs, in the order given; by name within a glob or a folder.
 
     Small files are read several to a part, large ones in several parts: JSON lines by ranges of
-    bytes, Parquet by row groups. The files of the input and `part_bytes` alone decide; where that
-    is None, `choose_part_bytes` of their sizes. Hub sets are `streaming`, or downloaded now.
+    bytes, Parquet by row groups. Only the files of the input and `part_bytes` decide. If
+    `part_bytes` is None, `choose_part_bytes` of their sizes is used. Hub data sets are streamed if
+    `streaming`, else downloaded now.
 
     Raises:
         CommandError: an input that names nothing, or what is no file or may not be read.
@@ -74,14 +76,18 @@ def find_streams(
 
 
 def choose_part_bytes(total: int) -> int:
-    """A power of two, `total` / 256 or less, from 1 to 64 MiB: enough parts for many workers."""
+    """Return a power of two of about `total` / 256, from 1 to 64 MiB: enough parts for many
+    workers.
+    """
     return min(max(_LEAST, 1 << (total // _PARTS).bit_length() >> 1), _MOST)
 
 
 def _groups(found: Sequence[_Found], part_bytes: int) -> Iterator[list[_Found]]:
-    """What one stream is made of: consecutive files of an input and a kind, or one large one."""
-    for (_, kind), alike in groupby(found, lambda one: (one.source, one.kind)):
-        files = list(alike)
+    """Yield the files of each stream: consecutive small files of one input and kind, or one large
+    file.
+    """
+    for (_, kind), members in groupby(found, lambda one: (one.source, one.kind)):
+        files = list(members)
         limit = -1 if find_reader(kind).describe else part_bytes  # -1: each by itself
         for group in group_sizes([one.weight for one in files], limit):
             yield files[group.start : group.stop]
@@ -144,7 +150,7 @@ def _find(source: int, name: str) -> Iterator[_Found]:
 
 def _files(source: int, name: str) -> Iterator[_Found]:
     path = Path(name)
-    # a name with brackets is a file first, and a pattern only where there is no such file
+    # a name with brackets is a file first, and a pattern only if there is no such file
     there = os.path.lexists(name)
     matches = [path] if there else sorted(Path(m) for m in glob.glob(name, recursive=True))
     folders = {match for match in matches if match.is_dir()}
@@ -203,7 +209,7 @@ def _saved(source: int, folder: Path) -> _Found:
 
 
 def _below(folder: Path) -> list[Path]:
-    """All files below a folder, by name; links to folders are followed, each folder once."""
+    """Return all files below a folder, by name. Links to folders are followed, each folder once."""
     found: list[Path] = []
     entered: set[str] = set()
 

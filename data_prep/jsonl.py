@@ -17,7 +17,7 @@ from data_prep.streams import ReaderSpec, Stream, even_parts
 
 
 class LineFile:
-    """A file that gives its lines part by part, in any order of parts.
+    """A file whose lines are read part by part, in any order of parts.
 
     Between parts it stays where it is. No line begins after `_last` and before `_position`; one
     begins at `_position` if `_fresh`, else that is within a line longer than the part.
@@ -32,14 +32,17 @@ class LineFile:
         self._rewind(InputFile(path))
 
     def _rewind(self, file: InputFile) -> None:
-        self.file, self.size = file, file.size
-        self._position, self._last, self._fresh = 0, -1, True
+        self.file = file
+        self.size = file.size
+        self._position = 0
+        self._last = -1
+        self._fresh = True
         self._before = 0  # newlines before the part's first line; of packed files alone
         self._first = self._taken = 0  # the part's first line's offset, and lines given since
-        self._first_disk = 0  # where that was read from
+        self._first_disk = 0  # and its place on disk
 
     def part(self, start: int, stop: int) -> Iterator[bytes]:
-        """The lines that begin at `start` or later and before `stop`, with their ends.
+        """Yield the lines that begin at `start` or later and before `stop`, with their ends.
 
         A byte order mark at the beginning of the file is left out. Memory holds a buffer, and a
         line.
@@ -48,17 +51,20 @@ class LineFile:
             DataError: a file that cannot be read so far.
         """
         with named_damage(self.path):
-            self._before, self._taken = self._before + self._taken, 0
+            self._before = self._before + self._taken
+            self._taken = 0
             self._find_line(start, stop)
-            self._first, self._first_disk = self._position, self.file.tell_disk()
+            self._first = self._position
+            self._first_disk = self.file.tell_disk()
             readline = self.file.bytes.readline
             while self._fresh and self._position < stop and (line := readline()):
-                self._last, self._position = self._position, self._position + len(line)
+                self._last = self._position
+                self._position = self._position + len(line)
                 self._taken += 1
                 yield line if self._last else line.removeprefix(codecs.BOM_UTF8)
 
     def records(self, text_field: str, start: int = 0, stop: int = sys.maxsize) -> Iterator[Record]:
-        """The documents in the lines of a part, or of the whole file; errors as `part`."""
+        """Yield the documents in the lines of a part, or of the whole file; errors as `part`."""
         stripped = (line.strip(b" \t\r\n") for line in self.part(start, stop))
         text_of = partial(text_of_json, text_field=text_field)
         return records(
@@ -67,7 +73,8 @@ class LineFile:
 
     def read_part(self, text_field: str, stream: Stream, part: int) -> Iterator[Record]:
         """Yield the documents of one part of `stream.part_bytes` unpacked bytes."""
-        start, stop = part * stream.part_bytes, (part + 1) * stream.part_bytes
+        start = part * stream.part_bytes
+        stop = (part + 1) * stream.part_bytes
         yield from self.records(text_field, start, stop)
         if stream.parts is None:
             self.ended = self.ends_by(stop)
@@ -77,18 +84,20 @@ class LineFile:
             self.consumed = min(stop, stream.size) - start
 
     def number(self) -> int:
-        """The number of the line given last, from 1; of a plain file, counted when first asked."""
+        """Return the number of the last line that was read, from 1."""
         if not self._packed:
             self._before = self._count_plain(self._first)
         return self._before + self._taken
 
     def ends_by(self, stop: int) -> bool:
-        """After a part that ends there: whether the unpacked file does too, or ended before."""
+        """Return whether the unpacked file ends at `stop` or before, after a part that ends at
+        `stop`.
+        """
         with named_damage(self.path):
             return self._position <= stop and not self.file.bytes.peek(1)
 
     def disk_bytes(self) -> int:
-        """About how many bytes on disk the part took."""
+        """Return about how many bytes on disk the part took."""
         return self.file.tell_disk() - self._first_disk
 
     def close(self) -> None:
@@ -106,7 +115,8 @@ class LineFile:
             return
         if self._position < start:
             self._skip(start - 1 - self._position)
-        self._last, self._fresh = start - 1, False
+        self._last = start - 1
+        self._fresh = False
         readline = self.file.bytes.readline
         while not self._fresh and self._position < stop:
             piece = readline(min(BUFFER, stop - self._position))
@@ -127,7 +137,9 @@ class LineFile:
             self._before += piece.count(b"\n")
 
     def _count_plain(self, offset: int) -> int:
-        """Newlines before `offset`; goes on from the last count where that is not beyond it."""
+        """Return the newlines before `offset`. Continue from the last count if that is not beyond
+        it.
+        """
         at, lines = self._counted if self._counted[0] <= offset else (0, 0)
         with open(self.path, "rb", 0) as file:
             file.seek(at)

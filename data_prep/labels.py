@@ -15,7 +15,8 @@ _NO_WIDTH = re.compile(f"[{_WIDTHLESS}]")
 
 
 def label_name(value: Any, column: str, names: Sequence[str] | None) -> str:
-    """A label's name: True, False, the digits of a number, or what the source calls it.
+    """Return a label's name: True, False, the digits of a number, or the name that the source gives
+    it.
 
     White space around a name, and characters without a width, are no part of it.
     """
@@ -48,7 +49,7 @@ def describe_similar(counts: Mapping[str, int]) -> list[str]:
 
 def _describe(labels: Sequence[str], counts: Mapping[str, int]) -> str:
     composed = {unicodedata.normalize("NFC", label) for label in labels}
-    write = repr if len(composed) == len(labels) else ascii  # which tells the forms apart
+    write = repr if len(composed) == len(labels) else ascii  # which shows the difference
     return ", ".join(f"{write(label)} ({counts[label]:,})" for label in labels)
 
 

@@ -17,7 +17,8 @@ Messages: TypeAlias = "list[dict[str, Any]]"
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 _ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight")
-TOOLS, _SYSTEM = "tools", "system"
+TOOLS = "tools"
+_SYSTEM = "system"
 OPTIONAL_COLUMNS = (TOOLS, _SYSTEM, *_ROW_WEIGHTS)  # read if a row has them
 # Names under which data sets say whether a turn is learned (OpenAI, axolotl, XTuner).
 _FLAGS = ("weight", "train", "training", "trainable", "loss", "learn")
@@ -35,7 +36,7 @@ def check_messages(value: Any, *, answered: bool = True) -> Messages:
     """Return a conversation in one form, without keys that are null.
 
     A turn that is not to be learned has `weight` 0; no other key says so. The content of a turn is
-    text. It may be missing beside tool_calls; that of an assistant is not empty.
+    text. It may be missing next to tool_calls; that of an assistant is not empty.
 
     Args:
         answered: If true, the conversation is learned: it needs an assistant's turn of weight 1,
@@ -161,7 +162,7 @@ def _message(number: int, item: Any, answered: bool) -> dict[str, Any]:
 
 
 def _from_sharegpt(message: dict[str, Any], what: str) -> dict[str, Any]:
-    """`from` and `value` as role and content."""
+    """Rename ShareGPT's `from` and `value` to role and content."""
     name = message.pop("from")
     role = _SHAREGPT.get(name.lower()) if isinstance(name, str) else None
     if role is None:
@@ -190,7 +191,7 @@ def _take_flags(message: dict[str, Any], what: str) -> bool | None:
 
 
 def _joined(parts: list[Any], what: str) -> str:
-    """The text of a content in parts."""
+    """Return the text of a content that is a list of parts."""
     texts = []
     for number, part in enumerate(parts):
         if isinstance(part, str):

@@ -1,4 +1,4 @@
-"""Where a command writes: a staging folder beside the output, published by one rename."""
+"""Output of a command: a staging folder next to the final one, published by one rename."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def check_outputs(output: Path, fraction: float | None, held_out: Path | None) -
             f"--valid-fraction {fraction} is no share between 0 and 1; give one such as 0.01"
         )
     check_output(held_out, "--valid-output")
-    one, other = output.resolve(), held_out.resolve()
+    one = output.resolve()
+    other = held_out.resolve()
     work = one.with_name(f".{one.name}.work")
     if one.is_relative_to(other) or other.is_relative_to(one) or other.is_relative_to(work):
         raise CommandError(
@@ -75,14 +76,14 @@ def _first_parent(output: Path) -> Path:
 
 
 def refuse_taken(output: Path, option: str = "--output") -> None:
-    """Raises CommandError where something is at `output` but an empty folder."""
+    """Raise CommandError if `output` exists and is not an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CommandError(f"{option} {output} exists and is not empty; name a new folder")
 
 
 @contextmanager
 def tidied(output: Path) -> Iterator[None]:
-    """Folders above `output` that were made in the block vanish if it fails and they are empty."""
+    """Remove the folders above `output` that the block created, if it fails and they are empty."""
     missing = [parent for parent in output.parents if not parent.exists()]
     try:
         yield
@@ -95,7 +96,8 @@ def tidied(output: Path) -> Iterator[None]:
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `output` when the block ends, and vanishes if it fails.
+    """Give a folder to write into. It becomes `output` when the block ends, and is removed if it
+    fails.
 
     Raises:
         CommandError: `output` exists and is not an empty folder.

@@ -27,9 +27,10 @@ class ParquetTable:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.path, self._damage = path, (OSError, pa.ArrowException)
+        self.path = path
+        self._damage = (OSError, pa.ArrowException)
         with named_damage(path, self._damage):
-            # with a buffer, and unless told to fetch ahead, pages are read as they are needed
+            # with a buffer and without `pre_buffer`, pages are read as they are needed
             self._file = pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
             self.size = os.path.getsize(path)  # bytes on disk
         self.ended = False

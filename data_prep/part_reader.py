@@ -15,7 +15,7 @@ from megalite.errors import DataError
 
 
 class PartReader:
-    """Reads parts, and keeps a stream open for its next part.
+    """Reader of the parts of streams; it keeps a stream open for its next part.
 
     Memory holds one record, a few rows of a table, or a buffer. Parts may be read in any order.
     Rising parts of a compressed file decompress it once.
@@ -39,7 +39,8 @@ class PartReader:
             DataError: a file that is damaged, cut or changed; a table or a data set without the
                 column.
         """
-        self.ended, self.consumed = False, 0
+        self.ended = False
+        self.consumed = 0
         if stream.parts is None or part < stream.parts:
             reader = find_reader(stream.kind)
             if reader.open_parts and (stream.parts != 1 or reader.open_file is None):
@@ -88,7 +89,8 @@ def read_streams(streams: Sequence[Stream], text_field: str) -> Iterator[Record]
     """Yield all records of all streams, in order."""
     with closing(PartReader(text_field)) as reader:
         for stream in streams:
-            part, reader.ended = 0, False
+            part = 0
+            reader.ended = False
             while not reader.ended:
                 yield from reader.read(stream, part)
                 part += 1

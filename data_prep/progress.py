@@ -31,7 +31,7 @@ def shown(run: Run, streams: Sequence[Stream], limit: int) -> Iterator[None]:
         if (bad := _sum(reports, "bad_records")) > limit:
             run.fail(
                 DataError(
-                    f"{bad} bad records, more than --max-bad-records {limit} allows: mend the "
+                    f"{bad} bad records, more than --max-bad-records {limit} allows: fix the "
                     "input, or allow more; the first ones are named above"
                 )
             )
@@ -45,7 +45,8 @@ def shown(run: Run, streams: Sequence[Stream], limit: int) -> Iterator[None]:
 
 
 def _report(reports: Sequence[dict[str, Any]], size: int, seconds: float) -> None:
-    text, covered = _sum(reports, "bytes"), _sum(reports, "covered")
+    text = _sum(reports, "bytes")
+    covered = _sum(reports, "covered")
     share = min(1.0, covered / size) if size else 0.0
     left = f", {share:.0%}, {_time(seconds * (1 - share) / share)} left" if share > 0 else ""
     logger.info(
@@ -60,7 +61,8 @@ def _report_end(reports: Sequence[dict[str, Any]]) -> None:
     if not worked:
         return  # all of it was done by an earlier run
     seconds = max(r["ended"] for r in worked) - min(r["began"] for r in worked)
-    text, tokens = _sum(worked, "bytes") / 1e6, _sum(worked, "tokens")
+    text = _sum(worked, "bytes") / 1e6
+    tokens = _sum(worked, "tokens")
     logger.info(
         "all: %s; encoded %.1f MB in %.2f s (%.2f MB/s, %s tokens/s)",
         *(_documents(worked), text, seconds, text / max(seconds, 1e-9)),

@@ -36,13 +36,14 @@ class Unusable(ValueError):
 
 
 class BadRecords:
-    """Counts faults, names the first of them, and stops at one more than `limit`."""
+    """Counter of faults that logs the first ones and stops at one more than `limit`."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.count = limit, 0
+        self.limit = limit
+        self.count = 0
 
     def add(self, fault: Fault) -> None:
-        """Count one fault; DataError where there were `limit` before it."""
+        """Count one fault. Raise DataError if `limit` faults came before it."""
         self.count += 1
         if self.count > self.limit:
             raise DataError(
@@ -58,7 +59,7 @@ class BadRecords:
 def records(
     values: Iterable[Value], text_of: Callable[[Value], str], place: Callable[[int], str]
 ) -> Iterator[Record]:
-    """The document in each value, or a fault; `place` names that of the n-th value, from 0."""
+    """Yield the document in each value, or a fault. `place` names the n-th value, from 0."""
     for number, value in enumerate(values):
         record: Record
         try:
@@ -69,8 +70,10 @@ def records(
 
 
 def text_of_json(line: bytes, text_field: str) -> str:
-    """The document in a line of JSON, without white space around it; `Unusable` where none is."""
-    try:  # more than twice as fast as json, but its faults are not told apart
+    """Return the document in a line of JSON without white space around it. Raise Unusable if it has
+    none.
+    """
+    try:  # more than twice as fast as json, but it does not distinguish faults
         text = from_json(line)[text_field]
         if text.__class__ is str and text and "\0" not in text:
             return str(text)
@@ -109,7 +112,7 @@ def _text_of_field(value: Any, text_field: str) -> str:
 
 
 def text_of_bytes(data: bytes | None) -> str:
-    """The document that bytes are; `Unusable` where they are none. None is a table's null."""
+    """Return bytes as a document; None is a table's null. Raise Unusable if there is none."""
     if data is None:
         raise Unusable("null, not text")
     try:

@@ -71,7 +71,7 @@ def inspect(folder: Path, document: int | None, picture: Path | None = None) -> 
 
 @dataclass
 class Lengths:
-    """How many documents have which number of tokens.
+    """Histogram of the number of tokens in documents.
 
     Lengths of 4,096 and more are counted by their 12 leading bits, so that there are few of them;
     `shortest` and `longest` are exact.
@@ -83,7 +83,7 @@ class Lengths:
 
     @classmethod
     def of(cls, shards: ShardSet) -> Lengths:
-        """The lengths of a folder's documents, gone through shard by shard."""
+        """Return the lengths of a folder's documents, read shard by shard."""
         found = cls()
         for shard in range(len(shards.manifest.shards)):
             found.add(shards.document_lengths(shard))
@@ -93,7 +93,8 @@ class Lengths:
         """Count more documents."""
         if not lengths.size:
             return
-        low, high = int(lengths.min()), int(lengths.max())
+        low = int(lengths.min())
+        high = int(lengths.max())
         self.shortest = min(self.shortest, low) if self.counts else low
         self.longest = max(self.longest, high)
         cut = np.maximum(np.frexp(lengths)[1] - _EXACT_BITS, 0)
@@ -101,14 +102,15 @@ class Lengths:
         self.counts.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
 
     def below(self, share: float) -> int:
-        """The least length that at least this share of the documents does not exceed."""
+        """Return the least length that at least this share of the documents does not exceed."""
         values = sorted(self.counts)
         ends = np.cumsum([self.counts[value] for value in values])
         place = int(np.searchsorted(ends, share * ends[-1])) if values else 0
         return values[place] if values else 0
 
     def bins(self) -> list[tuple[int, int, int]]:
-        """(first length, last length, documents) of each bar: octaves in 1, 2, 4 or 8 equal parts.
+        """Return (first length, last length, documents) of each bar: octaves in 1, 2, 4 or 8 equal
+        parts.
 
         The most parts are taken that make 24 bars at most, else 1. Documents without tokens have a
         bar of their own.
@@ -123,7 +125,7 @@ class Lengths:
         ]
 
     def _edges(self, parts: int) -> list[int]:
-        """Of the bars from the shortest document's to the longest one's."""
+        """Return the edges of the bars, from the shortest document's to the longest one's."""
         octaves = range(self.longest.bit_length() + 1)
         steps = {int(2**octave * (1 + part / parts)) for octave in octaves for part in range(parts)}
         edges = sorted({0, *steps})
@@ -150,7 +152,8 @@ def _summary(shards: ShardSet, lengths: Lengths) -> Iterator[tuple[str, str]]:
     yield "tokenizer", f"{found.path} {found.sha256[:12]}" if found.path else "unknown"
     yield "fingerprint", shards.fingerprint
     if manifest.shards:
-        first, last = manifest.shards[0].name, manifest.shards[-1].name
+        first = manifest.shards[0].name
+        last = manifest.shards[-1].name
         most = max(shard.tokens for shard in manifest.shards)
         names = first if first == last else f"{first} to {last}"
         yield "shards", f"{len(manifest.shards):,}: {names}, {most:,} tokens at most"
@@ -172,9 +175,10 @@ def _sources(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _bars(lengths: Lengths) -> Iterator[str]:
-    """The histogram in block characters, a line for each bar."""
+    """Return the histogram in block characters, a line for each bar."""
     bins = lengths.bins() if lengths.counts else []
-    total, most = sum(count for *_, count in bins), max((count for *_, count in bins), default=0)
+    total = sum(count for *_, count in bins)
+    most = max((count for *_, count in bins), default=0)
     wide = len(f"{bins[-1][1]:,}") if bins else 0
     if bins:
         yield "\ntokens a document".ljust(2 * wide + _BAR + 8) + "documents"
@@ -185,14 +189,20 @@ def _bars(lengths: Lengths) -> Iterator[str]:
         yield f"{label}  {bar:{_BAR}s}  {count:>9,}  {100 * count / total:5.1f} %"
 
 
-# Of the drawing, in its own units.
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _FLOOR = 800, 350, 70, 720, 60, 290
+# Sizes of the drawing, in its own units.
+_WIDTH = 800
+_HEIGHT = 350
+_LEFT = 70
+_RIGHT = 720
+_TOP = 60
+_FLOOR = 290
 
 
 def _svg(title: str, lengths: Lengths) -> str:
-    """The histogram as a drawing, with lines at the median and at 90 % of the documents."""
+    """Return the histogram as a drawing, with lines at the median and at 90 % of the documents."""
     bins = lengths.bins() if lengths.counts else [(0, 0, 0)]
-    total, most = sum(lengths.counts.values()), max(max(count for *_, count in bins), 1)
+    total = sum(lengths.counts.values())
+    most = max(max(count for *_, count in bins), 1)
     step = (_RIGHT - _LEFT) / len(bins)
     body = [_text(_LEFT, 22, f"{title}: {total:,} documents by their tokens", size=15)]
     for part in range(5):
@@ -202,7 +212,8 @@ def _svg(title: str, lengths: Lengths) -> str:
             _text(_LEFT - 6, y + 4, f"{100 * most * part / 4 / max(total, 1):.1f} %", "end")
         )
     for place, (low, high, count) in enumerate(bins):
-        x, tall = _LEFT + place * step, (_FLOOR - _TOP) * count / most
+        x = _LEFT + place * step
+        tall = (_FLOOR - _TOP) * count / most
         body.append(
             f'<rect x="{x + 1:.1f}" y="{_FLOOR - tall:.1f}" width="{step - 2:.1f}" '
             f'height="{tall:.1f}" fill="#3b75af"><title>{low:,} to {high:,} tokens: {count:,} '
@@ -233,7 +244,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start", *, size: int = 1
 
 
 def _place(bins: Sequence[tuple[int, int, int]], length: int) -> float:
-    """Where a length lies on an axis on which every bar is 1 wide."""
+    """Return the position of a length on an axis on which every bar is 1 wide."""
     for place, (low, high, _) in enumerate(bins):
         if length <= high:
             return place + (length - low) / (high + 1 - low)

@@ -21,7 +21,7 @@ class Row:
     fault: str = ""
 
     def get(self, column: str) -> Any:
-        """A value; `Unusable` where the row has none of that name."""
+        """Return a value. Raise Unusable if the row has no field of that name."""
         if self.fault:
             raise Unusable(self.fault)
         if column not in self.values:
@@ -30,18 +30,20 @@ class Row:
         return self.values[column]
 
     def text(self, column: str) -> str:
-        """A text that can be used; `Unusable` else."""
+        """Return a text. Raise Unusable if the field is not usable text."""
         return check_text(self.get(column), f"field {column!r}")
 
 
 def other_column(names: Iterable[Any]) -> str:
-    """Advice if another column seems to hold the conversations."""
+    """Return advice if another column seems to hold the conversations."""
     found = next((name for name in names if name in _CONVERSATIONS), None)
     return f"; if {found!r} is meant, name it by finetune.data.messages_column" if found else ""
 
 
 def check_text(value: Any, what: str, *, empty: bool = False) -> str:
-    """The text that a value is; `Unusable` where it is none, or is empty unless that is allowed."""
+    """Return a value that is text. Raise Unusable if it is not text, or is empty and `empty` is
+    false.
+    """
     if not isinstance(value, str):
         raise Unusable(f"{what} is {value!r:.40}, not text")
     if not (value.strip() or empty):

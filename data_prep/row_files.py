@@ -22,7 +22,7 @@ BATCH = 1024  # rows
 
 
 def json_rows(path: str, *, array: bool) -> Iterator[Row]:
-    """A row a line; a file `array` may hold all of them in one list instead."""
+    """Yield a row for each line. If `array`, the file may hold all rows in one list instead."""
     with named_damage(path, (*READ_ERRORS, ValueError)), closing(InputFile(path)) as file:
         if array and file.bytes.peek().lstrip()[:1] == b"[":
             for number, value in enumerate(json.load(file.bytes)):
@@ -90,7 +90,7 @@ def table_rows(path: str, tables: Iterator[Any]) -> Iterator[Row]:
 
 
 def _shown(name: str) -> str:
-    """A column's name as it is, or in quotes and cut short if it may be no name."""
+    """Return a column's name; in quotes and cut short if it may not be a name."""
     plain = name.isprintable() and name == name.strip() and "," not in name
     return name if plain and len(name) <= _LONGEST_NAME else f"{name!r:.{_LONGEST_NAME}}"
 
@@ -100,12 +100,12 @@ def check_columns(path: str, names: Names, columns: Names, optional: Names = ())
     read = [*columns, *(column for column in optional if column in names)]
     for column in read:
         if (count := list(names).count(column)) != 1:
-            told = "several columns are named" if count else "no column"
+            problem = "several columns are named" if count else "no column"
             have = ", ".join(map(_shown, names)) or "none"
             choose = other_column(names) or f": {CHOOSE}"
             if len(names) == 1 and (found := [s for s in ";\t|" if s in names[0]]):
                 choose = f"; columns are separated by commas (of .tsv by tabs), not by {found[0]!r}"
             elif any(len(name) > _LONGEST_NAME or "\n" in name for name in names):
                 choose = "; the first row must name the columns"
-            raise DataError(f"{path}: {told} {column!r}; it has {have}{choose}")
+            raise DataError(f"{path}: {problem} {column!r}; it has {have}{choose}")
     return read

@@ -51,7 +51,8 @@ class RowSplits:
         Raises:
             DataError: more bad rows than allowed.
         """
-        origin, is_member = self._origin(split), self._is_member.get(split)
+        origin = self._origin(split)
+        is_member = self._is_member.get(split)
         assert origin is not None
         for row in self._source.rows(origin, self._task.columns, self._task.optional):
             if is_member is None or is_member[row.number]:
@@ -89,7 +90,8 @@ class RowSplits:
         if not rows:
             raise self.empty_fault("train")
         order = np.random.Generator(np.random.PCG64(seed)).permutation(rows)
-        members, start = dict[str, npt.NDArray[np.bool_]](), 0
+        members = dict[str, npt.NDArray[np.bool_]]()
+        start = 0
         for split, share in (*shares.items(), ("train", 1.0)):
             if not share:
                 continue

@@ -34,16 +34,18 @@ _ENOUGH = 1000  # bad rows over what is allowed, after which none more is looked
 
 
 class BadRows:
-    """Counts a split's rows with faults, each once; more than `limit` of them are refused."""
+    """Counter of a split's unusable rows, each once, which refuses more than `limit` of them."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self._known, self._first = limit, set[int](), ""
+        self.limit = limit
+        self._known = set[int]()
+        self._first = ""
 
     def __len__(self) -> int:
         return len(self._known)
 
     def add(self, row: Row, reason: str) -> None:
-        """Count a row; DataError where so many were before it that there is no use in going on."""
+        """Count a row. Raise DataError when so many rows are bad that the rest need not be read."""
         if row.number in self._known:
             return
         self._known.add(row.number)
@@ -56,12 +58,12 @@ class BadRows:
             logger.warning("further bad rows are counted without being named")
 
     def check(self, more: str = "") -> None:
-        """DataError where there were too many."""
+        """Raise DataError if there were too many bad rows."""
         if len(self) > self.limit:
             found = f"{len(self):,} {more}bad row{'s' if len(self) > 1 else ''}"
             raise DataError(
                 f"{self._first}; {found}, more than finetune.data.max_bad_rows {self.limit} "
-                "allows: mend the data, or allow more"
+                "allows: fix the data, or allow more"
             )
 
 
@@ -72,18 +74,18 @@ class Source(Protocol):
         """Return a value that is equal if the rows of the split are equal."""
 
     def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
-        """All rows in order; DataError for a column that a table lacks, or for a damaged file.
+        """Yield all rows in order. Raise DataError for a missing column or a damaged file.
 
         Args:
-            optional: columns that are read, too, where they are there.
+            optional: columns that are also read, if the source has them.
         """
 
     def label_names(self, split: str, column: str) -> tuple[str, ...] | None:
         """Return the names of the numbers in a column; None if the source has none."""
 
 
-def find_source(path: str, lone: str) -> Source:
-    """The source that `finetune.data.path` means; `lone` names the split of a lone file.
+def find_source(path: str, split: str) -> Source:
+    """Return the source that `finetune.data.path` names. `split` names the split of a single file.
 
     Raises:
         DataError: a file that is not there, or of another kind.
@@ -92,7 +94,7 @@ def find_source(path: str, lone: str) -> Source:
     if place.is_file():
         if is_shard(place.name):
             logger.warning("%s: one of several files of a split; name its folder for all", path)
-        return _Files(place, lone)
+        return _Files(place, split)
     if place.is_dir():
         saved = any((place / f).is_file() for f in ("dataset_dict.json", "dataset_info.json"))
         return _Set(path, saved=True) if saved else _Folder(place)
@@ -115,17 +117,17 @@ def _looks_like_file(path: str) -> bool:
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """A file's name without its ending, and that; "" where it is not a known one."""
+    """Return a file's name without its ending, and the ending; "" if the ending is unknown."""
     base = name[: name.rindex(".")] if name.lower().endswith(COMPRESSED) else name
     stem, ending = os.path.splitext(base)
     return (stem, ending.lower()) if ending.lower() in _ENDINGS else (name, "")
 
 
 class _Files:
-    def __init__(self, place: Path, lone: str) -> None:
+    def __init__(self, place: Path, split: str) -> None:
         self._place = place
         if place.is_file():
-            self._files = {lone: [place]}
+            self._files = {split: [place]}
             return
         self._files = {}
         for file in sorted(place.iterdir()):
@@ -177,8 +179,10 @@ class _Folder:
     """A folder with a file a split, or with the splits that `datasets` sees in it."""
 
     def __init__(self, place: Path) -> None:
-        self._place, self._files = place, _Files(place, "")
-        self._set, self._card = _Set(str(place), saved=False), has_card(place)
+        self._place = place
+        self._files = _Files(place, "")
+        self._set = _Set(str(place), saved=False)
+        self._card = has_card(place)
         self._seen: tuple[str, ...] | None = None
 
     def identity(self, split: str) -> list[Any]:
@@ -209,7 +213,8 @@ class _Set:
     """NAME[@CONFIG] of the hub or a folder, or a folder that `save_to_disk` wrote."""
 
     def __init__(self, name: str, *, saved: bool) -> None:
-        self._name, self._saved = name, saved
+        self._name = name
+        self._saved = saved
         self._open: dict[str, Any] = {}
 
     def identity(self, split: str) -> list[Any]:
@@ -227,7 +232,7 @@ class _Set:
             yield from table_rows(f"{self._name} split {split}", tables)
 
     def splits(self) -> tuple[str, ...]:
-        """The splits of a folder of data files; none if `datasets` finds no data there."""
+        """Return the splits of a folder of data files; () if `datasets` finds no data there."""
         import datasets
 
         try:
@@ -249,7 +254,8 @@ class _Set:
         return self._open[split]
 
     def _load(self, split: str) -> Any:
-        name, config = self._name, ""
+        name = self._name
+        config = ""
         if not self._saved and not Path(name).is_dir():
             name, _, config = name.rpartition("@") if "@" in name else (name, "", "")
             if not Path(name).is_dir():

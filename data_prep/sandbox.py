@@ -30,7 +30,7 @@ class TooSlow(TemplateError):
 
 class _Code(CodeGenerator):
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        """As Jinja's own, but the sandbox sees what is put together with `~`."""
+        """Compile `~` as Jinja does, but let the sandbox see the result."""
         self.write("environment.join_values((")
         for part in node.nodes:
             self.visit(part, frame)
@@ -61,14 +61,15 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        owner = getattr(__obj, "__self__", None)
+        name = getattr(__obj, "__name__", "")
         if name == "join" and isinstance(owner, str) and args:
             args = (_joinable(args[0], owner), *args[1:])
         _check(name, owner if isinstance(owner, str) else "", args, kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Any:
-        """As Jinja's own, whose result stands for `text.format`; with the check of its widths."""
+        """Return Jinja's own replacement of `text.format`, with a check of its widths."""
         wrapped = super().wrap_str_format(value)
         if wrapped is None:
             return None
@@ -88,7 +89,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
 
 def _limited_join(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Jinja's filter `join`, which refuses what makes a value too large."""
+    """Return Jinja's filter `join`, which refuses to make a value too large."""
 
     @wraps(function)
     def limited(context: Any, value: Any, d: str = "", attribute: Any = None) -> Any:
@@ -107,7 +108,7 @@ def _joinable(parts: Any, between: str) -> list[Any]:
 
 
 def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that refuses what `_check` does."""
+    """Return a filter that refuses what `_check` refuses."""
 
     @wraps(function)  # Jinja's marks of what it is passed first, too
     def limited(*args: Any, **kwargs: Any) -> Any:
@@ -160,7 +161,7 @@ def in_time() -> Iterator[None]:
 
 
 def collect(blocks: Iterable[str], into: list[str]) -> None:
-    """Append the pieces of a rendering to a list; TemplateError where they are too many."""
+    """Append the pieces of a rendering to a list. Raise TemplateError if they are too many."""
     length = 0
     for block in blocks:
         into.append(block)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# The first digit occurs once: two marks cannot overlap, nor a sentinel and the text around it.
+# The first digit occurs once: two sentinels cannot overlap, nor a sentinel and its surroundings.
 _DIGITS = "70318294651"
 
 
@@ -23,9 +23,10 @@ def new_sentinel(text: str) -> str:
 
 
 def remove_sentinels(text: str, sentinel: str) -> tuple[str, list[int]]:
-    """Return a text without its marks, and the place of each in that text."""
+    """Return a text without its sentinels, and the place of each in that text."""
     parts = text.split(sentinel)
-    places, length = [], 0
+    places = []
+    length = 0
     for part in parts[:-1]:
         length += len(part)
         places.append(length)

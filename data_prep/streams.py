@@ -126,11 +126,14 @@ def group_sizes(sizes: Sequence[int], limit: int) -> list[range]:
 
     An item larger than that has a group to itself.
     """
-    groups, first, total = [], 0, 0
+    groups = []
+    first = 0
+    total = 0
     for number, size in enumerate(sizes):
         if number > first and total + size > limit:
             groups.append(range(first, number))
-            first, total = number, 0
+            first = number
+            total = 0
         total += size
     return [*groups, range(first, len(sizes))]
 

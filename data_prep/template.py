@@ -24,21 +24,25 @@ Spans: TypeAlias = "list[tuple[int, int]]"
 
 
 class _Generation(Extension):
-    """`{% generation %}` ... `{% endgeneration %}`: where the assistant's words are."""
+    """Jinja tags `{% generation %}` ... `{% endgeneration %}` around the assistant's words."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
-        self.used, self.blocks, self.spans = False, list[str](), list[tuple[int, int]]()
+        self.used = False
+        self.blocks = list[str]()
+        self.spans = list[tuple[int, int]]()
 
     def parse(self, parser: Parser) -> nodes.Node:
-        self.used, line = True, next(parser.stream).lineno
+        self.used = True
+        line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     def _mark(self, caller: Any) -> str:
-        text, start = str(caller()), sum(map(len, self.blocks))
+        text = str(caller())
+        start = sum(map(len, self.blocks))
         self.spans.append((start, start + len(text)))
         return text
 
@@ -54,7 +58,8 @@ class Template:
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
-        pieces, ends = tokenizer.pieces(), {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+        pieces = tokenizer.pieces()
+        ends = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
         self._names = {f"{key}_token": pieces[id] for key, id in ends.items() if id is not None}
         environment = TemplateSandbox(
             trim_blocks=True,
@@ -92,7 +97,8 @@ class Template:
             DataError: it takes too long.
         """
         marks = self._marks
-        marks.blocks, marks.spans = [], []
+        marks.blocks = []
+        marks.spans = []
         seen = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         seen |= {"tools": tools, "documents": None}
         try:
@@ -109,7 +115,7 @@ class Template:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
-    """Without the escapes of HTML that Jinja's own filter makes."""
+    """Return JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
 

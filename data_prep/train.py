@@ -60,12 +60,14 @@ def train_tokenizer(options: TrainOptions) -> Tokenizer:
 
 
 def sample_chunks(documents: Iterator[str], limit: int) -> list[str]:
-    """A sample of all text, of `limit` characters at most, in the order of the text.
+    """Return a sample of all text, at most `limit` characters, in the order of the text.
 
     Each chunk draws a number from a seeded generator and stays while that is below a threshold,
-    which is halved whenever the sample is full: uniform, alike in every run, flat in memory.
+    which is halved whenever the sample is full: uniform, the same in every run, flat in memory.
     """
-    draw, threshold, size = random.Random(_SEED), 1.0, 0
+    draw = random.Random(_SEED)
+    threshold = 1.0
+    size = 0
     kept: list[tuple[float, str]] = []
     for document in documents:
         for chunk in chunks(document):
@@ -82,7 +84,7 @@ def sample_chunks(documents: Iterator[str], limit: int) -> list[str]:
 
 
 def chunks(document: str) -> Iterator[str]:
-    """A document in parts that add up to it, cut before newlines where there are any.
+    """Yield a document in parts that add up to it, cut before newlines if it has any.
 
     Before, not after: the trainer strips the newlines that end a sentence.
     """

@@ -18,7 +18,7 @@ _USER = {"role": "user", "content": "x"}
 
 
 class TurnFinder:
-    """Finds the characters of an assistant's turn in the rendering of a conversation."""
+    """Finder of an assistant's turn in the rendering of a conversation."""
 
     def __init__(self, template: Template) -> None:
         self._template = template
@@ -48,7 +48,7 @@ class TurnFinder:
     def _by_prefixes(
         self, messages: Messages, number: int, tools: list[Any] | None, text: str
     ) -> tuple[int, int] | None:
-        """By rendering the messages before the turn, and those up to it."""
+        """Find the turn by rendering the messages before it, and those up to it."""
         before = self._template.render(messages[:number], tools, add_generation_prompt=True)
         through = self._template.render(messages[: number + 1], tools)
         if through.startswith(before) and text.startswith(through):
@@ -58,7 +58,7 @@ class TurnFinder:
     def _around_content(
         self, messages: Messages, number: int, tools: list[Any] | None, text: str
     ) -> tuple[int, int] | None:
-        """By marks around the content, if what closes the turn follows it."""
+        """Find the turn by sentinels around its content, if the closing text follows."""
         content = str(messages[number].get("content") or "")
         sentinel = new_sentinel(text + content)
         lead, core, trail = _trimmed(content)
@@ -77,11 +77,13 @@ class TurnFinder:
     def _between_neighbours(
         self, messages: Messages, number: int, tools: list[Any] | None, text: str
     ) -> tuple[int, int] | None:
-        """By the generation prompt and the closing text between the contents before and after.
+        """Find the turn between the contents before and after, by the prompt and the closing text.
 
         So are found turns that lose a part, such as reasoning, when others follow.
         """
-        sentinel, turns, neighbours = new_sentinel(text), [*messages], []
+        sentinel = new_sentinel(text)
+        turns = [*messages]
+        neighbours = []
         for other in (number - 1, number + 1):
             if 0 <= other < len(messages):
                 lead, core, trail = _trimmed(str(messages[other].get("content") or ""))
@@ -108,21 +110,21 @@ class TurnFinder:
 
     @cached_property
     def _ending(self) -> str:
-        """The text that follows an answer, as after a user's single turn."""
+        """Text that follows an answer, as after a user's single turn."""
         sentinel = new_sentinel("")
         pair = [_USER, {"role": "assistant", "content": sentinel}]
         return self._template.render(pair).rpartition(sentinel)[2]
 
     @cached_property
     def _prompt(self) -> str:
-        """The text that asks for an answer, as after a user's single turn; maybe none."""
+        """Text that asks for an answer, as after a user's single turn; it may be empty."""
         before = self._template.render([_USER])
         asking = self._template.render([_USER], add_generation_prompt=True)
         return asking[len(before) :] if asking.startswith(before) else ""
 
 
 def _trimmed(content: str) -> tuple[str, str, str]:
-    """The white space before a text, the text, and the white space after it."""
+    """Return the white space before a text, the text, and the white space after it."""
     core = content.strip()
     lead = content[: len(content) - len(content.lstrip())]
     return lead, core, content[len(lead) + len(core) :]

@@ -1,6 +1,6 @@
-"""The folder through which workers and ranks share a job, without a word between them.
+"""The folder through which workers and ranks share a job without sending messages.
 
-    .NAME.work/                    beside the output NAME, which appears when everything is done
+    .NAME.work/                    next to the output NAME, which appears when all is done
         lock                       held by the one that leads; says who
         current.json               the run that goes on here, and what it was asked
         parts/KEY_000012.part      documents of one part, encoded; outlives a run that was killed
@@ -47,14 +47,20 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.plan, self.join = folder / "plan.json", folder / "join.json"
-        self.shards, self.dropped = folder / "shards", folder / "dropped"
+        self.plan = folder / "plan.json"
+        self.join = folder / "join.json"
+        self.shards = folder / "shards"
+        self.dropped = folder / "dropped"
         self.valid = folder / "valid"
-        self._claims, self._done = folder / "claims", folder / "done"
-        self._workers, self._error = folder / "workers", folder / "error.json"
-        self._ends, self._beat = folder / "ends", folder / "beat"
+        self._claims = folder / "claims"
+        self._done = folder / "done"
+        self._workers = folder / "workers"
+        self._error = folder / "error.json"
+        self._ends = folder / "ends"
+        self._beat = folder / "beat"
         self._parts = folder.parent / "parts"
-        self._last_beat, self._heard = None, time.monotonic()
+        self._last_beat = None
+        self._heard = time.monotonic()
 
     def create(self) -> None:
         for path in (self._claims, self._done, self._ends, self._workers):
@@ -63,7 +69,7 @@ class Run:
         self.valid.mkdir()
 
     def claim(self, name: str) -> bool:
-        """Whether this caller is the first to ask for a piece of work."""
+        """Claim a piece of work; return whether this caller is the first."""
         try:
             (self._claims / name).touch(0o644, exist_ok=False)
         except FileExistsError:
@@ -75,28 +81,28 @@ class Run:
         (self._done / name).touch(0o644)
 
     def part(self, name: str) -> Path:
-        """The file of an encoded part, which outlives the run."""
+        """Return the file of an encoded part, which outlives the run."""
         return self._parts / f"{name}.part"
 
     def end(self, key: str, last: int) -> None:
-        """Say which part of a stream nothing follows; of several that are right one is kept."""
+        """Record the last part of a stream. If several workers do, the first record stays."""
         write(self._ends / key, last, first=True)
 
     def last(self, key: str) -> int | None:
-        """The last part of a stream, once somebody has come to its end."""
+        """Return the last part of a stream; None until a worker has reached its end."""
         found: int | None = read(self._ends / key)
         return found
 
     def done(self) -> set[str]:
-        """All that is done."""
+        """Return the names of all finished work."""
         return set(os.listdir(self._done))
 
     def report(self, worker: str, progress: dict[str, Any]) -> None:
-        """Replace what a worker says of itself."""
+        """Replace a worker's report of its progress."""
         write(self._workers / worker, progress)
 
     def reports(self) -> list[dict[str, Any]]:
-        """What the workers say of themselves."""
+        """Return the workers' reports of their progress."""
         found = (read(path) for path in self._workers.iterdir() if not path.name.startswith("."))
         return [report for report in found if report is not None]
 
@@ -115,7 +121,8 @@ class Run:
             kind = DataError if found["code"] == DataError.exit_code else MegaLiteError
             raise kind(by + found["message"])
         if (beat := read(self._beat)) != self._last_beat:
-            self._last_beat, self._heard = beat, time.monotonic()
+            self._last_beat = beat
+            self._heard = time.monotonic()
         elif time.monotonic() - self._heard > _SILENCE:
             raise MegaLiteError(
                 f"rank 0 gave no sign of life in {self.folder} for {_SILENCE:.0f} s; what is done "
@@ -154,7 +161,7 @@ def repeating(action: Callable[[], None], *, every: float) -> Iterator[None]:
 
 
 class WorkFolder:
-    """Where an output is being made.
+    """The folder in which an output is made.
 
     Args:
         output: the folder to be.
@@ -170,8 +177,10 @@ class WorkFolder:
         launch: str = "",
         valid_output: Path | None = None,
     ) -> None:
-        self.output, self._asked = output, json.loads(json.dumps(asked))
-        self._launch, self._valid_output = launch, valid_output
+        self.output = output
+        self._asked = json.loads(json.dumps(asked))
+        self._launch = launch
+        self._valid_output = valid_output
         self.path = output.with_name(f".{output.name}.work")
         self.parts = self.path / "parts"
         self._current = self.path / "current.json"
@@ -179,7 +188,8 @@ class WorkFolder:
 
     @contextmanager
     def lead(self) -> Iterator[Run]:
-        """A new run that this process leads; other ranks find it by `follow` once it has a plan.
+        """Start a new run that this process leads. Other ranks find it by `follow` once it has a
+        plan.
 
         Parts that are done stay for a next run, unless the user's error ended this one at once.
 
@@ -189,7 +199,8 @@ class WorkFolder:
         with tidied(self.path):
             self.parts.mkdir(parents=True, exist_ok=True)
             lock = _lock(self.path / "lock", self.output)
-            began, before = time.monotonic(), self._count()
+            began = time.monotonic()
+            before = self._count()
             try:
                 self._current.unlink(missing_ok=True)
                 self._publishing.unlink(missing_ok=True)
@@ -206,13 +217,13 @@ class WorkFolder:
                 os.close(lock)
 
     def start(self, run: Run) -> None:
-        """Let the other ranks in."""
+        """Let the other ranks join the run."""
         run.beat()
         current = {"run": run.folder.name, "asked": self._asked, "launch": self._launch}
         write(self._current, current)
 
     def follow(self) -> Run | None:
-        """The run that rank 0 of this launch leads here, if it does."""
+        """Return the run that rank 0 of this launch leads here; None if it leads none."""
         current = self._same_wish()
         if current is None or current["launch"] != self._launch:
             return None
@@ -258,7 +269,7 @@ class WorkFolder:
         return current if current is not None and current["asked"] == self._asked else None
 
     def clear(self) -> None:
-        """Remove everything; what tells of the run goes last."""
+        """Remove everything; the record of the run last."""
         shutil.rmtree(self.parts, ignore_errors=True)
         for run in self.path.glob("run-*"):
             shutil.rmtree(run, ignore_errors=True)
@@ -281,7 +292,7 @@ class WorkFolder:
 
 
 def write(path: Path, value: Any, *, first: bool = False) -> None:
-    """Put JSON in place by a rename; with `first` only where there is none."""
+    """Put JSON in place by a rename. If `first`, keep a file that exists."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     partial.write_text(json.dumps(value))
     with suppress(FileExistsError):
@@ -290,7 +301,7 @@ def write(path: Path, value: Any, *, first: bool = False) -> None:
 
 
 def read(path: Path) -> Any:
-    """JSON that `write` put in place; None where there is none."""
+    """Return JSON that `write` put in place; None if there is none."""
     try:
         return parse_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -307,7 +318,7 @@ def _host() -> str:
 
 
 def _lock(path: Path, output: Path) -> int:
-    """A lock that ends with this process, however it ends, on this host or another."""
+    """Take a lock that ends with this process, however it ends, on this host or another."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The processes of one rank that work beside it."""
+"""The worker processes of one rank."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ Work = Callable[[Run, Sequence[Stream], int], None]
 
 
 class WorkerPool:
-    """`count` processes that run `work(run, streams, number)`; none is left when the block ends.
+    """Pool of `count` processes that run `work(run, streams, number)`; all end with the block.
 
-    They are forks where that is safe, which begins at once: on Linux, outside MPI, whose libraries
-    do not survive it.
+    The processes are forks if that is safe, since forks begin at once: on Linux, and outside MPI,
+    whose libraries do not survive a fork.
     """
 
     def __init__(self, work: Work, run: Run, streams: Sequence[Stream], count: int) -> None:
         self.idle = count == 0  # nobody works but the caller
         forks = sys.platform == "linux" and "mpi4py.MPI" not in sys.modules
         context = mp.get_context("fork" if forks else "spawn")
-        told = (work, run, streams, os.getpid())
+        arguments = (work, run, streams, os.getpid())
         self._run = run
         self._processes: list[BaseProcess] = [
-            context.Process(target=_be_worker, args=(*told, number), daemon=True)  # type: ignore[attr-defined]
+            context.Process(target=_be_worker, args=(*arguments, number), daemon=True)  # type: ignore[attr-defined]
             for number in range(count)
         ]
 
     def check(self) -> bool:
-        """True; raises where a worker died without a word."""
+        """Return True. Raise the error of a worker that died."""
         for process in self._processes:
             if process.exitcode:
-                self._run.check()  # its own words, where it had any
+                self._run.check()  # the worker's own error, if it reported one
                 raise MegaLiteError(
                     f"a worker ended with exit code {process.exitcode} (-9: killed, often for "
                     "memory); what is done is kept: start again, with fewer --workers"
@@ -92,7 +92,7 @@ def _fail(run: Run, error: Exception) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """A worker whose parent was killed would go on for nobody."""
+    """End this process when its parent has died: nobody would use its work."""
     while os.getppid() == parent:
         time.sleep(_LOOK)
     os._exit(1)

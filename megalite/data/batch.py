@@ -1,4 +1,4 @@
-"""What the loader hands to the engine: named tensors of samples, and how many targets count.
+"""Batches that the loader gives to the engine: named tensors, and the number of targets.
 
 B samples   T tokens
 """
@@ -40,7 +40,7 @@ class Batch:
 
     @classmethod
     def of(cls, arrays: Arrays, place: int, tokens: int) -> Batch:
-        """A batch of named arrays, loss_mask among them."""
+        """Return a batch of named arrays, loss_mask among them."""
         mask = arrays["loss_mask"]
         if mask.ndim == 2 and (rows := _target_rows(mask.reshape(-1))) is not None:
             arrays = arrays | {"target_rows": rows}
@@ -48,15 +48,15 @@ class Batch:
         return cls(tensors, place, int(np.count_nonzero(mask)), tokens)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """The same batch on a device; copies from pinned memory do not wait."""
+        """Return the batch on a device; copies from pinned memory do not wait."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin(self) -> Batch:
-        """The same batch in page-locked memory, from where a GPU reads it by itself."""
+        """Return the batch in page-locked memory, which a GPU reads without the CPU."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def first(self, samples: int) -> Batch:
-        """The same shapes, in which only the first samples count."""
+        """Return a batch of the same shapes in which only the first samples count."""
         mask = self.tensors["loss_mask"].clone()
         mask[samples:] = False
         return replace(
@@ -68,7 +68,7 @@ class Batch:
 
 
 def _target_rows(mask_R: npt.NDArray[np.bool_]) -> Ints | None:
-    """The rows that count, filled up with one that does not; None where they are most of all."""
+    """Return the rows that count, padded with one that does not; None if most rows count."""
     targets = np.flatnonzero(mask_R)
     if (size := padded_targets(len(mask_R), len(targets))) == len(mask_R):
         return None

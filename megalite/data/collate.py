@@ -73,7 +73,8 @@ class Collator:
     def _next_token(self, texts: Sequence[Ints], masks: Masks) -> Arrays:
         """Return texts whose next tokens are targets if `masks` says so."""
         ids, _ = self.pad_batch([text[:-1] for text in texts])
-        labels, loss_mask = np.zeros_like(ids), np.zeros(ids.shape, np.bool_)
+        labels = np.zeros_like(ids)
+        loss_mask = np.zeros(ids.shape, np.bool_)
         for row, (text, mask) in enumerate(zip(texts, masks, strict=True)):
             labels[row, : len(text) - 1] = text[1:]
             loss_mask[row, : len(text) - 1] = mask[1:]

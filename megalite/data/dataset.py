@@ -2,7 +2,7 @@
 
 A source is one stream of tokens, cut into windows of L + 1 that share their last token with the
 next window's first. Sample i of the mixture is a sample of one source; that source's samples pass
-through its windows in a shuffled order, epoch after epoch, each epoch shuffled anew.
+through its windows in a shuffled order, epoch after epoch, each epoch in another order.
 
 B samples   L sequence_length
 """
@@ -34,7 +34,7 @@ _ORDER_VERSION = 1  # part of the fingerprint: raise it when a seed comes to mea
 def open_data(
     config: DataConfig, *, vocab_size: int, verify: bool | None = None
 ) -> tuple[Dataset, Dataset | None]:
-    """What a run reads: `open_train` and `open_valid` at once, and the faults of both."""
+    """Return the results of `open_train` and `open_valid`, and raise the faults of both at once."""
     opened = _open((*config.train, *config.valid), config, vocab_size, verify)
     train = _dataset(opened[: len(config.train)], config.train, config, True)
     if not config.valid:
@@ -43,7 +43,7 @@ def open_data(
 
 
 def open_train(config: DataConfig, *, vocab_size: int, verify: bool | None = None) -> Dataset:
-    """The training samples of a configuration, shuffled.
+    """Return the training samples of a configuration, shuffled.
 
     Args:
         vocab_size: the model's, which a source's may not exceed.
@@ -57,7 +57,7 @@ def open_train(config: DataConfig, *, vocab_size: int, verify: bool | None = Non
 def open_valid(
     config: DataConfig, *, vocab_size: int, verify: bool | None = None
 ) -> Dataset | None:
-    """The held-out samples of a configuration in their natural order; None where it has none.
+    """Return the held-out samples of a configuration in their natural order; None if it has none.
 
     Arguments and errors are those of `open_train`.
     """
@@ -67,10 +67,10 @@ def open_valid(
 
 
 def set_objective(dataset: Dataset, config: RunConfig) -> None:
-    """Have a data set give what the run file's objective makes of its windows.
+    """Set the objective of the run file, which transforms the windows of a data set.
 
     Raises:
-        DataError: whole words are asked for, and the shards do not tell their tokenizer.
+        DataError: whole words are requested, and the shards do not state their tokenizer.
     """
     words = None
     if config.objective.whole_words:
@@ -86,17 +86,17 @@ def set_objective(dataset: Dataset, config: RunConfig) -> None:
 
 
 class Dataset:
-    """An endless sequence of samples; any of them can be asked for at any time.
+    """Endless sequence of samples (`Samples`) from shards; any sample can be read at any time.
 
     Args:
         sources: opened shard folders, each of at least L + 1 tokens.
         weights: shares of samples, of any scale; None for all of them: by their windows.
         sequence_length: L, in tokens.
         seed: of the order.
-        mask_documents: whether documents in a window are kept apart.
+        mask_documents: whether documents in a window are masked from each other.
         shuffle: False reads each source's windows in their natural order.
     Attributes:
-        objective: what is made of windows (`megalite.data.objective`); None: they stay as they are.
+        objective: the transform of windows (`megalite.data.objective`). None means no transform.
     Raises:
         DataError: a source shorter than a window, or weights for some sources only.
     """
@@ -122,7 +122,9 @@ class Dataset:
         self.num_samples = int(self._windows.sum())  # of one epoch of all sources
         given = [weight for weight in weights if weight is not None]
         self._mixture = Mixture(given or self._windows.tolist())
-        self._seed, self._shuffle, self._mask_documents = seed, shuffle, mask_documents
+        self._seed = seed
+        self._shuffle = shuffle
+        self._mask_documents = mask_documents
         self.objective: Objective | None = None
         content = {
             "order": _ORDER_VERSION,
@@ -131,27 +133,30 @@ class Dataset:
             "mask_documents": mask_documents,
             "shuffle": shuffle,
         }
-        # apart from windows and order, which the run file tells
+        # except windows and order, which the run file specifies
         self.content_fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         content |= {"sequence_length": sequence_length, "seed": seed}
-        # What a checkpoint keeps: equal fingerprints have equal samples at every place.
+        # Checkpoints keep it: equal fingerprints mean equal samples at every place.
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """The folder that checkpoints carry along; None where no source tells its tokenizer."""
+        """Folder of the tokenizer, for checkpoints; None if no source states its tokenizer."""
         known = _known_tokenizers(self.sources)
         return known[0].folder / "tokenizer" if known else None
 
     @property
     def tokenizer_sha256(self) -> str:
-        """Of the tokenizer's file; empty where no source tells its tokenizer."""
+        """Hash of the tokenizer's file; empty if no source states its tokenizer."""
         known = _known_tokenizers(self.sources)
         return known[0].manifest.tokenizer.sha256 if known else ""
 
     def describe(self, samples: int = 0) -> dict[str, Any]:
-        """Sizes for a report: windows and tokens of an epoch, and for each source its path,
-        windows, tokens that fill no window, share of samples, and epochs after `samples`."""
+        """Return windows and tokens of an epoch, and facts about each source.
+
+        A source has its path, windows, tokens that fill no window, share of samples, and epochs
+        after `samples` samples.
+        """
         length = self.sequence_length
         rows = zip(self.sources, self._windows.tolist(), self._mixture.shares, strict=True)
         return {
@@ -174,11 +179,13 @@ class Dataset:
         return self.batch(np.array([index]), index)
 
     def batch(self, indices: Ints, place: int) -> Batch:
-        """The samples at `indices`, int64 [B], each in [0, 2^43), side by side."""
+        """Return the samples at `indices`, int64 [B], each in [0, 2^43), as one batch."""
         return self.read(*self.source_of(indices), indices, place)
 
     def source_of(self, indices: Ints) -> tuple[Ints, Ints]:
-        """Where samples lie: the number of the source, and the first token of the window in it."""
+        """Return the number of each sample's source, and the first token of its window in the
+        source.
+        """
         source, number = self._mixture.source_of(indices)
         windows = self._windows[source]
         epoch, window = np.divmod(number, windows)
@@ -187,18 +194,20 @@ class Dataset:
         return source, window * self.sequence_length
 
     def read(self, sources: Ints, starts: Ints, indices: Ints, place: int) -> Batch:
-        """The windows that `source_of` found of the samples at `indices`, as tensors.
+        """Return the windows that `source_of` found for the samples at `indices`, as tensors.
 
         Raises:
             DataError: a shard that is damaged where it is read.
         """
         shape = B, L = len(starts), self.sequence_length
-        input_ids, labels = np.empty(shape, np.int64), np.empty(shape, np.int64)
+        input_ids = np.empty(shape, np.int64)
+        labels = np.empty(shape, np.int64)
         documents = []
         for row, (number, start) in enumerate(zip(sources.tolist(), starts.tolist(), strict=True)):
             source = self.sources[number]
             window = source.read(start, L + 1)
-            input_ids[row], labels[row] = window[:-1], window[1:]
+            input_ids[row] = window[:-1]
+            labels[row] = window[1:]
             if self._mask_documents:
                 # in one long row of all samples, where column L of a row is column 0 of the next
                 documents.append(source.document_starts(start, start + L + 1) + (row * L - start))
@@ -216,7 +225,7 @@ class Dataset:
         return Batch.of(arrays, place, B * L)
 
     def sort_by_length(self, indices: Ints) -> Ints:
-        """The samples of a step in the order they are dealt out: all have one length."""
+        """Return the samples unchanged: all have one length."""
         return indices
 
 
@@ -256,12 +265,12 @@ def _open(
 
 
 def _known_tokenizers(opened: Sequence[ShardSet]) -> list[ShardSet]:
-    """The sources that tell which tokenizer made them; Megatron's need not."""
+    """Return the sources that state which tokenizer made them; Megatron's need not."""
     return [shards for shards in opened if shards.manifest.tokenizer.sha256]
 
 
 def _other_file(shards: ShardSet) -> str:
-    """A fault where the tokenizer in the folder is not the one its ids were made with."""
+    """Return a fault if the tokenizer in the folder is not the one that made the ids; else ""."""
     tokenizer = shards.manifest.tokenizer
     path = shards.folder / tokenizer.path
     if not path.is_file():
@@ -285,7 +294,7 @@ def _dataset(
 
 
 def _other_tokenizers(opened: Sequence[ShardSet]) -> list[str]:
-    """A fault for each source whose ids mean something else than the first one's."""
+    """Return a fault for each source whose ids belong to another tokenizer than the first one's."""
     known = [(s.path, s.manifest.tokenizer.sha256) for s in _known_tokenizers(opened)]
     return [
         f"{path}: tokenized with {sha256[:12]}, but {known[0][0]} with {known[0][1][:12]} "
@@ -296,7 +305,7 @@ def _other_tokenizers(opened: Sequence[ShardSet]) -> list[str]:
 
 
 def _keep_apart(firsts: Ints, B: int, L: int) -> tuple[Ints, Ints]:
-    """Positions and document numbers, [B, L] each, that restart at `firsts` and in each row.
+    """Return positions and document numbers, [B, L] each, that restart at `firsts` and in each row.
 
     Args:
         firsts: int64, places at which documents begin, in one row of B x L tokens.

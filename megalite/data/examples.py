@@ -44,7 +44,8 @@ class ExampleSet:
     ) -> None:
         assert config.finetune is not None
         self.split: Split = open_split(folder, manifest, split)
-        self.manifest, self.tokenizer_folder = manifest, folder / "tokenizer"
+        self.manifest = manifest
+        self.tokenizer_folder = folder / "tokenizer"
         self.tokenizer_sha256 = manifest.tokenizer_sha256
         self.content_fingerprint = f"{fingerprint(manifest)}/{split}"
         self._shuffle = shuffle

@@ -28,7 +28,7 @@ _CLOSE_SECONDS = 30.0  # longer than any healthy read of a few steps
 
 
 class Loader:
-    """Iterates over this rank's part of every step, without end.
+    """Iterator over this rank's part of every step, without end.
 
     Of the samples p to p + G of a step, micro-batch m of rank r takes p + (m R + r) B and the B - 1
     after it: the set of samples of a step is the same for any R and B.
@@ -40,7 +40,7 @@ class Loader:
         data_rank: r, this rank's place among the data-parallel ones.
         data_size: R, how many of them there are.
         start: the place in the order where the first step begins.
-        gaps: places [first, last) of the order that are left out, ascending and apart.
+        gaps: places [first, last) of the order that are left out, ascending and disjoint.
         pin_memory: whether to hand over page-locked tensors (where CUDA is available).
         prefetch: steps held ready.
     """
@@ -60,7 +60,9 @@ class Loader:
     ) -> None:
         assert 0 <= data_rank < data_size
         assert global_batch_size % (micro_batch_size * data_size) == 0
-        self._dataset, self._place, self._step = dataset, start, global_batch_size
+        self._dataset = dataset
+        self._place = start
+        self._step = global_batch_size
         self._gaps = gaps
         self._offsets = _offsets(global_batch_size, micro_batch_size, data_rank, data_size)
         self._pin = pin_memory and torch.cuda.is_available()
@@ -75,7 +77,7 @@ class Loader:
         return self
 
     def __next__(self) -> StepBatches:
-        """The next step's micro-batches; what went wrong in the thread is raised here."""
+        """Return the next step's micro-batches; raise what failed in the thread."""
         if self._failure is None and not self._closing.is_set():
             item = self._ready.get()
             if isinstance(item, StepBatches):
@@ -116,7 +118,7 @@ class Loader:
 
 
 def advance(place: int, samples: int, gaps: Sequence[tuple[int, int]]) -> int:
-    """The place in the order after another so many samples."""
+    """Return the place in the order that follows `samples` further samples."""
     last = np.array([place + samples - 1], dtype=np.int64)
     return int(leave_out(last, place, gaps)[0]) + 1
 
@@ -124,7 +126,7 @@ def advance(place: int, samples: int, gaps: Sequence[tuple[int, int]]) -> int:
 def first_batches(
     dataset: Samples, samples: int, *, micro_batch_size: int, data_rank: int, data_size: int
 ) -> Iterator[Batch]:
-    """This rank's part of the first `samples`, for an evaluation.
+    """Yield this rank's part of the first `samples`, for an evaluation.
 
     Every rank gets the same number of batches of the same shape, so that ranks stay in step and
     nothing is compiled again; samples beyond the last are copies of it that do not count.
@@ -139,7 +141,7 @@ def first_batches(
 
 
 def _offsets(samples: int, micro_batch_size: int, data_rank: int, data_size: int) -> Ints:
-    """[micro-batches, B]: which of `samples` consecutive ones are this rank's."""
+    """Return which of `samples` consecutive samples this rank reads: [micro-batches, B]."""
     step = micro_batch_size * data_size
     firsts = np.arange(data_rank * micro_batch_size, samples, step)
     return firsts[:, None] + np.arange(micro_batch_size)

@@ -60,7 +60,7 @@ class Mixture:
         self.shares = [float(Fraction(w) / nodes[1]) for w in weights]
 
     def source_of(self, index: Ints) -> tuple[Ints, Ints]:
-        """The source of each sample, and the sample's number among those of that source.
+        """Return the source of each sample, and the sample's number within that source.
 
         Args:
             index: int64, samples of the mixture, each in [0, 2^43).
@@ -80,7 +80,7 @@ class Mixture:
 
 
 def _round_product(number: Words, limbs: list[Words]) -> Words:
-    """round(number x share), halves up: exact, in base 2^20 from the least limb up."""
+    """Compute round(number x share), halves up: exact, in base 2^20 from the least limb up."""
     high, middle, low = limbs
     bits = np.uint64(_LIMB)
     carry = (number * low) >> bits

@@ -1,4 +1,4 @@
-"""What is learned from a window: tokens that are hidden, or spans that are cut out of it.
+"""Objectives over windows of text: tokens that are hidden, or spans that are cut out.
 
 Both are functions of (seed, sample): every layout, and a run that goes on, hides the same tokens,
 and another epoch hides others.
@@ -26,7 +26,7 @@ _NOT_A_WORD = frozenset("\u2581\u0120\u010a\u0109")  # how vocabularies write sp
 def make_objective(
     config: RunConfig, words: Words | None, special: frozenset[int]
 ) -> Objective | None:
-    """The objective of a run file; None where windows are learned as they are.
+    """Return the objective of a run file; None if windows are learned unchanged.
 
     Args:
         words: which tokens of a text begin a word; needed for `whole_words`.
@@ -38,7 +38,7 @@ def make_objective(
 
 
 class Words:
-    """Where words begin, by what the pieces of a vocabulary look like.
+    """Beginnings of words, found by the form of a vocabulary's pieces.
 
     A piece begins one where it starts with a space or a sign, or follows a piece that ends so;
     where the vocabulary marks the pieces that go on ("##"), those alone do not.
@@ -59,7 +59,7 @@ class Words:
         self._ends = np.array([not marked and (not p or sign(p[-1])) for p in pieces])
 
     def numbers(self, ids_BL: Ints) -> Ints:
-        """The number of the word in its window that each token belongs to: int64 [B, L]."""
+        """Return the number of each token's word in its window: int64 [B, L]."""
         begins = self._starts[ids_BL]
         begins[:, 1:] |= self._ends[ids_BL[:, :-1]]
         begins[:, 0] = True
@@ -74,11 +74,13 @@ class Masked:
     """
 
     def __init__(self, config: RunConfig, words: Words | None, special: frozenset[int]) -> None:
-        self._config, self._words = config, words
+        self._config = config
+        self._words = words
         self._special = np.array(sorted(special), np.int64)
 
     def __call__(self, arrays: Arrays, samples: Ints) -> Arrays:
-        objective, vocabulary = self._config.objective, self._config.model.vocab_size
+        objective = self._config.objective
+        vocabulary = self._config.model.vocab_size
         ids = arrays["input_ids"]
         chance, kind, other = _draw(self._config.data.seed, samples, ids.shape[1], 3)
         if self._words is not None:
@@ -108,17 +110,20 @@ class SpanCorruption:
         self._config = config
 
     def __call__(self, arrays: Arrays, samples: Ints) -> Arrays:
-        config, ids = self._config, arrays["input_ids"]
+        config = self._config
+        ids = arrays["input_ids"]
         noise, count = spans(config)
         left, noisy = _draw(config.data.seed, samples, ids.shape[1], 2)
         sentinels = config.model.vocab_size - 1 - np.arange(count + 1)
-        sources, targets = [], []
+        sources = []
+        targets = []
         for row, tokens in enumerate(ids):
             kept = _parts(left[row], len(tokens) - noise, count)
             cut = _parts(noisy[row], noise, count)
             bounds = np.cumsum(np.stack((kept, cut), axis=1).reshape(-1))
             pieces = np.split(tokens, bounds[:-1])
-            source, target = list[Ints](), list[Ints]()
+            source = list[Ints]()
+            target = list[Ints]()
             for number in range(count):
                 sentinel = sentinels[number : number + 1]
                 source += [pieces[2 * number], sentinel]
@@ -129,7 +134,7 @@ class SpanCorruption:
 
 
 def shifted(sources: Ints, targets: Ints, start: int) -> Arrays:
-    """What two stacks are given: a text that is read, and one that is written from `start` on."""
+    """Return the inputs of two stacks: a text to read, and one to write after `start`."""
     before = np.full((len(targets), 1), start, np.int64)
     return {
         "input_ids": sources,
@@ -140,12 +145,12 @@ def shifted(sources: Ints, targets: Ints, start: int) -> Arrays:
 
 
 def _parts(chances: npt.NDArray[np.float64], total: int, count: int) -> Ints:
-    """`total` cut into `count` parts of at least one, all cuts alike likely."""
+    """Divide `total` into `count` parts of at least one; all divisions are equally likely."""
     cuts = np.sort(np.argsort(chances[: total - 1], kind="stable")[: count - 1]) + 1
     return np.diff(cuts, prepend=0, append=total)
 
 
 def _draw(seed: int, samples: Ints, length: int, times: int) -> list[npt.NDArray[np.float64]]:
-    """Numbers in [0, 1): [B, length], as often as asked."""
+    """Return numbers in [0, 1): [B, length] at each call."""
     keys = derive_key(seed, np.full_like(samples, -1), samples)
     return [uniform(keys, length, stream) for stream in range(times)]

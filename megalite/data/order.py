@@ -25,11 +25,11 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: keeps the rounds' in
 
 
 def leave_out(indices: Ints, start: int, gaps: Sequence[tuple[int, int]]) -> Ints:
-    """Places at or after `start`, moved behind the gaps of the order that come before them.
+    """Return places at or after `start`, moved behind the gaps of the order that precede them.
 
     Args:
         indices: ascending places from `start` on, as if there were no gaps.
-        gaps: [first, last) each, ascending and apart; those that end before `start` are behind it.
+        gaps: [first, last) each, ascending and disjoint; none counts if it ends before `start`.
     """
     moved = indices.copy()
     for first, last in gaps:
@@ -43,7 +43,7 @@ def permute(index: int, size: int, key: int) -> int: ...
 @overload
 def permute(index: Ints, size: int | Ints, key: int | Words) -> Ints: ...
 def permute(index: int | Ints, size: int | Ints, key: int | Words) -> int | Ints:
-    """Where a shuffle of [0, size) under `key` puts `index`; every key is another shuffle.
+    """Return where a shuffle of [0, size) under `key` puts `index`; each key gives another shuffle.
 
     Args:
         index: one index, or an array of them, each in [0, size).
@@ -71,19 +71,19 @@ def permute(index: int | Ints, size: int | Ints, key: int | Words) -> int | Ints
 
 
 def derive_key(seed: int, source: Ints, epoch: Ints) -> Words:
-    """The key of a source's shuffle in an epoch: uint64, one for each element."""
+    """Return the key of a source's shuffle in an epoch: uint64, one for each element."""
     start = _mix(np.asarray([_word(seed)], dtype=np.uint64))
     return _mix(_mix(start + source.astype(np.uint64)) + epoch.astype(np.uint64))
 
 
 def uniform(keys: Words, length: int, stream: int) -> npt.NDArray[np.float64]:
-    """`length` numbers in [0, 1) of each key, [keys, length]; other streams give others."""
+    """Return `length` numbers in [0, 1) for each key, [keys, length]; other streams give others."""
     columns = np.arange(length, dtype=np.uint64) + np.uint64(stream << 40)
     return (_mix(_mix(keys)[:, None] + columns) >> np.uint64(11)) * 2.0**-53
 
 
 def _feistel(image: Words, rows: Words, columns: Words, keys: Words) -> Words:
-    """One pass through the network: a bijection of [0, rows x columns).
+    """Apply the network once: a bijection of [0, rows x columns).
 
     The halves take turns: each is shifted, modulo its range, by a hash of the other.
     """
@@ -99,7 +99,7 @@ def _feistel(image: Words, rows: Words, columns: Words, keys: Words) -> Words:
 
 
 def _mix(words: Words) -> Words:
-    """The finaliser of SplitMix64 (Steele et al. 2014): every bit in moves every bit out."""
+    """Apply the finaliser of SplitMix64 (Steele et al. 2014): every bit in moves every bit out."""
     words = words + np.uint64(_GOLDEN)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

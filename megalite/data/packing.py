@@ -24,7 +24,7 @@ Tokens = npt.NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Packing:
-    """Which piece of which document lies in which window.
+    """Assignment of pieces of documents to windows.
 
     length: L, of every window, in tokens.
     bounds: int64 [windows + 1]: pieces bounds[w] to bounds[w + 1] are those of window w, in order.
@@ -45,7 +45,7 @@ class Packing:
 
     @property
     def padding(self) -> float:
-        """The share of the windows' places that hold no token."""
+        """Share of the windows' places that hold no token."""
         places = self.windows * self.length
         return 1 - int(self.lengths.sum()) / places if places else 0.0
 
@@ -93,7 +93,7 @@ def assemble(
     pad_id: int = 0,
     loss_mask: Callable[[int], npt.NDArray[np.bool_]] | None = None,
 ) -> Batch:
-    """Windows as a batch whose documents are kept apart, shaped like a batch of pretraining.
+    """Return windows as a batch, shaped like a batch of pretraining, whose documents are separate.
 
     Positions restart with each piece, attention stays within it, the last token of a document has
     no target. Padding is a document of its own, of `pad_id`, and counts nowhere.
@@ -113,9 +113,11 @@ def assemble(
         low, high = packing.bounds[window : window + 2].tolist()
         column = 0
         for number, piece in enumerate(range(low, high)):
-            start, count = int(packing.starts[piece]), int(packing.lengths[piece])
+            start = int(packing.starts[piece])
+            count = int(packing.lengths[piece])
             ids = tokens(int(packing.documents[piece]))[start : start + count + 1]
-            here, counted = slice(column, column + count), slice(column, column + len(ids) - 1)
+            here = slice(column, column + count)
+            counted = slice(column, column + len(ids) - 1)
             arrays["input_ids"][row, here] = ids[:count]
             arrays["labels"][row, counted] = ids[1:]  # a cut piece's last target is in the next one
             mask[row, counted] = True
@@ -127,13 +129,14 @@ def assemble(
             column += count
         arrays["position_ids"][row, column:] = np.arange(L - column)
         arrays["document_ids"][row, column:] = high - low
-    low, high = packing.bounds[windows], packing.bounds[windows + 1]
+    low = packing.bounds[windows]
+    high = packing.bounds[windows + 1]
     held = sum(int(packing.lengths[a:b].sum()) for a, b in zip(low, high, strict=True))
     return Batch.of(arrays | {"loss_mask": mask}, place, held)
 
 
 def _best_fit(lengths: Ints, length: int) -> Ints:
-    """The window of each piece; `lengths` fall and lie in 1 to `length`.
+    """Return the window of each piece; `lengths` fall and lie in 1 to `length`.
 
     After the fullest window takes a piece, it is still the fullest one that holds another of that
     length, if any is: so it takes as many as it has room for, and all windows with the same room do
@@ -175,7 +178,7 @@ def _best_fit(lengths: Ints, length: int) -> Ints:
 
 
 def _count_within(sorted_numbers: Ints) -> Ints:
-    """How many equal numbers stand before each one."""
+    """Return how many equal numbers stand before each one."""
     firsts = np.flatnonzero(np.diff(sorted_numbers, prepend=-1))
     counts = np.diff(firsts, append=len(sorted_numbers))
     return np.arange(len(sorted_numbers)) - np.repeat(firsts, counts)

@@ -1,4 +1,4 @@
-"""What a trained model is worth: text it writes, and measures of it."""
+"""Evaluation of trained models: the text they write, and measures of it."""
 
 from megalite.evaluate.conversation import Answerer, json_lines, read_turns
 from megalite.evaluate.generate import (

@@ -59,7 +59,8 @@ class _Bayes:
         self._prior_C = np.log(np.maximum(counts_C, 1e-9) / counts_C.sum())
         labels_N = _labels(train)
         every = max(10, -(-len(train) // min(_CHOOSERS, max(1, _CHOICES // C))))
-        seen_CF, chosen_CF = np.zeros((C, F), np.float32), np.zeros((C, F), np.float32)
+        seen_CF = np.zeros((C, F), np.float32)
+        chosen_CF = np.zeros((C, F), np.float32)
         left: list[tuple[_Ints, _Ints]] = []
         step = -(-len(train.tokens) // _MOST)
         for part in _parts(train, _CHUNK, step=max(1, step)):
@@ -74,14 +75,16 @@ class _Bayes:
             np.count_nonzero(self._guess(left, len(known_N), fit_CF, smoothing) == known_N)
             for smoothing in _SMOOTHINGS
         ]
-        self._seen_CF, self._smoothing = seen_CF, _SMOOTHINGS[int(np.argmax(right))]
+        self._seen_CF = seen_CF
+        self._smoothing = _SMOOTHINGS[int(np.argmax(right))]
 
     def predict(self, split: Split) -> tuple[_Ints, _Ints]:
         """Return examples and the likeliest label of each: all, or evenly spread parts."""
         most = min(_MOST, _GUESSES // self._C)
         step = -(-len(split.tokens) // most)
         chunk = _CHUNK if step <= 1 else min(_CHUNK, max(1, most // _PARTS))
-        chosen, guesses = list[_Ints](), list[_Ints]()
+        chosen = list[_Ints]()
+        guesses = list[_Ints]()
         for first, last in _parts(split, chunk, step=max(1, step)):
             rows, features = _features(split, first, last, self._F)
             piece = [(rows - first, features)]
@@ -95,7 +98,8 @@ class _Bayes:
         scores_CN = np.tile(self._prior_C[:, None], N)
         for rows, features in pieces:
             known = known_F[features]
-            rows, features = rows[known], features[known]
+            rows = rows[known]
+            features = features[known]
             for label in range(self._C):
                 chances = np.log((seen_CF[label, features] + smoothing) / totals_C[label])
                 scores_CN[label] += np.bincount(rows, chances, minlength=N)
@@ -113,9 +117,12 @@ def _parts(split: Split, chunk: int, *, step: int = 1) -> Iterator[tuple[int, in
     Args:
         step: yield one of so many parts.
     """
-    bounds, last, part = np.asarray(split.bounds), 0, -1
+    bounds = np.asarray(split.bounds)
+    last = 0
+    part = -1
     while last < len(split):
-        first, part = last, part + 1
+        first = last
+        part = part + 1
         last = int(np.searchsorted(bounds, bounds[first] + chunk, side="right")) - 1
         last = min(max(last, first + 1), len(split))
         if part % step == 0:
@@ -155,7 +162,7 @@ def _known(labels: _Ints) -> _Ints:
 
 
 def _scores(labels_N: _Ints, found_N: _Ints, C: int) -> dict[str, float]:
-    """Accuracy, and the plain mean of all labels' F1, 0 where there is nothing to divide by."""
+    """Return accuracy, and the plain mean of all labels' F1 (0 for a label without examples)."""
     confusion_CC = np.bincount(labels_N * C + found_N, minlength=C * C).reshape(C, C)
     right_C = confusion_CC.diagonal()
     f1_C = 2 * right_C / np.maximum(confusion_CC.sum(axis=0) + confusion_CC.sum(axis=1), 1)

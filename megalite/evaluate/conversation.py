@@ -91,13 +91,18 @@ class Answerer:
         sampling: Sampling,
         stop: Sequence[str] = (),
     ) -> None:
-        self._decoder, self._tokenizer, self._ask = decoder, tokenizer, ask
-        self._window, self._max_new_tokens = window, max_new_tokens
-        self._sampling, self._stop = sampling, stop
+        self._decoder = decoder
+        self._tokenizer = tokenizer
+        self._ask = ask
+        self._window = window
+        self._max_new_tokens = max_new_tokens
+        self._sampling = sampling
+        self._stop = stop
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, str]]:
         """Yield the pieces of every answer as they come, with the number of its question."""
-        waiting, first = iter(questions), 0
+        waiting = iter(questions)
+        first = 0
         while batch := list(islice(waiting, _TOGETHER)):
             asked = [self._asked(question) for question in batch]
             for ids, _ in asked:
@@ -136,7 +141,7 @@ class Answerer:
             history.append({"role": "assistant", "content": "".join(answer)})
 
     def _fit(self, system: Messages, history: Messages) -> tuple[list[int], str]:
-        """The ids of the conversation; turns that find no room leave `history`."""
+        """Return the ids of the conversation. Turns that do not fit are removed from `history`."""
         dropped = 0
         ids, end = self._ask([*system, *history], None)
         while len(ids) + self._max_new_tokens > self._window and len(history) > 1:

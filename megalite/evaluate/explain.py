@@ -24,7 +24,7 @@ _GROUPS = 256  # texts of the occlusion: the tokens of a longer text are left ou
 
 
 def input_times_gradient(embed: nn.Module, score: Callable[[], Tensor]) -> Tensor:
-    """What each token adds to a score, to the first order: fp32 [T] of the first sample.
+    """Return what each token adds to a score, to first order: fp32 [T] of the first sample.
 
     Embedding times gradient (Simonyan et al. 2013; Shrikumar et al. 2016).
 
@@ -57,7 +57,8 @@ def explain_text(opened: LoadedModel, text: str, label: str | None = None) -> st
     Raises:
         CommandError: no classifier, another label than it has, no text.
     """
-    config, run = opened.config, opened.run
+    config = opened.config
+    run = opened.run
     if not config.num_labels or run is None or run.finetune is None:
         raise CommandError(f"{opened.folder} is no classifier: give one that was fine-tuned here")
     names = run.finetune.data.labels or ()
@@ -68,7 +69,8 @@ def explain_text(opened: LoadedModel, text: str, label: str | None = None) -> st
     before, after = edges(opened.tokenizer, leads=config.architecture == "encoder")
     room = run.finetune.data.max_length - len(before) - len(after)
     cut = max(0, len(ids) - room)
-    ids, spans = ids[:room], spans[:room]
+    ids = ids[:room]
+    spans = spans[:room]
     if not ids:
         raise CommandError("the text is empty; give some")
     batch = _batch(opened, [[*before, *ids, *after]])
@@ -107,7 +109,8 @@ def _pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
 
     Of several tokens that share a character the first has it.
     """
-    pieces, end = [], 0
+    pieces = []
+    end = 0
     for _, stop in spans:
         pieces.append(text[end:stop])
         end = max(end, stop)
@@ -116,7 +119,8 @@ def _pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
 
 def _facts(opened: LoadedModel, tokens: int, cut: int) -> dict[str, str]:
     """Return what the page says about the model and the text."""
-    config, run = opened.config, opened.run
+    config = opened.config
+    run = opened.run
     assert run is not None
     count = sum(parameter.numel() for parameter in opened.model.parameters())
     length = f"{tokens} tokens" + (f"; the last {cut} are not read (max_length)" if cut else "")
@@ -131,7 +135,8 @@ def _facts(opened: LoadedModel, tokens: int, cut: int) -> dict[str, str]:
 
 def _batch(opened: LoadedModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Return the batch of texts of one length: input_ids int64 [B, T], lengths int64 [B]."""
-    device, config = opened.device, opened.config
+    device = opened.device
+    config = opened.config
     ids_BT = torch.tensor(rows, device=device)
     batch = {"input_ids": ids_BT, "lengths": torch.full_like(ids_BT[:, 0], ids_BT.shape[1])}
     if config.architecture == "encoder_decoder":
@@ -187,20 +192,21 @@ def last_attention(
     *,
     even: bool = False,
 ) -> Tensor:
-    """How the last block looks at the text that is read: fp32 [S] of the first sample, of sum 1.
+    """Return the last block's attention to the text: fp32 [S] of the first sample, with sum 1.
 
     The mean over this rank's heads of the attention weights; self-attention's, or with two stacks
     those of the written tokens on the text that is read.
 
     Args:
         run: runs the model; its last pass counts.
-        position: the token that looks; None: the mean over all.
-        even: if true, as if all tokens were alike: what mask and positions alone give.
+        position: the token that attends. None means the mean over all tokens.
+        even: If true, as if all tokens were equal: only mask and positions count.
     """
     block: Any = list(model.blocks)[-1]
     branch = block.self_attn if block.cross_attn is None else block.cross_attn
     module: Any = layers
-    real, calls = module.attend, list[tuple[Any, ...]]()
+    real = module.attend
+    calls = list[tuple[Any, ...]]()
 
     def spy(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **how: Any) -> Tensor:
         calls[:] = [(q, k, mask, how["causal"], how["scale"])]
@@ -219,21 +225,25 @@ def last_attention(
         leave()
         for handle in handles:
             handle.remove()
-    q, *others = calls[0]
+    q, k, mask, causal, scale = calls[0]
+    q = torch.zeros_like(q) if even else q
     with torch.no_grad():
-        return _weights(position, torch.zeros_like(q) if even else q, *others)
+        return _weights(q, k, mask, position=position, causal=causal, scale=scale)
 
 
 def _weights(
-    position: int | None,
     q_BTNH: Tensor,
     k_BKSH: Tensor,
     mask: Tensor | None,
+    *,
+    position: int | None,
     causal: bool,
     scale: float | None,
 ) -> Tensor:
-    """softmax(scale q k^T + mask) of the first sample, the mean of heads and queries: [S]."""
-    (B, T, N, H), (K, S), device = q_BTNH.shape, k_BKSH.shape[1:3], q_BTNH.device
+    """Return softmax(scale q k^T + mask) of the first sample, mean of heads and queries: [S]."""
+    (B, T, N, H) = q_BTNH.shape
+    (K, S) = k_BKSH.shape[1:3]
+    device = q_BTNH.device
     rows = slice(None) if position is None else [position]
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=device)

@@ -13,8 +13,10 @@ _DARKEST = 0.6  # of 1: what is written on a colour stays readable on a light an
 _FULL = 1.0  # log-odds of a full colour, at least: e times as likely
 _FLAT = 0.1  # log-odds below which a token counts for nothing: 0.5 becomes 0.525 at most
 _FULL_RATIO = 4.0  # times as much attention as even
-_FOR, _AGAINST = "40, 110, 255", "255, 60, 50"
-_MORE, _LESS = "240, 160, 0", "120, 120, 120"
+_FOR = "40, 110, 255"
+_AGAINST = "255, 60, 50"
+_MORE = "240, 160, 0"
+_LESS = "120, 120, 120"
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -152,7 +154,8 @@ def _looks(pieces: Sequence[str], ratios: Sequence[float]) -> str:
         for ratio in ratios
     ]
     text = _coloured(pieces, shades, lambda ratio: f"{ratio:.2f} x")
-    least, most = min(ratios, default=1.0), max(ratios, default=1.0)
+    least = min(ratios, default=1.0)
+    most = max(ratios, default=1.0)
     verdict = ""
     if most < 1.25 and least > 0.8:
         verdict = (

@@ -21,25 +21,27 @@ LogitsFn = Callable[[Tensor], Tensor]  # ids [1, T] on the CPU -> last logits [1
 
 
 class Decoder(Protocol):
-    """What is asked of a model: the scores of the token after each text, as the texts grow.
+    """Interface of a model that writes: scores of the token after each text, as the texts grow.
 
     Attributes:
-        continues: whether a text goes on from its prompt; else it begins anew, as an answer.
-        suffix_ids: what ends a prompt that is read whole, because the model answers it.
+        continues: whether a text continues its prompt. If false, it is an answer of its own.
+        suffix_ids: ids that end a prompt which the model reads whole and answers.
     """
 
     continues: bool
     suffix_ids: Sequence[int]
 
     def begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
-        """fp32 [B, V]: the scores after each prompt, which at most `new_tokens` will follow."""
+        """Return the scores after each prompt, fp32 [B, V]; at most `new_tokens` will follow."""
 
     def next(self, tokens: Sequence[int]) -> Tensor:
-        """fp32 [B, V]: the scores after one more token of each text."""
+        """Return the scores after one more token of each text, fp32 [B, V]."""
 
 
 class UncachedDecoder:
-    """A decoder that reads each text anew for every token: slow, and plain."""
+    """Decoder without a cache: it runs each whole text again for every token. It serves as an
+    oracle.
+    """
 
     continues = True
     suffix_ids: Sequence[int] = ()
@@ -64,13 +66,13 @@ class UncachedDecoder:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Rule by which the next token is chosen.
 
     `temperature` 0 takes the likeliest id. Otherwise the scores are divided by it, `top_k` keeps
     the k likeliest ids, then `top_p` the fewest whose probabilities reach p (nucleus sampling,
     arXiv:1904.09751). `repetition_penalty` divides the positive scores of ids that were there
     before, and multiplies the negative ones (arXiv:1909.05858). The same seed gives the same
-    choices on every device, and a text the same whatever stands beside it.
+    choices on every device, and the same text whatever other texts the batch has.
 
     Raises:
         CommandError: a number out of its range.
@@ -107,7 +109,7 @@ def generate(
     eos_id: int | None = None,
     **settings: float,
 ) -> list[int]:
-    """The ids that follow `prompt_ids`, at most `max_new_tokens`; `eos_id` ends them, left out.
+    """Return the ids that follow `prompt_ids`, at most `max_new_tokens`, up to `eos_id`.
 
     Args:
         settings: those of `Sampling`.
@@ -129,7 +131,7 @@ def stream_text(
     sampling: Sampling,
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
-    """Pieces of the text that follows one prompt; see `stream_texts`."""
+    """Yield pieces of the text that follows one prompt; see `stream_texts`."""
     pieces = stream_texts(
         model, tokenizer, [prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
     )
@@ -146,7 +148,7 @@ def stream_texts(
     stop: Sequence[str] = (),
     controls: bool = False,
 ) -> Iterator[tuple[int, str]]:
-    """Pieces of the texts that follow `prompts`, with the prompt's number, as they come.
+    """Yield pieces of the texts that follow `prompts`, with the prompt's number, as they come.
 
     A text ends with the document or a stop string, which is left out, wherever token boundaries cut
     it. A document ends with any of the `end_ids` of the tokenizer or the model. A prompt begins
@@ -162,7 +164,8 @@ def stream_texts(
     """
     if "" in stop:
         raise CommandError("an empty stop string would end every text at once; leave it out")
-    ends, continues = list(tokenizer.end_ids), getattr(model, "continues", True)
+    ends = list(tokenizer.end_ids)
+    continues = getattr(model, "continues", True)
     ends += getattr(model, "end_ids", ())
     if controls:
         # a control token has no text that would be found: its id ends what is written
@@ -181,7 +184,8 @@ def stream_texts(
 
 
 def in_order(pieces: Iterable[tuple[int, str]], starts: Sequence[str]) -> Iterator[str]:
-    """Numbered pieces as one text: the first's as they come, then the others, a line apart.
+    """Yield numbered pieces as one text: the first text's at once, then each other text on a new
+    line.
 
     Args:
         starts: what comes before the pieces of each.
@@ -215,7 +219,7 @@ def sample_ids(
     ends: Collection[int],
     sampling: Sampling,
 ) -> Iterator[list[int | None]]:
-    """The next id of every text, a step after the other; None where a text has ended.
+    """Yield the next id of every text, step by step. None means that the text has ended.
 
     Raises:
         CommandError: an empty prompt, or fewer than no tokens.
@@ -275,7 +279,8 @@ def _choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) ->
     # the maximum is taken out first: a tiny temperature must not divide into infinities
     scaled_V = (logits_V - logits_V.max()).double() / sampling.temperature
     scores_K, ids_K = torch.sort(scaled_V, descending=True, stable=True)
-    scores_K, ids_K = scores_K[: sampling.top_k], ids_K[: sampling.top_k]
+    scores_K = scores_K[: sampling.top_k]
+    ids_K = ids_K[: sampling.top_k]
     probabilities_K = torch.softmax(scores_K, dim=0)
     if sampling.top_p is not None:
         before_K = probabilities_K.cumsum(0) - probabilities_K
@@ -286,39 +291,45 @@ def _choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) ->
 
 
 class _Text:
-    """A text as its tokens come: what of it is certain.
+    """A text as its tokens come, and how much of it is certain.
 
     A piece's text depends on what stands before it (a leading space, the bytes of a character), so
     the new text is the difference of two decodings that begin at the same id.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
-        self._tokenizer, self._ids, self._stop = tokenizer, list(prompt), stop
+        self._tokenizer = tokenizer
+        self._ids = list(prompt)
+        self._stop = stop
         # decoding begins at `start`; the text before `done` is given out
-        self._start, self._done = 0, len(self._ids)
+        self._start = 0
+        self._done = len(self._ids)
         self._before = tokenizer.decode(self._ids)
         self._held = ""  # what may be the beginning of a stop string
         self.ended = False
 
     def add(self, token: int) -> str:
-        """The text that is certain with one more token."""
+        """Return the text that is certain with one more token."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids[self._start :])
         if text.endswith("\ufffd"):  # U+FFFD stands for bytes that are no character, or not yet
             return ""
         piece = text[len(self._before) :]
-        self._start, self._done = self._done, len(self._ids)
+        self._start = self._done
+        self._done = len(self._ids)
         self._before = self._tokenizer.decode(self._ids[self._start : self._done])
         return self._release(piece)
 
     def end(self) -> str:
-        """What was held back, when nothing more comes."""
+        """Return the text that was held back, when nothing more comes."""
         rest = ""
         if self._done < len(self._ids):
             rest = self._tokenizer.decode(self._ids[self._start :])[len(self._before) :]
         found = self._release(rest)
         if not self.ended:
-            found, self._held, self.ended = found + self._held, "", True
+            found = found + self._held
+            self._held = ""
+            self.ended = True
         return found
 
     def _release(self, piece: str) -> str:
@@ -333,7 +344,7 @@ class _Text:
 
 
 def _open_length(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end of `text` are the beginning of a stop string."""
+    """Return how many characters at the end of `text` may begin a stop string."""
     lengths = [
         length
         for end in stop

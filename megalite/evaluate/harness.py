@@ -24,7 +24,7 @@ from megalite.tokenizers.tokenizer import encode_text
 
 
 def require() -> None:
-    """Raises CommandError where the package is not there."""
+    """Raise CommandError if the package lm_eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise CommandError("--tasks needs the package lm_eval: pip install megalite[eval]")
 
@@ -38,7 +38,7 @@ def run(
     limit: int | None,
     batch_size: int,
 ) -> dict[str, dict[str, float]]:
-    """The metrics of each task, as numbers by "name" or "name_stderr".
+    """Return the metrics of each task, as numbers by "name" or "name_stderr".
 
     Raises:
         CommandError: a task that is not known, or a model that does not continue text.
@@ -72,7 +72,7 @@ def run(
 
 
 def make_model(opened: LoadedModel, grid: Grid, batch_size: int) -> Any:
-    """The model as the harness's own class of models."""
+    """Return the model as the harness's own class of models."""
     from lm_eval.api.model import LM
 
     class MegaLiteLM(LM):
@@ -86,13 +86,15 @@ def make_model(opened: LoadedModel, grid: Grid, batch_size: int) -> Any:
             texts = [_windows(opened, request.args[0]) for request in requests]
             pairs = [pair for windows in texts for pair in windows]
             found = _shared(grid, pairs, lambda mine: log_likelihoods(opened, mine, batch_size))
-            sums, rest = list[float](), iter(found)
+            sums = list[float]()
+            rest = iter(found)
             for windows in texts:
                 sums.append(sum(next(rest)[0] for _ in windows))
             return sums
 
         def generate_until(self, requests: Any) -> list[str]:
-            asked, seen = list[tuple[str, Mapping[str, Any], int]](), Counter[str]()
+            asked = list[tuple[str, Mapping[str, Any], int]]()
+            seen = Counter[str]()
             for context, settings in (request.args for request in requests):
                 GenerationSettings.of(settings)
                 asked.append((context, settings, seen[context]))
@@ -129,8 +131,9 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 def log_likelihoods(
     opened: LoadedModel, pairs: Sequence[Pair], batch_size: int
 ) -> list[tuple[float, bool]]:
-    """Of each continuation the log of its probability after its context, in nats, and whether the
-    likeliest tokens are just these.
+    """Return, for each continuation, its log-probability and whether greedy decoding gives it.
+
+    The log-probability is in nats, given the context.
 
     Longest first, so that a batch has little padding; what is over the window is cut at the left.
     """
@@ -157,13 +160,15 @@ def log_likelihoods(
 
 
 def _pair(opened: LoadedModel, context: str, continuation: str) -> Pair:
-    """Tokens of both; they are cut apart where the harness's own class cuts them.
+    """Return the tokens of context and continuation, divided as the harness's own class divides
+    them.
 
     Spaces at a context's end belong to the continuation, whose tokens begin where those of the
     context alone end.
     """
     if not context:
-        before, ids = _beginning(opened), opened.tokenizer.encode(continuation)
+        before = _beginning(opened)
+        ids = opened.tokenizer.encode(continuation)
         opened.check_ids(ids)
         # a continuation that is what a text begins with is read, not scored
         return (ids[:1], ids[1:]) if ids[:1] == before else (before, ids)
@@ -182,13 +187,15 @@ def _beginning(opened: LoadedModel) -> list[int]:
 
 
 def _windows(opened: LoadedModel, text: str) -> list[Pair]:
-    """A text in parts that each fill the window; a part's context is the last token before it.
+    """Return a text in parts that fill the window; a part's context is the last token before it.
 
     If the tokenizer begins texts with BOS, that BOS is scored, too, as by the harness's own class.
     """
-    ids, size = encode_text(opened.tokenizer, text), opened.config.max_position_embeddings
+    ids = encode_text(opened.tokenizer, text)
+    size = opened.config.max_position_embeddings
     opened.check_ids(ids)
-    before, pairs = _beginning(opened), list[Pair]()
+    before = _beginning(opened)
+    pairs = list[Pair]()
     for first in range(0, len(ids), size):
         part = ids[first : first + size]
         # the last part is filled up with what came before
@@ -198,7 +205,7 @@ def _windows(opened: LoadedModel, text: str) -> list[Pair]:
 
 
 def _write(opened: LoadedModel, context: str, settings: Mapping[str, Any], repeat: int = 0) -> str:
-    """The answer to a context; each `repeat` of it is drawn with a seed of its own."""
+    """Return the answer to a context; each `repeat` draws it with another seed."""
     wanted = GenerationSettings.of(settings)
     seed = wanted.sampling.get("seed", 0) + repeat
     pieces = stream_texts(
@@ -246,7 +253,8 @@ class GenerationSettings:
 
 def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `Sampling`: greedy unless the task samples at a temperature over 0."""
-    chosen, temperature = settings.get("do_sample"), settings.get("temperature")
+    chosen = settings.get("do_sample")
+    temperature = settings.get("temperature")
     if chosen not in (None, False, True):
         raise CommandError(f"--tasks: generation_kwargs.do_sample: {chosen!r}; give true or false")
     if temperature is None:
@@ -283,7 +291,7 @@ def _until(value: Any) -> list[str]:
 
 
 def _shared(grid: Grid, asked: Sequence[Any], answer: Any) -> list[Any]:
-    """Answers to all, each group of tensor ranks having answered every so-many-th."""
+    """Return the answers to all requests. The groups of tensor ranks take turns to answer them."""
     size = grid.mesh.data
     parts = grid.gather_once(answer(asked[grid.at.data_rank :: size]))
     found: list[Any] = [None] * len(asked)

@@ -1,4 +1,4 @@
-"""A checkpoint, or a folder of Hugging Face's, as a model to use: from its folder alone.
+"""A checkpoint, or a folder of Hugging Face's, loaded as a model from its folder only.
 
 B prompts   T tokens   V vocabulary
 """
@@ -54,13 +54,15 @@ class LoadedModel:
     data_fingerprint: str = ""
 
     def last_logits(self, ids_1T: Tensor) -> Tensor:
-        """Scores of the token after `ids`, fp32 [1, V]; reads no further back than the window."""
+        """Return scores of the token after `ids`, fp32 [1, V], from the last tokens within the
+        window.
+        """
         self.check_ids(ids_1T)
         window = self.config.max_position_embeddings
         return self.model.logits(ids_1T[:, -window:].to(self.device), last_only=True)
 
     def decoder(self) -> Decoder:
-        """A reader that keeps what it has computed.
+        """Return a decoder with a cache.
 
         Raises:
             CommandError: a model that writes no text.
@@ -76,12 +78,13 @@ class LoadedModel:
         return CachedDecoder(self)
 
     def check_prompt(self, prompt: str) -> None:
-        """Refuse text that is no UTF-8; say so where a prompt is longer than the window."""
+        """Refuse text that is not UTF-8. Warn about a prompt that is longer than the window."""
         try:
             prompt.encode()
         except UnicodeEncodeError:
             raise CommandError(f"the prompt {prompt!r} is not UTF-8 text; give text") from None
-        ids, window = encode_text(self.tokenizer, prompt), self.config.max_position_embeddings
+        ids = encode_text(self.tokenizer, prompt)
+        window = self.config.max_position_embeddings
         self.check_ids(ids)
         length = len(ids)
         if length > window:
@@ -106,21 +109,21 @@ class LoadedModel:
 
     @property
     def suffix_ids(self) -> Sequence[int]:
-        """What ends a text that an encoder reads whole: as the folder says, or as it was tuned."""
+        """Ids that end a text that an encoder reads: by the folder's files, or as fine-tuned."""
         tuned = self.run is not None and self.run.finetune is not None
         eos = self.tokenizer.eos_id
         return self.tokenizer.suffix_ids or ((eos,) if tuned and eos is not None else ())
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
-        """Summed loss of a batch: fp32 scalar, nats."""
+        """Return the summed loss of a batch: fp32 scalar, nats."""
         self._check_batch(batch)
         loss: Tensor = self.model(batch.to(self.device).tensors)
         return loss
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
-        """A classifier's logits of a batch: fp32 [B, C]."""
+        """Return a classifier's logits of a batch: fp32 [B, C]."""
         self._check_batch(batch)
         return self.model.label_scores(batch.to(self.device).tensors)
 
@@ -131,7 +134,7 @@ class LoadedModel:
 
     @torch.no_grad()
     def count_correct(self, batch: Batch) -> int:
-        """How many of a batch's targets are the likeliest tokens of their places."""
+        """Return how many of a batch's targets are the most likely tokens at their places."""
         tensors = batch.to(self.device).tensors
         mask = tensors["loss_mask"]
         likeliest = self.model.scores(self.model.hidden(tensors)[mask]).argmax(dim=-1)
@@ -139,13 +142,17 @@ class LoadedModel:
 
 
 class CachedDecoder:
-    """Reads each token once, and keeps its keys and values; prompts are padded at their left.
+    """Decoder that caches keys and values, so each token is run once. Prompts are padded at the
+    left.
+
+    Beyond the window of the model, the last tokens are run again for each new one.
 
     Beyond the window a model is made for it reads the last tokens anew for each.
     """
 
     def __init__(self, opened: LoadedModel) -> None:
-        self._opened, self._model = opened, opened.model
+        self._opened = opened
+        self._model = opened.model
         self._window = opened.config.max_position_embeddings
         self.continues = opened.config.architecture == "decoder"
         self.suffix_ids = opened.suffix_ids
@@ -162,7 +169,8 @@ class CachedDecoder:
         return self._next(tokens)[:, self._chosen]
 
     def _begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
-        device, window = self._opened.device, self._window
+        device = self._opened.device
+        window = self._window
         for prompt in prompts:
             self._opened.check_ids(prompt)
         prompts = [list(prompt)[-window:] for prompt in prompts]
@@ -171,7 +179,8 @@ class CachedDecoder:
         ids = torch.zeros(keys.shape, dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             place = slice(length - len(prompt), None) if self.continues else slice(len(prompt))
-            keys[row, place], ids[row, place] = True, torch.tensor(prompt)
+            keys[row, place] = True
+            ids[row, place] = torch.tensor(prompt)
         self._keys = None if bool(keys.all()) else keys.to(device)
         ids = ids.to(device)
         self._beyond = None  # a reader may begin again
@@ -207,7 +216,8 @@ class CachedDecoder:
         return self._model.scores(self._model.hidden(inputs, self._cache)[:, -1])
 
     def _answer(self, ids_BS: Tensor, new_tokens: int) -> Tensor:
-        model, config = self._model.model, self._opened.config
+        model = self._model.model
+        config = self._opened.config
         assert isinstance(model, EncoderDecoder)
         inputs = {"input_ids": ids_BS}
         if self._keys is not None:
@@ -251,7 +261,9 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
         stored = weights = HuggingFaceFolder(path)
         weights.require_head()
         weights.say_ignored()
-        folder, config, tokenizer_folder = weights.path, weights.section, weights.path
+        folder = weights.path
+        config = weights.section
+        tokenizer_folder = weights.path
     else:
         folder, manifest = open_checkpoint(path, weights_only=True)
         try:
@@ -259,7 +271,8 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
         except MegaLiteError as error:
             raise CheckpointError(str(error)) from None
         stored, config = merged(StoredCheckpoint(folder, manifest), run.model)
-        tokenizer_folder, sha256 = folder / "tokenizer", manifest.tokenizer_sha256
+        tokenizer_folder = folder / "tokenizer"
+        sha256 = manifest.tokenizer_sha256
         data = manifest.data_fingerprint
     at = grid.at if grid else WHOLE
     size = at.mesh.tensor
@@ -292,8 +305,9 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
 
 
 def _compare_vocabularies(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Say which tokens the model does not have, and what the tokenizer puts around a text."""
-    size, known = config.vocab_size, tokenizer.vocab_size
+    """Report tokens that the model lacks, and what the tokenizer puts around a text."""
+    size = config.vocab_size
+    known = tokenizer.vocab_size
     if known > size:
         names = [f"{name!r} ({id})" for id, name in enumerate(tokenizer.pieces()) if id >= size]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -28,14 +28,16 @@ def mean_loss(
     micro_batch_size: int,
     stopping: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Cross entropy in nats over the unmasked targets of the first `samples` windows.
+    """Return the cross entropy in nats per unmasked target of the first `samples` samples.
+
+    If the data set has fewer samples, all of them count. A collective of all ranks.
 
     Where the data set has fewer windows, over all of them. A collective of all ranks.
 
     Args:
-        stopping: asked before each batch whether to give up, with the same answer on every rank.
+        stopping: called before each batch; returns whether to give up, the same on every rank.
     Returns:
-        None where it was given up.
+        None if it was given up.
     """
     sums = sum_loss(
         engine.eval_loss,
@@ -55,7 +57,10 @@ def mean_loss(
 def score_data(
     opened: LoadedModel, grid: Grid, *, data: str | None, micro_batch_size: int
 ) -> dict[str, float | int | None]:
-    """Loss (nats), perplexity, bits per byte of text and tokens counted, over all ranks.
+    """Return loss (nats), perplexity, bits per byte of text and counted tokens, over all ranks.
+
+    Bits per byte compares models of different tokenizers. It is null if the targets are not
+    continued text. A model of masked tokens also has `accuracy`: the share of targets it predicts.
 
     Bits per byte compares models of different tokenizers; null where the targets are no text that
     goes on. Of a model of masked tokens also `accuracy`, the share it names right.
@@ -75,7 +80,9 @@ def score_data(
         data_rank=grid.at.data_rank,
         data_size=grid.mesh.data,
     )
-    sums, text_bytes, right = torch.zeros(2, dtype=torch.float64), 0, 0
+    sums = torch.zeros(2, dtype=torch.float64)
+    text_bytes = 0
+    right = 0
     count = -(-dataset.num_samples // (micro_batch_size * grid.mesh.data))
     length = run.data.sequence_length
     loss_of = report_calls(
@@ -89,7 +96,8 @@ def score_data(
         if masked:
             right += opened.count_correct(batch)
         if causal:
-            labels, mask = batch.tensors["labels"], batch.tensors["loss_mask"]
+            labels = batch.tensors["labels"]
+            mask = batch.tensors["loss_mask"]
             text_bytes += sum(
                 opened.tokenizer.count_bytes(row[seen].tolist())
                 for row, seen in zip(labels, mask, strict=True)
@@ -127,8 +135,9 @@ def _open_held_out(opened: LoadedModel, run: RunConfig, data: str | None) -> Dat
 
 
 def _run_of(opened: LoadedModel) -> RunConfig:
-    """A run file for a folder that has none: the model, and windows as long as it reads."""
-    model, objective = opened.config, dict[str, Any]()
+    """Return a run file for a folder that has none: the model, and windows as long as it reads."""
+    model = opened.config
+    objective = dict[str, Any]()
     if model.architecture == "encoder":
         pieces = opened.tokenizer.pieces()
         ids = [pieces.index(name) for name in ("[MASK]", "<mask>") if name in pieces]
@@ -149,7 +158,7 @@ def _run_of(opened: LoadedModel) -> RunConfig:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that overflows."""
+    """Return exp(loss), or infinity if that overflows."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -166,7 +175,10 @@ def sum_loss(
     data_size: int,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Tensor | None:
-    """This rank's summed loss and targets: float64 [2] on the CPU; None where it was given up.
+    """Return this rank's summed loss and targets: float64 [2] on the CPU; None if it was given up.
+
+    float64 keeps the digits of a sum over millions of targets. The sum stays on the device until
+    the end, so that no batch waits for the one before.
 
     float64, since a sum over millions of targets must keep its digits; on the device until the
     end, so that no batch waits for the one before.
@@ -178,7 +190,8 @@ def sum_loss(
         data_rank=data_rank,
         data_size=data_size,
     )
-    losses, targets = [], 0
+    losses = []
+    targets = 0
     for batch in batches:
         if stopping():
             return None

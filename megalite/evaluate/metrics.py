@@ -1,4 +1,4 @@
-"""What a classifier is worth, by torchmetrics.
+"""Metrics of a classifier, by torchmetrics.
 
 N rows   C labels   H, W height and width of a picture
 """
@@ -16,14 +16,18 @@ from torch import Tensor
 
 from megalite.errors import DataError, MegaLiteError
 
-_INK, _PAPER, _FULL = (0, 0, 0), (255, 255, 255), (20, 60, 130)
-_FEW, _MARGIN, _LONGEST = 20, 8, 18  # labels, all of whose numbers are shown; pixels; characters
+_INK = (0, 0, 0)
+_PAPER = (255, 255, 255)
+_FULL = (20, 60, 130)
+_FEW = 20  # labels, all of whose numbers are shown
+_MARGIN = 8  # pixels
+_LONGEST = 18  # characters
 
 
 def classification_metrics(
     scores_NC: Tensor, labels_N: Tensor, names: Sequence[str]
 ) -> dict[str, Any]:
-    """How well scores (logits or log-probabilities) name the labels; made for JSON.
+    """Return metrics of scores (logits or log-probabilities) against labels, as JSON values.
 
     loss (mean cross entropy, nats), accuracy, f1_micro; precision, recall and f1, each the plain
     mean over all C labels as of scikit-learn's macro average with zero_division=0 (torchmetrics'
@@ -69,7 +73,7 @@ def classification_metrics(
 def predictions_rows(
     ids: Iterable[Any], labels: Iterable[int | None], scores_NC: Tensor, names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """Of each row id, label (a name or None), prediction (a name), probabilities in label order."""
+    """Yield id, label (a name or None), prediction (a name) and probabilities of each row."""
     chances_NC = scores_NC.double().softmax(dim=-1).cpu()
     likeliest = scores_NC.argmax(dim=-1).tolist()
     for key, label, best, chances_C in zip(ids, labels, likeliest, chances_NC, strict=True):
@@ -84,7 +88,7 @@ def predictions_rows(
 def confusion_picture(
     confusion: Sequence[Sequence[int]], names: Sequence[str]
 ) -> npt.NDArray[np.uint8]:
-    """Rows of true labels by columns of predicted ones: uint8 [H, W, 3].
+    """Return a picture of the confusion matrix: true labels by predicted ones, uint8 [H, W, 3].
 
     A cell is the darker, the more of its row is in it. Over 20 labels a number is left out where it
     is wider than its cell.
@@ -94,7 +98,8 @@ def confusion_picture(
     font = ImageFont.load_default()
     names = [" ".join(name.split()) for name in names]
     names = [name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…" for name in names]
-    few, widest = len(names) <= _FEW, max(font.getlength(str(max(row))) for row in confusion)
+    few = len(names) <= _FEW
+    widest = max(font.getlength(str(max(row))) for row in confusion)
     cell = max(40, int(widest) + _MARGIN) if few else 24
     left = 2 * _MARGIN + max(int(font.getlength(text)) for text in (*names, "true \\ predicted"))
     side = left + cell * len(names) + _MARGIN
@@ -107,13 +112,16 @@ def confusion_picture(
     draw = ImageDraw.Draw(image)
     draw.text((left - _MARGIN, left - _MARGIN), "true \\ predicted", _INK, font, anchor="rs")
     for i, (name, row) in enumerate(zip(names, confusion, strict=True)):
-        y, total = left + i * cell, sum(row) or 1
+        y = left + i * cell
+        total = sum(row) or 1
         draw.text((left - _MARGIN, y + cell // 2), name, _INK, font, anchor="rm")
         for j, count in enumerate(row):
-            x, part = left + j * cell, count / total
+            x = left + j * cell
+            part = count / total
             paint = tuple(round(p + part * (f - p)) for p, f in zip(_PAPER, _FULL, strict=True))
             draw.rectangle((x, y, x + cell, y + cell), paint, outline=(200, 200, 200))
             if few or font.getlength(str(count)) <= cell - 2:
-                ink, place = _PAPER if part > 0.5 else _INK, (x + cell // 2, y + cell // 2)
+                ink = _PAPER if part > 0.5 else _INK
+                place = (x + cell // 2, y + cell // 2)
                 draw.text(place, str(count), ink, font, anchor="mm")
     return np.array(image)

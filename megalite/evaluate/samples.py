@@ -38,21 +38,21 @@ _Texts = tuple[list[list[int]], "list[list[int]] | None"]  # ids of those that a
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a model is to continue.
+    """The prompts that a model continues during training.
 
     texts: the prompts as it reads them, ids for a chat. turns: whether they are those of a chat,
     whose stop strings name control tokens. stop: strings that end what it writes.
     """
 
     tokenizer: Tokenizer
-    told: Sequence[str]
+    shown: Sequence[str]
     texts: Sequence[str | Sequence[int]]
     turns: bool = False
     stop: Sequence[str] = ()
 
 
 def open_prompts(config: RunConfig, folder: Path | None, ask: Ask | None) -> Prompts | None:
-    """The prompts of a run file; None where it has none.
+    """Return the prompts of a run file; None if it has none.
 
     Args:
         folder: of the data's tokenizer.
@@ -62,7 +62,7 @@ def open_prompts(config: RunConfig, folder: Path | None, ask: Ask | None) -> Pro
     """
     if config.logging.samples is None:
         return None
-    told = config.logging.samples.prompts
+    texts = config.logging.samples.prompts
     if folder is None:
         raise DataError(
             "logging.samples: the shards do not tell their tokenizer, which prompts are read with; "
@@ -70,10 +70,10 @@ def open_prompts(config: RunConfig, folder: Path | None, ask: Ask | None) -> Pro
         )
     tokenizer = load_tokenizer(folder)
     if ask is None or config.finetune is None or config.finetune.task != "sft":
-        return Prompts(tokenizer, told, told)
-    turns = [ask(folder, tokenizer, prompt) for prompt in told]
+        return Prompts(tokenizer, texts, texts)
+    turns = [ask(folder, tokenizer, prompt) for prompt in texts]
     ends = {end for _, end in turns if end}
-    return Prompts(tokenizer, told, [text for text, _ in turns], True, list(ends))
+    return Prompts(tokenizer, texts, [text for text, _ in turns], True, list(ends))
 
 
 class Writer:
@@ -85,19 +85,24 @@ class Writer:
 
     def __init__(self, config: RunConfig, engine: Engine, grid: Grid, prompts: Prompts) -> None:
         assert config.logging.samples is not None
-        self._config, self._samples = config, config.logging.samples
-        self._engine, self._grid, self._prompts = engine, grid, prompts
+        self._config = config
+        self._samples = config.logging.samples
+        self._engine = engine
+        self._grid = grid
+        self._prompts = prompts
         self.continues = config.model.architecture == "decoder"
-        finetune, eos = config.finetune, prompts.tokenizer.eos_id
+        finetune = config.finetune
+        eos = prompts.tokenizer.eos_id
         tuned = [] if finetune is None or eos is None else [eos]  # as its examples end
         self.suffix_ids: Sequence[int] = prompts.tokenizer.suffix_ids or tuned
-        self._failed, self._in_pass = False, False
+        self._failed = False
+        self._in_pass = False
         # padded rows of the vocabulary are never chosen; an encoder_decoder's last ids name spans
         self._chosen = slice(prompts.tokenizer.vocab_size if self.continues else None)
         self._round = config.parallel.tensor if config.parallel.sequence else 1
 
     def __call__(self, stopping: Callable[[], bool]) -> list[tuple[str, str]]:
-        """Each prompt with the text that follows it, on rank 0; a collective.
+        """Return each prompt with the text that follows it, on rank 0; a collective.
 
         Nothing where it was given up, or where the model's scores are not finite.
 
@@ -111,17 +116,18 @@ class Writer:
         try:
             if self._grid.rank == 0:
                 found = self._write()
-                self._tell(None)
+                self._broadcast(None)
                 return found
-            while (texts := self._tell(None)) is not None:
+            while (texts := self._broadcast(None)) is not None:
                 self._read(*texts)
         except Stopped:  # every rank is here
             pass
         return []
 
     def _write(self) -> list[tuple[str, str]]:
-        asked, samples = self._prompts, self._samples
-        written = [""] * len(asked.told)
+        asked = self._prompts
+        samples = self._samples
+        written = [""] * len(asked.shown)
         try:
             pieces = stream_texts(
                 self,
@@ -144,7 +150,7 @@ class Writer:
                 logger.warning("no samples: %s%s", kind, error)
             self._failed = True
             return []
-        return list(zip(asked.told, written, strict=True))
+        return list(zip(asked.shown, written, strict=True))
 
     def begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
         del new_tokens
@@ -163,15 +169,15 @@ class Writer:
     def _read_together(self) -> Tensor:
         """Return the scores of the next token, [B, V], on rank 0; the other ranks read as well."""
         self._in_pass = self._grid.world_size > 1
-        scores = self._read(*self._tell(self._texts))
+        scores = self._read(*self._broadcast(self._texts))
         self._in_pass = False
         return scores[:, self._chosen]
 
-    def _tell(self, texts: _Texts | None) -> Any:
-        """What rank 0 says is read next, on every rank; None: nothing more."""
-        told = [texts]
-        dist.broadcast_object_list(told, src=0, group=self._grid.cpu_group)
-        return told[0]
+    def _broadcast(self, texts: _Texts | None) -> Any:
+        """Broadcast rank 0's texts to every rank. None means that nothing more is read."""
+        message = [texts]
+        dist.broadcast_object_list(message, src=0, group=self._grid.cpu_group)
+        return message[0]
 
     @torch.inference_mode(False)  # the weights that ZeRO-3 gathers are trained with afterwards
     def _read(self, given: list[list[int]], written: list[list[int]] | None) -> Tensor:
@@ -187,7 +193,7 @@ class Writer:
             return self._engine.eval_scores(Batch(tensors, place=0, targets=0))
 
     def _pad_batch(self, texts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """The last tokens of texts, as many as a sample of training has, with zeros behind them."""
+        """Return the last tokens of texts, as many as a training sample has, followed by zeros."""
         texts = [text[-self._config.data.sequence_length :] for text in texts]
         lengths_B = torch.tensor([len(text) for text in texts])
         T = -(-int(lengths_B.max()) // self._round) * self._round

@@ -1,4 +1,4 @@
-"""What was measured, as lines for a person."""
+"""Measurements as lines for a person."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """A line for each number; those of `baselines` and `tasks` come last, with their name."""
+    """Return a line for each number; those of `baselines` and `tasks` last, with their name."""
     rows = {name: value for name, value in result.items() if isinstance(value, int | float)}
     for section in ("baselines", "tasks"):
         for task, metrics in (result.get(section) or {}).items():

@@ -18,13 +18,13 @@ _LIMIT = 1e-4  # of scores, over their spread
 
 
 def require_transformers() -> None:
-    """Raises CommandError where the package is not there."""
+    """Raise CommandError if the package transformers is not installed."""
     if importlib.util.find_spec("transformers") is None:
         raise CommandError("this needs the package transformers: pip install megalite[hf]")
 
 
 def verify(folder: Path, *, tokens: int = 32) -> tuple[float, float]:
-    """The largest difference of scores on random tokens, over their spread; and its limit.
+    """Return the largest difference of scores on random tokens, over their spread; and its limit.
 
     Both read the folder anew, in fp32.
     """
@@ -33,7 +33,8 @@ def verify(folder: Path, *, tokens: int = 32) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(ours.config.vocab_size, (2, longest), generator=generator)
     with torch.no_grad():
-        expected, found = ours.model.cpu().logits(inputs_of(ours, ids)), theirs(ours, ids)
+        expected = ours.model.cpu().logits(inputs_of(ours, ids))
+        found = theirs(ours, ids)
     spread = float(expected.std().clamp_min(1e-6))
     return float((found - expected).abs().max()) / spread, _LIMIT
 
@@ -61,13 +62,13 @@ def verify_text(folder: Path) -> list[str]:
 
 
 def inputs_of(ours: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
-    """The tokens as our model takes them; with two stacks they are read and written."""
+    """Return tokens as our model takes them. A model of two stacks reads and writes them."""
     writes = ours.config.architecture == "encoder_decoder"
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if writes else {})
 
 
 def theirs(ours: LoadedModel, ids: Tensor) -> Tensor:
-    """The scores of `transformers` for the same folder and tokens: fp32 [B, T, V]."""
+    """Return the scores of `transformers` for the same folder and tokens: fp32 [B, T, V]."""
     import transformers
 
     architecture = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM"}

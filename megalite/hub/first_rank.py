@@ -81,11 +81,13 @@ def _leave(note: Path, content: dict[str, Any]) -> None:
 
 def _await(note: Path, what: str) -> Path:
     """Wait for the first rank's result."""
-    last, seen = None, time.monotonic()
+    last = None
+    seen = time.monotonic()
     while True:
         content = foreign.read_object(note)
         if content.get("time") != last:
-            last, seen = content.get("time"), time.monotonic()
+            last = content.get("time")
+            seen = time.monotonic()
         age = _STARTED - float(content.get("time", 0.0))
         if "folder" in content and age < _LAG:
             return Path(str(content["folder"]))

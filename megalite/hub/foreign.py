@@ -9,7 +9,8 @@ from typing import Any
 
 from megalite import files
 
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 _LONGEST_POINTER = 1024  # bytes; the real files of this name are larger
 
@@ -128,7 +129,8 @@ def _adapter(path: Path) -> str | None:
     if not (path / ADAPTER).is_file() and _any(path, "adapter_model.*") is None:
         return None
     config = read_object(path / ADAPTER)
-    base, kind = config.get("base_model_name_or_path"), config.get("task_type")
+    base = config.get("base_model_name_or_path")
+    kind = config.get("task_type")
     merge = _MERGE.format(path=path, model=_PEFT_CLASSES.get(str(kind), "AutoPeftModel"))
     return (
         f"holds an adapter of PEFT ({config.get('peft_type', 'LORA')}), not a model: start from "

@@ -153,7 +153,8 @@ def _exists(path: Path) -> bool:
 
 def _hint(name: str) -> str:
     """Return what may have been meant by a name that no folder has."""
-    path, similar = Path(name), ""
+    path = Path(name)
+    similar = ""
     with suppress(OSError, ValueError):
         inside = [each.name for each in path.parent.iterdir() if each.is_dir()]
         similar = nearest(path.name, inside)
@@ -283,7 +284,8 @@ def _download(model: HubModel, commit: str, names: Sequence[str]) -> Path:
         began = time.monotonic()
         path = Path(hf_hub_download(model.name, name, revision=commit))
         if name.endswith(".safetensors"):
-            size, seconds = path.stat().st_size / 1e6, time.monotonic() - began
+            size = path.stat().st_size / 1e6
+            seconds = time.monotonic() - began
             logger.info("%s: %s, %.0f MB in %.0f s", model, name, size, seconds)
         return path.parents[name.count("/")]
 

@@ -100,5 +100,5 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def overlaps(start: int, stop: int, spans: Spans) -> bool:
-    """Whether [start, stop) shares a character with one of the spans."""
+    """Return whether [start, stop) shares a character with one of the spans."""
     return any(start < end and begin < stop for begin, end in spans)

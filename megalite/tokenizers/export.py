@@ -12,16 +12,20 @@ from megalite.tokenizers.base import Tokenizer
 from megalite.tokenizers.special_tokens import TOKENIZER_CONFIG, Companions
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
-_UNIGRAM, _BPE = 1, 2  # sentencepiece_model.proto's ModelType and Type
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_UNIGRAM = 1
+_BPE = 2  # sentencepiece_model.proto's ModelType and Type
+_NORMAL = 1
+_UNKNOWN = 2
+_CONTROL = 3
+_USER_DEFINED = 4
 
 
 def export_sentencepiece(
-    model: bytes, folder: Path, tokenizer: Tokenizer, beside: Companions
+    model: bytes, folder: Path, tokenizer: Tokenizer, companions: Companions
 ) -> None:
     """Write a SentencePiece model of type unigram or BPE as `tokenizer.json`."""
     made, unknown = build_sentencepiece(model)
-    export_tokenizer(made, tokenizer, folder, beside, unk_token=unknown)
+    export_tokenizer(made, tokenizer, folder, companions, unk_token=unknown)
 
 
 def build_sentencepiece(
@@ -46,7 +50,8 @@ def build_sentencepiece(
     names = [renames.get(id, piece.piece) for id, piece in enumerate(spec.pieces)]
     kinds = [_NORMAL if id in renames else p.type for id, p in enumerate(spec.pieces)]
     unknown = [piece.type for piece in spec.pieces].index(_UNKNOWN)
-    made, rule = tokenizers.Tokenizer(_core(spec, names, kinds, unknown)), spec.normalizer_spec
+    made = tokenizers.Tokenizer(_core(spec, names, kinds, unknown))
+    rule = spec.normalizer_spec
     steps: list[Any] = []
     if rule.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rule.precompiled_charsmap))
@@ -76,7 +81,7 @@ def build_sentencepiece(
 
 
 def _core(spec: Any, names: Sequence[str], kinds: Sequence[int], unknown: int) -> Any:
-    """The BPE or unigram model of SentencePiece's pieces under their names."""
+    """Return the BPE or unigram model of SentencePiece's pieces under their names."""
     from tokenizers import models
 
     fallback = spec.trainer_spec.byte_fallback
@@ -94,7 +99,7 @@ def _core(spec: Any, names: Sequence[str], kinds: Sequence[int], unknown: int) -
     )
 
 
-def export_bytes(folder: Path, tokenizer: Tokenizer, beside: Companions) -> None:
+def export_bytes(folder: Path, tokenizer: Tokenizer, companions: Companions) -> None:
     """Write the tokenizer of plain bytes as `tokenizer.json`."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
@@ -105,11 +110,11 @@ def export_bytes(folder: Path, tokenizer: Tokenizer, beside: Companions) -> None
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
-    export_tokenizer(made, tokenizer, folder, beside)
+    export_tokenizer(made, tokenizer, folder, companions)
 
 
 def export_tokenizer(
-    made: Any, tokenizer: Tokenizer, folder: Path, beside: Companions, **names: str
+    made: Any, tokenizer: Tokenizer, folder: Path, companions: Companions, **names: str
 ) -> None:
     """Write `tokenizer.json` with what stands around a text, and `tokenizer_config.json`.
 
@@ -126,14 +131,14 @@ def export_tokenizer(
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        **beside.carried,
+        **companions.carried,
         **names,
     }
     (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def around_text(made: Any) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer puts before and after a text."""
+    """Return the ids that a tokenizer puts before and after a text."""
     found = made.encode("a")
     text = [n for n, number in enumerate(found.sequence_ids) if number is not None]
     first, stop = (text[0], text[-1] + 1) if text else (len(found.ids), len(found.ids))
@@ -141,7 +146,7 @@ def around_text(made: Any) -> tuple[list[int], list[int]]:
 
 
 def _template(made: Any, before: Sequence[int], after: Sequence[int]) -> Any:
-    """A post-processor that puts tokens before and after a text."""
+    """Return a post-processor that puts tokens before and after a text."""
     from tokenizers import processors
 
     names = [[made.id_to_token(id) for id in ids] for ids in (before, after)]
@@ -159,11 +164,12 @@ def _template(made: Any, before: Sequence[int], after: Sequence[int]) -> Any:
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """BPE's merges in order: each way to put a piece together, the best pieces first."""
+    """Return BPE's merges in order: each way to put a piece together, the best pieces first."""
     found = []
     for piece, score in scores.items():
         for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
+            left = piece[:cut]
+            right = piece[cut:]
             if left in scores and right in scores:
                 found.append((-score, scores[left], scores[right], left, right))
     found.sort(key=lambda merge: (merge[0], -merge[1], -merge[2]))
@@ -171,7 +177,9 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 
 
 def _byte_characters() -> list[str]:
-    """The character that stands for each byte in byte-level vocabularies (GPT-2's)."""
+    """Return the character that stands for each byte in byte-level vocabularies (GPT-2's
+    bytes_to_unicode).
+    """
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in shown else chr(next(others)) for byte in range(256)]

@@ -17,8 +17,8 @@ from megalite.tokenizers.export import around_text, export_tokenizer
 from megalite.tokenizers.special_tokens import (
     TOKENIZER_CONFIG,
     AddedToken,
-    BeginsTexts,
     Companions,
+    TokenizerBase,
     end_ids,
 )
 
@@ -29,8 +29,8 @@ _FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 _MARK = "\uf8ff\ue000\uf8ff"
 
 
-class HuggingFaceTokenizer(BeginsTexts):
-    """A `tokenizer.json`, with what the files beside it add.
+class HuggingFaceTokenizer(TokenizerBase):
+    """A `tokenizer.json`, with the additions of the files in its folder.
 
     `encode_batch` uses as many threads as RAYON_NUM_THREADS says: the library has no other way.
 
@@ -40,11 +40,13 @@ class HuggingFaceTokenizer(BeginsTexts):
     """
 
     def __init__(
-        self, data: bytes, beside: Companions, source: tuple[str, bytes] | None = None
+        self, data: bytes, companions: Companions, source: tuple[str, bytes] | None = None
     ) -> None:
-        self._data, self._beside = data, beside
+        self._data = data
+        self._companions = companions
         self._source = source or (HUGGING_FACE, data)
-        self._tokenizer, self._with_controls = self._load(), self._load()
+        self._tokenizer = self._load()
+        self._with_controls = self._load()
         self._tokenizer.encode_special_tokens = True  # as text, that is: not as control tokens
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         self.vocab_size: int = max(ids, default=-1) + 1  # ids may have holes
@@ -54,10 +56,10 @@ class HuggingFaceTokenizer(BeginsTexts):
                 "tokens; ids are the rows of the model's embedding: number them from 0 on"
             )
         find = self._tokenizer.token_to_id
-        self.bos_id = beside.find("bos_token", find)
-        self.eos_id = beside.find("eos_token", find)
-        self.pad_id = beside.find("pad_token", find)
-        self.end_ids = end_ids(self.eos_id, beside.ids("eos_token_id"))
+        self.bos_id = companions.find("bos_token", find)
+        self.eos_id = companions.find("eos_token", find)
+        self.pad_id = companions.find("pad_token", find)
+        self.end_ids = end_ids(self.eos_id, companions.ids("eos_token_id"))
         self.prefix_ids, self.suffix_ids = self._around()
         self.sha256 = hashlib.sha256(self._source[1]).hexdigest()
 
@@ -68,17 +70,17 @@ class HuggingFaceTokenizer(BeginsTexts):
         made.no_truncation()
         made.no_padding()
         known = {token.content for token in made.get_added_tokens_decoder().values()}
-        for token in self._beside.added_tokens:
+        for token in self._companions.added_tokens:
             if token.content not in known:
                 flags = {name: getattr(token, name) for name in _FLAGS}
                 if self._source[0] != HUGGING_FACE:  # SentencePiece's normalizer adds a space
                     flags["normalized"] = False
                 made.add_tokens([tokenizers.AddedToken(token.content, **flags)])
                 self._check_added(made.token_to_id(token.content), token)
-        for name in self._beside.missing(made.token_to_id):
+        for name in self._companions.missing(made.token_to_id):
             made.add_special_tokens([tokenizers.AddedToken(name, normalized=False)])
         special = {t.content for t in made.get_added_tokens_decoder().values() if t.special}
-        for name in self._beside.special_names:
+        for name in self._companions.special_names:
             if name not in special and made.token_to_id(name) is not None:
                 made.add_special_tokens([tokenizers.AddedToken(name, normalized=False)])
         return made
@@ -93,12 +95,12 @@ class HuggingFaceTokenizer(BeginsTexts):
             )
 
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What stands before and after a text by the tokenizer's own settings."""
+        """Return the ids before and after a text by the tokenizer's own settings."""
         if self._source[0] == HUGGING_FACE:  # then its post-processor alone decides
             before, after = around_text(self._with_controls)
         else:
-            before, after = self._beside.around(self.bos_id, self.eos_id)
-        return self._beside.begin(before, self.bos_id), tuple(after)
+            before, after = self._companions.around(self.bos_id, self.eos_id)
+        return self._companions.begin(before, self.bos_id), tuple(after)
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -110,12 +112,14 @@ class HuggingFaceTokenizer(BeginsTexts):
 
     def encode_with_offsets(self, text: str, plain: Spans = ()) -> Placed:
         found = self._with_controls.encode(text, add_special_tokens=False)
-        ids, places = list(found.ids), list(found.offsets)
+        ids = list(found.ids)
+        places = list(found.offsets)
         controls = [n for n, id in enumerate(ids) if self._is_control(id, text, places[n])]
         kept = [n for n in controls if not overlaps(places[n][0], places[n][1], plain)]
         if len(kept) == len(controls):
             return ids, places
-        made, made_places = list[int](), list[tuple[int, int]]()
+        made = list[int]()
+        made_places = list[tuple[int, int]]()
         first = start = 0
         for control in (*kept, len(ids)):  # the text before each, then the token itself
             stop = places[control][0] if control < len(ids) else len(text)
@@ -123,14 +127,16 @@ class HuggingFaceTokenizer(BeginsTexts):
                 part, part_places = self._encode_part(text[start:stop], leads=start == 0)
                 part_places = [(start + a, start + b) for a, b in part_places]
             else:
-                part, part_places = ids[first:control], places[first:control]
+                part = ids[first:control]
+                part_places = places[first:control]
             made += part + ids[control : control + 1]
             made_places += part_places + places[control : control + 1]
-            first, start = control + 1, stop if control == len(ids) else places[control][1]
+            first = control + 1
+            start = stop if control == len(ids) else places[control][1]
         return made, made_places
 
     def _is_control(self, id: int, text: str, place: tuple[int, int]) -> bool:
-        """Whether an id stands for its own name, and not for something unknown."""
+        """Return whether an id stands for its own name, and not for something unknown."""
         token = self._special.get(id)
         if token is None:
             return False
@@ -149,7 +155,7 @@ class HuggingFaceTokenizer(BeginsTexts):
 
     @cached_property
     def _marked(self) -> Any:
-        """The tokenizer for plain text, which also takes the mark for a token."""
+        """Tokenizer for plain text, which also takes the mark for a token."""
         import tokenizers
 
         made = self._load()
@@ -175,7 +181,7 @@ class HuggingFaceTokenizer(BeginsTexts):
             )
             return sum(map(len, names)) + sum(len(text.encode()) for text in added)
         text = self.decode(ids)
-        cut = len(text) - len(text.strip("\ufffd"))  # byte fallback gives one for each lone byte
+        cut = len(text) - len(text.strip("\ufffd"))  # byte fallback gives one for each single byte
         return len(text.encode()) - 2 * cut
 
     @cached_property
@@ -188,7 +194,7 @@ class HuggingFaceTokenizer(BeginsTexts):
         return [self._tokenizer.id_to_token(id) or "" for id in range(self.vocab_size)]
 
     def save(self, folder: Path) -> str:
-        self._beside.save(folder)
+        self._companions.save(folder)
         name, data = self._source
         (folder / name).write_bytes(data)
         return name
@@ -196,11 +202,13 @@ class HuggingFaceTokenizer(BeginsTexts):
     def export(self, folder: Path) -> None:
         around = around_text(self._with_controls)
         if around != (list(self.prefix_ids), list(self.suffix_ids)):
-            export_tokenizer(self._load(), self, folder, self._beside)
-        elif self._source[0] == HUGGING_FACE and TOKENIZER_CONFIG in self._beside.files:
+            export_tokenizer(self._load(), self, folder, self._companions)
+        elif self._source[0] == HUGGING_FACE and TOKENIZER_CONFIG in self._companions.files:
             self.save(folder)  # as it came, with truncation and the like
-            if "tokenizer_class" not in self._beside.config:  # else the model's type would decide
-                config = {**self._beside.config, "tokenizer_class": "PreTrainedTokenizerFast"}
+            if (
+                "tokenizer_class" not in self._companions.config
+            ):  # else the model's type would decide
+                config = {**self._companions.config, "tokenizer_class": "PreTrainedTokenizerFast"}
                 (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         else:
-            export_tokenizer(self._load(), self, folder, self._beside)
+            export_tokenizer(self._load(), self, folder, self._companions)

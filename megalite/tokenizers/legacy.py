@@ -14,14 +14,15 @@ _CONVERT = (
     'python -c "from transformers import {name} as T; '
     "T.from_pretrained('{folder}').save_pretrained('{folder}')\""
 )
-# A file that tells the format, what the format is, and the class that reads it without a config.
+# A file that shows the format, the format, and the class that reads it without a config.
 _FORMATS = (
     ("tekken.json", "Mistral's tekken format", "AutoTokenizer"),
     ("sentencepiece.bpe.model", "XLM-RoBERTa's format, whose ids differ", "XLMRobertaTokenizer"),
     ("merges.txt", "GPT-2's format", "GPT2Tokenizer"),
     ("vocab.txt", "BERT's format", "BertTokenizer"),
 )
-_UNIGRAM, _NORMAL = 1, 1  # sentencepiece_model.proto's ModelType and Type
+_UNIGRAM = 1
+_NORMAL = 1  # sentencepiece_model.proto's ModelType and Type
 _FILES = ("tekken.json", "merges.txt", "vocab.json", "vocab.txt", "source.spm", "target.spm")
 
 
@@ -120,7 +121,8 @@ def convert_marian(folder: str | Path) -> None:
         [(name, scores.get(name, least - 100.0)) for name in names], unknown, False
     )
     joint = tokenizers.Tokenizer(core)
-    joint.normalizer, joint.decoder = made.normalizer, made.decoder
+    joint.normalizer = made.normalizer
+    joint.decoder = made.decoder
     if made.pre_tokenizer is not None:
         joint.pre_tokenizer = made.pre_tokenizer
     special = [name for name in ("</s>", "<unk>", "<pad>") if name in vocabulary]
@@ -133,7 +135,7 @@ def convert_marian(folder: str | Path) -> None:
     )
     joint.save(str(folder / "tokenizer.json"))
     config = folder / "tokenizer_config.json"
-    told = json.loads(config.read_bytes()) if config.is_file() else {}
+    settings = json.loads(config.read_bytes()) if config.is_file() else {}
     tokens = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "bos_token": None}
-    told |= {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
-    config.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", **tokens}
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

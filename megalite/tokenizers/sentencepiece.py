@@ -13,34 +13,36 @@ import numpy as np
 from megalite.tokenizers.base import Ids, Placed, Spans, overlaps
 from megalite.tokenizers.export import build_sentencepiece, export_sentencepiece
 from megalite.tokenizers.huggingface import HuggingFaceTokenizer
-from megalite.tokenizers.special_tokens import BeginsTexts, Companions, end_ids
+from megalite.tokenizers.special_tokens import Companions, TokenizerBase, end_ids
 
 SENTENCEPIECE = "tokenizer.model"
 
 
-class SentencePieceTokenizer(BeginsTexts):
+class SentencePieceTokenizer(TokenizerBase):
     """A SentencePiece model, given as the content of its `.model` file.
 
     The library writes a space as U+2581, so that character in a text comes back as a space.
     """
 
-    def __init__(self, model: bytes, beside: Companions | None = None) -> None:
+    def __init__(self, model: bytes, companions: Companions | None = None) -> None:
         import sentencepiece
 
-        self._model, self._beside = model, beside or Companions(None)
+        self._model = model
+        self._companions = companions or Companions(None)
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._processor.get_piece_size()
         self.bos_id = self._find("bos_token", self._processor.bos_id())
         self.eos_id = self._find("eos_token", self._processor.eos_id())
         self.pad_id = self._find("pad_token", self._processor.pad_id())
-        self.end_ids = end_ids(self.eos_id, self._beside.ids("eos_token_id"))
-        before, after = self._beside.around(self.bos_id, self.eos_id)
-        self.prefix_ids, self.suffix_ids = self._beside.begin(before, self.bos_id), tuple(after)
+        self.end_ids = end_ids(self.eos_id, self._companions.ids("eos_token_id"))
+        before, after = self._companions.around(self.bos_id, self.eos_id)
+        self.prefix_ids = self._companions.begin(before, self.bos_id)
+        self.suffix_ids = tuple(after)
         self.sha256 = hashlib.sha256(model).hexdigest()
 
     def _find(self, key: str, own: int) -> int | None:
-        if key in self._beside.names or own < 0:
-            return self._beside.find(key, self.token_to_id)
+        if key in self._companions.names or own < 0:
+            return self._companions.find(key, self.token_to_id)
         return own
 
     def token_to_id(self, name: str) -> int | None:
@@ -91,8 +93,9 @@ class SentencePieceTokenizer(BeginsTexts):
 
     @cached_property
     def _piece_bytes(self) -> Ids:
-        """Bytes of text each id stands for."""
-        processor, lengths = self._processor, np.zeros(self.vocab_size, dtype=np.int32)
+        """Number of bytes of text that each id stands for."""
+        processor = self._processor
+        lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for id in range(self.vocab_size):
             if processor.is_byte(id):
                 lengths[id] = 1
@@ -104,29 +107,31 @@ class SentencePieceTokenizer(BeginsTexts):
         return [self._processor.id_to_piece(id) for id in range(self.vocab_size)]
 
     def save(self, folder: Path) -> str:
-        self._beside.save(folder)
+        self._companions.save(folder)
         (folder / SENTENCEPIECE).write_bytes(self._model)
         return SENTENCEPIECE
 
     def export(self, folder: Path) -> None:
-        export_sentencepiece(self._model, folder, self, self._beside)
+        export_sentencepiece(self._model, folder, self, self._companions)
 
 
 def load_sentencepiece(
-    model: bytes, beside: Companions
+    model: bytes, companions: Companions
 ) -> SentencePieceTokenizer | HuggingFaceTokenizer:
-    """Return the tokenizer of a `.model` file with the files beside it.
+    """Return the tokenizer of a `.model` file with the files in its folder.
 
     A tokenizer to whose vocabulary something was added is built with the library that
     `transformers` uses, so that both find the added tokens in the same places.
     """
-    plain = SentencePieceTokenizer(model, beside)
-    added, size, names = beside.added_tokens, plain.vocab_size, plain.pieces()
+    plain = SentencePieceTokenizer(model, companions)
+    added = companions.added_tokens
+    size = plain.vocab_size
+    names = plain.pieces()
     renames = {t.id: t.content for t in added if t.id < size and names[t.id] != t.content}
-    new = [token for token in added if token.id >= size] or beside.missing(plain.token_to_id)
+    new = [token for token in added if token.id >= size] or companions.missing(plain.token_to_id)
     special = [t for t in added if t.id < size and t.special and not plain.is_control(t.id)]
-    prefix = beside.space_before()
+    prefix = companions.space_before()
     if not (renames or new or special or prefix):
         return plain
     made, _ = build_sentencepiece(model, renames=renames, prefix=prefix)
-    return HuggingFaceTokenizer(made.to_str().encode(), beside, (SENTENCEPIECE, model))
+    return HuggingFaceTokenizer(made.to_str().encode(), companions, (SENTENCEPIECE, model))

@@ -1,4 +1,4 @@
-"""The files beside a tokenizer: names of special tokens, added tokens, and what ends a text.
+"""Files next to a tokenizer: names of special tokens, added tokens, and the ends of a text.
 
 Read as `transformers` reads them: `special_tokens_map.json` and `added_tokens.json` count only if
 `tokenizer_config.json` has no `added_tokens_decoder`.
@@ -19,7 +19,8 @@ from megalite.errors import DataError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
-_TOKENS_MAP, _ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
+_TOKENS_MAP = "special_tokens_map.json"
+_ADDED_TOKENS = "added_tokens.json"
 _KEPT = (
     TOKENIZER_CONFIG,
     _TOKENS_MAP,
@@ -61,7 +62,7 @@ class AddedToken:
 
 
 class Companions:
-    """The files beside a tokenizer; all of them may be absent.
+    """The files next to a tokenizer; all of them may be absent.
 
     Attributes:
         files: name and content of those that belong to the tokenizer, as they are saved with it.
@@ -99,7 +100,7 @@ class Companions:
 
     @cached_property
     def names(self) -> dict[str, Any]:
-        """Names of tokens by key, as the files state them; None means no such token."""
+        """Names of tokens by key, as the files state them. None means no such token."""
         found = dict(self.config)
         if "added_tokens_decoder" not in self.config:
             found |= self._parse(_TOKENS_MAP)
@@ -124,11 +125,12 @@ class Companions:
 
     @cached_property
     def added_tokens(self) -> list[AddedToken]:
-        """The tokens that were added to the vocabulary, by id."""
+        """Tokens that were added to the vocabulary, by id."""
         if "added_tokens_decoder" in self.config:
             stated = self.config["added_tokens_decoder"]
             return sorted(self._stated(stated), key=lambda token: token.id)
-        known, found = self.special_names, list[AddedToken]()
+        known = self.special_names
+        found = list[AddedToken]()
         for name, id in self._parse(_ADDED_TOKENS).items():
             if not _is_id(id):
                 raise self._fault(_ADDED_TOKENS, f"{name!r} has the id {id!r}; ids are 0 or more")
@@ -143,8 +145,8 @@ class Companions:
                 content = token["content"]
                 if not isinstance(content, str) or not content:
                     raise ValueError(f"{content!r} is no token")
-                told = {flag: bool(token.get(flag, False)) for flag in flags}
-                found.append(AddedToken(int(id), content, **told))
+                flag_values = {flag: bool(token.get(flag, False)) for flag in flags}
+                found.append(AddedToken(int(id), content, **flag_values))
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise self._fault(TOKENIZER_CONFIG, f"added_tokens_decoder: {error}") from None
         return found
@@ -160,14 +162,15 @@ class Companions:
 
     @cached_property
     def special_names(self) -> list[str]:
-        """The names that the files call special, whatever the vocabulary says of them."""
+        """Names that the files call special, whatever the vocabulary says about them."""
         found = [name for name in self.names.values() if name]
         return list(dict.fromkeys([*found, *self._extra]))
 
     @cached_property
     def _extra(self) -> list[str]:
-        """The names of special tokens that have no part of their own."""
-        stated, found = dict(self.config), list[str]()
+        """Names of special tokens that have no role of their own."""
+        stated = dict(self.config)
+        found = list[str]()
         if "added_tokens_decoder" not in self.config:
             stated |= self._parse(_TOKENS_MAP)
         for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -178,7 +181,7 @@ class Companions:
         return found
 
     def missing(self, token_to_id: Any) -> list[str]:
-        """The special tokens that are named but not in the vocabulary, which get the next ids.
+        """Return the special tokens that are not in the vocabulary; they get the next ids.
 
         Those for padding and the like that no id follows are left out: nothing uses them.
         """
@@ -200,10 +203,10 @@ class Companions:
 
     def around(self, bos_id: int | None, eos_id: int | None) -> tuple[list[int], list[int]]:
         """Return the ids that `add_bos_token` and `add_eos_token` put before and after a text."""
-        told = (self.config.get("add_bos_token"), self.config.get("add_eos_token"))
+        states = (self.config.get("add_bos_token"), self.config.get("add_eos_token"))
         before, after = (
             [id] if flag is True and id is not None else []
-            for flag, id in zip(told, (bos_id, eos_id), strict=True)
+            for flag, id in zip(states, (bos_id, eos_id), strict=True)
         )
         return before, after
 
@@ -252,16 +255,16 @@ class Companions:
     # ---- what ends a text
 
     def ids(self, key: str) -> list[int]:
-        """The ids under a key of `generation_config.json`, which may hold one or several."""
+        """Return the ids under a key of `generation_config.json`, which may hold one or several."""
         found = self._parse(GENERATION_CONFIG).get(key)
         return [] if found is None else self._ids(GENERATION_CONFIG, key, found)
 
     def generation(self) -> dict[str, Any]:
-        """The content of `generation_config.json`, with the ids of `config.json`."""
+        """Return the content of `generation_config.json`, with the ids of `config.json`."""
         return self._parse(GENERATION_CONFIG)
 
     def generation_with(self, other: Companions) -> dict[str, Any]:
-        """The content of both; these files win, and any EOS of either ends a text."""
+        """Return the content of both. These files win, and any EOS of either ends a text."""
         found = {**other.generation(), **self.generation()}
         ends = [*self.ids("eos_token_id"), *other.ids("eos_token_id")]
         return _with_ids(found, "eos_token_id", ends)
@@ -269,7 +272,8 @@ class Companions:
     def _generation_config(self) -> dict[str, Any]:
         found = self._parse(GENERATION_CONFIG)
         for key in _ID_KEYS:
-            known, more = self.ids(key), self.model_config.get(key)
+            known = self.ids(key)
+            more = self.model_config.get(key)
             if known and key != "eos_token_id":
                 continue
             given = [] if more is None else self._ids("config.json", key, more)
@@ -300,25 +304,26 @@ class Companions:
         return DataError(f"{(self._folder or Path()) / name}: {fact}; restore the file")
 
 
-class BeginsTexts:
-    """What every tokenizer does alike with the files beside it."""
+class TokenizerBase:
+    """Base of all tokenizers: what they take from the files next to them."""
 
-    _beside: Companions
+    _companions: Companions
     bos_id: int | None
     prefix_ids: tuple[int, ...]
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        return self._beside.generation()
+        return self._companions.generation()
 
     def begin_with_bos(self, begins: bool) -> None:
-        self._beside.record_bos(begins)
-        self.prefix_ids = self._beside.begin(self.prefix_ids, self.bos_id)
+        self._companions.record_bos(begins)
+        self.prefix_ids = self._companions.begin(self.prefix_ids, self.bos_id)
 
 
 def _with_ids(content: dict[str, Any], key: str, ids: Sequence[int]) -> dict[str, Any]:
-    """The content with the ids under a key: one, or several, or without the key."""
-    ids, content = list(dict.fromkeys(ids)), {k: v for k, v in content.items() if k != key}
+    """Return the content with the ids under a key: one, or several, or without the key."""
+    ids = list(dict.fromkeys(ids))
+    content = {k: v for k, v in content.items() if k != key}
     return content | ({key: ids[0] if len(ids) == 1 else ids} if ids else {})
 
 
@@ -327,5 +332,5 @@ def _is_id(value: Any) -> bool:
 
 
 def end_ids(eos_id: int | None, more: Sequence[int]) -> tuple[int, ...]:
-    """Every id that ends a text: the tokenizer's EOS first, then those of the model."""
+    """Return every id that ends a text: the tokenizer's EOS first, then those of the model."""
     return tuple(dict.fromkeys([*([] if eos_id is None else [eos_id]), *more]))

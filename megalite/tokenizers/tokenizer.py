@@ -25,7 +25,7 @@ from megalite.tokenizers.sentencepiece import (
     SentencePieceTokenizer,
     load_sentencepiece,
 )
-from megalite.tokenizers.special_tokens import GENERATION_CONFIG, BeginsTexts, Companions, end_ids
+from megalite.tokenizers.special_tokens import GENERATION_CONFIG, Companions, TokenizerBase, end_ids
 
 __all__ = [
     "PROBES",
@@ -39,7 +39,7 @@ __all__ = [
     "load_tokenizer",
 ]
 
-# What tokenizers lose most often: runs and edges of white space, newlines, bytes beyond ASCII.
+# Texts that tokenizers often change: runs and edges of white space, newlines, beyond ASCII.
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "  two before,  two  inside, three after   ",
@@ -50,7 +50,7 @@ PROBES = (
 )
 
 _BYTES = "bytes.json"
-# What belongs to a tokenizer, here or in transformers; nothing else of its folder is copied.
+# Files of a tokenizer, here or in transformers; nothing else in its folder is copied.
 FILES = (
     *(SENTENCEPIECE, HUGGING_FACE, _BYTES, GENERATION_CONFIG, "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
@@ -69,16 +69,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if str(path) == "bytes":
         return ByteTokenizer()
     file = _find(Path(path))
-    beside = Companions(file.parent)
+    companions = Companions(file.parent)
     if file.name == _BYTES:
-        return ByteTokenizer(beside)
+        return ByteTokenizer(companions)
     try:
         if file.suffix == ".json":
-            return HuggingFaceTokenizer(file.read_bytes(), beside)
+            return HuggingFaceTokenizer(file.read_bytes(), companions)
         data = file.read_bytes()
         if is_tiktoken(data):
             raise DataError(explain_tiktoken(file))
-        tokenizer = load_sentencepiece(data, beside)
+        tokenizer = load_sentencepiece(data, companions)
         tokenizer.encode(" ".join(tokenizer.pieces()[:8]))  # a damaged model fails here
         return tokenizer
     except DataError:
@@ -108,7 +108,7 @@ def keep_ends(folder: Path, start: Path) -> None:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a folder that belong to its tokenizer.
+    """Return the files of a folder that belong to its tokenizer.
 
     Raises:
         DataError: one of them is a link, which in a folder from elsewhere may lead anywhere.
@@ -149,17 +149,19 @@ def check_round_trip(tokenizer: Tokenizer, *, lossy: bool = False) -> None:
     logger.warning("%s (%d of %d probes changed)", loss, len(lost), len(PROBES))
 
 
-class ByteTokenizer(BeginsTexts):
+class ByteTokenizer(TokenizerBase):
     """UTF-8 bytes as ids 0 to 255; nothing to train, which suits tests and unseen scripts."""
 
-    bos_id, eos_id, vocab_size = 256, 257, 258
+    bos_id = 256
+    eos_id = 257
+    vocab_size = 258
     pad_id: int | None = None
     suffix_ids: tuple[int, ...] = ()
 
-    def __init__(self, beside: Companions | None = None) -> None:
-        self._beside = beside or Companions(None)
-        self.end_ids = end_ids(self.eos_id, self._beside.ids("eos_token_id"))
-        self.prefix_ids = self._beside.begin((), self.bos_id)
+    def __init__(self, companions: Companions | None = None) -> None:
+        self._companions = companions or Companions(None)
+        self.end_ids = end_ids(self.eos_id, self._companions.ids("eos_token_id"))
+        self.prefix_ids = self._companions.begin((), self.bos_id)
         content = {"type": "bytes", "bos_id": 256, "eos_id": 257, "vocab_size": 258}
         self._content = (json.dumps(content) + "\n").encode()
         self.sha256 = hashlib.sha256(self._content).hexdigest()
@@ -186,16 +188,16 @@ class ByteTokenizer(BeginsTexts):
         return [chr(id) for id in range(256)] + ["", ""]
 
     def save(self, folder: Path) -> str:
-        self._beside.save(folder)
+        self._companions.save(folder)
         (folder / _BYTES).write_bytes(self._content)
         return _BYTES
 
     def export(self, folder: Path) -> None:
-        export_bytes(folder, self, self._beside)
+        export_bytes(folder, self, self._companions)
 
 
 def _find(path: Path) -> Path:
-    """The tokenizer's file that a path means."""
+    """Return the file of the tokenizer that a path names."""
     if path.is_file():
         if is_older(path) and (advice := find_older(path.parent)):
             raise DataError(advice)
@@ -211,7 +213,7 @@ def _find(path: Path) -> Path:
             f"there is no tokenizer {path}; give a .model file, a tokenizer.json, a folder with "
             "one of them, a model of the hub (ORG/NAME), or `bytes`"
         )
-    # tokenizer.json first: where a folder has both, it also holds the tokens added later
+    # tokenizer.json first: if a folder has both, it also holds the tokens added later
     for name in (HUGGING_FACE, SENTENCEPIECE, _BYTES):
         if (path / name).is_file():
             return path / name

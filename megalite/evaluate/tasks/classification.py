@@ -1,4 +1,4 @@
-"""A classifier over a split: every rank scores its part, and all know the whole."""
+"""Evaluation of fine-tuned models: every rank scores its part, and all ranks get the result."""
 
 from __future__ import annotations
 
@@ -36,17 +36,18 @@ def collect_scores(
 ) -> Tensor | None:
     """Return the logits of every example of a split, in its order: fp32 [N, C], on every rank.
 
-    A collective of all ranks of `grid`. Batches are of equal shapes whatever the ranks; what fills
+    A collective of all ranks of `grid`. Batches have equal shapes whatever the ranks; padding of
     the last ones counts nowhere.
 
     Args:
         score: logits of a batch, [B, C].
-        stopping: asked before each batch whether to give up, with the same answer on every rank.
+        stopping: called before each batch; returns whether to give up, the same on every rank.
     Returns:
-        None where it was given up.
+        None if it was given up.
     """
     rank, size = (grid.at.data_rank, grid.mesh.data) if grid else (0, 1)
-    samples, step = dataset.num_samples, micro_batch_size * size
+    samples = dataset.num_samples
+    step = micro_batch_size * size
     order = dataset.sort_by_length(np.arange(samples))
     parts = []
     batches = first_batches(
@@ -84,15 +85,15 @@ def score_examples(
     perplexity of what is learned.
 
     Args:
-        own: whether they are to be those of the run.
+        own: whether the examples must be those of the run.
         predictions: where rank 0 writes a classifier's answers, a line an example.
     """
     assert opened.run is not None
     assert opened.run.finetune is not None
     manifest = read_manifest(folder)
     if own and opened.data_fingerprint.partition("/")[0] != fingerprint(manifest):
-        told = "its own rows have changed since, and would be split in another way"
-        raise DataError(f"{opened.folder}: {told}; name rows that it has not seen with --data")
+        reason = "its own rows have changed since, and would be split in another way"
+        raise DataError(f"{opened.folder}: {reason}; name rows that it has not seen with --data")
     dataset = ExampleSet(folder, manifest, split, opened.run, shuffle=False)
     batches = -(-dataset.num_samples // (micro_batch_size * grid.mesh.data))
     reporting = partial(
@@ -130,7 +131,7 @@ def score_examples(
 
 
 def measures(scores: Tensor, dataset: ExampleSet) -> dict[str, Any]:
-    """`classification_metrics` of a split."""
+    """Return `classification_metrics` of a split."""
     return classification_metrics(scores, torch.from_numpy(_labels(dataset)), _names(dataset))
 
 
@@ -148,7 +149,8 @@ class Comparison:
     """
 
     def __init__(self, sets: Mapping[str, ExampleSet], steps: int) -> None:
-        self._sets, self._steps = sets, steps
+        self._sets = sets
+        self._steps = steps
         self._known: dict[str, dict[str, dict[str, float]]] = {}
 
     def __call__(
@@ -179,7 +181,9 @@ class Comparison:
 
 
 def write_predictions(path: Path, scores: Tensor, dataset: ExampleSet) -> None:
-    """Write a line of JSON an example: `id` is its row in the source; no `label` is null."""
+    """Write a line of JSON for each example: `id` is its row in the source; a missing label is
+    null.
+    """
     ids = dataset.split.rows.tolist()
     labels = (None if label < 0 else label for label in _labels(dataset).tolist())
     rows = predictions_rows(ids, labels, scores, _names(dataset))
@@ -187,7 +191,7 @@ def write_predictions(path: Path, scores: Tensor, dataset: ExampleSet) -> None:
 
 
 def picture(measured: dict[str, Any], dataset: ExampleSet) -> npt.NDArray[np.uint8]:
-    """The confusion matrix as an image, [H, W, 3]."""
+    """Return the confusion matrix as an image, [H, W, 3]."""
     return confusion_picture(measured["confusion"], _names(dataset))
 
 

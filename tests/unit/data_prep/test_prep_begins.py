@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_prep.encode import tokenize
-from data_prep.work import TokenizeOptions
+from data_prep.options import TokenizeOptions
 from megalite.errors import UserError
 from megalite.formats.shards import open_shards
 from megalite.formats.verify import verify_folder

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from tokenizers import models
 
-from data_prep import progress, work
+from data_prep import encoder, progress, work
 from data_prep.encode import TokenizeOptions, tokenize
 from data_prep.report import inspect, verify
 from data_prep.train import TrainOptions, train_tokenizer
@@ -204,13 +204,13 @@ def test_progress_goes_to_the_log(
 ) -> None:
     monkeypatch.setattr(progress, "_LOOK", 0.001)
     monkeypatch.setattr(progress, "_EVERY", 0.0)
-    encoding = work.Encoder.encode
+    encoding = encoder.Encoder.encode
 
     def slow(*arguments: Any) -> Any:
         time.sleep(0.1)
         return encoding(*arguments)
 
-    monkeypatch.setattr(work.Encoder, "encode", slow)
+    monkeypatch.setattr(encoder.Encoder, "encode", slow)
     with caplog.at_level("INFO", "megalite"):
         tokenize(TokenizeOptions([str(corpus)], "bytes", tmp_path / "out"))
     lines = [record.getMessage() for record in caplog.records]

@@ -1,0 +1,55 @@
+"""The options of `tokenize`, and which of them decide the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megalite.tokenizers.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """The arguments of `tokenize`.
+
+    workers: of each rank. bos: None means that documents begin as the tokenizer begins its texts.
+    """
+
+    inputs: Sequence[str]
+    tokenizer: str
+    output: Path
+    text_field: str = "text"
+    shard_tokens: int = 100_000_000
+    workers: int = 1
+    max_bad_records: int = 0
+    bos: bool | None = None
+    eos: bool = True
+    deduplicate: bool = False
+    streaming: bool = True
+    lossy: bool = False
+    valid_fraction: float | None = None  # of the documents, written to `valid_output`
+    valid_output: Path | None = None
+
+    @property
+    def hashes(self) -> bool:
+        """Whether parts keep a hash of each document."""
+        return self.deduplicate or self.valid_fraction is not None
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the options that decide the shards, for the manifest."""
+        kept = asdict(self)
+        del kept["output"], kept["workers"], kept["valid_output"]
+        if self.valid_fraction is None:
+            del kept["valid_fraction"]
+        return {**kept, "inputs": list(self.inputs)}
+
+    def asked(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Return the options that two runs must share to share their work."""
+        begins = bool(tokenizer.prefix_ids) if self.bos is None else self.bos
+        asked = self.recorded() | {"tokenizer": tokenizer.sha256, "bos": begins}
+        if self.valid_output is not None:
+            asked["valid_output"] = str(self.valid_output)
+        del asked["max_bad_records"]
+        return asked
