@@ -46,7 +46,7 @@ def main() -> int:
     if not arguments.max_shard_gb > 0:
         raise CommandError(f"--max-shard-gb {arguments.max_shard_gb}: give a size over 0")
     checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint", weights=False)
-    from megalite.checkpoint import StoredCheckpoint, find_base, merged, open_checkpoint
+    from megalite.checkpoint import StoredCheckpoint, find_base, merge_lora, open_checkpoint
     from megalite.checkpoint.huggingface import export, export_adapter
     from megalite.config import load_stored
     from megalite.evaluate.verify import require_transformers, verify, verify_text
@@ -62,7 +62,7 @@ def main() -> int:
         family = export_adapter(stored_adapter, run.model, arguments.output, base=base)
         write_report(f"{folder} -> {arguments.output} (adapters of {family.model_type})\n")
         return 0
-    stored, model = merged(StoredCheckpoint(folder, manifest), run.model)
+    stored, model = merge_lora(StoredCheckpoint(folder, manifest), run.model)
     place = folder / "tokenizer"
     template, tokenizer = place / "chat_template.jinja", load_tokenizer(place)
     chat = run.finetune is not None and run.finetune.task == "sft"

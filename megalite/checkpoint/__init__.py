@@ -25,7 +25,13 @@ from megalite.checkpoint.start import (
     open_model_folder,
     require_head,
 )
-from megalite.checkpoint.stored import Grown, Stored, StoredCheckpoint, fill_model, merged
+from megalite.checkpoint.stored import (
+    Grown,
+    StoredCheckpoint,
+    TensorSource,
+    load_into,
+    merge_lora,
+)
 
 __all__ = [
     "Grown",
@@ -33,20 +39,20 @@ __all__ = [
     "Lease",
     "Place",
     "Saver",
-    "Stored",
     "StoredCheckpoint",
+    "TensorSource",
     "checkpoint_bytes",
     "clear_leftovers",
     "compare_models",
     "describe_run",
     "describe_start",
-    "fill_model",
     "find_base",
     "find_newest",
     "import_weights",
     "is_huggingface",
+    "load_into",
     "load_weights",
-    "merged",
+    "merge_lora",
     "open_checkpoint",
     "open_model_folder",
     "refuse_other_model",

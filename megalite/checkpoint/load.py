@@ -1,14 +1,15 @@
-"""Loading: the newest checkpoint that proves whole; a tensor's owner reads, its group receives.
+"""Load the newest valid checkpoint: the owner of a tensor reads it, and its group receives it.
 
-No byte is hashed twice. A resume checks at first all but the tensors' own bytes; those are hashed
-as the engine holds them in the end, which proves the disk, the reading and the setting at once.
+No byte is hashed twice. A resume first checks everything except the contents of tensors. These are
+hashed as the engine holds them after the load, which proves the disk, the reading and the setting.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite import arch, files
-from megalite.checkpoint.compare import States, compare_states
+from megalite.checkpoint.compare import LoadTarget, compare_states
+from megalite.checkpoint.owners import ParameterOwner, owned_parameters
 from megalite.checkpoint.save import Place
-from megalite.checkpoint.states import Owned, owned_parameters
-from megalite.checkpoint.stored import Stored, StoredCheckpoint, read_local
+from megalite.checkpoint.stored import StoredCheckpoint, TensorSource, read_part
 from megalite.config import ModelConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
 from megalite.errors import CheckpointError, CommandError, DamagedCheckpoint, OtherVersion
@@ -31,11 +32,11 @@ from megalite.log import logger
 from megalite.parallel import Grid
 from megalite.plan.optimizer import state_names
 
-_TRAVELLING = 4  # tensors on their way at once
+_TRAVELLING = 4  # most tensors that are being received at a time
 
 
-def _weights_of(model: ModelConfig) -> States:
-    """The weights of the parameters that `model` has as well; other ones stay as they started."""
+def _weights_of(model: ModelConfig) -> Callable[[arch.ParameterSpec], Sequence[str]]:
+    """Select the weights of the parameters that `model` has; others keep their initial values."""
     names = {row.name for row in arch.parameters(model)}
     return lambda row: (WEIGHT,) if row.name in names else ()
 
@@ -43,13 +44,13 @@ def _weights_of(model: ModelConfig) -> States:
 def find_newest(
     root: Path, grid: Grid
 ) -> tuple[tuple[Path, disk.Manifest] | None, tuple[Path, ...]]:
-    """The newest whole checkpoint below `root`, and the damaged ones that are newer.
+    """Return the newest valid checkpoint below `root`, and the damaged ones that are newer.
 
-    What is wrong with those is said; `set_aside_damaged` is the caller's. The tensors' own bytes
-    are left to `restore`, which hashes them.
+    The faults of damaged ones are logged; the caller decides on `set_aside_damaged`. The contents
+    of tensors are not checked, because `restore` hashes them.
     """
     damaged = list[Path]()
-    # rank 0's view, for all
+    # all ranks use rank 0's view
     names: Any = grid.all_gather_objects([path.name for path in disk.published(root)])[0]
     for name in names:
         folder = root / name
@@ -131,7 +132,7 @@ def _best_first(folders: list[Path]) -> list[Path]:
     """Return the checkpoints with the one that a fine-tuned run chose as its best in front."""
     try:
         tuned = files.read_json(folders[0] / "config.json").get("finetune")
-    except (OSError, ValueError, AttributeError):  # damaged, which is told in its turn
+    except (OSError, ValueError, AttributeError):  # damaged, which is reported later
         return folders
     chosen = disk.best(folders) if tuned else None
     if chosen not in (None, folders[0]):
@@ -146,8 +147,8 @@ def restore(
 
     Raises:
         DamagedCheckpoint: on every rank, if the tensors on the disk are not those that were
-            written. What the engine holds then is of no use.
-        CheckpointError: if the engine holds something else than it was given.
+            written. The engine's state is then unusable.
+        CheckpointError: if the engine holds other values than it was given.
     """
     refuse_other_model(config.model, folder, manifest)
 
@@ -162,7 +163,8 @@ def restore(
         logger.warning("%s was trained by another optimizer: its states begin again", folder)
         load_weights(engine, config.model, grid=grid, folder=folder, manifest=manifest)
         return Place(manifest.step, manifest.samples, manifest.tokens, manifest.valid_loss)
-    _set_states(engine, config.model, states, grid, folder, manifest)
+    target = LoadTarget(engine, config.model, states, grid)
+    _set_states(target, StoredCheckpoint(folder, manifest))
     engine.restore_progress(manifest.progress)
     updates = engine.progress().get("updates")
     if updates != manifest.progress.get("updates"):
@@ -176,90 +178,83 @@ def restore(
 def load_weights(
     engine: Engine, model: ModelConfig, *, grid: Grid, folder: Path, manifest: disk.Manifest
 ) -> None:
-    """Set the weights alone: a new run that starts from another's; raises as `restore`.
+    """Set only the weights, for a new run that starts from another run's; raises as `restore`.
 
-    A classifier, or a model with adapters, starts from what it shares with a language model.
+    A classifier, or a model with adapters, takes the weights that it shares with a language model.
     """
     shared = refuse_other_model(model, folder, manifest, base=True)
-    _set_states(engine, model, _weights_of(shared), grid, folder, manifest)
+    target = LoadTarget(engine, model, _weights_of(shared), grid)
+    _set_states(target, StoredCheckpoint(folder, manifest))
 
 
-def import_weights(engine: Engine, model: ModelConfig, *, grid: Grid, stored: Stored) -> None:
-    """Set the weights from elsewhere than a checkpoint; a collective of all ranks.
+def import_weights(engine: Engine, model: ModelConfig, *, grid: Grid, source: TensorSource) -> None:
+    """Set the weights from a source other than a checkpoint; a collective of all ranks.
 
     Raises:
-        CheckpointError: on every rank, if any could not read.
+        CheckpointError: on every rank, if any rank could not read.
     """
-    states = _weights_of(arch.base_model(model))
-    unread = _write_states(engine, model, states, grid, stored)
-    if told := [line for lines in grid.all_gather_objects(unread) for line in lines]:
-        raise CheckpointError("\n".join(told))
+    unread = _write_states(
+        LoadTarget(engine, model, _weights_of(arch.base_model(model)), grid), source
+    )
+    if faults := [line for lines in grid.all_gather_objects(unread) for line in lines]:
+        raise CheckpointError("\n".join(faults))
 
 
-def _set_states(
-    engine: Engine,
-    model: ModelConfig,
-    states: States,
-    grid: Grid,
-    folder: Path,
-    manifest: disk.Manifest,
-) -> None:
-    """Set states, and prove that the engine holds what was once written."""
-    stored = StoredCheckpoint(folder, manifest)
-    unread = _write_states(engine, model, states, grid, stored)
-    differing = compare_states(engine, model, states, grid, folder, manifest)
-    told: list[Any] = [
-        line for lines in grid.all_gather_objects(unread + differing) for line in lines
-    ]
-    if not told:
+def _set_states(target: LoadTarget, source: StoredCheckpoint) -> None:
+    """Set states, and prove that the engine holds what was written."""
+    unread = _write_states(target, source)
+    differing = compare_states(target, source)
+    every = target.grid.all_gather_objects(unread + differing)
+    faults: list[Any] = [line for lines in every for line in lines]
+    if not faults:
         return
-    problems, _ = _check(folder, grid)
+    problems, _ = _check(source.folder, target.grid)
     if problems:
         raise DamagedCheckpoint("\n".join(problems))
     raise CheckpointError(
-        f"{folder}: the engine holds something else than was loaded: {', '.join(told[:3])}"
-        + (f" and {len(told) - 3} more" if len(told) > 3 else "")
+        f"{source.folder}: the engine holds something else than was loaded: "
+        f"{', '.join(faults[:3])}" + (f" and {len(faults) - 3} more" if len(faults) > 3 else "")
     )
 
 
-def _write_states(
-    engine: Engine, model: ModelConfig, states: States, grid: Grid, stored: Stored
-) -> list[str]:
-    """Set states. What the group receives travels while its owners read the next ones.
+def _write_states(target: LoadTarget, source: TensorSource) -> list[str]:
+    """Set states. While a group receives one, its owners read the next ones.
 
     Returns:
-        what could not be read: raised here, it would leave the other ranks waiting.
+        faults of this rank's reads. Raised here, they would leave the other ranks waiting.
     """
+    engine, grid = target.engine, target.grid
     unread: list[str] = []
-    # on CPUs every rank reads: their common pages are in memory, and gloo is slower
+    # On CPUs every rank reads: the ranks of a host share the pages in memory, and gloo is slower.
     all_read = grid.device.type == "cpu"
-    local = [arch.local_shape(r, grid.at) for r in arch.parameters(model)]
-    room = torch.empty(max(math.prod(shape) for shape in local))  # new pages cost more than bytes
+    local_shapes = [arch.local_shape(r, grid.at) for r in arch.parameters(target.model)]
+    # one buffer for all reads, because allocating pages costs more than copying into them
+    room = torch.empty(max(math.prod(shape) for shape in local_shapes))
 
-    def read(owned: Owned, state: str) -> Tensor:
+    def read(owner: ParameterOwner, state: str) -> Tensor:
         try:
-            return read_local(stored, owned.row, state, grid.at, room=room).to(grid.device)
+            return read_part(source, owner.row, state, grid.at, room=room).to(grid.device)
         except CheckpointError as error:
             unread.append(str(error))
-            return torch.zeros(arch.local_shape(owned.row, grid.at), device=grid.device)
+            return torch.zeros(arch.local_shape(owner.row, grid.at), device=grid.device)
 
-    travelling: deque[tuple[Owned, str, Tensor, Any]] = deque()
+    travelling: deque[tuple[ParameterOwner, str, Tensor, Any]] = deque()
 
     def arrive() -> None:
-        owned, state, value, work = travelling.popleft()
+        owner, state, value, work = travelling.popleft()
         work.wait()
-        engine.write_state(owned.parameter, state, value)
+        engine.write_state(owner.parameter, state, value)
 
-    for owned in owned_parameters(engine, model, grid):
-        for state in states(owned.row):
-            alone = owned.held and state != WEIGHT  # nobody else has a use for it
-            if alone and owned.data_rank != grid.at.zero_rank:
+    for owner in owned_parameters(engine, target.model, grid):
+        for state in target.states(owner.row):
+            only_owner = owner.local and state != WEIGHT  # no other rank needs the state
+            if only_owner and not owner.in_my_copy(grid):
                 continue
-            if alone or all_read:
-                engine.write_state(owned.parameter, state, read(owned, state))
+            if only_owner or all_read:
+                engine.write_state(owner.parameter, state, read(owner, state))
                 continue
-            value, work = _start_receiving(owned, grid, partial(read, owned, state))
-            travelling.append((owned, state, value, work))
+            value, work = _start_receiving(owner, grid, partial(read, owner, state))
+            travelling.append((owner, state, value, work))
             if len(travelling) > _TRAVELLING:
                 arrive()
     while travelling:
@@ -267,26 +262,36 @@ def _write_states(
     return unread
 
 
-def _start_receiving(owned: Owned, grid: Grid, read: Callable[[], Tensor]) -> tuple[Tensor, Any]:
-    """A state's value on its way to every rank of the data-parallel group, read by its owner."""
-    if owned.data_rank == grid.at.zero_rank:
+def _start_receiving(
+    owner: ParameterOwner, grid: Grid, read: Callable[[], Tensor]
+) -> tuple[Tensor, Any]:
+    """Start to send a state from its owner's copy of the model to the other copies.
+
+    Returns:
+        the value, which is valid after the wait, and the work to wait for.
+    """
+    if owner.in_my_copy(grid):
         value = read()
     else:
-        shape = arch.local_shape(owned.row, grid.at)
+        shape = arch.local_shape(owner.row, grid.at)
         value = torch.empty(shape, dtype=torch.float32, device=grid.device)
-    source = owned.data_rank * grid.mesh.tensor + grid.at.tensor_rank
-    return value, dist.broadcast(value, src=source, group=grid.zero_group, async_op=True)
+    reader = replace(grid.at, data_rank=owner.at.data_rank, context_rank=owner.at.context_rank).rank
+    return value, dist.broadcast(value, src=reader, group=grid.zero_group, async_op=True)
 
 
 def refuse_other_model(
     model: ModelConfig, folder: Path, manifest: disk.Manifest, *, base: bool = False
 ) -> ModelConfig:
-    """Every rank compares names and shapes, so that all raise and none waits for the others.
+    """Refuse a checkpoint whose tensors have other names or arch.
+
+    Every rank compares, so that all raise and none waits for the others.
 
     Args:
-        base: whether what a model was made from will do.
+        base: if true, the weights of the base model (without labels and adapters) also suffice.
     Returns:
-        the model that the checkpoint has the weights of.
+        the model section that the checkpoint has the weights of.
+    Raises:
+        CommandError: another model.
     """
     found = {name: entry.shape for name, entry in manifest.tensors.items()}
     wanted = {name: list(tensor.shape) for name, tensor in arch.tensors(model).items()}
@@ -304,8 +309,11 @@ def refuse_other_model(
 def _check(
     folder: Path, grid: Grid | None, *, weights_only: bool = False, tensors: bool = True
 ) -> tuple[list[str], disk.Manifest | None]:
-    """Problems of a checkpoint, its files' hashes shared out over the ranks.
+    """Return the problems of a checkpoint; each rank hashes a share of the files.
 
+    Args:
+        weights_only: whether the files of optimizer states may be missing.
+        tensors: whether to check the contents of tensors.
     Raises:
         OtherVersion: on every rank.
     """

@@ -1,4 +1,4 @@
-"""The checkpoints of a run folder that stay, and those that are renamed or deleted.
+"""Retention: which checkpoints of a run folder are kept, renamed, replaced or deleted.
 
 A start that has lost its lease changes nothing: `retain`, `set_aside_damaged` and
 `clear_leftovers` check the lease that they are given. Check it before `set_aside_later`.
@@ -20,32 +20,52 @@ from megalite.formats import checkpoint as disk
 from megalite.log import logger
 from megalite.parallel import Grid
 
-REPLACED = ".replaced_"
+_REPLACED = ".replaced_"
 
 
 def retain(root: Path, config: CheckpointConfig, lease: Lease | None = None) -> threading.Thread:
-    """Delete the checkpoints that nothing keeps; each is renamed before it goes.
+    """Delete the checkpoints that no rule keeps; return the thread that deletes.
 
-    A thread deletes. The next start clears what the thread did not come to. A rename that fails
-    is reported and costs nothing but disk space. Without the lease nothing is deleted.
+    The newest `keep` are kept, those at multiples of `keep_every`, and with `keep_best` the one of
+    the lowest validation loss among those that were validated at their step.
 
-    Kept are the newest `keep`, those at multiples of `keep_every`, and with `keep_best` the one of
-    the lowest validation loss among those that were validated at their very step.
+    Each checkpoint is renamed first, and the next start deletes those that the thread did not
+    reach. A rename that fails is reported and costs only disk space. Without the lease nothing is
+    deleted.
     """
     doomed = list[Path]()
     try:
         if lease is not None:
             lease.check()
         for folder in _surplus(root, config):
-            with suppress(FileNotFoundError):  # somebody has removed it
+            with suppress(FileNotFoundError):  # another process has removed it
                 doomed.append(folder.rename(folder.with_name(f".deleted_{folder.name}")))
-    except Superseded as error:  # rank 0 alone is here: the next agreement ends all ranks
+    except Superseded as error:  # only rank 0 is here; the next agreement ends all ranks
         logger.debug("nothing is deleted: %s", error)
     except OSError as error:
         logger.warning("an old checkpoint stays, it cannot be removed: %s", error)
     deletion = threading.Thread(target=lambda: [*map(_remove, doomed)], daemon=True)
     deletion.start()
     return deletion
+
+
+def publish_or_replace(staging: Path, final: Path) -> None:
+    """Publish a checkpoint; one of the same step, left by a run that went back, is replaced.
+
+    The older checkpoint is deleted after the newer one is published. If publishing fails, it is
+    restored. After a crash between the two renames, `clear_leftovers` restores it.
+    """
+    if not final.exists():
+        files.publish(staging, final)
+        return
+    replaced = final.with_name(f"{_REPLACED}{final.name}")
+    final.rename(replaced)
+    try:
+        files.publish(staging, final)
+    except BaseException:
+        replaced.rename(final)
+        raise
+    _remove(replaced)
 
 
 def _surplus(root: Path, config: CheckpointConfig) -> list[Path]:
@@ -63,9 +83,9 @@ def _remove(folder: Path) -> None:
 
 
 def set_aside_damaged(folders: Iterable[Path], grid: Grid, lease: Lease | None = None) -> None:
-    """Rename damaged checkpoints to `bad_...`, so that no start trips over them; a collective.
+    """Rename damaged checkpoints to `bad_...`, so that no start reads them again; a collective.
 
-    A folder that is gone needs no new name.
+    A folder that no longer exists is skipped.
 
     Raises:
         Superseded: on every rank, if a newer start owns the run folder.
@@ -93,11 +113,12 @@ def set_aside_damaged(folders: Iterable[Path], grid: Grid, lease: Lease | None =
 def set_aside_later(root: Path, step: int, origin: Path) -> list[str]:
     """Rename checkpoints that are not before `origin`; return their new names.
 
-    Left in place, the next automatic resume would go on from them.
+    The next automatic resume would continue from them otherwise.
 
     Args:
-        step: that of `origin`, the checkpoint a run goes on from. Another folder of the same step
-            belongs to a branch that the run has left.
+        step: of `origin`.
+        origin: the checkpoint that a run resumes. Another folder of the same step belongs to a
+            branch that the run has left.
     """
     names = []
     for folder in disk.published(root):
@@ -109,7 +130,7 @@ def set_aside_later(root: Path, step: int, origin: Path) -> list[str]:
 
 
 def free_name(root: Path, name: str) -> Path:
-    """Return `root/name`, with a number behind it if that name is taken."""
+    """Return `root/name`, followed by a number if that name is taken."""
     path, count = root / name, 1
     while path.exists():
         path, count = root / f"{name}.{count}", count + 1
@@ -117,19 +138,19 @@ def free_name(root: Path, name: str) -> Path:
 
 
 def clear_leftovers(root: Path, lease: Lease | None = None) -> None:
-    """Remove what an interrupted save or deletion left behind; never a published checkpoint.
+    """Remove the remains of an interrupted save or deletion; never a published checkpoint.
 
     Raises:
-        Superseded: a newer start owns the run folder: what is there may be its own.
+        Superseded: a newer start owns the run folder, so the remains may be its own.
     """
     if lease is not None:
         lease.check()
-    for folder in root.glob(f"{REPLACED}*"):
-        final = folder.with_name(folder.name.removeprefix(REPLACED))
+    for folder in root.glob(f"{_REPLACED}*"):
+        final = folder.with_name(folder.name.removeprefix(_REPLACED))
         if final.exists():
             shutil.rmtree(folder, ignore_errors=True)
         else:  # a crash between two renames
-            with suppress(FileNotFoundError):  # an older start that still runs puts it back, too
+            with suppress(FileNotFoundError):  # an older start that still runs may have restored it
                 folder.rename(final)
     for pattern in (".staging_*", ".deleted_*"):
         for path in root.glob(pattern):

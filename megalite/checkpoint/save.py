@@ -1,4 +1,4 @@
-"""Saving: every rank writes its share to a staging folder, all agree, one rename publishes."""
+"""Save: every rank writes its share into a staging folder; all agree, and a rename publishes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from megalite import __version__, arch, files
 from megalite.checkpoint.lease import Lease
-from megalite.checkpoint.retention import REPLACED
-from megalite.checkpoint.states import owned_parameters, read_canonical
+from megalite.checkpoint.owners import owned_parameters, read_canonical
+from megalite.checkpoint.retention import publish_or_replace
 from megalite.checkpoint.write import Snapshot, Writer, attempt
 from megalite.config import RunConfig
 from megalite.engine import WEIGHT, Engine
@@ -39,23 +39,23 @@ class Place:
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Bytes of a checkpoint's tensors; the rest is small."""
+    """Return the bytes of a checkpoint's tensors; its other files are small."""
     rows = arch.parameters(config.model)
     return 4 * sum(row.elements * (1 + len(state_names(config, row))) for row in rows)
 
 
 class Saver:
-    """The saves of one run: at most one at a time.
+    """Saver of one run's checkpoints, at most one at a time.
 
-    A save begins with what every rank must do together (tensors are gathered and handed to a thread
-    that writes them) and ends with the agreement that all of them succeeded, and the publication.
-    What lies between is up to the caller.
+    `begin` is a collective that gathers tensors and hands them to a thread that writes them.
+    `finish` is a collective that agrees that all ranks succeeded, and publishes. The caller may
+    train between the two.
 
     Args:
-        root: the run's `checkpoints` folder, seen by every rank.
+        root: the run's `checkpoints` folder, visible to every rank.
         tokenizer: a folder whose files are copied into each checkpoint.
-        notes: what else to keep: a JSON value by file name, asked for when a save begins.
-        lease: rank 0's right to publish; None on the others.
+        notes: returns further files as JSON values by name; called when a save begins.
+        lease: rank 0's right to publish. None on the other ranks.
     """
 
     def __init__(
@@ -85,32 +85,32 @@ class Saver:
         self._writer: Writer | None = None
         self._draft: _Draft | None = None
         self._snapshot: Snapshot = {}
-        self.seconds = 0.0  # that the last save took this rank, waiting for none
+        self.seconds = 0.0  # that the last save took on this rank, without waiting for others
         self.begun = 0  # saves
 
     @property
     def under_way(self) -> Place | None:
-        """What is being saved."""
+        """The place that is being saved; None if no save is under way."""
         return self._draft.place if self._draft else None
 
     @property
     def written(self) -> int:
-        """Of how many saves begun this rank's files are on the disk."""
+        """The number of begun saves whose files of this rank are on the disk."""
         return self.begun - (self._writer is not None and not self._writer.done)
 
     def begin(self, place: Place, *, snapshot: bool) -> None:
         """Gather and begin to write a checkpoint; a collective of all ranks.
 
         Args:
-            snapshot: whether training may go on at once: everything is copied. Otherwise it must
-                wait for `finish`.
+            snapshot: if true, all tensors are copied and training can continue at once. If false,
+                training must wait for `finish`.
         Raises:
             NoSpace, CheckpointError: on every rank; nothing was written.
             Superseded: a newer start of the run owns the folder.
         """
         assert self._draft is None, "a save is under way"
         engine, config, grid, root = self._engine, self._config, self._grid, self._root
-        # of this start alone: an older one that still runs writes to another
+        # the mark is this start's own, so that an older start that still runs uses another folder
         staging = root / f".staging_{place.step:08d}_{self._mark}"
         lease, began = self._lease, time.monotonic()
         fault = None
@@ -120,9 +120,9 @@ class Saver:
         self._agree(fault, None)
         self.begun += 1
         self._writer = writer = Writer(staging, grid.rank, self._snapshot if snapshot else None)
-        for owned in owned_parameters(engine, config.model, grid):
-            for state in (WEIGHT, *state_names(config, owned.row)):
-                writer.add(state, read_canonical(engine, owned, state, grid))
+        for owner in owned_parameters(engine, config.model, grid):
+            for state in (WEIGHT, *state_names(config, owner.row)):
+                writer.add(state, read_canonical(engine, owner, state, grid))
         writer.close()
         progress, notes = engine.progress(), self._notes()
         self._draft = _Draft(config, place, staging, progress, self._facts, notes)
@@ -157,7 +157,7 @@ class Saver:
     def record_score(self, place: Place) -> None:
         """Add a validation loss that was measured after the save to the published checkpoint.
 
-        Rank 0 writes. A score that cannot be written costs the choice of the best, not the run.
+        Rank 0 writes. If it cannot, the checkpoint cannot become the best; the run continues.
         """
         folder = self._root / disk.folder_name(place.step)
         if self._grid.rank != 0 or place.valid_loss is None or not folder.is_dir():
@@ -166,7 +166,7 @@ class Saver:
             if self._lease is not None:
                 self._lease.check()
             disk.record_valid_loss(folder, place.valid_loss)
-        except Superseded as error:  # rank 0 alone is here: the next agreement ends all ranks
+        except Superseded as error:  # only rank 0 is here; the next agreement ends all ranks
             logger.debug("%s", error)
         except (OSError, CheckpointError) as error:
             logger.warning("%s: its validation loss cannot be noted: %s", folder, error)
@@ -176,7 +176,7 @@ class Saver:
         self._agree(None, None)
 
     def _agree(self, fault: MegaLiteError | None, staging: Path | None) -> None:
-        """Go on only if no rank met a fault; otherwise every rank raises the same one."""
+        """Return if no rank met a fault; otherwise raise the same fault on every rank."""
         grid, lease = self._grid, self._lease
         if lease is not None:  # a newer start clears the folder of an older one's save
             fault = attempt(lease.check) or fault
@@ -197,7 +197,7 @@ class Saver:
 
 @dataclass(frozen=True)
 class _Draft:
-    """What rank 0 adds to the ranks' files to make a checkpoint of them."""
+    """Contents that rank 0 adds to the files of all ranks to complete a checkpoint."""
 
     config: RunConfig
     place: Place
@@ -211,11 +211,11 @@ class _Draft:
     ) -> None:
         staging = self.staging
         entries: dict[str, Any] = {}
-        holders: dict[str, dict[str, Any]] = {}
+        states: dict[str, dict[str, Any]] = {}
         for rank_files, rank_tensors in written:
             entries.update(rank_files)
-            for tensor, where in rank_tensors.items():
-                holders.setdefault(tensor, {}).update(where)
+            for tensor, place in rank_tensors.items():
+                states.setdefault(tensor, {}).update(place)
         files.write_json(staging / "config.json", self.config.model_dump(mode="json"))
         for name, value in self.notes.items():
             files.write_json(staging / name, value)
@@ -241,7 +241,7 @@ class _Draft:
                 "deepspeed": version("deepspeed"),
             },
             tensors={
-                name: disk.TensorEntry(shape=list(tensor.shape), states=holders[name])
+                name: disk.TensorEntry(shape=list(tensor.shape), states=states[name])
                 for name, tensor in whole.items()
             },
             files={name: disk.FileEntry(**entry) for name, entry in entries.items()},
@@ -249,22 +249,11 @@ class _Draft:
         disk.write_manifest(staging, manifest)
         if lease is not None:
             lease.check()
-        if not final.exists():
-            files.publish(staging, final)
-            return
-        # a run that went back and saves the same step again
-        replaced = final.with_name(f"{REPLACED}{final.name}")
-        final.rename(replaced)
-        try:
-            files.publish(staging, final)
-        except BaseException:
-            replaced.rename(final)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
+        publish_or_replace(staging, final)
 
 
 def _links(folder: str, names: list[str]) -> list[str]:
-    """The names that are links: a checkpoint holds files, and none from elsewhere."""
+    """Return the names that are links: a checkpoint holds only files of its own."""
     return [name for name in names if Path(folder, name).is_symlink()]
 
 

@@ -1,4 +1,4 @@
-"""A rank's files of a checkpoint, written by a thread while the rank goes on."""
+"""Write a rank's files of a checkpoint in a thread, while the rank continues."""
 
 from __future__ import annotations
 

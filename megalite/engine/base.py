@@ -89,12 +89,14 @@ class Engine(Protocol):
     def read_state(self, parameter: nn.Parameter, key: str) -> Tensor:
         """One state of one parameter, whole; a collective of the data-parallel group."""
 
-    def holder(self, parameter: nn.Parameter) -> int | None:
-        """The data-parallel rank that alone has a parameter's master and states, and whole; None
-        where several have a part, or each has all."""
+    def owner_rank(self, parameter: nn.Parameter) -> int | None:
+        """Return the ZeRO rank that alone has a parameter's master and states, complete.
 
-    def read_held(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """`read_state` on the ranks of the holder alone; may share memory with the engine."""
+        None means that several ranks have a part, or that each rank has all.
+        """
+
+    def read_local(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """`read_state` on the ranks of `owner_rank` only; may share memory with the engine."""
 
     def read_gradient(self, parameter: nn.Parameter) -> Tensor:
         """The global batch's gradient of one parameter, whole, before clipping; as `read_state`.

@@ -88,10 +88,10 @@ class ReferenceEngine:
     def read_state(self, parameter: nn.Parameter, key: str) -> Tensor:
         return read_plain(self.optimizer, parameter, key)
 
-    def holder(self, _parameter: nn.Parameter) -> int | None:
+    def owner_rank(self, _parameter: nn.Parameter) -> int | None:
         return None
 
-    def read_held(self, parameter: nn.Parameter, key: str) -> Tensor:
+    def read_local(self, parameter: nn.Parameter, key: str) -> Tensor:
         return self.read_state(parameter, key)
 
     def read_gradient(self, parameter: nn.Parameter) -> Tensor:

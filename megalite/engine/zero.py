@@ -212,10 +212,10 @@ class DeepSpeedEngine:
             value = safe_get_full_optimizer_state(parameter, key)
         return value.view(getattr(parameter, "ds_shape", parameter.shape))
 
-    def holder(self, parameter: nn.Parameter) -> int | None:
+    def owner_rank(self, parameter: nn.Parameter) -> int | None:
         return self._holders.get(id(parameter))
 
-    def read_held(self, parameter: nn.Parameter, key: str) -> Tensor:
+    def read_local(self, parameter: nn.Parameter, key: str) -> Tensor:
         mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
         value: Tensor = mapping.get_hp_fragment(None if key == WEIGHT else key)
         return value.detach().view(parameter.shape)

@@ -15,11 +15,11 @@ from torch import Tensor
 from megalite import arch, hub
 from megalite.checkpoint import (
     HuggingFaceFolder,
-    Stored,
     StoredCheckpoint,
-    fill_model,
+    TensorSource,
     is_huggingface,
-    merged,
+    load_into,
+    merge_lora,
     open_checkpoint,
 )
 from megalite.config import ModelConfig, RunConfig, allowed_tensor_parallel, load_stored
@@ -256,7 +256,7 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
     path = hub.find_model(path, "--checkpoint")
     run: RunConfig | None = None
     sha256 = data = ""
-    stored: Stored
+    stored: TensorSource
     if is_huggingface(path):
         stored = weights = HuggingFaceFolder(path)
         weights.require_head()
@@ -270,7 +270,7 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
             run = load_stored(folder / "config.json")
         except MegaLiteError as error:
             raise CheckpointError(str(error)) from None
-        stored, config = merged(StoredCheckpoint(folder, manifest), run.model)
+        stored, config = merge_lora(StoredCheckpoint(folder, manifest), run.model)
         tokenizer_folder = folder / "tokenizer"
         sha256 = manifest.tokenizer_sha256
         data = manifest.data_fingerprint
@@ -284,7 +284,7 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
     local = local_model(config, size)
     with device:
         model = build(local)
-    fill_model(model, config, stored, at)
+    load_into(model, config, stored, at)
     if grid is not None and size > 1:
         split(model, config, grid, head_loss)
     model.eval()

@@ -15,11 +15,11 @@ from megalite.checkpoint import (
     Grown,
     Lease,
     Place,
-    Stored,
     StoredCheckpoint,
+    TensorSource,
     compare_models,
     find_newest,
-    merged,
+    merge_lora,
     open_checkpoint,
     open_model_folder,
     refuse_other_model,
@@ -63,7 +63,7 @@ class Origin:
     changes: dict[str, Any]
     place: Place
     weights_only: bool = False
-    weights: Stored | None = None
+    weights: TensorSource | None = None
     damaged: tuple[Path, ...] = ()
     config: RunConfig | None = None
     rates: tuple[float, float] | None = None
@@ -229,7 +229,7 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
 
     Adapters that are not the model's own are added to the weights; a smaller vocabulary grows.
     """
-    whole: Stored
+    whole: TensorSource
     base, adapters = arch.base_model(model), model.adapter is not None
     if (theirs := open_model_folder(Path(path), grid)) is not None:
         changes = compare_models(base, theirs.section, theirs.path, adapters=adapters)
@@ -242,13 +242,13 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
     section = _stored(folder, manifest).model
     changes = compare_models(base, arch.base_model(section), folder, adapters=adapters)
     if _VOCABULARY in changes:
-        whole, _ = merged(StoredCheckpoint(folder, manifest), section)
+        whole, _ = merge_lora(StoredCheckpoint(folder, manifest), section)
         grown = Grown(whole, arch.base_model(section))
         return Origin(folder, None, changes, Place(), True, grown, damaged)
     if section.adapter in (None, model.adapter):
         refuse_other_model(model, folder, manifest, base=True)
         return Origin(folder, manifest, changes, Place(), weights_only=True, damaged=damaged)
-    whole, _ = merged(StoredCheckpoint(folder, manifest), section)
+    whole, _ = merge_lora(StoredCheckpoint(folder, manifest), section)
     plain = {name: entry for name, entry in manifest.tensors.items() if ".lora_" not in name}
     plain_manifest = manifest.model_copy(update={"tensors": plain})
     refuse_other_model(arch.base_model(model), folder, plain_manifest)
@@ -304,7 +304,7 @@ def load(
         folder, manifest = origin.folder, origin.manifest
         try:
             if origin.weights is not None:
-                checkpoint.import_weights(engine, config.model, grid=grid, stored=origin.weights)
+                checkpoint.import_weights(engine, config.model, grid=grid, source=origin.weights)
                 return origin, origin.place
             assert manifest is not None
             if origin.weights_only:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from megalite.checkpoint import StoredCheckpoint, fill_model, open_checkpoint
+from megalite.checkpoint import StoredCheckpoint, load_into, open_checkpoint
 from megalite.config import load_config, parse_config
 from megalite.env import Launch
 from megalite.evaluate import open_model
@@ -176,7 +176,7 @@ def test_adapters_merge_and_nothing_else_moves(reviews: Path) -> None:
     opened = open_model(step)
     assert opened.config.adapter is None
     unmerged = build(config.model)
-    fill_model(unmerged, config.model, StoredCheckpoint(step, manifest))
+    load_into(unmerged, config.model, StoredCheckpoint(step, manifest))
     ids = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "lengths": torch.tensor([20, 7, 1])}
     with torch.no_grad():

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from megalite import arch, files
 from megalite.checkpoint.huggingface.family import Family
-from megalite.checkpoint.huggingface.folder import Place, place_of
+from megalite.checkpoint.huggingface.folder import TensorLocation, location_of
 from megalite.checkpoint.huggingface.mapping import family_of, to_config
-from megalite.checkpoint.stored import Stored
+from megalite.checkpoint.stored import TensorSource
 from megalite.config import ModelConfig
 from megalite.errors import CommandError
 from megalite.tokenizers.special_tokens import GENERATION_CONFIG
@@ -35,7 +35,7 @@ class _Output:
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[tuple[arch.CanonicalTensor, Place], ...]
+    parts: tuple[tuple[arch.CanonicalTensor, TensorLocation], ...]
 
     @property
     def elements(self) -> int:
@@ -43,7 +43,7 @@ class _Output:
 
 
 def export(
-    stored: Stored,
+    source: TensorSource,
     model: ModelConfig,
     tokenizer: Tokenizer,
     output: Path,
@@ -66,7 +66,7 @@ def export(
         config = to_config(model, family)
         config = {**config, **ids, **_pad(config, tokenizer, model)}
         files.write_json(staging / "config.json", config | {"dtype": dtype})
-        _write_tensors(staging, stored, family, model, DTYPES[dtype], shard_bytes)
+        _write_tensors(staging, source, family, model, DTYPES[dtype], shard_bytes)
         tokenizer.export(staging)
         if model.architecture != "encoder":
             generation = _generation_config(tokenizer, config)
@@ -76,8 +76,10 @@ def export(
     return family
 
 
-def export_adapter(stored: Stored, model: ModelConfig, output: Path, *, base: str = "") -> Family:
-    """Write the adapters alone, as PEFT's folder.
+def export_adapter(
+    source: TensorSource, model: ModelConfig, output: Path, *, base: str = ""
+) -> Family:
+    """Write only the adapters, as a folder of PEFT.
 
     Args:
         base: the folder or the hub's name of the model that they belong to.
@@ -93,7 +95,7 @@ def export_adapter(stored: Stored, model: ModelConfig, output: Path, *, base: st
         if kind not in ("lora_A", "lora_B"):
             continue
         weight = table[f"{owner}.weight"]
-        place = place_of(family, weight, model)
+        place = location_of(family, weight, model)
         if place.transposed or place.shape != weight.shape:
             raise CommandError(
                 f"{family.model_type} keeps {owner} in another form, beside which PEFT's adapters "
@@ -102,7 +104,7 @@ def export_adapter(stored: Stored, model: ModelConfig, output: Path, *, base: st
         theirs = place.name.removesuffix(".weight")
         targets.add(theirs.rpartition(".")[2])
         value = torch.empty(tensor.shape)
-        stored.read(name, "weight", value, tuple(slice(0, n) for n in tensor.shape))
+        source.read(name, "weight", value, tuple(slice(0, n) for n in tensor.shape))
         found[f"base_model.model.{theirs}.{kind}.weight"] = value
     config = {
         "peft_type": "LORA",
@@ -171,7 +173,7 @@ def _generation_config(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[
 
 def _write_tensors(
     folder: Path,
-    stored: Stored,
+    source: TensorSource,
     family: Family,
     model: ModelConfig,
     dtype: torch.dtype,
@@ -187,7 +189,7 @@ def _write_tensors(
     for number, group in enumerate(groups, 1):
         whole = len(groups) == 1
         name = "model" if whole else f"model-{number:05d}-of-{len(groups):05d}"
-        tensors = {output.name: _make(stored, output).to(dtype) for output in group}
+        tensors = {output.name: _make(source, output).to(dtype) for output in group}
         path = folder / f"{name}.safetensors"
         _save(tensors, path)
         weight_map |= dict.fromkeys(tensors, path.name)
@@ -208,27 +210,27 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def _outputs(family: Family, model: ModelConfig) -> Sequence[_Output]:
     """The folder's tensors in the order of the model's."""
-    parts: dict[str, list[tuple[arch.CanonicalTensor, Place]]] = {}
+    parts: dict[str, list[tuple[arch.CanonicalTensor, TensorLocation]]] = {}
     for tensor in arch.tensors(model).values():
-        place = place_of(family, tensor, model)
+        place = location_of(family, tensor, model)
         parts.setdefault(place.name, []).append((tensor, place))
     found = [_Output(name, made[0][1].shape, tuple(made)) for name, made in parts.items()]
     table = arch.tensors(model)
     for name, canonical in family.copies(model).items():
-        place = place_of(family, table[canonical], model)
+        place = location_of(family, table[canonical], model)
         found.append(_Output(name, place.shape, ((table[canonical], place),)))
     found += [_Output(name, shape, ()) for name, shape in family.buffers(model).items()]
     return found
 
 
-def _make(stored: Stored, output: _Output) -> Tensor:
+def _make(source: TensorSource, output: _Output) -> Tensor:
     value = torch.zeros(output.shape)
     for tensor, place in output.parts:
         if tensor.shape == output.shape and not place.transposed:  # no second copy
-            stored.read(tensor.name, "weight", value, tuple(slice(0, n) for n in tensor.shape))
+            source.read(tensor.name, "weight", value, tuple(slice(0, n) for n in tensor.shape))
             continue
         whole = torch.empty(tensor.shape)
-        stored.read(tensor.name, "weight", whole, tuple(slice(0, n) for n in tensor.shape))
+        source.read(tensor.name, "weight", whole, tuple(slice(0, n) for n in tensor.shape))
         rows = slice(place.first, place.first + tensor.shape[0])
         turned = place.transposed and whole.dim() == 2
         value[(slice(None), rows) if turned else (rows,)] = whole.t() if turned else whole

@@ -41,7 +41,7 @@ _REDUNDANT = (
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _StoredTensor:
     file: Path
     name: str
     shape: tuple[int, ...]
@@ -49,17 +49,17 @@ class _Stored:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a canonical tensor lies in the family's own: name, orientation, first row."""
+class TensorLocation:
+    """Location of a canonical tensor in one of the family's: name, orientation, first row."""
 
     name: str
     transposed: bool
     first: int
-    shape: tuple[int, ...]  # of the whole stored tensor
+    shape: tuple[int, ...]  # of the complete stored tensor
 
 
-def place_of(family: Family, tensor: arch.CanonicalTensor, model: ModelConfig) -> Place:
-    """Where the family keeps a canonical tensor."""
+def location_of(family: Family, tensor: arch.CanonicalTensor, model: ModelConfig) -> TensorLocation:
+    """Return the location of a canonical tensor in a folder of the family."""
     name = family.rename(tensor.name, model)
     first, shape = 0, list(tensor.shape)
     if re.search(family.fused, name):
@@ -68,7 +68,7 @@ def place_of(family: Family, tensor: arch.CanonicalTensor, model: ModelConfig) -
         part = family.parts.index(tensor.name.split(".")[-2])
         first, shape[0] = sum(rows[:part]), sum(rows)
     transposed = re.search(family.transposed, name) is not None
-    return Place(name, transposed, first, tuple(shape[::-1] if transposed else shape))
+    return TensorLocation(name, transposed, first, tuple(shape[::-1] if transposed else shape))
 
 
 def _indexed_files(index: Path) -> list[Path]:
@@ -163,7 +163,7 @@ class HuggingFaceFolder:
                     "false there, else delete the tensor"
                 )
 
-    def _whole(self, stored: _Stored) -> Tensor:
+    def _whole(self, stored: _StoredTensor) -> Tensor:
         try:
             with safe_open(stored.file, framework="pt") as file:
                 return file.get_tensor(stored.name).float()
@@ -245,12 +245,12 @@ class HuggingFaceFolder:
         other = ("adapter_model", "consolidated")
         return [f for f in sorted(self.path.glob("*.safetensors")) if not f.name.startswith(other)]
 
-    def _headers(self) -> dict[str, _Stored]:
+    def _headers(self) -> dict[str, _StoredTensor]:
         names = self._files()
         if not names:
             found = foreign.describe(self.path) or "holds no safetensors file"
             raise CommandError(f"{self.path} {found}")
-        stored = dict[str, _Stored]()
+        stored = dict[str, _StoredTensor]()
         for file in names:
             if foreign.is_pointer(file):
                 raise CommandError(
@@ -262,7 +262,7 @@ class HuggingFaceFolder:
                     for name in opened.keys():  # noqa: SIM118 - not a mapping
                         view = opened.get_slice(name)
                         shape = tuple(view.get_shape())
-                        stored[name] = _Stored(file, name, shape, str(view.get_dtype()))
+                        stored[name] = _StoredTensor(file, name, shape, str(view.get_dtype()))
             except (OSError, SafetensorError) as error:
                 raise CommandError(f"{file} cannot be read: {error}") from None
         return stored
@@ -270,18 +270,22 @@ class HuggingFaceFolder:
     def _find_prefix(self) -> str:
         """Return what comes before the names of the bare model's tensors in this folder."""
         table, base = arch.tensors(self.section), self.family.prefix
-        anchor = place_of(self.family, table["model.embed_tokens.weight"], self.section).name
+        anchor = location_of(self.family, table["model.embed_tokens.weight"], self.section).name
         bare = anchor.removeprefix(base)
         if base + bare in self._stored or bare in self._stored:
             return base if base + bare in self._stored else ""
         found = [name for name in self._stored if name.endswith(f".{bare}")]
         return found[0].removesuffix(bare) if len(found) == 1 else base
 
-    def _find(self) -> dict[str, tuple[Place, _Stored]]:
-        """Find every canonical tensor's place; faults of all of them at once."""
-        places, faults, missing = dict[str, tuple[Place, _Stored]](), list[str](), list[str]()
+    def _find(self) -> dict[str, tuple[TensorLocation, _StoredTensor]]:
+        """Locate every canonical tensor; raise the faults of all of them at once."""
+        places, faults, missing = (
+            dict[str, tuple[TensorLocation, _StoredTensor]](),
+            list[str](),
+            list[str](),
+        )
         for name, tensor in arch.tensors(self.section).items():
-            place = place_of(self.family, tensor, self.section)
+            place = location_of(self.family, tensor, self.section)
             stored = self._lookup(place.name)
             if stored is None and name.startswith(_HEAD):
                 self.missing_head.append(place.name)
@@ -306,7 +310,7 @@ class HuggingFaceFolder:
             raise CommandError(f"{self.path}: {'; '.join(faults[:5])}{more}")
         return places
 
-    def _lookup(self, name: str) -> _Stored | None:
+    def _lookup(self, name: str) -> _StoredTensor | None:
         for other in (name, *self._aliases(name)):
             if (found := self._stored.get(self._in_folder(other))) is not None:
                 return found

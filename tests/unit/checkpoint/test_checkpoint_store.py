@@ -17,8 +17,8 @@ from torch import Tensor
 
 from megalite import arch, checkpoint, files
 from megalite.checkpoint import Place, write
-from megalite.checkpoint.states import owned_parameters
-from megalite.checkpoint.stored import StoredCheckpoint, read_local
+from megalite.checkpoint.owners import owned_parameters
+from megalite.checkpoint.stored import StoredCheckpoint, read_part
 from megalite.config import CheckpointConfig, RunConfig
 from megalite.engine import WEIGHT
 from megalite.errors import CheckpointError, CommandError
@@ -131,7 +131,7 @@ def test_weights_for_use_without_an_engine(grid: Grid, root: Path, tmp_path: Pat
     shutil.move(save_checkpoint(trained, grid, root), moved)
     folder, manifest = checkpoint.open_checkpoint(moved)
     model = build(trained.config.model)
-    checkpoint.fill_model(model, trained.config.model, StoredCheckpoint(folder, manifest))
+    checkpoint.load_into(model, trained.config.model, StoredCheckpoint(folder, manifest))
     batch = make_batch(trained.config.model).tensors
     assert model(batch).item() == trained.model.eval()(batch).item()
 
@@ -284,15 +284,32 @@ def test_a_damaged_one_is_named_and_set_aside(
 @pytest.mark.parametrize("ranks", [1, 2, 5, 64])
 def test_owners_share_the_bytes(grid: Grid, ranks: int) -> None:
     config = model_config(num_hidden_layers=4)
-    engine: Any = SimpleNamespace(model=build(config), holder=lambda _: None)
-    views = [replace(grid, world_size=ranks, rank=rank) for rank in range(ranks)]
+    engine: Any = SimpleNamespace(model=build(config), owner_rank=lambda _: None)
+    mesh = Mesh(data=ranks)
+    views = [replace(grid, world_size=ranks, rank=rank, mesh=mesh) for rank in range(ranks)]
     owned = [list(owned_parameters(engine, config, view)) for view in views]
-    owners = [[entry.data_rank for entry in entries] for entries in owned]
+    owners = [[entry.at.rank for entry in entries] for entries in owned]
     assert all(other == owners[0] for other in owners)
     sizes = [entry.parameter.numel() for entry in owned[0]]
     loads = [sum(s for s, o in zip(sizes, owners[0], strict=True) if o == r) for r in range(ranks)]
     assert sum(loads) == sum(p.numel() for p in engine.model.parameters())
     assert max(loads) <= sum(sizes) / ranks + max(sizes)
+
+
+def test_states_of_one_zero_rank_are_owned_in_its_copy_of_the_model(grid: Grid) -> None:
+    """They come last, and their bytes are spread over the ranks that share the model."""
+    config = model_config(num_hidden_layers=4)
+    model = build(config)
+    local = {id(p): number % 3 for number, p in enumerate(model.parameters()) if number % 2}
+    engine: Any = SimpleNamespace(model=model, owner_rank=lambda p: local.get(id(p)))
+    mesh = Mesh(data=3, tensor=2)
+    owned = list(owned_parameters(engine, config, replace(grid, world_size=6, mesh=mesh)))
+    assert [owner.local for owner in owned] == sorted(owner.local for owner in owned)
+    for owner in owned:
+        assert owner.local == (id(owner.parameter) in local)
+        if owner.local:
+            assert owner.at.zero_rank == local[id(owner.parameter)]
+    assert {owner.at.tensor_rank for owner in owned if owner.local} == {0, 1}
 
 
 @pytest.mark.parametrize(("size", "piece"), [(1, 1 << 22), (2, 1 << 22), (2, 1)])
@@ -309,7 +326,7 @@ def test_a_rank_reads_its_own_slices(
         value = engine.model.get_parameter(row.name).data
         whole = {piece.tensor.name: value[piece.target] for piece in arch.pieces(row)}
         at = Mesh(tensor=size).at(rank)
-        local = read_local(StoredCheckpoint(folder, manifest), row, "weight", at)
+        local = read_part(StoredCheckpoint(folder, manifest), row, "weight", at)
         assert local.shape == arch.local_shape(row, at)
         expected = torch.zeros_like(local)
         for box in arch.pieces(row, at):

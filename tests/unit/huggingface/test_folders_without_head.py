@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megalite import arch
-from megalite.checkpoint import fill_model
+from megalite.checkpoint import load_into
 from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
 from megalite.errors import CommandError
 from megalite.evaluate import open_model
@@ -79,7 +79,7 @@ def hidden_states(folder: Path, ids: torch.Tensor) -> torch.Tensor:
             else:
                 opened.read(tensor, state, target, box)
 
-    fill_model(model, config, WithHead())
+    load_into(model, config, WithHead())
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids).bool()}
     if config.architecture == "encoder_decoder":
         inputs["decoder_input_ids"] = ids

@@ -91,11 +91,11 @@ def say(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
 
 def greedy(checkpoint: Path, prompt: str, count: int) -> str:
     """The expected text, by hand: the likeliest byte after the last POSITIONS ones."""
-    from megalite.checkpoint import StoredCheckpoint, fill_model
+    from megalite.checkpoint import StoredCheckpoint, load_into
 
     config = tiny_config().model
     model: LanguageModel = build(config).eval()
-    fill_model(model, config, StoredCheckpoint(checkpoint, disk.read_manifest(checkpoint)))
+    load_into(model, config, StoredCheckpoint(checkpoint, disk.read_manifest(checkpoint)))
     ids = list(prompt.encode())
     with torch.no_grad():
         for _ in range(count):
