@@ -17,7 +17,8 @@ from megalite.errors import CommandError
 from megalite.evaluate.explain_page import Explanation, explain_page
 from megalite.evaluate.loading import LoadedModel
 from megalite.formats.examples import edges
-from megalite.model import LanguageModel, layers
+from megalite.model import LanguageModel
+from megalite.model.attention import CrossAttention
 
 _AT_ONCE = 16  # texts of the occlusion that are read together
 _GROUPS = 256  # texts of the occlusion: the tokens of a longer text are left out in groups
@@ -197,31 +198,27 @@ def last_attention(
         position: the token that looks; None: the mean over all.
         even: if true, as if all tokens were alike: what mask and positions alone give.
     """
-    block: Any = list(model.blocks)[-1]
-    branch = block.self_attn if block.cross_attn is None else block.cross_attn
-    module: Any = layers
-    real, calls = module.attend, list[tuple[Any, ...]]()
+    block = list(model.blocks)[-1]
+    branch = block.cross_attn or block.self_attn
+    last_call: list[tuple[Any, ...]] = []
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **how: Any) -> Tensor:
-        calls[:] = [(q, k, mask, how["causal"], how["scale"])]
-        return real(q, k, v, mask, **how)
+    def record(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        last_call[:] = [inputs]
 
-    def enter(*_: Any) -> None:
-        module.attend = spy
-
-    def leave(*_: Any) -> None:
-        module.attend = real
-
-    handles = branch.register_forward_pre_hook(enter), branch.register_forward_hook(leave)
+    handle = branch.register_forward_pre_hook(record)
     try:
         run()
     finally:
-        leave()
-        for handle in handles:
-            handle.remove()
-    q, *others = calls[0]
+        handle.remove()
+    x_BTD, context, mask, *_ = last_call[0]
     with torch.no_grad():
-        return _weights(position, torch.zeros_like(q) if even else q, *others)
+        if isinstance(branch, CrossAttention):
+            q_BTNH = branch.project_queries(x_BTD)
+            k_BKSH, _ = branch.project_memory(context)
+        else:
+            q_BTNH, k_BKSH, _ = branch.project(x_BTD, context)
+        q_BTNH = torch.zeros_like(q_BTNH) if even else q_BTNH
+        return _weights(position, q_BTNH, k_BKSH, mask, causal=branch.causal, scale=branch.scale)
 
 
 def _weights(
@@ -229,6 +226,7 @@ def _weights(
     q_BTNH: Tensor,
     k_BKSH: Tensor,
     mask: Tensor | None,
+    *,
     causal: bool,
     scale: float | None,
 ) -> Tensor:
