@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from megalite.data import Batch
 from megalite.engine.reference import ReferenceEngine
 from megalite.env import Launch
 from megalite.mesh import WHOLE
-from megalite.model import LanguageModel, build, initialize
+from megalite.model import LanguageModel, build, initialize, plain_objective
 from megalite.parallel import Grid, start, stop
 
 torch.set_num_threads(1)  # such models are too small to share: waiting would cost ten times more
@@ -77,6 +77,12 @@ def make_batch(config: ModelConfig, *, samples: int = 2, length: int = 8, seed: 
     mask = torch.rand(samples, length, generator=generator) < 0.75
     tensors = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": mask}
     return Batch(tensors, seed * samples, int(mask.sum()), samples * length)
+
+
+def loss_of(model: LanguageModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Sum the loss of a batch, without smoothing or weights: fp32 scalar, nats."""
+    total: torch.Tensor = model(plain_objective(model.config).loss, batch).total
+    return total
 
 
 # of an engine that needs no other rank

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -16,17 +15,18 @@ from megalite import arch
 from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
 from megalite.formats.checkpoint import WEIGHT
-from megalite.model import LanguageModel, head_loss
+from megalite.model import LanguageModel, LossTerms
 
 __all__ = [
     "WEIGHT",
     "Accept",
     "Engine",
+    "StepLoss",
     "StepResult",
     "finite",
+    "freeze",
     "has_dropout",
     "seed_dropout",
-    "tune",
 ]
 
 Accept = Callable[[Tensor, Tensor], bool]
@@ -41,12 +41,38 @@ def finite(_loss: Tensor, norm: Tensor) -> bool:
 class StepResult:
     """One step's outcome.
 
-    loss: this rank's part of the mean loss (nats); the sum over data-parallel ranks is the loss.
-    grad_norm: of the global batch's gradient before clipping, equal on all ranks.
+    loss: this rank's part of the mean loss (nats). The sum over data-parallel ranks is the loss.
+    grad_norm: the norm of the global batch's gradient before clipping, equal on all ranks.
+    extra: this rank's part of each further term of the objective, by name, as `loss`.
     """
 
     loss: Tensor
     grad_norm: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class StepLoss:
+    """The mean loss of a step and the further terms of its objective, summed over micro-batches.
+
+    Args:
+        count: the objective's count of targets in the global batch.
+        samples: the number of samples in the global batch.
+    """
+
+    def __init__(self, device: torch.device, *, count: float, samples: int) -> None:
+        self._divisors = {"count": count, "samples": float(samples)}
+        self.loss = torch.zeros((), device=device)
+        self.extra: dict[str, Tensor] = {}
+
+    def add(self, terms: LossTerms) -> Tensor:
+        """Add a micro-batch; return the scalar whose gradient is the micro-batch's part."""
+        mean = terms.total / self._divisors["count"]
+        self.loss += mean.detach()
+        for name, term in terms.extra.items():
+            part = term.total / self._divisors[term.per]
+            mean = mean + part
+            self.extra[name] = self.extra.get(name, torch.zeros_like(self.loss)) + part.detach()
+        return mean
 
 
 class Engine(Protocol):
@@ -68,7 +94,7 @@ class Engine(Protocol):
 
         Args:
             batches: this rank's micro-batches of the step.
-            divisor: unmasked targets of the global batch, over all ranks and micro-batches.
+            divisor: the objective's count of the global batch, over all ranks and micro-batches.
             lr: the learning rate of this step.
             step: the step's number, counted from 1; seeds dropout.
             inspect: called between the backward and the update, where `read_gradient` works.
@@ -117,19 +143,10 @@ class Engine(Protocol):
         """Set what `progress` gave."""
 
 
-def tune(model: LanguageModel, config: RunConfig) -> Callable[..., Tensor]:
-    """Freeze what a run file does not train, set what its loss is like; returns the head's loss."""
+def freeze(model: LanguageModel, config: RunConfig) -> None:
+    """Freeze the parameters that a run file does not train."""
     for row in arch.parameters(config.model):
         model.get_parameter(row.name).requires_grad_(arch.is_trainable(config, row))
-    tuning, smoothing = config.finetune, 0.0
-    if tuning is not None and config.model.num_labels:
-        model.score.label_smoothing = tuning.label_smoothing
-        if tuning.class_weights:
-            device = model.score.weight.device
-            model.score.class_weights = torch.tensor(tuning.class_weights, device=device)
-    elif tuning is not None:
-        smoothing = tuning.label_smoothing
-    return partial(head_loss, compiled=config.training.compile, smoothing=smoothing)
 
 
 def has_dropout(model: ModelConfig) -> bool:

@@ -13,25 +13,50 @@ from torch import Tensor, nn
 from megalite import arch
 from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
-from megalite.engine.base import WEIGHT, Accept, StepResult, finite, has_dropout, seed_dropout, tune
-from megalite.model import LanguageModel, build, initialize
+from megalite.engine.base import (
+    WEIGHT,
+    Accept,
+    StepLoss,
+    StepResult,
+    finite,
+    freeze,
+    has_dropout,
+    seed_dropout,
+)
+from megalite.model import (
+    LanguageModel,
+    LossTerms,
+    Objective,
+    build,
+    initialize,
+    last_scores,
+    make_objective,
+)
 from megalite.optim import Fragment, Muon, make_optimizer, orthogonalize
-from megalite.parallel import Grid, is_counted, prepare
+from megalite.parallel import Grid, apply_recompute_and_compile, is_counted
 
 _ROW = 4096  # numbers whose squares are summed one after the other
 
 
 class ReferenceEngine:
-    """A training step as a textbook writes it."""
+    """A training step as a textbook writes it.
 
-    def __init__(self, config: RunConfig, *, grid: Grid) -> None:
-        self.config, self.device = config, grid.device
+    Args:
+        objective: computes the loss. The default is the run file's.
+    """
+
+    def __init__(
+        self, config: RunConfig, *, grid: Grid, objective: Objective | None = None
+    ) -> None:
+        self.config = config
+        self.device = grid.device
+        self.objective = objective or make_objective(config)
         self._dropout = has_dropout(config.model)
         with grid.device:
             self.model: LanguageModel = build(config.model)
         initialize(self.model, config.model, seed=config.training.seed, gather=_whole)
-        self.model.head_loss = tune(self.model, config)
-        prepare(
+        freeze(self.model, config)
+        apply_recompute_and_compile(
             self.model.blocks,
             recompute=config.training.activation_checkpointing,
             compile_blocks=config.training.compile,
@@ -55,31 +80,31 @@ class ReferenceEngine:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = torch.zeros((), device=self.device)
+        samples = self.config.training.global_batch_size
+        losses = StepLoss(self.device, count=divisor, samples=samples)
         for batch in batches:
             if self._dropout:
                 seed_dropout(self.config.training.seed, step, batch.place)
-            part = self.model(batch.to(self.device).tensors) / divisor
-            part.backward()
-            loss += part.detach()
+            terms = self.model(self.objective.loss, batch.to(self.device).tensors)
+            losses.add(terms).backward()
         if inspect is not None:
             inspect()
         norm = clip_gradients(self.model.parameters(), self.config.optimizer.clip_grad_norm)
-        if accept(loss, norm):
+        if accept(losses.loss, norm):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=loss, grad_norm=norm)
+        return StepResult(loss=losses.loss, grad_norm=norm, extra=losses.extra)
 
     @torch.no_grad()
     def eval_loss(self, batch: Batch) -> Tensor:
         self.model.eval()
-        loss: Tensor = self.model(batch.to(self.device).tensors)
-        return loss
+        terms: LossTerms = self.model(self.objective.loss, batch.to(self.device).tensors)
+        return terms.total
 
     @torch.no_grad()
     def eval_scores(self, batch: Batch) -> Tensor:
         self.model.eval()
-        scores: Tensor = self.model(batch.to(self.device).tensors, scores=True)
+        scores: Tensor = self.model(last_scores, batch.to(self.device).tensors)
         return scores
 
     def gathered(self, _parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:

@@ -36,11 +36,12 @@ from megalite.engine import ds_config
 from megalite.engine.base import (
     WEIGHT,
     Accept,
+    StepLoss,
     StepResult,
     finite,
+    freeze,
     has_dropout,
     seed_dropout,
-    tune,
 )
 from megalite.engine.masters import fragment, fragments
 from megalite.engine.reference import (
@@ -53,9 +54,22 @@ from megalite.engine.reference import (
     set_updates,
     updates_taken,
 )
-from megalite.model import LanguageModel, build, initialize
+from megalite.model import (
+    LanguageModel,
+    LossTerms,
+    Objective,
+    build,
+    initialize,
+    last_scores,
+    make_objective,
+)
 from megalite.optim import Fragment, Muon, make_optimizer, orthogonalize
-from megalite.parallel import Grid, local_model, prepare, split
+from megalite.parallel import (
+    Grid,
+    apply_recompute_and_compile,
+    apply_tensor_parallel,
+    make_regions,
+)
 
 
 def _import_muon() -> None:
@@ -79,25 +93,35 @@ class DeepSpeedEngine:
 
     Args:
         settings: the DeepSpeed JSON with every value filled in (`ds_config.complete`).
+        objective: computes the loss. The default is the run file's.
     Raises:
         EngineError: DeepSpeed uses another value than `settings` says.
     """
 
     def __init__(
-        self, config: RunConfig, *, grid: Grid, precision: Precision, settings: Mapping[str, Any]
+        self,
+        config: RunConfig,
+        *,
+        grid: Grid,
+        precision: Precision,
+        settings: Mapping[str, Any],
+        objective: Objective | None = None,
     ) -> None:
         self.config, self._grid = config, grid
         self.device, self.settings = grid.device, dict(settings)
         self.stage = int(settings["zero_optimization"]["stage"])
         self.fp16 = precision is Precision.FP16
+        self.objective = objective or make_objective(config)
         self._dropout = has_dropout(config.model)
         ds_config.join()
         # ZeRO-3 refuses "sum" and averages over the ranks: undone in the loss
         averages = settings["gradient_allreduce_op"] == "mean"
         self._loss_scale = float(grid.mesh.zero) if averages else 1.0
         dtype = precision.torch
+        sequence = config.parallel.sequence
+        regions = make_regions(config.model, grid, sequence=sequence)
         with self._building(grid), grid.device:
-            self.model: LanguageModel = build(local_model(config.model, grid.mesh.tensor))
+            self.model: LanguageModel = build(config.model, regions)
         self.model.to(device=grid.device, dtype=dtype)
         initialize(
             self.model,
@@ -106,11 +130,9 @@ class DeepSpeedEngine:
             gather=self._writable,
             at=grid.at,
         )
-        loss = self.model.head_loss = tune(self.model, config)
-        if grid.mesh.tensor > 1:
-            sequence = config.parallel.sequence
-            split(self.model, config.model, grid, loss, sequence=sequence)
-        prepare(
+        freeze(self.model, config)
+        apply_tensor_parallel(self.model, config.model, grid, sequence=sequence)
+        apply_recompute_and_compile(
             self.model.blocks,
             recompute=config.training.activation_checkpointing,
             compile_blocks=config.training.compile,
@@ -147,19 +169,20 @@ class DeepSpeedEngine:
         self.engine.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = torch.zeros((), device=self.device)
+        samples = self.config.training.global_batch_size
+        losses = StepLoss(self.device, count=divisor, samples=samples)
         for index, batch in enumerate(batches):
             if self._dropout:
                 seed_dropout(self.config.training.seed, step, batch.place)
-            part = self.engine(batch.to(self.device).tensors) / divisor
-            self.engine.backward(part * self._loss_scale, scale_wrt_gas=False)
-            loss += part.detach()
+            # through the engine, so that ZeRO-3 gathers what the objective's loss needs
+            mean = losses.add(self.engine(self.objective.loss, batch.to(self.device).tensors))
+            self.engine.backward(mean * self._loss_scale, scale_wrt_gas=False)
             if index < len(batches) - 1:
                 self.engine.step()  # which counts, no more
         if inspect is not None:
             inspect()
-        norm = self._update(loss, accept)
-        return StepResult(loss=loss, grad_norm=norm)
+        norm = self._update(losses.loss, accept)
+        return StepResult(loss=losses.loss, grad_norm=norm, extra=losses.extra)
 
     def _update(self, loss: Tensor, accept: Accept) -> Tensor:
         """Clip and update, if that is accepted; returns the norm before clipping."""
@@ -183,13 +206,13 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def eval_loss(self, batch: Batch) -> Tensor:
         self.engine.eval()
-        loss: Tensor = self.engine(batch.to(self.device).tensors)
-        return loss
+        terms: LossTerms = self.engine(self.objective.loss, batch.to(self.device).tensors)
+        return terms.total
 
     @torch.no_grad()
     def eval_scores(self, batch: Batch) -> Tensor:
         self.engine.eval()
-        scores: Tensor = self.engine(batch.to(self.device).tensors, scores=True)
+        scores: Tensor = self.engine(last_scores, batch.to(self.device).tensors)
         return scores
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:

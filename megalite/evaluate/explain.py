@@ -17,7 +17,8 @@ from megalite.errors import CommandError
 from megalite.evaluate.explain_page import Explanation, explain_page
 from megalite.evaluate.loading import LoadedModel
 from megalite.formats.examples import edges
-from megalite.model import LanguageModel, layers
+from megalite.model import LanguageModel
+from megalite.model.attention import CrossAttention
 
 _AT_ONCE = 16  # texts of the occlusion that are read together
 _GROUPS = 256  # texts of the occlusion: the tokens of a longer text are left out in groups
@@ -202,33 +203,34 @@ def last_attention(
         position: the token that attends. None means the mean over all tokens.
         even: If true, as if all tokens were equal: only mask and positions count.
     """
-    block: Any = list(model.blocks)[-1]
-    branch = block.self_attn if block.cross_attn is None else block.cross_attn
-    module: Any = layers
-    real = module.attend
-    calls = list[tuple[Any, ...]]()
+    block = list(model.blocks)[-1]
+    branch = block.cross_attn or block.self_attn
+    last_call: list[tuple[Any, ...]] = []
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **how: Any) -> Tensor:
-        calls[:] = [(q, k, mask, how["causal"], how["scale"])]
-        return real(q, k, v, mask, **how)
+    def record(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        last_call[:] = [inputs]
 
-    def enter(*_: Any) -> None:
-        module.attend = spy
-
-    def leave(*_: Any) -> None:
-        module.attend = real
-
-    handles = branch.register_forward_pre_hook(enter), branch.register_forward_hook(leave)
+    handle = branch.register_forward_pre_hook(record)
     try:
         run()
     finally:
-        leave()
-        for handle in handles:
-            handle.remove()
-    q, k, mask, causal, scale = calls[0]
-    q = torch.zeros_like(q) if even else q
+        handle.remove()
+    x_BTD, context, mask, *_ = last_call[0]
     with torch.no_grad():
-        return _weights(q, k, mask, position=position, causal=causal, scale=scale)
+        if isinstance(branch, CrossAttention):
+            q_BTNH = branch.project_queries(x_BTD)
+            k_BKSH, _ = branch.project_memory(context)
+        else:
+            q_BTNH, k_BKSH, _ = branch.project(x_BTD, context)
+        q_BTNH = torch.zeros_like(q_BTNH) if even else q_BTNH
+        return _weights(
+            q_BTNH,
+            k_BKSH,
+            mask,
+            position=position,
+            causal=branch.causal,
+            scale=branch.scale,
+        )
 
 
 def _weights(

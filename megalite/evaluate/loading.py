@@ -28,8 +28,15 @@ from megalite.errors import CheckpointError, CommandError, MegaLiteError
 from megalite.evaluate.generate import Decoder, UncachedDecoder
 from megalite.log import logger
 from megalite.mesh import WHOLE
-from megalite.model import Cache, EncoderDecoder, LanguageModel, build, decoding, head_loss
-from megalite.parallel import Grid, local_model, split
+from megalite.model import (
+    ONE_DEVICE,
+    Cache,
+    EncoderDecoder,
+    LanguageModel,
+    build,
+    plain_objective,
+)
+from megalite.parallel import Grid, make_regions
 from megalite.tokenizers.tokenizer import Tokenizer, encode_text, load_tokenizer
 
 
@@ -74,7 +81,7 @@ class LoadedModel:
                 f"{self.folder} holds {kind} and writes no text; give a decoder or an "
                 "encoder_decoder"
             )
-        decoding.prepare(self.model)
+        self.model.prepare_for_decoding()
         return CachedDecoder(self)
 
     def check_prompt(self, prompt: str) -> None:
@@ -118,8 +125,8 @@ class LoadedModel:
     def loss(self, batch: Batch) -> Tensor:
         """Return the summed loss of a batch: fp32 scalar, nats."""
         self._check_batch(batch)
-        loss: Tensor = self.model(batch.to(self.device).tensors)
-        return loss
+        objective = plain_objective(self.config)
+        return objective.loss(self.model, batch.to(self.device).tensors).total
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
@@ -206,7 +213,7 @@ class CachedDecoder:
     def _read(self, ids_BT: Tensor) -> Tensor:
         model = self._model.model
         if isinstance(model, EncoderDecoder):
-            hidden = model.write(ids_BT, self._memory, self._cache)
+            hidden = model.decode(ids_BT, self._memory, self._cache)
             return self._model.scores(hidden[:, -1])
         inputs = {"input_ids": ids_BT}
         if self._keys is not None:
@@ -222,7 +229,7 @@ class CachedDecoder:
         inputs = {"input_ids": ids_BS}
         if self._keys is not None:
             inputs["attention_mask"] = self._keys
-        self._memory = model.read(inputs)
+        self._memory = model.encode(inputs)
         self._cache = self._make_cache(len(ids_BS), new_tokens + 1)
         first = torch.full((len(ids_BS), 1), config.decoder_start_token_id, device=ids_BS.device)
         return self._read(first)
@@ -281,19 +288,17 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
         raise CommandError(f"{size} ranks cannot share this model; {allowed} can")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = grid.device if grid else device
-    local = local_model(config, size)
+    regions = make_regions(config, grid) if grid else ONE_DEVICE
     with device:
-        model = build(local)
+        model = build(config, regions)
     load_into(model, config, stored, at)
-    if grid is not None and size > 1:
-        split(model, config, grid, head_loss)
     model.eval()
     tokenizer = load_tokenizer(tokenizer_folder)
     _compare_vocabularies(folder, config, tokenizer)
     return LoadedModel(
         folder=folder,
         config=config,
-        local=local,
+        local=model.config,
         run=run,
         model=model,
         tokenizer=tokenizer,

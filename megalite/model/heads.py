@@ -1,6 +1,6 @@
-"""What a model ends in: the next or hidden tokens' scores with their loss, or a label's.
+"""The ends of a model: logits and loss of tokens, or the scores of labels.
 
-B batch   T tokens   D width   V vocabulary   C labels
+B batch   T tokens   D width   V vocabulary   R rows of [B x T]   C labels
 """
 
 from __future__ import annotations
@@ -12,24 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.config import ModelConfig
-from megalite.model.layers import ACTIVATIONS, Linear, make_norm
-from megalite.model.loss import FusedLinearCrossEntropy, Shard
+from megalite.model.linear import Linear
+from megalite.model.loss import FusedLinearCrossEntropy, VocabularyShard
+from megalite.model.mlp import ACTIVATIONS
+from megalite.model.norms import make_norm
+from megalite.model.regions import Regions
 
 
 class Classifier(nn.Module):
-    """A label's score from one token's hidden state, or from the mean of all.
-
-    Attributes:
-        label_smoothing: share of a target that is spread over all labels, in training.
-        class_weights: factor of each label's loss in training, [C].
-    """
+    """The scores of labels, from one token's hidden state or from the mean of all."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_labels, config.hidden_size))
-        self.pooling, self.dropout = config.classifier_pooling, config.hidden_dropout
-        self.label_smoothing = 0.0
-        self.class_weights: Tensor | None = None
+        self.pooling = config.classifier_pooling
+        self.dropout = config.hidden_dropout
 
     def forward(self, hidden_BTD: Tensor, lengths_B: Tensor) -> Tensor:
         """[B, T, D] -> fp32 [B, C]."""
@@ -45,19 +42,9 @@ class Classifier(nn.Module):
         pooled_BD = F.dropout(pooled_BD, self.dropout, self.training)
         return F.linear(pooled_BD, self.weight).float()
 
-    def loss(self, scores_BC: Tensor, labels_B: Tensor, mask_B: Tensor) -> Tensor:
-        """Sum of the cross entropy over samples with mask: fp32 scalar, nats."""
-        weights, smoothing = self.class_weights, self.label_smoothing
-        if not self.training:
-            weights, smoothing = None, 0.0
-        losses_B = F.cross_entropy(
-            scores_BC, labels_B, weight=weights, label_smoothing=smoothing, reduction="none"
-        )
-        return (losses_B * mask_B).sum()
-
 
 class Transform(nn.Module):
-    """What BERT does to a hidden state before it names the token (Devlin et al. 2018)."""
+    """BERT's layer between the last block and the head (Devlin et al. 2018)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -71,28 +58,60 @@ class Transform(nn.Module):
 
 
 class Head(nn.Module):
-    """The output head; its forward is the loss, so that ZeRO-3 gathers its weights for it."""
+    """The output layer over the vocabulary, with a weight of its own or the embedding's.
+
+    Its `forward` runs one of its methods, so that an engine's hooks (ZeRO-3) gather its weights
+    before it and release them after it.
+    """
 
     weight: nn.Parameter | None
 
-    def __init__(self, config: ModelConfig, *, bias: bool) -> None:
+    def __init__(self, config: ModelConfig, regions: Regions, *, bias: bool) -> None:
         super().__init__()
+        self.regions = regions
         V, D = config.vocab_size, config.hidden_size
         self.weight = None if config.tie_word_embeddings else nn.Parameter(torch.empty(V, D))
         self.bias = nn.Parameter(torch.empty(V)) if bias else None
 
-    def forward(
+    def forward(self, method: Callable[..., Tensor], *args: object, **options: object) -> Tensor:
+        return method(self, *args, **options)
+
+    def loss(
         self,
         hidden_BTD: Tensor,
-        labels_BT: Tensor | None,
-        mask_BT: Tensor | None,
-        loss: Callable[..., Tensor],
-        tied_VD: Tensor | None = None,
+        tied_VD: Tensor | None,
+        labels_BT: Tensor,
+        mask_BT: Tensor,
+        *,
+        rows_R: Tensor | None,
+        smoothing: float,
+        compiled: bool,
     ) -> Tensor:
+        """Sum the cross entropy over the tokens with mask: fp32 scalar, nats. See `head_loss`.
+
+        Args:
+            tied_VD: the embedding's weight, if the head has none.
+        """
+        return head_loss(
+            self.regions.copy(hidden_BTD),
+            self._pick(tied_VD),
+            labels_BT,
+            mask_BT,
+            self.regions.vocabulary,
+            bias_V=self.bias,
+            rows_R=rows_R,
+            compiled=compiled,
+            smoothing=smoothing,
+        )
+
+    def logits(self, hidden: Tensor, tied_VD: Tensor | None) -> Tensor:
+        """Return this rank's logits of hidden states: [..., D] -> [..., V]."""
+        return F.linear(hidden, self._pick(tied_VD), self.bias)
+
+    def _pick(self, tied_VD: Tensor | None) -> Tensor:
         weight = self.weight if tied_VD is None else tied_VD
-        if self.bias is None:
-            return loss(hidden_BTD, weight, labels_BT, mask_BT)
-        return loss(hidden_BTD, weight, labels_BT, mask_BT, bias_V=self.bias)
+        assert weight is not None
+        return weight
 
 
 def head_loss(
@@ -100,29 +119,30 @@ def head_loss(
     weight_VD: Tensor,
     labels_BT: Tensor,
     mask_BT: Tensor,
-    shard: Shard | None = None,
+    shard: VocabularyShard | None = None,
     *,
     bias_V: Tensor | None = None,
-    chosen_R: Tensor | None = None,
+    rows_R: Tensor | None = None,
     compiled: bool = False,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """The fused head and cross entropy over flattened rows.
+    """Compute the fused head and cross entropy over flattened rows: fp32 scalar, nats.
 
     Args:
-        chosen_R: the rows it is computed for, among them all that count; None: every row.
-        shard: where W is a part of the vocabulary's rows.
-        compiled: whether what happens between the matrix products is.
-        smoothing: share of each target that is spread over the vocabulary, in training.
+        shard: the part of the vocabulary whose rows the weight holds. None means all of it.
+        rows_R: the rows of [B x T] that are computed, among them all with mask. None means all.
+        compiled: whether what happens between the matrix products is compiled.
+        smoothing: the share of each target that is spread over the vocabulary, in training.
     """
     rows = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    if not torch.is_grad_enabled():  # an autograd function is told of the weight's wish regardless
+    if not torch.is_grad_enabled():  # needs_input_grad ignores it: the weight would get a gradient
         weight_VD = weight_VD.detach()
-        bias_V, smoothing = None if bias_V is None else bias_V.detach(), 0.0
+        bias_V = None if bias_V is None else bias_V.detach()
+        smoothing = 0.0
     labels_R, mask_R = labels_BT.reshape(-1), mask_BT.reshape(-1)
-    if chosen_R is not None:
-        rows = rows.index_select(0, chosen_R)
-        labels_R, mask_R = labels_R[chosen_R], mask_R[chosen_R]
+    if rows_R is not None:
+        rows = rows.index_select(0, rows_R)
+        labels_R, mask_R = labels_R[rows_R], mask_R[rows_R]
     loss: Tensor = FusedLinearCrossEntropy.apply(
         rows, weight_VD, labels_R, mask_R, shard, compiled, bias_V, smoothing
     )

@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 from megalite.arch import chunk_rows
 
 
-class Shard(Protocol):
-    """A part of the vocabulary's rows, and sums over all parts (`megalite.parallel.tensor`)."""
+class VocabularyShard(Protocol):
+    """A part of the vocabulary's rows, and reductions over the ranks that hold the others."""
 
     first: int
     held: int
@@ -61,7 +61,11 @@ def to_gradient(
 
 
 def _whole(
-    logits_CV: Tensor, labels_C1: Tensor, hit_C1: Tensor, shard: Shard | None, compiled: bool
+    logits_CV: Tensor,
+    labels_C1: Tensor,
+    hit_C1: Tensor,
+    shard: VocabularyShard | None,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`statistics` over all shards; not compiled, `exp(logits - peak)` is left in place.
 
@@ -99,7 +103,7 @@ def _compiled() -> tuple[Any, Any, Any]:
 class _Smoothing:
     """A part of the label's logit that becomes the mean of all logits (Szegedy et al. 2015)."""
 
-    def __init__(self, part: float, weight_VD: Tensor, shard: Shard | None) -> None:
+    def __init__(self, part: float, weight_VD: Tensor, shard: VocabularyShard | None) -> None:
         self.part, self.held = part, shard.held if shard else len(weight_VD)
         self.vocabulary = shard.vocab_size if shard else len(weight_VD)
         self.mean_D = weight_VD[: self.held].sum(dim=0, dtype=torch.float32) / self.vocabulary
@@ -146,7 +150,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         weight_VD: Tensor,
         labels_R: Tensor,
         mask_R: Tensor,
-        shard: Shard | None = None,
+        shard: VocabularyShard | None = None,
         compiled: bool = False,
         bias_V: Tensor | None = None,
         smoothing: float = 0.0,

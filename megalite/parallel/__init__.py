@@ -1,7 +1,17 @@
 """Ranks, process groups and collectives, and the ordered changes made to a single-device model."""
 
-from megalite.parallel.apply import prepare
+from megalite.parallel.apply import apply_recompute_and_compile
 from megalite.parallel.grid import Grid, start, stop
-from megalite.parallel.tensor import is_counted, local_model, split
+from megalite.parallel.regions import make_regions, shard_config
+from megalite.parallel.tensor import apply_tensor_parallel, is_counted
 
-__all__ = ["Grid", "is_counted", "local_model", "prepare", "split", "start", "stop"]
+__all__ = [
+    "Grid",
+    "apply_recompute_and_compile",
+    "apply_tensor_parallel",
+    "is_counted",
+    "make_regions",
+    "shard_config",
+    "start",
+    "stop",
+]

@@ -1,10 +1,10 @@
-"""What is done to a single-device model before it trains, in one fixed order.
+"""Recompute and compilation of a model's blocks, in one fixed order.
 
     recompute   blocks keep less of the forward and compute it again in the backward
     compile     each block's forward, recompute included, becomes fused kernels
 
-The order matters: recompute inside the compiled forward is traced with it, the other way round
-every block would break the graph.
+The order matters: recompute inside the compiled forward is traced with it. In the other order every
+block would break the graph.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -22,9 +21,11 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-# What selective recompute keeps: the results that cost matrix products. Norms, activations,
-# rotations and dropout cost little and are computed again (Korthikanti et al. 2022, in the finer
-# form of torch's policies).
+from megalite.model.stack import Block
+
+# Selective recompute keeps the results that cost matrix products. Norms, activations, rotations and
+# dropout cost little and are computed again (Korthikanti et al. 2022, in the finer form of torch's
+# policies).
 _KEEP = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -37,27 +38,38 @@ _KEEP = {
 }
 
 
-def prepare(blocks: Iterable[nn.Module], *, recompute: str, compile_blocks: bool) -> None:
-    """Wrap the forward of every block in place.
+def apply_recompute_and_compile(
+    blocks: Iterable[Block], *, recompute: str, compile_blocks: bool
+) -> None:
+    """Have every block recompute parts of its forward and run compiled.
 
     Args:
         blocks: the repeated blocks of a model.
-        recompute: "none", "selective" (keep matrix products and attention) or "full" (keep the
-            block's input alone).
-        compile_blocks: compile each block's forward; equal blocks share the compiled code.
+        recompute: "none", "selective" (keep matrix products and attention) or "full" (keep only
+            the block's input).
+        compile_blocks: whether to compile each block; equal blocks share the compiled code.
     """
     for block in blocks:
-        forward = block.forward
         if recompute == "full":
-            forward = partial(checkpoint, forward, use_reentrant=False)
+            block.wrap(_recompute_all)
         elif recompute == "selective":
             # torch.compile reads the policy out of torch's own contexts
+            # (torch/_higher_order_ops/wrap.py: TagActivationCheckpoint)
             torchs = partial(create_selective_checkpoint_contexts, _policy)
             contexts = torchs if compile_blocks else partial(_contexts, torchs)
-            forward = partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
+            block.wrap(partial(_recompute_some, contexts))
         if compile_blocks:
-            forward = torch.compile(forward)
-        block.forward = forward
+            block.wrap(torch.compile)
+
+
+def _recompute_all(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return partial(checkpoint, forward, use_reentrant=False)
+
+
+def _recompute_some(
+    contexts: Callable[[], tuple[Any, Any]], forward: Callable[..., Any]
+) -> Callable[..., Any]:
+    return partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
 
 
 def _contexts(make: Callable[[], tuple[Any, Any]]) -> tuple[_KeptOnly, _KeptOnly]:
@@ -66,10 +78,10 @@ def _contexts(make: Callable[[], tuple[Any, Any]]) -> tuple[_KeptOnly, _KeptOnly
 
 
 class _KeptOnly(TorchDispatchMode):
-    """Shows torch's bookkeeping the operations that are kept, and no other.
+    """A mode that shows torch's bookkeeping only the operations that are kept.
 
-    It holds the recompute's operations against the forward's. Those that an engine adds around a
-    layer (ZeRO-3 fetches and frees weights, or finds them fetched) differ between the two.
+    Torch compares the recompute's operations with the forward's. Those that an engine adds around a
+    layer differ between the two: ZeRO-3 fetches and frees weights, or finds them fetched.
     """
 
     def __init__(self, mode: Any) -> None:
@@ -88,6 +100,6 @@ def _policy(_context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPoli
 
 
 def _drops(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """A kept result does not move the generator on, and the next dropout would draw anew."""
+    """Return whether an operation drops: if kept, it would not advance the random generator."""
     names = [argument.name for argument in op._schema.arguments]
     return bool({**dict(zip(names, args, strict=False)), **kwargs}.get("dropout_p"))

@@ -1,7 +1,7 @@
 """Collectives of the ranks that share a model, each with its backward.
 
-A collective is started and finished apart: what is computed in between hides it. Where
-torch.compile traces, starting waits, and the compiler orders what it can.
+A collective starts and finishes separately: what is computed in between hides it. While
+torch.compile traces, the start already waits, and the compiler orders what it can.
 
 B batch   T tokens   t tokens of one rank, T / ranks   D width   O outputs of a layer's part
 """
@@ -16,17 +16,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 Finish = Callable[[], Tensor]
+Exchange = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 
-def start_sum(x: Tensor, group: dist.ProcessGroup) -> Finish:
-    """The sum over the ranks, of `x`'s shape; `x` is left as it is."""
+def all_reduce_async(x: Tensor, group: dist.ProcessGroup) -> Finish:
+    """Start the sum over the ranks; `x` is left as it is."""
     # not in place: selective recompute keeps x, and would sum it a second time
     y = x.clone(memory_format=torch.contiguous_format)
     return _finish(dist.all_reduce(y, group=group, async_op=_may_wait()), lambda: y)
 
 
-def start_gather(x_BtD: Tensor, group: dist.ProcessGroup) -> Finish:
-    """The tokens of all ranks, in order of ranks: [B, t, D] -> [B, T, D]."""
+def all_gather_async(x_BtD: Tensor, group: dist.ProcessGroup) -> Finish:
+    """Start to gather the tokens of all ranks, in the order of ranks: [B, t, D] -> [B, T, D]."""
     B, t, D = x_BtD.shape
     n = dist.get_world_size(group)
     y = x_BtD.new_empty((n * B, t, D))
@@ -34,8 +35,8 @@ def start_gather(x_BtD: Tensor, group: dist.ProcessGroup) -> Finish:
     return _finish(work, lambda: y.view(n, B, t, D).transpose(0, 1).reshape(B, n * t, D))
 
 
-def start_scatter_sum(x_BTD: Tensor, group: dist.ProcessGroup) -> Finish:
-    """The rank's own tokens of the sum over the ranks: [B, T, D] -> [B, t, D]."""
+def reduce_scatter_async(x_BTD: Tensor, group: dist.ProcessGroup) -> Finish:
+    """Start the sum over the ranks, of which each keeps its own tokens: [B, T, D] -> [B, t, D]."""
     B, T, D = x_BTD.shape
     n = dist.get_world_size(group)
     parts = x_BTD.view(B, n, T // n, D).transpose(0, 1).contiguous().view(n * B, T // n, D)
@@ -48,7 +49,7 @@ def _may_wait() -> bool:
     return not torch.compiler.is_compiling()
 
 
-def _finish(work: Any, result: Finish, *_alive: Tensor) -> Finish:
+def _finish(work: Any, result: Finish, *_kept_alive: Tensor) -> Finish:
     def finish() -> Tensor:
         if work is not None:
             work.wait()
@@ -57,92 +58,98 @@ def _finish(work: Any, result: Finish, *_alive: Tensor) -> Finish:
     return finish
 
 
-class Share(torch.autograd.Function):
-    """What every rank reads whole: itself forward, the sum of its gradients backward."""
+class _Exchange(torch.autograd.Function):
+    """One exchange in the forward, and the exchange that is its transpose in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, group: dist.ProcessGroup, there: Exchange, back: Exchange
+    ) -> Tensor:
         ctx.group = group
-        return x.view_as(x)
+        ctx.back = back
+        return there(x, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return start_sum(grads[0], ctx.group)(), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grads[0], ctx.group), None, None, None
 
 
-class Sum(torch.autograd.Function):
-    """What every rank has a part of: the sum over ranks forward, itself backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return start_sum(x, group)()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+# The names are those of Megatron-LM's regions (megatron/core/tensor_parallel/mappings.py).
 
 
-class GatherTokens(torch.autograd.Function):
-    """[B, t, D] -> [B, T, D], which ranks go on with in different ways: gradients are summed."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BtD: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return start_gather(x_BtD, group)()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return start_scatter_sum(grads[0], ctx.group)(), None
+def copy_to_tp(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return `x`, which every rank has whole and uses differently: gradients are summed."""
+    return _apply(x, group, _view, _all_reduce)
 
 
-class SumToTokens(torch.autograd.Function):
-    """`Sum`, of which each rank keeps its tokens: [B, T, D] -> [B, t, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return start_scatter_sum(x_BTD, group)()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return start_gather(grads[0], ctx.group)(), None
+def reduce_from_tp(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum what each rank computed; the gradient passes as it is."""
+    return _apply(x, group, _all_reduce, _same)
 
 
-class TakeTokens(torch.autograd.Function):
-    """The rank's own tokens of what every rank has whole: [B, T, D] -> [B, t, D]."""
+def gather_seq(x_BtD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gather the tokens of all ranks, which use them differently: [B, t, D] -> [B, T, D].
 
-    @staticmethod
-    def forward(ctx: Any, x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        n, rank = dist.get_world_size(group), dist.get_rank(group)
-        return x_BTD.chunk(n, dim=1)[rank].contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return start_gather(grads[0], ctx.group)(), None
+    Gradients are summed, and each rank keeps those of its own tokens.
+    """
+    return _apply(x_BtD, group, _all_gather, _reduce_scatter)
 
 
-class AllTokens(torch.autograd.Function):
-    """[B, t, D] -> [B, T, D], which every rank goes on with alike: its gradient is its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BtD: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return start_gather(x_BtD, group)()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        n, rank = dist.get_world_size(ctx.group), dist.get_rank(ctx.group)
-        return grads[0].chunk(n, dim=1)[rank].contiguous(), None
+def reduce_scatter_seq(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum what each rank computed and keep the rank's own tokens: [B, T, D] -> [B, t, D]."""
+    return _apply(x_BTD, group, _reduce_scatter, _all_gather)
 
 
-class ColumnLinear(torch.autograd.Function):
-    """x W^T, where every rank has other rows of W: [B, T, D] -> [B, T, O].
+def scatter_seq(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Keep the rank's own tokens of what every rank has whole: [B, T, D] -> [B, t, D]."""
+    return _apply(x_BTD, group, _own_tokens, _all_gather)
 
-    The sum of the input's gradients over the ranks travels while the weight's gradient is made.
-    With `tokens`, x is a rank's own tokens, [B, t, D]: they are gathered for the product, kept as
-    they came, and gathered again in the backward while the input's gradient is made (Korthikanti et
-    al. 2022).
+
+def gather_seq_replicated(x_BtD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Gather the tokens of all ranks, with which all go on identically: [B, t, D] -> [B, T, D].
+
+    Each rank keeps the gradients of its own tokens.
+    """
+    return _apply(x_BtD, group, _all_gather, _own_tokens)
+
+
+def _apply(x: Tensor, group: dist.ProcessGroup, there: Exchange, back: Exchange) -> Tensor:
+    y: Tensor = _Exchange.apply(x, group, there, back)
+    return y
+
+
+def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return all_reduce_async(x, group)()
+
+
+def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return all_gather_async(x, group)()
+
+
+def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return reduce_scatter_async(x, group)()
+
+
+def _own_tokens(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    n, rank = dist.get_world_size(group), dist.get_rank(group)
+    return x_BTD.chunk(n, dim=1)[rank].contiguous()
+
+
+def _view(x: Tensor, _group: dist.ProcessGroup) -> Tensor:
+    return x.view_as(x)  # autograd takes no input as an output
+
+
+def _same(x: Tensor, _group: dist.ProcessGroup) -> Tensor:
+    return x
+
+
+class ColumnParallelMatmul(torch.autograd.Function):
+    """x W^T, if every rank has other rows of W: [B, T, D] -> [B, T, O].
+
+    The sum of the input's gradients over the ranks travels while the weight's gradient is computed.
+    With `tokens`, x holds a rank's own tokens, [B, t, D]. They are gathered for the product, kept
+    as they came, and gathered again in the backward while the input's gradient is computed
+    (Korthikanti et al. 2022).
     """
 
     @staticmethod
@@ -150,25 +157,27 @@ class ColumnLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight_OD: Tensor, group: dist.ProcessGroup, tokens: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight_OD)
-        ctx.group, ctx.tokens = group, tokens
-        whole = start_gather(x, group)() if tokens else x
+        ctx.group = group
+        ctx.tokens = tokens
+        whole = all_gather_async(x, group)() if tokens else x
         return whole @ weight_OD.t()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight_OD = ctx.saved_tensors
         grad_BTO = grads[0]
-        wants_x, wants_weight = ctx.needs_input_grad[:2]
-        gathered = start_gather(x, ctx.group) if ctx.tokens and wants_weight else lambda: x
+        input_needs_grad, weight_needs_grad = ctx.needs_input_grad[:2]
+        gathers = ctx.tokens and weight_needs_grad
+        gathered = all_gather_async(x, ctx.group) if gathers else lambda: x
         summed: Finish | None = None
         grad_weight = None
-        if wants_x:
-            start = start_scatter_sum if ctx.tokens else start_sum
+        if input_needs_grad:
+            start = reduce_scatter_async if ctx.tokens else all_reduce_async
             grad_x = grad_BTO @ weight_OD
             whole = gathered()
             summed = start(grad_x, ctx.group)
         else:
             whole = gathered()
-        if wants_weight:
+        if weight_needs_grad:
             grad_weight = grad_BTO.flatten(0, 1).t() @ whole.flatten(0, 1)
         return summed() if summed else None, grad_weight, None, None

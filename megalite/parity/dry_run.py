@@ -25,13 +25,18 @@ from torch.utils._pytree import tree_leaves
 
 from megalite import arch
 from megalite.config import Precision, RunConfig, target_count
-from megalite.engine.base import tune
+from megalite.engine.base import freeze
 from megalite.env import Launch
 from megalite.errors import CommandError
 from megalite.log import write_report
 from megalite.mesh import Mesh
-from megalite.model import LanguageModel, build
-from megalite.parallel import Grid, local_model, prepare, split
+from megalite.model import LanguageModel, build, make_objective
+from megalite.parallel import (
+    Grid,
+    apply_recompute_and_compile,
+    apply_tensor_parallel,
+    make_regions,
+)
 from megalite.plan import Collective, Plan, labelled, make_plan, tensor_collectives
 from megalite.plan.devices import Kind, find_device
 from megalite.plan.zero import local_elements
@@ -80,7 +85,7 @@ def dry_run(config: RunConfig, plan: Plan) -> DryRun:
         model = _build(config, plan, grid)
         calls = _Calls()
         with calls:
-            loss = model(_batch(config, plan))
+            loss = model(make_objective(config).loss, _batch(config, plan)).total
             loss.backward()
     assert loss.shape == (), loss.shape
     assert loss.dtype == torch.float32, loss.dtype
@@ -125,14 +130,14 @@ def _build(config: RunConfig, plan: Plan, grid: Grid) -> LanguageModel:
     # Compiled code calls the same collectives, and compiling would only cost time here.
     plain = config.training.model_copy(update={"compile": False})
     config = config.model_copy(update={"training": plain})
+    sequence = config.parallel.sequence
     with torch.device("meta"):
-        model = build(local_model(config.model, plan.tensor_parallel))
+        model = build(config.model, make_regions(config.model, grid, sequence=sequence))
     model.to(plan.precision.torch)
-    loss = model.head_loss = tune(model, config)
-    if plan.tensor_parallel > 1:
-        split(model, config.model, grid, loss, sequence=config.parallel.sequence)
+    freeze(model, config)
+    apply_tensor_parallel(model, config.model, grid, sequence=sequence)
     recompute = config.training.activation_checkpointing
-    prepare(model.blocks, recompute=recompute, compile_blocks=False)
+    apply_recompute_and_compile(model.blocks, recompute=recompute, compile_blocks=False)
     return model.train()
 
 

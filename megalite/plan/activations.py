@@ -126,7 +126,7 @@ def _noise(config: RunConfig, element: int, device: Kind) -> int:
 def _mask_samples(config: RunConfig, stack: _Stack) -> int:
     """Return how many [T, T] masks a stack's self-attention has in a micro-batch; 0: none.
 
-    As `megalite.model.attend` makes them: for documents and padding one of each sample, for a
+    As `megalite.model.attention` makes them: for documents and padding one of each sample, for a
     window alone one for all.
     """
     tuning, window = config.finetune, config.model.sliding_window

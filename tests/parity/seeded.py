@@ -13,6 +13,7 @@ import megalite.engine.zero as zero
 from megalite import checkpoint, env
 from megalite.cli import run_main
 from megalite.parallel import tensor
+from megalite.parallel.collectives import reduce_from_tp
 from megalite.parity import worker
 
 UNMARKED = "model.layers.1.mlp.down_proj.weight"
@@ -24,13 +25,13 @@ DROPPED = "model.layers.0.mlp.up_proj.weight"
 
 
 def after_split(change: Any) -> None:
-    """Let `change(model, grid)` follow where the engine splits its model."""
+    """Let `change(model, grid)` follow where the engine marks the parameters that ranks share."""
 
-    def split(model: Any, config: Any, grid: Any, loss: Any, **options: Any) -> None:
-        tensor.split(model, config, grid, loss, **options)
+    def apply(model: Any, config: Any, grid: Any, **options: Any) -> None:
+        tensor.apply_tensor_parallel(model, config, grid, **options)
         change(model, grid)
 
-    zero.split = split
+    zero.apply_tensor_parallel = apply
 
 
 def unmarked(model: Any, _grid: Any) -> None:
@@ -41,7 +42,7 @@ def biased(model: Any, grid: Any) -> None:
     module = model.get_submodule(BIASED)
 
     def forward(x: Any) -> Any:
-        return tensor.Sum.apply(F.linear(x, module.weight) + module.bias, grid.tensor_group)
+        return reduce_from_tp(F.linear(x, module.weight) + module.bias, grid.tensor_group)
 
     module.forward = forward
 

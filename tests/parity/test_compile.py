@@ -1,4 +1,4 @@
-"""Compiled training: whole graphs, all of them made by the end of the first step."""
+"""Compiled training: whole graphs, all made by the end of the first step, and released weights."""
 
 from __future__ import annotations
 
@@ -16,19 +16,30 @@ pytestmark = pytest.mark.skipif(not has_compiler(), reason="torch.compile needs 
 
 
 def counted(launch: Launch, raw: dict[str, Any]) -> dict[str, Any]:
-    """Train; what torch has compiled by each step, and the graph breaks of the whole run."""
+    """Train; what torch has compiled by each step, graph breaks, and weights that are not released.
+
+    The weights are counted after each backward, and of each block after its forward.
+    """
     from torch._dynamo.utils import counters
 
     from megalite.train import Request, run
 
     graphs = list[int]()
+    held = list[int]()
 
-    def inspect(_step: int, *_: Any) -> None:
+    def elements(module: Any) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    def inspect(_step: int, engine: Any, *_: Any) -> None:
         graphs.append(counters["stats"]["unique_graphs"])
+        held.append(elements(engine.model))
+        if len(graphs) == 1:  # after the engine's own hooks
+            for block in engine.model.blocks:
+                block.register_forward_hook(lambda block, *_: held.append(elements(block)))
 
     run(Request(parse_config(raw), inspect=inspect), launch)
     graphs.append(counters["stats"]["unique_graphs"])
-    return {"graphs": graphs, "breaks": dict(counters["graph_break"])}
+    return {"graphs": graphs, "breaks": dict(counters["graph_break"]), "held": held}
 
 
 @pytest.mark.parametrize(
@@ -51,4 +62,8 @@ def test_nothing_breaks_and_nothing_is_compiled_again(
         assert rank["breaks"] == {}
         # a block, and the loss's two passes, in validation and in training
         assert 3 <= rank["graphs"][0] <= 6
+        # no recompile: not one more graph after the first step
         assert set(rank["graphs"]) == {rank["graphs"][0]}
+        # six backwards, and the forwards of two blocks in five steps and in validations
+        assert len(rank["held"]) > 6 + 5 * 2
+        assert stage != 3 or set(rank["held"]) == {0}

@@ -13,7 +13,7 @@ from data_prep.chat import CHATML
 from megalite.data import ExampleSet, first_batches
 from megalite.formats.examples import read_manifest
 from tests.dist.test_finetune import numbers, tune, tuning_file
-from tests.factories import make_model, run_config
+from tests.factories import loss_of, make_model, run_config
 from tests.labelled import jsonl, make
 from tests.ranks import run_ranks
 from tests.runs import zero
@@ -49,7 +49,7 @@ def test_the_loss_of_twenty_conversations(
         for batch in first_batches(
             dataset, dataset.num_samples, micro_batch_size=3, data_rank=0, data_size=1
         ):
-            total += float(model(batch.tensors))
+            total += float(loss_of(model, batch.tensors))
             targets += batch.targets
     wanted, counted = 0.0, 0
     asked = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}

@@ -77,9 +77,10 @@ def _draw(launch: Any) -> list[list[float]]:
     """Numbers of the shared stream, of a split region, and of the shared stream after it."""
     import torch
 
-    from megalite.parallel.tensor import _own_randomness
+    from megalite.parallel.regions import fork_randomness
 
     torch.manual_seed(3)
     shared = torch.rand(4)
-    own = _own_randomness(torch.rand_like, launch.rank, torch.empty(4))
+    with fork_randomness(torch.device("cpu"), launch.rank):
+        own = torch.rand(4)
     return [shared.tolist(), own.tolist(), torch.rand(4).tolist()]

@@ -23,7 +23,7 @@ LAYERS = (
     *("errors", "launchers", "env", "log", "files", "registry", "mesh", "cli|spawn", "config"),
     *("arch", "plan"),
     *("hub", "tokenizers"),
-    *("formats", "parallel", "data|model|optim", "engine", "checkpoint", "observe"),
+    *("formats", "model", "parallel", "data|optim", "engine", "checkpoint", "observe"),
     *("evaluate|report", "train", "parity|doctor"),
 )
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split("|")}

@@ -27,6 +27,7 @@ from megalite.mesh import Mesh
 from megalite.model import build
 from megalite.parallel import Grid
 from tests.factories import (
+    loss_of,
     make_batch,
     make_engine,
     model_config,
@@ -133,7 +134,7 @@ def test_weights_for_use_without_an_engine(grid: Grid, root: Path, tmp_path: Pat
     model = build(trained.config.model)
     checkpoint.load_into(model, trained.config.model, StoredCheckpoint(folder, manifest))
     batch = make_batch(trained.config.model).tensors
-    assert model(batch).item() == trained.model.eval()(batch).item()
+    assert loss_of(model, batch).item() == loss_of(trained.model.eval(), batch).item()
 
 
 def test_weights_alone_start_a_new_run(grid: Grid, root: Path) -> None:

@@ -36,6 +36,7 @@ from megalite.evaluate import open_model
 from megalite.evaluate.verify import inputs_of, theirs, verify
 from megalite.model import LanguageModel, build, initialize
 from megalite.tokenizers.tokenizer import load_tokenizer
+from tests.factories import loss_of
 from tests.families import FAMILIES, model_section
 
 transformers = pytest.importorskip("transformers")
@@ -96,7 +97,7 @@ def test_a_family_of_hugging_faces(family: str, number: int, tmp_path: Path) -> 
     ids = torch.randint(config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
     labels = ids.roll(-1, 1)
     batch = inputs_of(opened, ids) | {"labels": labels, "loss_mask": torch.ones_like(ids).bool()}
-    loss = opened.model(batch) / ids.numel()
+    loss = loss_of(opened.model, batch) / ids.numel()
     loss.backward()
     kinds = {"decoder": "CausalLM", "encoder": "MaskedLM", "encoder_decoder": "Seq2SeqLM"}
     auto = getattr(transformers, f"AutoModelFor{kinds[config.architecture]}")

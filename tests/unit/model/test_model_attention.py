@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megalite.model.attend import attend, attention_mask
+from megalite.model.attention import attend, attention_mask
 
 
 def test_the_quick_brown_fox() -> None:

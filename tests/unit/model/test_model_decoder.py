@@ -13,7 +13,7 @@ from torch import Tensor
 from megalite import arch
 from megalite.config import ModelConfig
 from megalite.model import LanguageModel, build
-from tests.factories import make_batch, make_model, model_config
+from tests.factories import loss_of, make_batch, make_model, model_config
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -148,7 +148,7 @@ def test_logits_and_loss_against_a_plain_decoder(variant: str) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * max(1.0, scale))
     loss = F.cross_entropy(expected.flatten(0, 1), tensors["labels"].flatten(), reduction="none")
     counted = loss[tensors["loss_mask"].flatten()].sum().item()
-    assert model(tensors).item() == pytest.approx(counted, rel=2e-6)
+    assert loss_of(model, tensors).item() == pytest.approx(counted, rel=2e-6)
 
 
 @pytest.mark.parametrize("variant", ["llama", "gpt-2", "transformer of 2017"])
@@ -168,7 +168,7 @@ def test_the_head_is_in_no_row_twice() -> None:
     for variant, overrides in VARIANTS.items():
         config = model_config(**overrides)
         model = make_model(config, spread=0.2)
-        model(make_batch(config, samples=4, length=30).tensors).backward()
+        loss_of(model, make_batch(config, samples=4, length=30).tensors).backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, (variant, name)
             assert parameter.grad.abs().max() > 0, (variant, name)
@@ -243,12 +243,13 @@ def pack(config: ModelConfig, *, seed: int = 3) -> tuple[dict[str, Tensor], list
 
 def alone(model: LanguageModel, document: Tensor) -> Tensor:
     """The loss of a document that fills its own window."""
-    return model(
+    return loss_of(
+        model,
         {
             "input_ids": document[None, :-1],
             "labels": document[None, 1:],
             "loss_mask": torch.ones(1, len(document) - 1, dtype=torch.bool),
-        }
+        },
     )
 
 
@@ -258,7 +259,7 @@ def test_a_packed_window_is_its_documents_alone(variant: str) -> None:
     together, apart = (make_model(config, spread=0.2) for _ in range(2))
     window, documents = pack(config)
     expected = torch.stack([alone(apart, d) for d in documents if len(d) > 1]).sum()
-    found = together(window)
+    found = loss_of(together, window)
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
     found.backward()
     expected.backward()
@@ -268,7 +269,7 @@ def test_a_packed_window_is_its_documents_alone(variant: str) -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=atol, msg=name)
     # and the mask is what makes it so
     del window["document_ids"]
-    assert together(window).item() != pytest.approx(expected.item(), rel=1e-4)
+    assert loss_of(together, window).item() != pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_documents_of_samples_do_not_mix() -> None:
@@ -279,8 +280,8 @@ def test_documents_of_samples_do_not_mix() -> None:
     windows[1]["document_ids"] = windows[1]["document_ids"] // 2
     windows[1]["position_ids"] = torch.arange(24)[None]
     both = {name: torch.cat([w[name] for w in windows]) for name in windows[0]}
-    expected = sum(model(window).item() for window in windows)
-    assert model(both).item() == pytest.approx(expected, rel=1e-6)
+    expected = sum(loss_of(model, window).item() for window in windows)
+    assert loss_of(model, both).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -352,11 +353,11 @@ def test_dropout_acts_where_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     config = model_config(hidden_dropout=0.25, attention_dropout=0.5)
     model, batch = make_model(config), make_batch(config).tensors
-    model.train()(batch)
+    loss_of(model.train(), batch)
     block = [("attention", 0.5), ("hidden", 0.25), ("hidden", 0.25)]
     assert calls == [("hidden", 0.25), *block, *block]
     calls.clear()
-    model.eval()(batch)
+    loss_of(model.eval(), batch)
     assert {p for _, p in calls} == {0.0}
 
 
@@ -364,8 +365,8 @@ def test_half_precision_stays_near() -> None:
     config = model_config()
     model = make_model(config, spread=0.2)
     batch = make_batch(config, samples=4, length=31).tensors
-    expected = model(batch).item()
-    assert model.bfloat16()(batch).item() == pytest.approx(expected, rel=0.02)
+    expected = loss_of(model, batch).item()
+    assert loss_of(model.bfloat16(), batch).item() == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from megalite.config import ModelConfig
-from megalite.model import build, decoding, initialize
+from megalite.model import build, initialize
+from megalite.model.matmul import small_batch_linear
 
 
 @pytest.mark.parametrize("shape", [(48, 1), (1, 1, 48), (2, 1, 48), (8, 48), (33, 48), (3, 5, 48)])
@@ -20,8 +21,8 @@ def test_few_rows_are_multiplied_as_ever(shape: tuple[int, ...], columns: bool) 
     if columns:
         weight = weight.t().contiguous().t()
     with torch.inference_mode():
-        torch.testing.assert_close(decoding.few_rows(x, weight), F.linear(x, weight))
-        torch.testing.assert_close(decoding.few_rows(x, weight, bias), F.linear(x, weight, bias))
+        torch.testing.assert_close(small_batch_linear(x, weight), F.linear(x, weight))
+        torch.testing.assert_close(small_batch_linear(x, weight, bias), F.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -50,7 +51,7 @@ def test_preparing_changes_the_layout_alone(architecture: str, tied: bool) -> No
     with torch.inference_mode():
         before = model.logits(batch)
         state = {name: value.clone() for name, value in model.state_dict().items()}
-    decoding.prepare(model)
+    model.prepare_for_decoding()
     with torch.inference_mode():
         torch.testing.assert_close(model.logits(batch), before)
     for name, value in model.state_dict().items():

@@ -15,7 +15,7 @@ from megalite.arch import chunk_rows, ends
 from megalite.env import has_compiler
 from megalite.model.heads import head_loss
 from megalite.model.loss import FusedLinearCrossEntropy
-from tests.factories import make_batch, make_model, model_config
+from tests.factories import loss_of, make_batch, make_model, model_config
 
 R, D, V = 200, 12, 37  # chunks of 64 rows: three and a rest of 8
 
@@ -282,7 +282,7 @@ def test_the_models_loss_and_every_gradient(tied: bool) -> None:
     config = model_config(tie_word_embeddings=tied)
     fused, plain = (make_model(config, spread=0.1) for _ in range(2))
     tensors = make_batch(config, samples=6, length=24).tensors
-    loss = fused(tensors)
+    loss = loss_of(fused, tensors)
     (loss / 50).backward()
     labels, mask = tensors["labels"].flatten(), tensors["loss_mask"].flatten()
     logits = plain.logits(tensors["input_ids"]).flatten(0, 1)
@@ -310,7 +310,7 @@ def test_chosen_rows_give_the_loss_and_gradients_of_all(architecture: str) -> No
     found = []
     for batch in (tensors, tensors | {"target_rows": chosen}):
         model.zero_grad()
-        loss = model(batch)
+        loss = loss_of(model, batch)
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])  # type: ignore[union-attr]
     for whole, part in zip(*found, strict=True):

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy
 
 from megalite.model import LanguageModel
-from megalite.parallel import apply, prepare
-from tests.factories import make_batch, make_model, model_config
+from megalite.parallel import apply, apply_recompute_and_compile
+from tests.factories import loss_of, make_batch, make_model, model_config
 
 PRODUCTS = ("mm", "addmm", "bmm")
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
@@ -55,7 +55,7 @@ class Watch(TorchDispatchMode):
 def make(recompute: str, **overrides: Any) -> LanguageModel:
     config = model_config(**overrides)
     model = make_model(config, spread=0.1)
-    prepare(model.blocks, recompute=recompute, compile_blocks=False)
+    apply_recompute_and_compile(model.blocks, recompute=recompute, compile_blocks=False)
     return model.train()
 
 
@@ -68,7 +68,7 @@ def packed(samples: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
 
 def step(model: LanguageModel, batch: dict[str, torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
     torch.manual_seed(77)
-    loss = model(batch)
+    loss = loss_of(model, batch)
     torch.manual_seed(78)  # the backward must not depend on where the generator stands
     loss.backward()
     return loss.item(), [p.grad for p in model.parameters() if p.grad is not None]
@@ -101,7 +101,7 @@ def test_what_is_computed_again(dropout: float, masked: bool) -> None:
     batch = packed() if masked else make_batch(model_config(), length=16).tensors
     backward: dict[str, Watch] = {}
     for recompute in ("none", "selective", "full"):
-        loss = make(recompute, attention_dropout=dropout)(batch)
+        loss = loss_of(make(recompute, attention_dropout=dropout), batch)
         with Watch() as backward[recompute]:
             loss.backward()
     none, selective, full = backward.values()
@@ -142,7 +142,7 @@ def test_what_is_kept() -> None:
     kept = {}
     for recompute in ("none", "selective", "full"):
         model = make_model(config)
-        prepare(model.blocks, recompute=recompute, compile_blocks=False)
+        apply_recompute_and_compile(model.blocks, recompute=recompute, compile_blocks=False)
         with Watch() as watch:
             hidden = model.model(batch["input_ids"], {})
         kept[recompute] = watch.alive_bytes()
@@ -157,4 +157,4 @@ def test_what_is_kept() -> None:
 def test_evaluation_keeps_nothing() -> None:
     model, batch = make("selective"), make_batch(model_config()).tensors
     with torch.no_grad():
-        assert model(batch).item() == make("none")(batch).item()
+        assert loss_of(model, batch).item() == loss_of(make("none"), batch).item()

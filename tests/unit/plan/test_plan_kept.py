@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from megalite.config import RunConfig, parse_config
-from megalite.engine.base import tune
-from megalite.model import build, initialize
+from megalite.engine.base import freeze
+from megalite.model import build, initialize, make_objective
 from megalite.plan import labelled, make_plan
 from megalite.plan.activations import activation_bytes
 
@@ -85,7 +85,7 @@ def kept_bytes(run: RunConfig, dtype: torch.dtype) -> int:
     model = build(run.model)
     initialize(model, run.model, seed=0, gather=lambda _: nullcontext())
     model.to(dtype).train()
-    model.head_loss = tune(model, run)
+    freeze(model, run)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -95,7 +95,7 @@ def kept_bytes(run: RunConfig, dtype: torch.dtype) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(batch_of(run))
+        loss = model(make_objective(run).loss, batch_of(run)).total
     assert loss.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

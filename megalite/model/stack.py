@@ -1,0 +1,201 @@
+"""Blocks and stacks of them: token ids to hidden states.
+
+B batch   T tokens   S tokens of the encoder's text   D width
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalite.config import ModelConfig
+from megalite.model.attention import Attention, CrossAttention, attention_mask
+from megalite.model.cache import Cache, LayerCache
+from megalite.model.linear import Embedding, VocabularyEmbedding
+from megalite.model.mlp import MLP
+from megalite.model.norms import make_norm
+from megalite.model.positions import relative_position_buckets, rope_table, sinusoidal_positions
+from megalite.model.regions import Regions
+
+
+class Block(nn.Module):
+    """Self-attention, attention to the encoder's text if `cross`, and the MLP: residual branches.
+
+    Each is x + f(norm(x)), pre-norm (Xiong et al. 2020), or norm(x + f(x)), post-norm (Vaswani et
+    al. 2017).
+    """
+
+    def __init__(self, config: ModelConfig, regions: Regions, *, causal: bool, cross: bool) -> None:
+        super().__init__()
+        self.input_layernorm = make_norm(config)
+        self.self_attn = Attention(config, regions, causal=causal)
+        self.cross_attn = None
+        if cross:
+            self.cross_attn_layernorm = make_norm(config)
+            self.cross_attn = CrossAttention(config, regions)
+        self.post_attention_layernorm = make_norm(config)
+        self.mlp = MLP(config, regions)
+        self.dropout = config.hidden_dropout
+        self.post = config.norm_position == "post"
+        self._wrapped: Callable[..., Tensor] | None = None
+
+    def wrap(self, wrapper: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
+        """Wrap what `forward` calls, once more if it is wrapped already.
+
+        Hooks on the block, such as those by which ZeRO-3 fetches and releases its weights, stay
+        outside of the wrapper.
+        """
+        self._wrapped = wrapper(self._wrapped or self._branches)
+
+    def forward(self, *inputs: Tensor | LayerCache | None) -> Tensor:
+        """Compute the branches; the inputs are those of `_branches`."""
+        compute: Callable[..., Tensor] = self._wrapped or self._branches
+        return compute(*inputs)
+
+    def _branches(
+        self,
+        x_BTD: Tensor,
+        rope: Tensor | None,
+        mask: Tensor | None,
+        memory_BSD: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        x_BTD = self._add(x_BTD, self.input_layernorm, self.self_attn, rope, mask, cache)
+        if self.cross_attn is not None:
+            norm = self.cross_attn_layernorm
+            x_BTD = self._add(x_BTD, norm, self.cross_attn, memory_BSD, memory_mask, cache)
+        return self._add(x_BTD, self.post_attention_layernorm, self.mlp)
+
+    def _add(
+        self, x: Tensor, norm: nn.Module, branch: nn.Module, *inputs: Tensor | LayerCache | None
+    ) -> Tensor:
+        y = branch(x if self.post else norm(x), *inputs)
+        if self.dropout:
+            y = F.dropout(y, self.dropout, self.training)
+        return norm(x + y) if self.post else x + y
+
+
+class Stack(nn.Module):
+    """Token ids to hidden states.
+
+    Args:
+        embeds: whether the stack owns the token embeddings. `forward` takes them otherwise.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        regions: Regions,
+        layers: int,
+        *,
+        embeds: bool,
+        causal: bool,
+        cross: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.regions = regions
+        self.causal = causal
+        self._dropout = bool(config.hidden_dropout or config.attention_dropout)
+        D, kind = config.hidden_size, config.position_embedding
+        if embeds:
+            self.embed_tokens = VocabularyEmbedding(config, regions)
+        if kind == "learned":
+            self.embed_positions = Embedding(config.max_position_embeddings, D)
+        if config.type_vocab_size:
+            self.embed_types = Embedding(config.type_vocab_size, D)
+        if config.embedding_norm:
+            self.embed_norm = make_norm(config)
+        if kind == "relative":
+            buckets = config.relative_attention_num_buckets
+            self.relative_attention_bias = Embedding(buckets, config.num_attention_heads)
+        self.layers = nn.ModuleList(
+            Block(config, regions, causal=causal, cross=cross) for _ in range(layers)
+        )
+        if config.norm_position == "pre":
+            self.norm = make_norm(config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        inputs: Mapping[str, Tensor],
+        embed: nn.Module | None = None,
+        memory_BSD: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """[B, T] -> [B, T, D].
+
+        Args:
+            inputs: position_ids, document_ids, attention_mask and token_type_ids, each if it is
+                needed; see `LanguageModel.hidden`.
+            embed: the token embeddings, if the stack has none.
+            memory_BSD: the hidden states of the encoder's text, [B, S, D].
+            memory_mask: which of them are attended to, bool [B, 1, 1, S].
+            cache: the keys and values of the tokens before these; those of these are added.
+        """
+        T, past = input_ids.shape[1], cache.length if cache else 0
+        positions = inputs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(past, past + T, device=input_ids.device)
+        x_BTD = self._embed(embed or self.embed_tokens, input_ids, positions, inputs)
+        rope = None
+        if self.config.position_embedding == "rope":
+            rope = rope_table(positions, self.config)
+        mask = attention_mask(
+            T,
+            past + T,
+            causal=self.causal,
+            window=self.config.sliding_window,
+            document_ids=inputs.get("document_ids"),
+            keys=inputs.get("attention_mask"),
+            device=input_ids.device,
+            explicit=self.config.position_embedding == "relative",
+        )
+        if self.config.position_embedding == "relative":
+            mask = self._with_bias(mask, T, past + T).to(x_BTD.dtype)
+        x_BTD = self.regions.scatter(x_BTD, dropout=self._dropout and self.training)
+        for index, block in enumerate(self.layers):
+            kept = cache.layers[index] if cache else None
+            x_BTD = block(x_BTD, rope, mask, memory_BSD, memory_mask, kept)
+        if cache:
+            cache.length += T
+        return x_BTD if self.config.norm_position == "post" else self.norm(x_BTD)
+
+    def _embed(
+        self, embed: nn.Module, input_ids: Tensor, positions: Tensor, inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        config, kind = self.config, self.config.position_embedding
+        x_BTD: Tensor = embed(input_ids)
+        if config.embedding_multiplier != 1:
+            x_BTD = x_BTD * config.embedding_multiplier
+        if config.type_vocab_size:
+            types = inputs.get("token_type_ids")
+            x_BTD = x_BTD + self.embed_types(
+                torch.zeros_like(input_ids) if types is None else types
+            )
+        if kind == "learned":
+            x_BTD = x_BTD + self.embed_positions(positions)
+        elif kind == "sinusoidal":
+            x_BTD = x_BTD + sinusoidal_positions(positions, config.hidden_size).to(x_BTD.dtype)
+        if config.embedding_norm:
+            x_BTD = self.embed_norm(x_BTD)
+        if config.hidden_dropout:
+            x_BTD = F.dropout(x_BTD, config.hidden_dropout, self.training)
+        return x_BTD
+
+    def _with_bias(self, mask: Tensor | None, queries: int, keys: int) -> Tensor:
+        """Return T5's bias of each head for the distance of two tokens, -inf outside the mask."""
+        device = self.relative_attention_bias.weight.device
+        buckets = relative_position_buckets(
+            queries, keys, self.config, causal=self.causal, device=device
+        )
+        bias_1NTT = self.relative_attention_bias(buckets).permute(2, 0, 1)[None]
+        if mask is None:
+            return bias_1NTT
+        return bias_1NTT.masked_fill(~mask, -math.inf)

@@ -1,0 +1,115 @@
+# covers: megalite/parallel/regions.py megalite/parallel/tensor.py megalite/model/regions.py
+"""Regions over two ranks give the numbers of one device; on one device they do nothing."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megalite import arch
+from megalite.config import ModelConfig
+from megalite.env import Launch
+from megalite.mesh import Mesh
+from megalite.model import ONE_DEVICE, build, initialize
+from megalite.model.matmul import matmul
+from tests.factories import loss_of, make_batch, make_model, model_config
+from tests.ranks import run_ranks
+
+LORA = {"rank": 2, "targets": ["q_proj", "v_proj", "o_proj", "down_proj"]}
+MODELS: dict[str, dict[str, Any]] = {
+    "decoder": {},
+    "tied, odd vocabulary": {"tie_word_embeddings": True, "vocab_size": 61},
+    "adapters": {"adapter": LORA, "attention_bias": True, "mlp_bias": True},
+    "norms of heads": {"qk_norm": True},
+    "relative": {"architecture": "encoder_decoder", "position_embedding": "relative"},
+    "encoder": {"architecture": "encoder", "norm": "layernorm", "position_embedding": "learned"},
+}
+
+
+def batch_of(config: ModelConfig) -> dict[str, Tensor]:
+    tensors = dict(make_batch(config).tensors)
+    if config.architecture == "encoder_decoder":
+        tensors["decoder_input_ids"] = tensors["input_ids"]
+    return tensors
+
+
+def on_two_ranks(launch: Launch, section: dict[str, Any], sequence: bool) -> dict[str, Any]:
+    """The loss, the logits and this rank's gradients of a model that two ranks share."""
+    from megalite.parallel import apply_tensor_parallel, make_regions, start
+
+    grid = start(launch, tensor=2)
+    config = model_config(**section)
+    model = build(config, make_regions(config, grid, sequence=sequence))
+    initialize(model, config, seed=5, gather=lambda _: nullcontext(), at=grid.at)
+    apply_tensor_parallel(model, config, grid, sequence=sequence)
+    loss = loss_of(model, batch_of(config))
+    loss.backward()
+    grads = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
+    found = {"loss": loss.item(), "grads": grads}
+    if not sequence:
+        with torch.no_grad():
+            found["logits"] = model.logits(batch_of(config)).numpy()
+    return found
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_two_ranks_give_loss_logits_and_gradients_of_one_device(name: str, sequence: bool) -> None:
+    config = model_config(**MODELS[name])
+    model = make_model(config)
+    loss = loss_of(model, batch_of(config))
+    loss.backward()
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    for rank, found in enumerate(run_ranks(on_two_ranks, 2, MODELS[name], sequence)):
+        assert found["loss"] == pytest.approx(loss.item(), rel=1e-6)
+        if not sequence:
+            logits = model.logits(batch_of(config)).detach()
+            torch.testing.assert_close(torch.from_numpy(found["logits"]), logits, **close)
+        at = Mesh(data=1, tensor=2).at(rank)
+        for row in arch.parameters(config):
+            grad = model.get_parameter(row.name).grad
+            if grad is None:
+                assert row.name not in found["grads"]
+                continue
+            whole = {piece.tensor.name: grad[piece.target] for piece in arch.pieces(row)}
+            for piece in arch.pieces(row, at):
+                part = torch.from_numpy(found["grads"][row.name])[piece.target]
+                wanted = whole[piece.tensor.name][piece.source]
+                torch.testing.assert_close(part, wanted, **close, msg=row.name)
+
+
+def test_regions_of_one_device_are_identities() -> None:
+    x, weight = torch.randn(2, 3, 4), torch.randn(5, 4)
+    for region in (ONE_DEVICE.copy, ONE_DEVICE.reduce, ONE_DEVICE.gather):
+        assert region(x) is x
+    assert ONE_DEVICE.gather_vocabulary(x) is x
+    assert ONE_DEVICE.scatter(x, dropout=True) is x
+    assert torch.equal(ONE_DEVICE.column_linear(x, weight, matmul), F.linear(x, weight))
+    ids = torch.tensor([[1, 4]])
+    assert torch.equal(ONE_DEVICE.embed(ids, weight), weight[ids])
+    config = model_config()
+    assert ONE_DEVICE.shard_config(config) is config
+    torch.manual_seed(1)
+    with ONE_DEVICE.head_randomness(x, dropout=True):
+        drawn = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def vocabulary_of(launch: Launch) -> tuple[int, int, bool]:
+    from megalite.parallel import make_regions, start
+
+    grid = start(launch, tensor=2)
+    config = model_config(vocab_size=61)
+    regions = make_regions(config, grid)
+    assert regions.vocabulary is not None
+    return regions.vocabulary.first, regions.vocabulary.held, regions.size == 2
+
+
+def test_last_rank_holds_fewer_rows_of_a_vocabulary_that_ranks_do_not_divide() -> None:
+    assert run_ranks(vocabulary_of, 2) == [(0, 31, True), (31, 30, True)]
