@@ -177,6 +177,8 @@ def _load(plugin: Plugin) -> Any:
         ) from error
 
 
+norms: Registry[Any] = Registry("norm", "norms", "megalite.model.norms")
+activations: Registry[Any] = Registry("activation", "activations", "megalite.model.mlp")
 optimizers: Registry[Any] = Registry("optimizer", "optimizers", "megalite.optim.optimizers")
 readers: Registry[Any] = Registry("reader", "readers", "data_prep.readers")
 tasks: Registry[Any] = Registry("task", "tasks", "megalite.config.tasks")

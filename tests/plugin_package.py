@@ -6,6 +6,8 @@ from pathlib import Path
 
 _ENTRY_POINTS = """\
 [megalite.plugins]
+norm.scaled = toy_parts.norms:ScaledNorm
+part.scaled = toy_parts.facts:SCALED
 optimizer.lion = toy_parts.optimizers:lion
 part.lion = toy_parts.facts:LION
 reader.csvz = toy_parts.readers:CSVZ
@@ -14,7 +16,27 @@ sink.lines = toy_parts.sinks:Lines
 
 _FACTS = """\
 LION = {"states": ("exp_avg",)}
+SCALED = {"parameters": ("weight", "bias")}
 """
+
+_NORMS = '''\
+import torch
+from torch import nn
+
+
+class ScaledNorm(nn.Module):
+    """Each row over its mean absolute value, with gain and bias."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x):
+        scale = x.abs().mean(dim=-1, keepdim=True) + self.eps
+        return x / scale * self.weight + self.bias
+'''
 
 _OPTIMIZERS = '''\
 import torch
@@ -112,6 +134,7 @@ def install(folder: Path, *, package: str = "toy-parts", version: str = "1.2") -
     for name, text in {
         "__init__": "",
         "facts": _FACTS,
+        "norms": _NORMS,
         "optimizers": _OPTIMIZERS,
         "readers": _READERS,
         "sinks": _SINKS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from megalite import registry
 from megalite.arch.table import Init, ParameterSpec, Sees, specify
 from megalite.config import ModelConfig
 
@@ -18,7 +19,7 @@ def norm_rows(
     """
     width = (model.hidden_size,)
     yield specify(f"{name}.weight", width, init=Init.ONES, sees=sees)
-    if model.norm == "layernorm":
+    if "bias" in registry.norms.facts(model.norm).get("parameters", ()):
         yield specify(f"{name}.bias", width, sees=sees)
 
 

@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from megalite import registry
 from megalite.config.fields import Count, CountOrZero, Positive, Section, Share, SmallCount
 from megalite.config.finetune import AdapterConfig
+from megalite.config.names import NameOf
 
 
 def _head_dim(data: dict[str, int]) -> int:
@@ -85,7 +87,7 @@ class ModelConfig(Section):
     max_position_embeddings: Count = Field(
         description="Longest sequence the model is made for, in tokens.", examples=[2048]
     )
-    norm: Literal["rmsnorm", "layernorm"] = Field(
+    norm: Annotated[str, NameOf(registry.norms)] = Field(
         default="rmsnorm", description="Normalisation before attention, MLP and head."
     )
     norm_eps: Positive = Field(
@@ -99,7 +101,7 @@ class ModelConfig(Section):
     embedding_norm: bool = Field(
         default=False, description="Whether embeddings are normalised, as in BERT."
     )
-    activation: Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"] = Field(
+    activation: Annotated[str, NameOf(registry.activations)] = Field(
         default="swiglu", description="Non-linearity of the MLP; those with glu are gated."
     )
     position_embedding: Literal["rope", "learned", "sinusoidal", "relative", "none"] = Field(
@@ -179,7 +181,7 @@ class ModelConfig(Section):
     @property
     def gated(self) -> bool:
         """Whether one half of the MLP's first product gates the other (Shazeer 2020)."""
-        return "glu" in self.activation
+        return bool(registry.activations.facts(self.activation).get("gated"))
 
 
 def example_model() -> dict[str, Any]:

@@ -16,8 +16,8 @@ from megalite.registry import Registry
 class NameOf:
     """Annotation of a field that holds a name of a registry.
 
-    The JSON schema lists the built-in names for editors and allows any other text, because a
-    package may add names.
+    The JSON schema, which editors complete by, lists the built-in names alone: it is the same on
+    every machine, whatever packages are installed.
     """
 
     registry: Registry[Any]
@@ -30,9 +30,8 @@ class NameOf:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        other = {"type": "string", "title": f"{self.registry.kind} of a package"}
-        builtin = list(self.registry.builtin)
-        return {"anyOf": [{"enum": builtin}, other]} if builtin else other
+        text: dict[str, Any] = {"type": "string"}
+        return text | ({"enum": list(self.registry.builtin)} if self.registry.builtin else {})
 
     def _check(self, name: str) -> str:
         names = self.registry.names

@@ -110,8 +110,6 @@ def _kind(kind: dict[str, Any]) -> str:
         return f"list of {len(kind['prefixItems'])}: {_kind(kind['prefixItems'][0])}"
     if "items" in kind:
         return f"list: {_kind(kind['items'])}"
-    if kind.get("title"):  # a text with a meaning
-        return str(kind["title"])
     words = ["even"] if "multipleOf" in kind else []
     words.append(_WORDS[kind["type"]])
     for name, word in _BOUNDS.items() if kind["type"] in ("integer", "number") else ():

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalite import registry
 from megalite.config import ModelConfig
 from megalite.model.linear import Linear
 from megalite.model.loss import FusedLinearCrossEntropy, VocabularyShard
-from megalite.model.mlp import ACTIVATIONS
 from megalite.model.norms import make_norm
 from megalite.model.regions import Regions
 
@@ -50,10 +50,10 @@ class Transform(nn.Module):
         super().__init__()
         self.dense = Linear(config.hidden_size, config.hidden_size, bias=True)
         self.norm = make_norm(config)
-        self.activation = config.activation
+        self.activate = registry.activations.load(config.activation)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        y: Tensor = self.norm(ACTIVATIONS[self.activation](self.dense(x_BTD)))
+        y: Tensor = self.norm(self.activate(self.dense(x_BTD)))
         return y
 
 

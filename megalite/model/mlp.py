@@ -1,27 +1,28 @@
-"""The feed-forward net of a block.
+"""The feed-forward net of a block, and activations under the names of `model.activation`.
+
+One whose facts say `gated` multiplies a second product of the input (Shazeer 2020).
 
 B batch   T tokens   D width (hidden_size)   F width inside the feed-forward net
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalite import registry
 from megalite.config import ModelConfig
 from megalite.model.linear import ColumnLinear, RowLinear
 from megalite.model.regions import Regions
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "swiglu": F.silu,
-    "geglu": F.gelu,
-    "geglu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
+registry.activations.register("swiglu", gated=True)(F.silu)
+registry.activations.register("geglu", gated=True)(F.gelu)
+registry.activations.register("geglu_tanh", gated=True)(partial(F.gelu, approximate="tanh"))
+registry.activations.register("gelu")(F.gelu)
+registry.activations.register("gelu_tanh")(partial(F.gelu, approximate="tanh"))
+registry.activations.register("relu")(F.relu)
 
 
 class MLP(nn.Module):
@@ -29,7 +30,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig, regions: Regions) -> None:
         super().__init__()
-        self.activation = config.activation
+        self.activate = registry.activations.load(config.activation)
         self.gated = config.gated
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         if self.gated:
@@ -41,8 +42,7 @@ class MLP(nn.Module):
         self.down_proj = RowLinear(config, regions, inner, bias=bias, down_proj=D)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        activate = ACTIVATIONS[self.activation]
         if self.gated:
             gate_BTF, up_BTF = self.gate_up_proj(x_BTD).chunk(2, dim=-1)
-            return self.down_proj(activate(gate_BTF) * up_BTF)
-        return self.down_proj(activate(self.up_proj(x_BTD)))
+            return self.down_proj(self.activate(gate_BTF) * up_BTF)
+        return self.down_proj(self.activate(self.up_proj(x_BTD)))

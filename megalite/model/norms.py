@@ -1,4 +1,10 @@
-"""Norms over the last dimension, and the one that a configuration names."""
+"""Norms over the last dimension, registered under the names of `model.norm`.
+
+A norm is a module made from a width and an eps. Its facts, for code without torch:
+
+    parameters    names of its parameters, each [width]; ("weight",) unless stated
+    composite     whether PyTorch has no CPU kernel for it, so that it keeps its input in fp32
+"""
 
 from __future__ import annotations
 
@@ -6,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalite import registry
 from megalite.config import ModelConfig
 
 
+@registry.norms.register("rmsnorm", composite=True)
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension (Zhang & Sennrich 2019)."""
 
@@ -30,6 +38,7 @@ class RMSNorm(nn.Module):
         self._few_rows = True
 
 
+@registry.norms.register("layernorm", parameters=("weight", "bias"))
 class LayerNorm(nn.Module):
     """Layer norm with weight and bias (Ba et al. 2016)."""
 
@@ -45,5 +54,5 @@ class LayerNorm(nn.Module):
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """Make the norm that a configuration names, over the model's width."""
-    kind = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[config.norm]
-    return kind(config.hidden_size, config.norm_eps)
+    norm: nn.Module = registry.norms.load(config.norm)(config.hidden_size, config.norm_eps)
+    return norm

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megalite import arch
+from megalite import arch, registry
 from megalite.config import RunConfig
 from megalite.plan.devices import Kind
 from megalite.plan.gradients import gradients
@@ -110,7 +110,7 @@ def _norm(config: RunConfig, element: int, device: Kind) -> float:
     learns, the normalized input as well.
     """
     model = config.model
-    if model.norm != "rmsnorm" or not _eager_cpu(config, device):
+    if not registry.norms.facts(model.norm).get("composite") or not _eager_cpu(config, device):
         return 2 * element
     learned = gradients(model, config.finetune).learned
     norms = [row.name for row in arch.parameters(model) if "layernorm.weight" in row.name]

@@ -28,8 +28,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     registry._points.cache_clear()
     yield tmp_path / "site"
     registry._points.cache_clear()
-    for kind in (registry.optimizers, registry.readers, registry.sinks):
-        for name in ("lion", "csvz", "lines"):
+    for kind in (registry.norms, registry.optimizers, registry.readers, registry.sinks):
+        for name in ("scaled", "lion", "csvz", "lines"):
             kind._entries.pop(name, None)
             kind._facts.pop(name, None)
     for name in [name for name in sys.modules if name.split(".")[0] == "toy_parts"]:
@@ -104,11 +104,11 @@ def test_unknown_name_is_answered_with_the_nearest() -> None:
 
 def test_checking_and_planning_import_no_torch(installed: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
-    file.write_text(json.dumps(with_lion()))
+    file.write_text(json.dumps(with_lion(model=BASE["model"] | {"norm": "scaled"})))
     code = (
         "import sys; from megalite.config import load_config; from megalite.plan import make_plan\n"
         f"plan = make_plan(load_config({str(file)!r}), world_size=1, device='cpu')\n"
-        "print(plan.memory_bytes['optimizer'], 'torch' in sys.modules)"
+        "print(plan.memory_bytes['optimizer'], plan.parameters, 'torch' in sys.modules)"
     )
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
@@ -118,13 +118,16 @@ def test_checking_and_planning_import_no_torch(installed: Path, tmp_path: Path) 
         check=True,
         env={"PYTHONPATH": f"{installed}:{root}"},
     )
-    adamw = BASE | {"optimizer": {"lr": 1e-3}}
+    model = BASE["model"] | {"norm": "layernorm"}
+    adamw = BASE | {"model": model, "optimizer": {"lr": 1e-3}}
     from megalite.plan import make_plan
 
-    twice = make_plan(parse_config(adamw), world_size=1, device="cpu").memory_bytes["optimizer"]
-    states, torch_was_imported = done.stdout.split()
+    plan = make_plan(parse_config(adamw), world_size=1, device="cpu")
+    states, parameters, torch_was_imported = done.stdout.split()
     assert torch_was_imported == "False"
-    assert int(states) * 3 == twice * 2  # fp32 masters and one state, not two
+    assert int(parameters) == plan.parameters  # a gain and a bias, as a layer norm has
+    # fp32 masters and one state, not two
+    assert int(states) * 3 == plan.memory_bytes["optimizer"] * 2
 
 
 def test_reader_of_a_package_reads_files_by_their_ending(installed: Path, tmp_path: Path) -> None:
