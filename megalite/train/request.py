@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from megalite.config import RunConfig
-from megalite.data import Dataset, ExampleSet, Samples, open_data, set_objective
+from megalite.data import Dataset, ExampleSet, Samples, open_data, set_corruption
 from megalite.env import Launch
 from megalite.errors import CommandError, DataError, UserError
 from megalite.evaluate.samples import Ask, Prompts, open_prompts
@@ -128,7 +128,7 @@ def open_shards(config: RunConfig) -> tuple[Dataset, Dataset | None]:
     """
     train, valid = open_data(config.data, vocab_size=config.model.vocab_size)
     for dataset in filter(None, (train, valid)):
-        set_objective(dataset, config)
+        set_corruption(dataset, config)
     if config.training.global_batch_size > train.num_samples:
         raise DataError(
             f"training.global_batch_size {config.training.global_batch_size}, but data.train "

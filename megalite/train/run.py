@@ -280,6 +280,7 @@ class _Run:
             start=self.place.samples,
             gaps=self.ledger.gaps,
             pin_memory=grid.device.type == "cuda",
+            count=self.engine.objective.count,
         )
         lease = self.lease
         return Feed(
