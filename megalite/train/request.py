@@ -165,7 +165,7 @@ class Settings:
 def settings_of(request: Request, plan: Plan, grid: Grid) -> Settings:
     if request.engine == "reference":
         return Settings({}, {})
-    from megalite.engine import ds_config  # imports DeepSpeed
+    from megalite.engine.deepspeed import settings as deepspeed_settings  # imports DeepSpeed
 
-    full = ds_config.complete(deepspeed_dict(request.config, plan), grid)
-    return Settings(full, ds_config.defaults(grid))
+    full = deepspeed_settings.fill_defaults(deepspeed_dict(request.config, plan), grid)
+    return Settings(full, deepspeed_settings.defaults(grid))

@@ -318,7 +318,7 @@ def _make_engine(request: Request, plan: Plan, grid: Grid, settings: Settings) -
         from megalite.engine.reference import ReferenceEngine
 
         return ReferenceEngine(request.config, grid=grid)
-    from megalite.engine.zero import DeepSpeedEngine
+    from megalite.engine.deepspeed.engine import DeepSpeedEngine
 
     return DeepSpeedEngine(
         request.config, grid=grid, precision=plan.precision, settings=settings.full

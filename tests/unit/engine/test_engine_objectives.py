@@ -93,8 +93,8 @@ def train(engine: Any, mine: Sequence[slice]) -> list[dict[str, float]]:
 
 def on_ranks(launch: Launch, name: str, stage: int, tensor: int) -> list[dict[str, float]]:
     """A run of the DeepSpeed engine; extra terms and loss of all ranks that read other samples."""
-    from megalite.engine import ds_config
-    from megalite.engine.zero import DeepSpeedEngine
+    from megalite.engine.deepspeed import settings as deepspeed_settings
+    from megalite.engine.deepspeed.engine import DeepSpeedEngine
     from megalite.parallel import start
 
     grid = start(launch, tensor=tensor)
@@ -110,7 +110,7 @@ def on_ranks(launch: Launch, name: str, stage: int, tensor: int) -> list[dict[st
         run_config(**sections(parallel={"tensor": tensor})),
         grid=grid,
         precision=Precision.FP32,
-        settings=ds_config.complete(settings, grid),
+        settings=deepspeed_settings.fill_defaults(settings, grid),
         objective=OBJECTIVES[name](),
     )
     return train(engine, [slice(grid.at.data_rank, None, data)])

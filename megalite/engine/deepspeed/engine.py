@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from megalite import arch
 from megalite.config import Precision, RunConfig
 from megalite.data import Batch
-from megalite.engine import ds_config
+from megalite.engine.deepspeed import settings as deepspeed_settings
 from megalite.engine.base import (
     WEIGHT,
     Accept,
@@ -43,7 +43,7 @@ from megalite.engine.base import (
     has_dropout,
     seed_dropout,
 )
-from megalite.engine.masters import fragment, fragments
+from megalite.engine.deepspeed.partitions import fragment, fragments
 from megalite.engine.reference import (
     clip_gradients,
     create_states,
@@ -92,7 +92,7 @@ class DeepSpeedEngine:
     """One rank's engine.
 
     Args:
-        settings: the DeepSpeed JSON with every value filled in (`ds_config.complete`).
+        settings: the DeepSpeed JSON with every value filled in (`deepspeed_settings.fill_defaults`).
         objective: computes the loss. The default is the run file's.
     Raises:
         EngineError: DeepSpeed uses another value than `settings` says.
@@ -113,7 +113,7 @@ class DeepSpeedEngine:
         self.fp16 = precision is Precision.FP16
         self.objective = objective or make_objective(config)
         self._dropout = has_dropout(config.model)
-        ds_config.join()
+        deepspeed_settings.init_deepspeed()
         # ZeRO-3 refuses "sum" and averages over the ranks: undone in the loss
         averages = settings["gradient_allreduce_op"] == "mean"
         self._loss_scale = float(grid.mesh.zero) if averages else 1.0
@@ -147,10 +147,10 @@ class DeepSpeedEngine:
                 model=self.model,
                 optimizer=optimizer,
                 config=self.settings,
-                mpu=ds_config.Mpu(grid),
+                mpu=deepspeed_settings.Mpu(grid),
                 dist_init_required=False,
             )
-        ds_config.compare(self.settings, self.engine)
+        deepspeed_settings.verify_effective(self.settings, self.engine)
         self._create_states()
         if self.stage > 0:
             self._gate_steps()
@@ -375,7 +375,7 @@ class DeepSpeedEngine:
         context: AbstractContextManager[object] = deepspeed.zero.Init(
             data_parallel_group=grid.zero_group,
             config_dict_or_path=self.settings,
-            mpu=ds_config.Mpu(grid),
+            mpu=deepspeed_settings.Mpu(grid),
         )
         return context
 
