@@ -1,4 +1,4 @@
-"""Imports what a run imports late, for a process on a CPU whose forks then begin at once."""
+"""Early imports of what a run imports late: forks of a process that did so start at once."""
 
 from __future__ import annotations
 
