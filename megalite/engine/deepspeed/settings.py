@@ -78,7 +78,7 @@ _DTYPE_NAMES = {precision.torch: precision.value for precision in Precision}
 
 
 class Mpu:
-    """The grid under the names by which DeepSpeed asks for it (Megatron-LM's `mpu`; utils/bwc.py)."""
+    """The grid under DeepSpeed's names for it (Megatron-LM's `mpu`; utils/bwc.py)."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
