@@ -1,3 +1,4 @@
+# covers: megalite/data/corruption.py
 """What is hidden, what is cut out: shares, shapes, and the same whoever asks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/data/loader.py
 from __future__ import annotations
 
 import multiprocessing
