@@ -61,8 +61,8 @@ def main() -> None:
 def build(launch: Launch, config_path: str) -> dict[str, Any]:
     """One rank: make the engine, and say what it took."""
     from megalite.config import load_config
-    from megalite.engine import ds_config
-    from megalite.engine.zero import DeepSpeedEngine
+    from megalite.engine.deepspeed import settings as deepspeed_settings
+    from megalite.engine.deepspeed.engine import DeepSpeedEngine
     from megalite.parallel import start
     from megalite.plan import deepspeed_dict, make_plan
 
@@ -71,7 +71,7 @@ def build(launch: Launch, config_path: str) -> dict[str, Any]:
     config = load_config(config_path, sets)
     plan = make_plan(config, world_size=launch.world_size, device="cpu")
     grid = start(launch)
-    settings = ds_config.complete(deepspeed_dict(config, plan), grid)
+    settings = deepspeed_settings.fill_defaults(deepspeed_dict(config, plan), grid)
     grid.barrier()
     before, began = resident("VmRSS"), time.monotonic()
     engine = DeepSpeedEngine(config, grid=grid, precision=plan.precision, settings=settings)

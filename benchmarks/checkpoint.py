@@ -120,8 +120,8 @@ class Bench:
     def __init__(self, launch: Launch, folder: Path) -> None:
         from megalite.checkpoint import Saver
         from megalite.config import RunConfig
-        from megalite.engine import ds_config
-        from megalite.engine.zero import DeepSpeedEngine
+        from megalite.engine.deepspeed import settings as deepspeed_settings
+        from megalite.engine.deepspeed.engine import DeepSpeedEngine
         from megalite.parallel import start
         from megalite.plan import deepspeed_dict, make_plan
         from megalite.tokenizers.tokenizer import load_tokenizer
@@ -141,7 +141,7 @@ class Bench:
         self.folder = folder
         plan = make_plan(config, world_size=ranks, device="cpu")
         self.grid = start(launch)
-        settings = ds_config.complete(deepspeed_dict(config, plan), self.grid)
+        settings = deepspeed_settings.fill_defaults(deepspeed_dict(config, plan), self.grid)
         self.engine = DeepSpeedEngine(
             config, grid=self.grid, precision=plan.precision, settings=settings
         )

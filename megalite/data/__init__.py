@@ -1,7 +1,7 @@
 """Shards to batches: the order of samples, mixtures of sources, and a loader that reads ahead."""
 
-from megalite.data.batch import Batch, StepBatches
-from megalite.data.dataset import Dataset, open_data, open_train, open_valid, set_objective
+from megalite.data.batch import Batch, Count, StepBatches
+from megalite.data.dataset import Dataset, open_data, open_train, open_valid, set_corruption
 from megalite.data.examples import ExampleSet
 from megalite.data.loader import Loader, advance, first_batches
 from megalite.data.packing import Packing, assemble, pack
@@ -9,6 +9,7 @@ from megalite.data.samples import Samples
 
 __all__ = [
     "Batch",
+    "Count",
     "Dataset",
     "ExampleSet",
     "Loader",
@@ -22,5 +23,5 @@ __all__ = [
     "open_train",
     "open_valid",
     "pack",
-    "set_objective",
+    "set_corruption",
 ]

@@ -5,7 +5,7 @@ B samples   T tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from megalite.arch import padded_targets
 from megalite.data.order import Ints
 
 Arrays = dict[str, npt.NDArray[Any]]
+Count = Callable[[Mapping[str, npt.NDArray[Any]]], int]  # an objective's count of targets
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Batch:
         int64 [B, T], both from 0 in each sample; where few labels count target_rows int64 [R], the
         rows of [B x T] that the head is for: those that count, and some that do not.
     place: place of the first sample in the data order.
-    targets: labels that count.
+    targets: labels that count, or what the objective counts instead.
     tokens: of text, without padding.
     """
 
@@ -54,6 +55,11 @@ class Batch:
     def pin(self) -> Batch:
         """Return the batch in page-locked memory, which a GPU reads without the CPU."""
         return self._each(lambda tensor: tensor.pin_memory())
+
+    def with_targets(self, count: Count) -> Batch:
+        """Return the same batch with the targets that an objective counts in it, on the host."""
+        arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
+        return replace(self, targets=count(arrays))
 
     def first(self, samples: int) -> Batch:
         """Return a batch of the same shapes in which only the first samples count."""

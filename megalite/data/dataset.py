@@ -19,8 +19,8 @@ import numpy as np
 
 from megalite.config import DataConfig, RunConfig, SourceConfig
 from megalite.data.batch import Arrays, Batch
+from megalite.data.corruption import Corruption, Words, make_corruption
 from megalite.data.mixture import Mixture
-from megalite.data.objective import Objective, Words, make_objective
 from megalite.data.order import Ints, derive_key, permute
 from megalite.errors import DataError
 from megalite.files import sha256_file
@@ -66,8 +66,8 @@ def open_valid(
     return _dataset(_open(config.valid, config, vocab_size, verify), config.valid, config, False)
 
 
-def set_objective(dataset: Dataset, config: RunConfig) -> None:
-    """Set the objective of the run file, which transforms the windows of a data set.
+def set_corruption(dataset: Dataset, config: RunConfig) -> None:
+    """Set the corruption of the run file's objective, which transforms the windows of a data set.
 
     Raises:
         DataError: whole words are requested, and the shards do not state their tokenizer.
@@ -82,7 +82,7 @@ def set_objective(dataset: Dataset, config: RunConfig) -> None:
         words = Words(load_tokenizer(dataset.tokenizer_folder).pieces())
     ends = [(source.manifest.bos, source.manifest.eos) for source in dataset.sources]
     special = frozenset(id for pair in ends for id in pair if id is not None)
-    dataset.objective = make_objective(config, words, special)
+    dataset.corruption = make_corruption(config, words, special)
 
 
 class Dataset:
@@ -96,7 +96,7 @@ class Dataset:
         mask_documents: whether documents in a window are masked from each other.
         shuffle: False reads each source's windows in their natural order.
     Attributes:
-        objective: the transform of windows (`megalite.data.objective`). None means no transform.
+        corruption: the transform of windows (`megalite.data.corruption`). None means none.
     Raises:
         DataError: a source shorter than a window, or weights for some sources only.
     """
@@ -125,7 +125,7 @@ class Dataset:
         self._seed = seed
         self._shuffle = shuffle
         self._mask_documents = mask_documents
-        self.objective: Objective | None = None
+        self.corruption: Corruption | None = None
         content = {
             "order": _ORDER_VERSION,
             "sources": [source.fingerprint for source in sources],
@@ -220,8 +220,8 @@ class Dataset:
             firsts = np.concatenate(documents)
             arrays["loss_mask"].reshape(-1)[firsts - 1] = False
             arrays["position_ids"], arrays["document_ids"] = _keep_apart(firsts, B, L)
-        if self.objective is not None:
-            arrays = self.objective(arrays, indices)
+        if self.corruption is not None:
+            arrays = self.corruption(arrays, indices)
         return Batch.of(arrays, place, B * L)
 
     def sort_by_length(self, indices: Ints) -> Ints:

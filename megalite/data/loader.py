@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from megalite.data.batch import Batch, StepBatches
+from megalite.data.batch import Batch, Count, StepBatches
 from megalite.data.order import Ints, leave_out
 from megalite.data.samples import Samples
 
@@ -43,6 +43,7 @@ class Loader:
         gaps: places [first, last) of the order that are left out, ascending and disjoint.
         pin_memory: whether to hand over page-locked tensors (where CUDA is available).
         prefetch: steps held ready.
+        count: the objective's count of a batch's targets. None means the labels that count.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Loader:
         pin_memory: bool,
         gaps: Sequence[tuple[int, int]] = (),
         prefetch: int = 2,
+        count: Count | None = None,
     ) -> None:
         assert 0 <= data_rank < data_size
         assert global_batch_size % (micro_batch_size * data_size) == 0
@@ -64,6 +66,7 @@ class Loader:
         self._place = start
         self._step = global_batch_size
         self._gaps = gaps
+        self._count = count
         self._offsets = _offsets(global_batch_size, micro_batch_size, data_rank, data_size)
         self._pin = pin_memory and torch.cuda.is_available()
         self._ready: queue.Queue[StepBatches | BaseException] = queue.Queue(prefetch)
@@ -112,6 +115,7 @@ class Loader:
         for row in range(len(indices)):
             place = int(indices[row, 0])
             batch = self._dataset.read(sources[row], starts[row], indices[row], place)
+            batch = batch.with_targets(self._count) if self._count else batch
             batches.append(batch.pin() if self._pin else batch)
         targets, tokens = (sum(getattr(b, n) for b in batches) for n in ("targets", "tokens"))
         return StepBatches(self._place, batches, targets, tokens)
@@ -124,20 +128,30 @@ def advance(place: int, samples: int, gaps: Sequence[tuple[int, int]]) -> int:
 
 
 def first_batches(
-    dataset: Samples, samples: int, *, micro_batch_size: int, data_rank: int, data_size: int
+    dataset: Samples,
+    samples: int,
+    *,
+    micro_batch_size: int,
+    data_rank: int,
+    data_size: int,
+    count: Count | None = None,
 ) -> Iterator[Batch]:
     """Yield this rank's part of the first `samples`, for an evaluation.
 
     Every rank gets the same number of batches of the same shape, so that ranks stay in step and
     nothing is compiled again; samples beyond the last are copies of it that do not count.
+
+    Args:
+        count: the objective's count of a batch's targets. None means the labels that count.
     """
     step = micro_batch_size * data_size
     padded = -(-samples // step) * step
     order = dataset.sort_by_length(np.arange(samples))
     for offsets in _offsets(padded, micro_batch_size, data_rank, data_size):
         batch = dataset.batch(order[np.minimum(offsets, samples - 1)], int(offsets[0]))
-        whole = offsets[-1] < samples
-        yield batch if whole else batch.first(max(0, samples - int(offsets[0])))
+        if offsets[-1] >= samples:
+            batch = batch.first(max(0, samples - int(offsets[0])))
+        yield batch.with_targets(count) if count else batch
 
 
 def _offsets(samples: int, micro_batch_size: int, data_rank: int, data_size: int) -> Ints:

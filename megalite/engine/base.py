@@ -15,7 +15,7 @@ from megalite import arch
 from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
 from megalite.formats.checkpoint import WEIGHT
-from megalite.model import LanguageModel, LossTerms
+from megalite.model import LanguageModel, LossTerms, Objective
 
 __all__ = [
     "WEIGHT",
@@ -79,6 +79,7 @@ class Engine(Protocol):
     """The interface of an engine. States are fp32 and, under tensor parallelism, the rank's."""
 
     model: LanguageModel
+    objective: Objective
 
     def train_step(
         self,

@@ -1,4 +1,4 @@
-"""Imports what a run imports late, for a process on a CPU whose forks then begin at once."""
+"""Early imports of what a run imports late: forks of a process that did so start at once."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ env.set_default("OMP_NUM_THREADS", "1")
 import torch._dynamo  # noqa: E402
 import torch._inductor.compile_fx  # noqa: E402, F401
 
-import megalite.engine.zero  # noqa: E402, F401
+import megalite.engine.deepspeed.engine  # noqa: E402, F401

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import DataConfig, RunConfig, SourceConfig, parse_config
-from megalite.data import Batch, Dataset, Samples, first_batches, open_valid, set_objective
+from megalite.data import Batch, Count, Dataset, Samples, first_batches, open_valid, set_corruption
 from megalite.engine import Engine
 from megalite.errors import CommandError
 from megalite.evaluate.loading import LoadedModel
@@ -47,6 +47,7 @@ def mean_loss(
         data_rank=grid.at.data_rank,
         data_size=grid.mesh.data,
         stopping=stopping,
+        count=engine.objective.count,
     )
     if sums is None:
         return None
@@ -130,7 +131,7 @@ def _open_held_out(opened: LoadedModel, run: RunConfig, data: str | None) -> Dat
             f"{dataset.sources[0].folder} was made with another tokenizer than the model's; "
             f"tokenize it again with --tokenizer {opened.folder / 'tokenizer'}"
         )
-    set_objective(dataset, run)
+    set_corruption(dataset, run)
     return dataset
 
 
@@ -174,6 +175,7 @@ def sum_loss(
     data_rank: int,
     data_size: int,
     stopping: Callable[[], bool] = lambda: False,
+    count: Count | None = None,
 ) -> Tensor | None:
     """Return this rank's summed loss and targets: float64 [2] on the CPU; None if it was given up.
 
@@ -189,6 +191,7 @@ def sum_loss(
         micro_batch_size=micro_batch_size,
         data_rank=data_rank,
         data_size=data_size,
+        count=count,
     )
     losses = []
     targets = 0

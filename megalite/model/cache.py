@@ -33,7 +33,7 @@ class Cache:
     """The caches of a stack's blocks, with room for `tokens`.
 
     Args:
-        config: of this rank's part of the model (`megalite.parallel.local_model`).
+        config: of this rank's part of the model (`megalite.parallel.shard_config`).
     """
 
     def __init__(

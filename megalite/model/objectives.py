@@ -71,7 +71,9 @@ class TokenObjective:
 
     def loss(self, model: LanguageModel, batch: Mapping[str, Tensor]) -> LossTerms:
         """Sum the cross entropy; see `LanguageModel.token_loss` for the batch."""
-        total = model.token_loss(batch, smoothing=self._smoothing, compiled=self._compiled)
+        total = model.token_loss(
+            model.hidden(batch), batch, smoothing=self._smoothing, compiled=self._compiled
+        )
         return LossTerms(total, {})
 
 

@@ -128,11 +128,17 @@ class LanguageModel(nn.Module):
         return hidden
 
     def token_loss(
-        self, batch: Mapping[str, Tensor], *, smoothing: float = 0.0, compiled: bool = False
+        self,
+        hidden_BTD: Tensor,
+        batch: Mapping[str, Tensor],
+        *,
+        smoothing: float = 0.0,
+        compiled: bool = False,
     ) -> Tensor:
         """Sum the cross entropy over the batch's unmasked targets: fp32 scalar, nats.
 
         Args:
+            hidden_BTD: what `hidden` returned.
             batch: see `hidden`; with labels int64 [B, T] and loss_mask bool [B, T], whether a label
                 counts; and, if few count, target_rows int64 [R], the rows of [B x T] that the head
                 computes.
@@ -141,7 +147,7 @@ class LanguageModel(nn.Module):
         """
         loss: Tensor = self.lm_head(
             Head.loss,
-            self._head_input(self.hidden(batch)),
+            self._head_input(hidden_BTD),
             self._tied_weight,
             batch["labels"],
             batch["loss_mask"],

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from megalite.config import RunConfig
-from megalite.data import Dataset, ExampleSet, Samples, open_data, set_objective
+from megalite.data import Dataset, ExampleSet, Samples, open_data, set_corruption
 from megalite.env import Launch
 from megalite.errors import CommandError, DataError, UserError
 from megalite.evaluate.samples import Ask, Prompts, open_prompts
@@ -128,7 +128,7 @@ def open_shards(config: RunConfig) -> tuple[Dataset, Dataset | None]:
     """
     train, valid = open_data(config.data, vocab_size=config.model.vocab_size)
     for dataset in filter(None, (train, valid)):
-        set_objective(dataset, config)
+        set_corruption(dataset, config)
     if config.training.global_batch_size > train.num_samples:
         raise DataError(
             f"training.global_batch_size {config.training.global_batch_size}, but data.train "
@@ -165,7 +165,7 @@ class Settings:
 def settings_of(request: Request, plan: Plan, grid: Grid) -> Settings:
     if request.engine == "reference":
         return Settings({}, {})
-    from megalite.engine import ds_config  # imports DeepSpeed
+    from megalite.engine.deepspeed import settings as deepspeed_settings  # imports DeepSpeed
 
-    full = ds_config.complete(deepspeed_dict(request.config, plan), grid)
-    return Settings(full, ds_config.defaults(grid))
+    full = deepspeed_settings.fill_defaults(deepspeed_dict(request.config, plan), grid)
+    return Settings(full, deepspeed_settings.defaults(grid))

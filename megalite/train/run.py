@@ -280,6 +280,7 @@ class _Run:
             start=self.place.samples,
             gaps=self.ledger.gaps,
             pin_memory=grid.device.type == "cuda",
+            count=self.engine.objective.count,
         )
         lease = self.lease
         return Feed(
@@ -317,7 +318,7 @@ def _make_engine(request: Request, plan: Plan, grid: Grid, settings: Settings) -
         from megalite.engine.reference import ReferenceEngine
 
         return ReferenceEngine(request.config, grid=grid)
-    from megalite.engine.zero import DeepSpeedEngine
+    from megalite.engine.deepspeed.engine import DeepSpeedEngine
 
     return DeepSpeedEngine(
         request.config, grid=grid, precision=plan.precision, settings=settings.full

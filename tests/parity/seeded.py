@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import megalite.engine.zero as zero
+import megalite.engine.deepspeed.engine as deepspeed_engine
 from megalite import checkpoint, env
 from megalite.cli import run_main
 from megalite.parallel import tensor
@@ -31,7 +31,7 @@ def after_split(change: Any) -> None:
         tensor.apply_tensor_parallel(model, config, grid, **options)
         change(model, grid)
 
-    zero.apply_tensor_parallel = apply
+    deepspeed_engine.apply_tensor_parallel = apply
 
 
 def unmarked(model: Any, _grid: Any) -> None:

@@ -174,6 +174,17 @@ def word_faults(file: str, source: str) -> Iterator[str]:
                 yield f"{file}:{number} holds {word!r}: {line.strip()}"
 
 
+def rebinding_faults(file: str, tree: ast.AST) -> Iterator[str]:
+    """A forward that is replaced, or an attribute that is set on a model from outside."""
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        for target in (part for whole in targets for part in ast.walk(whole)):
+            if isinstance(target, ast.Attribute) and isinstance(target.ctx, ast.Store):
+                owner = ast.unparse(target.value).rpartition(".")[2]
+                if target.attr == "forward" or owner in ("model", "module", "block", "layer"):
+                    yield f"{file}:{node.lineno} sets {ast.unparse(target)} from outside"
+
+
 TREE_RULES: dict[str, Callable[[str, ast.AST], Iterator[str]]] = {
     "layers": layer_faults,
     "torch": torch_faults,
@@ -181,6 +192,7 @@ TREE_RULES: dict[str, Callable[[str, ast.AST], Iterator[str]]] = {
     "environment": environment_faults,
     "unsafe": unsafe_faults,
     "print": print_faults,
+    "rebinding": rebinding_faults,
 }
 
 
@@ -269,6 +281,8 @@ def test_nothing_below_the_line_loads_torch() -> None:
         ),
         ("unsafe", "megalite/a.py", "model.eval()\nnp.load(f, allow_pickle=False)", 0),
         ("print", "launcher/a.py", "print(1)\nconsole.print(1)", 1),
+        ("rebinding", "megalite/a.py", "x.forward = y\nself.model.loss, a = 1, 2", 2),
+        ("rebinding", "megalite/a.py", "self.model = build()\nself._forward = y", 0),
     ],
 )
 def test_a_rule_finds_its_fault(rule: str, file: str, source: str, faults: int) -> None:

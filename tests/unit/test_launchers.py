@@ -1,3 +1,4 @@
+# covers: megalite/parallel/rendezvous.py
 """Ranks of MPI's launchers and of operators: read, or refused, and never a silent world of one."""
 
 from __future__ import annotations

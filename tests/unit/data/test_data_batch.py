@@ -1,3 +1,4 @@
+# covers: megalite/data/batch.py
 """Which rows of a micro-batch the head is computed for."""
 
 from __future__ import annotations

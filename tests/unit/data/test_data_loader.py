@@ -1,3 +1,4 @@
+# covers: megalite/data/loader.py
 from __future__ import annotations
 
 import multiprocessing
@@ -5,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -206,6 +208,19 @@ def test_an_evaluation_counts_each_of_the_first_samples_once(
         assert batch.targets == int(batch.tensors["loss_mask"].sum())
         targets += batch.targets
     assert targets == expected.targets
+
+
+def test_targets_are_what_an_objective_counts(dataset: Dataset) -> None:
+    def count(arrays: Mapping[str, Any]) -> int:
+        assert isinstance(arrays["input_ids"], np.ndarray)  # on the host, without torch
+        return 100 * len(arrays["input_ids"])
+
+    (step,) = take(make(dataset, count=count), 1)
+    assert [batch.targets for batch in step.micro_batches] == [200] * 6
+    assert step.targets == 1200
+    options = {"micro_batch_size": 2, "data_rank": 0, "data_size": 1}
+    counted = first_batches(dataset, 3, count=count, **options)
+    assert [batch.targets for batch in counted] == [200, 200]
 
 
 def test_an_evaluation_of_no_samples_is_empty(dataset: Dataset) -> None:

@@ -1,3 +1,4 @@
+# covers: megalite/model/cache.py
 """Text with the cache and without it, alone and beside others, and as transformers writes it."""
 
 from __future__ import annotations

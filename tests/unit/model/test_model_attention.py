@@ -1,3 +1,4 @@
+# covers: megalite/model/attention.py
 """Attention by hand: the formula of 2017 on four words, and who may look where."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# covers: megalite/model/transformer.py megalite/model/stack.py megalite/model/linear.py
+# covers: megalite/model/mlp.py megalite/model/norms.py megalite/model/positions.py
 """The decoder against a plain one written here, in float64, and against transformers' Llama."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/model/matmul.py
 """A model laid out for writing gives the numbers it gave."""
 
 from __future__ import annotations

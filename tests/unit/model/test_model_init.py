@@ -1,3 +1,4 @@
+# covers: megalite/model/init.py
 """Initial weights: a function of (seed, name, block), whatever the split, the order, the type."""
 
 from __future__ import annotations

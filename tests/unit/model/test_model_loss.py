@@ -1,3 +1,4 @@
+# covers: megalite/model/loss.py megalite/model/heads.py
 """The fused head and loss against F.cross_entropy over whole logits in float64."""
 
 from __future__ import annotations

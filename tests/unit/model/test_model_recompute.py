@@ -1,3 +1,4 @@
+# covers: megalite/parallel/apply.py
 """Recompute changes what is kept between forward and backward, and nothing else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/optim/muon.py
 """Muon's update, against singular values and against a step written out."""
 
 from __future__ import annotations

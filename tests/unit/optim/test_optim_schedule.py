@@ -1,3 +1,4 @@
+# covers: megalite/optim/schedule.py
 """The learning rate at steps whose value can be worked out by hand."""
 
 from __future__ import annotations

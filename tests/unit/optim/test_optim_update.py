@@ -1,3 +1,4 @@
+# covers: megalite/optim/optimizers.py megalite/engine/reference.py
 """Update rules against hand-written ones in float64, and what is decayed."""
 
 from __future__ import annotations

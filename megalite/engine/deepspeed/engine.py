@@ -1,13 +1,14 @@
 """The DeepSpeed engine: ZeRO stages 0 to 3 in fp32, bf16 and fp16.
 
-DeepSpeed partitions, reduces and keeps the fp32 masters; the loss's divisor, the learning rate and
-the optimizer's mathematics stay MegaLite's. Its own scaling is kept out: gradients are summed over
-ranks and the loss is divided once, by the targets of the whole global batch.
+DeepSpeed partitions, reduces and keeps the fp32 masters. The loss's divisor, the learning rate and
+the optimizer's mathematics stay MegaLite's. DeepSpeed's own scaling is off: gradients are summed
+over ranks, and the loss is divided once, by the objective's count of the global batch.
+
+Files that comments name are those of DeepSpeed 0.19.8, below deepspeed/.
 """
 
 from __future__ import annotations
 
-import importlib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
@@ -17,7 +18,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime import compiler
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from megalite import arch
 from megalite.config import Precision, RunConfig
 from megalite.data import Batch
-from megalite.engine import ds_config
 from megalite.engine.base import (
     WEIGHT,
     Accept,
@@ -43,7 +42,8 @@ from megalite.engine.base import (
     has_dropout,
     seed_dropout,
 )
-from megalite.engine.masters import fragment, fragments
+from megalite.engine.deepspeed.partitions import local_partition, zero_partitions
+from megalite.engine.deepspeed.settings import Mpu, init_deepspeed, verify_effective
 from megalite.engine.reference import (
     clip_gradients,
     create_states,
@@ -72,27 +72,11 @@ from megalite.parallel import (
 )
 
 
-def _import_muon() -> None:
-    """Import DeepSpeed's Muon, which every engine asks for and none here uses, uncompiled.
-
-    It decorates functions with torch.compile, and that alone imports the compiler: 0.8 s.
-    """
-    whole = compiler.compile
-    compiler.compile = lambda *_, **__: lambda function: function
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    finally:
-        compiler.compile = whole
-
-
-_import_muon()
-
-
 class DeepSpeedEngine:
-    """One rank's engine.
+    """An engine over DeepSpeed's, of one rank.
 
     Args:
-        settings: the DeepSpeed JSON with every value filled in (`ds_config.complete`).
+        settings: the DeepSpeed JSON with every value filled in (`settings.fill_defaults`).
         objective: computes the loss. The default is the run file's.
     Raises:
         EngineError: DeepSpeed uses another value than `settings` says.
@@ -113,8 +97,9 @@ class DeepSpeedEngine:
         self.fp16 = precision is Precision.FP16
         self.objective = objective or make_objective(config)
         self._dropout = has_dropout(config.model)
-        ds_config.join()
-        # ZeRO-3 refuses "sum" and averages over the ranks: undone in the loss
+        init_deepspeed()
+        # ZeRO-3 refuses "sum" (runtime/config.py: _do_error_check) and averages over ZeRO's ranks;
+        # the factor in the loss undoes it
         averages = settings["gradient_allreduce_op"] == "mean"
         self._loss_scale = float(grid.mesh.zero) if averages else 1.0
         dtype = precision.torch
@@ -138,23 +123,25 @@ class DeepSpeedEngine:
             compile_blocks=config.training.compile,
         )
         if config.training.compile and self.stage == 3:
-            # a compiled block cannot fetch its parts one by one: fetch it whole (no graph breaks)
+            # A compiled block cannot fetch its parts one by one: the hooks of runtime/zero/
+            # parameter_offload.py would break the graph. A leaf module is fetched whole before it.
             deepspeed.utils.set_z3_leaf_modules(self.model, [type(next(iter(self.model.blocks)))])
         optimizer = make_optimizer(config, self.model.named_parameters())
         self._groups = group_numbers(optimizer)  # before DeepSpeed puts its own tensors there
-        with redirect_stdout(io.StringIO()):  # its bf16 optimizer prints memory to it
+        # runtime/bf16_optimizer.py prints its memory (see_memory_usage with force)
+        with redirect_stdout(io.StringIO()):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=self.model,
                 optimizer=optimizer,
                 config=self.settings,
-                mpu=ds_config.Mpu(grid),
+                mpu=Mpu(grid),
                 dist_init_required=False,
             )
-        ds_config.compare(self.settings, self.engine)
+        verify_effective(self.settings, self.engine)
         self._create_states()
         if self.stage > 0:
             self._gate_steps()
-        self._holders = self._find_holders() if self.stage in (1, 2) else {}
+        self._owner_ranks = self._find_owner_ranks() if self.stage in (1, 2) else {}
 
     def train_step(
         self,
@@ -178,27 +165,29 @@ class DeepSpeedEngine:
             mean = losses.add(self.engine(self.objective.loss, batch.to(self.device).tensors))
             self.engine.backward(mean * self._loss_scale, scale_wrt_gas=False)
             if index < len(batches) - 1:
-                self.engine.step()  # which counts, no more
+                self.engine.step()  # only counts micro-batches (runtime/engine.py: step)
         if inspect is not None:
             inspect()
         norm = self._update(losses.loss, accept)
         return StepResult(loss=losses.loss, grad_norm=norm, extra=losses.extra)
 
     def _update(self, loss: Tensor, accept: Accept) -> Tensor:
-        """Clip and update, if that is accepted; returns the norm before clipping."""
+        """Clip and update if `accept` agrees; return the norm before clipping."""
         if self.stage == 0:
-            # stage 0 clips without reporting the norm: done here, DeepSpeed's own is off
+            # without ZeRO the engine clips and reports no norm (runtime/engine.py:
+            # clip_fp32_gradients), so DeepSpeed's clipping is off and this is ours
             parameters = list(self.model.parameters())
             limit = self.config.optimizer.clip_grad_norm
             norm = clip_gradients(parameters, limit, self._grid)
             if not accept(loss, norm):
-                for parameter in parameters:  # an optimizer passes over what has no gradient
+                for parameter in parameters:  # torch's optimizers skip these then
                     parameter.grad = None
             self.engine.step()
             return norm
-        self._norm, self._accepts = None, partial(accept, loss)
+        self._norm = None
+        self._accepts = partial(accept, loss)
         self.engine.step()
-        if self._norm is None:  # DeepSpeed met a number that is not finite, and gave up
+        if self._norm is None:  # an overflow: DeepSpeed left before the inner optimizer's step
             self._norm = torch.full_like(loss, torch.inf)
             accept(loss, self._norm)
         return self._norm
@@ -236,7 +225,7 @@ class DeepSpeedEngine:
         return value.view(getattr(parameter, "ds_shape", parameter.shape))
 
     def owner_rank(self, parameter: nn.Parameter) -> int | None:
-        return self._holders.get(id(parameter))
+        return self._owner_ranks.get(id(parameter))
 
     def read_local(self, parameter: nn.Parameter, key: str) -> Tensor:
         mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
@@ -259,7 +248,8 @@ class DeepSpeedEngine:
                 safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
             else:
                 safe_set_full_fp32_param(parameter, value)
-            # the call above reaches the fp32 master alone, not the copy the next forward reads
+            # utils/tensor_fragment.py sets only the fp32 master, not the copy that the next forward
+            # reads
             with torch.no_grad(), self._writable(parameter):
                 if parameter.numel():
                     parameter.copy_(value)
@@ -269,9 +259,10 @@ class DeepSpeedEngine:
             safe_set_full_optimizer_state(parameter, value, key)
 
     def _own_part(self, parameter: Any, value: Tensor) -> Tensor:
-        """What of a whole value this rank keeps under ZeRO-3.
+        """Return the part of a whole value that this rank keeps under ZeRO-3.
 
-        DeepSpeed's own cut fails where ranks do not divide the elements and the last part is short.
+        DeepSpeed's own cut (utils/tensor_fragment.py) fails if the ranks do not divide the elements
+        and the last part is short.
         """
         size = parameter.ds_tensor.ds_numel
         padded = value.new_zeros(size * self._grid.mesh.zero)
@@ -296,10 +287,11 @@ class DeepSpeedEngine:
                 setattr(self.optimizer.loss_scaler, name, progress["loss_scaler"][name])
 
     def _gate_steps(self) -> None:
-        """Ask for acceptance where DeepSpeed, with the gradient's norm, steps the inner optimizer.
+        """Ask for acceptance when DeepSpeed, which has the norm, steps the inner optimizer.
 
-        It does so once for each group or part of one; what is refused changes nothing. It has just
-        waited for the device by then, to see whether the norm is finite.
+        DeepSpeed does so once for each group or part of a group (runtime/zero/stage_1_and_2.py:
+        _optimizer_step, stage3.py: _optimizer_step). A refused step changes nothing. DeepSpeed has
+        just waited for the device then, to see whether the norm is finite.
         """
         inner, zero = self._inner(), self.optimizer
         step = inner.step
@@ -315,10 +307,11 @@ class DeepSpeedEngine:
         inner.step = gated  # type: ignore[method-assign, assignment]
 
     def _create_states(self) -> None:
-        """Make the optimizer's states now: a checkpoint may be read into them before any step.
+        """Create the optimizer's states now: a checkpoint may be read into them before any step.
 
-        Directly, since a step with zero gradients would count, and overflow in fp16. And before the
-        first step, since there DeepSpeed links the states of the first group alone.
+        A step with zero gradients would count, and overflow in fp16. In the first step DeepSpeed
+        would link only the states of the first group (runtime/zero/stage_1_and_2.py:
+        _lazy_init_hp_params_optimizer_state).
         """
         inner, zero = self._inner(), self.optimizer
         if self.stage == 3:
@@ -333,28 +326,28 @@ class DeepSpeedEngine:
         if isinstance(inner, Muon):
             self._join_matrices(inner)
 
-    def _find_holders(self) -> dict[int, int]:
-        """The ranks that have all of a parameter's partition; of those that were cut, none."""
+    def _find_owner_ranks(self) -> dict[int, int]:
+        """Return the rank that has all of a parameter's partition, for parameters not divided."""
         parameters = list(self.model.parameters())
-        held = [fragment(p)[1] if p.numel() else 0 for p in parameters]
-        found = torch.zeros(self._grid.mesh.zero, len(parameters), dtype=torch.int64)
-        found[self._grid.at.zero_rank] = torch.tensor(held)
-        found = found.to(self.device)
-        dist.all_reduce(found, group=self._grid.zero_group)
-        whole = found == torch.tensor([p.numel() for p in parameters], device=self.device)
+        local = [local_partition(p)[1] if p.numel() else 0 for p in parameters]
+        lengths = torch.zeros(self._grid.mesh.zero, len(parameters), dtype=torch.int64)
+        lengths[self._grid.at.zero_rank] = torch.tensor(local)
+        lengths = lengths.to(self.device)
+        dist.all_reduce(lengths, group=self._grid.zero_group)
+        whole = lengths == torch.tensor([p.numel() for p in parameters], device=self.device)
         return {id(parameters[index]): rank for rank, index in whole.nonzero().tolist()}
 
     def _join_matrices(self, muon: Muon) -> None:
-        """Tell Muon where DeepSpeed keeps the parts of each matrix."""
+        """Give Muon the places at which DeepSpeed keeps the parts of each matrix."""
         if self.stage == 0:
             join_whole(muon, self.model, self.config.model, self._grid)
             return
         rows = {row.name: row for row in arch.parameters(self.config.model)}
         named = {id(p): rows[name] for name, p in self.model.named_parameters()}
-        held = fragments(self.optimizer, self.stage, self._grid)
+        partitions = zero_partitions(self.optimizer, self.stage, self._grid)
         by_master = {
             key: [Fragment(named[id(p)], *place) for p, place in parts]
-            for key, parts in held.items()
+            for key, parts in partitions.items()
         }
         muon.orthogonalize = lambda master, update: orthogonalize(
             update, by_master[id(master)], self._grid, replicas=False
@@ -365,22 +358,22 @@ class DeepSpeedEngine:
         return inner
 
     def _building(self, grid: Grid) -> AbstractContextManager[object]:
-        """Under ZeRO-3 each parameter is partitioned as it is created.
+        """Return a context that, under ZeRO-3, partitions each parameter as it is created.
 
-        The dtype comes from the settings: given as an argument, fp32 becomes bf16 on a device
-        without fp16 (an operator's precedence in DeepSpeed 0.19.8).
+        The dtype comes from the settings. As an argument, fp32 would become bf16 on a device
+        without fp16: an operator's precedence in runtime/zero/partition_parameters.py, _set_dtype.
         """
         if self.stage != 3:
             return nullcontext()
         context: AbstractContextManager[object] = deepspeed.zero.Init(
             data_parallel_group=grid.zero_group,
             config_dict_or_path=self.settings,
-            mpu=ds_config.Mpu(grid),
+            mpu=Mpu(grid),
         )
         return context
 
     def _writable(self, parameter: nn.Parameter) -> AbstractContextManager[object]:
-        """A context in which rank 0 of the data group writes a whole parameter for all."""
+        """Return a context in which rank 0 of ZeRO's group writes a whole parameter for all."""
         if self.stage != 3:
             return nullcontext()
         context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(
@@ -389,4 +382,5 @@ class DeepSpeedEngine:
         return context
 
 
+# the state of a DynamicLossScaler (runtime/fp16/loss_scaler.py)
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -1,3 +1,4 @@
+# covers: megalite/data/corruption.py
 """What is hidden, what is cut out: shares, shapes, and the same whoever asks."""
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 from megalite.config import RunConfig, parse_config, source_length, spans, target_length
-from megalite.data import set_objective
-from megalite.data.objective import Masked, SpanCorruption, Words
+from megalite.data import set_corruption
+from megalite.data.corruption import Masked, SpanCorruption, Words
 from megalite.errors import DataError
 
 L, VOCABULARY, MASK, EOS = 200, 500, 499, 7
@@ -129,4 +130,4 @@ def test_spans_are_cut_out_and_written_again() -> None:
 def test_whole_words_need_the_tokenizer() -> None:
     nothing: Any = SimpleNamespace(tokenizer_folder=None)
     with pytest.raises(DataError, match=r"objective.whole_words: .*tokenizer"):
-        set_objective(nothing, config("encoder", whole_words=True))
+        set_corruption(nothing, config("encoder", whole_words=True))

@@ -1,4 +1,4 @@
-"""Objectives over windows of text: tokens that are hidden, or spans that are cut out.
+"""Corruption of windows: tokens that are hidden, or spans that are cut out.
 
 Both are functions of (seed, sample): every layout, and a run that goes on, hides the same tokens,
 and another epoch hides others.
@@ -18,15 +18,15 @@ from megalite.data.batch import Arrays
 from megalite.data.order import Ints, derive_key, uniform
 
 # windows as they are read, and the numbers of their samples -> what a model is given of them
-Objective = Callable[[Arrays, Ints], Arrays]
+Corruption = Callable[[Arrays, Ints], Arrays]
 
 _NOT_A_WORD = frozenset("\u2581\u0120\u010a\u0109")  # how vocabularies write spaces and line ends
 
 
-def make_objective(
+def make_corruption(
     config: RunConfig, words: Words | None, special: frozenset[int]
-) -> Objective | None:
-    """Return the objective of a run file; None if windows are learned unchanged.
+) -> Corruption | None:
+    """Return the corruption of a run file's objective; None if windows stay as they are.
 
     Args:
         words: which tokens of a text begin a word; needed for `whole_words`.

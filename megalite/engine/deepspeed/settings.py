@@ -1,12 +1,15 @@
-"""DeepSpeed's JSON: every default written out before, every value compared after.
+"""DeepSpeed's JSON: every default is written out before, and every value compared after.
 
-DeepSpeed fills what a JSON leaves out, and its defaults move between releases. `complete` asks the
-installed release for all of them, so that the file in the run folder is the whole truth; `compare`
-reads back what the engine really uses.
+DeepSpeed fills in what a JSON leaves out, and its defaults change between releases. `fill_defaults`
+asks the installed release for all of them, so that the file in the run folder is complete.
+`verify_effective` reads back what the engine really uses.
+
+Files that comments name are those of DeepSpeed 0.19.8, below deepspeed/.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import warnings
@@ -15,13 +18,31 @@ from typing import Any
 
 import deepspeed
 import pydantic
+from deepspeed.runtime import compiler
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from megalite.config import Precision
 from megalite.errors import ConfigError, EngineError
 from megalite.parallel import Grid
 
-# top-level keys that DeepSpeedConfig keeps under their own name
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon without compiling it; every engine imports it, and none here uses it.
+
+    It decorates functions with torch.compile (runtime/zero/muon/original_muon.py), and that alone
+    imports the compiler: 0.8 s.
+    """
+    original = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = original
+
+
+_import_muon()
+
+# top-level keys that DeepSpeedConfig (runtime/config.py) keeps under their own name
 _SCALARS = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -57,7 +78,7 @@ _DTYPE_NAMES = {precision.torch: precision.value for precision in Precision}
 
 
 class Mpu:
-    """The grid in the words DeepSpeed asks for it (Megatron-LM's `mpu`)."""
+    """The grid under DeepSpeed's names for it (Megatron-LM's `mpu`; utils/bwc.py)."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -85,15 +106,15 @@ class Mpu:
     get_tensor_model_parallel_group = get_model_parallel_group
 
 
-def join() -> None:
-    """Tell DeepSpeed of the process group that exists.
+def init_deepspeed() -> None:
+    """Have DeepSpeed use the process group that exists.
 
-    Its shared-memory collectives are left out: they want a compiler at run time, and gloo is as
-    fast.
+    Its shared-memory collectives (comm/torch.py: build_shm_op) stay off: they need a compiler at
+    run time, and gloo is as fast.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("DeepSpeed").addFilter(_is_news)
-    # torch renames collectives that DeepSpeed calls: one warning a call, nothing a user can mend
+    # torch renames collectives that DeepSpeed calls: one warning a call, which no user can act on
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger"
     )
@@ -102,17 +123,17 @@ def join() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """All but the word of caution about every optimizer that is not Adam: parity tries them."""
+    """Drop the warning about every optimizer but Adam (runtime/engine.py); parity tries them."""
     return "untested optimizer" not in record.getMessage()
 
 
-def complete(settings: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
-    """`settings` with every default of the installed DeepSpeed written out.
+def fill_defaults(settings: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
+    """Return `settings` with every default of the installed DeepSpeed written out.
 
     Raises:
         ConfigError: a value DeepSpeed refuses, or an unknown key inside one of its sections.
     """
-    join()
+    init_deepspeed()
     try:
         parsed = DeepSpeedConfig(dict(settings), mpu=Mpu(grid))
     except pydantic.ValidationError as error:
@@ -134,28 +155,28 @@ def complete(settings: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
 
 
 def defaults(grid: Grid) -> dict[str, Any]:
-    """What the installed DeepSpeed assumes where a JSON says nothing."""
-    return complete({"train_micro_batch_size_per_gpu": 1}, grid)
+    """Return what the installed DeepSpeed assumes for a JSON that gives no value."""
+    return fill_defaults({"train_micro_batch_size_per_gpu": 1}, grid)
 
 
-def compare(settings: Mapping[str, Any], engine: Any) -> None:
-    """Hold what the engine uses against what it was told.
+def verify_effective(settings: Mapping[str, Any], engine: Any) -> None:
+    """Compare the values that the engine uses with those of the settings.
 
     Raises:
-        EngineError: naming every value that differs.
+        EngineError: with every value that differs.
     """
     used = _effective(engine)
     differing = [
-        f"deepspeed.{key}: asked {asked!r}, the engine uses {used[key]!r}"
-        for key, asked in _asked(settings, used).items()
-        if used[key] != asked
+        f"deepspeed.{key}: asked {wanted!r}, the engine uses {used[key]!r}"
+        for key, wanted in _wanted(settings, used).items()
+        if used[key] != wanted
     ]
     if differing:
         raise EngineError("\n".join(differing))
 
 
 def _effective(engine: Any) -> dict[str, Any]:
-    """Values as the engine's own accessors and its optimizer report them, by dotted key."""
+    """Return the values that the engine's accessors and its optimizer report, by dotted key."""
     stage = int(engine.zero_optimization_stage())
     used = {
         "train_batch_size": engine.train_batch_size(),
@@ -184,32 +205,32 @@ def _effective(engine: Any) -> dict[str, Any]:
     return used
 
 
-def _asked(settings: Mapping[str, Any], used: Mapping[str, Any]) -> dict[str, Any]:
-    """The values `_effective` names, as `settings` has them."""
-    asked: dict[str, Any] = {}
+def _wanted(settings: Mapping[str, Any], used: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of `settings` for the keys that `_effective` reports."""
+    wanted: dict[str, Any] = {}
     for key in used:
         if key == "optimizer clipping":
-            asked[key] = settings["gradient_clipping"]
+            wanted[key] = settings["gradient_clipping"]
             continue
         value: Any = settings
         for part in key.split("."):
             value = value.get(part, {}) if isinstance(value, Mapping) else value
         if value != {}:
-            asked[key] = value
-    return asked
+            wanted[key] = value
+    return wanted
 
 
 def _dump(model: pydantic.BaseModel) -> dict[str, Any]:
-    """A DeepSpeed section under the names it is written with, without deprecated fields."""
+    """Return a DeepSpeed section under its JSON names, without deprecated fields."""
     fields = type(model).model_fields
-    kept = {
+    current = {
         name
         for name, field in fields.items()
         if not (
             isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("deprecated")
         )
     }
-    return model.model_dump(mode="json", by_alias=True, exclude_none=True, include=kept)
+    return model.model_dump(mode="json", by_alias=True, exclude_none=True, include=current)
 
 
 def _fault(entry: Any, title: str) -> str:

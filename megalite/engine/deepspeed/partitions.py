@@ -1,0 +1,61 @@
+"""How DeepSpeed partitions the fp32 masters of parameters, as release 0.19.8 lays them out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from megalite.parallel import Grid
+
+# (start, length) of a flattened parameter, and where that part begins in the master
+Partition = tuple[int, int, int]
+
+
+def zero_partitions(
+    zero: Any, stage: int, grid: Grid
+) -> dict[int, list[tuple[nn.Parameter, Partition]]]:
+    """Return which parts of its parameters each of this rank's flat masters holds.
+
+    Args:
+        zero: DeepSpeed's optimizer.
+        stage: 1, 2 or 3.
+    Returns:
+        by the `id` of a master, the parameters of its group and their parts.
+    """
+    if stage == 3:
+        return _stage_3_partitions(zero, grid)
+    partitions = {}
+    # bit16_groups: runtime/zero/stage_1_and_2.py; bf16_groups: runtime/bf16_optimizer.py
+    groups = zero.bit16_groups if hasattr(zero, "bit16_groups") else zero.bf16_groups
+    for group, inner in zip(groups, zero.optimizer.param_groups, strict=True):
+        (master,) = inner["params"]
+        partitions[id(master)] = [(p, local_partition(p)) for p in group]
+    return partitions
+
+
+def _stage_3_partitions(zero: Any, grid: Grid) -> dict[int, list[tuple[nn.Parameter, Partition]]]:
+    """Compute `zero_partitions` from runtime/zero/stage3.py: equal parts, the last ones padded."""
+    partitions = {}
+    for number, group in enumerate(zero.fp16_groups):
+        parts = []
+        for parameter in group:
+            _, offset, length = zero.grad_position[zero.get_param_id(parameter)]
+            start = grid.at.zero_rank * length
+            length = max(0, min(length, parameter.ds_numel - start))
+            parts.append((parameter, (start, length, offset)))
+        partitions[id(zero.fp32_partitioned_groups_flat[number])] = parts
+    return partitions
+
+
+def local_partition(parameter: Any) -> Partition:
+    """Return the part of a parameter that this rank has below ZeRO-3.
+
+    It is empty if other ranks have all of it, or if it is frozen. `_hp_mapping` is made by
+    utils/mixed_precision_linkage.py, its addresses are those of utils/tensor_fragment.py.
+    """
+    mapping = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:
+        return 0, 0, 0
+    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return int(low.start), int(low.numel), int(high.start)
