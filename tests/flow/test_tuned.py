@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.chat import CHATML
-from tests.ranks import run_ranks
-from tests.runs import run_file, train
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import run_file, train
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,7 @@ from megalite import arch
 from megalite.checkpoint import Grown, compare_models
 from megalite.config import ModelConfig
 from megalite.errors import CommandError
-from tests.factories import model_config
+from tests.helpers.models import model_config
 
 SOURCE = Path("there")
 LINEAR = {"rope_type": "linear", "factor": 2.0}

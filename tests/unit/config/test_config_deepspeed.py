@@ -12,7 +12,7 @@ import pytest
 from megalite.config import parse_config, zero_stage
 from megalite.config.deepspeed_tables import IDLE_VALUES, KNOWN, REFUSED
 from megalite.errors import ConfigError
-from tests.run_file import BASE
+from tests.helpers.runs import BASE
 
 
 def faults(section: Any, **training: Any) -> list[str]:

@@ -10,7 +10,7 @@ from megalite import arch
 from megalite.config import RunConfig, load_config, parse_config
 from megalite.errors import ConfigError
 from megalite.plan import make_plan
-from tests.run_file import BASE
+from tests.helpers.runs import BASE
 
 
 def section(task: str = "classification", **changes: Any) -> dict[str, Any]:

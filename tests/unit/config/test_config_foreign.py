@@ -14,7 +14,7 @@ from megalite.config.deepspeed_tables import KNOWN
 from megalite.config.faults import dotted, known_keys
 from megalite.config.foreign import _OTHERWISE, _SAME, foreign_answer
 from megalite.errors import ConfigError, nearest
-from tests.run_file import BASE
+from tests.helpers.runs import BASE
 
 KEYS = {dotted(key) for key in known_keys()}
 

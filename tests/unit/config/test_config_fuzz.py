@@ -16,7 +16,7 @@ from megalite.config.deepspeed_tables import KNOWN, REFUSED
 from megalite.config.faults import dotted, known_keys
 from megalite.errors import ConfigError
 from megalite.plan import deepspeed_dict, make_plan
-from tests.run_file import BASE
+from tests.helpers.runs import BASE
 
 SCALARS = (
     st.none()

@@ -9,7 +9,7 @@ import pytest
 
 from megalite.config import RunConfig, parse_config
 from megalite.errors import ConfigError
-from tests.run_file import BASE
+from tests.helpers.runs import BASE
 
 
 def change(**keys: Any) -> dict[str, Any]:

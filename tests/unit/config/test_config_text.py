@@ -12,7 +12,7 @@ import pytest
 from megalite.cli import command_parser
 from megalite.config import find_run, load_config, parse_config
 from megalite.errors import CommandError, ConfigError
-from tests.run_file import BASE
+from tests.helpers.runs import BASE
 
 
 @pytest.mark.parametrize("half", ["\ud83d", "a\udc00"])

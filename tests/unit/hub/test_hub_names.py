@@ -18,7 +18,7 @@ from megalite.formats.start import find_start
 from megalite.hub import find_model, find_tokenizer, first_rank, parse_name
 from megalite.hub import resolve as hub
 from megalite.tokenizers.tokenizer import load_tokenizer
-from tests.stub_hub import COMMIT, StubHub, stub_hub
+from tests.helpers.hub import COMMIT, StubHub, stub_hub
 
 ALONE = Launch(0, 1, 0, 1, "127.0.0.1", 0, "python")
 

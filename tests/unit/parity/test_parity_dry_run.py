@@ -13,7 +13,7 @@ from megalite.config import RunConfig, load_config, parse_config
 from megalite.parity.dry_run import dry_run
 from megalite.plan import labelled, make_plan, tensor_collectives
 from megalite.plan.zero import local_elements
-from tests.run_file import BASE
+from tests.helpers.runs import BASE
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 # they start from another's model

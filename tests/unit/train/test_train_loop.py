@@ -24,7 +24,7 @@ from megalite.train.feed import Feed, StopRequest
 from megalite.train.judge import Judge
 from megalite.train.ledger import Ledger
 from megalite.train.loop import Trainer
-from tests.factories import make_batch, run_config
+from tests.helpers.models import make_batch, run_config
 
 
 class Notes:

@@ -13,8 +13,8 @@ from megalite.checkpoint import describe_run, describe_start
 from megalite.config import load_stored
 from megalite.errors import CommandError, ConfigError
 from megalite.parallel import Grid
-from tests.factories import run_config
-from tests.origins import find, publish, reseal
+from tests.helpers.checkpoints import find, publish, reseal
+from tests.helpers.models import run_config
 
 
 @pytest.fixture
