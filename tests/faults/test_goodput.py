@@ -1,3 +1,4 @@
+# covers: megalite/observe/goodput.py
 """doctor.py on the records of runs that were killed, stopped and finished."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/observe/watch.py
 """A rank that hangs ends the job, with every running rank's stacks and the late one's name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: launcher/finetune.py launcher/eval.py launcher/explain.py
 """A conversation's model from its launcher to its answer, when what it started from is gone."""
 
 from __future__ import annotations

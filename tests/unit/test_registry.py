@@ -1,3 +1,4 @@
+# covers: megalite/observe/sinks.py
 # covers: megalite/registry.py megalite/config/names.py
 """Names of a run file: built in, registered in code, or of an installed package."""
 

@@ -1,3 +1,4 @@
+# covers: megalite/checkpoint/compare.py megalite/checkpoint/load.py
 """Bytes that are not those that were written: found, named, and never taken for the model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/checkpoint/write.py megalite/checkpoint/lease.py
 """What survives a save that fails, and which of several starts may publish."""
 
 from __future__ import annotations

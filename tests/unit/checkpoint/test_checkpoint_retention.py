@@ -1,3 +1,4 @@
+# covers: megalite/checkpoint/retention.py
 """Old checkpoints that cannot be removed, and starts that may remove none."""
 
 from __future__ import annotations

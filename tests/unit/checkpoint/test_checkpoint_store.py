@@ -1,3 +1,5 @@
+# covers: megalite/checkpoint/save.py megalite/checkpoint/load.py megalite/checkpoint/owners.py
+# covers: megalite/checkpoint/stored.py megalite/checkpoint/write.py
 """Saving and loading in one process: what is on disk, and what comes back."""
 
 from __future__ import annotations

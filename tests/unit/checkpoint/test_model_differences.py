@@ -1,3 +1,4 @@
+# covers: megalite/checkpoint/differences.py megalite/checkpoint/stored.py
 """A run's model beside the one it starts from: what may change, what is said, what is refused."""
 
 from __future__ import annotations

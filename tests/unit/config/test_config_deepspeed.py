@@ -1,3 +1,4 @@
+# covers: megalite/config/deepspeed_keys.py megalite/config/deepspeed_tables.py
 """The deepspeed section: keys nobody knows, keys that contradict, and DeepSpeed's own source."""
 
 from __future__ import annotations

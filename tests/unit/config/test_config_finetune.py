@@ -1,3 +1,4 @@
+# covers: megalite/config/finetune.py
 """Rules of the finetune section, and what it fills in elsewhere."""
 
 from __future__ import annotations

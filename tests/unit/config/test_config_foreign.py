@@ -1,3 +1,4 @@
+# covers: megalite/config/foreign.py megalite/config/faults.py
 """Names of other trainers are answered with the key that has their meaning, and never another."""
 
 from __future__ import annotations

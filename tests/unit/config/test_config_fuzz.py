@@ -1,3 +1,4 @@
+# covers: megalite/config/strict.py megalite/config/faults.py
 """Whatever a run file holds, loading ends in a config or in faults of one line each."""
 
 from __future__ import annotations

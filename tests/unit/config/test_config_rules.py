@@ -1,3 +1,4 @@
+# covers: megalite/config/rules.py
 """Rules between fields, and what this version does not have."""
 
 from __future__ import annotations

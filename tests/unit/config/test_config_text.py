@@ -1,3 +1,4 @@
+# covers: megalite/config/fields.py megalite/config/load.py
 """Texts of a run file that stand for something else: the home folder; half a character."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/formats/examples.py
 from __future__ import annotations
 
 import os

@@ -1,3 +1,4 @@
+# covers: megalite/doctor/examine.py megalite/doctor/runfile.py launcher/doctor.py
 """launcher/doctor.py as it is started: on this machine, on a run file, on what is not there."""
 
 from __future__ import annotations

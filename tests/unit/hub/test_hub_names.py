@@ -1,3 +1,4 @@
+# covers: megalite/formats/start.py megalite/hub/resolve.py megalite/hub/first_rank.py
 """Names of the hub in the place of folders: downloaded once, cached, and refused in plain words."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/parity/dry_run.py
 """A step on the meta device, among ranks that are imagined: what the plan says is what is done."""
 
 from __future__ import annotations

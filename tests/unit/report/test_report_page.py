@@ -1,3 +1,4 @@
+# covers: megalite/report/page.py megalite/report/record.py
 """The page about runs, read as a browser reads it: curves, differences, escapes, broken records."""
 
 from __future__ import annotations

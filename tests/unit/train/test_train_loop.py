@@ -1,3 +1,4 @@
+# covers: megalite/observe/stragglers.py
 """The loop's rhythm: when it logs, validates, saves and stops, with parts that only take notes."""
 
 from __future__ import annotations

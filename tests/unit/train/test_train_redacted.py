@@ -1,3 +1,4 @@
+# covers: megalite/checkpoint/start.py megalite/config/secrets.py
 """Checkpoints of versions that wrote "[redacted]" into their config.json."""
 
 from __future__ import annotations
