@@ -268,9 +268,8 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
         stored = weights = HuggingFaceFolder(path)
         weights.require_head()
         weights.say_ignored()
-        folder = weights.path
+        folder = tokenizer_folder = weights.path
         config = weights.section
-        tokenizer_folder = weights.path
     else:
         folder, manifest = open_checkpoint(path, weights_only=True)
         try:

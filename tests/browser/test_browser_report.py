@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import run_ranks
-from tests.runs import rows, run_file, train
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import rows, run_file, train
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = ("summary", "curves", "differences", "events", "foresight", "samples")

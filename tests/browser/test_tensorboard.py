@@ -19,8 +19,8 @@ from PIL import Image
 from data_prep.encode import TokenizeOptions, tokenize
 from megalite.spawn import free_port
 from tests.dist.test_finetune import tune, tuning_file, write_rows
-from tests.ranks import run_ranks
-from tests.runs import rows, run_file, train, zero
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import rows, run_file, train, zero
 
 TAGS = {
     *("train/loss", "train/loss_by_tokens", "train/lr", "train/grad_norm", "train/step_seconds"),

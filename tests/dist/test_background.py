@@ -12,8 +12,8 @@ import pytest
 
 from megalite.errors import CheckpointError
 from megalite.formats import checkpoint as disk
-from tests.ranks import run_ranks
-from tests.runs import curve, rows, run_file, train, zero
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import curve, rows, run_file, train, zero
 
 SAVE = {"every": 5, "keep": 5}
 

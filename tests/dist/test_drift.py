@@ -12,8 +12,8 @@ import torch
 from megalite.errors import EngineError
 from megalite.formats import checkpoint as disk
 from megalite.train.drift import _hash
-from tests.ranks import run_ranks
-from tests.runs import rows, run_file, train, zero
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import rows, run_file, train, zero
 
 SPLIT = "model.layers.1.mlp.down_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"  # the first of its group

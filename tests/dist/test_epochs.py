@@ -17,8 +17,8 @@ from megalite.env import Launch
 from megalite.errors import CommandError, MegaLiteError
 from megalite.formats import checkpoint as disk
 from tests.dist.test_finetune import numbers, tune, tuning_file, write_rows
-from tests.ranks import run_ranks
-from tests.runs import rows
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import rows
 
 EPOCHS = 3
 

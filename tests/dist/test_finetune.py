@@ -17,8 +17,8 @@ from megalite.config import load_config, parse_config
 from megalite.env import Launch
 from megalite.evaluate import open_model
 from megalite.model import build, initialize
-from tests.ranks import run_ranks
-from tests.runs import rows, run_file, train, zero
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import rows, run_file, train, zero
 
 WORDS = {"good": "fine grand lovely warm", "bad": "awful cold dreary stale", "odd": "queer rum"}
 COMMON = ["the", "a", "film", "plot", "scene", "with", "and", "of", "it", "was", "actor"]

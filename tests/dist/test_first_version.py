@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from megalite.formats.verify import verify_folder
-from tests.ranks import run_ranks
-from tests.runs import curve, rows, train, zero
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import curve, rows, train, zero
 
 ARCHIVE = Path(__file__).resolve().parents[1] / "fixtures/first_version.tar.gz"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megalite.plan.calibrate import read_run
-from tests.ranks import run_ranks
-from tests.runs import rows, run_file, train, zero
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import rows, run_file, train, zero
 
 
 def test_predicted_and_measured_are_kept(shards: dict[str, str], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megalite.parallel import start, stop
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 
 def _reduce(launch: Any, tensor: int) -> dict[str, Any]:

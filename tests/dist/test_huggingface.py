@@ -1,3 +1,4 @@
+# covers: launcher/export.py
 """From a folder of Hugging Face's into any layout, and out again: bit for bit."""
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from megalite.checkpoint import StoredCheckpoint, open_checkpoint
 from megalite.checkpoint.huggingface import export
 from megalite.config import ModelConfig
 from megalite.tokenizers.tokenizer import load_tokenizer
-from tests.families import FAMILIES, model_section
+from tests.helpers.families import FAMILIES, model_section
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import run_file, train, zero
 from tests.parity.test_families import family_run
-from tests.ranks import run_ranks
-from tests.runs import run_file, train, zero
 from tests.unit.huggingface.test_huggingface_families import InMemory, exported, random_model
 
 transformers = pytest.importorskip("transformers")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from tests.ranks import run_ranks
-from tests.runs import curve, run_file, train
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import curve, run_file, train
 
 
 def test_the_same_bytes_without_a_manifest_are_the_same_run(

@@ -12,9 +12,9 @@ import pytest
 
 from megalite import registry
 from megalite.errors import ConfigError
-from tests.plugin_package import install
-from tests.ranks import run_ranks
-from tests.runs import curve, rows, run_file, train, zero
+from tests.helpers.plugins import install
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import curve, rows, run_file, train, zero
 
 
 def train_with(launch: Any, site: str, raw: dict[str, Any], **request: Any) -> None:

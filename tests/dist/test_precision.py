@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megalite.env import Launch
-from tests.ranks import run_ranks
-from tests.runs import rows, run_file, train
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import rows, run_file, train
 
 
 def _train(launch: Launch, raw: dict[str, Any], units: list[str | None], steps: int) -> None:

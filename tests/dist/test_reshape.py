@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megalite.data import Loader
-from tests.ranks import run_ranks
-from tests.runs import curve, rows, run_file, train, zero
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import curve, rows, run_file, train, zero
 
 # (tensor, ranks, stage)
 Layout = tuple[int, int, int]

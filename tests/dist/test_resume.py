@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 from megalite.arch import tensors
 from megalite.config import parse_config
-from tests.ranks import run_ranks
-from tests.runs import curve, rows, run_file, train, zero
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import curve, rows, run_file, train, zero
 
 SAVE = {"every": 10, "keep": 5}
 

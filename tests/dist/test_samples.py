@@ -16,10 +16,10 @@ from megalite.evaluate import Prompts, Writer, open_model, stream_texts
 from megalite.evaluate.generate import Sampling
 from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.dist.test_finetune import tune, tuning_file
-from tests.factories import run_config
-from tests.labelled import jsonl
-from tests.ranks import run_ranks
-from tests.runs import rows, run_file, train, zero
+from tests.helpers.models import run_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.rows import jsonl
+from tests.helpers.runs import rows, run_file, train, zero
 
 PROMPTS = ["def main(", "import os\n", "é"]
 SAMPLES = {"prompts": PROMPTS, "max_new_tokens": 12, "temperature": 1.0}

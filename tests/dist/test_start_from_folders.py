@@ -22,12 +22,12 @@ from megalite.errors import CommandError
 from megalite.evaluate.verify import verify
 from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.dist.test_finetune import tuning_file, write_rows
-from tests.factories import run_config
-from tests.families import model_section
-from tests.origins import publish
-from tests.ranks import run_ranks
-from tests.runs import rows, run_file, train, zero
-from tests.stub_hub import stub_hub
+from tests.helpers.checkpoints import publish
+from tests.helpers.families import model_section
+from tests.helpers.hub import stub_hub
+from tests.helpers.models import run_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import rows, run_file, train, zero
 from tests.unit.huggingface.test_huggingface_families import InMemory, random_model
 
 transformers = pytest.importorskip("transformers")

@@ -17,9 +17,9 @@ from megalite.data import advance
 from megalite.data.order import leave_out
 from megalite.errors import MegaLiteError
 from megalite.train.ledger import Ledger
-from tests.factories import world_of_one
-from tests.ranks import run_ranks
-from tests.runs import curve, rows, run_file, train, zero
+from tests.helpers.models import world_of_one
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import curve, rows, run_file, train, zero
 
 GUARDS = {"spike_window": 16, "skip_window": 2}
 LONG = {"steps": 30, "eval_every": 0}

@@ -54,10 +54,11 @@ from megalite.report import read_records, render
 from megalite.tokenizers.tokenizer import load_tokenizer
 from megalite.train.ledger import Ledger
 from megalite.train.resume import find_origin
-from tests import damage, labelled
-from tests.factories import make_engine, world_of_one
-from tests.origins import reseal
-from tests.whole_folders import MAKERS
+from tests.helpers import damage
+from tests.helpers import rows as labelled
+from tests.helpers.checkpoints import reseal
+from tests.helpers.folders import MAKERS
+from tests.helpers.models import make_engine, world_of_one
 
 FEW, MANY = 12, 200
 SECONDS = 20

@@ -14,8 +14,8 @@ import pytest
 
 from megalite.errors import MegaLiteError
 from megalite.formats import checkpoint as disk
-from tests.ranks import run_ranks
-from tests.runs import curve, rows, run_file, train
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import curve, rows, run_file, train
 
 
 def _outcome(launch: Any, raw: dict[str, Any]) -> str:

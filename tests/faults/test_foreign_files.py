@@ -17,9 +17,9 @@ from megalite.checkpoint.huggingface import HuggingFaceFolder
 from megalite.errors import CheckpointError, CommandError, MegaLiteError
 from megalite.evaluate import open_model
 from megalite.parallel import Grid
-from tests.factories import run_config, world_of_one
-from tests.origins import find, publish, reseal
-from tests.whole_folders import MAKERS
+from tests.helpers.checkpoints import find, publish, reseal
+from tests.helpers.folders import MAKERS
+from tests.helpers.models import run_config, world_of_one
 
 STEP = "checkpoints/step_00000003"
 

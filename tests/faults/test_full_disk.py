@@ -18,8 +18,8 @@ from megalite.env import Launch, publish_launch
 from megalite.errors import CommandError, MegaLiteError
 from megalite.formats import checkpoint as disk
 from megalite.observe import Recorder
-from tests.ranks import run_ranks, start_ranks
-from tests.runs import run_file, train
+from tests.helpers.ranks import run_ranks, start_ranks
+from tests.helpers.runs import run_file, train
 
 
 @pytest.fixture

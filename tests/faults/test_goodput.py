@@ -1,3 +1,4 @@
+# covers: megalite/observe/goodput.py
 """doctor.py on the records of runs that were killed, stopped and finished."""
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import pytest
 from launcher.doctor import _print_goodput
 from megalite.errors import CommandError
 from megalite.observe.goodput import goodput
-from tests.ranks import run_ranks
-from tests.runs import run_file, train
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import run_file, train
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,3 +1,4 @@
+# covers: megalite/observe/watch.py
 """A rank that hangs ends the job, with every running rank's stacks and the late one's name."""
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import pytest
 
 from megalite.observe.watch import find_late
 from megalite.spawn import free_port
-from tests.ranks import run_ranks
-from tests.runs import rows, run_file, train
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import rows, run_file, train
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 6.0

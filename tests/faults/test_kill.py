@@ -15,8 +15,8 @@ import pytest
 
 from megalite.env import Launch, publish_launch
 from megalite.formats import checkpoint as disk
-from tests.ranks import run_ranks, start_ranks
-from tests.runs import curve, run_file, train, zero
+from tests.helpers.ranks import run_ranks, start_ranks
+from tests.helpers.runs import curve, run_file, train, zero
 
 EVERY = 4
 

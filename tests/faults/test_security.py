@@ -16,7 +16,7 @@ import pytest
 from megalite.config import load_stored, parse_config
 from megalite.errors import ConfigError
 from megalite.log import redact
-from tests.runs import run_file
+from tests.helpers.runs import run_file
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_" + "a1B2" * 8

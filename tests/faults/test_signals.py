@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.test_hang import _ranks, _start, _wait_for_step
-from tests.runs import curve, rows, run_file
+from tests.helpers.runs import curve, rows, run_file
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ import pytest
 from megalite.env import Launch, publish_launch
 from megalite.errors import CommandError, MegaLiteError
 from megalite.formats import checkpoint as disk
-from tests.ranks import run_ranks, start_ranks
-from tests.runs import rows, run_file, train
+from tests.helpers.ranks import run_ranks, start_ranks
+from tests.helpers.runs import rows, run_file, train
 
 EVERY = 2
 

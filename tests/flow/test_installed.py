@@ -1,3 +1,4 @@
+# covers: launcher/pretrain.py launcher/plan.py
 """What `pip install .` brings: the wheel is whole, and trains where no checkout is."""
 
 from __future__ import annotations

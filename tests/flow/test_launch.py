@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import curve, rows, run_file
+from tests.helpers.runs import curve, rows, run_file
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -1,3 +1,4 @@
+# covers: launcher/finetune.py launcher/eval.py launcher/explain.py
 """A conversation's model from its launcher to its answer, when what it started from is gone."""
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.chat import CHATML
-from tests.ranks import run_ranks
-from tests.runs import run_file, train
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import run_file, train
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,8 +9,8 @@ import pytest
 
 from megalite.config import parse_config
 from megalite.env import Launch, has_compiler
-from tests.ranks import run_ranks
-from tests.runs import run_file, zero
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import run_file, zero
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
 

@@ -14,10 +14,10 @@ from megalite.env import Launch
 from megalite.evaluate import open_model
 from megalite.evaluate.verify import inputs_of, theirs
 from megalite.tokenizers.tokenizer import load_tokenizer
-from tests.families import FAMILIES, model_section
+from tests.helpers.families import FAMILIES, model_section
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import curve, rows, run_file, zero
 from tests.parity.test_layouts import _reference, misses
-from tests.ranks import run_ranks
-from tests.runs import curve, rows, run_file, zero
 from tests.unit.huggingface.test_huggingface_families import InMemory, random_model
 
 SEQUENCE = {"tensor": 2, "sequence": True}

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megalite.env import has_compiler
-from tests.ranks import run_ranks
-from tests.runs import curve, rows, run_file, train, zero
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import curve, rows, run_file, train, zero
 
 Curve = list[tuple[float, float]]
 

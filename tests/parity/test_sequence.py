@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.runs import run_file, zero
 from tests.parity.test_layouts import OTHER, misses, reference  # noqa: F401
-from tests.runs import run_file, zero
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [(2, 0), (2, 3), (4, 1), (4, 2)])

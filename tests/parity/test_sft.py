@@ -13,10 +13,10 @@ from data_prep.chat import CHATML
 from megalite.data import ExampleSet, first_batches
 from megalite.formats.examples import read_manifest
 from tests.dist.test_finetune import numbers, tune, tuning_file
-from tests.factories import loss_of, make_model, run_config
-from tests.labelled import jsonl, make
-from tests.ranks import run_ranks
-from tests.runs import zero
+from tests.helpers.models import loss_of, make_model, run_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.rows import jsonl, make
+from tests.helpers.runs import zero
 from tests.unit.data_prep.test_data_prep_chat import conversations, folder
 
 transformers = pytest.importorskip("transformers")

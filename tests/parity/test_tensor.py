@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import curve, rows, run_file, train, zero
 from tests.parity.test_layouts import OTHER, _reference, misses, reference  # noqa: F401
-from tests.ranks import run_ranks
-from tests.runs import curve, rows, run_file, train, zero
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import run_ranks
-from tests.run_file import BASE
-from tests.runs import curve, run_file, train
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import BASE, curve, run_file, train
 from tests.slurm.conftest import SCRIPT, Cluster
 
 ROOT = Path(__file__).resolve().parents[2]

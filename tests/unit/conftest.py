@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from megalite.parallel import Grid
-from tests.factories import world_of_one
+from tests.helpers.models import world_of_one
 
 
 @pytest.fixture(scope="module")

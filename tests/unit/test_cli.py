@@ -1,4 +1,4 @@
-# covers: megalite/cli.py
+# covers: megalite/cli.py megalite/errors.py
 """Exit codes of every way to leave a command."""
 
 from __future__ import annotations

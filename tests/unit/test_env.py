@@ -1,3 +1,4 @@
+# covers: megalite/env.py
 """Who this process is, told by four launchers, and every way a description can be wrong."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/env.py
 """The heap of a process on a CPU: which settings it gets, and its one restart with them."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# covers: megalite/launchers/clusters.py megalite/launchers/hosts.py megalite/launchers/launch.py
+# covers: megalite/launchers/mpi.py megalite/launchers/names.py megalite/launchers/read.py
 # covers: megalite/parallel/rendezvous.py
 """Ranks of MPI's launchers and of operators: read, or refused, and never a silent world of one."""
 

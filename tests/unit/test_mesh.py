@@ -1,3 +1,4 @@
+# covers: megalite/mesh.py
 """The mesh of ranks: places, and groups that divide the world."""
 
 from __future__ import annotations

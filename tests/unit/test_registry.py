@@ -1,3 +1,4 @@
+# covers: megalite/observe/sinks.py
 # covers: megalite/registry.py megalite/config/names.py
 """Names of a run file: built in, registered in code, or of an installed package."""
 
@@ -16,8 +17,8 @@ from megalite import registry
 from megalite.config import parse_config
 from megalite.errors import ConfigError, UserError
 from megalite.registry import Registry
-from tests.plugin_package import install
-from tests.run_file import BASE
+from tests.helpers.plugins import install
+from tests.helpers.runs import BASE
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+# covers: megalite/checkpoint/compare.py megalite/checkpoint/load.py
 """Bytes that are not those that were written: found, named, and never taken for the model."""
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from megalite import arch, checkpoint, files
 from megalite.errors import CheckpointError, DamagedCheckpoint
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
-from tests.factories import make_engine, save_checkpoint, train_steps
+from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.models import make_engine, train_steps
 
 
 @pytest.fixture

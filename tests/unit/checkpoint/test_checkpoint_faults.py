@@ -1,3 +1,4 @@
+# covers: megalite/checkpoint/write.py megalite/checkpoint/lease.py
 """What survives a save that fails, and which of several starts may publish."""
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from megalite.checkpoint import Lease, Place
 from megalite.errors import CheckpointError, Superseded
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
-from tests.factories import make_engine, save_checkpoint, train_steps
+from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.models import make_engine, train_steps
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+# covers: megalite/checkpoint/retention.py
 """Old checkpoints that cannot be removed, and starts that may remove none."""
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from megalite.config import CheckpointConfig
 from megalite.errors import Superseded
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
-from tests.factories import run_config
-from tests.origins import publish
+from tests.helpers.checkpoints import publish
+from tests.helpers.models import run_config
 
 
 @pytest.fixture

@@ -1,3 +1,5 @@
+# covers: megalite/checkpoint/save.py megalite/checkpoint/load.py megalite/checkpoint/owners.py
+# covers: megalite/checkpoint/stored.py megalite/checkpoint/write.py
 """Saving and loading in one process: what is on disk, and what comes back."""
 
 from __future__ import annotations
@@ -26,14 +28,8 @@ from megalite.formats import checkpoint as disk
 from megalite.mesh import Mesh
 from megalite.model import build
 from megalite.parallel import Grid
-from tests.factories import (
-    loss_of,
-    make_batch,
-    make_engine,
-    model_config,
-    save_checkpoint,
-    train_steps,
-)
+from tests.helpers.checkpoints import save_checkpoint
+from tests.helpers.models import loss_of, make_batch, make_engine, model_config, train_steps
 
 PLACE = Place(step=3, samples=12, tokens=96)
 

@@ -1,3 +1,4 @@
+# covers: megalite/checkpoint/differences.py megalite/checkpoint/stored.py
 """A run's model beside the one it starts from: what may change, what is said, what is refused."""
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from megalite import arch
 from megalite.checkpoint import Grown, compare_models
 from megalite.config import ModelConfig
 from megalite.errors import CommandError
-from tests.factories import model_config
+from tests.helpers.models import model_config
 
 SOURCE = Path("there")
 LINEAR = {"rope_type": "linear", "factor": 2.0}

@@ -1,3 +1,4 @@
+# covers: megalite/config/deepspeed_keys.py megalite/config/deepspeed_tables.py
 """The deepspeed section: keys nobody knows, keys that contradict, and DeepSpeed's own source."""
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 from megalite.config import parse_config, zero_stage
 from megalite.config.deepspeed_tables import IDLE_VALUES, KNOWN, REFUSED
 from megalite.errors import ConfigError
-from tests.run_file import BASE
+from tests.helpers.runs import BASE
 
 
 def faults(section: Any, **training: Any) -> list[str]:

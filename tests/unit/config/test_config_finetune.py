@@ -1,3 +1,4 @@
+# covers: megalite/config/finetune.py
 """Rules of the finetune section, and what it fills in elsewhere."""
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from megalite import arch
 from megalite.config import RunConfig, load_config, parse_config
 from megalite.errors import ConfigError
 from megalite.plan import make_plan
-from tests.run_file import BASE
+from tests.helpers.runs import BASE
 
 
 def section(task: str = "classification", **changes: Any) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+# covers: megalite/config/foreign.py megalite/config/faults.py
 """Names of other trainers are answered with the key that has their meaning, and never another."""
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from megalite.config.deepspeed_tables import KNOWN
 from megalite.config.faults import dotted, known_keys
 from megalite.config.foreign import _OTHERWISE, _SAME, foreign_answer
 from megalite.errors import ConfigError, nearest
-from tests.run_file import BASE
+from tests.helpers.runs import BASE
 
 KEYS = {dotted(key) for key in known_keys()}
 

@@ -1,3 +1,4 @@
+# covers: megalite/config/strict.py megalite/config/faults.py
 """Whatever a run file holds, loading ends in a config or in faults of one line each."""
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from megalite.config.deepspeed_tables import KNOWN, REFUSED
 from megalite.config.faults import dotted, known_keys
 from megalite.errors import ConfigError
 from megalite.plan import deepspeed_dict, make_plan
-from tests.run_file import BASE
+from tests.helpers.runs import BASE
 
 SCALARS = (
     st.none()

@@ -1,3 +1,5 @@
+# covers: megalite/config/load.py megalite/config/secrets.py megalite/config/strict.py
+# covers: megalite/config/model.py megalite/config/schema.py
 """Reading, extending and setting run files; what is said about those that are wrong."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# covers: megalite/config/page.py megalite/config/__main__.py megalite/config/fields.py
+# covers: megalite/config/logging.py
 """docs/configuration.md is what the schema says, and says all of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/config/rules.py
 """Rules between fields, and what this version does not have."""
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import pytest
 
 from megalite.config import RunConfig, parse_config
 from megalite.errors import ConfigError
-from tests.run_file import BASE
+from tests.helpers.runs import BASE
 
 
 def change(**keys: Any) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+# covers: megalite/config/page.py
 """Every run file that ships loads through the real parser, and schema.json is the models'."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/config/fields.py megalite/config/load.py
 """Texts of a run file that stand for something else: the home folder; half a character."""
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 from megalite.cli import command_parser
 from megalite.config import find_run, load_config, parse_config
 from megalite.errors import CommandError, ConfigError
-from tests.run_file import BASE
+from tests.helpers.runs import BASE
 
 
 @pytest.mark.parametrize("half", ["\ud83d", "a\udc00"])

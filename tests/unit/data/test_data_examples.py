@@ -13,8 +13,8 @@ from megalite.data import ExampleSet, Loader, first_batches
 from megalite.errors import DataError
 from megalite.formats.examples import open_split, read_manifest
 from megalite.tokenizers.tokenizer import load_tokenizer
-from tests.factories import run_config
-from tests.labelled import jsonl, make
+from tests.helpers.models import run_config
+from tests.helpers.rows import jsonl, make
 
 LENGTHS = [3, 20, 7, 1, 31, 12, 5, 9, 16, 2, 25]
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalite.data import Packing, assemble, pack
-from tests.factories import make_model, model_config
+from tests.helpers.models import make_model, model_config
 
 POLICIES = st.sampled_from(["cut", "leave out"])
 

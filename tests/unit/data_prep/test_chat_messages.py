@@ -15,7 +15,7 @@ from data_prep.messages import check_messages, check_tools
 from data_prep.records import Unusable
 from megalite.errors import DataError
 from megalite.tokenizers.tokenizer import ByteTokenizer
-from tests.labelled import jsonl, make, opened, texts
+from tests.helpers.rows import jsonl, make, opened, texts
 from tests.unit.data_prep.test_data_prep_chat import MARKED, PLAIN
 
 USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}

@@ -13,9 +13,9 @@ from data_prep import examples
 from data_prep.eval_examples import prepare_again
 from megalite.errors import DataError
 from megalite.tokenizers.tokenizer import keep_ends, tokenizer_files
-from tests.factories import run_config
-from tests.labelled import ROWS, jsonl, make, opened, texts
-from tests.tokenizer_folders import NAMES, json_folder
+from tests.helpers.models import run_config
+from tests.helpers.rows import ROWS, jsonl, make, opened, texts
+from tests.helpers.tokenizers import NAMES, json_folder
 
 TEMPLATE = (
     "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}\r\n{% endfor %}"

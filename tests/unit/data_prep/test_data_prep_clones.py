@@ -13,7 +13,7 @@ import pytest
 from data_prep.clones import has_card, split_of
 from data_prep.inputs import find_streams
 from megalite.errors import CommandError, DataError
-from tests.labelled import jsonl, make, opened
+from tests.helpers.rows import jsonl, make, opened
 
 CARD = """---
 configs:

@@ -1,3 +1,4 @@
+# covers: megalite/formats/examples.py
 from __future__ import annotations
 
 import os
@@ -17,8 +18,8 @@ from data_prep.examples import prepare
 from megalite.errors import DataError
 from megalite.formats.examples import read_manifest
 from megalite.tokenizers.tokenizer import load_tokenizer
-from tests.factories import run_config
-from tests.labelled import ROWS, jsonl, make, opened, texts
+from tests.helpers.models import run_config
+from tests.helpers.rows import ROWS, jsonl, make, opened, texts
 
 EOS = 257
 GIVEN = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"

@@ -9,7 +9,7 @@ import pytest
 
 from data_prep.labels import describe_similar, label_name
 from data_prep.records import Unusable
-from tests import labelled
+from tests.helpers import rows as labelled
 
 BOM, ZERO_WIDTH, IDEOGRAPHIC, NO_BREAK = "\ufeff", "\u200b", "\u3000", "\xa0"
 

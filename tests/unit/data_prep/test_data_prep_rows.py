@@ -19,7 +19,7 @@ import zstandard
 from megalite import hub
 from megalite.errors import DataError
 from megalite.tokenizers.tokenizer import load_tokenizer
-from tests.labelled import ROWS, jsonl, make, opened, texts
+from tests.helpers.rows import ROWS, jsonl, make, opened, texts
 
 
 @pytest.fixture(autouse=True)

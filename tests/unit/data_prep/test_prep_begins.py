@@ -14,8 +14,8 @@ from megalite.errors import UserError
 from megalite.formats.shards import open_shards
 from megalite.formats.verify import verify_folder
 from megalite.tokenizers.tokenizer import load_tokenizer
-from tests.labelled import jsonl, make, opened
-from tests.tokenizer_folders import END, START, json_folder
+from tests.helpers.rows import jsonl, make, opened
+from tests.helpers.tokenizers import END, START, json_folder
 
 BOS, EOS = 256, 257
 

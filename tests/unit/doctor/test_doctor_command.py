@@ -1,3 +1,4 @@
+# covers: megalite/doctor/examine.py megalite/doctor/runfile.py launcher/doctor.py
 """launcher/doctor.py as it is started: on this machine, on a run file, on what is not there."""
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from megalite.doctor.row import GIB
 from megalite.errors import CommandError, ConfigError, DataError
 from megalite.plan import make_plan
 from megalite.train import checks
-from tests.factories import run_config
-from tests.labelled import ROWS, jsonl
-from tests.ranks import run_ranks
-from tests.runs import run_file, train
+from tests.helpers.models import run_config
+from tests.helpers.ranks import run_ranks
+from tests.helpers.rows import ROWS, jsonl
+from tests.helpers.runs import run_file, train
 
 ROOT = Path(__file__).resolve().parents[3]
 MACHINE = [

@@ -1,3 +1,4 @@
+# covers: megalite/doctor/host.py megalite/doctor/row.py megalite/doctor/software.py
 """Every row of the doctor's table, made ok, a warning and a failure by the facts it is given."""
 
 from __future__ import annotations

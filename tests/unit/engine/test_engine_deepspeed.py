@@ -14,8 +14,8 @@ from megalite.config import Precision
 from megalite.env import Launch
 from megalite.errors import ConfigError, EngineError
 from megalite.parallel import Grid
-from tests.factories import run_config, world_of_one
-from tests.ranks import run_ranks
+from tests.helpers.models import run_config, world_of_one
+from tests.helpers.ranks import run_ranks
 
 
 def section(stage: int, **others: Any) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def partitions_of(launch: Launch, stage: int) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_partitions_of_all_ranks_are_every_parameter_once(stage: int) -> None:
-    from tests.factories import make_model
+    from tests.helpers.models import make_model
 
     ranks = run_ranks(partitions_of, 2, stage)
     for name, parameter in make_model(run_config().model).named_parameters():

@@ -19,8 +19,8 @@ from megalite.engine.reference import ReferenceEngine
 from megalite.env import Launch
 from megalite.model import ExtraTerm, LanguageModel, LossTerms, make_objective
 from megalite.model.objectives import LabelObjective, TokenObjective
-from tests.factories import LONELY, make_batch, make_model, model_config, run_config
-from tests.ranks import run_ranks
+from tests.helpers.models import LONELY, make_batch, make_model, model_config, run_config
+from tests.helpers.ranks import run_ranks
 
 STEPS, SAMPLES, MICRO, LENGTH = 3, 4, 2, 8
 

@@ -14,7 +14,7 @@ from megalite.errors import CommandError
 from megalite.evaluate import LoadedModel, UncachedDecoder, generate, open_model, stream_texts
 from megalite.evaluate.generate import Sampling, sample_ids
 from megalite.tokenizers.tokenizer import load_tokenizer
-from tests.families import FAMILIES, model_section
+from tests.helpers.families import FAMILIES, model_section
 from tests.unit.huggingface.test_huggingface_families import exported, random_model
 
 WRITERS = [family for family in FAMILIES if family != "bert"]

@@ -16,7 +16,7 @@ from data_prep.conversations import Question, read_questions, replace_system
 from megalite.errors import CommandError, DataError
 from megalite.evaluate import Answerer, Sampling, json_lines, read_turns
 from megalite.tokenizers.tokenizer import ByteTokenizer
-from tests.labelled import jsonl
+from tests.helpers.rows import jsonl
 
 TEMPLATE = CHATML.replace(
     "{% for m", "{% if messages[0].role != 'system' %}DEFAULT{% endif %}{% for m", 1

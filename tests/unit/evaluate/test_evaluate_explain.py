@@ -21,8 +21,8 @@ from megalite.model.attention import Attention
 from megalite.model.linear import Embedding
 from megalite.model.positions import apply_rope, rope_table
 from megalite.tokenizers.tokenizer import load_tokenizer
-from tests.factories import make_batch, make_model, model_config, run_config
-from tests.families import model_section
+from tests.helpers.families import model_section
+from tests.helpers.models import make_batch, make_model, model_config, run_config
 from tests.unit.evaluate.test_evaluate_explain_page import Tags
 
 TEXT = {"decoder": "llama", "encoder": "bert", "encoder_decoder": "t5"}

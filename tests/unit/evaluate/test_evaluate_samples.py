@@ -14,7 +14,7 @@ from megalite.data import Batch
 from megalite.evaluate import Prompts, Writer
 from megalite.parallel import Grid
 from megalite.tokenizers.tokenizer import load_tokenizer
-from tests.factories import run_config
+from tests.helpers.models import run_config
 
 SAMPLES = {"prompts": ["ab", "c"], "max_new_tokens": 5, "temperature": 0}
 

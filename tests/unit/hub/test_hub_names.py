@@ -1,3 +1,4 @@
+# covers: megalite/formats/start.py megalite/hub/resolve.py megalite/hub/first_rank.py
 """Names of the hub in the place of folders: downloaded once, cached, and refused in plain words."""
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from megalite.formats.start import find_start
 from megalite.hub import find_model, find_tokenizer, first_rank, parse_name
 from megalite.hub import resolve as hub
 from megalite.tokenizers.tokenizer import load_tokenizer
-from tests.stub_hub import COMMIT, StubHub, stub_hub
+from tests.helpers.hub import COMMIT, StubHub, stub_hub
 
 ALONE = Launch(0, 1, 0, 1, "127.0.0.1", 0, "python")
 

@@ -1,3 +1,4 @@
+# covers: megalite/checkpoint/huggingface/folder.py
 """Folders that classes of transformers without a language-model head wrote: what they start."""
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ from megalite.evaluate import open_model
 from megalite.evaluate.verify import inputs_of, theirs, verify
 from megalite.model import LanguageModel, build, initialize
 from megalite.tokenizers.tokenizer import load_tokenizer
-from tests.factories import loss_of
-from tests.families import FAMILIES, model_section
+from tests.helpers.families import FAMILIES, model_section
+from tests.helpers.models import loss_of
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,3 +1,4 @@
+# covers: megalite/checkpoint/huggingface/export.py
 """What ends a text goes from a model folder through a checkpoint and out again."""
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from megalite.checkpoint.huggingface import export
 from megalite.config import ModelConfig
 from megalite.evaluate.verify import verify_text
 from megalite.tokenizers.tokenizer import keep_ends, load_tokenizer
-from tests.families import model_section
-from tests.tokenizer_folders import NAMES, START, json_folder
+from tests.helpers.families import model_section
+from tests.helpers.tokenizers import NAMES, START, json_folder
 from tests.unit.huggingface.test_huggingface_families import InMemory, random_model
 
 transformers = pytest.importorskip("transformers")

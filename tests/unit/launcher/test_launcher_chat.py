@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.labelled import jsonl
+from tests.helpers.rows import jsonl
 from tests.unit.launcher.test_launcher_generate import checkpoint, say
 
 __all__ = ["checkpoint"]  # fixtures

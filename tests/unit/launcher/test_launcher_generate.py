@@ -1,3 +1,4 @@
+# covers: launcher/generate.py
 """launcher/generate.py on a small checkpoint: the text is what the model's own scores say."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: launcher/report.py
 """launcher/report.py: what it writes, and what it refuses."""
 
 from __future__ import annotations

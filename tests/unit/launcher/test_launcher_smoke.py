@@ -1,3 +1,4 @@
+# covers: launcher/smoke.py
 """`make smoke` without its work: what it collects, what it starts, what it accepts."""
 
 from __future__ import annotations

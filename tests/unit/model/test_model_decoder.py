@@ -15,7 +15,7 @@ from torch import Tensor
 from megalite import arch
 from megalite.config import ModelConfig
 from megalite.model import LanguageModel, build
-from tests.factories import loss_of, make_batch, make_model, model_config
+from tests.helpers.models import loss_of, make_batch, make_model, model_config
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -17,7 +17,7 @@ from megalite.config import ModelConfig
 from megalite.mesh import Mesh
 from megalite.model import build, initialize
 from megalite.model import init as module
-from tests.factories import make_model, model_config
+from tests.helpers.models import make_model, model_config
 
 # blocks of 128 rows begin inside q, k, v, gate, up and the vocabulary, and none ends with them
 WIDE: dict[str, Any] = {

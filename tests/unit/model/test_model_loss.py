@@ -16,7 +16,7 @@ from megalite.arch import chunk_rows, ends
 from megalite.env import has_compiler
 from megalite.model.heads import head_loss
 from megalite.model.loss import FusedLinearCrossEntropy
-from tests.factories import loss_of, make_batch, make_model, model_config
+from tests.helpers.models import loss_of, make_batch, make_model, model_config
 
 R, D, V = 200, 12, 37  # chunks of 64 rows: three and a rest of 8
 

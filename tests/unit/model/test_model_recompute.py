@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from megalite.model import LanguageModel
 from megalite.parallel import apply, apply_recompute_and_compile
-from tests.factories import loss_of, make_batch, make_model, model_config
+from tests.helpers.models import loss_of, make_batch, make_model, model_config
 
 PRODUCTS = ("mm", "addmm", "bmm")
 ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"

@@ -1,3 +1,4 @@
+# covers: megalite/observe/console.py
 """What a person sees: lines in a log, one view on a terminal."""
 
 from __future__ import annotations

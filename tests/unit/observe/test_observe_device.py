@@ -1,3 +1,4 @@
+# covers: megalite/observe/device.py
 """Peaks by the names that devices give themselves, and memory that was really taken."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/observe/metrics.py
 """The records of a run: rows, states, attempts, and what a crash leaves behind."""
 
 from __future__ import annotations

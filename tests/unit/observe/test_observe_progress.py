@@ -1,3 +1,4 @@
+# covers: megalite/observe/progress.py
 """A long command says at once what it does, and every few seconds how far it is."""
 
 from __future__ import annotations

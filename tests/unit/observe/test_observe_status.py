@@ -1,3 +1,4 @@
+# covers: megalite/observe/status.py
 """What later starts read of a run's status and of its first events."""
 
 from __future__ import annotations

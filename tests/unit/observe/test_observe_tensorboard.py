@@ -1,3 +1,4 @@
+# covers: megalite/observe/tensorboard.py
 """TensorBoard's folders, read back with TensorBoard's own reader."""
 
 from __future__ import annotations

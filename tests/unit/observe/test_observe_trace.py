@@ -1,3 +1,4 @@
+# covers: megalite/observe/trace.py
 """A trace of some steps: which ones, and what is written."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/observe/wandb.py
 """W&B: what it is told, one run for all attempts, and that nothing of it ends a training."""
 
 from __future__ import annotations

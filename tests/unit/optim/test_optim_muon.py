@@ -8,7 +8,7 @@ import torch
 
 from megalite.optim import Muon
 from megalite.optim.muon import newton_schulz
-from tests.factories import make_batch, make_engine
+from tests.helpers.models import make_batch, make_engine
 
 OPTIMIZER = {"name": "muon", "momentum": 0.95, "weight_decay": 0.1, "clip_grad_norm": 0.0}
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megalite.optim import learning_rate
-from tests.factories import run_config
+from tests.helpers.models import run_config
 
 
 def rates(steps: list[int], *, total: int = 100, **schedule: Any) -> list[float]:

@@ -22,7 +22,7 @@ from megalite.engine.reference import (
 from megalite.model import build
 from megalite.optim import make_optimizer
 from megalite.plan.optimizer import state_names
-from tests.factories import LONELY, loss_of, make_batch, make_model, run_config
+from tests.helpers.models import LONELY, loss_of, make_batch, make_model, run_config
 
 DECAYED, FREE = "lm_head.weight", "model.norm.weight"
 

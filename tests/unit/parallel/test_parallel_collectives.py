@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megalite.env import Launch
-from tests.ranks import run_ranks
+from tests.helpers.ranks import run_ranks
 
 B, T, D, OUT = 3, 4, 5, 6
 RANKS = 2

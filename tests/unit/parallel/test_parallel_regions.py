@@ -17,8 +17,8 @@ from megalite.env import Launch
 from megalite.mesh import Mesh
 from megalite.model import ONE_DEVICE, build, initialize
 from megalite.model.matmul import matmul
-from tests.factories import loss_of, make_batch, make_model, model_config
-from tests.ranks import run_ranks
+from tests.helpers.models import loss_of, make_batch, make_model, model_config
+from tests.helpers.ranks import run_ranks
 
 LORA = {"rank": 2, "targets": ["q_proj", "v_proj", "o_proj", "down_proj"]}
 MODELS: dict[str, dict[str, Any]] = {

@@ -1,3 +1,4 @@
+# covers: megalite/parity/dry_run.py
 """A step on the meta device, among ranks that are imagined: what the plan says is what is done."""
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from megalite.config import RunConfig, load_config, parse_config
 from megalite.parity.dry_run import dry_run
 from megalite.plan import labelled, make_plan, tensor_collectives
 from megalite.plan.zero import local_elements
-from tests.run_file import BASE
+from tests.helpers.runs import BASE
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 # they start from another's model

@@ -10,7 +10,7 @@ from megalite import arch
 from megalite.config import RunConfig, parse_config
 from megalite.plan import hardware_flops_per_token, make_plan
 from megalite.plan.memory import process_bytes
-from tests.run_file import SMALL_LLAMA
+from tests.helpers.runs import SMALL_LLAMA
 
 
 def made(model: dict[str, Any], recompute: str, **sections: Any) -> RunConfig:

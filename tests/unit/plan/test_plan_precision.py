@@ -17,7 +17,7 @@ from megalite.plan import (
     recorded_precision,
     resolve_precision,
 )
-from tests.run_file import BASE
+from tests.helpers.runs import BASE
 
 
 def config(precision: str, stage: int = 1) -> Any:

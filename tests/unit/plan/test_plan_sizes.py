@@ -12,7 +12,7 @@ from megalite.errors import ConfigError
 from megalite.plan import deepspeed_dict, flops_per_token, hardware_flops_per_token, make_plan
 from megalite.plan.flops import seen_pairs
 from megalite.plan.memory import process_bytes
-from tests.run_file import SMALL_LLAMA
+from tests.helpers.runs import SMALL_LLAMA
 
 WEIGHTS = 1000 * 64 * 2 + 3 * (64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 96)
 PARAMETERS = WEIGHTS + 7 * 64  # two norms a block and the last

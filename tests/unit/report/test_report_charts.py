@@ -1,3 +1,4 @@
+# covers: megalite/report/charts.py
 """Scales and thinning of the report's curves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/report/page.py megalite/report/record.py
 """The page about runs, read as a browser reads it: curves, differences, escapes, broken records."""
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from megalite.report import read_records, render
-from tests.ranks import run_ranks
-from tests.runs import rows, run_file, train
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import rows, run_file, train
 
 SECTIONS = ("summary", "curves", "differences", "time", "events", "foresight", "samples")
 

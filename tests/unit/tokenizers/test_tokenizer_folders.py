@@ -12,7 +12,7 @@ import tokenizers
 
 from megalite.errors import DataError
 from megalite.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from tests.tokenizer_folders import END, NAMES, START, json_folder
+from tests.helpers.tokenizers import END, NAMES, START, json_folder
 from tests.unit.tokenizers.test_tokenizer_export import trained
 
 transformers = pytest.importorskip("transformers")

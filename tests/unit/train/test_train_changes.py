@@ -12,8 +12,8 @@ from megalite.errors import CommandError
 from megalite.optim import learning_rate
 from megalite.parallel import Grid
 from megalite.train.changes import ALLOWABLE
-from tests.factories import run_config
-from tests.origins import changed, find, publish
+from tests.helpers.checkpoints import changed, find, publish
+from tests.helpers.models import run_config
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from megalite.config import Precision, RunConfig
 from megalite.env import Launch
 from megalite.plan import Plan, make_plan
 from megalite.train import checks
-from tests.factories import run_config
+from tests.helpers.models import run_config
 
 GIB = 2**30
 

@@ -14,8 +14,8 @@ from megalite.parallel import Grid
 from megalite.train import claim as claims
 from megalite.train.claim import claim
 from megalite.train.request import Request, Settings
-from tests.factories import run_config
-from tests.origins import TOKENIZER, fingerprint, publish
+from tests.helpers.checkpoints import TOKENIZER, fingerprint, publish
+from tests.helpers.models import run_config
 
 
 class _Data:

@@ -12,7 +12,7 @@ from megalite.errors import DataError, MegaLiteError, UserError
 from megalite.parallel import Grid
 from megalite.train import folder as run_folder
 from megalite.train.folder import opened, take_over
-from tests.factories import run_config
+from tests.helpers.models import run_config
 
 
 class _Data:

@@ -1,3 +1,4 @@
+# covers: megalite/observe/stragglers.py
 """The loop's rhythm: when it logs, validates, saves and stops, with parts that only take notes."""
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from megalite.train.feed import Feed, StopRequest
 from megalite.train.judge import Judge
 from megalite.train.ledger import Ledger
 from megalite.train.loop import Trainer
-from tests.factories import make_batch, run_config
+from tests.helpers.models import make_batch, run_config
 
 
 class Notes:

@@ -12,8 +12,8 @@ from megalite.parallel import Grid
 from megalite.train import checks, precision
 from megalite.train.precision import settle_precision
 from megalite.train.request import Request
-from tests.factories import run_config
-from tests.origins import publish
+from tests.helpers.checkpoints import publish
+from tests.helpers.models import run_config
 
 LAUNCH = Launch(0, 1, 0, 1, "127.0.0.1", 1, "python")
 

@@ -1,3 +1,4 @@
+# covers: megalite/checkpoint/start.py megalite/config/secrets.py
 """Checkpoints of versions that wrote "[redacted]" into their config.json."""
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from megalite.checkpoint import describe_run, describe_start
 from megalite.config import load_stored
 from megalite.errors import CommandError, ConfigError
 from megalite.parallel import Grid
-from tests.factories import run_config
-from tests.origins import find, publish, reseal
+from tests.helpers.checkpoints import find, publish, reseal
+from tests.helpers.models import run_config
 
 
 @pytest.fixture

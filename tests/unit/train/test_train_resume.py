@@ -12,8 +12,8 @@ from megalite.errors import CheckpointError, CommandError
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
 from megalite.train.resume import check_request, find_origin, samples_at
-from tests.factories import run_config
-from tests.origins import TOKENIZER, find, fingerprint, publish, reseal, spoil
+from tests.helpers.checkpoints import TOKENIZER, find, fingerprint, publish, reseal, spoil
+from tests.helpers.models import run_config
 
 
 @pytest.fixture

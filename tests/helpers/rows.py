@@ -9,7 +9,7 @@ from typing import Any
 from data_prep.examples import prepare
 from megalite.formats.examples import ExamplesManifest, Split, open_split, read_manifest
 from megalite.tokenizers.tokenizer import load_tokenizer
-from tests.factories import run_config
+from tests.helpers.models import run_config
 
 ROWS = [{"text": f"text {n}", "label": n % 3} for n in range(20)]
 

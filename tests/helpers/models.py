@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from megalite import checkpoint, env
-from megalite.checkpoint import Lease, Place
+from megalite import env
 from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
 from megalite.engine.reference import ReferenceEngine
@@ -20,6 +18,7 @@ from megalite.env import Launch
 from megalite.mesh import WHOLE
 from megalite.model import LanguageModel, build, initialize, plain_objective
 from megalite.parallel import Grid, start, stop
+from tests.helpers.runs import BASE, merge_sections
 
 torch.set_num_threads(1)  # such models are too small to share: waiting would cost ten times more
 
@@ -32,6 +31,15 @@ _MODEL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 32,
 }
+_RUN = merge_sections(
+    BASE,
+    {
+        "model": _MODEL,
+        "data": {"train": [{"path": "shards"}], "sequence_length": 8},
+        "optimizer": {"lr": 1e-2},
+        "training": {"steps": 10, "global_batch_size": 4},
+    },
+)
 
 
 def model_config(**overrides: Any) -> ModelConfig:
@@ -40,22 +48,8 @@ def model_config(**overrides: Any) -> ModelConfig:
 
 
 def run_config(**sections: Any) -> RunConfig:
-    """A run file; each section given is merged into a small one. Rules are not run."""
-    raw: dict[str, Any] = {
-        "name": "run",
-        "model": dict(_MODEL),
-        "data": {"train": [{"path": "shards"}], "sequence_length": 8},
-        "optimizer": {"lr": 1e-2},
-        "training": {
-            "steps": 10,
-            "global_batch_size": 4,
-            "micro_batch_size": 2,
-            "precision": "fp32",
-        },
-    }
-    for name, value in sections.items():
-        raw[name] = raw.get(name, {}) | value if isinstance(value, dict) else value
-    return RunConfig.model_validate(raw)
+    """Return a run configuration; each given section is merged into a small one's. No rules run."""
+    return RunConfig.model_validate(merge_sections(_RUN, sections))
 
 
 def make_model(config: ModelConfig, *, seed: int = 5, spread: float = 0.0) -> LanguageModel:
@@ -117,30 +111,3 @@ def train_steps(engine: ReferenceEngine, steps: range) -> list[tuple[float, floa
         result = engine.train_step([batch], divisor=batch.targets, lr=0.02, step=step)
         curve.append((float(result.loss), float(result.grad_norm)))
     return curve
-
-
-def save_checkpoint(
-    engine: ReferenceEngine,
-    grid: Grid,
-    root: Path,
-    *,
-    place: Place | None = None,
-    lease: Lease | None = None,
-) -> Path:
-    """Publish a checkpoint below `root`, of step 3 unless told, with a tokenizer of two files."""
-    tokenizer = root.parent / "tokenizer"
-    (tokenizer / "inner").mkdir(parents=True, exist_ok=True)
-    for name in ("bytes.json", "inner/more.txt"):
-        (tokenizer / name).write_text("{}")
-    saver = checkpoint.Saver(
-        engine,
-        engine.config,
-        grid=grid,
-        root=root,
-        data_fingerprint="data",
-        tokenizer=tokenizer,
-        tokenizer_sha256="ab" * 32,
-        lease=lease,
-    )
-    saver.begin(place or Place(step=3, samples=12, tokens=96), snapshot=False)
-    return saver.finish()

@@ -1,4 +1,4 @@
-"""Published checkpoints without values, and what a start makes of them."""
+"""Published checkpoints, with values or without, and what a start finds in them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megalite import arch, files
+from megalite.checkpoint import Lease, Place, Saver
 from megalite.config import RunConfig
+from megalite.engine.reference import ReferenceEngine
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
 from megalite.train.resume import Origin, find_origin
-from tests.factories import run_config
+from tests.helpers.models import run_config
 
 TOKENIZER = "ab" * 32
 
@@ -119,3 +121,30 @@ def changed(**sections: Any) -> RunConfig:
         else:
             raw[name] = value
     return RunConfig.model_validate(raw)
+
+
+def save_checkpoint(
+    engine: ReferenceEngine,
+    grid: Grid,
+    root: Path,
+    *,
+    place: Place | None = None,
+    lease: Lease | None = None,
+) -> Path:
+    """Publish a checkpoint below `root`, of step 3 unless told, with a tokenizer of two files."""
+    tokenizer = root.parent / "tokenizer"
+    (tokenizer / "inner").mkdir(parents=True, exist_ok=True)
+    for name in ("bytes.json", "inner/more.txt"):
+        (tokenizer / name).write_text("{}")
+    saver = Saver(
+        engine,
+        engine.config,
+        grid=grid,
+        root=root,
+        data_fingerprint="data",
+        tokenizer=tokenizer,
+        tokenizer_sha256="ab" * 32,
+        lease=lease,
+    )
+    saver.begin(place or Place(step=3, samples=12, tokens=96), snapshot=False)
+    return saver.finish()

@@ -15,10 +15,10 @@ from megalite.checkpoint import StoredCheckpoint, open_checkpoint
 from megalite.checkpoint.huggingface import export
 from megalite.parallel import Grid
 from megalite.tokenizers.tokenizer import ByteTokenizer
-from tests import labelled
-from tests.factories import make_engine, run_config, save_checkpoint
-from tests.origins import reseal
-from tests.run_file import BASE
+from tests.helpers import rows as labelled
+from tests.helpers.checkpoints import reseal, save_checkpoint
+from tests.helpers.models import make_engine, run_config
+from tests.helpers.runs import BASE
 
 
 def make_run(folder: Path, _: Grid) -> None:

@@ -1,0 +1,67 @@
+"""The head of some test file names every module: `# covers: megalite/mesh.py`, one path or more.
+
+The lines come first in a test file, above its docstring. `uncovered.txt` lists modules that no test
+file names yet. It may only shrink: a module that is named, or does not exist, must leave the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAD = "# covers:"
+LIST = Path(__file__).with_name("uncovered.txt")
+
+MODULES = {
+    path.relative_to(ROOT).as_posix()
+    for folder in ("megalite", "data_prep", "launcher")
+    for path in (ROOT / folder).rglob("*.py")
+    if path.name != "__init__.py"
+}
+
+
+def covered_by(path: Path) -> Iterator[str]:
+    """Yield the paths that the head lines of a test file name."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith(HEAD):
+            return
+        yield from line.removeprefix(HEAD).split()
+
+
+def lines_of(path: Path) -> list[str]:
+    return [x for x in path.read_text(encoding="utf-8").splitlines() if x.startswith(HEAD)]
+
+
+COVERED = {path: list(covered_by(path)) for path in sorted((ROOT / "tests").rglob("test_*.py"))}
+NAMED = {name for names in COVERED.values() for name in names}
+UNCOVERED = LIST.read_text(encoding="utf-8").split()
+
+
+def test_every_module_is_named_by_a_test_file() -> None:
+    assert sorted(MODULES - NAMED - {*UNCOVERED}) == []
+
+
+def test_every_named_module_exists() -> None:
+    assert sorted(NAMED - MODULES) == []
+
+
+def test_the_list_of_uncovered_modules_only_shrinks() -> None:
+    assert sorted({*UNCOVERED}) == UNCOVERED
+    assert [name for name in UNCOVERED if name not in MODULES or name in NAMED] == []
+
+
+def test_lines_that_name_modules_stand_at_the_head() -> None:
+    late = [
+        path.name
+        for path, names in COVERED.items()
+        if path.name != Path(__file__).name
+        and sum(len(line.split()[2:]) for line in lines_of(path)) != len({*names})
+    ]
+    assert late == []
+
+
+def test_a_head_is_read_up_to_the_first_other_line(tmp_path: Path) -> None:
+    path = tmp_path / "test_a.py"
+    path.write_text(f'{HEAD} a.py b.py\n{HEAD} c.py\n"""Docstring."""\n{HEAD} d.py\n')
+    assert list(covered_by(path)) == ["a.py", "b.py", "c.py"]
