@@ -1,3 +1,4 @@
+# covers: megalite/evaluate/loss.py
 """From a folder of Hugging Face's into any layout, and out again: bit for bit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/formats/checkpoint.py
 """A checkpoint's manifest: what is written is read, and whatever else is found is named."""
 
 from __future__ import annotations

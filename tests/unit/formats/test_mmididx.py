@@ -1,3 +1,4 @@
+# covers: megalite/formats/index.py
 """The `.idx` format, byte for byte as Megatron-LM's own writer makes it (commit d98e8a64ddf3)."""
 
 from __future__ import annotations

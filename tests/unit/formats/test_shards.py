@@ -1,3 +1,4 @@
+# covers: megalite/formats/shards.py megalite/formats/manifest.py
 from __future__ import annotations
 
 import json

@@ -1,3 +1,4 @@
+# covers: megalite/formats/verify.py
 from __future__ import annotations
 
 import struct

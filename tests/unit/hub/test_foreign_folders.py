@@ -1,3 +1,4 @@
+# covers: megalite/hub/foreign.py
 """Files and folders of other programs are named for what they are, with the way out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/hub/resolve.py megalite/hub/first_rank.py megalite/formats/start.py
 """Names of the hub in the place of folders: downloaded once, cached, and refused in plain words."""
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def test_names_of_the_hub() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "a/b/c", "", "./none", "x" * 300, "a\0b"])
-def test_anything_else_is_no_folder(server: StubHub, name: str) -> None:
+def test_find_model_refuses_what_is_no_folder(server: StubHub, name: str) -> None:
     with pytest.raises(CommandError, match=r"no such folder; .*hub"):
         find_model(name, "--checkpoint")
     assert server.requests == []

@@ -1,3 +1,4 @@
+# covers: megalite/formats/quantized.py
 """Quantized folders are refused by name, whether config.json or the tensors say so."""
 
 from __future__ import annotations
