@@ -57,15 +57,15 @@ def _report(reports: Sequence[dict[str, Any]], size: int, seconds: float) -> Non
 
 
 def _report_end(reports: Sequence[dict[str, Any]]) -> None:
-    worked = [report for report in reports if report["ended"]]
-    if not worked:
+    active = [report for report in reports if report["ended"]]
+    if not active:
         return  # all of it was done by an earlier run
-    seconds = max(r["ended"] for r in worked) - min(r["began"] for r in worked)
-    text = _sum(worked, "bytes") / 1e6
-    tokens = _sum(worked, "tokens")
+    seconds = max(r["ended"] for r in active) - min(r["began"] for r in active)
+    text = _sum(active, "bytes") / 1e6
+    tokens = _sum(active, "tokens")
     logger.info(
         "all: %s; encoded %.1f MB in %.2f s (%.2f MB/s, %s tokens/s)",
-        *(_documents(worked), text, seconds, text / max(seconds, 1e-9)),
+        *(_documents(active), text, seconds, text / max(seconds, 1e-9)),
         f"{tokens / max(seconds, 1e-9):,.0f}",
     )
 

@@ -177,9 +177,9 @@ def test_a_kill_after_the_last_rename_is_cleaned_up(corpus: Path, tmp_path: Path
     wish = options(corpus, tmp_path / "out")
     tokenize(wish)
     with work_folder.WorkFolder(
-        wish.output, wish.asked(encode.load_tokenizer("bytes"))
+        wish.output, wish.request(encode.load_tokenizer("bytes"))
     ).lead() as run:
-        work_folder.WorkFolder(wish.output, wish.asked(encode.load_tokenizer("bytes"))).start(run)
+        work_folder.WorkFolder(wish.output, wish.request(encode.load_tokenizer("bytes"))).start(run)
     assert (tmp_path / ".out.work").is_dir()
     assert tokenize(wish).documents > 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -304,7 +304,7 @@ def test_an_empty_output_folder_is_no_sign_of_an_earlier_end(
     monkeypatch.undo()
     kept = len(list((tmp_path / ".out.work" / "parts").glob("*.part")))
     assert kept > 0
-    sharing = work_folder.WorkFolder(wish.output, wish.asked(encode.load_tokenizer("bytes")))
+    sharing = work_folder.WorkFolder(wish.output, wish.request(encode.load_tokenizer("bytes")))
     with sharing.lead() as run:
         sharing.start(run)
         assert not sharing.was_published()
