@@ -30,7 +30,7 @@ def input_times_gradient(embed: nn.Module, score: Callable[[], Tensor]) -> Tenso
     Embedding times gradient (Simonyan et al. 2013; Shrikumar et al. 2016).
 
     Args:
-        embed: gives the embeddings [B, T, D], by its first call where there are several.
+        embed: module of the embeddings [B, T, D]; the first of its calls counts.
         score: runs the model; gives a scalar.
     """
     kept: list[Tensor] = []
