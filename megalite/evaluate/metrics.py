@@ -94,7 +94,7 @@ def confusion_picture(
 ) -> npt.NDArray[np.uint8]:
     """Return a picture of the confusion matrix: true labels by predicted ones, uint8 [H, W, 3].
 
-    A cell is darker if it has a larger share of its row. Over 20 labels, a number that is wider than
+    A cell is darker if its share of the row is larger. Over 20 labels, a number that is wider than
     its cell is omitted.
     """
     from PIL import Image, ImageDraw, ImageFont
