@@ -316,9 +316,13 @@ def _compare_vocabularies(folder: Path, config: ModelConfig, tokenizer: Tokenize
     if known > size:
         names = [f"{name!r} ({id})" for id, name in enumerate(tokenizer.pieces()) if id >= size]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        refused = ", ".join(names[:3]) + more
         logger.warning(
-            "%s: the tokenizer has %d ids, the model %d; text with %s%s is refused",
-            *(folder, known, size, ", ".join(names[:3]), more),
+            "%s: the tokenizer has %d ids, the model %d; text with %s is refused",
+            folder,
+            known,
+            size,
+            refused,
         )
     pieces = tokenizer.pieces() if tokenizer.prefix_ids or tokenizer.suffix_ids else []
     before, after = (
@@ -329,5 +333,6 @@ def _compare_vocabularies(folder: Path, config: ModelConfig, tokenizer: Tokenize
     if after and config.architecture == "decoder":
         logger.warning(
             "%s: its tokenizer ends every text with %s; prompts go on, so it is left out",
-            *(folder, after),
+            folder,
+            after,
         )

@@ -168,7 +168,10 @@ class Comparison:
         )
         logger.info(
             "%s: accuracy %.4f; a bag of words has %.4f, the most frequent label %.4f",
-            *(split, own, bag, majority),
+            split,
+            own,
+            bag,
+            majority,
         )
         last = step == self._steps or (split == "test" and "valid" in self._sets)
         if last and own <= max(bag, majority):
