@@ -166,7 +166,7 @@ def _cores() -> int:
 
 def _train_tokenizer(**given: Any) -> int:
     """Train a SentencePiece model that loses nothing: runs of spaces, newlines and bytes never seen
-    come back as they were. Larger corpora are sampled, alike in every run.
+    come back as they were. Larger corpora are sampled, the same way in every run.
 
       python -m data_prep train-tokenizer --input "src/**/*.py" --vocab-size 8000 --output data/tok
       python -m data_prep train-tokenizer --input c4.jsonl.gz wiki.parquet --vocab-size 32000 \\
@@ -214,7 +214,7 @@ def _tokenize(**given: Any) -> int:
 
 def _verify(folder: Path) -> int:
     """Compare every byte of a shard folder with its manifest: sizes, structure, SHA-256, ids,
-    counts. Names what is wrong and leaves with 1; with 0 where nothing is.
+    counts. The exit code is 1 if something is wrong, which is named, else 0.
 
       python -m data_prep verify data/train
     """

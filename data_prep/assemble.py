@@ -73,17 +73,17 @@ def plan_shards(
     return [_cut(run, ShardPlan(placed, [], valid_fraction, side), shard_tokens) for side in sides]
 
 
-def _cut(run: Run, join: ShardPlan, shard_tokens: int) -> ShardPlan:
+def _cut(run: Run, plan: ShardPlan, shard_tokens: int) -> ShardPlan:
     """Cut the documents of all parts into shards of at most `shard_tokens` tokens.
 
     A document is never cut, so one that is longer than that has a shard to itself. Memory holds the
     lengths of one part, and with `deduplicate` a byte a document and a bucket of hashes.
     """
-    shards = join.shards
+    shards = plan.shards
     used = 0
-    for number, (name, _) in enumerate(join.parts):
+    for number, (name, _) in enumerate(plan.parts):
         lengths = _array(run, name, "lengths")
-        stay = ~_omitted(run, join, number, 0, len(lengths))
+        stay = ~_omitted(run, plan, number, 0, len(lengths))
         ends = np.cumsum(lengths * stay)
         at = 0
         while (following := np.flatnonzero(stay[at:])).size:
@@ -98,24 +98,24 @@ def _cut(run: Run, join: ShardPlan, shard_tokens: int) -> ShardPlan:
             shards[-1].append((number, at, end))
             used += int(ends[end - 1]) - before
             at = end
-    return join
+    return plan
 
 
-def write_shard_plans(run: Run, joins: Sequence[ShardPlan]) -> None:
+def write_shard_plans(run: Run, plans: Sequence[ShardPlan]) -> None:
     """Publish the plan of the shards to the workers."""
-    write(run.join, [asdict(join) for join in joins])
+    write(run.shard_plans, [asdict(plan) for plan in plans])
 
 
 def read_shard_plans(run: Run) -> list[ShardPlan]:
     """Return the plan of the shards. Raise FileNotFoundError if the run is over."""
-    if (found := read(run.join)) is None:
-        raise FileNotFoundError(run.join)
-    return [ShardPlan(**join) for join in found]
+    if (found := read(run.shard_plans)) is None:
+        raise FileNotFoundError(run.shard_plans)
+    return [ShardPlan(**plan) for plan in found]
 
 
 def write_shards(
     run: Run,
-    joins: Sequence[ShardPlan],
+    plans: Sequence[ShardPlan],
     encoder: Encoder,
     *,
     wanted: Callable[[str], bool],
@@ -128,14 +128,14 @@ def write_shards(
     Args:
         share: where to begin, a share of all shards in [0, 1).
     """
-    pieces = [(join, number, name) for join in joins for number, name in enumerate(join.pieces())]
+    pieces = [(plan, number, name) for plan in plans for number, name in enumerate(plan.pieces())]
     first = int(share * len(pieces))
-    for join, number, name in pieces[first:] + pieces[:first]:
+    for plan, number, name in pieces[first:] + pieces[:first]:
         if wanted(name):
-            _write_shard(run, join, number, name, encoder)
+            _write_shard(run, plan, number, name, encoder)
 
 
-def _write_shard(run: Run, join: ShardPlan, number: int, piece: str, encoder: Encoder) -> None:
+def _write_shard(run: Run, plan: ShardPlan, number: int, piece: str, encoder: Encoder) -> None:
     """Write one shard in a folder of its own and rename it into place. Another worker may write the
     same shard at the same time.
     """
@@ -144,11 +144,11 @@ def _write_shard(run: Run, join: ShardPlan, number: int, piece: str, encoder: En
     making = run.folder / f"making-{piece}-{secrets.token_hex(4)}"
     making.mkdir()
     with ShardWriter(making, name, encoder.dtype, vocab_size=size) as writer:
-        for place, start, end in join.shards[number]:
-            writer.add_documents(*_documents(run, join, place, start, end))
+        for place, start, end in plan.shards[number]:
+            writer.add_documents(*_documents(run, plan, place, start, end))
         info = writer.close()
     for path in making.iterdir():
-        os.replace(path, join.folder(run) / path.name)
+        os.replace(path, plan.folder(run) / path.name)
     making.rmdir()
     write(run.folder / f"{piece}.json", info.model_dump(mode="json"))
     run.finish(piece)
@@ -158,22 +158,22 @@ def shard_name(number: int) -> str:
     return f"shard_{number:05d}"
 
 
-def read_shards(run: Run, join: ShardPlan) -> list[ShardInfo]:
+def read_shards(run: Run, plan: ShardPlan) -> list[ShardInfo]:
     """Return the facts about all shards, once they are written."""
-    files = (run.folder / f"{piece}.json" for piece in join.pieces())
+    files = (run.folder / f"{piece}.json" for piece in plan.pieces())
     return [ShardInfo.model_validate(read(file)) for file in files]
 
 
-def kept(run: Run, join: ShardPlan, place: int) -> Counts:
+def retained_counts(run: Run, plan: ShardPlan, place: int) -> Counts:
     """Return what a part gives to the shards: all but duplicates and the other output's.
 
     Bad records belong to neither side; the manifest of the training shards counts them.
     """
-    name, _ = join.parts[place]
+    name, _ = plan.parts[place]
     tally = read_header(run.part(name)).tally
-    if join.valid:
+    if plan.valid:
         tally.bad_records = 0
-    if (dropped := _omitted(run, join, place, 0, tally.documents)).any():
+    if (dropped := _omitted(run, plan, place, 0, tally.documents)).any():
         tally.tokens -= int(_array(run, name, "lengths")[dropped].sum())
         tally.bytes -= int(_array(run, name, "bytes")[dropped].sum())
         tally.documents -= int(dropped.sum())
@@ -181,17 +181,17 @@ def kept(run: Run, join: ShardPlan, place: int) -> Counts:
 
 
 def _documents(
-    run: Run, join: ShardPlan, place: int, start: int, end: int
+    run: Run, plan: ShardPlan, place: int, start: int, end: int
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Return the documents of a part that stay: their tokens as one array, and their lengths."""
-    name, _ = join.parts[place]
+    name, _ = plan.parts[place]
     ends = np.cumsum(lengths := _array(run, name, "lengths"))
     begin = int(ends[start - 1]) if start else 0
     stop = int(ends[end - 1])
     lengths = lengths[start:end]
     with safe_open(run.part(name), framework="np") as file:
         tokens = file.get_slice("tokens")[begin:stop]
-    dropped = _omitted(run, join, place, start, end - start)
+    dropped = _omitted(run, plan, place, start, end - start)
     if dropped.any():
         tokens = tokens[np.repeat(~dropped, lengths)]
         lengths = lengths[~dropped]
@@ -223,17 +223,17 @@ def _drop_duplicates(run: Run, parts: Sequence[tuple[str, int]], documents: int)
 
 
 def _omitted(
-    run: Run, join: ShardPlan, place: int, start: int, count: int
+    run: Run, plan: ShardPlan, place: int, start: int, count: int
 ) -> npt.NDArray[np.bool_]:
     """Return which documents of a part do not stay: duplicates, and those of the other side."""
-    name, first = join.parts[place]
+    name, first = plan.parts[place]
     omitted = np.zeros(count, np.bool_)
     if count and run.dropped.exists():
         omitted = np.fromfile(run.dropped, np.bool_, count=count, offset=first + start)
-    if count and join.valid_fraction is not None:
+    if count and plan.valid_fraction is not None:
         with safe_open(run.part(name), framework="np") as file:
             hashes = file.get_slice("hashes")[start : start + count]
-        omitted |= is_held_out(hashes, join.valid_fraction) != join.valid
+        omitted |= is_held_out(hashes, plan.valid_fraction) != plan.valid
     return omitted
 
 

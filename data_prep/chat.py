@@ -298,13 +298,13 @@ class Chat:
         if spans is not None:
             return spans
         # the template looks for a name itself, as for </think>: it knows what it writes for it
-        kept = list(found)
+        names_to_find = list(found)
         for unit, names in enumerate(found):
             for name in names:
                 if locate([[name] if n == unit else [] for n in range(len(units))]) is None:
-                    kept[unit] = [other for other in kept[unit] if other != name]
+                    names_to_find[unit] = [other for other in names_to_find[unit] if other != name]
                     self._note_reading(units[unit], unit, name)
-        spans = locate(kept)
+        spans = locate(names_to_find)
         if spans is None:
             raise Unusable("words that look like control tokens cannot be found in the rendering")
         return spans

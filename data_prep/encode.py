@@ -1,4 +1,4 @@
-"""`tokenize`: documents into shards, and a manifest that says what they are.
+"""`tokenize`: documents into shards, with a manifest that describes them.
 
 The shards are a function of the input, the tokenizer and the options that the manifest records.
 Workers, here or on other hosts, change the time alone: each takes parts of the input from a common
@@ -16,10 +16,10 @@ from pathlib import Path
 
 from data_prep.assemble import (
     ShardPlan,
-    kept,
     plan_shards,
     read_shard_plans,
     read_shards,
+    retained_counts,
     write_shard_plans,
     write_shards,
 )
@@ -71,7 +71,7 @@ class _Task:
         place = self.rank * self.encoder.options.workers + number
         worker = Worker(run, streams, self.encoder, place=place, places=self.places)
         worker.encode_all()
-        worker.wait(run.join.exists)
+        worker.wait(run.shard_plans.exists)
         self.write_shards(run, place)
 
     def write_shards(self, run: Run, place: int) -> None:
@@ -105,9 +105,9 @@ def tokenize(options: TokenizeOptions) -> Manifest:
     tokenizer = load_tokenizer(options.tokenizer)
     check_round_trip(tokenizer, lossy=options.lossy)
     encoder = Encoder(tokenizer, options)
-    asked = encoder.options.asked(tokenizer)
+    request = encoder.options.request(tokenizer)
     launch = env.launch_id()
-    folder = WorkFolder(options.output, asked, launch, options.valid_output)
+    folder = WorkFolder(options.output, request, launch, options.valid_output)
     rank, ranks = env.find_place()
     if rank == 0 and options.bos is None and encoder.bos is not None:
         begins = " ".join(tokenizer.pieces()[id] for id in tokenizer.prefix_ids)
@@ -141,7 +141,7 @@ def _lead(task: _Task) -> Manifest:
                     worker.encode_all()
                 worker.wait(lambda: pool.check() and worker.all_done())
             parts = _parts(run, worker, streams)
-            joins = plan_shards(
+            plans = plan_shards(
                 run,
                 [name for _, name in parts],
                 shard_tokens=options.shard_tokens,
@@ -149,32 +149,32 @@ def _lead(task: _Task) -> Manifest:
                 valid_fraction=options.valid_fraction,
             )
             sources = [source for source, _ in parts]
-            _refuse_bad_records(options, run, joins[0])
-            tallies = [_tally(options, run, join, sources) for join in joins]
-            _refuse_empty(options, joins, tallies)
-            write_shard_plans(run, joins)
+            _refuse_bad_records(options, run, plans[0])
+            tallies = [_tally(options, run, plan, sources) for plan in plans]
+            _refuse_empty(options, plans, tallies)
+            write_shard_plans(run, plans)
             if pool.idle:
                 task.write_shards(run, 0)
-            _wait_for_shards(task, run, joins, pool)
+            _wait_for_shards(task, run, plans, pool)
             manifests = [
-                _manifest(task.encoder, streams, tally, run, join)
-                for join, tally in zip(joins, tallies, strict=True)
+                _manifest(task.encoder, streams, tally, run, plan)
+                for plan, tally in zip(plans, tallies, strict=True)
             ]
         folder.publish(run)
     folder.clear()
     return manifests[0]
 
 
-def _wait_for_shards(task: _Task, run: Run, joins: Sequence[ShardPlan], pool: WorkerPool) -> None:
+def _wait_for_shards(task: _Task, run: Run, plans: Sequence[ShardPlan], pool: WorkerPool) -> None:
     """Return when all shards are done; those that their writers seem to have left are written."""
     started = time.monotonic()
-    names = {name for join in joins for name in join.pieces()}
+    names = {name for plan in plans for name in plan.pieces()}
 
     def write_missing() -> None:
         seconds = time.monotonic() - started
         done = run.done()
         logger.info("shards are missing after %.0f s: writing them here", seconds)
-        write_shards(run, joins, task.encoder, wanted=lambda name: name not in done)
+        write_shards(run, plans, task.encoder, wanted=lambda name: name not in done)
 
     wait(run, lambda: names <= run.done() or not pool.check(), write_missing)
 
@@ -226,9 +226,9 @@ def _parts(run: Run, worker: Worker, streams: Sequence[Stream]) -> list[tuple[in
     return parts
 
 
-def _refuse_bad_records(options: TokenizeOptions, run: Run, join: ShardPlan) -> None:
+def _refuse_bad_records(options: TokenizeOptions, run: Run, plan: ShardPlan) -> None:
     """Raise DataError for more bad records than allowed, also where earlier runs met them."""
-    parts = [read_header(run.part(name)) for name, _ in join.parts]
+    parts = [read_header(run.part(name)) for name, _ in plan.parts]
     if (bad := sum(part.tally.bad_records for part in parts)) > options.max_bad_records:
         faults = [fault for part in parts for fault in part.faults]
         raise DataError(
@@ -239,28 +239,28 @@ def _refuse_bad_records(options: TokenizeOptions, run: Run, join: ShardPlan) -> 
 
 
 def _tally(
-    options: TokenizeOptions, run: Run, join: ShardPlan, sources: Sequence[int]
+    options: TokenizeOptions, run: Run, plan: ShardPlan, sources: Sequence[int]
 ) -> list[Counts]:
     """Return what came of each --input in one output."""
     tallies = [Counts() for _ in options.inputs]
     for place, source in enumerate(sources):
-        tallies[source].add(kept(run, join, place))
+        tallies[source].add(retained_counts(run, plan, place))
     return tallies
 
 
 def _refuse_empty(
-    options: TokenizeOptions, joins: Sequence[ShardPlan], tallies: Sequence[Sequence[Counts]]
+    options: TokenizeOptions, plans: Sequence[ShardPlan], tallies: Sequence[Sequence[Counts]]
 ) -> None:
     """Raise DataError if an output has no document."""
-    counts = [sum(tally.documents for tally in of_join) for of_join in tallies]
+    counts = [sum(tally.documents for tally in of_plan) for of_plan in tallies]
     total = sum(counts)
     fraction = options.valid_fraction
     if not total:
         raise DataError(f"no document in {', '.join(options.inputs)}; nothing was written")
-    for join, count in zip(joins, counts, strict=True):
+    for plan, count in zip(plans, counts, strict=True):
         if not count:
-            output = options.valid_output if join.valid else options.output
-            option, change = ("--valid-output", "larger") if join.valid else ("--output", "smaller")
+            output = options.valid_output if plan.valid else options.output
+            option, change = ("--valid-output", "larger") if plan.valid else ("--output", "smaller")
             raise DataError(
                 f"{option} {output}: --valid-fraction {fraction} of {total:,} documents gives it "
                 f"none; give a {change} fraction, or an input of more documents. Nothing was "
@@ -273,13 +273,13 @@ def _manifest(
     streams: Sequence[Stream],
     tallies: Sequence[Counts],
     run: Run,
-    join: ShardPlan,
+    plan: ShardPlan,
 ) -> Manifest:
     """Complete a shard folder; the manifest is written last."""
-    folder = join.folder(run)
+    folder = plan.folder(run)
     arguments = encoder.options.recorded()
-    if join.valid_fraction is not None:
-        arguments |= {"split": "valid" if join.valid else "train", "split_by": _SPLIT_BY}
+    if plan.valid_fraction is not None:
+        arguments |= {"split": "valid" if plan.valid else "train", "split_by": _SPLIT_BY}
     files = Counter[int]()
     for stream in streams:
         files[stream.source] += len(stream.paths)
@@ -295,7 +295,7 @@ def _manifest(
         eos=encoder.eos,
         documents=sum(tally.documents for tally in tallies),
         tokens=sum(tally.tokens for tally in tallies),
-        shards=read_shards(run, join),
+        shards=read_shards(run, plan),
         sources=sources,
         arguments=arguments,
     )

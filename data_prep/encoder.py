@@ -20,7 +20,7 @@ _VERSION = 1  # of a part's content
 
 
 class Encoder:
-    """A tokenizer with what was asked of it: whether documents have BOS and EOS, and the rest.
+    """A tokenizer with the options of the command: whether documents have BOS and EOS, and others.
 
     The tokenizer records what documents begin with.
     """
@@ -73,8 +73,8 @@ class Encoder:
         hashes = self.options.hashes
         begins = self._before if len(self._before) > 1 else self.bos
         made_by = [self.tokenizer.sha256, begins, self.eos, text_field, hashes]
-        wish = [_VERSION, stream.identity, *made_by]
-        return hashlib.sha256(json.dumps(wish).encode()).hexdigest()[:20]
+        content = [_VERSION, stream.identity, *made_by]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
 def _control(id: int | None, name: str, otherwise: str) -> int:

@@ -173,13 +173,11 @@ class ExampleMaker:
         if not total:
             raise self._splits.empty_fault(split)
         if made.cut:
+            share = f"{made.cut:,} of {total:,} examples ({100 * made.cut / total:.1f} %)"
             logger.warning(
-                "%s: %s of %s examples (%.1f %%) were longer than finetune.data.max_length %d "
-                "allows, and are cut",
+                "%s: %s were longer than finetune.data.max_length %d allows, and are cut",
                 title,
-                f"{made.cut:,}",
-                f"{total:,}",
-                100 * made.cut / total,
+                share,
                 self._data.max_length,
             )
         arrays = {"tokens": made.tokens, "bounds": made.bounds, "rows": made.rows}

@@ -90,7 +90,7 @@ def saved_folder(name: str) -> Path | None:
     None.
 
     Raises:
-        CommandError: a split that is not there, or none given where none is called train.
+        CommandError: a split that is not there, or no split given and none called train.
     """
     folder = Path(name)
     split = ""

@@ -126,15 +126,15 @@ def _with_parts(stream: Stream) -> Stream:
 
 
 def _without_doubles(inputs: Sequence[str]) -> list[_Found]:
-    kept: dict[str, _Found] = {}
-    again = 0
+    unique: dict[str, _Found] = {}
+    doubles = 0
     for source, name in enumerate(inputs):
         for one in _find(source, name):
-            again += one.real in kept
-            kept.setdefault(one.real, one)
-    if again:
-        logger.warning("%d files are named by two inputs; each is read once", again)
-    return list(kept.values())
+            doubles += one.real in unique
+            unique.setdefault(one.real, one)
+    if doubles:
+        logger.warning("%d files are named by two inputs; each is read once", doubles)
+    return list(unique.values())
 
 
 def _find(source: int, name: str) -> Iterator[_Found]:

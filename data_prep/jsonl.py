@@ -19,8 +19,8 @@ from data_prep.streams import ReaderSpec, Stream, even_parts
 class LineFile:
     """A file whose lines are read part by part, in any order of parts.
 
-    Between parts it stays where it is. No line begins after `_last` and before `_position`; one
-    begins at `_position` if `_fresh`, else that is within a line longer than the part.
+    The file keeps its position between parts. No line begins after `_last` and before `_position`.
+    If `_fresh`, a line begins at `_position`; else that is within a line longer than the part.
     """
 
     def __init__(self, path: str) -> None:

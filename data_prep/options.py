@@ -39,17 +39,17 @@ class TokenizeOptions:
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that decide the shards, for the manifest."""
-        kept = asdict(self)
-        del kept["output"], kept["workers"], kept["valid_output"]
+        options = asdict(self)
+        del options["output"], options["workers"], options["valid_output"]
         if self.valid_fraction is None:
-            del kept["valid_fraction"]
-        return {**kept, "inputs": list(self.inputs)}
+            del options["valid_fraction"]
+        return {**options, "inputs": list(self.inputs)}
 
-    def asked(self, tokenizer: Tokenizer) -> dict[str, Any]:
+    def request(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """Return the options that two runs must share to share their work."""
         begins = bool(tokenizer.prefix_ids) if self.bos is None else self.bos
-        asked = self.recorded() | {"tokenizer": tokenizer.sha256, "bos": begins}
+        request = self.recorded() | {"tokenizer": tokenizer.sha256, "bos": begins}
         if self.valid_output is not None:
-            asked["valid_output"] = str(self.valid_output)
-        del asked["max_bad_records"]
-        return asked
+            request["valid_output"] = str(self.valid_output)
+        del request["max_bad_records"]
+        return request

@@ -49,25 +49,25 @@ def _report(reports: Sequence[dict[str, Any]], size: int, seconds: float) -> Non
     covered = _sum(reports, "covered")
     share = min(1.0, covered / size) if size else 0.0
     left = f", {share:.0%}, {_time(seconds * (1 - share) / share)} left" if share > 0 else ""
-    logger.info(
-        "so far: %s, %.1f MB of text, %s tokens, %.2f MB/s%s",
-        *(_documents(reports), text / 1e6, f"{_sum(reports, 'tokens'):,}"),
-        *(text / 1e6 / seconds, left),
+    megabytes = text / 1e6
+    counts = (
+        f"{_documents(reports)}, {megabytes:.1f} MB of text, {_sum(reports, 'tokens'):,} tokens"
     )
+    logger.info("so far: %s, %.2f MB/s%s", counts, megabytes / seconds, left)
 
 
 def _report_end(reports: Sequence[dict[str, Any]]) -> None:
-    worked = [report for report in reports if report["ended"]]
-    if not worked:
+    active = [report for report in reports if report["ended"]]
+    if not active:
         return  # all of it was done by an earlier run
-    seconds = max(r["ended"] for r in worked) - min(r["began"] for r in worked)
-    text = _sum(worked, "bytes") / 1e6
-    tokens = _sum(worked, "tokens")
-    logger.info(
-        "all: %s; encoded %.1f MB in %.2f s (%.2f MB/s, %s tokens/s)",
-        *(_documents(worked), text, seconds, text / max(seconds, 1e-9)),
-        f"{tokens / max(seconds, 1e-9):,.0f}",
+    seconds = max(r["ended"] for r in active) - min(r["began"] for r in active)
+    megabytes = _sum(active, "bytes") / 1e6
+    per_second = 1 / max(seconds, 1e-9)
+    rates = (
+        f"{megabytes * per_second:.2f} MB/s, {_sum(active, 'tokens') * per_second:,.0f} tokens/s"
     )
+    counts = _documents(active)
+    logger.info("all: %s; encoded %.1f MB in %.2f s (%s)", counts, megabytes, seconds, rates)
 
 
 def _documents(reports: Sequence[dict[str, Any]]) -> str:

@@ -1,7 +1,7 @@
 """A record is a document's text, or a fault that names its place.
 
-A record is at fault when its field is missing or is no text, when it is not whole JSON, not UTF-8,
-empty, or holds a NUL.
+A record is a fault if its field is missing or is no text, if it is not complete JSON, not UTF-8,
+empty, or contains a NUL.
 """
 
 from __future__ import annotations

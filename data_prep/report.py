@@ -1,4 +1,4 @@
-"""`verify` and `inspect`: is a shard folder what it says, and what is in it?"""
+"""`verify` and `inspect`: the check of a shard folder, and its content."""
 
 from __future__ import annotations
 

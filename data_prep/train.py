@@ -68,19 +68,19 @@ def sample_chunks(documents: Iterator[str], limit: int) -> list[str]:
     draw = random.Random(_SEED)
     threshold = 1.0
     size = 0
-    kept: list[tuple[float, str]] = []
+    sample: list[tuple[float, str]] = []
     for document in documents:
         for chunk in chunks(document):
             number = draw.random()
             if number >= threshold:
                 continue
-            kept.append((number, chunk))
+            sample.append((number, chunk))
             size += len(chunk)
-            while size > limit and len(kept) > 1:
+            while size > limit and len(sample) > 1:
                 threshold /= 2
-                kept = [(number, chunk) for number, chunk in kept if number < threshold]
-                size = sum(len(chunk) for _, chunk in kept)
-    return [chunk for _, chunk in kept]
+                sample = [(number, chunk) for number, chunk in sample if number < threshold]
+                size = sum(len(chunk) for _, chunk in sample)
+    return [chunk for _, chunk in sample]
 
 
 def chunks(document: str) -> Iterator[str]:

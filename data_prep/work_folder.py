@@ -2,7 +2,7 @@
 
     .NAME.work/                    next to the output NAME, which appears when all is done
         lock                       held by the one that leads; says who
-        current.json               the run that goes on here, and what it was asked
+        current.json               the current run, and its request
         parts/KEY_000012.part      documents of one part, encoded; outlives a run that was killed
         run-NONCE/                 one run: plan.json, join.json, error.json, beat
             claims/ done/ ends/    a file for each part that somebody works on, has done, is last
@@ -10,8 +10,8 @@
             shards/ valid/         become NAME and the folder of held-out documents
         publishing.json            the run whose folders are complete and are being renamed
 
-A part's file is named after everything its content depends on, so what an earlier run made is of
-use to any later one that asks for the same. Files appear by a rename or are created exclusively:
+A part's file is named after everything its content depends on, so what an earlier run made serves
+any later one with the same request. Files appear by a rename or are created exclusively:
 whoever does a part twice writes the same bytes.
 """
 
@@ -48,7 +48,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.plan = folder / "plan.json"
-        self.join = folder / "join.json"
+        self.shard_plans = folder / "join.json"
         self.shards = folder / "shards"
         self.dropped = folder / "dropped"
         self.valid = folder / "valid"
@@ -142,7 +142,7 @@ class Run:
 def repeating(action: Callable[[], None], *, every: float) -> Iterator[None]:
     """Do something every so many seconds, in a thread, until the block ends.
 
-    A full disk is for those to say who write more than that.
+    A full disk is reported by those who write more than that.
     """
     ended = threading.Event()
 
@@ -165,7 +165,7 @@ class WorkFolder:
 
     Args:
         output: the folder to be.
-        asked: everything that the command was asked, as JSON: another wish is another run.
+        request: the options that decide the output, as JSON. Another request is another run.
         launch: what the ranks of one launch have in common; ranks follow their own rank 0 alone.
         valid_output: the folder to be of held-out documents.
     """
@@ -173,12 +173,12 @@ class WorkFolder:
     def __init__(
         self,
         output: Path,
-        asked: dict[str, Any],
+        request: dict[str, Any],
         launch: str = "",
         valid_output: Path | None = None,
     ) -> None:
         self.output = output
-        self._asked = json.loads(json.dumps(asked))
+        self._request = json.loads(json.dumps(request))
         self._launch = launch
         self._valid_output = valid_output
         self.path = output.with_name(f".{output.name}.work")
@@ -219,22 +219,24 @@ class WorkFolder:
     def start(self, run: Run) -> None:
         """Let the other ranks join the run."""
         run.beat()
-        current = {"run": run.folder.name, "asked": self._asked, "launch": self._launch}
+        current = {"run": run.folder.name, "asked": self._request, "launch": self._launch}
         write(self._current, current)
 
     def follow(self) -> Run | None:
         """Return the run that rank 0 of this launch leads here; None if it leads none."""
-        current = self._same_wish()
+        current = self._current_if_same()
         if current is None or current["launch"] != self._launch:
             return None
         return Run(self.path / current["run"])
 
     def publish(self, run: Run) -> None:
-        """Give complete folders their names. The training shards come last: they say that all is
-        there. A kill in between is made good by the next `finish_publishing`.
+        """Give complete folders their names.
+
+        The training shards come last, so their folder shows that all is there. After a kill in
+        between, the next `finish_publishing` completes the rest.
         """
         if self._valid_output is not None:
-            write(self._publishing, {"run": run.folder.name, "asked": self._asked})
+            write(self._publishing, {"run": run.folder.name, "asked": self._request})
             sync_file(self._publishing)
             sync_directory(self.path)
         self._rename(run)
@@ -246,7 +248,7 @@ class WorkFolder:
             CommandError: that run still goes on.
         """
         found = read(self._publishing)
-        if found is None or found["asked"] != self._asked:
+        if found is None or found["asked"] != self._request:
             return
         lock = _lock(self.path / "lock", self.output)
         try:
@@ -261,12 +263,12 @@ class WorkFolder:
                 publish(staging, final)
 
     def was_published(self) -> bool:
-        """Whether this wish was fulfilled by a run that was killed while it cleaned up."""
-        return (self.output / MANIFEST_NAME).exists() and self._same_wish() is not None
+        """Return whether a run for this request published its output and was killed later."""
+        return (self.output / MANIFEST_NAME).exists() and self._current_if_same() is not None
 
-    def _same_wish(self) -> Any:
+    def _current_if_same(self) -> Any:
         current = read(self._current)
-        return current if current is not None and current["asked"] == self._asked else None
+        return current if current is not None and current["asked"] == self._request else None
 
     def clear(self) -> None:
         """Remove everything; the record of the run last."""

@@ -84,8 +84,8 @@ def _be_worker(work: Work, run: Run, streams: Sequence[Stream], parent: int, num
 
 def _fail(run: Run, error: Exception) -> None:
     if not isinstance(error, MegaLiteError):
-        kept = isinstance(error, OSError)
-        error = MegaLiteError(f"the disk refused: {error}" if kept else traceback.format_exc())
+        from_disk = isinstance(error, OSError)
+        error = MegaLiteError(f"the disk refused: {error}" if from_disk else traceback.format_exc())
         log.logger.error("%s", error)  # the run's folder may be what cannot be written
     run.fail(error)
     os._exit(error.exit_code)

@@ -23,15 +23,17 @@ Count = Callable[[Mapping[str, npt.NDArray[Any]]], int]  # an objective's count 
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples side by side.
+    """B samples as tensors.
 
-    tensors: input_ids, labels (the next tokens) int64 [B, T]; loss_mask bool [B, T], whether a
-        label counts; where documents are masked from each other also position_ids and document_ids
-        int64 [B, T], both from 0 in each sample; where few labels count target_rows int64 [R], the
-        rows of [B x T] that the head is for: those that count, and some that do not.
-    place: place of the first sample in the data order.
-    targets: labels that count, or what the objective counts instead.
-    tokens: of text, without padding.
+    Attributes:
+        tensors: input_ids and labels (the next tokens), int64 [B, T]; loss_mask bool [B, T],
+            whether a label counts. If documents are masked from each other, also position_ids and
+            document_ids, int64 [B, T], both from 0 in each sample. If few labels count, also
+            target_rows int64 [R]: the rows of [B x T] that the head computes. These are the rows
+            that count, and padding.
+        place: place of the first sample in the data order.
+        targets: number of labels that count, or of what the objective counts instead.
+        tokens: number of tokens of text, without padding.
     """
 
     tensors: dict[str, Tensor]

@@ -40,8 +40,8 @@ def make_corruption(
 class Words:
     """Beginnings of words, found by the form of a vocabulary's pieces.
 
-    A piece begins one where it starts with a space or a sign, or follows a piece that ends so;
-    where the vocabulary marks the pieces that go on ("##"), those alone do not.
+    A piece begins a word if it starts with a space or a sign, or follows a piece that ends so. If
+    the vocabulary marks the pieces that continue a word ("##"), all others begin one.
     """
 
     def __init__(self, pieces: list[str]) -> None:

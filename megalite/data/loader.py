@@ -1,11 +1,11 @@
 """Batches on time: a thread reads ahead while the engine computes.
 
-A thread, not a process: tensors are handed over as they are, never pickled or copied, and a signal
-sent to the whole job kills no reader, for Python runs handlers in the main thread alone and this
-one installs none. It spends its time in system calls and NumPy, which let go of the interpreter.
+A thread, not a process: tensors are passed on without pickling or copying. A signal to the whole
+job kills no reader, because Python runs handlers only in the main thread. The thread spends its
+time in system calls and NumPy, which release the interpreter lock.
 
-The place in the data order is all there is to know: a loader started at the number of samples
-consumed goes on exactly where another, of any layout, stopped.
+The place in the data order is the whole state: a loader started at the number of samples consumed
+continues exactly where another, of any layout, stopped.
 
 G global_batch_size   B micro_batch_size   R data_size   r data_rank
 """

@@ -1,8 +1,8 @@
 """Documents packed into windows with little left empty, and without cutting those that fit.
 
 Best-fit decreasing: the longest document goes first, each into the fullest window that still holds
-it (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). For fine-tuning, where a
-document cut in two is an example spoiled; pretraining reads the stream (`megalite.data.dataset`).
+it (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). Fine-tuning uses it, because
+a document cut in two spoils an example; pretraining reads the stream (`megalite.data.dataset`).
 
 B samples   L length
 """

@@ -109,7 +109,8 @@ class Answerer:
                 if len(ids) > self._window:
                     logger.warning(
                         "a conversation of %d tokens: the model reads the last %d",
-                        *(len(ids), self._window),
+                        len(ids),
+                        self._window,
                     )
             for number, piece in self._write([ids for ids, _ in asked], [end for _, end in asked]):
                 yield first + number, piece
@@ -152,7 +153,8 @@ class Answerer:
             logger.warning(
                 "the conversation is longer than the model's window of %d tokens: its %d oldest "
                 "turns are no longer read",
-                *(self._window, dropped),
+                self._window,
+                dropped,
             )
         if len(ids) > self._window:
             logger.warning(

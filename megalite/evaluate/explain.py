@@ -30,7 +30,7 @@ def input_times_gradient(embed: nn.Module, score: Callable[[], Tensor]) -> Tenso
     Embedding times gradient (Simonyan et al. 2013; Shrikumar et al. 2016).
 
     Args:
-        embed: gives the embeddings [B, T, D], by its first call where there are several.
+        embed: module of the embeddings [B, T, D]; the first of its calls counts.
         score: runs the model; gives a scalar.
     """
     kept: list[Tensor] = []
@@ -50,7 +50,7 @@ def input_times_gradient(embed: nn.Module, score: Callable[[], Tensor]) -> Tenso
     return (kept[0].detach().float() * gradient.float()).sum(dim=-1)[0]
 
 
-def explain_text(opened: LoadedModel, text: str, label: str | None = None) -> str:
+def explain_text(loaded: LoadedModel, text: str, label: str | None = None) -> str:
     """Return the HTML page of a classifier's view of a text.
 
     Args:
@@ -58,24 +58,24 @@ def explain_text(opened: LoadedModel, text: str, label: str | None = None) -> st
     Raises:
         CommandError: no classifier, another label than it has, no text.
     """
-    config = opened.config
-    run = opened.run
+    config = loaded.config
+    run = loaded.run
     if not config.num_labels or run is None or run.finetune is None:
-        raise CommandError(f"{opened.folder} is no classifier: give one that was fine-tuned here")
+        raise CommandError(f"{loaded.folder} is no classifier: give one that was fine-tuned here")
     names = run.finetune.data.labels or ()
     if label is not None and label not in names:
         raise CommandError(f"--label {label}: it knows {', '.join(names)}")
-    ids, spans = opened.tokenizer.encode_with_offsets(text, [(0, len(text))])
-    opened.check_ids(ids)
-    before, after = edges(opened.tokenizer, leads=config.architecture == "encoder")
+    ids, spans = loaded.tokenizer.encode_with_offsets(text, [(0, len(text))])
+    loaded.check_ids(ids)
+    before, after = edges(loaded.tokenizer, leads=config.architecture == "encoder")
     room = run.finetune.data.max_length - len(before) - len(after)
     cut = max(0, len(ids) - room)
     ids = ids[:room]
     spans = spans[:room]
     if not ids:
         raise CommandError("the text is empty; give some")
-    batch = _batch(opened, [[*before, *ids, *after]])
-    model: Any = opened.model
+    batch = _batch(loaded, [[*before, *ids, *after]])
+    model: Any = loaded.model
     with torch.no_grad():
         logits = model.label_scores(batch)[0]
     chances = logits.softmax(dim=-1).tolist()
@@ -95,10 +95,10 @@ def explain_text(opened: LoadedModel, text: str, label: str | None = None) -> st
             label=names[place],
             log_odds=float(log_odds(logits[None], place)),
             probabilities=dict(zip(names, chances, strict=True)),
-            facts=_facts(opened, len(ids), cut),
+            facts=_facts(loaded, len(ids), cut),
             pieces=_pieces(text, spans),
             gradient=gradient[own].tolist(),
-            occlusion=_occlusion(opened, before, ids, after, place),
+            occlusion=_occlusion(loaded, before, ids, after, place),
             attention=(seen / even.clamp_min(1e-9))[own].tolist(),
             special_attention=1 - float(seen[own].sum()),
         )
@@ -118,26 +118,26 @@ def _pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
     return pieces
 
 
-def _facts(opened: LoadedModel, tokens: int, cut: int) -> dict[str, str]:
+def _facts(loaded: LoadedModel, tokens: int, cut: int) -> dict[str, str]:
     """Return what the page says about the model and the text."""
-    config = opened.config
-    run = opened.run
+    config = loaded.config
+    run = loaded.run
     assert run is not None
-    count = sum(parameter.numel() for parameter in opened.model.parameters())
+    count = sum(parameter.numel() for parameter in loaded.model.parameters())
     length = f"{tokens} tokens" + (f"; the last {cut} are not read (max_length)" if cut else "")
     return {
         "Run": run.name,
-        "Checkpoint": str(opened.folder),
+        "Checkpoint": str(loaded.folder),
         "Model": f"{config.architecture}, {config.num_hidden_layers} layers of "
         f"{config.hidden_size}, {count:,} parameters",
         "Text": length,
     }
 
 
-def _batch(opened: LoadedModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def _batch(loaded: LoadedModel, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Return the batch of texts of one length: input_ids int64 [B, T], lengths int64 [B]."""
-    device = opened.device
-    config = opened.config
+    device = loaded.device
+    config = loaded.config
     ids_BT = torch.tensor(rows, device=device)
     batch = {"input_ids": ids_BT, "lengths": torch.full_like(ids_BT[:, 0], ids_BT.shape[1])}
     if config.architecture == "encoder_decoder":
@@ -155,7 +155,7 @@ def log_odds(logits_BC: Tensor, place: int) -> Tensor:
 
 
 def _occlusion(
-    opened: LoadedModel,
+    loaded: LoadedModel,
     before: Sequence[int],
     ids: Sequence[int],
     after: Sequence[int],
@@ -166,21 +166,21 @@ def _occlusion(
     The tokens of a long text are left out in groups; each token of a group has the group's value.
     None means that there is only one token, and nothing would be left to read.
     """
-    model: Any = opened.model
+    model: Any = loaded.model
     size = -(-len(ids) // _GROUPS)
     starts = range(0, len(ids), size)
     if len(starts) < 2:
         return None
     lost: dict[int, float] = {}
     with torch.no_grad():
-        whole = log_odds(model.label_scores(_batch(opened, [[*before, *ids, *after]])), place)
+        whole = log_odds(model.label_scores(_batch(loaded, [[*before, *ids, *after]])), place)
         short = {n: [*before, *ids[:n], *ids[n + size :], *after] for n in starts}
         by_length = sorted(starts, key=lambda n: len(short[n]))
         for _, same in groupby(by_length, key=lambda n: len(short[n])):
             chosen = list(same)
             for first in range(0, len(chosen), _AT_ONCE):
                 some = chosen[first : first + _AT_ONCE]
-                scores = model.label_scores(_batch(opened, [short[n] for n in some]))
+                scores = model.label_scores(_batch(loaded, [short[n] for n in some]))
                 values = (whole - log_odds(scores, place)).tolist()
                 lost |= dict(zip(some, values, strict=True))
     return [lost[n // size * size] for n in range(len(ids))]

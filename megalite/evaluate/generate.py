@@ -159,7 +159,7 @@ def stream_texts(
         prompts: texts, or ids as a chat template gives them.
         controls: If true, a stop string that names a control token is that token, as in a chat.
     Raises:
-        CommandError: an empty stop string; an empty prompt where the tokenizer has neither an end
+        CommandError: an empty stop string; an empty prompt if the tokenizer has neither an end
             nor a beginning of document.
     """
     if "" in stop:

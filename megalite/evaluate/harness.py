@@ -30,7 +30,7 @@ def require() -> None:
 
 
 def run(
-    opened: LoadedModel,
+    loaded: LoadedModel,
     grid: Grid,
     tasks: Sequence[str],
     *,
@@ -46,8 +46,8 @@ def run(
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    if opened.config.architecture != "decoder":
-        raise CommandError(f"--tasks asks for a decoder; this is an {opened.config.architecture}")
+    if loaded.config.architecture != "decoder":
+        raise CommandError(f"--tasks asks for a decoder; this is an {loaded.config.architecture}")
     manager = TaskManager(include_path=path)
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
@@ -56,7 +56,7 @@ def run(
         )
     try:
         found = lm_eval.simple_evaluate(
-            model=make_model(opened, grid, batch_size),
+            model=make_model(loaded, grid, batch_size),
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,
@@ -71,7 +71,7 @@ def run(
     return results
 
 
-def make_model(opened: LoadedModel, grid: Grid, batch_size: int) -> Any:
+def make_model(loaded: LoadedModel, grid: Grid, batch_size: int) -> Any:
     """Return the model as the harness's own class of models."""
     from lm_eval.api.model import LM
 
@@ -79,13 +79,13 @@ def make_model(opened: LoadedModel, grid: Grid, batch_size: int) -> Any:
         """Answers the harness's three kinds of requests."""
 
         def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
-            pairs = [_pair(opened, *request.args) for request in requests]
-            return _shared(grid, pairs, lambda mine: log_likelihoods(opened, mine, batch_size))
+            pairs = [_pair(loaded, *request.args) for request in requests]
+            return _shared(grid, pairs, lambda mine: log_likelihoods(loaded, mine, batch_size))
 
         def loglikelihood_rolling(self, requests: Any) -> list[float]:
-            texts = [_windows(opened, request.args[0]) for request in requests]
+            texts = [_windows(loaded, request.args[0]) for request in requests]
             pairs = [pair for windows in texts for pair in windows]
-            found = _shared(grid, pairs, lambda mine: log_likelihoods(opened, mine, batch_size))
+            found = _shared(grid, pairs, lambda mine: log_likelihoods(loaded, mine, batch_size))
             sums = list[float]()
             rest = iter(found)
             for windows in texts:
@@ -99,7 +99,7 @@ def make_model(opened: LoadedModel, grid: Grid, batch_size: int) -> Any:
                 GenerationSettings.of(settings)
                 asked.append((context, settings, seen[context]))
                 seen[context] += 1  # a task that draws several answers asks several times
-            return _shared(grid, asked, lambda mine: [_write(opened, *request) for request in mine])
+            return _shared(grid, asked, lambda mine: [_write(loaded, *request) for request in mine])
 
     return MegaLiteLM()
 
@@ -129,7 +129,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 
 def log_likelihoods(
-    opened: LoadedModel, pairs: Sequence[Pair], batch_size: int
+    loaded: LoadedModel, pairs: Sequence[Pair], batch_size: int
 ) -> list[tuple[float, bool]]:
     """Return, for each continuation, its log-probability and whether greedy decoding gives it.
 
@@ -139,7 +139,7 @@ def log_likelihoods(
     """
     found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
-    window = opened.config.max_position_embeddings
+    window = loaded.config.max_position_embeddings
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         rows = [(pairs[i][0] + pairs[i][1])[-(window + 1) :] for i in chosen]
@@ -147,11 +147,11 @@ def log_likelihoods(
         for number, row in enumerate(rows):  # padding behind it is not seen: attention looks back
             ids_BT[number, : len(row) - 1] = torch.tensor(row[:-1])
         with torch.inference_mode():
-            hidden_BTD = opened.model.hidden({"input_ids": ids_BT.to(opened.device)})
+            hidden_BTD = loaded.model.hidden({"input_ids": ids_BT.to(loaded.device)})
             for number, (i, row) in enumerate(zip(chosen, rows, strict=True)):
                 count = min(len(pairs[i][1]), len(row) - 1)
                 place = slice(len(row) - 1 - count, len(row) - 1)
-                logits_CV = opened.model.scores(hidden_BTD[number, place])
+                logits_CV = loaded.model.scores(hidden_BTD[number, place])
                 labels_C = torch.tensor(row[-count:], device=logits_CV.device)
                 chances = logits_CV.log_softmax(dim=-1).gather(1, labels_C[:, None])
                 likeliest = bool((logits_CV.argmax(dim=-1) == labels_C).all())
@@ -159,7 +159,7 @@ def log_likelihoods(
     return found
 
 
-def _pair(opened: LoadedModel, context: str, continuation: str) -> Pair:
+def _pair(loaded: LoadedModel, context: str, continuation: str) -> Pair:
     """Return the tokens of context and continuation, divided as the harness's own class divides
     them.
 
@@ -167,34 +167,34 @@ def _pair(opened: LoadedModel, context: str, continuation: str) -> Pair:
     context alone end.
     """
     if not context:
-        before = _beginning(opened)
-        ids = opened.tokenizer.encode(continuation)
-        opened.check_ids(ids)
+        before = _beginning(loaded)
+        ids = loaded.tokenizer.encode(continuation)
+        loaded.check_ids(ids)
         # a continuation that is what a text begins with is read, not scored
         return (ids[:1], ids[1:]) if ids[:1] == before else (before, ids)
     kept = context.rstrip()
     continuation = context[len(kept) :] + continuation
-    whole = encode_text(opened.tokenizer, kept + continuation)
-    before = encode_text(opened.tokenizer, kept)
-    opened.check_ids(whole)
+    whole = encode_text(loaded.tokenizer, kept + continuation)
+    before = encode_text(loaded.tokenizer, kept)
+    loaded.check_ids(whole)
     return before, whole[len(before) :]
 
 
-def _beginning(opened: LoadedModel) -> list[int]:
-    first = opened.tokenizer.bos_id
-    first = opened.tokenizer.eos_id if first is None else first
+def _beginning(loaded: LoadedModel) -> list[int]:
+    first = loaded.tokenizer.bos_id
+    first = loaded.tokenizer.eos_id if first is None else first
     return [0 if first is None else first]
 
 
-def _windows(opened: LoadedModel, text: str) -> list[Pair]:
+def _windows(loaded: LoadedModel, text: str) -> list[Pair]:
     """Return a text in parts that fill the window; a part's context is the last token before it.
 
     If the tokenizer begins texts with BOS, that BOS is scored, too, as by the harness's own class.
     """
-    ids = encode_text(opened.tokenizer, text)
-    size = opened.config.max_position_embeddings
-    opened.check_ids(ids)
-    before = _beginning(opened)
+    ids = encode_text(loaded.tokenizer, text)
+    size = loaded.config.max_position_embeddings
+    loaded.check_ids(ids)
+    before = _beginning(loaded)
     pairs = list[Pair]()
     for first in range(0, len(ids), size):
         part = ids[first : first + size]
@@ -204,13 +204,13 @@ def _windows(opened: LoadedModel, text: str) -> list[Pair]:
     return pairs
 
 
-def _write(opened: LoadedModel, context: str, settings: Mapping[str, Any], repeat: int = 0) -> str:
+def _write(loaded: LoadedModel, context: str, settings: Mapping[str, Any], repeat: int = 0) -> str:
     """Return the answer to a context; each `repeat` draws it with another seed."""
     wanted = GenerationSettings.of(settings)
     seed = wanted.sampling.get("seed", 0) + repeat
     pieces = stream_texts(
-        opened.decoder(),
-        opened.tokenizer,
+        loaded.decoder(),
+        loaded.tokenizer,
         [context],
         max_new_tokens=wanted.max_new_tokens,
         sampling=Sampling(**{**wanted.sampling, "seed": seed}),

@@ -157,16 +157,16 @@ class CachedDecoder:
     Beyond the window a model is made for it reads the last tokens anew for each.
     """
 
-    def __init__(self, opened: LoadedModel) -> None:
-        self._opened = opened
-        self._model = opened.model
-        self._window = opened.config.max_position_embeddings
-        self.continues = opened.config.architecture == "decoder"
-        self.suffix_ids = opened.suffix_ids
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._loaded = loaded
+        self._model = loaded.model
+        self._window = loaded.config.max_position_embeddings
+        self.continues = loaded.config.architecture == "decoder"
+        self.suffix_ids = loaded.suffix_ids
         # padded rows of a vocabulary are never chosen; from an imported folder the text is what
         # transformers writes, and an encoder_decoder's last ids name spans
-        ours = self.continues and opened.run is not None
-        self._chosen = slice(opened.tokenizer.vocab_size if ours else None)
+        ours = self.continues and loaded.run is not None
+        self._chosen = slice(loaded.tokenizer.vocab_size if ours else None)
         self._beyond: UncachedDecoder | None = None
 
     def begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
@@ -176,10 +176,10 @@ class CachedDecoder:
         return self._next(tokens)[:, self._chosen]
 
     def _begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
-        device = self._opened.device
+        device = self._loaded.device
         window = self._window
         for prompt in prompts:
-            self._opened.check_ids(prompt)
+            self._loaded.check_ids(prompt)
         prompts = [list(prompt)[-window:] for prompt in prompts]
         length = max(map(len, prompts))
         keys = torch.zeros(len(prompts), length, dtype=torch.bool)
@@ -203,9 +203,9 @@ class CachedDecoder:
         for text, token in zip(self._texts, tokens, strict=True):
             text.append(token)
         if self.continues and self._cache.length == self._window:
-            self._beyond = UncachedDecoder(self._opened.last_logits)
+            self._beyond = UncachedDecoder(self._loaded.last_logits)
             return self._beyond.begin(self._texts, 0)
-        ids = torch.tensor(tokens, device=self._opened.device)[:, None]
+        ids = torch.tensor(tokens, device=self._loaded.device)[:, None]
         if self._keys is not None and self.continues:
             self._keys = torch.cat((self._keys, torch.ones_like(ids, dtype=torch.bool)), dim=1)
         return self._read(ids)
@@ -224,7 +224,7 @@ class CachedDecoder:
 
     def _answer(self, ids_BS: Tensor, new_tokens: int) -> Tensor:
         model = self._model.model
-        config = self._opened.config
+        config = self._loaded.config
         assert isinstance(model, EncoderDecoder)
         inputs = {"input_ids": ids_BS}
         if self._keys is not None:
@@ -235,7 +235,7 @@ class CachedDecoder:
         return self._read(first)
 
     def _make_cache(self, batch: int, tokens: int) -> Cache:
-        local = self._opened.local
+        local = self._loaded.local
         layers = list(arch.stacks(local).values())[-1]
         parameter = next(self._model.parameters())
         return Cache(
@@ -315,9 +315,13 @@ def _compare_vocabularies(folder: Path, config: ModelConfig, tokenizer: Tokenize
     if known > size:
         names = [f"{name!r} ({id})" for id, name in enumerate(tokenizer.pieces()) if id >= size]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        refused = ", ".join(names[:3]) + more
         logger.warning(
-            "%s: the tokenizer has %d ids, the model %d; text with %s%s is refused",
-            *(folder, known, size, ", ".join(names[:3]), more),
+            "%s: the tokenizer has %d ids, the model %d; text with %s is refused",
+            folder,
+            known,
+            size,
+            refused,
         )
     pieces = tokenizer.pieces() if tokenizer.prefix_ids or tokenizer.suffix_ids else []
     before, after = (
@@ -328,5 +332,6 @@ def _compare_vocabularies(folder: Path, config: ModelConfig, tokenizer: Tokenize
     if after and config.architecture == "decoder":
         logger.warning(
             "%s: its tokenizer ends every text with %s; prompts go on, so it is left out",
-            *(folder, after),
+            folder,
+            after,
         )

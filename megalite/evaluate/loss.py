@@ -56,7 +56,7 @@ def mean_loss(
 
 
 def score_data(
-    opened: LoadedModel, grid: Grid, *, data: str | None, micro_batch_size: int
+    loaded: LoadedModel, grid: Grid, *, data: str | None, micro_batch_size: int
 ) -> dict[str, float | int | None]:
     """Return loss (nats), perplexity, bits per byte of text and counted tokens, over all ranks.
 
@@ -71,8 +71,8 @@ def score_data(
     Raises:
         CommandError: no shards, or those of another tokenizer.
     """
-    run = opened.run or _run_of(opened)
-    dataset = _open_held_out(opened, run, data)
+    run = loaded.run or _run_of(loaded)
+    dataset = _open_held_out(loaded, run, data)
     batches = partial(
         first_batches,
         dataset,
@@ -87,7 +87,7 @@ def score_data(
     count = -(-dataset.num_samples // (micro_batch_size * grid.mesh.data))
     length = run.data.sequence_length
     loss_of = report_calls(
-        opened.loss,
+        loaded.loss,
         total=count,
         what=f"eval on {dataset.num_samples:,} samples of {length:,} tokens",
     )
@@ -95,12 +95,12 @@ def score_data(
     for batch in batches():
         sums += torch.stack((loss_of(batch).double().cpu(), torch.tensor(batch.targets)))
         if masked:
-            right += opened.count_correct(batch)
+            right += loaded.count_correct(batch)
         if causal:
             labels = batch.tensors["labels"]
             mask = batch.tensors["loss_mask"]
             text_bytes += sum(
-                opened.tokenizer.count_bytes(row[seen].tolist())
+                loaded.tokenizer.count_bytes(row[seen].tolist())
                 for row, seen in zip(labels, mask, strict=True)
             )
     totals = torch.cat((sums, torch.tensor([text_bytes, right], dtype=torch.float64)))
@@ -114,7 +114,7 @@ def score_data(
     return found | ({"accuracy": right / targets} if masked else {})
 
 
-def _open_held_out(opened: LoadedModel, run: RunConfig, data: str | None) -> Dataset:
+def _open_held_out(loaded: LoadedModel, run: RunConfig, data: str | None) -> Dataset:
     """Open the shards to measure on, prepared for the run's objective.
 
     Raises:
@@ -123,24 +123,24 @@ def _open_held_out(opened: LoadedModel, run: RunConfig, data: str | None) -> Dat
     section = run.data.model_dump()
     if data:
         section["valid"] = (SourceConfig(path=data),)
-    dataset = open_valid(DataConfig(**section), vocab_size=opened.config.vocab_size)
+    dataset = open_valid(DataConfig(**section), vocab_size=loaded.config.vocab_size)
     if dataset is None:
         raise CommandError("no run file names data.valid; name shards with --data DIR")
-    if opened.tokenizer_sha256 and dataset.tokenizer_sha256 not in ("", opened.tokenizer_sha256):
+    if loaded.tokenizer_sha256 and dataset.tokenizer_sha256 not in ("", loaded.tokenizer_sha256):
         raise CommandError(
             f"{dataset.sources[0].folder} was made with another tokenizer than the model's; "
-            f"tokenize it again with --tokenizer {opened.folder / 'tokenizer'}"
+            f"tokenize it again with --tokenizer {loaded.folder / 'tokenizer'}"
         )
     set_corruption(dataset, run)
     return dataset
 
 
-def _run_of(opened: LoadedModel) -> RunConfig:
+def _run_of(loaded: LoadedModel) -> RunConfig:
     """Return a run file for a folder that has none: the model, and windows as long as it reads."""
-    model = opened.config
+    model = loaded.config
     objective = dict[str, Any]()
     if model.architecture == "encoder":
-        pieces = opened.tokenizer.pieces()
+        pieces = loaded.tokenizer.pieces()
         ids = [pieces.index(name) for name in ("[MASK]", "<mask>") if name in pieces]
         objective = {"objective": {"name": "masked", "mask_token_id": ids[0] if ids else None}}
     return parse_config(

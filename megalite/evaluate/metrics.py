@@ -29,11 +29,15 @@ def classification_metrics(
 ) -> dict[str, Any]:
     """Return metrics of scores (logits or log-probabilities) against labels, as JSON values.
 
-    loss (mean cross entropy, nats), accuracy, f1_micro; precision, recall and f1, each the plain
-    mean over all C labels as of scikit-learn's macro average with zero_division=0 (torchmetrics'
-    own leaves out a label that is neither there nor predicted); per_class, by name, the same three
-    and count, 0.0 where there is nothing to divide by; confusion, C rows of true labels by C
-    predicted ones; calibration, the expected calibration error (L1) over 15 bins.
+    Returns:
+        loss: mean cross entropy in nats.
+        accuracy, f1_micro.
+        precision, recall, f1: plain means over all C labels, as scikit-learn's macro average with
+            zero_division=0. (torchmetrics' own ignores a label that is neither present nor
+            predicted.)
+        per_class: by name, the same three and count; 0.0 if there is nothing to divide by.
+        confusion: C rows of true labels by C predicted ones.
+        calibration: the expected calibration error (L1) over 15 bins.
 
     Raises:
         DataError: no rows.
@@ -90,8 +94,8 @@ def confusion_picture(
 ) -> npt.NDArray[np.uint8]:
     """Return a picture of the confusion matrix: true labels by predicted ones, uint8 [H, W, 3].
 
-    A cell is the darker, the more of its row is in it. Over 20 labels a number is left out where it
-    is wider than its cell.
+    A cell is darker if its share of the row is larger. Over 20 labels, a number that is wider than
+    its cell is omitted.
     """
     from PIL import Image, ImageDraw, ImageFont
 

@@ -55,10 +55,10 @@ def open_prompts(config: RunConfig, folder: Path | None, ask: Ask | None) -> Pro
     """Return the prompts of a run file; None if it has none.
 
     Args:
-        folder: of the data's tokenizer.
-        ask: makes a user's turn of a prompt, where conversations are learned.
+        folder: the folder of the data's tokenizer.
+        ask: function that makes a user's turn of a prompt, if conversations are learned.
     Raises:
-        DataError: no tokenizer, or a chat template that takes no lone turn of a user.
+        DataError: no tokenizer, or a chat template that refuses a single turn of a user.
     """
     if config.logging.samples is None:
         return None
@@ -104,10 +104,10 @@ class Writer:
     def __call__(self, stopping: Callable[[], bool]) -> list[tuple[str, str]]:
         """Return each prompt with the text that follows it, on rank 0; a collective.
 
-        Nothing where it was given up, or where the model's scores are not finite.
+        The list is empty if it was given up, or if the model's scores are not finite.
 
         Args:
-            stopping: asked before each token whether to give up, with the same answer on every
+            stopping: called before each token; returns whether to give up, the same on every
                 rank.
         Raises:
             Exception: a forward pass failed, and other ranks take part in it.

@@ -83,7 +83,7 @@ class HubModel:
 
     @property
     def command(self) -> str:
-        """The command that downloads it where there is a network."""
+        """Command that downloads the model, for a machine with a network."""
         more = "" if self.revision == "main" else f" --revision {self.revision}"
         return f"hf download {self.name}{more} --local-dir {self.name.partition('/')[2]}"
 

@@ -115,7 +115,7 @@ def convert_marian(folder: str | Path) -> None:
     except Exception as error:  # protobuf's own
         raise DataError(f"{folder}/source.spm cannot be read: {error}") from error
     scores = {piece.piece: piece.score for piece in spec.pieces if piece.type == _NORMAL}
-    # what the source's model lacks is never chosen where it has another way
+    # what the source's model lacks is never chosen if it has another way
     least = min(scores.values(), default=0.0) - 10.0
     core: Any = models.Unigram(
         [(name, scores.get(name, least - 100.0)) for name in names], unknown, False

@@ -1,4 +1,4 @@
-# covers: launcher/export.py
+# covers: launcher/export.py megalite/evaluate/loss.py
 """From a folder of Hugging Face's into any layout, and out again: bit for bit."""
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def collect_scores(
 
 
 def score_examples(
-    opened: LoadedModel,
+    loaded: LoadedModel,
     folder: Path,
     split: str,
     grid: Grid,
@@ -88,20 +88,20 @@ def score_examples(
         own: whether the examples must be those of the run.
         predictions: where rank 0 writes a classifier's answers, a line an example.
     """
-    assert opened.run is not None
-    assert opened.run.finetune is not None
+    assert loaded.run is not None
+    assert loaded.run.finetune is not None
     manifest = read_manifest(folder)
-    if own and opened.data_fingerprint.partition("/")[0] != fingerprint(manifest):
+    if own and loaded.data_fingerprint.partition("/")[0] != fingerprint(manifest):
         reason = "its own rows have changed since, and would be split in another way"
-        raise DataError(f"{opened.folder}: {reason}; name rows that it has not seen with --data")
-    dataset = ExampleSet(folder, manifest, split, opened.run, shuffle=False)
+        raise DataError(f"{loaded.folder}: {reason}; name rows that it has not seen with --data")
+    dataset = ExampleSet(folder, manifest, split, loaded.run, shuffle=False)
     batches = -(-dataset.num_samples // (micro_batch_size * grid.mesh.data))
     reporting = partial(
         report_calls, total=batches, what=f"eval on {dataset.num_samples:,} examples ({split})"
     )
-    if opened.run.finetune.task != "classification":
+    if loaded.run.finetune.task != "classification":
         sums = sum_loss(
-            reporting(opened.loss),
+            reporting(loaded.loss),
             dataset,
             samples=dataset.num_samples,
             micro_batch_size=micro_batch_size,
@@ -114,7 +114,7 @@ def score_examples(
         tokens = round(float(sums[1]))
         return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
     scores = collect_scores(
-        reporting(opened.scores), dataset, grid, micro_batch_size=micro_batch_size
+        reporting(loaded.scores), dataset, grid, micro_batch_size=micro_batch_size
     )
     assert scores is not None
     if predictions is not None and grid.rank == 0:
@@ -125,7 +125,7 @@ def score_examples(
         return counts | {"left_out": dataset.split.info.bad_rows}
     found = measures(scores, dataset)
     if own and split != "train" and grid.rank == 0:
-        train = ExampleSet(folder, manifest, "train", opened.run, shuffle=False)
+        train = ExampleSet(folder, manifest, "train", loaded.run, shuffle=False)
         found["baselines"] = baselines(train, dataset)
     return found
 
@@ -168,7 +168,10 @@ class Comparison:
         )
         logger.info(
             "%s: accuracy %.4f; a bag of words has %.4f, the most frequent label %.4f",
-            *(split, own, bag, majority),
+            split,
+            own,
+            bag,
+            majority,
         )
         last = step == self._steps or (split == "test" and "valid" in self._sets)
         if last and own <= max(bag, majority):

@@ -62,7 +62,7 @@ def test_masked_tokens_in_berts_shares() -> None:
     assert (given == ids[hidden]).mean() == pytest.approx(0.1, abs=0.02)
 
 
-def test_another_sample_is_hidden_otherwise_and_the_same_one_alike() -> None:
+def test_masking_is_a_function_of_the_sample() -> None:
     masked, arrays = Masked(config("encoder"), None, frozenset()), windows(4)
     first = masked(arrays, np.array([3, 8, 9, 2**40]))
     for row, sample in enumerate((3, 8, 9, 2**40)):
@@ -86,7 +86,9 @@ def test_a_window_in_which_none_is_chosen_has_one() -> None:
         (["a", " ", "b"], [0, 2, 1, 2, 0], [0, 0, 1, 2, 2]),
     ],
 )
-def test_where_words_begin(pieces: list[str], ids: list[int], numbers: list[int]) -> None:
+def test_words_begin_at_spaces_and_signs(
+    pieces: list[str], ids: list[int], numbers: list[int]
+) -> None:
     assert Words(pieces).numbers(np.array([ids]))[0].tolist() == numbers
 
 

@@ -1,3 +1,4 @@
+# covers: megalite/data/dataset.py
 """What is wrong with shards, as training says it: before the first step or where it is read."""
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ def test_a_tokenizer_beside_megatrons_shards_must_be_that_of_the_others(tmp_path
         open_one(theirs, ours)
 
 
-def test_faults_of_both_kinds_are_told_at_once(tmp_path: Path) -> None:
+def test_open_data_names_faults_of_training_and_validation_at_once(tmp_path: Path) -> None:
     theirs, ours = write_megatron(tmp_path / "mega"), write_folder(tmp_path / "web")
     cut(theirs)
     cut(ours)

@@ -1,3 +1,4 @@
+# covers: megalite/data/dataset.py
 from __future__ import annotations
 
 from typing import Any

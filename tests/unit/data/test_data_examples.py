@@ -1,3 +1,4 @@
+# covers: megalite/data/examples.py megalite/data/collate.py
 """Samples of fine-tuning: order, padding, packing, what is learned of each."""
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def labelled() -> list[dict[str, Any]]:
     return [{"text": "x" * n, "label": n % 2} for n in LENGTHS]
 
 
-def test_an_epoch_is_every_example_once_and_the_next_is_shuffled_anew() -> None:
+def test_epoch_is_every_example_once_and_the_next_has_another_order() -> None:
     dataset = examples("classification", labelled())
     N = len(LENGTHS)
     numbers, epochs = dataset.source_of(np.arange(3 * N))
@@ -57,7 +58,7 @@ def test_an_epoch_is_every_example_once_and_the_next_is_shuffled_anew() -> None:
     assert plain.source_of(np.arange(N))[0].tolist() == list(range(N))
 
 
-def test_a_classifier_reads_texts_side_by_side() -> None:
+def test_collator_pads_texts_of_a_classifier() -> None:
     dataset = examples("classification", labelled(), shuffle=False)
     batch = dataset.batch(np.array([0, 2]), 0)
     tensors = batch.tensors
@@ -145,7 +146,7 @@ def test_a_conversation_is_learned_in_the_assistants_turns() -> None:
         assert text == "yes<|im_end|>no<|im_end|>" * (2 if packing else 1)
 
 
-def test_what_is_read_and_what_is_written() -> None:
+def test_collator_separates_source_and_target() -> None:
     rows = [{"text": "abcd", "target": "xy"}, {"text": "ef", "target": "uvw"}]
     model = {"architecture": "encoder_decoder", "position_embedding": "relative"}
     dataset = examples("seq2seq", rows, model, shuffle=False)

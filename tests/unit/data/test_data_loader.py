@@ -1,4 +1,4 @@
-# covers: megalite/data/loader.py
+# covers: megalite/data/loader.py megalite/data/samples.py
 from __future__ import annotations
 
 import multiprocessing

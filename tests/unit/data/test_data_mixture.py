@@ -1,3 +1,4 @@
+# covers: megalite/data/mixture.py
 from __future__ import annotations
 
 import math

@@ -1,3 +1,4 @@
+# covers: megalite/data/dataset.py
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -126,7 +127,7 @@ def test_weights_and_seed_reach_the_order(folders: dict[str, Path]) -> None:
     assert dataset.fingerprint != other.fingerprint
 
 
-def test_every_fault_of_every_folder_is_told_at_once(folders: dict[str, Path]) -> None:
+def test_open_data_names_every_fault_of_every_folder_at_once(folders: dict[str, Path]) -> None:
     cut = folders["code"] / "shard_00001.bin"
     cut.write_bytes(cut.read_bytes()[:-2])
     missing = folders["web"].parent / "missing"

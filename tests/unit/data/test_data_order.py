@@ -1,3 +1,4 @@
+# covers: megalite/data/order.py
 from __future__ import annotations
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_every_image_is_equally_likely_over_keys(size: int) -> None:
         assert chi_square < size - 1 + 5 * np.sqrt(2 * size)
 
 
-def test_all_six_shuffles_of_three_are_equally_likely() -> None:
+def test_permute_of_three_gives_all_six_shuffles_equally_often() -> None:
     trials = 6000
     keys = derive_key(6, np.arange(trials), np.zeros(trials, dtype=np.int64))
     code = sum(permute(np.full(trials, i), 3, keys) * 3**i for i in range(3))
@@ -131,7 +132,7 @@ CHANCE = 5.0
 
 @pytest.mark.parametrize("size", [1009, 4096, 2**33 + 1, LIMIT])
 @pytest.mark.parametrize("place", ["first", "second", "last"])
-def test_what_stands_at_a_place_is_uniform_over_keys(size: int, place: str) -> None:
+def test_permute_is_uniform_over_keys_at_a_place(size: int, place: str) -> None:
     trials, bins = 40_000, 100
     index = {"first": 0, "second": 1, "last": size - 1}[place]
     keys = derive_key(7, np.arange(trials), np.full(trials, 3))
@@ -145,7 +146,7 @@ def test_what_stands_at_a_place_is_uniform_over_keys(size: int, place: str) -> N
 
 @pytest.mark.parametrize("size", [1009, 4096, 2**33 + 1])
 @pytest.mark.parametrize("distance", [1, 2, 64])
-def test_two_places_are_independent_over_keys(size: int, distance: int) -> None:
+def test_permute_is_independent_over_keys_at_two_places(size: int, distance: int) -> None:
     """The images of two indices, as a table of 20 x 20 cells."""
     trials, bins = 40_000, 20
     keys = derive_key(8, np.zeros(trials, np.int64), np.arange(trials))

@@ -1,3 +1,4 @@
+# covers: megalite/data/packing.py
 from __future__ import annotations
 
 from typing import Literal
@@ -89,7 +90,7 @@ def test_less_padding_than_filling_one_window_after_the_other(seed: int) -> None
     assert np.array_equal(again.documents, packing.documents)
 
 
-def test_nothing_packs_into_nothing() -> None:
+def test_pack_of_nothing_is_empty() -> None:
     for lengths in ([], [0, 0]):
         packing = pack(np.array(lengths, np.int64), 8, longer="cut")
         assert (packing.windows, packing.padding) == (0, 0.0)

@@ -1,3 +1,4 @@
+# covers: data_prep/chat.py
 """Control tokens come from the chat template alone; their names in a conversation stay text."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: data_prep/messages.py data_prep/turns.py
 """Conversations in the forms that data sets have: parts, ShareGPT, weights, calls of tools."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: data_prep/cache.py data_prep/eval_examples.py
 """A run's copy of its tokenizer finds the examples that were made with the original."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: data_prep/chat.py data_prep/template.py data_prep/sentinels.py
 from __future__ import annotations
 
 import json

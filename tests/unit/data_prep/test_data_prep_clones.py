@@ -1,3 +1,4 @@
+# covers: data_prep/clones.py
 """Folders as the hub's data sets lie in them: the splits are those of datasets.load_dataset."""
 
 from __future__ import annotations

@@ -1,3 +1,6 @@
+# covers: data_prep/examples.py data_prep/split_arrays.py data_prep/row_splits.py
+# covers: data_prep/tasks/base.py data_prep/tasks/texts.py data_prep/tasks/classification.py
+# covers: data_prep/tasks/language_modeling.py data_prep/tasks/seq2seq.py data_prep/tasks/sft.py
 # covers: megalite/formats/examples.py
 from __future__ import annotations
 
@@ -251,7 +254,7 @@ def test_a_folder_is_made_once_and_named_by_its_content(monkeypatch: pytest.Monk
         make("a.jsonl")
 
 
-def test_two_at_the_same_time_share_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_at_the_same_time_shares_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl("a.jsonl", ROWS)
     both, made = threading.Barrier(2), examples.ExampleMaker.make
 
@@ -272,7 +275,7 @@ def test_two_at_the_same_time_share_one_folder(monkeypatch: pytest.MonkeyPatch) 
     assert len(opened(found[0])[1]["train"]) == 20
 
 
-def test_nothing_is_left_of_a_failure() -> None:
+def test_prepare_leaves_nothing_of_a_failure() -> None:
     jsonl("a.jsonl", ["x"])
     with pytest.raises(DataError, match="1 bad row,"):
         make("a.jsonl")

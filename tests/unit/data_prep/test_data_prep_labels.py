@@ -1,3 +1,4 @@
+# covers: data_prep/labels.py
 """Labels that people read as one: white space is no part of a label, the rest is reported."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: data_prep/rows.py data_prep/row_files.py data_prep/row.py
 from __future__ import annotations
 
 import bz2
@@ -165,7 +166,7 @@ def test_a_folder_has_a_file_a_split() -> None:
     assert len(opened(make("d", train_split="train.jsonl"))[1]["train"]) == 20
 
 
-def test_paths_that_are_no_data(tmp_path: Path) -> None:
+def test_source_names_paths_that_are_no_data(tmp_path: Path) -> None:
     Path("a.txt").write_text("x")
     jsonl("a.jsonl", ROWS)
     with pytest.raises(DataError, match="ending says no kind of file"):

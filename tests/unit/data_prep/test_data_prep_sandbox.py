@@ -1,3 +1,4 @@
+# covers: data_prep/sandbox.py
 """Chat templates that would run or grow without end, and those that only look like it."""
 
 from __future__ import annotations

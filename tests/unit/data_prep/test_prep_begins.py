@@ -1,3 +1,4 @@
+# covers: data_prep/encoder.py data_prep/options.py
 """What documents and examples begin with: as the tokenizer begins its texts, unless overruled."""
 
 from __future__ import annotations

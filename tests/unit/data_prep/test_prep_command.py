@@ -1,3 +1,4 @@
+# covers: data_prep/__main__.py
 """`python -m data_prep` as a process: exit codes, what goes where, and how long help takes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: data_prep/encode.py data_prep/progress.py
 from __future__ import annotations
 
 import gzip
@@ -130,7 +131,7 @@ def test_bad_records_are_counted_by_input(corpus: Path, tmp_path: Path) -> None:
     assert manifest.documents == 40
 
 
-def test_nothing_is_left_after_an_error(corpus: Path, tmp_path: Path) -> None:
+def test_tokenize_leaves_nothing_after_an_error(corpus: Path, tmp_path: Path) -> None:
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "file").write_text("mine")

@@ -1,3 +1,4 @@
+# covers: data_prep/assemble.py data_prep/output.py
 """`tokenize --valid-fraction`: documents dealt by their text, the same way by any workers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: data_prep/inputs.py data_prep/streams.py
 from __future__ import annotations
 
 import json
@@ -84,7 +85,7 @@ def test_parts_are_some_hundreds_of_a_power_of_two(total: int, size: int) -> Non
     assert choose_part_bytes(total) == size
 
 
-def test_what_is_no_regular_file_is_refused(corpus: Path) -> None:
+def test_inputs_refuse_what_is_no_regular_file(corpus: Path) -> None:
     os.mkfifo("pipe.txt")
     with pytest.raises(CommandError, match=r"--input pipe.txt: no regular file; a pipe or a dev"):
         find_streams(["pipe.txt"])

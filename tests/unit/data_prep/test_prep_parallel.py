@@ -1,3 +1,5 @@
+# covers: data_prep/work.py data_prep/work_folder.py data_prep/workers.py data_prep/scheduler.py
+# covers: data_prep/part_files.py
 """Workers and ranks: the same bytes from any number of them, and after any number of kills."""
 
 from __future__ import annotations
@@ -141,7 +143,7 @@ def test_ranks_of_srun_give_the_same_bytes(
     assert hashes(tmp_path / "out") == expected
 
 
-def test_killed_ten_times_it_ends_in_the_same_bytes(
+def test_tokenize_killed_ten_times_ends_in_the_same_bytes(
     corpus: Path, tmp_path: Path, expected: dict[str, str]
 ) -> None:
     draw, kills, seconds = random.Random(5), 0, 0.0
@@ -175,9 +177,9 @@ def test_a_kill_after_the_last_rename_is_cleaned_up(corpus: Path, tmp_path: Path
     wish = options(corpus, tmp_path / "out")
     tokenize(wish)
     with work_folder.WorkFolder(
-        wish.output, wish.asked(encode.load_tokenizer("bytes"))
+        wish.output, wish.request(encode.load_tokenizer("bytes"))
     ).lead() as run:
-        work_folder.WorkFolder(wish.output, wish.asked(encode.load_tokenizer("bytes"))).start(run)
+        work_folder.WorkFolder(wish.output, wish.request(encode.load_tokenizer("bytes"))).start(run)
     assert (tmp_path / ".out.work").is_dir()
     assert tokenize(wish).documents > 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -185,7 +187,7 @@ def test_a_kill_after_the_last_rename_is_cleaned_up(corpus: Path, tmp_path: Path
         tokenize(wish)
 
 
-def test_a_second_command_is_told_who_writes(corpus: Path, tmp_path: Path) -> None:
+def test_second_command_names_who_writes(corpus: Path, tmp_path: Path) -> None:
     hold = (
         "import sys, time; from pathlib import Path; from data_prep.work_folder import WorkFolder\n"
         "with WorkFolder(Path(sys.argv[1]), {}).lead():\n"
@@ -302,7 +304,7 @@ def test_an_empty_output_folder_is_no_sign_of_an_earlier_end(
     monkeypatch.undo()
     kept = len(list((tmp_path / ".out.work" / "parts").glob("*.part")))
     assert kept > 0
-    sharing = work_folder.WorkFolder(wish.output, wish.asked(encode.load_tokenizer("bytes")))
+    sharing = work_folder.WorkFolder(wish.output, wish.request(encode.load_tokenizer("bytes")))
     with sharing.lead() as run:
         sharing.start(run)
         assert not sharing.was_published()

@@ -1,3 +1,4 @@
+# covers: data_prep/part_reader.py data_prep/jsonl.py data_prep/parquet.py
 """Whatever the parts' size and the order they are read in, they add up to the whole input."""
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ def test_a_line_longer_than_parts_leaves_those_inside_it_empty(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("ending", PACKERS)
-def test_what_parts_take_adds_up_to_the_size(ending: str, tmp_path: Path) -> None:
+def test_consumed_bytes_of_parts_add_up_to_the_size(ending: str, tmp_path: Path) -> None:
     draw = random.Random(1)
     rows = [f'{{"text": "{draw.getrandbits(512):x}"}}\n'.encode() for _ in range(40_000)]
     path = tmp_path / f"a.jsonl{ending}"

@@ -1,3 +1,4 @@
+# covers: data_prep/readers.py data_prep/records.py data_prep/compressed.py
 from __future__ import annotations
 
 import bz2

@@ -1,3 +1,4 @@
+# covers: data_prep/hf_datasets.py data_prep/arrow_columns.py
 from __future__ import annotations
 
 import json

@@ -1,3 +1,4 @@
+# covers: data_prep/train.py
 from __future__ import annotations
 
 from itertools import pairwise

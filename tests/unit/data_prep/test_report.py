@@ -1,3 +1,4 @@
+# covers: data_prep/report.py
 """`inspect`: numbers that hold for any lengths, and pictures of them."""
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_the_summary(make_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_summary_names_counts(
+    make_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = make_folder([[1, 2, 3], [4] * 5 + [90, 10]], inputs=2, bad_records=3)
     assert inspect(folder, None) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -84,7 +87,7 @@ def test_many_inputs_take_few_lines(
     assert "30 more inputs: 60.0 % of the tokens" in out
 
 
-def test_the_picture_says_what_was_counted(
+def test_inspect_picture_shows_the_counts(
     make_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_folder([[0, 7, 7], [3000]])
@@ -124,7 +127,9 @@ def test_shards_of_others_without_manifest_and_tokenizer(
     assert capsys.readouterr().out == "65 65 65\n"
 
 
-def test_what_cannot_be_shown_is_refused(make_folder: Callable[..., Path], tmp_path: Path) -> None:
+def test_inspect_refuses_what_cannot_be_shown(
+    make_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = make_folder([[1, 2]])
     with pytest.raises(CommandError, match=r"--document 2: .* has 2 documents, 0 to 1"):
         inspect(folder, 2)
@@ -156,7 +161,7 @@ def test_bars_hold_every_document_and_quantiles_are_near(lists: Lists) -> None:
         assert exact * (1 - 2**-11) <= lengths.below(share) <= exact
 
 
-def test_counts_stay_few(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lengths_keep_few_counts(capsys: pytest.CaptureFixture[str]) -> None:
     lengths = Lengths()
     random = np.random.default_rng(0)
     for _ in range(20):

@@ -1,3 +1,5 @@
+# covers: megalite/evaluate/baselines.py megalite/evaluate/table.py
+# covers: megalite/evaluate/tasks/classification.py
 """Baselines of a classification: the most frequent label, and a bag of words."""
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def plain_bayes(train: Split, test: Split, smoothing: float) -> list[int]:
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
-def test_the_bag_is_naive_bayes(smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bag_of_words_is_naive_bayes(smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "_SMOOTHINGS", (smoothing,))
     train, test = drawn(1, 300), drawn(2, 120)
     found = measure_baselines(train, test, 3)
@@ -85,7 +87,7 @@ def test_the_bag_is_naive_bayes(smoothing: float, monkeypatch: pytest.MonkeyPatc
     assert found["majority"]["accuracy"] == np.mean(test.labels == 0)
 
 
-def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bag_of_words_does_not_depend_on_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     train, test = drawn(1, 300), drawn(2, 120)
     whole = measure_baselines(train, test, 3)
     assert measure_baselines(train, test, 3) == whole
@@ -93,7 +95,7 @@ def test_parts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measure_baselines(train, test, 3) == whole
 
 
-def test_of_a_large_split_some_parts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bag_of_words_reads_some_parts_of_a_large_split(monkeypatch: pytest.MonkeyPatch) -> None:
     train, test = drawn(1, 3000), drawn(2, 120)
     whole = measure_baselines(train, test, 3)
     monkeypatch.setattr(baselines, "_CHUNK", 100)
@@ -104,7 +106,7 @@ def test_of_a_large_split_some_parts_are_read(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("bound", ["_MOST", "_GUESSES"])
-def test_a_part_of_a_large_held_out_split_is_scored(
+def test_bag_of_words_scores_a_part_of_a_large_held_out_split(
     bound: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One rank scores while the others wait, so its time must be bounded."""
@@ -161,7 +163,7 @@ def test_memory_is_bounded_for_many_labels() -> None:
     assert made._seen_CF.size <= 1 << 25
 
 
-def test_a_model_is_compared_with_them(
+def test_comparison_logs_model_and_baselines(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)

@@ -1,4 +1,5 @@
 # covers: megalite/model/cache.py
+# covers: megalite/evaluate/loading.py
 """Text with the cache and without it, alone and beside others, and as transformers writes it."""
 
 from __future__ import annotations

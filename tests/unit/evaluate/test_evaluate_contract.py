@@ -1,3 +1,4 @@
+# covers: megalite/evaluate/generate.py megalite/evaluate/harness.py
 """Imported folders continue text as transformers and lm-eval's own class do."""
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ class Answers:
         return torch.nn.functional.one_hot(torch.tensor([[97]]), 258)[0].float()
 
 
-def test_a_text_that_is_answered_is_read_with_its_end(tmp_path: Path) -> None:
+def test_prompt_that_is_answered_is_read_with_its_end(tmp_path: Path) -> None:
     reader, told = Answers(), {"max_new_tokens": 2, "sampling": GREEDY}
     pieces = stream_text(reader, load_tokenizer("bytes"), "hi", **told)  # type: ignore[arg-type]
     assert "".join(pieces) == "aa"

@@ -1,3 +1,4 @@
+# covers: megalite/evaluate/conversation.py data_prep/conversations.py
 """Talks with a chat model: history, the window, and what one line of input is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/evaluate/explain.py
 """Attributions, occlusion and attention against what is computed by hand."""
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def tiny(architecture: str, **overrides: Any) -> tuple[LanguageModel, dict[str, 
     return make_model(config, spread=0.1).eval(), batch
 
 
-def test_of_a_linear_score_the_parts_add_up_to_it() -> None:
+def test_attributions_of_a_linear_score_add_up_to_it() -> None:
     embed = Embedding(11, 6)
     torch.nn.init.normal_(embed.weight)
     ids_BT, weight_TD = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]]), torch.randn(4, 6)
@@ -156,7 +157,7 @@ def test_padding_is_not_looked_at() -> None:
     assert float(row.sum()) == pytest.approx(1, abs=1e-5)
 
 
-def test_with_two_stacks_it_is_the_look_at_the_text_that_is_read() -> None:
+def test_attention_with_two_stacks_is_that_on_the_text_that_is_read() -> None:
     model, batch = tiny("encoder_decoder")
     rows = [last_attention(model, lambda: model.hidden(batch), place) for place in range(3)]
     assert [len(row) for row in rows] == [8, 8, 8]

@@ -1,3 +1,4 @@
+# covers: megalite/evaluate/explain_page.py
 """The page of an explanation: its numbers, its colours, and that it is safe."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/evaluate/generate.py
 """Sampling against logits whose answer is known, and text whose characters come in parts."""
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def test_a_tiny_temperature_is_greedy() -> None:
     assert frequencies([1.0, 900.0, 2.0], temperature=1e-30, draws=20) == [0, 1, 0]
 
 
-def test_the_seed_decides() -> None:
+def test_sampling_follows_the_seed() -> None:
     logits = fixed([0.0] * 50)
     first = generate(logits, [0], max_new_tokens=30, seed=1)
     assert generate(logits, [0], max_new_tokens=30, seed=1) == first
@@ -228,6 +229,6 @@ def test_an_empty_stop_string_is_refused_before_anything_is_computed() -> None:
 
 
 @pytest.mark.parametrize("extreme", [{"temperature": 1e-300}, {"top_p": 1e-300}])
-def test_extremes_choose_the_likeliest(extreme: dict[str, float]) -> None:
+def test_sampling_extremes_choose_the_likeliest(extreme: dict[str, float]) -> None:
     scores = torch.tensor([[0.5, 2.0, 1.0]])
     assert generate(lambda _: scores, [0], max_new_tokens=3, **extreme) == [1, 1, 1]

@@ -1,3 +1,4 @@
+# covers: megalite/evaluate/harness.py
 """lm-eval through our class and through its own, on a task made here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/evaluate/metrics.py
 """What a classifier is worth: by hand, and as scikit-learn has it."""
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def scored(rows: int, labels: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return scores_NC, truth_N
 
 
-def test_two_labels_by_hand() -> None:
+def test_metrics_of_two_labels_by_hand() -> None:
     chances_NC = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.55, 0.45], [0.1, 0.9]])
     found = classification_metrics(chances_NC.log(), torch.tensor([0, 1, 1, 0, 1]), ["no", "yes"])
     assert json.loads(json.dumps(found)) == found
@@ -45,7 +46,7 @@ def test_two_labels_by_hand() -> None:
     assert found["calibration"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_same_of_logits_and_log_probabilities() -> None:
+def test_metrics_of_logits_and_log_probabilities_are_equal() -> None:
     logits_NC, truth_N = scored(40, 5)
     names = list("abcde")
     first = classification_metrics(logits_NC, truth_N, names)
@@ -55,7 +56,7 @@ def test_the_same_of_logits_and_log_probabilities() -> None:
     assert first == pytest.approx(second, abs=1e-6)
 
 
-def test_labels_without_rows_count_in_the_means() -> None:
+def test_metrics_count_labels_without_rows_in_the_means() -> None:
     scores_NC = torch.eye(3)[[0, 0, 1, 1]] * 5
     found = classification_metrics(scores_NC, torch.tensor([0, 0, 0, 1]), ["a", "b", "never"])
     assert found["per_class"]["never"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "count": 0}
@@ -63,14 +64,14 @@ def test_labels_without_rows_count_in_the_means() -> None:
     assert means == pytest.approx(((1 + 1 / 2) / 3, (2 / 3 + 1) / 3, (4 / 5 + 2 / 3) / 3))
 
 
-def test_one_row() -> None:
+def test_metrics_of_one_row() -> None:
     found = classification_metrics(torch.tensor([[0.0, 1.0]]), torch.tensor([1]), ["a", "b"])
     assert (found["accuracy"], found["f1"], found["confusion"]) == (1.0, 0.5, [[0, 0], [0, 1]])
     assert found["loss"] == pytest.approx(math.log(1 + math.exp(-1)))
 
 
 @pytest.mark.parametrize(("labels", "rows"), [(2, 50), (5, 200), (5, 4), (7, 1)])
-def test_as_scikit_learn_has_it(labels: int, rows: int) -> None:
+def test_metrics_equal_those_of_scikit_learn(labels: int, rows: int) -> None:
     theirs = pytest.importorskip("sklearn.metrics")
     scores_NC, truth_N = scored(rows, labels, seed=rows)
     names = [f"label {n}" for n in range(labels)]
@@ -88,14 +89,14 @@ def test_as_scikit_learn_has_it(labels: int, rows: int) -> None:
     assert found["loss"] == pytest.approx(theirs.log_loss(truth_N, chances, labels=every))
 
 
-def test_what_cannot_be_measured() -> None:
+def test_metrics_refuse_what_cannot_be_measured() -> None:
     with pytest.raises(DataError, match="no rows"):
         classification_metrics(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), ["a", "b"])
     with pytest.raises(MegaLiteError, match="loss is nan"):
         classification_metrics(torch.tensor([[math.nan, 0.0]]), torch.tensor([0]), ["a", "b"])
 
 
-def test_predictions() -> None:
+def test_predictions_rows_name_labels() -> None:
     scores_NC = torch.tensor([[0.25, 0.75], [1 / 3, 2 / 3]]).log()
     first, second = predictions_rows(["x", "y"], [0, None], scores_NC, ["no", "yes"])
     chances = {"prediction": "yes", "probabilities": [0.25, 0.75]}
@@ -106,7 +107,7 @@ def test_predictions() -> None:
 
 
 @pytest.mark.parametrize("labels", [2, 20, 21, 50])
-def test_the_picture(labels: int) -> None:
+def test_confusion_picture_has_a_cell_a_pair(labels: int) -> None:
     confusion = [[90 * (i == j) + (i == 0) * 10 for j in range(labels)] for i in range(labels)]
     confusion[1] = [0] * labels
     names = [f"a name that is far too long {n}" if n % 2 else f"n\n{n}" for n in range(labels)]

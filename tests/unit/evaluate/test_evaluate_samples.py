@@ -1,3 +1,4 @@
+# covers: megalite/evaluate/samples.py
 """What happens to samples where a run is asked to stop, or its model has diverged."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# covers: megalite/formats/index.py megalite/formats/manifest.py
+# covers: megalite/formats/index.py megalite/formats/manifest.py megalite/formats/shards.py
 """Megatron-LM's own shards, without a manifest; and its reader on ours, where it is installed."""
 
 from __future__ import annotations

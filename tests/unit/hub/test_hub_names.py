@@ -171,7 +171,7 @@ def test_names_of_the_hub() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "a/b/c", "", "./none", "x" * 300, "a\0b"])
-def test_anything_else_is_no_folder(server: StubHub, name: str) -> None:
+def test_find_model_refuses_what_is_no_folder(server: StubHub, name: str) -> None:
     with pytest.raises(CommandError, match=r"no such folder; .*hub"):
         find_model(name, "--checkpoint")
     assert server.requests == []

@@ -1,4 +1,4 @@
-# covers: megalite/checkpoint/huggingface/export.py
+# covers: megalite/checkpoint/huggingface/export.py megalite/evaluate/verify.py
 """What ends a text goes from a model folder through a checkpoint and out again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/tokenizers/huggingface.py megalite/tokenizers/sentencepiece.py
 """Names of control tokens: tokens where a template writes them, text where a user does."""
 
 from __future__ import annotations

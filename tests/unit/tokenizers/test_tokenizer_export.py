@@ -1,3 +1,4 @@
+# covers: megalite/tokenizers/export.py
 """A tokenizer in Hugging Face's form gives the same ids, and the text back."""
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def texts() -> list[str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sentencepiece(kind: str, tmp_path: Path) -> None:
+def test_export_of_sentencepiece_gives_the_same_ids(kind: str, tmp_path: Path) -> None:
     tokenizer = trained(**KINDS[kind])
     tokenizer.export(tmp_path)
     theirs = HuggingFace.from_file(str(tmp_path / "tokenizer.json"))
@@ -86,7 +87,7 @@ def test_sentencepiece(kind: str, tmp_path: Path) -> None:
     )
 
 
-def test_bytes(tmp_path: Path) -> None:
+def test_export_of_bytes_gives_the_same_ids(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("bytes")
     tokenizer.export(tmp_path)
     theirs = HuggingFace.from_file(str(tmp_path / "tokenizer.json"))

@@ -1,3 +1,4 @@
+# covers: megalite/tokenizers/special_tokens.py
 """Tokenizer folders as transformers reads them: ids, vocabulary, ends, what begins a text."""
 
 from __future__ import annotations
@@ -258,7 +259,7 @@ def test_ends_are_those_of_all_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("told", ["class", "model type"])
-def test_t5_ends_a_text_with_eos_without_a_word_of_it(told: str, tmp_path: Path) -> None:
+def test_t5_ends_a_text_with_eos_though_no_file_says_so(told: str, tmp_path: Path) -> None:
     config = {"tokenizer_class": "T5Tokenizer"} if told == "class" else {"eos_token": "</s>"}
     files = {"config.json": {"model_type": "t5"}, "tokenizer_config.json": config}
     folder = sentencepiece_folder(tmp_path / "hf", files, model_type="unigram")

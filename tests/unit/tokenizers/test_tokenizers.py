@@ -1,3 +1,4 @@
+# covers: megalite/tokenizers/tokenizer.py megalite/tokenizers/base.py
 from __future__ import annotations
 
 import io
@@ -180,7 +181,7 @@ def test_a_tokenizer_is_what_it_was_when_it_was_loaded(tmp_path: Path) -> None:
     assert sha256_file(tmp_path / "tokenizer.json") == tokenizer.sha256
 
 
-def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
+def test_load_tokenizer_names_what_is_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no tokenizer"):
         load_tokenizer(tmp_path / "none")
     with pytest.raises(DataError, match="found none of them"):

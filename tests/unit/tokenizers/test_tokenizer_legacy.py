@@ -1,3 +1,4 @@
+# covers: megalite/tokenizers/legacy.py
 """Tokenizer folders of older formats are refused with a command, and the command works."""
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def test_marians_two_models_become_one_for_sources_and_answers(tmp_path: Path) -
     assert coded == theirs(">>deu<<").input_ids[:1]
 
 
-def test_what_is_no_folder_of_marians_is_named(tmp_path: Path) -> None:
+def test_marian_conversion_names_what_is_no_marian_folder(tmp_path: Path) -> None:
     for name in ("source.spm", "target.spm"):
         (tmp_path / name).write_bytes(b"nothing")
     for content in ("{}", "[]", '{"</s>": 0, "<unk>": 7}', "["):

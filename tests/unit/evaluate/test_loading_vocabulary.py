@@ -1,3 +1,4 @@
+# covers: megalite/evaluate/loading.py
 """A tokenizer with more ids than its model has rows: said when opened, refused when used."""
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def test_ids_beyond_the_vocabulary_are_refused(
     assert opened.loss(Batch(tensors, 0, 2, 2)).isfinite()
 
 
-def test_model_that_has_every_id_is_opened_without_a_word(
+def test_model_that_has_every_id_is_loaded_without_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     exported("llama", 0, tmp_path, vocab_size=300)
