@@ -33,7 +33,7 @@ Accept = Callable[[Tensor, Tensor], bool]
 
 
 def finite(_loss: Tensor, norm: Tensor) -> bool:
-    """Accepts an update unless the gradient's norm is not finite."""
+    """Accept an update unless the gradient's norm is not finite."""
     return math.isfinite(norm)
 
 
@@ -104,17 +104,23 @@ class Engine(Protocol):
         """
 
     def eval_loss(self, batch: Batch) -> Tensor:
-        """Summed loss of a batch without dropout or gradients: fp32 scalar, nats."""
+        """Return the objective's summed loss without dropout or gradients: fp32 scalar, nats.
+
+        Further terms of the objective are left out.
+        """
 
     def eval_scores(self, batch: Batch) -> Tensor:
-        """Logits of a batch, without dropout or gradients: fp32 [B, C] of a classifier's labels,
-        else [B, V] of the token after each text."""
+        """Return the logits of a batch without dropout or gradients.
+
+        Returns:
+            fp32 [B, C] of a classifier's labels, or [B, V] of the token after each text.
+        """
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
-        """A context in which parameters the engine keeps in parts are whole (for generation)."""
+        """Return a context in which parameters that the engine keeps in parts are whole."""
 
     def read_state(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """One state of one parameter, whole; a collective of the data-parallel group."""
+        """Return one state of one parameter, whole; a collective of ZeRO's group."""
 
     def owner_rank(self, parameter: nn.Parameter) -> int | None:
         """Return the ZeRO rank that alone has a parameter's master and states, complete.
@@ -126,22 +132,22 @@ class Engine(Protocol):
         """`read_state` on the ranks of `owner_rank` only; may share memory with the engine."""
 
     def read_gradient(self, parameter: nn.Parameter) -> Tensor:
-        """The global batch's gradient of one parameter, whole, before clipping; as `read_state`.
+        """Return the global batch's gradient of one parameter, whole, before clipping.
 
-        Under fp16 it is the scaled loss's.
+        A collective as `read_state` is. Under fp16 it is the gradient of the scaled loss.
         """
 
     def write_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         """Set one state of one parameter; a collective, with the same value on every rank."""
 
     def group(self, parameter: nn.Parameter) -> Mapping[str, Any]:
-        """The hyper-parameters that a parameter is updated with."""
+        """Return the hyper-parameters that a parameter is updated with."""
 
     def progress(self) -> dict[str, Any]:
-        """Updates taken and the loss scale: plain numbers, the rest of the engine's state."""
+        """Return the number of updates and the loss scale: the rest of the engine's state."""
 
     def restore_progress(self, progress: Mapping[str, Any]) -> None:
-        """Set what `progress` gave."""
+        """Set what `progress` returned."""
 
 
 def freeze(model: LanguageModel, config: RunConfig) -> None:

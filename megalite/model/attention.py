@@ -90,7 +90,8 @@ def attend(
     """
     if q_BTNH.shape[1] == 1 and not (q_BTNH.is_cuda or torch.is_grad_enabled()):
         return _attend_once(q_BTNH, k_BKSH, v_BKSH, mask, scale)
-    heads, kv_heads = q_BTNH.shape[2], k_BKSH.shape[1]
+    heads = q_BTNH.shape[2]
+    kv_heads = k_BKSH.shape[1]
     shared = heads != kv_heads
     if shared and mask is not None and q_BTNH.is_cuda:
         # of torch's fused kernels for GPUs none takes a mask and grouped heads; the plain kernel
@@ -210,7 +211,8 @@ class CrossAttention(nn.Module):
         self.dropout = config.attention_dropout
         self.causal = False
         self.scale = config.attention_multiplier
-        D, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+        D = config.hidden_size
+        inner = config.num_attention_heads * config.head_dim
         self.q_proj = ColumnLinear(config, regions, D, bias=config.attention_bias, q_proj=inner)
         kv = self.kv_heads * self.head_width
         self.kv_proj = ColumnLinear(

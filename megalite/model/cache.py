@@ -1,4 +1,4 @@
-"""What a model has computed of the tokens so far: their keys and values, in memory made once.
+"""The keys and values that a model has computed of the tokens so far, in memory allocated once.
 
 B batch   T tokens   K key/value heads   H head width
 """
@@ -12,7 +12,7 @@ from megalite.config import ModelConfig
 
 
 class LayerCache:
-    """The keys and values of one block, [B, K, T, H], and of the text that is read, if any."""
+    """The keys and values of one block, [B, K, T, H], and those of the encoder's text, if any."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self._keys = torch.empty(shape, dtype=dtype, device=device)
@@ -21,7 +21,7 @@ class LayerCache:
         self.memory: tuple[Tensor, Tensor] | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of the next tokens; returns those of all."""
+        """Add the keys and values of the next tokens; return those of all tokens."""
         end = self.length + keys.shape[2]
         self._keys[:, :, self.length : end] = keys
         self._values[:, :, self.length : end] = values
@@ -30,10 +30,11 @@ class LayerCache:
 
 
 class Cache:
-    """The caches of a stack's blocks, with room for `tokens`.
+    """The caches of a stack's blocks.
 
     Args:
-        config: of this rank's part of the model (`megalite.parallel.shard_config`).
+        config: the configuration of this rank's part (`LanguageModel.config`).
+        tokens: the number of tokens that fit.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megalite import registry
 from megalite.config import ModelConfig
 from megalite.model.linear import Linear
-from megalite.model.loss import FusedLinearCrossEntropy, VocabularyShard
+from megalite.model.loss import HeadOptions, VocabularyShard, linear_cross_entropy
 from megalite.model.norms import make_norm
 from megalite.model.regions import Regions
 
@@ -143,7 +143,5 @@ def head_loss(
     if rows_R is not None:
         rows = rows.index_select(0, rows_R)
         labels_R, mask_R = labels_R[rows_R], mask_R[rows_R]
-    loss: Tensor = FusedLinearCrossEntropy.apply(
-        rows, weight_VD, labels_R, mask_R, shard, compiled, bias_V, smoothing
-    )
-    return loss
+    options = HeadOptions(shard=shard, compiled=compiled, smoothing=smoothing)
+    return linear_cross_entropy(rows, weight_VD, labels_R, mask_R, bias_V=bias_V, options=options)

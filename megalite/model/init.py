@@ -57,7 +57,8 @@ def initialize(
 
 def _fill(target: Tensor, piece: arch.Piece, *, std: float, seed: int) -> None:
     """Draw the blocks that overlap the rows of the piece's box and copy what lies inside it."""
-    shape, (rows, *columns) = piece.tensor.shape, piece.source
+    shape = piece.tensor.shape
+    rows, *columns = piece.source
     first, last = rows.start, rows.stop
     for block in range(first // ROWS, math.ceil(last / ROWS)):
         base = block * ROWS

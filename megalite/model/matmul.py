@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ def small_batch_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
         # an operator of torch's inductor (torch/_inductor/mkldnn_lowerings.py), which another
         # release may have under another name
         with suppress(AttributeError, NotImplementedError):
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+            fused: tuple[Any, ...] = ("none", [], "")  # no operation after the product
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *fused)
     return F.linear(x, weight, bias)
 
 

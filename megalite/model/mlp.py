@@ -32,7 +32,9 @@ class MLP(nn.Module):
         super().__init__()
         self.activate = registry.activations.load(config.activation)
         self.gated = config.gated
-        D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        D = config.hidden_size
+        inner = config.intermediate_size
+        bias = config.mlp_bias
         if self.gated:
             self.gate_up_proj = ColumnLinear(
                 config, regions, D, bias=bias, gate_proj=inner, up_proj=inner

@@ -102,7 +102,8 @@ class LabelObjective:
             batch: see `LanguageModel.label_scores`; with labels int64 [B] and loss_mask bool [B].
         """
         scores_BC = model.label_scores(batch)
-        weights, smoothing = None, 0.0
+        weights = None
+        smoothing = 0.0
         if model.training:
             smoothing = self._smoothing
             if self._class_weights:

@@ -22,7 +22,9 @@ def rope_table(positions: Tensor, config: ModelConfig) -> Tensor:
         fp32 [2, 1 or B, T, 1, H/2]. Each forward computes it again with a few tiny kernels, so that
         no cast of the model to half precision can round it.
     """
-    H, theta, scaling = config.head_dim, config.rope_theta, config.rope_scaling
+    H = config.head_dim
+    theta = config.rope_theta
+    scaling = config.rope_scaling
     exponents = torch.arange(0, H, 2, device=positions.device, dtype=torch.float32)
     inv_freq = theta ** (-exponents / H)
     if scaling is not None:
@@ -54,7 +56,8 @@ def scale_rope(inv_freq: Tensor, scaling: RopeScalingConfig, theta: float) -> Te
         smooth = (1 - keep) * interpolated + keep * inv_freq
         slow_or_smooth = torch.where(rotations < low, interpolated, smooth)
         return torch.where(rotations > high, inv_freq, slow_or_smooth)
-    pairs, H = len(inv_freq), 2 * len(inv_freq)
+    pairs = len(inv_freq)
+    H = 2 * len(inv_freq)
 
     def pair(rotations: float) -> float:
         """Return the pair that makes so many rotations in the original length."""

@@ -21,6 +21,10 @@ from megalite.model.norms import make_norm
 from megalite.model.positions import relative_position_buckets, rope_table, sinusoidal_positions
 from megalite.model.regions import Regions
 
+# the hidden states of the encoder's text, [B, S, D], and which of them are attended to, bool
+# [B, 1, 1, S]; None means all
+Memory = tuple[Tensor, Tensor | None]
+
 
 class Block(nn.Module):
     """Self-attention, attention to the encoder's text if `cross`, and the MLP: residual branches.
@@ -51,7 +55,7 @@ class Block(nn.Module):
         """
         self._wrapped = wrapper(self._wrapped or self._branches)
 
-    def forward(self, *inputs: Tensor | LayerCache | None) -> Tensor:
+    def forward(self, *inputs: Tensor | Memory | LayerCache | None) -> Tensor:
         """Compute the branches; the inputs are those of `_branches`."""
         compute: Callable[..., Tensor] = self._wrapped or self._branches
         return compute(*inputs)
@@ -61,23 +65,28 @@ class Block(nn.Module):
         x_BTD: Tensor,
         rope: Tensor | None,
         mask: Tensor | None,
-        memory_BSD: Tensor | None = None,
-        memory_mask: Tensor | None = None,
+        memory: Memory | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        x_BTD = self._add(x_BTD, self.input_layernorm, self.self_attn, rope, mask, cache)
+        y_BTD = self.self_attn(self._enter(x_BTD, self.input_layernorm), rope, mask, cache)
+        x_BTD = self._leave(x_BTD, y_BTD, self.input_layernorm)
         if self.cross_attn is not None:
+            assert memory is not None
             norm = self.cross_attn_layernorm
-            x_BTD = self._add(x_BTD, norm, self.cross_attn, memory_BSD, memory_mask, cache)
-        return self._add(x_BTD, self.post_attention_layernorm, self.mlp)
+            y_BTD = self.cross_attn(self._enter(x_BTD, norm), *memory, cache)
+            x_BTD = self._leave(x_BTD, y_BTD, norm)
+        y_BTD = self.mlp(self._enter(x_BTD, self.post_attention_layernorm))
+        return self._leave(x_BTD, y_BTD, self.post_attention_layernorm)
 
-    def _add(
-        self, x: Tensor, norm: nn.Module, branch: nn.Module, *inputs: Tensor | LayerCache | None
-    ) -> Tensor:
-        y = branch(x if self.post else norm(x), *inputs)
+    def _enter(self, x_BTD: Tensor, norm: nn.Module) -> Tensor:
+        """Return the input of a branch."""
+        return x_BTD if self.post else norm(x_BTD)
+
+    def _leave(self, x_BTD: Tensor, y_BTD: Tensor, norm: nn.Module) -> Tensor:
+        """Add the output of a branch to the stream."""
         if self.dropout:
-            y = F.dropout(y, self.dropout, self.training)
-        return norm(x + y) if self.post else x + y
+            y_BTD = F.dropout(y_BTD, self.dropout, self.training)
+        return norm(x_BTD + y_BTD) if self.post else x_BTD + y_BTD
 
 
 class Stack(nn.Module):
@@ -102,7 +111,8 @@ class Stack(nn.Module):
         self.regions = regions
         self.causal = causal
         self._dropout = bool(config.hidden_dropout or config.attention_dropout)
-        D, kind = config.hidden_size, config.position_embedding
+        D = config.hidden_size
+        kind = config.position_embedding
         if embeds:
             self.embed_tokens = VocabularyEmbedding(config, regions)
         if kind == "learned":
@@ -125,8 +135,7 @@ class Stack(nn.Module):
         input_ids: Tensor,
         inputs: Mapping[str, Tensor],
         embed: nn.Module | None = None,
-        memory_BSD: Tensor | None = None,
-        memory_mask: Tensor | None = None,
+        memory: Memory | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """[B, T] -> [B, T, D].
@@ -135,11 +144,11 @@ class Stack(nn.Module):
             inputs: position_ids, document_ids, attention_mask and token_type_ids, each if it is
                 needed; see `LanguageModel.hidden`.
             embed: the token embeddings, if the stack has none.
-            memory_BSD: the hidden states of the encoder's text, [B, S, D].
-            memory_mask: which of them are attended to, bool [B, 1, 1, S].
+            memory: the hidden states of the encoder's text.
             cache: the keys and values of the tokens before these; those of these are added.
         """
-        T, past = input_ids.shape[1], cache.length if cache else 0
+        T = input_ids.shape[1]
+        past = cache.length if cache else 0
         positions = inputs.get("position_ids")
         if positions is None:
             positions = torch.arange(past, past + T, device=input_ids.device)
@@ -162,7 +171,7 @@ class Stack(nn.Module):
         x_BTD = self.regions.scatter(x_BTD, dropout=self._dropout and self.training)
         for index, block in enumerate(self.layers):
             kept = cache.layers[index] if cache else None
-            x_BTD = block(x_BTD, rope, mask, memory_BSD, memory_mask, kept)
+            x_BTD = block(x_BTD, rope, mask, memory, kept)
         if cache:
             cache.length += T
         return x_BTD if self.config.norm_position == "post" else self.norm(x_BTD)
@@ -170,7 +179,8 @@ class Stack(nn.Module):
     def _embed(
         self, embed: nn.Module, input_ids: Tensor, positions: Tensor, inputs: Mapping[str, Tensor]
     ) -> Tensor:
-        config, kind = self.config, self.config.position_embedding
+        config = self.config
+        kind = self.config.position_embedding
         x_BTD: Tensor = embed(input_ids)
         if config.embedding_multiplier != 1:
             x_BTD = x_BTD * config.embedding_multiplier

@@ -26,7 +26,7 @@ from megalite.model.linear import Linear, VocabularyEmbedding
 from megalite.model.matmul import Matmul, matmul, small_batch_linear, to_column_major
 from megalite.model.norms import RMSNorm
 from megalite.model.regions import ONE_DEVICE, Regions
-from megalite.model.stack import Block, Stack
+from megalite.model.stack import Block, Memory, Stack
 
 _T = TypeVar("_T")
 
@@ -41,21 +41,19 @@ class EncoderDecoder(nn.Module):
         self.encoder = Stack(config, regions, first, embeds=False, causal=False)
         self.decoder = Stack(config, regions, second, embeds=False, causal=True, cross=True)
 
-    def encode(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def encode(self, inputs: Mapping[str, Tensor]) -> Memory:
         """Return the hidden states of the encoder's text, [B, S, D], and which are attended to."""
         memory_BSD = self.encoder(inputs["input_ids"], inputs, self.embed_tokens)
         keys = inputs.get("attention_mask")
         return memory_BSD, None if keys is None else keys[:, None, None, :]
 
-    def decode(
-        self, ids_BT: Tensor, memory: tuple[Tensor, Tensor | None], cache: Cache | None = None
-    ) -> Tensor:
+    def decode(self, ids_BT: Tensor, memory: Memory, cache: Cache | None = None) -> Tensor:
         """Return the hidden states of the decoder's text: [B, T, D].
 
         Args:
             memory: what `encode` returned.
         """
-        hidden: Tensor = self.decoder(ids_BT, {}, self.embed_tokens, *memory, cache)
+        hidden: Tensor = self.decoder(ids_BT, {}, self.embed_tokens, memory, cache)
         return hidden
 
 

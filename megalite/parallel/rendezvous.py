@@ -15,7 +15,8 @@ from megalite import env
 from megalite.errors import LaunchError
 from megalite.log import logger
 
-_PORT_BASE, _PORT_SPAN = 20000, 10000
+_PORT_BASE = 20000
+_PORT_SPAN = 10000
 _PLACE_BYTES = 512  # a host name has at most 253, a port 5
 
 

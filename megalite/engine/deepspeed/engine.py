@@ -91,8 +91,10 @@ class DeepSpeedEngine:
         settings: Mapping[str, Any],
         objective: Objective | None = None,
     ) -> None:
-        self.config, self._grid = config, grid
-        self.device, self.settings = grid.device, dict(settings)
+        self.config = config
+        self._grid = grid
+        self.device = grid.device
+        self.settings = dict(settings)
         self.stage = int(settings["zero_optimization"]["stage"])
         self.fp16 = precision is Precision.FP16
         self.objective = objective or make_objective(config)
@@ -293,7 +295,8 @@ class DeepSpeedEngine:
         _optimizer_step, stage3.py: _optimizer_step). A refused step changes nothing. DeepSpeed has
         just waited for the device then, to see whether the norm is finite.
         """
-        inner, zero = self._inner(), self.optimizer
+        inner = self._inner()
+        zero = self.optimizer
         step = inner.step
 
         def gated() -> None:
@@ -313,7 +316,8 @@ class DeepSpeedEngine:
         would link only the states of the first group (runtime/zero/stage_1_and_2.py:
         _lazy_init_hp_params_optimizer_state).
         """
-        inner, zero = self._inner(), self.optimizer
+        inner = self._inner()
+        zero = self.optimizer
         if self.stage == 3:
             flat: list[list[Tensor]] = [[] for _ in inner.param_groups]
             for number, tensor in enumerate(zero.fp32_partitioned_groups_flat):

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megalite.arch import chunk_rows, ends
 from megalite.env import has_compiler
 from megalite.model.heads import head_loss
-from megalite.model.loss import FusedLinearCrossEntropy
+from megalite.model.loss import HeadOptions, linear_cross_entropy
 from tests.helpers.models import loss_of, make_batch, make_model, model_config
 
 R, D, V = 200, 12, 37  # chunks of 64 rows: three and a rest of 8
@@ -81,7 +81,8 @@ COMPILED = pytest.param(
 @pytest.fixture(params=[False, COMPILED], ids=["eager", "compiled"])
 def fused(request: pytest.FixtureRequest) -> Loss:
     """The function under test, in both of its forms."""
-    return lambda *tensors: FusedLinearCrossEntropy.apply(*tensors, None, request.param)
+    options = HeadOptions(compiled=request.param)
+    return lambda *tensors: linear_cross_entropy(*tensors, options=options)
 
 
 def test_value_and_gradients(fused: Loss) -> None:
@@ -105,7 +106,7 @@ def test_the_backward_scales(scale: float) -> None:
     hidden, weight, labels, mask = make(1)
     hidden.requires_grad_()
     weight.requires_grad_()
-    (FusedLinearCrossEntropy.apply(hidden, weight, labels, mask) * scale).backward()
+    (linear_cross_entropy(hidden, weight, labels, mask) * scale).backward()
     _, grad_hidden, grad_weight = oracle(hidden, weight, labels, mask, scale)
     assert close(hidden.grad, grad_hidden)
     assert close(weight.grad, grad_weight)
@@ -115,7 +116,7 @@ def test_gradients_add_up_over_micro_batches() -> None:
     hidden, weight, labels, mask = make(2)
     weight.requires_grad_()
     for part in (slice(0, 70), slice(70, R)):
-        loss = FusedLinearCrossEntropy.apply(hidden[part], weight, labels[part], mask[part])
+        loss = linear_cross_entropy(hidden[part], weight, labels[part], mask[part])
         (loss / 3).backward()
     assert close(weight.grad, oracle(hidden, weight, labels, mask, 1 / 3)[2])
 
@@ -136,10 +137,10 @@ def test_all_rows_masked_is_nothing(fused: Loss) -> None:
 def test_a_masked_row_may_hold_any_label_and_any_size() -> None:
     """A row that does not count changes nothing, even where its own loss is huge."""
     hidden, weight, labels, mask = make(4)
-    loss = FusedLinearCrossEntropy.apply(hidden, weight, labels, mask)
+    loss = linear_cross_entropy(hidden, weight, labels, mask)
     hidden[~mask] *= 1e4
     labels[~mask] = 0
-    assert FusedLinearCrossEntropy.apply(hidden, weight, labels, mask).item() == loss.item()
+    assert linear_cross_entropy(hidden, weight, labels, mask).item() == loss.item()
 
 
 def test_logits_of_a_thousand_do_not_overflow(fused: Loss) -> None:
@@ -201,7 +202,7 @@ def test_many_chunks_add_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = torch.ones(rows, 2, dtype=torch.bfloat16)
     weight = torch.zeros(3, 2, dtype=torch.bfloat16, requires_grad=True)
     mask = torch.ones(rows, dtype=torch.bool)
-    loss = FusedLinearCrossEntropy.apply(hidden, weight, torch.zeros(rows, dtype=torch.long), mask)
+    loss = linear_cross_entropy(hidden, weight, torch.zeros(rows, dtype=torch.long), mask)
     loss.backward()
     expected = torch.tensor([[-2 / 3], [1 / 3], [1 / 3]], dtype=torch.float64).expand(3, 2) * rows
     assert close(weight.grad, expected, 1e-2)
@@ -220,7 +221,7 @@ def test_small_gradients_survive_fp16(fused: Loss) -> None:
 def test_a_second_backward_is_never_silently_empty() -> None:
     hidden, weight, labels, mask = make(10)
     weight.requires_grad_()
-    loss = FusedLinearCrossEntropy.apply(hidden, weight, labels, mask)
+    loss = linear_cross_entropy(hidden, weight, labels, mask)
     loss.backward(retain_graph=True)
     assert weight.grad is not None
     once = weight.grad.clone()
