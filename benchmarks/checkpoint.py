@@ -12,7 +12,7 @@ In every round, one after the other, with the ranks in step:
             and the publication); `slower` is by how much the steps in between took longer
     read    every rank reads its share of the bytes and hashes them
     load    the whole resume: every file checked, every state set, read back and compared
-    guard   one comparison of replicas, as training makes every `training.drift_every` steps
+    guard   one comparison of replicas, as training makes every `training.replica_check_every` steps
 
 A ratio is taken within a round; medians over the rounds are printed.
 """
@@ -125,7 +125,7 @@ class Bench:
         from megalite.parallel import start
         from megalite.plan import deepspeed_dict, make_plan
         from megalite.tokenizers.tokenizer import load_tokenizer
-        from megalite.train.drift import DriftGuard
+        from megalite.train.hooks.replicas import ReplicaCheck
 
         self.rank = rank = launch.rank
         self.ranks = ranks = launch.world_size
@@ -159,7 +159,9 @@ class Bench:
             tokenizer_sha256="",
             lease=None,
         )
-        self.guard = DriftGuard(self.engine, config.model, self.grid, stage=plan.zero_stage)
+        self.guard = ReplicaCheck(
+            self.engine, config.model, self.grid, every=DRIFT_EVERY, stage=plan.zero_stage
+        )
         self.batch = make_batch(rank)
 
     def rounds(self, count: int) -> list[dict[str, float]]:
@@ -194,9 +196,9 @@ class Bench:
         self.saver.finish()
 
     def begin(self, step: int, *, snapshot: bool) -> None:
-        from megalite.checkpoint import Place
+        from megalite.checkpoint import Progress
 
-        self.saver.begin(Place(step), snapshot=snapshot)
+        self.saver.begin(Progress(step), snapshot=snapshot)
 
     def load(self) -> None:
         from megalite.checkpoint import find_newest, restore

@@ -58,9 +58,9 @@ def main() -> int:
         return report_dry_run(config, launch, arguments.dry_run, arguments.gpu)
     from data_prep.chat import ask
     from data_prep.examples import prepare
-    from megalite.train import Request, run
+    from megalite.train import RunOptions, run
 
-    request = Request(
+    options = RunOptions(
         config,
         resume=arguments.resume,
         init_from=start,
@@ -69,7 +69,7 @@ def main() -> int:
         prepare=partial(prepare, tokenizer=tokenizer),
         ask=ask,
     )
-    run(request, launch)
+    run(options, launch)
     return 0
 
 

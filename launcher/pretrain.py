@@ -42,16 +42,16 @@ def main() -> int:
 
     root = Path(config.logging.directory) / config.name / "checkpoints"
     start = find_start(arguments.init_from, None if arguments.resume == "never" else root)
-    from megalite.train import Request, run  # torch: after everything that needs no torch
+    from megalite.train import RunOptions, run  # torch: after everything that needs no torch
 
-    request = Request(
+    options = RunOptions(
         config,
         resume=arguments.resume,
         init_from=start,
         init_name=arguments.init_from,
         allow_change=tuple(arguments.allow_change),
     )
-    run(request, launch)
+    run(options, launch)
     return 0
 
 

@@ -11,13 +11,14 @@ from megalite.checkpoint.load import (
     refuse_other_model,
     restore,
 )
+from megalite.checkpoint.progress import Progress
 from megalite.checkpoint.retention import (
     clear_leftovers,
     retain,
     set_aside_damaged,
     set_aside_later,
 )
-from megalite.checkpoint.save import Place, Saver, checkpoint_bytes
+from megalite.checkpoint.save import Saver, checkpoint_bytes
 from megalite.checkpoint.start import (
     describe_run,
     describe_start,
@@ -37,7 +38,7 @@ __all__ = [
     "Grown",
     "HuggingFaceFolder",
     "Lease",
-    "Place",
+    "Progress",
     "Saver",
     "StoredCheckpoint",
     "TensorSource",

@@ -21,7 +21,7 @@ from torch import Tensor
 from megalite import arch, files
 from megalite.checkpoint.compare import LoadTarget, compare_states
 from megalite.checkpoint.owners import ParameterOwner, owned_parameters
-from megalite.checkpoint.save import Place
+from megalite.checkpoint.progress import Progress
 from megalite.checkpoint.stored import StoredCheckpoint, TensorSource, read_part
 from megalite.config import ModelConfig, RunConfig
 from megalite.engine import WEIGHT, Engine
@@ -142,7 +142,7 @@ def _best_first(folders: list[Path]) -> list[Path]:
 
 def restore(
     engine: Engine, config: RunConfig, *, grid: Grid, folder: Path, manifest: disk.Manifest
-) -> Place:
+) -> Progress:
     """Set weights, optimizer states and counters; a collective of all ranks.
 
     Raises:
@@ -162,7 +162,7 @@ def restore(
     ):
         logger.warning("%s was trained by another optimizer: its states begin again", folder)
         load_weights(engine, config.model, grid=grid, folder=folder, manifest=manifest)
-        return Place(manifest.step, manifest.samples, manifest.tokens, manifest.valid_loss)
+        return Progress(manifest.step, manifest.samples, manifest.tokens, manifest.valid_loss)
     target = LoadTarget(engine, config.model, states, grid)
     _set_states(target, StoredCheckpoint(folder, manifest))
     engine.restore_progress(manifest.progress)
@@ -172,7 +172,7 @@ def restore(
             f"{folder}: the optimizer should have taken {manifest.progress.get('updates')} updates "
             f"but reports {updates} after the load"
         )
-    return Place(manifest.step, manifest.samples, manifest.tokens, manifest.valid_loss)
+    return Progress(manifest.step, manifest.samples, manifest.tokens, manifest.valid_loss)
 
 
 def load_weights(

@@ -6,7 +6,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from megalite import __version__, arch, files
 from megalite.checkpoint.lease import Lease
 from megalite.checkpoint.owners import owned_parameters, read_canonical
+from megalite.checkpoint.progress import Progress
 from megalite.checkpoint.retention import publish_or_replace
 from megalite.checkpoint.write import Snapshot, Writer, attempt
 from megalite.config import RunConfig
@@ -23,19 +24,6 @@ from megalite.formats import checkpoint as disk
 from megalite.log import logger
 from megalite.parallel import Grid
 from megalite.plan.optimizer import state_names
-
-
-@dataclass(frozen=True)
-class Place:
-    """A place in a run: steps taken, samples of the data order consumed, tokens seen.
-
-    valid_loss: of the validation at this very step, in nats; None where there was none.
-    """
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    valid_loss: float | None = field(default=None, compare=False)
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -89,16 +77,16 @@ class Saver:
         self.begun = 0  # saves
 
     @property
-    def under_way(self) -> Place | None:
-        """The place that is being saved; None if no save is under way."""
-        return self._draft.place if self._draft else None
+    def under_way(self) -> Progress | None:
+        """Progress that is being saved; None if no save is under way."""
+        return self._draft.progress if self._draft else None
 
     @property
     def written(self) -> int:
         """The number of begun saves whose files of this rank are on the disk."""
         return self.begun - (self._writer is not None and not self._writer.done)
 
-    def begin(self, place: Place, *, snapshot: bool) -> None:
+    def begin(self, progress: Progress, *, snapshot: bool) -> None:
         """Gather and begin to write a checkpoint; a collective of all ranks.
 
         Args:
@@ -111,7 +99,7 @@ class Saver:
         assert self._draft is None, "a save is under way"
         engine, config, grid, root = self._engine, self._config, self._grid, self._root
         # the mark is this start's own, so that an older start that still runs uses another folder
-        staging = root / f".staging_{place.step:08d}_{self._mark}"
+        staging = root / f".staging_{progress.step:08d}_{self._mark}"
         lease, began = self._lease, time.monotonic()
         fault = None
         if grid.rank == 0:
@@ -124,8 +112,14 @@ class Saver:
             for state in (WEIGHT, *state_names(config, owner.row)):
                 writer.add(state, read_canonical(engine, owner, state, grid))
         writer.close()
-        progress, notes = engine.progress(), self._notes()
-        self._draft = _Draft(config, place, staging, progress, self._facts, notes)
+        self._draft = _Draft(
+            config=config,
+            progress=progress,
+            staging=staging,
+            engine_progress=engine.progress(),
+            facts=self._facts,
+            notes=self._notes(),
+        )
         self.seconds = time.monotonic() - began
 
     def finish(self) -> Path:
@@ -142,7 +136,7 @@ class Saver:
         assert self._draft is not None
         writer, draft, grid = self._writer, self._draft, self._grid
         self._draft = None
-        final = self._root / disk.folder_name(draft.place.step)
+        final = self._root / disk.folder_name(draft.progress.step)
         writer.wait()
         began = time.monotonic()
         self._agree(writer.fault, draft.staging)
@@ -154,18 +148,18 @@ class Saver:
         self.seconds += writer.seconds + time.monotonic() - began
         return final
 
-    def record_score(self, place: Place) -> None:
+    def record_score(self, progress: Progress) -> None:
         """Add a validation loss that was measured after the save to the published checkpoint.
 
         Rank 0 writes. If it cannot, the checkpoint cannot become the best; the run continues.
         """
-        folder = self._root / disk.folder_name(place.step)
-        if self._grid.rank != 0 or place.valid_loss is None or not folder.is_dir():
+        folder = self._root / disk.folder_name(progress.step)
+        if self._grid.rank != 0 or progress.valid_loss is None or not folder.is_dir():
             return
         try:
             if self._lease is not None:
                 self._lease.check()
-            disk.record_valid_loss(folder, place.valid_loss)
+            disk.record_valid_loss(folder, progress.valid_loss)
         except Superseded as error:  # only rank 0 is here; the next agreement ends all ranks
             logger.debug("%s", error)
         except (OSError, CheckpointError) as error:
@@ -200,9 +194,9 @@ class _Draft:
     """Contents that rank 0 adds to the files of all ranks to complete a checkpoint."""
 
     config: RunConfig
-    place: Place
+    progress: Progress
     staging: Path
-    progress: dict[str, Any]
+    engine_progress: dict[str, Any]
     facts: dict[str, Any]
     notes: Mapping[str, Any]
 
@@ -228,11 +222,11 @@ class _Draft:
         whole = arch.tensors(self.config.model)
         manifest = disk.Manifest(
             format="megalite-checkpoint-1",
-            step=self.place.step,
-            samples=self.place.samples,
-            tokens=self.place.tokens,
-            valid_loss=self.place.valid_loss,
-            progress=self.progress,
+            step=self.progress.step,
+            samples=self.progress.samples,
+            tokens=self.progress.tokens,
+            valid_loss=self.progress.valid_loss,
+            progress=self.engine_progress,
             optimizer=self.config.optimizer.model_dump(mode="json"),
             **self.facts,
             versions={

@@ -27,6 +27,7 @@ from megalite.config.objective import (
     target_length,
 )
 from megalite.config.precision import Precision
+from megalite.config.renamed import rename_keys
 from megalite.config.rules import allowed_tensor_parallel
 from megalite.config.schema import (
     CheckpointConfig,
@@ -76,6 +77,7 @@ __all__ = [
     "parse_config",
     "read_object",
     "redacted_keys",
+    "rename_keys",
     "restore_redacted",
     "run_files",
     "section_changes",

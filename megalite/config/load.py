@@ -20,6 +20,7 @@ from typing import Any
 from megalite.config.deepspeed_keys import deepspeed_faults
 from megalite.config.faults import Fault, Key, schema_faults, show
 from megalite.config.names import plugins_of
+from megalite.config.renamed import conflicts, current_name, rename_keys
 from megalite.config.rules import rule_faults
 from megalite.config.schema import RunConfig
 from megalite.config.secrets import explain_redacted, redacted_keys, secret_faults
@@ -59,12 +60,27 @@ def load_config(
     found = find_file(path)
     if found != Path(os.path.expanduser(path)):
         logger.info("%s is not here: taken from %s", path, found)
-    for file, content in reversed(_read_chain(found, faults)):
+    chain = _read_chain(found, faults)
+    for file, content in reversed(chain):
+        faults += [f"{file}: {fault}" for fault in conflicts(content)]
+    _warn_of_old_names(chain)
+    for file, content in reversed(chain):
         _drop_alternatives(raw, content)
         _merge(raw, content, f"{file}: ", origins)
     _drop_alternatives(raw, section_changes(sets))
     _apply_sets(raw, sets, faults, origins)
     return _check(raw, str(path), faults, origins)
+
+
+def _warn_of_old_names(chain: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+    """Rename old keys in the files of a chain, in place, with one warning for all."""
+    renamed = [
+        f"{file}: {old} is now {new}"
+        for file, content in reversed(chain)
+        for old, new in rename_keys(content).items()
+    ]
+    if renamed:
+        logger.warning("%s; rename it there", ", ".join(renamed))
 
 
 def load_stored(path: Path) -> RunConfig:
@@ -155,6 +171,8 @@ def _check(
 ) -> RunConfig:
     """stored: a copy that a run keeps, which is read, not written again."""
     raw.pop("$schema", None)  # an editor's, not ours
+    faults += [f"{source}: {fault}" for fault in conflicts(raw)]
+    rename_keys(raw)
     notes: list[str] = []
     drop_halves(raw, notes)
     faults += [f"{source}: {note}" for note in notes]
@@ -295,6 +313,8 @@ def _apply_sets(
     for item in sets:
         key, equals, text = item.partition("=")
         parts = tuple(key.strip().split("."))
+        if len(parts) == 2:
+            parts = (parts[0], current_name(*parts))
         if not equals or not all(parts):
             faults.append(
                 f"--set {show(item)[1:-1]}: expected key=value; write for example "

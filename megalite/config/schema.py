@@ -185,7 +185,7 @@ class TrainingConfig(Section):
     eval_every: CountOrZero = Field(
         default=1000, description="Steps between validations (0: at the start and the end alone)."
     )
-    drift_every: CountOrZero = Field(
+    replica_check_every: CountOrZero = Field(
         default=100,
         description="Steps between comparisons of what ranks should hold alike, which also come "
         "before each checkpoint (0: never).",
@@ -215,7 +215,7 @@ class CheckpointConfig(Section):
         description="Whether training goes on while a checkpoint is written; each rank then "
         "holds a copy of its share in host memory, 12 bytes a parameter over all ranks.",
     )
-    grace_seconds: PositiveOrZero = Field(
+    stop_grace_seconds: PositiveOrZero = Field(
         default=90.0,
         description="Seconds between a stop signal and the kill: a save that takes longer is "
         "not begun.",

@@ -41,7 +41,7 @@ def data(config: RunConfig, look: Callable[[RunConfig], str]) -> Row:
     """Raises UserError: what is wrong with shards, or with examples, which `look` looks at."""
     if config.finetune is not None:
         return Row("ok", look(config))
-    from megalite.train.request import open_shards
+    from megalite.train.options import open_shards
 
     train, valid = open_shards(config)
     facts = train.describe()

@@ -11,11 +11,11 @@ from megalite.observe.status import (
 )
 from megalite.observe.stragglers import Stragglers
 from megalite.observe.trace import Trace
-from megalite.observe.watch import Sections, Watchdog
+from megalite.observe.watch import PhaseTimer, Watchdog
 
 __all__ = [
+    "PhaseTimer",
     "Recorder",
-    "Sections",
     "Stragglers",
     "Trace",
     "Watchdog",

@@ -1,10 +1,10 @@
-"""What a run is doing, for how long, and whether it still does it.
+"""Phases of a run, their time, and a watchdog against hangs.
 
-A run is always in one section: setup, step, eval or save. `Sections` measures them; `Watchdog` ends
-a process whose section goes on for longer than it has ever had reason to. One rank that hangs
-leaves all others waiting in a collective, each with its own clock, so every rank finds the hang by
-itself and writes the stacks of its threads into the run folder; whoever has written none is the one
-that no longer runs, and otherwise the rank furthest behind, or the one that waits for nobody, is.
+A run is always in one phase: setup, step, eval, save and others. `PhaseTimer` measures phases.
+`Watchdog` ends a process whose phase lasts far longer than any before. If one rank hangs, all
+others wait in a collective. So every rank finds the hang by its own clock, and writes the stacks of
+its threads into the run folder. The culprit is the rank that wrote no stack file; if all wrote one,
+the rank furthest behind, or the only one not waiting in a collective.
 """
 
 from __future__ import annotations
@@ -31,59 +31,68 @@ from megalite.config import GuardsConfig
 from megalite.files import parse_json
 
 _POLL = 0.5  # seconds
-_STOPPED = 3.0  # seconds between two polls that no busy host explains
+_STOPPED = 3.0  # seconds between two polls: more than a busy host explains
 _GATHER = 5.0  # seconds for the other ranks to write their stacks
 _SAFETY = 60.0  # seconds after which the interpreter itself is taken to be stuck
-_FACTOR = 10  # times the longest
-_KEPT = 32  # durations of a section; a first step that compiles is forgotten
+_FACTOR = 10  # times the longest occurrence of a phase, until it is a hang
+_KEPT = 32  # durations of a phase; a first step that compiles is forgotten
 _WAITING = ("torch/distributed/", "deepspeed/comm/", "torch/autograd/graph.py")
 
 
-class Sections:
-    """Where the main thread is. Time in an inner section is not the outer one's.
+class PhaseTimer:
+    """Phase of the main thread, and the time spent in each. An inner phase's time is its own.
 
     Attributes:
-        name: of the section it is in.
-        count: grows with every change, alike on ranks that do the same.
-        seconds: spent in each section, without its inner ones.
+        name: name of the present phase.
+        count: changes of phase so far; identical on ranks that do the same.
+        seconds: seconds spent in each phase, without its inner ones.
     """
 
     def __init__(self) -> None:
-        self.name, self.count = "setup", 0
+        self.name = "setup"
+        self.count = 0
         self.seconds: dict[str, float] = {}
         self._recent: dict[str, deque[float]] = {}
-        self._spent = 0.0  # by the present section before an inner one
-        # from when the process was started: its imports are setup, too
+        self._spent = 0.0  # by the present phase before an inner one
+        # the process started earlier: its imports are setup, too
         self._since = time.monotonic() - (time.time() - psutil.Process().create_time())
 
-    def enter(self, name: str) -> None:
-        """Leave the section at hand for another, or begin it again, as each step does."""
+    def begin(self, name: str) -> None:
+        """Leave the present phase for another, or begin it again, as each step does."""
         self._account()
         self._end()
-        self.name, self.count = name, self.count + 1
+        self._switch(name)
 
     @contextmanager
-    def inside(self, name: str) -> Iterator[None]:
-        """An inner section, waiting for the device on both sides."""
+    def phase(self, name: str) -> Iterator[None]:
+        """Enter an inner phase for the block, waiting for the device on both sides."""
         _synchronize()
         self._account()
-        outer, spent, self._spent = self.name, self._spent, 0.0
-        self.name, self.count = name, self.count + 1
+        outer = self.name
+        spent = self._spent
+        self._spent = 0.0
+        self._switch(name)
         try:
             yield
         finally:
             _synchronize()
             self._account()
             self._end()
-            self.name, self.count, self._spent = outer, self.count + 1, spent
+            self._switch(outer)
+            self._spent = spent
+
+    def _switch(self, name: str) -> None:
+        # the watchdog's thread reads the name of a count that it has seen, so the name comes first
+        self.name = name
+        self.count += 1
 
     def totals(self) -> dict[str, float]:
-        """Seconds in each section until now."""
+        """Return the seconds spent in each phase until now."""
         self._account()
         return dict(self.seconds)
 
     def longest(self, name: str) -> float | None:
-        """Seconds that the longest of its last occurrences took."""
+        """Return the seconds that the longest of a phase's last occurrences took."""
         recent = self._recent.get(name)
         return max(recent) if recent else None
 
@@ -100,15 +109,15 @@ class Sections:
 
 @dataclass
 class Watchdog:
-    """Ends this process, and so the job, when its section lasts too long.
+    """Thread that ends this process, and so the job, when a phase lasts too long.
 
     Args:
         folder: the run folder; stacks go to `stacks/attempt_N/rank_M.txt`.
-        hosts: of all ranks, in their order.
-        report: called on one rank with what was found, before the end.
+        hosts: hosts of all ranks, in order of ranks.
+        report: called on one rank with a description of the hang, before the end.
     """
 
-    sections: Sections
+    phases: PhaseTimer
     guards: GuardsConfig
     folder: Path
     attempt: int
@@ -130,37 +139,43 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def budget(self, name: str) -> float:
-        """Seconds a section may last."""
-        longest, guards = self.sections.longest(name), self.guards
+        """Return the seconds that a phase may last."""
+        longest = self.phases.longest(name)
+        guards = self.guards
         if longest is None or name == "setup":
             return max(guards.hang_setup_seconds, guards.hang_seconds)
         return max(guards.hang_seconds, _FACTOR * longest)
 
     def _watch(self) -> None:
-        count, since, before = -1, 0.0, time.monotonic()
+        phases = self.phases
+        count = -1
+        since = 0.0
+        before = time.monotonic()
         while not self._closing.wait(_POLL):
-            now, sections = time.monotonic(), self.sections
+            now = time.monotonic()
             if now - before > _STOPPED:  # this process as a whole: Ctrl-Z, a laptop that slept
                 since += now - before
             before = now
-            if sections.count != count:
-                count, since = sections.count, now
-            budget, lasted = self.budget(sections.name), now - since
-            # should the interpreter itself hang, with this thread: its stacks, from C
+            if phases.count != count:
+                count = phases.count
+                since = now
+            budget = self.budget(phases.name)
+            lasted = now - since
+            # if the interpreter itself hangs, with this thread, C code writes the stacks
             faulthandler.dump_traceback_later(max(1.0, budget - lasted) + _SAFETY)
-            # what another rank has found is looked for only when it is likely
+            # the shared file system is asked only when another rank has likely found a hang
             others = lasted > budget / 2 and self._stacks.exists()
-            if (lasted > budget or others) and sections.count == count:
-                self._end(sections.name, lasted, budget)
+            if (lasted > budget or others) and phases.count == count:
+                self._end(phases.name, lasted, budget)
 
     def _end(self, section: str, lasted: float, budget: float) -> None:
         faulthandler.cancel_dump_traceback_later()
         with suppress(OSError):
             self._write(section, lasted, budget)
             time.sleep(_GATHER)
-            told = _read(self._stacks)
-            if told and min(told) == self.rank:
-                self.report(f"hang: {find_late(told, self.hosts)}; stacks in {self._stacks}")
+            facts = _read(self._stacks)
+            if facts and min(facts) == self.rank:
+                self.report(f"hang: {find_late(facts, self.hosts)}; stacks in {self._stacks}")
         sys.stderr.flush()
         os._exit(1)
 
@@ -171,7 +186,7 @@ class Watchdog:
             "section": section,
             "seconds": round(lasted, 1),
             "budget": round(budget, 1),
-            "count": self.sections.count,
+            "count": self.phases.count,
             "waits": any(part in name for name in names for part in _WAITING),
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -183,23 +198,23 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
 
 
-def find_late(told: dict[int, dict[str, Any]], hosts: Sequence[str]) -> str:
-    """Which ranks the others wait for, in words.
+def find_late(facts: dict[int, dict[str, Any]], hosts: Sequence[str]) -> str:
+    """Return a description of the ranks that the others wait for.
 
     Args:
-        told: what each rank that still runs has written, by rank.
-        hosts: of all ranks.
+        facts: first line of the stack file of each rank that still runs, by rank.
+        hosts: hosts of all ranks.
     """
-    first = told[min(told)]
+    first = facts[min(facts)]
     state = f"no end of {first['section']} after {first['seconds']:.0f} s"
-    silent = [rank for rank in range(len(hosts)) if rank not in told]
-    least = min(fact["count"] for fact in told.values())
-    behind = [rank for rank, fact in told.items() if fact["count"] == least]
-    alone = [rank for rank, fact in told.items() if not fact["waits"]]
+    silent = [rank for rank in range(len(hosts)) if rank not in facts]
+    least = min(fact["count"] for fact in facts.values())
+    behind = [rank for rank, fact in facts.items() if fact["count"] == least]
+    alone = [rank for rank, fact in facts.items() if not fact["waits"]]
     for ranks, why in (
         (silent, "no longer runs"),
-        (behind if len(behind) < len(told) else [], "is behind the others"),
-        (alone if len(alone) < len(told) else [], "waits for nobody while the others wait"),
+        (behind if len(behind) < len(facts) else [], "is behind the others"),
+        (alone if len(alone) < len(facts) else [], "waits for nobody while the others wait"),
     ):
         if ranks:
             named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in sorted(ranks)[:8])
@@ -209,14 +224,14 @@ def find_late(told: dict[int, dict[str, Any]], hosts: Sequence[str]) -> str:
 
 
 def _read(folder: Path) -> dict[int, dict[str, Any]]:
-    told = {}
+    facts = {}
     for path in folder.glob("rank_*.txt"):
         # not one that is still being written
         with suppress(OSError, ValueError), open(path, "rb") as file:
             fact = parse_json(file.readline())
             if isinstance(fact, dict) and {"section", "seconds", "count", "waits"} <= {*fact}:
-                told[int(path.stem.removeprefix("rank_"))] = fact
-    return told
+                facts[int(path.stem.removeprefix("rank_"))] = fact
+    return facts
 
 
 def _synchronize() -> None:

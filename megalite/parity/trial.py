@@ -117,7 +117,7 @@ def make_case(config: RunConfig, folder: Path, *, ranks: int, scale: bool = Fals
         "log_every": 1,
         "eval_every": _EVAL_EVERY,
         "eval_batches": 1,
-        "drift_every": 0,  # the report names differences
+        "replica_check_every": 0,  # the report names differences
     }
     raw["logging"] = {"directory": str(folder / "runs"), "tensorboard": False}
     for section in ("deepspeed", "parallel"):  # the layout sets them

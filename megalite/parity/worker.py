@@ -25,8 +25,8 @@ from megalite.engine import Engine
 from megalite.parallel import Grid, is_counted
 from megalite.parity.trial import SAVED_STEP
 from megalite.plan.optimizer import state_names
-from megalite.train.request import Request
-from megalite.train.run import run
+from megalite.train.options import RunOptions
+from megalite.train.session import run
 
 WEIGHT, OUTPUT, GRADIENT, NORM = "weight", "output", "gradient", "counted norm"
 GROUP = "hyper-parameters"
@@ -238,7 +238,7 @@ def main(path: str) -> None:
     job = ParityJob(**files.read_json(Path(path)))
     config, launch = parse_config(job.config), env.find_launch()
     inspector = Inspector(job, config)
-    run(Request(config, job.resume, engine=job.engine, inspect=inspector), launch)
+    run(RunOptions(config, job.resume, engine=job.engine, inspect=inspector), launch)
     if launch.rank == 0:
         report = [vars(difference) for difference in inspector.differences]
         files.write_atomic(Path(job.report), json.dumps(report))

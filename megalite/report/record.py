@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megalite.config import rename_keys
 from megalite.errors import CommandError
 from megalite.files import each_row, read_json
 from megalite.observe.console import interval_loss
@@ -188,7 +189,9 @@ def _fault(folder: Path) -> str | None:
 def _read_record(folder: Path) -> Record:
     record = Record(folder)
     with record.doubting("config.json"):
-        record.config = dict(_flat({**read_json(folder / "config.json")}))
+        config = {**read_json(folder / "config.json")}
+        rename_keys(config)  # so that runs of an earlier version compare with later ones
+        record.config = dict(_flat(config))
     record.status = _object(record, _STATUS, asked=True)
     record.plan = _object(record, "plan.json")
     record.evaluation = _object(record, "evaluation.json")

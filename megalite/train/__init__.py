@@ -1,6 +1,6 @@
 """Training: the loop, what is checked before it, and what happens around it."""
 
-from megalite.train.request import Request
-from megalite.train.run import run
+from megalite.train.options import RunOptions
+from megalite.train.session import run
 
-__all__ = ["Request", "run"]
+__all__ = ["RunOptions", "run"]

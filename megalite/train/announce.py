@@ -1,4 +1,4 @@
-"""The first words of a start: what it trains, what it goes on from, and what has changed."""
+"""Report of a start: what it trains, what it goes on from, and what has changed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from megalite import env
-from megalite.checkpoint import Place
+from megalite.checkpoint import Progress
 from megalite.config import RunConfig
 from megalite.data import Samples
 from megalite.log import logger
@@ -14,32 +14,27 @@ from megalite.observe import Recorder, last_layout
 from megalite.parallel import Grid
 from megalite.plan import Plan
 from megalite.train.checks import remarks
-from megalite.train.request import Request
-from megalite.train.resume import Origin
+from megalite.train.options import RunOptions
+from megalite.train.resume import ResumePoint
 
 
 def announce(
-    request: Request,
+    options: RunOptions,
+    *,
     plan: Plan,
     grid: Grid,
     train: Samples,
-    origin: Origin | None,
-    place: Place,
+    resume_point: ResumePoint | None,
+    progress: Progress,
     recorder: Recorder,
 ) -> None:
     """Report this start to the log, and as an event."""
-    config = request.config
+    config = options.config
     logger.info(
-        "%s: %s parameters, %s, ZeRO-%d, %d x data, %d x tensor, %d x %d tokens a step, %s",
-        config.name,
-        _count(plan.parameters),
-        request.named_precision,
-        plan.zero_stage,
-        plan.data_parallel,
-        plan.tensor_parallel,
-        plan.global_batch_size,
-        plan.sequence_length,
-        grid.device.type,
+        "%s",
+        f"{config.name}: {_count(plan.parameters)} parameters, {options.named_precision}, "
+        f"ZeRO-{plan.zero_stage}, {grid.mesh.data} x data, {grid.mesh.tensor} x tensor, "
+        f"{plan.global_batch_size} x {plan.sequence_length} tokens a step, {grid.device.type}",
     )
     for remark in remarks(config, plan):
         logger.info("%s", remark)
@@ -49,22 +44,30 @@ def announce(
         "layout": _layout(config, plan, grid),
         "data": train.describe(plan.global_batch_size * config.training.steps),
     }
-    if origin is None or origin.weights_only:
-        if origin:
-            logger.info("a fresh run from the weights of %s", origin.folder)
-            facts |= {"init_from": str(origin.folder), "changes": origin.changes}
-            facts["init_name"] = request.init_name or request.init_from
-        recorder.event(place.step, "start", **facts)
+    if resume_point is None or resume_point.weights_only:
+        if resume_point:
+            logger.info("a fresh run from the weights of %s", resume_point.folder)
+            facts |= {"init_from": str(resume_point.folder), "changes": resume_point.changes}
+            facts["init_name"] = options.init_name or options.init_from
+        recorder.event(progress.step, "start", **facts)
         return
-    # rank 0 alone reports: the records of a long run are not read once a rank
-    before = last_layout(origin.folder.parent.parent) if grid.rank == 0 else {}
-    _announce_resume(config, origin, place, recorder, facts, before)
+    # only rank 0 reports, so only rank 0 reads the records of what may be a long run
+    layout = last_layout(resume_point.folder.parent.parent) if grid.rank == 0 else {}
+    _announce_resume(
+        config,
+        resume_point=resume_point,
+        progress=progress,
+        recorder=recorder,
+        facts=facts,
+        layout=layout,
+    )
 
 
 def _announce_resume(
     config: RunConfig,
-    origin: Origin,
-    place: Place,
+    *,
+    resume_point: ResumePoint,
+    progress: Progress,
     recorder: Recorder,
     facts: dict[str, Any],
     layout: dict[str, Any],
@@ -72,26 +75,27 @@ def _announce_resume(
     """Report the checkpoint that a run goes on from, and all that has changed since.
 
     Args:
-        layout: of the run's last start, on rank 0.
+        facts: fields of the event.
+        layout: layout of the run's last start, on rank 0.
     """
-    logger.info("resumed from %s", origin.folder)
-    if place.step >= config.training.steps:
+    logger.info("resumed from %s", resume_point.folder)
+    if progress.step >= config.training.steps:
         more = "finetune.epochs" if config.finetune else "training.steps"
         logger.info(
             "all of its steps are done, and an evaluation that is left follows; for more steps "
             "raise %s, or choose another name",
             more,
         )
-    changes = origin.changes | _moved(layout, facts["layout"])
+    changes = resume_point.changes | _moved(layout, facts["layout"])
     _report(changes)
-    before, after = origin.rates or (0.0, 0.0)
-    if before != after and place.step < config.training.steps:
-        logger.info("learning rate of step %d: %.3g -> %.3g", place.step + 1, before, after)
+    before, after = resume_point.rates or (0.0, 0.0)
+    if before != after and progress.step < config.training.steps:
+        logger.info("learning rate of step %d: %.3g -> %.3g", progress.step + 1, before, after)
         facts["lr"] = {"before": before, "after": after}
     recorder.event(
-        place.step,
+        progress.step,
         "resume",
-        path=str(origin.folder),
+        path=str(resume_point.folder),
         job=env.job().id or None,
         changes=changes,
         **facts,
@@ -117,7 +121,7 @@ def _layout(config: RunConfig, plan: Plan, grid: Grid) -> dict[str, Any]:
     """Return how the run is laid out over its ranks, by the names a user knows."""
     return {
         "ranks": plan.world_size,
-        "tensor": plan.tensor_parallel,
+        "tensor": grid.mesh.tensor,
         "sequence": config.parallel.sequence,
         "ZeRO stage": plan.zero_stage,
         "micro_batch_size": plan.micro_batch_size,

@@ -26,9 +26,10 @@ _CGROUP_LIMITS = (  # version 2, then 1
 def hardware_faults(
     config: RunConfig, plan: Plan, launch: Launch, device: Literal["cpu", "cuda"]
 ) -> list[str]:
-    """Every reason this run cannot start here."""
+    """Return every reason why this run cannot start here."""
     faults = list(_unsupported(config, plan, device))
-    needed, beside = plan.memory_bytes["total"], host_bytes(config, plan, device)
+    needed = plan.memory_bytes["total"]
+    beside = host_bytes(config, plan, device)
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info(launch.local_rank % torch.cuda.device_count())
         where = f"{free / 2**30:.1f} GiB are free on its GPU"
@@ -53,21 +54,24 @@ def hardware_faults(
 
 
 def remarks(config: RunConfig, plan: Plan) -> Iterator[str]:
-    """What is sound, but may not be what was meant."""
+    """Yield remarks about settings that are valid but may not be meant."""
     rows = arch.parameters(config.model)
     learned = sum(row.elements for row in rows if arch.is_trainable(config, row))
     if learned < plan.parameters:
         share = 100 * learned / plan.parameters
         yield f"{learned / 1e6:.3f} M of them learn ({share:.2f} %)"
-    if config.parallel.sequence and plan.tensor_parallel == 1:
+    if config.parallel.sequence and config.parallel.tensor == 1:
         yield "parallel.sequence divides nothing where parallel.tensor is 1"
-    if (warmup := config.schedule.warmup_steps) > (steps := config.training.steps):
+    warmup = config.schedule.warmup_steps
+    steps = config.training.steps
+    if warmup > steps:
         yield f"schedule.warmup_steps {warmup} is over training.steps {steps}: the rate only rises"
 
 
 def _host_faults(beside: Mapping[str, int], launch: Launch) -> Iterator[str]:
     """Yield a fault if the ranks' data in host memory does not fit."""
-    needed, free = sum(beside.values()) * launch.local_world_size, available_memory()
+    needed = sum(beside.values()) * launch.local_world_size
+    free = available_memory()
     if needed > free:
         parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in beside.items() if size)
         yield (
@@ -78,7 +82,7 @@ def _host_faults(beside: Mapping[str, int], launch: Launch) -> Iterator[str]:
 
 
 def available_memory() -> int:
-    """Bytes this process's host can still give, the limit of its control group included."""
+    """Return the bytes that are free on this host, within the limit of its control group."""
     free = int(psutil.virtual_memory().available)
     for limit, usage in _CGROUP_LIMITS:
         try:
@@ -90,7 +94,7 @@ def available_memory() -> int:
 
 
 def _cached(statistics: Path) -> int:
-    """Bytes of file pages a control group is charged for and gives back when they are needed."""
+    """Return the bytes of file pages that a control group counts but frees when needed."""
     lines = statistics.read_text().split() if statistics.exists() else []
     sizes = dict(zip(lines[::2], lines[1::2], strict=True))
     # version 1 sums up its subgroups under names of their own
@@ -123,7 +127,7 @@ def _unsupported(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) 
 def _deepspeed_needs(
     config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]
 ) -> Iterator[str]:
-    """Return which keys of the `deepspeed` section ask for what is not installed here."""
+    """Yield a fault for each key of the `deepspeed` section that needs a missing package or GPU."""
     section = without_auto(config.deepspeed)
     for monitor, package in _MONITORS.items():
         if section.get(monitor, {}).get("enabled") is True and not env.has_package(package):

@@ -7,10 +7,10 @@ from megalite.data import Samples
 from megalite.errors import CheckpointError, MegaLiteError, UserError
 from megalite.observe import previous_attempts, restate
 from megalite.parallel import Grid
-from megalite.train.folder import check_folders, listing, take_over
+from megalite.train.options import RunOptions, Settings
 from megalite.train.outcome import verdict
-from megalite.train.request import Request, Settings
-from megalite.train.resume import Origin, check_request, find_origin
+from megalite.train.resume import ResumePoint, check_resume, find_resume_point
+from megalite.train.run_folder import check_folders, listing, take_over
 
 _LOOKS = 5
 
@@ -18,8 +18,8 @@ _Listing = list[tuple[str, int, int]]
 
 
 def claim(
-    request: Request, grid: Grid, train: Samples, settings: Settings
-) -> tuple[Lease | None, Origin | None]:
+    options: RunOptions, grid: Grid, train: Samples, settings: Settings
+) -> tuple[Lease | None, ResumePoint | None]:
     """Take the run folder over, and find the checkpoint to go on from; a collective.
 
     Everything that refuses a start is asked first, by reading alone: a start that is refused must
@@ -31,27 +31,27 @@ def claim(
         MegaLiteError: on every rank, of another kind; the folder is this start's, and status.json
             says failed.
     """
-    root = request.root
-    check_folders(request.folder, train, grid)
-    origin, seen = _look(request, grid, train, settings)
-    lease = take_over(request.folder, grid)
+    root = options.root
+    check_folders(options.folder, train, grid)
+    resume_point, seen = _look(options, grid, train, settings)
+    lease = take_over(options.folder, grid)
     if seen is not None and listing(root, grid) == seen:
-        return lease, origin
+        return lease, resume_point
     try:
-        check_request(root, request.resume)
-        return lease, find_for(request, grid, train, settings, lease=lease)
+        check_resume(root, options.resume)
+        return lease, find_for(options, grid, train, settings, lease=lease)
     except (UserError, CheckpointError) as error:  # status.json is outdated
         if grid.rank == 0:
-            attempt = previous_attempts(request.folder)
-            restate(request.folder, "failed", reason=verdict(error)[1], attempt=attempt)
+            attempt = previous_attempts(options.folder)
+            restate(options.folder, "failed", reason=verdict(error)[1], attempt=attempt)
         if isinstance(error, UserError):  # found too late to be exit code 2
             raise MegaLiteError(str(error)) from error
         raise
 
 
 def _look(
-    request: Request, grid: Grid, train: Samples, settings: Settings
-) -> tuple[Origin | None, _Listing | None]:
+    options: RunOptions, grid: Grid, train: Samples, settings: Settings
+) -> tuple[ResumePoint | None, _Listing | None]:
     """Find the checkpoint to go on from while another start may publish and delete.
 
     Returns:
@@ -61,42 +61,43 @@ def _look(
         UserError: on every rank, if any refuses this start.
     """
     for _ in range(_LOOKS):
-        seen = listing(request.root, grid)
-        origin, fault = None, None
+        seen = listing(options.root, grid)
+        resume_point = None
+        fault = None
         try:
-            origin = find_for(request, grid, train, settings, read_only=True)
+            resume_point = find_for(options, grid, train, settings, read_only=True)
         except (UserError, CheckpointError) as error:
             fault = error
         faults = [found for found in grid.all_gather_objects(fault) if found is not None]
-        if listing(request.root, grid) == seen:  # nothing vanished while it was read
+        if listing(options.root, grid) == seen:  # nothing vanished while it was read
             break
     refusals = [found for found in faults if isinstance(found, UserError)]
     if refusals:
         raise refusals[0]
-    return origin, None if faults else seen
+    return resume_point, None if faults else seen
 
 
 def find_for(
-    request: Request,
+    options: RunOptions,
     grid: Grid,
     train: Samples,
     settings: Settings,
     *,
     read_only: bool = False,
     lease: Lease | None = None,
-) -> Origin | None:
-    """Find the checkpoint that a request goes on from, as `find_origin` does."""
-    return find_origin(
-        request.config,
+) -> ResumePoint | None:
+    """Find the checkpoint that a run goes on from, as `find_resume_point` does."""
+    return find_resume_point(
+        options.config,
         grid=grid,
-        root=request.root,
-        resume=request.resume,
-        init_from=request.init_from,
-        allow=request.allow_change,
+        root=options.root,
+        resume=options.resume,
+        init_from=options.init_from,
+        allow=options.allow_change,
         data_fingerprint=train.content_fingerprint,
         tokenizer_sha256=train.tokenizer_sha256,
         deepspeed=settings.left_to_it,
-        total_samples=request.total_samples,
+        total_samples=options.total_samples,
         read_only=read_only,
         lease=lease,
     )

@@ -23,11 +23,11 @@ from megalite.plan import (
     resolve_precision,
 )
 from megalite.train.checks import hardware_faults
-from megalite.train.request import Request, device_kind, plan_of
+from megalite.train.options import RunOptions, device_kind, plan_of
 
 
-def settle_precision(request: Request, launch: Launch, grid: Grid) -> tuple[Request, Plan]:
-    """Return the request with "auto" written out, and its plan; a collective of all ranks.
+def settle_precision(options: RunOptions, launch: Launch, grid: Grid) -> tuple[RunOptions, Plan]:
+    """Return the options with "auto" written out, and its plan; a collective of all ranks.
 
     A run that goes on keeps the precision of its checkpoint, on other hardware too. A fresh run
     takes bf16 if every rank has units for it.
@@ -36,23 +36,23 @@ def settle_precision(request: Request, launch: Launch, grid: Grid) -> tuple[Requ
         ConfigError: the kept precision is not possible in this ZeRO stage; on every rank.
         UserError: the hardware of a rank cannot run the settled precision; on every rank.
     """
-    settled = _settle(request, grid)
-    plan, faults = plan_of(settled, launch), list[str]()
-    if plan.precision != plan_of(request, launch).precision:  # the check was of another precision
+    settled = _settle(options, grid)
+    plan = plan_of(settled, launch)
+    faults = list[str]()
+    if plan.precision != plan_of(options, launch).precision:  # the check was of another precision
         faults = hardware_faults(settled.config, plan, launch, device_kind())
-    if found := list(
-        dict.fromkeys(fault for own in grid.all_gather_objects(faults) for fault in own)
-    ):
-        raise UserError("\n".join(found))
+    every = [fault for own in grid.all_gather_objects(faults) for fault in own]
+    if every:
+        raise UserError("\n".join(dict.fromkeys(every)))
     return settled, plan
 
 
-def _settle(request: Request, grid: Grid) -> Request:
-    asked = request.config.training.precision
-    if request.engine == "reference":
-        return _with(request, Precision.FP32, "the reference engine's")
-    goes_on = grid.rank == 0 and request.resume != "never"
-    known = grid.all_gather_objects((bf16_units(), _recorded(request) if goes_on else None))
+def _settle(options: RunOptions, grid: Grid) -> RunOptions:
+    asked = options.config.training.precision
+    if options.engine == "reference":
+        return _with(options, Precision.FP32, "the reference engine's")
+    goes_on = grid.rank == 0 and options.resume != "never"
+    known = grid.all_gather_objects((bf16_units(), _recorded(options) if goes_on else None))
     units: tuple[str | None, ...] = tuple(unit for unit, _ in known)
     device = device_kind()
     recorded: Precision | Literal["auto"] | None = known[0][1]
@@ -60,9 +60,9 @@ def _settle(request: Request, grid: Grid) -> Request:
     able = all(units)
     if asked != "auto":
         _warn_of_slow(asked, device, able)
-        return request
-    best = resolve_precision(request.config, device=device, native_bf16=able)
-    if kept not in (None, Precision.FP32) and zero_stage(request.config) == 0:
+        return options
+    best = resolve_precision(options.config, device=device, native_bf16=able)
+    if kept not in (None, Precision.FP32) and zero_stage(options.config) == 0:
         raise ConfigError(
             f"training.precision auto: the run began in {kept} and goes on in it, but ZeRO stage 0 "
             "keeps no fp32 master weights; set deepspeed.zero_optimization.stage to 1, or change "
@@ -79,30 +79,30 @@ def _settle(request: Request, grid: Grid) -> Request:
         )
     _warn_of_slow(precision, device, able)
     reason = "as its checkpoint" if kept else _reason(best, device, units)
-    return _with(request, precision, reason)
+    return _with(options, precision, reason)
 
 
-def _with(request: Request, precision: Precision, reason: str) -> Request:
-    raw = request.config.model_dump(mode="json")
+def _with(options: RunOptions, precision: Precision, reason: str) -> RunOptions:
+    raw = options.config.model_dump(mode="json")
     raw["training"]["precision"] = precision.value
-    return replace(request, config=parse_config(raw), precision_reason=reason)
+    return replace(options, config=parse_config(raw), precision_reason=reason)
 
 
-def _recorded(request: Request) -> Precision | Literal["auto"] | None:
+def _recorded(options: RunOptions) -> Precision | Literal["auto"] | None:
     """The precision of the checkpoint that a resume will most likely go on from."""
-    for folder in _candidates(request):
+    for folder in _candidates(options):
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             return recorded_precision(files.read_json(folder / "config.json"), folder.parents[1])
     return None
 
 
-def _candidates(request: Request) -> Iterator[Path]:
-    if request.resume != "auto":
-        path = Path(request.resume)
+def _candidates(options: RunOptions) -> Iterator[Path]:
+    if options.resume != "auto":
+        path = Path(options.resume)
         yield path
         yield from disk.published(path / "checkpoints")
         yield from disk.published(path)
-    yield from disk.published(request.root)
+    yield from disk.published(options.root)
 
 
 def _reason(precision: Precision, device: str, units: tuple[str | None, ...]) -> str:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from megalite import arch, checkpoint, env, files
+from megalite import arch, env, files
 from megalite.checkpoint import (
     Grown,
     Lease,
-    Place,
+    Progress,
     StoredCheckpoint,
     TensorSource,
     compare_models,
@@ -30,10 +30,10 @@ from megalite.config import (
     RunConfig,
     explain_redacted,
     redacted_keys,
+    rename_keys,
     restore_redacted,
 )
-from megalite.engine import Engine
-from megalite.errors import CheckpointError, CommandError, DamagedCheckpoint, OtherVersion
+from megalite.errors import CheckpointError, CommandError, OtherVersion
 from megalite.formats import checkpoint as disk
 from megalite.log import logger
 from megalite.observe import began_from, resumed_before
@@ -41,27 +41,31 @@ from megalite.optim import learning_rate
 from megalite.parallel import Grid
 from megalite.plan import recorded_precision
 from megalite.train.changes import ALLOWABLE, find_changes, moved_defaults
-from megalite.train.ledger import joined_gaps, order_id, read_notes
+from megalite.train.interventions import joined_gaps, order_id, read_notes
 
 _VOCABULARY = "model.vocab_size"
 
 
 @dataclass(frozen=True)
-class Origin:
-    """The checkpoint to go on from, and the changes against its run file worth recording.
+class ResumePoint:
+    """Checkpoint to go on from, and the changes since its run file that are recorded.
 
-    weights_only: a fresh run starts from its weights (`--init-from`); `weights` reads those that
-    are in no checkpoint as they are, and then there is no `manifest`. damaged: checkpoints of this
-    run that were passed over, to be set aside once the start is not refused. config: the run file
-    with the length that follows from the checkpoint. rates: the learning rate of the next step, as
-    the checkpoint's run file gives it and as this one does. orders: the data order of the
-    checkpoint and of this start.
+    Attributes:
+        manifest: None if `weights` reads tensors that are in no checkpoint in this form.
+        changes: changes since the checkpoint, by dotted key.
+        progress: progress that training goes on from.
+        weights_only: if true, a fresh run starts from the weights (`--init-from`).
+        damaged: checkpoints of this run that were passed over. They are set aside once the start is
+            not refused.
+        config: run file with the length that follows from the checkpoint.
+        rates: learning rate of the next step, by the checkpoint's run file and by this start's.
+        orders: data order of the checkpoint and of this start.
     """
 
     folder: Path
     manifest: disk.Manifest | None
     changes: dict[str, Any]
-    place: Place
+    progress: Progress
     weights_only: bool = False
     weights: TensorSource | None = None
     damaged: tuple[Path, ...] = ()
@@ -73,9 +77,10 @@ class Origin:
 _Found = tuple[tuple[Path, disk.Manifest] | None, tuple[Path, ...]]
 
 
-def check_request(root: Path, resume: str) -> None:
-    """Refuse `never` where checkpoints exist, before anything is started."""
-    if resume == "never" and (found := disk.published(root)):
+def check_resume(root: Path, resume: str) -> None:
+    """Raise CommandError if `--resume` names nothing, or is `never` and checkpoints exist."""
+    found = disk.published(root) if resume == "never" else []
+    if found:
         raise CommandError(
             f"--resume never, but {root} holds {found[0].name}: choose another name, move that "
             "folder away, or resume with --resume auto"
@@ -86,7 +91,7 @@ def check_request(root: Path, resume: str) -> None:
         )
 
 
-def find_origin(
+def find_resume_point(
     config: RunConfig,
     *,
     grid: Grid,
@@ -100,46 +105,47 @@ def find_origin(
     total_samples: int | None = None,
     read_only: bool = False,
     lease: Lease | None = None,
-) -> Origin | None:
-    """Return the checkpoint of `resume`, else that of `init_from`, or None for a fresh start.
+) -> ResumePoint | None:
+    """Return the checkpoint of `resume`, else that of `init_from`; None means a fresh start.
 
     Args:
         deepspeed: defaults of the installed DeepSpeed that hold in this run, by dotted key.
-        total_samples: samples to train on in all. training.steps follows from it and from the
-            samples that the checkpoint was trained on. None leaves training.steps as it is.
+        total_samples: samples to train on in all, which decides training.steps; None does not.
         read_only: if true, nothing in the run folder is renamed.
         lease: rank 0's right to rename.
     Raises:
-        CheckpointError: damaged checkpoints and no whole one.
-        CommandError: a change that needs `--allow-change`.
+        CheckpointError: all checkpoints are damaged.
+        CommandError: a change needs `--allow-change`, or the arguments name no checkpoint.
     """
-    found, damaged = None, tuple[Path, ...]()
-    if resume != "never":
-        found, damaged = _find(resume, root, grid, read_only, lease)
+    found, damaged = _find(resume, root, grid, read_only=read_only, lease=lease)
     if found is None:
         return _start(config.model, init_from, grid, damaged) if init_from is not None else None
-    if init_from is not None and grid.rank == 0 and not began_from(root.parent, "start"):
-        logger.warning("%s goes on from %s: --init-from is for a fresh start", root, found[0].name)
     folder, manifest = found
+    if init_from is not None and grid.rank == 0 and not began_from(root.parent, "start"):
+        logger.warning("%s goes on from %s: --init-from is for a fresh start", root, folder.name)
     refuse_other_model(config.model, folder, manifest)
-    stored = _stored(folder, manifest, config.model_dump(mode="json"))
+    stored = stored_config(folder, manifest, config.model_dump(mode="json"))
     orders = (
         order_id(manifest.data_fingerprint, stored.data),
         order_id(data_fingerprint, config.data),
     )
     samples = manifest.samples if orders[0] == orders[1] else 0
     if total_samples is not None:
-        config = _with_length(config, total_samples, samples, folder, manifest, stored, orders[1])
-    before, after = _comparable(stored, folder, config), config.model_dump(mode="json")
+        size = stored.training.global_batch_size
+        trained = _trained_samples(folder, samples, orders[1])
+        _refuse_fewer_epochs(config, total_samples, trained, folder=folder, batch_size=size)
+        config = _with_length(config, manifest.step, max(0, total_samples - trained))
+    before = _comparable(stored, folder, config)
+    after = config.model_dump(mode="json")
     changed = find_changes(before, after, manifest, data_fingerprint, tokenizer_sha256)
     _refuse_changes(changed, allow, folder)
     _refuse_shorter(config, folder, manifest)
     changed |= moved_defaults(manifest, deepspeed or {})
-    return Origin(
+    return ResumePoint(
         folder,
         manifest,
         changed,
-        Place(manifest.step, samples, manifest.tokens, manifest.valid_loss),
+        Progress(manifest.step, samples, manifest.tokens, manifest.valid_loss),
         damaged=damaged,
         config=config,
         rates=(learning_rate(stored, manifest.step + 1), learning_rate(config, manifest.step + 1)),
@@ -154,21 +160,6 @@ def _comparable(stored: RunConfig, folder: Path, config: RunConfig) -> dict[str,
     # without a record a difference would be a guess
     before["training"]["precision"] = config.training.precision if known == "auto" else known
     return before
-
-
-def samples_at(
-    origin: Origin | None, folder: Path, manifest: disk.Manifest, config: RunConfig
-) -> int:
-    """Return the place of a checkpoint of this run in the data order of this start.
-
-    Args:
-        origin: the checkpoint that this start went on from.
-    """
-    if origin is None or origin.weights_only or manifest.step > origin.place.step:
-        return manifest.samples  # saved by this start
-    stored = _stored(folder, manifest, config.model_dump(mode="json"))
-    same = order_id(manifest.data_fingerprint, stored.data) == origin.orders[1]
-    return manifest.samples if same else origin.place.samples
 
 
 def _refuse_changes(changed: Mapping[str, Any], allow: tuple[str, ...], folder: Path) -> None:
@@ -193,88 +184,115 @@ def _refuse_shorter(config: RunConfig, folder: Path, manifest: disk.Manifest) ->
         )
 
 
-def _with_length(
-    config: RunConfig,
-    total: int,
-    samples: int,
-    folder: Path,
-    manifest: disk.Manifest,
-    stored: RunConfig,
-    order: str,
-) -> RunConfig:
-    """Set training.steps to what the samples still to come take at the present batch size.
+def _trained_samples(folder: Path, samples: int, order: str) -> int:
+    """Return how many samples before a position of a data order were trained on.
 
-    Samples that a rollback left out were not trained on, so others take their place.
-
-    Raises:
-        CommandError: the checkpoint was trained on more than `total` samples.
+    Samples that a rollback left out were not, so others take their place.
     """
     gaps = joined_gaps(read_notes(folder).get("entries", []), order)
-    trained = samples - sum(min(last, samples) - first for first, last in gaps if first < samples)
-    size = config.training.global_batch_size
-    if config.finetune is not None and trained - total >= stored.training.global_batch_size:
-        per_epoch = total // config.finetune.epochs
-        raise CommandError(
-            f"finetune.epochs {config.finetune.epochs}, but {folder} has trained "
-            f"{trained / per_epoch:.2f} epochs; ask for more epochs, or start another run with "
-            "--set name=..."
-        )
-    steps = manifest.step + math.ceil(max(0, total - trained) / size)
+    return samples - sum(min(last, samples) - first for first, last in gaps if first < samples)
+
+
+def _refuse_fewer_epochs(
+    config: RunConfig, total: int, trained: int, *, folder: Path, batch_size: int
+) -> None:
+    """Raise CommandError if a fine-tuned checkpoint was trained on more than `total` samples.
+
+    Args:
+        batch_size: samples of the checkpoint's steps. Its last step may have gone beyond the total.
+    """
+    if config.finetune is None or trained - total < batch_size:
+        return
+    epochs = trained / (total // config.finetune.epochs)
+    raise CommandError(
+        f"finetune.epochs {config.finetune.epochs}, but {folder} has trained "
+        f"{epochs:.2f} epochs; ask for more epochs, or start another run with "
+        "--set name=..."
+    )
+
+
+def _with_length(config: RunConfig, step: int, samples: int) -> RunConfig:
+    """Set training.steps to those until `step` and those that `samples` more samples take."""
+    steps = step + math.ceil(samples / config.training.global_batch_size)
     training = config.training.model_copy(update={"steps": steps})
     return config.model_copy(update={"training": training})
 
 
-def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...]) -> Origin:
+def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...]) -> ResumePoint:
     """Return the weights that `--init-from` names.
 
     Adapters that are not the model's own are added to the weights; a smaller vocabulary grows.
     """
     whole: TensorSource
-    base, adapters = arch.base_model(model), model.adapter is not None
-    if (theirs := open_model_folder(Path(path), grid)) is not None:
+    base = arch.base_model(model)
+    adapters = model.adapter is not None
+    theirs = open_model_folder(Path(path), grid)
+    if theirs is not None:
         changes = compare_models(base, theirs.section, theirs.path, adapters=adapters)
         if not model.num_labels:
             theirs.require_head()
         theirs.say_ignored()
         whole = Grown(theirs, theirs.section) if _VOCABULARY in changes else theirs
-        return Origin(theirs.path, None, changes, Place(), True, whole, damaged)
+        return _weights_of(theirs.path, None, changes, weights=whole, damaged=damaged)
     folder, manifest = _open("--init-from", path, grid, weights_only=True)
-    section = _stored(folder, manifest).model
+    section = stored_config(folder, manifest).model
     changes = compare_models(base, arch.base_model(section), folder, adapters=adapters)
     if _VOCABULARY in changes:
         whole, _ = merge_lora(StoredCheckpoint(folder, manifest), section)
         grown = Grown(whole, arch.base_model(section))
-        return Origin(folder, None, changes, Place(), True, grown, damaged)
+        return _weights_of(folder, None, changes, weights=grown, damaged=damaged)
     if section.adapter in (None, model.adapter):
         refuse_other_model(model, folder, manifest, base=True)
-        return Origin(folder, manifest, changes, Place(), weights_only=True, damaged=damaged)
+        return _weights_of(folder, manifest, changes, weights=None, damaged=damaged)
     whole, _ = merge_lora(StoredCheckpoint(folder, manifest), section)
     plain = {name: entry for name, entry in manifest.tensors.items() if ".lora_" not in name}
     plain_manifest = manifest.model_copy(update={"tensors": plain})
     refuse_other_model(arch.base_model(model), folder, plain_manifest)
-    return Origin(folder, None, changes, Place(), True, whole, damaged)
+    return _weights_of(folder, None, changes, weights=whole, damaged=damaged)
 
 
-def _stored(
+def _weights_of(
+    folder: Path,
+    manifest: disk.Manifest | None,
+    changes: dict[str, Any],
+    *,
+    weights: TensorSource | None,
+    damaged: tuple[Path, ...],
+) -> ResumePoint:
+    return ResumePoint(
+        folder,
+        manifest,
+        changes,
+        Progress(),
+        weights_only=True,
+        weights=weights,
+        damaged=damaged,
+    )
+
+
+def stored_config(
     folder: Path, manifest: disk.Manifest, own: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """Return the run file of a checkpoint; a field younger than it has its default.
+    """Return the run file of a checkpoint. A field that is newer than it has its default.
 
     Args:
         own: the run file of this start, for values that an earlier version's redaction replaced.
     """
-    place = folder / "config.json"
+    path = folder / "config.json"
     try:
-        raw = files.read_object(place)
+        raw = files.read_object(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{place} cannot be read: {error}") from None
-    if own is not None and (keys := restore_redacted(raw, own)):
-        logger.warning("%s: %s; taken from the run file", place, explain_redacted(keys))
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    rename_keys(raw)
+    keys = [] if own is None else restore_redacted(raw, own)
+    if keys:
+        logger.warning("%s: %s; taken from the run file", path, explain_redacted(keys))
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        if keys := redacted_keys(raw):
-            raise OtherVersion(f"{place}: {explain_redacted(keys)}") from None
+        keys = redacted_keys(raw)
+        if keys:
+            raise OtherVersion(f"{path}: {explain_redacted(keys)}") from None
         first = error.errors()[0]
         raise OtherVersion(
             f"{folder}/config.json is of another version, MegaLite "
@@ -283,71 +301,18 @@ def _stored(
         ) from None
 
 
-def load(
-    origin: Origin,
-    again: Callable[[], Origin | None],
-    engine: Engine,
-    config: RunConfig,
-    grid: Grid,
-    root: Path,
-    lease: Lease | None = None,
-) -> tuple[Origin, Place]:
-    """Bring the engine to where the run stands; a collective.
-
-    A checkpoint of this run, below `root`, that turns out damaged is set aside and the one before
-    it loaded, as `again` finds it.
-
-    Returns:
-        what was loaded, and the place training goes on from.
-    """
-    while True:
-        folder, manifest = origin.folder, origin.manifest
-        try:
-            if origin.weights is not None:
-                checkpoint.import_weights(engine, config.model, grid=grid, source=origin.weights)
-                return origin, origin.place
-            assert manifest is not None
-            if origin.weights_only:
-                checkpoint.load_weights(
-                    engine, config.model, grid=grid, folder=folder, manifest=manifest
-                )
-                return origin, origin.place
-            restored = checkpoint.restore(
-                engine, config, grid=grid, folder=folder, manifest=manifest
-            )
-            return origin, replace(restored, samples=origin.place.samples)
-        except DamagedCheckpoint as error:
-            if origin.weights_only or folder.parent != root:
-                raise
-            logger.warning("%s", error)
-            set_aside_damaged([origin.folder], grid, lease)
-            before = again()
-            if before is None:
-                raise
-            set_aside_damaged(before.damaged, grid, lease)
-            if _states(before) != _states(origin):
-                # what is in the engine now is of no use, and would be in part left there
-                raise CheckpointError(
-                    f"{origin.folder} is damaged, and {before.folder} before it was trained by "
-                    "another optimizer: give the same command again to go on from there"
-                ) from error
-            origin = before
-
-
-def _states(origin: Origin) -> dict[str, set[str]]:
-    assert origin.manifest is not None
-    return {name: {*entry.states} for name, entry in origin.manifest.tensors.items()}
-
-
 def _find(
-    resume: str, root: Path, grid: Grid, read_only: bool = False, lease: Lease | None = None
+    resume: str, root: Path, grid: Grid, *, read_only: bool = False, lease: Lease | None = None
 ) -> _Found:
-    """Return what `resume` names, and the damaged checkpoints that were passed over.
+    """Return the checkpoint that `resume` names, and damaged ones that were passed over.
 
     Raises:
-        CheckpointError: checkpoints exist and every one is damaged. Nothing starts afresh then.
+        CheckpointError: checkpoints exist and all are damaged. The run does not start afresh then.
     """
-    own, asked = root.parent.resolve(), Path(resume).resolve()
+    if resume == "never":
+        return None, ()
+    own = root.parent.resolve()
+    asked = Path(resume).resolve()
     if resume == "auto" or asked in (own, root.resolve()):
         newest, damaged = find_newest(root, grid)
         if newest is None:

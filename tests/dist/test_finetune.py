@@ -1,3 +1,4 @@
+# covers: megalite/train/finetuning.py megalite/train/evaluator.py
 """Fine-tuning on every kind of layout, through a crash, with adapters: the same numbers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/train/session.py
 """Stopped and resumed: the same numbers as if nothing had happened."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/train/hooks/samples.py megalite/evaluate/samples.py
 """Samples of text during a run: the same on every layout, and nothing of the run is another."""
 
 from __future__ import annotations

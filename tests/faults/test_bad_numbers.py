@@ -1,3 +1,4 @@
+# covers: megalite/train/hooks/rollback.py
 """Numbers that must not be used: refused on every rank, written down, and repeated by a resume."""
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pytest
 from megalite.data import advance
 from megalite.data.order import leave_out
 from megalite.errors import MegaLiteError
-from megalite.train.ledger import Ledger
+from megalite.train.interventions import InterventionLog
 from tests.helpers.models import world_of_one
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import curve, rows, run_file, train, zero
@@ -29,7 +30,7 @@ def _train_planted(
     launch: Any, raw: dict[str, Any], rank: int, factor: float, *places: int, **request: Any
 ) -> str:
     """On one rank the loss of the samples at `places` is multiplied; the words of the error."""
-    running: Any = importlib.import_module("megalite.train.run")
+    running: Any = importlib.import_module("megalite.train.session")
     make = running._make_engine
 
     def planted(*parts: Any) -> Any:
@@ -212,12 +213,12 @@ def test_a_jump_without_a_checkpoint_is_left_out(shards: dict[str, str], tmp_pat
 def test_a_ledger_cut_by_a_crash(tmp_path: Path) -> None:
     """The line it was cut in had no effect; what is added later stands on a line of its own."""
     entry = {"kind": "skip", "step": 3, "samples": 16, "reason": "loss nan"}
-    path = tmp_path / "ledger.jsonl"
+    path = tmp_path / "interventions.jsonl"
     path.write_text(json.dumps({"kind": "start"}) + "\n" + '{"kind": "ski')
     origin = tmp_path / "step_00000002"
     origin.mkdir()
     with world_of_one() as grid:
-        ledger = Ledger(tmp_path, grid, 16)
+        ledger = InterventionLog(tmp_path, grid, 16)
         ledger.begin(origin)
         ledger.add(entry)
         ledger.begin(origin)

@@ -52,8 +52,8 @@ from megalite.plan.calibrate import read_run
 from megalite.plan.devices import find_device
 from megalite.report import read_records, render
 from megalite.tokenizers.tokenizer import load_tokenizer
-from megalite.train.ledger import Ledger
-from megalite.train.resume import find_origin
+from megalite.train.interventions import InterventionLog
+from megalite.train.resume import find_resume_point
 from tests.helpers import damage
 from tests.helpers import rows as labelled
 from tests.helpers.checkpoints import reseal
@@ -104,7 +104,7 @@ def records(folder: Path) -> None:
 
 def ledger(folder: Path) -> None:
     step = folder / "checkpoints" / "step_00000003"
-    book = Ledger(folder, GRID[0], 8)
+    book = InterventionLog(folder, GRID[0], 8)
     book.begin(step if step.exists() else folder)
     book.gaps, book.rollbacks, book.skipped(2, 8), book.skipped(3)
     json.dumps(book.content())
@@ -118,7 +118,7 @@ def resume(folder: Path) -> None:
     set_aside_damaged(damaged, grid)
     if found is None:
         return
-    origin = find_origin(
+    origin = find_resume_point(
         engine.config,
         grid=grid,
         root=folder / "checkpoints",
@@ -211,7 +211,7 @@ KINDS: dict[str, Kind] = {
     "config.json of a run": Kind(
         "run", "config.json", damage.change_json, (report, RUN[3], RUN[5])
     ),
-    "ledger.jsonl": Kind("run", "ledger.jsonl", damage.change_rows, (ledger,)),
+    "interventions.jsonl": Kind("run", "interventions.jsonl", damage.change_rows, (ledger,)),
     "lease": Kind("run", ".lease.json", damage.change_json, (lambda folder: lease(folder),)),
     "manifest.json": Kind("checkpoint", STEP + "manifest.json", damage.change_json, CHECKPOINT),
     "sealed manifest.json": Kind(

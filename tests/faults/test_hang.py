@@ -152,7 +152,7 @@ def test_the_late_rank_is_named() -> None:
 
 def _train_slowly(launch: Any, raw: dict[str, Any]) -> None:
     """Rank 1 takes 0.2 s more for each forward pass."""
-    running: Any = importlib.import_module("megalite.train.run")
+    running: Any = importlib.import_module("megalite.train.session")
     make = running._make_engine
 
     def slow(*parts: Any) -> Any:

@@ -28,7 +28,7 @@ def _rank(launch: Launch, raw: dict[str, Any], delay: float, request: dict[str, 
     """Train, and end with the exit code that a launcher would; building takes `delay` seconds."""
     import torch
 
-    module: Any = importlib.import_module("megalite.train.run")
+    module: Any = importlib.import_module("megalite.train.session")
     torch.set_num_threads(1)
     publish_launch(launch)
     make = module._make_engine

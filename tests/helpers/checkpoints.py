@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from megalite import arch, files
-from megalite.checkpoint import Lease, Place, Saver
+from megalite.checkpoint import Lease, Progress, Saver
 from megalite.config import RunConfig
 from megalite.engine.reference import ReferenceEngine
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
-from megalite.train.resume import Origin, find_origin
+from megalite.train.resume import ResumePoint, find_resume_point
 from tests.helpers.models import run_config
 
 TOKENIZER = "ab" * 32
@@ -98,8 +98,8 @@ def find(
     shards: str = "web",
     tokenizer: str = TOKENIZER,
     deepspeed: dict[str, Any] | None = None,
-) -> Origin | None:
-    return find_origin(
+) -> ResumePoint | None:
+    return find_resume_point(
         config,
         grid=grid,
         root=root,
@@ -128,7 +128,7 @@ def save_checkpoint(
     grid: Grid,
     root: Path,
     *,
-    place: Place | None = None,
+    progress: Progress | None = None,
     lease: Lease | None = None,
 ) -> Path:
     """Publish a checkpoint below `root`, of step 3 unless told, with a tokenizer of two files."""
@@ -146,5 +146,5 @@ def save_checkpoint(
         tokenizer_sha256="ab" * 32,
         lease=lease,
     )
-    saver.begin(place or Place(step=3, samples=12, tokens=96), snapshot=False)
+    saver.begin(progress or Progress(step=3, samples=12, tokens=96), snapshot=False)
     return saver.finish()

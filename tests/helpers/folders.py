@@ -59,7 +59,7 @@ def make_run(folder: Path, _: Grid) -> None:
         {"kind": "rollback", "step": 5, "samples": 20, "to": 3, "gap": [16, 24], "reason": "x"},
         {"kind": "measured", "step": 3, "samples": 12, "score": 0.5},
     ]
-    (folder / "ledger.jsonl").write_text("".join(json.dumps(one) + "\n" for one in entries))
+    (folder / "interventions.jsonl").write_text("".join(json.dumps(one) + "\n" for one in entries))
     (folder / ".lease.json").write_text('{"job": "7", "restart_count": 0, "nonce": "ab"}')
     files.write_json(folder / "wandb.json", {"id": "abc"})
 

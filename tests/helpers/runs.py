@@ -89,9 +89,9 @@ def zero(stage: int, **extra: Any) -> dict[str, Any]:
 
 def train(launch: Launch, raw: dict[str, Any], **request: Any) -> None:
     """Train a run file as a launcher would, inside a rank of `tests.helpers.ranks.run_ranks`."""
-    from megalite.train import Request, run
+    from megalite.train import RunOptions, run
 
-    run(Request(parse_config(raw), **request), launch)
+    run(RunOptions(parse_config(raw), **request), launch)
 
 
 def rows(raw: dict[str, Any], kind: str = "train") -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ def counted(launch: Launch, raw: dict[str, Any]) -> dict[str, Any]:
     """
     from torch._dynamo.utils import counters
 
-    from megalite.train import Request, run
+    from megalite.train import RunOptions, run
 
     graphs = list[int]()
     held = list[int]()
@@ -37,7 +37,7 @@ def counted(launch: Launch, raw: dict[str, Any]) -> dict[str, Any]:
             for block in engine.model.blocks:
                 block.register_forward_hook(lambda block, *_: held.append(elements(block)))
 
-    run(Request(parse_config(raw), inspect=inspect), launch)
+    run(RunOptions(parse_config(raw), inspect=inspect), launch)
     graphs.append(counters["stats"]["unique_graphs"])
     return {"graphs": graphs, "breaks": dict(counters["graph_break"]), "held": held}
 

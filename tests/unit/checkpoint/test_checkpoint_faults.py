@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megalite import checkpoint, files
-from megalite.checkpoint import Lease, Place
+from megalite.checkpoint import Lease, Progress
 from megalite.errors import CheckpointError, Superseded
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
@@ -53,10 +53,10 @@ def test_a_save_that_fails_publishes_nothing_and_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(where, name, failing(FULL))
         with pytest.raises(CheckpointError, match=r"not saved: rank 0.*No space left") as caught:
-            save_checkpoint(trained, grid, root, place=Place(4))
+            save_checkpoint(trained, grid, root, progress=Progress(4))
     assert caught.value.exit_code == 1
     assert [path.name for path in root.iterdir()] == ["step_00000003"]
-    assert save_checkpoint(trained, grid, root, place=Place(4)).name == "step_00000004"
+    assert save_checkpoint(trained, grid, root, progress=Progress(4)).name == "step_00000004"
 
 
 @pytest.mark.parametrize("name", ["publish", "sync_file"])
@@ -188,7 +188,7 @@ def test_a_superseded_start_publishes_nothing(grid: Grid, root: Path) -> None:
     root.mkdir(parents=True)
     old = Lease(root)
     trained = make_engine()
-    save_checkpoint(trained, grid, root, place=Place(2), lease=old)
+    save_checkpoint(trained, grid, root, progress=Progress(2), lease=old)
     new = Lease(root)
     with pytest.raises(Superseded, match="newer start"):
         save_checkpoint(trained, grid, root, lease=old)

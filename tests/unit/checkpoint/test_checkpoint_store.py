@@ -1,5 +1,5 @@
 # covers: megalite/checkpoint/save.py megalite/checkpoint/load.py megalite/checkpoint/owners.py
-# covers: megalite/checkpoint/stored.py megalite/checkpoint/write.py
+# covers: megalite/checkpoint/stored.py megalite/checkpoint/write.py megalite/checkpoint/progress.py
 """Saving and loading in one process: what is on disk, and what comes back."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from megalite import arch, checkpoint, files
-from megalite.checkpoint import Place, write
+from megalite.checkpoint import Progress, write
 from megalite.checkpoint.owners import owned_parameters
 from megalite.checkpoint.stored import StoredCheckpoint, read_part
 from megalite.config import CheckpointConfig, RunConfig
@@ -31,7 +31,7 @@ from megalite.parallel import Grid
 from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.models import loss_of, make_batch, make_engine, model_config, train_steps
 
-PLACE = Place(step=3, samples=12, tokens=96)
+PLACE = Progress(step=3, samples=12, tokens=96)
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_what_is_on_disk(grid: Grid, root: Path) -> None:
     assert disk.damage(folder, manifest) == []
     assert {*manifest.files, "manifest.json"} == {n for n in names if (folder / n).is_file()}
     assert RunConfig.model_validate(files.read_json(folder / "config.json")) == trained.config
-    assert Place(manifest.step, manifest.samples, manifest.tokens) == PLACE
+    assert Progress(manifest.step, manifest.samples, manifest.tokens) == PLACE
     assert manifest.progress == {"updates": 3}
     weights = tensors_of(folder)
     qkv = trained.model.get_parameter("model.layers.1.self_attn.qkv_proj.weight").data
@@ -115,7 +115,7 @@ def test_parts_of_a_bounded_size(grid: Grid, root: Path, monkeypatch: pytest.Mon
     trained = make_engine()
     whole = tensors_of(save_checkpoint(trained, grid, root))
     monkeypatch.setattr(write, "_PART_BYTES", 8000)
-    parts = save_checkpoint(trained, grid, root, place=Place(4))
+    parts = save_checkpoint(trained, grid, root, progress=Progress(4))
     assert len(list(parts.glob("model-*.safetensors"))) > 3
     assert all(torch.equal(whole[name], tensor) for name, tensor in tensors_of(parts).items())
 
@@ -202,8 +202,8 @@ def test_retain_keeps_every_kth_and_the_best(grid: Grid, root: Path) -> None:
     engine = make_engine()
     losses = {10: 3.0, 20: 2.0, 30: None, 40: 2.0, 50: 2.2}  # of equal ones the first
     for step, loss in losses.items():
-        place = Place(step, 8 * step, 64 * step, valid_loss=loss)
-        save_checkpoint(engine, grid, root, place=place)
+        place = Progress(step, 8 * step, 64 * step, valid_loss=loss)
+        save_checkpoint(engine, grid, root, progress=place)
     checkpoint.retain(root, CheckpointConfig(keep=1, keep_every=30, keep_best=True)).join()
     assert [disk.step_of(folder) for folder in disk.published(root)] == [50, 30, 20]
     assert disk.read_manifest(root / "step_00000020").valid_loss == 2.0
@@ -237,7 +237,7 @@ def test_clear_leftovers_touches_nothing_public(root: Path) -> None:
 def test_open_checkpoint_by_any_of_its_names(grid: Grid, root: Path) -> None:
     trained = make_engine()
     for step in (1, 2):
-        save_checkpoint(trained, grid, root, place=Place(step))
+        save_checkpoint(trained, grid, root, progress=Progress(step))
     newest = root / "step_00000002"
     for path in (root.parent, root, newest):
         folder, manifest = checkpoint.open_checkpoint(path)
@@ -257,7 +257,7 @@ def test_a_damaged_one_is_named_and_set_aside(
 ) -> None:
     trained = make_engine()
     for step in (1, 2, 3):
-        save_checkpoint(trained, grid, root, place=Place(step))
+        save_checkpoint(trained, grid, root, progress=Progress(step))
     (root / "step_00000003" / "manifest.json").unlink()
     weights = next((root / "step_00000002").glob("exp_avg-*"))
     weights.write_bytes(weights.read_bytes()[:-1])

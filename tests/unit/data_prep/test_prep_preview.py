@@ -11,7 +11,7 @@ import pytest
 from data_prep.preview import preview
 from megalite.config import RunConfig
 from megalite.errors import DataError
-from tests.factories import run_config
+from tests.helpers.models import run_config
 from tests.labelled import jsonl
 
 ROW = {"text": "x", "label": "a"}

@@ -1,3 +1,4 @@
+# covers: megalite/train/changes.py
 """Which changes of the run file a resume may bring along."""
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ FREE: dict[str, dict[str, Any]] = {
     "steps": {"training": {"steps": 7}, "schedule": {"name": "constant"}},
     "evaluation": {"training": {"eval_every": 3, "eval_batches": 1, "log_every": 2}},
     "recompute": {"training": {"activation_checkpointing": "full", "compile": True}},
-    "checkpoint": {"checkpoint": {"every": 1, "keep": 9, "grace_seconds": 1.0}},
+    "checkpoint": {"checkpoint": {"every": 1, "keep": 9, "stop_grace_seconds": 1.0}},
     "logging": {"logging": {"directory": "elsewhere", "tensorboard": False}},
     "the shards' place": {"data": {"train": [{"path": "moved/here"}], "verify": True}},
     "validation": {"data": {"valid": [{"path": "held-out"}]}},
@@ -41,9 +42,9 @@ FREE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", FREE)
 def test_free_changes(grid: Grid, root: Path, name: str) -> None:
     publish(root, 5, changed(schedule=FREE[name].get("schedule", {})))
-    origin = find(grid, root, changed(**FREE[name]))
-    assert origin is not None
-    assert (origin.changes, origin.place.samples) == ({}, 20)
+    point = find(grid, root, changed(**FREE[name]))
+    assert point is not None
+    assert (point.changes, point.progress.samples) == ({}, 20)
 
 
 @pytest.mark.parametrize(
@@ -61,15 +62,15 @@ def test_free_changes(grid: Grid, root: Path, name: str) -> None:
 def test_recorded_changes(grid: Grid, root: Path, keys: str, sections: dict[str, Any]) -> None:
     """Each key for itself, never a section as a whole."""
     publish(root, 5, run_config())
-    origin = find(grid, root, changed(**sections))
-    assert origin is not None
-    assert list(origin.changes) == keys.split()
+    point = find(grid, root, changed(**sections))
+    assert point is not None
+    assert list(point.changes) == keys.split()
     for key in keys.split():
-        before, after = origin.changes[key]["before"], origin.changes[key]["after"]
+        before, after = point.changes[key]["before"], point.changes[key]["after"]
         assert before != after
         assert not isinstance(before, dict)
-    json.dumps(origin.changes)  # it becomes a row of metrics.jsonl
-    assert origin.place.samples == 20
+    json.dumps(point.changes)  # it becomes a row of metrics.jsonl
+    assert point.progress.samples == 20
 
 
 @pytest.mark.parametrize(
@@ -91,10 +92,10 @@ def test_learning_rates_before_and_after_a_resume(
     """Those of the next step: a longer cosine jumps as much as another peak does."""
     publish(root, 5, run_config())
     config = changed(**sections)
-    origin = find(grid, root, config)
-    assert origin is not None
-    assert origin.rates == (learning_rate(run_config(), 6), learning_rate(config, 6))
-    assert (origin.rates[0] != origin.rates[1]) == moves
+    point = find(grid, root, config)
+    assert point is not None
+    assert point.rates == (learning_rate(run_config(), 6), learning_rate(config, 6))
+    assert (point.rates[0] != point.rates[1]) == moves
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -133,26 +134,26 @@ def test_a_model_of_other_shapes_cannot_be_allowed(grid: Grid, root: Path) -> No
 def test_allowed_changes_are_recorded(grid: Grid, root: Path, name: str) -> None:
     publish(root, 5, run_config())
     key, sections = REFUSED[name]
-    origin = find(grid, root, changed(**sections), allow=(key,))
-    assert origin is not None
-    assert list(origin.changes) == [key]
-    json.dumps(origin.changes)
-    assert (origin.place.step, origin.place.tokens) == (5, 160)
-    assert origin.place.samples == (0 if name in NEW_ORDER else 20)
+    point = find(grid, root, changed(**sections), allow=(key,))
+    assert point is not None
+    assert list(point.changes) == [key]
+    json.dumps(point.changes)
+    assert (point.progress.step, point.progress.tokens) == (5, 160)
+    assert point.progress.samples == (0 if name in NEW_ORDER else 20)
 
 
 def test_other_shards_and_another_tokenizer(grid: Grid, root: Path) -> None:
     publish(root, 5, run_config())
     with pytest.raises(CommandError, match=r"^data differs"):
         find(grid, root, run_config(), shards="code")
-    origin = find(grid, root, run_config(), shards="code", allow=("data",))
-    assert origin is not None
-    assert (origin.place.step, origin.place.samples) == (5, 0)
+    point = find(grid, root, run_config(), shards="code", allow=("data",))
+    assert point is not None
+    assert (point.progress.step, point.progress.samples) == (5, 0)
     with pytest.raises(CommandError, match=r"^tokenizer differs"):
         find(grid, root, run_config(), tokenizer="cd" * 32)
-    origin = find(grid, root, run_config(), tokenizer="cd" * 32, allow=("tokenizer",))
-    assert origin is not None
-    assert list(origin.changes) == ["tokenizer"]
+    point = find(grid, root, run_config(), tokenizer="cd" * 32, allow=("tokenizer",))
+    assert point is not None
+    assert list(point.changes) == ["tokenizer"]
 
 
 def test_all_refusals_at_once(grid: Grid, root: Path) -> None:
@@ -175,10 +176,10 @@ def test_all_refusals_at_once(grid: Grid, root: Path) -> None:
 
 def test_both_seeds_are_named(grid: Grid, root: Path) -> None:
     publish(root, 5, run_config())
-    origin = find(grid, root, changed(data={"seed": 8}, training={"seed": 9}), allow=("seed",))
-    assert origin is not None
-    assert "training.seed" in str(origin.changes["seed"])
-    assert "data.seed" in str(origin.changes["seed"])
+    point = find(grid, root, changed(data={"seed": 8}, training={"seed": 9}), allow=("seed",))
+    assert point is not None
+    assert "training.seed" in str(point.changes["seed"])
+    assert "data.seed" in str(point.changes["seed"])
 
 
 @pytest.mark.parametrize(
@@ -197,9 +198,9 @@ def test_a_field_younger_than_the_checkpoint_has_its_default(
     grid: Grid, root: Path, field: str
 ) -> None:
     publish(root, 5, run_config(), without=field)
-    origin = find(grid, root, run_config())
-    assert origin is not None
-    assert origin.changes == {}
+    point = find(grid, root, run_config())
+    assert point is not None
+    assert point.changes == {}
 
 
 def test_defaults_that_deepspeed_moved_are_said(
@@ -209,9 +210,9 @@ def test_defaults_that_deepspeed_moved_are_said(
     publish(root, 5, run_config(), deepspeed=before)
     now = {"bf16.check_grad_overflow": True, "steps_per_print": 10, "new_key": 1}
     with caplog.at_level("WARNING", logger="megalite"):
-        origin = find(grid, root, run_config(), deepspeed=now)
-    assert origin is not None
+        point = find(grid, root, run_config(), deepspeed=now)
+    assert point is not None
     changed_key = "deepspeed.bf16.check_grad_overflow"
-    assert origin.changes == {changed_key: {"before": False, "after": True}}
+    assert point.changes == {changed_key: {"before": False, "after": True}}
     [told] = [record.getMessage() for record in caplog.records]
     assert told.startswith(f"{changed_key} is left to DeepSpeed, whose default was False in 0.19.2")

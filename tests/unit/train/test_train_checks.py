@@ -1,3 +1,4 @@
+# covers: megalite/train/checks.py
 """What a machine cannot do is said before anything is allocated."""
 
 from __future__ import annotations

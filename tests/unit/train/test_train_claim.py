@@ -1,3 +1,4 @@
+# covers: megalite/train/claim.py
 """A start that is refused after it took the run folder says so in the folder."""
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from megalite.errors import MegaLiteError, UserError
 from megalite.parallel import Grid
 from megalite.train import claim as claims
 from megalite.train.claim import claim
-from megalite.train.request import Request, Settings
+from megalite.train.options import RunOptions, Settings
 from tests.helpers.checkpoints import TOKENIZER, fingerprint, publish
 from tests.helpers.models import run_config
 
@@ -33,19 +34,19 @@ def test_a_refusal_after_the_claim_is_a_failure(
 ) -> None:
     """The start before this one publishes a last checkpoint, which is past training.steps."""
     config = run_config(logging={"directory": str(tmp_path)}, training={"steps": 7})
-    request = Request(config)
-    publish(request.root, 5, config)
+    options = RunOptions(config)
+    publish(options.root, 5, config)
     take_over = claims.take_over
 
     def take_over_late(folder: Path, grid: Grid) -> Lease | None:
-        publish(request.root, 10, config)
+        publish(options.root, 10, config)
         return take_over(folder, grid)
 
     monkeypatch.setattr(claims, "take_over", take_over_late)
     data: Any = _Data(fingerprint(config))
     with pytest.raises(MegaLiteError, match="already past it") as caught:
-        claim(request, grid, data, Settings({}, {}))
+        claim(options, grid, data, Settings({}, {}))
     assert not isinstance(caught.value, UserError)
-    status = json.loads((request.folder / "status.json").read_text())
+    status = json.loads((options.folder / "status.json").read_text())
     assert status["state"] == "failed"
     assert "already past it" in status["reason"]

@@ -1,3 +1,4 @@
+# covers: megalite/train/outcome.py
 """The reason that status.json gives for the end of a start."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/train/resume.py megalite/train/restore.py
 """Which checkpoint a start goes on from."""
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from megalite.checkpoint import set_aside_damaged
 from megalite.errors import CheckpointError, CommandError
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
-from megalite.train.resume import check_request, find_origin, samples_at
+from megalite.train.restore import samples_at
+from megalite.train.resume import check_resume, find_resume_point
 from tests.helpers.checkpoints import TOKENIZER, find, fingerprint, publish, reseal, spoil
 from tests.helpers.models import run_config
 
@@ -26,7 +28,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_a_fresh_start(grid: Grid, root: Path) -> None:
     for resume in ("auto", "never"):
-        check_request(root, resume)
+        check_resume(root, resume)
         assert find(grid, root, run_config(), resume=resume) is None
     root.mkdir(parents=True)
     (root / ".staging_00000005").mkdir()
@@ -37,27 +39,27 @@ def test_auto_takes_the_newest_whole_one(grid: Grid, root: Path) -> None:
     for step in (5, 15, 10):
         publish(root, step, run_config())
     spoil(root / "step_00000015")
-    origin = find(grid, root, run_config())
-    assert origin is not None
-    assert origin.folder == root / "step_00000010"
-    assert (origin.place.step, origin.place.samples, origin.place.tokens) == (10, 40, 320)
-    assert origin.changes == {}
-    assert origin.damaged == (root / "step_00000015",)  # in place: the start may yet be refused
-    assert origin.damaged[0].is_dir()
+    point = find(grid, root, run_config())
+    assert point is not None
+    assert point.folder == root / "step_00000010"
+    assert (point.progress.step, point.progress.samples, point.progress.tokens) == (10, 40, 320)
+    assert point.changes == {}
+    assert point.damaged == (root / "step_00000015",)  # in place: the start may yet be refused
+    assert point.damaged[0].is_dir()
 
 
 def test_never_refuses_where_checkpoints_are(root: Path) -> None:
     publish(root, 5, run_config())
     with pytest.raises(CommandError, match=r"--resume never, but .* holds step_00000005") as caught:
-        check_request(root, "never")
+        check_resume(root, "never")
     assert caught.value.exit_code == 2
-    check_request(root, "auto")
+    check_resume(root, "auto")
 
 
 def test_a_path_that_is_not_there(root: Path, tmp_path: Path) -> None:
     for path in (str(tmp_path / "nowhere"), ""):
         with pytest.raises(CommandError, match=rf"--resume '{path}': no such folder"):
-            check_request(root, path)
+            check_resume(root, path)
 
 
 def test_a_path_without_a_checkpoint(grid: Grid, root: Path, tmp_path: Path) -> None:
@@ -81,18 +83,18 @@ def test_only_damaged_ones_and_another_to_go_on_from(
     """What the error advises must work."""
     spoil(publish(root, 5, run_config()))
     other = publish(tmp_path / "other", 3, run_config())
-    origin = find(grid, root, run_config(), resume=str(other))
-    assert origin is not None
-    assert origin.folder == other
+    point = find(grid, root, run_config(), resume=str(other))
+    assert point is not None
+    assert point.folder == other
 
 
 def test_a_name_that_is_taken_by_an_older_bad_one(grid: Grid, root: Path) -> None:
     publish(root, 5, run_config())
     for _ in range(3):
         spoil(publish(root, 10, run_config()))
-        origin = find(grid, root, run_config())
-        assert origin is not None
-        set_aside_damaged(origin.damaged, grid)
+        point = find(grid, root, run_config())
+        assert point is not None
+        set_aside_damaged(point.damaged, grid)
     bad = sorted(path.name for path in root.glob("bad_*"))
     assert bad == ["bad_00000010", "bad_00000010.1", "bad_00000010.2"]
 
@@ -103,9 +105,9 @@ def test_a_path_of_another_run(grid: Grid, root: Path, tmp_path: Path, kind: str
     publish(other / "checkpoints", 3, run_config(name="other"))
     newest = publish(other / "checkpoints", 7, run_config(name="other"))
     path = {"step": newest, "run": other, "checkpoints": newest.parent}[kind]
-    origin = find(grid, root, run_config(name="mine"), resume=str(path))
-    assert origin is not None
-    assert (origin.folder, origin.place.samples, origin.changes) == (newest, 28, {})
+    point = find(grid, root, run_config(name="mine"), resume=str(path))
+    assert point is not None
+    assert (point.folder, point.progress.samples, point.changes) == (newest, 28, {})
 
 
 def test_a_path_to_a_damaged_one_is_refused_and_left(
@@ -126,26 +128,26 @@ def test_the_path_of_this_run_is_auto(grid: Grid, root: Path, kind: str) -> None
     publish(root, 5, run_config())
     spoil(publish(root, 10, run_config()))
     path = root if kind == "checkpoints" else root.parent
-    origin = find(grid, root, run_config(), resume=str(path))
-    assert origin is not None
-    assert origin.folder.name == "step_00000005"
+    point = find(grid, root, run_config(), resume=str(path))
+    assert point is not None
+    assert point.folder.name == "step_00000005"
 
 
 def test_going_back_within_the_run(grid: Grid, root: Path) -> None:
     for step in (5, 10):
         publish(root, step, run_config())
-    origin = find(grid, root, run_config(), resume=str(root / "step_00000005"))
-    assert origin is not None
-    assert origin.folder.name == "step_00000005"
+    point = find(grid, root, run_config(), resume=str(root / "step_00000005"))
+    assert point is not None
+    assert point.folder.name == "step_00000005"
 
 
 def test_the_same_command_goes_on_from_what_it_made(grid: Grid, root: Path, tmp_path: Path) -> None:
     """A requeued job repeats `--resume OTHER`; its own checkpoints are further along."""
     other = publish(tmp_path / "other", 3, run_config())
     publish(root, 8, run_config())
-    origin = find(grid, root, run_config(), resume=str(other))
-    assert origin is not None
-    assert origin.folder == root / "step_00000008"
+    point = find(grid, root, run_config(), resume=str(other))
+    assert point is not None
+    assert point.folder == root / "step_00000008"
 
 
 def test_a_requeued_job_goes_back_once(
@@ -166,9 +168,9 @@ def test_a_requeued_job_goes_back_once(
     ):
         monkeypatch.setenv("SLURM_JOB_ID", job)
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-        origin = find(grid, root, run_config(), resume=str(path))
-        assert origin is not None
-        assert (job, restarts, origin.folder.name) == (job, restarts, expected)
+        point = find(grid, root, run_config(), resume=str(path))
+        assert point is not None
+        assert (job, restarts, point.folder.name) == (job, restarts, expected)
 
 
 def test_a_folder_renamed_by_hand_is_not_what_its_name_says(
@@ -178,18 +180,18 @@ def test_a_folder_renamed_by_hand_is_not_what_its_name_says(
     publish(root, 10, run_config()).rename(root / "step_00000020")
     with pytest.raises(CommandError, match=r"step_00000020 holds step 10: .*step_00000010"):
         find(grid, tmp_path / "mine", run_config(), resume=str(root / "step_00000020"))
-    origin = find(grid, root, run_config())
-    assert origin is not None
-    assert origin.folder.name == "step_00000005"
-    assert origin.damaged == (root / "step_00000020",)
+    point = find(grid, root, run_config())
+    assert point is not None
+    assert point.folder.name == "step_00000005"
+    assert point.damaged == (root / "step_00000020",)
 
 
 def test_a_plain_file_is_no_checkpoint(grid: Grid, root: Path) -> None:
     publish(root, 5, run_config())
     (root / "step_00000010").write_text("notes")
-    origin = find(grid, root, run_config())
-    assert origin is not None
-    assert origin.folder.name == "step_00000005"
+    point = find(grid, root, run_config())
+    assert point is not None
+    assert point.folder.name == "step_00000005"
     assert (root / "step_00000010").read_text() == "notes"
 
 
@@ -204,7 +206,7 @@ def test_an_origin_that_is_passed_over_is_said(
     publish(root, 5, run_config())
     other = publish(tmp_path / "other", 3, run_config())
     with caplog.at_level("WARNING", logger="megalite"):
-        origin = find_origin(
+        point = find_resume_point(
             run_config(),
             grid=grid,
             root=root,
@@ -214,8 +216,8 @@ def test_an_origin_that_is_passed_over_is_said(
             data_fingerprint=fingerprint(run_config()),
             tokenizer_sha256=TOKENIZER,
         )
-    assert origin is not None
-    assert origin.folder.name == "step_00000005"
+    assert point is not None
+    assert point.folder.name == "step_00000005"
     assert "step_00000005" in caplog.text
     assert f"--{option.replace('_', '-')}" in caplog.text
 
@@ -248,11 +250,11 @@ def test_a_rollback_behind_the_start_reads_all_that_came_after(grid: Grid, root:
     for step in (5, 10):
         publish(root, step, run_config())
     earlier, later = root / "step_00000005", root / "step_00000010"
-    origin = find(grid, root, run_config())
-    assert origin is not None
+    point = find(grid, root, run_config())
+    assert point is not None
     manifest = disk.read_manifest(earlier)
-    assert samples_at(origin, earlier, manifest, run_config()) == 20
-    assert samples_at(origin, later, disk.read_manifest(later), run_config()) == 40
+    assert samples_at(point, earlier, manifest, run_config()) == 20
+    assert samples_at(point, later, disk.read_manifest(later), run_config()) == 40
     assert samples_at(None, earlier, manifest, run_config()) == 20
 
 
@@ -261,7 +263,7 @@ def test_a_rollback_into_another_data_order_begins_where_the_start_did(
 ) -> None:
     for step in (5, 10):
         publish(root, step, run_config())
-    origin = find(grid, root, run_config(), shards="others", allow=("data",))
-    assert origin is not None
+    point = find(grid, root, run_config(), shards="others", allow=("data",))
+    assert point is not None
     earlier = root / "step_00000005"
-    assert samples_at(origin, earlier, disk.read_manifest(earlier), run_config()) == 0
+    assert samples_at(point, earlier, disk.read_manifest(earlier), run_config()) == 0

@@ -1,7 +1,8 @@
-"""Compare the predicted memory and time of a run with the measured ones; print and keep both."""
+"""Forecast of a run's memory and time, compared with measurements at its end."""
 
 from __future__ import annotations
 
+import socket
 import statistics
 from contextlib import suppress
 from pathlib import Path
@@ -20,32 +21,39 @@ from megalite.plan.calibrate import RECORD
 from megalite.plan.devices import Device, by_driver_name, guess_cpu
 from megalite.plan.forecast import forecast
 from megalite.plan.seconds import Layout
+from megalite.train.hooks.hook import Hook
 
 _WARM_UP = 2  # rows that compile, allocate and read for the first time
 
 
-class Foresight:
-    """Forecast of a run before its engine is built, compared with measurements at its end.
+class ForecastCheck(Hook):
+    """Forecast made before the engine is built, compared with measurements at the run's end.
 
-    On a CPU memory is what the process has beyond what it had before the engine; times there are
-    guesses until `launcher/plan.py --calibrate` knows the machine.
+    Made by all ranks: they gather the names of their hosts.
+
+    On a CPU memory is counted from what the process had before the engine was built. Times there
+    are guesses until `launcher/plan.py --calibrate` has measured the host.
 
     Args:
-        longest: tokens of the longest training sample, where examples may be shorter than allowed.
+        recorder: writer of the run's records; its rank 0 reports.
+        longest: tokens of the longest training sample, if examples may be shorter than allowed.
     """
 
     def __init__(
         self,
         config: RunConfig,
+        *,
         plan: Plan,
         grid: Grid,
-        host: str,
-        hosts: list[str],
+        recorder: Recorder,
         longest: int | None = None,
     ) -> None:
         config = _as_run(config, plan, longest)
-        self._predicted: dict[str, Any] | None = None
+        host = socket.gethostname()
+        hosts = grid.all_gather_objects(host)
         self._grid = grid
+        self._recorder = recorder
+        self._predicted: dict[str, Any] | None = None
         self._baseline = 0 if grid.device.type == "cuda" else peak_memory_bytes(grid.device)
         device = _device(grid)
         if device is None:
@@ -61,14 +69,15 @@ class Foresight:
                 "baseline_bytes": self._baseline,
             }
             self._predicted = {
-                # a GPU's allocator tells what tensors took, a CPU's process has the margin too
+                # a GPU's allocator reports what tensors took; a CPU's process has the margin, too
                 "memory_bytes": found.plan.memory_bytes["total"]
                 + (found.margin if grid.device.type == "cpu" else 0),
                 "step_seconds": found.seconds.total,
             }
 
-    def conclude(self, recorder: Recorder) -> None:
-        """Of a run's end, on rank 0: print both, and keep them in plan.json."""
+    def close(self) -> None:
+        """Log prediction and measurement, and write both to plan.json; on rank 0."""
+        recorder = self._recorder
         if recorder.rank != 0 or self._predicted is None:
             return
         own = peak_memory_bytes(self._grid.device)  # the last evaluation and save included
@@ -76,15 +85,14 @@ class Foresight:
         if measured is None:
             return
         predicted = self._predicted
-        gigabytes = [told["memory_bytes"] / 2**30 for told in (predicted, measured)]
-        seconds = [told["step_seconds"] for told in (predicted, measured)]
         logger.info(
             "memory of a rank: %.2f GiB predicted, %.2f measured; a step: %.3g s predicted%s, "
             "%.3g measured",
-            *gigabytes,
-            seconds[0],
+            predicted["memory_bytes"] / 2**30,
+            measured["memory_bytes"] / 2**30,
+            predicted["step_seconds"],
             " (a guess for a CPU)" if self._record["device"] == "cpu" else "",
-            seconds[1],
+            measured["step_seconds"],
         )
         record = self._record | {"predicted": predicted, "measured": measured}
         with suppress(OSError):
@@ -94,8 +102,8 @@ class Foresight:
 def _device(grid: Grid) -> Device | None:
     if grid.device.type != "cuda":
         return guess_cpu(bf16_units() is not None)
-    told = torch.cuda.get_device_properties(grid.device)
-    return by_driver_name(told.name, told.total_memory)
+    properties = torch.cuda.get_device_properties(grid.device)
+    return by_driver_name(properties.name, properties.total_memory)
 
 
 def _as_run(config: RunConfig, plan: Plan, longest: int | None) -> RunConfig:
@@ -110,10 +118,11 @@ def _as_run(config: RunConfig, plan: Plan, longest: int | None) -> RunConfig:
 
 
 def _measured(folder: Path, attempt: int, baseline: int, own: int) -> dict[str, Any] | None:
-    """Return the median step and the most memory of a start's rows; None if they are too few.
+    """Return median step time and peak memory of a start's rows; None if there are too few rows.
 
     Args:
-        own: the most memory that this rank has had by now, in bytes.
+        baseline: memory that does not count, in bytes.
+        own: peak memory of this rank until now, in bytes.
     """
     try:
         rows = files.read_rows(folder / "metrics.jsonl")

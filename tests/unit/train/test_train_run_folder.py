@@ -1,3 +1,4 @@
+# covers: megalite/train/run_folder.py
 """A run folder that rank 0 cannot prepare ends the start on every rank."""
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import pytest
 
 from megalite.errors import DataError, MegaLiteError, UserError
 from megalite.parallel import Grid
-from megalite.train import folder as run_folder
-from megalite.train.folder import opened, take_over
+from megalite.train import run_folder
+from megalite.train.run_folder import open_run_folder, take_over
 from tests.helpers.models import run_config
 
 
@@ -35,7 +36,15 @@ def test_any_fault_of_rank_0_is_one_of_all_ranks(
     lease, data = take_over(folder, grid), _Data()
     with (
         pytest.raises(MegaLiteError, match=f"cannot be prepared: .*{error}") as caught,
-        opened(folder, run_config(), grid, {}, data, None, lease),  # type: ignore[arg-type]
+        open_run_folder(
+            folder,
+            config=run_config(),
+            grid=grid,
+            settings={},
+            train=data,
+            resume_point=None,
+            lease=lease,
+        ),
     ):
         pass
     assert not isinstance(caught.value, UserError)

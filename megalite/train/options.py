@@ -1,4 +1,4 @@
-"""What a launcher asks for, and everything that can be known of it without the other ranks."""
+"""Options of a run, and every check of them that needs no other rank."""
 
 from __future__ import annotations
 
@@ -21,21 +21,26 @@ from megalite.plan import Plan, deepspeed_dict, make_plan
 from megalite.train.changes import ALLOWABLE, flat
 from megalite.train.checks import hardware_faults
 from megalite.train.loop import Inspect
-from megalite.train.resume import check_request
+from megalite.train.resume import check_resume
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a launcher was asked for.
+class RunOptions:
+    """Options of a run, as a launcher passes them.
 
-    resume: "auto", "never", or a step or run folder. init_from: a checkpoint whose weights a fresh
-    run starts from; init_name: its name as the user gave it. engine: "reference" is the plain
-    oracle, one rank in fp32. inspect: looks at each step's gradients before they are used. prepare:
-    makes the examples of fine-tuning, in the folder that it returns; examples: that folder, once it
-    is known. ask: makes a user's turn of a prompt that conversations are sampled with.
-    precision_reason: why the run trains in its precision, once the ranks have agreed on "auto".
-    total_samples: samples to train on in all, if the epochs of fine-tuning decide it; None leaves
-    the length to training.steps.
+    Attributes:
+        resume: "auto", "never", or a step or run folder.
+        init_from: checkpoint whose weights a fresh run starts from.
+        init_name: name of that checkpoint as the user gave it.
+        allow_change: keys that may differ from the checkpoint's.
+        engine: "reference" is the plain oracle, one rank in fp32.
+        inspect: called with each step's gradients before they are used.
+        prepare: makes the examples of fine-tuning and returns their folder.
+        examples: that folder, once it exists.
+        ask: turns a prompt into a user's turn, for samples of conversations.
+        precision_reason: why the run trains in its precision, once "auto" is resolved.
+        total_samples: samples to train on in all, if the epochs of fine-tuning decide it. None
+            leaves the length to training.steps.
     """
 
     config: RunConfig
@@ -53,48 +58,60 @@ class Request:
 
     @property
     def folder(self) -> Path:
+        """The run folder."""
         return Path(self.config.logging.directory) / self.config.name
 
     @property
     def named_precision(self) -> str:
         """The precision with its reason, for people."""
-        precision, reason = self.config.training.precision, self.precision_reason
+        precision = self.config.training.precision
+        reason = self.precision_reason
         return f"{precision} ({reason})" if reason else precision
 
     @property
     def root(self) -> Path:
+        """The folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
 
-def check_command(request: Request) -> None:
-    """Refuse arguments that name nothing."""
-    unknown = [key for key in request.allow_change if key not in ALLOWABLE]
+def check_command(options: RunOptions) -> None:
+    """Raise CommandError for arguments that name nothing."""
+    unknown = [key for key in options.allow_change if key not in ALLOWABLE]
     if unknown:
         raise CommandError(
             f"--allow-change {unknown[0]}: give one of {', '.join(ALLOWABLE)}; everything else may "
             "change without it"
         )
-    check_request(request.root, request.resume)
-    if request.resume != "never" and disk.published(request.root):
-        return  # of no use any more
-    if (source := request.init_from) is not None and not (source and Path(source).is_dir()):
+    check_resume(options.root, options.resume)
+    if options.resume != "never" and disk.published(options.root):
+        return  # the run goes on from its own checkpoint
+    source = options.init_from
+    if source is not None and not (source and Path(source).is_dir()):
         raise CommandError(f"--init-from {source!r}: no such folder")
 
 
-def check(request: Request, launch: Launch) -> tuple[Plan, Samples, Dataset | None, Prompts | None]:
-    """Everything that can be known without the other ranks; all faults at once."""
-    check_command(request)
-    config = request.config
-    plan = plan_of(request, launch)
+def check(
+    options: RunOptions, launch: Launch
+) -> tuple[Plan, Samples, Dataset | None, Prompts | None]:
+    """Check everything that needs no other rank.
+
+    Returns:
+        plan, training data, held-out shards, and prompts of samples.
+    Raises:
+        UserError: all faults at once.
+    """
+    check_command(options)
+    config = options.config
+    plan = plan_of(options, launch)
     faults = hardware_faults(config, plan, launch, device_kind())
     train: Samples
     valid: Dataset | None
     try:
-        if request.examples is not None:
-            train, valid = _open_examples(config, request.examples), None
+        if options.examples is not None:
+            train, valid = _open_examples(config, options.examples), None
         else:
             train, valid = open_shards(config)
-        prompts = _prompts(request, train)
+        prompts = _prompts(options, train)
     except UserError as error:
         raise type(error)("\n".join([*faults, str(error)])) from None
     if faults:
@@ -102,29 +119,29 @@ def check(request: Request, launch: Launch) -> tuple[Plan, Samples, Dataset | No
     return plan, train, valid, prompts
 
 
-def plan_of(request: Request, launch: Launch) -> Plan:
-    """The plan of a request on the ranks that were started.
+def plan_of(options: RunOptions, launch: Launch) -> Plan:
+    """Return the plan of a run on the ranks that were started.
 
     Raises:
         ConfigError: as `make_plan`.
     """
-    return make_plan(request.config, world_size=launch.world_size, device=device_kind())
+    return make_plan(options.config, world_size=launch.world_size, device=device_kind())
 
 
 def device_kind() -> Literal["cpu", "cuda"]:
-    """What the ranks of this machine compute on."""
+    """Return the kind of device that the ranks of this host compute on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _prompts(request: Request, train: Samples) -> Prompts | None:
-    return open_prompts(request.config, train.tokenizer_folder, request.ask)
+def _prompts(options: RunOptions, train: Samples) -> Prompts | None:
+    return open_prompts(options.config, train.tokenizer_folder, options.ask)
 
 
 def open_shards(config: RunConfig) -> tuple[Dataset, Dataset | None]:
-    """What a run file of pretraining trains on, and is validated on.
+    """Return the training data and held-out shards of a pretraining run file.
 
     Raises:
-        DataError: everything that is wrong with it.
+        DataError: all faults of the data.
     """
     train, valid = open_data(config.data, vocab_size=config.model.vocab_size)
     for dataset in filter(None, (train, valid)):
@@ -150,22 +167,22 @@ def _open_examples(config: RunConfig, folder: Path) -> ExampleSet:
 
 @dataclass(frozen=True)
 class Settings:
-    """DeepSpeed's JSON for this run, and what the installed DeepSpeed assumes by itself."""
+    """DeepSpeed's configuration of this run, and the defaults of the installed version."""
 
     full: dict[str, Any]
     defaults: dict[str, Any]
 
     @property
     def left_to_it(self) -> dict[str, Any]:
-        """The defaults that hold in this run, by dotted key."""
+        """DeepSpeed's defaults that hold in this run, by dotted key."""
         ours = flat(self.full)
         return {key: value for key, value in flat(self.defaults).items() if ours.get(key) == value}
 
 
-def settings_of(request: Request, plan: Plan, grid: Grid) -> Settings:
-    if request.engine == "reference":
+def settings_of(options: RunOptions, plan: Plan, grid: Grid) -> Settings:
+    if options.engine == "reference":
         return Settings({}, {})
     from megalite.engine.deepspeed import settings as deepspeed_settings  # imports DeepSpeed
 
-    full = deepspeed_settings.fill_defaults(deepspeed_dict(request.config, plan), grid)
+    full = deepspeed_settings.fill_defaults(deepspeed_dict(options.config, plan), grid)
     return Settings(full, deepspeed_settings.defaults(grid))

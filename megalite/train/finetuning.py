@@ -1,4 +1,4 @@
-"""Fine-tuning in the training loop: epochs, what each is worth, and the best of them at the end."""
+"""Fine-tuning: the examples of a start, and the evaluation of its epochs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite import arch, checkpoint, files
-from megalite.checkpoint import Place
+from megalite.checkpoint import Progress
 from megalite.config import RunConfig, parse_config
 from megalite.data import ExampleSet
 from megalite.engine import Engine
@@ -22,34 +22,38 @@ from megalite.formats.examples import ExamplesManifest, read_manifest
 from megalite.log import finite, logger
 from megalite.observe import Recorder
 from megalite.parallel import Grid
-from megalite.train.ledger import Ledger
-from megalite.train.measure import Measured
-from megalite.train.request import Request
+from megalite.train.evaluator import Evaluation
+from megalite.train.interventions import InterventionLog
+from megalite.train.options import RunOptions
 
-_TOLD = ("loss", "perplexity", "accuracy", "precision", "recall", "f1")  # of what was trained on
-PREDICTIONS, EVALUATION = "predictions.jsonl", "evaluation.json"
+# measures that are recorded of the training split
+_OF_TRAINING = ("loss", "perplexity", "accuracy", "precision", "recall", "f1")
+PREDICTIONS = "predictions.jsonl"
+EVALUATION = "evaluation.json"
 
 
-def complete(request: Request, grid: Grid) -> Request:
-    """Have rank 0 make the examples where they are not yet, and fill in what they tell.
+def complete(options: RunOptions, grid: Grid) -> RunOptions:
+    """Return the options with the examples' folder, labels and length; a collective.
+
+    Rank 0 makes the examples if they do not exist yet.
 
     Raises:
-        UserError: on every rank, what is wrong with them or with what is asked of them.
+        UserError: on every rank, if the examples, or what the run file says of them, are wrong.
     """
-    assert request.prepare is not None
+    assert options.prepare is not None
     made: tuple[Path | None, UserError | None] = (None, None)
     if grid.rank == 0:
         try:
-            made = request.prepare(request.config), None
+            made = options.prepare(options.config), None
         except UserError as error:
             made = None, error
     folder, fault = grid.all_gather_objects(made)[0]
     if fault is not None:
         raise fault
     manifest = read_manifest(folder)
-    grows = request.init_from is not None
-    config, total = _filled(request.config, folder, manifest, grows=grows)
-    return replace(request, config=config, examples=folder, total_samples=total)
+    grows = options.init_from is not None
+    config, total = _filled(options.config, folder, manifest, grows=grows)
+    return replace(options, config=config, examples=folder, total_samples=total)
 
 
 def _filled(
@@ -62,7 +66,8 @@ def _filled(
     Args:
         grows: raise the vocabulary to the tokenizer's, as a model that exists already allows.
     """
-    tuning, labels = config.finetune, len(manifest.labels)
+    tuning = config.finetune
+    labels = len(manifest.labels)
     assert tuning is not None
     if config.model.num_labels not in (0, labels):
         raise ConfigError(
@@ -93,14 +98,14 @@ def _filled(
     total = None
     if config.training.steps == 0:
         total = tuning.epochs * ExampleSet(folder, manifest, "train", config).num_samples
-        # of a fresh run; a resumed one counts from the samples that it has trained on
+        # a fresh run's length; a resumed one counts from the samples that it was trained on
         raw["training"]["steps"] = math.ceil(total / config.training.global_batch_size)
     raw["checkpoint"]["keep_best"] = "valid" in manifest.splits or "test" in manifest.splits
     return parse_config(raw), total
 
 
 def _check_freeze(config: RunConfig) -> None:
-    """Raises ConfigError where a pattern freezes nothing, or nothing is left to learn."""
+    """Raise ConfigError if a pattern matches no parameter, or all parameters are frozen."""
     assert config.finetune is not None
     rows = arch.parameters(config.model)
     for pattern in config.finetune.freeze:
@@ -114,27 +119,31 @@ def _check_freeze(config: RunConfig) -> None:
 
 
 def open_examples(config: RunConfig, folder: Path) -> dict[str, ExampleSet]:
-    """The splits there are, each in its own order."""
+    """Return the splits that exist, by name, each in its own order."""
     manifest = read_manifest(folder)
     return {
         name: ExampleSet(folder, manifest, name, config, shuffle=False) for name in manifest.splits
     }
 
 
-@dataclass
-class Tuning:
-    """What an epoch is worth, kept in the ledger, so that a run that goes on knows of it.
+@dataclass(kw_only=True)
+class FinetuneEvaluator:
+    """Evaluator of fine-tuning: a task's measures after each epoch.
+
+    Scores are entries of the intervention log, so that a resumed run has them, too.
 
     Attributes:
-        sets: train, and valid and test where there are such splits.
-        root: the run's checkpoints.
+        sets: splits by name: train, and valid and test if they exist.
+        root: the run's `checkpoints` folder.
     """
+
+    evaluates_first = False
 
     config: RunConfig
     engine: Engine
     grid: Grid
     sets: Mapping[str, ExampleSet]
-    ledger: Ledger
+    interventions: InterventionLog
     recorder: Recorder
     root: Path
 
@@ -145,59 +154,60 @@ class Tuning:
         self.metric = self._section.metric or ("accuracy" if self._classifies else "loss")
         self._windows = self.sets["train"].num_samples
         self._held = next((name for name in ("valid", "test") if name in self.sets), None)
-        self._said = False
+        self._reported = False
         self._compare = classification.Comparison(self.sets, self.config.training.steps)
 
-    def due(self, before: Place, now: Place) -> bool:
-        """Return whether an epoch ends with the step between two places, or the run.
+    def is_due(self, before: Progress, now: Progress) -> bool:
+        """Return whether an epoch or the run ends with the step between `before` and `now`.
 
         Epochs are counted in samples: the batch size may change with a resume.
         """
         ended = now.samples // self._windows > before.samples // self._windows
         return ended or now.step == self.config.training.steps
 
-    def owed(self, now: Place) -> bool:
-        """Return whether the last whole epoch has not been measured yet."""
+    def is_owed(self, now: Progress) -> bool:
+        """Return whether the last whole epoch has not been evaluated yet."""
         end = now.samples // self._windows * self._windows
         if self._held is None or end == 0:
             return False
         return not any(end <= entry["samples"] <= now.samples for entry in self._measured(now.step))
 
-    def finished(self, step: int) -> bool:
-        """Whether the run has gone on for too many epochs without a better one."""
-        patience, scores = self._section.early_stopping, self._scores(step)
+    def is_finished(self, now: Progress) -> bool:
+        """Return whether `finetune.early_stopping` epochs have passed without a better one."""
+        patience = self._section.early_stopping
+        scores = self._scores(now.step)
         if patience is None or not scores:
             return False
         best = min(scores, key=lambda at: scores[at])
         if sum(at > best for at in scores) < patience:
             return False
-        if not self._said:
+        if not self._reported:
             logger.info("no better %s for %d epochs after step %d", self.metric, patience, best)
-        self._said = True
+        self._reported = True
         return True
 
-    def __call__(self, now: Place, stopping: Callable[[], bool]) -> Measured:
-        """Measure and record; a collective."""
+    def __call__(self, now: Progress, should_stop: Callable[[], bool]) -> Evaluation:
+        """Evaluate and record; a collective."""
         row: dict[str, Any] = {"step": now.step, "epoch": self._epoch(now.samples)}
         if self._section.eval_train:
-            found = self._measure("train", stopping)
+            found = self._measure("train", should_stop)
             if found is None:
-                return Measured(False)
-            row |= {f"train_{key}": found[key] for key in _TOLD if key in found}
+                return Evaluation(complete=False)
+            row |= {f"train_{key}": found[key] for key in _OF_TRAINING if key in found}
         if self._held is None:
             if self._section.eval_train:
                 self.recorder.valid(row)
-            return Measured(True)
-        found = self._measure(self._held, stopping, now.step)
+            return Evaluation(complete=True)
+        found = self._measure(self._held, should_stop, now.step)
         if found is None:
-            return Measured(False)
+            return Evaluation(complete=False)
         self.recorder.valid(row | {"split": self._held} | found)
         score = float(found[self.metric] * (1 if self.metric == "loss" else -1))
         if not math.isfinite(score):
-            return Measured(True)
+            return Evaluation(complete=True)
         entry = {"kind": "measured", "step": now.step, "samples": now.samples, "score": score}
-        self.ledger.add(entry)
-        return Measured(True, score)
+        self.interventions.add(entry)
+        return Evaluation(complete=True, score=score)
 
     def _epoch(self, samples: int) -> float:
         """Return the epochs trained on: a whole number at the step that ends one."""
@@ -205,14 +215,14 @@ class Tuning:
         ended = whole > 0 and rest < self.config.training.global_batch_size
         return whole if ended else round(samples / self._windows, 4)
 
-    def conclude(self, now: Place) -> None:
-        """Measure the test split once with the weights of the best checkpoint; a collective.
+    def conclude(self, now: Progress) -> None:
+        """Evaluate the test split once with the weights of the best checkpoint; a collective.
 
-        The choice is the one of `megalite.formats.checkpoint.best`, as everywhere.
+        `megalite.formats.checkpoint.best` chooses it, as in every other command.
         """
         if "test" not in self.sets:
             return
-        # rank 0's view, for all
+        # rank 0 looks for all ranks: their views of a network file system may differ
         name = self.grid.all_gather_objects(_name(disk.best(disk.published(self.root))))[0]
         if name is None:
             return
@@ -239,17 +249,22 @@ class Tuning:
         """Return the measurements until `step`; by default those of the present data order."""
         return [
             entry
-            for entry in self.ledger.entries
+            for entry in self.interventions.entries
             if entry["kind"] == "measured"
             and entry["step"] <= step
-            and (every_order or self.ledger.is_current(entry))
+            and (every_order or self.interventions.is_current(entry))
         ]
 
     def _measure(
-        self, split: str, stopping: Callable[[], bool], step: int | None = None
+        self, split: str, should_stop: Callable[[], bool], step: int | None = None
     ) -> dict[str, float] | None:
-        """Numbers of a split; of one that is held out the predictions are written, too."""
-        dataset, size = self.sets[split], self.config.training.micro_batch_size
+        """Return the measures of a split. None: the run was asked to stop meanwhile.
+
+        Args:
+            step: if given, the split is held out: its predictions are written, too.
+        """
+        dataset = self.sets[split]
+        size = self.config.training.micro_batch_size
         if not self._classifies:
             loss = mean_loss(
                 self.engine,
@@ -257,7 +272,7 @@ class Tuning:
                 grid=self.grid,
                 samples=dataset.num_samples,
                 micro_batch_size=size,
-                stopping=stopping,
+                stopping=should_stop,
             )
             return None if loss is None else {"loss": loss, "perplexity": perplexity(loss)}
         scores = classification.collect_scores(
@@ -265,7 +280,7 @@ class Tuning:
             dataset,
             self.grid,
             micro_batch_size=size,
-            stopping=stopping,
+            stopping=should_stop,
         )
         if scores is None:
             return None
@@ -275,8 +290,8 @@ class Tuning:
         if step is not None and self.grid.rank == 0:
             folder = self.recorder.folder
             with self.recorder.sparing():
-                told = finite({"step": step, "split": split, **whole})
-                files.write_json(folder / EVALUATION, told)
+                report = finite({"step": step, "split": split, **whole})
+                files.write_json(folder / EVALUATION, report)
                 classification.write_predictions(folder / PREDICTIONS, scores, dataset)
             self.recorder.picture("valid/confusion", classification.picture(whole, dataset), step)
         return {key: value for key, value in whole.items() if isinstance(value, float)}

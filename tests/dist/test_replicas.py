@@ -1,3 +1,4 @@
+# covers: megalite/train/hooks/replicas.py
 """Replicas that drift apart are found, and named with their ranks."""
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 
 from megalite.errors import EngineError
 from megalite.formats import checkpoint as disk
-from megalite.train.drift import _hash
+from megalite.train.hooks.replicas import _hash
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import rows, run_file, train, zero
 
@@ -62,7 +63,7 @@ def test_a_replica_that_drifts_stops_the_run(
         deepspeed=zero(stage),
         checkpoint={"every": 2},
     )
-    raw["training"] = raw["training"] | {"drift_every": 10}
+    raw["training"] = raw["training"] | {"replica_check_every": 10}
     errors = run_ranks(_drifting, ranks, raw, name, rank)
     assert len(set(errors)) == 1
     assert f"drifted apart by step 4:\n{name} {told}\n" in errors[0]
@@ -79,7 +80,11 @@ def test_sound_replicas_are_left_alone(
     shards: dict[str, str], tmp_path: Path, stage: int, parallel: dict[str, Any], precision: str
 ) -> None:
     raw = run_file(shards, tmp_path, parallel=parallel, deepspeed=zero(stage))
-    raw["training"] = raw["training"] | {"drift_every": 1, "precision": precision, "steps": 6}
+    raw["training"] = raw["training"] | {
+        "replica_check_every": 1,
+        "precision": precision,
+        "steps": 6,
+    }
     run_ranks(train, 2, raw)
     assert [row["step"] for row in rows(raw)] == [1, 2, 3, 4, 5, 6]
 

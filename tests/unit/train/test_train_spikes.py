@@ -1,4 +1,5 @@
-"""What counts as a jump of the loss."""
+# covers: megalite/train/spikes.py
+"""What counts as a spike of the loss."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ import pytest
 
 from megalite.config import load_config
 from megalite.parallel import Grid
-from megalite.train.judge import Judge
-from megalite.train.ledger import Ledger
+from megalite.train.interventions import InterventionLog
+from megalite.train.spikes import SpikeDetector
 
 SMOKE = Path(__file__).parents[3] / "configs" / "smoke.json"
 
@@ -30,10 +31,10 @@ SMOKE = Path(__file__).parents[3] / "configs" / "smoke.json"
         (2.5, 2.9, True),  # a language model: the floor is a share of the loss alone
     ],
 )
-def test_a_jump_of_the_loss(tmp_path: Path, usual: float, loss: float, jumps: bool) -> None:
+def test_spike_of_the_loss(tmp_path: Path, usual: float, loss: float, jumps: bool) -> None:
     nobody = cast("Grid", None)  # what is noted is told to no other rank
-    ledger = Ledger(tmp_path, nobody, window=64)
-    judge = Judge(load_config(SMOKE), ledger, scaled=False)
+    log = InterventionLog(tmp_path, nobody, window=64)
+    detector = SpikeDetector(load_config(SMOKE), log, scaled=False)
     for step in range(64):
-        assert judge(step, step, usual * (1 + 0.001 * (step % 3)), 1.0).action == "use"
-    assert judge(64, 64, loss, 1.0).action == ("note" if jumps else "use")
+        assert detector(step, step, usual * (1 + 0.001 * (step % 3)), 1.0).action == "use"
+    assert detector(64, 64, loss, 1.0).action == ("note" if jumps else "use")

@@ -20,19 +20,20 @@ from megalite.observe import Recorder, previous_attempts, restate
 from megalite.parallel import Grid
 from megalite.tokenizers.tokenizer import keep_ends, tokenizer_files
 from megalite.train.outcome import verdict
-from megalite.train.resume import Origin
+from megalite.train.resume import ResumePoint
 
 _TRIES = 3
 
 
 @contextmanager
-def opened(
+def open_run_folder(
     folder: Path,
+    *,
     config: RunConfig,
     grid: Grid,
     settings: Mapping[str, Any],
     train: Samples,
-    origin: Origin | None,
+    resume_point: ResumePoint | None,
     lease: Lease | None = None,
 ) -> Iterator[Recorder]:
     """Open the run folder on rank 0, and yield the writer of its records.
@@ -45,12 +46,20 @@ def opened(
         Superseded: on every rank, if a newer start owns it.
         MegaLiteError: on every rank, if rank 0 fails in another way; status.json says failed.
     """
-    checkpoint.set_aside_damaged(origin.damaged if origin else (), grid, lease)
-    handler, attempt = None, 0
+    checkpoint.set_aside_damaged(resume_point.damaged if resume_point else (), grid, lease)
+    handler = None
+    attempt = 0
     fault: MegaLiteError | None = None
     if grid.rank == 0:
         try:
-            attempt = _prepare(folder, config, settings, train, origin, lease)
+            attempt = _prepare(
+                folder,
+                config=config,
+                settings=settings,
+                train=train,
+                resume_point=resume_point,
+                lease=lease,
+            )
             handler = log.add_file(folder / "log.txt")
         except (OSError, shutil.Error) as error:
             fault = _refusal(folder, error, lease)
@@ -96,7 +105,8 @@ def take_over(folder: Path, grid: Grid) -> Lease | None:
             fault = _refusal(folder, error, lease)
         except Superseded as error:
             fault = error
-    if fault := grid.all_gather_objects(fault)[0]:
+    fault = grid.all_gather_objects(fault)[0]
+    if fault:
         raise fault
     return lease
 
@@ -143,7 +153,8 @@ def check_folders(folder: Path, train: Samples, grid: Grid) -> None:
     Raises:
         CommandError: on every rank, as rank 0 sees it.
     """
-    if fault := grid.all_gather_objects(_other_kinds(folder) or _links(train))[0]:
+    fault = grid.all_gather_objects(_other_kinds(folder) or _links(train))[0]
+    if fault:
         raise CommandError(fault)
 
 
@@ -165,7 +176,8 @@ def _other_kinds(folder: Path) -> str | None:
         if path.is_dir()
     ]
     for name in ("", "checkpoints", "tokenizer", "tensorboard", "profile"):
-        if (path := folder / name).exists() and not path.is_dir():
+        path = folder / name
+        if path.exists() and not path.is_dir():
             wrong.append(path)
     if not wrong:
         return None
@@ -175,25 +187,27 @@ def _other_kinds(folder: Path) -> str | None:
 
 def _prepare(
     folder: Path,
+    *,
     config: RunConfig,
     settings: Mapping[str, Any],
     train: Samples,
-    origin: Origin | None,
+    resume_point: ResumePoint | None,
     lease: Lease | None,
 ) -> int:
     """Write what a run folder contains from the start; return the number of this attempt."""
-    attempt, root = previous_attempts(folder), folder / "checkpoints"
+    attempt = previous_attempts(folder)
+    root = folder / "checkpoints"
     if lease is not None:
         lease.check()
     files.clear_partials(folder)
     files.write_json(folder / "config.json", config.model_dump(mode="json"))
     files.write_json(folder / "deepspeed.json", settings)
     _copy_tokenizer(train, folder / "tokenizer")
-    if origin is not None:
-        keep_ends(folder / "tokenizer", origin.folder)
+    if resume_point is not None:
+        keep_ends(folder / "tokenizer", resume_point.folder)
     left = []
-    if origin is not None and not origin.weights_only:
-        left = checkpoint.set_aside_later(root, origin.place.step, origin.folder)
+    if resume_point is not None and not resume_point.weights_only:
+        left = checkpoint.set_aside_later(root, resume_point.progress.step, resume_point.folder)
     if left:
         logger.info("going on from an earlier step; set aside: %s", ", ".join(left))
     return attempt

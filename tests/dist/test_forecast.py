@@ -1,3 +1,4 @@
+# covers: megalite/train/hooks/forecast.py
 """A run leaves what was predicted beside what was measured."""
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""A record of what was done about bad numbers, so that every later start does it again.
+"""Record of interventions against bad numbers, so that every later start repeats them.
 
-A run's updates depend on what was left out of them: an update, or the data around a jump of the
-loss. Each such intervention is a line of the run's `ledger.jsonl`, synced before it takes effect,
-and part of every later checkpoint (`ledger.json`); a start from an earlier one repeats it.
+A run's updates depend on what was left out: an update, or the data around a spike of the loss. Each
+such intervention is a line of the run's `interventions.jsonl`, synced before it takes effect, and
+part of every later checkpoint (`ledger.json`). A start from an earlier checkpoint repeats it. A run
+that has a `ledger.jsonl`, the earlier name, goes on in that file.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from megalite.errors import CheckpointError
 from megalite.log import logger
 from megalite.parallel import Grid
 
-_NAME = "ledger.jsonl"
+_NAME = "interventions.jsonl"
+_OLD_NAME = "ledger.jsonl"  # runs begun under this name go on in it
 IN_CHECKPOINT = "ledger.json"
-_PLACE = ("step", "samples")
+_POSITION = ("step", "samples")
 
 Entry = dict[str, Any]
 
 
 def order_id(fingerprint: str, data: DataConfig) -> str:
-    """Return a short name of a data order; places of one order mean nothing in another."""
+    """Return a short name of a data order. Positions in one order mean nothing in another."""
     content = json.dumps([fingerprint, data.sequence_length, data.seed])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -51,7 +53,7 @@ def _is_of(entry: Mapping[str, Any], order: str | None) -> bool:
 
 
 def read_notes(folder: Path) -> dict[str, Any]:
-    """Return the ledger that a checkpoint contains; a version without one wrote none.
+    """Return the interventions that a checkpoint contains; old versions wrote none.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -67,43 +69,49 @@ def read_notes(folder: Path) -> dict[str, Any]:
     return content
 
 
-class Ledger:
-    """The interventions of a run, identical on every rank, and the numbers they are judged by.
+class InterventionLog:
+    """Interventions of a run, identical on every rank, and the numbers that spikes are found by.
 
-    An entry has a `kind` ("skip" or "rollback"), `step` and `samples` (the place before that step),
-    a `reason`, and the `order` of the data that `samples` counts in; a rollback also the step gone
-    back `to` and the `gap`, [first, last) of that order, that is left out from then on.
+    An entry has a `kind` ("skip", "rollback" or "measured"), and `step` and `samples`, the position
+    before that step. `order` names the data order that `samples` counts in. A skip and a rollback
+    have a `reason`. A rollback also has the step it goes back `to` and the `gap`, [first, last) of
+    the data order, that is left out from then on.
 
     Attributes:
-        entries: in the order they were made.
-        recent: loss and gradient norm of the last steps that were taken.
+        entries: interventions, oldest first.
+        recent: loss and gradient norm of the last steps whose updates were used.
     """
 
     def __init__(self, folder: Path, grid: Grid, window: int) -> None:
-        self._path, self._grid = folder / _NAME, grid
+        self._path = _path_in(folder)
+        self._grid = grid
         self.entries: list[Entry] = []
         self._order: str | None = None
         self.recent: deque[tuple[float, float]] = deque(maxlen=window)
 
     def begin(
-        self, origin: Path | None, *, order: str | None = None, before: str | None = None
+        self, checkpoint: Path | None, *, order: str | None = None, before: str | None = None
     ) -> None:
-        """Take up the ledger of a checkpoint and what the run has added since; a collective.
+        """Continue from a checkpoint's entries and those added since; a collective.
 
         Args:
-            origin: the checkpoint to go on from; None begins a new ledger.
-            order: the data order of this start. Entries of another one leave nothing out of it.
-            before: the order the checkpoint was trained in, for entries that name none.
+            checkpoint: folder of the checkpoint to go on from. None begins without entries.
+            order: data order of this start. Entries of another order leave out no data.
+            before: data order of the checkpoint, for entries that name none.
+        Raises:
+            CheckpointError: on every rank, if the checkpoint's entries cannot be read.
         """
-        own, content, fault = list[Entry](), dict[str, Any](), None
+        own = list[Entry]()
+        content: dict[str, Any] = {}
+        fault = None
         if self._grid.rank == 0:
-            if origin is None:
+            if checkpoint is None:
                 self._write({"kind": "start"})
             else:
                 own = _read_lines(self._path)
                 try:
-                    content = read_notes(origin)
-                except CheckpointError as error:  # raised by all: none is left waiting
+                    content = read_notes(checkpoint)
+                except CheckpointError as error:  # raised on every rank, so that none waits
                     fault = str(error)
         own, content, fault = self._grid.all_gather_objects((own, content, fault))[0]
         if fault:
@@ -117,7 +125,7 @@ class Ledger:
         self.recent.extend((loss, norm) for loss, norm in content.get("recent", []))
 
     def add(self, entry: Entry) -> None:
-        """Make an entry, the same on every rank; rank 0 writes it."""
+        """Add an entry, identical on every rank; rank 0 writes it."""
         if self._order is not None:
             entry = entry | {"order": self._order}
         self.entries.append(entry)
@@ -125,24 +133,25 @@ class Ledger:
             self._write(entry)
 
     def content(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the JSON value that a checkpoint keeps."""
         return {"entries": list(self.entries), "recent": list(self.recent)}
 
     @property
     def gaps(self) -> tuple[tuple[int, int], ...]:
-        """The parts of the present data order that are left out, as `joined_gaps` gives them."""
+        """Parts of the present data order that are left out, as `joined_gaps` returns them."""
         return joined_gaps(self.entries, self._order)
 
     def is_current(self, entry: Entry) -> bool:
-        """Return whether an entry's places are of the present data order."""
+        """Return whether an entry's position is in the present data order."""
         return _is_of(entry, self._order)
 
     @property
     def rollbacks(self) -> int:
+        """Number of rollbacks so far."""
         return sum(entry["kind"] == "rollback" for entry in self.entries)
 
     def skipped(self, step: int, samples: int | None = None) -> Entry | None:
-        """Return the entry that left out the update of a step, at that place of the data order."""
+        """Return the entry that left out a step's update, at that position of the data order."""
         for entry in reversed(self.entries):
             same = entry["kind"] == "skip" and entry["step"] == step
             if same and samples in (None, entry["samples"]) and self.is_current(entry):
@@ -152,8 +161,14 @@ class Ledger:
     def _write(self, entry: Entry) -> None:
         try:
             files.append_line(self._path, json.dumps(entry).encode(), sync=True)
-        except OSError as error:  # it is still part of every later checkpoint
+        except OSError as error:  # the entry is still part of every later checkpoint
             logger.warning("%s cannot be written: %s; the run goes on", self._path, error)
+
+
+def _path_in(folder: Path) -> Path:
+    """Return the file of a run folder's interventions: the old one if the run has begun it."""
+    old = folder / _OLD_NAME
+    return old if old.is_file() else folder / _NAME
 
 
 def _read_lines(path: Path) -> list[Entry]:
@@ -163,7 +178,8 @@ def _read_lines(path: Path) -> list[Entry]:
     with suppress(OSError):
         for entry in files.each_row(path):
             if entry is not None and entry.get("kind") == "start":
-                entries, damaged = [], 0
+                entries = []
+                damaged = 0
             elif entry is not None and _is_sound(entry):
                 entries.append(entry)
             else:
@@ -174,10 +190,10 @@ def _read_lines(path: Path) -> list[Entry]:
 
 
 def _is_sound(entry: Any) -> bool:
-    """Return whether an entry has all that its kind is read for; any other one has no effect."""
+    """Return whether an entry has every key that its kind is read for. Others have no effect."""
     if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
         return False
-    needed = {"skip": _PLACE, "rollback": ("step", "to"), "measured": _PLACE}
+    needed = {"skip": _POSITION, "rollback": ("step", "to"), "measured": _POSITION}
     if not all(_is_count(entry.get(key)) for key in needed.get(entry["kind"], ())):
         return False
     if entry["kind"] == "measured":
@@ -193,8 +209,9 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_content(content: dict[str, Any]) -> None:
-    """Raise ValueError for what no checkpoint's ledger contains."""
-    entries, recent = content.get("entries", []), content.get("recent", [])
+    """Raise ValueError for content that no run writes into a checkpoint."""
+    entries = content.get("entries", [])
+    recent = content.get("recent", [])
     if not isinstance(entries, list) or not all(map(_is_sound, entries)):
         raise ValueError("its entries are not those of a run")
     for pair in recent if isinstance(recent, list) else [None]:

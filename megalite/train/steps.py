@@ -1,0 +1,165 @@
+"""Steps as the loop consumes them: batches, the loss's divisor, and whether to stop.
+
+Once a step the ranks reduce five numbers: targets and tokens of the global batch, the number of
+ranks that were asked to stop, checkpoints written, and whether a newer start owns the run folder.
+They travel in one small reduction over the CPU group. It starts a step ahead, so that no rank waits
+for it.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megalite.data import Loader, StepBatches
+from megalite.parallel import Grid
+
+# At Ctrl-C a terminal sends SIGINT to every rank, and torchrun sends SIGTERM right after it.
+DEBOUNCE_SECONDS = 5.0
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class ShutdownSignal:
+    """The first stop signal of this process; a later one ends the process at once.
+
+    Signals within `DEBOUNCE_SECONDS` of the first are the same request. As a context manager it
+    installs its handlers and restores the previous ones.
+
+    Attributes:
+        name: the signal's name. None: no signal has arrived.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._first = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> ShutdownSignal:
+        for number in _SIGNALS:
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.name is None:
+            self.name = signal.Signals(number).name
+            self._first = time.monotonic()
+        elif time.monotonic() - self._first > DEBOUNCE_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+
+class StopPoll:
+    """Whether any rank was asked to stop, as of one call ago.
+
+    Evaluations and samples ask it between two batches or tokens. Each call starts a reduction that
+    the next call reads, so that no rank waits.
+    """
+
+    def __init__(self, grid: Grid, shutdown: ShutdownSignal) -> None:
+        self._grid = grid
+        self._shutdown = shutdown
+        self._pending: tuple[torch.Tensor, Any] | None = None
+
+    def __call__(self) -> bool:
+        """Return the answer of one call ago; a collective. The first call returns false."""
+        before = self._pending
+        flag = torch.tensor([int(self._shutdown.name is not None)])
+        self._pending = flag, dist.all_reduce(flag, group=self._grid.cpu_group, async_op=True)
+        if before is None:
+            return False
+        before[1].wait()
+        return bool(before[0].item())
+
+    def close(self) -> None:
+        """Finish the reduction under way, which other ranks may be in, and forget its answer."""
+        if self._pending is not None:
+            self._pending[1].wait()
+        self._pending = None
+
+
+class StepInputs(NamedTuple):
+    """A rank's batches of one step, and the numbers that all ranks share.
+
+    Attributes:
+        batches: micro-batches of this rank.
+        targets: unmasked targets of the global batch: the divisor of its summed loss.
+        stop: if true, the run stops instead of training on this step.
+        written: checkpoints that each rank has written, summed over ranks, as of one step ago.
+        tokens: tokens of the global batch, without padding.
+        superseded: if true, a newer start owns the run folder.
+    """
+
+    batches: StepBatches
+    targets: int
+    stop: bool
+    written: int
+    tokens: int
+    superseded: bool = False
+
+
+class StepIterator:
+    """Iterator over the inputs of steps, one reduction ahead of the loop.
+
+    Args:
+        written: returns how many checkpoints this rank has written.
+        superseded: returns whether this rank has seen that a newer start owns the run folder.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        grid: Grid,
+        shutdown: ShutdownSignal,
+        *,
+        written: Callable[[], int],
+        superseded: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._loader = loader
+        self._grid = grid
+        self._shutdown = shutdown
+        self._written = written
+        self._superseded = superseded
+        self._ahead = self._start()
+
+    def next(self) -> StepInputs:
+        """Return the next step's inputs; a collective."""
+        batches, sums, work = self._ahead
+        self._ahead = self._start()
+        work.wait()
+        self._grid.count_once(sums[:2])
+        targets, tokens, stop, written, superseded = sums.tolist()
+        return StepInputs(
+            batches=batches,
+            targets=targets,
+            stop=stop > 0,
+            written=written,
+            tokens=tokens,
+            superseded=superseded > 0,
+        )
+
+    def close(self) -> None:
+        """Finish the reduction under way, which other ranks may be in, and stop reading ahead."""
+        self._ahead[2].wait()
+        self._loader.close()
+
+    def _start(self) -> tuple[StepBatches, torch.Tensor, Any]:
+        batches = next(self._loader)
+        stop = self._shutdown.name is not None
+        numbers = [batches.targets, batches.tokens, stop, self._written(), self._superseded()]
+        sums = torch.tensor([int(number) for number in numbers])
+        return batches, sums, dist.all_reduce(sums, group=self._grid.cpu_group, async_op=True)
