@@ -10,7 +10,8 @@ from megalite.errors import ConfigError
 from megalite.plan.devices import PRECISIONS, Kind
 from megalite.plan.flops import hardware_flops_per_token
 from megalite.plan.make import make_plan
-from megalite.plan.memory import host_bytes, process_bytes
+from megalite.plan.memory import host_bytes
+from megalite.plan.process import process_bytes
 from megalite.plan.seconds import Layout, Seconds, step_seconds
 from megalite.plan.sizes import Plan, labelled
 from megalite.plan.traffic import Collective, data_collectives, tensor_collectives

@@ -11,7 +11,7 @@ import pytest
 
 from megalite.config import parse_config
 from megalite.plan import labelled, make_plan
-from megalite.plan.memory import process_bytes
+from megalite.plan.process import process_bytes
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 ROWS = json.loads((BENCHMARKS / "results" / "plan_cpu.json").read_text())["rows"]
