@@ -63,7 +63,7 @@ class Foresight:
             self._predicted = {
                 # a GPU's allocator tells what tensors took, a CPU's process has the margin too
                 "memory_bytes": found.plan.memory_bytes["total"]
-                + (found.margin if grid.device.type == "cpu" else 0),
+                + (found.overhead if grid.device.type == "cpu" else 0),
                 "step_seconds": found.seconds.total,
             }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from megalite.config import RunConfig, parse_config
 from megalite.engine.base import freeze
 from megalite.model import build, initialize, make_objective
-from megalite.plan import labelled, make_plan
+from megalite.plan import make_plan, resolve_labels
 from megalite.plan.activations import activation_bytes
 
 T, B, VOCABULARY = 192, 3, 500
@@ -62,7 +62,7 @@ def run_of(kind: str, precision: str) -> RunConfig:
     else:
         raw["data"] = {"train": [{"path": "a"}], "sequence_length": T} | sections.get("data", {})
         raw["training"]["steps"] = 1
-    return labelled(parse_config(raw))
+    return resolve_labels(parse_config(raw))
 
 
 def batch_of(run: RunConfig) -> dict[str, Tensor]:
