@@ -40,6 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "t5": {**TWO, "position_embedding": "relative"},
     "transformer": {**TWO, "norm_position": "post", "hidden_dropout": 0.1},
     "dropout": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "windows": {"sliding_window": 8, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
 }
 
 

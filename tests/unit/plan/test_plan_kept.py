@@ -40,6 +40,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "decoder": {},
     "documents": {"data": {"mask_documents": True}},
     "window": {"model": {"sliding_window": 50}},
+    "some windows": {
+        "model": {"sliding_window": 50, "layer_types": ["sliding_attention", "full_attention"]}
+    },
     "packed": {"finetune": CHAT | {"data": CHAT["data"] | {"packing": True}}},
     "adapters": {"finetune": CHAT | {"adapter": {"rank": 4}}},
     "padded encoder": {"model": {"architecture": "encoder"}, "finetune": LABELS},
