@@ -96,7 +96,7 @@ class SelfAttention:
         """Return the bytes of T x T numbers: with a fused kernel, and without one.
 
         The fused kernel makes a mask of numbers from a bool mask, and keeps it. CUDA's fused
-        kernels that take a mask have no grouped heads, so `megalite.model.attend` repeats them.
+        kernels that take a mask have no grouped heads, so `megalite.model.attention` repeats them.
         """
         heads, pairs = model.num_attention_heads // load.tensor, load.tokens**2
         if scores_one_by_one(model, load):
@@ -187,7 +187,7 @@ def seen_pairs(
 def mask_count(load: Workload, window: int | None) -> int:
     """Return how many [T, T] masks the self-attention of a micro-batch has.
 
-    `megalite.model.attend` makes one of each sample for documents and padding, and a single one for
+    `megalite.model.attention` makes one of each sample for documents and padding, and a single one for
     a window alone.
     """
     if load.sample_masks:

@@ -21,6 +21,7 @@ from megalite.arch.table import CanonicalTensor, Init, ParameterSpec, Sees, Spli
 from megalite.config import (
     AdapterConfig,
     FinetuneConfig,
+    LayerType,
     ModelConfig,
     RunConfig,
     source_length,
@@ -103,7 +104,20 @@ def stacks(model: ModelConfig) -> dict[str, int]:
 
 def layer_windows(model: ModelConfig, layers: int) -> list[int | None]:
     """Return the tokens that each block of a stack looks back at; None means all."""
-    return [model.sliding_window] * layers
+    return [
+        model.sliding_window if kind == "sliding_attention" else None
+        for kind in layer_types(model, layers)
+    ]
+
+
+def layer_types(model: ModelConfig, layers: int) -> list[LayerType]:
+    """Return the kind of attention of each block of a stack.
+
+    A list that is shorter than the stack is repeated. Without a list all blocks are alike.
+    """
+    if model.layer_types:
+        return list(model.layer_types) * (layers // len(model.layer_types))
+    return ["sliding_attention" if model.sliding_window else "full_attention"] * layers
 
 
 def lengths(config: RunConfig) -> dict[str, int]:

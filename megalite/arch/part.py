@@ -164,6 +164,11 @@ class Grads:
     trained: frozenset[str]
     inputs: frozenset[str]
 
+    @property
+    def has_backward(self) -> bool:
+        """Return whether there is any gradient."""
+        return bool(self.trained or self.inputs)
+
     def products(self, weight: str) -> int:
         """Return how many products the backward makes for one of the forward."""
         return (weight in self.trained) + (weight in self.inputs)

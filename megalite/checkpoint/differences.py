@@ -19,6 +19,7 @@ _CHANGEABLE = (
     "rope_scaling",
     "norm_eps",
     "sliding_window",
+    "layer_types",
 )
 
 
@@ -27,7 +28,7 @@ def compare_models(
 ) -> dict[str, Any]:
     """Return what a run changes of the model it starts from, and log each change.
 
-    Context length, RoPE, the norms' epsilon and the sliding window may change, for no tensor
+    Context length, RoPE, the norms' epsilon and sliding windows may change, because no tensor
     depends on them; the vocabulary may grow.
 
     Args:

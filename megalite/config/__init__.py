@@ -18,7 +18,7 @@ from megalite.config.load import (
     stated_model,
 )
 from megalite.config.logging import LoggingConfig, SamplesConfig, WandbConfig
-from megalite.config.model import ModelConfig, RopeScalingConfig, example_model
+from megalite.config.model import LayerType, ModelConfig, RopeScalingConfig, example_model
 from megalite.config.objective import (
     source_length,
     spans,
@@ -51,6 +51,7 @@ __all__ = [
     "ExamplesConfig",
     "FinetuneConfig",
     "GuardsConfig",
+    "LayerType",
     "LoggingConfig",
     "ModelConfig",
     "ObjectiveConfig",

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -217,6 +218,8 @@ def _describe(item: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
         key, expected = key[:-1], f"a list of {loc[-1] + 1}"
     words = [str(word) for word in getattr(field.annotation, "__args__", ())]
     missing = None
+    if kind == "literal_error" and isinstance(loc[-1], int):  # an item of a list
+        words = re.findall(r"'([^']+)'", item["ctx"]["expected"])
     if kind == "unknown_name":
         words = item["ctx"]["names"].split(", ")
         missing = _missing_plugin(f"{item['ctx']['kind']}.{found}", raw)

@@ -17,6 +17,10 @@ def _head_dim(data: dict[str, int]) -> int:
     return max(1, data.get("hidden_size", 1) // data.get("num_attention_heads", 1))
 
 
+# Hugging Face's names of what the attention of a layer looks at.
+LayerType = Literal["full_attention", "sliding_attention"]
+
+
 class RopeScalingConfig(Section):
     """RoPE's wavelengths stretched for longer sequences, in Hugging Face's keys."""
 
@@ -121,7 +125,14 @@ class ModelConfig(Section):
         default=128, description="Distance, in tokens, from which all share the last bucket."
     )
     sliding_window: Count | None = Field(
-        default=None, description="Tokens a token looks back at, itself included (null: all)."
+        default=None,
+        description="Tokens a token looks back at, itself included, in sliding layers (null: all).",
+    )
+    layer_types: Annotated[tuple[LayerType, ...], Field(min_length=1, strict=False)] | None = Field(
+        default=None,
+        description="The attention of each layer, in Hugging Face's words: full_attention looks at "
+        "all tokens, sliding_attention at sliding_window of them. A shorter list that divides the "
+        "layers is repeated (null: sliding_window applies to every layer).",
     )
     type_vocab_size: Annotated[int, Field(ge=0, le=10**4)] = Field(
         default=0, description="Kinds of segments with an embedding, as in BERT (0: none)."

@@ -20,6 +20,7 @@ def rule_faults(config: RunConfig) -> Iterator[Fault]:
     yield from _heads(config)
     yield from _shares(config)
     yield from _families(config)
+    yield from _layer_types(config)
     yield from _finetune(config) if config.finetune else _pretraining(config)
     yield from _positions(config)
     yield from _tokens_of_ranks(config)
@@ -104,6 +105,7 @@ def _families(config: RunConfig) -> Iterator[Fault]:
     for key, found, needs in (
         ("num_decoder_layers", model.num_decoder_layers, kind == "encoder_decoder"),
         ("sliding_window", model.sliding_window, kind == "decoder"),
+        ("layer_types", model.layer_types, kind == "decoder"),
         ("type_vocab_size", model.type_vocab_size, kind == "encoder"),
         ("rope_scaling", scaling, model.position_embedding == "rope"),
     ):
@@ -116,6 +118,30 @@ def _families(config: RunConfig) -> Iterator[Fault]:
         yield fault(
             "model.rope_scaling.original_max_position_embeddings",
             f"{scaling.rope_type} stretches what a model was made for; say for how many tokens",
+        )
+
+
+def _layer_types(config: RunConfig) -> Iterator[Fault]:
+    """Yield what is wrong with a list of the layers' kinds of attention."""
+    model = config.model
+    kinds, layers = model.layer_types, model.num_hidden_layers
+    if kinds is None:
+        return
+    if layers % len(kinds):
+        possible = ", ".join(str(n) for n in _divisors(layers))
+        yield fault(
+            "model.layer_types model.num_hidden_layers",
+            f"a list of {len(kinds)} does not divide the {layers} layers; give one of {possible}",
+        )
+    if "sliding_attention" in kinds and model.sliding_window is None:
+        yield fault(
+            "model.layer_types model.sliding_window",
+            "sliding_attention needs a window; set model.sliding_window, in tokens",
+        )
+    if "sliding_attention" not in kinds and model.sliding_window is not None:
+        yield fault(
+            "model.sliding_window model.layer_types",
+            "no layer slides; add sliding_attention to model.layer_types, or remove sliding_window",
         )
 
 

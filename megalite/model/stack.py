@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalite import arch
 from megalite.config import ModelConfig
 from megalite.model.attention import Attention, CrossAttention, attention_mask
 from megalite.model.cache import Cache, LayerCache
@@ -110,6 +111,7 @@ class Stack(nn.Module):
         self.config = config
         self.regions = regions
         self.causal = causal
+        self._windows = arch.layer_windows(config, layers)  # of each block; None means all tokens
         self._dropout = bool(config.hidden_dropout or config.attention_dropout)
         D = config.hidden_size
         kind = config.position_embedding
@@ -156,21 +158,11 @@ class Stack(nn.Module):
         rope = None
         if self.config.position_embedding == "rope":
             rope = rope_table(positions, self.config)
-        mask = attention_mask(
-            T,
-            past + T,
-            causal=self.causal,
-            window=self.config.sliding_window,
-            document_ids=inputs.get("document_ids"),
-            keys=inputs.get("attention_mask"),
-            device=input_ids.device,
-            explicit=self.config.position_embedding == "relative",
-        )
-        if self.config.position_embedding == "relative":
-            mask = self._with_bias(mask, T, past + T).to(x_BTD.dtype)
+        masks = {window: self._mask(window, x_BTD, past, inputs) for window in {*self._windows}}
         x_BTD = self.regions.scatter(x_BTD, dropout=self._dropout and self.training)
         for index, block in enumerate(self.layers):
             kept = cache.layers[index] if cache else None
+            mask = masks[self._windows[index]]
             x_BTD = block(x_BTD, rope, mask, memory, kept)
         if cache:
             cache.length += T
@@ -198,6 +190,27 @@ class Stack(nn.Module):
         if config.hidden_dropout:
             x_BTD = F.dropout(x_BTD, config.hidden_dropout, self.training)
         return x_BTD
+
+    def _mask(
+        self, window: int | None, x_BTD: Tensor, past: int, inputs: Mapping[str, Tensor]
+    ) -> Tensor | None:
+        """Return the mask of the blocks that look back through `window`; see `attention_mask`.
+
+        Args:
+            past: tokens before those of `x_BTD`.
+        """
+        T, is_relative = x_BTD.shape[1], self.config.position_embedding == "relative"
+        mask = attention_mask(
+            T,
+            past + T,
+            causal=self.causal,
+            window=window,
+            document_ids=inputs.get("document_ids"),
+            keys=inputs.get("attention_mask"),
+            device=x_BTD.device,
+            explicit=is_relative,
+        )
+        return self._with_bias(mask, T, past + T).to(x_BTD.dtype) if is_relative else mask
 
     def _with_bias(self, mask: Tensor | None, queries: int, keys: int) -> Tensor:
         """Return T5's bias of each head for the distance of two tokens, -inf outside the mask."""

@@ -37,7 +37,7 @@ from megalite.parallel import (
     apply_tensor_parallel,
     make_regions,
 )
-from megalite.plan import Collective, Plan, labelled, make_plan, tensor_collectives
+from megalite.plan import Collective, Plan, make_plan, resolve_labels, tensor_collectives
 from megalite.plan.devices import Kind, find_device
 from megalite.plan.zero import local_elements
 
@@ -79,7 +79,7 @@ def dry_run(config: RunConfig, plan: Plan) -> DryRun:
     """
     if dist.is_initialized():
         raise CommandError("a dry run needs a process of its own; this one is in a group of ranks")
-    config = labelled(config)
+    config = resolve_labels(config)
     began = time.monotonic()
     with _fake_world(plan) as grid:
         model = _build(config, plan, grid)

@@ -145,11 +145,13 @@ def scaled(model: Mapping[str, Any], tensor: int) -> dict[str, Any]:
     unit = math.lcm(1, *(n for n in sizes if model["intermediate_size"] % n == 0))
     ratio = model["intermediate_size"] / model["hidden_size"]
     vocabulary = min(model["vocab_size"], _VOCABULARY)
+    kinds = list(dict.fromkeys(model.get("layer_types") or ()))  # a layer of each kind
     return {
         "vocab_size": max(2, vocabulary - (vocabulary % 2 == 0)),
         "hidden_size": width,
         "intermediate_size": max(1, round(ratio * width / unit)) * unit,
         "num_hidden_layers": min(2, model["num_hidden_layers"]),
+        "layer_types": kinds or None,
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "head_dim": head_dim,

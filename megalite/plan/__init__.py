@@ -2,7 +2,7 @@
 
 from megalite.plan.engine import deepspeed_dict
 from megalite.plan.flops import flops_per_token, hardware_flops_per_token
-from megalite.plan.make import make_plan
+from megalite.plan.forecast import make_plan
 from megalite.plan.memory import host_bytes
 from megalite.plan.precision import (
     auto_of_first_version,
@@ -10,7 +10,7 @@ from megalite.plan.precision import (
     recorded_precision,
     resolve_precision,
 )
-from megalite.plan.sizes import Plan, labelled
+from megalite.plan.sizes import Plan, resolve_labels
 from megalite.plan.traffic import Collective, data_collectives, tensor_collectives
 
 __all__ = [
@@ -23,9 +23,9 @@ __all__ = [
     "flops_per_token",
     "hardware_flops_per_token",
     "host_bytes",
-    "labelled",
     "make_plan",
     "recorded_precision",
+    "resolve_labels",
     "resolve_precision",
     "tensor_collectives",
 ]

@@ -20,8 +20,7 @@ from megalite.plan.devices import (
     guess_cpu,
     number_fault,
 )
-from megalite.plan.forecast import forecast
-from megalite.plan.make import make_plan
+from megalite.plan.forecast import forecast, make_plan
 from megalite.plan.seconds import Layout, step_seconds
 
 # what a step of any run tells of; the rest needs runs that would tell it apart, and is left

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from megalite.config import RunConfig
 from megalite.errors import ConfigError
 from megalite.plan.devices import PRECISIONS, Kind
 from megalite.plan.flops import hardware_flops_per_token
-from megalite.plan.make import make_plan
-from megalite.plan.memory import host_bytes, process_bytes
+from megalite.plan.memory import host_bytes, memory_bytes
+from megalite.plan.process import process_bytes
 from megalite.plan.seconds import Layout, Seconds, step_seconds
-from megalite.plan.sizes import Plan, labelled
+from megalite.plan.sizes import Plan, layout_plan, resolve_labels
 from megalite.plan.traffic import Collective, data_collectives, tensor_collectives
 
-# beside what is counted: the driver's context and NCCL's buffers, and what the allocator wastes
+# In addition to the tensors of a plan: the driver's context with NCCL's buffers, and the share that
+# PyTorch's caching allocator wastes. Fitted to published runs (benchmarks/plan.py).
 _CONTEXT, _WASTE = 3 << 29, 0.04
+
+
+def make_plan(
+    config: RunConfig,
+    *,
+    world_size: int,
+    device: Literal["cpu", "cuda"],
+    native_bf16: bool | None = None,
+) -> Plan:
+    """Return the plan of a run on `world_size` ranks, with its memory.
+
+    A classifier whose labels are unknown is planned with a few.
+
+    Args:
+        native_bf16: whether a "cpu" has units for bf16, which decides `precision: auto`. None asks
+            this host.
+    Raises:
+        ConfigError: see `layout_plan`.
+    """
+    config = resolve_labels(config)
+    plan = layout_plan(config, world_size=world_size, device=device, native_bf16=native_bf16)
+    return dataclasses.replace(plan, memory_bytes=memory_bytes(config, plan, device))
 
 
 @dataclass(frozen=True)
@@ -24,40 +48,46 @@ class Forecast:
     """A plan on its devices.
 
     Attributes:
-        margin: bytes of a device that are left to its driver and to waste.
-        free: bytes that a device has beyond all of it; under 0 the run does not fit.
-        mfu: of the model's own FLOPs.
+        overhead: bytes of a device that its driver and waste take.
     """
 
     plan: Plan
     layout: Layout
     seconds: Seconds
-    margin: int
+    overhead: int
     host_bytes: dict[str, int]
     hardware_flops_per_token: int
     collectives: tuple[Collective, ...]
 
     @property
     def free(self) -> int:
-        return self.layout.device.memory - self.plan.memory_bytes["total"] - self.margin
+        """Return the bytes that a device has left; below 0 the run does not fit."""
+        return self.layout.device.memory - self.plan.memory_bytes["total"] - self.overhead
 
     @property
     def fits(self) -> bool:
+        """Return whether the run fits into the memory of its devices."""
         return self.free >= 0
 
     @property
     def tokens_per_second(self) -> float:
+        """Return the tokens of all ranks in a second."""
         return self.plan.tokens_per_step / self.seconds.total
 
     @property
     def mfu(self) -> float:
+        """Return the share of the devices' peak that the model's own FLOPs take."""
         peak = self.layout.device.peak(self.plan.precision)
         assert peak is not None
         ranks = self.plan.world_size if self.layout.device.kind != "cpu" else self.layout.hosts
         return self.plan.flops_per_token * self.tokens_per_second / (peak * ranks)
 
     def as_json(self, steps: int) -> dict[str, Any]:
-        """For `--json`; seconds and bytes. Steps of 0 are not known: so is how long they take."""
+        """Return the forecast for `--json`, in seconds and bytes.
+
+        Args:
+            steps: of the run; 0 means that they are unknown, and so is the time they take.
+        """
         run = self.seconds.total * steps if steps else None
         return {
             "parameters": self.plan.parameters,
@@ -65,7 +95,7 @@ class Forecast:
             "hardware_flops_per_token": self.hardware_flops_per_token,
             "fits": self.fits,
             "memory_bytes": self.plan.memory_bytes,
-            "margin_bytes": self.margin,
+            "margin_bytes": self.overhead,
             "device_bytes": self.layout.device.memory,
             "host_bytes": self.host_bytes,
             "step_seconds": self.seconds.total,
@@ -78,21 +108,21 @@ class Forecast:
         }
 
 
-def _margin(config: RunConfig, plan: Plan, kind: Kind) -> int:
-    """Bytes beside those of the plan: a device's context and allocator, a process's heap."""
+def _overhead(config: RunConfig, plan: Plan, kind: Kind) -> int:
+    """Return the bytes in addition to the plan's: context and allocator, or a process's heap."""
     if kind == "cuda":
         return _CONTEXT + round(_WASTE * plan.memory_bytes["total"])
     return max(0, process_bytes(config, plan) - plan.memory_bytes["total"])
 
 
 def forecast(config: RunConfig, layout: Layout) -> Forecast:
-    """The forecast of a run file on all devices of `layout`.
+    """Return the forecast of a run file on all devices of `layout`.
 
     Raises:
-        ConfigError: what `make_plan` finds; a window over the positions is found by the run file's
-            own rules; a device without units for the precision.
+        ConfigError: see `make_plan`; a device without units for the precision; more tensor ranks
+            than a host has devices.
     """
-    config = labelled(config)
+    config = resolve_labels(config)
     kind, ranks = layout.device.kind, layout.hosts * layout.per_host
     native = layout.device.native_bf16
     plan = make_plan(config, world_size=ranks, device=kind, native_bf16=native)
@@ -111,7 +141,7 @@ def forecast(config: RunConfig, layout: Layout) -> Forecast:
         plan=plan,
         layout=layout,
         seconds=step_seconds(config, plan, layout),
-        margin=_margin(config, plan, kind),
+        overhead=_overhead(config, plan, kind),
         host_bytes=host_bytes(config, plan, kind),
         hardware_flops_per_token=hardware_flops_per_token(config),
         collectives=(*tensor_collectives(config, plan), *data_collectives(config, plan)),

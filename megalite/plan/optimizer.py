@@ -10,20 +10,24 @@ They follow from the facts that an optimizer is registered with (`megalite.optim
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from megalite import arch, registry
-from megalite.config import RunConfig
+from megalite.config import FinetuneConfig, ModelConfig, OptimizerConfig, RunConfig
 from megalite.mesh import Mesh
 
 
 def state_names(config: RunConfig, row: arch.ParameterSpec) -> tuple[str, ...]:
     """Return the names of the states that the optimizer keeps of a parameter."""
-    section = config.optimizer
-    facts = registry.optimizers.facts(section.name)
+    return _state_names(config.optimizer, row) if arch.is_trainable(config, row) else ()
+
+
+def _state_names(optimizer: OptimizerConfig, row: arch.ParameterSpec) -> tuple[str, ...]:
+    facts = registry.optimizers.facts(optimizer.name)
     needed = facts.get("states_need")
-    if not arch.is_trainable(config, row) or (needed and not getattr(section, needed)):
+    if needed and not getattr(optimizer, needed):
         return ()
-    kind = "matrix_states" if updates_matrices(config) and row.is_matrix_of_block else "states"
+    kind = "matrix_states" if "matrix_states" in facts and row.is_matrix_of_block else "states"
     return tuple(facts.get(kind, ()))
 
 
@@ -34,8 +38,16 @@ def updates_matrices(config: RunConfig) -> bool:
 
 def state_bytes(config: RunConfig, tensor: int) -> int:
     """Return the bytes of all states of the parameters on one of `tensor` tensor ranks."""
+    return _state_bytes(config.model, config.finetune, config.optimizer, tensor)
+
+
+@lru_cache(maxsize=64)
+def _state_bytes(
+    model: ModelConfig, tuning: FinetuneConfig | None, optimizer: OptimizerConfig, tensor: int
+) -> int:
     at = Mesh(tensor=tensor).at(0)
     return 4 * sum(
-        len(state_names(config, row)) * math.prod(arch.local_shape(row, at))
-        for row in arch.parameters(config.model)
+        len(_state_names(optimizer, row)) * math.prod(arch.local_shape(row, at))
+        for row in arch.parameters(model)
+        if arch.is_trainable_under(tuning, row)
     )

@@ -1,4 +1,4 @@
-"""Derived sizes (data-parallel ranks, accumulation, tokens a step): divided here alone."""
+"""Derived sizes (data-parallel ranks, accumulation, tokens a step), divided in this file only."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from megalite.plan.flops import run_flops_per_token
 from megalite.plan.precision import resolve_precision
 from megalite.plan.zero import ZeroSettings, without_auto, zero_settings
 
-_LABELS = 2  # of a classifier, until its examples tell
+_LABELS = 2  # of a classifier, until its examples are read
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of a run. Batch sizes in samples, memory in bytes a rank."""
+    """The sizes of a run: batch sizes in samples, memory in bytes of a rank."""
 
     world_size: int
     tensor_parallel: int
@@ -41,10 +41,10 @@ class Plan:
         return self.zero.stage
 
 
-def labelled(config: RunConfig) -> RunConfig:
-    """A run file with what its examples will fill in: how many labels a classifier has.
+def resolve_labels(config: RunConfig) -> RunConfig:
+    """Return a run file whose classifier has labels, which its examples will fill in.
 
-    As many as the file names or weighs, else a stand-in: a few rows of the model.
+    It has as many labels as the file names or weighs, else a stand-in of a few.
     """
     tuning = config.finetune
     if tuning is None or not find_task(tuning.task).has_labels or config.model.num_labels:
@@ -54,14 +54,14 @@ def labelled(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": model})
 
 
-def arrange(
+def layout_plan(
     config: RunConfig,
     *,
     world_size: int,
     device: Literal["cpu", "cuda"],
     native_bf16: bool | None = None,
 ) -> Plan:
-    """The plan of `config` on `world_size` ranks, but for its memory.
+    """Return the plan of a run on `world_size` ranks, without its memory.
 
     Args:
         native_bf16: whether a "cpu" has units for bf16; None asks this host.

@@ -36,9 +36,9 @@ def _lines(config: RunConfig, found: Forecast) -> Iterator[str]:
         if name != "total":
             yield f"  {name:<16} {size / unit:8,.{digits}f}  {_bar(size / device.memory)}"
     yield f"  {'total at the peak':<16}{plan.memory_bytes['total'] / unit:8,.{digits}f}"
-    if found.margin:
+    if found.overhead:
         waste = "process and waste" if device.kind == "cpu" else "driver and waste"
-        yield f"  {waste:<17}{found.margin / unit:8,.{digits}f}"
+        yield f"  {waste:<17}{found.overhead / unit:8,.{digits}f}"
     verdict = "left: it fits" if found.fits else "too much: it does not fit"
     left = f"{abs(found.free) / unit:,.{digits}f}"
     yield f"  {'device':<16} {device.memory / unit:8,.{digits}f}  {left} {verdict}"

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megalite import arch
-from megalite.config import Precision, RunConfig, target_count
-from megalite.plan.gradients import HEAD, gradients
+from megalite.arch.part import MessageKind as Kind
+from megalite.config import Precision, RunConfig
+from megalite.plan.gradients import gradients
 from megalite.plan.sizes import Plan
+from megalite.plan.workloads import run_costs
 from megalite.plan.zero import local_elements
-
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 
 
 @dataclass(frozen=True, order=True)
@@ -50,124 +50,30 @@ class Collective:
 
 
 def tensor_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
-    """Those of the ranks that share a model, of one step of `config.training`'s micro-batches."""
+    """Return the calls of the ranks that share a model, in one step of `config.training`.
+
+    Parts state their own. The gradients of parameters that every rank holds whole are summed as
+    well, if each rank multiplies them with its own tokens or heads.
+    """
     if plan.tensor_parallel == 1:
         return ()
-    found = _Calls(config, plan).count()
+    calls: Counter[tuple[Kind, Precision, int]] = Counter()
+    costs = run_costs(config, plan)
+    for cost, count in (*costs.kinds, *((end, 1) for end in costs.ends)):
+        for message in cost.messages:
+            dtype = Precision.FP32 if message.fp32 else plan.precision
+            calls[message.kind, dtype, message.elements] += count * message.count
+    trained = gradients(config.model, config.finetune).trained
+    for spec in arch.parameters(config.model):
+        summed = arch.needs_tp_grad_sum(spec, sequence=config.parallel.sequence)
+        if summed and spec.name in trained:
+            calls["all_reduce", plan.precision, spec.elements] += 1
     return tuple(
         sorted(
             Collective("tensor", kind, dtype, elements, count * plan.accumulation_steps)
-            for (kind, dtype, elements), count in found.items()
-            if count
+            for (kind, dtype, elements), count in calls.items()
         )
     )
-
-
-class _Calls:
-    """Counts the calls of one micro-batch, forward and backward: those of the backward where there
-    is a gradient to be summed.
-    """
-
-    def __init__(self, config: RunConfig, plan: Plan) -> None:
-        self._config, self._model, self._plan = config, config.model, plan
-        self._found: Counter[tuple[Kind, Precision, int]] = Counter()
-        self._made = gradients(config.model, config.finetune)
-        self._sequence = config.parallel.sequence
-        self._again = config.training.activation_checkpointing != "none"
-        # what follows a block's last sum and is kept: then a recompute makes that sum as well
-        post, drops = self._model.norm_position == "post", self._model.hidden_dropout > 0
-        self._whole_again = post or drops
-        # of what an adapter's A gives, elements a token: [parts x rank]
-        self._low = {
-            row.name.removesuffix(".lora_A"): sum(tensor.shape[0] for tensor in row.tensors)
-            for row in arch.parameters(self._model)
-            if row.name.endswith(".lora_A")
-        }
-
-    def count(self) -> Counter[tuple[Kind, Precision, int]]:
-        model, B, D = self._model, self._plan.micro_batch_size, self._model.hidden_size
-        lengths = arch.lengths(self._config)
-        for stack, layers in arch.stacks(model).items():
-            tokens = B * lengths[stack]
-            self._add("all_reduce", tokens * D)  # the embedding's sum
-            if self._sequence and f"{stack}.layers" in self._made.passed:
-                self._add("all_gather", tokens * D)  # the backward of taking one's own tokens
-            read = B * lengths["model.encoder"] if stack == "model.decoder" else 0
-            for number in range(layers):
-                self._block(f"{stack}.layers.{number}", tokens, read)
-        self._ends(B, [*lengths.values()][-1])
-        self._vectors()
-        return self._found
-
-    def _add(
-        self, kind: Kind, elements: int, count: int = 1, dtype: Precision | None = None
-    ) -> None:
-        if elements and count:
-            self._found[kind, dtype or self._plan.precision, elements] += count
-
-    def _block(self, block: str, tokens: int, read: int) -> None:
-        """Attention, attention to what is read, and the MLP: a column and a row product each."""
-        up = "gate_up_proj" if self._model.gated else "up_proj"
-        again = self._again and block in self._made.blocks
-        last = self._whole_again or f"{block}.mlp.down_proj" in self._low
-        self._column(f"{block}.self_attn.qkv_proj", tokens, again)
-        self._row(f"{block}.self_attn.o_proj", tokens, again)
-        if read:
-            self._column(f"{block}.cross_attn.q_proj", tokens, again)
-            self._column(f"{block}.cross_attn.kv_proj", read, again)
-            self._row(f"{block}.cross_attn.o_proj", tokens, again)
-        self._column(f"{block}.mlp.{up}", tokens, again)
-        self._row(f"{block}.mlp.down_proj", tokens, again and last)
-
-    def _column(self, module: str, tokens: int, again: bool) -> None:
-        """What every rank reads whole: gathered in the forward and for the weight's gradient."""
-        whole, low = tokens * self._model.hidden_size, tokens * self._low.get(module, 0)
-        passed = f"{module}.weight" in self._made.passed
-        low_passed = self._made.products(f"{module}.lora_A") > 0
-        if not self._sequence:
-            self._add("all_reduce", whole, passed)
-            self._add("all_reduce", low, low_passed)
-            return
-        self._add("all_gather", whole, 1 + again + (f"{module}.weight" in self._made.learned))
-        self._add("reduce_scatter", whole, passed)
-        self._add("all_gather", low, 1 + again)
-        self._add("reduce_scatter", low, low_passed)
-
-    def _row(self, module: str, tokens: int, again: bool) -> None:
-        """What every rank has a part of: summed in the forward, and when that is done again."""
-        whole, low = tokens * self._model.hidden_size, tokens * self._low.get(module, 0)
-        if not self._sequence:
-            self._add("all_reduce", whole, 1 + again)
-            self._add("all_reduce", low, 1 + again)
-            return
-        for elements, weight in ((whole, "weight"), (low, "lora_A")):
-            self._add("reduce_scatter", elements, 1 + again)
-            self._add("all_gather", elements, self._made.products(f"{module}.{weight}") > 0)
-
-    def _ends(self, B: int, tokens: int) -> None:
-        """The head's input, and the exchange of its cross entropy; a classifier has all labels."""
-        model, plan, passed = self._model, self._plan, HEAD in self._made.passed
-        whole = B * tokens * model.hidden_size
-        self._add("all_gather", whole, self._sequence)
-        if model.num_labels:
-            return
-        self._add("reduce_scatter" if self._sequence else "all_reduce", whole, passed)
-        rows = arch.padded_targets(B * tokens, target_count(self._config, B * tokens))
-        chunk = arch.chunk_rows(-(-model.vocab_size // plan.tensor_parallel))
-        full, rest = divmod(rows, chunk)
-        for size, count in ((chunk, full), (rest, 1)):
-            self._add("all_reduce", size, count, dtype=Precision.FP32)
-            self._add("all_reduce", 2 * size, count, dtype=Precision.FP32)
-        if self._config.finetune and self._config.finetune.label_smoothing:
-            self._add("all_reduce", model.hidden_size, dtype=Precision.FP32)  # of the mean logit
-
-    def _vectors(self) -> None:
-        """Gradients of what every rank holds whole and meets with a part of the tokens or heads."""
-        for row in arch.parameters(self._model):
-            if row.name in self._made.learned and arch.needs_tp_grad_sum(
-                row, sequence=self._sequence
-            ):
-                self._add("all_reduce", row.elements)
 
 
 def data_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:

@@ -40,6 +40,14 @@ def model_section(family: str, number: int) -> dict[str, Any]:
     return model | _particular(family, number, model)
 
 
+def _some_windows(number: int, layers: int) -> dict[str, Any]:
+    """All layers slide, every second does, or none."""
+    if number == 0:
+        return {"sliding_window": 9}
+    kinds = (["sliding_attention", "full_attention"] * layers)[:layers]
+    return {"sliding_window": 6, "layer_types": kinds} if number == 1 else {}
+
+
 def _particular(family: str, number: int, model: dict[str, Any]) -> dict[str, Any]:
     biased = {"attention_bias": True, "mlp_bias": True}
     layers = {"num_decoder_layers": 2 + number % 2}
@@ -48,7 +56,7 @@ def _particular(family: str, number: int, model: dict[str, Any]) -> dict[str, An
         "llama": {"attention_bias": number > 0, "mlp_bias": number > 1},
         "mistral": {"sliding_window": (7, 24, 5)[number]},
         "qwen2": {"attention_bias": True, "attention_output_bias": False},
-        "qwen3": {"qk_norm": True, "sliding_window": None if number else 9},
+        "qwen3": {"qk_norm": True, **_some_windows(number, model["num_hidden_layers"])},
         "gpt2": {
             **biased, "norm": "layernorm", "position_embedding": "learned",
             "activation": ("gelu_tanh", "relu", "gelu")[number],

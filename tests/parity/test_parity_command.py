@@ -213,3 +213,5 @@ def test_scaling_keeps_proportions_and_divisors() -> None:
     assert small["num_key_value_heads"] == 8
     assert small["intermediate_size"] / small["hidden_size"] == 28672 / 8192
     assert (small["num_hidden_layers"], small["vocab_size"] % 2) == (2, 1)
+    kinds = ["full_attention", "full_attention", "sliding_attention"]
+    assert scaled(big.model.model_dump() | {"layer_types": kinds}, 8)["layer_types"] == kinds[1:]

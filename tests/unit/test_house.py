@@ -32,6 +32,12 @@ TORCH_INSIDE = (
     "megalite/config/precision.py"  # imports it in one property, for callers that have it
 )
 
+# Pieces of parameters' names.
+PARAMETER = re.compile(
+    r"_proj\b|[qk]_norm|layernorm\.|embed_|lm_head|lm_transform|lora_[AB]|_attn\b|\bmlp\.|\.layers"
+    r"|\bscore\.|\.(weight|bias)\b|\bmodel\.(encoder|decoder|norm)\b"
+)
+
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 PROJECT = sorted(
@@ -148,6 +154,16 @@ def print_faults(file: str, tree: ast.AST) -> Iterator[str]:
             yield f"{file}:{node.lineno} prints; use megalite.log.logger or sys.stdout.write"
 
 
+def parameter_faults(file: str, tree: ast.AST) -> Iterator[str]:
+    """The planner sums over the parts of a model and mentions none of their parameters."""
+    if not file.startswith("megalite/plan/"):
+        return
+    for node in ast.walk(tree):
+        text = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(text, str) and PARAMETER.search(text):
+            yield f"{file} names a parameter in {text!r}; ask its part"
+
+
 def size_faults(file: str, source: str) -> Iterator[str]:
     lines = len(source.splitlines())
     if lines > MAX_FILE_LINES:
@@ -193,6 +209,7 @@ TREE_RULES: dict[str, Callable[[str, ast.AST], Iterator[str]]] = {
     "unsafe": unsafe_faults,
     "print": print_faults,
     "rebinding": rebinding_faults,
+    "parameters": parameter_faults,
 }
 
 
@@ -283,6 +300,8 @@ def test_nothing_below_the_line_loads_torch() -> None:
         ("print", "launcher/a.py", "print(1)\nconsole.print(1)", 1),
         ("rebinding", "megalite/a.py", "x.forward = y\nself.model.loss, a = 1, 2", 2),
         ("rebinding", "megalite/a.py", "self.model = build()\nself._forward = y", 0),
+        ("parameters", "megalite/plan/a.py", "a = 'q_proj'\nb = f'{c}.layers.0'", 2),
+        ("parameters", "megalite/arch/a.py", "a = 'q_proj'", 0),
     ],
 )
 def test_a_rule_finds_its_fault(rule: str, file: str, source: str, faults: int) -> None:

@@ -29,6 +29,7 @@ PLAIN = {
     "embedding_multiplier": 1.0,
     "logits_scaling": 1.0,
     "sliding_window": None,
+    "layer_types": None,
     "rope_scaling": None,
     "num_decoder_layers": None,
 }

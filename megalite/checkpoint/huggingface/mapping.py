@@ -22,6 +22,7 @@ def family_of(model: ModelConfig) -> Family:
             "this is a classifier, whose texts and head Hugging Face's classes read in other ways: "
             "launcher/eval.py --predictions tells the labels of new texts"
         )
+    model = _without_uniform_list(model)
     nearest: list[tuple[int, str]] = []
     for family in FAMILIES.values():
         values = {key: getattr(model, key) for key in family.fixed}
@@ -39,6 +40,7 @@ def family_of(model: ModelConfig) -> Family:
 
 def to_config(model: ModelConfig, family: Family) -> dict[str, Any]:
     """Return Hugging Face's config.json of a model."""
+    model = _without_uniform_list(model)
     return {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -46,6 +48,12 @@ def to_config(model: ModelConfig, family: Family) -> dict[str, Any]:
         **family.required,
         **family.extra_config(model),
     }
+
+
+def _without_uniform_list(model: ModelConfig) -> ModelConfig:
+    """Return a model without the list of its layers' kinds if all layers are of one kind."""
+    is_uniform = len(set(model.layer_types or ())) == 1
+    return model.model_copy(update={"layer_types": None}) if is_uniform else model
 
 
 def from_config(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:

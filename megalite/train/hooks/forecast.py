@@ -71,7 +71,7 @@ class ForecastCheck(Hook):
             self._predicted = {
                 # a GPU's allocator reports what tensors took; a CPU's process has the margin, too
                 "memory_bytes": found.plan.memory_bytes["total"]
-                + (found.margin if grid.device.type == "cpu" else 0),
+                + (found.overhead if grid.device.type == "cpu" else 0),
                 "step_seconds": found.seconds.total,
             }
 

@@ -214,3 +214,41 @@ def test_shards_and_half_precision(tmp_path: Path) -> None:
     assert len(names) > 2
     assert names[0] == f"model-00001-of-{len(names):05d}.safetensors"
     assert verify(tmp_path / "out")[0] <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"use_sliding_window": False, "sliding_window": 7}, (None, None)),
+        ({"use_sliding_window": True, "sliding_window": 7}, (None, None)),  # from layer 28 on
+        ({"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}, (7, None)),
+        (
+            {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+            (7, ["full_attention", "sliding_attention"]),
+        ),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 7,
+                "max_window_layers": 0,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            (7, ["sliding_attention", "full_attention"]),
+        ),
+    ],
+)
+def test_qwens_layers_slide_as_in_transformers(keys: dict[str, Any], expected: Any) -> None:
+    config = ModelConfig.model_validate(model_section("qwen3", 2) | {"num_hidden_layers": 2})
+    raw = to_config(config, family_of(config)) | {"max_window_layers": None} | keys
+    _, section = from_config(raw)
+    assert (section.get("sliding_window"), section.get("layer_types")) == expected
+    theirs = transformers.Qwen3Config(**{k: v for k, v in raw.items() if v is not None})
+    own = ModelConfig.model_validate(section)
+    assert arch.layer_types(own, 2) == theirs.layer_types
+
+
+def test_an_unknown_kind_of_layer_is_refused() -> None:
+    config = ModelConfig.model_validate(model_section("qwen3", 1))
+    raw = to_config(config, family_of(config)) | {"layer_types": ["linear_attention"]}
+    with pytest.raises(CommandError, match="'linear_attention': only full_attention, sliding_"):
+        from_config(raw)

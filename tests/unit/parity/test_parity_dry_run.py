@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megalite.config import RunConfig, load_config, parse_config
 from megalite.parity.dry_run import dry_run
-from megalite.plan import labelled, make_plan, tensor_collectives
+from megalite.plan import make_plan, resolve_labels, tensor_collectives
 from megalite.plan.zero import local_elements
 from tests.helpers.runs import BASE
 
@@ -40,6 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "t5": {**TWO, "position_embedding": "relative"},
     "transformer": {**TWO, "norm_position": "post", "hidden_dropout": 0.1},
     "dropout": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "windows": {"sliding_window": 8, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
 }
 
 
@@ -147,7 +148,7 @@ def test_what_is_frozen_sends_nothing(
     done = dry_run(run, plan)
     assert done.differences == ()
     assert 0 < done.with_gradient <= done.parameters
-    assert done.with_gradient == local_elements(labelled(run), 4, trained=True)
+    assert done.with_gradient == local_elements(resolve_labels(run), 4, trained=True)
 
 
 def test_a_thousand_ranks() -> None:

@@ -9,7 +9,7 @@ import pytest
 from megalite import arch
 from megalite.config import RunConfig, parse_config
 from megalite.plan import hardware_flops_per_token, make_plan
-from megalite.plan.memory import process_bytes
+from megalite.plan.process import process_bytes
 from tests.helpers.runs import SMALL_LLAMA
 
 

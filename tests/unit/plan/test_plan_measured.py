@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from megalite.config import parse_config
-from megalite.plan import labelled, make_plan
-from megalite.plan.memory import process_bytes
+from megalite.plan import make_plan, resolve_labels
+from megalite.plan.process import process_bytes
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 ROWS = json.loads((BENCHMARKS / "results" / "plan_cpu.json").read_text())["rows"]
@@ -38,7 +38,7 @@ def test_predicted_memory_is_within_12_percent_or_100_mb(row: dict[str, Any]) ->
         layout = runs.LAYOUTS[row["layout"]]
         ranks, shape = layout[0], runs.SHAPES[row["shape"]]
         raw = runs._shape_file(work / "runs" / "run", shape, layout)
-    run = labelled(parse_config(raw))
+    run = resolve_labels(parse_config(raw))
     predicted = process_bytes(run, make_plan(run, world_size=ranks, device="cpu"))
     measured = row["measured_bytes"]
     assert abs(predicted - measured) <= max(0.12 * measured, 100e6)

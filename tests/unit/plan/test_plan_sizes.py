@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from megalite.arch.attention import seen_pairs
 from megalite.config import RunConfig, parse_config
 from megalite.errors import ConfigError
 from megalite.plan import deepspeed_dict, flops_per_token, hardware_flops_per_token, make_plan
-from megalite.plan.flops import seen_pairs
-from megalite.plan.memory import process_bytes
+from megalite.plan.process import process_bytes
 from tests.helpers.runs import SMALL_LLAMA
 
 WEIGHTS = 1000 * 64 * 2 + 3 * (64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 96)
@@ -376,7 +376,7 @@ def _counted(tokens: int, causal: bool, window: int | None, document: int | None
 @pytest.mark.parametrize("window", [None, 1, 5, 24, 99])
 @pytest.mark.parametrize("document", [None, 4, 24, 48])
 def test_what_tokens_see_is_counted(causal: bool, window: int | None, document: int | None) -> None:
-    found = seen_pairs(24, causal, window, document)
+    found = seen_pairs(24, document, causal=causal, window=window)
     assert found == _counted(24, causal, window, document)
 
 

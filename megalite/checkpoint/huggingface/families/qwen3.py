@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megalite.checkpoint.huggingface.families.qwen2 import Qwen
+from megalite.checkpoint.huggingface.families.qwen2 import LAYERS_FIXED, Qwen
 from megalite.checkpoint.huggingface.rope import (
     ROPE_DEFAULTS,
-    ROPE_FIXED,
     ROPE_KEYS,
     output_bias_mismatches,
 )
@@ -30,7 +29,7 @@ FAMILY = Qwen3(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     keys=ROPE_KEYS | {"attention_bias": "attention_bias"},
-    fixed=ROPE_FIXED | {"qk_norm": True, "mlp_bias": False},
+    fixed=LAYERS_FIXED | {"qk_norm": True, "mlp_bias": False},
     required={"hidden_act": "silu"},
     defaults=ROPE_DEFAULTS | {"attention_bias": False, "head_dim": 128},
 )
