@@ -1,7 +1,6 @@
 """The head of some test file names every module: `# covers: megalite/mesh.py`, one path or more.
 
-The lines come first in a test file, above its docstring. `uncovered.txt` lists modules that no test
-file names yet. It may only shrink: a module that is named, or does not exist, must leave the list.
+The lines come first in a test file, above its docstring.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = "# covers:"
-LIST = Path(__file__).with_name("uncovered.txt")
 
 MODULES = {
     path.relative_to(ROOT).as_posix()
@@ -35,20 +33,14 @@ def lines_of(path: Path) -> list[str]:
 
 COVERED = {path: list(covered_by(path)) for path in sorted((ROOT / "tests").rglob("test_*.py"))}
 NAMED = {name for names in COVERED.values() for name in names}
-UNCOVERED = LIST.read_text(encoding="utf-8").split()
 
 
 def test_every_module_is_named_by_a_test_file() -> None:
-    assert sorted(MODULES - NAMED - {*UNCOVERED}) == []
+    assert sorted(MODULES - NAMED) == []
 
 
 def test_every_named_module_exists() -> None:
     assert sorted(NAMED - MODULES) == []
-
-
-def test_the_list_of_uncovered_modules_only_shrinks() -> None:
-    assert sorted({*UNCOVERED}) == UNCOVERED
-    assert [name for name in UNCOVERED if name not in MODULES or name in NAMED] == []
 
 
 def test_lines_that_name_modules_stand_at_the_head() -> None:

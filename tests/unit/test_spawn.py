@@ -1,4 +1,4 @@
-# covers: megalite/spawn.py
+# covers: megalite/spawn.py megalite/engine/preload.py
 """Ranks of a function or a command on this host: their results, failures, output and end."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-# covers: megalite/arch/table.py megalite/arch/network.py
+# covers: megalite/arch/table.py megalite/arch/network.py megalite/arch/attention.py
+# covers: megalite/arch/ends.py megalite/arch/mlp.py megalite/arch/norms.py
 """The table of parameters: names, order, counts, and slices that tile every tensor exactly."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# covers: megalite/config/finetune.py
+# covers: megalite/config/finetune.py megalite/config/tasks.py
 """Rules of the finetune section, and what it fills in elsewhere."""
 
 from __future__ import annotations

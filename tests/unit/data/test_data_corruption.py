@@ -1,4 +1,4 @@
-# covers: megalite/data/corruption.py
+# covers: megalite/data/corruption.py megalite/config/objective.py
 """What is hidden, what is cut out: shares, shapes, and the same whoever asks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/plan/gradients.py
 """Fine-tuning and two stacks in a plan: what learns, what is read and written, by hand counts."""
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+# covers: megalite/plan/forecast.py megalite/plan/seconds.py megalite/plan/traffic.py
+# covers: megalite/plan/calibrate.py
 """Forecasts: devices, time, what is sent, the search, and the command."""
 
 from __future__ import annotations

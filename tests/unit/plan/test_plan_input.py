@@ -1,3 +1,4 @@
+# covers: megalite/plan/devices.py
 """What a planner is given: device files, records of runs, and command lines that cannot be."""
 
 from __future__ import annotations

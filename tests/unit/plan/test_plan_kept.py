@@ -1,3 +1,5 @@
+# covers: megalite/arch/products.py megalite/plan/activations.py megalite/plan/costs.py
+# covers: megalite/plan/workloads.py megalite/plan/process.py
 """Planned activations against what a forward on a CPU really keeps for its backward."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# covers: megalite/config/precision.py
+# covers: megalite/config/precision.py megalite/plan/precision.py
 """What `precision: auto` is: a function of the processor's flags and the run file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# covers: megalite/plan/search.py megalite/plan/tables.py megalite/plan/command.py
 """The search of layouts: what fits, in its order, and where the run file's own layout ranks."""
 
 from __future__ import annotations

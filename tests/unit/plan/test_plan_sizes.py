@@ -1,3 +1,5 @@
+# covers: megalite/plan/sizes.py megalite/plan/engine.py megalite/plan/memory.py
+# covers: megalite/plan/flops.py megalite/plan/zero.py megalite/plan/optimizer.py
 """Batch arithmetic, FLOPs and bytes against hand counts; the JSON DeepSpeed gets."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-# covers: megalite/train/hooks/__init__.py megalite/train/hooks/hook.py
+# covers: megalite/train/hooks/hook.py
 """The loop does what its hooks ask for."""
 
 from __future__ import annotations

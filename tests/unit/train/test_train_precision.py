@@ -1,4 +1,4 @@
-# covers: megalite/train/precision.py
+# covers: megalite/train/precision.py megalite/train/options.py
 """The precision that the ranks agree on is checked against the hardware, too."""
 
 from __future__ import annotations

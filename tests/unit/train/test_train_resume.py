@@ -1,4 +1,4 @@
-# covers: megalite/train/resume.py megalite/train/restore.py
+# covers: megalite/train/resume.py megalite/train/restore.py megalite/train/announce.py
 """Which checkpoint a start goes on from."""
 
 from __future__ import annotations
