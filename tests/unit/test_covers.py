@@ -40,7 +40,7 @@ def test_every_module_is_named_by_a_test_file() -> None:
 
 
 def test_every_named_module_exists() -> None:
-    assert sorted(NAMED - MODULES) == []
+    assert sorted(name for name in NAMED if not (ROOT / name).is_file()) == []
 
 
 def test_lines_that_name_modules_stand_at_the_head() -> None:

@@ -12,7 +12,7 @@ from data_prep.preview import preview
 from megalite.config import RunConfig
 from megalite.errors import DataError
 from tests.helpers.models import run_config
-from tests.labelled import jsonl
+from tests.helpers.rows import jsonl
 
 ROW = {"text": "x", "label": "a"}
 
