@@ -28,7 +28,7 @@ from megalite.config.objective import (
 )
 from megalite.config.precision import Precision
 from megalite.config.renamed import rename_keys
-from megalite.config.rules import allowed_tensor_parallel
+from megalite.config.rules import allowed_tensor_sizes
 from megalite.config.schema import (
     CheckpointConfig,
     DataConfig,
@@ -65,7 +65,7 @@ __all__ = [
     "SourceConfig",
     "TrainingConfig",
     "WandbConfig",
-    "allowed_tensor_parallel",
+    "allowed_tensor_sizes",
     "describe_errors",
     "example_model",
     "explain_redacted",

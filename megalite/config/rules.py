@@ -57,7 +57,7 @@ def _heads(config: RunConfig) -> Iterator[Fault]:
         )
 
 
-def allowed_tensor_parallel(model: ModelConfig) -> list[int]:
+def allowed_tensor_sizes(model: ModelConfig) -> list[int]:
     """The tensor-parallel sizes a model can be split by: they divide key/value heads and MLP."""
     shared = model.num_attention_heads, model.num_key_value_heads, model.intermediate_size
     return _divisors(math.gcd(*shared))
@@ -65,7 +65,7 @@ def allowed_tensor_parallel(model: ModelConfig) -> list[int]:
 
 def _shares(config: RunConfig) -> Iterator[Fault]:
     model, tensor = config.model, config.parallel.tensor
-    allowed = allowed_tensor_parallel(model)
+    allowed = allowed_tensor_sizes(model)
     if tensor not in allowed:
         yield fault(
             "parallel.tensor model.num_attention_heads model.num_key_value_heads "

@@ -22,7 +22,7 @@ from megalite.checkpoint import (
     merge_lora,
     open_checkpoint,
 )
-from megalite.config import ModelConfig, RunConfig, allowed_tensor_parallel, load_stored
+from megalite.config import ModelConfig, RunConfig, allowed_tensor_sizes, load_stored
 from megalite.data import Batch
 from megalite.errors import CheckpointError, CommandError, MegaLiteError
 from megalite.evaluate.generate import Decoder, UncachedDecoder
@@ -282,7 +282,7 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
         data = manifest.data_fingerprint
     at = grid.at if grid else WHOLE
     size = at.mesh.tensor
-    allowed = allowed_tensor_parallel(config)
+    allowed = allowed_tensor_sizes(config)
     if size not in allowed:
         raise CommandError(f"{size} ranks cannot share this model; {allowed} can")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -29,7 +29,6 @@ from megalite.engine.base import freeze
 from megalite.env import Launch
 from megalite.errors import CommandError
 from megalite.log import write_report
-from megalite.mesh import Mesh
 from megalite.model import LanguageModel, build, make_objective
 from megalite.parallel import (
     Grid,
@@ -109,7 +108,7 @@ def _fake_world(plan: Plan) -> Iterator[Grid]:
     """Yield the grid of rank 0 in a fake process group of the plan's world size."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=plan.world_size)
     try:
-        mesh = Mesh(data=plan.world_size // plan.tensor_parallel, tensor=plan.tensor_parallel)
+        mesh = plan.mesh
         every = dist.group.WORLD
         assert every is not None
         yield Grid(
@@ -200,7 +199,7 @@ class _Calls(TorchDispatchMode):
 def _differences(
     config: RunConfig, plan: Plan, every: list[Any], collectives: tuple[Collective, ...]
 ) -> Iterator[str]:
-    planned = local_elements(config, plan.tensor_parallel)
+    planned = local_elements(config, plan.mesh.tensor)
     built = sum(p.numel() for p in every)
     if planned != built:
         yield f"parameters of a rank: {planned:,} planned, {built:,} counted"
@@ -246,7 +245,7 @@ def report_dry_run(config: RunConfig, launch: Launch, ranks: int, gpu: str | Non
     gib = 2**30
     lines = [
         f"{config.name} in {plan.precision} on {world} {_DEVICES[device]}, of which "
-        f"{plan.tensor_parallel} share a model: every shape of a step agrees "
+        f"{plan.mesh.tensor} share a model: every shape of a step agrees "
         f"({counted.seconds:.0f} s)",
         f"a rank computes with {counted.parameters:,} parameters; {counted.with_gradient:,} had "
         "gradients",

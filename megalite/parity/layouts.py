@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megalite import env
-from megalite.config import ModelConfig, allowed_tensor_parallel
+from megalite.config import ModelConfig, allowed_tensor_sizes
 
 # ZeRO-3 then releases even small weights between uses.
 _RELEASED = {
@@ -105,7 +105,7 @@ def select_layouts(model: ModelConfig, ranks: int) -> list[ParityLayout]:
 
 
 def _layouts(model: ModelConfig, ranks: int) -> Iterator[ParityLayout]:
-    sizes = [n for n in allowed_tensor_parallel(model) if 1 < n <= ranks]
+    sizes = [n for n in allowed_tensor_sizes(model) if 1 < n <= ranks]
     for stage in range(4):
         yield ParityLayout(data=ranks, stage=stage)
     for index, size in enumerate(sizes):  # stage 0 uses our gradient norm, stage 1 DeepSpeed's

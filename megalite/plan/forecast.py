@@ -132,9 +132,9 @@ def forecast(config: RunConfig, layout: Layout) -> Forecast:
             f"training.precision: {plan.precision}, for which a {layout.device.name} has no units; "
             f"set it to {had}"
         )
-    if plan.tensor_parallel > layout.per_host:
+    if plan.mesh.tensor > layout.per_host:
         raise ConfigError(
-            f"parallel.tensor: {plan.tensor_parallel} ranks share a model, but a host has "
+            f"parallel.tensor: {plan.mesh.tensor} ranks share a model, but a host has "
             f"{layout.per_host}; they talk at every layer, so keep them on one"
         )
     return Forecast(

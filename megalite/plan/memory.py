@@ -40,8 +40,8 @@ def host_bytes(config: RunConfig, plan: Plan, device: Kind) -> dict[str, int]:
     These are the states of an optimizer on the host, and the snapshot of a save in the background:
     the rank's share of fp32 weights and states.
     """
-    n = local_elements(config, plan.tensor_parallel)
-    share = -(-(4 * n + state_bytes(config, plan.tensor_parallel)) // plan.data_parallel)
+    n = local_elements(config, plan.mesh.tensor)
+    share = -(-(4 * n + state_bytes(config, plan.mesh.tensor)) // plan.data_parallel)
     return {
         "offload_optimizer": plan.memory_bytes["optimizer"]
         if device == "cuda" and plan.zero.offloads_optimizer
@@ -87,10 +87,10 @@ def state_memory(config: RunConfig, plan: Plan) -> States:
     """
     stage, d, element = plan.zero_stage, plan.data_parallel, plan.precision.bytes
     is_accumulated = plan.accumulation_steps > 1
-    every = local_elements(config, plan.tensor_parallel)
-    n = local_elements(config, plan.tensor_parallel, trained=True)
+    every = local_elements(config, plan.mesh.tensor)
+    n = local_elements(config, plan.mesh.tensor, trained=True)
     partition = -(-n // d)
-    moments = state_bytes(config, plan.tensor_parallel)
+    moments = state_bytes(config, plan.mesh.tensor)
     if stage == 0:
         return States(element * every, moments, element * n * is_accumulated, element * n)
     optimizer = 4 * partition + -(-moments // d)
@@ -114,7 +114,7 @@ def bucket_bytes(config: RunConfig, plan: Plan) -> int:
     """Return the bytes of the buckets that gradients are sent in."""
     bucket, element = plan.zero.reduce_bucket_size, plan.precision.bytes
     if plan.zero_stage == 0:
-        return element * min(local_elements(config, plan.tensor_parallel, trained=True), bucket)
+        return element * min(local_elements(config, plan.mesh.tensor, trained=True), bucket)
     if plan.zero_stage == 1:
         return 0 if plan.precision is Precision.BF16 else 4 * bucket
     # ipg_buffer of DeepSpeed's stages 2 and 3: two with overlap_comm
@@ -144,7 +144,7 @@ def prefetch_bytes(config: RunConfig, plan: Plan) -> int:
     """
     if plan.zero_stage != 3 or plan.data_parallel == 1:
         return 0
-    every = local_elements(config, plan.tensor_parallel)
+    every = local_elements(config, plan.mesh.tensor)
     return plan.precision.bytes * min(every, 2 * plan.zero.prefetch_bucket_size)
 
 
@@ -152,5 +152,5 @@ def gathered_bytes(config: RunConfig, plan: Plan) -> int:
     """Return the bytes of the weights that ZeRO 3 has gathered at the most."""
     if plan.data_parallel == 1:
         return 0
-    every = local_elements(config, plan.tensor_parallel)
+    every = local_elements(config, plan.mesh.tensor)
     return plan.precision.bytes * min(every, _LIVE_PARAMETERS)

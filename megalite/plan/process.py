@@ -66,7 +66,7 @@ def _sent_bytes(config: RunConfig, plan: Plan, copy: int) -> int:
     is made from; the others do not.
     """
     buckets, prefetch = bucket_bytes(config, plan), prefetch_bytes(config, plan)
-    trained = local_elements(config, plan.tensor_parallel, trained=True)
+    trained = local_elements(config, plan.mesh.tensor, trained=True)
     flattens = plan.zero_stage in (1, 2) and plan.data_parallel > 1
     flat = min(plan.precision.bytes * trained, buckets) * flattens
     if plan.zero_stage == 1:
@@ -75,7 +75,7 @@ def _sent_bytes(config: RunConfig, plan: Plan, copy: int) -> int:
     if plan.zero_stage != 3:
         return sent
     # a single gather and a single bucket for everything both stand until the backward ends
-    every = plan.precision.bytes * local_elements(config, plan.tensor_parallel)
+    every = plan.precision.bytes * local_elements(config, plan.mesh.tensor)
     is_single = prefetch == every and trained <= plan.zero.reduce_bucket_size
     return max(sent, prefetch + buckets * is_single)
 
@@ -86,6 +86,6 @@ def _flat_copy(config: RunConfig, plan: Plan, states: States) -> int:
         return 0
     if plan.zero_stage == 1 and plan.precision is Precision.BF16:
         return states.gradients
-    trained = local_elements(config, plan.tensor_parallel, trained=True)
+    trained = local_elements(config, plan.mesh.tensor, trained=True)
     parts = 1 if plan.zero_stage == 1 else plan.data_parallel
     return states.gradients - 4 * -(-trained // parts)

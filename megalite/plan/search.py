@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite import files
-from megalite.config import RunConfig, allowed_tensor_parallel, merged, parse_config
+from megalite.config import RunConfig, allowed_tensor_sizes, merged, parse_config
 from megalite.errors import ConfigError
 from megalite.plan.forecast import Forecast, forecast
 from megalite.plan.seconds import Layout
@@ -144,7 +144,7 @@ def _is_valid(config: RunConfig, candidate: Candidate) -> bool:
 
 
 def _changes(config: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:
-    within = {n for n in allowed_tensor_parallel(config.model) if layout.per_host % n == 0}
+    within = {n for n in allowed_tensor_sizes(config.model) if layout.per_host % n == 0}
     tensor = sorted(within | {config.parallel.tensor})
     offload = [False] if layout.device.kind == "cpu" else [False, True]
     for size, stage, again, host in itertools.product(tensor, (0, 1, 2, 3), _RECOMPUTE, offload):

@@ -104,7 +104,7 @@ class _Clock:
         config, plan, eff = self._config, self._plan, self._eff
         device = self._layout.device
         forward_of, backward_of = run_flops(config, self._document)
-        share = plan.micro_batch_size / plan.tensor_parallel  # of the FLOPs of a window
+        share = plan.micro_batch_size / plan.mesh.tensor  # of the FLOPs of a window
         products = self._peak * device.reached * eff.matmul / share
         seen = self._peak * device.attention * eff.attention / share
         rate = self._bandwidth * eff.bandwidth
@@ -131,11 +131,11 @@ class _Clock:
 
     @cached_property
     def _local(self) -> int:
-        return local_elements(self._config, self._plan.tensor_parallel)
+        return local_elements(self._config, self._plan.mesh.tensor)
 
     @cached_property
     def _trained(self) -> int:
-        return local_elements(self._config, self._plan.tensor_parallel, trained=True)
+        return local_elements(self._config, self._plan.mesh.tensor, trained=True)
 
     def _optimizer(self) -> float:
         """Return the seconds of an update.
@@ -152,14 +152,14 @@ class _Clock:
     # ---- what ranks send
 
     def _tensor(self) -> float:
-        calls, ranks = tensor_collectives(self._config, self._plan), self._plan.tensor_parallel
+        calls, ranks = tensor_collectives(self._config, self._plan), self._plan.mesh.tensor
         return self._send(calls, ranks, self._rate(ranks, ranks))
 
     def _data(self, forward: float, backward: float, last: float) -> float:
         """Return the seconds of ZeRO's messages that the backward does not hide."""
         plan, ranks = self._plan, self._plan.data_parallel
         calls = data_collectives(self._config, plan)
-        near = max(1, self._layout.per_host // plan.tensor_parallel)
+        near = max(1, self._layout.per_host // plan.mesh.tensor)
         sent = self._send(calls, ranks, self._rate(ranks, min(near, ranks)))
         if not plan.zero.overlap_comm:
             return sent

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megalite import arch
-from megalite.config import Precision, RunConfig, allowed_tensor_parallel
+from megalite.config import Precision, RunConfig, allowed_tensor_sizes
 from megalite.config.deepspeed_keys import contradiction
 from megalite.config.tasks import find_task
 from megalite.errors import ConfigError
+from megalite.mesh import Mesh
 from megalite.plan.flops import run_flops_per_token
 from megalite.plan.precision import resolve_precision
 from megalite.plan.zero import ZeroSettings, without_auto, zero_settings
@@ -35,6 +36,11 @@ class Plan:
     parameters: int
     flops_per_token: int
     memory_bytes: dict[str, int]
+
+    @property
+    def mesh(self) -> Mesh:
+        """The axes of the run's ranks."""
+        return Mesh(data=self.data_parallel, tensor=self.tensor_parallel)
 
     @property
     def zero_stage(self) -> int:
@@ -99,7 +105,7 @@ def layout_plan(
 def _layout_faults(config: RunConfig, world_size: int) -> Iterator[str]:
     training, tensor = config.training, config.parallel.tensor
     if world_size % tensor:
-        allowed = allowed_tensor_parallel(config.model)
+        allowed = allowed_tensor_sizes(config.model)
         sizes = [size for size in allowed if world_size % size == 0]
         yield (
             f"parallel.tensor: {tensor} does not divide the {world_size} ranks; "

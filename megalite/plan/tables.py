@@ -24,7 +24,7 @@ def _lines(config: RunConfig, found: Forecast) -> Iterator[str]:
     sequence = " with sequence" if config.parallel.sequence else ""
     yield (
         f"{config.name}: {plan.parameters:,} parameters in {plan.precision} on {layout.hosts} x "
-        f"{layout.per_host} {device.name}: tensor {plan.tensor_parallel}{sequence}, data "
+        f"{layout.per_host} {device.name}: tensor {plan.mesh.tensor}{sequence}, data "
         f"{plan.data_parallel}, ZeRO {plan.zero_stage}, micro-batch {plan.micro_batch_size} x "
         f"{plan.accumulation_steps}, recompute {config.training.activation_checkpointing}"
     )
@@ -134,7 +134,7 @@ def _row(name: str, candidate: Candidate) -> str:
         f"{found.tokens_per_second:,.0f}",
         f"{found.mfu:.1%}",
         f"{found.free / _GIB:.1f}",
-        f"{found.plan.tensor_parallel}{'+seq' * changes['parallel']['sequence']}",
+        f"{found.plan.mesh.tensor}{'+seq' * changes['parallel']['sequence']}",
         zero["stage"],
         found.plan.micro_batch_size,
         changes["training"]["activation_checkpointing"],

@@ -55,7 +55,7 @@ def tensor_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
     Parts state their own. The gradients of parameters that every rank holds whole are summed as
     well, if each rank multiplies them with its own tokens or heads.
     """
-    if plan.tensor_parallel == 1:
+    if plan.mesh.tensor == 1:
         return ()
     calls: Counter[tuple[Kind, Precision, int]] = Counter()
     costs = run_costs(config, plan)
@@ -86,8 +86,8 @@ def data_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
     """
     if plan.data_parallel == 1:
         return ()
-    n = local_elements(config, plan.tensor_parallel, trained=True)
-    every = local_elements(config, plan.tensor_parallel)
+    n = local_elements(config, plan.mesh.tensor, trained=True)
+    every = local_elements(config, plan.mesh.tensor)
     times, stage = plan.accumulation_steps, plan.zero_stage
     bucket = plan.zero.reduce_bucket_size
     rows: list[Collective] = []

@@ -27,7 +27,7 @@ def run_costs(
     common = Workload(
         tokens=0,
         samples=plan.micro_batch_size,
-        tensor=plan.tensor_parallel,
+        tensor=plan.mesh.tensor,
         sequence=config.parallel.sequence,
         recompute=training.activation_checkpointing != "none",
         compiled=training.compile,

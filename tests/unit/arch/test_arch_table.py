@@ -22,7 +22,7 @@ from megalite.arch import (
     pieces,
     tensors,
 )
-from megalite.config import ModelConfig, allowed_tensor_parallel
+from megalite.config import ModelConfig, allowed_tensor_sizes
 from megalite.mesh import Mesh
 
 GOLDEN = json.loads(Path(__file__).with_name("parameters.json").read_text("utf-8"))
@@ -192,7 +192,7 @@ def test_the_vocabulary_is_padded_at_its_end() -> None:
     ]
 
 
-def test_allowed_tensor_parallel() -> None:
-    assert allowed_tensor_parallel(model()) == [1, 2, 4]
-    assert allowed_tensor_parallel(model(intermediate_size=42)) == [1, 2]
-    assert allowed_tensor_parallel(model(num_key_value_heads=1)) == [1]
+def test_allowed_tensor_sizes() -> None:
+    assert allowed_tensor_sizes(model()) == [1, 2, 4]
+    assert allowed_tensor_sizes(model(intermediate_size=42)) == [1, 2]
+    assert allowed_tensor_sizes(model(num_key_value_heads=1)) == [1]
