@@ -187,8 +187,8 @@ def seen_pairs(
 def mask_count(load: Workload, window: int | None) -> int:
     """Return how many [T, T] masks the self-attention of a micro-batch has.
 
-    The model makes one of each sample for documents and padding, and a single one for
-    a window alone.
+    `megalite.model.attention` makes one of each sample for documents and padding. All samples share
+    the mask of a window alone.
     """
     if load.sample_masks:
         return load.samples

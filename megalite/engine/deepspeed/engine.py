@@ -104,30 +104,7 @@ class DeepSpeedEngine:
         # the factor in the loss undoes it
         averages = settings["gradient_allreduce_op"] == "mean"
         self._loss_scale = float(grid.mesh.zero) if averages else 1.0
-        dtype = precision.torch
-        sequence = config.parallel.sequence
-        regions = make_regions(config.model, grid, sequence=sequence)
-        with self._building(grid), grid.device:
-            self.model: LanguageModel = build(config.model, regions)
-        self.model.to(device=grid.device, dtype=dtype)
-        initialize(
-            self.model,
-            config.model,
-            seed=config.training.seed,
-            gather=self._writable,
-            at=grid.at,
-        )
-        freeze(self.model, config)
-        apply_tensor_parallel(self.model, config.model, grid, sequence=sequence)
-        apply_recompute_and_compile(
-            self.model.blocks,
-            recompute=config.training.activation_checkpointing,
-            compile_blocks=config.training.compile,
-        )
-        if config.training.compile and self.stage == 3:
-            # A compiled block cannot fetch its parts one by one: the hooks of runtime/zero/
-            # parameter_offload.py would break the graph. A leaf module is fetched whole before it.
-            deepspeed.utils.set_z3_leaf_modules(self.model, [type(next(iter(self.model.blocks)))])
+        self.model = self._build_model(precision)
         optimizer = make_optimizer(config, self.model.named_parameters())
         self._groups = group_numbers(optimizer)  # before DeepSpeed puts its own tensors there
         # runtime/bf16_optimizer.py prints its memory (see_memory_usage with force)
@@ -144,6 +121,35 @@ class DeepSpeedEngine:
         if self.stage > 0:
             self._gate_steps()
         self._owner_ranks = self._find_owner_ranks() if self.stage in (1, 2) else {}
+
+    def _build_model(self, precision: Precision) -> LanguageModel:
+        """Build this rank's part of the model, initialised, frozen and wrapped as the run asks."""
+        config = self.config
+        grid = self._grid
+        sequence = config.parallel.sequence
+        regions = make_regions(config.model, grid, sequence=sequence)
+        with self._building(grid), grid.device:
+            model = build(config.model, regions)
+        model.to(device=grid.device, dtype=precision.torch)
+        initialize(
+            model,
+            config.model,
+            seed=config.training.seed,
+            gather=self._writable,
+            at=grid.at,
+        )
+        freeze(model, config)
+        apply_tensor_parallel(model, config.model, grid, sequence=sequence)
+        apply_recompute_and_compile(
+            model.blocks,
+            recompute=config.training.activation_checkpointing,
+            compile_blocks=config.training.compile,
+        )
+        if config.training.compile and self.stage == 3:
+            # A compiled block cannot fetch its parts one by one: the hooks of runtime/zero/
+            # parameter_offload.py would break the graph. A leaf module is fetched whole before it.
+            deepspeed.utils.set_z3_leaf_modules(model, [type(next(iter(model.blocks)))])
+        return model
 
     def train_step(
         self,

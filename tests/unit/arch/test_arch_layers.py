@@ -13,8 +13,8 @@ from megalite.config import ModelConfig, RunConfig, parse_config
 from megalite.errors import ConfigError
 from megalite.model.cache import Cache
 from megalite.plan import flops_per_token, make_plan
-from tests.factories import make_model, model_config
-from tests.run_file import BASE
+from tests.helpers.models import make_model, model_config
+from tests.helpers.runs import BASE
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 MIXED: dict[str, Any] = {
