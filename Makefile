@@ -25,6 +25,7 @@ check: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.sizes
 	$(BIN)/python -m pytest -q tests/unit/test_house.py
 
 docs: dev

@@ -58,13 +58,15 @@ def main() -> int:
     folder, manifest = open_checkpoint(checkpoint, weights_only=True)
     run = load_stored(folder / "config.json")
     if arguments.adapter:
-        stored_adapter, base = StoredCheckpoint(folder, manifest), find_base(folder)
+        stored_adapter = StoredCheckpoint(folder, manifest)
+        base = find_base(folder)
         family = export_adapter(stored_adapter, run.model, arguments.output, base=base)
         write_report(f"{folder} -> {arguments.output} (adapters of {family.model_type})\n")
         return 0
     stored, model = merge_lora(StoredCheckpoint(folder, manifest), run.model)
     place = folder / "tokenizer"
-    template, tokenizer = place / "chat_template.jinja", load_tokenizer(place)
+    template = place / "chat_template.jinja"
+    tokenizer = load_tokenizer(place)
     chat = run.finetune is not None and run.finetune.task == "sft"
     family = export(
         stored,

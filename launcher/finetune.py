@@ -42,7 +42,8 @@ def main() -> int:
         known = describe_run(own, stated_model(arguments.config, arguments.set))
     if known is None and start is not None:
         start = str(find_model(start, "--init-from"))
-        known, fresh = describe_start(Path(start)), True
+        known = describe_start(Path(start))
+        fresh = True
     model, tokenizer = known or (None, None)
     config = load_config(arguments.config, arguments.set, model=model)
     if config.finetune is None:

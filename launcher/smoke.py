@@ -122,7 +122,8 @@ def main() -> None:
     for name, (doing, step) in steps.items():
         sys.stdout.write(f"{name:<10} {doing}\n")
         sys.stdout.flush()
-        start, result = time.monotonic(), step()
+        start = time.monotonic()
+        result = step()
         sys.stdout.write(f"{name:<10} {time.monotonic() - start:6.1f} s  {result}\n")
     sys.stdout.write(f"the run is {RUN}\nto look at: {sys.prefix}/bin/tensorboard --logdir {RUN}\n")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ("train", "engine", "model", "parallel", "arch", "optim", "data")
-CORE_BUDGET = 60_000
+CORE_BUDGET = 68_000
 _LAYOUT = (
     *(tokenize.ENCODING, tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE),
     *(tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER),

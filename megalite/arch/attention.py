@@ -65,7 +65,8 @@ class SelfAttention:
         )
         messages = ProductMessages(specs, model.hidden_size, load, grads)
         query, key = _query_width(model) // load.tensor, _key_width(model) // load.tensor
-        stream, element = load.stream_width(model), load.element
+        stream = load.stream_width(model)
+        element = load.element
         rotated = query + key if model.position_embedding == "rope" else 0
         mask, scores = self._score_bytes(model, load)
         moved = RESIDUAL_PASSES[load.compiled] * stream
@@ -98,7 +99,8 @@ class SelfAttention:
         The fused kernel makes a mask of numbers from a bool mask, and keeps it. CUDA's fused
         kernels that take a mask have no grouped heads, so `megalite.model.attention` repeats them.
         """
-        heads, pairs = model.num_attention_heads // load.tensor, load.tokens**2
+        heads = model.num_attention_heads // load.tensor
+        pairs = load.tokens**2
         if scores_one_by_one(model, load):
             copies = 3 if model.attention_dropout > 0 else 1  # scores, dropout's mask, product
             return 0, 4 * copies * load.samples * heads * pairs
@@ -137,13 +139,15 @@ class CrossAttention:
         """Return the cost of one block's attention to the text that is read."""
         messages = ProductMessages(specs, model.hidden_size, load, grads)
         query, key = _query_width(model) // load.tensor, _key_width(model) // load.tensor
-        stream, element = load.stream_width(model), load.element
+        stream = load.stream_width(model)
+        element = load.element
         reading = of_module(specs, "cross_attn.kv_proj")
         writing = [spec for spec in specs if spec not in reading]
         moved = RESIDUAL_PASSES[load.compiled] * stream + model.hidden_size + 2 * query
         read = model.hidden_size + 2 * key
         drops = model.attention_dropout > 0 and load.cpu
-        heads, pairs = model.num_attention_heads // load.tensor, load.tokens * load.memory_tokens
+        heads = model.num_attention_heads // load.tensor
+        pairs = load.tokens * load.memory_tokens
         return Cost(
             products=add(
                 product_flops(writing, load.tokens, grads),

@@ -84,7 +84,8 @@ class Entry:
         messages = [Message("all_reduce", whole)]  # each rank looks up its own rows
         if load.sequence and FIRST_BLOCK in grads.inputs:
             messages.append(Message("all_gather", whole))  # the backward of taking its own tokens
-        heads, shared = model.num_attention_heads // load.tensor, 0
+        heads = model.num_attention_heads // load.tensor
+        shared = 0
         for masks in (mask_count(load, window) for window in self.windows):
             if model.position_embedding == "relative":  # numbers, and their gradients
                 shared += 2 * load.element * max(1, masks) * heads * load.tokens**2
@@ -126,9 +127,11 @@ class LanguageHead:
 
     def rows(self, model: ModelConfig, prefix: str) -> Iterator[ParameterSpec]:
         """Yield the transform of an encoder, the weight unless it is tied, and the bias."""
-        width, encodes = model.hidden_size, model.architecture == "encoder"
+        width = model.hidden_size
+        encodes = model.architecture == "encoder"
         if encodes:
-            dense, sees = f"{prefix}lm_transform.dense", Sees.OWN_TOKENS
+            dense = f"{prefix}lm_transform.dense"
+            sees = Sees.OWN_TOKENS
             yield specify(f"{dense}.weight", (width, width), sees=sees)
             yield specify(f"{dense}.bias", (width,), sees=sees)
             yield from norm_rows(model, f"{prefix}lm_transform.norm")

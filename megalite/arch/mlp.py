@@ -20,9 +20,11 @@ class MLP:
         """Yield the parameters; gate and up are fused into one product."""
         width, inner = model.hidden_size, model.intermediate_size
         yield from norm_rows(model, f"{prefix}post_attention_layernorm")
-        name, parts = f"{prefix}mlp.up_proj", ["up_proj"]
+        name = f"{prefix}mlp.up_proj"
+        parts = ["up_proj"]
         if model.gated:
-            name, parts = f"{prefix}mlp.gate_up_proj", ["gate_proj", "up_proj"]
+            name = f"{prefix}mlp.gate_up_proj"
+            parts = ["gate_proj", "up_proj"]
         weights = {part: (inner, width) for part in parts}
         yield specify(f"{name}.weight", weights, Split.OUTPUT_DIM)
         if model.mlp_bias:
@@ -43,8 +45,10 @@ class MLP:
     ) -> Cost:
         """Return the cost of one block's feed-forward net."""
         messages = ProductMessages(specs, model.hidden_size, load, grads)
-        stream, element = load.stream_width(model), load.element
-        inner, parts = model.intermediate_size // load.tensor, 2 if model.gated else 1
+        stream = load.stream_width(model)
+        element = load.element
+        inner = model.intermediate_size // load.tensor
+        parts = 2 if model.gated else 1
         # what follows a block's last sum and is kept makes the recompute repeat that sum
         follows = model.norm_position == "post" or model.hidden_dropout > 0
         repeats = load.recompute and (follows or "mlp.down_proj" in messages.low)

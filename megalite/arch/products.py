@@ -65,9 +65,11 @@ class ProductMessages:
         Args:
             tokens: of the micro-batch.
         """
-        grads, again = self._grads, self._load.recompute
+        grads = self._grads
+        again = self._load.recompute
         weight = f"{module}.weight"
-        whole, low = tokens * self._width, tokens * self.low.get(module, 0)
+        whole = tokens * self._width
+        low = tokens * self.low.get(module, 0)
         needs_grad = weight in grads.inputs
         low_needs_grad = grads.products(f"{module}.lora_A") > 0
         if not self._load.sequence:
@@ -86,7 +88,8 @@ class ProductMessages:
             tokens: of the micro-batch.
             again: whether the backward computes the sum again.
         """
-        whole, low = tokens * self._width, tokens * self.low.get(module, 0)
+        whole = tokens * self._width
+        low = tokens * self.low.get(module, 0)
         if not self._load.sequence:
             yield from _message("all_reduce", whole, 1 + again)
             yield from _message("all_reduce", low, 1 + again)

@@ -91,7 +91,8 @@ def _warn_of_positions(model: ModelConfig, theirs: ModelConfig) -> None:
     if model.position_embedding not in ("rope", "sinusoidal"):
         return
     trained, asked = theirs.max_position_embeddings, model.max_position_embeddings
-    scaling, reach = model.rope_scaling, float(trained)
+    scaling = model.rope_scaling
+    reach = float(trained)
     if scaling is not None and scaling != theirs.rope_scaling:
         before = theirs.rope_scaling.factor if theirs.rope_scaling else 1.0
         reach = trained * scaling.factor / before

@@ -131,9 +131,11 @@ def set_aside_later(root: Path, step: int, origin: Path) -> list[str]:
 
 def free_name(root: Path, name: str) -> Path:
     """Return `root/name`, followed by a number if that name is taken."""
-    path, count = root / name, 1
+    path = root / name
+    count = 1
     while path.exists():
-        path, count = root / f"{name}.{count}", count + 1
+        path = root / f"{name}.{count}"
+        count = count + 1
     return path
 
 

@@ -100,7 +100,8 @@ class Saver:
         engine, config, grid, root = self._engine, self._config, self._grid, self._root
         # the mark is this start's own, so that an older start that still runs uses another folder
         staging = root / f".staging_{progress.step:08d}_{self._mark}"
-        lease, began = self._lease, time.monotonic()
+        lease = self._lease
+        began = time.monotonic()
         fault = None
         if grid.rank == 0:
             needed = self._bytes

@@ -28,7 +28,8 @@ def owned_values(config: RunConfig) -> dict[str, tuple[Any, str]]:
 
     What depends on the number of ranks or on the device is added by `megalite.plan`.
     """
-    stage, training = zero_stage(config), config.training
+    stage = zero_stage(config)
+    training = config.training
     mean = stage == 3  # "sum" is refused there (runtime/config.py, _do_error_check)
     owned: dict[str, tuple[Any, str]] = {
         "train_batch_size": (training.global_batch_size, "training.global_batch_size"),

@@ -215,7 +215,8 @@ def _describe(item: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
     if kind == "literal_error":
         expected = expected.replace("'", "").replace(" or ", ", ")
     if kind == "missing" and isinstance(loc[-1], int):  # an item of a list of fixed length
-        key, expected = key[:-1], f"a list of {loc[-1] + 1}"
+        key = key[:-1]
+        expected = f"a list of {loc[-1] + 1}"
     words = [str(word) for word in getattr(field.annotation, "__args__", ())]
     missing = None
     if kind == "literal_error" and isinstance(loc[-1], int):  # an item of a list

@@ -123,7 +123,8 @@ def find_run(path: str | Path, sets: Sequence[str] = ()) -> Path | None:
     """The run folder that a run file means, whatever else may be wrong with it."""
     faults: list[str] = []
     raw = _told(path, sets, faults)
-    logging, name = raw.get("logging", {}), raw.get("name")
+    logging = raw.get("logging", {})
+    name = raw.get("name")
     directory = logging.get("directory", "runs") if isinstance(logging, dict) else None
     if faults or not isinstance(directory, str) or not isinstance(name, str):
         return None

@@ -13,7 +13,8 @@ from megalite.config.schema import RunConfig
 
 def spans(config: RunConfig) -> tuple[int, int]:
     """Tokens cut out of a window of text, and in how many spans (T5, arXiv 1910.10683)."""
-    length, objective = config.data.sequence_length, config.objective
+    length = config.data.sequence_length
+    objective = config.objective
     noise = min(max(round(length * objective.mask_probability), 1), max(length - 1, 1))
     count = max(round(noise / objective.mean_span_length), 1)
     return noise, min(count, noise, max(length - noise, 1))

@@ -64,7 +64,8 @@ def allowed_tensor_sizes(model: ModelConfig) -> list[int]:
 
 
 def _shares(config: RunConfig) -> Iterator[Fault]:
-    model, tensor = config.model, config.parallel.tensor
+    model = config.model
+    tensor = config.parallel.tensor
     allowed = allowed_tensor_sizes(model)
     if tensor not in allowed:
         yield fault(
@@ -77,13 +78,15 @@ def _shares(config: RunConfig) -> Iterator[Fault]:
 
 def _length_key(config: RunConfig) -> str:
     """The key that says how long a sample is."""
-    tuning, length = config.finetune, config.data.sequence_length
+    tuning = config.finetune
+    length = config.data.sequence_length
     own = tuning is not None and tuning.data.max_length == length
     return "finetune.data.max_length" if own else "data.sequence_length"
 
 
 def _positions(config: RunConfig) -> Iterator[Fault]:
-    model, length = config.model, config.data.sequence_length
+    model = config.model
+    length = config.data.sequence_length
     if length > model.max_position_embeddings:
         yield fault(
             f"{_length_key(config)} data.sequence_length model.max_position_embeddings",
@@ -147,9 +150,11 @@ def _layer_types(config: RunConfig) -> Iterator[Fault]:
 
 def _finetune(config: RunConfig) -> Iterator[Fault]:
     """What is learned from examples needs its kind of network, and no shards."""
-    tuning, kind = config.finetune, config.model.architecture
+    tuning = config.finetune
+    kind = config.model.architecture
     assert tuning is not None
-    task, data = find_task(tuning.task), tuning.data
+    task = find_task(tuning.task)
+    data = tuning.data
     if task.architectures and kind not in task.architectures:
         meant = " or ".join(map(show, task.architectures))
         yield fault(
@@ -220,7 +225,8 @@ def _pretraining(config: RunConfig) -> Iterator[Fault]:
 
 
 def _objective(config: RunConfig) -> Iterator[Fault]:
-    objective, kind = config.objective, config.model.architecture
+    objective = config.objective
+    kind = config.model.architecture
     meant = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "span_corruption"}[kind]
     if objective.name != meant:
         yield fault(
@@ -296,7 +302,8 @@ def _batches(config: RunConfig) -> Iterator[Fault]:
 
 
 def _schedule(config: RunConfig) -> Iterator[Fault]:
-    schedule, steps = config.schedule, config.training.steps
+    schedule = config.schedule
+    steps = config.training.steps
     keys = "schedule.decay_steps schedule.warmup_steps training.steps schedule.name"
     if schedule.decay_steps is None:
         return  # a warmup longer than the run is a short trial of a long run, and sound

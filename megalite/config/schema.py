@@ -335,7 +335,8 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _objective_of_the_architecture(cls, data: Any) -> Any:
-        model, objective = data.get("model"), data.get("objective") or {}
+        model = data.get("model")
+        objective = data.get("objective") or {}
         if not isinstance(model, dict) or not isinstance(objective, dict):
             return data
         kind = model.get("architecture")

@@ -53,7 +53,8 @@ def read_value(path: Path) -> tuple[Any, list[str]]:
         value, notes = parse_strict(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         before = data[: error.start].decode("utf-8")
-        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        line = before.count("\n") + 1
+        column = len(before) - before.rfind("\n")
         byte = f"byte 0x{data[error.start]:02x} is not UTF-8"
         raise ConfigError(f"line {line} column {column}: {byte}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:

@@ -26,7 +26,8 @@ def examine(
         look: what a preview at the examples of fine-tuning says; UserError where they are faulty.
         start: the folder of the model that the run starts from.
     """
-    directory, loaded = Path(), list[RunConfig]()
+    directory = Path()
+    loaded = list[RunConfig]()
     if config is not None:
         with suppress(ConfigError):  # a row will tell
             directory = getattr(find_run(config), "parent", directory)

@@ -80,14 +80,16 @@ def look_disk(folder: Path) -> Disk:
 
 
 def _measure(file: IO[bytes], free: int) -> Disk:
-    block, number = os.urandom(_MIB), file.fileno()
+    block = os.urandom(_MIB)
+    number = file.fileno()
     began = before = time.monotonic()
     for _ in range(_TRIED // _MIB):
         before = time.time()
         file.write(block)
     file.flush()
     os.fsync(number)
-    stamp, after = os.fstat(number).st_mtime, time.time()
+    stamp = os.fstat(number).st_mtime
+    after = time.time()
     wrote = time.monotonic()
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -142,7 +144,9 @@ def clock(skew: float, synchronised: bool | None, *, cluster: bool = False) -> R
 
 
 def look_ports() -> Row:
-    host, port, address = socket.gethostname(), env.variable("MASTER_PORT"), ""
+    host = socket.gethostname()
+    port = env.variable("MASTER_PORT")
+    address = ""
     with suppress(OSError):
         address = str(socket.getaddrinfo(host, None)[0][4][0])
     return ports(_bind("127.0.0.1", "0"), host, address, port, _bind("", port) if port else "")

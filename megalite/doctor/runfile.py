@@ -74,7 +74,9 @@ def checkpoints(config: RunConfig, free: int) -> Row:
     """Whether the disk has room for all that the run keeps, and for the next one beside it."""
     from megalite.checkpoint import checkpoint_bytes
 
-    size, section, steps = checkpoint_bytes(config), config.checkpoint, config.training.steps
+    size = checkpoint_bytes(config)
+    section = config.checkpoint
+    steps = config.training.steps
     count = section.keep + 1 + section.keep_best
     count += steps // section.keep_every if section.keep_every else 0
     if steps:  # else the examples tell

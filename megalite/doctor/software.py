@@ -90,7 +90,9 @@ class Cuda:
 def look_cuda() -> Cuda:
     import torch
 
-    number, gpus, nccl = ctypes.c_int(), [], None
+    number = ctypes.c_int()
+    gpus = []
+    nccl = None
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):

@@ -130,7 +130,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Floats]) -> tuple[FileEntry,
         the file's entry, and the SHA-256 of each tensor's bytes.
     """
     start, size = _start({name: list(tensor.shape) for name, tensor in tensors.items()})
-    whole, hashes = hashlib.sha256(start), dict[str, str]()
+    whole = hashlib.sha256(start)
+    hashes = dict[str, str]()
     # a tensor's own hash is made beside the file's: neither needs the interpreter
     with open(path, "wb") as file, ThreadPoolExecutor(1) as pool:
         file.write(start)
@@ -149,7 +150,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Floats]) -> tuple[FileEntry,
 
 def _start(shapes: Mapping[str, list[int]]) -> tuple[bytes, int]:
     """How a file of these fp32 tensors begins, to its first tensor; and the file's bytes in all."""
-    header, offset = dict[str, Any](), 0
+    header = dict[str, Any]()
+    offset = 0
     for name, shape in shapes.items():
         place = [offset, offset := offset + 4 * math.prod(shape)]
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": place}
@@ -182,7 +184,8 @@ def read_tensor(path: Path, name: str, target: Floats, box: tuple[slice, ...]) -
         if whole_rows and target.flags.c_contiguous:
             _read_into(file, target, name)
             return
-        at_once, cut = max(1, _PIECE // row), (slice(None), *box[1:])
+        at_once = max(1, _PIECE // row)
+        cut = (slice(None), *box[1:])
         for first in range(0, len(target), at_once):
             part = target[first : first + at_once]
             rows = np.empty((len(part), *shape[1:]), np.float32)
@@ -220,7 +223,8 @@ def _are_counts(value: Any) -> TypeGuard[list[int]]:
 
 
 def _read_into(file: FileIO, target: Floats, name: str) -> None:
-    view, done = target.reshape(-1).view(np.uint8).data, 0
+    view = target.reshape(-1).view(np.uint8).data
+    done = 0
     while done < len(view) and (count := file.readinto(view[done:])):
         done += count
     if done < len(view):
@@ -260,10 +264,8 @@ def read_manifest(folder: Path) -> Manifest:
             "with which it can be used"
         ) from None
     if (outside := _unlisted(manifest)) is not None:
-        raise CheckpointError(
-            f"{path} names the file {outside!r:.80}, which is no file of the checkpoint's own; use "
-            "another checkpoint"
-        )
+        what = f"the file {outside!r:.80}, which is no file of the checkpoint's own"
+        raise CheckpointError(f"{path} names {what}; use another checkpoint")
     if _STEP_NAME.fullmatch(folder.name) and step_of(folder) != manifest.step:
         raise CheckpointError(
             f"{folder} holds step {manifest.step}: it was renamed; its own name is "
@@ -321,7 +323,8 @@ def step_of(folder: Path) -> int:
 
 def share(manifest: Manifest, rank: int, ranks: int) -> set[str]:
     """The files that one of several ranks checks, so that each reads about as many bytes."""
-    loads, mine = [0] * ranks, set()
+    loads = [0] * ranks
+    mine = set()
     for name, entry in sorted(manifest.files.items(), key=lambda item: -item[1].bytes):
         least = loads.index(min(loads))
         loads[least] += entry.bytes

@@ -142,7 +142,8 @@ def read_header(path: Path | str) -> Header:
     try:
         file = os.open(path, os.O_RDONLY)  # plain calls: thousands of shards are opened at once
         try:
-            data, size = os.pread(file, HEADER_BYTES, 0), os.fstat(file).st_size
+            data = os.pread(file, HEADER_BYTES, 0)
+            size = os.fstat(file).st_size
         finally:
             os.close(file)
     except OSError as error:
@@ -290,7 +291,9 @@ class DocumentStarts:
     """
 
     def __init__(self, path: Path, index: Index) -> None:
-        self._path, self._header, self._itemsize = str(path), index.header, index.dtype.itemsize
+        self._path = str(path)
+        self._header = index.header
+        self._itemsize = index.dtype.itemsize
         self._end = index.tokens * self._itemsize
         self._documents = len(index.documents) - 1
         self._sentences = not _counts_up(index.documents)  # several sequences a document, or none
@@ -304,7 +307,8 @@ class DocumentStarts:
     def between(self, files: OpenFiles, start: int, stop: int) -> npt.NDArray[np.int64]:
         """First tokens of the documents that begin after `start` and before `stop`, in order; a
         document without tokens begins where the next one does, and is not told apart from it."""
-        first, last = start * self._itemsize, min(stop * self._itemsize, self._end)
+        first = start * self._itemsize
+        last = min(stop * self._itemsize, self._end)
         low = max(0, bisect_right(self._outline, first) - 1) * _OUTLINE_STEP
         high = bisect_left(self._outline, last) * _OUTLINE_STEP
         begins = self._read(files, low, min(high, self._documents))
@@ -324,7 +328,8 @@ class DocumentStarts:
         sequences = sequences[sequences < self._header.sequences]
         if not sequences.size:
             return sequences
-        first, last = int(sequences[0]), int(sequences[-1])
+        first = int(sequences[0])
+        last = int(sequences[-1])
         offset = self._header.pointers_offset + 8 * first
         pointers = files.read(self._path, _INT64, offset, last + 1 - first)
         return pointers[sequences - first]

@@ -95,7 +95,8 @@ class Manifest(_Frozen):
 
     def contradictions(self) -> list[str]:
         """Where the manifest's own numbers do not agree."""
-        dtype, faults = np.dtype(self.dtype), []
+        dtype = np.dtype(self.dtype)
+        faults = []
         if self.vocab_size - 1 > np.iinfo(dtype).max:
             faults.append(f"vocab_size {self.vocab_size} does not fit in {self.dtype}")
         for key, id in (("bos", self.bos), ("eos", self.eos)):

@@ -62,10 +62,12 @@ def quantized_parts(names: list[str]) -> list[str]:
 
 def quantization_advice(method: str, path: Path, architecture: str) -> str:
     """Say how to get a folder of plain weights in the place of a quantized one."""
-    imports, how = f"{architecture} as M", ""
+    imports = f"{architecture} as M"
+    how = ""
     if method.startswith("fp8") or method.startswith("mxfp4"):
         kind = "FineGrainedFP8Config" if method.startswith("fp8") else "Mxfp4Config"
-        imports, how = f"{imports}, {kind} as Q", ", quantization_config=Q(dequantize=True)"
+        imports = f"{imports}, {kind} as Q"
+        how = ", quantization_config=Q(dequantize=True)"
     elif method.startswith("compressed-tensors"):
         imports = f"{imports}, CompressedTensorsConfig as Q"
         how = ", quantization_config=Q(run_compressed=False)"

@@ -109,7 +109,8 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, name: str, dtype: Dtype, *, vocab_size: int) -> None:
-        self.name, self.tokens = name, 0
+        self.name = name
+        self.tokens = 0
         self._folder, self._dtype = folder, dtype
         self._ids = min(vocab_size, int(np.iinfo(dtype).max) + 1)
         self._lengths: list[int] = []
@@ -192,7 +193,9 @@ class ShardSet:
         files: OpenFiles | None = None,
         checked: bool = False,
     ) -> None:
-        self.folder, self.manifest, self.path = folder, manifest, path or folder
+        self.folder = folder
+        self.manifest = manifest
+        self.path = path or folder
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self.vocab_size, self.tokens = manifest.vocab_size, manifest.tokens
         self.documents = manifest.documents
@@ -223,7 +226,8 @@ class ShardSet:
             shard = bisect_right(self._starts, start) - 1
             here = min(count, self._starts[shard + 1] - start)
             pieces.append(self._read_shard(shard, start - self._starts[shard], here))
-            start, count = start + here, count - here
+            start = start + here
+            count = count - here
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self.dtype), *pieces])
 
     def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
@@ -245,8 +249,10 @@ class ShardSet:
         """The tokens of one document of the folder, counted from 0."""
         assert 0 <= number < self.documents, (number, self.documents)
         shard = bisect_right(self._firsts, number) - 1
-        index, number = self._index(shard), number - self._firsts[shard]
-        first, end = index.document_start(number), index.document_start(number + 1)
+        index = self._index(shard)
+        number = number - self._firsts[shard]
+        first = index.document_start(number)
+        end = index.document_start(number + 1)
         return self.read(self._starts[shard] + first, end - first)
 
     def document_lengths(self, shard: int) -> npt.NDArray[np.int64]:

@@ -136,7 +136,8 @@ def _describe_pair(folder: Path, name: str) -> tuple[ShardInfo, str]:
         if not file.is_file():
             raise DataError(f"{file}: missing beside {other.name}; copy or make it again")
     index = read_index(idx_file)
-    size, expected = bin_file.stat().st_size, index.tokens * index.dtype.itemsize
+    size = bin_file.stat().st_size
+    expected = index.tokens * index.dtype.itemsize
     if size != expected:
         state = "it is cut" if size < expected else "one of them is of another corpus"
         raise DataError(
@@ -245,7 +246,8 @@ def _shard_faults(folder: Path, manifest: Manifest, shard: ShardInfo) -> Iterato
 
 def _check_ends(folder: Path, manifest: Manifest, shard: ShardInfo) -> None:
     """Whether documents begin with the manifest's `bos` and end with its `eos`."""
-    path, index = bin_path(folder, shard.name), checked_index(folder, manifest, shard)
+    path = bin_path(folder, shard.name)
+    index = checked_index(folder, manifest, shard)
     if not index.tokens:
         return
     bounds = index.document_bounds()
@@ -265,19 +267,24 @@ def _check_ends(folder: Path, manifest: Manifest, shard: ShardInfo) -> None:
 def _scan(path: Path, manifest: Manifest) -> tuple[str, int, int]:
     """A `.bin`'s SHA-256, its highest id (a negative one counts as huge) and where that stands."""
     unsigned = np.dtype(f"<u{np.dtype(manifest.dtype).itemsize}")
-    digest, highest, place, read = hashlib.sha256(), -1, 0, 0
+    digest = hashlib.sha256()
+    highest = -1
+    place = 0
+    read = 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             ids = np.frombuffer(chunk, unsigned)
             if int(ids.max()) > highest:
-                highest, place = int(ids.max()), read + int(ids.argmax())
+                highest = int(ids.max())
+                place = read + int(ids.argmax())
             read += len(ids)
     return digest.hexdigest(), highest, place
 
 
 def _tokenizer_faults(folder: Path, manifest: Manifest) -> list[str]:
-    path, expected = folder / manifest.tokenizer.path, manifest.tokenizer.sha256
+    path = folder / manifest.tokenizer.path
+    expected = manifest.tokenizer.sha256
     if not path.is_file():
         return [f"{path}: missing, the manifest lists it"]
     if faults := fault_of(check_hash, path, expected):

@@ -119,7 +119,8 @@ def _from_srun(env: Mapping[str, str]) -> Launch:
             f"SLURM_PROCID={env['SLURM_PROCID']} but {', '.join(missing)} missing; start the ranks "
             "with srun --ntasks, or unset the SLURM_ variables for a single process"
         )
-    world, job_id = number(env, "SLURM_NTASKS", 1), env.get("SLURM_JOB_ID", "0")
+    world = number(env, "SLURM_NTASKS", 1)
+    job_id = env.get("SLURM_JOB_ID", "0")
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
     restart = number(env, "SLURM_RESTART_COUNT", 0)
     job_number = int(job_id) if job_id.isdigit() else 0
@@ -165,7 +166,8 @@ def _is_srun_task(env: Mapping[str, str], mpi: MpiLauncher) -> bool:
 
 def _refuse_single_mpi(env: Mapping[str, str]) -> None:
     """Refuse `srun -n4 mpirun -n1`: four worlds of one."""
-    found, tasks = find_mpi_rank(env), number(env, "SLURM_NTASKS", 1)
+    found = find_mpi_rank(env)
+    tasks = number(env, "SLURM_NTASKS", 1)
     if found == (0, 1) and tasks > 1 and env.get("OMPI_COMM_WORLD_SIZE"):
         raise LaunchError(
             f"mpirun started 1 rank within each of srun's {tasks} tasks: the same run would train "

@@ -65,7 +65,8 @@ def _fill(target: Tensor, piece: arch.Piece, *, std: float, seed: int) -> None:
         height = min(ROWS, shape[0] - base)
         generator = torch.Generator().manual_seed(_key(seed, piece.tensor.name, block))
         values = torch.randn((height, *shape[1:]), generator=generator)
-        low, high = max(first, base), min(last, base + height)
+        low = max(first, base)
+        high = min(last, base + height)
         box = (slice(low - base, high - base), *columns)
         target[low - first : high - first].copy_(values[box].mul_(std))
 

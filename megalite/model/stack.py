@@ -199,7 +199,8 @@ class Stack(nn.Module):
         Args:
             past: tokens before those of `x_BTD`.
         """
-        T, is_relative = x_BTD.shape[1], self.config.position_embedding == "relative"
+        T = x_BTD.shape[1]
+        is_relative = self.config.position_embedding == "relative"
         mask = attention_mask(
             T,
             past + T,

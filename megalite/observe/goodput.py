@@ -101,7 +101,9 @@ def _account(run: Path, attempts: list[Attempt]) -> dict[str, Any]:
 
 def _without_set_backs(rows: list[dict[str, Any]]) -> tuple[float, list[dict[str, Any]]]:
     """Rows whose time never falls behind by more than a minute, and the seconds that it did."""
-    found, latest, shift = list[dict[str, Any]](), -math.inf, 0.0
+    found = list[dict[str, Any]]()
+    latest = -math.inf
+    shift = 0.0
     for row in rows:
         if not {"kind", "time", "attempt", "step"} <= {*row}:
             continue

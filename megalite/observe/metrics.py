@@ -115,7 +115,8 @@ class Recorder:
     def close(self) -> None:
         """Close everything; again is harmless."""
         self._show(lambda view: view.close())
-        self._writes, self._views = False, []
+        self._writes = False
+        self._views = []
         if self.rank == 0:
             threading.excepthook = self._hook
 

@@ -25,7 +25,8 @@ def report_calls(
 
     The first message comes at once. On ranks other than 0 the logger drops them.
     """
-    done, began = 0, clock()
+    done = 0
+    began = clock()
     reported = began
     logger.info("%s: 0 of %d batches", what, total)
 

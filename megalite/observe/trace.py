@@ -24,7 +24,8 @@ class Trace:
     """
 
     def __init__(self, folder: Path, rank: int, steps: tuple[int, int] | None) -> None:
-        self._folder, self._name = folder, f"rank_{rank:05d}"
+        self._folder = folder
+        self._name = f"rank_{rank:05d}"
         self._first, self._last = steps or (0, 0)
         self._profiler: Any = None
 
@@ -40,7 +41,8 @@ class Trace:
 
     def close(self) -> None:
         """Write what was recorded; a trace that cannot be written ends no run."""
-        profiler, self._profiler = self._profiler, None
+        profiler = self._profiler
+        self._profiler = None
         if profiler is None:
             return
         path = self._folder / f"{self._name}.json.gz"

@@ -26,7 +26,10 @@ from megalite import arch
 from megalite.parallel import Grid
 
 _STEPS = 5
-_A, _B, _C = 3.4445, -4.7750, 2.0315  # a quintic steep at zero (Jordan et al. 2024)
+# a quintic steep at zero (Jordan et al. 2024)
+_A = 3.4445
+_B = -4.7750
+_C = 2.0315
 _RMS = 0.2  # of AdamW's updates, as Liu et al. found it
 _BATCH = 1 << 26  # elements put together at once: 256 MiB
 
@@ -88,7 +91,8 @@ class Muon(torch.optim.Optimizer):
         self._adamw.step()
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        gradient, momentum = parameter.grad, self.state[parameter]["momentum_buffer"]
+        gradient = parameter.grad
+        momentum = self.state[parameter]["momentum_buffer"]
         assert gradient is not None
         momentum.lerp_(gradient, 1 - group["momentum"])
         update = gradient.lerp(momentum, group["momentum"])  # Nesterov's look ahead
@@ -124,7 +128,8 @@ def orthogonalize(
     """
     size, rank = grid.world_size, grid.rank
     if replicas:
-        size, rank = grid.mesh.tensor, grid.tensor_places.index(grid.at)
+        size = grid.mesh.tensor
+        rank = grid.tensor_places.index(grid.at)
     group = grid.tensor_group if replicas and size > 1 else None  # None: all ranks
     for batch in _batches(fragments):
         tensors = [tensor for fragment in batch for tensor in fragment.row.tensors]
@@ -168,13 +173,15 @@ def _take_apart(
 
 
 def _batches(fragments: Iterable[Fragment]) -> Iterator[list[Fragment]]:
-    batch, elements = list[Fragment](), 0
+    batch = list[Fragment]()
+    elements = 0
     for fragment in fragments:
         batch.append(fragment)
         elements += fragment.row.elements
         if elements >= _BATCH:
             yield batch
-            batch, elements = [], 0
+            batch = []
+            elements = 0
     if batch:
         yield batch
 

@@ -14,7 +14,9 @@ def learning_rate(config: RunConfig, step: int) -> float:
     to `min_lr_ratio` of it over `decay_steps` and stay; constant stays; wsd (warmup, stable, decay:
     Hu et al. 2024) stays and falls linearly over the last `decay_steps` of the run.
     """
-    schedule, peak, total = config.schedule, config.optimizer.lr, config.training.steps
+    schedule = config.schedule
+    peak = config.optimizer.lr
+    total = config.training.steps
     warmup, floor = schedule.warmup_steps, schedule.min_lr_ratio
     if step <= warmup:
         return peak * step / warmup

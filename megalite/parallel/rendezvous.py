@@ -112,7 +112,8 @@ def open_store(launch: env.Launch, timeout: datetime.timedelta) -> Any:
     Raises:
         LaunchError: another process listens there.
     """
-    handle, address = None, (launch.master_addr, launch.master_port)
+    handle = None
+    address = (launch.master_addr, launch.master_port)
     if launch.rank == 0:
         with suppress(OSError):
             found = socket.gethostbyname(launch.master_addr)

@@ -150,9 +150,11 @@ def _batch(config: RunConfig, plan: Plan) -> dict[str, Tensor]:
     def mask(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bool, device="meta")
 
-    tuned, two = config.finetune, model.architecture == "encoder_decoder"
+    tuned = config.finetune
+    two = model.architecture == "encoder_decoder"
     of_stacks = [*arch.lengths(config).values()]
-    read, written = of_stacks[0], of_stacks[-1]
+    read = of_stacks[0]
+    written = of_stacks[-1]
     batch = {"input_ids": ids(read)}
     if tuned and not tuned.data.packing and model.architecture != "decoder":
         batch["attention_mask"] = mask(B, read)
@@ -182,7 +184,8 @@ class _Calls(TorchDispatchMode):
         if func.namespace == "c10d":
             kind = _KINDS[func._schema.name.partition("::")[2]]
             tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            dtype, elements = tensors[0].dtype, max(t.numel() for t in tensors)
+            dtype = tensors[0].dtype
+            elements = max(t.numel() for t in tensors)
             self._seen[kind, _PRECISIONS[dtype], elements] += 1
         return func(*args, **(kwargs or {}))
 

@@ -115,7 +115,8 @@ def _layouts(model: ModelConfig, ranks: int) -> Iterator[ParityLayout]:
         for stage in (1, 2, 3):
             yield ParityLayout(tensor=2, data=pairs, stage=stage)
     yield ParityLayout(data=min(2, ranks), stage=2, micro_batch_size=1)
-    two, both = min(2, ranks), 2 if ranks >= 4 else 1
+    two = min(2, ranks)
+    both = 2 if ranks >= 4 else 1
     if 2 in sizes:
         yield ParityLayout(tensor=2, stage=1, recompute="full")
         yield ParityLayout(tensor=2, data=both, stage=3, recompute="selective")

@@ -120,7 +120,8 @@ class _Worst:
     """Comparison of a step's tensors with those of another run, and their storage; on rank 0."""
 
     def __init__(self, job: ParityJob, step: int, rank: int) -> None:
-        self._step, self._tolerance = step, job.tolerance
+        self._step = step
+        self._tolerance = job.tolerance
         self._kept: dict[str, Tensor] = {}
         self._worst: dict[str, tuple[str, float]] = {}
         self._keep: Path | None = None
@@ -221,7 +222,8 @@ def _canonical(kind: str, row: arch.ParameterSpec, value: Tensor, grid: Grid) ->
     """Yield the canonical tensors of a parameter, gathered over the tensor ranks."""
     places = grid.tensor_places
     if row.tensors[0].split is arch.Split.REPLICATED:
-        places, parts = (grid.at,), [_equal_or_off(value, grid.tensor_group)]
+        places = (grid.at,)
+        parts = [_equal_or_off(value, grid.tensor_group)]
     else:
         parts = [torch.empty_like(value) for _ in places]
         dist.all_gather(parts, value.contiguous(), group=grid.tensor_group)
@@ -236,7 +238,8 @@ def _canonical(kind: str, row: arch.ParameterSpec, value: Tensor, grid: Grid) ->
 def main(path: str) -> None:
     """Run the job at `path` as the rank that this process was started as."""
     job = ParityJob(**files.read_json(Path(path)))
-    config, launch = parse_config(job.config), env.find_launch()
+    config = parse_config(job.config)
+    launch = env.find_launch()
     inspector = Inspector(job, config)
     run(RunOptions(config, job.resume, engine=job.engine, inspect=inspector), launch)
     if launch.rank == 0:

@@ -22,7 +22,8 @@ def activation_bytes(config: RunConfig, plan: Plan, device: Kind) -> tuple[int, 
     kept, work = 0, 0
     mode = config.training.activation_checkpointing
     for stack in run_costs(config, plan, device).stacks:
-        load, ends = stack.load, (stack.entry.kept, stack.norm.kept)
+        load = stack.load
+        ends = (stack.entry.kept, stack.norm.kept)
         kept += sum(load.batch_tokens * part.values + part.mask for part in ends)
         block_input = load.element * load.batch_tokens * load.stream_width(config.model)
         for layer, count in stack.kinds:
@@ -54,7 +55,8 @@ def heap_bytes(config: RunConfig, plan: Plan) -> tuple[int, int]:
     Masks count as larger pieces, because they leave no holes. Scores that are computed one by one
     leave two more pieces of their size in the heap: the product itself, and its gradient.
     """
-    small, large = sum(activation_bytes(config, plan, "cpu")), 0
+    small = sum(activation_bytes(config, plan, "cpu"))
+    large = 0
     if config.training.activation_checkpointing != "none":
         return small, 0
     for stack in run_costs(config, plan, "cpu").stacks:

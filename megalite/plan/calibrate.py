@@ -41,7 +41,8 @@ class Run:
 
     def predicted(self, device: Device) -> float:
         layout = dataclasses.replace(self.layout, device=device)
-        world, native = layout.hosts * layout.per_host, self.layout.device.native_bf16
+        world = layout.hosts * layout.per_host
+        native = self.layout.device.native_bf16
         plan = make_plan(self.config, world_size=world, device=device.kind, native_bf16=native)
         return step_seconds(self.config, plan, layout).total
 
@@ -90,7 +91,8 @@ def _fit(runs: Sequence[Run], device: Device) -> Efficiencies:
     """By turns each efficiency is moved up and down, in steps that shrink."""
     best = device.efficiencies
     most = _MOST if device.kind == "cpu" else 1.0  # a CPU's rates are guesses
-    lowest, width = _cost(runs, device, best), 2.0
+    lowest = _cost(runs, device, best)
+    width = 2.0
     for _ in range(_ROUNDS):
         moved = False
         for name in _FITTED:
@@ -98,7 +100,9 @@ def _fit(runs: Sequence[Run], device: Device) -> Efficiencies:
                 share = min(most, max(_LEAST, getattr(best, name) * factor))
                 tried = dataclasses.replace(best, **{name: share})
                 if (cost := _cost(runs, device, tried)) < lowest:
-                    best, lowest, moved = tried, cost, True
+                    best = tried
+                    lowest = cost
+                    moved = True
         if not moved:
             width = math.sqrt(width)
         if width < 1.002:

@@ -69,9 +69,11 @@ def workloads(
         lengths: tokens of a sample in each stack, by the stack's name.
         masks: whether documents or padding make masks. What a second stack writes has neither.
     """
-    loads, before = [], 0
+    loads = []
+    before = 0
     for stack in arch.network(model).stacks:
-        tokens, memory = lengths[stack.name], before if stack.reads_memory else 0
+        tokens = lengths[stack.name]
+        memory = before if stack.reads_memory else 0
         loads.append(
             replace(
                 common,
@@ -93,7 +95,8 @@ def model_costs(
     Args:
         loads: the workload of each stack.
     """
-    parts, grads = arch.network(model), gradients(model, tuning)
+    parts = arch.network(model)
+    grads = gradients(model, tuning)
     found = []
     for stack, load, of_stack in zip(parts.stacks, loads, grads.stacks, strict=True):
         keys = [(layer.parts, of) for layer, of in zip(stack.layers, of_stack.layers, strict=True)]

@@ -18,7 +18,9 @@ from megalite.errors import CommandError, ConfigError, nearest
 
 Kind = Literal["cpu", "cuda"]
 PRECISIONS = ("bf16", "fp16", "fp32")
-_TERA, _GIGA, _MIB = 1e12, 1e9, 1 << 20
+_TERA = 1e12
+_GIGA = 1e9
+_MIB = 1 << 20
 _ALIKE = 0.1  # by what share sizes of one memory differ: MiB, GB, and what drivers keep
 
 
@@ -266,7 +268,8 @@ def make_device(told: Mapping[str, Any]) -> Device:
         ConfigError: every fault.
     """
     own = {key: value for key, value in told.items() if key != "extends"}
-    base, faults = None, []
+    base = None
+    faults = []
     known = [field.name for field in fields(Device)]
     if "extends" in told:
         known.remove("kind")  # which decides how all others are meant

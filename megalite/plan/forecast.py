@@ -18,7 +18,8 @@ from megalite.plan.traffic import Collective, data_collectives, tensor_collectiv
 
 # In addition to the tensors of a plan: the driver's context with NCCL's buffers, and the share that
 # PyTorch's caching allocator wastes. Fitted to published runs (benchmarks/plan.py).
-_CONTEXT, _WASTE = 3 << 29, 0.04
+_CONTEXT = 3 << 29
+_WASTE = 0.04
 
 
 def make_plan(
@@ -123,7 +124,8 @@ def forecast(config: RunConfig, layout: Layout) -> Forecast:
             than a host has devices.
     """
     config = resolve_labels(config)
-    kind, ranks = layout.device.kind, layout.hosts * layout.per_host
+    kind = layout.device.kind
+    ranks = layout.hosts * layout.per_host
     native = layout.device.native_bf16
     plan = make_plan(config, world_size=ranks, device=kind, native_bf16=native)
     if layout.device.peak(plan.precision) is None:

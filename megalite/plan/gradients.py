@@ -55,7 +55,8 @@ def gradients(model: ModelConfig, tuning: FinetuneConfig | None) -> Gradients:
     """Return the gradients of a model under a fine-tuning section; None means pretraining."""
     specs = arch.parameters(model)
     trained = frozenset(s.name for s in specs if arch.is_trainable_under(tuning, s))
-    parts, flow = arch.network(model), Flow(trained)
+    parts = arch.network(model)
+    flow = Flow(trained)
     found = []
     for stack in parts.stacks:
         stack.entry.follow(model, stack.specs(model, stack.entry), flow)

@@ -85,7 +85,9 @@ def state_memory(config: RunConfig, plan: Plan) -> States:
     against the allocations of DeepSpeed 0.19.8: deepspeed/runtime/bf16_optimizer.py for bf16 at
     stage 1, else deepspeed/runtime/zero/stage_1_and_2.py and stage3.py.
     """
-    stage, d, element = plan.zero_stage, plan.data_parallel, plan.precision.bytes
+    stage = plan.zero_stage
+    d = plan.data_parallel
+    element = plan.precision.bytes
     is_accumulated = plan.accumulation_steps > 1
     every = local_elements(config, plan.mesh.tensor)
     n = local_elements(config, plan.mesh.tensor, trained=True)

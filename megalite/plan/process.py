@@ -34,7 +34,8 @@ def process_bytes(config: RunConfig, plan: Plan) -> int:
     copy = _flat_copy(config, plan, states)
     logits = run_costs(config, plan, "cpu").head.logits
     small, mapped = heap_bytes(config, plan)
-    resident, pieces = states.weights + states.optimizer, [logits.gradients]
+    resident = states.weights + states.optimizer
+    pieces = [logits.gradients]
     if plan.zero_stage == 3:
         gathered = gathered_bytes(config, plan)
         resident += states.kept_gradients + resident_buckets(plan) - gathered

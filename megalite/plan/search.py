@@ -75,7 +75,8 @@ def rank(config: RunConfig, layout: Layout, most: int = 50) -> Ranking:
             most of them have.
     """
     found: list[Candidate] = []
-    planned, faults = 0, Counter[str]()
+    planned = 0
+    faults = Counter[str]()
     for changes in _changes(config, layout):
         try:
             made = forecast(_changed(config, changes), layout)
@@ -109,7 +110,8 @@ def _rate(found: Forecast) -> float:
 
 def _own_changes(config: RunConfig) -> dict[str, Any]:
     """Return the run file's own layout in the keys of a candidate."""
-    training, own = config.training, zero_settings(config)
+    training = config.training
+    own = zero_settings(config)
     device = "cpu" if own.offloads_optimizer else "none"
     zero = {"stage": own.stage, "offload_optimizer": {"device": device}}
     again = training.activation_checkpointing
@@ -163,7 +165,8 @@ def _changes(config: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:
 
 def _micro(config: RunConfig, layout: Layout, tensor: int) -> list[int]:
     """The micro-batches that divide a rank's samples of a step."""
-    training, ranks = config.training, layout.hosts * layout.per_host // tensor
+    training = config.training
+    ranks = layout.hosts * layout.per_host // tensor
     samples, rest = divmod(training.global_batch_size, max(1, ranks))
     if rest:
         return []

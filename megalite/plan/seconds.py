@@ -76,14 +76,16 @@ class _Clock:
         document_tokens: float | None,
     ) -> None:
         self._config, self._plan, self._layout = config, plan, layout
-        self._eff, self._document = layout.device.efficiencies, document_tokens
+        self._eff = layout.device.efficiencies
+        self._document = document_tokens
         self._element = plan.precision.bytes
         # the cores of a CPU are shared by the ranks of its host; a GPU is a rank's own
         share = layout.per_host if layout.device.kind == "cpu" else 1
         peak = layout.device.peak(plan.precision)
         if peak is None:
             raise ValueError(f"{layout.device.name} has no units for {plan.precision}")
-        self._peak, self._bandwidth = peak / share, layout.device.bandwidth / share
+        self._peak = peak / share
+        self._bandwidth = layout.device.bandwidth / share
 
     def seconds(self) -> Seconds:
         forward, head, backward = self._compute()
@@ -152,12 +154,14 @@ class _Clock:
     # ---- what ranks send
 
     def _tensor(self) -> float:
-        calls, ranks = tensor_collectives(self._config, self._plan), self._plan.mesh.tensor
+        calls = tensor_collectives(self._config, self._plan)
+        ranks = self._plan.mesh.tensor
         return self._send(calls, ranks, self._rate(ranks, ranks))
 
     def _data(self, forward: float, backward: float, last: float) -> float:
         """Return the seconds of ZeRO's messages that the backward does not hide."""
-        plan, ranks = self._plan, self._plan.data_parallel
+        plan = self._plan
+        ranks = self._plan.data_parallel
         calls = data_collectives(self._config, plan)
         near = max(1, self._layout.per_host // plan.mesh.tensor)
         sent = self._send(calls, ranks, self._rate(ranks, min(near, ranks)))
@@ -172,7 +176,8 @@ class _Clock:
         Args:
             near: ranks of the ring that share a host.
         """
-        device, eff = self._layout.device, self._eff
+        device = self._layout.device
+        eff = self._eff
         share = self._layout.per_host if device.kind == "cpu" else 1
         link = device.link * eff.link / share
         if ranks <= near:

@@ -75,9 +75,11 @@ def layout_plan(
         ConfigError: ranks, heads or batches that do not divide, with sizes that do; a precision
             or a DeepSpeed value that this number of ranks, this device or this version contradicts.
     """
-    training, tensor = config.training, config.parallel.tensor
+    training = config.training
+    tensor = config.parallel.tensor
     precision = resolve_precision(config, device=device, native_bf16=native_bf16)
-    faults, zero = list(_layout_faults(config, world_size)), zero_settings(config)
+    faults = list(_layout_faults(config, world_size))
+    zero = zero_settings(config)
     data_parallel = max(1, world_size // tensor)
     accumulation = max(1, training.global_batch_size // (training.micro_batch_size * data_parallel))
     if not faults:
@@ -103,7 +105,8 @@ def layout_plan(
 
 
 def _layout_faults(config: RunConfig, world_size: int) -> Iterator[str]:
-    training, tensor = config.training, config.parallel.tensor
+    training = config.training
+    tensor = config.parallel.tensor
     if world_size % tensor:
         allowed = allowed_tensor_sizes(config.model)
         sizes = [size for size in allowed if world_size % size == 0]
@@ -113,7 +116,8 @@ def _layout_faults(config: RunConfig, world_size: int) -> Iterator[str]:
         )
     else:
         ranks = world_size // tensor
-        whole, part = training.global_batch_size, training.micro_batch_size * ranks
+        whole = training.global_batch_size
+        part = training.micro_batch_size * ranks
         if whole % part:
             near = [n for n in (whole // part * part, (whole // part + 1) * part) if n]
             advice = _try(near)

@@ -20,7 +20,9 @@ def describe(config: RunConfig, found: Forecast) -> str:
 
 
 def _lines(config: RunConfig, found: Forecast) -> Iterator[str]:
-    plan, layout, device = found.plan, found.layout, found.layout.device
+    plan = found.plan
+    layout = found.layout
+    device = found.layout.device
     sequence = " with sequence" if config.parallel.sequence else ""
     yield (
         f"{config.name}: {plan.parameters:,} parameters in {plan.precision} on {layout.hosts} x "
@@ -164,6 +166,7 @@ def _own_place(ranking: Ranking) -> Iterator[str]:
     if own is not None and ranking.own_rank != 1 and ranking.candidates:
         best = ranking.candidates[0].forecast
         more = own.forecast.seconds.total - best.seconds.total
-        mine, first = _phases(own.forecast), _phases(best)
+        mine = _phases(own.forecast)
+        first = _phases(best)
         parts = ", ".join(f"{name} {mine[name] - first[name]:+.3g}" for name in mine)
         yield f"against rank 1 its step takes {more:+.3g} s: {parts}"

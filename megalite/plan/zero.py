@@ -48,7 +48,8 @@ class ZeroSettings:
 
 def zero_settings(config: RunConfig) -> ZeroSettings:
     """Return the ZeRO settings of a run file."""
-    section, stage = without_auto(config.deepspeed).get("zero_optimization", {}), zero_stage(config)
+    section = without_auto(config.deepspeed).get("zero_optimization", {})
+    stage = zero_stage(config)
     tensor = config.parallel.tensor
     trained = _bucket(local_elements(config, tensor, trained=True))
     fetched = _bucket(local_elements(config, tensor))  # frozen weights are fetched as well

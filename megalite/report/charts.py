@@ -86,7 +86,8 @@ def smoothed(values: Numbers, *, wide: bool = False) -> Numbers:
     parts = np.where(known, np.log(values) if wide else values, 0.0)
     sums, counts = (np.concatenate([[0.0], np.cumsum(one)]) for one in (parts, known))
     places = np.arange(len(values))
-    first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    first = np.maximum(places - half, 0)
+    last = np.minimum(places + half + 1, len(values))
     mean = (sums[last] - sums[first]) / np.maximum(counts[last] - counts[first], 1)
     return np.where(known, np.exp(mean) if wide else mean, np.nan)
 
@@ -136,10 +137,12 @@ def _axis(parts: Sequence[Numbers], first: float, last: float, panel: Panel | No
         return Axis(low / 1.1, high * 1.1, first, last, wide=True)
     if panel:
         room = 0.05 * (high - low)
-        low, high = (min(0.0, low) if panel.zero else low - room), high + room
+        low = min(0.0, low) if panel.zero else low - room
+        high = high + room
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         room = max(0.05 * max(abs(high), abs(low)), 0.0 if panel and high else 1.0)
-        low, high = low - room, high + room
+        low = low - room
+        high = high + room
     return Axis(low, high, first, last)
 
 

@@ -121,7 +121,8 @@ def _shown(value: Any, spec: str) -> str:
 
 def _summary(record: Record, now: float) -> dict[str, Any]:
     train, valid, told = record.train, record.valid, record.status
-    losses, steps = train.columns["loss"], train.steps
+    losses = train.columns["loss"]
+    steps = train.steps
     held = [(y, x) for x, y in zip(valid.steps, valid.columns["loss"], strict=True) if y == y]
     best = min(held, default=None)
     state = str(told.get("state"))
@@ -179,7 +180,8 @@ def _timeline(records: Sequence[Record]) -> dict[str, Any]:
 def _lane(record: Record, begin: float, longest: float) -> dict[str, Any]:
     marks: dict[tuple[str, float], tuple[Any, ...]] = {}
     for event in record.events:
-        name, at = _text(event.get("name"), 40), number(event.get("time")) - begin
+        name = _text(event.get("name"), 40)
+        at = number(event.get("time")) - begin
         if not math.isnan(at):
             place = round(200 * at / longest) / 2  # one of a kind within half a percent
             told = f"{name}, step {event['step']:,.0f}, {format_duration(at)}"
@@ -204,7 +206,8 @@ def _sort(event: Mapping[str, Any]) -> Any:
 
 def _event_row(events: Sequence[Mapping[str, Any]], begin: float) -> dict[str, Any]:
     last = events[-1]
-    name, at = _text(last.get("name"), 40), number(last.get("time"))
+    name = _text(last.get("name"), 40)
+    at = number(last.get("time"))
     steps = dict.fromkeys(f"{event['step']:,.0f}" for event in (events[0], last))
     told = [_text(last["reason"])] if last.get("reason") else []
     for key, value in last.items():
@@ -227,13 +230,15 @@ def _foresight(record: Record) -> dict[str, Any]:
     if not record.plan:
         return found
     with record.doubting("plan.json"):
-        plan, rows = record.plan, []
+        plan = record.plan
+        rows = []
         for name, key, scale, unit in (
             ("memory of a rank", "memory_bytes", 2**-30, "GiB"),
             ("a step", "step_seconds", 1.0, "s"),
         ):
             both = {k: float(plan[k][key]) * scale for k in ("predicted", "measured")}
-            most, ratio = max(both.values()), both["measured"] / both["predicted"]
+            most = max(both.values())
+            ratio = both["measured"] / both["predicted"]
             bars = [(kind, f"{one:.3g} {unit}", 100 * one / most) for kind, one in both.items()]
             rows.append({"name": name, "bars": bars, "ratio": f"{ratio:.2f}"})
         device = f"{plan['hosts']} x {plan['per_host']} {plan['device']}"
@@ -262,7 +267,8 @@ def _evaluation(record: Record) -> dict[str, Any]:
 
 
 def _confusion(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    names, matrix = list(evaluation["per_class"]), evaluation["confusion"]
+    names = list(evaluation["per_class"])
+    matrix = evaluation["confusion"]
     places = range(len(names))
     values = [[int(matrix[is_][seen]) for seen in places] for is_ in places]
     pairs = ((values[i][j], names[i], names[j]) for i in places for j in places if i != j)

@@ -143,7 +143,8 @@ class Record:
 
     def conclude(self) -> None:
         """Say what is out of the ordinary about the rows."""
-        losses, steps = self.train.columns["loss"], self.train.steps
+        losses = self.train.columns["loss"]
+        steps = self.train.steps
         missing = [step for step, loss in zip(steps, losses, strict=True) if math.isnan(loss)]
         if self._broken:
             self.note(

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sizes import CORE_BUDGET, core_size
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Bottom up; a module imports only from lines above its own. Peers share a line.
@@ -201,6 +203,46 @@ def rebinding_faults(file: str, tree: ast.AST) -> Iterator[str]:
                     yield f"{file}:{node.lineno} sets {ast.unparse(target)} from outside"
 
 
+_PASS_ON = ("format", "submit", "apply")  # hand their arguments on by place
+
+
+def call_faults(file: str, tree: ast.AST) -> Iterator[str]:
+    """Yield calls with more than five positional arguments; name them instead."""
+    variadic = {
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.args.vararg
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and len(node.args) > 5:
+            name = ast.unparse(node.func)
+            last = name.rpartition(".")[2]
+            if last not in (*_PASS_ON, *variadic) and not name.startswith("logger."):
+                yield f"{file}:{node.lineno} {name} has {len(node.args)} positional arguments"
+
+
+def packing_faults(file: str, tree: ast.AST) -> Iterator[str]:
+    """Yield tuple assignments whose values are unrelated: neither a swap nor of one form."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
+            continue
+        if isinstance(node.targets[0], ast.Tuple):
+            targets, values = node.targets[0].elts, node.value.elts
+            swap = {*map(ast.unparse, targets)} == {*map(ast.unparse, values)}
+            if not swap and len({*map(_form, values)}) > 1:
+                yield f"{file}:{node.lineno} packs unrelated values: give each a line of its own"
+
+
+def _form(value: ast.expr) -> str:
+    """Return an expression's form, without its names and constants."""
+    bare = ast.parse(ast.unparse(value), mode="eval")
+    for node in ast.walk(bare):
+        for field in ("id", "attr", "arg", "value"):
+            if not isinstance(getattr(node, field, None), ast.AST | None):
+                setattr(node, field, "")
+    return ast.dump(bare)
+
+
 TREE_RULES: dict[str, Callable[[str, ast.AST], Iterator[str]]] = {
     "layers": layer_faults,
     "torch": torch_faults,
@@ -208,6 +250,8 @@ TREE_RULES: dict[str, Callable[[str, ast.AST], Iterator[str]]] = {
     "environment": environment_faults,
     "unsafe": unsafe_faults,
     "print": print_faults,
+    "calls": call_faults,
+    "packing": packing_faults,
     "rebinding": rebinding_faults,
     "parameters": parameter_faults,
 }
@@ -224,6 +268,10 @@ def test_the_sources_keep_the_rule(rule: str) -> None:
 def test_files_and_functions_stay_small() -> None:
     faults = [f for path in PYTHON for f in size_faults(where(path), path.read_text("utf-8"))]
     assert faults == []
+
+
+def test_core_keeps_its_budget() -> None:
+    assert core_size() <= CORE_BUDGET, "delete what nothing needs; see `python -m tests.sizes`"
 
 
 def test_every_test_asserts_something() -> None:
@@ -298,6 +346,10 @@ def test_nothing_below_the_line_loads_torch() -> None:
         ),
         ("unsafe", "megalite/a.py", "model.eval()\nnp.load(f, allow_pickle=False)", 0),
         ("print", "launcher/a.py", "print(1)\nconsole.print(1)", 1),
+        ("calls", "megalite/a.py", "f(1, 2, 3, 4, 5, 6)\nf(1, 2, 3, 4, 5, six=6)", 1),
+        ("calls", "megalite/a.py", "logger.info(1, 2, 3, 4, 5, 6)\nText.format(*a)", 0),
+        ("packing", "megalite/a.py", "a, b = 1, f(x)\nself.a, b = c.d, {}", 2),
+        ("packing", "megalite/a.py", "a, b = b, a\na, b = x.a, y.b\na, b = f()", 0),
         ("rebinding", "megalite/a.py", "x.forward = y\nself.model.loss, a = 1, 2", 2),
         ("rebinding", "megalite/a.py", "self.model = build()\nself._forward = y", 0),
         ("parameters", "megalite/plan/a.py", "a = 'q_proj'\nb = f'{c}.layers.0'", 2),

@@ -66,7 +66,9 @@ def export(
         config = to_config(model, family)
         config = {**config, **ids, **_pad(config, tokenizer, model)}
         files.write_json(staging / "config.json", config | {"dtype": dtype})
-        _write_tensors(staging, source, family, model, DTYPES[dtype], shard_bytes)
+        _write_tensors(
+            staging, source, _outputs(family, model), dtype=DTYPES[dtype], shard_bytes=shard_bytes
+        )
         tokenizer.export(staging)
         if model.architecture != "encoder":
             generation = _generation_config(tokenizer, config)
@@ -88,8 +90,11 @@ def export_adapter(
     """
     if model.adapter is None:
         raise CommandError("--adapter: this model has none; leave it out")
-    family, adapter = family_of(arch.base_model(model)), model.adapter
-    table, found, targets = arch.tensors(model), dict[str, Tensor](), set[str]()
+    family = family_of(arch.base_model(model))
+    adapter = model.adapter
+    table = arch.tensors(model)
+    found = dict[str, Tensor]()
+    targets = set[str]()
     for name, tensor in table.items():
         owner, _, kind = name.rpartition(".")
         if kind not in ("lora_A", "lora_B"):
@@ -174,12 +179,12 @@ def _generation_config(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[
 def _write_tensors(
     folder: Path,
     source: TensorSource,
-    family: Family,
-    model: ModelConfig,
+    outputs: Sequence[_Output],
+    *,
     dtype: torch.dtype,
     shard_bytes: int,
 ) -> None:
-    outputs, width = _outputs(family, model), torch.finfo(dtype).bits // 8
+    width = torch.finfo(dtype).bits // 8
     groups: list[list[_Output]] = [[]]
     for output in outputs:
         if groups[-1] and width * sum(o.elements for o in [*groups[-1], output]) > shard_bytes:

@@ -61,12 +61,14 @@ class TensorLocation:
 def location_of(family: Family, tensor: arch.CanonicalTensor, model: ModelConfig) -> TensorLocation:
     """Return the location of a canonical tensor in a folder of the family."""
     name = family.rename(tensor.name, model)
-    first, shape = 0, list(tensor.shape)
+    first = 0
+    shape = list(tensor.shape)
     if re.search(family.fused, name):
         sizes = {"q_proj": model.num_attention_heads, "k_proj": model.num_key_value_heads}
         rows = [sizes.get(p, model.num_key_value_heads) * model.head_dim for p in family.parts]
         part = family.parts.index(tensor.name.split(".")[-2])
-        first, shape[0] = sum(rows[:part]), sum(rows)
+        first = sum(rows[:part])
+        shape[0] = sum(rows)
     transposed = re.search(family.transposed, name) is not None
     return TensorLocation(name, transposed, first, tuple(shape[::-1] if transposed else shape))
 
@@ -204,7 +206,8 @@ class HuggingFaceFolder:
         if method is None and not parts:
             return
         if method is None:
-            method, found = "a method that its config.json does not name", parts
+            method = "a method that its config.json does not name"
+            found = parts
         else:
             kinds = dict(self._kinds())
             found = quantized.quantized_parts(sorted(kinds))
@@ -269,7 +272,8 @@ class HuggingFaceFolder:
 
     def _find_prefix(self) -> str:
         """Return what comes before the names of the bare model's tensors in this folder."""
-        table, base = arch.tensors(self.section), self.family.prefix
+        table = arch.tensors(self.section)
+        base = self.family.prefix
         anchor = location_of(self.family, table["model.embed_tokens.weight"], self.section).name
         bare = anchor.removeprefix(base)
         if base + bare in self._stored or bare in self._stored:
@@ -279,11 +283,9 @@ class HuggingFaceFolder:
 
     def _find(self) -> dict[str, tuple[TensorLocation, _StoredTensor]]:
         """Locate every canonical tensor; raise the faults of all of them at once."""
-        places, faults, missing = (
-            dict[str, tuple[TensorLocation, _StoredTensor]](),
-            list[str](),
-            list[str](),
-        )
+        places = dict[str, tuple[TensorLocation, _StoredTensor]]()
+        faults = list[str]()
+        missing = list[str]()
         for name, tensor in arch.tensors(self.section).items():
             place = location_of(self.family, tensor, self.section)
             stored = self._lookup(place.name)

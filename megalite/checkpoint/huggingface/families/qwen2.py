@@ -28,7 +28,8 @@ class Qwen(RopeFamily):
 
     def extra_section(self, values: Mapping[str, Any]) -> dict[str, Any]:
         section = super().extra_section(values)
-        window, layers = values.get("sliding_window"), values["num_hidden_layers"]
+        window = values.get("sliding_window")
+        layers = values["num_hidden_layers"]
         if not values.get("use_sliding_window") or window is None:
             return section
         full = min(layers, values.get("max_window_layers", _FIRST_SLIDING_LAYER))
