@@ -128,22 +128,27 @@ class DeepSpeedEngine:
             # A compiled block cannot fetch its parts one by one: the hooks of runtime/zero/
             # parameter_offload.py would break the graph. A leaf module is fetched whole before it.
             deepspeed.utils.set_z3_leaf_modules(self.model, [type(next(iter(self.model.blocks)))])
-        optimizer = make_optimizer(config, self.model.named_parameters())
-        self._groups = group_numbers(optimizer)  # before DeepSpeed puts its own tensors there
-        # runtime/bf16_optimizer.py prints its memory (see_memory_usage with force)
-        with redirect_stdout(io.StringIO()):
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=self.model,
-                optimizer=optimizer,
-                config=self.settings,
-                mpu=Mpu(grid),
-                dist_init_required=False,
-            )
+        self.engine, self.optimizer = self._initialize()
         verify_effective(self.settings, self.engine)
         self._create_states()
         if self.stage > 0:
             self._gate_steps()
         self._owner_ranks = self._find_owner_ranks() if self.stage in (1, 2) else {}
+
+    def _initialize(self) -> tuple[Any, Any]:
+        """Return DeepSpeed's engine and optimizer."""
+        optimizer = make_optimizer(self.config, self.model.named_parameters())
+        self._groups = group_numbers(optimizer)  # before DeepSpeed puts its own tensors there
+        # runtime/bf16_optimizer.py prints its memory (see_memory_usage with force)
+        with redirect_stdout(io.StringIO()):
+            engine, zero, _, _ = deepspeed.initialize(
+                model=self.model,
+                optimizer=optimizer,
+                config=self.settings,
+                mpu=Mpu(self._grid),
+                dist_init_required=False,
+            )
+        return engine, zero
 
     def train_step(
         self,
