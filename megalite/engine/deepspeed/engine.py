@@ -105,17 +105,7 @@ class DeepSpeedEngine:
         averages = settings["gradient_allreduce_op"] == "mean"
         self._loss_scale = float(grid.mesh.zero) if averages else 1.0
         self.model = self._build_model(precision)
-        optimizer = make_optimizer(config, self.model.named_parameters())
-        self._groups = group_numbers(optimizer)  # before DeepSpeed puts its own tensors there
-        # runtime/bf16_optimizer.py prints its memory (see_memory_usage with force)
-        with redirect_stdout(io.StringIO()):
-            self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=self.model,
-                optimizer=optimizer,
-                config=self.settings,
-                mpu=Mpu(grid),
-                dist_init_required=False,
-            )
+        self.engine, self.optimizer = self._initialize()
         verify_effective(self.settings, self.engine)
         self._create_states()
         if self.stage > 0:
@@ -150,6 +140,21 @@ class DeepSpeedEngine:
             # parameter_offload.py would break the graph. A leaf module is fetched whole before it.
             deepspeed.utils.set_z3_leaf_modules(model, [type(next(iter(model.blocks)))])
         return model
+
+    def _initialize(self) -> tuple[Any, Any]:
+        """Return DeepSpeed's engine and optimizer."""
+        optimizer = make_optimizer(self.config, self.model.named_parameters())
+        self._groups = group_numbers(optimizer)  # before DeepSpeed puts its own tensors there
+        # runtime/bf16_optimizer.py prints its memory (see_memory_usage with force)
+        with redirect_stdout(io.StringIO()):
+            engine, zero, _, _ = deepspeed.initialize(
+                model=self.model,
+                optimizer=optimizer,
+                config=self.settings,
+                mpu=Mpu(self._grid),
+                dist_init_required=False,
+            )
+        return engine, zero
 
     def train_step(
         self,
