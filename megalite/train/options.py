@@ -108,7 +108,8 @@ def check(
     valid: Dataset | None
     try:
         if options.examples is not None:
-            train, valid = _open_examples(config, options.examples), None
+            train = _open_examples(config, options.examples)
+            valid = None
         else:
             train, valid = open_shards(config)
         prompts = _prompts(options, train)
