@@ -1,4 +1,4 @@
-"""A machine's own efficiencies, from what runs on it took (`plan.json` in their folders)."""
+"""A machine's own efficiencies, fitted to the step times of runs on it (their `plan.json`)."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from megalite.plan.devices import (
 from megalite.plan.forecast import forecast, make_plan
 from megalite.plan.seconds import Layout, step_seconds
 
-# what a step of any run tells of; the rest needs runs that would tell it apart, and is left
+# A step of any run depends on these. Others would need runs that separate their effects.
 _FITTED = ("matmul", "bandwidth", "link")
-RECORD = "plan.json"  # what a run leaves of prediction and measurement
-_PULL = 0.02  # how much a factor of e away from the usual costs, beside a run's error squared
+RECORD = "plan.json"  # a run's file of predicted and measured numbers
+_PULL = 0.02  # the cost of a factor of e from the usual value, relative to a run's squared error
 _ROUNDS = 60
 _LEAST, _MOST = 1e-5, 1e4  # an efficiency that is fitted
 _MOST_RANKS = 10**6
@@ -48,11 +48,13 @@ class Run:
 
 
 def calibrate(folders: Sequence[Path]) -> dict[str, Any]:
-    """What a device file says of the machine that the runs were on, for `--gpu FILE`.
+    """Return the device file, for `--gpu FILE`, of the machine that runs were on.
 
+    Args:
+        folders: run folders.
     Raises:
-        CommandError: a folder without such a record, or runs on several kinds of devices.
-        ConfigError: a record that a run cannot have left.
+        CommandError: a folder without a record, or runs on several kinds of devices.
+        ConfigError: a record that no run can have written.
     """
     runs = [read_run(folder) for folder in folders]
     names = sorted({run.layout.device.name for run in runs})
@@ -74,8 +76,10 @@ def calibrate(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def _raised(device: Device, fitted: Efficiencies) -> tuple[Efficiencies, dict[str, float]]:
-    """A CPU's rates, which were guesses, raised to where the usual efficiencies reach what the
-    runs did; the seconds stay the same."""
+    """Return efficiencies and rates of a CPU, whose rates were guesses.
+
+    Rates rise until the usual efficiencies explain the runs. Predicted seconds stay the same.
+    """
     usual = device.efficiencies
     more = {name: max(1.0, getattr(fitted, name) / getattr(usual, name)) for name in _FITTED}
     shares = {name: getattr(fitted, name) / factor for name, factor in more.items()}
@@ -88,7 +92,7 @@ def _raised(device: Device, fitted: Efficiencies) -> tuple[Efficiencies, dict[st
 
 
 def _fit(runs: Sequence[Run], device: Device) -> Efficiencies:
-    """By turns each efficiency is moved up and down, in steps that shrink."""
+    """Return the efficiencies that fit best: each in turn moves up and down, by smaller steps."""
     best = device.efficiencies
     most = _MOST if device.kind == "cpu" else 1.0  # a CPU's rates are guesses
     lowest = _cost(runs, device, best)
@@ -121,11 +125,11 @@ def _cost(runs: Sequence[Run], device: Device, efficiencies: Efficiencies) -> fl
 
 
 def read_run(folder: Path) -> Run:
-    """A run by what it has left in its folder.
+    """Return a run by the record in its folder.
 
     Raises:
         CommandError: no record there.
-        ConfigError: one that a run cannot have left.
+        ConfigError: a record that no run can have written.
     """
     file = folder / RECORD
     try:
@@ -144,9 +148,9 @@ def read_run(folder: Path) -> Run:
             f"--calibrate {folder}: no {RECORD} there; give run folders whose runs have ended"
         ) from None
     except ConfigError as error:
-        told = "\n".join(f"  {fault}" for fault in error.faults)
+        lines = "\n".join(f"  {fault}" for fault in error.faults)
         raise ConfigError(
-            f"--calibrate {file}: it tells of no run; run it again, or leave it out:\n{told}"
+            f"--calibrate {file}: it tells of no run; run it again, or leave it out:\n{lines}"
         ) from None
     return run
 

@@ -1,4 +1,4 @@
-"""What launcher/plan.py is asked: its arguments held against each other and against the disk."""
+"""Checks of launcher/plan.py's arguments, against each other and against the disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def refuse_useless(arguments: argparse.Namespace) -> None:
     """Refuse options that would be ignored.
 
     Raises:
-        CommandError: which, and what they go with.
+        CommandError: the options, and those that they need.
     """
     for name in ("nodes", "gpus_per_node"):
         if not 1 <= (value := getattr(arguments, name)) <= 10**6:
@@ -34,7 +34,7 @@ def refuse_useless(arguments: argparse.Namespace) -> None:
 
 
 def calibrated(runs: Sequence[str], output: Path | None) -> tuple[Path, dict[str, Any]]:
-    """The device file that runs make, written, and where."""
+    """Write the device file that runs are calibrated to; return its path and content."""
     folders = [Path(run) for run in runs]
     reads = [folder / name for folder in folders for name in (RECORD, "config.json")]
     if output is not None:
@@ -49,9 +49,10 @@ def calibrated(runs: Sequence[str], output: Path | None) -> tuple[Path, dict[str
 def planned_config(
     path: str, sets: Sequence[str], model: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """The run file; one that tunes a model it does not describe, with that of `model`, or else with
-    the examples of a model section.
+    """Return a run file, completed if it fine-tunes a model that it does not describe.
 
+    Args:
+        model: the model section it gets. None means the examples of the section's keys.
     Raises:
         ConfigError: faults of the file.
     """

@@ -1,7 +1,7 @@
-"""The devices that are known: dense peaks, memory and links, from their makers' data sheets.
+"""Known devices: dense peaks, memory and links, from their makers' data sheets.
 
-Peaks are of matrix products without sparsity, in 16 bits with fp32 sums; a fp32 peak is of plain
-fp32, for PyTorch leaves TF32 off. The first row whose words all occur in a device's name is it.
+Peaks are of matrix products without sparsity, in 16 bits with fp32 sums. An fp32 peak is of plain
+fp32, because PyTorch leaves TF32 off. A device's name is found by the first row whose words it has.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 _TERA = 1e12
 _GIGA = 1e9
 _MIB = 1 << 20
-_ALIKE = 0.1  # by what share sizes of one memory differ: MiB, GB, and what drivers keep
+_SIZE_TOLERANCE = 0.1  # sizes of one memory differ by MiB, GB, and what drivers keep
 
 
 @dataclass(frozen=True)
 class Efficiencies:
-    """What of a device's peaks a run reaches. Fitted to published runs (benchmarks/plan.py), or to
-    a machine's own (`--calibrate`).
+    """Shares of a device's peaks that a run reaches.
+
+    They are fitted to published runs (benchmarks/plan.py), or to a machine's own (`--calibrate`).
 
     Attributes:
         matmul, attention: shares of the FLOP/s that the device's own large products reach, and its
@@ -50,7 +51,7 @@ class Efficiencies:
 
 @dataclass(frozen=True)
 class Device:
-    """What a planner needs to know of one device.
+    """The facts of a device that the planner needs.
 
     Attributes:
         kind: "cpu": its ranks share the cores and links of their host; "cuda": each has its own.
@@ -82,7 +83,7 @@ class Device:
     native_bf16: bool = True
 
     def peak(self, precision: str) -> float | None:
-        """FLOP/s in "bf16", "fp16" or "fp32"."""
+        """Return the FLOP/s in "bf16", "fp16" or "fp32"; None means no such unit."""
         return {"bf16": self.bf16, "fp16": self.fp16, "fp32": self.fp32}[precision]
 
 
@@ -175,54 +176,54 @@ _GPUS = tuple(map(_device, _TABLE))
 DEVICES = {device.name: device for device in (*_GPUS, CPU)}
 
 
-def find_device(told: str) -> Device:
-    """A device by its name here, by that of its driver, or a JSON file that describes one.
+def find_device(name: str) -> Device:
+    """Return a device by its name here, by its driver's name, or by a JSON file that describes it.
 
     Raises:
         CommandError: an unknown device, or a file that describes none.
     """
-    found = _named(told)
-    if found is None and told.endswith(".json"):
-        return _read(Path(told))
-    found = found or by_driver_name(told)
+    found = _named(name)
+    if found is None and name.endswith(".json"):
+        return _read(Path(name))
+    found = found or by_driver_name(name)
     if found is None:
-        raise CommandError(f"--gpu {show(told)}: {_unknown(told)}, or a JSON file")
+        raise CommandError(f"--gpu {show(name)}: {_unknown(name)}, or a JSON file")
     return found
 
 
 def by_driver_name(name: str, memory: int | None = None) -> Device | None:
-    """The device that its driver calls `name`, such as "H100 80GB HBM3"; None: unknown.
+    """Return the device that its driver calls `name`, such as "H100 80GB HBM3"; None if unknown.
 
     A name is matched by whole words: an A10G, an RTX 3090 Ti or a MIG slice is not the device it
-    resembles. Nor is one of another size, told by the name or, better, by the driver.
+    resembles. Nor is a device of another memory size, by the driver's number or by the name.
 
     Args:
-        memory: bytes, as the driver tells them.
+        memory: bytes, as the driver reports them. None takes the size in the name.
     """
     words = set(name.lower().replace("-", " ").split())
     if {"ti", "d", "laptop", "mig"} & words:
         return None
     for device in _GPUS:
         own = set(device.name.split("-"))
-        told = [
+        stated = [
             int(word.rstrip("gb")) << 30
             for word in words - own
             if re.fullmatch(r"\d{1,4}gb?", word)
         ]
-        sizes = told if memory is None else [memory]
-        if own <= words and all(abs(size / device.memory - 1) < _ALIKE for size in sizes):
+        sizes = stated if memory is None else [memory]
+        if own <= words and all(abs(size / device.memory - 1) < _SIZE_TOLERANCE for size in sizes):
             return device
     return None
 
 
-def _named(told: str) -> Device | None:
-    plain = told.lower().replace("-", "")
+def _named(name: str) -> Device | None:
+    plain = name.lower().replace("-", "")
     return next((d for name, d in DEVICES.items() if name.replace("-", "") == plain), None)
 
 
-def _unknown(told: str) -> str:
+def _unknown(name: str) -> str:
     names = list(DEVICES)
-    return f"no such device{nearest(told.lower(), names)}; it is one of {', '.join(names)}"
+    return f"no such device{nearest(name.lower(), names)}; it is one of {', '.join(names)}"
 
 
 # ---- files
@@ -243,7 +244,11 @@ _EFFICIENCIES: dict[str, tuple[float, float, str]] = {
 
 
 def number_fault(key: str, value: Any, bounds: tuple[float, float, str]) -> str | None:
-    """What is wrong with a number that is to lie within bounds, of a unit; None: nothing."""
+    """Return what is wrong with a number that must lie within bounds; None means nothing.
+
+    Args:
+        bounds: the least, the most, and the unit.
+    """
     least, most, unit = bounds
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and least <= value <= most:
@@ -260,20 +265,22 @@ def _read(path: Path) -> Device:
         raise CommandError("\n".join(f"--gpu {path}: {fault}" for fault in error.faults)) from None
 
 
-def make_device(told: Mapping[str, Any]) -> Device:
-    """The device that a file describes: `Device`'s fields in plain units (FLOP/s, bytes, bytes/s),
-    over those of the device that its "extends" names; without that, all of them.
+def make_device(values: Mapping[str, Any]) -> Device:
+    """Return the device that a file describes, in plain units (FLOP/s, bytes, bytes/s).
+
+    The file has `Device`'s fields: all of them, or those that differ from the device that its
+    "extends" names.
 
     Raises:
         ConfigError: every fault.
     """
-    own = {key: value for key, value in told.items() if key != "extends"}
+    own = {key: value for key, value in values.items() if key != "extends"}
     base = None
     faults = []
     known = [field.name for field in fields(Device)]
-    if "extends" in told:
+    if "extends" in values:
         known.remove("kind")  # which decides how all others are meant
-        name = told["extends"]
+        name = values["extends"]
         base = (_named(name) or by_driver_name(name)) if isinstance(name, str) else None
         if base is None:
             faults.append(f"extends: {show(name)}: {_unknown(str(name))}")

@@ -11,9 +11,9 @@ from megalite.plan.zero import without_auto
 
 
 def deepspeed_dict(config: RunConfig, plan: Plan) -> dict[str, Any]:
-    """The JSON the DeepSpeed engine gets: the user's section, what MegaLite owns, "auto" filled.
+    """Return DeepSpeed's configuration: the user's section, owned values, and "auto" filled in.
 
-    An "auto" that MegaLite has no value for is left out: DeepSpeed's default holds.
+    An "auto" for which MegaLite has no value is left out, so that DeepSpeed's default applies.
     """
     result = without_auto(config.deepspeed)
     for key, value in _engine_defaults(config, plan).items():
@@ -31,10 +31,10 @@ def deepspeed_dict(config: RunConfig, plan: Plan) -> dict[str, Any]:
 
 
 def _engine_defaults(config: RunConfig, plan: Plan) -> dict[str, Any]:
-    """What MegaLite chooses where the user says nothing."""
+    """Return the values that MegaLite chooses if the user's section has none."""
     bucket = plan.zero.reduce_bucket_size
     defaults: dict[str, Any] = {
-        "steps_per_print": 1_000_000_000,  # the console and metrics.jsonl tell it
+        "steps_per_print": 1_000_000_000,  # the console and metrics.jsonl report it
         "wall_clock_breakdown": False,
         "memory_breakdown": False,
         "dump_state": False,

@@ -1,4 +1,4 @@
-"""Which layout of a run is the fastest that fits: every one is forecast."""
+"""The search for a run's fastest layout that fits: every layout is forecast."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from megalite.plan.seconds import Layout
 from megalite.plan.zero import zero_settings
 
 _RECOMPUTE = ("none", "selective", "full")
-_MOST = 128  # samples of a micro-batch that are tried, beside the run file's own
+_MOST = 128  # samples of a micro-batch that are tried, in addition to the run file's own
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout, by the keys of a run file that make it, and what is to be expected of it."""
+    """A layout: the keys of a run file that make it, and its forecast."""
 
     changes: dict[str, Any]
     forecast: Forecast
@@ -126,7 +126,7 @@ def _own_changes(config: RunConfig) -> dict[str, Any]:
 
 
 def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
-    """Without the rules of a run file, which take longer than a forecast."""
+    """Return a changed run file. Its rules are not checked, which takes longer than a forecast."""
     return config.model_copy(
         update={
             "parallel": config.parallel.model_copy(update=changes["parallel"]),
@@ -137,7 +137,7 @@ def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
 
 
 def _is_valid(config: RunConfig, candidate: Candidate) -> bool:
-    """Whether a layout keeps the rules of a run file."""
+    """Return whether a layout keeps the rules of a run file."""
     try:
         parse_config(merged(config.model_dump(mode="json"), candidate.changes))
     except ConfigError:
@@ -164,7 +164,7 @@ def _changes(config: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:
 
 
 def _micro(config: RunConfig, layout: Layout, tensor: int) -> list[int]:
-    """The micro-batches that divide a rank's samples of a step."""
+    """Return the micro-batches that divide a rank's samples of a step."""
     training = config.training
     ranks = layout.hosts * layout.per_host // tensor
     samples, rest = divmod(training.global_batch_size, max(1, ranks))
@@ -177,7 +177,7 @@ def _micro(config: RunConfig, layout: Layout, tensor: int) -> list[int]:
 def run_file(
     candidate: Candidate, path: Path, source: Path, changes: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a run file at `path` says that extends `source` by a candidate.
+    """Return the content of a run file at `path` that extends `source` by a candidate.
 
     Args:
         changes: what the command line changes, as sections.
@@ -187,7 +187,7 @@ def run_file(
 
 
 def extends(path: Path, source: Path) -> bool:
-    """Whether a file is a run file that extends `source`, as an earlier search wrote it."""
+    """Return whether a file is a run file that extends `source`, as an earlier search writes it."""
     try:
         parent = files.read_object(path).get("extends")
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A forecast as lines to read."""
+"""Forecasts as text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BAR, _BEFORE = 40, 29  # characters of a bar as long as the device's memory, an
 
 
 def describe(config: RunConfig, found: Forecast) -> str:
-    """Memory with bars, time, traffic, and the whole run."""
+    """Return a forecast as text: memory with bars, time, traffic, and the whole run."""
     return "\n".join(_lines(config, found)) + "\n"
 
 
@@ -64,7 +64,7 @@ def _lines(config: RunConfig, found: Forecast) -> Iterator[str]:
 
 
 def _bar(share: float) -> str:
-    """A bar, cut where the terminal ends."""
+    """Return a bar, cut at the width of the terminal."""
     room = max(1, shutil.get_terminal_size().columns - _BEFORE)
     length = round(_BAR * min(share, room))
     return "#" * length if length <= room else "#" * (room - 1) + ">"

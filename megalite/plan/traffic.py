@@ -1,10 +1,8 @@
-"""What ranks send each other: every collective of a step, by its group, kind and size.
+"""Messages between ranks: every collective of a step, by its group, kind and size.
 
-Those of the ranks that share a model (`megalite.parallel`) are exact: the dry run counts the same.
-Those of the ranks that share a batch are DeepSpeed's, as its ZeRO stages move gradients and
-weights, in the fewest calls that its buckets allow; they are of the plan alone.
-
-B samples of a micro-batch   T tokens of a sample   and the letters of `megalite.shapes`
+Collectives of the ranks that share a model (`megalite.parallel`) are exact: the dry run counts the
+same. Those of the ranks that share a batch are DeepSpeed's, as its ZeRO stages move gradients and
+weights, in the fewest calls that its buckets allow. Nothing checks them call by call.
 """
 
 from __future__ import annotations
@@ -28,8 +26,9 @@ class Collective:
     """A kind of call among the ranks of a group.
 
     Attributes:
-        elements: of the whole tensor, which each rank has after an all_gather, and before others.
-        count: calls a step.
+        elements: size of the whole tensor, which each rank has after an all_gather and before
+            other kinds.
+        count: calls in a step.
     """
 
     group: Literal["tensor", "data"]
@@ -40,11 +39,14 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Of the whole tensors, over all calls."""
+        """Return the bytes of the whole tensors, over all calls."""
         return self.count * self.elements * self.dtype.bytes
 
     def sent_bytes(self, ranks: int) -> float:
-        """What a rank of a ring sends: all but its own part, twice for an all_reduce."""
+        """Return the bytes that a rank of a ring sends.
+
+        It sends all but its own part, and twice that for an all_reduce (Patarasuk & Yuan 2009).
+        """
         times = 2 if self.kind == "all_reduce" else 1
         return times * self.bytes * (ranks - 1) / ranks
 
@@ -77,12 +79,14 @@ def tensor_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
 
 
 def data_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
-    """Those of the ranks that share a batch, of one step.
+    """Return the calls of the ranks that share a batch, in one step, as DeepSpeed 0.19 makes them.
 
-    As DeepSpeed 0.19 moves them: gradients in fp32 (communication_data_type), weights as they are
-    multiplied. Stages 0 and 1 reduce once a step, stages 2 and 3 every micro-batch; stage 3 gathers
-    the weights for each forward and each backward. Buckets are taken to be full; BF16_Optimizer
-    (stage 1) sends its one flat buffer, and the weights of stages 1 and 2 are gathered at once.
+    Gradients are sent in fp32 (communication_data_type), weights as they are multiplied. Stages 0
+    and 1 reduce once a step, stages 2 and 3 in every micro-batch. Stage 3 gathers the weights for
+    each forward and each backward (deepspeed/runtime/zero/partitioned_param_coordinator.py).
+    Buckets are taken to be full. At stage 1 in bf16 one flat buffer is sent
+    (deepspeed/runtime/bf16_optimizer.py). Stages 1 and 2 gather all weights at once (step in
+    deepspeed/runtime/zero/stage_1_and_2.py).
     """
     if plan.data_parallel == 1:
         return ()
@@ -99,7 +103,7 @@ def data_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
     if stage in (1, 2):
         rows.append(Collective("data", "all_gather", plan.precision, n, 1))
     if stage == 3:
-        # without prefetching each product's weights come alone, as many as a mean one has
+        # without prefetching each parameter is fetched by itself; all are taken to be of mean size
         fetched = plan.zero.prefetch_bucket_size
         fetched = fetched or -(-every // len(arch.parameters(config.model)))
         rows += _in_buckets("all_gather", plan.precision, every, fetched, 2 * times)
@@ -109,7 +113,7 @@ def data_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
 def _in_buckets(
     kind: Kind, dtype: Precision, elements: int, bucket: int, times: int
 ) -> Iterator[Collective]:
-    """So many elements in full buckets and one of what is left."""
+    """Yield the calls that send `elements` in full buckets, and in one of the rest."""
     full, rest = divmod(elements, bucket)
     for size, count in ((bucket, full), (rest, 1)):
         if size and count:
