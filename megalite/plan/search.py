@@ -90,7 +90,8 @@ def rank(config: RunConfig, layout: Layout, most: int = 50) -> Ranking:
         forecast(config, layout)  # says what is wrong with the run file's own
         raise ConfigError(faults.most_common(1)[0][0])
     found.sort(key=lambda c: (-_rate(c.forecast), -c.forecast.free))
-    own, fault = None, ""
+    own = None
+    fault = ""
     try:
         own = Candidate(_own_changes(config), forecast(config, layout))
     except ConfigError as error:

@@ -114,8 +114,7 @@ class DeepSpeedEngine:
 
     def _build_model(self, precision: Precision) -> LanguageModel:
         """Build this rank's part of the model, initialised, frozen and wrapped as the run asks."""
-        config = self.config
-        grid = self._grid
+        config, grid = self.config, self._grid
         sequence = config.parallel.sequence
         regions = make_regions(config.model, grid, sequence=sequence)
         with self._building(grid), grid.device:
