@@ -180,6 +180,7 @@ def _load(plugin: Plugin) -> Any:
 norms: Registry[Any] = Registry("norm", "norms", "megalite.model.norms")
 activations: Registry[Any] = Registry("activation", "activations", "megalite.model.mlp")
 optimizers: Registry[Any] = Registry("optimizer", "optimizers", "megalite.optim.optimizers")
+objectives: Registry[Any] = Registry("objective", "objectives", "megalite.model.objectives")
 readers: Registry[Any] = Registry("reader", "readers", "data_prep.readers")
 tasks: Registry[Any] = Registry("task", "tasks", "megalite.config.tasks")
 sinks: Registry[Any] = Registry("sink", "sinks", None)

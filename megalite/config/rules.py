@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 
+from megalite import registry
 from megalite.config.deepspeed_keys import zero_stage
 from megalite.config.faults import Fault, fault, show
 from megalite.config.finetune import ExamplesConfig, FinetuneConfig
@@ -228,24 +229,24 @@ def _objective(config: RunConfig) -> Iterator[Fault]:
     objective = config.objective
     kind = config.model.architecture
     meant = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "span_corruption"}[kind]
-    if objective.name != meant:
+    if kind not in registry.objectives.facts(objective.name).get("architectures", (kind,)):
         yield fault(
             "objective.name model.architecture",
             f"{show(objective.name)} is not what an architecture {show(kind)} is trained for; "
             f"write {show(meant)}, or leave it out",
         )
-    elif meant == "masked" and not _is_id(objective.mask_token_id, config):
+    elif objective.name == "masked" and not _is_id(objective.mask_token_id, config):
         yield fault(
             "objective.mask_token_id model.vocab_size",
             f"found {show(objective.mask_token_id)}; give the tokenizer's mask token, or an id of "
             f"its own, under model.vocab_size {config.model.vocab_size}",
         )
-    elif meant == "span_corruption" and config.data.mask_documents:
+    elif objective.name == "span_corruption" and config.data.mask_documents:
         yield fault(
             "data.mask_documents objective.name",
             f"documents are not kept apart under {show(meant)}; set it to false",
         )
-    elif meant == "span_corruption" and spans(config)[1] >= config.model.vocab_size:
+    elif objective.name == "span_corruption" and spans(config)[1] >= config.model.vocab_size:
         yield fault(
             "objective.mean_span_length model.vocab_size",
             f"each of {spans(config)[1]} spans needs an id of its own at the vocabulary's end",

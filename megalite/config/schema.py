@@ -32,7 +32,7 @@ from megalite.config.names import NameOf
 class ObjectiveConfig(Section):
     """What is learned from a window of text."""
 
-    name: Literal["causal", "masked", "span_corruption"] = Field(
+    name: Annotated[str, NameOf(registry.objectives)] = Field(
         default="causal",
         description="The next token (decoder); tokens that are hidden (encoder; BERT); or spans "
         "that are cut out (encoder_decoder; T5).",

@@ -1,14 +1,16 @@
 """Objectives: what a model is trained on, and by which number its loss is divided.
 
 An objective counts its targets before a step, on the host, and returns summed losses in it. The
-engine divides them by numbers of the whole global batch, so that no layout changes them.
+engine divides them by numbers of the whole global batch, so that no layout changes them. Those that
+`objective.name` may ask for are registered as functions that make one from a run file. The fact
+`architectures` names the networks that one is for; without it all are.
 
 B samples   T tokens   C labels
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +18,7 @@ import numpy.typing as npt
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalite import registry
 from megalite.config import ModelConfig, RunConfig
 from megalite.model.transformer import LanguageModel
 
@@ -121,10 +124,15 @@ def plain_objective(model: ModelConfig) -> Objective:
 
 def make_objective(config: RunConfig) -> Objective:
     """Make the objective of a run file."""
-    name = "label" if config.model.num_labels else config.objective.name
-    return _MAKERS[name](config)
+    if config.model.num_labels:
+        return _make_labels(config)
+    objective: Objective = registry.objectives.load(config.objective.name)(config)
+    return objective
 
 
+@registry.objectives.register("causal", architectures=("decoder",))
+@registry.objectives.register("masked", architectures=("encoder",))
+@registry.objectives.register("span_corruption", architectures=("encoder_decoder",))
 def _make_tokens(config: RunConfig) -> Objective:
     smoothing = config.finetune.label_smoothing if config.finetune else 0.0
     return TokenObjective(smoothing=smoothing, compiled=config.training.compile)
@@ -136,11 +144,3 @@ def _make_labels(config: RunConfig) -> Objective:
     return LabelObjective(
         smoothing=config.finetune.label_smoothing, class_weights=config.finetune.class_weights
     )
-
-
-_MAKERS: dict[str, Callable[[RunConfig], Objective]] = {
-    "causal": _make_tokens,
-    "masked": _make_tokens,
-    "span_corruption": _make_tokens,
-    "label": _make_labels,
-}
