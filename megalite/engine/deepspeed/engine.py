@@ -29,7 +29,6 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from megalite import arch
 from megalite.config import Precision, RunConfig
 from megalite.data import Batch
 from megalite.engine.base import (
@@ -42,7 +41,7 @@ from megalite.engine.base import (
     has_dropout,
     seed_dropout,
 )
-from megalite.engine.deepspeed.partitions import local_partition, zero_partitions
+from megalite.engine.deepspeed.partitions import local_partition, name_partitions, zero_partitions
 from megalite.engine.deepspeed.settings import Mpu, init_deepspeed, verify_effective
 from megalite.engine.reference import (
     clip_gradients,
@@ -63,7 +62,7 @@ from megalite.model import (
     last_scores,
     make_objective,
 )
-from megalite.optim import Fragment, Muon, make_optimizer, orthogonalize
+from megalite.optim import Muon, make_optimizer, orthogonalize
 from megalite.parallel import (
     Grid,
     apply_recompute_and_compile,
@@ -356,13 +355,8 @@ class DeepSpeedEngine:
         if self.stage == 0:
             join_whole(muon, self.model, self.config.model, self._grid)
             return
-        rows = {row.name: row for row in arch.parameters(self.config.model)}
-        named = {id(p): rows[name] for name, p in self.model.named_parameters()}
         partitions = zero_partitions(self.optimizer, self.stage, self._grid)
-        by_master = {
-            key: [Fragment(named[id(p)], *place) for p, place in parts]
-            for key, parts in partitions.items()
-        }
+        by_master = name_partitions(partitions, self.model, self.config.model)
         muon.orthogonalize = lambda master, update: orthogonalize(
             update, by_master[id(master)], self._grid, replicas=False
         )

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from megalite import arch
+from megalite.config import ModelConfig
+from megalite.optim import Fragment
 from megalite.parallel import Grid
 
 # (start, length) of a flattened parameter, and where that part begins in the master
@@ -46,6 +49,20 @@ def _stage_3_partitions(zero: Any, grid: Grid) -> dict[int, list[tuple[nn.Parame
             parts.append((parameter, (start, length, offset)))
         partitions[id(zero.fp32_partitioned_groups_flat[number])] = parts
     return partitions
+
+
+def name_partitions(
+    partitions: dict[int, list[tuple[nn.Parameter, Partition]]],
+    model: nn.Module,
+    config: ModelConfig,
+) -> dict[int, list[Fragment]]:
+    """Return `zero_partitions` with the parameters' specifications, as Muon takes them."""
+    specs = {spec.name: spec for spec in arch.parameters(config)}
+    named = {id(parameter): specs[name] for name, parameter in model.named_parameters()}
+    return {
+        master: [Fragment(named[id(parameter)], *place) for parameter, place in parts]
+        for master, parts in partitions.items()
+    }
 
 
 def local_partition(parameter: Any) -> Partition:
