@@ -129,7 +129,7 @@ def orthogonalize(
     size, rank = grid.world_size, grid.rank
     if replicas:
         size = grid.mesh.tensor
-        rank = grid.tensor_places.index(grid.at)
+        rank = grid.at.tensor_rank
     group = grid.tensor_group if replicas and size > 1 else None  # None: all ranks
     for batch in _batches(fragments):
         tensors = [tensor for fragment in batch for tensor in fragment.row.tensors]

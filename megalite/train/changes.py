@@ -27,8 +27,9 @@ def find_changes(
 ) -> dict[str, Any]:
     """Return the differences by dotted key: a pair (before, after) or a sentence each."""
     found: dict[str, Any] = {}
-    if (was := _differing(before["model"], after["model"])) is not None:
-        found["model"] = was
+    model = _differing(before["model"], after["model"])
+    if model is not None:
+        found["model"] = model
     if manifest.tokenizer_sha256 != tokenizer_sha256:
         found["tokenizer"] = "another tokenizer made these shards"
     lengths = before["data"]["sequence_length"], after["data"]["sequence_length"]
@@ -65,7 +66,8 @@ def moved_defaults(manifest: disk.Manifest, now: Mapping[str, Any]) -> dict[str,
     """DeepSpeed's own defaults that another release has set otherwise; each with a warning."""
     found = {}
     for key, value in now.items():
-        if key in manifest.deepspeed and (before := manifest.deepspeed[key]) != value:
+        before = manifest.deepspeed.get(key, value)
+        if before != value:
             found[f"deepspeed.{key}"] = {"before": before, "after": value}
             logger.warning(
                 "deepspeed.%s is left to DeepSpeed, whose default was %r in %s and is %r now; to "

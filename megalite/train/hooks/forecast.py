@@ -86,13 +86,12 @@ class ForecastCheck(Hook):
             return
         predicted = self._predicted
         logger.info(
-            "memory of a rank: %.2f GiB predicted, %.2f measured; a step: %.3g s predicted%s, "
-            "%.3g measured",
+            "memory of a rank: %.2f GiB predicted, %.2f measured; %s",
             predicted["memory_bytes"] / 2**30,
             measured["memory_bytes"] / 2**30,
-            predicted["step_seconds"],
-            " (a guess for a CPU)" if self._record["device"] == "cpu" else "",
-            measured["step_seconds"],
+            f"a step: {predicted['step_seconds']:.3g} s predicted"
+            f"{' (a guess for a CPU)' if self._record['device'] == 'cpu' else ''}, "
+            f"{measured['step_seconds']:.3g} measured",
         )
         record = self._record | {"predicted": predicted, "measured": measured}
         with suppress(OSError):
