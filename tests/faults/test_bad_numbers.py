@@ -37,7 +37,9 @@ def _train_planted(
         engine: Any = make(*parts)
         step, met = engine.train_step, [False]
         engine.model.register_forward_hook(
-            lambda _module, _input, loss: loss * factor if met[0] else loss
+            lambda _module, _input, terms: (
+                terms._replace(total=terms.total * factor) if met[0] else terms
+            )
         )
 
         def train_step(batches: Any, **given: Any) -> Any:
