@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megalite.checkpoint.huggingface.families import FAMILIES
+from megalite.checkpoint.huggingface.families import all_families
 from megalite.checkpoint.huggingface.family import Family
 from megalite.config import ModelConfig
 from megalite.errors import CommandError
@@ -24,7 +24,7 @@ def family_of(model: ModelConfig) -> Family:
         )
     model = _without_uniform_list(model)
     nearest: list[tuple[int, str]] = []
-    for family in FAMILIES.values():
+    for family in all_families().values():
         values = {key: getattr(model, key) for key in family.fixed}
         wrong = [f"{key} {value!r}" for key, value in values.items() if value != family.fixed[key]]
         wrong += family.mismatches(model)
@@ -63,9 +63,10 @@ def from_config(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
         CommandError: a model type or values without a counterpart here; all values at once.
     """
     kind = config.get("model_type")
-    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    families = all_families()
+    family = families.get(kind) if isinstance(kind, str) else None
     if family is None:
-        known = ", ".join(sorted(FAMILIES))
+        known = ", ".join(sorted(families))
         raise CommandError(f"model_type {kind!r} is not one of those known here: {known}")
     stated = {k: v for k, v in config.items() if v is not None or k in family.nullable}
     values = {**family.defaults, **stated}

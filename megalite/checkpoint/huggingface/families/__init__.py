@@ -1,6 +1,7 @@
 """The families of Hugging Face's models. Each module of this package defines one, as `FAMILY`.
 
-A new family is a new file here: the package lists its modules itself.
+A new family is a new file here: the package lists its modules itself. An installed package has an
+entry point `family.MODEL_TYPE` whose object is a `Family`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from megalite import registry
 from megalite.checkpoint.huggingface.family import Family
 
 
@@ -19,3 +21,8 @@ def _load() -> dict[str, Family]:
 
 
 FAMILIES = _load()
+
+
+def all_families() -> dict[str, Family]:
+    """Return the families by model type, those of installed packages last."""
+    return FAMILIES | {name: registry.families.load(name) for name in registry.families.names}
