@@ -89,7 +89,16 @@ def test_the_patches_of_the_page_on_extending_work(tmp_path: Path) -> None:
     for name in ("configs", "data_prep", "docs", "launcher", "megalite"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     patches, found = blocks("extending.md", "diff"), blocks("extending.md")
-    assert (len(patches), len(found)) == (5, 3)
+    assert (len(patches), len(found)) == (6, 3)
+    # norm, optimizer, reader, objective, family, task: one source file each
+    assert [re.findall(r"^\+\+\+ b/(\S+)", patch, re.MULTILINE) for patch in patches] == [
+        ["megalite/model/norms.py"],
+        ["megalite/optim/optimizers.py"],
+        ["data_prep/readers.py"],
+        ["megalite/model/objectives.py"],
+        ["megalite/checkpoint/huggingface/families/starcoder2.py"],
+        ["megalite/config/tasks.py"],
+    ]
     for number, patch in enumerate(patches):
         file = tmp_path / f"{number}.patch"
         file.write_text(patch, encoding="utf-8")
