@@ -10,7 +10,7 @@ from tests.pages import ROOT, actions, parsers
 
 # not words of the trade: what a user puts in their place, files by name, products
 PLACEHOLDERS = {"ADDRESS", "COMMAND", "CONFIG", "DIR", "ID", "ORG", "REVISION", "RUN", "SPLIT"}
-PLACEHOLDERS |= {"TERM"}
+PLACEHOLDERS |= {"KIND", "TERM"}
 NAMES = {"ARCHITECTURE", "CONTRIBUTING", "README", "SECURITY", "COMPLETED", "FAILED", "IMDB"}
 NAMES |= {
     "MegaLite",
