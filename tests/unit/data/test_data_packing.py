@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalite.data import Packing, assemble, pack
-from tests.helpers.models import make_model, model_config
+from tests.helpers.models import loss_of, make_model, model_config
 
 POLICIES = st.sampled_from(["cut", "leave out"])
 
@@ -142,6 +142,6 @@ def test_a_packed_window_has_the_loss_of_its_documents_alone() -> None:
             lambda _, document=document: document,
             0,
         )
-        alone += float(model(single.tensors).detach())
-    assert torch.isclose(torch.tensor(alone), model(together.tensors), rtol=1e-5)
+        alone += float(loss_of(model, single.tensors).detach())
+    assert torch.isclose(torch.tensor(alone), loss_of(model, together.tensors), rtol=1e-5)
     assert together.targets == 6 + 3 + 8 + 2
