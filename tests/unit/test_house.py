@@ -40,7 +40,7 @@ PARAMETER = re.compile(
     r"|\bscore\.|\.(weight|bias)\b|\bmodel\.(encoder|decoder|norm)\b"
 )
 
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_TENSOR_FILES = 400, 60, 14
 
 PROJECT = sorted(
     path
@@ -268,6 +268,13 @@ def test_the_sources_keep_the_rule(rule: str) -> None:
 def test_files_and_functions_stay_small() -> None:
     faults = [f for path in PYTHON for f in size_faults(where(path), path.read_text("utf-8"))]
     assert faults == []
+
+
+def test_few_files_name_the_tensor_axis() -> None:
+    # others hand a coordinate on (megalite/mesh.py), so that a new axis changes few files
+    words = re.compile("tensor_rank|tensor_parallel")
+    files = [where(p) for p in PROJECT if words.search(p.read_text("utf-8"))]
+    assert len([file for file in files if file.startswith("megalite/")]) <= MAX_TENSOR_FILES, files
 
 
 def test_core_keeps_its_budget() -> None:
