@@ -88,7 +88,9 @@ def _groups(found: Sequence[_Found], part_bytes: int) -> Iterator[list[_Found]]:
     """
     for (_, kind), members in groupby(found, lambda one: (one.source, one.kind)):
         files = list(members)
-        limit = -1 if find_reader(kind).describe else part_bytes  # -1: each by itself
+        reader = find_reader(kind)
+        alone = reader.describe is not None or reader.open_file is None
+        limit = -1 if alone else part_bytes  # -1: each by itself
         for group in group_sizes([one.weight for one in files], limit):
             yield files[group.start : group.stop]
 

@@ -47,9 +47,7 @@ def kind_of(path: Path) -> str:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
-    kinds = {
-        suffix: kind
-        for kind in registry.readers.names
-        for suffix in registry.readers.facts(kind).get("suffixes", (f".{kind}",))
-    }
-    return kinds.get(suffixes[-1], "text") if suffixes else "text"
+    for kind in registry.readers.names if suffixes else ():  # built-in ones come first
+        if suffixes[-1] in registry.readers.facts(kind).get("suffixes", (f".{kind}",)):
+            return kind
+    return "text"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megalite import hub
 from megalite.cli import command_parser, run_main
+from megalite.config.tasks import find_task
 from megalite.errors import CommandError, DataError
 from megalite.log import logger, write_report
 from megalite.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -67,7 +68,7 @@ def main() -> int:
     place = folder / "tokenizer"
     template = place / "chat_template.jinja"
     tokenizer = load_tokenizer(place)
-    chat = run.finetune is not None and run.finetune.task == "sft"
+    chat = run.finetune is not None and find_task(run.finetune.task).uses_template
     family = export(
         stored,
         model,

@@ -9,6 +9,7 @@ from pathlib import Path
 from megalite import env
 from megalite.cli import refuse_useless, run_main, run_parser
 from megalite.config import find_run, load_config, stated_model
+from megalite.config.tasks import find_task
 from megalite.errors import ConfigError
 
 _EXAMPLES = """examples:
@@ -51,7 +52,7 @@ def main() -> int:
             f"{arguments.config}: no finetune section; write one (configs/finetune has examples), "
             "or start launcher/pretrain.py"
         )
-    if fresh and start is not None and config.finetune.task != "classification":
+    if fresh and start is not None and not find_task(config.finetune.task).has_labels:
         require_head(Path(start))  # before the examples are made
     if arguments.dry_run is not None:
         from megalite.parity.dry_run import report_dry_run

@@ -17,7 +17,7 @@ import ast
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -33,11 +33,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plugin:
-    """An entry of an installed package."""
+    """An entry of an installed package. A clash is an error only for those who use the name."""
 
     point: EntryPoint
     package: str
     version: str
+    clashes: str = ""  # another package that declares the name
 
     def __str__(self) -> str:
         return f"{self.package} {self.version}"
@@ -67,13 +68,10 @@ class Registry(Generic[T]):
         """
 
         def add(entry: T) -> T:
-            if name in self._entries or (name in self.builtin and self._home not in sys.modules):
+            # the home module registers each built-in name once, when it is imported
+            is_home = name in self.builtin and self._home in sys.modules
+            if name in self._entries or (name in self.names and not is_home):
                 raise UserError(f'there is a {self.kind} "{name}" already; register another name')
-            if name in self._plugins:
-                raise UserError(
-                    f'{self.kind} "{name}" is of the package {self._plugins[name]} already; '
-                    "register another name"
-                )
             self._entries[name], self._facts[name] = entry, facts
             return entry
 
@@ -85,9 +83,14 @@ class Registry(Generic[T]):
         return tuple(self._declared)
 
     @property
+    def plugins(self) -> Mapping[str, Plugin]:
+        """The entries of installed packages by name."""
+        return {name: plugin for (kind, name), plugin in _points().items() if kind == self.kind}
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Every name: built-in ones first."""
-        return tuple(dict.fromkeys((*self.builtin, *self._entries, *self._plugins)))
+        return tuple(dict.fromkeys((*self.builtin, *self._entries, *self.plugins)))
 
     def load(self, name: str) -> T:
         """Return the object of a name; import its module if need be.
@@ -118,7 +121,14 @@ class Registry(Generic[T]):
 
     def plugin(self, name: str) -> Plugin | None:
         """Return the package that a name comes from. None: it is built in, or of this process."""
-        return None if name in self.builtin else self._plugins.get(name)
+        plugin = self.plugins.get(name)
+        if plugin is not None and (name in self.builtin or plugin.clashes):
+            other = "this project" if name in self.builtin else plugin.clashes
+            raise UserError(
+                f"{plugin.point.name} is of two packages, {plugin} and {other}; uninstall one of "
+                "them, or give it another name"
+            )
+        return plugin
 
     def unknown(self, name: str) -> str:
         """Return the message for a name that nothing registers."""
@@ -142,18 +152,10 @@ class Registry(Generic[T]):
                 found[ast.literal_eval(node.args[0])] = facts
         return found
 
-    @property
-    def _plugins(self) -> dict[str, Plugin]:
-        return {name: plugin for (kind, name), plugin in _points().items() if kind == self.kind}
-
 
 @lru_cache(maxsize=1)
 def _points() -> dict[tuple[str, str], Plugin]:
-    """Return the entry points of installed packages by kind and name, without an import.
-
-    Raises:
-        UserError: two packages declare one name.
-    """
+    """Return the entry points of installed packages by kind and name, without an import."""
     found: dict[tuple[str, str], Plugin] = {}
     for point in entry_points(group=GROUP):
         kind, _, name = point.name.partition(".")
@@ -161,9 +163,7 @@ def _points() -> dict[tuple[str, str], Plugin]:
         plugin = Plugin(point, package.name if package else "?", package.version if package else "")
         other = found.setdefault((kind, name), plugin)
         if other.point.value != point.value:
-            raise UserError(
-                f"{point.name} is of two packages, {other} and {plugin}; uninstall one of them"
-            )
+            found[kind, name] = replace(other, clashes=str(plugin))
     return found
 
 

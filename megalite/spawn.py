@@ -90,10 +90,14 @@ def run_ranks(
     try:
         return _collect(started, timeout)
     finally:
-        for rank in started:
-            rank.process.kill()
-            rank.process.join()
-            rank.pipe.close()
+        _end(started)
+
+
+def _end(started: Sequence[RankProcess]) -> None:
+    for rank in started:
+        rank.process.kill()
+        rank.process.join()
+        rank.pipe.close()
 
 
 def start_ranks(
@@ -108,15 +112,19 @@ def start_ranks(
     port = free_port()
     context = _context(preload)
     started: list[RankProcess] = []
-    for rank in range(ranks):
-        receive, send = context.Pipe(duplex=False)
-        environ = env.rank_environment(rank, ranks, port) | dict(environment or {})
-        log = logs / f"rank_{rank}.log" if logs is not None else None
-        given = (send, function, arguments, environ, None if log is None else str(log))
-        process = context.Process(target=_be_rank, args=given, daemon=True)
-        process.start()
-        send.close()  # the pipe then ends when the rank's process ends
-        started.append(RankProcess(rank, process, receive, log))
+    try:
+        for rank in range(ranks):
+            receive, send = context.Pipe(duplex=False)
+            environ = env.rank_environment(rank, ranks, port) | dict(environment or {})
+            log = logs / f"rank_{rank}.log" if logs is not None else None
+            given = (send, function, arguments, environ, None if log is None else str(log))
+            process = context.Process(target=_be_rank, args=given, daemon=True)
+            process.start()
+            send.close()  # the pipe then ends when the rank's process ends
+            started.append(RankProcess(rank, process, receive, log))
+    except BaseException:
+        _end(started)
+        raise
     return started
 
 

@@ -223,12 +223,12 @@ def _describe(item: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
         words = re.findall(r"'([^']+)'", item["ctx"]["expected"])
     if kind == "unknown_name":
         words = item["ctx"]["names"].split(", ")
-        missing = _missing_plugin(f"{item['ctx']['kind']}.{found}", raw)
+        missing = missing_plugin(f"{item['ctx']['kind']}.{found}", raw)
     remedy = missing or _remedy(kind, found, field, words)
     return Fault((key,), f"expected {expected}, found {show(found)}; {remedy}")
 
 
-def _missing_plugin(name: str, raw: Mapping[str, Any]) -> str | None:
+def missing_plugin(name: str, raw: Mapping[str, Any]) -> str | None:
     """Return the package to install for a name, if the run file records where it came from."""
     recorded = raw.get("plugins")
     package = recorded.get(name) if isinstance(recorded, dict) else None

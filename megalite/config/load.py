@@ -26,6 +26,7 @@ from megalite.config.schema import RunConfig
 from megalite.config.secrets import explain_redacted, redacted_keys, secret_faults
 from megalite.config.strict import drop_halves, parse_strict, read_value, too_deep
 from megalite.errors import ConfigError
+from megalite.files import read_object
 from megalite.log import logger
 
 # beside the package in a checkout, within it where it is installed (pyproject.toml)
@@ -69,7 +70,19 @@ def load_config(
         _merge(raw, content, f"{file}: ", origins)
     _drop_alternatives(raw, section_changes(sets))
     _apply_sets(raw, sets, faults, origins)
+    raw.setdefault("plugins", _recorded_plugins(raw))
     return _check(raw, str(path), faults, origins)
+
+
+def _recorded_plugins(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the packages that the run's folder records, by which a missing one can be named."""
+    logging = _section(raw, ["logging"])
+    folder = Path(os.path.expanduser(str(logging.get("directory", "runs")))) / str(raw.get("name"))
+    try:
+        recorded = read_object(folder / "config.json").get("plugins")
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def _warn_of_old_names(chain: Sequence[tuple[Path, dict[str, Any]]]) -> None:

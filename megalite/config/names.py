@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from megalite.config.fields import Section
+from megalite.errors import UserError
 from megalite.registry import Registry
 
 
@@ -41,24 +43,45 @@ class NameOf:
                 "no such name",
                 {"kind": self.registry.kind, "names": ", ".join(names) or "(none)"},
             )
+        try:
+            self.registry.plugin(name)
+        except UserError as error:
+            raise ValueError(f"a name of one package: {error}") from None
         return name
+
+
+def load_plugins(section: Section) -> None:
+    """Import every object that a run file names.
+
+    Raises:
+        UserError: one that cannot be imported.
+    """
+    for registry, name in _used(section):
+        if registry.plugin(name) is not None:
+            registry.load(name)
 
 
 def plugins_of(section: Section) -> dict[str, str]:
     """Return the packages that names in a run file come from, as {"norm.scaled": "toy 1.0"}."""
     found: dict[str, str] = {}
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
+    for registry, name in _used(section):
+        plugin = registry.plugin(name)
+        if plugin is not None:
+            found[f"{registry.kind}.{name}"] = str(plugin)
+    return found
+
+
+def _used(section: Section) -> Iterator[tuple[Registry[Any], str]]:
+    """Yield each name of a registry that a section holds, with its registry."""
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
         if isinstance(value, Section):
-            found |= plugins_of(value)
+            yield from _used(value)
             continue
         kinds = [*field.metadata]
         for inner in getattr(field.annotation, "__args__", ()):  # of a list's items
             kinds += getattr(inner, "__metadata__", ())
         for kind in kinds:
             if isinstance(kind, NameOf):
-                for one in [value] if isinstance(value, str) else value:
-                    plugin = kind.registry.plugin(one)
-                    if plugin is not None:
-                        found[f"{kind.registry.kind}.{one}"] = str(plugin)
-    return found
+                names = [value] if isinstance(value, str) else value
+                yield from ((kind.registry, name) for name in names)

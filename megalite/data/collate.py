@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megalite.config import RunConfig
+from megalite.config.tasks import find_task
 from megalite.data.batch import Arrays
 from megalite.data.order import Ints
 from megalite.formats.examples import Split
@@ -30,7 +31,7 @@ class Collator:
 
     def __init__(self, config: RunConfig) -> None:
         assert config.finetune is not None
-        self._task = config.finetune.task
+        self._task = find_task(config.finetune.task)
         self._architecture = config.model.architecture
         self._start = config.model.decoder_start_token_id
         self._longest = config.data.sequence_length
@@ -44,11 +45,11 @@ class Collator:
             numbers: int64 [B], the examples of the split.
             texts: the token ids of each example.
         """
-        if self._task == "classification":
+        if self._task.has_labels:
             assert split.labels is not None
             return self._label(texts, split.labels[numbers])
         masks = [split.loss_mask(number) for number in numbers.tolist()]
-        if self._task == "seq2seq":
+        if self._task.reads_source:
             return self._source_and_target(texts, masks)
         return self._next_token(texts, masks)
 

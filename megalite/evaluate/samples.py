@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.config import RunConfig
+from megalite.config.tasks import find_task
 from megalite.data import Batch
 from megalite.engine import Engine
 from megalite.errors import DataError, MegaLiteError, Stopped
@@ -69,7 +70,8 @@ def open_prompts(config: RunConfig, folder: Path | None, ask: Ask | None) -> Pro
             "put it beside them as tokenizer/, or leave logging.samples out"
         )
     tokenizer = load_tokenizer(folder)
-    if ask is None or config.finetune is None or config.finetune.task != "sft":
+    chats = config.finetune is not None and find_task(config.finetune.task).uses_template
+    if ask is None or not chats:
         return Prompts(tokenizer, texts, texts)
     turns = [ask(folder, tokenizer, prompt) for prompt in texts]
     ends = {end for _, end in turns if end}

@@ -2,7 +2,7 @@
 
 A norm is a module made from a width and an eps. Its facts, for code without torch:
 
-    parameters    names of its parameters, each [width]; ("weight",) unless stated
+    parameters    ("weight", "bias") if it has a bias; ("weight",) unless stated; each is [width]
     composite     whether PyTorch has no CPU kernel for it, so that it keeps its input in fp32
 """
 

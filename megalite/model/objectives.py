@@ -93,6 +93,7 @@ class LabelObjective:
     ) -> None:
         self._smoothing = smoothing
         self._class_weights = class_weights
+        self._weights: Tensor | None = None  # on the device of the scores
 
     def count(self, batch: Mapping[str, npt.NDArray[Any]]) -> int:
         """Return the number of samples that count."""
@@ -110,11 +111,17 @@ class LabelObjective:
         if model.training:
             smoothing = self._smoothing
             if self._class_weights:
-                weights = scores_BC.new_tensor(self._class_weights)
+                weights = self._weights_like(scores_BC)
         losses_B = F.cross_entropy(
             scores_BC, batch["labels"], weight=weights, label_smoothing=smoothing, reduction="none"
         )
         return LossTerms((losses_B * batch["loss_mask"]).sum(), {})
+
+    def _weights_like(self, scores: Tensor) -> Tensor:
+        """Return the class weights next to the scores; copying them each time would sync a GPU."""
+        if self._weights is None or self._weights.device != scores.device:
+            self._weights = scores.new_tensor(self._class_weights)
+        return self._weights
 
 
 def plain_objective(model: ModelConfig) -> Objective:

@@ -15,7 +15,7 @@ from megalite.config import WandbConfig
 from megalite.files import append_line
 from megalite.log import finite, logger, redact
 from megalite.observe.console import Console
-from megalite.observe.sinks import Sink, open_sinks
+from megalite.observe.sinks import Sink, open_sink
 from megalite.observe.status import METRICS, TAIL, State, write_status
 from megalite.observe.tensorboard import TensorBoard
 from megalite.observe.wandb import Wandb
@@ -43,6 +43,7 @@ class Recorder:
         self._complained = False
         self._writes = self.rank == 0
         self._views: list[Sink] = []
+        self._plugins: list[Sink] = []
         self._hook = threading.excepthook
         if self.rank != 0:
             return
@@ -54,7 +55,11 @@ class Recorder:
             self._views.append(TensorBoard(self.folder, attempt=self.attempt))
         if self.wandb is not None and self.wandb.mode != "disabled":
             self._views.append(Wandb(self.folder, self.wandb))
-        self._plugins = open_sinks(self.sinks, self.folder, attempt=self.attempt)
+        for name in self.sinks:
+            try:
+                self._plugins.append(open_sink(name, self.folder, attempt=self.attempt))
+            except Exception as error:  # a stranger's code: the run goes on without it
+                self._complain(error)
         self._views += self._plugins
 
     def train(self, row: Mapping[str, Any]) -> None:

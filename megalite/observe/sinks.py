@@ -35,12 +35,13 @@ class Sink(Protocol):
         """Write out what is buffered; no other call follows."""
 
 
-def open_sinks(names: Sequence[str], folder: Path, *, attempt: int) -> list[Sink]:
-    """Open the named sinks.
+def open_sink(name: str, folder: Path, *, attempt: int) -> Sink:
+    """Open a sink by its name.
 
     Args:
         attempt: starts of this run before this one.
     Raises:
         UserError: an unknown name, or a package that cannot be imported.
     """
-    return [registry.sinks.load(name)(folder, attempt=attempt) for name in names]
+    sink: Sink = registry.sinks.load(name)(folder, attempt=attempt)
+    return sink

@@ -79,6 +79,9 @@ def dry_run(config: RunConfig, plan: Plan) -> DryRun:
     if dist.is_initialized():
         raise CommandError("a dry run needs a process of its own; this one is in a group of ranks")
     config = resolve_labels(config)
+    # Compiled code calls the same collectives, and compiling would only cost time here.
+    plain = config.training.model_copy(update={"compile": False})
+    config = config.model_copy(update={"training": plain})
     began = time.monotonic()
     with _fake_world(plan) as grid:
         model = _build(config, plan, grid)
@@ -126,9 +129,6 @@ def _fake_world(plan: Plan) -> Iterator[Grid]:
 
 
 def _build(config: RunConfig, plan: Plan, grid: Grid) -> LanguageModel:
-    # Compiled code calls the same collectives, and compiling would only cost time here.
-    plain = config.training.model_copy(update={"compile": False})
-    config = config.model_copy(update={"training": plain})
     sequence = config.parallel.sequence
     with torch.device("meta"):
         model = build(config.model, make_regions(config.model, grid, sequence=sequence))

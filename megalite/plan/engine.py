@@ -58,7 +58,7 @@ def _engine_defaults(config: RunConfig, plan: Plan) -> dict[str, Any]:
             "zero_optimization.contiguous_gradients": True,
             "zero_optimization.reduce_scatter": True,
             "zero_optimization.reduce_bucket_size": bucket,
-            "zero_optimization.allgather_bucket_size": bucket,
+            "zero_optimization.allgather_bucket_size": plan.zero.allgather_bucket_size,
             "zero_optimization.overlap_comm": plan.zero_stage == 3,
         }
     if plan.zero_stage == 3:

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 from megalite import arch, registry
 from megalite.config import FinetuneConfig, ModelConfig, OptimizerConfig, RunConfig
+from megalite.errors import UserError
 from megalite.mesh import Mesh
 
 
@@ -24,6 +25,11 @@ def state_names(config: RunConfig, row: arch.ParameterSpec) -> tuple[str, ...]:
 
 def _state_names(optimizer: OptimizerConfig, row: arch.ParameterSpec) -> tuple[str, ...]:
     facts = registry.optimizers.facts(optimizer.name)
+    if "states" not in facts:
+        raise UserError(
+            f"optimizer.{optimizer.name}: its package states no `states`, names of what it keeps "
+            f"of a parameter; add them to part.{optimizer.name} (docs/extending.md)"
+        )
     needed = facts.get("states_need")
     if needed and not getattr(optimizer, needed):
         return ()

@@ -26,6 +26,7 @@ class ZeroSettings:
     Attributes:
         stage: 0 to 3.
         reduce_bucket_size: gradients that are sent at once.
+        allgather_bucket_size: updated weights that stages 1 and 2 send at once.
         prefetch_bucket_size: weights that stage 3 fetches at once; 0 means no prefetching.
         overlap_comm: whether gradients are sent while the backward goes on.
         offload_optimizer, offload_param: the device that keeps them: "none", "cpu" or "nvme".
@@ -34,6 +35,7 @@ class ZeroSettings:
 
     stage: int
     reduce_bucket_size: int
+    allgather_bucket_size: int
     prefetch_bucket_size: int
     overlap_comm: bool
     offload_optimizer: str
@@ -58,6 +60,7 @@ def zero_settings(config: RunConfig) -> ZeroSettings:
         reduce_bucket_size=int(section.get("reduce_bucket_size", trained))
         if stage
         else _STAGE_0_BUCKET,
+        allgather_bucket_size=int(section.get("allgather_bucket_size", trained)),
         prefetch_bucket_size=int(section.get("stage3_prefetch_bucket_size", fetched)),
         overlap_comm=section.get("overlap_comm", stage == 3) is True,
         offload_optimizer=_device(section, "offload_optimizer"),

@@ -12,6 +12,7 @@ from typing import Any
 from megalite import arch, checkpoint, files
 from megalite.checkpoint import Progress
 from megalite.config import RunConfig, parse_config
+from megalite.config.tasks import find_task
 from megalite.data import ExampleSet
 from megalite.engine import Engine
 from megalite.errors import ConfigError, UserError
@@ -150,8 +151,9 @@ class FinetuneEvaluator:
     def __post_init__(self) -> None:
         assert self.config.finetune is not None
         self._section = self.config.finetune
-        self._classifies = self._section.task == "classification"
-        self.metric = self._section.metric or ("accuracy" if self._classifies else "loss")
+        task = find_task(self._section.task)
+        self._classifies = task.has_labels
+        self.metric = self._section.metric or task.metrics[0]
         self._windows = self.sets["train"].num_samples
         self._held = next((name for name in ("valid", "test") if name in self.sets), None)
         self._reported = False

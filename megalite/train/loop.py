@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -62,6 +62,7 @@ class Trainer:
         self._saved = self.progress.step
         self._published = self.progress
         self._leaving = False
+        self._extra: dict[str, float] = {}
         self._reported = "use"  # action of the last step's decision
 
     def run(self) -> None:
@@ -115,7 +116,7 @@ class Trainer:
         step = self.progress.step + 1
         lr = learning_rate(self.config, step)
         self.trace.before(step)
-        self.engine.train_step(
+        result = self.engine.train_step(
             inputs.batches.micro_batches,
             divisor=inputs.targets,
             lr=lr,
@@ -127,6 +128,7 @@ class Trainer:
             with self.phases.phase("trace"):  # closing waits for the device
                 self.trace.close()
         self._tokens = inputs.tokens
+        self._extra = self._sum_extra(result.extra)
         self._apply_decision(self._decision)
         self._end_step(lr)
 
@@ -150,6 +152,13 @@ class Trainer:
             self.progress.step + 1, self.progress.samples, self._loss, self._norm
         )
         return self._decision.action in ("use", "note")
+
+    def _sum_extra(self, extra: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the means of an objective's further terms over the global batch."""
+        if not extra:
+            return {}
+        total = self.grid.sum_once(torch.stack(list(extra.values())))
+        return dict(zip(extra, total.tolist(), strict=True))
 
     def _apply_decision(self, decision: StepDecision) -> None:
         """Report a step whose update was left out or stands out.
@@ -186,6 +195,7 @@ class Trainer:
             loss=self._loss,
             grad_norm=self._norm,
             lr=lr,
+            extra=self._extra,
             last=self.progress.step == self.config.training.steps,
         )
         for hook in self.hooks:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from megalite.config import RunConfig
+from megalite.config.names import load_plugins
 from megalite.data import Dataset, ExampleSet, Samples, open_data, set_corruption
 from megalite.env import Launch
 from megalite.errors import CommandError, DataError, UserError
@@ -104,6 +105,10 @@ def check(
     config = options.config
     plan = plan_of(options, launch)
     faults = hardware_faults(config, plan, launch, device_kind())
+    try:
+        load_plugins(config)  # before the claim: a package that is broken ends no other start
+    except UserError as error:
+        faults.append(str(error))
     train: Samples
     valid: Dataset | None
     try:

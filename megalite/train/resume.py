@@ -33,6 +33,7 @@ from megalite.config import (
     rename_keys,
     restore_redacted,
 )
+from megalite.config.faults import missing_plugin
 from megalite.errors import CheckpointError, CommandError, OtherVersion
 from megalite.formats import checkpoint as disk
 from megalite.log import logger
@@ -294,6 +295,9 @@ def stored_config(
         if keys:
             raise OtherVersion(f"{path}: {explain_redacted(keys)}") from None
         first = error.errors()[0]
+        if first["type"] == "unknown_name":
+            lacking = missing_plugin(f"{first['ctx']['kind']}.{first['input']}", raw)
+            raise OtherVersion(f"{path}: {lacking or first['msg']}") from None
         raise OtherVersion(
             f"{folder}/config.json is of another version, MegaLite "
             f"{manifest.versions.get('megalite')}: {'.'.join(map(str, first['loc']))}: "

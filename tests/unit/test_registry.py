@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from megalite import registry
-from megalite.config import parse_config
+from megalite.config import load_config, parse_config
 from megalite.errors import ConfigError, UserError
+from megalite.plan import make_plan
 from megalite.registry import Registry
 from tests.helpers.plugins import install
 from tests.helpers.runs import BASE
@@ -74,14 +75,31 @@ def test_package_adds_names_without_being_imported(installed: Path) -> None:
     assert "toy_parts.optimizers" not in sys.modules
 
 
-def test_two_packages_of_one_name_are_refused(installed: Path) -> None:
+def test_two_packages_of_one_name_are_refused_where_it_is_used(installed: Path) -> None:
     other = installed / "other-2.0.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 2.0\n")
     (other / "entry_points.txt").write_text("[megalite.plugins]\nsink.lines = other:Lines\n")
     registry._points.cache_clear()
-    with pytest.raises(UserError, match=r"sink\.lines is of two packages"):
+    parse_config(with_lion())
+    with pytest.raises(ConfigError, match=r"sink\.lines is of two packages"):
         parse_config(BASE | {"logging": {"sinks": ["lines"]}})
+
+
+def test_package_with_a_builtin_name_is_refused_where_it_is_used(installed: Path) -> None:
+    points = installed / "toy_parts-1.2.dist-info/entry_points.txt"
+    points.write_text(points.read_text() + "optimizer.sgd = toy_parts.optimizers:lion\n")
+    registry._points.cache_clear()
+    parse_config(with_lion())
+    with pytest.raises(ConfigError, match=r"toy-parts 1\.2 and this project"):
+        parse_config(BASE | {"optimizer": {"name": "sgd", "lr": 1e-3}})
+
+
+def test_optimizer_of_a_package_must_state_its_states(installed: Path) -> None:
+    (installed / "toy_parts/facts.py").write_text("LION = {}\nSCALED = {}\n")
+    config = parse_config(with_lion())
+    with pytest.raises(UserError, match="its package states no `states`"):
+        make_plan(config, world_size=1, device="cpu")
 
 
 def test_package_that_cannot_be_imported_is_named(installed: Path) -> None:
@@ -96,6 +114,19 @@ def test_missing_package_is_named_if_the_run_recorded_it() -> None:
     recorded = with_lion(plugins={"optimizer.lion": "toy-parts 1.2"})
     with pytest.raises(ConfigError, match=r"of the package toy-parts 1\.2, which is not installed"):
         parse_config(recorded)
+
+
+def test_missing_package_is_named_if_the_run_folder_records_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs/run"
+    folder.mkdir(parents=True)
+    kept = {"plugins": {"optimizer.lion": "toy-parts 1.2"}}
+    (folder / "config.json").write_text(json.dumps(kept))
+    (tmp_path / "run.json").write_text(json.dumps(with_lion()))
+    with pytest.raises(ConfigError, match=r"of the package toy-parts 1\.2, which is not installed"):
+        load_config("run.json")
 
 
 def test_unknown_name_is_answered_with_the_nearest() -> None:
@@ -121,8 +152,6 @@ def test_checking_and_planning_import_no_torch(installed: Path, tmp_path: Path) 
     )
     model = BASE["model"] | {"norm": "layernorm"}
     adamw = BASE | {"model": model, "optimizer": {"lr": 1e-3}}
-    from megalite.plan import make_plan
-
     plan = make_plan(parse_config(adamw), world_size=1, device="cpu")
     states, parameters, torch_was_imported = done.stdout.split()
     assert torch_was_imported == "False"

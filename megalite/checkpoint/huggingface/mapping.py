@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megalite.checkpoint.huggingface.families import all_families
+from megalite import registry
+from megalite.checkpoint.huggingface.families import FAMILIES, all_families, find_family
 from megalite.checkpoint.huggingface.family import Family
 from megalite.config import ModelConfig
 from megalite.errors import CommandError
@@ -24,7 +25,7 @@ def family_of(model: ModelConfig) -> Family:
         )
     model = _without_uniform_list(model)
     nearest: list[tuple[int, str]] = []
-    for family in all_families().values():
+    for family in all_families():
         values = {key: getattr(model, key) for key in family.fixed}
         wrong = [f"{key} {value!r}" for key, value in values.items() if value != family.fixed[key]]
         wrong += family.mismatches(model)
@@ -63,10 +64,9 @@ def from_config(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
         CommandError: a model type or values without a counterpart here; all values at once.
     """
     kind = config.get("model_type")
-    families = all_families()
-    family = families.get(kind) if isinstance(kind, str) else None
+    family = find_family(kind) if isinstance(kind, str) else None
     if family is None:
-        known = ", ".join(sorted(families))
+        known = ", ".join(sorted((*FAMILIES, *registry.families.names)))
         raise CommandError(f"model_type {kind!r} is not one of those known here: {known}")
     stated = {k: v for k, v in config.items() if v is not None or k in family.nullable}
     values = {**family.defaults, **stated}

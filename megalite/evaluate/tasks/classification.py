@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megalite import files
+from megalite.config.tasks import find_task
 from megalite.data import Batch, ExampleSet, first_batches
 from megalite.errors import DataError
 from megalite.evaluate.baselines import measure_baselines
@@ -99,7 +100,7 @@ def score_examples(
     reporting = partial(
         report_calls, total=batches, what=f"eval on {dataset.num_samples:,} examples ({split})"
     )
-    if loaded.run.finetune.task != "classification":
+    if not find_task(loaded.run.finetune.task).has_labels:
         sums = sum_loss(
             reporting(loaded.loss),
             dataset,

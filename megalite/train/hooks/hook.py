@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megalite.checkpoint import Progress
@@ -19,6 +20,7 @@ class StepReport:
         loss: mean loss of the global batch, in nats.
         grad_norm: norm of the gradient before clipping.
         lr: learning rate of the step.
+        extra: means of the objective's further terms, by name.
         last: whether it is the last step of the run (`training.steps`).
     """
 
@@ -28,6 +30,7 @@ class StepReport:
     grad_norm: float
     lr: float
     last: bool
+    extra: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def step(self) -> int:

@@ -87,6 +87,7 @@ class StepLogger(Hook):
                 ),
                 "step_seconds": seconds / (report.step - start.step),
                 "peak_memory_bytes": int(peak.item()),
+                **({"extra": dict(report.extra)} if report.extra else {}),
             }
         )
         self._recorder.status("running", step=report.step)

@@ -77,6 +77,11 @@ def test_collectives_are_those_of_the_plan(kind: str, sequence: bool, recompute:
     assert not dist.is_initialized()
 
 
+def test_compiled_run_is_counted_without_compiling() -> None:
+    run = config("llama", parallel={"tensor": 2}, training={"compile": True})
+    assert dry_run(run, make_plan(run, world_size=4, device="cuda")).differences == ()
+
+
 @pytest.mark.parametrize(
     ("name", "tensor"),
     [*((name, 0) for name in SHIPPED), *((name, size) for name in TUNING for size in (1, 2))],

@@ -317,6 +317,7 @@ def test_the_users_values_stand_and_autos_are_filled() -> None:
     assert made["fp16"]["initial_scale_power"] == 10
     zero = made["zero_optimization"]
     assert (zero["stage"], zero["overlap_comm"], zero["reduce_bucket_size"]) == (2, True, 1000)
+    assert zero["allgather_bucket_size"] == PARAMETERS  # not the bucket of gradients
     assert zero["offload_optimizer"] == {"device": "none"}
     assert "stage3_max_live_parameters" not in zero
     assert "optimizer" not in made

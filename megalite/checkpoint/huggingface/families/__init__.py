@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
 
 from megalite import registry
 from megalite.checkpoint.huggingface.family import Family
@@ -23,6 +24,15 @@ def _load() -> dict[str, Family]:
 FAMILIES = _load()
 
 
-def all_families() -> dict[str, Family]:
-    """Return the families by model type, those of installed packages last."""
-    return FAMILIES | {name: registry.families.load(name) for name in registry.families.names}
+def find_family(model_type: str) -> Family | None:
+    """Return the family of a model type: a built-in one, or that of an installed package."""
+    if model_type in FAMILIES or model_type not in registry.families.names:
+        return FAMILIES.get(model_type)
+    family: Family = registry.families.load(model_type)
+    return family
+
+
+def all_families() -> Iterator[Family]:
+    """Yield every family. Those of packages come last, and are imported when they are reached."""
+    yield from FAMILIES.values()
+    yield from (registry.families.load(name) for name in registry.families.names)
