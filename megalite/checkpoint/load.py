@@ -282,7 +282,7 @@ def _start_receiving(
 def refuse_other_model(
     model: ModelConfig, folder: Path, manifest: disk.Manifest, *, base: bool = False
 ) -> ModelConfig:
-    """Refuse a checkpoint whose tensors have other names or arch.
+    """Refuse a checkpoint whose tensors have other names or shapes.
 
     Every rank compares, so that all raise and none waits for the others.
 

@@ -153,8 +153,6 @@ class CachedDecoder:
     left.
 
     Beyond the window of the model, the last tokens are run again for each new one.
-
-    Beyond the window a model is made for it reads the last tokens anew for each.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:

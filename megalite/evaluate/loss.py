@@ -32,8 +32,6 @@ def mean_loss(
 
     If the data set has fewer samples, all of them count. A collective of all ranks.
 
-    Where the data set has fewer windows, over all of them. A collective of all ranks.
-
     Args:
         stopping: called before each batch; returns whether to give up, the same on every rank.
     Returns:
@@ -62,9 +60,6 @@ def score_data(
 
     Bits per byte compares models of different tokenizers. It is null if the targets are not
     continued text. A model of masked tokens also has `accuracy`: the share of targets it predicts.
-
-    Bits per byte compares models of different tokenizers; null where the targets are no text that
-    goes on. Of a model of masked tokens also `accuracy`, the share it names right.
 
     Args:
         data: a shard folder; None: the run file's `data.valid`.
@@ -181,9 +176,6 @@ def sum_loss(
 
     float64 keeps the digits of a sum over millions of targets. The sum stays on the device until
     the end, so that no batch waits for the one before.
-
-    float64, since a sum over millions of targets must keep its digits; on the device until the
-    end, so that no batch waits for the one before.
     """
     batches = first_batches(
         dataset,
