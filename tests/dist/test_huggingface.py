@@ -124,7 +124,9 @@ def test_folders_that_cannot_be_used_are_named(shards: dict[str, str], tmp_path:
         save_file(kept, folder / "model.safetensors")
         return folder
 
-    refused(changed("unknown", {"model_type": "mamba"}, tensors), "'mamba'", "llama, mistral")
+    refused(
+        changed("unknown", {"model_type": "mamba"}, tensors), "'mamba'", "llama, marian, mistral"
+    )
     refused(changed("act", {"hidden_act": "gelu"}, tensors), "hidden_act 'gelu'", "'silu'")
     less = {k: v for k, v in tensors.items() if "layers.1.mlp.down" not in k}
     refused(changed("less", {}, less), "model.layers.1.mlp.down_proj.weight is missing")
