@@ -108,6 +108,7 @@ def vocabulary_of(launch: Launch) -> tuple[int, int, bool]:
     config = model_config(vocab_size=61)
     regions = make_regions(config, grid)
     assert regions.vocabulary is not None
+    grid.barrier()  # rank 0 holds the store by which the other forms its groups
     return regions.vocabulary.first, regions.vocabulary.held, regions.size == 2
 
 
