@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from data_prep.streams import Stream
-from data_prep.work_folder import Run, repeating
+from data_prep.work_folder import Run
 from megalite.errors import DataError
+from megalite.files import repeating
 from megalite.log import logger
 
 _EVERY = 5.0  # seconds

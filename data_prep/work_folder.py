@@ -23,9 +23,8 @@ import os
 import secrets
 import shutil
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from typing import Any
 from data_prep.output import tidied
 from megalite import env
 from megalite.errors import CommandError, DataError, MegaLiteError, UserError
-from megalite.files import parse_json, publish, sync_directory, sync_file
+from megalite.files import parse_json, publish, repeating, sync_directory, sync_file
 from megalite.formats.manifest import MANIFEST_NAME
 from megalite.log import logger
 
@@ -136,28 +135,6 @@ class Run:
     def beating(self) -> AbstractContextManager[None]:
         """Show it every second, whatever the leader does meanwhile."""
         return repeating(self.beat, every=_BEAT)
-
-
-@contextmanager
-def repeating(action: Callable[[], None], *, every: float) -> Iterator[None]:
-    """Do something every so many seconds, in a thread, until the block ends.
-
-    A full disk is reported by those who write more than that.
-    """
-    ended = threading.Event()
-
-    def repeat() -> None:
-        while not ended.wait(every):
-            with suppress(OSError):
-                action()
-
-    thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 class WorkFolder:

@@ -7,8 +7,9 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,29 @@ def replace_small(path: Path, content: str) -> None:
             if file.write(data) < len(data):
                 raise
             os.fsync(file.fileno())
+
+
+@contextmanager
+def repeating(
+    action: Callable[[], object], *, every: float, ignored: type[Exception] = OSError
+) -> Iterator[None]:
+    """Call a function regularly, in a thread, until the block ends.
+
+    Args:
+        every: seconds between two calls.
+        ignored: what a call may raise without an end. A full disk is reported by other writers.
+    """
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(every):
+            with suppress(ignored):
+                action()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -39,7 +39,7 @@ class SelfAttention:
 
     def rows(self, model: ModelConfig, prefix: str) -> Iterator[ParameterSpec]:
         """Yield the parameters; q, k and v are fused into one product."""
-        key = model.num_key_value_heads * model.head_dim
+        key = _key_width(model)
         fused = {"q_proj": _query_width(model), "k_proj": key, "v_proj": key}
         yield from norm_rows(model, f"{prefix}input_layernorm")
         yield from _projection(model, f"{prefix}self_attn.qkv_proj", fused)

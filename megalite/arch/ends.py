@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from megalite.arch.attention import mask_count
 from megalite.arch.norms import norm_rows
-from megalite.arch.part import Cost, Flow, Grads, Kept, Logits, Message, Workload
+from megalite.arch.part import Cost, Flow, Grads, Kept, Logits, Message, Workload, in_pieces
 from megalite.arch.table import ParameterSpec, Sees, Split, specify
 from megalite.config import ModelConfig
 
@@ -181,11 +181,10 @@ class LanguageHead:
             yield Message("all_gather", whole)
         if self.weight(model) in grads.inputs:
             yield Message("reduce_scatter" if load.sequence else "all_reduce", whole)
-        full, rest = divmod(targets, chunk)
-        for size, count in ((chunk, full), (rest, 1)):
-            if size and count:  # the rows' maxima, then their sums and the target's logits
-                yield Message("all_reduce", size, count, fp32=True)
-                yield Message("all_reduce", 2 * size, count, fp32=True)
+        for size, count in in_pieces(targets, chunk):
+            # the rows' maxima, then their sums and the target's logits
+            yield Message("all_reduce", size, count, fp32=True)
+            yield Message("all_reduce", 2 * size, count, fp32=True)
         if load.label_smoothing:
             yield Message("all_reduce", model.hidden_size, fp32=True)  # of the mean logit
 

@@ -93,6 +93,14 @@ class Message:
     fp32: bool = False
 
 
+def in_pieces(elements: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the pieces of a whole as (size, count): the full ones, and the rest, if any."""
+    full, rest = divmod(elements, size)
+    for each, count in ((size, full), (rest, 1)):
+        if each and count:
+            yield each, count
+
+
 @dataclass(frozen=True)
 class Kept:
     """Bytes that a part keeps for the backward on one rank.

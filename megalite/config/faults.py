@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from megalite.config.deepspeed_tables import KNOWN
 from megalite.config.fields import Section
 from megalite.config.foreign import foreign_answer
+from megalite.config.names import missing_plugin
 from megalite.config.schema import RunConfig
 from megalite.errors import nearest
 from megalite.log import is_secret
@@ -226,15 +227,6 @@ def _describe(item: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
         missing = missing_plugin(f"{item['ctx']['kind']}.{found}", raw)
     remedy = missing or _remedy(kind, found, field, words)
     return Fault((key,), f"expected {expected}, found {show(found)}; {remedy}")
-
-
-def missing_plugin(name: str, raw: Mapping[str, Any]) -> str | None:
-    """Return the package to install for a name, if the run file records where it came from."""
-    recorded = raw.get("plugins")
-    package = recorded.get(name) if isinstance(recorded, dict) else None
-    if not isinstance(package, str):
-        return None
-    return f"it is {name} of the package {package}, which is not installed here; install it"
 
 
 def _remedy(kind: str, found: Any, field: FieldInfo, words: list[str]) -> str:

@@ -19,14 +19,13 @@ from typing import Any
 
 from megalite.config.deepspeed_keys import deepspeed_faults
 from megalite.config.faults import Fault, Key, schema_faults, show
-from megalite.config.names import plugins_of
+from megalite.config.names import plugins_of, run_folder
 from megalite.config.renamed import conflicts, current_name, rename_keys
 from megalite.config.rules import rule_faults
 from megalite.config.schema import RunConfig
 from megalite.config.secrets import explain_redacted, redacted_keys, secret_faults
 from megalite.config.strict import drop_halves, parse_strict, read_value, too_deep
 from megalite.errors import ConfigError
-from megalite.files import read_object
 from megalite.log import logger
 
 # beside the package in a checkout, within it where it is installed (pyproject.toml)
@@ -70,19 +69,7 @@ def load_config(
         _merge(raw, content, f"{file}: ", origins)
     _drop_alternatives(raw, section_changes(sets))
     _apply_sets(raw, sets, faults, origins)
-    raw.setdefault("plugins", _recorded_plugins(raw))
     return _check(raw, str(path), faults, origins)
-
-
-def _recorded_plugins(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the packages that the run's folder records, by which a missing one can be named."""
-    logging = _section(raw, ["logging"])
-    folder = Path(os.path.expanduser(str(logging.get("directory", "runs")))) / str(raw.get("name"))
-    try:
-        recorded = read_object(folder / "config.json").get("plugins")
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return recorded if isinstance(recorded, dict) else {}
 
 
 def _warn_of_old_names(chain: Sequence[tuple[Path, dict[str, Any]]]) -> None:
@@ -135,13 +122,8 @@ def section_changes(sets: Sequence[str]) -> dict[str, Any]:
 def find_run(path: str | Path, sets: Sequence[str] = ()) -> Path | None:
     """The run folder that a run file means, whatever else may be wrong with it."""
     faults: list[str] = []
-    raw = _told(path, sets, faults)
-    logging = raw.get("logging", {})
-    name = raw.get("name")
-    directory = logging.get("directory", "runs") if isinstance(logging, dict) else None
-    if faults or not isinstance(directory, str) or not isinstance(name, str):
-        return None
-    return Path(os.path.expanduser(directory)) / name
+    folder = run_folder(_told(path, sets, faults))
+    return None if faults else folder
 
 
 def _told(path: str | Path, sets: Sequence[str], faults: list[str]) -> dict[str, Any]:

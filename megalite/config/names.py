@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -11,6 +13,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from megalite.config.fields import Section
 from megalite.errors import UserError
+from megalite.files import read_object
 from megalite.registry import Registry
 
 
@@ -48,6 +51,40 @@ class NameOf:
         except UserError as error:
             raise ValueError(f"a name of one package: {error}") from None
         return name
+
+
+def run_folder(raw: Mapping[str, Any]) -> Path | None:
+    """Return the run folder that an unchecked run file means; None if it names none."""
+    logging = raw.get("logging", {})
+    name = raw.get("name")
+    directory = logging.get("directory", "runs") if isinstance(logging, dict) else None
+    if not isinstance(directory, str) or not isinstance(name, str):
+        return None
+    return Path(os.path.expanduser(directory)) / name
+
+
+def missing_plugin(name: str, raw: Mapping[str, Any]) -> str | None:
+    """Return which package a name needs, if the run file or its run folder records it.
+
+    Args:
+        name: with its kind, such as "norm.scaled".
+        raw: an unchecked run file.
+    """
+    recorded = raw.get("plugins")
+    if recorded is None:
+        recorded = _recorded_plugins(raw)
+    package = recorded.get(name) if isinstance(recorded, dict) else None
+    if not isinstance(package, str):
+        return None
+    return f"it is {name} of the package {package}, which is not installed here; install it"
+
+
+def _recorded_plugins(raw: Mapping[str, Any]) -> Any:
+    folder = run_folder(raw)
+    try:
+        return read_object(folder / "config.json").get("plugins") if folder else None
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def load_plugins(section: Section) -> None:

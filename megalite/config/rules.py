@@ -378,8 +378,8 @@ def _profile(config: RunConfig) -> Iterator[Fault]:
 
 def _samples(config: RunConfig) -> Iterator[Fault]:
     encodes = config.model.architecture == "encoder"
-    writes = config.finetune is None or find_task(config.finetune.task).writes_text
-    if config.logging.samples and (encodes or not writes):
+    classifies = config.finetune is not None and find_task(config.finetune.task).has_labels
+    if config.logging.samples and (encodes or classifies):
         what = "an encoder" if encodes else "a classifier"
         yield fault("logging.samples", f"{what} writes no text; leave it out")
 

@@ -12,8 +12,6 @@ from typing import Any
 
 from megalite import registry
 
-Metric = str
-
 
 @dataclass(frozen=True)
 class TaskSpec:
@@ -24,8 +22,8 @@ class TaskSpec:
         architectures: the networks that can learn the task; empty means every one.
         keys: the optional keys of the finetune section that apply to the task.
         metrics: measures that the best checkpoint may be chosen by; the first is the default.
-        has_labels: whether the task has a fixed set of labels, which a head of its own scores.
-        writes_text: whether a trained model writes text.
+        has_labels: whether the task has a fixed set of labels, which a head of its own scores. A
+            model that is trained on it writes no text.
         reads_source: whether an example has a text that is read, next to the one that is written.
         uses_template: whether examples are conversations that a chat template renders.
     """
@@ -33,9 +31,8 @@ class TaskSpec:
     examples: str
     architectures: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
-    metrics: tuple[Metric, ...] = ("loss",)
+    metrics: tuple[str, ...] = ("loss",)
     has_labels: bool = False
-    writes_text: bool = True
     reads_source: bool = False
     uses_template: bool = False
 
@@ -46,7 +43,6 @@ registry.tasks.register("classification")(
         keys=("pooling", "class_weights", "balance_classes", "data.labels"),
         metrics=("accuracy", "loss", "precision", "recall", "f1"),
         has_labels=True,
-        writes_text=False,
     )
 )
 registry.tasks.register("sft")(

@@ -15,12 +15,13 @@ from megalite import arch
 from megalite.config import ModelConfig, RunConfig
 from megalite.data import Batch
 from megalite.formats.checkpoint import WEIGHT
-from megalite.model import LanguageModel, LossTerms, Objective
+from megalite.model import LanguageModel, LossTerms, Objective, last_scores
 
 __all__ = [
     "WEIGHT",
     "Accept",
     "Engine",
+    "EngineBase",
     "StepLoss",
     "StepResult",
     "finite",
@@ -73,6 +74,42 @@ class StepLoss:
             mean = mean + part
             self.extra[name] = self.extra.get(name, torch.zeros_like(self.loss)) + part.detach()
         return mean
+
+
+class EngineBase:
+    """What engines do in one way around the model as they wrap it.
+
+    Attributes:
+        wrapped: the module whose forward runs the model.
+    """
+
+    config: RunConfig
+    device: torch.device
+    objective: Objective
+    optimizer: Any
+    wrapped: Any
+
+    def begin_step(self, *, divisor: float, lr: float) -> StepLoss:
+        """Prepare for the micro-batches of a step; return the sum of their losses."""
+        self.wrapped.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        samples = self.config.training.global_batch_size
+        return StepLoss(self.device, count=divisor, samples=samples)
+
+    @torch.no_grad()
+    def eval_loss(self, batch: Batch) -> Tensor:
+        """Return the summed loss; see `Engine`."""
+        self.wrapped.eval()
+        terms: LossTerms = self.wrapped(self.objective.loss, batch.to(self.device).tensors)
+        return terms.total
+
+    @torch.no_grad()
+    def eval_scores(self, batch: Batch) -> Tensor:
+        """Return the logits; see `Engine`."""
+        self.wrapped.eval()
+        scores: Tensor = self.wrapped(last_scores, batch.to(self.device).tensors)
+        return scores
 
 
 class Engine(Protocol):

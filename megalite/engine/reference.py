@@ -16,7 +16,7 @@ from megalite.data import Batch
 from megalite.engine.base import (
     WEIGHT,
     Accept,
-    StepLoss,
+    EngineBase,
     StepResult,
     finite,
     freeze,
@@ -25,11 +25,9 @@ from megalite.engine.base import (
 )
 from megalite.model import (
     LanguageModel,
-    LossTerms,
     Objective,
     build,
     initialize,
-    last_scores,
     make_objective,
 )
 from megalite.optim import Fragment, Muon, make_optimizer, orthogonalize
@@ -38,7 +36,7 @@ from megalite.parallel import Grid, apply_recompute_and_compile, is_counted
 _ROW = 4096  # numbers whose squares are summed one after the other
 
 
-class ReferenceEngine:
+class ReferenceEngine(EngineBase):
     """A training step as a textbook writes it.
 
     Args:
@@ -54,6 +52,7 @@ class ReferenceEngine:
         self._dropout = has_dropout(config.model)
         with grid.device:
             self.model: LanguageModel = build(config.model)
+        self.wrapped = self.model
         initialize(self.model, config.model, seed=config.training.seed, gather=_whole)
         freeze(self.model, config)
         apply_recompute_and_compile(
@@ -77,11 +76,7 @@ class ReferenceEngine:
         inspect: Callable[[], None] | None = None,
         accept: Accept = finite,
     ) -> StepResult:
-        self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        samples = self.config.training.global_batch_size
-        losses = StepLoss(self.device, count=divisor, samples=samples)
+        losses = self.begin_step(divisor=divisor, lr=lr)
         for batch in batches:
             if self._dropout:
                 seed_dropout(self.config.training.seed, step, batch.place)
@@ -94,18 +89,6 @@ class ReferenceEngine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss=losses.loss, grad_norm=norm, extra=losses.extra)
-
-    @torch.no_grad()
-    def eval_loss(self, batch: Batch) -> Tensor:
-        self.model.eval()
-        terms: LossTerms = self.model(self.objective.loss, batch.to(self.device).tensors)
-        return terms.total
-
-    @torch.no_grad()
-    def eval_scores(self, batch: Batch) -> Tensor:
-        self.model.eval()
-        scores: Tensor = self.model(last_scores, batch.to(self.device).tensors)
-        return scores
 
     def gathered(self, _parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
         return nullcontext()

@@ -6,10 +6,9 @@ the others can tell a long download from a rank that died.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,33 +38,16 @@ def share_folder(note: Path, is_first: bool, find: Callable[[], Path], what: str
     with suppress(OSError):
         note.unlink()
     try:
-        with _renewed(note):
+        _leave(note, {})
+        with files.repeating(
+            lambda: _leave(note, {}), every=_RENEWAL, ignored=CommandError
+        ):  # signs of life
             folder = find()
     except CommandError as error:
         _leave(note, {"error": str(error)})
         raise
     _leave(note, {"folder": str(folder)})
     return folder
-
-
-@contextmanager
-def _renewed(note: Path) -> Iterator[None]:
-    """Give signs of life during a block."""
-    _leave(note, {})
-    done = threading.Event()
-
-    def renew() -> None:
-        while not done.wait(_RENEWAL):
-            with suppress(CommandError):
-                _leave(note, {})
-
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _leave(note: Path, content: dict[str, Any]) -> None:

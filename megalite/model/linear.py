@@ -87,8 +87,8 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class ColumnLinear(Linear):
-    """A projection whose outputs the ranks share (column-parallel, Shoeybi et al. 2019).
+class _SharedLinear(Linear):
+    """A projection of a block, which the ranks of its regions share.
 
     Args:
         parts: the number of this rank's output rows of each projection, by name.
@@ -101,6 +101,10 @@ class ColumnLinear(Linear):
         super().__init__(in_features, rows, bias=bias, adapter=config.adapter, parts=parts)
         self.regions = regions
 
+
+class ColumnLinear(_SharedLinear):
+    """A projection whose outputs the ranks share (column-parallel, Shoeybi et al. 2019)."""
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.regions.column_linear(x, self.weight, self._matmul)
         if self.adapter is not None:
@@ -108,21 +112,11 @@ class ColumnLinear(Linear):
         return self._add_bias(y)
 
 
-class RowLinear(Linear):
+class RowLinear(_SharedLinear):
     """A projection whose inputs the ranks share (row-parallel, Shoeybi et al. 2019).
 
-    The bias is added after the sum over the ranks.
-
-    Args:
-        parts: the number of output rows of each projection, by name.
+    Each rank has all output rows. The bias is added after the sum over the ranks.
     """
-
-    def __init__(
-        self, config: ModelConfig, regions: Regions, in_features: int, *, bias: bool, **parts: int
-    ) -> None:
-        rows = sum(parts.values())
-        super().__init__(in_features, rows, bias=bias, adapter=config.adapter, parts=parts)
-        self.regions = regions
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.regions.reduce(self._matmul(x, self.weight))

@@ -55,7 +55,15 @@ class Objective(Protocol):
         """Return the summed losses of a batch; called inside the model's forward."""
 
 
-class TokenObjective:
+class _MaskedTargets:
+    """Targets that count if `loss_mask` says so: tokens, or one label a sample."""
+
+    def count(self, batch: Mapping[str, npt.NDArray[Any]]) -> int:
+        """Return the number of targets that count."""
+        return int(np.count_nonzero(batch["loss_mask"]))
+
+
+class TokenObjective(_MaskedTargets):
     """Cross entropy of tokens: the next ones, the hidden ones, or those that were cut out.
 
     Args:
@@ -68,10 +76,6 @@ class TokenObjective:
         self._smoothing = smoothing
         self._compiled = compiled
 
-    def count(self, batch: Mapping[str, npt.NDArray[Any]]) -> int:
-        """Return the number of labels that count."""
-        return int(np.count_nonzero(batch["loss_mask"]))
-
     def loss(self, model: LanguageModel, batch: Mapping[str, Tensor]) -> LossTerms:
         """Sum the cross entropy; see `LanguageModel.token_loss` for the batch."""
         total = model.token_loss(
@@ -80,7 +84,7 @@ class TokenObjective:
         return LossTerms(total, {})
 
 
-class LabelObjective:
+class LabelObjective(_MaskedTargets):
     """Cross entropy of one label a sample.
 
     Args:
@@ -94,10 +98,6 @@ class LabelObjective:
         self._smoothing = smoothing
         self._class_weights = class_weights
         self._weights: Tensor | None = None  # on the device of the scores
-
-    def count(self, batch: Mapping[str, npt.NDArray[Any]]) -> int:
-        """Return the number of samples that count."""
-        return int(np.count_nonzero(batch["loss_mask"]))
 
     def loss(self, model: LanguageModel, batch: Mapping[str, Tensor]) -> LossTerms:
         """Sum the cross entropy over the samples with mask.

@@ -9,13 +9,12 @@ They follow from the facts that an optimizer is registered with (`megalite.optim
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 from megalite import arch, registry
 from megalite.config import FinetuneConfig, ModelConfig, OptimizerConfig, RunConfig
 from megalite.errors import UserError
-from megalite.mesh import Mesh
+from megalite.plan.zero import local_sizes
 
 
 def state_names(config: RunConfig, row: arch.ParameterSpec) -> tuple[str, ...]:
@@ -51,9 +50,9 @@ def state_bytes(config: RunConfig, tensor: int) -> int:
 def _state_bytes(
     model: ModelConfig, tuning: FinetuneConfig | None, optimizer: OptimizerConfig, tensor: int
 ) -> int:
-    at = Mesh(tensor=tensor).at(0)
+    sizes = local_sizes(model, tensor)
     return 4 * sum(
-        len(_state_names(optimizer, row)) * math.prod(arch.local_shape(row, at))
+        len(_state_names(optimizer, row)) * sizes[row.name]
         for row in arch.parameters(model)
         if arch.is_trainable_under(tuning, row)
     )

@@ -90,14 +90,15 @@ def local_elements(config: RunConfig, tensor: int, *, trained: bool = False) -> 
         trained: if true, count only the parameters that are trained.
     """
     if not trained or config.finetune is None:
-        return sum(_local_sizes(config.model, tensor).values())
+        return sum(local_sizes(config.model, tensor).values())
     rows = arch.parameters(config.model)
-    sizes = _local_sizes(config.model, tensor)
+    sizes = local_sizes(config.model, tensor)
     return sum(sizes[row.name] for row in rows if arch.is_trainable(config, row))
 
 
 @lru_cache(maxsize=64)
-def _local_sizes(model: ModelConfig, tensor: int) -> dict[str, int]:
+def local_sizes(model: ModelConfig, tensor: int) -> dict[str, int]:
+    """Return the elements of each parameter on one of `tensor` tensor ranks, by name."""
     return {
         row.name: math.prod(arch.local_shape(row, Mesh(tensor=tensor).at(0)))
         for row in arch.parameters(model)

@@ -33,7 +33,7 @@ from megalite.config import (
     rename_keys,
     restore_redacted,
 )
-from megalite.config.faults import missing_plugin
+from megalite.config.names import missing_plugin
 from megalite.errors import CheckpointError, CommandError, OtherVersion
 from megalite.formats import checkpoint as disk
 from megalite.log import logger

@@ -34,7 +34,7 @@ from megalite.data import Batch
 from megalite.engine.base import (
     WEIGHT,
     Accept,
-    StepLoss,
+    EngineBase,
     StepResult,
     finite,
     freeze,
@@ -55,11 +55,9 @@ from megalite.engine.reference import (
 )
 from megalite.model import (
     LanguageModel,
-    LossTerms,
     Objective,
     build,
     initialize,
-    last_scores,
     make_objective,
 )
 from megalite.optim import Muon, make_optimizer, orthogonalize
@@ -71,7 +69,7 @@ from megalite.parallel import (
 )
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(EngineBase):
     """An engine over DeepSpeed's, of one rank.
 
     Args:
@@ -105,6 +103,7 @@ class DeepSpeedEngine:
         self._loss_scale = float(grid.mesh.zero) if averages else 1.0
         self.model = self._build_model(precision)
         self.engine, self.optimizer = self._initialize()
+        self.wrapped = self.engine  # so that ZeRO-3 gathers
         verify_effective(self.settings, self.engine)
         self._create_states()
         if self.stage > 0:
@@ -164,11 +163,7 @@ class DeepSpeedEngine:
         inspect: Callable[[], None] | None = None,
         accept: Accept = finite,
     ) -> StepResult:
-        self.engine.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        samples = self.config.training.global_batch_size
-        losses = StepLoss(self.device, count=divisor, samples=samples)
+        losses = self.begin_step(divisor=divisor, lr=lr)
         for index, batch in enumerate(batches):
             if self._dropout:
                 seed_dropout(self.config.training.seed, step, batch.place)
@@ -202,18 +197,6 @@ class DeepSpeedEngine:
             self._norm = torch.full_like(loss, torch.inf)
             accept(loss, self._norm)
         return self._norm
-
-    @torch.no_grad()
-    def eval_loss(self, batch: Batch) -> Tensor:
-        self.engine.eval()
-        terms: LossTerms = self.engine(self.objective.loss, batch.to(self.device).tensors)
-        return terms.total
-
-    @torch.no_grad()
-    def eval_scores(self, batch: Batch) -> Tensor:
-        self.engine.eval()
-        scores: Tensor = self.engine(last_scores, batch.to(self.device).tensors)
-        return scores
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
         if self.stage != 3:

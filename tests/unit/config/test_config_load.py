@@ -13,21 +13,16 @@ import pytest
 from megalite.config import RunConfig, find_file, load_config, parse_config
 from megalite.config.load import SHIPPED
 from megalite.errors import ConfigError
+from tests.helpers.runs import BASE, merge_sections
 
-SMALL: dict[str, Any] = {
-    "name": "small",
-    "model": {
-        "vocab_size": 100,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
+SMALL = merge_sections(
+    BASE,
+    {
+        "name": "small",
+        "data": {"train": [{"path": "data/train"}], "sequence_length": 32},
+        "training": {"steps": 10, "precision": "auto"},
     },
-    "data": {"train": [{"path": "data/train"}], "sequence_length": 32},
-    "optimizer": {"lr": 1e-3},
-    "training": {"steps": 10, "global_batch_size": 8, "micro_batch_size": 2},
-}
+)
 
 
 def write(path: Path, content: Any) -> Path:
