@@ -168,7 +168,7 @@ def create_states(
             for name in group["states"]:
                 if name not in state:
                     state[name] = torch.zeros_like(parameter)
-            if "exp_avg" in group["states"] and "step" not in state:
+            if group["counts_steps"] and "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
 
 

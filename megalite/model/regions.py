@@ -49,12 +49,8 @@ class Regions:
         """Leave such a part: sum over the ranks what each of them computed."""
         return x
 
-    def scatter(self, x_BTD: Tensor, *, dropout: bool) -> Tensor:
-        """Enter the blocks, between whose products the ranks may share the tokens.
-
-        Args:
-            dropout: whether the blocks draw random numbers.
-        """
+    def scatter(self, x_BTD: Tensor) -> Tensor:
+        """Enter the blocks, between whose products the ranks may share the tokens."""
         return x_BTD
 
     def gather(self, x_BTD: Tensor) -> Tensor:
@@ -68,6 +64,15 @@ class Regions:
     def gather_vocabulary(self, logits: Tensor) -> Tensor:
         """Return the logits of the whole vocabulary, [..., V], without a gradient."""
         return logits
+
+    def block_randomness(self, x: Tensor, *, dropout: bool) -> AbstractContextManager[object]:
+        """Return a context in which the blocks of ranks that share the tokens draw differently.
+
+        Args:
+            x: a tensor on the device that draws.
+            dropout: whether random numbers are drawn.
+        """
+        return nullcontext()
 
     def head_randomness(self, x: Tensor, *, dropout: bool) -> AbstractContextManager[object]:
         """Return a context in which each rank's heads draw random numbers of their own.

@@ -159,11 +159,13 @@ class Stack(nn.Module):
         if self.config.position_embedding == "rope":
             rope = rope_table(positions, self.config)
         masks = {window: self._mask(window, x_BTD, past, inputs) for window in {*self._windows}}
-        x_BTD = self.regions.scatter(x_BTD, dropout=self._dropout and self.training)
-        for index, block in enumerate(self.layers):
-            kept = cache.layers[index] if cache else None
-            mask = masks[self._windows[index]]
-            x_BTD = block(x_BTD, rope, mask, memory, kept)
+        x_BTD = self.regions.scatter(x_BTD)
+        dropout = self._dropout and self.training
+        with self.regions.block_randomness(x_BTD, dropout=dropout):
+            for index, block in enumerate(self.layers):
+                layer_cache = cache.layers[index] if cache else None
+                mask = masks[self._windows[index]]
+                x_BTD = block(x_BTD, rope, mask, memory, layer_cache)
         if cache:
             cache.length += T
         return x_BTD if self.config.norm_position == "post" else self.norm(x_BTD)

@@ -19,7 +19,7 @@ from torch import nn
 from megalite import arch, registry
 from megalite.config import OptimizerConfig, RunConfig
 from megalite.optim.muon import Muon
-from megalite.plan.optimizer import state_names, updates_matrices
+from megalite.plan.optimizer import counts_steps, state_names, updates_matrices
 
 Groups = list[dict[str, Any]]
 
@@ -30,7 +30,8 @@ def make_optimizer(
     """The optimizer a run file names.
 
     Its groups are "decay" and "no_decay", and for Muon "matrices" before them. Each group's
-    `states` are the names of the element-wise states that it keeps of its parameters.
+    `states` are the names of the element-wise states that it keeps of its parameters. If
+    `counts_steps` is true, a parameter's state also has `step`, the updates so far.
     """
     section = config.optimizer
     rows = {row.name: row for row in arch.parameters(config.model)}
@@ -54,6 +55,7 @@ def make_optimizer(
         group = groups[own]
         group["params"].append(parameter)
         group["states"] = state_names(config, row)
+        group["counts_steps"] = counts_steps(config, row)
     make = registry.optimizers.load(section.name)
     optimizer = make(section, [group for group in groups.values() if group["params"]])
     if section.l1:
@@ -61,7 +63,7 @@ def make_optimizer(
     return optimizer
 
 
-@registry.optimizers.register("adamw", states=("exp_avg", "exp_avg_sq"))
+@registry.optimizers.register("adamw", states=("exp_avg", "exp_avg_sq"), counts_steps=True)
 def _adamw(section: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True
@@ -69,7 +71,10 @@ def _adamw(section: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
 
 
 @registry.optimizers.register(
-    "muon", states=("exp_avg", "exp_avg_sq"), matrix_states=("momentum_buffer",)
+    "muon",
+    states=("exp_avg", "exp_avg_sq"),
+    matrix_states=("momentum_buffer",),
+    counts_steps=True,
 )
 def _muon(section: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
     return Muon(

@@ -139,17 +139,17 @@ class SequenceRegions(TensorRegions):
     def reduce(self, x: Tensor) -> Tensor:
         return reduce_scatter_seq(x, self.group)
 
-    def scatter(self, x_BTD: Tensor, *, dropout: bool) -> Tensor:
-        if dropout:
-            # out of the shared stream, which each micro-batch seeds; recompute restores this one
-            torch.manual_seed(_draw_seed() + self.rank + 1)
+    def scatter(self, x_BTD: Tensor) -> Tensor:
         return scatter_seq(x_BTD, self.group)
 
     def gather(self, x_BTD: Tensor) -> Tensor:
         return gather_seq_replicated(x_BTD, self.group)
 
+    def block_randomness(self, x: Tensor, *, dropout: bool) -> AbstractContextManager[object]:
+        return fork_randomness(x.device, self.rank) if dropout else nullcontext()
+
     def head_randomness(self, x: Tensor, *, dropout: bool) -> AbstractContextManager[object]:
-        return nullcontext()  # the blocks draw from the rank's own stream: see `scatter`
+        return nullcontext()  # the whole block draws from the rank's own stream
 
 
 @contextmanager
@@ -160,12 +160,8 @@ def fork_randomness(device: torch.device, rank: int) -> Iterator[None]:
     The heads of each rank must not drop identically. The seed comes out of the shared stream, so
     that a recompute, which restores that stream, draws the same numbers again.
     """
-    seed = _draw_seed()
+    seed = int(torch.randint(1 << 62, ()).item())  # a number of the CPU's stream
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed + rank + 1)
         yield
-
-
-def _draw_seed() -> int:
-    return int(torch.randint(1 << 62, ()).item())

@@ -5,6 +5,7 @@ They follow from the facts that an optimizer is registered with (`megalite.optim
     states          their names, in the order of a checkpoint's files
     matrix_states   their names for the matrices of blocks, if those are updated in another way
     states_need     the key of the optimizer section without which (at 0) no state is kept
+    counts_steps    whether a parameter with `states` has a count of updates as well, Adam's `step`
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ def _state_names(optimizer: OptimizerConfig, row: arch.ParameterSpec) -> tuple[s
         return ()
     kind = "matrix_states" if "matrix_states" in facts and row.is_matrix_of_block else "states"
     return tuple(facts.get(kind, ()))
+
+
+def counts_steps(config: RunConfig, row: arch.ParameterSpec) -> bool:
+    """Return whether the optimizer counts the updates of a parameter, in its state `step`."""
+    facts = registry.optimizers.facts(config.optimizer.name)
+    by_matrix = "matrix_states" in facts and row.is_matrix_of_block
+    return bool(facts.get("counts_steps")) and not by_matrix
 
 
 def updates_matrices(config: RunConfig) -> bool:

@@ -44,7 +44,8 @@ def with_lion(**sections: Any) -> dict[str, Any]:
 
 def test_builtin_names_are_those_that_the_home_module_registers() -> None:
     assert registry.optimizers.builtin == ("adamw", "muon", "sgd")
-    assert registry.optimizers.facts("adamw") == {"states": ("exp_avg", "exp_avg_sq")}
+    facts = {"states": ("exp_avg", "exp_avg_sq"), "counts_steps": True}
+    assert registry.optimizers.facts("adamw") == facts
     registry.optimizers.load("muon")
     assert set(registry.optimizers.builtin) <= set(registry.optimizers._entries)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megalite import arch
+from megalite import arch, registry
 from megalite.engine.reference import (
     ReferenceEngine,
     clip_gradients,
@@ -225,6 +225,49 @@ def test_updates_are_counted_and_restored() -> None:
     create_states(sgd)
     set_updates(sgd, None)
     assert updates_taken(sgd) is None
+
+
+class RootMean(torch.optim.Optimizer):
+    """RMSProp with a correction of its bias: it counts updates and has no `exp_avg`."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                state = self.state[parameter]
+                state["step"] += 1
+                state["square"].lerp_(parameter.grad.square(), 0.1)
+                mean = state["square"] / (1 - 0.9 ** float(state["step"]))
+                parameter.addcdiv_(parameter.grad, mean.sqrt() + 1e-8, value=-group["lr"])
+
+
+def test_optimizer_without_adams_states_gets_its_count_of_updates_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(
+        registry.optimizers._facts, "sgd", {"states": ("square",), "counts_steps": True}
+    )
+    monkeypatch.setitem(
+        registry.optimizers._entries,
+        "sgd",
+        lambda section, groups: RootMean(groups, {"lr": section.lr}),
+    )
+    first, parameters = setting(name="sgd")
+    create_states(first)
+    run(first, parameters, [0.01] * 3)
+    second, restored = setting(name="sgd")
+    create_states(second)
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            restored[key].copy_(parameter)
+            second.state[restored[key]]["square"].copy_(first.state[parameter]["square"])
+    assert updates_taken(first) == 3
+    set_updates(second, updates_taken(first))
+    run(first, parameters, [0.01])
+    run(second, restored, [0.01])
+    assert updates_taken(second) == 4
+    for key, parameter in parameters.items():
+        assert torch.equal(restored[key], parameter)
 
 
 @pytest.mark.parametrize("limit", [None, 0.0, 1.0, 5.0, 100.0])

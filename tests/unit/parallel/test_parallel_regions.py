@@ -88,7 +88,7 @@ def test_regions_of_one_device_are_identities() -> None:
     for region in (ONE_DEVICE.copy, ONE_DEVICE.reduce, ONE_DEVICE.gather):
         assert region(x) is x
     assert ONE_DEVICE.gather_vocabulary(x) is x
-    assert ONE_DEVICE.scatter(x, dropout=True) is x
+    assert ONE_DEVICE.scatter(x) is x
     assert torch.equal(ONE_DEVICE.column_linear(x, weight, matmul), F.linear(x, weight))
     ids = torch.tensor([[1, 4]])
     assert torch.equal(ONE_DEVICE.embed(ids, weight), weight[ids])
@@ -114,3 +114,42 @@ def vocabulary_of(launch: Launch) -> tuple[int, int, bool]:
 
 def test_last_rank_holds_fewer_rows_of_a_vocabulary_that_ranks_do_not_divide() -> None:
     assert run_ranks(vocabulary_of, 2) == [(0, 31, True), (31, 30, True)]
+
+
+def replicated_gradients(launch: Launch, section: dict[str, Any]) -> dict[str, Any]:
+    """Return this rank's gradients of the parameters that both ranks hold whole, with dropout."""
+    from megalite.parallel import apply_tensor_parallel, make_regions, start
+
+    grid = start(launch, tensor=2)
+    config = model_config(**section)
+    model = build(config, make_regions(config, grid, sequence=True))
+    initialize(model, config, seed=5, gather=lambda _: nullcontext(), at=grid.at)
+    apply_tensor_parallel(model, config, grid, sequence=True)
+    torch.manual_seed(7)
+    batch = batch_of(config) | {"lengths": torch.tensor([5, 8])}
+    if config.num_labels:
+        model.label_scores(batch)[:, 0].sum().backward()
+    else:
+        loss_of(model, batch).backward()
+    names = ("score.weight", "model.decoder.embed_positions.weight")
+    found = {
+        n: p.grad.tolist() for n, p in model.named_parameters() if n in names and p.grad is not None
+    }
+    grid.barrier()
+    return found
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"architecture": "encoder", "num_labels": 2},
+        {"architecture": "encoder_decoder", "position_embedding": "learned"},
+    ],
+    ids=["pooled state of a classifier", "embeddings of a decoder behind an encoder"],
+)
+def test_dropout_of_replicated_states_is_equal_on_ranks_that_share_tokens(
+    section: dict[str, Any],
+) -> None:
+    first, second = run_ranks(replicated_gradients, 2, section | {"hidden_dropout": 0.5})
+    assert len(first) == 1
+    assert first == second
