@@ -12,6 +12,8 @@ from megalite.env import Launch, has_compiler
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import run_file, zero
 
+MIXED = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}
+
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
 
 
@@ -50,6 +52,8 @@ def counted(launch: Launch, raw: dict[str, Any]) -> dict[str, Any]:
         (2, 2, {"data": {"mask_documents": True}}),
         (3, 2, {"training": {"activation_checkpointing": "full"}}),
         (1, 2, {"parallel": {"tensor": 2}}),
+        (1, 1, {"model": MIXED}),
+        pytest.param(3, 2, {"model": MIXED}, marks=pytest.mark.slow),
     ],
 )
 def test_nothing_breaks_and_nothing_is_compiled_again(
@@ -60,8 +64,9 @@ def test_nothing_breaks_and_nothing_is_compiled_again(
     sections = sections | {"training": training, "deepspeed": zero(stage)}
     for rank in run_ranks(counted, ranks, run_file(shards, tmp_path, **sections)):
         assert rank["breaks"] == {}
-        # a block, and the loss's two passes, in validation and in training
-        assert 3 <= rank["graphs"][0] <= 6
+        # a block of each kind, and the loss's two passes, in validation and in training
+        kinds = 2 if "model" in sections else 1
+        assert 2 + kinds <= rank["graphs"][0] <= 4 + 2 * kinds
         # no recompile: not one more graph after the first step
         assert set(rank["graphs"]) == {rank["graphs"][0]}
         # six backwards, and the forwards of two blocks in five steps and in validations
