@@ -4,6 +4,7 @@
 #   make smoke   corpus -> tokenizer -> shards -> training -> perplexity -> a sample   under 4 min, 2 cores
 #   make dev     add what tests, lint and docs need
 #   make test    the whole test suite                                            under 30 min, 2 cores
+#   make format  apply the formatter and the linter's safe fixes                  seconds
 #   make check   format, lint, types, house rules                                 under 1 min
 #   make docs    the pages of docs/ as a site, in site/                            under 1 min
 
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: smoke test check docs venv dev
+.PHONY: smoke test check format docs venv dev
 
 smoke: venv
 	@$(BIN)/python -u launcher/smoke.py
@@ -27,6 +28,10 @@ check: dev
 	$(BIN)/mypy
 	$(BIN)/python -m tests.sizes
 	$(BIN)/python -m pytest -q tests/unit/test_house.py
+
+format: dev
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
 
 docs: dev
 	$(BIN)/python -m mkdocs build --strict

@@ -37,8 +37,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    build = ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), ".")
-    succeed(*PIP, *build, folder=source)
+    build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), ".")
+    succeed(sys.executable, *build, folder=source)
     (made,) = folder.glob("*.whl")
     return made
 
