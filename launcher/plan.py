@@ -11,8 +11,8 @@ from megalite.cli import command_parser, run_main
 from megalite.config import RunConfig, find_file, run_files, section_changes
 from megalite.errors import CommandError
 from megalite.log import write_report
-from megalite.plan.command import calibrated, planned_config, refuse_useless
-from megalite.plan.devices import DEVICES, find_device
+from megalite.plan.command import calibrated, make_layout, planned_config, refuse_useless
+from megalite.plan.devices import DEVICES
 from megalite.plan.forecast import forecast
 from megalite.plan.search import extends, rank, run_file
 from megalite.plan.seconds import Layout
@@ -65,7 +65,7 @@ def main() -> int:
         path, device = calibrated(arguments.calibrate, arguments.output)
         write_report(device if arguments.json else f"{path}\n", as_json=arguments.json)
         return 0
-    layout = Layout(find_device(arguments.gpu), arguments.nodes, arguments.gpus_per_node)
+    layout = make_layout(arguments.gpu, arguments.nodes, arguments.gpus_per_node)
     model = None
     if arguments.init_from is not None:
         from megalite.hub import find_model

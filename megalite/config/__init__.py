@@ -6,6 +6,7 @@ from megalite.config.deepspeed_keys import zero_stage
 from megalite.config.faults import describe_errors
 from megalite.config.finetune import AdapterConfig, ExamplesConfig, FinetuneConfig
 from megalite.config.load import (
+    ConfigSource,
     find_file,
     find_run,
     lacks_model,
@@ -15,6 +16,7 @@ from megalite.config.load import (
     parse_config,
     run_files,
     section_changes,
+    source_name,
     stated_model,
 )
 from megalite.config.logging import LoggingConfig, SamplesConfig, WandbConfig
@@ -47,6 +49,7 @@ from megalite.config.strict import read_object
 __all__ = [
     "AdapterConfig",
     "CheckpointConfig",
+    "ConfigSource",
     "DataConfig",
     "ExamplesConfig",
     "FinetuneConfig",
@@ -83,6 +86,7 @@ __all__ = [
     "run_files",
     "section_changes",
     "source_length",
+    "source_name",
     "spans",
     "stated_model",
     "target_count",

@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from megalite.config.deepspeed_keys import deepspeed_faults
 from megalite.config.faults import Fault, Key, schema_faults, show
@@ -24,7 +24,13 @@ from megalite.config.renamed import conflicts, current_name, rename_keys
 from megalite.config.rules import rule_faults
 from megalite.config.schema import RunConfig
 from megalite.config.secrets import explain_redacted, redacted_keys, secret_faults
-from megalite.config.strict import drop_halves, parse_strict, read_value, too_deep
+from megalite.config.strict import (
+    drop_halves,
+    parse_mapping,
+    parse_strict,
+    read_value,
+    too_deep,
+)
 from megalite.errors import ConfigError
 from megalite.log import logger
 
@@ -33,6 +39,9 @@ _PACKAGE = Path(__file__).parents[1]
 SHIPPED = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
 
 Origins = dict[Key, str]  # what to put before a fault: the file, or --set
+# A run file by its path; or its content, whose paths are relative to the working directory.
+ConfigSource: TypeAlias = "str | Path | Mapping[str, Any] | RunConfig"
+_CONTENT = Path("the configuration")  # name of a content in messages
 # Two ways to say one thing. Of two files, the one that extends the other decides.
 _ALTERNATIVES: tuple[tuple[Key, Key], ...] = tuple(
     (("finetune", "data", f"{split}_split"), ("finetune", "data", f"{split}_fraction"))
@@ -41,11 +50,12 @@ _ALTERNATIVES: tuple[tuple[Key, Key], ...] = tuple(
 
 
 def load_config(
-    path: str | Path, sets: Sequence[str] = (), *, model: Mapping[str, Any] | None = None
+    source: ConfigSource, sets: Sequence[str] = (), *, model: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """The checked run file at `path`, with `sets` (each `a.b=c`) laid over it.
+    """Return a checked run file, with `sets` (each `a.b=c`) laid over it.
 
     Args:
+        source: the path or the content of the run file.
         model: what of the model section holds where the file says nothing.
 
     Raises:
@@ -57,10 +67,10 @@ def load_config(
     origins: Origins = {}
     if model is not None:
         _merge(raw, {"model": model}, "the model to start from: ", origins)
-    found = find_file(path)
-    if found != Path(os.path.expanduser(path)):
-        logger.info("%s is not here: taken from %s", path, found)
-    chain = _read_chain(found, faults)
+    chain = _read_chain(source, faults)
+    found = chain[0][0]
+    if isinstance(source, str | Path) and found != Path(os.path.expanduser(source)):
+        logger.info("%s is not here: taken from %s", source, found)
     for file, content in reversed(chain):
         faults += [f"{file}: {fault}" for fault in conflicts(content)]
     _warn_of_old_names(chain)
@@ -69,7 +79,12 @@ def load_config(
         _merge(raw, content, f"{file}: ", origins)
     _drop_alternatives(raw, section_changes(sets))
     _apply_sets(raw, sets, faults, origins)
-    return _check(raw, str(path), faults, origins)
+    return _check(raw, source_name(source), faults, origins)
+
+
+def source_name(source: ConfigSource) -> str:
+    """Return how messages name a run file."""
+    return str(source if isinstance(source, str | Path) else _CONTENT)
 
 
 def _warn_of_old_names(chain: Sequence[tuple[Path, dict[str, Any]]]) -> None:
@@ -119,36 +134,36 @@ def section_changes(sets: Sequence[str]) -> dict[str, Any]:
     return raw
 
 
-def find_run(path: str | Path, sets: Sequence[str] = ()) -> Path | None:
-    """The run folder that a run file means, whatever else may be wrong with it."""
+def find_run(source: ConfigSource, sets: Sequence[str] = ()) -> Path | None:
+    """Return the run folder that a run file means; None if that cannot be read."""
     faults: list[str] = []
-    folder = run_folder(_told(path, sets, faults))
+    folder = run_folder(_stated(source, sets, faults))
     return None if faults else folder
 
 
-def _told(path: str | Path, sets: Sequence[str], faults: list[str]) -> dict[str, Any]:
+def _stated(source: ConfigSource, sets: Sequence[str], faults: list[str]) -> dict[str, Any]:
     """Return what a run file and `sets` state, unchecked."""
     raw: dict[str, Any] = {}
-    for _, content in reversed(_read_chain(find_file(path), faults)):
+    for _, content in reversed(_read_chain(source, faults)):
         _merge(raw, content, "", {})
     _apply_sets(raw, sets, faults, {})
     return raw
 
 
 def run_files(path: str | Path) -> list[Path]:
-    """Where a run file is, and each that it extends in turn."""
-    return [file for file, _ in _read_chain(find_file(path), [])]
+    """Return the path of a run file, and of each that it extends in turn."""
+    return [file for file, _ in _read_chain(path, [])]
 
 
-def stated_model(path: str | Path, sets: Sequence[str] = ()) -> dict[str, Any]:
+def stated_model(source: ConfigSource, sets: Sequence[str] = ()) -> dict[str, Any]:
     """Return the model section that a run file and `sets` state, unchecked; {} without one."""
-    model = _told(path, sets, []).get("model")
+    model = _stated(source, sets, []).get("model")
     return model if isinstance(model, dict) else {}
 
 
-def lacks_model(path: str | Path, sets: Sequence[str] = ()) -> bool:
+def lacks_model(source: ConfigSource, sets: Sequence[str] = ()) -> bool:
     """Return whether a run file tunes a model that only `--init-from` would name."""
-    raw = _told(path, sets, [])
+    raw = _stated(source, sets, [])
     return "finetune" in raw and "model" not in raw
 
 
@@ -207,10 +222,11 @@ def _origin(fault: Fault, source: str, origins: Origins) -> str:
 # --- files -----------------------------------------------------------------------------------
 
 
-def _read_chain(path: Path, faults: list[str]) -> list[tuple[Path, dict[str, Any]]]:
-    """The file, the one it extends, and so on; a link that leads nowhere ends the list."""
+def _read_chain(source: ConfigSource, faults: list[str]) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the file, the one it extends, and so on; a link that leads nowhere ends the list."""
     chain: list[tuple[Path, dict[str, Any]]] = []
     seen: list[Path] = []
+    path = find_file(source) if isinstance(source, str | Path) else _CONTENT
     while True:
         identity = _resolve(path)
         if identity in seen:
@@ -218,7 +234,10 @@ def _read_chain(path: Path, faults: list[str]) -> list[tuple[Path, dict[str, Any
             faults.append(f"{chain[-1][0]}: extends goes in a circle: {loop}; take one link out")
             return chain
         seen.append(identity)
-        content = _read_file(path, chain[-1][0] if chain else None, faults)
+        if isinstance(source, str | Path) or chain:
+            content = _read_file(path, chain[-1][0] if chain else None, faults)
+        else:
+            content = _read_content(source, faults)
         parent = content.pop("extends", None) if "extends" in content else ""
         chain.append((path, content))
         if parent == "":
@@ -230,6 +249,23 @@ def _read_chain(path: Path, faults: list[str]) -> list[tuple[Path, dict[str, Any
             )
             return chain
         path = find_file(parent, path.parent)
+
+
+def _read_content(source: Mapping[str, Any] | RunConfig, faults: list[str]) -> dict[str, Any]:
+    """Return the content of a run file as if it had been read from one."""
+    if isinstance(source, RunConfig):
+        return source.model_dump(mode="json")
+    try:
+        value, notes = parse_mapping(source)
+    except ConfigError as error:
+        raise ConfigError([f"{_CONTENT}: {fault}" for fault in error.faults]) from None
+    if not isinstance(value, dict):
+        raise ConfigError(
+            f"{_CONTENT}: expected a path, a mapping or a RunConfig, got {show(value)}; see "
+            "configs/smoke.json for a whole run file"
+        )
+    faults += [f"{_CONTENT}: {note}" for note in notes]
+    return value
 
 
 def _resolve(path: Path) -> Path:

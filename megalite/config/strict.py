@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 from megalite import files
@@ -67,6 +68,34 @@ def read_value(path: Path) -> tuple[Any, list[str]]:
     if too_deep(value):
         raise ConfigError([*notes, TOO_DEEP])
     return value, notes
+
+
+def parse_mapping(raw: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """Return a mapping as a JSON file of it would be read, and what `parse_strict` notes about it.
+
+    Tuples become lists, and paths become text.
+
+    Raises:
+        ConfigError: the mapping has a value that JSON cannot express.
+    """
+    try:
+        value, notes = parse_strict(json.dumps(raw, default=_plain))
+    except RecursionError:
+        raise ConfigError(TOO_DEEP) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"not JSON: {error}; use text, numbers, true, false, null, lists and mappings"
+        ) from None
+    return value, [*notes, TOO_DEEP] if too_deep(value) else notes
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that `json` cannot write, as one that it can."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"a value of type {type(value).__name__}")
 
 
 def too_deep(value: Any) -> bool:

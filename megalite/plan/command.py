@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from megalite import files
-from megalite.config import RunConfig, example_model, lacks_model, load_config
+from megalite.config import (
+    ConfigSource,
+    RunConfig,
+    example_model,
+    lacks_model,
+    load_config,
+    source_name,
+)
 from megalite.errors import CommandError
 from megalite.log import logger
 from megalite.plan.calibrate import RECORD, calibrate
+from megalite.plan.devices import find_device
+from megalite.plan.seconds import Layout
 
 
 def refuse_useless(arguments: argparse.Namespace) -> None:
@@ -20,9 +29,6 @@ def refuse_useless(arguments: argparse.Namespace) -> None:
     Raises:
         CommandError: the options, and those that they need.
     """
-    for name in ("nodes", "gpus_per_node"):
-        if not 1 <= (value := getattr(arguments, name)) <= 10**6:
-            raise CommandError(f"--{name.replace('_', '-')} {value}: give 1 to 1,000,000")
     beside = ("config", "set", "search", "init_from")
     told = [f"--{name.replace('_', '-')}" for name in beside if getattr(arguments, name)]
     if arguments.calibrate and told:
@@ -46,8 +52,22 @@ def calibrated(runs: Sequence[str], output: Path | None) -> tuple[Path, dict[str
     return path, device
 
 
+def make_layout(gpu: str, nodes: int, gpus_per_node: int) -> Layout:
+    """Return the devices of a plan.
+
+    Args:
+        gpu: the name of a device, or the path of its file.
+    Raises:
+        CommandError: an unknown device, or a number out of range.
+    """
+    for name, value in (("nodes", nodes), ("gpus-per-node", gpus_per_node)):
+        if not 1 <= value <= 10**6:
+            raise CommandError(f"--{name} {value}: give 1 to 1,000,000")
+    return Layout(find_device(gpu), nodes, gpus_per_node)
+
+
 def planned_config(
-    path: str, sets: Sequence[str], model: Mapping[str, Any] | None = None
+    source: ConfigSource, sets: Sequence[str], model: Mapping[str, Any] | None = None
 ) -> RunConfig:
     """Return a run file, completed if it fine-tunes a model that it does not describe.
 
@@ -56,10 +76,12 @@ def planned_config(
     Raises:
         ConfigError: faults of the file.
     """
-    if model is None and lacks_model(path, sets):
+    if model is None and lacks_model(source, sets):
         model = example_model()
         shape = ", ".join(f"{key} {value}" for key, value in model.items())
         logger.warning(
-            "%s names no model: planned for one of %s; name yours with --init-from", path, shape
+            "%s names no model: planned for one of %s; name yours with --init-from",
+            source_name(source),
+            shape,
         )
-    return load_config(path, sets, model=model)
+    return load_config(source, sets, model=model)
