@@ -19,6 +19,7 @@ NAMES |= {
     "SmolLM",
     "NeoX",
     "NVIDIA",
+    "OLMo",
     "PyTorch",
     "PyArrow",
     "PipelineModule",
