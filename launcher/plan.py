@@ -30,7 +30,7 @@ Exit codes: 0 it fits, 1 it does not, 2 a configuration or a command line that c
 
 def parse() -> argparse.Namespace:
     parser = command_parser(__doc__, _EXAMPLES)
-    parser.add_argument("--config", metavar="FILE", help="the run file (JSON)")
+    parser.add_argument("--config", metavar="FILE", help="the run file (JSON or YAML)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, dotted"
     )

@@ -140,12 +140,14 @@ def _silence(stream: TextIO) -> None:
 
 
 def end_with_agent() -> None:
-    """Request SIGTERM for this rank when torchrun's agent dies (Linux only).
+    """Request SIGTERM for this rank when the process that started it dies (Linux only).
 
-    An agent that is killed by SIGKILL cannot end its ranks. Without the signal they would continue
-    to train and occupy their devices. With the signal they save and stop.
+    That is torchrun's agent, or the `megalite` command. If it is killed by SIGKILL, it cannot end
+    its ranks. Without the signal they would continue to train and occupy their devices. With the
+    signal they save and stop.
     """
-    if not sys.platform.startswith("linux") or not env.variable("TORCHELASTIC_RUN_ID"):
+    started = env.variable("TORCHELASTIC_RUN_ID") or env.variable(env.STARTED_BY)
+    if not sys.platform.startswith("linux") or not started:
         return
     agent = os.getppid()
     with suppress(OSError, AttributeError):
@@ -185,7 +187,9 @@ def command_parser(about: str | None, examples: str) -> CommandParser:
 def run_parser(about: str | None, examples: str) -> argparse.ArgumentParser:
     """Return the parser of a command that starts a run (launcher/pretrain.py and finetune.py)."""
     parser = command_parser(about, examples)
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run file (JSON)")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="the run file (JSON or YAML)"
+    )
     parser.add_argument(
         "--set",
         action="append",

@@ -7,13 +7,17 @@ guesses trains alone and says nothing.
 
 from __future__ import annotations
 
+import glob
 import importlib.util
+import itertools
 import os
 import re
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 from megalite import launchers
 from megalite.errors import CommandError
@@ -30,6 +34,7 @@ _LAUNCH_KEYS = (
     ("LSB_JOBID", "JSM_NAMESPACE_ID"),
     ("PBS_JOBID",),
 )
+STARTED_BY = "MEGALITE_STARTED_BY"  # in a rank of the `megalite` command: that process's id
 # 32 MiB is the largest threshold that glibc allows: what is larger goes back to the system at once
 _HEAP = ("tcache_count=0", "mxfast=0", "mmap_threshold=33554432", "trim_threshold=4294967296")
 
@@ -184,7 +189,9 @@ def restart_with_heap() -> None:
     settings = heap_settings(os.environ, gpus)
     glibc = "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", {})
     started = sys.orig_argv[-len(sys.argv) :]
-    if settings is None or not glibc or started != sys.argv:
+    # `python -m megalite ...`, of which sys.argv has the file's name
+    as_module = sys.orig_argv[-len(sys.argv) - 1 :][:2] == ["-m", "megalite"]
+    if settings is None or not glibc or not (started == sys.argv or as_module):
         return
     os.environ["GLIBC_TUNABLES"] = settings
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -207,11 +214,37 @@ def publish_launch(launch: Launch) -> None:
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(launch.local_rank)
 
 
-def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+def visible_gpus() -> int:
+    """Return the number of NVIDIA GPUs that torch will use in this process, without torch.
+
+    `CUDA_VISIBLE_DEVICES` restricts them, as CUDA reads it: the first entry that is no device ends
+    the list. A torch without CUDA uses none.
+    """
+    with suppress(PackageNotFoundError):
+        if version("torch").endswith("+cpu"):
+            return 0
+    present = len(glob.glob("/dev/nvidia[0-9]*"))
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None or not present:
+        return present
+    names = list(itertools.takewhile(_is_device, listed.replace(" ", "").split(",")))
+    return len(names)
+
+
+def _is_device(name: str) -> bool:
+    return bool(name) and not name.startswith("-")
+
+
+def rank_environment(
+    rank: int, world_size: int, port: int, *, one_thread: bool = True
+) -> dict[str, str]:
     """Return a copy of the environment for one of `world_size` ranks on this host.
 
-    It has torchrun's variables and one thread a rank. What another launcher said about this
-    process is removed.
+    It has torchrun's variables. What another launcher said about this process is removed.
+
+    Args:
+        one_thread: if true, a rank computes with one thread. Otherwise the variable stays as it is,
+            and a rank takes its share of the cores if the variable is not set.
     """
     launch = Launch(
         rank=rank,
@@ -224,7 +257,8 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     )
     environ = os.environ.items()
     own = {key: value for key, value in environ if not launchers.is_launchers_own(key)}
-    return own | _to_torchrun(launch) | {"OMP_NUM_THREADS": "1"}
+    threads = {"OMP_NUM_THREADS": "1"} if one_thread else {}
+    return own | _to_torchrun(launch) | threads
 
 
 def _to_torchrun(launch: Launch) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import multiprocessing as mp
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,10 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from megalite import env
-from megalite.errors import MegaLiteError
+from megalite.errors import MegaLiteError, UserError
 
 _SHOWN_LINES = 8  # of a failed rank's output
 _POLL = 0.02  # seconds between two looks at the processes of a command
+# Seconds that ranks may run on after one has failed: a rank that waits for another in a user error
+# ends after 10 (`megalite.cli`), and a save that is under way should end.
+_GRACE = 30.0
+_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class RankError(MegaLiteError):
@@ -160,6 +165,56 @@ def run_command(
         for process in started:
             process.kill()
             process.wait()
+
+
+def supervise(command: Sequence[str], ranks: int) -> int:
+    """Run a command as every rank of this host and return the exit code of the whole.
+
+    SIGTERM, SIGINT and SIGUSR1 are passed on to every rank, so that a run is saved. If a rank
+    fails, the others have `_GRACE` seconds to end by themselves; then they are killed. After a user
+    error of rank 0 they are killed at once, because they wait for that (`megalite.cli.run_main`).
+
+    Returns:
+        0, or the code of the first rank that failed. A rank that a signal ended counts as 1.
+    """
+    port = free_port()
+    owner = {env.STARTED_BY: str(os.getpid())}
+    environments = [
+        env.rank_environment(rank, ranks, port, one_thread=False) | owner for rank in range(ranks)
+    ]
+    started: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        for process in started:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    try:
+        for environ in environments:
+            # a group of its own: the terminal's Ctrl-C arrives once, through `pass_on`
+            started.append(subprocess.Popen(command, env=environ, start_new_session=True))
+        return _wait_for_all(started)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait_for_all(started: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait until every process has ended, or until the grace after the first failure is over."""
+    code = 0
+    deadline = math.inf
+    while any(process.poll() is None for process in started) and time.monotonic() < deadline:
+        failed = [process.returncode for process in started if process.returncode]
+        if failed and not code:
+            code = max(failed[0], 1)
+            refused = started[0].returncode == UserError.exit_code
+            deadline = time.monotonic() + (0 if refused else _GRACE)
+        time.sleep(_POLL)
+    failed = [process.returncode for process in started if process.returncode]
+    return code or (max(failed[0], 1) if failed else 0)
 
 
 def _refuse_failed(started: Sequence[subprocess.Popen[bytes]], command: Sequence[str]) -> None:

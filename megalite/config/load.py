@@ -1,10 +1,11 @@
 """From a run file to a `RunConfig`: read, extend, set, check, and name every fault at once.
 
-A run file is strict JSON. `"extends": "base.json"` (relative to the file that says so) is read
-first and merged key by key; a list replaces a list. `--set a.b=c` comes last. A key also replaces
-its alternative in the files extended (`test_fraction` a `test_split`). A file that is not
-where it is said to be is looked for among those that ship, with or without `configs/` before its
-name. Nothing here runs code, and no input ends in anything but a `RunConfig` or a `ConfigError`.
+A run file is strict JSON, or YAML with the same values. `"extends": "base.json"`, relative to the
+file that contains it, is read first and merged key by key; a list replaces a list. `--set a.b=c`
+comes last. A key also replaces its alternative in the extended files (`test_fraction` a
+`test_split`). If there is no file of that name, the shipped files are searched, with or without
+`configs/` before the name. Nothing here runs code, and every input ends in a `RunConfig` or a
+`ConfigError`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from megalite.config.schema import RunConfig
 from megalite.config.secrets import explain_redacted, redacted_keys, secret_faults
 from megalite.config.strict import (
     drop_halves,
+    is_yaml,
     parse_mapping,
     parse_strict,
     read_value,
@@ -291,7 +293,8 @@ def _read_file(path: Path, asked_by: Path | None, faults: list[str]) -> dict[str
         raise ConfigError([*faults, *named]) from None
     faults += [f"{path}: {note}" for note in notes]
     if not isinstance(value, dict):
-        told = f"{path}: expected one JSON object {{...}}, found {show(value)}"
+        sections = "sections, such as `training:`" if is_yaml(path) else "one JSON object {...}"
+        told = f"{path}: expected {sections}, found {show(value)}"
         raise ConfigError([*faults, f"{told}; see configs/smoke.json for a whole run file"])
     return value
 

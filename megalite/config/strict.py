@@ -1,4 +1,4 @@
-"""Strict JSON: what a file of ours may hold, and a fault instead of anything else."""
+"""Strict JSON, or YAML with the same values: anything else is a fault with its line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_value(path: Path) -> tuple[Any, list[str]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ConfigError: why it is not JSON, without its name.
+        ConfigError: why it is not JSON, or YAML if its name says so, without its name.
     """
     try:
         data = files.read_regular(path)
@@ -47,11 +47,11 @@ def read_value(path: Path) -> tuple[Any, list[str]]:
         raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"cannot be read: {reason}; expected a JSON file") from None
+        raise ConfigError(f"cannot be read: {reason}; expected a file in JSON or YAML") from None
     if data.startswith(b"\xef\xbb\xbf"):
         raise ConfigError("line 1 column 1: a byte order mark; save as UTF-8 without BOM")
     try:
-        value, notes = parse_strict(data.decode("utf-8"))
+        value, notes = parse_strict(data.decode("utf-8"), yaml=is_yaml(path))
     except UnicodeDecodeError as error:
         before = data[: error.start].decode("utf-8")
         line = before.count("\n") + 1
@@ -68,6 +68,11 @@ def read_value(path: Path) -> tuple[Any, list[str]]:
     if too_deep(value):
         raise ConfigError([*notes, TOO_DEEP])
     return value, notes
+
+
+def is_yaml(path: Path) -> bool:
+    """Return whether a run file is YAML, by its name."""
+    return path.suffix.lower() in (".yaml", ".yml")
 
 
 def parse_mapping(raw: Mapping[str, Any]) -> tuple[Any, list[str]]:
@@ -136,8 +141,15 @@ def _is_half(value: Any) -> bool:
     return isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
-def parse_strict(text: str) -> tuple[Any, list[str]]:
-    """The value of a JSON text, and what strict JSON or a sound file would not have."""
+def parse_strict(text: str, *, yaml: bool = False) -> tuple[Any, list[str]]:
+    """Return the value of a JSON text, and notes of what a sound file would not have.
+
+    Args:
+        yaml: if true, the text is YAML.
+    Raises:
+        json.JSONDecodeError, RecursionError: it is not JSON.
+        ConfigError: it is not YAML, or has what JSON lacks.
+    """
     notes: list[str] = []
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -168,6 +180,10 @@ def parse_strict(text: str) -> tuple[Any, list[str]]:
             return 1  # within the bounds of every field, so that nothing else is said of it
         return value
 
+    if yaml:
+        from megalite.config.yaml_text import Numbers, parse_yaml  # few runs need it
+
+        return parse_yaml(text, Numbers(integer, real, constant), pairs), notes
     value = json.loads(
         text, object_pairs_hook=pairs, parse_constant=constant, parse_float=real, parse_int=integer
     )
