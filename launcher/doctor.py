@@ -25,7 +25,9 @@ Exit codes: 0 nothing failed (there may be warnings), 1 a check failed, 2 no suc
 
 def main() -> int:
     parser = command_parser(__doc__, _EXAMPLES)
-    parser.add_argument("--config", metavar="FILE", help="a run file (JSON or YAML), on this machine")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a run file (JSON or YAML), on this machine"
+    )
     parser.add_argument(
         "--init-from", metavar="PATH", help="the model that the run of --config starts from"
     )

@@ -64,6 +64,7 @@ _SAME = {
     "schedule.steps",
     "training.steps": "max_steps train_iters max_iters num_steps total_steps num_train_steps "
     "train_steps num_training_steps max_train_steps iterations num_iterations n_steps",
+    "training.tokens": "max_tokens train_tokens total_tokens num_tokens token_budget",
     "training.global_batch_size": "train_batch_size total_batch_size effective_batch_size",
     "training.micro_batch_size": "per_device_train_batch_size device_batch_size "
     "train_micro_batch_size_per_gpu per_gpu_train_batch_size batch_size_per_device mbs",
@@ -132,9 +133,6 @@ _OTHERWISE = {
     "min_learning_rate end_lr lr_end",
     "set training.steps; when fine-tuning, finetune.epochs": "num_train_epochs num_epochs "
     "max_epochs n_epochs train_epochs",
-    "set training.steps: tokens / (training.global_batch_size x data.sequence_length)": (
-        "max_tokens train_tokens total_tokens num_tokens token_budget tokens"
-    ),
     "set training.steps: samples / training.global_batch_size": "train_samples max_samples "
     "num_train_samples",
     "set data.sequence_length; when fine-tuning, finetune.data.max_length": "max_length max_len "

@@ -45,9 +45,12 @@ Origins = dict[Key, str]  # what to put before a fault: the file, or --set
 ConfigSource: TypeAlias = "str | Path | Mapping[str, Any] | RunConfig"
 _CONTENT = Path("the configuration")  # name of a content in messages
 # Two ways to say one thing. Of two files, the one that extends the other decides.
-_ALTERNATIVES: tuple[tuple[Key, Key], ...] = tuple(
-    (("finetune", "data", f"{split}_split"), ("finetune", "data", f"{split}_fraction"))
-    for split in ("valid", "test")
+_ALTERNATIVES: tuple[tuple[Key, Key], ...] = (
+    (("training", "steps"), ("training", "tokens")),
+    *(
+        (("finetune", "data", f"{split}_split"), ("finetune", "data", f"{split}_fraction"))
+        for split in ("valid", "test")
+    ),
 )
 
 

@@ -27,6 +27,7 @@ def rule_faults(config: RunConfig) -> Iterator[Fault]:
     yield from _tokens_of_ranks(config)
     yield from _sources(config)
     yield from _batches(config)
+    yield from _length(config)
     yield from _schedule(config)
     yield from _retention(config)
     yield from _names(config)
@@ -300,6 +301,15 @@ def _batches(config: RunConfig) -> Iterator[Fault]:
             f"{whole} is not a multiple of micro_batch_size {micro}; try "
             f"{' or '.join(str(n) for n in near if n)}",
         )
+
+
+def _length(config: RunConfig) -> Iterator[Fault]:
+    tokens, steps = config.training.tokens, config.training.steps
+    lengths = f"{tokens} tokens and {steps} steps are two lengths of one run; remove one"
+    if config.finetune:
+        lengths = "it only applies to pretraining; remove it and set finetune.epochs"
+    if tokens is not None:
+        yield fault("training.tokens training.steps", lengths)
 
 
 def _schedule(config: RunConfig) -> Iterator[Fault]:

@@ -152,8 +152,15 @@ class TrainingConfig(Section):
     """The length of the run, its batches and its numerics."""
 
     steps: CountOrZero = Field(
-        description="Optimizer steps of the whole run (of fine-tuning: 0, as finetune.epochs say).",
+        description="Total optimizer steps. Leave it out when fine-tuning; finetune.epochs sets "
+        "it.",
         examples=[100000],
+    )
+    tokens: Count | None = Field(
+        default=None,
+        description="Total tokens, in place of steps, which then are tokens / (global_batch_size x "
+        "data.sequence_length), rounded up. A whole number such as 20e9 is allowed.",
+        examples=[20_000_000_000],
     )
     global_batch_size: Count = Field(
         description="Samples of one optimizer step, over all ranks.", examples=[512]
@@ -331,6 +338,24 @@ class RunConfig(Section):
             if isinstance(section, dict):
                 data = {**data, name: {**own, **section}}
         return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_of_tokens(cls, data: Any) -> Any:
+        """Replace `training.tokens` by the steps that they take."""
+        training, source = data.get("training"), data.get("data")
+        if not isinstance(training, dict) or not isinstance(source, dict):
+            return data
+        tokens = training.get("tokens")
+        if isinstance(tokens, float) and tokens.is_integer():
+            tokens = int(tokens)  # JSON has no integer 20e9
+        if tokens is None or training.get("steps") is not None or "finetune" in data:
+            return {**data, "training": {**training, "tokens": tokens}}
+        batch, length = training.get("global_batch_size"), source.get("sequence_length")
+        filled = {"tokens": tokens, "steps": 1}  # if a size is at fault, not the steps
+        if type(tokens) is type(batch) is type(length) is int and min(tokens, batch, length) > 0:
+            filled = {"tokens": None, "steps": -(-tokens // (batch * length))}
+        return {**data, "training": {**training, **filled}}
 
     @model_validator(mode="before")
     @classmethod

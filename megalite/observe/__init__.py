@@ -1,6 +1,11 @@
 """What a run says about itself: its records, TensorBoard, the console, the device it runs on."""
 
-from megalite.observe.device import model_flops_utilization, peak_flops, peak_memory_bytes
+from megalite.observe.device import (
+    model_flops_utilization,
+    peak_flops,
+    peak_memory_bytes,
+    unknown_utilization,
+)
 from megalite.observe.metrics import Recorder
 from megalite.observe.status import (
     began_from,
@@ -27,4 +32,5 @@ __all__ = [
     "previous_attempts",
     "restate",
     "resumed_before",
+    "unknown_utilization",
 ]

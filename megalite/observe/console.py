@@ -161,6 +161,9 @@ def train_parts(row: Mapping[str, Any], *, total_steps: int) -> list[str]:
         f"grad norm {_number(row.get('grad_norm'), '7.3f')}",
         f"{_number(row.get('tokens_per_second'), '9,.0f')} tokens/s",
     ]
+    each = row.get("tokens_per_second_per_device")
+    if each is not None and each != row.get("tokens_per_second"):  # several devices
+        parts[-1] += f", {each:,.0f} a device"
     if row.get("mfu") is not None:
         parts.append(f"mfu {100 * row['mfu']:4.1f} %")
     if row.get("peak_memory_bytes") is not None:

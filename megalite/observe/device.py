@@ -21,6 +21,22 @@ def peak_flops(device_name: str, precision: str, memory: int | None = None) -> f
     return device.peak(precision) if device else None
 
 
+def unknown_utilization(device: torch.device, precision: str) -> list[str]:
+    """Return the reason why rows will have no MFU; an empty list if they will have one.
+
+    A CPU's peak depends on its clock, so that no share of it is ever reported.
+    """
+    if device.type != "cuda":
+        return []
+    properties = torch.cuda.get_device_properties(device)
+    if peak_flops(properties.name, precision, properties.total_memory) is not None:
+        return []
+    return [
+        f"no MFU is reported: the {precision} peak of {properties.name} is unknown; "
+        "megalite/plan/devices.py has the known devices"
+    ]
+
+
 def model_flops_utilization(
     device: torch.device, precision: str, flops_per_second: float
 ) -> float | None:

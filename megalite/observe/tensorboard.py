@@ -10,7 +10,10 @@ from typing import Any
 
 from megalite.observe.console import interval_loss
 
-_TRAIN = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "step_seconds")
+_TRAIN = (
+    *("loss", "lr", "grad_norm", "mfu", "step_seconds"),
+    *("tokens_per_second", "tokens_per_second_per_device"),
+)
 _GIB = 2**30
 
 

@@ -80,6 +80,7 @@ class StepLogger(Hook):
                 "tokens": report.progress.tokens,
                 "samples": report.progress.samples,
                 "tokens_per_second": rate,
+                "tokens_per_second_per_device": rate / self._plan.world_size,
                 "mfu": model_flops_utilization(
                     self._grid.device,
                     self._plan.precision,
