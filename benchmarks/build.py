@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def build(launch: Launch, config_path: str) -> dict[str, Any]:
-    """One rank: make the engine, and say what it took."""
+    """Build the engine as one rank and return what it took."""
     from megalite.config import load_config
     from megalite.engine.deepspeed import settings as deepspeed_settings
     from megalite.engine.deepspeed.engine import DeepSpeedEngine

@@ -107,7 +107,7 @@ def table(ranks: int, found: dict[str, Any]) -> str:
 
 
 def measure(launch: Launch, rounds: int, folder: Path) -> list[dict[str, float]]:
-    """One rank: its own figures of each round."""
+    """Measure every round as one rank and return its figures."""
     bench = Bench(launch, folder)
     rows = bench.rounds(rounds)
     bench.grid.barrier()
@@ -209,7 +209,7 @@ class Bench:
         restore(self.engine, self.config, grid=self.grid, folder=folder, manifest=manifest)
 
     def training(self, *, background: bool) -> tuple[float, float]:
-        """Seconds of some steps, and of waiting for a save in the midst of them."""
+        """Return seconds of some steps, and of waiting for a save in the midst of them."""
         waited, began = 0.0, time.perf_counter()
         if background:
             waited += self.timed(lambda: self.begin(2, snapshot=True))
@@ -221,7 +221,7 @@ class Bench:
         return time.perf_counter() - began, waited
 
     def written(self) -> bool:
-        """The small reduction that training makes in every step."""
+        """Make the small reduction of every training step."""
         import torch
 
         done = torch.tensor([self.saver.written])

@@ -1,4 +1,4 @@
-"""What pretraining is worth: classifiers from it and from scratch, beside naive Bayes.
+"""What pretraining is worth: classifiers from it and from scratch, next to naive Bayes.
 
     python benchmarks/finetune.py --data shared/data                Reuters R8, Rotten Tomatoes
     python benchmarks/finetune.py --data shared/data --only tomatoes --seeds 0 --json results.json
@@ -48,7 +48,7 @@ MODEL: dict[str, Any] = {
     "position_embedding": "rope",
     "tie_word_embeddings": True,
 }
-# Pretraining: steps, the part of them on the training split's own texts where there is a corpus,
+# Pretraining: steps, the part of them on the training split's own texts if there is a corpus,
 # the part of the words it hides. Fine-tuning: tokens of an example, epochs.
 SETS: dict[str, dict[str, Any]] = {
     "reuters": {"steps": 3000, "own": 1.0, "mask": 0.2, "longest": 256, "epochs": 5},
@@ -82,7 +82,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def rows(name: str, data: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The training and the test split, {text, label} each."""
+    """Return the training and the test split, {text, label} each."""
     if name == "reuters":
         folder = data / "cls_reuters_r8"
         return read(folder / "train.jsonl.gz"), read(folder / "test.jsonl.gz")
@@ -165,7 +165,7 @@ def pretrain(name: str, work: Path, corpus: Path | None, steps: int | None) -> N
 
 
 def tune(name: str, work: Path, way: str, seed: int, **environment: str) -> dict[str, Any]:
-    """One fine-tuning; what its last evaluation, on the test split, found."""
+    """Fine-tune once and return its last evaluation, on the test split."""
     own, started = SETS[name], time.monotonic()
     tuning: dict[str, Any] = {
         "task": "classification",

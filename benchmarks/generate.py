@@ -1,4 +1,4 @@
-"""Decoding speed beside transformers: the same model and machine, greedy, tokens a second.
+"""Decoding speed next to transformers: the same model and machine, greedy, tokens a second.
 
     python benchmarks/generate.py               42 M parameters, prompts of 128, 128 new tokens
     python benchmarks/generate.py --rounds 5 --json results.json
@@ -111,7 +111,7 @@ def make_folder(folder: Path) -> None:
 
 
 def contest(name: str, batch: int, folder: Path) -> dict[str, Any]:
-    """Seconds of the second generation, and the tokens of the first text."""
+    """Return seconds of the second generation, and the tokens of the first text."""
     import torch
 
     ids = torch.randint(1000, (batch, PROMPT), generator=torch.Generator().manual_seed(3))

@@ -78,7 +78,7 @@ def make_source(folder: Path, tokens: int, seed: int) -> None:
 
 
 def measure(dataset: Dataset, batch: int, seconds: float, start: int) -> tuple[float, float, int]:
-    """Tokens a second, and a second of processor time; and the place after the last step."""
+    """Return tokens a second, and a second of processor time; and the place after the last step."""
     loader = Loader(
         dataset,
         global_batch_size=batch,

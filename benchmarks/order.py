@@ -2,7 +2,7 @@
 
 Two mixtures are described, not written: real shard folders with manifests and `.idx` files, whose
 `.bin` files have their size but no bytes on disk (sparse files, read as zeros). Each is opened as
-training opens it, in a fresh process, and asked for the first step of one of 8 ranks: 64 of 512
+training opens it, in a fresh process, and builds the first step of one of 8 ranks: 64 of 512
 samples of 2,048 tokens, documents kept apart. The clock starts when the interpreter and its
 libraries are loaded, so that it holds what depends on the data: reading manifests, comparing every
 file's size, the order, the first windows. Memory is the process's peak, less what it was before the
@@ -102,7 +102,7 @@ def describe_source(folder: Path, tokens: int, shards: int) -> None:
 
 
 def first_batch(root: Path) -> dict[str, Any]:
-    """What a fresh process pays for the first step of the mixture below `root`."""
+    """Return what a fresh process pays for the first step of the mixture below `root`."""
     before = psutil.Process().memory_info().rss
     begin = time.perf_counter()
     sources = [

@@ -166,7 +166,7 @@ def main() -> None:
 
 
 def peak_memory() -> int:
-    """Bytes: the device's allocator's, or on a CPU the process's resident peak."""
+    """Return bytes: the device's allocator's, or on a CPU the process's resident peak."""
     if CUDA:
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")

@@ -123,7 +123,7 @@ def published() -> Iterator[Row]:
             config = parse_config(run)
             plan = make_plan(config, world_size=told["gpus"], device="cuda")
         except ConfigError as error:
-            sys.stdout.write(f"left out: {told['row']}: {error}\n")
+            sys.stdout.write(f"omitted: {told['row']}: {error}\n")
             continue
         device = GPUS.get(told["gpu"]) or DEVICES[told["gpu"]]
         forward, _ = window_flops(config.model, length)
@@ -138,7 +138,7 @@ def median_error(rows: Sequence[Row], efficiencies: Efficiencies | None = None) 
 
 
 def best_constant(rows: Sequence[Row]) -> tuple[float, float]:
-    """The median error of the best single guess, and the guess."""
+    """Return the median error of the best single guess, and the guess."""
     found = [row.published for row in rows]
     guesses = (number / 1000 for number in range(1, 1000))
     return min((statistics.median(abs(x - guess) for x in found), guess) for guess in guesses)

@@ -124,7 +124,7 @@ def summarise(rounds: list[dict[str, float]], size: int) -> dict[str, dict[str, 
 
 
 def write_corpus(path: Path, source: Path | None, megabytes: float) -> int:
-    """JSON lines of so much text, in documents repeated where there are too few; its bytes."""
+    """JSON lines of so much text, in documents repeated if there are too few; its bytes."""
     size = 0
     with path.open("w") as file:
         for text in cycle(documents(source)):
@@ -136,7 +136,9 @@ def write_corpus(path: Path, source: Path | None, megabytes: float) -> int:
 
 
 def documents(source: Path | None) -> Iterator[str]:
-    """The records of a file of JSON lines, else the sources of Python and what is installed."""
+    """Yield the records of a file of JSON lines, else the sources of Python and what is
+    installed.
+    """
     if source:
         with pa.input_stream(str(source), compression="detect") as packed:
             yield from (json.loads(line)["text"] for line in read_lines(packed))
@@ -162,7 +164,9 @@ def read_lines(stream: Any) -> Iterator[bytes]:
 
 
 def train(folder: Path, source: Path | None) -> Path:
-    """A SentencePiece BPE of 32,000 pieces from 20 MB of the text, by the project's own command."""
+    """Return a SentencePiece BPE of 32,000 pieces from 20 MB of the text, by the project's own
+    command.
+    """
     sample, output = folder / "sample.jsonl", folder / "tokenizer"
     write_corpus(sample, source, 20)
     command = [sys.executable, "-m", "data_prep", "train-tokenizer", "--input", str(sample)]
@@ -176,7 +180,7 @@ def train(folder: Path, source: Path | None) -> Path:
 
 
 def measure_raw(corpus: Path, model: Path, folder: Path, workers: int) -> dict[str, float]:
-    """The library alone."""
+    """Time the library alone."""
     del folder
     shares, start, results = deal(corpus, workers), mp.Barrier(workers), mp.Queue()
     processes = [
@@ -192,7 +196,7 @@ def measure_raw(corpus: Path, model: Path, folder: Path, workers: int) -> dict[s
 
 
 def deal(corpus: Path, workers: int) -> list[set[int]]:
-    """Line numbers for each process: the longest first, each to the one that has least."""
+    """Return line numbers for each process: the longest first, each to the one that has least."""
     with corpus.open("rb") as file:
         sizes = sorted(((len(line), number) for number, line in enumerate(file)), reverse=True)
     shares: list[set[int]] = [set() for _ in range(workers)]
@@ -221,7 +225,7 @@ def encode_share(corpus: Path, model: Path, share: set[int], start: Any, results
 
 
 def measure_ours(corpus: Path, model: Path, folder: Path, workers: int) -> dict[str, float]:
-    """The command in a fresh process."""
+    """Run the command in a fresh process and return its figures."""
     output = folder / "shards"
     began = time.monotonic()
     command = tokenize_command(corpus, model, output, workers)
@@ -247,7 +251,7 @@ _processor: Any = None
 
 
 def measure_peer(corpus: Path, model: Path, folder: Path, workers: int) -> dict[str, float]:
-    """A pool whose parent writes, after the manner of Megatron-LM's tool."""
+    """Time a pool whose parent writes, as in Megatron-LM's tool."""
     path, lengths = folder / "peer.bin", []
     began = time.monotonic()
     with mp.Pool(workers, load_model, (str(model),)) as pool, corpus.open() as lines:
@@ -275,9 +279,9 @@ def encode_line(line: str) -> list[int]:
 def measure_memory(
     folder: Path, base: Path, model: Path, workers: int, megabytes: float
 ) -> dict[str, float]:
-    """The most that the command's processes together held, sampled 20 times a second.
+    """Sample the memory that the command's processes hold together, 20 times a second.
 
-    `private` leaves out pages of mapped files and what processes share.
+    `private` omits pages of mapped files and what processes share.
     """
     corpus, output = folder / "memory.jsonl", folder / "memory"
     size = write_corpus(corpus, base, megabytes)

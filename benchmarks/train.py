@@ -1,4 +1,4 @@
-"""Training speed through the front door, beside other frameworks on the same machine.
+"""Training speed through the front door, next to other frameworks on the same machine.
 
     python benchmarks/train.py                          the 42 M shape, three rounds
     python benchmarks/train.py --shape vocab gpt2 --peers /path/to/python --json results.json
@@ -21,7 +21,7 @@ warm-up. Ratios are of medians over all rounds. Memory is a process's (a rank's)
                     TensorBoard, logging three times (give 60 steps)
     zero1           the same as megalite, ZeRO-1
     dp2, tp2        two ranks of half the threads: ZeRO-1, tensor parallelism
-    hf, hf-compiled, hf-trainer, litgpt, litgpt-compiled      peers.py, beside this file
+    hf, hf-compiled, hf-trainer, litgpt, litgpt-compiled      peers.py, next to this file
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = os.cpu_count() or 1
-WARM = 2  # first steps left out
+WARM = 2  # first steps omitted
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 512,
@@ -157,7 +157,7 @@ def main() -> None:
 
 
 def measure(shape: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    """All rounds of one shape."""
+    """Run all rounds of one shape."""
     model, batch = SHAPES[shape]
     batch = chosen.batch or batch
     visits: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen.only}
@@ -236,7 +236,9 @@ print(statistics.median(rates))
 def visit(
     name: str, model: dict[str, Any], batch: int, chosen: argparse.Namespace, place: Path
 ) -> dict[str, Any]:
-    """One contestant's steps in a fresh process: seconds each, peak memory, time to the first."""
+    """Time one contestant's steps in a fresh process: seconds each, peak memory, time to the
+    first.
+    """
     contestant = CONTESTANTS[name]
     log = place.with_suffix(".log")
     if contestant.peer:
@@ -278,7 +280,7 @@ def ours(
     chosen: argparse.Namespace,
     place: Path,
 ) -> list[str]:
-    """The command of a run through the front door; its file is written."""
+    """Return the command of a run through the front door; its file is written."""
     steps, folder = chosen.steps, place.parent
     run: dict[str, Any] = {
         "name": place.name,

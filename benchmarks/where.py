@@ -63,7 +63,7 @@ def summed(events: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def own_times(events: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], float]]:
-    """Each event's duration less those of the events within it on its thread."""
+    """Yield each event's duration less those of the events within it on its thread."""
     threads = defaultdict(list)
     for event in events:
         threads[event["pid"], event["tid"]].append(event)

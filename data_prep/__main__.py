@@ -32,7 +32,7 @@ inputs, each by its name:
   hf:stanfordnlp/imdb:train     a data set of the Hugging Face hub; hf:NAME@CONFIG:SPLIT
 
 A record without the field, cut JSON, bad UTF-8, a NUL or an empty document is a bad record: named,
-counted, and left out if --max-bad-records allows it. DIR appears when everything succeeded.
+counted, and omitted if --max-bad-records allows it. DIR appears when everything succeeded.
 """
 
 
@@ -109,7 +109,7 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
         help="hold out this share of the documents, by a hash of each one's text; above 0, below 1",
     )
     add("--valid-output", type=Path, metavar="DIR", help="a new folder for what is held out")
-    add("--deduplicate", action="store_true", help="leave out documents that came before")
+    add("--deduplicate", action="store_true", help="omit documents that came before")
     add(
         "--no-streaming",
         dest="streaming",
@@ -145,7 +145,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         type=_at_least(0),
         default=0,
         metavar="N",
-        help="bad records that are left out before the command stops; default: 0",
+        help="bad records that are omitted before the command stops; default: 0",
     )
 
 

@@ -77,7 +77,7 @@ def find_template(file: str | None, given: str | None, tokenizer: str | Path | N
                 found = {one["name"]: one["template"] for one in found}.get("default", CHATML)
             return str(found)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        where = file or f"the one beside {tokenizer}"
+        where = file or f"the one next to {tokenizer}"
         raise DataError(f"finetune.data.chat_template: cannot read {where}: {error}") from error
     return CHATML
 

@@ -29,7 +29,9 @@ _CARD = "README.md"
 
 
 def has_card(folder: Path) -> bool:
-    """Whether README.md says which of the folder's files are which split, or what they hold."""
+    """Return whether README.md says which of the folder's files are which split, or what
+    they hold.
+    """
     try:
         with open(folder / _CARD, encoding="utf-8", errors="replace") as file:
             lines = file.read(1 << 20).splitlines()
@@ -42,7 +44,9 @@ def has_card(folder: Path) -> bool:
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file's name says that there are others of its split: train-00000-of-00002."""
+    """Return whether a file's name says that there are others of its split:
+    train-00000-of-00002.
+    """
     found = _SHARD.search(name)
     return found is not None and int(found[2]) > 1
 

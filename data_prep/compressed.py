@@ -30,7 +30,7 @@ _PIECE = 1 << 16  # bytes of a packed file at once
 
 
 def is_compressed(path: str) -> bool:
-    """Whether a file's name says that it is compressed."""
+    """Return whether a file's name says that it is compressed."""
     return path.lower().endswith(COMPRESSED)
 
 

@@ -30,7 +30,7 @@ class Encoder:
         before = list(tokenizer.prefix_ids)
         begins = bool(before) if options.bos is None else options.bos
         if begins and not before:
-            before = [_control(tokenizer.bos_id, "BOS", "leave out --bos")]
+            before = [_control(tokenizer.bos_id, "BOS", "omit --bos")]
         if begins != bool(tokenizer.prefix_ids):
             tokenizer.begin_with_bos(begins)
         self.options = replace(options, bos=begins)

@@ -63,7 +63,7 @@ def _prepare(config: RunConfig, tokenizer: Path, path: str | None, answers: Path
         if Path(path).is_dir() and any(Path(path).glob("*.idx")):
             raise DataError(
                 f"--data {path}: these are shards; a fine-tuned model is measured on rows, as its "
-                f"run was ({data.path}): give a file of them, or leave it out"
+                f"run was ({data.path}): give a file of them, or remove it"
             )
         fractions = ("valid_split", "test_split", "valid_fraction", "test_fraction")
         limit = sys.maxsize if unlabelled else data.max_bad_rows

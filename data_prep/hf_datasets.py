@@ -78,7 +78,7 @@ def check_reachable(name: str, label: str) -> None:
     ):
         raise DataError(
             f"{label}: no such file or folder here, not in the cache of data sets, and the "
-            f"hub cannot be asked ({reason}); name a local file or folder, or run, where there is "
+            f"hub cannot be asked ({reason}); name a local file or folder, or run, if there is "
             f"a network,\nhf download {name} --repo-type dataset --local-dir "
             f"{name.rpartition('/')[2]}\nand give that folder"
         )
@@ -100,7 +100,7 @@ def saved_folder(name: str) -> Path | None:
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         own = _read_json(folder / "state.json").get("_split")
         if split not in ("", own):
-            raise CommandError(f"--input {name}: {folder} holds one data set; leave out :{split}")
+            raise CommandError(f"--input {name}: {folder} holds one data set; omit :{split}")
         return folder
     if not (folder / "dataset_dict.json").is_file():
         return None

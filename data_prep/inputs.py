@@ -90,7 +90,7 @@ def _groups(found: Sequence[_Found], part_bytes: int) -> Iterator[list[_Found]]:
         files = list(members)
         reader = find_reader(kind)
         alone = reader.describe is not None or reader.open_file is None
-        limit = -1 if alone else part_bytes  # -1: each by itself
+        limit = -1 if alone else part_bytes  # -1: each alone
         for group in group_sizes([one.weight for one in files], limit):
             yield files[group.start : group.stop]
 

@@ -44,7 +44,7 @@ class LineFile:
     def part(self, start: int, stop: int) -> Iterator[bytes]:
         """Yield the lines that begin at `start` or later and before `stop`, with their ends.
 
-        A byte order mark at the beginning of the file is left out. Memory holds a buffer, and a
+        A byte order mark at the beginning of the file is omitted. Memory holds a buffer, and a
         line.
 
         Raises:

@@ -36,7 +36,8 @@ def label_name(value: Any, column: str, names: Sequence[str] | None) -> str:
 
 
 def describe_similar(counts: Mapping[str, int]) -> list[str]:
-    """Name labels that differ only in white space, case or Unicode form, or are equal numbers.
+    """Name labels that differ only in white space, case or Unicode form, or are equal
+    numbers.
 
     Args:
         counts: rows of each label.

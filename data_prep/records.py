@@ -51,7 +51,7 @@ class BadRecords:
                 f"--max-bad-records {self.limit} allows: fix the input, or allow more"
             )
         if self.count <= _NAMED:
-            logger.warning("%s: %s; left out", fault.place, fault.reason)
+            logger.warning("%s: %s; omitted", fault.place, fault.reason)
         elif self.count == _NAMED + 1:
             logger.warning("further bad records are counted without being named")
 

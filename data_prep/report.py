@@ -259,6 +259,6 @@ def _document(shards: ShardSet, number: int) -> str:
         )
     ids = np.asarray(shards.document(number), np.int64).tolist()
     if not shards.manifest.tokenizer.path:
-        logger.warning("no manifest, and no tokenizer/ beside the shards: these are its ids")
+        logger.warning("no manifest, and no tokenizer/ next to the shards: these are its ids")
         return " ".join(map(str, ids)) + "\n"
     return load_tokenizer(shards.folder / shards.manifest.tokenizer.path).decode(ids) + "\n"

@@ -53,7 +53,7 @@ class BadRows:
         if len(self) > self.limit + _ENOUGH:
             self.check("or more ")
         if len(self) <= _NAMED:
-            logger.warning("%s: %s; left out", row.place, reason)
+            logger.warning("%s: %s; omitted", row.place, reason)
         elif len(self) == _NAMED + 1:
             logger.warning("further bad rows are counted without being named")
 

@@ -145,7 +145,7 @@ class _TooFew(DataError):
     def __init__(self, asked: str, most: int) -> None:
         self.most = most
         super().__init__(
-            f"{asked}: this text yields {most} pieces at most; give more text, or ask for fewer"
+            f"{asked}: this text yields {most} pieces at most; give more text, or request fewer"
         )
 
 
@@ -155,7 +155,7 @@ def _learn(sample: Sequence[str], vocab_size: int, kind: str, asked: str) -> byt
     if vocab_size < _TAKEN:
         raise DataError(
             f"{asked}: the 256 bytes, 3 control tokens and a space take "
-            f"{_TAKEN} pieces already; ask for more"
+            f"{_TAKEN} pieces already; request more"
         )
     model = io.BytesIO()
     try:
@@ -173,7 +173,7 @@ def _learn(sample: Sequence[str], vocab_size: int, kind: str, asked: str) -> byt
             # are not a space's
             required_chars="\u2581",
             split_digits=True,
-            max_sentence_length=4 * _CHUNK_CHARACTERS,  # in bytes; longer ones are left out
+            max_sentence_length=4 * _CHUNK_CHARACTERS,  # in bytes; longer ones are omitted
             # unigram sums floats thread by thread: another number would give another model
             num_threads=8,
             minloglevel=2,
@@ -193,6 +193,6 @@ def _explain(message: str, asked: str) -> DataError:
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return DataError(
             f"{asked}: the 256 bytes, 3 control tokens and the characters of this text take "
-            f"{found[1]} pieces already; ask for more"
+            f"{found[1]} pieces already; request more"
         )
     return DataError(f"SentencePiece cannot learn from this text: {message}")

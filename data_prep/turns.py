@@ -117,7 +117,7 @@ class TurnFinder:
 
     @cached_property
     def _prompt(self) -> str:
-        """Text that asks for an answer, as after a user's single turn; it may be empty."""
+        """Text that requires an answer, as after a user's single turn; it may be empty."""
         before = self._template.render([_USER])
         asking = self._template.render([_USER], add_generation_prompt=True)
         return asking[len(before) :] if asking.startswith(before) else ""

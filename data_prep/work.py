@@ -82,7 +82,7 @@ class Worker:
         self._reader.close()
 
     def all_done(self) -> bool:
-        """Whether every part of every stream is done, by whomever."""
+        """Return whether every part of every stream is done, by whomever."""
         return not missing(self._run, self._streams, self.keys)
 
     def _do(self, number: int, part: int) -> None:

@@ -60,7 +60,7 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.tasks and arguments.predictions:
         raise CommandError("--predictions are a classifier's, whom no --tasks asks: leave one out")
     if not arguments.tasks and (arguments.limit or arguments.task_path):
-        raise CommandError("--limit and --task-path are of --tasks; name some, or leave them out")
+        raise CommandError("--limit and --task-path are of --tasks; name some, or remove them")
 
 
 def main() -> None:
@@ -81,7 +81,7 @@ def main() -> None:
     size = arguments.batch_size or (opened.run.training.micro_batch_size if opened.run else 8)
     result = dict.fromkeys(("loss", "perplexity", "bits_per_byte", "tokens"))
     if arguments.predictions is not None and not opened.config.num_labels:
-        raise CommandError("--predictions are a classifier's, and this model is none: leave it out")
+        raise CommandError("--predictions are a classifier's, and this model is none: remove it")
     if opened.run is not None and opened.run.finetune is not None:
         folder, split = prepare_again(
             opened.run,

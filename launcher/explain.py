@@ -28,7 +28,7 @@ def parse() -> argparse.Namespace:
         "--label", metavar="NAME", help="what is explained (default: the likeliest)"
     )
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="FILE", help="the page, written anew"
+        "--output", required=True, type=Path, metavar="FILE", help="the page, written again"
     )
     return parser.parse_args()
 

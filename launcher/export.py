@@ -90,7 +90,7 @@ def main() -> int:
 
 
 def _end_of_turn(place: Path, tokenizer: Tokenizer) -> list[int]:
-    """The token that ends an answer by the chat template in a tokenizer's folder."""
+    """Return the token that ends an answer by the chat template in a tokenizer's folder."""
     from data_prep.chat import ask
 
     try:

@@ -77,9 +77,9 @@ def check(arguments: argparse.Namespace) -> None:
         CommandError: the first of them.
     """
     if arguments.max_new_tokens < 0:
-        raise CommandError(f"--max-new-tokens {arguments.max_new_tokens}: ask for 0 or more")
+        raise CommandError(f"--max-new-tokens {arguments.max_new_tokens}: request 0 or more")
     if "" in arguments.stop:
-        raise CommandError("--stop: an empty text would end everything at once; leave it out")
+        raise CommandError("--stop: an empty text would end everything at once; remove it")
     if not arguments.chat:
         if arguments.messages is not None or arguments.system is not None:
             raise CommandError("--messages and --system only apply to a chat; add --chat")

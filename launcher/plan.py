@@ -1,4 +1,4 @@
-"""Tell a run's memory, time and traffic before a GPU is asked for. Needs no GPU."""
+"""Report memory, step time and communication volume of a run before it starts, without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Show runs beside each other on one HTML page: curves, differences, time, events, samples."""
+"""Show runs side by side on one HTML page: curves, differences, time, events, samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parse() -> argparse.Namespace:
     parser = command_parser(__doc__, _EXAMPLES)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="FILE", help="the page, written anew"
+        "--output", required=True, type=Path, metavar="FILE", help="the page, written again"
     )
     return parser.parse_args()
 

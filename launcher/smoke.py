@@ -40,7 +40,7 @@ def collect(stdlib: Path, folder: Path) -> str:
 
 
 def run(*command: str, capture: bool = True) -> str:
-    """A command's standard output; ends with all it wrote where it fails."""
+    """Return a command's standard output; ends with all it wrote where it fails."""
     done = subprocess.run(command, text=True, capture_output=capture)
     if done.returncode:
         sys.exit(f"{done.stdout or ''}{done.stderr or ''}failed: {' '.join(command)}")
@@ -48,7 +48,7 @@ def run(*command: str, capture: bool = True) -> str:
 
 
 def prepare(output: Path, *arguments: str) -> str:
-    """One data_prep command, unless its output is there: it is whole or absent."""
+    """Run one data_prep command, unless its output is there: it is whole or absent."""
     if not output.exists():
         run(sys.executable, "-m", "data_prep", *arguments, "--output", str(output))
     return str(output)

@@ -88,12 +88,12 @@ def _ask_mpi(rank: int, size: int) -> tuple[int, int]:
 
 
 def job(env: Mapping[str, str] = os.environ) -> Job:
-    """The Slurm job and how often it was requeued; an empty id outside Slurm."""
+    """Return the Slurm job and how often it was requeued; an empty id outside Slurm."""
     return Job(env.get("SLURM_JOB_ID", ""), number(env, "SLURM_RESTART_COUNT", 0))
 
 
 def launch_id(env: Mapping[str, str] = os.environ) -> str:
-    """What the ranks of one mpirun or srun have in common and those of another do not."""
+    """Return what the ranks of one mpirun or srun have in common and those of another do not."""
     for names in _LAUNCH_KEYS:
         if any(env.get(name) for name in names):
             return "/".join(env.get(name, "") for name in names)
@@ -137,22 +137,22 @@ def expand_user(path: str) -> str:
 
 
 def variable(name: str) -> str:
-    """A variable as the user set it, for a report; "" where it is not set."""
+    """Return a variable as the user set it, for a report; "" where it is not set."""
     return os.environ.get(name, "")
 
 
 def has_agent_store() -> bool:
-    """Whether torchrun's agent keeps the ranks' meeting place, and not rank 0."""
+    """Return whether torchrun's agent keeps the ranks' meeting place, and not rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def has_compiler() -> bool:
-    """Whether a C++ compiler is on PATH, which torch.compile needs on every device."""
+    """Return whether a C++ compiler is on PATH, which torch.compile needs on every device."""
     return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))
 
 
 def has_package(name: str) -> bool:
-    """Whether a package can be imported; a folder that is called like it is none."""
+    """Return whether a package can be imported; a folder that is called like it is none."""
     found = importlib.util.find_spec(name)
     return found is not None and found.origin is not None
 

@@ -1,7 +1,7 @@
 """Every error MegaLite raises on purpose, and the exit code each one ends a process with.
 
     MegaLiteError               1   something failed; the run folder says what
-    ├── UserError               2   the user's to mend; raised before anything is written
+    ├── UserError               2   a user error; raised before anything is written
     │   ├── ConfigError         2   a run file, or two keys of it that contradict each other
     │   ├── DataError           2   shards, corpora, tokenizers
     │   ├── CommandError        2   command-line arguments
@@ -32,7 +32,7 @@ class MegaLiteError(Exception):
 
 
 class UserError(MegaLiteError):
-    """The user's to mend. Found before the run folder is opened, so nothing was written."""
+    """A user error. Found before the run folder is opened, so nothing was written."""
 
     exit_code = 2
 

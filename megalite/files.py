@@ -120,7 +120,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def each_row(path: Path, *, last: int | None = None) -> Iterator[dict[str, Any] | None]:
-    """The objects of a file that holds one a line, one after the other; None for any other line.
+    """Yield the objects of a file that holds one a line, one after the other; None for any other
+    line.
 
     Args:
         last: bytes of its end to read; None: all of it.
@@ -136,12 +137,12 @@ def each_row(path: Path, *, last: int | None = None) -> Iterator[dict[str, Any] 
 
 
 def read_rows(path: Path, *, last: int | None = None) -> list[dict[str, Any]]:
-    """The objects of `each_row`, without the lines that a crash cut short."""
+    """Return the objects of `each_row`, without the lines that a crash cut short."""
     return [row for row in each_row(path, last=last) if row is not None]
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether a name from a file is that of a file beside it, and cannot lead elsewhere."""
+    """Return whether a name from a file is that of a file next to it, and cannot lead elsewhere."""
     return (
         isinstance(name, str)
         and name.isprintable()
@@ -152,12 +153,14 @@ def is_plain_name(name: object) -> bool:
 
 
 def is_inner_path(name: object) -> bool:
-    """Whether a path from a file stays below the folder it is relative to; links are not seen."""
+    """Return whether a path from a file stays below the folder it is relative to; links are not
+    seen.
+    """
     return isinstance(name, str) and all(is_plain_name(part) for part in name.split("/"))
 
 
 def sha256_file(path: Path) -> str:
-    """The file's SHA-256 as 64 hexadecimal digits, read in pieces of 4 MiB."""
+    """Return the file's SHA-256 as 64 hexadecimal digits, read in pieces of 4 MiB."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):

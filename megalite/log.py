@@ -115,7 +115,7 @@ def redact(value: Any) -> Any:
 
 
 def is_secret(value: Any, *, key: str = "") -> bool:
-    """Whether a value is a text that holds a secret, or stands under a secret's name."""
+    """Return whether a value is a text that holds a secret, or stands under a secret's name."""
     if not isinstance(value, str) or not value:
         return False
     return _SECRET_KEY.search(key) is not None or redact(value) != value

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# one thread a process: tests run beside each other's ranks
+# one thread a process: tests run side by side's ranks
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from data_prep.encode import TokenizeOptions, tokenize

@@ -60,9 +60,7 @@ NOT_IMPERATIVE = re.compile(
     r"|Gives|Writes|Reads|Adds|Sets|Gets|Checks|Computes|Loads|Saves|Runs|Builds|Creates|Finds)\b"
 )
 # Variables and arguments that do not say what they hold.
-NAMES = frozenset(
-    ["told", "found", "made", "own", "kept", "held", "asked", "wish", "said", "known", "given"]
-)
+NAMES = frozenset(["told", "found", "made", "own", "kept", "held", "asked", "wish"])
 _CODE = re.compile(r"``[^`]*``|`[^`]*`")
 _SENTENCE_END = re.compile(r"(?<=[.!?:])\s+(?=[A-Z(`\"'\[])|\n\s*\n|\n\s*[-*|\d]+[.)]?\s|;\s")
 

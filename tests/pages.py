@@ -1,4 +1,4 @@
-"""docs/commands.md out of the commands' own parsers; `python -m tests.pages` writes it anew.
+"""docs/commands.md out of the commands' own parsers; `python -m tests.pages` writes it again.
 
 A launcher parses its arguments before it does anything else, so its parser is had by starting it
 with `parse_args` replaced.
@@ -27,7 +27,7 @@ Commands of `launcher/` are started from a checkout: `pretrain.py` and `finetune
 `torchrun`, `srun` or `python`, `eval.py` and `generate.py` by the last three, all others by
 `python`. `make smoke` is `launcher/smoke.py`, which takes no options; job scripts are in
 [slurm.md](slurm.md). With `--json` standard output holds one object and nothing else. Exit codes: 0
-done, 1 failed, 2 yours to mend, nothing was written; a run knows two
+done, 1 failed, 2 user error, nothing was written; a run knows two
 [more](errors.md#exit-codes)."""
 
 
@@ -43,7 +43,7 @@ def _catch(parser: argparse.ArgumentParser, *_: object) -> None:
 
 
 def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Each command that takes arguments, as it is started, and its parser."""
+    """Yield each command that takes arguments, as it is started, and its parser."""
     for path in sorted((ROOT / "launcher").glob("*.py")):
         if "parse_args" in path.read_text(encoding="utf-8"):
             spec = importlib.util.spec_from_file_location(f"launcher_{path.stem}", path)
@@ -66,13 +66,13 @@ def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
 
 
 def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """What a command can be given, but for --help."""
+    """Return what a command can be given, but for --help."""
     hidden = argparse.SUPPRESS
     return [action for action in parser._actions if hidden not in (action.help, action.default)]
 
 
 def commands_page() -> str:
-    """The page, in Markdown."""
+    """Return the page, in Markdown."""
     lines = [_INTRODUCTION]
     for name, parser in parsers():
         lines += ["", f"## {name}", "", *_prose(parser.description or "")]

@@ -79,12 +79,12 @@ class ExampleTask:
         most = self.context.data.max_length
         if most <= len(self.before) + len(self.after):
             raise DataError(
-                f"finetune.data.max_length {most}: BOS and EOS leave no token of a text; ask for "
+                f"finetune.data.max_length {most}: BOS and EOS leave no token of a text; request "
                 "more"
             )
 
     def leads_with_bos(self) -> bool:
-        """Whether BOS precedes a text even if the tokenizer puts nothing there."""
+        """Return whether BOS precedes a text even if the tokenizer puts nothing there."""
         return False
 
     def encode(self, fields: Fields, texts: Sequence[list[int]]) -> Example:

@@ -77,7 +77,7 @@ class Classification(ExampleTask):
         return Fields(row, (text,), label)
 
     def _means_no_label(self, label: Any) -> bool:
-        """Whether a value means no label: null, blank, NaN, or the hub's -1."""
+        """Return whether a value means no label: null, blank, NaN, or the hub's -1."""
         empty = label is None or label != label or (isinstance(label, str) and not label.strip())
         return empty or (str(label) == "-1" and "-1" not in self.labels)
 

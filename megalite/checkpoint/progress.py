@@ -11,7 +11,7 @@ class Progress:
 
     Attributes:
         step: optimizer steps taken.
-        samples: position in the data order. Samples that were left out count, too.
+        samples: position in the data order. Samples that were omitted count, too.
         tokens: tokens seen, without padding.
         valid_loss: score of the evaluation at this very step, lower is better: in nats if it is a
             validation loss. None without an evaluation.

@@ -25,10 +25,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a run file: types, bounds, choices and descriptions of every key.
+    """Return the JSON schema of a run file: types, bounds, choices and descriptions of every key.
 
-    Nothing is required in it: what a file leaves out may stand in the one it extends. Loading
-    asks for what is still missing then.
+    Nothing is required in it: what a file omits may stand in the one it extends. Loading
+    requires what is still missing then.
     """
     schema = RunConfig.model_json_schema()
     for section in (schema, *schema["$defs"].values()):

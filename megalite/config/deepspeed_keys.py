@@ -1,7 +1,7 @@
 """Faults of the `deepspeed` section, found without importing DeepSpeed or torch.
 
 DeepSpeed 0.19 ignores an unknown top-level key without a word, so `gradient_cliping` would train
-unclipped; here it is a fault. What MegaLite owns may be left out, be "auto", or agree: a section
+unclipped; here it is a fault. What MegaLite owns may be omitted, be "auto", or agree: a section
 that says otherwise is a fault too. So is a key that has no effect on a MegaLite run, unless its
 value says so.
 """
@@ -18,7 +18,7 @@ from megalite.errors import nearest
 
 
 def zero_stage(config: RunConfig) -> int:
-    """The ZeRO stage a run asks for: 0 to 3, and 1 where it does not say."""
+    """Return the ZeRO stage a run requires: 0 to 3, and 1 where it does not say."""
     stage = _at(config.deepspeed, "zero_optimization.stage")
     return int(stage) if stage in (0, 1, 2, 3) else 1
 
@@ -43,7 +43,7 @@ def owned_values(config: RunConfig) -> dict[str, tuple[Any, str]]:
         "torch_autocast.enabled": (False, "training.precision"),
         "bf16.bf16_master_weights_and_grads": (False, "nothing: masters are fp32"),
         "bf16.bf16_optimizer_states": (False, "nothing: moments are fp32"),
-        "bf16.check_grad_overflow": (True, "nothing: what is not finite is left out"),
+        "bf16.check_grad_overflow": (True, "nothing: what is not finite is omitted"),
         "fp16.fp16_master_weights_and_grads": (False, "nothing: masters are fp32"),
         "fp16.auto_cast": (False, "training.precision"),
         "zero_optimization.compute_grad_norm": (True, "nothing: the norm is logged"),
@@ -79,7 +79,7 @@ def deepspeed_faults(config: RunConfig) -> Iterator[Fault]:
                 yield fault(
                     f"deepspeed.{name}.enabled training.precision",
                     "is decided by training.precision, which is auto; set that to fp32, bf16 or "
-                    'fp16, and take this out or write "auto"',
+                    'fp16, and remove this or write "auto"',
                 )
 
 
@@ -113,14 +113,14 @@ def _silent_faults(section: dict[str, Any]) -> Iterator[Fault]:
             text = f"has no effect at DeepSpeed's log level here; set training.log_every, {remedy}"
             yield fault("deepspeed.steps_per_print", text)
         if section.get("dump_state") is True:
-            text = f"has no effect at DeepSpeed's log level here; take it out, {remedy}"
+            text = f"has no effect at DeepSpeed's log level here; remove it, {remedy}"
             yield fault("deepspeed.dump_state", text)
     logger = section.get("comms_logger")
     if isinstance(logger, dict) and logger.get("enabled") is True:
         verbose = logger.get("verbose") is True
         if not verbose or section.get("log_level") not in ("debug", "info"):
             text = 'prints nothing without "verbose": true here and deepspeed.log_level "info"'
-            yield fault("deepspeed.comms_logger", f"{text}; set both, or take it out")
+            yield fault("deepspeed.comms_logger", f"{text}; set both, or remove it")
 
 
 def _key_faults(section: dict[str, Any], at: str) -> Iterator[Fault]:
@@ -157,7 +157,7 @@ def _hint(key: str, at: str) -> str:
     if len(homes) == 1:
         place = ".".join(part for part in ("deepspeed", homes[0], key) if part)
         return f'; write it as "{place}"'
-    remedy = "; DeepSpeed 0.19.8 has none of this name, take it out"
+    remedy = "; DeepSpeed 0.19.8 has none of this name, remove it"
     return nearest(key, KNOWN[at]) or (
         f"{remedy}, or write one of {', '.join(KNOWN[at])}"
         if at and len(KNOWN[at]) < 12

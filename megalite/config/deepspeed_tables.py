@@ -11,7 +11,7 @@ from typing import Any
 
 
 def _keys(**kinds: str) -> dict[str, str]:
-    """Each key with its kind, of the keys of each kind."""
+    """Return each key with its kind, of the keys of each kind."""
     return {key: kind for kind, keys in kinds.items() for key in keys.split()}
 
 
@@ -144,80 +144,80 @@ _GONE_ALONE = (
 _OWN = "MegaLite does this itself"
 _SAVES = "has no effect: MegaLite writes its own checkpoints"
 _NVME = "has no effect: MegaLite offloads nothing to NVMe"
-_SUPER = "is for Superchips, with an optimizer of its own that MegaLite does not read; take it out"
+_SUPER = "is for Superchips, with an optimizer of its own that MegaLite does not read; remove it"
 _OFFLOAD = "zero_optimization.offload_optimizer"
 # Keys with no effect on a MegaLite run: the value that says so, and the reason with the remedy.
 _IDLE: dict[str, tuple[Any, str]] = {
-    "dataloader_drop_last": (False, f"{_OWN}: the data section fixes the order; take it out"),
-    "disable_allgather": (False, "has no effect: DeepSpeed 0.19 does not read it; take it out"),
+    "dataloader_drop_last": (False, f"{_OWN}: the data section fixes the order; remove it"),
+    "disable_allgather": (False, "has no effect: DeepSpeed 0.19 does not read it; remove it"),
     "seq_parallel_communication_data_type": (
         "fp32",
         f"{_OWN}; set parallel.sequence, and communication_data_type for gradients",
     ),
     "use_data_before_expert_parallelism": (
         False,
-        "is for mixtures of experts, which MegaLite does not build; take it out",
+        "is for mixtures of experts, which MegaLite does not build; remove it",
     ),
     "zero_optimization.allgather_partitions": (
         True,
-        "has no effect: DeepSpeed 0.19 does not read it; take it out",
+        "has no effect: DeepSpeed 0.19 does not read it; remove it",
     ),
     "zero_optimization.elastic_checkpoint": (
         False,
-        f"{_SAVES}, which load on any number of ranks; take it out",
+        f"{_SAVES}, which load on any number of ranks; remove it",
     ),
-    "zero_optimization.legacy_stage1": (False, f"{_GONE}; take it out"),
+    "zero_optimization.legacy_stage1": (False, f"{_GONE}; remove it"),
     "zero_optimization.load_from_fp32_weights": (
         True,
-        f"{_SAVES}, which hold fp32 weights; take it out",
+        f"{_SAVES}, which hold fp32 weights; remove it",
     ),
-    "zero_optimization.pipeline_loading_checkpoint": (False, f"{_SAVES}; take it out"),
-    "zero_optimization.save_muon_momentum_buffer_in_memory": (False, f"{_NVME}; take it out"),
+    "zero_optimization.pipeline_loading_checkpoint": (False, f"{_SAVES}; remove it"),
+    "zero_optimization.save_muon_momentum_buffer_in_memory": (False, f"{_NVME}; remove it"),
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": (
         False,
         f"{_SAVES}, which hold whole tensors; launcher/export.py writes a model folder; take it "
         "out",
     ),
-    f"{_OFFLOAD}.nvme_path": (None, f"{_NVME}; take it out"),
-    f"{_OFFLOAD}.buffer_count": (4, f"{_NVME}; take it out"),
-    f"{_OFFLOAD}.pipeline_read": (False, f"{_NVME}; take it out"),
-    f"{_OFFLOAD}.pipeline_write": (False, f"{_NVME}; take it out"),
-    f"{_OFFLOAD}.fast_init": (False, f"{_NVME}; take it out"),
+    f"{_OFFLOAD}.nvme_path": (None, f"{_NVME}; remove it"),
+    f"{_OFFLOAD}.buffer_count": (4, f"{_NVME}; remove it"),
+    f"{_OFFLOAD}.pipeline_read": (False, f"{_NVME}; remove it"),
+    f"{_OFFLOAD}.pipeline_write": (False, f"{_NVME}; remove it"),
+    f"{_OFFLOAD}.fast_init": (False, f"{_NVME}; remove it"),
     f"{_OFFLOAD}.super_offload": (False, _SUPER),
     f"{_OFFLOAD}.cpuadam_cores_perc": (0.8, _SUPER),
 }
 IDLE_VALUES = {key: value for key, (value, _) in _IDLE.items()}
 REFUSED = (
-    dict.fromkeys(_GONE_ALONE.split(), f"{_GONE}; take it out")
+    dict.fromkeys(_GONE_ALONE.split(), f"{_GONE}; remove it")
     | {key: why for key, (_, why) in _IDLE.items()}
     | {
         # known, and never right here: why, and what to do
         "activation_checkpointing": f"{_OWN}; set training.activation_checkpointing",
-        "aio": f"{_NVME}; take it out",
+        "aio": f"{_NVME}; remove it",
         "amp": f"{_GONE}; set training.precision",
-        "autotuning": "starts other runs in the place of this one; take it out",
+        "autotuning": "starts other runs in the place of this one; remove it",
         "bfloat16": 'is the old name; write "bf16"',
         "checkpoint": f"{_SAVES}; set the checkpoint section of the run file",
         "compile": f"{_OWN}; set training.compile",
-        "data_efficiency": f"{_OWN}: the order of data belongs to the data section; take it out",
+        "data_efficiency": f"{_OWN}: the order of data belongs to the data section; remove it",
         "datastates_ckpt": f"{_SAVES}; set checkpoint.background",
         "elasticity": f"{_GONE}; a run resumes on another number of ranks without it",
-        "expert_parallel": "is for mixtures of experts, which MegaLite does not build; take it out",
-        "hybrid_engine": "is for reinforcement learning from feedback; take it out",
-        "pipeline": "is for DeepSpeed's PipelineModule, which MegaLite does not build; take it out",
+        "expert_parallel": "is for mixtures of experts, which MegaLite does not build; remove it",
+        "hybrid_engine": "is for reinforcement learning from feedback; remove it",
+        "pipeline": "is for DeepSpeed's PipelineModule, which MegaLite does not build; remove it",
         "sequence_parallel_size": f"{_OWN}; set parallel.sequence",
         "tensor_parallel": f"{_OWN}; set parallel.tensor",
         "torch_autocast.dtype": f"{_OWN}; set training.precision",
         "torch_autocast.lower_precision_safe_modules": f"{_OWN}; set training.precision",
         "vocabulary_size": "has no effect: it is for a warning of DeepSpeed; set model.vocab_size",
-        "weight_quantization": "is for inference; take it out",
+        "weight_quantization": "is for inference; remove it",
         "optimizer": f"{_OWN}; set the optimizer section of the run file",
         "scheduler": f"{_OWN}; set the schedule section of the run file",
         "zero_optimization.cpu_offload": "is the old name; write offload_optimizer",
         "zero_optimization.cpu_offload_param": "is the old name; write offload_param",
         "zero_optimization.cpu_offload_use_pin_memory": "is the old name; write offload_optimizer",
-        "zero_optimization.zenflow": "cannot sum gradients, which MegaLite needs; take it out",
-        "zero_optimization.stage3_gather_fp16_weights_on_model_save": f"{_SAVES}; take it out",
+        "zero_optimization.zenflow": "cannot sum gradients, which MegaLite needs; remove it",
+        "zero_optimization.stage3_gather_fp16_weights_on_model_save": f"{_SAVES}; remove it",
     }
 )
 

@@ -40,7 +40,7 @@ class Fault:
 
 
 def fault(keys: str, text: str) -> Fault:
-    """A fault about one or more dotted keys, separated by spaces."""
+    """Return a fault about one or more dotted keys, separated by spaces."""
     return Fault(tuple(tuple(key.split(".")) for key in keys.split()), text)
 
 
@@ -55,13 +55,15 @@ def dotted(key: tuple[str | int, ...]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as JSON has it, on one line, cut where it is long, safe for a terminal."""
+    """Return a value as JSON has it, on one line, cut where it is long, safe for a terminal."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def known_keys(section: type[Section] = RunConfig, at: Key = ()) -> dict[Key, FieldInfo]:
-    """Every key of a run file, sections included; a list's items stand without their index."""
+    """Return every key of a run file, sections included; a list's items stand without
+    their index.
+    """
     found: dict[Key, FieldInfo] = {}
     for name, field in section.model_fields.items():
         key = (*at, name)
@@ -85,7 +87,7 @@ def _unknown(loc: tuple[str | int, ...], found: Any = None) -> str:
         return f"unknown key; {answer}{_answers_within(name, found)}"
     if is_secret("x", key=name):
         return (
-            "unknown key; take it out: secrets are passed in environment variables such as "
+            "unknown key; remove it: secrets are passed in environment variables such as "
             "HF_TOKEN and WANDB_API_KEY, since every checkpoint keeps a copy of the run file"
         )
     known = known_keys()
@@ -107,7 +109,7 @@ def _unknown(loc: tuple[str | int, ...], found: Any = None) -> str:
     if not hint:
         by_name = {key[-1]: key for key in reversed(known)}
         hint = nearest(name, by_name, shown=lambda one: dotted(by_name[one]))
-    hint = hint or "; take it out, or write one of " + ", ".join(siblings)
+    hint = hint or "; remove it, or write one of " + ", ".join(siblings)
     return f"unknown key{hint}{_answers_within(name, found)}"
 
 
@@ -122,13 +124,13 @@ def _answers_within(section: str, found: Any) -> str:
 def schema_faults(raw: dict[str, Any]) -> tuple[RunConfig, list[Fault]]:
     """Check every field of a run file.
 
-    Returns the config and its faults. Where there are faults the config is mended, with defaults
+    Returns the config and its faults. If there are faults the config is fixed, with defaults
     and examples in the places at fault, so that the rules between fields can still be asked
     about the rest of it.
     """
     mended = copy.deepcopy(raw)
     faults: list[Fault] = []
-    for round in range(8):  # an absent section is mended first, then what it must contain
+    for round in range(8):  # an absent section is fixed first, then what it must contain
         try:
             return RunConfig.model_validate(mended), faults
         except ValidationError as error:
@@ -137,7 +139,7 @@ def schema_faults(raw: dict[str, Any]) -> tuple[RunConfig, list[Fault]]:
             faults = [_describe(item, raw) for item in details if _speaks(item, details)]
         for item in sorted(details, key=lambda item: -len(item["loc"])):
             _mend(mended, item["loc"])
-    raise AssertionError(f"a run file could not be mended: {details}")
+    raise AssertionError(f"a run file could not be fixed: {details}")
 
 
 def describe_errors(error: ValidationError, section: str) -> str:
@@ -148,7 +150,7 @@ def describe_errors(error: ValidationError, section: str) -> str:
 
 
 def _speaks(item: ErrorDetails, details: list[ErrorDetails]) -> bool:
-    """Whether an error is the user's own and not the echo of another."""
+    """Return whether an error is the user's own and not the echo of another."""
     if item["type"] == "default_factory_not_called":
         return False
     inner = [other for other in details if len(other["loc"]) > len(item["loc"])]
@@ -240,7 +242,7 @@ def _remedy(kind: str, found: Any, field: FieldInfo, words: list[str]) -> str:
         if hint:
             return hint
     if found is None and not field.is_required():
-        return "leave it out to have the default"
+        return "remove it to have the default"
     if isinstance(found, str) and kind in ("int_type", "float_type", "bool_type"):
         with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
             if math.isfinite(json.loads(found)):

@@ -24,7 +24,7 @@ class ExamplesConfig(Section):
         examples=["stanfordnlp/imdb"],
     )
     train_split: Text = Field(
-        default="train", description="The split learned from; of a lone file, all of it."
+        default="train", description="The split learned from; of a single file, all of it."
     )
     valid_split: Text | None = Field(
         default=None, description="The split that choices are made on (null: see valid_fraction)."
@@ -55,7 +55,7 @@ class ExamplesConfig(Section):
         default=None, description="sft: the user's one turn, in place of messages_column."
     )
     response_column: Text | None = Field(
-        default=None, description="sft: the assistant's one turn, beside prompt_column."
+        default=None, description="sft: the assistant's one turn, next to prompt_column."
     )
     labels: Annotated[tuple[Text, ...], Field(strict=False)] | None = Field(
         default=None,
@@ -83,7 +83,7 @@ class ExamplesConfig(Section):
         description="sft: a file with a Jinja template (null: the tokenizer's own, else ChatML).",
     )
     max_bad_rows: CountOrZero = Field(
-        default=0, description="Rows that may be left out for a fault, each split counted alone."
+        default=0, description="Rows that may be omitted for a fault, each split counted alone."
     )
     cache: PathText = Field(
         default="data/finetune",
@@ -93,7 +93,7 @@ class ExamplesConfig(Section):
 
 
 class AdapterConfig(Section):
-    """Small trained matrices beside frozen ones (LoRA, arXiv 2106.09685)."""
+    """Small trained matrices next to frozen ones (LoRA, arXiv 2106.09685)."""
 
     name: Literal["lora"] = Field(default="lora", description="W x + alpha / rank x B (A x).")
     rank: Count = Field(default=8, description="Rows of A and columns of B.")

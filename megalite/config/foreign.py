@@ -158,11 +158,11 @@ _OTHERWISE = {
     "parallel.pipeline parallel.context parallel.expert",
     "set deepspeed.zero_optimization.stage": "use_distributed_optimizer fsdp fsdp_config strategy",
     'set model.activation to "swiglu"': "swiglu use_swiglu",
-    "the tokenizer of the data decides it; take it out": "bos_token_id eos_token_id pad_token_id "
+    "the tokenizer of the data decides it; remove it": "bos_token_id eos_token_id pad_token_id "
     "unk_token_id tokenizer_type",
     "python -m data_prep makes tokenizers and shards; give tokenize --tokenizer": "tokenizer "
     "vocab_file merge_file",
-    "the order of data needs no worker; take it out": "dataloader_num_workers num_workers "
+    "the order of data needs no worker; remove it": "dataloader_num_workers num_workers "
     "dataloader_drop_last dataloader_pin_memory drop_last pin_memory shuffle",
 }
 

@@ -36,7 +36,7 @@ from megalite.config.strict import (
 from megalite.errors import ConfigError
 from megalite.log import logger
 
-# beside the package in a checkout, within it where it is installed (pyproject.toml)
+# next to the package in a checkout, within it where it is installed (pyproject.toml)
 _PACKAGE = Path(__file__).parents[1]
 SHIPPED = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
 
@@ -133,7 +133,7 @@ def find_file(name: str | Path, folder: Path = Path()) -> Path:
 
 
 def section_changes(sets: Sequence[str]) -> dict[str, Any]:
-    """What `--set` changes, as the sections of a run file."""
+    """Return what `--set` changes, as the sections of a run file."""
     raw: dict[str, Any] = {}
     _apply_sets(raw, sets, [], {})
     return raw
@@ -211,7 +211,7 @@ def _overlap(key: Key, other: Key) -> bool:
 
 
 def _origin(fault: Fault, source: str, origins: Origins) -> str:
-    """What to put before a fault: where its first key was written, else the run file."""
+    """Return what to put before a fault: where its first key was written, else the run file."""
     key = fault.keys[0]
     while key and key not in origins and any(part.isdigit() for part in key):
         key = key[:-1]  # into a list, which is written whole
@@ -236,7 +236,7 @@ def _read_chain(source: ConfigSource, faults: list[str]) -> list[tuple[Path, dic
         identity = _resolve(path)
         if identity in seen:
             loop = " -> ".join(str(file) for file, _ in chain) + f" -> {path}"
-            faults.append(f"{chain[-1][0]}: extends goes in a circle: {loop}; take one link out")
+            faults.append(f"{chain[-1][0]}: extends goes in a circle: {loop}; remove one link")
             return chain
         seen.append(identity)
         if isinstance(source, str | Path) or chain:
@@ -281,7 +281,7 @@ def _resolve(path: Path) -> Path:
 
 
 def _read_file(path: Path, asked_by: Path | None, faults: list[str]) -> dict[str, Any]:
-    """One file's object.
+    """Return one file's object.
 
     Raises:
         ConfigError: why there is none, after the faults so far.
@@ -339,7 +339,7 @@ def _drop_alternatives(base: dict[str, Any], over: Mapping[str, Any]) -> None:
 
 
 def _section(raw: Any, keys: Sequence[str]) -> Any:
-    """The section below `keys`; an empty one if there is none."""
+    """Return the section below `keys`; an empty one if there is none."""
     for key in keys:
         raw = raw.get(key) if isinstance(raw, dict) else None
     return raw if isinstance(raw, dict) else {}

@@ -34,7 +34,7 @@ class SamplesConfig(Section):
 
 
 class WandbConfig(Section):
-    """The run in Weights & Biases, beside its own records."""
+    """The run in Weights & Biases, next to its own records."""
 
     project: Text = Field(description="Name of the project there.", examples=["megalite"])
     entity: Text | None = Field(

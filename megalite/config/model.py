@@ -13,7 +13,7 @@ from megalite.config.names import NameOf
 
 
 def _head_dim(data: dict[str, int]) -> int:
-    """The default; a field that is itself at fault is absent from `data`."""
+    """Return the default; a field that is itself at fault is absent from `data`."""
     return max(1, data.get("hidden_size", 1) // data.get("num_attention_heads", 1))
 
 
@@ -71,7 +71,7 @@ class ModelConfig(Section):
         examples=[5632],
     )
     num_hidden_layers: SmallCount = Field(
-        description="Transformer blocks (of the encoder, where there are two stacks).",
+        description="Transformer blocks (of the encoder, if there are two stacks).",
         examples=[22],
     )
     num_decoder_layers: SmallCount | None = Field(
@@ -196,7 +196,7 @@ class ModelConfig(Section):
 
 
 def example_model() -> dict[str, Any]:
-    """A model section of the examples, for what must know one before the user's is there."""
+    """Return a model section of the examples, for what must know one before the user's is there."""
     fields = ModelConfig.model_fields.items()
     return {
         name: field.examples[0] for name, field in fields if field.is_required() and field.examples

@@ -12,7 +12,7 @@ from megalite.config.schema import RunConfig
 
 
 def spans(config: RunConfig) -> tuple[int, int]:
-    """Tokens cut out of a window of text, and in how many spans (T5, arXiv 1910.10683)."""
+    """Return tokens cut out of a window of text, and in how many spans (T5, arXiv 1910.10683)."""
     length = config.data.sequence_length
     objective = config.objective
     noise = min(max(round(length * objective.mask_probability), 1), max(length - 1, 1))
@@ -21,7 +21,7 @@ def spans(config: RunConfig) -> tuple[int, int]:
 
 
 def source_length(config: RunConfig) -> int:
-    """Tokens an encoder reads of a window of text: a sentinel stands for each span."""
+    """Return tokens an encoder reads of a window of text: a sentinel stands for each span."""
     if config.finetune:
         return config.finetune.data.max_length
     noise, count = spans(config)
@@ -29,7 +29,9 @@ def source_length(config: RunConfig) -> int:
 
 
 def target_length(config: RunConfig) -> int:
-    """Tokens a decoder writes: each span behind its sentinel, and one sentinel that ends them."""
+    """Return tokens a decoder writes: each span behind its sentinel, and one sentinel that ends
+    them.
+    """
     if config.finetune:
         return 1 if config.model.num_labels else config.finetune.data.max_target_length
     noise, count = spans(config)

@@ -57,7 +57,7 @@ Keys that DeepSpeed knows, or knew, and that are refused here. A key that has no
 
 
 def configuration_page(schema: dict[str, Any]) -> str:
-    """The page, in Markdown, of the JSON schema of a run file."""
+    """Return the page, in Markdown, of the JSON schema of a run file."""
     defs, top = schema["$defs"], schema["properties"]
     lines = [_INTRODUCTION, *_HEAD]
     lines += [_row(key, top[key]) for key in ("$schema", "extends", "name", "plugins")]
@@ -72,7 +72,7 @@ def configuration_page(schema: dict[str, Any]) -> str:
 
 
 def _sections(place: str, field: Any, defs: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """A section and those within it: where each stands, and its name in the schema."""
+    """Yield a section and those within it: where each stands, and its name in the schema."""
     for kind in field.get("anyOf", [field]):
         at = f"{place}[0]" if "items" in kind else place
         if name := kind.get("items", kind).get("$ref", "").rpartition("/")[2]:
@@ -93,14 +93,14 @@ def _row(key: str, field: dict[str, Any]) -> str:
 
 
 def _value(field: dict[str, Any]) -> str:
-    """What a key may be, in words."""
+    """Return what a key may be, in words."""
     types = field.get("type")
     kinds = [{**field, "type": kind} for kind in types] if isinstance(types, list) else [field]
     return " or ".join(_kind(kind) for kind in field.get("anyOf", kinds))
 
 
 def _kind(kind: dict[str, Any]) -> str:
-    """One of the things that a key may be."""
+    """Return one of the things that a key may be."""
     if "enum" in kind or "const" in kind:
         choices = kind.get("enum", [kind.get("const")])
         return ", ".join(f"`{json.dumps(choice)}`" for choice in choices)

@@ -25,7 +25,7 @@ class Precision(str, enum.Enum):
 
     @property
     def torch(self) -> torch.dtype:
-        """Torch's name of the format. Only code that has torch already may ask for it."""
+        """Torch's name of the format. Only code that has torch already may request it."""
         import torch
 
         names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -17,7 +17,7 @@ from megalite.config.tasks import TaskSpec, find_task, optional_keys, tasks_with
 
 
 def rule_faults(config: RunConfig) -> Iterator[Fault]:
-    """Every broken rule between fields of a config whose fields are sound one by one."""
+    """Yield every broken rule between fields of a config whose fields are sound one by one."""
     yield from _heads(config)
     yield from _shares(config)
     yield from _families(config)
@@ -60,7 +60,9 @@ def _heads(config: RunConfig) -> Iterator[Fault]:
 
 
 def allowed_tensor_sizes(model: ModelConfig) -> list[int]:
-    """The tensor-parallel sizes a model can be split by: they divide key/value heads and MLP."""
+    """Return the tensor-parallel sizes a model can be split by: they divide key/value heads and
+    MLP.
+    """
     shared = model.num_attention_heads, model.num_key_value_heads, model.intermediate_size
     return _divisors(math.gcd(*shared))
 
@@ -79,7 +81,7 @@ def _shares(config: RunConfig) -> Iterator[Fault]:
 
 
 def _length_key(config: RunConfig) -> str:
-    """The key that says how long a sample is."""
+    """Return the key that says how long a sample is."""
     tuning = config.finetune
     length = config.data.sequence_length
     own = tuning is not None and tuning.data.max_length == length
@@ -104,7 +106,7 @@ def _positions(config: RunConfig) -> Iterator[Fault]:
 
 
 def _families(config: RunConfig) -> Iterator[Fault]:
-    """What a kind of network has no place for."""
+    """Yield the keys that an architecture does not have."""
     model = config.model
     kind, scaling = model.architecture, model.rope_scaling
     for key, found, needs in (
@@ -118,7 +120,7 @@ def _families(config: RunConfig) -> Iterator[Fault]:
             where = {"num_decoder_layers": "encoder_decoder", "type_vocab_size": "encoder"}
             wanted = f"architecture {where.get(key, 'decoder')}"
             wanted = "position_embedding rope" if scaling is found else wanted
-            yield fault(f"model.{key}", f"it has a meaning with {wanted} alone; leave it out")
+            yield fault(f"model.{key}", f"it only applies to {wanted}; remove it")
     if scaling and scaling.rope_type != "linear" and not scaling.original_max_position_embeddings:
         yield fault(
             "model.rope_scaling.original_max_position_embeddings",
@@ -151,7 +153,7 @@ def _layer_types(config: RunConfig) -> Iterator[Fault]:
 
 
 def _finetune(config: RunConfig) -> Iterator[Fault]:
-    """What is learned from examples needs its kind of network, and no shards."""
+    """Yield the broken rules of fine-tuning: its architecture, its keys, its data."""
     tuning = config.finetune
     kind = config.model.architecture
     assert tuning is not None
@@ -166,7 +168,7 @@ def _finetune(config: RunConfig) -> Iterator[Fault]:
         )
     yield from _task_keys(tuning, task)
     if tuning.pooling and kind == "encoder_decoder":
-        yield fault("finetune.pooling", "an encoder_decoder writes one token; leave it out")
+        yield fault("finetune.pooling", "an encoder_decoder writes one token; remove it")
     if tuning.class_weights and tuning.balance_classes:
         yield fault("finetune.class_weights", "balance_classes makes them; give one of the two")
     if tuning.metric not in (None, *task.metrics):
@@ -177,11 +179,11 @@ def _finetune(config: RunConfig) -> Iterator[Fault]:
     if tuning.early_stopping and not has_held_out(config):
         yield fault("finetune.early_stopping", "it needs a valid or a test split to look at")
     if config.data.train or config.data.valid:
-        yield fault("data.train", "examples come from finetune.data; leave the sources out")
+        yield fault("data.train", "examples come from finetune.data; remove the sources")
     if config.data.sequence_length != data.max_length:
         yield fault(
             "data.sequence_length finetune.data.max_length",
-            f"{config.data.sequence_length}, but examples have {data.max_length}; leave it out",
+            f"{config.data.sequence_length}, but examples have {data.max_length}; remove it",
         )
     if task.has_labels and config.parallel.sequence and kind == "encoder_decoder":
         yield fault("parallel.sequence finetune.task", "one written token cannot be shared; false")
@@ -194,7 +196,7 @@ def _task_keys(tuning: FinetuneConfig, task: TaskSpec) -> Iterator[Fault]:
         value = getattr(tuning.data if inner else tuning, last)
         if value and key not in task.keys:
             having = " and ".join(tasks_with_key(key))
-            yield fault(f"finetune.{key}", f"it has a meaning for {having} alone")
+            yield fault(f"finetune.{key}", f"it only applies to {having}; remove it")
 
 
 def _splits(data: ExamplesConfig) -> Iterator[Fault]:
@@ -208,7 +210,7 @@ def _splits(data: ExamplesConfig) -> Iterator[Fault]:
 
 
 def has_held_out(config: RunConfig) -> bool:
-    """Whether there is what a checkpoint can be measured on."""
+    """Return whether there is what a checkpoint can be measured on."""
     if config.finetune is None:
         return bool(config.data.valid)
     data = config.finetune.data
@@ -222,7 +224,7 @@ def _pretraining(config: RunConfig) -> Iterator[Fault]:
         yield fault("training.steps", "found 0; give 1 or more")
     if config.model.adapter or config.model.num_labels:
         key = "adapter" if config.model.adapter else "num_labels"
-        yield fault(f"model.{key}", "fine-tuning fills it in; leave it out")
+        yield fault(f"model.{key}", "fine-tuning fills it in; remove it")
     yield from _objective(config)
 
 
@@ -234,7 +236,7 @@ def _objective(config: RunConfig) -> Iterator[Fault]:
         yield fault(
             "objective.name model.architecture",
             f"{show(objective.name)} is not what an architecture {show(kind)} is trained for; "
-            f"write {show(meant)}, or leave it out",
+            f"write {show(meant)}, or remove it",
         )
     elif objective.name == "masked" and not _is_id(objective.mask_token_id, config):
         yield fault(
@@ -319,12 +321,12 @@ def _schedule(config: RunConfig) -> Iterator[Fault]:
     if schedule.decay_steps is None:
         return  # a warmup longer than the run is a short trial of a long run, and sound
     if schedule.name == "constant":
-        yield fault(keys, "a constant schedule does not decay; leave it out or name another")
+        yield fault(keys, "a constant schedule does not decay; remove it or name another")
     elif steps and schedule.warmup_steps + schedule.decay_steps > steps:
         yield fault(
             keys,
             f"warmup_steps {schedule.warmup_steps} + decay_steps {schedule.decay_steps} is over "
-            f"training.steps {steps}; shorten one, or leave decay_steps out",
+            f"training.steps {steps}; shorten one, or remove decay_steps",
         )
 
 
@@ -333,7 +335,7 @@ def _retention(config: RunConfig) -> Iterator[Fault]:
     if keep and (not every or keep % every):
         saved = f"every {every} steps" if every else "at the end alone"
         near = [keep // every * every, (keep // every + 1) * every] if every else []
-        advice = " or ".join(str(n) for n in near if n) or "leave it out, or set checkpoint.every"
+        advice = " or ".join(str(n) for n in near if n) or "remove it, or set checkpoint.every"
         yield fault(
             "checkpoint.keep_every checkpoint.every",
             f"{keep}, but the run is saved {saved}; {'try ' if every else ''}{advice}",
@@ -391,7 +393,7 @@ def _samples(config: RunConfig) -> Iterator[Fault]:
     classifies = config.finetune is not None and find_task(config.finetune.task).has_labels
     if config.logging.samples and (encodes or classifies):
         what = "an encoder" if encodes else "a classifier"
-        yield fault("logging.samples", f"{what} writes no text; leave it out")
+        yield fault("logging.samples", f"{what} writes no text; remove it")
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,8 +1,8 @@
-"""The run file, field by field: what may be asked for, in which unit, and what is assumed.
+"""The run file, field by field: types, units, bounds and defaults.
 
-Sections are frozen and refuse keys they do not know and types they were not asked for (`"3"` is
-not 3, `true` is not 1; a whole number serves where a real one is asked). Rules that span fields
-are in `megalite.config.rules`; the door is `megalite.config.load_config`.
+Sections are frozen. They refuse unknown keys and other types (`"3"` is not 3, `true` is not 1; a
+whole number is accepted as a real one). `megalite.config.rules` has the rules between fields;
+`megalite.config.load_config` reads a file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megalite.config.names import NameOf
 
 
 class ObjectiveConfig(Section):
-    """What is learned from a window of text."""
+    """The training objective."""
 
     name: Annotated[str, NameOf(registry.objectives)] = Field(
         default="causal",
@@ -65,10 +65,11 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """What is read, in which windows and order."""
+    """The data, its windows and its order."""
 
     train: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = Field(
-        description="Sources of training samples (of fine-tuning: none, see finetune.data).",
+        description="Sources of training samples. Leave empty when fine-tuning; finetune.data has "
+        "the examples.",
         examples=[[{"path": "data/train"}]],
     )
     valid: Annotated[tuple[SourceConfig, ...], Field(strict=False)] = Field(
@@ -79,8 +80,8 @@ class DataConfig(Section):
     )
     mask_documents: bool = Field(
         default=False,
-        description="Whether documents of one window are kept apart: attention does not cross, "
-        "positions restart, the target that crosses is not counted.",
+        description="If true, the documents of one window are separate: attention does not cross "
+        "their boundaries, positions restart, and a target across a boundary does not count.",
     )
     seed: Seed = Field(default=1234, description="Seed of the data order.")
     verify: bool = Field(
@@ -93,8 +94,8 @@ class ParallelConfig(Section):
 
     tensor: Count = Field(
         default=1,
-        description="Ranks that share each layer (tensor parallelism); divides the key/value "
-        "heads.",
+        description="Ranks that share each layer (tensor parallelism). The number must divide the "
+        "key/value heads.",
     )
     sequence: bool = Field(
         default=False,
@@ -108,7 +109,7 @@ class OptimizerConfig(Section):
 
     name: Annotated[str, NameOf(registry.optimizers)] = Field(
         default="adamw",
-        description="Update rule; muon: of the blocks' matrices, beside AdamW of all others.",
+        description="Update rule. muon updates the blocks' matrices, AdamW everything else.",
     )
     lr: Positive = Field(description="Peak learning rate.", examples=[3e-4])
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = Field(
@@ -152,8 +153,8 @@ class TrainingConfig(Section):
     """The length of the run, its batches and its numerics."""
 
     steps: CountOrZero = Field(
-        description="Total optimizer steps. Leave it out when fine-tuning; finetune.epochs sets "
-        "it.",
+        description="Total optimizer steps. Leave at 0 when fine-tuning; finetune.epochs sets "
+        "them.",
         examples=[100000],
     )
     tokens: Count | None = Field(
@@ -194,8 +195,8 @@ class TrainingConfig(Section):
     )
     replica_check_every: CountOrZero = Field(
         default=100,
-        description="Steps between comparisons of what ranks should hold alike, which also come "
-        "before each checkpoint (0: never).",
+        description="Steps between comparisons of the ranks' replicas, which also precede each "
+        "checkpoint. 0 means never.",
     )
     eval_batches: Count = Field(
         default=50, description="Length of a validation, in global batches."
@@ -211,7 +212,7 @@ class CheckpointConfig(Section):
     keep: Count = Field(default=3, description="Newest checkpoints kept.")
     keep_every: CountOrZero = Field(
         default=0,
-        description="Steps between checkpoints that are kept for good (0: none are).",
+        description="Steps between checkpoints that are kept permanently (0: none are).",
     )
     keep_best: bool = Field(
         default=False,
@@ -230,12 +231,13 @@ class CheckpointConfig(Section):
 
 
 class GuardsConfig(Section):
-    """What the run does about bad numbers and ranks that hang."""
+    """Reactions to bad numbers and to ranks that hang."""
 
     spike: Literal["off", "log", "skip", "rollback"] = Field(
         default="log",
-        description="What follows when the loss or the gradient norm jumps: nothing, an event, the "
-        "update left out, or a return to the checkpoint before it without the data around it.",
+        description="Reaction to a jump of the loss or the gradient norm. off: none. log: an "
+        "event. skip: the update is omitted. rollback: the run returns to an earlier checkpoint "
+        "and omits the data.",
     )
     spike_threshold: Positive = Field(
         default=10.0,
@@ -246,11 +248,11 @@ class GuardsConfig(Section):
         default=128, description="Steps a loss is compared with; the first of them are not judged."
     )
     skip_window: Count = Field(
-        default=100, description="Global batches left out around a jump that is rolled back."
+        default=100, description="Global batches omitted around a jump that is rolled back."
     )
     max_skips: Count = Field(
         default=10,
-        description="Updates in a row that may be left out (a number that is not finite, or a "
+        description="Updates in a row that may be omitted (a number that is not finite, or a "
         "jump) before the run ends.",
     )
     max_rollbacks: CountOrZero = Field(
@@ -278,13 +280,13 @@ class RunConfig(Section):
         examples=["smoke"],
     )
     model: ModelConfig = Field(description="The network.")
-    data: DataConfig = Field(description="What it reads.")
+    data: DataConfig = Field(description="The data.")
     parallel: ParallelConfig = Field(
         default_factory=ParallelConfig, description="How the model is split over ranks."
     )
     objective: ObjectiveConfig = Field(
         default_factory=ObjectiveConfig,
-        description="What is learned (without a name: what the architecture is made for).",
+        description="The training objective. Without a name, the architecture's own.",
     )
     optimizer: OptimizerConfig = Field(description="The update rule.")
     schedule: ScheduleConfig = Field(
@@ -298,7 +300,7 @@ class RunConfig(Section):
         default_factory=GuardsConfig, description="Bad numbers and hanging ranks."
     )
     logging: LoggingConfig = Field(
-        default_factory=LoggingConfig, description="Where the run is written."
+        default_factory=LoggingConfig, description="Files and services that record the run."
     )
     finetune: FinetuneConfig | None = Field(
         default=None, description="Fine-tuning on labelled data (null: pretraining)."

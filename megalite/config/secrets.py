@@ -22,7 +22,7 @@ _FREE_TEXT: tuple[Key, ...] = (
 
 
 def secret_faults(config: RunConfig) -> Iterator[Fault]:
-    """Every key whose value is a secret; the value itself is not shown."""
+    """Yield every key whose value is a secret; the value itself is not shown."""
     raw = config.model_dump(mode="json")
     for section in _FREE_TEXT:
         value: Any = raw
@@ -51,7 +51,9 @@ def _secrets(value: Any, at: Key) -> Iterator[Key]:
 
 
 def redacted_keys(raw: Any) -> list[str]:
-    """The dotted keys of a stored run file that lost a value to an earlier version's redaction."""
+    """Return the dotted keys of a stored run file that lost a value to an earlier version's
+    redaction.
+    """
     return [dotted(key) for key in _redacted(raw, ())]
 
 

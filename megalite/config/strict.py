@@ -19,7 +19,7 @@ _INTEGER_LIMIT = 2**63  # what a signed 64-bit number holds
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Return the JSON object that a file holds.
 
     Raises:
         FileNotFoundError: no such file.
@@ -35,7 +35,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_value(path: Path) -> tuple[Any, list[str]]:
-    """What a file holds, and what `parse_strict` notes about it.
+    """Return what a file holds, and what `parse_strict` notes about it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -61,7 +61,7 @@ def read_value(path: Path) -> tuple[Any, list[str]]:
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"line {error.lineno} column {error.colno}: not JSON: {error.msg}; "
-            "mend it there (JSON has no comments and no comma before a closing bracket)"
+            "fix it there (JSON has no comments and no comma before a closing bracket)"
         ) from None
     except RecursionError:
         raise ConfigError(TOO_DEEP) from None
@@ -104,7 +104,9 @@ def _plain(value: Any) -> Any:
 
 
 def too_deep(value: Any) -> bool:
-    """Whether lists and sections nest so deep that the recursions to come could not end well."""
+    """Return whether lists and sections nest so deep that the recursions to come could not end
+    well.
+    """
     level = [value]
     for _ in range(_DEPTH):
         level = [

@@ -325,7 +325,7 @@ def _too_short(source: ShardSet, sequence_length: int) -> str:
         return ""
     return (
         f"{source.path}: {source.tokens} tokens are less than one sample of sequence_length "
-        f"{sequence_length} and its last target; lower data.sequence_length, or leave it out"
+        f"{sequence_length} and its last target; lower data.sequence_length, or remove it"
     )
 
 

@@ -40,7 +40,7 @@ class Loader:
         data_rank: r, this rank's place among the data-parallel ones.
         data_size: R, how many of them there are.
         start: the place in the order where the first step begins.
-        gaps: places [first, last) of the order that are left out, ascending and disjoint.
+        gaps: places [first, last) of the order that are omitted, ascending and disjoint.
         pin_memory: whether to hand over page-locked tensors (where CUDA is available).
         prefetch: steps held ready.
         count: the objective's count of a batch's targets. None means the labels that count.

@@ -35,7 +35,7 @@ class Mixture:
         if faults or not weights:
             raise DataError(
                 f"a mixture needs positive, finite weights, found {', '.join(faults) or 'none'}; "
-                "leave out a source that is not to be read"
+                "omit a source that is not to be read"
             )
         self._depth = (len(weights) - 1).bit_length()
         self._leaves = 2**self._depth

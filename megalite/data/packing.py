@@ -50,21 +50,21 @@ class Packing:
         return 1 - int(self.lengths.sum()) / places if places else 0.0
 
 
-def pack(lengths: Ints, length: int, *, longer: Literal["cut", "leave out"]) -> Packing:
+def pack(lengths: Ints, length: int, *, longer: Literal["cut", "omit"]) -> Packing:
     """Pack documents into as few windows as best-fit decreasing finds.
 
     Documents of one length go into all windows with the same room together: after the sort at most
     one step a document, and mostly far fewer, each of which looks at L bits.
 
     Args:
-        lengths: tokens of each document; those without any are in no window and not left out.
+        lengths: tokens of each document; those without any are in no window and not omitted.
         length: L, tokens of a window.
         longer: documents of more than L tokens are cut into pieces of L and a rest, which is packed
-            like a document, or left out.
+            like a document, or omitted.
     """
     assert length > 0
     assert np.all(lengths >= 0)
-    out = (lengths > length) & (longer == "leave out")
+    out = (lengths > length) & (longer == "omit")
     kept = np.where(out, 0, lengths)
     documents = np.repeat(np.arange(len(kept)), -(-kept // length))
     starts = _count_within(documents) * length

@@ -12,7 +12,7 @@ from megalite.data.order import Ints
 class Samples(Protocol):
     """Samples of training or evaluation data, each a function of its number.
 
-    The loader asks for a step in three calls: `sort_by_length` decides which rank gets which
+    The loader requires a step in three calls: `sort_by_length` decides which rank gets which
     samples, `source_of` says where they are, and `read` reads one micro-batch.
 
     Attributes:

@@ -20,7 +20,7 @@ from megalite.errors import ConfigError
 def examine(
     config: str | None, look: Callable[[RunConfig], str], start: Path | None = None
 ) -> list[Row]:
-    """The rows of this machine, and of a run file on it.
+    """Return the rows of this machine, and of a run file on it.
 
     Args:
         look: what a preview at the examples of fine-tuning says; UserError where they are faulty.

@@ -36,8 +36,8 @@ def shared_memory(free: int) -> Row:
 
 
 def memory(free: int) -> Row:
-    """A rank's libraries alone take 1 GiB."""
-    return _room(free, GIB, 4 * GIB, "end other processes, or ask for more memory")
+    """Return a row for memory: a rank's libraries alone take 1 GiB."""
+    return _room(free, GIB, 4 * GIB, "end other processes, or request more memory")
 
 
 def limits(files: int, locked: int, *, infiniband: bool) -> Row:
@@ -74,7 +74,7 @@ def look_disk(folder: Path) -> Disk:
             return _measure(file, free)
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be written: {error.strerror}; mend that, or set logging.directory "
+            f"{folder}: cannot be written: {error.strerror}; fix that, or set logging.directory "
             "to a folder of yours"
         ) from error
 
@@ -111,7 +111,7 @@ def disk(folder: Path, found: Disk) -> Row:
 
 
 def look_synchronised() -> bool | None:
-    """What the kernel says of its clock; None: nothing."""
+    """Return what the kernel says of its clock; None: nothing."""
     with suppress(OSError, AttributeError):
         state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))  # modes 0: it is asked
         return None if state < 0 else bool(state != _UNSYNCHRONISED)
@@ -122,7 +122,7 @@ def clock(skew: float, synchronised: bool | None, *, cluster: bool = False) -> R
     """Judge this host's clock.
 
     A skew of minutes breaks logins, Slurm's too; one of seconds the times of a run's records. A
-    clock that no time service sets is harmless on a host by itself. In a container the kernel
+    clock that no time service sets is harmless on a host alone. In a container the kernel
     often cannot see the service at all.
 
     Args:
@@ -166,7 +166,7 @@ def _bind(address: str, port: str) -> str:
 def ports(loopback: str, host: str, address: str, port: str, taken: str) -> Row:
     """loopback, taken: why none can be had there, and why MASTER_PORT cannot; "" where they can."""
     if loopback:
-        return Row("fail", f"none on 127.0.0.1: {loopback}", "ranks meet there: mend the loopback")
+        return Row("fail", f"none on 127.0.0.1: {loopback}", "ranks meet there: fix the loopback")
     if taken:
         return Row("fail", f"MASTER_PORT {port}: {taken}", "unset MASTER_PORT, or choose another")
     if not address:

@@ -15,7 +15,7 @@ _COLOURS = dict(zip(STATES, ("green", "yellow", "red"), strict=True))
 
 
 class Row(NamedTuple):
-    """state "fail": a run would end, or not be what was asked for. advice: what to do about it."""
+    """state "fail": a run would end, or not be what was requested. advice: what to do about it."""
 
     state: Literal["ok", "warn", "fail"]
     found: str
@@ -27,7 +27,7 @@ Check = tuple[str, Callable[[], Row]]
 
 
 def run(checks: Iterable[Check]) -> Iterator[Row]:
-    """A row of each check, whatever becomes of it."""
+    """Yield a row of each check, whatever becomes of it."""
     for name, check in checks:
         try:
             row = check()
@@ -35,7 +35,7 @@ def run(checks: Iterable[Check]) -> Iterator[Row]:
             row = Row("fail", str(error))
         except Exception as error:
             told = f"the check itself failed: {type(error).__name__}: {error}"
-            row = Row("fail", told, "what it asked for is broken here, or the check is")
+            row = Row("fail", told, "the check itself failed: fix what its message names")
         yield row._replace(name=name)
 
 

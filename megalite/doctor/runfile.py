@@ -15,7 +15,7 @@ from megalite.plan import make_plan
 
 
 def load(path: str, start: Path | None = None) -> RunConfig:
-    """The run file; one of fine-tuning may leave its model to the run's own checkpoints.
+    """Return the run file; one of fine-tuning may leave its model to the run's own checkpoints.
 
     Args:
         start: the folder of the model that a fresh run starts from.
@@ -52,7 +52,7 @@ def data(config: RunConfig, look: Callable[[RunConfig], str]) -> Row:
 
 
 def memory(config: RunConfig) -> Row:
-    """Whether a run on all GPUs of this host, or on its processor, fits."""
+    """Return whether a run on all GPUs of this host, or on its processor, fits."""
     import torch
 
     from megalite.train.checks import hardware_faults
@@ -71,7 +71,9 @@ def memory(config: RunConfig) -> Row:
 
 
 def checkpoints(config: RunConfig, free: int) -> Row:
-    """Whether the disk has room for all that the run keeps, and for the next one beside it."""
+    """Return whether the disk has room for all that the run keeps, and for the next one
+    next to it.
+    """
     from megalite.checkpoint import checkpoint_bytes
 
     size = checkpoint_bytes(config)

@@ -26,7 +26,7 @@ ANY = SpecifierSet()
 
 
 def look_ranges() -> dict[str, SpecifierSet]:
-    """The versions that this installation asks for, by package, and of Python."""
+    """Return the versions that this installation requires, by package, and of Python."""
     try:
         own = importlib.metadata.metadata("megalite")
     except importlib.metadata.PackageNotFoundError:
@@ -45,7 +45,7 @@ def look_version(name: str, wanted: SpecifierSet) -> Row:
 
 
 def version(name: str, wanted: SpecifierSet, found: str | None) -> Row:
-    """One that is newer than those it was tried with is a warning."""
+    """Return a row for a package: a version newer than the tested ones is a warning."""
     if found and wanted.contains(found, prereleases=True):
         return Row("ok", found)
     floor = SpecifierSet(",".join(str(one) for one in wanted if not one.operator.startswith("<")))
@@ -55,7 +55,7 @@ def version(name: str, wanted: SpecifierSet, found: str | None) -> Row:
 
 
 def versions(rows: Mapping[str, Row]) -> Row:
-    """One row of many: those that are not as they should be, else all."""
+    """Return one row of many: those that are not as they should be, else all."""
     if not rows:
         told = "megalite is not installed: what it needs is unknown"
         return Row("warn", told, "pip install -e .")
@@ -141,7 +141,9 @@ def cpu(cores: int, usable: int, setting: str) -> Row:
 
 
 def ask(*command: str, seconds: float = 60) -> tuple[bool, str]:
-    """Whether a command succeeds, and the line that tells: its first one, or its last of errors."""
+    """Return whether a command succeeds, and the line that tells: its first one, or its last of
+    errors.
+    """
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:

@@ -137,13 +137,13 @@ class Engine(Protocol):
             step: the step's number, counted from 1; seeds dropout.
             inspect: called between the backward and the update, where `read_gradient` works.
             accept: asked before the update with this rank's part of the loss and the gradient's
-                norm; what it refuses is left out. It must say the same on every rank.
+                norm; what it refuses is omitted. It must say the same on every rank.
         """
 
     def eval_loss(self, batch: Batch) -> Tensor:
         """Return the objective's summed loss without dropout or gradients: fp32 scalar, nats.
 
-        Further terms of the objective are left out.
+        Further terms of the objective are omitted.
         """
 
     def eval_scores(self, batch: Batch) -> Tensor:
@@ -194,7 +194,7 @@ def freeze(model: LanguageModel, config: RunConfig) -> None:
 
 
 def has_dropout(model: ModelConfig) -> bool:
-    """Whether a forward draws random numbers."""
+    """Return whether a forward draws random numbers."""
     adapters = model.adapter.dropout if model.adapter else 0.0
     return bool(model.hidden_dropout or model.attention_dropout or adapters)
 

@@ -138,7 +138,7 @@ def clip_gradients(
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of all tensors as one vector.
+    """Return the norm of all tensors as one vector.
 
     On a CPU PyTorch sums the squares of a tensor one after the other in its own precision: of
     16 million numbers it loses 6e-4. Rows of a few thousand lose nothing, at the same speed.
@@ -191,13 +191,13 @@ def join_whole(optimizer: Muon, model: nn.Module, config: ModelConfig, grid: Gri
 
 
 def read_plain(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str) -> Tensor:
-    """A parameter's own data, or its state in a plain torch optimizer."""
+    """Return a parameter's own data, or its state in a plain torch optimizer."""
     value: Tensor = parameter.data if key == WEIGHT else optimizer.state[parameter][key]
     return value
 
 
 def plain_gradient(parameter: nn.Parameter) -> Tensor:
-    """A parameter's own gradient; zero where the batch did not reach it."""
+    """Return a parameter's own gradient; zero where the batch did not reach it."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 

@@ -21,7 +21,7 @@ from megalite.model import LanguageModel
 from megalite.model.attention import CrossAttention
 
 _AT_ONCE = 16  # texts of the occlusion that are read together
-_GROUPS = 256  # texts of the occlusion: the tokens of a longer text are left out in groups
+_GROUPS = 256  # texts of the occlusion: the tokens of a longer text are omitted in groups
 
 
 def input_times_gradient(embed: nn.Module, score: Callable[[], Tensor]) -> Tensor:
@@ -163,7 +163,7 @@ def _occlusion(
 ) -> list[float] | None:
     """Return how much of the log-odds each token holds: what they lose without it.
 
-    The tokens of a long text are left out in groups; each token of a group has the group's value.
+    The tokens of a long text are omitted in groups; each token of a group has the group's value.
     None means that there is only one token, and nothing would be left to read.
     """
     model: Any = loaded.model

@@ -150,7 +150,7 @@ def stream_texts(
 ) -> Iterator[tuple[int, str]]:
     """Yield pieces of the texts that follow `prompts`, with the prompt's number, as they come.
 
-    A text ends with the document or a stop string, which is left out, wherever token boundaries cut
+    A text ends with the document or a stop string, which is omitted, wherever token boundaries cut
     it. A document ends with any of the `end_ids` of the tokenizer or the model. A prompt begins
     with what the tokenizer begins texts with. If that is nothing, an empty prompt stands for the
     id that ended the document before. Ids outside the tokenizer's vocabulary have no text.
@@ -163,7 +163,7 @@ def stream_texts(
             nor a beginning of document.
     """
     if "" in stop:
-        raise CommandError("an empty stop string would end every text at once; leave it out")
+        raise CommandError("an empty stop string would end every text at once; remove it")
     ends = list(tokenizer.end_ids)
     continues = getattr(model, "continues", True)
     ends += getattr(model, "end_ids", ())
@@ -227,7 +227,7 @@ def sample_ids(
     if not all(prompts):
         raise CommandError("the prompt has no tokens: a model continues what it is given")
     if max_new_tokens < 0:
-        raise CommandError(f"max_new_tokens is {max_new_tokens}; ask for 0 or more")
+        raise CommandError(f"max_new_tokens is {max_new_tokens}; request 0 or more")
     decoder: Any = model if hasattr(model, "begin") else UncachedDecoder(model)
     return _sample(decoder, prompts, max_new_tokens, ends, sampling)
 

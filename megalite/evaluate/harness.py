@@ -47,7 +47,7 @@ def run(
     from lm_eval.tasks import TaskManager
 
     if loaded.config.architecture != "decoder":
-        raise CommandError(f"--tasks asks for a decoder; this is an {loaded.config.architecture}")
+        raise CommandError(f"--tasks requires a decoder; this is an {loaded.config.architecture}")
     manager = TaskManager(include_path=path)
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:

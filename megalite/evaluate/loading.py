@@ -329,7 +329,7 @@ def _compare_vocabularies(folder: Path, config: ModelConfig, tokenizer: Tokenize
         logger.info("%s: texts begin with %s, as its tokenizer says", folder, before)
     if after and config.architecture == "decoder":
         logger.warning(
-            "%s: its tokenizer ends every text with %s; prompts go on, so it is left out",
+            "%s: its tokenizer ends every text with %s; prompts go on, so it is omitted",
             folder,
             after,
         )

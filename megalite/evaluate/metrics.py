@@ -47,7 +47,7 @@ def classification_metrics(
     from torchmetrics.functional import classification as measures
 
     if not len(labels_N):
-        raise DataError("metrics of a classifier were asked for, of no rows; give a split with any")
+        raise DataError("metrics of a classifier were requested, of no rows; give a split with any")
     loss = F.cross_entropy(scores_NC.double(), labels_N)
     if not torch.isfinite(loss):
         raise MegaLiteError(f"the classifier's loss is {loss:g}: choose a checkpoint from before")

@@ -67,7 +67,7 @@ def open_prompts(config: RunConfig, folder: Path | None, ask: Ask | None) -> Pro
     if folder is None:
         raise DataError(
             "logging.samples: the shards do not tell their tokenizer, which prompts are read with; "
-            "put it beside them as tokenizer/, or leave logging.samples out"
+            "put it next to them as tokenizer/, or leave logging.samples out"
         )
     tokenizer = load_tokenizer(folder)
     chats = config.finetune is not None and find_task(config.finetune.task).uses_template
@@ -82,7 +82,7 @@ class Writer:
     """Writes on from a run's prompts; on rank 0 it is the reader that `stream_texts` asks.
 
     Numbers of the training stay what they are: what is drawn comes from generators of its own, and
-    nothing is compiled anew for other shapes.
+    nothing is compiled again for other shapes.
     """
 
     def __init__(self, config: RunConfig, engine: Engine, grid: Grid, prompts: Prompts) -> None:

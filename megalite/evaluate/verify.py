@@ -26,7 +26,7 @@ def require_transformers() -> None:
 def verify(folder: Path, *, tokens: int = 32) -> tuple[float, float]:
     """Return the largest difference of scores on random tokens, over their spread; and its limit.
 
-    Both read the folder anew, in fp32.
+    Both read the folder again, in fp32.
     """
     ours = open_model(folder)
     longest = min(tokens, ours.config.max_position_embeddings)

@@ -85,7 +85,7 @@ class Manifest(_Entry):
 
 
 def other_format(folder: Path) -> str | None:
-    """What a folder's manifest calls itself where it is readable and no checkpoint's."""
+    """Return what a folder's manifest calls itself where it is readable and no checkpoint's."""
     try:
         found = files.read_json(folder / MANIFEST)["format"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -101,7 +101,7 @@ def files_of_other_states(manifest: Manifest) -> set[str]:
 
 
 def folder_name(step: int) -> str:
-    """The published name of the checkpoint after `step` steps."""
+    """Return the published name of the checkpoint after `step` steps."""
     return f"step_{step:08d}"
 
 
@@ -132,7 +132,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Floats]) -> tuple[FileEntry,
     start, size = _start({name: list(tensor.shape) for name, tensor in tensors.items()})
     whole = hashlib.sha256(start)
     hashes = dict[str, str]()
-    # a tensor's own hash is made beside the file's: neither needs the interpreter
+    # a tensor's own hash is made next to the file's: neither needs the interpreter
     with open(path, "wb") as file, ThreadPoolExecutor(1) as pool:
         file.write(start)
         for name, tensor in tensors.items():
@@ -149,7 +149,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Floats]) -> tuple[FileEntry,
 
 
 def _start(shapes: Mapping[str, list[int]]) -> tuple[bytes, int]:
-    """How a file of these fp32 tensors begins, to its first tensor; and the file's bytes in all."""
+    """Return how a file of these fp32 tensors begins, to its first tensor; and the file's bytes in
+    all.
+    """
     header = dict[str, Any]()
     offset = 0
     for name, shape in shapes.items():
@@ -194,7 +196,7 @@ def read_tensor(path: Path, name: str, target: Floats, box: tuple[slice, ...]) -
 
 
 def _find_tensor(file: FileIO, name: str) -> tuple[list[int], int]:
-    """An fp32 tensor's shape and its first byte, by the header of a safetensors file.
+    """Return an fp32 tensor's shape and its first byte, by the header of a safetensors file.
 
     Raises:
         OSError, ValueError: the file cannot be read; its header is none, or describes no such
@@ -275,7 +277,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _unlisted(manifest: Manifest) -> str | None:
-    """The first file that lies outside the folder, or holds a tensor and is not listed."""
+    """Return the first file that lies outside the folder, or holds a tensor and is not listed."""
     for name in manifest.files:
         if not files.is_inner_path(name):
             return name
@@ -293,7 +295,7 @@ def _writer(content: Mapping[str, Any]) -> str:
 
 
 def published(root: Path) -> list[Path]:
-    """The published checkpoints below `root`, newest first, whole or not."""
+    """Return the published checkpoints below `root`, newest first, whole or not."""
     if not root.is_dir():
         return []
     found = [p for p in root.iterdir() if _STEP_NAME.fullmatch(p.name) and p.is_dir()]
@@ -301,7 +303,7 @@ def published(root: Path) -> list[Path]:
 
 
 def best(folders: Iterable[Path]) -> Path | None:
-    """The checkpoint of the lowest validation loss, the earliest of equal ones.
+    """Return the checkpoint of the lowest validation loss, the earliest of equal ones.
 
     Those not validated at their very step, or whose manifest cannot be read, do not count.
     """
@@ -317,12 +319,12 @@ def best(folders: Iterable[Path]) -> Path | None:
 
 
 def step_of(folder: Path) -> int:
-    """The step a published checkpoint was taken after, from its name."""
+    """Return the step a published checkpoint was taken after, from its name."""
     return int(folder.name.removeprefix("step_"))
 
 
 def share(manifest: Manifest, rank: int, ranks: int) -> set[str]:
-    """The files that one of several ranks checks, so that each reads about as many bytes."""
+    """Return the files that one of several ranks checks, so that each reads about as many bytes."""
     loads = [0] * ranks
     mine = set()
     for name, entry in sorted(manifest.files.items(), key=lambda item: -item[1].bytes):
@@ -341,11 +343,11 @@ def damage(
     threads: int = 1,
     tensors: bool = True,
 ) -> list[str]:
-    """What is wrong with the named files (default: all): missing, of another size, or hash.
+    """Return what is wrong with the named files (default: all): missing, of another size, or hash.
 
     Args:
         threads: files hashed at once, which leaves the interpreter alone.
-        tensors: False leaves out the tensors' own bytes, for whoever compares their hashes: the
+        tensors: False omits the tensors' own bytes, for whoever compares their hashes: the
             rest of such a file follows from the manifest.
     """
     wanted = sorted(manifest.files if names is None else names)
@@ -382,7 +384,9 @@ def _fault(path: Path, entry: FileEntry, held: Mapping[str, list[int]] | None) -
 
 
 def _starts_with(path: Path, held: Mapping[str, list[int]]) -> bool:
-    """Whether a file begins as one of just these tensors, in the order that it says itself."""
+    """Return whether a file begins as one of just these tensors, in the order that it
+    says itself.
+    """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _LONGEST_HEADER:

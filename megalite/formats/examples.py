@@ -38,7 +38,7 @@ class _Frozen(BaseModel):
 class SplitInfo(_Frozen):
     """What a split holds, and what became of its rows.
 
-    cut: examples that were longer than the window. bad_rows: left out. counts: examples of each
+    cut: examples that were longer than the window. bad_rows: omitted. counts: examples of each
     label. sha256: by the name of an array.
     """
 
@@ -83,7 +83,7 @@ class Split:
         return np.diff(self.bounds)
 
     def ids(self, example: int) -> npt.NDArray[np.int32]:
-        """The tokens of an example."""
+        """Return the tokens of an example."""
         return self.tokens[self.bounds[example] : self.bounds[example + 1]]
 
     def loss_mask(self, example: int) -> npt.NDArray[np.bool_]:
@@ -124,7 +124,7 @@ def write_split(
 
 
 def read_manifest(folder: Path) -> ExamplesManifest:
-    """The manifest of a folder.
+    """Return the manifest of a folder.
 
     Raises:
         DataError: none there, or not one of these.
@@ -171,6 +171,6 @@ def open_split(folder: Path, manifest: ExamplesManifest, name: str) -> Split:
 
 
 def fingerprint(manifest: ExamplesManifest) -> str:
-    """A hash: equal for equal examples."""
+    """Return a hash: equal for equal examples."""
     content = manifest.model_dump(mode="json", include={"task", "labels", "splits"})
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

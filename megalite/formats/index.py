@@ -1,4 +1,4 @@
-"""The MMIDIDX `.idx` file, as Megatron-LM reads and writes it beside a `.bin` of raw token ids.
+"""The MMIDIDX `.idx` file, as Megatron-LM reads and writes it next to a `.bin` of raw token ids.
 
 S sequences   D documents + 1   little-endian, packed, so the arrays are not aligned:
 
@@ -88,20 +88,20 @@ class Index:
     header: Header
 
     def document_start(self, document: int) -> int:
-        """The first token of a document, or of the end for the one past the last."""
+        """Return the first token of a document, or of the end for the one past the last."""
         sequence = int(self.documents[document])
         if sequence == self.header.sequences:
             return self.tokens
         return int(self.pointers[sequence]) // self.dtype.itemsize
 
     def document_bounds(self) -> npt.NDArray[np.int64]:
-        """The first token of each document, and the end: D numbers."""
+        """Return the first token of each document, and the end: D numbers."""
         ends = np.cumsum(self.lengths, dtype=np.int64)
         return np.concatenate(([0], ends))[self.documents]
 
 
 def dtype_for(vocab_size: int) -> Dtype:
-    """The dtype that shards of a vocabulary have: uint16 up to 65,536 ids, else int32."""
+    """Return the dtype that shards of a vocabulary have: uint16 up to 65,536 ids, else int32."""
     return DTYPES[8] if vocab_size <= 1 << 16 else DTYPES[4]
 
 
@@ -134,7 +134,7 @@ def write_index(
 
 
 def read_header(path: Path | str) -> Header:
-    """The header of an `.idx`, checked against the file's size; 34 bytes are read.
+    """Return the header of an `.idx`, checked against the file's size; 34 bytes are read.
 
     Raises:
         DataError: not an MMIDIDX file, another version, an unknown dtype code, a wrong size.
@@ -317,7 +317,7 @@ class DocumentStarts:
         return np.unique(found) if self._empty else found
 
     def _read(self, files: OpenFiles, low: int, high: int) -> Integers:
-        """The first bytes of documents low to high, without those that begin at the end."""
+        """Return the first bytes of documents low to high, without those that begin at the end."""
         if high <= low:
             return np.empty(0, _INT64)
         if not self._sentences:
@@ -336,7 +336,7 @@ class DocumentStarts:
 
 
 def _counts_up(documents: Integers) -> bool:
-    """Whether each document is one sequence."""
+    """Return whether each document is one sequence."""
     firsts = range(0, len(documents), _CHECKED_AT_ONCE)
     parts = ((first, documents[first : first + _CHECKED_AT_ONCE]) for first in firsts)
     return all(np.array_equal(part, np.arange(n, n + len(part))) for n, part in parts)

@@ -47,7 +47,7 @@ UNKNOWN_TOKENIZER = TokenizerInfo.model_construct(path="", sha256="")
 class ShardInfo(_Frozen):
     """One pair of `NAME.bin` and `NAME.idx`; `bytes` and `sha256` are the `.bin`'s.
 
-    Where there is no manifest, `sha256` is empty and `index_sha256` is what was found.
+    If there is no manifest, `sha256` is empty and `index_sha256` is what was found.
     """
 
     name: Name

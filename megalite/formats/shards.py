@@ -56,7 +56,7 @@ def open_shards(
     Megatron's own shards open without a manifest: a folder of pairs, in the order of their names,
     or one pair by its prefix (`data/my_text_document`). Their `.idx` files are read whole and
     hashed, some 40 MB for a billion tokens; a warning says what cannot be checked. A `tokenizer/`
-    beside them is taken as theirs.
+    next to them is taken as theirs.
 
     Args:
         verify: hash each shard before its first use.
@@ -179,7 +179,7 @@ class ShardWriter:
 class ShardSet:
     """The shards of one folder as a stream of `tokens` ids; made by `open_shards`.
 
-    `path` is what was asked for: the folder, or the prefix of one pair in it. Reading is safe from
+    `path` is what was requested: the folder, or the prefix of one pair in it. Reading is safe from
     several threads.
     """
 
@@ -214,11 +214,11 @@ class ShardSet:
         return fingerprint(self.manifest)
 
     def read(self, start: int, count: int) -> Integers:
-        """Tokens start to start + count of the stream, in the shards' dtype.
+        """Return tokens start to start + count of the stream, in the shards' dtype.
 
         Raises:
             DataError: an id outside the vocabulary, a shard that changed or, where `verify` was
-                asked for, one whose hash is not the manifest's.
+                requested, one whose hash is not the manifest's.
         """
         assert 0 <= start <= start + count <= self.tokens, (start, count, self.tokens)
         pieces: list[Integers] = []
@@ -246,7 +246,7 @@ class ShardSet:
         return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
 
     def document(self, number: int) -> Integers:
-        """The tokens of one document of the folder, counted from 0."""
+        """Return the tokens of one document of the folder, counted from 0."""
         assert 0 <= number < self.documents, (number, self.documents)
         shard = bisect_right(self._firsts, number) - 1
         index = self._index(shard)
@@ -256,7 +256,7 @@ class ShardSet:
         return self.read(self._starts[shard] + first, end - first)
 
     def document_lengths(self, shard: int) -> npt.NDArray[np.int64]:
-        """The tokens of each document of one shard."""
+        """Return the tokens of each document of one shard."""
         return np.diff(self._index(shard).document_bounds())
 
     def _read_shard(self, shard: int, offset: int, count: int) -> Integers:
@@ -267,7 +267,7 @@ class ShardSet:
         return ids
 
     def _first_use(self, shard: int) -> str:
-        """The path of a `.bin`, which may have changed since the folder was opened."""
+        """Return the path of a `.bin`, which may have changed since the folder was opened."""
         info = self.manifest.shards[shard]
         path = bin_path(self.folder, info.name)
         checks.check_bin(path, self.manifest, info)

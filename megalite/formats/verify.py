@@ -29,12 +29,12 @@ _OUR_SHARD = re.compile(r"shard_\d{5,}")
 
 
 def bin_path(folder: Path, shard: str) -> Path:
-    """The file of a shard's token ids."""
+    """Return the file of a shard's token ids."""
     return folder / f"{shard}.bin"
 
 
 def idx_path(folder: Path, shard: str) -> Path:
-    """The file of a shard's document boundaries."""
+    """Return the file of a shard's document boundaries."""
     return folder / f"{shard}.idx"
 
 
@@ -66,7 +66,9 @@ def verify_folder(folder: Path | str) -> list[str]:
 
 
 def size_faults(folder: Path, manifest: Manifest, shard: ShardInfo) -> list[str]:
-    """What the sizes of a shard's files and the header of its `.idx` show: 34 bytes are read."""
+    """Return what the sizes of a shard's files and the header of its `.idx` show: 34 bytes are
+    read.
+    """
     bin_file, idx_file = bin_path(folder, shard.name), idx_path(folder, shard.name)
     return [
         *fault_of(check_bin, bin_file, manifest, shard),
@@ -75,8 +77,8 @@ def size_faults(folder: Path, manifest: Manifest, shard: ShardInfo) -> list[str]
 
 
 def megatron_names(path: Path) -> list[str] | None:
-    """The pairs that `path` means where it is no folder with a manifest: all of a folder, or the
-    one of a prefix such as `data/my_text_document`; None where there is nothing of the kind.
+    """Return the pairs that `path` means where it is no folder with a manifest: all of a folder, or
+    the one of a prefix such as `data/my_text_document`; None if there is nothing of the kind.
 
     Our own shards without a manifest are not taken: `tokenize` was interrupted there.
     """
@@ -90,10 +92,11 @@ def megatron_names(path: Path) -> list[str] | None:
 
 
 def describe_megatron(folder: Path, names: list[str], *, vocab_size: int | None) -> Manifest:
-    """A manifest of shards that have none, from their `.idx` files, each of which is read whole.
+    """Return a manifest of shards that have none, from their `.idx` files, each of which is read
+    whole.
 
     Args:
-        vocab_size: the bound of ids where no `tokenizer/` lies beside them; None: the dtype's.
+        vocab_size: the bound of ids where no `tokenizer/` lies next to them; None: the dtype's.
 
     Raises:
         DataError: a file without its other half, an `.idx` that is damaged or not its `.bin`'s,
@@ -134,7 +137,7 @@ def _describe_pair(folder: Path, name: str) -> tuple[ShardInfo, str]:
     bin_file, idx_file = bin_path(folder, name), idx_path(folder, name)
     for file, other in ((bin_file, idx_file), (idx_file, bin_file)):
         if not file.is_file():
-            raise DataError(f"{file}: missing beside {other.name}; copy or make it again")
+            raise DataError(f"{file}: missing next to {other.name}; copy or make it again")
     index = read_index(idx_file)
     size = bin_file.stat().st_size
     expected = index.tokens * index.dtype.itemsize
@@ -156,7 +159,7 @@ def _describe_pair(folder: Path, name: str) -> tuple[ShardInfo, str]:
 
 
 def _tokenizer_beside(folder: Path) -> tuple[TokenizerInfo, int | None]:
-    """The tokenizer in a folder and how many ids it has; unknown where there is none."""
+    """Return the tokenizer in a folder and how many ids it has; unknown if there is none."""
     if not (folder / "tokenizer").is_dir():
         return UNKNOWN_TOKENIZER, None
     tokenizer = load_tokenizer(folder / "tokenizer")
@@ -193,7 +196,7 @@ def check_hash(path: Path, expected: str, found: str = "") -> None:
 
 
 def checked_index(folder: Path, manifest: Manifest, shard: ShardInfo) -> Index:
-    """A shard's `.idx`, compared whole with itself and with the manifest.
+    """Return a shard's `.idx`, compared whole with itself and with the manifest.
 
     Raises:
         DataError: the first thing that is wrong with it.
@@ -265,7 +268,9 @@ def _check_ends(folder: Path, manifest: Manifest, shard: ShardInfo) -> None:
 
 
 def _scan(path: Path, manifest: Manifest) -> tuple[str, int, int]:
-    """A `.bin`'s SHA-256, its highest id (a negative one counts as huge) and where that stands."""
+    """Return a `.bin`'s SHA-256, its highest id (a negative one counts as huge) and where that
+    stands.
+    """
     unsigned = np.dtype(f"<u{np.dtype(manifest.dtype).itemsize}")
     digest = hashlib.sha256()
     highest = -1
@@ -292,7 +297,7 @@ def _tokenizer_faults(folder: Path, manifest: Manifest) -> list[str]:
     tokenizer = load_tokenizer(path)
     begins = next(iter(tokenizer.prefix_ids), tokenizer.bos_id)
     return [
-        f"{folder / MANIFEST_NAME}: {key} is {told}, the tokenizer beside it says {own}"
+        f"{folder / MANIFEST_NAME}: {key} is {told}, the tokenizer next to it says {own}"
         for key, told, own in (
             ("vocab_size", manifest.vocab_size, tokenizer.vocab_size),
             ("bos", manifest.bos, begins),
@@ -303,12 +308,14 @@ def _tokenizer_faults(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _halves(folder: Path) -> list[Path]:
-    """The `.bin` and `.idx` files in a folder, by name."""
+    """Return the `.bin` and `.idx` files in a folder, by name."""
     return sorted(path for kind in ("*.bin", "*.idx") for path in folder.glob(kind))
 
 
 def fault_of(check: Callable[..., object], *arguments: object) -> list[str]:
-    """What a check raises as a DataError, in a list; an empty one where it raises nothing."""
+    """Return what a check raises as a DataError, in a list; an empty one where it raises
+    nothing.
+    """
     try:
         check(*arguments)
     except DataError as error:

@@ -154,7 +154,7 @@ def _deepspeed(path: Path) -> str | None:
     return (
         "is a checkpoint of DeepSpeed, a pickle for each rank, which is not read: where it is "
         f"trusted, run\npython zero_to_fp32.py {path} {path}-fp32 --safe_serialization\n"
-        f"(the script lies in the checkpoint) and put the model's {CONFIG} and tokenizer beside it"
+        f"(the script lies in the checkpoint) and put the model's {CONFIG} and tokenizer next to it"
     )
 
 

@@ -208,7 +208,7 @@ def _fetch(model: HubModel, option: str, *, weights: bool) -> Path:
             )
         raise CommandError(
             f"{option} {model}: no such folder here, not in the hub's cache, and the hub cannot be "
-            f"asked ({reason}); where there is a network, run\n{model.command}\nand give that "
+            f"asked ({reason}); if there is a network, run\n{model.command}\nand give that "
             "folder"
         )
     if cached is not None and _COMMIT.fullmatch(model.revision):
@@ -328,7 +328,7 @@ def _reason(model: HubModel, error: Exception) -> str:
     kind = type(error).__name__
     if kind == "GatedRepoError":
         return (
-            "its owners ask for consent: accept the terms on its page of the hub, log in with "
+            "its owners request consent: accept the terms on its page of the hub, log in with "
             "`hf auth login`, and give the same command again"
         )
     if kind == "RepositoryNotFoundError":

@@ -58,7 +58,7 @@ def refuse_half_a_cluster(env: Mapping[str, str]) -> None:
     if hosts > 1:
         raise LaunchError(
             f"a world of 1 rank inside a job of {hosts} hosts: the other hosts would idle; start "
-            "the ranks with mpirun, or ask for one host"
+            "the ranks with mpirun, or request one host"
         )
 
 
@@ -98,7 +98,7 @@ def _refuse(
 
 
 def _asks_for_several(text: str) -> bool:
-    """Whether a count is over 1; a word such as "auto" or "gpu" counts on torchrun, too."""
+    """Return whether a count is over 1; a word such as "auto" or "gpu" counts on torchrun, too."""
     return text not in ("", "0", "1") and (not is_number(text) or int(text) > 1)
 
 

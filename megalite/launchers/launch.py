@@ -33,12 +33,12 @@ ALONE = Launch(
 
 
 def is_number(value: str) -> bool:
-    """Whether a text is a whole number of 0 or more, in ASCII digits."""
+    """Return whether a text is a whole number of 0 or more, in ASCII digits."""
     return value.isascii() and value.isdigit()  # "²" is a digit too
 
 
 def number(env: Mapping[str, str], key: str, default: int) -> int:
-    """The whole number a variable holds, or `default` if it is unset or empty.
+    """Return the whole number a variable holds, or `default` if it is unset or empty.
 
     Raises:
         LaunchError: the variable holds something else.

@@ -14,5 +14,7 @@ _NAMES = {*NAMES, *_TORCHRUNS, *(key for mpi in MPI_LAUNCHERS for key in mpi.key
 
 
 def is_launchers_own(name: str) -> bool:
-    """Whether a variable describes a rank, its world or its hosts to the process that has it."""
+    """Return whether a variable describes a rank, its world or its hosts to the process that has
+    it.
+    """
     return name.startswith(_PREFIXES) or name in _NAMES

@@ -150,14 +150,16 @@ def _tasks_here(env: Mapping[str, str], world: int) -> int:
 
 
 def _in_srun_step(env: Mapping[str, str]) -> bool:
-    """A shell of sbatch or salloc has SLURM_PROCID=0 as well, but belongs to no srun step."""
+    """Return whether this is a shell of sbatch or salloc: SLURM_PROCID=0 outside any srun step."""
     return env.get("SLURM_STEP_ID", "") not in ("", *_SHELL_STEPS) and bool(
         env.get("SLURM_STEP_NODELIST") or env.get("SLURM_SRUN_COMM_PORT")
     )
 
 
 def _is_srun_task(env: Mapping[str, str], mpi: MpiLauncher) -> bool:
-    """Whether srun itself set MPI's variables (`srun --mpi=pmi2`): it describes the same rank."""
+    """Return whether srun itself set MPI's variables (`srun --mpi=pmi2`): it describes the same
+    rank.
+    """
     if not _in_srun_step(env) or not env.get("SLURM_LOCALID"):
         return False
     task = (number(env, "SLURM_PROCID", -1), number(env, "SLURM_NTASKS", 0))
@@ -180,5 +182,5 @@ def _refuse_idle_nodes(env: Mapping[str, str]) -> None:
     if nodes > 1:
         raise LaunchError(
             f"a world of 1 rank inside a Slurm allocation of {nodes} nodes: the other nodes would "
-            "idle; start the ranks with srun, or ask for one node"
+            "idle; start the ranks with srun, or request one node"
         )

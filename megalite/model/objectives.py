@@ -2,7 +2,7 @@
 
 An objective counts its targets before a step, on the host, and returns summed losses in it. The
 engine divides them by numbers of the whole global batch, so that no layout changes them. Those that
-`objective.name` may ask for are registered as functions that make one from a run file. The fact
+`objective.name` may request are registered as functions that make one from a run file. The fact
 `architectures` names the networks that one is for; without it all are.
 
 B samples   T tokens   C labels

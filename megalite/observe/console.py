@@ -18,7 +18,7 @@ from rich.text import Text
 
 from megalite.log import logger
 
-_BAR = 40  # columns at most; under a quarter of them it is left out
+_BAR = 40  # columns at most; under a quarter of them it is omitted
 _SAMPLE = 160  # columns of a sample's line in a log
 
 
@@ -133,7 +133,7 @@ class _View:
 
 
 def _lines(parts: Sequence[str], width: int) -> list[str]:
-    """Parts beside each other, as many on a line as it has room for."""
+    """Parts side by side, as many on a line as it has room for."""
     lines = list(parts[:1])
     for part in parts[1:]:
         if len(lines[-1]) + 2 + len(part) <= width:
@@ -152,7 +152,7 @@ def interval_loss(row: Mapping[str, Any]) -> float | None:
 
 
 def train_parts(row: Mapping[str, Any], *, total_steps: int) -> list[str]:
-    """A train row in parts whose widths stay the same from step to step."""
+    """Return a train row in parts whose widths stay the same from step to step."""
     width = len(str(total_steps))
     parts = [
         f"step {row['step']:>{width}}/{total_steps}",
@@ -196,7 +196,7 @@ def _number(value: float | None, spec: str) -> str:
 
 
 def _line(text: str, longest: int) -> str:
-    """The beginning of a text on one line, without what would steer the terminal."""
+    """Return the beginning of a text on one line, without what would steer the terminal."""
     words = "".join(c if c.isprintable() else " " for c in text[: 4 * longest]).split()
     line = Text(" ".join(words))
     line.truncate(max(1, longest), overflow="ellipsis")

@@ -12,7 +12,8 @@ from megalite.plan.devices import by_driver_name
 
 
 def peak_flops(device_name: str, precision: str, memory: int | None = None) -> float | None:
-    """The device's dense peak in FLOP/s at "bf16", "fp16" or "fp32"; None where it is unknown.
+    """Return the device's dense peak in FLOP/s at "bf16", "fp16" or "fp32"; None where it is
+    unknown.
 
     `device_name` is what `torch.cuda.get_device_name` says, such as "NVIDIA H100 80GB HBM3", and
     `memory` the bytes that the driver tells.
@@ -53,10 +54,10 @@ def model_flops_utilization(
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this rank held so far: allocated on a GPU, resident on a CPU."""
+    """Return the most memory this rank held so far: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # VmHWM begins anew at exec; ru_maxrss would carry over what the launcher's process once held.
+    # VmHWM begins again at exec; ru_maxrss would carry over what the launcher's process once held.
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():

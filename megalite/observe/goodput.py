@@ -43,7 +43,7 @@ class Attempt:
 
 
 def goodput(run: Path) -> dict[str, Any]:
-    """The time of a run by what it went into.
+    """Return the time of a run by what it went into.
 
     Returns:
         {run, state, attempts, lost_steps, restarts, wall_seconds, seconds, goodput,
@@ -100,7 +100,9 @@ def _account(run: Path, attempts: list[Attempt]) -> dict[str, Any]:
 
 
 def _without_set_backs(rows: list[dict[str, Any]]) -> tuple[float, list[dict[str, Any]]]:
-    """Rows whose time never falls behind by more than a minute, and the seconds that it did."""
+    """Return rows whose time never falls behind by more than a minute, and the seconds
+    that it did.
+    """
     found = list[dict[str, Any]]()
     latest = -math.inf
     shift = 0.0

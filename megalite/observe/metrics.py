@@ -73,7 +73,7 @@ class Recorder:
         self._show(lambda view: view.valid(row, tokens=tokens))
 
     def picture(self, name: str, image: Any, step: int) -> None:
-        """Show an image, uint8 [H, W, 3], where there is a place for it."""
+        """Show an image, uint8 [H, W, 3], if there is a place for it."""
         self._show(lambda view: view.picture(name, image, step))
 
     def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:

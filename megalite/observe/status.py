@@ -105,7 +105,7 @@ def began_from(folder: Path, name: Literal["start", "resume"], path: Path | None
     """Return whether a start of the run began from weights (start), or went on from `path`.
 
     Args:
-        name: "start" asks for `--init-from`, "resume" for `--resume PATH`.
+        name: "start" requires `--init-from`, "resume" for `--resume PATH`.
         path: a step or run folder; None accepts any.
     """
     key = "init_from" if name == "start" else "path"

@@ -69,7 +69,7 @@ class Stragglers:
 
 
 def _now() -> Any:
-    """The time as the device counts it."""
+    """Return the time as the device counts it."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

@@ -18,7 +18,7 @@ _GIB = 2**30
 
 
 def train_scalars(row: Mapping[str, Any]) -> dict[str, float | None]:
-    """The numbers of a train row by the names they are drawn under."""
+    """Return the numbers of a train row by the names they are drawn under."""
     values = {f"train/{key}": row.get(key) for key in _TRAIN}
     values["train/loss"] = interval_loss(row)
     if row.get("peak_memory_bytes") is not None:
@@ -27,7 +27,7 @@ def train_scalars(row: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def valid_scalars(row: Mapping[str, Any]) -> dict[str, float | None]:
-    """The numbers of a valid row by the names they are drawn under."""
+    """Return the numbers of a valid row by the names they are drawn under."""
     return {
         f"valid/{key}": value
         for key, value in row.items()

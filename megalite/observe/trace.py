@@ -36,7 +36,7 @@ class Trace:
             self._profiler.start()
 
     def is_full(self, step: int) -> bool:
-        """Whether it has seen its last step and can be closed."""
+        """Return whether it has seen its last step and can be closed."""
         return self._profiler is not None and step >= self._last
 
     def close(self) -> None:
@@ -58,4 +58,4 @@ class Trace:
         except (OSError, RuntimeError) as error:
             logger.warning("the trace cannot be written: %s", error)
             return
-        logger.info("a trace of the steps asked for: %s", path)
+        logger.info("a trace of the steps requested: %s", path)

@@ -1,4 +1,4 @@
-"""The run in Weights & Biases, where it is asked for. Nothing that goes wrong there ends a run."""
+"""The run in Weights & Biases, where it is requested. Nothing that goes wrong there ends a run."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Wandb:
         with suppress(OSError, ValueError, LookupError, TypeError):
             id = str(read_json(place)["id"])
         config = self._config
-        self._wandb.setup(self._wandb.Settings(silent=True))  # it would ask for a key, and wait
+        self._wandb.setup(self._wandb.Settings(silent=True))  # it would request a key, and wait
         run = self._wandb.init(
             project=config.project,
             entity=config.entity,

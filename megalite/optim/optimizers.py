@@ -27,7 +27,7 @@ Groups = list[dict[str, Any]]
 def make_optimizer(
     config: RunConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> torch.optim.Optimizer:
-    """The optimizer a run file names.
+    """Return the optimizer a run file names.
 
     Its groups are "decay" and "no_decay", and for Muon "matrices" before them. Each group's
     `states` are the names of the element-wise states that it keeps of its parameters. If

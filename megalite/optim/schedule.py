@@ -8,7 +8,7 @@ from megalite.config import RunConfig
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
-    """The rate that step `step` (counted from 1) is taken with.
+    """Return the rate that step `step` (counted from 1) is taken with.
 
     All schedules rise linearly over `warmup_steps` to `optimizer.lr`. cosine and linear then fall
     to `min_lr_ratio` of it over `decay_steps` and stay; constant stays; wsd (warmup, stable, decay:

@@ -150,7 +150,7 @@ def read_run(folder: Path) -> Run:
     except ConfigError as error:
         lines = "\n".join(f"  {fault}" for fault in error.faults)
         raise ConfigError(
-            f"--calibrate {file}: it tells of no run; run it again, or leave it out:\n{lines}"
+            f"--calibrate {file}: it tells of no run; run it again, or remove it:\n{lines}"
         ) from None
     return run
 

@@ -32,9 +32,9 @@ def refuse_useless(arguments: argparse.Namespace) -> None:
     beside = ("config", "set", "search", "init_from")
     told = [f"--{name.replace('_', '-')}" for name in beside if getattr(arguments, name)]
     if arguments.calibrate and told:
-        raise CommandError(f"--calibrate reads runs alone: leave out {' and '.join(told)}")
+        raise CommandError(f"--calibrate reads runs alone: omit {' and '.join(told)}")
     if arguments.output is not None and not (arguments.calibrate or arguments.search):
-        raise CommandError("--output is of --search or --calibrate: add one, or leave it out")
+        raise CommandError("--output is of --search or --calibrate: add one, or remove it")
     if not arguments.calibrate and arguments.config is None:
         raise CommandError("--config is missing; give a run file, such as configs/7b.json")
 

@@ -13,7 +13,7 @@ from megalite.plan.zero import without_auto
 def deepspeed_dict(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """Return DeepSpeed's configuration: the user's section, owned values, and "auto" filled in.
 
-    An "auto" for which MegaLite has no value is left out, so that DeepSpeed's default applies.
+    An "auto" for which MegaLite has no value is omitted, so that DeepSpeed's default applies.
     """
     result = without_auto(config.deepspeed)
     for key, value in _engine_defaults(config, plan).items():

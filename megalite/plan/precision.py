@@ -34,7 +34,7 @@ def bf16_units(cpuinfo: Path = _CPUINFO) -> str | None:
 def resolve_precision(
     config: RunConfig, *, device: Literal["cpu", "cuda"], native_bf16: bool | None = None
 ) -> Precision:
-    """Return the precision a run file asks for, "auto" resolved.
+    """Return the precision a run file requires, "auto" resolved.
 
     On GPUs "auto" is bf16. On CPUs it is bf16 if they have units for it and the ZeRO stage (1 to 3)
     keeps fp32 master weights, else fp32.

@@ -144,7 +144,7 @@ def _deepspeed_faults(
         if where not in possible:
             yield (
                 f"deepspeed.zero_optimization.{key}: device {where}, which this version does not "
-                "use; leave it out, and offload the optimizer to cpu or use more ranks"
+                "use; remove it, and offload the optimizer to cpu or use more ranks"
             )
     found = config.deepspeed.get("gradient_accumulation_steps", "auto")
     if found not in ("auto", accumulation):

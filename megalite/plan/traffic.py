@@ -104,7 +104,7 @@ def data_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
     if stage in (1, 2):
         rows.append(Collective("data", "all_gather", plan.precision, n, 1))
     if stage == 3:
-        # without prefetching each parameter is fetched by itself; all are taken to be of mean size
+        # without prefetching each parameter is fetched alone; all are taken to be of mean size
         fetched = plan.zero.prefetch_bucket_size
         fetched = fetched or -(-every // len(arch.parameters(config.model)))
         rows += _in_buckets("all_gather", plan.precision, every, fetched, 2 * times)

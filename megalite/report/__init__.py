@@ -1,4 +1,4 @@
-"""Runs beside each other on one HTML page that needs nothing else."""
+"""Runs side by side on one HTML page that needs nothing else."""
 
 from megalite.report.page import render
 from megalite.report.record import read_records

@@ -80,7 +80,9 @@ def thin(values: Numbers, most: int = _POINTS) -> npt.NDArray[np.int64]:
 
 
 def smoothed(values: Numbers, *, wide: bool = False) -> Numbers:
-    """The mean over a fortieth of the values around each, geometric if `wide`; NaN where it is."""
+    """Return the mean over a fortieth of the values around each, geometric if `wide`; NaN where it
+    is.
+    """
     half = max(1, len(values) // _PART // 2)
     known = ~np.isnan(values)
     parts = np.where(known, np.log(values) if wide else values, 0.0)
@@ -147,7 +149,7 @@ def _axis(parts: Sequence[Numbers], first: float, last: float, panel: Panel | No
 
 
 def chart(panel: Panel, records: Sequence[Record]) -> dict[str, Any] | None:
-    """A panel with the curve of each run that has one; None where none has."""
+    """Return a panel with the curve of each run that has one; None if none has."""
     found: list[tuple[int, Numbers, Numbers]] = []
     for index, record in enumerate(records):
         track = record.valid if panel.valid else record.train
@@ -194,12 +196,12 @@ def _places(x: Numbers, y: Numbers, across: Axis, up: Axis) -> list[tuple[float,
 
 
 def _line(x: Numbers, y: Numbers, across: Axis, up: Axis) -> dict[str, str]:
-    """A path, broken where values are missing, and its values for whoever points at it."""
+    """Return a path, broken where values are missing, and its values for whoever points at it."""
     breaks = np.flatnonzero(np.isnan(y))
     path = ""
     for part in np.split(np.arange(len(y)), breaks):
         places = _places(x[part], y[part], across, up)
-        if places:  # a lone one is a dot: round ends show it
+        if places:  # a single one is a dot: round ends show it
             path += "M" + "L".join(f"{a} {b}" for a, b in places) + "h0" * (len(places) == 1)
     known = ~np.isnan(y)
     return {

@@ -55,7 +55,7 @@ _COMMON = ("kind", "time", "attempt", "step")
 
 
 def render(records: Sequence[Record], *, now: float | None = None) -> str:
-    """One HTML page about runs, with nothing outside it.
+    """Return one HTML page about runs, with nothing outside it.
 
     Whatever comes from a run is escaped by the template, and the page's policy lets no script run
     but its own.
@@ -95,12 +95,12 @@ def render(records: Sequence[Record], *, now: float | None = None) -> str:
 
 
 def _with_place(found: Iterable[Any]) -> list[tuple[int, Any]]:
-    """What some runs have, with their places among all."""
+    """Return what some runs have, with their places among all."""
     return [(index, one) for index, one in enumerate(found) if one]
 
 
 def _names(records: Sequence[Record]) -> list[str]:
-    """The folders' names; whole paths where two have the same."""
+    """Return the folders' names; whole paths where two have the same."""
     names = [record.folder.resolve().name for record in records]
     shared = [names.count(name) > 1 for name in names]
     return [
@@ -110,7 +110,7 @@ def _names(records: Sequence[Record]) -> list[str]:
 
 
 def _text(value: Any, longest: int = _LONGEST) -> str:
-    """A text, or JSON, cut where it is long."""
+    """Return a text, or JSON, cut where it is long."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= longest else f"{text[:longest]} ... ({len(text):,} characters)"
 
@@ -148,7 +148,7 @@ def _summary(record: Record, now: float) -> dict[str, Any]:
 
 
 def differences(records: Sequence[Record]) -> dict[str, Any]:
-    """The keys of the complete configurations, dotted: those that differ, and the others."""
+    """Return the keys of the complete configurations, dotted: those that differ, and the others."""
     known = [record.config for record in records if record.config]
     differing, alike = [], []
     for key in sorted({key for values in known for key in values}):
@@ -225,7 +225,7 @@ def _event_row(events: Sequence[Mapping[str, Any]], begin: float) -> dict[str, A
 
 
 def _foresight(record: Record) -> dict[str, Any]:
-    """Predicted beside measured; the wider of two bars is full."""
+    """Predicted next to measured; the wider of two bars is full."""
     found: dict[str, Any] = {}
     if not record.plan:
         return found
@@ -288,7 +288,9 @@ def _confusion(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _baselines(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """The scores of the model beside those of what is known without one; [] of older runs."""
+    """Return the scores of the model next to those of what is known without one; [] of
+    older runs.
+    """
     scores = evaluation.get("baselines") or {}
     rows = [
         ("the model", evaluation),
@@ -303,7 +305,7 @@ def _baselines(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _samples(record: Record) -> list[dict[str, Any]]:
-    """What was written to each prompt: the last, and some of those before."""
+    """Return what was written to each prompt: the last, and some of those before."""
     by_prompt: dict[str, dict[float, str]] = {}
     for row in record.samples:
         prompt = _text(row.get("prompt", ""), _LONGEST_SAMPLE)

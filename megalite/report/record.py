@@ -27,7 +27,7 @@ _NOT_OURS = (AttributeError, KeyError, TypeError, ValueError, IndexError, Arithm
 
 
 def number(value: Any) -> float:
-    """A JSON value as a number; NaN where it is none that can be drawn."""
+    """Return a JSON value as a number; NaN where it is none that can be drawn."""
     real = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if real and -_LARGEST < value < _LARGEST else math.nan
 
@@ -148,7 +148,7 @@ class Record:
         missing = [step for step, loss in zip(steps, losses, strict=True) if math.isnan(loss)]
         if self._broken:
             self.note(
-                f"Lines of {_ROWS} that are no rows, such as a crash cuts short, and are left out: "
+                f"Lines of {_ROWS} that are no rows, such as a crash cuts short, and are omitted: "
                 f"{self._broken:,}."
             )
         if not steps:

@@ -94,7 +94,7 @@ class Tokenizer(Protocol):
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the ids of a text that a model continues, with what the tokenizer begins texts with.
 
-    The tokenizer's suffix is left out: it ends a text, and this one goes on.
+    The tokenizer's suffix is omitted: it ends a text, and this one goes on.
     """
     return [*tokenizer.prefix_ids, *tokenizer.encode(text)]
 

@@ -27,7 +27,7 @@ _FILES = ("tekken.json", "merges.txt", "vocab.json", "vocab.txt", "source.spm", 
 
 
 def is_older(path: Path) -> bool:
-    """Whether a file belongs to one of the older formats."""
+    """Return whether a file belongs to one of the older formats."""
     return path.name in _FILES or path.suffix == ".tiktoken"
 
 
@@ -57,7 +57,9 @@ def find_older(folder: Path) -> str | None:
 
 
 def is_tiktoken(data: bytes) -> bool:
-    """Whether a file's content is tiktoken's: a token in base64 and its rank in each line."""
+    """Return whether a file's content is tiktoken's: a token in base64 and its rank in
+    each line.
+    """
     return re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", data[:400]) is not None
 
 

@@ -51,7 +51,7 @@ class SentencePieceTokenizer(TokenizerBase):
         return id if self._processor.id_to_piece(id) == name else None
 
     def is_control(self, id: int) -> bool:
-        """Whether a piece is a control token, which has no text."""
+        """Return whether a piece is a control token, which has no text."""
         return bool(self._processor.is_control(id))
 
     def encode(self, text: str) -> list[int]:

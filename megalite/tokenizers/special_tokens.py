@@ -183,7 +183,7 @@ class Companions:
     def missing(self, token_to_id: Any) -> list[str]:
         """Return the special tokens that are not in the vocabulary; they get the next ids.
 
-        Those for padding and the like that no id follows are left out: nothing uses them.
+        Those for padding and the like that no id follows are omitted: nothing uses them.
         """
         order = [key for key in _NAMED if key in self.names]
         used = {self.names.get("bos_token"), self.names.get("eos_token"), *self._extra}

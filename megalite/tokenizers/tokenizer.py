@@ -1,7 +1,7 @@
 """Text to token ids and back: SentencePiece models, Hugging Face `tokenizer.json`, plain bytes.
 
 Text never turns into a control token: `</s>` in a document is four characters. BOS and EOS are put
-around documents by whoever asks for them. `encode_with_offsets` alone finds control tokens by name.
+around documents by whoever requires them. `encode_with_offsets` alone finds control tokens by name.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def find_changes(
 
 
 def _follows_steps(schedule: dict[str, Any]) -> bool:
-    """Whether another length of the run makes other learning rates."""
+    """Return whether another length of the run makes other learning rates."""
     return schedule["name"] == "wsd" or (
         schedule["name"] != "constant" and schedule["decay_steps"] is None
     )
@@ -81,7 +81,7 @@ def moved_defaults(manifest: disk.Manifest, now: Mapping[str, Any]) -> dict[str,
 
 
 def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested sections by dotted key."""
+    """Return the values of nested sections by dotted key."""
     found: dict[str, Any] = {}
     for key, value in section.items():
         if isinstance(value, Mapping):

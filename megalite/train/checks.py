@@ -77,7 +77,7 @@ def _host_faults(beside: Mapping[str, int], launch: Launch) -> Iterator[str]:
         yield (
             f"memory: {launch.local_world_size} ranks keep {needed / 2**30:.1f} GiB on this host "
             f"({parts} GiB a rank), of which {free / 2**30:.1f} GiB are free; use more hosts, or "
-            "leave one of them out"
+            "remove one of them"
         )
 
 

@@ -73,7 +73,7 @@ def _filled(
     if config.model.num_labels not in (0, labels):
         raise ConfigError(
             f"model.num_labels: {config.model.num_labels}, but the examples have {labels} labels "
-            f"({', '.join(manifest.labels[:8])}); leave it out"
+            f"({', '.join(manifest.labels[:8])}); remove it"
         )
     if tuning.class_weights and len(tuning.class_weights) != labels:
         raise ConfigError(

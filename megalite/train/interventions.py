@@ -1,6 +1,6 @@
 """Record of interventions against bad numbers, so that every later start repeats them.
 
-A run's updates depend on what was left out: an update, or the data around a spike of the loss. Each
+A run's updates depend on what was omitted: an update, or the data around a spike of the loss. Each
 such intervention is a line of the run's `interventions.jsonl`, synced before it takes effect, and
 part of every later checkpoint (`ledger.json`). A start from an earlier checkpoint repeats it. A run
 that has a `ledger.jsonl`, the earlier name, goes on in that file.
@@ -75,7 +75,7 @@ class InterventionLog:
     An entry has a `kind` ("skip", "rollback" or "measured"), and `step` and `samples`, the position
     before that step. `order` names the data order that `samples` counts in. A skip and a rollback
     have a `reason`. A rollback also has the step it goes back `to` and the `gap`, [first, last) of
-    the data order, that is left out from then on.
+    the data order, that is omitted from then on.
 
     Attributes:
         entries: interventions, oldest first.
@@ -96,7 +96,7 @@ class InterventionLog:
 
         Args:
             checkpoint: folder of the checkpoint to go on from. None begins without entries.
-            order: data order of this start. Entries of another order leave out no data.
+            order: data order of this start. Entries of another order omit no data.
             before: data order of the checkpoint, for entries that name none.
         Raises:
             CheckpointError: on every rank, if the checkpoint's entries cannot be read.
@@ -138,7 +138,7 @@ class InterventionLog:
 
     @property
     def gaps(self) -> tuple[tuple[int, int], ...]:
-        """Parts of the present data order that are left out, as `joined_gaps` returns them."""
+        """Parts of the present data order that are omitted, as `joined_gaps` returns them."""
         return joined_gaps(self.entries, self._order)
 
     def is_current(self, entry: Entry) -> bool:
@@ -151,7 +151,7 @@ class InterventionLog:
         return sum(entry["kind"] == "rollback" for entry in self.entries)
 
     def skipped(self, step: int, samples: int | None = None) -> Entry | None:
-        """Return the entry that left out a step's update, at that position of the data order."""
+        """Return the entry that omitted a step's update, at that position of the data order."""
         for entry in reversed(self.entries):
             same = entry["kind"] == "skip" and entry["step"] == step
             if same and samples in (None, entry["samples"]) and self.is_current(entry):

@@ -37,7 +37,7 @@ class Trainer:
         stop_poll: asked by hooks during long work; closed with the steps.
         detector: decides from each step's numbers whether its update is used.
         phases: measures the time of each phase.
-        trace: records some steps, if the run file asks for it.
+        trace: records some steps, if the run file requires it.
         hooks: called in their order around steps and saves.
         inspect: called with (step, engine, grid) between each backward and its update.
     """
@@ -99,7 +99,7 @@ class Trainer:
         return early or self.progress.step >= self.config.training.steps
 
     def _follow(self, outcome: Outcome) -> None:
-        """Do what a hook asks for."""
+        """Do what a hook requires."""
         if outcome.evaluated:
             self._set_score(outcome.score)
         if outcome.stop:
@@ -161,7 +161,7 @@ class Trainer:
         return dict(zip(extra, total.tolist(), strict=True))
 
     def _apply_decision(self, decision: StepDecision) -> None:
-        """Report a step whose update was left out or stands out.
+        """Report a step whose update was omitted or stands out.
 
         Raises:
             LossSpike: the run has to go back.
@@ -173,7 +173,7 @@ class Trainer:
         lasts = decision.action == "note" and self._reported == "note"
         if decision.action != "use" and not lasts:
             name = "spike" if decision.action == "note" else "skip"
-            end = "" if decision.action == "note" else ": left out"
+            end = "" if decision.action == "note" else ": omitted"
             logger.warning("step %d: %s%s", step, decision.reason, end)
             self.recorder.event(
                 step, name, reason=decision.reason, loss=self._loss, grad_norm=self._norm
@@ -181,7 +181,7 @@ class Trainer:
         self._reported = decision.action
 
     def _end_step(self, lr: float) -> None:
-        """Advance by a step that was taken or left out, and call the hooks."""
+        """Advance by a step that was taken or omitted, and call the hooks."""
         before = self.progress
         size = self.config.training.global_batch_size
         self.progress = Progress(
@@ -202,7 +202,7 @@ class Trainer:
             self._follow(hook.after_step(report))
 
     def _recover(self, spike: LossSpike) -> None:
-        """Go back to an earlier step, if a hook can; otherwise leave out the update."""
+        """Go back to an earlier step, if a hook can; otherwise omit the update."""
         self._settle()
         for hook in self.hooks:
             restored = hook.on_spike(spike, self.progress)

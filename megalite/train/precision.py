@@ -89,7 +89,7 @@ def _with(options: RunOptions, precision: Precision, reason: str) -> RunOptions:
 
 
 def _recorded(options: RunOptions) -> Precision | Literal["auto"] | None:
-    """The precision of the checkpoint that a resume will most likely go on from."""
+    """Return the precision of the checkpoint that a resume will most likely go on from."""
     for folder in _candidates(options):
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             return recorded_precision(files.read_json(folder / "config.json"), folder.parents[1])

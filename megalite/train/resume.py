@@ -180,7 +180,7 @@ def _refuse_shorter(config: RunConfig, folder: Path, manifest: disk.Manifest) ->
     """Raise CommandError if the checkpoint has taken more steps than the run is to take."""
     if manifest.step > config.training.steps:
         raise CommandError(
-            f"training.steps {config.training.steps}, but {folder} is already past it; ask for "
+            f"training.steps {config.training.steps}, but {folder} is already past it; request "
             "more steps, or start another run with --set name=..."
         )
 
@@ -188,7 +188,7 @@ def _refuse_shorter(config: RunConfig, folder: Path, manifest: disk.Manifest) ->
 def _trained_samples(folder: Path, samples: int, order: str) -> int:
     """Return how many samples before a position of a data order were trained on.
 
-    Samples that a rollback left out were not, so others take their place.
+    Samples that a rollback omitted were not, so others take their place.
     """
     gaps = joined_gaps(read_notes(folder).get("entries", []), order)
     return samples - sum(min(last, samples) - first for first, last in gaps if first < samples)
@@ -207,7 +207,7 @@ def _refuse_fewer_epochs(
     epochs = trained / (total // config.finetune.epochs)
     raise CommandError(
         f"finetune.epochs {config.finetune.epochs}, but {folder} has trained "
-        f"{epochs:.2f} epochs; ask for more epochs, or start another run with "
+        f"{epochs:.2f} epochs; request more epochs, or start another run with "
         "--set name=..."
     )
 

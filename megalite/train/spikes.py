@@ -5,7 +5,7 @@ robust z-score, because one bad step must not hide the next: the distance from t
 last steps, divided by 1.4826 times their median absolute deviation. For normal numbers this divisor
 equals the standard deviation (Hampel 1974). Gradient norms are compared by their logarithm. The
 run file chooses what follows a spike (`guards.spike`). Going back to the checkpoint before it and
-leaving out the data around it is what PaLM did (Chowdhery et al. 2022, section 5.1).
+omitting the data around it is what PaLM did (Chowdhery et al. 2022, section 5.1).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class SpikeDetector:
         return self._skip(step, samples, spike)
 
     def skip(self, step: int, samples: int, reason: str) -> None:
-        """Record that a step's update is left out."""
+        """Record that a step's update is omitted."""
         self.interventions.add({"kind": "skip", "step": step, "samples": samples, "reason": reason})
 
     def _roll_back(self, step: int, spike: str) -> StepDecision:
@@ -105,9 +105,9 @@ class SpikeDetector:
         self.skip(step, samples, reason)
         if row > self._guards.max_skips:
             raise MegaLiteError(
-                f"step {step}: {reason}; the {row - 1} updates before were left out already "
+                f"step {step}: {reason}; the {row - 1} updates before were omitted already "
                 "(guards.max_skips). Lower optimizer.lr, look at the data, or go back to an "
-                "earlier checkpoint, where there is one, with --resume STEP_FOLDER"
+                "earlier checkpoint, if there is one, with --resume STEP_FOLDER"
             )
         return StepDecision("skip", reason)
 

@@ -88,7 +88,7 @@ def expect_soon(condition: Callable[[], bool], what: str, seconds: float = 90.0)
 
 
 def picture(browser: Any) -> np.ndarray:
-    """What is seen of the page: uint8 [height, width, 3]."""
+    """Return what is seen of the page: uint8 [height, width, 3]."""
     return np.asarray(Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB"))
 
 
@@ -100,7 +100,7 @@ def colours(seen: np.ndarray, place: Any) -> int:
 
 
 def images(browser: Any) -> list[Any]:
-    """The pictures of a page, those in the shadows of its elements among them."""
+    """Return the pictures of a page, those in the shadows of its elements among them."""
     found: list[Any] = browser.execute_script(
         "const all = (root) => [...root.querySelectorAll('*')].flatMap("
         "  (node) => [node, ...(node.shadowRoot ? all(node.shadowRoot) : [])]);"

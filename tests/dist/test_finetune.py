@@ -220,7 +220,7 @@ def test_frozen_weights_of_an_fp32_run_start_and_resume_a_bf16_run(
 def test_a_language_model_becomes_a_classifier_and_goes_on(
     shards: dict[str, str], reviews: Path
 ) -> None:
-    """Pretrained weights are taken, the head starts anew; a stop in the midst changes nothing."""
+    """Pretrained weights are taken, the head starts again; a stop in the midst changes nothing."""
     model = tuning_file(reviews, "x")["model"] | {"initializer_range": 0.02}
     first = run_file(shards, reviews.parent / "runs", name="text", model=model)
     first["training"] |= {"steps": 6, "eval_every": 0}

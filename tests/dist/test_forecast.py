@@ -1,5 +1,5 @@
 # covers: megalite/train/hooks/forecast.py
-"""A run leaves what was predicted beside what was measured."""
+"""A run leaves what was predicted next to what was measured."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def test_folders_that_cannot_be_used_are_named(shards: dict[str, str], tmp_path:
 
 
 def test_adapters_alone_are_those_of_peft(shards: dict[str, str], tmp_path: Path) -> None:
-    """Trained here beside a model of theirs, loaded there: the scores of what is merged."""
+    """Trained here next to a model of theirs, loaded there: the scores of what is merged."""
     peft = pytest.importorskip("peft")
     from tests.dist.test_finetune import tuning_file, write_rows
 

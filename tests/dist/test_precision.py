@@ -21,7 +21,7 @@ def _train(launch: Launch, raw: dict[str, Any], units: list[str | None], steps: 
 
 
 def _recorded(raw: dict[str, Any]) -> list[str]:
-    """The precision in the run's config.json and in that of its newest checkpoint."""
+    """Return the precision in the run's config.json and in that of its newest checkpoint."""
     run = Path(raw["logging"]["directory"]) / raw["name"]
     newest = max((run / "checkpoints").glob("step_*"))
     files = (run / "config.json", newest / "config.json")

@@ -21,7 +21,7 @@ NORM = "model.layers.0.input_layernorm.weight"  # the first of its group
 
 
 def _drifting(launch: Any, raw: dict[str, Any], name: str, rank: int) -> str:
-    """One number of one rank's copy changes before the update of step 3."""
+    """Train while one number of one rank's copy changes before the update of step 3."""
 
     def change(step: int, engine: Any, _grid: Any) -> None:
         if (step, launch.rank) != (3, rank):

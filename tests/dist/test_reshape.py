@@ -61,7 +61,7 @@ def run_seen(raw: dict[str, Any], where: Layout) -> Samples:
 
 
 class Saved:
-    """Runs of 20 steps, one a layout, made when first asked for."""
+    """Runs of 20 steps, one a layout, made when first requested."""
 
     def __init__(self, shards: dict[str, str], root: Path) -> None:
         self.shards, self.root = shards, root

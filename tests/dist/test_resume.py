@@ -20,7 +20,7 @@ SAVE = {"every": 10, "keep": 5}
 
 
 def interrupt(raw: dict[str, Any], copy: Path) -> dict[str, Any]:
-    """A copy of a finished run as it was after step 10."""
+    """Return a copy of a finished run as it was after step 10."""
     run = Path(raw["logging"]["directory"]) / raw["name"]
     shutil.copytree(run, copy / raw["name"])
     checkpoints = copy / raw["name"] / "checkpoints"
@@ -182,7 +182,9 @@ def _train_from(launch: Any, raw: dict[str, Any], source: str) -> None:
 
 
 def _groups_at(launch: Any, raw: dict[str, Any], step: int) -> list[tuple[float, float, int]]:
-    """What the engine's inner optimizer uses in a step: each group's decay, lr and parameters."""
+    """Return what the engine's inner optimizer uses in a step: each group's decay, lr and
+    parameters.
+    """
     found = []
 
     def look(at: int, engine: Any, _grid: Any) -> None:

@@ -48,7 +48,7 @@ def numbers(raw: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def continued(run: Path, prompts: Sequence[str | list[int]], **settings: Any) -> list[str]:
-    """What a run's last checkpoint writes, by way of launcher/generate.py."""
+    """Return what a run's last checkpoint writes, by way of launcher/generate.py."""
     opened = open_model(run)
     sampling = Sampling(temperature=1.0, seed=1234)  # training.seed
     found = [""] * len(prompts)

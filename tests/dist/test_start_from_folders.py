@@ -43,7 +43,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def write_model(folder: Path, family: str, number: int, vocab_size: int) -> dict[str, Any]:
-    """A model of random weights whose tokenizer has three tokens more than bytes and two."""
+    """Return a model of random weights whose tokenizer has three tokens more than bytes and two."""
     import tokenizers
 
     section = model_section(family, number) | {"vocab_size": vocab_size}
@@ -56,7 +56,7 @@ def write_model(folder: Path, family: str, number: int, vocab_size: int) -> dict
 
 
 def tuned_on(folder: Path, base: Path, name: str, **sections: Any) -> dict[str, Any]:
-    """A run file that tunes the model in `base` on a few texts, by next to nothing."""
+    """Return a run file that tunes the model in `base` on a few texts, by next to nothing."""
     texts = folder / "rows"
     if not texts.exists():
         texts.mkdir()
@@ -188,7 +188,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_model_of_the_hub_is_tuned_by_several_ranks(tmp_path: Path) -> None:
-    """Downloaded once, its name kept for the adapter, and not asked for by a run that goes on."""
+    """Downloaded once, its name kept for the adapter, and not requested by a run that goes on."""
     base = tmp_path / "base"
     write_model(base, "llama", 0, 258)
     raw = tuned_on(tmp_path, base, "hub")

@@ -99,7 +99,7 @@ def test_a_nan_on_one_rank_is_left_out_on_all(
     (kept,) = _ledger(raw, 20)
     assert len(kept.pop("order")) == 16
     assert kept | {"reason": kept["reason"].replace("inf", "nan")} == entry
-    # from step 10 again, without the fault: what was left out is left out
+    # from step 10 again, without the fault: what was omitted is omitted
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000020")
     run_ranks(train, 2, raw)
     again = curve(raw, first=11)

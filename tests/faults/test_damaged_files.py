@@ -324,7 +324,7 @@ def in_time() -> Iterator[None]:
 
 
 def fault_of(read: Read, folder: Path) -> str | None:
-    """What a reader did that it must not; None: it read, or refused in our words."""
+    """Return what a reader did that it must not; None: it read, or refused in our words."""
     try:
         with in_time():
             read(folder)

@@ -61,7 +61,7 @@ def test_the_time_of_a_run_by_what_it_went_into(tmp_path: Path) -> None:
 
 
 def test_steps_that_a_rollback_threw_away_are_lost(tmp_path: Path) -> None:
-    """Beside a slow rank, whose seconds are of a forward pass."""
+    """Next to a slow rank, whose seconds are of a forward pass."""
     lines = [
         _row("event", 100, 0, 0, name="start"),
         _row("event", 117, 0, 17, name="rollback", to=10),

@@ -52,7 +52,7 @@ def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None
 
 
 def _ranks(launcher: int) -> dict[int, int]:
-    """The processes of a launcher by their rank."""
+    """Return the processes of a launcher by their rank."""
     found = {}
     for child in subprocess.run(
         ["pgrep", "-P", str(launcher)], capture_output=True, text=True, check=False

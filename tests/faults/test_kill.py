@@ -45,7 +45,7 @@ def _end(processes: list[Any], victim: int) -> None:
 
 
 def _published(root: Path) -> dict[str, disk.Manifest]:
-    """Every published checkpoint, each whole."""
+    """Return every published checkpoint, each whole."""
     found = {}
     for folder in disk.published(root):
         manifest = disk.read_manifest(folder)
@@ -57,7 +57,7 @@ def _published(root: Path) -> dict[str, disk.Manifest]:
 def _soak(
     shards: dict[str, str], tmp_path: Path, kills: int, seed: int, stage: int, background: bool
 ) -> int:
-    """How often the run was killed and went on."""
+    """Return how often the run was killed and went on."""
     draw = random.Random(seed)
     sections: dict[str, Any] = {
         "training": {"steps": 10**6, "eval_every": 0},

@@ -1,5 +1,5 @@
 # covers: launcher/pretrain.py launcher/plan.py
-"""What `pip install .` brings: the wheel is whole, and trains where no checkout is."""
+"""What `pip install .` brings: the wheel is whole, and trains if no checkout is."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def succeed(*command: str, folder: Path, **environ: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, for a build leaves its traces beside the sources."""
+    """Built from a copy, for a build leaves its traces next to the sources."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for name in ("megalite", "data_prep", *NESTED):

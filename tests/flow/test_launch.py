@@ -89,7 +89,7 @@ def test_all_launchers_write_the_same_losses(shards: dict[str, str], tmp_path: P
 
 
 def srun(rank: int, port: str) -> dict[str, str]:
-    """What srun tells each of two tasks on one node."""
+    """Return what srun tells each of two tasks on one node."""
     return {
         "SLURM_JOB_ID": "7",
         "SLURM_STEP_ID": "0",
@@ -131,7 +131,9 @@ def test_ranks_of_mpirun_are_one_world(shards: dict[str, str], tmp_path: Path) -
 
 
 def mpich(rank: int) -> dict[str, str]:
-    """What Hydra, the launcher of MPICH and Intel MPI, sets for each of two ranks on one host."""
+    """Return what Hydra, the launcher of MPICH and Intel MPI, sets for each of two ranks on one
+    host.
+    """
     return {
         "PMI_RANK": str(rank),
         "PMI_SIZE": "2",

@@ -122,7 +122,7 @@ def test_the_labels_of_new_texts(tmp_path: Path) -> None:
     assert answered.returncode == 0, answered.stderr
     found = json.loads(answered.stdout)
     assert (found["examples"], found["labelled"], found["left_out"]) == (2, 0, 1)
-    assert "row 2 (to line 4): field 'text' is empty; left out" in answered.stderr
+    assert "row 2 (to line 4): field 'text' is empty; omitted" in answered.stderr
     lines = [json.loads(line) for line in told.read_text().splitlines()]
     assert [(line["id"], line["label"]) for line in lines] == [(0, None), (1, None)]
     assert all(line["prediction"] in kinds for line in lines)

@@ -21,7 +21,7 @@ TOKENIZER = "ab" * 32
 
 
 def fingerprint(config: RunConfig, shards: str = "web") -> str:
-    """What is read, apart from the windows and the order that the run file itself tells."""
+    """Return what is read, apart from the windows and the order that the run file itself tells."""
     data = config.data
     return f"{shards} {[source.weight for source in data.train]} {data.mask_documents}"
 
@@ -34,7 +34,9 @@ def publish(
     without: str = "",
     deepspeed: dict[str, Any] | None = None,
 ) -> Path:
-    """A checkpoint without its tensors' values; `without` leaves a key out of config.json."""
+    """Return a checkpoint without its tensors' values; `without` leaves a key out of
+    config.json.
+    """
     folder = root / disk.folder_name(step)
     folder.mkdir(parents=True)
     content = config.model_dump(mode="json")
@@ -113,7 +115,9 @@ def find(
 
 
 def changed(**sections: Any) -> RunConfig:
-    """The run file of `run_config()` with other values, in sections that stay whole otherwise."""
+    """Return the run file of `run_config()` with other values, in sections that stay whole
+    otherwise.
+    """
     raw = deepcopy(run_config().model_dump(mode="json"))
     for name, value in sections.items():
         if isinstance(value, dict):

@@ -22,7 +22,7 @@ WHOLES = (
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The place of every value within a JSON value, as keys and indices."""
+    """Yield the place of every value within a JSON value, as keys and indices."""
     yield at
     items = (
         value.items() if isinstance(value, dict)
@@ -34,7 +34,9 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def change_value(value: Any, chosen: random.Random) -> Any:
-    """A JSON value with one to three of the values in it replaced, removed, renamed or nested."""
+    """Return a JSON value with one to three of the values in it replaced, removed, renamed or
+    nested.
+    """
     value = copy.deepcopy(value)
     for _ in range(chosen.choice((1, 1, 1, 2, 3))):
         spots = [at for at in places(value) if at]
@@ -63,7 +65,7 @@ def change_value(value: Any, chosen: random.Random) -> Any:
 
 
 def change_bytes(data: bytes, chosen: random.Random) -> bytes:
-    """Bytes that are cut, flipped, repeated, or have others among them."""
+    """Return bytes that are cut, flipped, repeated, or have others among them."""
     way = chosen.choice(("cut", "flip", "flip", "insert", "remove", "repeat", "whole", "start"))
     place = chosen.randrange(len(data) + 1)
     if way == "cut" or not data:
@@ -94,14 +96,14 @@ def dump(value: Any) -> bytes:
 
 
 def change_json(data: bytes, chosen: random.Random) -> bytes:
-    """The text of a JSON value, its values or its bytes changed."""
+    """Return the text of a JSON value, its values or its bytes changed."""
     if chosen.random() < 0.25:
         return change_bytes(data, chosen)
     return dump(change_value(json.loads(data), chosen))
 
 
 def change_rows(data: bytes, chosen: random.Random) -> bytes:
-    """Lines of JSON, one of them changed or the bytes."""
+    """Return lines of JSON, one of them changed or the bytes."""
     if chosen.random() < 0.25:
         return change_bytes(data, chosen)
     lines = data.splitlines()
@@ -111,7 +113,7 @@ def change_rows(data: bytes, chosen: random.Random) -> bytes:
 
 
 def change_safetensors(data: bytes, chosen: random.Random) -> bytes:
-    """A safetensors file, its header changed or its bytes."""
+    """Return a safetensors file, its header changed or its bytes."""
     if chosen.random() < 0.25:
         return change_bytes(data, chosen)
     size = int.from_bytes(data[:8], "little")

@@ -17,7 +17,9 @@ _SCALINGS: tuple[dict[str, Any] | None, ...] = (
 
 
 def model_section(family: str, number: int) -> dict[str, Any]:
-    """The model section of a family's random shape: odd vocabulary, heads that 4 ranks share."""
+    """Return the model section of a family's random shape: odd vocabulary, heads that 4 ranks
+    share.
+    """
     chosen = random.Random(f"{family} {number}")
     groups = chosen.choice((4, 8))
     heads = groups * (chosen.choice((1, 2)) if family in ROPE else 1)
@@ -41,7 +43,7 @@ def model_section(family: str, number: int) -> dict[str, Any]:
 
 
 def _some_windows(number: int, layers: int) -> dict[str, Any]:
-    """All layers slide, every second does, or none."""
+    """Draw layer types: all layers slide, every second one, or none."""
     if number == 0:
         return {"sliding_window": 9}
     kinds = (["sliding_attention", "full_attention"] * layers)[:layers]

@@ -1,4 +1,4 @@
-"""A hub of models on 127.0.0.1 that serves folders, as huggingface_hub asks for them."""
+"""A hub of models on 127.0.0.1 that serves folders, as huggingface_hub requires them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class StubHub:
     requests: list[tuple[str, str]] = field(default_factory=list)
 
     def environment(self, home: Path) -> dict[str, str]:
-        """What makes huggingface_hub ask this hub, with an empty cache below `home`."""
+        """Return what makes huggingface_hub ask this hub, with an empty cache below `home`."""
         return {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
 
     def gotten(self, method: str = "GET") -> list[str]:
-        """The names of files that were asked for."""
+        """Return the names of files that were requested."""
         return [
             path.partition("/resolve/")[2].partition("/")[2]
             for asked, path in self.requests

@@ -43,7 +43,7 @@ _RUN = merge_sections(
 
 
 def model_config(**overrides: Any) -> ModelConfig:
-    """A decoder of a few thousand parameters; overrides are fields of the model section."""
+    """Return a decoder of a few thousand parameters; overrides are fields of the model section."""
     return ModelConfig.model_validate(_MODEL | overrides)
 
 
@@ -53,7 +53,9 @@ def run_config(**sections: Any) -> RunConfig:
 
 
 def make_model(config: ModelConfig, *, seed: int = 5, spread: float = 0.0) -> LanguageModel:
-    """An initialised model; `spread` adds noise to all of it, so that norms and biases matter."""
+    """Return an initialised model; `spread` adds noise to all of it, so that norms and biases
+    matter.
+    """
     model = build(config)
     initialize(model, config, seed=seed, gather=lambda _: nullcontext())
     if spread:
@@ -99,7 +101,7 @@ def world_of_one() -> Iterator[Grid]:
 
 
 def make_engine(**sections: Any) -> ReferenceEngine:
-    """The plain engine of `run_config(**sections)`, on the CPU."""
+    """Return the plain engine of `run_config(**sections)`, on the CPU."""
     return ReferenceEngine(run_config(**sections), grid=LONELY)
 
 

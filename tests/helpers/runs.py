@@ -82,7 +82,7 @@ def run_file(shards: dict[str, str], directory: Path | str, **sections: Any) -> 
 
 
 def zero(stage: int, **extra: Any) -> dict[str, Any]:
-    """The `deepspeed` section of a stage; stage 3 releases every weight."""
+    """Return the `deepspeed` section of a stage; stage 3 releases every weight."""
     released = RELEASED if stage == 3 else {}
     return {"zero_optimization": {"stage": stage, **released, **extra}}
 
@@ -95,7 +95,7 @@ def train(launch: Launch, raw: dict[str, Any], **request: Any) -> None:
 
 
 def rows(raw: dict[str, Any], kind: str = "train") -> list[dict[str, Any]]:
-    """The rows of one kind in the run's metrics.jsonl."""
+    """Return the rows of one kind in the run's metrics.jsonl."""
     path = Path(raw["logging"]["directory"]) / raw["name"] / "metrics.jsonl"
     found = [json.loads(line) for line in path.read_text().splitlines()]
     return [row for row in found if row["kind"] == kind]

@@ -15,7 +15,7 @@ START, END = "<|im_start|>", "<|im_end|>"
 
 
 def byte_level() -> Any:
-    """Bytes as ids 0 to 255, in the order of their characters, and no merges."""
+    """Return bytes as ids 0 to 255, in the order of their characters, and no merges."""
     made = tokenizers.Tokenizer(
         models.BPE({c: n for n, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
     )
@@ -27,10 +27,10 @@ def byte_level() -> Any:
 def json_folder(
     folder: Path, files: Mapping[str, Any] | None = None, around: str | None = None
 ) -> Path:
-    """A byte-level `tokenizer.json` with BOS 256, EOS 257, and a chat's marks 258 and 259.
+    """Return a byte-level `tokenizer.json` with BOS 256, EOS 257, and a chat's marks 258 and 259.
 
     Args:
-        files: contents of JSON files beside it.
+        files: contents of JSON files next to it.
         around: what its post-processor puts around a text, "$A".
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from tests.helpers.models import make_batch, run_config
 
 
 class Notes:
-    """An engine, a recorder and a saver that write down what they are asked for."""
+    """An engine, a recorder and a saver that write down what they are requested."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -117,7 +117,7 @@ def make_trainer(
     progress: Progress | None = None,
     more: Sequence[Hook] = (),
 ) -> Trainer:
-    """A trainer of parts that take notes, with `more` hooks after its own."""
+    """Return a trainer of parts that take notes, with `more` hooks after its own."""
     parts: Any = notes
     phases = PhaseTimer()
     poll = StopPoll(grid, shutdown)

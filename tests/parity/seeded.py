@@ -59,7 +59,7 @@ def unsummed(model: Any, _grid: Any) -> None:
 
 
 def copying(restore: Any) -> Any:
-    """The load, after which every group has the hyper-parameters of the first."""
+    """Load a checkpoint, after which every group has the hyper-parameters of the first."""
 
     def load(engine: Any, *args: Any, **kwargs: Any) -> Any:
         place = restore(engine, *args, **kwargs)
@@ -72,7 +72,7 @@ def copying(restore: Any) -> Any:
 
 
 def dropping(restore: Any) -> Any:
-    """The load, after which one moment is gone."""
+    """Load a checkpoint, after which one moment is gone."""
 
     def load(engine: Any, *args: Any, **kwargs: Any) -> Any:
         place = restore(engine, *args, **kwargs)

@@ -25,7 +25,9 @@ LENGTH = {"t5": 31, "marian": 31}  # 5 are cut out in 2 spans: 28 are read and 8
 
 
 def family_run(shards: dict[str, str], folder: Path, family: str, **sections: Any) -> Any:
-    """A run of the family's second shape; with the vocabulary of bytes, a mask, and sentinels."""
+    """Return a run of the family's second shape; with the vocabulary of bytes, a mask, and
+    sentinels.
+    """
     model = model_section(family, 1) | {"vocab_size": 301, "initializer_range": 0.05}
     data = {"sequence_length": LENGTH.get(family, 32)}
     objective = {"mask_token_id": 258, "whole_words": True, "mask_probability": 0.16}

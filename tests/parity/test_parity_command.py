@@ -74,7 +74,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> ParityRunner:
 
 
 def with_bug(runner: ParityRunner, bug: str) -> ParityRunner:
-    """The same runner, whose ranks have a bug from now on."""
+    """Return the same runner, whose ranks have a bug from now on."""
     runner.worker = partial(seeded.work, bug)
     return runner
 

@@ -1,4 +1,4 @@
-"""A real Slurm cluster of two nodes on this host, for the tests that ask for it."""
+"""A real Slurm cluster of two nodes on this host, for the tests that request it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Cluster:
         }
 
     def call(self, *command: str, cwd: Path | None = None) -> str:
-        """What a command printed; an AssertionError with its words where it failed."""
+        """Return what a command printed; an AssertionError with its words where it failed."""
         done = subprocess.run(
             command, env=self.environ, cwd=cwd, capture_output=True, text=True, timeout=120
         )
@@ -35,7 +35,7 @@ class Cluster:
         return done.stdout.strip()
 
     def submit(self, *arguments: str, cwd: Path) -> str:
-        """A job's id."""
+        """Return a job's id."""
         return self.call("sbatch", "--parsable", *arguments, cwd=cwd)
 
     def state(self, job: str) -> str:
@@ -46,7 +46,7 @@ class Cluster:
         return next(word for word in text.split() if word.startswith(f"{name}=")).partition("=")[2]
 
     def wait(self, job: str, *states: str, seconds: float = 120) -> str:
-        """The state a job has come to, one of `states`."""
+        """Return the state a job has come to, one of `states`."""
         deadline = time.monotonic() + seconds
         while (state := self.state(job)) not in states:
             assert time.monotonic() < deadline, f"job {job} is {state} after {seconds:.0f} s"

@@ -172,7 +172,7 @@ def test_scancel_stays_cancelled(cluster: Cluster, checkout: Path) -> None:
 
 
 def test_a_real_run(cluster: Cluster, checkout: Path, shards: dict[str, str]) -> None:
-    """A rank is killed; the job comes back by itself, to the losses of a run left in peace."""
+    """A rank is killed; the job comes back alone, to the losses of a run left in peace."""
     shutil.rmtree(checkout / "launcher")
     (checkout / "launcher").symlink_to(ROOT / "launcher")
     raw = run_file(
@@ -198,7 +198,7 @@ def test_a_real_run(cluster: Cluster, checkout: Path, shards: dict[str, str]) ->
 
 
 def _processes(job: str, *, rank: int) -> list[int]:
-    """The Python processes of one rank of a job."""
+    """Return the Python processes of one rank of a job."""
     wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
     found = []
     for folder in Path("/proc").glob("[0-9]*"):

@@ -1,6 +1,6 @@
 """A launcher's ranks without a model: steps, saves, signals, status.json, and faults on demand.
 
-Rank 0 writes what rank 0 of a real run writes. `faults.json` beside the run file plans
+Rank 0 writes what rank 0 of a real run writes. `faults.json` next to the run file plans
 [{"attempt", "rank", "step"}]: that rank dies there; `endless` lets the
 first attempt go on until it is asked to stop.
 """

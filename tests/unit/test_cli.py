@@ -63,7 +63,7 @@ def test_exit_codes(result: Any, code: int, capsys: pytest.CaptureFixture[str]) 
     assert leave(result) == code
     shown = capsys.readouterr()
     assert shown.out == ""
-    if isinstance(result, errors.Stopped):  # what was asked for is no error
+    if isinstance(result, errors.Stopped):  # what was requested is no error
         assert shown.err == "x\n"
     elif isinstance(result, errors.MegaLiteError):
         assert shown.err == "".join(f"error: {line}\n" for line in str(result).splitlines())
@@ -92,7 +92,7 @@ def test_a_package_that_is_not_there(
 
 @pytest.mark.parametrize("ranks", [False, True])
 def test_the_codes_of_a_real_process(tmp_path: Path, ranks: bool) -> None:
-    """Nothing written is lost, also where the interpreter's teardown is left out."""
+    """Nothing written is lost, also where the interpreter's teardown is omitted."""
     program = (
         "import atexit, sys\n"
         "from pathlib import Path\n"

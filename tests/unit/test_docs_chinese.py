@@ -11,7 +11,7 @@ CHINESE = (ROOT / "README.zh.md").read_text(encoding="utf-8")
 
 
 def code(text: str) -> list[str]:
-    """The indented blocks of a page."""
+    """Return the indented blocks of a page."""
     lines = [line if line.startswith("    ") else "" for line in text.splitlines()]
     return [block for block in re.split(r"\n\n+", "\n".join(lines).strip("\n")) if block]
 

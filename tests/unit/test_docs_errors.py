@@ -21,14 +21,14 @@ FOREIGN = {  # of other programs, and the file that shows it
 
 
 def messages() -> list[str]:
-    """What stands in code font in the first column."""
+    """Return what stands in code font in the first column."""
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     cells = re.findall(r"^\| (.+?) \| ", page, re.MULTILINE)
     return [message for cell in cells for message in re.findall(r"^`(.+?)`", cell)]
 
 
 def said(node: ast.AST) -> str | None:
-    """A text as a message, what is filled in as a NUL."""
+    """Return a text as a message, what is filled in as a NUL."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return re.sub(r"%[.\d]*[sdfgr]", "\0", node.value.replace("%%", "%"))
     if isinstance(node, ast.JoinedStr):
@@ -38,7 +38,7 @@ def said(node: ast.AST) -> str | None:
 
 @cache
 def sources() -> str:
-    """Every text of the code and every line of the job scripts, a line each."""
+    """Return every text of the code and every line of the job scripts, a line each."""
     texts = []
     for folder in ("megalite", "data_prep", "launcher"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -50,7 +50,7 @@ def sources() -> str:
 
 
 def is_said(message: str) -> bool:
-    """Whether one text has all parts of a message, in their order."""
+    """Return whether one text has all parts of a message, in their order."""
     parts = [re.escape(part.strip()) for part in message.split("...") if part.strip(" .;")]
     return bool(parts) and re.search(".*".join(parts), sources()) is not None
 

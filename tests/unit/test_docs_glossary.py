@@ -27,7 +27,7 @@ NAMES |= {
 
 
 def prose() -> str:
-    """The pages without code and links, and what commands say of themselves."""
+    """Return the pages without code and links, and what commands say of themselves."""
     paths = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
     for code in (r"^```.*?^```$", r"^    .*$", r"`[^`\n]*`", r"\]\([^)]*\)"):
@@ -36,7 +36,7 @@ def prose() -> str:
 
 
 def terms() -> list[str]:
-    """What the first column names, as it stands there."""
+    """Return what the first column names, as it stands there."""
     text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
     return re.findall(r"^\| ([^|]+?) \| ", text, re.MULTILINE)[2:]
 

@@ -18,7 +18,7 @@ from tests.pages import PAGE, ROOT, actions, commands_page, parsers
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("README*.md")])
 PARSERS = dict(parsers())
-# of the programs that start ours, or stand beside them
+# of the programs that start ours, or stand next to them
 FOREIGN = {
     "deepspeed": "--num_gpus --no_ssh --master_port --module",
     "torchrun": "--nproc-per-node --master-port",
@@ -40,20 +40,20 @@ def text_of(path: Path) -> str:
 
 
 def blocks(text: str) -> str:
-    """The code of a page, fenced or indented; a line that ends in a backslash goes on."""
+    """Return the code of a page, fenced or indented; a line that ends in a backslash goes on."""
     fenced = re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     code = "\n".join([*fenced, *re.findall(r"^    .*$", text, re.MULTILINE)])
     return code.replace("\\\n", " ")
 
 
 def spans(text: str) -> list[str]:
-    """What stands in code font."""
+    """Return what stands in code font."""
     plain = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     return re.findall(r"`([^`\n]+)`", plain)
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
-    """The commands of ours in a page's code: the parser's name and its arguments."""
+    """Yield the commands of ours in a page's code: the parser's name and its arguments."""
     starts = r"\b(?:python|deepspeed|torchrun|srun|mpirun|sbatch)\b.*?"
     ours = r"(?P<name>launcher/\w+\.py|-m data_prep [\w-]+|slurm/\w+\.sbatch)(?P<rest>.*)"
     for found in re.finditer(starts + ours, blocks(text)):
@@ -126,7 +126,7 @@ def key_faults(text: str) -> list[str]:
 
 
 def is_deepspeeds(key: str) -> bool:
-    """Whether a key is one that the deepspeed section knows, or knows to refuse."""
+    """Return whether a key is one that the deepspeed section knows, or knows to refuse."""
     schema = json_schema()["properties"]["deepspeed"]
     first, _, name = key.partition(".")
     if first != "deepspeed" or name in REFUSED:

@@ -70,7 +70,7 @@ def where(path: Path) -> str:
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of everything imported, inside functions too."""
+    """Yield line and dotted name of everything imported, inside functions too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -159,7 +159,9 @@ def print_faults(file: str, tree: ast.AST) -> Iterator[str]:
 
 
 def parameter_faults(file: str, tree: ast.AST) -> Iterator[str]:
-    """The planner sums over the parts of a model and mentions none of their parameters."""
+    """Check that the planner sums over the parts of a model and mentions none of their
+    parameters.
+    """
     if not file.startswith("megalite/plan/"):
         return
     for node in ast.walk(tree):
@@ -195,7 +197,7 @@ def word_faults(file: str, source: str) -> Iterator[str]:
 
 
 def rebinding_faults(file: str, tree: ast.AST) -> Iterator[str]:
-    """A forward that is replaced, or an attribute that is set on a model from outside."""
+    """Yield a forward that is replaced, or an attribute that is set on a model from outside."""
     for node in ast.walk(tree):
         targets = node.targets if isinstance(node, ast.Assign) else []
         for target in (part for whole in targets for part in ast.walk(whole)):

@@ -1,4 +1,4 @@
-"""docs/ builds as a site: no dead link or anchor, no page left out, nothing from elsewhere."""
+"""docs/ builds as a site: no dead link or anchor, no page omitted, nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_tables_and_blocks_are_drawn(site: Path) -> None:
 
 
 def github_anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives a page's headings."""
+    """Return the anchors that GitHub gives a page's headings."""
     text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
     heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-") for head in heads}

@@ -86,10 +86,10 @@ def export_adapter(
     Args:
         base: the folder or the hub's name of the model that they belong to.
     Raises:
-        CommandError: no adapters, or beside weights that the family keeps in another form.
+        CommandError: no adapters, or next to weights that the family keeps in another form.
     """
     if model.adapter is None:
-        raise CommandError("--adapter: this model has none; leave it out")
+        raise CommandError("--adapter: this model has none; remove it")
     family = family_of(arch.base_model(model))
     adapter = model.adapter
     table = arch.tensors(model)
@@ -103,7 +103,7 @@ def export_adapter(
         place = location_of(family, weight, model)
         if place.transposed or place.shape != weight.shape:
             raise CommandError(
-                f"{family.model_type} keeps {owner} in another form, beside which PEFT's adapters "
+                f"{family.model_type} keeps {owner} in another form, next to which PEFT's adapters "
                 "have no place; export without --adapter, which adds them to the weights"
             )
         theirs = place.name.removesuffix(".weight")
@@ -159,7 +159,9 @@ def _ids(tokenizer: Tokenizer, model: ModelConfig, ends: Sequence[int]) -> dict[
 
 
 def _pad(config: Mapping[str, Any], tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
-    """The padding token, unless it is EOS, too: transformers does not train its embedding."""
+    """Return the padding token, unless it is EOS, too: transformers does not train its
+    embedding.
+    """
     pad = tokenizer.pad_id
     if "pad_token_id" in config or pad is None or pad in tokenizer.end_ids:
         return {}
@@ -167,7 +169,7 @@ def _pad(config: Mapping[str, Any], tokenizer: Tokenizer, model: ModelConfig) ->
 
 
 def _generation_config(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, Any]:
-    """How other programs continue texts: as the model that training started from says."""
+    """Return how other programs continue texts: as the model that training started from says."""
     found = {k: v for k, v in tokenizer.generation_config.items() if k != "transformers_version"}
     keys = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
     found |= {key: config[key] for key in keys if config.get(key) is not None}
@@ -214,7 +216,7 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _outputs(family: Family, model: ModelConfig) -> Sequence[_Output]:
-    """The folder's tensors in the order of the model's."""
+    """Return the folder's tensors in the order of the model's."""
     parts: dict[str, list[tuple[arch.CanonicalTensor, TensorLocation]]] = {}
     for tensor in arch.tensors(model).values():
         place = location_of(family, tensor, model)

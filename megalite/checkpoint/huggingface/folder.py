@@ -74,7 +74,7 @@ def location_of(family: Family, tensor: arch.CanonicalTensor, model: ModelConfig
 
 
 def _indexed_files(index: Path) -> list[Path]:
-    """The files that an index names, each beside it.
+    """Return the files that an index names, each next to it.
 
     Raises:
         CommandError: an index that is damaged, or leads elsewhere.
@@ -152,7 +152,7 @@ class HuggingFaceFolder:
         self._compare_tied()
 
     def _compare_tied(self) -> None:
-        """Refuse a head beside the embedding that it is said to share, and does not."""
+        """Refuse a head next to the embedding that it is said to share, and does not."""
         if not self.section.tie_word_embeddings:
             return
         _, shared = self._places["model.embed_tokens.weight"]
@@ -200,7 +200,7 @@ class HuggingFaceFolder:
         target.copy_(value.t() if place.transposed and value.dim() == 2 else value)
 
     def _refuse_quantized(self, config: dict[str, Any], names: list[str]) -> None:
-        """Raise CommandError if the configuration, or what lies beside weights, says so."""
+        """Raise CommandError if the configuration, or what lies next to weights, says so."""
         method = quantized.quantization(config, self.path)
         parts = quantized.quantized_parts(names)
         if method is None and not parts:
@@ -330,8 +330,8 @@ class HuggingFaceFolder:
         left = [name for name in self._stored if name not in used]
         if adapters := [name for name in left if ".lora_" in name]:
             raise CommandError(
-                f"{self.path} holds adapters beside its weights ({adapters[0]}), which would be "
-                "left out: merge them with merge_and_unload of PEFT and save that"
+                f"{self.path} holds adapters next to its weights ({adapters[0]}), which would be "
+                "omitted: merge them with merge_and_unload of PEFT and save that"
             )
         redundant = re.compile(f"{_REDUNDANT}|{self.family.redundant}")
         return [name for name in left if not redundant.search(name)]

@@ -1,6 +1,6 @@
 """DeepSpeed's JSON: every default is written out before, and every value compared after.
 
-DeepSpeed fills in what a JSON leaves out, and its defaults change between releases. `fill_defaults`
+DeepSpeed fills in what a JSON omits, and its defaults change between releases. `fill_defaults`
 asks the installed release for all of them, so that the file in the run folder is complete.
 `verify_effective` reads back what the engine really uses.
 

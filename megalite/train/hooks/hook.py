@@ -79,7 +79,7 @@ class Hook:
     """One concern of a run around its steps and saves. By default a hook does nothing.
 
     The loop calls its hooks in their order, on every rank. A hook gets reports and returns what it
-    asks for; it never reaches into the loop.
+    requires; it never reaches into the loop.
     """
 
     def begin(self, progress: Progress) -> Outcome:
@@ -87,7 +87,7 @@ class Hook:
         return CONTINUE
 
     def after_step(self, report: StepReport) -> Outcome:
-        """Act on a step that was taken or left out."""
+        """Act on a step that was taken or omitted."""
         return CONTINUE
 
     def before_save(self, progress: Progress) -> None:

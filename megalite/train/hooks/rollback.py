@@ -1,4 +1,4 @@
-"""Return to the newest checkpoint after a spike, leaving out the data around it."""
+"""Return to the newest checkpoint after a spike, omitting the data around it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Rollback(Hook):
         return restored
 
     def _gap(self, checkpoint_samples: int, spike_samples: int) -> list[int]:
-        """Return the samples to leave out, [first, last): `guards.skip_window` steps around."""
+        """Return the samples to omit, [first, last): `guards.skip_window` steps around."""
         size = self._config.training.global_batch_size
         around = self._config.guards.skip_window
         first = max(checkpoint_samples, spike_samples - around // 2 * size)

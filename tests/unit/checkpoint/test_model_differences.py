@@ -1,5 +1,5 @@
 # covers: megalite/checkpoint/differences.py megalite/checkpoint/stored.py
-"""A run's model beside the one it starts from: what may change, what is said, what is refused."""
+"""A run's model next to the one it starts from: what may change, what is said, what is refused."""
 
 from __future__ import annotations
 

@@ -56,13 +56,13 @@ _OWN, _GONE = "MegaLite does this itself", "was taken out of DeepSpeed 0.19, whi
     ("key", "value", "message"),
     [
         ("gradient_cliping", 1.0, 'unknown key; did you mean "gradient_clipping"?'),
-        ("qqq", 1, "unknown key; DeepSpeed 0.19.8 has none of this name, take it out"),
+        ("qqq", 1, "unknown key; DeepSpeed 0.19.8 has none of this name, remove it"),
         ("zero_optimization.overlap_com", True, 'unknown key; did you mean "overlap_comm"?'),
         (
             "gradient_clipping",
             0.5,
             "found 0.5, but optimizer.clip_grad_norm makes it 1.0; change "
-            'optimizer.clip_grad_norm, and take this out or write "auto"',
+            'optimizer.clip_grad_norm, and remove this or write "auto"',
         ),
         (
             "gradient_allreduce_op",
@@ -70,8 +70,8 @@ _OWN, _GONE = "MegaLite does this itself", "was taken out of DeepSpeed 0.19, whi
             'found "mean", MegaLite needs "sum" (the loss is normalised); write "auto"',
         ),
         ("optimizer", {"type": "Lamb"}, f"{_OWN}; set the optimizer section of the run file"),
-        ("nebula", {}, f"{_GONE}; take it out"),
-        ("zero_optimization.mics_shard_size", 8, f"{_GONE}; take it out"),
+        ("nebula", {}, f"{_GONE}; remove it"),
+        ("zero_optimization.mics_shard_size", 8, f"{_GONE}; remove it"),
         ("bfloat16", {"enabled": True}, 'is the old name; write "bf16"'),
         ("zero_optimization", True, 'expected a section {...} or "auto", found true'),
         ("zero_optimization.stage", 4, "expected 0, 1, 2 or 3, found 4"),
@@ -109,26 +109,26 @@ def test_faults(key: str, value: Any, message: str) -> None:
         ("checkpoint", {"tag_validation": "Fail"}, "set the checkpoint section of the run file"),
         ("datastates_ckpt", {"no_such_key": True}, "set checkpoint.background"),
         ("compile", {"deepcompile": True}, "set training.compile"),
-        ("aio", {"block_size": 1048576}, "offloads nothing to NVMe; take it out"),
-        ("dataloader_drop_last", True, "the data section fixes the order; take it out"),
-        ("disable_allgather", True, "DeepSpeed 0.19 does not read it; take it out"),
+        ("aio", {"block_size": 1048576}, "offloads nothing to NVMe; remove it"),
+        ("dataloader_drop_last", True, "the data section fixes the order; remove it"),
+        ("disable_allgather", True, "DeepSpeed 0.19 does not read it; remove it"),
         ("use_data_before_expert_parallelism", True, "mixtures of experts"),
         ("vocabulary_size", 50000, "set model.vocab_size"),
         ("seq_parallel_communication_data_type", "bf16", "set parallel.sequence"),
         ("torch_autocast.dtype", "bfloat16", "set training.precision"),
-        ("zero_optimization.elastic_checkpoint", True, "load on any number of ranks; take it out"),
-        ("zero_optimization.load_from_fp32_weights", False, "hold fp32 weights; take it out"),
+        ("zero_optimization.elastic_checkpoint", True, "load on any number of ranks; remove it"),
+        ("zero_optimization.load_from_fp32_weights", False, "hold fp32 weights; remove it"),
         (
             "zero_optimization.stage3_gather_16bit_weights_on_model_save",
             True,
-            "launcher/export.py writes a model folder; take it out",
+            "launcher/export.py writes a model folder; remove it",
         ),
-        ("zero_optimization.pipeline_loading_checkpoint", True, "own checkpoints; take it out"),
+        ("zero_optimization.pipeline_loading_checkpoint", True, "own checkpoints; remove it"),
         ("zero_optimization.legacy_stage1", True, "was taken out of DeepSpeed 0.19"),
-        ("zero_optimization.allgather_partitions", False, "does not read it; take it out"),
-        ("zero_optimization.offload_optimizer.pipeline_read", True, "nothing to NVMe; take it out"),
+        ("zero_optimization.allgather_partitions", False, "does not read it; remove it"),
+        ("zero_optimization.offload_optimizer.pipeline_read", True, "nothing to NVMe; remove it"),
         ("steps_per_print", 100, 'set training.log_every, or write "log_level": "info"'),
-        ("dump_state", True, 'take it out, or write "log_level": "info"'),
+        ("dump_state", True, 'remove it, or write "log_level": "info"'),
         ("comms_logger", {"enabled": True}, 'prints nothing without "verbose": true'),
         ("comms_logger", {"enabled": True, "verbose": True}, 'deepspeed.log_level "info"'),
     ],
@@ -162,7 +162,7 @@ def test_unknown_key_of_every_section_is_refused(at: str) -> None:
         [fault] = faults(section)
         assert f"{at}.{wrong}: unknown key; " in fault
         assert hint in fault
-        assert "take it out" in fault or "did you mean" in fault
+        assert "remove it" in fault or "did you mean" in fault
 
 
 @pytest.mark.parametrize("at", KNOWN)
@@ -233,7 +233,7 @@ def deepspeed_source(path: str) -> str:
 
 
 def fields_of(source: str, name: str) -> set[str]:
-    """The keys a pydantic model of DeepSpeed reads: a field's alias, else its name."""
+    """Return the keys a pydantic model of DeepSpeed reads: a field's alias, else its name."""
     [model] = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name]
     result = set()
     for node in model.body:

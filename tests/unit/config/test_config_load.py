@@ -167,7 +167,7 @@ def test_an_unknown_key_of_a_secret_is_answered_with_the_environment(
     path = write(tmp_path / "a.json", SMALL)
     found = faults(path, "logging.wandb.project=x", f"{key}=hunter2")
     assert [
-        f"--set {key}: unknown key; take it out: secrets are passed in env" in one for one in found
+        f"--set {key}: unknown key; remove it: secrets are passed in env" in one for one in found
     ] == [True]
 
 
@@ -208,7 +208,7 @@ def test_set_reads_json_else_text(tmp_path: Path) -> None:
         ("trainin.steps=3", '--set trainin: unknown key; did you mean "training"?'),
         ("training.mico=3", '--set training.mico: unknown key; did you mean "micro_batch_size"?'),
         ("data.micro_batch_sice=3", 'unknown key; did you mean "training.micro_batch_size"?'),
-        ("model.zzz=3", "model.zzz: unknown key; take it out, or write one of architecture"),
+        ("model.zzz=3", "model.zzz: unknown key; remove it, or write one of architecture"),
         ("warmup_steps=3", 'did you mean "schedule.warmup_steps"?'),
         ("training=null", "training: expected a section {...}, found null"),
         ("training.steps=NaN", 'training.steps: expected a whole number, found "NaN"'),

@@ -14,7 +14,7 @@ from megalite.config.schema import RunConfig
 
 
 def documented() -> set[str]:
-    """The keys of the first column, without the place in a list."""
+    """Return the keys of the first column, without the place in a list."""
     keys = re.findall(r"^\| `(.+?)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     return {key.replace("[0]", "") for key in keys}
 

@@ -19,7 +19,7 @@ NEW = {"training": {"replica_check_every": 7}, "checkpoint": {"stop_grace_second
 
 
 def written(folder: Path, *changes: dict[str, dict[str, Any]], name: str = "run.json") -> Path:
-    """A run file with keys of some sections, and without their new names otherwise."""
+    """Return a run file with keys of some sections, and without their new names otherwise."""
     raw = run_config().model_dump(mode="json")
     del raw["training"]["replica_check_every"], raw["checkpoint"]["stop_grace_seconds"]
     for change in changes:

@@ -63,12 +63,12 @@ def test_what_is_sound(keys: dict[str, Any]) -> None:
         (
             {"model__architecture": "encoder", "objective": {"mask_token_id": 3},
              "logging__samples": {"prompts": ["a"]}},
-            "logging.samples: an encoder writes no text; leave it out",
+            "logging.samples: an encoder writes no text; remove it",
         ),
         (
             {"finetune": {"task": "classification", "data": {"path": "a", "max_length": 64}},
              "data__train": [], "logging__samples": {"prompts": ["a"]}},
-            "logging.samples: a classifier writes no text; leave it out",
+            "logging.samples: a classifier writes no text; remove it",
         ),
         (
             {"model__head_dim": 9},
@@ -100,7 +100,7 @@ def test_what_is_sound(keys: dict[str, Any]) -> None:
         ),
         (
             {"checkpoint": {"every": 0, "keep_every": 25}},
-            "checkpoint.keep_every: 25, but the run is saved at the end alone; leave it out, or "
+            "checkpoint.keep_every: 25, but the run is saved at the end alone; remove it, or "
             "set checkpoint.every",
         ),
         (
@@ -134,11 +134,11 @@ def test_what_is_sound(keys: dict[str, Any]) -> None:
         (
             {"schedule": {"name": "wsd", "warmup_steps": 30, "decay_steps": 71}},
             "schedule.decay_steps: warmup_steps 30 + decay_steps 71 is over training.steps 100; "
-            "shorten one, or leave decay_steps out",
+            "shorten one, or remove decay_steps",
         ),
         (
             {"schedule": {"name": "constant", "decay_steps": 5}},
-            "schedule.decay_steps: a constant schedule does not decay; leave it out or name "
+            "schedule.decay_steps: a constant schedule does not decay; remove it or name "
             "another",
         ),
         (

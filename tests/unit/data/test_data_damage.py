@@ -23,7 +23,7 @@ VOCABULARY = 258  # of bytes
 
 
 def write_folder(folder: Path, *, seed: int = 0) -> Path:
-    """Two shards of random documents, with a manifest."""
+    """Return two shards of random documents, with a manifest."""
     (folder / "tokenizer").mkdir(parents=True)
     name = ByteTokenizer().save(folder / "tokenizer")
     numbers, infos = np.random.default_rng(seed), []
@@ -47,7 +47,7 @@ def write_folder(folder: Path, *, seed: int = 0) -> Path:
 
 
 def write_megatron(folder: Path, *, seed: int = 0) -> Path:
-    """The same tokens as Megatron-LM would leave them."""
+    """Return the same tokens as Megatron-LM would leave them."""
     made = write_folder(folder.with_name(f"{folder.name}_made"), seed=seed)
     folder.mkdir()
     for number in range(2):

@@ -121,7 +121,7 @@ def test_permute_of_three_gives_all_six_shuffles_equally_often() -> None:
 
 
 def normal_quantile(statistic: float, freedom: int) -> float:
-    """How many standard deviations a chi-square value lies off (Wilson & Hilferty 1931)."""
+    """Return how many standard deviations a chi-square value lies off (Wilson & Hilferty 1931)."""
     spread = 2 / (9 * freedom)
     return float((np.cbrt(statistic / freedom) - (1 - spread)) / np.sqrt(spread))
 

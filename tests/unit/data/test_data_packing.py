@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megalite.data import Packing, assemble, pack
 from tests.helpers.models import loss_of, make_model, model_config
 
-POLICIES = st.sampled_from(["cut", "leave out"])
+POLICIES = st.sampled_from(["cut", "omit"])
 
 
 def naive_rooms(lengths: list[int], L: int) -> list[int]:
@@ -35,10 +35,10 @@ def filled(packing: Packing) -> list[int]:
 @settings(deadline=None, max_examples=200)
 @given(lengths=st.lists(st.integers(0, 60), max_size=60), L=st.integers(1, 40), longer=POLICIES)
 def test_every_token_lies_in_one_window(
-    lengths: list[int], L: int, longer: Literal["cut", "leave out"]
+    lengths: list[int], L: int, longer: Literal["cut", "omit"]
 ) -> None:
     packing = pack(np.array(lengths, np.int64), L, longer=longer)
-    out = [i for i, length in enumerate(lengths) if length > L and longer == "leave out"]
+    out = [i for i, length in enumerate(lengths) if length > L and longer == "omit"]
     assert packing.left_out.tolist() == out
     found = {i: np.zeros(length, int) for i, length in enumerate(lengths)}
     pieces = zip(packing.documents, packing.starts, packing.lengths, strict=True)
@@ -69,7 +69,7 @@ def test_a_packing_by_hand() -> None:
     windows = np.split(packing.documents, packing.bounds[1:-1])
     assert sorted(map(tuple, windows)) == [(0,), (1, 2), (3, 5), (5,), (5,)]
     assert packing.padding == pytest.approx(7 / 50)
-    packing = pack(np.array([3, 8, 2, 5, 0, 25]), 10, longer="leave out")
+    packing = pack(np.array([3, 8, 2, 5, 0, 25]), 10, longer="omit")
     assert packing.left_out.tolist() == [5]
     assert packing.windows == 2
 

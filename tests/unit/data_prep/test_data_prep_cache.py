@@ -42,7 +42,9 @@ def start_folder(name: str = "start", **generation: Any) -> Path:
 
 
 def run_copy(made: Path, start: Path) -> Path:
-    """The tokenizer/ of a run: a copy of what lies with the examples, with the start's ends."""
+    """Return the tokenizer/ of a run: a copy of what lies with the examples, with the
+    start's ends.
+    """
     folder = Path("run") / "tokenizer"
     folder.mkdir(parents=True)
     for path in tokenizer_files(made / "tokenizer"):

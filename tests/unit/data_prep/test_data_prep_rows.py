@@ -230,7 +230,7 @@ def test_faults_are_counted_by_split_and_few_are_named(told: pytest.LogCaptureFi
     jsonl("d/test.jsonl", [ROWS[0], {"text": "a", "label": 7}, *["x"] * 7])
     split = opened(make("d", test_split="test", max_bad_rows=8))[1]
     assert [one.info.bad_rows for one in split.values()] == [8, 8]
-    assert told.text.count("left out") == 10
+    assert told.text.count("omitted") == 10
     assert told.text.count("label '7' is none of '0', '1', '2'") == 1
     with pytest.raises(DataError, match=r"8 bad rows, more than .* 7"):
         make("d", test_split="test", max_bad_rows=7)

@@ -81,7 +81,7 @@ def test_bytes_begin_with_nothing_unless_they_are_told(bos: bool | None) -> None
 
 def test_a_tokenizer_without_bos_is_refused_only_if_bos_is_wanted() -> None:
     json_folder(Path("none"), {"tokenizer_config.json": {"bos_token": None, "eos_token": "</s>"}})
-    with pytest.raises(UserError, match="has no BOS token; use another, or leave out --bos"):
+    with pytest.raises(UserError, match="has no BOS token; use another, or omit --bos"):
         documents("none", "out", bos=True)
     assert documents("none", "out", bos=None)[1] == [*ids("c"), EOS]
 

@@ -51,7 +51,7 @@ def options(corpus: Path, place: Path, **changes: Any) -> TokenizeOptions:
 
 
 def inputs(corpus: Path) -> list[str]:
-    """Each file is an input of its own, and so a part."""
+    """Return inputs of one file each: every file is a part."""
     files = sorted(corpus.iterdir()) if corpus.is_dir() else [corpus]
     return [str(file) for file in files]
 

@@ -58,7 +58,7 @@ relaxed = settings(
 
 
 def expected(path: Path, data: bytes, part_bytes: int) -> dict[int, list[Record]]:
-    """The records of each part, found the simple way: by cutting the whole into lines."""
+    """Return the records of each part, found the simple way: by cutting the whole into lines."""
     parts: dict[int, list[Record]] = {}
     offset = 0
     for number, piece in enumerate(data.split(b"\n"), 1):
@@ -82,7 +82,7 @@ def plain(records: Sequence[Record]) -> list[Record]:
 def in_any_order(
     stream: Stream, parts: int, draw: random.Random
 ) -> dict[int, tuple[list[Record], bool]]:
-    """Each part, and some twice and some left midway, by one reader in a drawn order."""
+    """Return each part, and some twice and some left midway, by one reader in a drawn order."""
     found: dict[int, tuple[list[Record], bool]] = {}
     reader = PartReader("text")
     order = list(range(parts)) * 2

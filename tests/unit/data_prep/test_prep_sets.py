@@ -33,7 +33,7 @@ def saved(folder: Path, texts: list[str | None] = TEXTS, files: int = 3) -> str:
 
 
 def backwards(streams: list[Stream]) -> list[Record]:
-    """All records, each stream's parts read from the last to the first."""
+    """Return all records, each stream's parts read from the last to the first."""
     found: list[Record] = []
     for stream in streams:
         assert stream.parts
@@ -66,7 +66,7 @@ def test_a_saved_set_knows_its_split_and_names_the_others(tmp_path: Path) -> Non
             assert list(read_streams(streams, "text")) == [f"{split} 0", f"{split} 1"]
     with pytest.raises(CommandError, match="no split valid; it has train, test: name one as hf:"):
         find_streams([f"{folder}:valid"])
-    with pytest.raises(CommandError, match="holds one data set; leave out :test"):
+    with pytest.raises(CommandError, match="holds one data set; omit :test"):
         find_streams([f"{folder}/train:test"])
     (folder / "dataset_dict.json").write_text('{"splits": ["test"]}')
     with pytest.raises(CommandError, match="no split train; it has test"):

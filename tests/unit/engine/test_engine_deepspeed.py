@@ -77,7 +77,9 @@ def test_value_that_deepspeed_does_not_use_is_an_error() -> None:
 
 
 def partitions_of(launch: Launch, stage: int) -> dict[str, tuple[int, int]]:
-    """The part of each parameter that this rank's masters hold, and that they hold its numbers."""
+    """Return the part of each parameter that this rank's masters hold, and that they hold its
+    numbers.
+    """
     from megalite.engine.deepspeed.engine import DeepSpeedEngine
     from megalite.engine.deepspeed.partitions import zero_partitions
     from megalite.engine.deepspeed.settings import fill_defaults

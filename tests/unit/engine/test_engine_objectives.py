@@ -60,7 +60,7 @@ OBJECTIVES = {"penalized": Penalized, "frames": Frames}
 
 
 def micro_batches(step: int) -> list[Batch]:
-    """The micro-batches of a step, in the order of samples."""
+    """Return the micro-batches of a step, in the order of samples."""
     config = model_config()
     batches = []
     for number in range(SAMPLES // MICRO):
@@ -92,7 +92,9 @@ def train(engine: Any, mine: Sequence[slice]) -> list[dict[str, float]]:
 
 
 def on_ranks(launch: Launch, name: str, stage: int, tensor: int) -> list[dict[str, float]]:
-    """A run of the DeepSpeed engine; extra terms and loss of all ranks that read other samples."""
+    """Train with the DeepSpeed engine and return extra terms and loss of all ranks that read other
+    samples.
+    """
     from megalite.engine.deepspeed import settings as deepspeed_settings
     from megalite.engine.deepspeed.engine import DeepSpeedEngine
     from megalite.parallel import start

@@ -52,7 +52,7 @@ def features(text: list[int]) -> set[Any]:
 
 
 def plain_bayes(train: Split, test: Split, smoothing: float) -> list[int]:
-    """The same by dictionaries, without buckets."""
+    """Compute the same with dictionaries, without buckets."""
     assert train.labels is not None
     counts, totals = Counter(train.labels.tolist()), Counter[int]()
     seen: dict[int, Counter[Any]] = {label: Counter() for label in counts}

@@ -1,6 +1,6 @@
 # covers: megalite/model/cache.py
 # covers: megalite/evaluate/loading.py
-"""Text with the cache and without it, alone and beside others, and as transformers writes it."""
+"""Text with the cache and without it, alone and next to others, and as transformers writes it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def opened(family: str, number: int = 2, **changes: Any) -> LoadedModel:
 
 
 def plain(model: LoadedModel, source: list[int]) -> UncachedDecoder:
-    """Every token from the whole text before it."""
+    """Score every token from the whole text before it."""
     if model.config.architecture == "decoder":
         return UncachedDecoder(lambda ids: model.model.logits(ids, last_only=True))
     first = model.config.decoder_start_token_id

@@ -23,7 +23,7 @@ BOS, EOS = 256, 257
 
 
 def folder_of(path: Path, *, bos: bool = False, vocab_size: int = 258, **files: Any) -> Path:
-    """A small Llama with byte tokens, whose tokenizer begins texts with BOS or not."""
+    """Return a small Llama with byte tokens, whose tokenizer begins texts with BOS or not."""
     exported("llama", 2, path, vocab_size=vocab_size)
     file = path / "tokenizer.json"
     made = json.loads(file.read_text())

@@ -67,7 +67,9 @@ def test_attributions_are_the_slope_along_the_embeddings(architecture: str) -> N
     for place in range(batch["input_ids"].shape[1]):
 
         def moved(factor: float, place: int = place) -> float:
-            """The score with one token's embedding, of the text that is read, made longer."""
+            """Return the score with one token's embedding, of the text that is read, made
+            longer.
+            """
             calls: list[int] = []
 
             def scale(_: Any, __: Any, output: Tensor) -> Tensor:
@@ -181,7 +183,7 @@ def test_a_bias_of_positions_counts() -> None:
     seen: list[tuple[Any, ...]] = []
 
     class Alone:
-        """The first stack by itself."""
+        """The first stack alone."""
 
         blocks = model.model.encoder.layers  # type: ignore[union-attr]
 
@@ -210,7 +212,7 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
 
 
 def classifier(architecture: str, pooling: str, **data: Any) -> LoadedModel:
-    """A classifier of bytes with random weights, as if it had been fine-tuned."""
+    """Return a classifier of bytes with random weights, as if it had been fine-tuned."""
     section = model_section(TEXT[architecture], 1) | {
         "vocab_size": 258,
         "num_labels": 3,

@@ -20,12 +20,12 @@ GREEDY = Sampling(temperature=0)
 
 
 def fixed(scores: Sequence[float]) -> LogitsFn:
-    """The same logits whatever came before."""
+    """Return the same logits for every input."""
     return lambda ids: torch.tensor([scores]).expand(ids.shape[0], -1)
 
 
 def recite(ids: Sequence[int], prompt_length: int, vocab_size: int) -> LogitsFn:
-    """A model that says `ids` after its prompt, one by one."""
+    """Return a model that says `ids` after its prompt, one by one."""
 
     def logits(seen: torch.Tensor) -> torch.Tensor:
         scores = torch.zeros(1, vocab_size)

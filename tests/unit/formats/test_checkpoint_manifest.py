@@ -32,7 +32,7 @@ STATE = StateEntry(file="model-0.safetensors", sha256="0" * 64)
 
 
 def make(folder: Path, **changes: Any) -> Manifest:
-    """A folder of files and a manifest that describes them, not written yet."""
+    """Return a folder of files and a manifest that describes them, not written yet."""
     entries = {}
     for name, content in CONTENTS.items():
         path = folder / name

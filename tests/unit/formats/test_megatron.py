@@ -156,8 +156,8 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "a.bin: 8 bytes, its .idx says 6 (3 tokens": lambda folder: shutil.copy(
         folder / "b.idx", folder / "a.idx"
     ),
-    "a.idx: missing beside a.bin": lambda folder: (folder / "a.idx").unlink(),
-    "b.bin: missing beside b.idx": lambda folder: (folder / "b.bin").unlink(),
+    "a.idx: missing next to a.bin": lambda folder: (folder / "a.idx").unlink(),
+    "b.bin: missing next to b.idx": lambda folder: (folder / "b.bin").unlink(),
     "a holds int32, b holds uint16; name them one by one": lambda folder: write_pair(
         folder / "a", [[[1]]], I32
     ),

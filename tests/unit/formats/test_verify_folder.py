@@ -71,16 +71,16 @@ def test_a_bad_manifest_is_a_fault_and_no_folder_an_error(make_folder: MakeFolde
 
 
 def test_a_manifest_edited_by_hand_is_found(make_folder: MakeFolder) -> None:
-    """What the tokenizer beside it, or the documents' ends, can tell."""
+    """What the tokenizer next to it, or the documents' ends, can tell."""
     folder = make_folder([[[1, 2, 257], [4, 257]], [[257], []]], vocab_size=258)
     path = folder / "manifest.json"
     whole = path.read_text()
     for key, found, value, told in (
         ("eos", "null", "257", None),
-        ("eos", "null", "256", "eos is 256, the tokenizer beside it says 257"),
+        ("eos", "null", "256", "eos is 256, the tokenizer next to it says 257"),
         ("eos", "null", "256", "document 0 has id 257 where the manifest says eos 256"),
         ("bos", "null", "256", "document 0 has id 1 where the manifest says bos 256"),
-        ("vocab_size", "258", "300", "vocab_size is 300, the tokenizer beside it says 258"),
+        ("vocab_size", "258", "300", "vocab_size is 300, the tokenizer next to it says 258"),
     ):
         path.write_text(whole.replace(f'"{key}": {found}', f'"{key}": {value}'))
         faults = verify_folder(folder)

@@ -20,7 +20,7 @@ FOLDERS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
         {"adapter_config.json": PEFT, "adapter_model.safetensors": "x"},
         ("adapter of PEFT (LORA)", "org/base", "merge_and_unload"),
     ),
-    "adapter beside a tokenizer": (
+    "adapter next to a tokenizer": (
         {"adapter_config.json": PEFT, "tokenizer.json": "{}"},
         ("adapter of PEFT",),
     ),

@@ -79,7 +79,7 @@ def test_cached_model_serves_where_there_is_no_network(
 
 
 def silence(*_: Any, **__: Any) -> Any:
-    """A name server that keeps its caller waiting."""
+    """Return a name server that keeps its caller waiting."""
     time.sleep(5)
     raise OSError("no answer")
 

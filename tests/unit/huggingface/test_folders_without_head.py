@@ -49,7 +49,9 @@ WITH_TIED = {
 
 
 def save(kind: str, options: dict[str, Any], folder: Path) -> Any:
-    """A model of random weights as transformers saves it, and its encoder or decoder alone."""
+    """Return a model of random weights as transformers saves it, and its encoder or
+    decoder alone.
+    """
     made = getattr(transformers, kind)
     torch.manual_seed(3)
     model = made(made.config_class(**options)).eval()
@@ -65,7 +67,7 @@ def save(kind: str, options: dict[str, Any], folder: Path) -> Any:
 
 
 def hidden_states(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    """What our stack makes of ids with the folder's weights, its head left as it is."""
+    """Return what our stack makes of ids with the folder's weights, its head left as it is."""
     opened = HuggingFaceFolder(folder)
     config = opened.section.model_copy(update={"num_labels": 2})
     model = build(config).eval()
@@ -164,7 +166,7 @@ def test_parts_without_a_place_are_named_once(
     assert HuggingFaceFolder(tmp_path / "whole").missing_head == []
     copy["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 32)
     save_file(copy, file)
-    with pytest.raises(CommandError, match="adapters beside its weights"):
+    with pytest.raises(CommandError, match="adapters next to its weights"):
         HuggingFaceFolder(tmp_path / "whole")
 
 

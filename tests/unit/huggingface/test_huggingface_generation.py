@@ -23,7 +23,7 @@ GENERATION = {"eos_token_id": [257, 259], "temperature": 0.6, "top_p": 0.9, "do_
 
 
 def exported(tokenizer: Path, folder: Path, family: str = "llama", **options: Any) -> Any:
-    """The generation_config.json of a model that is exported with a tokenizer's folder."""
+    """Return the generation_config.json of a model that is exported with a tokenizer's folder."""
     config = ModelConfig.model_validate(model_section(family, 1) | {"vocab_size": 300})
     stored = InMemory(random_model(config), config)
     export(stored, config, load_tokenizer(tokenizer), folder, **options)

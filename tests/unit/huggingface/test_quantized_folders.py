@@ -44,7 +44,7 @@ def compressed(name: str, weight: torch.Tensor) -> Tensors:
 
 
 def scaled(name: str, weight: torch.Tensor) -> Tensors:
-    """Floats that are another model until they are multiplied by what is beside them."""
+    """Floats that are another model until they are multiplied by what is next to them."""
     return {name: weight / 8, f"{name}_scale": torch.full((1,), 8.0)}
 
 

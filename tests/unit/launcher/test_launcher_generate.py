@@ -91,7 +91,7 @@ def say(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
 
 
 def greedy(checkpoint: Path, prompt: str, count: int) -> str:
-    """The expected text, by hand: the likeliest byte after the last POSITIONS ones."""
+    """Return the expected text, by hand: the likeliest byte after the last POSITIONS ones."""
     from megalite.checkpoint import StoredCheckpoint, load_into
 
     config = tiny_config().model

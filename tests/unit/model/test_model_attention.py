@@ -14,7 +14,7 @@ from megalite.model.attention import attend, attention_mask
 def test_the_quick_brown_fox() -> None:
     """docs/models.md works this example; every number of it is computed here without the model."""
     words = ["The", "quick", "brown", "fox"]
-    # d = 2; a query asks for what a key offers
+    # d = 2; a query requires what a key offers
     q = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [2.0, 0.0]]
     k = [[1.0, 0.0], [0.0, 2.0], [1.0, 1.0], [0.0, 1.0]]
     v = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [4.0, 2.0]]

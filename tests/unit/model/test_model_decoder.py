@@ -227,7 +227,9 @@ LENGTHS = (5, 1, 9, 3, 6)
 
 
 def pack(config: ModelConfig, *, seed: int = 3) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """A window of documents, and each of them by itself; a document's last target is not known."""
+    """Return a window of documents, and each of them alone; a document's last target is not
+    known.
+    """
     generator = torch.Generator().manual_seed(seed)
     documents = [torch.randint(config.vocab_size, (n,), generator=generator) for n in LENGTHS]
     ids = torch.cat(documents)
@@ -244,7 +246,7 @@ def pack(config: ModelConfig, *, seed: int = 3) -> tuple[dict[str, Tensor], list
 
 
 def alone(model: LanguageModel, document: Tensor) -> Tensor:
-    """The loss of a document that fills its own window."""
+    """Return the loss of a document that fills its own window."""
     return loss_of(
         model,
         {

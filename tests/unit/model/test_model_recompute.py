@@ -137,7 +137,7 @@ def test_attention_that_drops_is_computed_again(name: str, place: int) -> None:
 
 
 def test_what_is_kept() -> None:
-    """Bytes alive between forward and backward, the loss's own gradients left out."""
+    """Bytes alive between forward and backward, the loss's own gradients omitted."""
     config = model_config(hidden_size=64, intermediate_size=256, num_hidden_layers=4)
     batch = make_batch(config, samples=4, length=32).tensors
     kept = {}

@@ -115,8 +115,8 @@ def test_lines_elsewhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
 
 
 def on_terminal(program: str, columns: int) -> tuple[Any, str]:
-    """The screen a process of its own leaves behind with a terminal as standard error; and its
-    standard output.
+    """Return the screen a process of its own leaves behind with a terminal as standard error; and
+    its standard output.
     """
     pyte = pytest.importorskip("pyte", reason="the screen is read with pyte, which is not there")
     leader, follower = pty.openpty()

@@ -113,7 +113,7 @@ def test_two_attempts_offline_with_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb", reason='the package is not there: pip install -e ".[wandb]"')
-    monkeypatch.setattr(wandb, "_FINISH", 300.0)  # beside other tests
+    monkeypatch.setattr(wandb, "_FINISH", 300.0)  # next to other tests
     for _ in range(2):
         attempt(tmp_path)
     id = json.loads((tmp_path / "wandb.json").read_text())["id"]

@@ -28,7 +28,7 @@ DECAYED, FREE = "lm_head.weight", "model.norm.weight"
 
 
 def setting(**optimizer: Any) -> tuple[torch.optim.Optimizer, dict[str, nn.Parameter]]:
-    """An optimizer over a matrix and a norm of the small model."""
+    """Return an optimizer over a matrix and a norm of the small model."""
     config = run_config(optimizer=optimizer)
     model = make_model(config.model, spread=0.05)
     named = {name: model.get_parameter(name) for name in (DECAYED, FREE)}

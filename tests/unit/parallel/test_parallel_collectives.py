@@ -42,7 +42,7 @@ def gathered(parts: list[Tensor]) -> list[Tensor]:
 
 
 def own(parts: list[Tensor]) -> list[Tensor]:
-    """Each rank's tokens of its own tensor."""
+    """Return each rank's tokens of its own tensor."""
     return [part.chunk(RANKS, dim=1)[rank] for rank, part in enumerate(parts)]
 
 
@@ -73,7 +73,7 @@ def test_collective_is_its_sum_or_gather_and_the_transpose_backward(name: str) -
 
 
 def multiply(launch: Launch, tokens: bool, frozen: str) -> tuple[Any, Any, Any]:
-    """A column-parallel product of this rank's rows; its output and both gradients."""
+    """Compute a column-parallel product of this rank's rows; its output and both gradients."""
     from megalite.parallel import start
     from megalite.parallel.collectives import ColumnParallelMatmul
 
@@ -110,7 +110,7 @@ def test_column_parallel_product_is_a_linear_layer_in_parts(tokens: bool, frozen
 
 
 def leave_input(launch: Launch) -> bool:
-    """Whether a sum leaves its input as it was, which selective recompute relies on."""
+    """Return whether a sum leaves its input as it was, which selective recompute relies on."""
     from megalite.parallel import start
     from megalite.parallel.collectives import all_reduce_async
 

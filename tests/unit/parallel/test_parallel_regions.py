@@ -39,7 +39,7 @@ def batch_of(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def on_two_ranks(launch: Launch, section: dict[str, Any], sequence: bool) -> dict[str, Any]:
-    """The loss, the logits and this rank's gradients of a model that two ranks share."""
+    """Return the loss, the logits and this rank's gradients of a model that two ranks share."""
     from megalite.parallel import apply_tensor_parallel, make_regions, start
 
     grid = start(launch, tensor=2)

@@ -301,7 +301,7 @@ def test_the_search_keeps_the_users_files(tmp_path: Path) -> None:
     assert "rank 1 is written to best.json" in done.stdout
     assert load_config(tmp_path / "best.json").name == "own"
     done = command("plan", *asked, "--output", "best.json", folder=tmp_path)
-    assert done.returncode == 0, "an earlier search's file is written anew"
+    assert done.returncode == 0, "an earlier search's file is written again"
     (tmp_path / "notes.txt").write_text("mine\n")
     done = command("plan", *asked, "--output", "notes.txt", folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
@@ -313,8 +313,8 @@ def test_the_search_keeps_the_users_files(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["--config", LORA, "--output", "x.json"], "--output is of --search or --calibrate"),
-        (["--calibrate", "x", "--search"], "--calibrate reads runs alone: leave out --search"),
-        (["--calibrate", "x", "--config", LORA], "leave out --config"),
+        (["--calibrate", "x", "--search"], "--calibrate reads runs alone: omit --search"),
+        (["--calibrate", "x", "--config", LORA], "omit --config"),
         (
             ["--calibrate", "x", "--output", "no/x.json"],
             "--output no/x.json: there is no folder no",

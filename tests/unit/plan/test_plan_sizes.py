@@ -21,7 +21,7 @@ PARAMETERS = WEIGHTS + 7 * 64  # two norms a block and the last
 
 
 def config(**changes: Any) -> RunConfig:
-    """A small Llama; `section__key=value` changes it."""
+    """Return a small Llama; `section__key=value` changes it."""
     raw: dict[str, Any] = {
         "name": "run",
         "model": dict(SMALL_LLAMA),
@@ -110,14 +110,14 @@ def test_precision_follows_the_device_when_asked_to() -> None:
             1,
             "cpu",
             "deepspeed.gradient_accumulation_steps: found 3, but training.global_batch_size makes "
-            'it 4; change training.global_batch_size, and take this out or write "auto"',
+            'it 4; change training.global_batch_size, and remove this or write "auto"',
         ),
         (
             {"deepspeed__data_types": {"param_dtype": "bf16"}},
             1,
             "cpu",
             'deepspeed.data_types.param_dtype: found "bf16", but training.precision makes it '
-            '"fp32"; change training.precision, and take this out or write "auto"',
+            '"fp32"; change training.precision, and remove this or write "auto"',
         ),
         *(
             (
@@ -125,7 +125,7 @@ def test_precision_follows_the_device_when_asked_to() -> None:
                 1,
                 "cuda",
                 f"deepspeed.zero_optimization.{key}: device {device}, which this version does not "
-                "use; leave it out, and offload the optimizer to cpu or use more ranks",
+                "use; remove it, and offload the optimizer to cpu or use more ranks",
             )
             for key, device in (("offload_param", "cpu"), ("offload_optimizer", "nvme"))
         ),
@@ -199,7 +199,7 @@ def test_recomputation_saves_in_order() -> None:
 
 
 def test_the_total_is_the_larger_of_two_moments() -> None:
-    bytes_ = memory(**stage(1))  # 4 micro-batches: gradients and their bucket stand beside them
+    bytes_ = memory(**stage(1))  # 4 micro-batches: gradients and their bucket stand next to them
     assert bytes_["total"] == (
         bytes_["parameters"]
         + bytes_["optimizer"]
@@ -366,7 +366,7 @@ def test_muon_keeps_one_state_of_the_blocks_matrices() -> None:
 
 
 def _counted(tokens: int, causal: bool, window: int | None, document: int | None) -> int:
-    """The pairs of a window, one by one."""
+    """Return the pairs of a window, one by one."""
     near, count = window or tokens, 0
     for query in range(tokens):
         for key in range(tokens):

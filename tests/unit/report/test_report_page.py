@@ -62,7 +62,7 @@ class Page(HTMLParser):
                 self.rows[self._section][-1][-1] += data.strip()
 
     def paths(self, kind: str, chart: str = "") -> list[dict[str, str]]:
-        """The lines of a kind in the charts whose label begins so."""
+        """Return the lines of a kind in the charts whose label begins so."""
         found, label = [], ""
         for tag, attributes in self.elements:
             if tag == "svg":
@@ -232,7 +232,7 @@ def test_what_is_no_number_is_a_gap_and_said(tmp_path: Path) -> None:
     assert line["d"].endswith("h0")  # the last is alone
     assert len(page.paths("gap", "Train loss by step")) == 3
     assert "Rows without a finite loss: 3 of 10, the first at step 3." in page.text["summary"]
-    assert "are no rows, such as a crash cuts short, and are left out: 3." in page.text["summary"]
+    assert "are no rows, such as a crash cuts short, and are omitted: 3." in page.text["summary"]
     assert page.rows["summary"][1][3] == "4.0000"
     last = write_run(tmp_path / "last", [numbers(1, 3.0), numbers(2, None)])
     assert read_page(last).rows["summary"][1][3] == "no number"

@@ -65,7 +65,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def texts() -> list[str]:
-    """The probes, and random sequences of what is in them."""
+    """Return the probes, and random sequences of what is in them."""
     chosen = random.Random(1)
     alphabet = "".join(PROBES) + "   \n\t" + "".join(CORPUS[:4])
     return [*PROBES, "", *("".join(chosen.choices(alphabet, k=60)) for _ in range(60))]

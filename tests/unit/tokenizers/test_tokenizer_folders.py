@@ -52,7 +52,9 @@ def sentencepiece_folder(folder: Path, files: Mapping[str, Any], **options: Any)
 
 
 def compare(folder: Path, ours: Tokenizer) -> bool:
-    """Whether transformers reads the folder as we do; an assertion names the first difference."""
+    """Return whether transformers reads the folder as we do; an assertion names the first
+    difference.
+    """
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert ours.vocab_size == len(theirs)
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)

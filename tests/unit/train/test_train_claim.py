@@ -20,7 +20,7 @@ from tests.helpers.models import run_config
 
 
 class _Data:
-    """Samples as far as a claim asks for them."""
+    """Samples as far as a claim requires them."""
 
     tokenizer_folder = None
     tokenizer_sha256 = TOKENIZER

@@ -1,5 +1,5 @@
 # covers: megalite/train/hooks/hook.py
-"""The loop does what its hooks ask for."""
+"""The loop does what its hooks request."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def run(
     grace: float = 90.0,
     **training: Any,
 ) -> Notes:
-    """A whole run; `stop_at` asks it to stop while that step is computed."""
+    """Train a whole run; `stop_at` asks it to stop while that step is computed."""
     checkpoint = {"every": every, "background": background, "stop_grace_seconds": grace}
     config = run_config(training=training, checkpoint=checkpoint)
     notes, shutdown = Notes(), ShutdownSignal()
