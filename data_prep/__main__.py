@@ -6,7 +6,7 @@
   python -m data_prep inspect data/train --document 0
 """  # fmt: skip
 
-# Arguments only: each command's module is imported when it runs. What --help tells of a command is
+# Arguments only: each command's module is imported when it runs. The --help of a command is
 # its function's docstring.
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Parts to shards: which documents go into which shard, and the shards themselves.
 
-Where a shard ends is a function of the documents' lengths alone, known when all parts are done.
+The end of a shard is a function of the documents' lengths alone, known when all parts are done.
 Duplicates are found by 128-bit hashes; the first document of a text in input order stays. The same
 hashes decide which documents are held out, so that copies of a text stay on one side.
 """
@@ -123,7 +123,7 @@ def write_shards(
 ) -> None:
     """Write the shards that are wanted, and say so in the run.
 
-    Whoever writes a shard, also where another has begun it, writes the same bytes.
+    Every writer of a shard writes the same bytes, also if another one has begun it.
 
     Args:
         share: where to begin, a share of all shards in [0, 1).

@@ -297,7 +297,7 @@ class Chat:
         spans = locate(found)
         if spans is not None:
             return spans
-        # the template looks for a name itself, as for </think>: it knows what it writes for it
+        # the template looks for a name itself, as for </think>: it has its own replacement
         names_to_find = list(found)
         for unit, names in enumerate(found):
             for name in names:
@@ -317,7 +317,7 @@ class Chat:
                 "remove it from the text"
             )
         self._remarks[
-            f"the chat template reads {name!r} in an assistant's turn, where it may become a "
+            f"the chat template reads {name!r} in an assistant's turn, and may become a "
             "control token"
         ] += 1
 

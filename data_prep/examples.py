@@ -1,7 +1,7 @@
 """Labelled rows to a folder of tokenized examples (see megalite/formats/examples.py), made once.
 
 `data_prep/tasks` has the tokens of an example, one file a task. BOS and EOS are those of the
-tokenizer. What the tokenizer's settings put before and after a text takes their place.
+tokenizer. The tokens that the tokenizer puts before and after a text take their place.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def prepare(
     Args:
         tokenizer: that of the model started from, used if finetune.data.tokenizer is null. If both
             are null, a tokenizer is learned from the training split.
-        chat_template: the tokenizer's own, if the caller knows it.
+        chat_template: the tokenizer's own, if the caller has it.
         measured: what messages call the training split if nothing is learned from it.
         unlabelled: whether rows may be without a label.
     Raises:

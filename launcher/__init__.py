@@ -1,1 +1,1 @@
-"""What a user starts; where MegaLite is installed these are `megalite.launcher`."""
+"""The programs that a user starts. An installed MegaLite has them as `megalite.launcher`."""

@@ -1,7 +1,7 @@
 """Examine a machine, a run file on it, or where the time of a run went.
 
 Without --run: versions, devices, MPI, Slurm, memory, limits, disk, clock and ports; with --config
-also what is known of a run before it trains. --run tells what a run's time went into, what was
+also what is known of a run before it trains. --run reports where a run's time went, what was
 lost, and why it was started again.
 """
 

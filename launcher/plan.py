@@ -50,8 +50,8 @@ def parse() -> argparse.Namespace:
         "--calibrate",
         nargs="+",
         metavar="RUN",
-        help="fit a device's efficiencies to a run on it; two unlike ones tell products and "
-        "memory apart",
+        help="fit a device's efficiencies to a run on it; two different runs separate products "
+        "from memory",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="of --search or --calibrate")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")

@@ -68,7 +68,7 @@ def train() -> str:
     command = f"--num_gpus {ranks} --quiet launcher/pretrain.py --config {CONFIG}".split()
     setting = f"training.micro_batch_size={micro_batch}"
     run(f"{sys.prefix}/bin/deepspeed", *command, "--set", setting, capture=False)
-    # deepspeed returns 0 also where it was killed by a signal: the run's own word counts
+    # deepspeed returns 0 also if a signal killed it: the run's own word counts
     status = json.loads((RUN / "status.json").read_text())
     rows = map(json.loads, (RUN / "metrics.jsonl").read_text().splitlines())
     valid = [row for row in rows if row["kind"] == "valid"]

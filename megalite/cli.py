@@ -229,7 +229,7 @@ def run_parser(about: str | None, examples: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpu",
         metavar="NAME|FILE",
-        help="device for --dry-run: a name that plan.py knows, cpu, or a JSON file "
+        help="device for --dry-run: a name of plan.py --gpu, cpu, or a JSON file "
         "(default: this host's if no RANKS are given, else GPUs)",
     )
     # the deepspeed launcher appends it; the environment says the same

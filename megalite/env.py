@@ -137,7 +137,7 @@ def expand_user(path: str) -> str:
 
 
 def variable(name: str) -> str:
-    """Return a variable as the user set it, for a report; "" where it is not set."""
+    """Return a variable as the user set it, for a report; "" if it is not set."""
     return os.environ.get(name, "")
 
 
@@ -240,7 +240,7 @@ def rank_environment(
 ) -> dict[str, str]:
     """Return a copy of the environment for one of `world_size` ranks on this host.
 
-    It has torchrun's variables. What another launcher said about this process is removed.
+    It has torchrun's variables. Variables of another launcher are removed.
 
     Args:
         one_thread: if true, a rank computes with one thread. Otherwise the variable stays as it is,

@@ -10,11 +10,11 @@
     ├── CheckpointError         1   a checkpoint that is damaged or cannot be written
     │   ├── NoSpace             1   the disk has no room for it; nothing was begun
     │   └── DamagedCheckpoint   1   its bytes are not those that were written: another may be
-    ├── EngineError             1   the engine does something else than it was told
+    ├── EngineError             1   the engine does not do what was requested
     ├── Stopped                75   a signal ended the run; it can be resumed (EX_TEMPFAIL)
     └── Superseded              3   a newer incarnation of the same job owns the run folder
 
-A message says what was asked, what was found and what to do about it. Broken invariants are
+A message states the request, the finding and the remedy. Broken invariants are
 assertions, not errors of this tree.
 """
 
@@ -89,7 +89,7 @@ class Superseded(MegaLiteError):
     exit_code = 3
 
 
-_TYPO = 0.7  # how alike two words are that differ by a slip of the finger
+_TYPO = 0.7  # similarity of two words that differ by a typing error
 
 
 def nearest(

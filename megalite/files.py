@@ -1,4 +1,4 @@
-"""What is on disk is complete or absent: atomic writes, hashes, and the rename that publishes."""
+"""Files that are complete or absent: atomic writes, hashes, and the rename that publishes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
-        with suppress(OSError):  # the first error is the one to tell
+        with suppress(OSError):  # the first error is the one to report
             partial.unlink(missing_ok=True)
     sync_directory(path.parent)
 

@@ -39,7 +39,7 @@ _SECRET_KEY = re.compile(
 )
 # C0 without tab and newline, DEL, C1, and halves of surrogate pairs, which no encoding has.
 # A carriage return that ends a line does no harm; another overwrites what stands there.
-# What begins a command; a file of text keeps the others, such as form feeds of source code.
+# Characters that begin a command; a text file keeps the others, such as form feeds of source code.
 _COMMANDS = re.compile(r"[\x1b\x80-\x9f\ud800-\udfff]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|\r(?!\n)")
 

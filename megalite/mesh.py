@@ -93,7 +93,7 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Coordinate:
-    """Where a rank stands on each axis of a mesh."""
+    """Position of a rank on each axis of a mesh."""
 
     mesh: Mesh
     stage: int = 0
@@ -126,7 +126,7 @@ def _ends(at: Coordinate) -> tuple[int, ...]:
     return at.data_rank, at.context_rank, at.tensor_rank, at.stage if middle else -1
 
 
-# What the ranks of a group have in common.
+# Coordinates that the ranks of a group have in common.
 _SAME: dict[Group, Callable[[Coordinate], tuple[int, ...]]] = {
     "tensor": lambda at: (at.stage, at.data_rank, at.context_rank),
     "context": lambda at: (at.stage, at.data_rank, at.tensor_rank),

@@ -27,24 +27,20 @@ WORDS = (
     (r"told|tells?|telling", "say, state, report; a file contains, defines"),
     (r"anew", "again"),
     (r"alike", "identical, equally"),
-    (r"beside|besides", "next to, with"),
+    (r"beside", "next to, with"),
     (r"apart(?! from)|set apart", "separately, separate"),
     (r"lone|lonely", "single"),
     (r"of use", "useful"),
     (r"mend(s|ed|ing)?", "fix"),
-    (r"asked for|asks for|ask for|is asked|are asked|was asked|as asked", "requested, required"),
+    (r"asked for|asks for|ask for|as asked", "requested, required"),
     (r"knows|knew", "a function does not know: has, reads, contains"),
     (r"le(ave|aves|aving|ft) (it|them|that|this|those|a \w+|the \w+) out|left out", "remove, omit"),
     (r"foretold|foretell", "predicted, predict"),
-    (r"whoever|whatever|wherever|whichever", "anyone who, anything that, wherever is a place"),
-    (r"hence|thereof|therein|whereof|lest|thus|nought|naught", "so, of it, in it"),
     (
         r"where (there|it|that|none|one|nothing|nobody|they|this|a|the|no) [^.,;:]*?"
         r"\b(is|are|has|have|can|does|do|was|may|must)",
         "if or when; where is a place",
     ),
-    (r"by itself|of itself", "alone, automatically"),
-    (r"such a one|as it were|of old", "plain words"),
 )
 OPENINGS = (
     (r"What\b(?![^.?!]*\?)", "start with the subject, not with 'What ...'"),
@@ -55,7 +51,7 @@ OPENINGS = (
 # A function's docstring is an imperative: none of these words begins one.
 NOT_IMPERATIVE = re.compile(
     r"(The|A|An|What|Whether|Where|Of|How|Which|Who|Every|Each|All|Both|One|Two|No|None|Only|If|In"
-    r"|On|At|By|For|From|With|As|This|These|That|Its|It|Is|Are|Has|True|False|Like|Same|Names?"
+    r"|On|At|By|For|From|With|As|This|These|That|Its|It|Is|Are|Has|True|False|Like|Same|Names"
     r"|Bytes|Seconds|Number|Line|Lines|Text|Paths?|Rows?|Words|Tokens|Returns|Yields|Raises|Makes"
     r"|Gives|Writes|Reads|Adds|Sets|Gets|Checks|Computes|Loads|Saves|Runs|Builds|Creates|Finds)\b"
 )

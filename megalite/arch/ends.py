@@ -1,4 +1,4 @@
-"""What surrounds the blocks: embeddings, last norms, and heads.
+"""The parts around the blocks: embeddings, last norms, and heads.
 
 The letters are those of `megalite.arch.part`.
 """

@@ -113,7 +113,7 @@ def layer_windows(model: ModelConfig, layers: int) -> list[int | None]:
 def layer_types(model: ModelConfig, layers: int) -> list[LayerType]:
     """Return the kind of attention of each block of a stack.
 
-    A list that is shorter than the stack is repeated. Without a list all blocks are alike.
+    A list that is shorter than the stack is repeated. Without a list all blocks are identical.
     """
     if model.layer_types:
         return list(model.layer_types) * (layers // len(model.layer_types))

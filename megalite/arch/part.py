@@ -1,4 +1,4 @@
-"""What every part of a model states: its parameters, its cost, and the way of its gradients.
+"""The interface of a model's parts: parameters, cost, and gradients.
 
 A part is a pair of files with one name: here what it is (its parameters and costs, without torch),
 under `megalite/model` what it computes.
@@ -23,7 +23,7 @@ Pair = tuple[float, float]  # of the forward and of the backward
 
 @dataclass(frozen=True)
 class Workload:
-    """What one rank feeds to the parts of a stack in a micro-batch, and how it computes.
+    """One rank's input to the parts of a stack in a micro-batch, and its numerics.
 
     Attributes:
         samples: B. tokens: T. memory_tokens: S, or 0.

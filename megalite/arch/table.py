@@ -44,7 +44,7 @@ class Init(enum.Enum):
 
 
 class Sees(enum.Enum):
-    """What a rank's copy of a replicated parameter is multiplied with."""
+    """Input of a replicated parameter's product on each rank."""
 
     EVERYTHING = "all tokens and heads"
     OWN_TOKENS = "the rank's own tokens, under sequence parallelism"

@@ -1,4 +1,4 @@
-"""What a run can start from: a checkpoint, or a model folder of Hugging Face's."""
+"""Starting points of a run: a checkpoint, or a model folder of Hugging Face's."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Faults of the `deepspeed` section, found without importing DeepSpeed or torch.
 
 DeepSpeed 0.19 ignores an unknown top-level key without a word, so `gradient_cliping` would train
-unclipped; here it is a fault. What MegaLite owns may be omitted, be "auto", or agree: a section
-that says otherwise is a fault too. So is a key that has no effect on a MegaLite run, unless its
-value says so.
+unclipped; here it is a fault. A key that MegaLite sets may be omitted, be "auto", or agree: a
+section that says otherwise is a fault too. So is a key that has no effect on a MegaLite run, unless
+its value says so.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from megalite.errors import nearest
 
 
 def zero_stage(config: RunConfig) -> int:
-    """Return the ZeRO stage a run requires: 0 to 3, and 1 where it does not say."""
+    """Return the ZeRO stage a run requires: 0 to 3, and 1 by default."""
     stage = _at(config.deepspeed, "zero_optimization.stage")
     return int(stage) if stage in (0, 1, 2, 3) else 1
 
 
 def owned_values(config: RunConfig) -> dict[str, tuple[Any, str]]:
-    """Dotted DeepSpeed keys that are MegaLite's, each with its one value and where it is set.
+    """Dotted DeepSpeed keys that are MegaLite's, each with its only valid value and the key that
+    sets it.
 
-    What depends on the number of ranks or on the device is added by `megalite.plan`.
+    `megalite.plan` adds the keys that depend on the number of ranks or on the device.
     """
     stage = zero_stage(config)
     training = config.training

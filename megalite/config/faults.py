@@ -1,4 +1,4 @@
-"""A fault of a run file as one line: the dotted key, what was asked and found, what to do."""
+"""A fault of a run file as one line: the dotted key, the value, and what to do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megalite.log import is_secret
 
 Key = tuple[str, ...]
 
-_BEGUN = 3  # letters that are enough to tell which key was begun
+_BEGUN = 3  # letters that identify the key that was begun
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def dotted(key: tuple[str | int, ...]) -> str:
 
 
 def show(value: Any) -> str:
-    """Return a value as JSON has it, on one line, cut where it is long, safe for a terminal."""
+    """Return a value as JSON has it, on one line, cut if it is long, safe for a terminal."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -163,7 +163,7 @@ def _field(key: tuple[str | int, ...]) -> FieldInfo | None:
 
 
 def _mend(raw: dict[str, Any], loc: tuple[str | int, ...]) -> None:
-    """Take the value at `loc` out, or put an example in where one is needed."""
+    """Remove the value at `loc`, or insert an example if one is required."""
     while loc and isinstance(loc[-1], int):
         loc = loc[:-1]
     owner: Any = raw

@@ -1,4 +1,4 @@
-"""What all sections of a run file are made of: types of values, and the manners they share."""
+"""Building blocks of all sections of a run file: types of values, and the base class."""
 
 from __future__ import annotations
 

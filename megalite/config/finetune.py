@@ -16,7 +16,7 @@ PROJECTIONS: tuple[_Projection, ...] = get_args(_Projection)
 
 
 class ExamplesConfig(Section):
-    """Where examples come from, by the names of their columns."""
+    """Source of the examples, with the names of its columns."""
 
     path: PathText = Field(
         description="A data set of the Hugging Face hub (NAME or NAME@CONFIG), a local JSONL, CSV "
@@ -69,8 +69,8 @@ class ExamplesConfig(Section):
     )
     packing: bool = Field(
         default=False,
-        description="sft, language_modeling: whether examples share windows of max_length, each "
-        "kept apart (best fit), in place of padding.",
+        description="sft, language_modeling: if true, examples share windows of max_length in place "
+        "of padding (best fit); attention does not cross between them.",
     )
     tokenizer: PathText | None = Field(
         default=None,
@@ -112,7 +112,7 @@ class AdapterConfig(Section):
 
 
 class FinetuneConfig(Section):
-    """What is learned from examples, and what of the model learns."""
+    """The fine-tuning task, its examples, and the trained part of the model."""
 
     task: Annotated[str, NameOf(registry.tasks)] = Field(
         description="A label; the assistant's turns of conversations; all of a text; or another "

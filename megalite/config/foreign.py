@@ -115,7 +115,7 @@ _SAME = {
     "deepspeed": "ds_config deepspeed_config",
 }
 
-# What another trainer gives as another quantity, or what is not a key here: what to do.
+# Remedies for names whose quantity differs here, or that have no key here.
 _OTHERWISE = {
     'set training.precision to "bf16"': "bf16 use_bf16 bfloat16",
     'set training.precision to "fp16"': "fp16 use_fp16 half",

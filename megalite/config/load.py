@@ -36,7 +36,7 @@ from megalite.config.strict import (
 from megalite.errors import ConfigError
 from megalite.log import logger
 
-# next to the package in a checkout, within it where it is installed (pyproject.toml)
+# next to the package in a checkout, within it after an installation (pyproject.toml)
 _PACKAGE = Path(__file__).parents[1]
 SHIPPED = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
 
@@ -44,7 +44,7 @@ Origins = dict[Key, str]  # what to put before a fault: the file, or --set
 # A run file by its path; or its content, whose paths are relative to the working directory.
 ConfigSource: TypeAlias = "str | Path | Mapping[str, Any] | RunConfig"
 _CONTENT = Path("the configuration")  # name of a content in messages
-# Two ways to say one thing. Of two files, the one that extends the other decides.
+# Pairs of keys with one meaning. The file that extends another one decides.
 _ALTERNATIVES: tuple[tuple[Key, Key], ...] = (
     (("training", "steps"), ("training", "tokens")),
     *(
@@ -123,7 +123,7 @@ def load_stored(path: Path) -> RunConfig:
 
 
 def find_file(name: str | Path, folder: Path = Path()) -> Path:
-    """Where a run file is: as it is written, from `folder` on, else among those that ship."""
+    """Return the path of a run file: relative to `folder`, else among the shipped files."""
     path = folder / os.path.expanduser(name)
     with suppress(OSError, ValueError):  # names that no file can have
         shipped = SHIPPED / str(name).removeprefix("configs/")

@@ -1,4 +1,4 @@
-"""The `logging` section of a run file: where a run is written, and who else is shown it."""
+"""The `logging` section of a run file: the run folder, and services that show the run."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ class RopeScalingConfig(Section):
     """RoPE's wavelengths stretched for longer sequences, in Hugging Face's keys."""
 
     rope_type: Literal["linear", "llama3", "yarn"] = Field(
-        description="linear: all alike; llama3: the long ones; yarn: by turns (arXiv 2309.00071).",
+        description="linear: all frequencies equally; llama3: the low ones; yarn: by the number of "
+        "rotations (arXiv 2309.00071).",
         examples=["linear"],
     )
     factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
@@ -52,7 +53,7 @@ class RopeScalingConfig(Section):
 
 
 class ModelConfig(Section):
-    """The network, in Hugging Face's names where it has one."""
+    """The network; keys have Hugging Face's names if it has one."""
 
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = Field(
         default="decoder",
@@ -110,7 +111,7 @@ class ModelConfig(Section):
     )
     position_embedding: Literal["rope", "learned", "sinusoidal", "relative", "none"] = Field(
         default="rope",
-        description="How a token knows its place; relative: T5's biases of distance buckets.",
+        description="Encoding of a token's position; relative: T5's biases of distance buckets.",
     )
     rope_theta: Positive = Field(
         default=10000.0, description="Base of RoPE's wavelengths, in tokens over 2 pi."

@@ -31,26 +31,29 @@ _INTRODUCTION = """\
 Made from `megalite/config` by `python -m megalite.config`, as `configs/schema.json` is, by which an
 editor completes a run file.
 
-A run file is JSON. The key `training.steps` is `"training": {"steps": 100}` in the file and
-`--set training.steps=100` on a command line, where a value is read as JSON, else as text. What a
-file does not say it takes from the one it `extends`, then from the defaults here, and `config.json`
-of the run folder holds all of it. Sections are merged key by key, a list replaces a list. A key or
-a value that is not here is refused, with the nearest that is.
+A run file is JSON or YAML. The key `training.steps` is `"training": {"steps": 100}` in a JSON file,
+`training: {steps: 100}` in a YAML file, and `--set training.steps=100` on a command line. A value
+on the command line is read as JSON, else as text. YAML files follow YAML 1.2: `3e-4` is a number,
+`off` and `no` are text, `010` is 10. Tags, anchors, directives and a second document are refused.
+
+Missing keys come from the file that a file `extends`, then from the defaults here. `config.json` of
+the run folder has the complete result. Sections are merged key by key, and a list replaces a list.
+An unknown key or value is refused, with the nearest known one.
 
 Batches are counted in samples, times are seconds, paths are relative to the working directory.
 `null` leaves a choice to MegaLite, as the meaning says."""
 _DEEPSPEED = """
 DeepSpeed's own JSON, passed through: meanings and defaults are
 [DeepSpeed's](https://www.deepspeed.ai/docs/config-json/), and `deepspeed.json` of the run folder
-has every value in use. Each may be `"auto"`. What other sections decide (batch sizes, precision,
-clipping, the optimizer) is filled in and may not be contradicted. Without the section the ZeRO
-stage is 1.
+has every value in use. Each may be `"auto"`. Keys that other sections decide (batch sizes,
+precision, clipping, the optimizer) are filled in and may not be contradicted. Without the section
+the ZeRO stage is 1.
 
 | key | value |
 | --- | --- |"""
 _REFUSED = """
-Keys that DeepSpeed knows, or knew, and that are refused here. A key that has no effect may hold
-`"auto"`, or the value that DeepSpeed has without it:
+Keys of DeepSpeed, or of an earlier DeepSpeed, that are refused here. A key without effect may have
+the value `"auto"`, or DeepSpeed's default:
 
 | key | why, and what to do |
 | --- | --- |"""

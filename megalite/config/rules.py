@@ -247,7 +247,7 @@ def _objective(config: RunConfig) -> Iterator[Fault]:
     elif objective.name == "span_corruption" and config.data.mask_documents:
         yield fault(
             "data.mask_documents objective.name",
-            f"documents are not kept apart under {show(meant)}; set it to false",
+            f"documents cannot be masked under {show(meant)}; set it to false",
         )
     elif objective.name == "span_corruption" and spans(config)[1] >= config.model.vocab_size:
         yield fault(

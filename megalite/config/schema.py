@@ -319,7 +319,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _filled_by_finetuning(cls, data: Any) -> Any:
-        """Windows, steps and the adapter's place in the model, which that section tells."""
+        """Fill in windows, steps and the adapter of the model from the finetune section."""
         tuning = data.get("finetune")
         if not isinstance(tuning, dict):
             return data

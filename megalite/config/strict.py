@@ -14,7 +14,7 @@ from megalite.errors import ConfigError
 
 _DEPTH = 30  # levels of nesting; a run file has four
 TOO_DEEP = f"sections within sections over {_DEPTH} deep; nothing that is read here nests so"
-_STAND_IN = 0.5  # for a number that is none: within every field's bounds, so told once
+_STAND_IN = 0.5  # for a number that is none: within every field's bounds, so reported once
 _INTEGER_LIMIT = 2**63  # what a signed 64-bit number holds
 
 
@@ -166,7 +166,7 @@ def parse_strict(text: str, *, yaml: bool = False) -> tuple[Any, list[str]]:
         return result
 
     def constant(word: str) -> float:
-        notes.append(f"{word} is not a number JSON knows; write a finite number or null")
+        notes.append(f"{word} is not a JSON number; write a finite number or null")
         return _STAND_IN
 
     def real(digits: str) -> float:

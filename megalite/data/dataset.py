@@ -76,7 +76,7 @@ def set_corruption(dataset: Dataset, config: RunConfig) -> None:
     if config.objective.whole_words:
         if dataset.tokenizer_folder is None:
             raise DataError(
-                "objective.whole_words: the shards do not tell their tokenizer, whose pieces say "
+                "objective.whole_words: the shards do not name their tokenizer, whose pieces say "
                 "where words begin; tokenize them here, or set it to false"
             )
         words = Words(load_tokenizer(dataset.tokenizer_folder).pieces())
@@ -197,7 +197,7 @@ class Dataset:
         """Return the windows that `source_of` found for the samples at `indices`, as tensors.
 
         Raises:
-            DataError: a shard that is damaged where it is read.
+            DataError: a shard whose read part is damaged.
         """
         shape = B, L = len(starts), self.sequence_length
         input_ids = np.empty(shape, np.int64)

@@ -30,8 +30,8 @@ _CLOSE_SECONDS = 30.0  # longer than any healthy read of a few steps
 class Loader:
     """Iterator over this rank's part of every step, without end.
 
-    Of the samples p to p + G of a step, micro-batch m of rank r takes p + (m R + r) B and the B - 1
-    after it: the set of samples of a step is the same for any R and B.
+    From the samples p to p + G of a step, micro-batch m of rank r takes p + (m R + r) B and the B -
+    1 after it: the set of samples of a step is the same for any R and B.
 
     Args:
         dataset: to read from.

@@ -1,4 +1,4 @@
-"""Which source a sample comes from, in closed form: weighted interleaving without a table.
+"""The source of each sample, in closed form: weighted interleaving without a table.
 
 The sources are leaves of a balanced binary tree. At a node, the first n samples send
 round(n x f) to the left, where f is the left side's share of the node's weight; so sample n goes

@@ -21,7 +21,7 @@ LIMIT = 2**43  # samples, and windows of a source: two thousand tokens each, twi
 
 # Six rounds of a random function look like a random permutation (Patarin 2004); two to spare.
 _ROUNDS = 8
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: keeps the rounds' inputs apart
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: makes the rounds' inputs differ
 
 
 def leave_out(indices: Ints, start: int, gaps: Sequence[tuple[int, int]]) -> Ints:
@@ -50,7 +50,7 @@ def permute(index: int | Ints, size: int | Ints, key: int | Words) -> int | Ints
         size: of the set, at most `LIMIT`; one for all, or one for each index.
         key: 64 bits; one for all, or one for each index.
     Returns:
-        What `index` was: a number, or int64 of its shape. Constant memory, O(1) time an index.
+        The type of `index`: a number, or int64 of its shape. Constant memory, O(1) time an index.
     """
     if not isinstance(index, np.ndarray):
         return int(permute(np.array([index], dtype=np.int64), size, key)[0])

@@ -13,7 +13,7 @@ class Samples(Protocol):
     """Samples of training or evaluation data, each a function of its number.
 
     The loader requires a step in three calls: `sort_by_length` decides which rank gets which
-    samples, `source_of` says where they are, and `read` reads one micro-batch.
+    samples, `source_of` returns their source, and `read` reads one micro-batch.
 
     Attributes:
         num_samples: samples of one epoch.
@@ -56,7 +56,7 @@ class Samples(Protocol):
             indices: int64 [B], numbers of the samples.
             place: place of the batch in the order of the run.
         Raises:
-            DataError: a file that is damaged where it is read.
+            DataError: a file whose read part is damaged.
         """
 
     def batch(self, indices: Ints, place: int) -> Batch:

@@ -1,4 +1,4 @@
-"""What a machine, and a run on it, lack: each check a row, with what to do about it."""
+"""Checks of a machine and of a run on it: a row each, with a remedy."""
 
 from megalite.doctor.examine import examine
 from megalite.doctor.row import Row, show

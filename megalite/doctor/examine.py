@@ -23,13 +23,13 @@ def examine(
     """Return the rows of this machine, and of a run file on it.
 
     Args:
-        look: what a preview at the examples of fine-tuning says; UserError where they are faulty.
+        look: what a preview at the examples of fine-tuning says; UserError if they are faulty.
         start: the folder of the model that the run starts from.
     """
     directory = Path()
     loaded = list[RunConfig]()
     if config is not None:
-        with suppress(ConfigError):  # a row will tell
+        with suppress(ConfigError):  # a row reports it
             directory = getattr(find_run(config), "parent", directory)
     folder = directory.absolute()
     while not folder.is_dir():

@@ -30,7 +30,7 @@ def _room(free: int, least: int, enough: int, advice: str) -> Row:
 
 
 def shared_memory(free: int) -> Row:
-    """NCCL lets the GPUs of a host talk through it; a container has 64 MiB unless told."""
+    """NCCL lets the GPUs of a host talk through it; a container has 64 MiB by default."""
     advice = "start the container with --ipc=host, or mount a larger /dev/shm"
     return _room(free, 32 * _MIB, GIB, advice)
 
@@ -63,7 +63,7 @@ class Disk(NamedTuple):
 
 
 def look_disk(folder: Path) -> Disk:
-    """Writes a file without a name, which goes however this ends.
+    """Write to a file without a name, which disappears in any case.
 
     Raises:
         UserError: it cannot be written.
@@ -127,7 +127,7 @@ def clock(skew: float, synchronised: bool | None, *, cluster: bool = False) -> R
 
     Args:
         skew: seconds that files are stamped ahead of this host's clock.
-        synchronised: whether the kernel knows of a time service; None if it says nothing.
+        synchronised: whether a time service sets the kernel's clock; None if it says nothing.
         cluster: whether other hosts take part in runs.
     """
     kept = {True: "runs", False: "is not seen", None: "is unknown"}[synchronised]
@@ -164,7 +164,7 @@ def _bind(address: str, port: str) -> str:
 
 
 def ports(loopback: str, host: str, address: str, port: str, taken: str) -> Row:
-    """loopback, taken: why none can be had there, and why MASTER_PORT cannot; "" where they can."""
+    """loopback, taken: why none can be had there, and why MASTER_PORT cannot; "" if they can."""
     if loopback:
         return Row("fail", f"none on 127.0.0.1: {loopback}", "ranks meet there: fix the loopback")
     if taken:

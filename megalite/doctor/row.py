@@ -40,7 +40,7 @@ def run(checks: Iterable[Check]) -> Iterator[Row]:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """The table, on standard output."""
+    """Print the table on standard output."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

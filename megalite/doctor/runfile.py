@@ -38,7 +38,7 @@ def load(path: str, start: Path | None = None) -> RunConfig:
 
 
 def data(config: RunConfig, look: Callable[[RunConfig], str]) -> Row:
-    """Raises UserError: what is wrong with shards, or with examples, which `look` looks at."""
+    """Raise a UserError for faulty shards, or for faulty examples, which `look` examines."""
     if config.finetune is not None:
         return Row("ok", look(config))
     from megalite.train.options import open_shards
@@ -81,7 +81,7 @@ def checkpoints(config: RunConfig, free: int) -> Row:
     steps = config.training.steps
     count = section.keep + 1 + section.keep_best
     count += steps // section.keep_every if section.keep_every else 0
-    if steps:  # else the examples tell
+    if steps:  # else the examples decide
         count = min(count, -(-steps // section.every) if section.every else 1)
     root = Path(config.logging.directory) / config.name / "checkpoints"
     there = sum(file.stat().st_size for file in root.glob("step_*/**/*") if file.is_file())

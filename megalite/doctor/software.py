@@ -77,8 +77,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Cuda:
-    """What torch has for GPUs. build: its CUDA (or ROCm); driver: the newest CUDA that the driver
-    can run; present: GPUs that the kernel knows."""
+    """Check torch's support of GPUs. build: its CUDA (or ROCm); driver: the newest CUDA that the
+    driver can run; present: GPUs of the kernel's driver."""
 
     gpus: Sequence[Gpu] = ()
     build: str | None = None
@@ -141,9 +141,7 @@ def cpu(cores: int, usable: int, setting: str) -> Row:
 
 
 def ask(*command: str, seconds: float = 60) -> tuple[bool, str]:
-    """Return whether a command succeeds, and the line that tells: its first one, or its last of
-    errors.
-    """
+    """Return whether a command succeeds, and its first line, or its last line of errors."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""What every engine offers: a step, an evaluation, and its state one tensor at a time."""
+"""The interface of engines: a step, an evaluation, and state one tensor at a time."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class StepLoss:
 
 
 class EngineBase:
-    """What engines do in one way around the model as they wrap it.
+    """Operations that all engines share, around the wrapped model.
 
     Attributes:
         wrapped: the module whose forward runs the model.

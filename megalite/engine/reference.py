@@ -1,4 +1,4 @@
-"""The oracle: one device, fp32, plain PyTorch. What every other engine must agree with."""
+"""The oracle: one device, fp32, plain PyTorch. Every other engine must agree with it."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 def create_states(
     optimizer: torch.optim.Optimizer, parameters: Sequence[Sequence[Tensor]] | None = None
 ) -> None:
-    """Zero states where the optimizer has none yet.
+    """Create the states that the optimizer does not have yet, as zeros.
 
     Args:
         parameters: those of each group; default: the groups' own.
@@ -173,7 +173,7 @@ def create_states(
 
 
 def group_numbers(optimizer: torch.optim.Optimizer) -> dict[int, int]:
-    """By the `id` of a parameter, the number of its group."""
+    """Return the number of each parameter's group, by the parameter's `id`."""
     groups = enumerate(optimizer.param_groups)
     return {id(p): number for number, group in groups for p in group["params"]}
 

@@ -1,4 +1,4 @@
-"""Which tokens a classification rests on: what each one adds to a score, and what is looked at.
+"""The tokens a classification depends on: each token's share of a score, and attention.
 
 T tokens   S tokens that are looked at   N query heads   K key/value heads   H head width
 """
@@ -64,7 +64,7 @@ def explain_text(loaded: LoadedModel, text: str, label: str | None = None) -> st
         raise CommandError(f"{loaded.folder} is no classifier: give one that was fine-tuned here")
     names = run.finetune.data.labels or ()
     if label is not None and label not in names:
-        raise CommandError(f"--label {label}: it knows {', '.join(names)}")
+        raise CommandError(f"--label {label}: its labels are {', '.join(names)}")
     ids, spans = loaded.tokenizer.encode_with_offsets(text, [(0, len(text))])
     loaded.check_ids(ids)
     before, after = edges(loaded.tokenizer, leads=config.architecture == "encoder")
@@ -108,7 +108,7 @@ def explain_text(loaded: LoadedModel, text: str, label: str | None = None) -> st
 def _pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
     """Return the text of each token, with what the tokenizer skipped before it, such as spaces.
 
-    Of several tokens that share a character the first has it.
+    If several tokens share a character, the first one has it.
     """
     pieces = []
     end = 0

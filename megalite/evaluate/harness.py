@@ -52,7 +52,7 @@ def run(
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise CommandError(
-            f"--tasks {unknown[0]}: lm-eval knows no such task; see `lm_eval ls tasks`"
+            f"--tasks {unknown[0]}: lm-eval has no such task; see `lm_eval ls tasks`"
         )
     try:
         found = lm_eval.simple_evaluate(
@@ -65,7 +65,7 @@ def run(
     except (OSError, ConnectionError) as error:
         raise DataError(f"--tasks: the data of a task cannot be read: {error}") from error
     results = {}
-    for task, metrics in (found or {}).get("results", {}).items():  # rank 0 alone is told
+    for task, metrics in (found or {}).get("results", {}).items():  # only rank 0 has them
         numbers = {k.split(",")[0]: v for k, v in metrics.items() if isinstance(v, int | float)}
         results[task] = numbers
     return results

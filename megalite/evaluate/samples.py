@@ -2,7 +2,7 @@
 
 Rank 0 chooses the tokens and says which texts are read next; all ranks read them, since they share
 layers (tensor parallelism) or weights (ZeRO-3). Each token costs a forward pass over the texts so
-far, in an engine that knows of no cache.
+far, in an engine without a cache.
 
 B prompts   T tokens of the longest text, rounded up   V vocabulary
 """
@@ -66,7 +66,7 @@ def open_prompts(config: RunConfig, folder: Path | None, ask: Ask | None) -> Pro
     texts = config.logging.samples.prompts
     if folder is None:
         raise DataError(
-            "logging.samples: the shards do not tell their tokenizer, which prompts are read with; "
+            "logging.samples: the shards do not name their tokenizer, which prompts are read with; "
             "put it next to them as tokenizer/, or leave logging.samples out"
         )
     tokenizer = load_tokenizer(folder)

@@ -1,1 +1,1 @@
-"""What is on disk: shards of tokens with their manifest, tokenizers, checkpoints. Never torch."""
+"""Files on disk: shards of tokens with their manifest, tokenizers, checkpoints. No torch."""

@@ -67,7 +67,7 @@ class TensorEntry(_Entry):
 
 
 class Manifest(_Entry):
-    """What a checkpoint holds and the place in the run it was taken at."""
+    """The content of a checkpoint, and the progress of the run that wrote it."""
 
     format: Literal["megalite-checkpoint-1"]
     step: int
@@ -85,7 +85,7 @@ class Manifest(_Entry):
 
 
 def other_format(folder: Path) -> str | None:
-    """Return what a folder's manifest calls itself where it is readable and no checkpoint's."""
+    """Return what a folder's manifest calls itself, if it is readable and not a checkpoint's."""
     try:
         found = files.read_json(folder / MANIFEST)["format"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -165,8 +165,9 @@ def _start(shapes: Mapping[str, list[int]]) -> tuple[bytes, int]:
 def read_tensor(path: Path, name: str, target: Floats, box: tuple[slice, ...]) -> None:
     """Read a box of a tensor of a safetensors file into `target`, of the box's shape.
 
-    What lies together in file and memory goes straight from the one to the other; of columns, whole
-    rows are read, some at a time. Nothing is mapped: a page that cannot be read kills the process.
+    Elements that are adjacent in file and memory go straight from the one to the other; of columns,
+    whole rows are read, some at a time. Nothing is mapped: a page that cannot be read kills the
+    process.
 
     Raises:
         OSError, ValueError, KeyError: the file cannot be read, or is not what the manifest says.

@@ -5,7 +5,7 @@ tokenizer/           the tokenizer's files
 SPLIT.tokens.npy     int32 [tokens]: the ids of all examples, one after the other
 SPLIT.bounds.npy     int64 [examples + 1]: where each begins
 SPLIT.rows.npy       int64 [examples]: the row of its source, from 0
-SPLIT.learned.npy    uint8 [tokens]: 1 where a token is to be predicted (else)
+SPLIT.learned.npy    uint8 [tokens]: 1 if a token is a target (else)
 SPLIT.labels.npy     int64 [examples]: the place of its label (of a classification)
 """
 
@@ -36,7 +36,7 @@ class _Frozen(BaseModel):
 
 
 class SplitInfo(_Frozen):
-    """What a split holds, and what became of its rows.
+    """The content of a split, and counts of its rows.
 
     cut: examples that were longer than the window. bad_rows: omitted. counts: examples of each
     label. sha256: by the name of an array.
@@ -108,7 +108,7 @@ def edges(tokenizer: Tokenizer, *, leads: bool) -> tuple[list[int], list[int]]:
 def write_split(
     folder: Path, name: str, arrays: Mapping[str, npt.NDArray[Any]], **counted: Any
 ) -> SplitInfo:
-    """Write a split's arrays, by the names above, and tell of them.
+    """Write a split's arrays, by the names above, and return its entry of the manifest.
 
     Args:
         counted: `cut`, `bad_rows` and `counts` of the split.

@@ -203,7 +203,7 @@ def read_index(path: Path, *, check: bool = True) -> Index:
 
 
 def _check_sequences(path: Path, lengths: Integers, pointers: Integers, itemsize: int) -> None:
-    """Each sequence must begin where the one before it ends."""
+    """Check that each sequence begins at the end of the one before it."""
     tokens = 0
     for first in range(0, len(lengths), _CHECKED_AT_ONCE):
         counts = lengths[first : first + _CHECKED_AT_ONCE].astype(np.int64)
@@ -284,7 +284,7 @@ class _Descriptor:
 
 
 class DocumentStarts:
-    """Where the documents of one `.idx` begin, with every 1,024th in memory.
+    """Starts of the documents of one `.idx`, with every 1,024th in memory.
 
     A search then reads 8 KB of the file, and what is kept of a trillion tokens in documents of 500
     is 16 MB.
@@ -305,8 +305,11 @@ class DocumentStarts:
         self._outline = array("q", outline.tobytes())  # bisected three times as fast as NumPy's
 
     def between(self, files: OpenFiles, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """First tokens of the documents that begin after `start` and before `stop`, in order; a
-        document without tokens begins where the next one does, and is not told apart from it."""
+        """Return the first tokens of the documents that begin after `start` and before `stop`.
+
+        They are in order. A document without tokens has the start of the next one, and cannot be
+        distinguished from it.
+        """
         first = start * self._itemsize
         last = min(stop * self._itemsize, self._end)
         low = max(0, bisect_right(self._outline, first) - 1) * _OUTLINE_STEP

@@ -34,7 +34,7 @@ class _Frozen(BaseModel):
 class TokenizerInfo(_Frozen):
     """The tokenizer's file, relative to the shard folder, and that file's hash.
 
-    Both are empty where nobody knows (`UNKNOWN_TOKENIZER`), which a `manifest.json` may not say.
+    Both are empty if unknown (`UNKNOWN_TOKENIZER`), which a `manifest.json` may not say.
     """
 
     path: TokenizerPath
@@ -70,10 +70,10 @@ class SourceInfo(_Frozen):
 
 
 class Manifest(_Frozen):
-    """What `manifest.json` says. `bos` and `eos` are ids put around each document, or null.
+    """The content of `manifest.json`. `bos` and `eos` are ids put around each document, or null.
 
-    Format "mmididx" is of shards without a `manifest.json`: this is then what their `.idx` files
-    tell, and `vocab_size` a bound from elsewhere.
+    Format "mmididx" is of shards without a `manifest.json`: its values then come from their `.idx`
+    files, and `vocab_size` is a bound from elsewhere.
     """
 
     format: Literal["megalite-shards-1", "mmididx"] = "megalite-shards-1"
@@ -94,7 +94,7 @@ class Manifest(_Frozen):
         return ", ".join(f"{n:,} {name}{'' if n == 1 else 's'}" for name, n in counted.items())
 
     def contradictions(self) -> list[str]:
-        """Where the manifest's own numbers do not agree."""
+        """Return the contradictions between the manifest's own numbers."""
         dtype = np.dtype(self.dtype)
         faults = []
         if self.vocab_size - 1 > np.iinfo(dtype).max:
@@ -149,12 +149,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def fingerprint(manifest: Manifest) -> str:
-    """64 hexadecimal digits that are equal where the tokens and the order of shards are equal.
+    """Return 64 hexadecimal digits that are equal if the tokens and the order of shards are equal.
 
-    Where the folder lies, what its shards are called, from which files and with which arguments
-    they were made does not enter. Without a manifest the `.idx` files' hashes and the sizes of the
-    `.bin` stand for the tokens, which nobody hashed; vocabulary and tokenizer, which they do not
-    tell, do not enter either.
+    The folder's path, the names of its shards, their sources and the arguments do not matter.
+    Without a manifest the hashes of the `.idx` files and the sizes of the `.bin` files stand for
+    the tokens, which nobody hashed. Vocabulary and tokenizer are unknown then and do not matter
+    either.
     """
     defining = manifest.model_dump(
         mode="json", exclude={"sources": True, "arguments": True, "tokenizer": {"path"}}

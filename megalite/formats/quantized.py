@@ -7,7 +7,7 @@ from typing import Any
 
 from megalite.hub.foreign import read_object, rewrite_command
 
-# What quantizers put next to, or in the place of, a weight.
+# Tensors that quantizers put next to a weight, or in its place.
 _PARTS = (
     *("weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "output_scale"),
     *("activation_scale", "k_scale", "v_scale", "qweight", "qzeros", "scales", "g_idx", "biases"),

@@ -60,7 +60,7 @@ def open_shards(
 
     Args:
         verify: hash each shard before its first use.
-        vocab_size: the bound of ids where neither a manifest nor a tokenizer tells it.
+        vocab_size: the bound of ids if neither a manifest nor a tokenizer states it.
         files: what to read through, shared by the sets of a process; None: a new one.
         check_bytes: size up to which all `.idx` files are checked whole now, and not at first use.
 
@@ -231,7 +231,7 @@ class ShardSet:
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self.dtype), *pieces])
 
     def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Where documents begin strictly between two positions of the stream, in order.
+        """Return the starts of documents strictly between two positions of the stream, in order.
 
         Raises:
             DataError: an `.idx` that is damaged or not this `.bin`'s.

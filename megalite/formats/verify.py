@@ -77,7 +77,7 @@ def size_faults(folder: Path, manifest: Manifest, shard: ShardInfo) -> list[str]
 
 
 def megatron_names(path: Path) -> list[str] | None:
-    """Return the pairs that `path` means where it is no folder with a manifest: all of a folder, or
+    """Return the pairs that `path` means if it is no folder with a manifest: all of a folder, or
     the one of a prefix such as `data/my_text_document`; None if there is nothing of the kind.
 
     Our own shards without a manifest are not taken: `tokenize` was interrupted there.
@@ -186,7 +186,7 @@ def check_bin(path: Path, manifest: Manifest, shard: ShardInfo) -> None:
 
 
 def check_hash(path: Path, expected: str, found: str = "") -> None:
-    """Raise a DataError unless a file's SHA-256, `found` where it is known, is the expected one."""
+    """Raise a DataError unless a file's SHA-256, `found` if it is known, is the expected one."""
     found = found or sha256_file(path)
     if found != expected:
         raise DataError(
@@ -248,7 +248,7 @@ def _shard_faults(folder: Path, manifest: Manifest, shard: ShardInfo) -> Iterato
 
 
 def _check_ends(folder: Path, manifest: Manifest, shard: ShardInfo) -> None:
-    """Whether documents begin with the manifest's `bos` and end with its `eos`."""
+    """Check that documents begin with the manifest's `bos` and end with its `eos`."""
     path = bin_path(folder, shard.name)
     index = checked_index(folder, manifest, shard)
     if not index.tokens:

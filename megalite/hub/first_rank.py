@@ -1,7 +1,7 @@
 """Work that the first rank of each host does for the host's other ranks, before they can talk.
 
 The first rank leaves its result in a file, the note. While it works, it renews the note, so that
-the others can tell a long download from a rank that died.
+the others can distinguish a long download from a dead rank.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def _deepspeed(path: Path) -> str | None:
     ):
         return None
     return (
-        "is a checkpoint of DeepSpeed, a pickle for each rank, which is not read: where it is "
+        "is a checkpoint of DeepSpeed, a pickle for each rank, which is not read: if it is "
         f"trusted, run\npython zero_to_fp32.py {path} {path}-fp32 --safe_serialization\n"
         f"(the script lies in the checkpoint) and put the model's {CONFIG} and tokenizer next to it"
     )
@@ -175,7 +175,7 @@ def _distributed(path: Path) -> str | None:
     if _any(path, "*.distcp", ".metadata", "*/*.distcp") is None:
         return None
     return (
-        "is a distributed checkpoint of PyTorch (DCP), which is not read: where it is trusted, "
+        "is a distributed checkpoint of PyTorch (DCP), which is not read: if it is trusted, "
         f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} "
         f"model.pt makes a state dict; load it into the model's class and save_pretrained that"
     )
@@ -205,7 +205,7 @@ def _pickles(path: Path) -> str | None:
     named = read_object(path / CONFIG).get("architectures") or ["AutoModel"]
     command = convert_command(path, str(named[0]) if isinstance(named, list) else "AutoModel")
     return (
-        "holds its weights as a pickle, which runs whatever is in it and is not read; where it is "
+        "holds its weights as a pickle, which runs whatever is in it and is not read; if it is "
         f"trusted, convert it with\n{command}"
     )
 

@@ -265,7 +265,7 @@ def _without_weights(model: HubModel, names: Sequence[str]) -> str:
     if any(name.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack")) for name in names):
         command = foreign.convert_command(model.name, "AutoModelForCausalLM")
         return (
-            f"{found}, but pickles or the like, which are not downloaded; where it is trusted, "
+            f"{found}, but pickles or the like, which are not downloaded; if it is trusted, "
             f"convert it with\n{command}\n(or the class that its config.json names)"
         )
     return f"{found}: name the repository of a model"

@@ -1,7 +1,7 @@
 """Cross entropy fused with the output head: full logits never exist.
 
 For each chunk of rows the logits are computed, turned into the gradient in place, multiplied into
-the gradients of the hidden states and of the weight, and dropped. The forward thus holds one chunk
+the gradients of the hidden states and of the weight, and dropped. The forward holds one chunk
 of logits instead of [B x T, V] twice (the idea of Cut Cross-Entropy, Wijmans et al. 2024, and Liger
 Kernel, written for plain matrix products). Gradients are unnormalised (those of the sum) until the
 backward scales them, so that fp16 does not underflow before its loss scale is applied.

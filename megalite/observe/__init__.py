@@ -1,4 +1,4 @@
-"""What a run says about itself: its records, TensorBoard, the console, the device it runs on."""
+"""Reports of a run: its records, TensorBoard, the console, the device."""
 
 from megalite.observe.device import (
     model_flops_utilization,

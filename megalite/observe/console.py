@@ -101,7 +101,9 @@ class Console:
                 self._moved.append((handler, before))
 
     def _seconds_left(self, step: int, step_seconds: float | None) -> float | None:
-        """From the pace since the first row, evaluations and saves included."""
+        """Return the seconds left, at the pace since the first row, evaluations and saves
+        included.
+        """
         now = time.monotonic()
         if self._first is None:
             self._first = (step, now)

@@ -1,4 +1,4 @@
-"""What a device can do at best, and how much memory this rank took at most."""
+"""The peak arithmetic of a device, and the peak memory of this rank."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megalite.plan.devices import by_driver_name
 
 
 def peak_flops(device_name: str, precision: str, memory: int | None = None) -> float | None:
-    """Return the device's dense peak in FLOP/s at "bf16", "fp16" or "fp32"; None where it is
+    """Return the device's dense peak in FLOP/s at "bf16", "fp16" or "fp32"; None if it is
     unknown.
 
     `device_name` is what `torch.cuda.get_device_name` says, such as "NVIDIA H100 80GB HBM3", and
-    `memory` the bytes that the driver tells.
+    `memory` the bytes that the driver reports.
     """
     device = by_driver_name(device_name, memory)
     return device.peak(precision) if device else None

@@ -1,4 +1,4 @@
-"""Where a run's time went, from its own records: what trained, what did not, why it restarted."""
+"""Use of a run's time, from its own records: training, other work, restarts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def goodput(run: Path) -> dict[str, Any]:
         {run, state, attempts, lost_steps, restarts, wall_seconds, seconds, goodput,
         clock_set_back_seconds}: `seconds` sums up the sections of all attempts, what was done twice
         as "lost" and what lay between as "down"; goodput is the part of the wall's seconds that
-        steps which counted took. Where the clock was set back, time goes on from the latest row.
+        steps which counted took. If the clock was set back, time continues from the latest row.
     Raises:
         CommandError: no records there.
     """

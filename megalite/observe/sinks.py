@@ -1,4 +1,4 @@
-"""What a run shows its rows to: the console, TensorBoard, W&B and the sinks of packages.
+"""Sinks of a run's rows: the console, TensorBoard, W&B and those of packages.
 
 A package's sink is an entry point `sink.NAME` whose object is called with the run folder and the
 attempt, and returns a `Sink`. A run file names it in `logging.sinks`.

@@ -1,7 +1,7 @@
 """A rank that is slower than the others, named: it sets the pace of all of them.
 
-Ranks end a step together, since they wait for each other in it; what tells them apart is the time
-of a forward pass, which a rank of data parallelism does alone. Where ranks wait within a forward
+Ranks end a step together, since they wait for each other in it; the difference between them is the
+time of a forward pass, which a rank of data parallelism does alone. If ranks wait within a forward
 (tensor parallelism, ZeRO-3) those that wait look as slow as the one they wait for.
 """
 

@@ -52,16 +52,16 @@ class TensorBoard:
         self._writers: dict[str, Any] = {}
 
     def train(self, row: Mapping[str, Any]) -> None:
-        """One train row."""
+        """Write a train row."""
         self._scalars(".", int(row["step"]), train_scalars(row))
         self._by_tokens("train", row.get("tokens"), interval_loss(row))
 
     def picture(self, name: str, image: Any, step: int) -> None:
-        """An image, uint8 [H, W, 3]."""
+        """Write an image, uint8 [H, W, 3]."""
         self._writer(".", step).add_image(name, image, step, dataformats="HWC")
 
     def valid(self, row: Mapping[str, Any], *, tokens: int | None) -> None:
-        """One valid row, with the tokens trained on before it, where they are known."""
+        """Write a valid row, with the tokens trained on before it, if they are known."""
         self._scalars(".", int(row["step"]), valid_scalars(row))
         self._by_tokens("valid", tokens, row.get("loss"))
         for writer in self._writers.values():

@@ -1,4 +1,4 @@
-"""The run in Weights & Biases, where it is requested. Nothing that goes wrong there ends a run."""
+"""The run in Weights & Biases, if requested. No failure there ends a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FINISH = 60.0  # seconds for what is not yet sent, at the end
 
 
 class Wandb:
-    """What `TensorBoard` shows, in one run of W&B for all attempts; its id is in `wandb.json`.
+    """The rows that `TensorBoard` shows, in one W&B run for all attempts; `wandb.json` has its id.
 
     Steps are a metric, not W&B's own counter, which an attempt that goes back could not repeat.
     """
@@ -32,11 +32,11 @@ class Wandb:
         self._carefully(self._start)
 
     def train(self, row: Mapping[str, Any]) -> None:
-        """One train row."""
+        """Write a train row."""
         self._log(int(row["step"]), {**train_scalars(row), "train/tokens": row.get("tokens")})
 
     def valid(self, row: Mapping[str, Any], *, tokens: int | None = None) -> None:
-        """One valid row, with the tokens trained on before it."""
+        """Write a valid row, with the tokens trained on before it."""
         self._log(int(row["step"]), {**valid_scalars(row), "train/tokens": tokens})
 
     def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
@@ -46,11 +46,11 @@ class Wandb:
         self._log(step, lambda: {"samples": self._wandb.Table(columns=columns, data=rows)})
 
     def picture(self, name: str, image: Any, step: int) -> None:
-        """An image, uint8 [H, W, 3]."""
+        """Write an image, uint8 [H, W, 3]."""
         self._log(step, lambda: {name: self._wandb.Image(image)})
 
     def event(self, step: int, name: str) -> None:
-        """A start that fails is said to have failed."""
+        """Report a start that has failed."""
         del step
         self._exit_code = int(name in ("failed", "superseded"))
 

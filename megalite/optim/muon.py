@@ -5,7 +5,7 @@ of Liu et al. 2025, arXiv 2502.16982, under which AdamW's learning rates and dec
 parameters take AdamW's.
 
 An orthogonalised matrix is a function of all its elements, and engines and tensor parallelism keep
-parts. So the parts of each canonical tensor (q, k, v, gate, up apart, as a checkpoint has them) are
+parts. So the parts of each canonical tensor (q, k, v, gate, up separately, as in a checkpoint) are
 put together, one rank makes it orthogonal, and each takes its part of the result: neither ranks nor
 fused layouts change it. Gradients are clipped before, as for every other optimizer here.
 
@@ -47,11 +47,11 @@ class Fragment:
     offset: int
 
     def in_flat(self, flat_n: Tensor) -> Tensor:
-        """These elements of the engine's tensor: a view."""
+        """Return a view of these elements of the engine's tensor."""
         return flat_n.view(-1)[self.offset : self.offset + self.length]
 
     def in_part(self, part: Tensor) -> Tensor:
-        """These elements of the rank's part: a view."""
+        """Return a view of these elements of the rank's part."""
         return part.view(-1)[self.start : self.start + self.length]
 
 

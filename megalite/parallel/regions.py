@@ -1,8 +1,9 @@
 """The regions of a model over the ranks that share it: `megalite.model.regions` with collectives.
 
-The model has the sizes of one rank, so its mathematics is that of a part. What is missing are the
-sums over the parts (Shoeybi et al. 2019): one all-reduce in the forward and one in the backward for
-each half of a block. Ranks divide the vocabulary's rows as well: each looks up and scores its own.
+The model has the sizes of one rank, so its mathematics is that of a part. The missing pieces are
+the sums over the parts (Shoeybi et al. 2019): one all-reduce in the forward and one in the backward
+for each half of a block. Ranks divide the vocabulary's rows as well: each looks up and scores its
+own.
 
 With sequence parallelism (Korthikanti et al. 2022) each all-reduce becomes a reduce-scatter and an
 all-gather along the tokens. From the first block to the last norm a rank then holds its own tokens

@@ -104,7 +104,7 @@ def free_port() -> int:
 
 
 def open_store(launch: env.Launch, timeout: datetime.timedelta) -> Any:
-    """Return the ranks' store, kept by rank 0 at MASTER_ADDR alone where that is its own.
+    """Return the ranks' store, kept by rank 0, at MASTER_ADDR alone if that is its own address.
 
     PyTorch listens on every interface otherwise. So does this where a name stands for another
     address on its own host than elsewhere (loopback), or for none of this host's (behind NAT).

@@ -1,4 +1,4 @@
-"""What an optimizer must know of the parameters of a model that ranks share.
+"""Facts for an optimizer about the parameters of a model that ranks share.
 
 The table of shapes names each parameter's split:
 

@@ -233,7 +233,7 @@ def report_dry_run(config: RunConfig, launch: Launch, ranks: int, gpu: str | Non
 
     Args:
         ranks: world size. 0 means the ranks that were started, or at least those of one model.
-        gpu: a device that the planner knows, or a device file. None chooses by `ranks`.
+        gpu: a device of the planner's table, or a device file. None chooses by `ranks`.
     Returns:
         the exit code: 1 if the dry run and the plan differ.
     Raises:

@@ -1,4 +1,4 @@
-"""What a run will be, as plain numbers, before a GPU is requested. Pure: no torch, no devices."""
+"""Forecast of a run in plain numbers, before it starts. No torch, no devices."""
 
 from megalite.plan.engine import deepspeed_dict
 from megalite.plan.flops import flops_per_token, hardware_flops_per_token

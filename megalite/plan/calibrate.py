@@ -150,14 +150,14 @@ def read_run(folder: Path) -> Run:
     except ConfigError as error:
         lines = "\n".join(f"  {fault}" for fault in error.faults)
         raise ConfigError(
-            f"--calibrate {file}: it tells of no run; run it again, or remove it:\n{lines}"
+            f"--calibrate {file}: it records no run; run it again, or remove it:\n{lines}"
         ) from None
     return run
 
 
 def _faults(record: Mapping[str, Any]) -> Iterator[str]:
     if (device := record.get("device")) not in list(DEVICES):
-        yield f"device: expected a name that --gpu knows, found {show(device)}"
+        yield f"device: expected a name of --gpu, found {show(device)}"
     for key in ("hosts", "per_host"):
         value = record.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_RANKS:

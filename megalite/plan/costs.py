@@ -67,7 +67,7 @@ def workloads(
 
     Args:
         lengths: tokens of a sample in each stack, by the stack's name.
-        masks: whether documents or padding make masks. What a second stack writes has neither.
+        masks: whether documents or padding make masks. A second stack's own tokens have neither.
     """
     loads = []
     before = 0

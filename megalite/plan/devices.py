@@ -89,9 +89,9 @@ class Device:
 
 # TFLOP/s in bf16, fp16, fp32; what is reached of them: by products, by Bekman's MAMF table (0.8 if
 # it has no row), and by FlashAttention-2 (Dao 2023 on the A100, both directions; Shah et al. 2024
-# on the H100; neighbours by likeness); MiB as the driver tells it; GB/s of memory, of the links to
-# the neighbours (NVLink and Infinity Fabric: half of what both directions have; else PCIe), of the
-# network as such hosts are commonly built, and to the host.
+# on the H100; neighbours by likeness); MiB as the driver reports it; GB/s of memory, of the links
+# to the neighbours (NVLink and Infinity Fabric: half of what both directions have; else PCIe), of
+# the network as such hosts are commonly built, and to the host.
 _Row = tuple[
     str, float | None, float | None, float, float, float, int, float, float, float, float, str
 ]

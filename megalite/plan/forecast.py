@@ -1,4 +1,4 @@
-"""What a run will be on given devices: its memory, time and traffic, as one record."""
+"""Forecast of a run on given devices: memory, time and traffic, as one record."""
 
 from __future__ import annotations
 

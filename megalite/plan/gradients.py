@@ -1,4 +1,4 @@
-"""Which gradients a backward makes, by what is trained: a fine-tuning run saves the others.
+"""The gradients that a backward computes; a fine-tuning run saves those of frozen parts.
 
 A product's backward makes the gradient of its weight if the weight is trained, and that of its
 input if anything below the product is trained. First layers that are frozen with all below them

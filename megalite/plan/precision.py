@@ -54,13 +54,13 @@ def resolve_precision(
 def recorded_precision(config: Mapping[str, Any], run: Path) -> Precision | Literal["auto"] | None:
     """Return the precision a checkpoint was trained in.
 
-    MegaLite 0.1 recorded "auto" as the file said. DeepSpeed's JSON in its run folder tells then.
+    MegaLite 0.1 recorded "auto" as the file said. DeepSpeed's JSON in its run folder has it then.
 
     Args:
         config: the checkpoint's run file, as JSON.
         run: the run folder that the checkpoint lies in.
     Returns:
-        "auto" if only the device it was trained on could tell; None for an unknown name.
+        "auto" if it depended on the device of the training; None for an unknown name.
     """
     precision = config["training"]["precision"]
     if precision == "auto":

@@ -2,7 +2,7 @@
 
 Each part's time is its FLOPs over a share of the peak plus its bytes over a share of the bandwidth
 (a sum rather than the larger of the two: small products then fall short of the peak by themselves),
-but no less than its kernels take to be started. What ranks send is added if nothing hides it.
+but no less than its kernels take to be started. Communication is added if nothing hides it.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _time(config: RunConfig, found: Forecast) -> Iterator[str]:
         f"{_flops(found.hardware_flops_per_token)} with recompute"
     )
     steps = config.training.steps
-    if steps == 0:  # the examples and their epochs tell
+    if steps == 0:  # the examples and their epochs decide
         return
     run = steps * seconds.total
     yield (

@@ -1,4 +1,4 @@
-"""What one rank of a run computes in a micro-batch, and what that costs."""
+"""The work of one rank in a micro-batch, and its cost."""
 
 from __future__ import annotations
 

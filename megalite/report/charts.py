@@ -1,4 +1,6 @@
-"""Curves as numbers on a plane of 360 by 210: scales, ticks, and as few points as tell the same."""
+"""Curves as numbers on a plane of 360 by 210: scales, ticks, and as few points as show the
+same curve.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,7 @@ def smoothed(values: Numbers, *, wide: bool = False) -> Numbers:
 
 
 def ticks(low: float, high: float, count: int, *, wide: bool = False) -> list[float]:
-    """Some `count` round numbers between two others; powers of ten where a scale has several."""
+    """Some `count` round numbers between two others; powers of ten if a scale has several."""
     if wide and high / low > 10:
         tens = [10.0**p for p in range(math.ceil(math.log10(low)), math.ceil(math.log10(high)))]
         if len(tens) > 1:

@@ -110,7 +110,7 @@ def _names(records: Sequence[Record]) -> list[str]:
 
 
 def _text(value: Any, longest: int = _LONGEST) -> str:
-    """Return a text, or JSON, cut where it is long."""
+    """Return a text, or JSON, cut if it is long."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= longest else f"{text[:longest]} ... ({len(text):,} characters)"
 
@@ -199,7 +199,7 @@ def _lane(record: Record, begin: float, longest: float) -> dict[str, Any]:
 
 
 def _sort(event: Mapping[str, Any]) -> Any:
-    """Alike for events that share a row of the table where they follow each other."""
+    """Return a key, equal for consecutive events that share a row of the table."""
     often = event.get("name") in _OFTEN
     return (event.get("attempt"), event.get("name")) if often else id(event)
 

@@ -1,4 +1,4 @@
-"""What a run folder tells, in whatever state a run, a crash or a full disk left it."""
+"""Content of a run folder, also after a crash or on a full disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NOT_OURS = (AttributeError, KeyError, TypeError, ValueError, IndexError, Arithm
 
 
 def number(value: Any) -> float:
-    """Return a JSON value as a number; NaN where it is none that can be drawn."""
+    """Return a JSON value as a number; NaN if it cannot be drawn."""
     real = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if real and -_LARGEST < value < _LARGEST else math.nan
 
@@ -61,11 +61,11 @@ class Track:
 
 @dataclass
 class Record:
-    """A run as its folder tells it.
+    """A run, read from its folder.
 
     Attributes:
-        config: the values of config.json as JSON texts, by dotted key; empty where it is missing.
-        status, plan, evaluation: what the files of these names hold; empty where they are missing.
+        config: the values of config.json as JSON texts, by dotted key; empty if it is missing.
+        status, plan, evaluation: what the files of these names hold; empty if they are missing.
         time: what `goodput` says; empty where it cannot.
         epochs: valid rows of fine-tuning.
         spans: first and last time of each attempt's rows, Unix seconds.

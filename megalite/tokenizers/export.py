@@ -72,7 +72,7 @@ def build_sentencepiece(
     if prefix is not None:
         before.append(pre_tokenizers.Metaspace(_SPACE, prepend_scheme=prefix, split=False))
     own = [name for name, kind in zip(names, kinds, strict=True) if kind == _USER_DEFINED]
-    if own:  # found in the normalised text, the longest first, and never taken apart
+    if own:  # found in the normalised text, the longest first, and never split
         found = "|".join(re.escape(name) for name in sorted(own, key=len, reverse=True))
         before.append(pre_tokenizers.Split(tokenizers.Regex(found), "isolated"))
     if before:

@@ -67,7 +67,7 @@ def explain_tiktoken(file: Path) -> str:
     """Return how a file of tiktoken's is converted."""
     made = file.parent / "tokenizer.json"
     return (
-        f"{file} is tiktoken's format, which knows neither how words are cut nor the special "
+        f"{file} is tiktoken's format, which states neither how words are cut nor the special "
         "tokens. Take the model's folder with a tokenizer.json if there is one; otherwise give "
         "pattern and extra_special_tokens of the model's own code to (pip install tiktoken "
         "blobfile megalite[hf])\n"

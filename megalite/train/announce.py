@@ -118,7 +118,7 @@ def _count(number: int) -> str:
 
 
 def _layout(config: RunConfig, plan: Plan, grid: Grid) -> dict[str, Any]:
-    """Return how the run is laid out over its ranks, by the names a user knows."""
+    """Return how the run is laid out over its ranks, by the names of a run file."""
     return {
         "ranks": plan.world_size,
         "tensor": grid.mesh.tensor,

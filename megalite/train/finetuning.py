@@ -116,7 +116,7 @@ def _check_freeze(config: RunConfig) -> None:
                 f"{rows[0].name}, {rows[-1].name}"
             )
     if not any(arch.is_trainable(config, row) for row in rows):
-        raise ConfigError("finetune.freeze: nothing is left to learn; leave a pattern out")
+        raise ConfigError("finetune.freeze: nothing is left to train; remove a pattern")
 
 
 def open_examples(config: RunConfig, folder: Path) -> dict[str, ExampleSet]:

@@ -35,7 +35,7 @@ _TO_DEVIATION = 1.4826
 
 
 class StepDecision(NamedTuple):
-    """What to do about a step's update, and why: "note" uses the update and reports it."""
+    """Decision about a step's update, with its reason: "note" uses the update and reports it."""
 
     action: Literal["use", "note", "skip", "rollback"]
     reason: str = ""

@@ -131,7 +131,7 @@ def export_adapter(
 
 @contextmanager
 def _staged(output: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `output` when it is complete."""
+    """Yield a folder to write into, which becomes `output` when it is complete."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CommandError(f"--output {output} exists; give a folder that does not")
     staging = output.with_name(f".{output.name}.partial")

@@ -19,7 +19,7 @@ COMMON_KEYS = (
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings"),
     *("initializer_range", "attention_dropout"),
 )
-# Values of the model section that leave a part out.
+# Values of the model section that mean the absence of a part.
 PLAIN = {
     "norm_position": "pre",
     "embedding_norm": False,

@@ -21,7 +21,7 @@ def family_of(model: ModelConfig) -> Family:
     if model.num_labels:
         raise CommandError(
             "this is a classifier, whose texts and head Hugging Face's classes read in other ways: "
-            "launcher/eval.py --predictions tells the labels of new texts"
+            "launcher/eval.py --predictions writes the labels of new texts"
         )
     model = _without_uniform_list(model)
     nearest: list[tuple[int, str]] = []

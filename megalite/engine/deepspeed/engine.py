@@ -281,7 +281,7 @@ class DeepSpeedEngine(EngineBase):
                 setattr(self.optimizer.loss_scaler, name, progress["loss_scaler"][name])
 
     def _gate_steps(self) -> None:
-        """Ask for acceptance when DeepSpeed, which has the norm, steps the inner optimizer.
+        """Call `accept` when DeepSpeed, which has the norm, steps the inner optimizer.
 
         DeepSpeed does so once for each group or part of a group (runtime/zero/stage_1_and_2.py:
         _optimizer_step, stage3.py: _optimizer_step). A refused step changes nothing. DeepSpeed has

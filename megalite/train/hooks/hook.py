@@ -57,7 +57,7 @@ class SaveReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a hook asks of the loop, identical on every rank.
+    """Requests of a hook to the loop, identical on every rank.
 
     Attributes:
         evaluated: if true, `score` is the score of the present progress.

@@ -108,7 +108,7 @@ class ReplicaCheck(Hook):
             lines.append(f"{name} {_describe(hashes)}")
         shown = "\n".join(lines[:5]) + (f"\nand {len(lines) - 5} more" if len(lines) > 5 else "")
         raise EngineError(
-            f"replicas have drifted apart by step {step}:\n{shown}\n"
+            f"replicas differ at step {step}:\n{shown}\n"
             "the checkpoints of the steps before the last comparison are sound: resume from one, "
             "and look at the hosts of the ranks named"
         )
