@@ -173,7 +173,8 @@ def faults_of(file: str, prose: Prose) -> Iterator[Fault]:
     for begin, end in zip(starts, [*starts[1:], len(text)], strict=True):
         sentence = text[begin:end].strip(" |#>*-\n")
         for pattern, advice in OPENINGS:
-            if prose.kind != "string" and re.match(pattern, sentence):
+            title = text[begin:end].lstrip().startswith("#")
+            if prose.kind != "string" and not title and re.match(pattern, sentence):
                 yield Fault(file, at(begin), sentence[:40].replace("\n", " "), advice)
         words = re.findall(r"[A-Za-z0-9`'_./%-]*[A-Za-z][A-Za-z0-9`'_./%-]*", sentence)
         if prose.kind != "string" and "|" not in sentence and len(words) > MAX_WORDS:

@@ -20,14 +20,14 @@ PAGE = ROOT / "docs" / "commands.md"
 _INTRODUCTION = """\
 # Every command and its options
 
-Made from the commands' own parsers by `python -m tests.pages`; `--help` of each tells the same. The
+Made from the commands' own parsers by `python -m tests.pages`; `--help` of each prints the same. The
 keys that `--set` takes are in [configuration.md](configuration.md).
 
 Commands of `launcher/` are started from a checkout: `pretrain.py` and `finetune.py` by `deepspeed`,
 `torchrun`, `srun` or `python`, `eval.py` and `generate.py` by the last three, all others by
 `python`. `make smoke` is `launcher/smoke.py`, which takes no options; job scripts are in
 [slurm.md](slurm.md). With `--json` standard output holds one object and nothing else. Exit codes: 0
-done, 1 failed, 2 user error, nothing was written; a run knows two
+done, 1 failed, 2 user error, nothing was written; a run has two
 [more](errors.md#exit-codes)."""
 
 

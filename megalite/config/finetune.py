@@ -69,8 +69,8 @@ class ExamplesConfig(Section):
     )
     packing: bool = Field(
         default=False,
-        description="sft, language_modeling: if true, examples share windows of max_length in place "
-        "of padding (best fit); attention does not cross between them.",
+        description="sft, language_modeling: if true, examples share windows of max_length in "
+        "place of padding (best fit); attention does not cross between them.",
     )
     tokenizer: PathText | None = Field(
         default=None,

@@ -127,7 +127,7 @@ class Answerer:
     def talk(self, turns: Iterable[str], system: Messages) -> Iterator[tuple[str, Iterator[str]]]:
         """Yield each of a user's turns with the pieces of its answer; earlier turns are read too.
 
-        The pieces of one answer must be read before the next turn is requested. Where the turns so
+        The pieces of one answer must be read before the next turn is requested. If the turns so
         far leave no room for an answer in the window, the oldest are dropped, which is logged.
 
         Args:
