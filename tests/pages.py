@@ -20,8 +20,8 @@ PAGE = ROOT / "docs" / "commands.md"
 _INTRODUCTION = """\
 # Every command and its options
 
-Made from the commands' own parsers by `python -m tests.pages`; `--help` of each prints the same. The
-keys that `--set` takes are in [configuration.md](configuration.md).
+Made from the commands' own parsers by `python -m tests.pages`; `--help` of each prints the same.
+The keys that `--set` takes are in [configuration.md](configuration.md).
 
 Commands of `launcher/` are started from a checkout: `pretrain.py` and `finetune.py` by `deepspeed`,
 `torchrun`, `srun` or `python`, `eval.py` and `generate.py` by the last three, all others by

@@ -89,8 +89,8 @@ def contradiction(found: Any, value: Any, source: str) -> str:
     if source.startswith("nothing"):
         return f'found {show(found)}, MegaLite needs {show(value)} ({source[9:]}); write "auto"'
     return (
-        f"found {show(found)}, but {source} makes it {show(value)}; change {source}, and take "
-        'this out or write "auto"'
+        f"found {show(found)}, but {source} makes it {show(value)}; change {source}, and remove "
+        'this or write "auto"'
     )
 
 

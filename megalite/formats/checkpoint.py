@@ -149,9 +149,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Floats]) -> tuple[FileEntry,
 
 
 def _start(shapes: Mapping[str, list[int]]) -> tuple[bytes, int]:
-    """Return how a file of these fp32 tensors begins, to its first tensor; and the file's bytes in
-    all.
-    """
+    """Return the first bytes of a file of these fp32 tensors, and the size of the file."""
     header = dict[str, Any]()
     offset = 0
     for name, shape in shapes.items():
@@ -165,9 +163,8 @@ def _start(shapes: Mapping[str, list[int]]) -> tuple[bytes, int]:
 def read_tensor(path: Path, name: str, target: Floats, box: tuple[slice, ...]) -> None:
     """Read a box of a tensor of a safetensors file into `target`, of the box's shape.
 
-    Elements that are adjacent in file and memory go straight from the one to the other; of columns,
-    whole rows are read, some at a time. Nothing is mapped: a page that cannot be read kills the
-    process.
+    Elements that are adjacent in both are copied directly; for columns, whole rows are read, some
+    at a time. Nothing is mapped: a page that cannot be read kills the process.
 
     Raises:
         OSError, ValueError, KeyError: the file cannot be read, or is not what the manifest says.
@@ -348,7 +345,7 @@ def damage(
 
     Args:
         threads: files hashed at once, which leaves the interpreter alone.
-        tensors: False omits the tensors' own bytes, for whoever compares their hashes: the
+        tensors: False omits the tensors' own bytes, for a caller that compares their hashes: the
             rest of such a file follows from the manifest.
     """
     wanted = sorted(manifest.files if names is None else names)
@@ -385,9 +382,7 @@ def _fault(path: Path, entry: FileEntry, held: Mapping[str, list[int]] | None) -
 
 
 def _starts_with(path: Path, held: Mapping[str, list[int]]) -> bool:
-    """Return whether a file begins as one of just these tensors, in the order that it
-    says itself.
-    """
+    """Return whether a file has the header of just these tensors, in its own order."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _LONGEST_HEADER:

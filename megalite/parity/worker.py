@@ -187,11 +187,12 @@ class _Outputs:
         self._outputs.setdefault(name, []).append(output.detach())
 
     def means(self, grid: Grid, *, sequence: bool) -> Inspected:
-        for name, given in self._outputs.items():
-            rows = torch.cat(given).flatten(0, 1)
+        for name, outputs in self._outputs.items():
+            by_head = outputs[0].dim() == 4  # [B, T, heads of this rank, width of a head]
+            rows = torch.cat(outputs).flatten(0, -2)
             total = torch.cat((rows.sum(0), rows.new_tensor([len(rows)])))
             dist.all_reduce(total, group=grid.zero_group)
-            if sequence and ".embed_" not in name:
+            if by_head or (sequence and ".embed_" not in name):
                 dist.all_reduce(total, group=grid.tensor_group)
             yield OUTPUT, name, _equal_or_off(total[:-1] / total[-1], grid.tensor_group)
 

@@ -1,5 +1,5 @@
 # covers: megalite/train/hooks/replicas.py
-"""Replicas that drift apart are found, and named with their ranks."""
+"""Replicas that differ are found, and named with their ranks."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_replica_that_drifts_stops_the_run(
     raw["training"] = raw["training"] | {"replica_check_every": 10}
     errors = run_ranks(_drifting, ranks, raw, name, rank)
     assert len(set(errors)) == 1
-    assert f"drifted apart by step 4:\n{name} {told}\n" in errors[0]
+    assert f"differ at step 4:\n{name} {told}\n" in errors[0]
     root = tmp_path / "run" / "checkpoints"
     assert [folder.name for folder in disk.published(root)] == ["step_00000002"]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"

@@ -44,6 +44,7 @@ TINY: dict[str, Any] = {
         "activation": "gelu",
         "attention_bias": True,
         "mlp_bias": True,
+        "qk_norm": True,
         "hidden_dropout": 0.1,
     },
     "data": {"train": [{"path": "none"}], "sequence_length": 32, "mask_documents": True},

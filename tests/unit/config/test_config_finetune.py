@@ -32,12 +32,12 @@ def made(tuning: dict[str, Any], **model: Any) -> RunConfig:
     [
         (section("sft"), {"architecture": "encoder"}, '"sft" needs an architecture "decoder"'),
         (section("seq2seq"), {}, '"seq2seq" needs an architecture "encoder_decoder"'),
-        (section("sft", pooling="mean"), {}, "finetune.pooling: it has a meaning for class"),
+        (section("sft", pooling="mean"), {}, "finetune.pooling: it only applies to class"),
         (section("sft", metric="f1"), {}, 'finetune.metric: "f1" is of a classification'),
         (
             section(data={"packing": True}),
             {},
-            "packing: it has a meaning for sft and",
+            "packing: it only applies to sft and",
         ),
         (
             section(pooling="last"),

@@ -267,8 +267,8 @@ def test_strict_json(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", text)
     notes = [line.removeprefix(f"{path}: ") for line in faults(path)]
     assert notes[:5] == [
-        "NaN is not a number JSON knows; write a finite number or null",
-        "-Infinity is not a number JSON knows; write a finite number or null",
+        "NaN is not a JSON number; write a finite number or null",
+        "-Infinity is not a JSON number; write a finite number or null",
         '"1e400" is out of a number\'s range; write one below 1e308',
         '"99999999999999999999999999" is out of range; whole numbers end at 2^63 - 1',
         '"name" is written twice in one section, as "small" and as "again"; keep one',

@@ -185,14 +185,18 @@ ENCODER = {"model__architecture": "encoder", "objective": {"mask_token_id": 3}}
 @pytest.mark.parametrize(
     ("keys", "key", "said"),
     [
-        ({"model__num_decoder_layers": 2}, "model.num_decoder_layers", "encoder_decoder alone"),
+        (
+            {"model__num_decoder_layers": 2},
+            "model.num_decoder_layers",
+            "encoder_decoder; remove it",
+        ),
         (ENCODER | {"model__sliding_window": 8}, "model.sliding_window", "architecture decoder"),
-        ({"model__type_vocab_size": 2}, "model.type_vocab_size", "encoder alone"),
+        ({"model__type_vocab_size": 2}, "model.type_vocab_size", "encoder; remove it"),
         (
             {"model__rope_scaling": {"rope_type": "linear", "factor": 2.0}}
             | {"model__position_embedding": "learned"},
             "model.rope_scaling",
-            "position_embedding rope alone",
+            "position_embedding rope; remove it",
         ),
         (
             {"model__rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
@@ -209,7 +213,7 @@ ENCODER = {"model__architecture": "encoder", "objective": {"mask_token_id": 3}}
         (
             {"model__architecture": "encoder_decoder", "data__mask_documents": True},
             "data.mask_documents",
-            "not kept apart",
+            "cannot be masked",
         ),
         (
             {"model__architecture": "encoder_decoder", "parallel": {"tensor": 2, "sequence": True}},

@@ -112,8 +112,8 @@ def test_what_json_lacks_is_refused_with_its_line(tmp_path: Path, text: str, mes
     ("text", "note"),
     [
         ("a: 1\na: 2\n", '"a" is written twice'),
-        ("a: .inf\n", "not a number JSON knows"),
-        ("a: .nan\n", "not a number JSON knows"),
+        ("a: .inf\n", "not a JSON number"),
+        ("a: .nan\n", "not a JSON number"),
         ("a: 1e999\n", "out of a number's range"),
         (f"a: {2**63}\n", "out of range"),
         (f"a: 0x{'f' * 9000}\n", "out of range"),

@@ -298,7 +298,7 @@ def test_whole_page_of_a_classifier(architecture: str) -> None:
     assert found.text.count(text) == 4  # as it is, and coloured three times
     longer = explain_text(classifier(architecture, pooling, max_length=8), text)
     assert "are not read (max_length)" in longer
-    with pytest.raises(CommandError, match="--label bad: it knows neg, neu, pos"):
+    with pytest.raises(CommandError, match="--label bad: its labels are neg, neu, pos"):
         explain_text(opened, text, "bad")
     with pytest.raises(CommandError, match="the text is empty"):
         explain_text(opened, "")

@@ -86,5 +86,5 @@ def test_tasks_from_local_files(grid: Grid, folder: Path, tasks: Path) -> None:
     found = harness.run(open_model(folder), grid, ["local_choice", "local_text"], **settings)
     assert 0 <= found["local_choice"]["acc"] <= 1
     assert found["local_text"]["bits_per_byte"] > 0
-    with pytest.raises(CommandError, match="--tasks nothing: lm-eval knows no such task"):
+    with pytest.raises(CommandError, match="--tasks nothing: lm-eval has no such task"):
         harness.run(open_model(folder), grid, ["nothing"], **settings)

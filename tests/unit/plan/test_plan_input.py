@@ -49,7 +49,7 @@ def command(launcher: str, *arguments: Any, folder: Path) -> subprocess.Complete
         ("[]", r"expected one JSON object \{\.\.\.\}, found \[\]"),
         ("{", "line 1 column 2: not JSON"),
         ("[" * 5000, "over 30 deep"),
-        ('{"extends": "cpu", "link": NaN}', "NaN is not a number JSON knows"),
+        ('{"extends": "cpu", "link": NaN}', "NaN is not a JSON number"),
         ('{"extends": "cpu", "link": 1e400}', "out of a number's range"),
         ('{"extends": "cpu", "memory": 9' + "9" * 30 + "}", "out of range"),
         ('{"extends": "cpu", "extends": "h100"}', '"extends" is written twice'),

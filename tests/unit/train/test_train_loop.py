@@ -94,7 +94,11 @@ def test_places_rates_and_rows(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> N
     # the mean over the steps since the row before: 1 and 2, 3 and 4, 5
     assert [row["mean_loss"] for row in notes.rows] == [1.5, 3.5, 5.0]
     keys = "step loss mean_loss lr grad_norm tokens samples tokens_per_second mfu step_seconds"
-    assert set(notes.rows[0]) == {*keys.split(), "peak_memory_bytes"}
+    assert set(notes.rows[0]) == {
+        *keys.split(),
+        "peak_memory_bytes",
+        "tokens_per_second_per_device",
+    }
 
 
 def test_a_resumed_run_goes_on(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
