@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megalite import files
 from megalite.cli import command_parser, run_main
-from megalite.config import RunConfig, find_file, run_files, section_changes
+from megalite.config import RunConfig, find_file, run_files, section_changes, write_value
 from megalite.errors import CommandError
 from megalite.log import write_report
 from megalite.plan.command import calibrated, make_layout, planned_config, refuse_useless
@@ -99,7 +99,7 @@ def _search(arguments: argparse.Namespace, config: RunConfig, layout: Layout) ->
         sys.stderr.write("no layout fits: give more devices, or devices with more memory\n")
         return 1
     if path is not None:
-        files.write_json(path, run_file(ranking.candidates[0], path, source, changes))
+        write_value(path, run_file(ranking.candidates[0], path, source, changes))
     if arguments.json:
         written = None if path is None else str(path)
         told = {"written": written} | ranking.as_json(config.training.steps)

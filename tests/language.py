@@ -58,7 +58,12 @@ NOT_IMPERATIVE = re.compile(
 # Variables and arguments that do not say what they hold.
 NAMES = frozenset(["told", "found", "made", "own", "kept", "held", "asked", "wish"])
 _CODE = re.compile(r"``[^`]*``|`[^`]*`")
-_SENTENCE_END = re.compile(r"(?<=[.!?:])\s+(?=[A-Z(`\"'\[])|\n\s*\n|\n\s*[-*|\d]+[.)]?\s|;\s")
+# A sentence ends at its full stop, and at the borders of list items, of columns, and of the entries
+# of Args and Attributes.
+_SENTENCE_END = re.compile(
+    r"(?<=[.!?:])\s+(?=[A-Z(`\"'\[])|\n\s*\n|\n\s*[-*|\d]+[.)]?\s|;\s"
+    r"|(?<=\S) {2,}(?=\S)|\n +(?=\w+(, \w+)*: )"
+)
 
 
 class Fault(NamedTuple):

@@ -1,4 +1,4 @@
-"""A model as its parts: every parameter's name, shape, split and initial values, and every cost."""
+"""The parts of a model: each parameter's name, shape, split and initial values, and all costs."""
 
 from megalite.arch.ends import chunk_rows, padded_targets
 from megalite.arch.network import (

@@ -1,4 +1,4 @@
-"""Attention: to the tokens of the text itself, and to another text that is read.
+"""Self-attention, and cross-attention to the encoder's text.
 
 The letters are those of `megalite.arch.part`.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megalite.arch.norms import in_forward_order, norm_rows
-from megalite.arch.part import Cost, Flow, Grads, Kept, Pair, Workload
+from megalite.arch.part import Cost, Flow, Grads, Pair, SavedBytes, Workload
 from megalite.arch.products import (
     KERNELS,
     RESIDUAL_PASSES,
@@ -21,7 +21,7 @@ from megalite.arch.products import (
 from megalite.arch.table import Init, ParameterSpec, Sees, Split, specify
 from megalite.config import ModelConfig
 
-# reading and writing q and k: rotation in one compiled kernel, or kernel by kernel
+# reads and writes of q and k by the rotation: in one compiled kernel (True), or eager (False)
 _ROTATION_PASSES = {True: 3, False: 10}
 
 
@@ -31,14 +31,14 @@ class SelfAttention:
 
     Attributes:
         causal: whether a token sees only the tokens before it.
-        window: tokens that a token looks back at, itself included; None means all.
+        window: number of tokens that a token attends to, itself included. None means all.
     """
 
     causal: bool
     window: int | None
 
     def rows(self, model: ModelConfig, prefix: str) -> Iterator[ParameterSpec]:
-        """Yield the parameters; q, k and v are fused into one product."""
+        """Yield the parameters; q, k and v are fused into one matrix."""
         key = _key_width(model)
         fused = {"q_proj": _query_width(model), "k_proj": key, "v_proj": key}
         yield from norm_rows(model, f"{prefix}input_layernorm")
@@ -50,7 +50,7 @@ class SelfAttention:
         yield from _output(model, f"{prefix}self_attn.o_proj")
 
     def follow(self, model: ModelConfig, specs: Sequence[ParameterSpec], flow: Flow) -> None:
-        """Lead the gradients through; those of distance biases come in with the scores."""
+        """Update `flow`; the gradients of relative position biases join at the scores."""
         ordered = in_forward_order(model, specs, "input_layernorm")
         before, after = _split_at(ordered, "o_proj")
         flow.hidden = flow.through(before, flow.hidden) or flow.bias
@@ -71,7 +71,7 @@ class SelfAttention:
         mask, scores = self._score_bytes(model, load)
         moved = RESIDUAL_PASSES[load.compiled] * stream
         moved += _ROTATION_PASSES[load.compiled] * (query + key)
-        moved += model.hidden_size + 2 * query + 2 * key  # what the products read and write
+        moved += model.hidden_size + 2 * query + 2 * key  # inputs and outputs of the products
         return Cost(
             products=product_flops(specs, load.tokens, grads),
             attention=_attention_flops(model, pairs, "self_attn.o_proj.weight" in grads.inputs),
@@ -79,7 +79,7 @@ class SelfAttention:
                 *messages.column("self_attn.qkv_proj", load.batch_tokens),
                 *messages.row("self_attn.o_proj", load.batch_tokens, again=load.recompute),
             ),
-            kept=Kept(
+            saved=SavedBytes(
                 norm=stream * load.norm_bytes,
                 # qkv, the rotated q and k, and the result; its log-sum-exp in fp32; dropout
                 values=element * (rotated + 2 * query + 2 * key)
@@ -94,10 +94,11 @@ class SelfAttention:
         )
 
     def _score_bytes(self, model: ModelConfig, load: Workload) -> tuple[int, int]:
-        """Return the bytes of T x T numbers: with a fused kernel, and without one.
+        """Return the bytes of a fused kernel's mask, and of the scores without a fused kernel.
 
-        The fused kernel makes a mask of numbers from a bool mask, and keeps it. CUDA's fused
-        kernels that take a mask have no grouped heads, so `megalite.model.attention` repeats them.
+        One of the two is 0. The fused kernel converts a bool mask to numbers and saves it. CUDA's
+        fused kernels that take a mask do not support grouped heads, so `megalite.model.attention`
+        repeats the key/value heads.
         """
         heads = model.num_attention_heads // load.tensor
         pairs = load.tokens**2
@@ -114,10 +115,10 @@ class SelfAttention:
 
 @dataclass(frozen=True)
 class CrossAttention:
-    """Attention to the hidden states of another text, and the norm of its residual branch."""
+    """Attention to the encoder's hidden states, and the norm of its residual branch."""
 
     def rows(self, model: ModelConfig, prefix: str) -> Iterator[ParameterSpec]:
-        """Yield the parameters; k and v are fused, q reads other states."""
+        """Yield the parameters; k and v are fused. q is separate, because its input differs."""
         key = _key_width(model)
         yield from norm_rows(model, f"{prefix}cross_attn_layernorm")
         yield from _projection(model, f"{prefix}cross_attn.q_proj", {"q_proj": _query_width(model)})
@@ -125,7 +126,7 @@ class CrossAttention:
         yield from _output(model, f"{prefix}cross_attn.o_proj")
 
     def follow(self, model: ModelConfig, specs: Sequence[ParameterSpec], flow: Flow) -> None:
-        """Lead the gradients through; those of the text that is read come in with k and v."""
+        """Update `flow`; the gradients of the encoder's text join at k and v."""
         ordered = in_forward_order(model, specs, "cross_attn_layernorm")
         reading = [spec for spec in ordered if ".kv_proj." in spec.name]
         before, after = _split_at([spec for spec in ordered if spec not in reading], "o_proj")
@@ -136,7 +137,7 @@ class CrossAttention:
     def cost(
         self, model: ModelConfig, specs: Sequence[ParameterSpec], load: Workload, grads: Grads
     ) -> Cost:
-        """Return the cost of one block's attention to the text that is read."""
+        """Return the cost of one block's cross-attention."""
         messages = ProductMessages(specs, model.hidden_size, load, grads)
         query, key = _query_width(model) // load.tensor, _key_width(model) // load.tensor
         stream = load.stream_width(model)
@@ -159,7 +160,7 @@ class CrossAttention:
                 *messages.column("cross_attn.kv_proj", load.batch_memory_tokens),
                 *messages.row("cross_attn.o_proj", load.batch_tokens, again=load.recompute),
             ),
-            kept=Kept(
+            saved=SavedBytes(
                 norm=stream * load.norm_bytes,
                 values=element * 2 * query
                 + 4 * query // model.head_dim
@@ -178,7 +179,7 @@ def seen_pairs(
 ) -> float:
     """Return how many tokens each token of a sample sees, summed over the sample.
 
-    For documents of unequal lengths this is a lower bound: it takes all to have the mean length.
+    All documents are taken to have the mean length. If lengths differ, the result is a lower bound.
     """
     length = min(tokens, document_tokens or tokens)
     near = min(length, window or length)
@@ -191,8 +192,8 @@ def seen_pairs(
 def mask_count(load: Workload, window: int | None) -> int:
     """Return how many [T, T] masks the self-attention of a micro-batch has.
 
-    `megalite.model.attention` makes one of each sample for documents and padding. All samples share
-    the mask of a window alone.
+    For documents and padding, `megalite.model.attention` builds one mask per sample. For a sliding
+    window alone, all samples share one mask.
     """
     if load.sample_masks:
         return load.samples
@@ -200,7 +201,7 @@ def mask_count(load: Workload, window: int | None) -> int:
 
 
 def scores_one_by_one(model: ModelConfig, load: Workload) -> bool:
-    """Return whether attention computes its scores one by one.
+    """Return whether attention stores all scores, because no fused kernel applies.
 
     PyTorch's fused attention on CPUs supports neither dropout nor trained biases.
     """
@@ -216,7 +217,7 @@ def _key_width(model: ModelConfig) -> int:
 
 
 def _projection(model: ModelConfig, name: str, parts: dict[str, int]) -> Iterator[ParameterSpec]:
-    """Yield the weight, and the bias if there is one, of a product that splits whole heads."""
+    """Yield the weight of a projection that is split by heads, and its bias, if any."""
     weights = {part: (rows, model.hidden_size) for part, rows in parts.items()}
     yield specify(f"{name}.weight", weights, Split.HEADS)
     if model.attention_bias:
@@ -225,7 +226,7 @@ def _projection(model: ModelConfig, name: str, parts: dict[str, int]) -> Iterato
 
 
 def _output(model: ModelConfig, name: str) -> Iterator[ParameterSpec]:
-    """Yield the parameters of the product that ends the branch."""
+    """Yield the parameters of the branch's output projection."""
     shape = (model.hidden_size, _query_width(model))
     yield specify(f"{name}.weight", shape, Split.INPUT_DIM, Init.SCALED_NORMAL)
     if model.attention_output_bias:
@@ -235,16 +236,16 @@ def _output(model: ModelConfig, name: str) -> Iterator[ParameterSpec]:
 def _split_at(
     specs: list[ParameterSpec], module: str
 ) -> tuple[list[ParameterSpec], list[ParameterSpec]]:
-    """Return the parameters before a module's first one, and the rest."""
+    """Return the parameters before the first one of `module`, and the rest."""
     at = next(i for i, spec in enumerate(specs) if f".{module}." in spec.name)
     return specs[:at], specs[at:]
 
 
 def _attention_flops(model: ModelConfig, pairs: float, has_backward: bool) -> Pair:
-    """Return the FLOPs of a sample's two products of queries with keys and scores with values.
+    """Return a sample's FLOPs of q k^T and of the product of the scores with v.
 
-    They cost 4 Q for each pair of tokens, and twice that in the backward (PaLM, arXiv 2204.02311,
-    appendix B).
+    Together they cost 4 Q per pair of tokens, and twice that in the backward (PaLM, arXiv
+    2204.02311, appendix B).
     """
     forward = 4.0 * _query_width(model) * pairs
     return forward, 2 * forward * has_backward

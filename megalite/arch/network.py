@@ -1,9 +1,9 @@
-"""The parts of a model in order: its stacks of blocks, and what surrounds them.
+"""The parts of a model in order:
 
     embedding, then for each stack: entry, blocks, final norm; then the head
 
-A parameter is in the table because a part's `rows` yields it. The order of `parameters` is that of
-the model's `named_parameters()`.
+The table of parameters consists of the `rows` of these parts. Its order is that of the model's
+`named_parameters()`.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ class Layer:
 
     Attributes:
         name: dotted name of its module, such as "model.layers.0".
-        parts: its residual branches in order.
+        parts: the residual branches in order.
     """
 
     name: str
     parts: tuple[Part, ...]
 
     def specs(self, model: ModelConfig, part: Part) -> list[ParameterSpec]:
-        """Return the parameters of one of its parts, adapters included."""
+        """Return the parameters of one of the block's parts, adapters included."""
         return list(_specs(model, part, f"{self.name}.", block=self.name))
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A stack of blocks, and what surrounds them.
+    """A stack of blocks, with its input and its final norm.
 
     Attributes:
         name: dotted name of its module.
-        reads_memory: whether its blocks attend to the stack before it.
+        reads_memory: whether the blocks attend to the output of the encoder.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Stack:
     norm: FinalNorm
 
     def specs(self, model: ModelConfig, part: Part) -> list[ParameterSpec]:
-        """Return the parameters of its entry or its norm."""
+        """Return the parameters of the stack's entry or norm."""
         return list(part.rows(model, f"{self.name}."))
 
 
@@ -78,20 +78,20 @@ class Network:
 @lru_cache(maxsize=64)
 def network(model: ModelConfig) -> Network:
     """Return the parts of a model."""
-    found = []
+    all_stacks = []
     for name, layers in stacks(model).items():
-        writes = name == "model.decoder"
-        causal = writes or model.architecture == "decoder"
+        decodes = name == "model.decoder"
+        causal = decodes or model.architecture == "decoder"
         windows = layer_windows(model, layers)
-        between = (CrossAttention(),) if writes else ()
+        cross = (CrossAttention(),) if decodes else ()
         blocks = tuple(
-            Layer(f"{name}.layers.{number}", (SelfAttention(causal, window), *between, MLP()))
+            Layer(f"{name}.layers.{number}", (SelfAttention(causal, window), *cross, MLP()))
             for number, window in enumerate(windows)
         )
         entry = Entry(tuple(dict.fromkeys(windows)))
-        found.append(Stack(name, writes, entry, blocks, FinalNorm()))
+        all_stacks.append(Stack(name, decodes, entry, blocks, FinalNorm()))
     head = LabelHead() if model.num_labels else LanguageHead()
-    return Network(TokenEmbedding(), tuple(found), head)
+    return Network(TokenEmbedding(), tuple(all_stacks), head)
 
 
 def stacks(model: ModelConfig) -> dict[str, int]:
@@ -103,7 +103,7 @@ def stacks(model: ModelConfig) -> dict[str, int]:
 
 
 def layer_windows(model: ModelConfig, layers: int) -> list[int | None]:
-    """Return the tokens that each block of a stack looks back at; None means all."""
+    """Return the attention window of each block of a stack in tokens. None means all."""
     return [
         model.sliding_window if kind == "sliding_attention" else None
         for kind in layer_types(model, layers)
@@ -113,7 +113,7 @@ def layer_windows(model: ModelConfig, layers: int) -> list[int | None]:
 def layer_types(model: ModelConfig, layers: int) -> list[LayerType]:
     """Return the kind of attention of each block of a stack.
 
-    A list that is shorter than the stack is repeated. Without a list all blocks are identical.
+    A list that is shorter than the stack is repeated. Without a list all blocks are of one kind.
     """
     if model.layer_types:
         return list(model.layer_types) * (layers // len(model.layer_types))
@@ -127,16 +127,17 @@ def lengths(config: RunConfig) -> dict[str, int]:
     )
 
 
-def stack_lengths(model: ModelConfig, tokens: int, read: int, written: int) -> dict[str, int]:
+def stack_lengths(model: ModelConfig, tokens: int, source: int, target: int) -> dict[str, int]:
     """Return the tokens of a sample that each stack sees, by the stack's name.
 
     Args:
-        tokens: of a model with a single stack.
-        read, written: of the encoder and the decoder of a model with two.
+        tokens: the result for a model with a single stack.
+        source: the result for the encoder of a model with two stacks.
+        target: the result for the decoder of a model with two stacks.
     """
     if model.architecture != "encoder_decoder":
         return {"model": tokens}
-    return {"model.encoder": read, "model.decoder": written}
+    return {"model.encoder": source, "model.decoder": target}
 
 
 @lru_cache(maxsize=64)
@@ -158,13 +159,13 @@ def _parameters(model: ModelConfig) -> Iterator[ParameterSpec]:
 
 
 def block_specs(model: ModelConfig, part: Part) -> list[ParameterSpec]:
-    """Return the parameters of a block's part by names within the block, adapters included."""
+    """Return the parameters of a block's part, adapters included, by names within the block."""
     return list(_specs(model, part, "", block="block"))
 
 
 def _specs(model: ModelConfig, part: Part, prefix: str, *, block: str) -> Iterator[ParameterSpec]:
     for row in part.rows(model, prefix):
-        # under sequence parallelism a rank's blocks see its own tokens
+        # under sequence parallelism the blocks of a rank see only the rank's own tokens
         sees = Sees.OWN_TOKENS if row.sees is Sees.EVERYTHING else row.sees
         spec = replace(row, block=block, sees=sees)
         yield spec
@@ -173,10 +174,10 @@ def _specs(model: ModelConfig, part: Part, prefix: str, *, block: str) -> Iterat
 
 
 def _adapters(target: ParameterSpec, adapter: AdapterConfig) -> Iterator[ParameterSpec]:
-    """Yield the matrices A and B of LoRA (Hu et al. 2021) next to a weight.
+    """Yield the matrices A and B of LoRA (Hu et al. 2021) for a weight.
 
-    Those of its fused tensors that have an adapter are stacked in order. One of A and B is split as
-    the weight is; the other meets all that the adapter reads or writes.
+    A fused weight has an A and a B for each adapted projection, stacked in order. The ranks split
+    one of A and B as they split the weight. Each rank holds the other one whole.
     """
     adapted = [t for t in target.tensors if t.name.split(".")[-2] in adapter.targets]
     name = target.name.removesuffix("weight")
@@ -184,10 +185,10 @@ def _adapters(target: ParameterSpec, adapter: AdapterConfig) -> Iterator[Paramet
         parts = []
         for tensor in adapted:
             rows, columns = tensor.shape
-            reads = kind == "lora_A"
-            shape = (adapter.rank, columns) if reads else (rows, adapter.rank)
-            follows = (tensor.split is Split.INPUT_DIM) == reads
-            split = tensor.split if follows else Split.REPLICATED
+            is_A = kind == "lora_A"
+            shape = (adapter.rank, columns) if is_A else (rows, adapter.rank)
+            is_split = (tensor.split is Split.INPUT_DIM) == is_A
+            split = tensor.split if is_split else Split.REPLICATED
             parts.append(CanonicalTensor(tensor.name.removesuffix("weight") + kind, shape, split))
         yield replace(target, name=name + kind, tensors=tuple(parts), init=init, is_adapter=True)
 
@@ -198,7 +199,7 @@ def tensors(model: ModelConfig) -> dict[str, CanonicalTensor]:
 
 
 def base_model(model: ModelConfig) -> ModelConfig:
-    """Return the language model that a classifier, or one with adapters, starts from."""
+    """Return the language model that a classifier or a model with adapters starts from."""
     return model.model_copy(update={"num_labels": 0, "adapter": None})
 
 
@@ -207,10 +208,10 @@ def is_trainable(config: RunConfig, spec: ParameterSpec) -> bool:
     return is_trainable_under(config.finetune, spec)
 
 
-def is_trainable_under(tuning: FinetuneConfig | None, spec: ParameterSpec) -> bool:
-    """Return whether a fine-tuning section trains a parameter; None means pretraining."""
-    if tuning is None:
+def is_trainable_under(finetune: FinetuneConfig | None, spec: ParameterSpec) -> bool:
+    """Return whether a fine-tuning section trains a parameter. None means pretraining."""
+    if finetune is None:
         return True
-    if tuning.adapter and not (spec.is_adapter or spec.is_label_head):
+    if finetune.adapter and not (spec.is_adapter or spec.is_label_head):
         return False
-    return not any(fnmatch.fnmatchcase(spec.name, pattern) for pattern in tuning.freeze)
+    return not any(fnmatch.fnmatchcase(spec.name, pattern) for pattern in finetune.freeze)

@@ -1,4 +1,4 @@
-"""Normalisations: the parameters of one, and what it costs in a residual branch."""
+"""The parameters of norms, and their place in a residual branch."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def norm_rows(
 def in_forward_order(
     model: ModelConfig, specs: Sequence[ParameterSpec], norm: str
 ) -> list[ParameterSpec]:
-    """Return a branch's parameters as its forward meets them: a post-norm comes last.
+    """Return a branch's parameters in the order of its forward: a post-norm comes last.
 
     Args:
-        norm: the name of the branch's norm, without its owner.
+        norm: name of the branch's norm, without the block's name.
     """
     if model.norm_position == "pre":
         return list(specs)

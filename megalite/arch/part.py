@@ -1,7 +1,7 @@
-"""The interface of a model's parts: parameters, cost, and gradients.
+"""The interface of a model's parts: their parameters, their cost, and which gradients exist.
 
-A part is a pair of files with one name: here what it is (its parameters and costs, without torch),
-under `megalite/model` what it computes.
+A part is a pair of files with one name. The file here states its parameters and costs without
+torch. The file under `megalite/model` computes.
 
 B samples of a micro-batch   T tokens of a sample   S tokens of the text that is read
 V vocabulary   C labels   P positions   Y segment types   D width   F width inside the MLP
@@ -18,22 +18,28 @@ from megalite.arch.table import ParameterSpec
 from megalite.config import ModelConfig
 
 MessageKind = Literal["all_reduce", "all_gather", "reduce_scatter"]
-Pair = tuple[float, float]  # of the forward and of the backward
+Pair = tuple[float, float]  # (forward, backward)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One rank's input to the parts of a stack in a micro-batch, and its numerics.
+    """The micro-batch of one rank in one stack, and the settings that its cost depends on.
 
     Attributes:
-        samples: B. tokens: T. memory_tokens: S, or 0.
-        tensor: ranks that share each matrix. sequence: whether they share the tokens as well.
+        tokens: T.
+        samples: B.
+        memory_tokens: S, or 0.
+        tensor: number of ranks that share each matrix.
+        sequence: whether these ranks share the tokens as well.
         recompute: whether the backward computes a block's forward again.
-        compiled: whether blocks are compiled. eager_cpu: whether PyTorch's own CPU kernels run.
+        compiled: whether blocks are compiled.
+        eager_cpu: whether PyTorch's eager CPU kernels run.
         cpu: whether the device is a CPU.
-        sample_masks: whether each sample has a mask of its own, for documents or padding.
-        document_tokens: mean length of documents that do not see each other; None means no masks.
-        element: bytes of a number. norm_bytes: bytes that one norm keeps of a number.
+        sample_masks: whether each sample has its own mask, for documents or padding.
+        document_tokens: mean length of documents that do not see each other. None means that
+            documents are not masked.
+        element: bytes of an activation's element.
+        norm_bytes: bytes that a norm saves per element of its input.
         target_fraction: share of the tokens that the head predicts.
         label_smoothing: whether the loss is smoothed over the vocabulary.
     """
@@ -61,17 +67,20 @@ class Workload:
 
     @property
     def batch_memory_tokens(self) -> int:
-        """Return the tokens of the texts that are read: B x S."""
+        """Return the tokens of the encoder's texts in the micro-batch: B x S."""
         return self.samples * self.memory_tokens
 
     def stream_width(self, model: ModelConfig) -> int:
-        """Return D, divided by the ranks if they share the tokens."""
+        """Return the width of the residual stream per token and rank: D, or D / ranks.
+
+        It is D / ranks if the ranks share the tokens.
+        """
         return model.hidden_size // self.tensor if self.sequence else model.hidden_size
 
     def dropout_bytes(self, model: ModelConfig) -> int:
-        """Return the bytes of one number's mask of a hidden dropout.
+        """Return the bytes that hidden dropout saves per element.
 
-        PyTorch's CPU dropout keeps a factor in the number's own type; CUDA's keeps a bool
+        PyTorch's CPU dropout saves a factor in the element's type. CUDA's saves a bool
         (native_dropout).
         """
         each = self.element if self.eager_cpu else 1
@@ -80,11 +89,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Message:
-    """A kind of collective call of the tensor group in one micro-batch.
+    """Identical collective calls of the tensor group in one micro-batch.
 
     Attributes:
         elements: size of the whole tensor.
-        fp32: if true, its numbers are fp32; if false, they have the precision of the run.
+        count: number of calls.
+        fp32: if true, elements are fp32. If false, they have the precision of the run.
     """
 
     kind: MessageKind
@@ -93,8 +103,8 @@ class Message:
     fp32: bool = False
 
 
-def in_pieces(elements: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield the pieces of a whole as (size, count): the full ones, and the rest, if any."""
+def chunk_sizes(elements: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the chunks of a tensor as (size, count): the full ones, and the rest, if any."""
     full, rest = divmod(elements, size)
     for each, count in ((size, full), (rest, 1)):
         if each and count:
@@ -102,16 +112,18 @@ def in_pieces(elements: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Bytes that a part keeps for the backward on one rank.
+class SavedBytes:
+    """Bytes that a part saves for the backward on one rank.
 
     Attributes:
-        norm: a token's, by norms. values: a token's, by everything else.
-        outputs: a token's, by matrix products, which selective recompute keeps.
-        memory: of the micro-batch, from the text that is read; selective recompute keeps it.
-        mask: of the micro-batch, by fused attention. scores: by attention without a fused kernel.
-        work: a token's gradients that exist at once within the part.
-        large: a token's, of single tensors that are large enough to leave the heap.
+        norm: per token, by norms.
+        values: per token, by everything else.
+        outputs: per token, by matrix products, whose results selective recompute saves.
+        memory: per micro-batch, of the encoder's text. Selective recompute saves them.
+        mask: per micro-batch, of the mask of fused attention.
+        scores: per micro-batch, of the scores of attention without a fused kernel.
+        work: per token, of gradients that exist at the same time within the part.
+        large: per token, of each tensor that may be too large for the heap.
     """
 
     norm: float = 0
@@ -129,8 +141,9 @@ class Logits:
     """Bytes of a head and its loss on one rank.
 
     Attributes:
-        chunk: logits that exist at once. gradients: gradients that the fused loss makes.
-        traffic: logits that pass through memory, forward and backward.
+        chunk: logits that exist at the same time.
+        gradients: gradients that the fused loss computes in the forward.
+        traffic: reads and writes of logits, in forward and backward.
     """
 
     chunk: int = 0
@@ -144,17 +157,18 @@ class Cost:
 
     Attributes:
         products: FLOPs of its matrix products, for one sample and all ranks together.
-        attention: FLOPs of attention, likewise.
+        attention: FLOPs of attention, for one sample and all ranks together.
         messages: collectives of the tensor group in a micro-batch.
-        kept: bytes for the backward. logits: bytes of a head.
-        moved: bytes that the forward moves through memory besides weights, in a micro-batch.
-        kernels: kernels that its forward starts.
+        saved: bytes saved for the backward.
+        logits: bytes of a head.
+        moved: bytes that the forward reads and writes in a micro-batch, without weights.
+        kernels: number of kernels that the forward launches.
     """
 
     products: Pair = (0.0, 0.0)
     attention: Pair = (0.0, 0.0)
     messages: tuple[Message, ...] = ()
-    kept: Kept = Kept()
+    saved: SavedBytes = SavedBytes()
     logits: Logits = Logits()
     moved: int = 0
     kernels: int = 0
@@ -162,11 +176,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Grads:
-    """The gradients that a backward makes in a part.
+    """The gradients that the backward computes in a part.
 
     Attributes:
-        trained: names of the parameters that have one.
-        inputs: names of the parameters whose input has one.
+        trained: names of the parameters that have a gradient.
+        inputs: names of the parameters whose input has a gradient.
     """
 
     trained: frozenset[str]
@@ -178,22 +192,22 @@ class Grads:
         return bool(self.trained or self.inputs)
 
     def products(self, weight: str) -> int:
-        """Return how many products the backward makes for one of the forward."""
+        """Return how many matrix products the backward computes per product of the forward."""
         return (weight in self.trained) + (weight in self.inputs)
 
 
 @dataclass
 class Flow:
-    """The way of gradients through a model, followed in the order of the forward.
+    """The tensors that have a gradient, tracked in the order of the forward.
 
-    A hidden state has a gradient as soon as something on its way is trained.
+    A hidden state has a gradient if any parameter before it is trained.
 
     Attributes:
         trained: names of the parameters that are trained.
         hidden: whether the hidden states at this point have a gradient.
-        memory: whether those of the text that is read have one.
-        bias: whether the distance biases of attention's scores have one.
-        inputs: names found so far of parameters whose input has a gradient.
+        memory: whether the hidden states of the encoder's text have a gradient.
+        bias: whether the relative position biases of the scores have a gradient.
+        inputs: names of the parameters so far whose input has a gradient.
     """
 
     trained: frozenset[str]
@@ -203,7 +217,11 @@ class Flow:
     inputs: set[str] = field(default_factory=set)
 
     def through(self, specs: Iterable[ParameterSpec], stream: bool) -> bool:
-        """Lead a stream through parameters; return whether it has a gradient behind them."""
+        """Pass a tensor through parameters. Return whether the result has a gradient.
+
+        Args:
+            stream: whether the tensor has a gradient before them.
+        """
         for spec in specs:
             if stream:
                 self.inputs.add(spec.name)
@@ -211,7 +229,7 @@ class Flow:
         return stream
 
     def trains(self, specs: Iterable[ParameterSpec]) -> bool:
-        """Return whether any of some parameters is trained."""
+        """Return whether any of the parameters is trained."""
         return any(spec.name in self.trained for spec in specs)
 
 
@@ -219,24 +237,24 @@ class Part(Protocol):
     """A part of a model."""
 
     def rows(self, model: ModelConfig, prefix: str) -> Iterator[ParameterSpec]:
-        """Yield its parameters in the order of `named_parameters()`.
+        """Yield the part's parameters in the order of `named_parameters()`.
 
         Args:
-            prefix: leads each name, such as "model.layers.0."; empty for the model itself.
+            prefix: beginning of each name, such as "model.layers.0."; empty for the model itself.
         """
         ...
 
     def follow(self, model: ModelConfig, specs: Sequence[ParameterSpec], flow: Flow) -> None:
-        """Lead `flow` through the part, whose parameters are `specs`, adapters included."""
+        """Update `flow` by the part, whose parameters are `specs`, adapters included."""
         ...
 
     def cost(
         self, model: ModelConfig, specs: Sequence[ParameterSpec], load: Workload, grads: Grads
     ) -> Cost:
-        """Return its cost.
+        """Return the part's cost.
 
         Args:
-            specs: its parameters under an empty prefix, adapters included.
-            grads: its gradients, by the names in `specs`.
+            specs: the part's parameters under an empty prefix, adapters included.
+            grads: the part's gradients, by the names in `specs`.
         """
         ...

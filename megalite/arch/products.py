@@ -1,4 +1,4 @@
-"""Matrix products of the parts: their FLOPs, and the messages of the ranks that share them."""
+"""The FLOPs of a part's matrix products, and the messages of ranks that share the matrices."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from megalite.arch.part import Grads, Message, MessageKind, Pair, Workload
 from megalite.arch.table import ParameterSpec
 
-# times that a branch's norm and sum read or write the residual stream, and kernels that a branch
-# starts: compiled (True), and as PyTorch runs them one by one
+# compiled (True) or eager (False): how often the norm and the sum of a branch read or write the
+# residual stream
 RESIDUAL_PASSES = {True: 3, False: 7}
+# compiled (True) or eager (False): kernels that a branch launches
 KERNELS = {True: 6, False: 13}
 
 
 def of_module(specs: Iterable[ParameterSpec], module: str) -> list[ParameterSpec]:
-    """Return the parameters of one module."""
+    """Return those parameters that belong to a module."""
     return [spec for spec in specs if spec.name.rpartition(".")[0] == module]
 
 
 def product_flops(specs: Iterable[ParameterSpec], tokens: int, grads: Grads) -> Pair:
-    """Return the FLOPs of multiplying a sample's tokens with every matrix among some parameters.
+    """Return a sample's FLOPs of the products with the matrices among `specs`.
 
-    A token costs 2 FLOPs for each element in the forward. The backward costs 2 for the weight's
-    gradient and 2 for the input's, if they exist.
+    A token costs 2 FLOPs per element in the forward. In the backward it costs 2 for the weight's
+    gradient and 2 for the input's gradient, if they exist.
     """
     forward = backward = 0.0
     for spec in specs:
@@ -42,14 +43,14 @@ class ProductMessages:
     """The messages of a part's column- and row-parallel products and of their adapters.
 
     Args:
-        width: elements of a token that all ranks share: D.
+        width: elements of a token in the residual stream: D.
     """
 
     def __init__(
         self, specs: Sequence[ParameterSpec], width: int, load: Workload, grads: Grads
     ) -> None:
         self._width, self._load, self._grads = width, load, grads
-        # what the first matrix of an adapter gives, in elements of a token: parts x rank
+        # elements per token of an adapter's A x, by module: adapted projections x adapter's rank
         self.low = {
             spec.name.removesuffix(".lora_A"): sum(tensor.shape[0] for tensor in spec.tensors)
             for spec in specs
@@ -57,13 +58,13 @@ class ProductMessages:
         }
 
     def column(self, module: str, tokens: int) -> Iterator[Message]:
-        """Yield those of a product that splits the output: every rank reads the whole input.
+        """Yield the messages of a column-parallel product: every rank reads the whole input.
 
         The backward sums the input's gradient. Under sequence parallelism the input is gathered in
         the forward, and again for the weight's gradient (Korthikanti et al. 2022, section 4.2.2).
 
         Args:
-            tokens: of the micro-batch.
+            tokens: tokens of the micro-batch.
         """
         grads = self._grads
         again = self._load.recompute
@@ -82,11 +83,11 @@ class ProductMessages:
         yield from _message("reduce_scatter", low, low_needs_grad)
 
     def row(self, module: str, tokens: int, *, again: bool) -> Iterator[Message]:
-        """Yield those of a product that splits the input: the ranks sum their parts of the output.
+        """Yield the messages of a row-parallel product: the ranks sum their outputs.
 
         Args:
-            tokens: of the micro-batch.
-            again: whether the backward computes the sum again.
+            tokens: tokens of the micro-batch.
+            again: whether recompute repeats the sum in the backward.
         """
         whole = tokens * self._width
         low = tokens * self.low.get(module, 0)

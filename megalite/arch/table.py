@@ -1,10 +1,10 @@
-"""How a parameter is named, shaped, split and initialised.
+"""The name, shape, split and initial values of a parameter.
 
-One weight has two views. On disk it is a *canonical tensor*: Hugging Face's (Llama's) name, not
+A weight has two forms. On disk it is a *canonical tensor*: Hugging Face's (Llama's) name, not
 fused, [out, in], vocabulary not padded. In memory it is part of a *parameter*: q, k and v are
-stacked along dim 0 into one matrix, gate and up into another, and each rank of a tensor-parallel
-group holds a slice. `pieces` maps one to the other. Layers, initialisation, checkpoints, export
-and the planner all read these specifications.
+stacked along dim 0 into one matrix, gate and up into another. Each rank of a tensor-parallel group
+holds a slice. `pieces` maps one form to the other. Layers, initialisation, checkpoints, export and
+the planner all use these specifications.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Shape = tuple[int, ...]
 class Split(enum.Enum):
     """The way tensor-parallel ranks share a canonical [out, in] (or [out]) tensor.
 
-    Splitting the output dimension is Megatron's column-parallel layer, the input dimension its
-    row-parallel one (Shoeybi et al. 2019).
+    OUTPUT_DIM is the split of Megatron's column-parallel layers, INPUT_DIM that of its row-parallel
+    layers (Shoeybi et al. 2019).
     """
 
     REPLICATED = "each rank holds all of it"
@@ -38,13 +38,13 @@ class Init(enum.Enum):
 
     NORMAL = "normal"
     ADAPTER = "normal, 1 / sqrt(3 x inputs): the variance of a uniform Kaiming start"
-    SCALED_NORMAL = "normal, over sqrt(2 x layers): what ends a residual branch"
+    SCALED_NORMAL = "normal, over sqrt(2 x layers): the last matrix of a residual branch"
     ONES = "ones"
     ZEROS = "zeros"
 
 
 class Sees(enum.Enum):
-    """Input of a replicated parameter's product on each rank."""
+    """The inputs that a rank's copy of a replicated parameter is multiplied with."""
 
     EVERYTHING = "all tokens and heads"
     OWN_TOKENS = "the rank's own tokens, under sequence parallelism"
@@ -61,7 +61,7 @@ class CanonicalTensor:
 
     @property
     def elements(self) -> int:
-        """Return how many numbers it holds."""
+        """Return the number of elements."""
         return math.prod(self.shape)
 
 
@@ -70,11 +70,11 @@ class ParameterSpec:
     """A parameter of the model in memory; several tensors are stacked along dim 0.
 
     Attributes:
-        decay: whether weight decay applies; it does to matrices, not to norms and biases.
+        decay: whether weight decay applies: true for matrices, false for norms and biases.
         sees: inputs of a replicated parameter, which decide whether its gradients are summed.
-        block: name of the block it belongs to; empty outside of the blocks.
-        is_adapter: whether it is one of the two LoRA matrices next to a weight.
-        is_label_head: whether it is a classifier's head, which trains along with adapters.
+        block: name of the parameter's block; empty outside of the blocks.
+        is_adapter: whether the parameter is a LoRA matrix.
+        is_label_head: whether the parameter is a classifier's head, which trains with adapters.
     """
 
     name: str
@@ -93,13 +93,13 @@ class ParameterSpec:
 
     @property
     def is_matrix_of_block(self) -> bool:
-        """Return whether it is a weight of a block's matrix products."""
+        """Return whether the parameter is a weight of a block's matrix products."""
         return self.decay and bool(self.block) and not self.is_adapter
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The box `source` of a canonical tensor, which lies at the box `target` of a parameter."""
+    """A slice `source` of a canonical tensor, which is the slice `target` of a parameter."""
 
     tensor: CanonicalTensor
     source: tuple[slice, ...]
@@ -118,7 +118,7 @@ def specify(
 
     Args:
         name: dotted name, which ends in a module and the kind ("weight" or "bias").
-        shapes: shape of its only tensor, or the shapes of several fused ones by their modules.
+        shapes: shape of the only tensor, or the shapes of fused tensors by their modules' names.
         init: None means NORMAL for matrices and ZEROS for vectors.
     """
     *owner, module, kind = name.split(".")
@@ -139,7 +139,7 @@ def local_shape(spec: ParameterSpec, at: Coordinate = WHOLE) -> Shape:
 
 
 def pieces(spec: ParameterSpec, at: Coordinate = WHOLE) -> tuple[Piece, ...]:
-    """Return which boxes of which canonical tensors a rank's parameter consists of.
+    """Return the slices of canonical tensors that a rank's parameter consists of.
 
     Elements that no piece covers are vocabulary padding and must be zero.
     """

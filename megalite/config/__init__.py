@@ -44,7 +44,7 @@ from megalite.config.schema import (
     TrainingConfig,
 )
 from megalite.config.secrets import explain_redacted, redacted_keys, restore_redacted
-from megalite.config.strict import read_object
+from megalite.config.strict import read_object, write_value
 
 __all__ = [
     "AdapterConfig",
@@ -92,5 +92,6 @@ __all__ = [
     "target_count",
     "target_fraction",
     "target_length",
+    "write_value",
     "zero_stage",
 ]

@@ -70,6 +70,16 @@ def read_value(path: Path) -> tuple[Any, list[str]]:
     return value, notes
 
 
+def write_value(path: Path, value: dict[str, Any]) -> None:
+    """Write a run file, in YAML if its name says so, else in JSON."""
+    if is_yaml(path):
+        from megalite.config.yaml_text import format_yaml
+
+        files.write_atomic(path, format_yaml(value))
+    else:
+        files.write_json(path, value)
+
+
 def is_yaml(path: Path) -> bool:
     """Return whether a run file is YAML, by its name."""
     return path.suffix.lower() in (".yaml", ".yml")
@@ -152,41 +162,68 @@ def parse_strict(text: str, *, yaml: bool = False) -> tuple[Any, list[str]]:
         json.JSONDecodeError, RecursionError: it is not JSON.
         ConfigError: it is not YAML, or has what JSON lacks.
     """
-    notes: list[str] = []
+    checks = ValueChecks()
+    if yaml:
+        from megalite.config.yaml_text import parse_yaml  # few runs need it
 
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return parse_yaml(text, checks), checks.notes
+    value = json.loads(
+        text,
+        object_pairs_hook=checks.section,
+        parse_constant=checks.constant,
+        parse_float=checks.real,
+        parse_int=checks.integer,
+    )
+    return value, checks.notes
+
+
+class ValueChecks:
+    """Checks of keys and numbers while a file is read; a fault stops nothing.
+
+    Attributes:
+        notes: the faults.
+        place: text to put before the next fault, such as its line.
+    """
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.place = ""
+
+    def section(self, items: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Return the section of some keys and values."""
         result: dict[str, Any] = {}
         for key, value in items:
-            if key in result:
-                notes.append(
-                    f"{show(key)} is written twice in one section, as {show(result[key])} and as "
-                    f"{show(value)}; keep one"
-                )
-            result[key] = value
+            self.add(result, key, value)
         return result
 
-    def constant(word: str) -> float:
-        notes.append(f"{word} is not a JSON number; write a finite number or null")
+    def add(self, section: dict[str, Any], key: str, value: Any) -> None:
+        """Add a key to its section; a second value replaces the first."""
+        if key in section:
+            self._note(
+                f"{show(key)} is written twice in one section, as {show(section[key])} and as "
+                f"{show(value)}; keep one"
+            )
+        section[key] = value
+
+    def constant(self, word: str) -> float:
+        """Return a finite number in place of an infinite one."""
+        self._note(f"{word} is not a JSON number; write a finite number or null")
         return _STAND_IN
 
-    def real(digits: str) -> float:
+    def real(self, digits: str) -> float:
+        """Return the number of some digits, or a finite one in its place."""
         value = float(digits)
         if not math.isfinite(value):
-            notes.append(f"{show(digits)} is out of a number's range; write one below 1e308")
+            self._note(f"{show(digits)} is out of a number's range; write one below 1e308")
         return value if math.isfinite(value) else _STAND_IN
 
-    def integer(digits: str) -> int:
+    def integer(self, digits: str) -> int:
+        """Return the whole number of some decimal digits, or a small one in its place."""
         value = int(digits) if len(digits) < 25 else _INTEGER_LIMIT
         if not -_INTEGER_LIMIT <= value < _INTEGER_LIMIT:
-            notes.append(f"{show(digits)} is out of range; whole numbers end at 2^63 - 1")
+            self._note(f"{show(digits)} is out of range; whole numbers end at 2^63 - 1")
             return 1  # within the bounds of every field, so that nothing else is said of it
         return value
 
-    if yaml:
-        from megalite.config.yaml_text import Numbers, parse_yaml  # few runs need it
-
-        return parse_yaml(text, Numbers(integer, real, constant), pairs), notes
-    value = json.loads(
-        text, object_pairs_hook=pairs, parse_constant=constant, parse_float=real, parse_int=integer
-    )
-    return value, notes
+    def _note(self, fault: str) -> None:
+        self.notes.append(f"{self.place}{fault}")

@@ -3,17 +3,20 @@
 PyYAML only finds the structure of the text. Its own values follow YAML 1.1, in which `off` is
 false, `010` is 8 and `3e-4` is text. Here `off` is text, `010` is 10 and `3e-4` is a number. Tags,
 anchors, directives, keys that are no text and a second document are refused. JSON has none of them.
+Refused, too, is what YAML 1.1 reads as the end of a line, and YAML 1.2 as a letter.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
 from megalite.config.faults import show
+from megalite.config.strict import ValueChecks
 from megalite.errors import ConfigError
 
 _DEPTH = 31  # one more than a run file may have, so that the check for all files reports it
@@ -29,64 +32,72 @@ _REAL = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
-class Numbers:
-    """Readers of numbers, which note a number that no run file may have.
-
-    Attributes:
-        integer: returns a whole number from decimal digits.
-        real: returns a finite number from digits.
-        constant: returns a number that stands in for an infinite one.
-    """
-
-    def __init__(
-        self,
-        integer: Callable[[str], int],
-        real: Callable[[str], float],
-        constant: Callable[[str], float],
-    ) -> None:
-        self.integer = integer
-        self.real = real
-        self.constant = constant
+_OLD_BREAK = re.compile("[\x85\u2028\u2029]")
+# Words that need no quotes: text in YAML 1.2 and, for other readers of the file, in YAML 1.1.
+_PLAIN = re.compile(r"(?!(?i:y|n|yes|no|on|off|true|false|null)\Z)[A-Za-z_][A-Za-z0-9_./-]*")
 
 
-def parse_yaml(
-    text: str,
-    numbers: Numbers,
-    pairs: Callable[[list[tuple[str, Any]]], dict[str, Any]],
-) -> Any:
+def parse_yaml(text: str, checks: ValueChecks) -> Any:
     """Return the value of a YAML text.
 
-    Args:
-        numbers: readers of its numbers.
-        pairs: returns the section of some keys and values, and notes a key that is there twice.
     Raises:
         ConfigError: the line and the column of a fault, and what to write instead.
     """
+    if old_break := _OLD_BREAK.search(text):
+        code = ord(old_break[0])
+        raise ConfigError(
+            f"{_place_in(text, old_break.start())}: the character U+{code:04X}, which ends a line "
+            f"in YAML 1.1 only; remove it, or write \\u{code:04x} in double quotes"
+        )
+    reader = None
     try:
-        return _Reader(text, numbers, pairs).document()
+        reader = _Reader(text, checks)
+        return reader.document()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        at = f"line {mark.line + 1} column {mark.column + 1}: " if mark else ""
+        at = f"{_place(mark)}: " if mark else ""
         problem = error.problem or error.context or "it cannot be parsed"
-        raise ConfigError(f"{at}not YAML: {problem}; fix that line") from None
+        tab = "; indent and separate with spaces" if "'\\t'" in problem else "; fix that line"
+        raise ConfigError(f"{at}not YAML: {problem}{tab}") from None
     except yaml.reader.ReaderError as error:
+        at = _place_in(text, error.position)
+        raise ConfigError(f"{at}: not YAML: a control character; remove it") from None
+    except (OverflowError, ValueError):  # of chr(), in PyYAML
+        at = _place(reader.loader.get_mark()) if reader else "line 1"
         raise ConfigError(
-            f"character {error.position + 1}: not YAML: a control character; remove it"
+            f"{at}: not YAML: \\U beyond 10FFFF is no character; write the character itself"
         ) from None
+
+
+def format_yaml(sections: dict[str, Any], indent: str = "") -> str:
+    """Return the YAML text of a run file; the lists in it are written as JSON."""
+    text = ""
+    for key, value in sections.items():
+        text += f"{indent}{_leaf(key)}:"
+        if isinstance(value, dict) and value:
+            text += "\n" + format_yaml(value, indent + "  ")
+        else:
+            text += f" {_leaf(value)}\n"
+    return text
+
+
+def _leaf(value: Any) -> str:
+    """Return a value on one line: JSON, which is YAML too, or a word without quotes."""
+    if isinstance(value, str) and _PLAIN.fullmatch(value):
+        return value
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return re.sub(
+        "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda match: f"\\u{ord(match[0]):04x}", text
+    )
 
 
 class _Reader:
     """One pass over the events of a text."""
 
-    def __init__(
-        self,
-        text: str,
-        numbers: Numbers,
-        pairs: Callable[[list[tuple[str, Any]]], dict[str, Any]],
-    ) -> None:
-        self._events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
-        self._numbers = numbers
-        self._pairs = pairs
+    def __init__(self, text: str, checks: ValueChecks) -> None:
+        self.loader = yaml.SafeLoader(text)
+        self._events: Iterator[Any] = iter(self.loader.get_event, None)
+        self._checks = checks
 
     def document(self) -> Any:
         """Return the value of the only document."""
@@ -120,36 +131,48 @@ class _Reader:
             while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
                 items.append(self._value(event, depth + 1))
             return items
-        pairs = []
+        section: dict[str, Any] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             key = self._value(event, depth + 1)
             if not isinstance(key, str):
                 raise _fault(event, f"the key {show(key)}, which is no text", "put it in quotes")
-            pairs.append((key, self._value(next(self._events), depth + 1)))
-        return self._pairs(pairs)
+            value = self._value(next(self._events), depth + 1)
+            self._checks.place = f"{_place(event.start_mark)}: "
+            self._checks.add(section, key, value)
+        return section
 
     def _scalar(self, event: Any) -> Any:
         """Return the value of a word; one in quotes or in a block is text."""
         text: str = event.value
         if event.style is not None:
-            return text
+            # "\ud83d\ude00" is one character, as in JSON
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        self._checks.place = f"{_place(event.start_mark)}: "
         if _NULL.fullmatch(text):
             return None
         if _TRUE.fullmatch(text) or _FALSE.fullmatch(text):
             return _TRUE.fullmatch(text) is not None
         if _NOT_FINITE.fullmatch(text):
-            return self._numbers.constant(text)
+            return self._checks.constant(text)
         if _DECIMAL.fullmatch(text):
-            return self._numbers.integer(text)
+            return self._checks.integer(text)
         for pattern, base in ((_OCTAL, 8), (_HEXADECIMAL, 16)):
             if pattern.fullmatch(text):
                 # beyond 64 bits any number of that many digits is the same fault
                 digits = str(int(text[2:], base)) if len(text) < 30 else "9" * len(text)
-                return self._numbers.integer(digits)
-        return self._numbers.real(text) if _REAL.fullmatch(text) else text
+                return self._checks.integer(digits)
+        return self._checks.real(text) if _REAL.fullmatch(text) else text
 
 
-def _fault(event: Any, found: str, remedy: str) -> ConfigError:
-    mark = event.start_mark
-    at = f"line {mark.line + 1} column {mark.column + 1}"
-    return ConfigError(f"{at}: {found}: a run file in YAML has only what JSON has; {remedy}")
+def _fault(event: Any, fault: str, remedy: str) -> ConfigError:
+    at = _place(event.start_mark)
+    return ConfigError(f"{at}: {fault}: a run file in YAML has only what JSON has; {remedy}")
+
+
+def _place_in(text: str, index: int) -> str:
+    column = index - text.rfind("\n", 0, index)
+    return f"line {text.count(chr(10), 0, index) + 1} column {column}"
+
+
+def _place(mark: Any) -> str:
+    return f"line {mark.line + 1} column {mark.column + 1}"

@@ -23,28 +23,28 @@ def activation_bytes(config: RunConfig, plan: Plan, device: Kind) -> tuple[int, 
     mode = config.training.activation_checkpointing
     for stack in run_costs(config, plan, device).stacks:
         load = stack.load
-        ends = (stack.entry.kept, stack.norm.kept)
+        ends = (stack.entry.saved, stack.norm.saved)
         kept += sum(load.batch_tokens * part.values + part.mask for part in ends)
         block_input = load.element * load.batch_tokens * load.stream_width(config.model)
         for layer, count in stack.kinds:
             whole = _whole_block(layer, load)
-            outputs = load.batch_tokens * sum(part.kept.outputs for part in layer)
-            memory = sum(part.kept.memory for part in layer)
+            outputs = load.batch_tokens * sum(part.saved.outputs for part in layer)
+            memory = sum(part.saved.memory for part in layer)
             by_mode = {
                 "none": whole,
                 "selective": block_input + outputs + memory,
                 "full": block_input,
             }
             kept += count * by_mode[mode]
-            gradients = load.batch_tokens * sum(part.kept.work for part in layer)
-            gradients += sum(part.kept.scores for part in layer)
+            gradients = load.batch_tokens * sum(part.saved.work for part in layer)
+            gradients += sum(part.saved.scores for part in layer)
             work = max(work, gradients + (whole if mode != "none" else 0))
     return kept, work
 
 
 def _whole_block(layer: tuple[Cost, ...], load: Workload) -> int:
     """Return the bytes that a block keeps without recomputation."""
-    parts = [part.kept for part in layer]
+    parts = [part.saved for part in layer]
     each = round(sum(part.norm for part in parts)) + sum(part.values for part in parts)
     return load.batch_tokens * each + sum(p.memory + p.mask + p.scores for p in parts)
 
@@ -60,7 +60,7 @@ def heap_bytes(config: RunConfig, plan: Plan) -> tuple[int, int]:
     if config.training.activation_checkpointing != "none":
         return small, 0
     for stack in run_costs(config, plan, "cpu").stacks:
-        parts = [(part.kept, count) for layer, count in stack.kinds for part in layer]
+        parts = [(part.saved, count) for layer, count in stack.kinds for part in layer]
         for part, count in parts:
             pieces = [stack.load.batch_tokens * piece for piece in part.large]
             large += count * (part.mask + sum(piece for piece in pieces if piece >= MAPPED))

@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megalite import files
-from megalite.config import RunConfig, allowed_tensor_sizes, merged, parse_config
+from megalite.config import RunConfig, allowed_tensor_sizes, merged, parse_config, read_object
 from megalite.errors import ConfigError
 from megalite.plan.forecast import Forecast, forecast
 from megalite.plan.seconds import Layout
@@ -190,7 +189,7 @@ def run_file(
 def extends(path: Path, source: Path) -> bool:
     """Return whether a file is a run file that extends `source`, as an earlier search writes it."""
     try:
-        parent = files.read_object(path).get("extends")
-    except (OSError, ValueError):
+        parent = read_object(path).get("extends")
+    except (OSError, ConfigError):
         return False
     return isinstance(parent, str) and (path.parent / parent).resolve() == source.resolve()

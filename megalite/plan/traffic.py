@@ -14,7 +14,7 @@ from typing import Literal
 
 from megalite import arch
 from megalite.arch.part import MessageKind as Kind
-from megalite.arch.part import in_pieces
+from megalite.arch.part import chunk_sizes
 from megalite.config import Precision, RunConfig
 from megalite.plan.gradients import gradients
 from megalite.plan.sizes import Plan
@@ -115,5 +115,5 @@ def _in_buckets(
     kind: Kind, dtype: Precision, elements: int, bucket: int, times: int
 ) -> Iterator[Collective]:
     """Yield the calls that send `elements` in full buckets, and in one of the rest."""
-    for size, count in in_pieces(elements, bucket):
+    for size, count in chunk_sizes(elements, bucket):
         yield Collective("data", kind, dtype, size, count * times)

@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megalite.config import load_config
 from megalite.config.load import SHIPPED
-from megalite.config.strict import read_value
+from megalite.config.strict import parse_strict, read_value
+from megalite.config.yaml_text import format_yaml
 from megalite.errors import ConfigError
 
 FILES = sorted(path for path in SHIPPED.rglob("*.json") if path.name != "schema.json")
@@ -73,6 +76,7 @@ def test_shipped_file_is_the_same_configuration_both_ways(path: Path, tmp_path: 
         ("null", None),
         ("=", "="),
         ("|\n  two\n  lines\n", "two\nlines\n"),
+        ('"\\ud83d\\ude00 \\/"', "😀 /"),
         ("[1, a, {b: null}]", [1, "a", {"b": None}]),
     ],
 )
@@ -98,7 +102,10 @@ def test_scalar_is_what_yaml_1_2_makes_of_it(tmp_path: Path, text: str, value: A
         ("%YAML 1.1\n---\na: 1\n", "line 1 column 1: a directive"),
         ("a: [1\n", "line 2 column 1: not YAML"),
         ("\ta: 1\n", "line 1 column 1: not YAML"),
-        ("a: \x01\n", "a control character; remove it"),
+        ("a: 1\nb: \x01\n", "line 2 column 4: not YAML: a control character; remove it"),
+        ("a:\t1\n", "line 1 column 3: not YAML: .*; indent and separate with spaces"),
+        ('a: "\\UFFFFFFFF"\n', "line 1 column 7: not YAML: .* is no character; write the"),
+        ("a: 1\nb: x\u2028c: 2\n", r"line 2 column 5: the character U\+2028, .*; remove it, or"),
         ("[" * 5000, "sections more than 30 deep"),
     ],
 )
@@ -111,9 +118,9 @@ def test_what_json_lacks_is_refused_with_its_line(tmp_path: Path, text: str, mes
 @pytest.mark.parametrize(
     ("text", "note"),
     [
-        ("a: 1\na: 2\n", '"a" is written twice'),
-        ("a: .inf\n", "not a JSON number"),
-        ("a: .nan\n", "not a JSON number"),
+        ("a: 1\nb:\n  c: 1\n  c: 2\n", 'line 4 column 3: "c" is written twice'),
+        ("a: .inf\n", "line 1 column 4: .inf is not a JSON number"),
+        ("b: 1\na: .nan\n", "line 2 column 4: .nan is not a JSON number"),
         ("a: 1e999\n", "out of a number's range"),
         (f"a: {2**63}\n", "out of range"),
         (f"a: 0x{'f' * 9000}\n", "out of range"),
@@ -136,3 +143,28 @@ def test_yaml_file_without_sections_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match=r"a.yaml: expected sections, such as `training:`"):
         load_config(tmp_path / "a.yaml")
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"]))
+    | st.sampled_from(
+        ["off", "3e-4", "0o17", "null", "True", "~", "", "a b", "x: y", "- 1", "b#c"]
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), values, min_size=1))
+def test_run_file_is_read_as_it_was_written(sections: dict[str, Any]) -> None:
+    assert parse_strict(format_yaml(sections), yaml=True) == (sections, [])
+
+
+def test_yaml_that_is_written_has_sections_and_plain_words() -> None:
+    raw = {"extends": "base.json", "parallel": {"tensor": 2}, "name": "off", "data": {"train": [1]}}
+    expected = 'extends: base.json\nparallel:\n  tensor: 2\nname: "off"\ndata:\n  train: [1]\n'
+    assert format_yaml(raw) == expected

@@ -297,11 +297,13 @@ def test_the_search_keeps_the_users_files(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (2, "")
         assert "which is read here; name another file" in done.stderr
     assert [path.read_text() for path in (base, own)] == kept
-    done = command("plan", *asked, "--output", "best.json", folder=tmp_path)
-    assert "rank 1 is written to best.json" in done.stdout
-    assert load_config(tmp_path / "best.json").name == "own"
-    done = command("plan", *asked, "--output", "best.json", folder=tmp_path)
-    assert done.returncode == 0, "an earlier search's file is written again"
+    for best in ("best.json", "best.yaml"):
+        done = command("plan", *asked, "--output", best, folder=tmp_path)
+        assert f"rank 1 is written to {best}" in done.stdout
+        assert load_config(tmp_path / best).name == "own"
+        done = command("plan", *asked, "--output", best, folder=tmp_path)
+        assert done.returncode == 0, "an earlier search's file is written again"
+    assert (tmp_path / "best.yaml").read_text().startswith("extends: ")
     (tmp_path / "notes.txt").write_text("mine\n")
     done = command("plan", *asked, "--output", "notes.txt", folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
