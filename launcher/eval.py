@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from megalite import env, hub
 from megalite.cli import command_parser, run_main
 from megalite.errors import CommandError
 from megalite.log import logger, write_report
+from megalite.workflows import measure
 
 _EXAMPLES = """examples:
   python launcher/eval.py --checkpoint runs/smoke
@@ -69,37 +71,33 @@ def main() -> None:
     check(arguments)
     checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint")  # before torch is imported
     logger.info("load PyTorch and %s", checkpoint)
-    from data_prep.eval_examples import prepare_again
-    from megalite.evaluate import harness, open_model, score_data, table
-    from megalite.evaluate.tasks import classification
+    from megalite.evaluate import harness, open_model, table
     from megalite.parallel import start
 
     if arguments.tasks:
         harness.require()
     grid = start(launch, tensor=arguments.tensor)
     opened = open_model(checkpoint, grid)
-    size = arguments.batch_size or (opened.run.training.micro_batch_size if opened.run else 8)
-    result = dict.fromkeys(("loss", "perplexity", "bits_per_byte", "tokens"))
-    if arguments.predictions is not None and not opened.config.num_labels:
-        raise CommandError("--predictions are a classifier's, and this model is none: remove it")
-    if opened.run is not None and opened.run.finetune is not None:
-        folder, split = prepare_again(
-            opened.run,
-            opened.folder / "tokenizer",
-            arguments.data,
-            grid.rank == 0,
-            grid.all_gather_objects,
+    size = arguments.batch_size or opened.micro_batch_size
+    result: dict[str, Any] = dict.fromkeys(("loss", "perplexity", "bits_per_byte", "tokens"))
+    if opened.is_finetuned or arguments.data or not arguments.tasks:
+        result |= measure(
+            opened,
+            grid,
+            data=arguments.data,
+            micro_batch_size=size,
             predictions=arguments.predictions,
         )
-        told = {"micro_batch_size": size, "predictions": arguments.predictions}
-        own = arguments.data is None
-        result |= classification.score_examples(opened, folder, split, grid, own=own, **told)
-    elif not arguments.tasks or arguments.data:
-        result |= score_data(opened, grid, data=arguments.data, micro_batch_size=size)
     result["tasks"] = None
     if arguments.tasks:
-        told = {"path": arguments.task_path, "limit": arguments.limit, "batch_size": size}
-        result["tasks"] = harness.run(opened, grid, arguments.tasks, **told)
+        result["tasks"] = harness.run(
+            opened,
+            grid,
+            arguments.tasks,
+            path=arguments.task_path,
+            limit=arguments.limit,
+            batch_size=size,
+        )
     if launch.rank == 0:
         report = result if arguments.json else table.table(result)
         write_report(report, as_json=arguments.json)

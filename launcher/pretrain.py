@@ -3,12 +3,9 @@ mpirun or python."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from megalite import env
 from megalite.cli import refuse_useless, run_main, run_parser
-from megalite.config import load_config
-from megalite.errors import ConfigError
+from megalite.workflows import pretraining_options
 
 _EXAMPLES = """examples:
   python launcher/pretrain.py --config configs/smoke.json
@@ -29,28 +26,19 @@ def main() -> int:
     if arguments.dry_run is None:
         env.restart_with_heap()
     launch = env.find_launch()
-    config = load_config(arguments.config, arguments.set)
-    if config.finetune is not None:
-        raise ConfigError(
-            f"{arguments.config}: it has a finetune section; start launcher/finetune.py with it"
-        )
+    options = pretraining_options(
+        arguments.config,
+        arguments.set,
+        resume=arguments.resume,
+        init_from=arguments.init_from,
+        allow_change=arguments.allow_change,
+    )
     if arguments.dry_run is not None:
         from megalite.parity.dry_run import report_dry_run
 
-        return report_dry_run(config, launch, arguments.dry_run, arguments.gpu)
-    from megalite.formats.start import find_start
+        return report_dry_run(options.config, launch, arguments.dry_run, arguments.gpu)
+    from megalite.train import run
 
-    root = Path(config.logging.directory) / config.name / "checkpoints"
-    start = find_start(arguments.init_from, None if arguments.resume == "never" else root)
-    from megalite.train import RunOptions, run  # torch: after everything that needs no torch
-
-    options = RunOptions(
-        config,
-        resume=arguments.resume,
-        init_from=start,
-        init_name=arguments.init_from,
-        allow_change=tuple(arguments.allow_change),
-    )
     run(options, launch)
     return 0
 

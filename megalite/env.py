@@ -14,8 +14,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -201,6 +201,20 @@ def replace(environ: Mapping[str, str]) -> None:
     """Become a process that was started with this environment."""
     os.environ.clear()
     os.environ.update(environ)
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """Undo the changes that a block makes to the environment, of this program or of libraries."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        for name, value in before.items():
+            if os.environ.get(name) != value:
+                os.environ[name] = value
 
 
 def publish_launch(launch: Launch) -> None:

@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -54,6 +54,26 @@ def setup(*, rank: int = 0, level: int = logging.INFO) -> None:
     logger.addHandler(handler)
     logger.setLevel(level if rank == 0 else logging.ERROR)
     logger.propagate = False
+
+
+@contextmanager
+def shown(rank: int) -> Iterator[None]:
+    """Show this process's messages on standard error during a block, as `setup` does.
+
+    A program that has added a handler to the logger keeps its own settings.
+    """
+    if logger.handlers:
+        yield
+        return
+    level = logger.level
+    propagate = logger.propagate
+    setup(rank=rank)
+    try:
+        yield
+    finally:
+        logger.handlers.clear()
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def add_file(path: Path) -> logging.Handler:

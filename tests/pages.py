@@ -1,4 +1,4 @@
-"""docs/commands.md out of the commands' own parsers; `python -m tests.pages` writes it again.
+"""docs/commands.md from the commands' own parsers. `python -m tests.pages` writes it, and api.md.
 
 A launcher parses its arguments before it does anything else, so its parser is had by starting it
 with `parse_args` replaced.
@@ -108,5 +108,8 @@ def _row(action: argparse.Action) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(commands_page(), encoding="utf-8")
-    sys.stdout.write(f"wrote {PAGE}\n")
+    from tests.api_page import API_PAGE, api_page
+
+    for page, text in ((PAGE, commands_page()), (API_PAGE, api_page())):
+        page.write_text(text, encoding="utf-8")
+        sys.stdout.write(f"wrote {page}\n")

@@ -111,6 +111,11 @@ class EngineBase:
         scores: Tensor = self.wrapped(last_scores, batch.to(self.device).tensors)
         return scores
 
+    def close(self, *, failed: bool = False) -> None:
+        """Forget compiled code, whose shapes would decide how a later run is compiled."""
+        if self.config.training.compile:
+            torch.compiler.reset()
+
 
 class Engine(Protocol):
     """The interface of an engine. States are fp32 and, under tensor parallelism, the rank's."""
@@ -185,6 +190,13 @@ class Engine(Protocol):
 
     def restore_progress(self, progress: Mapping[str, Any]) -> None:
         """Set what `progress` returned."""
+
+    def close(self, *, failed: bool = False) -> None:
+        """Leave the process as it was before the engine, which cannot be used any more.
+
+        Args:
+            failed: whether another rank may be lost, so that nothing may wait for the device.
+        """
 
 
 def freeze(model: LanguageModel, config: RunConfig) -> None:

@@ -84,16 +84,24 @@ class LoadedModel:
         self.model.prepare_for_decoding()
         return CachedDecoder(self)
 
-    def check_prompt(self, prompt: str) -> None:
-        """Refuse text that is not UTF-8. Warn about a prompt that is longer than the window."""
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text that the model continues.
+
+        Raises:
+            CommandError: text that is not UTF-8, or with a token that the model does not have.
+        """
         try:
-            prompt.encode()
+            text.encode()
         except UnicodeEncodeError:
-            raise CommandError(f"the prompt {prompt!r} is not UTF-8 text; give text") from None
-        ids = encode_text(self.tokenizer, prompt)
-        window = self.config.max_position_embeddings
+            raise CommandError(f"the prompt {text!r} is not UTF-8 text; give text") from None
+        ids = encode_text(self.tokenizer, text)
         self.check_ids(ids)
-        length = len(ids)
+        return ids
+
+    def check_prompt(self, prompt: str) -> None:
+        """Refuse a text as `encode` does. Warn about a prompt that is longer than the window."""
+        length = len(self.encode(prompt))
+        window = self.config.max_position_embeddings
         if length > window:
             logger.warning("a prompt of %d tokens: the model reads the last %d", length, window)
 
@@ -115,11 +123,21 @@ class LoadedModel:
             )
 
     @property
+    def micro_batch_size(self) -> int:
+        """Samples of a batch that evaluates the model: those of its run, or 8 without a run."""
+        return self.run.training.micro_batch_size if self.run else 8
+
+    @property
+    def is_finetuned(self) -> bool:
+        """Whether the model comes from a fine-tuning run, which is measured on labelled rows."""
+        return self.run is not None and self.run.finetune is not None
+
+    @property
     def suffix_ids(self) -> Sequence[int]:
         """Ids that end a text that an encoder reads: by the folder's files, or as fine-tuned."""
-        tuned = self.run is not None and self.run.finetune is not None
         eos = self.tokenizer.eos_id
-        return self.tokenizer.suffix_ids or ((eos,) if tuned and eos is not None else ())
+        ends = (eos,) if self.is_finetuned and eos is not None else ()
+        return self.tokenizer.suffix_ids or ends
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:

@@ -35,12 +35,17 @@ _STOPPED = 3.0  # seconds between two polls: more than a busy host explains
 _GATHER = 5.0  # seconds for the other ranks to write their stacks
 _SAFETY = 60.0  # seconds after which the interpreter itself is taken to be stuck
 _FACTOR = 10  # times the longest occurrence of a phase, until it is a hang
+_STANDARD_ERROR = 2  # its descriptor: a notebook's stream has none
 _KEPT = 32  # durations of a phase; a first step that compiles is forgotten
 _WAITING = ("torch/distributed/", "deepspeed/comm/", "torch/autograd/graph.py")
 
 
 class PhaseTimer:
-    """Phase of the main thread, and the time spent in each. An inner phase's time is its own.
+    """Phase of a run, and the time spent in each. An inner phase's time is its own.
+
+    Args:
+        began: the time of `time.monotonic` at which setup began. None means the start of the
+            process, whose imports are setup, too.
 
     Attributes:
         name: name of the present phase.
@@ -48,14 +53,15 @@ class PhaseTimer:
         seconds: seconds spent in each phase, without its inner ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, began: float | None = None) -> None:
         self.name = "setup"
         self.count = 0
         self.seconds: dict[str, float] = {}
         self._recent: dict[str, deque[float]] = {}
         self._spent = 0.0  # by the present phase before an inner one
-        # the process started earlier: its imports are setup, too
-        self._since = time.monotonic() - (time.time() - psutil.Process().create_time())
+        if began is None:
+            began = time.monotonic() - (time.time() - psutil.Process().create_time())
+        self._since = began
 
     def begin(self, name: str) -> None:
         """Leave the present phase for another, or begin it again, as each step does."""
@@ -127,7 +133,7 @@ class Watchdog:
 
     def __post_init__(self) -> None:
         self._stacks = self.folder / "stacks" / f"attempt_{self.attempt}"
-        self._main = threading.main_thread().ident
+        self._trains = threading.get_ident()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -162,7 +168,8 @@ class Watchdog:
             budget = self.budget(phases.name)
             lasted = now - since
             # if the interpreter itself hangs, with this thread, C code writes the stacks
-            faulthandler.dump_traceback_later(max(1.0, budget - lasted) + _SAFETY)
+            late = max(1.0, budget - lasted) + _SAFETY
+            faulthandler.dump_traceback_later(late, file=_STANDARD_ERROR)
             # the shared file system is asked only when another rank has likely found a hang
             others = lasted > budget / 2 and self._stacks.exists()
             if (lasted > budget or others) and phases.count == count:
@@ -180,7 +187,7 @@ class Watchdog:
         os._exit(1)
 
     def _write(self, section: str, lasted: float, budget: float) -> None:
-        frame = sys._current_frames().get(self._main or 0)
+        frame = sys._current_frames().get(self._trains)
         names = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_stack(frame)]
         fact = {
             "section": section,

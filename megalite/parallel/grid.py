@@ -17,6 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# now: a default argument of its functions keeps the group that exists when it is imported, for good
+import torch.distributed.nn.functional  # noqa: F401
+
 from megalite import env
 from megalite.errors import LaunchError
 from megalite.mesh import Coordinate, Mesh
@@ -109,8 +112,15 @@ def start(launch: env.Launch, *, tensor: int = 1) -> Grid:
     Args:
         tensor: ranks that share a model.
     Raises:
-        LaunchError: more ranks on this host than devices, or ranks that do not form a grid.
+        LaunchError: more ranks on this host than devices, ranks that do not form a grid, or a
+            process that has joined a group before.
     """
+    if dist.is_initialized():
+        raise LaunchError(
+            "this process has formed a process group already: another run of it goes on, or the "
+            "program has called torch.distributed.init_process_group; wait for its end, call "
+            "torch.distributed.destroy_process_group(), or start this run in a process of its own"
+        )
     device = _pick_device(launch)
     if launch.world_size % tensor:
         raise LaunchError(
@@ -133,16 +143,20 @@ def start(launch: env.Launch, *, tensor: int = 1) -> Grid:
             timeout=_TIMEOUT,
         )
     mesh = Mesh(data=launch.world_size // tensor, tensor=tensor)
-    return Grid(
-        rank=launch.rank,
-        world_size=launch.world_size,
-        local_rank=launch.local_rank,
-        mesh=mesh,
-        device=device,
-        zero_group=_own_group(mesh.groups("zero"), launch.rank),
-        tensor_group=_own_group(mesh.groups("tensor"), launch.rank),
-        cpu_group=dist.new_group(backend="gloo", timeout=_TIMEOUT),
-    )
+    try:
+        return Grid(
+            rank=launch.rank,
+            world_size=launch.world_size,
+            local_rank=launch.local_rank,
+            mesh=mesh,
+            device=device,
+            zero_group=_own_group(mesh.groups("zero"), launch.rank),
+            tensor_group=_own_group(mesh.groups("tensor"), launch.rank),
+            cpu_group=dist.new_group(backend="gloo", timeout=_TIMEOUT),
+        )
+    except BaseException:
+        stop()
+        raise
 
 
 def stop() -> None:
@@ -164,7 +178,6 @@ def _own_group(groups: Sequence[Sequence[int]], rank: int) -> dist.ProcessGroup:
 
 def _pick_device(launch: env.Launch) -> torch.device:
     if not torch.cuda.is_available():
-        env.set_default("DS_ACCELERATOR", "cpu")  # DeepSpeed would guess, and warn of its guess
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if launch.local_rank >= count:

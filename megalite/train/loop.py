@@ -72,6 +72,12 @@ class Trainer:
             Stopped: on every rank, after a signal; the run was saved and can be resumed.
             Superseded: a newer start of the run owns its folder.
         """
+        try:
+            self._run()
+        finally:
+            self._steps.abandon()
+
+    def _run(self) -> None:
         while True:
             try:
                 self._train()
@@ -290,7 +296,7 @@ class Trainer:
 
     def _leave(self) -> None:
         """Save and raise Stopped; every rank is here at the same step, whichever was asked to."""
-        name = self.shutdown.name or "a signal on another rank"
+        name = self.shutdown.name or "a hook, or a signal on another rank"
         self.recorder.event(self.progress.step, "signal", signal=name)
         self._leaving = True
         self._settle()

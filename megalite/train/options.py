@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ from megalite.errors import CommandError, DataError, UserError
 from megalite.evaluate.samples import Ask, Prompts, open_prompts
 from megalite.formats import checkpoint as disk
 from megalite.formats.examples import read_manifest
-from megalite.parallel import Grid
+from megalite.parallel import Grid, start
 from megalite.plan import Plan, deepspeed_dict, make_plan
 from megalite.train.changes import ALLOWABLE, flat
 from megalite.train.checks import hardware_faults
+from megalite.train.hooks import Hook
 from megalite.train.loop import Inspect
 from megalite.train.resume import check_resume
 
@@ -40,6 +42,9 @@ class RunOptions:
         examples: that folder, once it exists.
         ask: turns a prompt into a user's turn, for samples of conversations.
         precision_reason: why the run trains in its precision, once "auto" is resolved.
+        hooks: hooks of the caller; called after those of the session.
+        began: the time of `time.monotonic` at which the start began, in a process that did other
+            things before. None: at the start of the process.
         total_samples: samples to train on in all, if the epochs of fine-tuning decide it. None
             leaves the length to training.steps.
     """
@@ -55,6 +60,8 @@ class RunOptions:
     examples: Path | None = None
     ask: Ask | None = None
     precision_reason: str = ""
+    hooks: tuple[Hook, ...] = ()
+    began: float | None = None
     total_samples: int | None = None
 
     @property
@@ -169,6 +176,13 @@ def _open_examples(config: RunConfig, folder: Path) -> ExampleSet:
             "samples in all; lower it, or give more data"
         )
     return train
+
+
+def join(options: RunOptions, launch: Launch) -> Grid:
+    """Import the engine, and join the other ranks; see `start`."""
+    if options.engine == "deepspeed":
+        importlib.import_module("megalite.engine.deepspeed")  # before groups exist
+    return start(launch, tensor=options.config.parallel.tensor)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from megalite.errors import MegaLiteError, UserError
 from megalite.evaluate import Prompts, Writer
 from megalite.log import logger
 from megalite.observe import PhaseTimer, Recorder, Stragglers, Trace, Watchdog, restate
-from megalite.parallel import Grid, start, stop
+from megalite.parallel import Grid, stop
 from megalite.plan import Plan
 from megalite.train.announce import announce
 from megalite.train.changes import flat
@@ -39,7 +40,7 @@ from megalite.train.hooks.samples import TextSamples
 from megalite.train.hooks.validation import HeldOutLoss, Validation, is_evaluation_due
 from megalite.train.interventions import IN_CHECKPOINT, InterventionLog, order_id
 from megalite.train.loop import Trainer
-from megalite.train.options import RunOptions, Settings, check, check_command, settings_of
+from megalite.train.options import RunOptions, Settings, check, check_command, join, settings_of
 from megalite.train.outcome import lost_rank, verdict
 from megalite.train.precision import settle_precision
 from megalite.train.restore import restore
@@ -56,17 +57,17 @@ def run(options: RunOptions, launch: Launch) -> None:
         UserError: the start was refused. Nothing was written, and a start that runs goes on.
         MegaLiteError: a later failure; status.json says what happened.
     """
-    phases = PhaseTimer()
+    phases = PhaseTimer(options.began)
     with ShutdownSignal() as shutdown:
         grid = None
         if options.config.finetune is not None:
             check_command(options)
-            grid = start(launch, tensor=options.config.parallel.tensor)
+            grid = join(options, launch)
         try:
             if grid is not None:
                 options = complete(options, grid)
             plan, train, valid, prompts = check(options, launch)
-            grid = grid or start(launch, tensor=options.config.parallel.tensor)
+            grid = grid or join(options, launch)
             options, plan = settle_precision(options, launch, grid)
             settings = settings_of(options, plan, grid)
             lease, resume_point = claim(options, grid, train, settings)
@@ -96,7 +97,8 @@ def run(options: RunOptions, launch: Launch) -> None:
                     lease=lease,
                 ).run()
         finally:
-            stop()
+            if grid is not None:
+                stop()
 
 
 @dataclass(kw_only=True)
@@ -131,12 +133,13 @@ class Session:
         self._report_running(self.progress)
         watchdog = self._watchdog()
         try:
-            self._train()
-            if self._finetune is not None:
-                self._finetune.conclude(self.progress)
-            self.recorder.event(self.progress.step, "end", seconds=self.phases.totals())
-            self.recorder.status("done", step=self.progress.step)
-            self.grid.barrier()
+            with ExitStack() as self._opened:
+                self._train()
+                if self._finetune is not None:
+                    self._finetune.conclude(self.progress)
+                self.recorder.event(self.progress.step, "end", seconds=self.phases.totals())
+                self.recorder.status("done", step=self.progress.step)
+                self.grid.barrier()
         except BaseException as caught:
             error = lost_rank(caught) or caught
             state, reason = verdict(error)
@@ -181,6 +184,7 @@ class Session:
             longest=self.train.longest if isinstance(self.train, ExampleSet) else None,
         )
         self.engine = _make_engine(self.options, self.plan, self.grid, self.settings)
+        self._opened.push(lambda kind, *_: self.engine.close(failed=kind is not None))
         replicas = _make_replica_check(self.options, self.plan, self.grid, self.engine)
         if self.resume_point is not None:
             self._load(self.resume_point, replicas)
@@ -259,7 +263,7 @@ class Session:
             continue_log=self._continue_log,
             report_running=self._report_running,
         )
-        yield forecast
+        yield from (forecast, *self.options.hooks)
 
     def _make_evaluator(self) -> Evaluator | None:
         if self.valid is None:

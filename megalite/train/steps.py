@@ -9,6 +9,7 @@ for it.
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.data import Loader, StepBatches
+from megalite.log import logger
 from megalite.parallel import Grid
 
 # At Ctrl-C a terminal sends SIGINT to every rank, and torchrun sends SIGTERM right after it.
@@ -29,7 +31,8 @@ class ShutdownSignal:
     """The first stop signal of this process; a later one ends the process at once.
 
     Signals within `DEBOUNCE_SECONDS` of the first are the same request. As a context manager it
-    installs its handlers and restores the previous ones.
+    installs its handlers and restores the previous ones. Python delivers signals to the main thread
+    alone: a run in another thread ignores them.
 
     Attributes:
         name: the signal's name. None: no signal has arrived.
@@ -41,6 +44,12 @@ class ShutdownSignal:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> ShutdownSignal:
+        if threading.current_thread() is not threading.main_thread():
+            logger.warning(
+                "the run is in a thread, which gets no signals: end it by a hook that returns "
+                "Outcome(stop=True)"
+            )
+            return self
         for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._receive)
         return self
@@ -155,6 +164,10 @@ class StepIterator:
     def close(self) -> None:
         """Finish the reduction under way, which other ranks may be in, and stop reading ahead."""
         self._ahead[2].wait()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Stop reading ahead, after a failure that other ranks may not share."""
         self._loader.close()
 
     def _start(self) -> tuple[StepBatches, torch.Tensor, Any]:

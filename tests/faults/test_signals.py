@@ -38,7 +38,7 @@ def test_one_rank_is_asked_and_all_stop(
     assert status["last_checkpoint"] == f"step_{status['step']:08d}"
     assert words.count("exitcode  : 75") == 2
     (event,) = [row for row in rows(raw, "event") if row["name"] == "signal"]
-    assert event["signal"] in (number.name, "a signal on another rank")
+    assert event["signal"] in (number.name, "a hook, or a signal on another rank")
     raw["training"]["steps"] = status["step"] + 2
     process = _start(raw, tmp_path)
     _, words = process.communicate(timeout=90)

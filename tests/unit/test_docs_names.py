@@ -142,7 +142,7 @@ def is_deepspeeds(key: str) -> bool:
 
 def file_faults(text: str) -> list[str]:
     """Files of the repository that are not there."""
-    folders = "megalite|data_prep|launcher|configs|slurm|tests|benchmarks|docs"
+    folders = "megalite|data_prep|launcher|configs|slurm|tests|benchmarks|docs|examples"
     pattern = rf"(?<![\w/.-])(?:{folders})/[\w./*-]*[\w*]"
     named = {word for span in spans(text) for word in re.findall(pattern, span)}
     given = {word for _, words in commands(text) for word in words}

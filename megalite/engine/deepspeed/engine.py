@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,7 @@ from megalite.engine.base import (
     seed_dropout,
 )
 from megalite.engine.deepspeed.partitions import local_partition, name_partitions, zero_partitions
+from megalite.engine.deepspeed.process import ProcessState
 from megalite.engine.deepspeed.settings import Mpu, init_deepspeed, verify_effective
 from megalite.engine.reference import (
     clip_gradients,
@@ -96,15 +97,25 @@ class DeepSpeedEngine(EngineBase):
         self.fp16 = precision is Precision.FP16
         self.objective = objective or make_objective(config)
         self._dropout = has_dropout(config.model)
+        self._process = ProcessState()
+        try:
+            self._open(precision)
+        except BaseException:
+            self._process.restore()
+            raise
+
+    def _open(self, precision: Precision) -> None:
+        """Build the model, and start DeepSpeed with it."""
+        settings = self.settings
         init_deepspeed()
         # ZeRO-3 refuses "sum" (runtime/config.py: _do_error_check) and averages over ZeRO's ranks;
         # the factor in the loss undoes it
         averages = settings["gradient_allreduce_op"] == "mean"
-        self._loss_scale = float(grid.mesh.zero) if averages else 1.0
+        self._loss_scale = float(self._grid.mesh.zero) if averages else 1.0
         self.model = self._build_model(precision)
         self.engine, self.optimizer = self._initialize()
         self.wrapped = self.engine  # so that ZeRO-3 gathers
-        verify_effective(self.settings, self.engine)
+        verify_effective(settings, self.engine)
         self._create_states()
         if self.stage > 0:
             self._gate_steps()
@@ -279,6 +290,13 @@ class DeepSpeedEngine(EngineBase):
         if self.fp16 and progress.get("loss_scaler"):
             for name in _SCALER_STATE:
                 setattr(self.optimizer.loss_scaler, name, progress["loss_scaler"][name])
+
+    def close(self, *, failed: bool = False) -> None:
+        self._process.restore()
+        if not failed or self._grid.world_size == 1:
+            with suppress(RuntimeError):  # the device has failed, which ended the run
+                self.engine.destroy()  # waits for the device
+        super().close()
 
     def _gate_steps(self) -> None:
         """Call `accept` when DeepSpeed, which has the norm, steps the inner optimizer.

@@ -15,7 +15,7 @@ class StepReport:
     """Numbers of a step, identical on every rank.
 
     Attributes:
-        before: progress before the step.
+        before: progress before the step: the totals `step`, `samples` and `tokens`.
         progress: progress after the step.
         loss: mean loss of the global batch, in nats.
         grad_norm: norm of the gradient before clipping.
