@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megalite import registry
 from megalite.config import ModelConfig, RunConfig, parse_config
 from megalite.errors import CommandError
 from megalite.files import sha256_file
@@ -107,7 +108,8 @@ def make_case(config: RunConfig, folder: Path, *, ranks: int, scale: bool = Fals
     }
     raw["schedule"] |= {"warmup_steps": STEPS, "decay_steps": None}
     rate = raw["optimizer"]["lr"]
-    if raw["optimizer"]["name"] == "adamw":
+    facts = registry.optimizers.facts(raw["optimizer"]["name"])
+    if "exp_avg_sq" in facts.get("states", ()):  # AdamW, and Muon, which leaves norms to AdamW
         rate = min(rate, _MAX_RATE)
     raw["optimizer"]["lr"] = rate
     changed.append(f"a learning rate that rises to {rate:g}")
