@@ -175,8 +175,7 @@ _IDLE: dict[str, tuple[Any, str]] = {
     "zero_optimization.save_muon_momentum_buffer_in_memory": (False, f"{_NVME}; remove it"),
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": (
         False,
-        f"{_SAVES}, which hold whole tensors; launcher/export.py writes a model folder; take it "
-        "out",
+        f"{_SAVES}, which hold whole tensors; launcher/export.py writes a model folder; remove it",
     ),
     f"{_OFFLOAD}.nvme_path": (None, f"{_NVME}; remove it"),
     f"{_OFFLOAD}.buffer_count": (4, f"{_NVME}; remove it"),

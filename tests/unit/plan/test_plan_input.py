@@ -214,7 +214,7 @@ def record(folder: Path, content: Any, *sets: str) -> Path:
         (RECORD | {"native_bf16": 1}, "native_bf16: expected true or false"),
         (RECORD | {"measured": 3}, "measured: expected an object"),
         (RECORD | {"measured": {"step_seconds": "1"}}, "measured.step_seconds: expected"),
-        (RECORD | {"measured": {"step_seconds": float("inf")}}, "Infinity is not a number"),
+        (RECORD | {"measured": {"step_seconds": float("inf")}}, "Infinity is not a JSON number"),
         (RECORD | {"measured": {"step_seconds": 0}}, "measured.step_seconds: expected"),
     ],
 )
