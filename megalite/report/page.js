@@ -56,8 +56,8 @@ for (const chart of document.querySelectorAll(".chart")) {
     }
     tip.hidden = false;
     const box = tip.getBoundingClientRect();
-    const next to = clientX + 16 + box.width < innerWidth ? clientX + 16 : clientX - 16 - box.width;
-    tip.style.left = `${Math.max(8, next to)}px`;
+    const left = clientX + 16 + box.width < innerWidth ? clientX + 16 : clientX - 16 - box.width;
+    tip.style.left = `${Math.max(8, left)}px`;
     tip.style.top = `${Math.max(8, Math.min(innerHeight - box.height - 8, clientY - box.height / 2))}px`;
   }
 
