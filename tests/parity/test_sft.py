@@ -89,7 +89,7 @@ def test_any_layout_learns_the_same(tmp_path: Path, task: str) -> None:
         raw = tuning_file(talks, name, model=model, **sections)
         data = raw["finetune"]["data"] | {"max_length": 256, "valid_fraction": None}
         data["packing"] = task == "language_modeling"
-        raw["finetune"] = {"data": data, "epochs": 2, **TASKS[task]}
+        raw["finetune"] = {"data": data, "epochs": 2, "eval_train": True, **TASKS[task]}
         raw["training"] |= {"global_batch_size": 4, "micro_batch_size": 2}
         return raw
 
