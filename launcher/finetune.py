@@ -3,9 +3,8 @@ mpirun or python."""
 
 from __future__ import annotations
 
-from megalite import env
-from megalite.cli import refuse_useless, run_main, run_parser
-from megalite.workflows import finetuning_options
+from megalite.cli import run_main, run_parser
+from megalite.workflows import finetuning_options, start_run
 
 _EXAMPLES = """examples:
   python launcher/finetune.py --config configs/finetune/reuters.json
@@ -20,25 +19,7 @@ goes on where the run stopped. Exit codes: as launcher/pretrain.py.
 
 def main() -> int:
     arguments = run_parser(__doc__, _EXAMPLES).parse_args()
-    refuse_useless(arguments)
-    if arguments.dry_run is None:
-        env.restart_with_heap()
-    launch = env.find_launch()
-    options = finetuning_options(
-        arguments.config,
-        arguments.set,
-        resume=arguments.resume,
-        init_from=arguments.init_from,
-        allow_change=arguments.allow_change,
-    )
-    if arguments.dry_run is not None:
-        from megalite.parity.dry_run import report_dry_run
-
-        return report_dry_run(options.config, launch, arguments.dry_run, arguments.gpu)
-    from megalite.train import run
-
-    run(options, launch)
-    return 0
+    return start_run(arguments, finetuning_options)
 
 
 if __name__ == "__main__":

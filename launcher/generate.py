@@ -12,6 +12,7 @@ from megalite import env, hub
 from megalite.cli import command_parser, run_main
 from megalite.errors import CommandError
 from megalite.log import printable_pieces
+from megalite.workflows import make_answerer
 
 if TYPE_CHECKING:
     from data_prep.conversations import Question
@@ -77,7 +78,7 @@ def check(arguments: argparse.Namespace) -> None:
         CommandError: the first of them.
     """
     if arguments.max_new_tokens < 0:
-        raise CommandError(f"--max-new-tokens {arguments.max_new_tokens}: request 0 or more")
+        raise CommandError(f"--max-new-tokens {arguments.max_new_tokens}: give 0 or more")
     if "" in arguments.stop:
         raise CommandError("--stop: an empty text would end everything at once; remove it")
     if not arguments.chat:
@@ -154,16 +155,11 @@ def converse(
     grid: Grid | None,
 ) -> Iterator[str]:
     """Yield what is printed of a chat: answers alone, or JSON lines."""
-    from data_prep.chat import Chat, find_template
     from data_prep.conversations import Question, replace_system
-    from megalite.evaluate import Answerer, in_order, json_lines, read_turns
+    from megalite.evaluate import in_order, json_lines, read_turns
 
-    chat = Chat(find_template(None, None, opened.tokenizer_folder), opened.tokenizer)
-    answerer = Answerer(
-        opened.decoder(),
-        opened.tokenizer,
-        chat.ask,
-        window=opened.config.max_position_embeddings,
+    answerer = make_answerer(
+        opened,
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
         stop=arguments.stop,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from megalite import env, log
 from megalite.config import ConfigSource
 from megalite.errors import CommandError, Stopped
-from megalite.workflows import finetuning_options, measure, pretraining_options
+from megalite.workflows import finetuning_options, make_answerer, measure, pretraining_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -263,20 +263,9 @@ class Model:
             return "".join(piece for _, piece in pieces)
 
     def _answer(self, messages: Messages, max_new_tokens: int, sampling: Sampling) -> str:
-        from data_prep.chat import Chat, find_template
         from data_prep.conversations import Question
-        from megalite.evaluate import Answerer
 
-        loaded = self._loaded
-        chat = Chat(find_template(None, None, loaded.tokenizer_folder), loaded.tokenizer)
-        answerer = Answerer(
-            loaded.decoder(),
-            loaded.tokenizer,
-            chat.ask,
-            window=loaded.config.max_position_embeddings,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-        )
+        answerer = make_answerer(self._loaded, max_new_tokens=max_new_tokens, sampling=sampling)
         question = Question([dict(message) for message in messages])
         return "".join(piece for _, piece in answerer.answers([question]))
 

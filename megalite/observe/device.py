@@ -27,13 +27,11 @@ def unknown_utilization(device: torch.device, precision: str) -> list[str]:
 
     A CPU's peak depends on its clock, so that no share of it is ever reported.
     """
-    if device.type != "cuda":
-        return []
-    properties = torch.cuda.get_device_properties(device)
-    if peak_flops(properties.name, precision, properties.total_memory) is not None:
+    if device.type != "cuda" or model_flops_utilization(device, precision, 0.0) is not None:
         return []
     return [
-        f"no MFU is reported: the {precision} peak of {properties.name} is unknown; "
+        f"no MFU is reported: the {precision} peak of {torch.cuda.get_device_name(device)} is "
+        "unknown; "
         "megalite/plan/devices.py has the known devices"
     ]
 
