@@ -145,7 +145,8 @@ class _TooFew(DataError):
     def __init__(self, asked: str, most: int) -> None:
         self.most = most
         super().__init__(
-            f"{asked}: this text yields {most} pieces at most; give more text, or request fewer"
+            f"{asked}: this text yields {most} pieces at most; give more text, or lower "
+            "--vocab-size"
         )
 
 
@@ -155,7 +156,7 @@ def _learn(sample: Sequence[str], vocab_size: int, kind: str, asked: str) -> byt
     if vocab_size < _TAKEN:
         raise DataError(
             f"{asked}: the 256 bytes, 3 control tokens and a space take "
-            f"{_TAKEN} pieces already; request more"
+            f"{_TAKEN} pieces already; raise --vocab-size"
         )
     model = io.BytesIO()
     try:
@@ -193,6 +194,6 @@ def _explain(message: str, asked: str) -> DataError:
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return DataError(
             f"{asked}: the 256 bytes, 3 control tokens and the characters of this text take "
-            f"{found[1]} pieces already; request more"
+            f"{found[1]} pieces already; raise --vocab-size"
         )
     return DataError(f"SentencePiece cannot learn from this text: {message}")

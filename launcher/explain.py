@@ -28,7 +28,11 @@ def parse() -> argparse.Namespace:
         "--label", metavar="NAME", help="what is explained (default: the likeliest)"
     )
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="FILE", help="the page, written again"
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="the page; an existing one is replaced",
     )
     return parser.parse_args()
 

@@ -22,7 +22,11 @@ def parse() -> argparse.Namespace:
     parser = command_parser(__doc__, _EXAMPLES)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="FILE", help="the page, written again"
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="the page; an existing one is replaced",
     )
     return parser.parse_args()
 

@@ -79,8 +79,7 @@ class ExampleTask:
         most = self.context.data.max_length
         if most <= len(self.before) + len(self.after):
             raise DataError(
-                f"finetune.data.max_length {most}: BOS and EOS leave no token of a text; request "
-                "more"
+                f"finetune.data.max_length {most}: BOS and EOS leave no token of a text; give more"
             )
 
     def leads_with_bos(self) -> bool:

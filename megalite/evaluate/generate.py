@@ -227,7 +227,7 @@ def sample_ids(
     if not all(prompts):
         raise CommandError("the prompt has no tokens: a model continues what it is given")
     if max_new_tokens < 0:
-        raise CommandError(f"max_new_tokens is {max_new_tokens}; request 0 or more")
+        raise CommandError(f"max_new_tokens is {max_new_tokens}; give 0 or more")
     decoder: Any = model if hasattr(model, "begin") else UncachedDecoder(model)
     return _sample(decoder, prompts, max_new_tokens, ends, sampling)
 

@@ -180,7 +180,7 @@ def _refuse_shorter(config: RunConfig, folder: Path, manifest: disk.Manifest) ->
     """Raise CommandError if the checkpoint has taken more steps than the run is to take."""
     if manifest.step > config.training.steps:
         raise CommandError(
-            f"training.steps {config.training.steps}, but {folder} is already past it; request "
+            f"training.steps {config.training.steps}, but {folder} is already past it; set "
             "more steps, or start another run with --set name=..."
         )
 
@@ -207,7 +207,7 @@ def _refuse_fewer_epochs(
     epochs = trained / (total // config.finetune.epochs)
     raise CommandError(
         f"finetune.epochs {config.finetune.epochs}, but {folder} has trained "
-        f"{epochs:.2f} epochs; request more epochs, or start another run with "
+        f"{epochs:.2f} epochs; set more epochs, or start another run with "
         "--set name=..."
     )
 
