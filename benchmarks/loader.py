@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from megalite.data import Dataset, Loader
-from megalite.formats.manifest import Manifest, TokenizerInfo, write_manifest
+from megalite.formats.manifest import ShardManifest, TokenizerInfo, write_manifest
 from megalite.formats.shards import ShardWriter, open_shards
 
 SOURCES, LENGTH, DOCUMENT, VOCABULARY = 10, 2048, 500, 32_000
@@ -64,7 +64,7 @@ def make_source(folder: Path, tokens: int, seed: int) -> None:
                 writer.add_document(numbers.integers(VOCABULARY, size=length, dtype=np.uint16))
             infos.append(writer.close())
     digest = hashlib.sha256(b"none").hexdigest()
-    manifest = Manifest(
+    manifest = ShardManifest(
         dtype="uint16",
         vocab_size=VOCABULARY,
         tokenizer=TokenizerInfo(path="tokenizer/tokenizer.model", sha256=digest),

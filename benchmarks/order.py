@@ -34,7 +34,7 @@ from megalite.config import DataConfig
 from megalite.data import Loader, open_train
 from megalite.files import sha256_file
 from megalite.formats.index import write_index
-from megalite.formats.manifest import Manifest, ShardInfo, TokenizerInfo
+from megalite.formats.manifest import ShardInfo, ShardManifest, TokenizerInfo
 
 LENGTH, VOCABULARY = 2048, 32_000
 BATCH, MICRO_BATCH, RANKS = 512, 8, 8
@@ -86,7 +86,7 @@ def describe_source(folder: Path, tokens: int, shards: int) -> None:
                 index_sha256=sha256_file(index),
             )
         )
-    manifest = Manifest(
+    manifest = ShardManifest(
         dtype=DTYPE.name,
         vocab_size=VOCABULARY,
         tokenizer=TokenizerInfo(

@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from data_prep.encoder import Encoder
 from data_prep.part_files import Counts, read_header
-from data_prep.work_folder import Run, read, write
+from data_prep.work_folder import PrepRun, read, write
 from megalite.formats.manifest import ShardInfo
 from megalite.formats.shards import ShardWriter
 
@@ -43,7 +43,7 @@ class ShardPlan:
     valid_fraction: float | None = None
     valid: bool = False
 
-    def folder(self, run: Run) -> Path:
+    def folder(self, run: PrepRun) -> Path:
         """Return the folder that becomes the output."""
         return run.valid if self.valid else run.shards
 
@@ -54,7 +54,7 @@ class ShardPlan:
 
 
 def plan_shards(
-    run: Run,
+    run: PrepRun,
     parts: Sequence[str],
     *,
     shard_tokens: int,
@@ -73,7 +73,7 @@ def plan_shards(
     return [_cut(run, ShardPlan(placed, [], valid_fraction, side), shard_tokens) for side in sides]
 
 
-def _cut(run: Run, plan: ShardPlan, shard_tokens: int) -> ShardPlan:
+def _cut(run: PrepRun, plan: ShardPlan, shard_tokens: int) -> ShardPlan:
     """Cut the documents of all parts into shards of at most `shard_tokens` tokens.
 
     A document is never cut, so one that is longer than that has a shard to itself. Memory holds the
@@ -101,12 +101,12 @@ def _cut(run: Run, plan: ShardPlan, shard_tokens: int) -> ShardPlan:
     return plan
 
 
-def write_shard_plans(run: Run, plans: Sequence[ShardPlan]) -> None:
+def write_shard_plans(run: PrepRun, plans: Sequence[ShardPlan]) -> None:
     """Publish the plan of the shards to the workers."""
     write(run.shard_plans, [asdict(plan) for plan in plans])
 
 
-def read_shard_plans(run: Run) -> list[ShardPlan]:
+def read_shard_plans(run: PrepRun) -> list[ShardPlan]:
     """Return the plan of the shards. Raise FileNotFoundError if the run is over."""
     if (found := read(run.shard_plans)) is None:
         raise FileNotFoundError(run.shard_plans)
@@ -114,7 +114,7 @@ def read_shard_plans(run: Run) -> list[ShardPlan]:
 
 
 def write_shards(
-    run: Run,
+    run: PrepRun,
     plans: Sequence[ShardPlan],
     encoder: Encoder,
     *,
@@ -135,7 +135,7 @@ def write_shards(
             _write_shard(run, plan, number, name, encoder)
 
 
-def _write_shard(run: Run, plan: ShardPlan, number: int, piece: str, encoder: Encoder) -> None:
+def _write_shard(run: PrepRun, plan: ShardPlan, number: int, piece: str, encoder: Encoder) -> None:
     """Write one shard in a folder of its own and rename it into place. Another worker may write the
     same shard at the same time.
     """
@@ -158,13 +158,13 @@ def shard_name(number: int) -> str:
     return f"shard_{number:05d}"
 
 
-def read_shards(run: Run, plan: ShardPlan) -> list[ShardInfo]:
+def read_shards(run: PrepRun, plan: ShardPlan) -> list[ShardInfo]:
     """Return the facts about all shards, once they are written."""
     files = (run.folder / f"{piece}.json" for piece in plan.pieces())
     return [ShardInfo.model_validate(read(file)) for file in files]
 
 
-def retained_counts(run: Run, plan: ShardPlan, place: int) -> Counts:
+def retained_counts(run: PrepRun, plan: ShardPlan, place: int) -> Counts:
     """Return what a part gives to the shards: all but duplicates and the other output's.
 
     Bad records belong to neither side; the manifest of the training shards counts them.
@@ -181,7 +181,7 @@ def retained_counts(run: Run, plan: ShardPlan, place: int) -> Counts:
 
 
 def _documents(
-    run: Run, plan: ShardPlan, place: int, start: int, end: int
+    run: PrepRun, plan: ShardPlan, place: int, start: int, end: int
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Return the documents of a part that stay: their tokens as one array, and their lengths."""
     name, _ = plan.parts[place]
@@ -198,7 +198,7 @@ def _documents(
     return tokens, lengths
 
 
-def _drop_duplicates(run: Run, parts: Sequence[tuple[str, int]], documents: int) -> None:
+def _drop_duplicates(run: PrepRun, parts: Sequence[tuple[str, int]], documents: int) -> None:
     """Mark every document whose text an earlier one has: a byte each in the file `dropped`."""
     with open(run.dropped, "wb") as file:
         file.truncate(documents)
@@ -223,7 +223,7 @@ def _drop_duplicates(run: Run, parts: Sequence[tuple[str, int]], documents: int)
 
 
 def _omitted(
-    run: Run, plan: ShardPlan, place: int, start: int, count: int
+    run: PrepRun, plan: ShardPlan, place: int, start: int, count: int
 ) -> npt.NDArray[np.bool_]:
     """Return which documents of a part do not stay: duplicates, and those of the other side."""
     name, first = plan.parts[place]
@@ -249,7 +249,7 @@ def is_held_out(hashes: npt.NDArray[np.uint64], fraction: float) -> npt.NDArray[
     return np.asarray(hashes[:, 1] < np.uint64(int(fraction * 2.0**64)))
 
 
-def _array(run: Run, part: str, name: str) -> npt.NDArray[Any]:
+def _array(run: PrepRun, part: str, name: str) -> npt.NDArray[Any]:
     with safe_open(run.part(part), framework="np") as file:
         found: npt.NDArray[Any] = file.get_tensor(name)
     return found

@@ -13,7 +13,7 @@ from megalite.errors import CommandError
 
 
 @dataclass(frozen=True)
-class Question:
+class Conversation:
     """The turns before an answer, the tools that may be called, and their place in a file."""
 
     messages: Messages
@@ -21,7 +21,7 @@ class Question:
     place: str = ""
 
 
-def read_questions(path: str, system: str | None) -> list[Question]:
+def read_questions(path: str, system: str | None) -> list[Conversation]:
     """Return the conversations of a file: in each line {"messages": [...]}, maybe with "tools".
 
     Args:
@@ -45,7 +45,7 @@ def read_questions(path: str, system: str | None) -> list[Question]:
                 "which is answered"
             )
         questions.append(
-            Question(replace_system(messages, system), tools, f"--messages {row.place}")
+            Conversation(replace_system(messages, system), tools, f"--messages {row.place}")
         )
     if not questions:
         raise CommandError(f"--messages {path}: the file has no conversation; write one a line")

@@ -31,13 +31,13 @@ from data_prep.part_files import Counts, part_name, read_header
 from data_prep.progress import shown
 from data_prep.streams import Stream
 from data_prep.work import Worker, wait
-from data_prep.work_folder import Run, WorkFolder, read, write
+from data_prep.work_folder import PrepRun, WorkFolder, read, write
 from data_prep.workers import WorkerPool
 from megalite import env
 from megalite.errors import DataError, MegaLiteError
 from megalite.files import sync_file
 from megalite.formats.manifest import (
-    Manifest,
+    ShardManifest,
     SourceInfo,
     TokenizerInfo,
     load_manifest,
@@ -66,7 +66,7 @@ class _Task:
         """Number of workers on all ranks."""
         return self.ranks * self.encoder.options.workers
 
-    def work(self, run: Run, streams: Sequence[Stream], number: int) -> None:
+    def work(self, run: PrepRun, streams: Sequence[Stream], number: int) -> None:
         """Do the work of one worker: encode, wait for the plan, write shards."""
         place = self.rank * self.encoder.options.workers + number
         worker = Worker(run, streams, self.encoder, place=place, places=self.places)
@@ -74,12 +74,12 @@ class _Task:
         worker.wait(run.shard_plans.exists)
         self.write_shards(run, place)
 
-    def write_shards(self, run: Run, place: int) -> None:
+    def write_shards(self, run: PrepRun, place: int) -> None:
         """Write shards that nobody has begun. Each worker starts from another shard."""
         share = min(place / self.places, 0.999)  # the leader of other workers stands behind them
         write_shards(run, read_shard_plans(run), self.encoder, wanted=run.claim, share=share)
 
-    def pool(self, run: Run, streams: Sequence[Stream]) -> WorkerPool:
+    def pool(self, run: PrepRun, streams: Sequence[Stream]) -> WorkerPool:
         """Return the workers of this rank. Without workers, the calling process does their work."""
         count = self.encoder.options.workers
         if all(stream.parts is not None for stream in streams):
@@ -87,7 +87,7 @@ class _Task:
         return WorkerPool(self.work, run, streams, count if count > 1 else 0)
 
 
-def tokenize(options: TokenizeOptions) -> Manifest:
+def tokenize(options: TokenizeOptions) -> ShardManifest:
     """Encode all documents of the input into a new shard folder; on any rank but 0 help with it.
 
     With `valid_fraction` a share of the documents goes to a second folder.
@@ -119,7 +119,7 @@ def tokenize(options: TokenizeOptions) -> Manifest:
         raise MegaLiteError(f"{options.output} was not written: {error}") from error
 
 
-def _lead(task: _Task) -> Manifest:
+def _lead(task: _Task) -> ShardManifest:
     options = task.encoder.options
     folder = task.folder
     folder.finish_publishing()
@@ -165,7 +165,9 @@ def _lead(task: _Task) -> Manifest:
     return manifests[0]
 
 
-def _wait_for_shards(task: _Task, run: Run, plans: Sequence[ShardPlan], pool: WorkerPool) -> None:
+def _wait_for_shards(
+    task: _Task, run: PrepRun, plans: Sequence[ShardPlan], pool: WorkerPool
+) -> None:
     """Return when all shards are done; those that their writers seem to have left are written."""
     started = time.monotonic()
     names = {name for plan in plans for name in plan.pieces()}
@@ -179,7 +181,7 @@ def _wait_for_shards(task: _Task, run: Run, plans: Sequence[ShardPlan], pool: Wo
     wait(run, lambda: names <= run.done() or not pool.check(), write_missing)
 
 
-def _follow(task: _Task) -> Manifest:
+def _follow(task: _Task) -> ShardManifest:
     """Work for the run that rank 0 leads, until its output is there."""
     output = task.encoder.options.output
     patience = _RANK_0_COMES
@@ -205,7 +207,7 @@ def _follow(task: _Task) -> Manifest:
 
 
 @contextmanager
-def _failing(run: Run) -> Iterator[None]:
+def _failing(run: PrepRun) -> Iterator[None]:
     """Stop all ranks if the block raises an error."""
     try:
         yield
@@ -216,7 +218,7 @@ def _failing(run: Run) -> Iterator[None]:
         raise
 
 
-def _parts(run: Run, worker: Worker, streams: Sequence[Stream]) -> list[tuple[int, str]]:
+def _parts(run: PrepRun, worker: Worker, streams: Sequence[Stream]) -> list[tuple[int, str]]:
     """Return every part in input order: the number of its --input, and its name."""
     parts = []
     for stream, key in zip(streams, worker.keys, strict=True):
@@ -226,7 +228,7 @@ def _parts(run: Run, worker: Worker, streams: Sequence[Stream]) -> list[tuple[in
     return parts
 
 
-def _refuse_bad_records(options: TokenizeOptions, run: Run, plan: ShardPlan) -> None:
+def _refuse_bad_records(options: TokenizeOptions, run: PrepRun, plan: ShardPlan) -> None:
     """Raise DataError for more bad records than allowed, also where earlier runs met them."""
     parts = [read_header(run.part(name)) for name, _ in plan.parts]
     if (bad := sum(part.tally.bad_records for part in parts)) > options.max_bad_records:
@@ -239,7 +241,7 @@ def _refuse_bad_records(options: TokenizeOptions, run: Run, plan: ShardPlan) -> 
 
 
 def _tally(
-    options: TokenizeOptions, run: Run, plan: ShardPlan, sources: Sequence[int]
+    options: TokenizeOptions, run: PrepRun, plan: ShardPlan, sources: Sequence[int]
 ) -> list[Counts]:
     """Return what came of each --input in one output."""
     tallies = [Counts() for _ in options.inputs]
@@ -272,9 +274,9 @@ def _manifest(
     encoder: Encoder,
     streams: Sequence[Stream],
     tallies: Sequence[Counts],
-    run: Run,
+    run: PrepRun,
     plan: ShardPlan,
-) -> Manifest:
+) -> ShardManifest:
     """Complete a shard folder; the manifest is written last."""
     folder = plan.folder(run)
     arguments = encoder.options.recorded()
@@ -287,7 +289,7 @@ def _manifest(
         SourceInfo(input=name, files=files[number], **asdict(tally))  # but what it consumed
         for number, (name, tally) in enumerate(zip(encoder.options.inputs, tallies, strict=True))
     ]
-    manifest = Manifest(
+    manifest = ShardManifest(
         dtype=encoder.dtype.name,
         vocab_size=encoder.tokenizer.vocab_size,
         tokenizer=_save(encoder.tokenizer, folder),

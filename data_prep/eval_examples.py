@@ -13,7 +13,7 @@ from data_prep.row_files import CHOOSE
 from megalite import files
 from megalite.config import RunConfig
 from megalite.errors import DataError, MegaLiteError
-from megalite.formats.examples import read_manifest
+from megalite.formats.examples import read_examples_manifest
 
 
 def prepare_again(
@@ -47,7 +47,7 @@ def prepare_again(
     folder, fault = gather(made)[0]
     if fault is not None:
         raise fault
-    splits = read_manifest(folder).splits
+    splits = read_examples_manifest(folder).splits
     return folder, next(split for split in ("test", "valid", "train") if split in splits)
 
 

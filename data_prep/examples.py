@@ -31,7 +31,7 @@ from megalite.formats.examples import (
     MANIFEST,
     ExamplesManifest,
     SplitInfo,
-    read_manifest,
+    read_examples_manifest,
     write_split,
 )
 from megalite.log import logger
@@ -88,7 +88,7 @@ def prepare(
         except MegaLiteError:
             if not (folder / MANIFEST).is_file():  # else another process was faster
                 raise
-    read_manifest(folder)
+    read_examples_manifest(folder)
     if encoder is None:
         link_learned(data.cache, arguments, folder, load_tokenizer(folder / "tokenizer"))
     return folder

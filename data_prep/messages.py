@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from data_prep.records import Unusable
-from data_prep.row import Row, check_text
+from data_prep.row import SourceRow, check_text
 
 Messages: TypeAlias = "list[dict[str, Any]]"
 
@@ -71,7 +71,7 @@ def check_tools(value: Any) -> list[Any] | None:
     return value
 
 
-def read_conversation(row: Row, columns: Sequence[str]) -> tuple[Messages, list[Any] | None]:
+def read_conversation(row: SourceRow, columns: Sequence[str]) -> tuple[Messages, list[Any] | None]:
     """Return the turns of a row, and its tools.
 
     Args:

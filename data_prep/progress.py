@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from data_prep.streams import Stream
-from data_prep.work_folder import Run
+from data_prep.work_folder import PrepRun
 from megalite.errors import DataError
 from megalite.files import repeating
 from megalite.log import logger
@@ -18,7 +18,7 @@ _LOOK = 1.0  # seconds
 
 
 @contextmanager
-def shown(run: Run, streams: Sequence[Stream], limit: int) -> Iterator[None]:
+def shown(run: PrepRun, streams: Sequence[Stream], limit: int) -> Iterator[None]:
     """Log the progress of a run every few seconds and at the end.
 
     Stops the run where all its workers together met more than `limit` bad records.

@@ -20,29 +20,29 @@ _NAMED = 20
 
 
 @dataclass(frozen=True)
-class Fault:
+class BadRecord:
     """A record that gives no document: lines count from 1, rows from 0."""
 
     place: str
     reason: str
 
 
-Record: TypeAlias = "str | Fault"
+Record: TypeAlias = "str | BadRecord"
 Value = TypeVar("Value")
 
 
 class Unusable(ValueError):
-    """Why a record gives no document; its reader adds the place and makes it a `Fault`."""
+    """Why a record gives no document; its reader adds the place and makes it a `BadRecord`."""
 
 
-class BadRecords:
+class BadRecordCounter:
     """Counter of faults that logs the first ones and stops at one more than `limit`."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.count = 0
 
-    def add(self, fault: Fault) -> None:
+    def add(self, fault: BadRecord) -> None:
         """Count one fault. Raise DataError if `limit` faults came before it."""
         self.count += 1
         if self.count > self.limit:
@@ -65,7 +65,7 @@ def records(
         try:
             record = text_of(value)
         except Unusable as error:
-            record = Fault(place(number), str(error))
+            record = BadRecord(place(number), str(error))
         yield record
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megalite.errors import CommandError
-from megalite.formats.manifest import Manifest
+from megalite.formats.manifest import ShardManifest
 from megalite.formats.shards import ShardSet, open_shards
 from megalite.formats.verify import verify_folder
 from megalite.log import encodable, logger, printable, write_report
@@ -160,7 +160,7 @@ def _summary(shards: ShardSet, lengths: Lengths) -> Iterator[tuple[str, str]]:
     yield from _sources(manifest)
 
 
-def _sources(manifest: Manifest) -> Iterator[tuple[str, str]]:
+def _sources(manifest: ShardManifest) -> Iterator[tuple[str, str]]:
     found = sorted(manifest.sources, key=lambda source: -source.tokens)
     for source in found[:_SOURCES]:
         share = 100 * source.tokens / max(manifest.tokens, 1)

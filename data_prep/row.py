@@ -12,7 +12,7 @@ _CONVERSATIONS = ("conversations", "conversation", "messages", "dialog", "chat")
 
 
 @dataclass(frozen=True)
-class Row:
+class SourceRow:
     """A row of a split by its number, from 0; `fault` says why it has no values."""
 
     number: int

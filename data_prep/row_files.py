@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 from data_prep.compressed import READ_ERRORS, InputFile, named_damage
-from data_prep.row import Row, other_column
+from data_prep.row import SourceRow, other_column
 from megalite.errors import DataError
 
 Names = Sequence[str]
@@ -21,7 +21,7 @@ CHOOSE = "rename one, or name another by finetune.data.text_column, label_column
 BATCH = 1024  # rows
 
 
-def json_rows(path: str, *, array: bool) -> Iterator[Row]:
+def json_rows(path: str, *, array: bool) -> Iterator[SourceRow]:
     """Yield a row for each line. If `array`, the file may hold all rows in one list instead."""
     with named_damage(path, (*READ_ERRORS, ValueError)), closing(InputFile(path)) as file:
         if array and file.bytes.peek().lstrip()[:1] == b"[":
@@ -35,18 +35,18 @@ def json_rows(path: str, *, array: bool) -> Iterator[Row]:
                 try:
                     row = _json_row(number, place, json.loads(line))
                 except (ValueError, RecursionError) as error:
-                    row = Row(number, place, fault=f"not JSON that can be read: {error}")
+                    row = SourceRow(number, place, fault=f"not JSON that can be read: {error}")
                 yield row
                 number += 1
 
 
-def _json_row(number: int, place: str, value: Any) -> Row:
+def _json_row(number: int, place: str, value: Any) -> SourceRow:
     if isinstance(value, dict):
-        return Row(number, place, value)
-    return Row(number, place, fault=f"{value!r:.40} is not a JSON object")
+        return SourceRow(number, place, value)
+    return SourceRow(number, place, fault=f"{value!r:.40} is not a JSON object")
 
 
-def csv_rows(path: str, columns: Names, optional: Names, delimiter: str) -> Iterator[Row]:
+def csv_rows(path: str, columns: Names, optional: Names, delimiter: str) -> Iterator[SourceRow]:
     csv.field_size_limit(sys.maxsize)
     damage = (*READ_ERRORS, csv.Error)
     with named_damage(path, damage), _utf8(path), closing(InputFile(path)) as file:
@@ -58,7 +58,9 @@ def csv_rows(path: str, columns: Names, optional: Names, delimiter: str) -> Iter
             place = f"{path} row {number} (to line {reader.line_num})"
             found = len(header) - list(values.values()).count(None) + len(values.pop(None, ()))
             wrong = found != len(header)
-            yield Row(number, place, values, f"{found} fields, not {len(header)}" if wrong else "")
+            yield SourceRow(
+                number, place, values, f"{found} fields, not {len(header)}" if wrong else ""
+            )
 
 
 @contextmanager
@@ -73,7 +75,7 @@ def _utf8(path: str) -> Iterator[None]:
         ) from None
 
 
-def parquet_rows(path: str, columns: Names, optional: Names) -> Iterator[Row]:
+def parquet_rows(path: str, columns: Names, optional: Names) -> Iterator[SourceRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -84,9 +86,9 @@ def parquet_rows(path: str, columns: Names, optional: Names) -> Iterator[Row]:
         yield from table_rows(path, batches)
 
 
-def table_rows(path: str, tables: Iterator[Any]) -> Iterator[Row]:
+def table_rows(path: str, tables: Iterator[Any]) -> Iterator[SourceRow]:
     values = (row for table in tables for row in table.to_pylist())
-    return (Row(n, f"{path} row {n}", row) for n, row in enumerate(values))
+    return (SourceRow(n, f"{path} row {n}", row) for n, row in enumerate(values))
 
 
 def _shown(name: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from data_prep.clones import has_card, is_shard
 from data_prep.compressed import COMPRESSED, named_damage
 from data_prep.hf_datasets import check_reachable
-from data_prep.row import Row
+from data_prep.row import SourceRow
 from data_prep.row_files import (
     BATCH,
     Names,
@@ -44,7 +44,7 @@ class BadRows:
     def __len__(self) -> int:
         return len(self._known)
 
-    def add(self, row: Row, reason: str) -> None:
+    def add(self, row: SourceRow, reason: str) -> None:
         """Count a row. Raise DataError when so many rows are bad that the rest need not be read."""
         if row.number in self._known:
             return
@@ -73,7 +73,7 @@ class Source(Protocol):
     def identity(self, split: str) -> list[Any]:
         """Return a value that is equal if the rows of the split are equal."""
 
-    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
+    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[SourceRow]:
         """Yield all rows in order. Raise DataError for a missing column or a damaged file.
 
         Args:
@@ -149,7 +149,7 @@ class _Files:
     def label_names(self, split: str, column: str) -> tuple[str, ...] | None:
         return None
 
-    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
+    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[SourceRow]:
         file = self._file(split)
         ending = _parts(file.name)[1]
         if ending == ".parquet":
@@ -191,7 +191,7 @@ class _Folder:
     def label_names(self, split: str, column: str) -> tuple[str, ...] | None:
         return self._source(split).label_names(split, column)
 
-    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
+    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[SourceRow]:
         return self._source(split).rows(split, columns, optional)
 
     def _source(self, split: str) -> Source:
@@ -224,7 +224,7 @@ class _Set:
         names = getattr(self._split(split).features.get(column), "names", None)
         return tuple(names) if names else None
 
-    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[Row]:
+    def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[SourceRow]:
         found = self._split(split)
         read = check_columns(self._name, found.column_names, columns, optional)
         with named_damage(self._name, (Exception,)):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from data_prep.part_files import part_name
 from data_prep.streams import Stream
-from data_prep.work_folder import Run
+from data_prep.work_folder import PrepRun
 
 
 class PartScheduler:
@@ -19,7 +19,7 @@ class PartScheduler:
         start: where to begin, a share of the input in [0, 1).
     """
 
-    def __init__(self, run: Run, streams: Sequence[Stream], keys: Sequence[str], start: float):
+    def __init__(self, run: PrepRun, streams: Sequence[Stream], keys: Sequence[str], start: float):
         self._run = run
         self._streams = streams
         self._keys = keys

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from data_prep.messages import Messages
-from data_prep.row import Row
+from data_prep.row import SourceRow
 
 
 @dataclass(frozen=True)
 class Fields:
     """The content of a row, by the task."""
 
-    row: Row
+    row: SourceRow
     texts: tuple[str, ...]
     label: str = ""
     messages: Messages = field(default_factory=list)

@@ -54,7 +54,7 @@ class OpenFile(Protocol):
         """Bytes on disk."""
 
     def records(self, text_field: str) -> Iterator[Record]:
-        """Yield every document in order, or a `Fault` in its place.
+        """Yield every document in order, or a `BadRecord` in its place.
 
         Raises:
             DataError: no such column, or a file that cannot be read to its end.

@@ -13,7 +13,7 @@ from typing import Literal
 from data_prep.inputs import find_streams
 from data_prep.output import staged
 from data_prep.part_reader import read_streams
-from data_prep.records import BadRecords, Fault
+from data_prep.records import BadRecord, BadRecordCounter
 from megalite.errors import DataError
 from megalite.files import sync_file
 from megalite.log import logger
@@ -100,9 +100,9 @@ def chunks(document: str) -> Iterator[str]:
 
 
 def _documents(options: TrainOptions) -> Iterator[str]:
-    bad = BadRecords(options.max_bad_records)
+    bad = BadRecordCounter(options.max_bad_records)
     for record in read_streams(find_streams(options.inputs), options.text_field):
-        if isinstance(record, Fault):
+        if isinstance(record, BadRecord):
             bad.add(record)
         else:
             yield record

@@ -24,10 +24,10 @@ from safetensors.numpy import save_file
 from data_prep.encoder import Encoder
 from data_prep.part_files import Counts, PartHeader, inspect_part, part_name, sha256_of
 from data_prep.part_reader import PartReader
-from data_prep.records import BadRecords, Fault
+from data_prep.records import BadRecord, BadRecordCounter
 from data_prep.scheduler import PartScheduler
 from data_prep.streams import Stream
-from data_prep.work_folder import Run
+from data_prep.work_folder import PrepRun
 
 _BATCH_CHARACTERS = 1 << 20  # encoded at once
 _KEPT_FAULTS = 20  # a part, with their places
@@ -44,7 +44,7 @@ class Worker:
     """
 
     def __init__(
-        self, run: Run, streams: Sequence[Stream], encoder: Encoder, *, place: int, places: int
+        self, run: PrepRun, streams: Sequence[Stream], encoder: Encoder, *, place: int, places: int
     ) -> None:
         self._run = run
         self._streams = streams
@@ -53,7 +53,7 @@ class Worker:
         self._name = f"{place:05d}"
         self._scheduler = PartScheduler(run, streams, self.keys, place / places)
         # of all workers together; one that alone finds more bad records stops all
-        self._bad = BadRecords(encoder.options.max_bad_records)
+        self._bad = BadRecordCounter(encoder.options.max_bad_records)
         self._reader = PartReader(encoder.options.text_field)
         self._tally = Counts()
         self._covered = 0
@@ -143,7 +143,7 @@ class Worker:
         batch = list[str]()
         characters = 0
         for record in self._reader.read(stream, part):
-            if isinstance(record, Fault):
+            if isinstance(record, BadRecord):
                 self._bad.add(record)
                 tally.bad_records += 1
                 if len(faults) < _KEPT_FAULTS:
@@ -163,7 +163,7 @@ class Worker:
 
 
 def wait(
-    run: Run, ready: Callable[[], bool], do_left: Callable[[], None], *, longest: float = 0.0
+    run: PrepRun, ready: Callable[[], bool], do_left: Callable[[], None], *, longest: float = 0.0
 ) -> None:
     """Wait until `ready`. If nothing more gets done, do what other workers seem to have left.
 
@@ -188,7 +188,7 @@ def wait(
             since = time.monotonic()
 
 
-def missing(run: Run, streams: Sequence[Stream], keys: Sequence[str]) -> list[tuple[int, int]]:
+def missing(run: PrepRun, streams: Sequence[Stream], keys: Sequence[str]) -> list[tuple[int, int]]:
     """Return the parts that are not done; of a stream of unknown end, the first such part."""
     done = run.done()
     left = list[tuple[int, int]]()

@@ -41,7 +41,7 @@ _SILENCE = 60.0  # seconds
 _BEAT = 1.0  # seconds
 
 
-class Run:
+class PrepRun:
     """The files of one run."""
 
     def __init__(self, folder: Path) -> None:
@@ -164,7 +164,7 @@ class WorkFolder:
         self._publishing = self.path / "publishing.json"
 
     @contextmanager
-    def lead(self) -> Iterator[Run]:
+    def lead(self) -> Iterator[PrepRun]:
         """Start a new run that this process leads. Other ranks find it by `follow` once it has a
         plan.
 
@@ -183,7 +183,7 @@ class WorkFolder:
                 self._publishing.unlink(missing_ok=True)
                 for old in self.path.glob("run-*"):
                     shutil.rmtree(old, ignore_errors=True)
-                run = Run(self.path / f"run-{secrets.token_hex(4)}")
+                run = PrepRun(self.path / f"run-{secrets.token_hex(4)}")
                 run.create()
                 yield run
             except BaseException as error:
@@ -193,20 +193,20 @@ class WorkFolder:
             finally:
                 os.close(lock)
 
-    def start(self, run: Run) -> None:
+    def start(self, run: PrepRun) -> None:
         """Let the other ranks join the run."""
         run.beat()
         current = {"run": run.folder.name, "asked": self._request, "launch": self._launch}
         write(self._current, current)
 
-    def follow(self) -> Run | None:
+    def follow(self) -> PrepRun | None:
         """Return the run that rank 0 of this launch leads here; None if it leads none."""
         current = self._current_if_same()
         if current is None or current["launch"] != self._launch:
             return None
-        return Run(self.path / current["run"])
+        return PrepRun(self.path / current["run"])
 
-    def publish(self, run: Run) -> None:
+    def publish(self, run: PrepRun) -> None:
         """Give complete folders their names.
 
         The training shards come last, so their folder shows that all is there. After a kill in
@@ -229,11 +229,11 @@ class WorkFolder:
             return
         lock = _lock(self.path / "lock", self.output)
         try:
-            self._rename(Run(self.path / found["run"]))
+            self._rename(PrepRun(self.path / found["run"]))
         finally:
             os.close(lock)
 
-    def _rename(self, run: Run) -> None:
+    def _rename(self, run: PrepRun) -> None:
         for staging, final in ((run.valid, self._valid_output), (run.shards, self.output)):
             if final is not None and staging.exists():
                 final.parent.mkdir(parents=True, exist_ok=True)

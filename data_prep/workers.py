@@ -14,13 +14,13 @@ from contextlib import suppress
 from multiprocessing.process import BaseProcess
 
 from data_prep.streams import Stream
-from data_prep.work_folder import Run
+from data_prep.work_folder import PrepRun
 from megalite import log
 from megalite.errors import MegaLiteError
 
 _LOOK = 0.5  # seconds
 
-Work = Callable[[Run, Sequence[Stream], int], None]
+Work = Callable[[PrepRun, Sequence[Stream], int], None]
 
 
 class WorkerPool:
@@ -30,7 +30,7 @@ class WorkerPool:
     whose libraries do not survive a fork.
     """
 
-    def __init__(self, work: Work, run: Run, streams: Sequence[Stream], count: int) -> None:
+    def __init__(self, work: Work, run: PrepRun, streams: Sequence[Stream], count: int) -> None:
         self.idle = count == 0  # nobody works but the caller
         forks = sys.platform == "linux" and "mpi4py.MPI" not in sys.modules
         context = mp.get_context("fork" if forks else "spawn")
@@ -66,7 +66,9 @@ class WorkerPool:
             process.join()
 
 
-def _be_worker(work: Work, run: Run, streams: Sequence[Stream], parent: int, number: int) -> None:
+def _be_worker(
+    work: Work, run: PrepRun, streams: Sequence[Stream], parent: int, number: int
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the parent's to handle
     if not log.logger.handlers:
         log.setup()
@@ -82,7 +84,7 @@ def _be_worker(work: Work, run: Run, streams: Sequence[Stream], parent: int, num
     os._exit(0)
 
 
-def _fail(run: Run, error: Exception) -> None:
+def _fail(run: PrepRun, error: Exception) -> None:
     if not isinstance(error, MegaLiteError):
         from_disk = isinstance(error, OSError)
         error = MegaLiteError(f"the disk refused: {error}" if from_disk else traceback.format_exc())

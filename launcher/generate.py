@@ -15,7 +15,7 @@ from megalite.log import printable_pieces
 from megalite.workflows import make_answerer
 
 if TYPE_CHECKING:
-    from data_prep.conversations import Question
+    from data_prep.conversations import Conversation
     from megalite.evaluate import LoadedModel, Sampling
     from megalite.parallel import Grid
 
@@ -151,11 +151,11 @@ def converse(
     opened: LoadedModel,
     arguments: argparse.Namespace,
     sampling: Sampling,
-    questions: list[Question] | None,
+    questions: list[Conversation] | None,
     grid: Grid | None,
 ) -> Iterator[str]:
     """Yield what is printed of a chat: answers alone, or JSON lines."""
-    from data_prep.conversations import Question, replace_system
+    from data_prep.conversations import Conversation, replace_system
     from megalite.evaluate import in_order, json_lines, read_turns
 
     answerer = make_answerer(
@@ -177,7 +177,7 @@ def converse(
         return
     prompts = arguments.prompt or []
     asked = questions or [
-        Question([*system, {"role": "user", "content": prompt}]) for prompt in prompts
+        Conversation([*system, {"role": "user", "content": prompt}]) for prompt in prompts
     ]
     pieces = answerer.answers(asked)
     if arguments.json:

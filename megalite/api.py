@@ -263,10 +263,10 @@ class Model:
             return "".join(piece for _, piece in pieces)
 
     def _answer(self, messages: Messages, max_new_tokens: int, sampling: Sampling) -> str:
-        from data_prep.conversations import Question
+        from data_prep.conversations import Conversation
 
         answerer = make_answerer(self._loaded, max_new_tokens=max_new_tokens, sampling=sampling)
-        question = Question([dict(message) for message in messages])
+        question = Conversation([dict(message) for message in messages])
         return "".join(piece for _, piece in answerer.answers([question]))
 
     def loss(self, text: str) -> float:

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.row import Row
+from data_prep.row import SourceRow
 from data_prep.split_arrays import Example, Fields, SplitArrays
 from megalite.config import ExamplesConfig
 from megalite.errors import DataError
-from megalite.formats.examples import edges
+from megalite.formats.examples import prefix_and_suffix_ids
 from megalite.tokenizers.tokenizer import Tokenizer
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -61,7 +61,7 @@ class ExampleTask:
     def choose_labels(self, training_rows: Callable[[], Iterator[Fields]]) -> None:
         """Set `labels` before tokens are made; only a task with labels reads the rows for it."""
 
-    def read(self, row: Row) -> Fields:
+    def read(self, row: SourceRow) -> Fields:
         """Return the content of a row.
 
         Raises:
@@ -75,7 +75,7 @@ class ExampleTask:
         Raises:
             DataError: `max_length` leaves no token of a text.
         """
-        self.before, self.after = edges(tokenizer, leads=self.leads_with_bos())
+        self.before, self.after = prefix_and_suffix_ids(tokenizer, leads=self.leads_with_bos())
         most = self.context.data.max_length
         if most <= len(self.before) + len(self.after):
             raise DataError(

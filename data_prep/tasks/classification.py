@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from data_prep.labels import describe_similar, label_name
 from data_prep.records import Unusable
-from data_prep.row import Row
+from data_prep.row import SourceRow
 from data_prep.split_arrays import Example, Fields, SplitArrays
 from data_prep.tasks.base import Arrays, ExampleTask, TaskContext
 from data_prep.tasks.texts import require_tokens, surround
@@ -63,7 +63,7 @@ class Classification(ExampleTask):
             raise DataError(f"finetune.data.labels {', '.join(labels)}: one is there twice")
         self.labels = {label: number for number, label in enumerate(labels)}
 
-    def read(self, row: Row) -> Fields:
+    def read(self, row: SourceRow) -> Fields:
         data = self.context.data
         text = row.text(data.text_column)
         if self.optional and self._means_no_label(row.values.get(data.label_column)):

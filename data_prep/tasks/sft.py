@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from data_prep.chat import Chat
 from data_prep.messages import OPTIONAL_COLUMNS, read_conversation
 from data_prep.records import Unusable
-from data_prep.row import Row
+from data_prep.row import SourceRow
 from data_prep.split_arrays import Example, Fields
 from data_prep.tasks.base import ExampleTask, TaskContext
 from megalite.config import ExamplesConfig
@@ -27,7 +27,7 @@ class SupervisedFineTuning(ExampleTask):
             return [data.prompt_column, data.response_column]
         return [data.messages_column]
 
-    def read(self, row: Row) -> Fields:
+    def read(self, row: SourceRow) -> Fields:
         messages, tools = read_conversation(row, self.columns)
         return Fields(row, (), messages=messages, tools=tools)
 

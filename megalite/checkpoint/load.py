@@ -43,7 +43,7 @@ def _weights_of(model: ModelConfig) -> Callable[[arch.ParameterSpec], Sequence[s
 
 def find_newest(
     root: Path, grid: Grid
-) -> tuple[tuple[Path, disk.Manifest] | None, tuple[Path, ...]]:
+) -> tuple[tuple[Path, disk.CheckpointManifest] | None, tuple[Path, ...]]:
     """Return the newest valid checkpoint below `root`, and the damaged ones that are newer.
 
     The faults of damaged ones are logged; the caller decides on `set_aside_damaged`. The contents
@@ -65,7 +65,7 @@ def find_newest(
 
 def open_checkpoint(
     path: Path, grid: Grid | None = None, *, weights_only: bool = False
-) -> tuple[Path, disk.Manifest]:
+) -> tuple[Path, disk.CheckpointManifest]:
     """Return a checkpoint by its own folder or its run's, checked.
 
     If `path` is a run folder, its newest published checkpoint is used.
@@ -141,7 +141,12 @@ def _best_first(folders: list[Path]) -> list[Path]:
 
 
 def restore(
-    engine: Engine, config: RunConfig, *, grid: Grid, folder: Path, manifest: disk.Manifest
+    engine: Engine,
+    config: RunConfig,
+    *,
+    grid: Grid,
+    folder: Path,
+    manifest: disk.CheckpointManifest,
 ) -> Progress:
     """Set weights, optimizer states and counters; a collective of all ranks.
 
@@ -176,7 +181,12 @@ def restore(
 
 
 def load_weights(
-    engine: Engine, model: ModelConfig, *, grid: Grid, folder: Path, manifest: disk.Manifest
+    engine: Engine,
+    model: ModelConfig,
+    *,
+    grid: Grid,
+    folder: Path,
+    manifest: disk.CheckpointManifest,
 ) -> None:
     """Set only the weights, for a new run that starts from another run's; raises as `restore`.
 
@@ -280,7 +290,7 @@ def _start_receiving(
 
 
 def refuse_other_model(
-    model: ModelConfig, folder: Path, manifest: disk.Manifest, *, base: bool = False
+    model: ModelConfig, folder: Path, manifest: disk.CheckpointManifest, *, base: bool = False
 ) -> ModelConfig:
     """Refuse a checkpoint whose tensors have other names or shapes.
 
@@ -308,7 +318,7 @@ def refuse_other_model(
 
 def _check(
     folder: Path, grid: Grid | None, *, weights_only: bool = False, tensors: bool = True
-) -> tuple[list[str], disk.Manifest | None]:
+) -> tuple[list[str], disk.CheckpointManifest | None]:
     """Return the problems of a checkpoint; each rank hashes a share of the files.
 
     Args:
@@ -317,7 +327,7 @@ def _check(
     Raises:
         OtherVersion: on every rank.
     """
-    manifest: disk.Manifest | None = None
+    manifest: disk.CheckpointManifest | None = None
     refusal: OtherVersion | None = None
     mine = list[str]()
     try:

@@ -16,7 +16,7 @@ from megalite.checkpoint.lease import Lease
 from megalite.checkpoint.owners import owned_parameters, read_canonical
 from megalite.checkpoint.progress import Progress
 from megalite.checkpoint.retention import publish_or_replace
-from megalite.checkpoint.write import Snapshot, Writer, attempt
+from megalite.checkpoint.write import CheckpointWriter, Snapshot, attempt
 from megalite.config import RunConfig
 from megalite.engine import WEIGHT, Engine
 from megalite.errors import CheckpointError, MegaLiteError, NoSpace, Superseded
@@ -70,7 +70,7 @@ class Saver:
         }
         self._mark = grid.all_gather_objects(secrets.token_hex(4))[0]
         self._bytes = checkpoint_bytes(config)
-        self._writer: Writer | None = None
+        self._writer: CheckpointWriter | None = None
         self._draft: _Draft | None = None
         self._snapshot: Snapshot = {}
         self.seconds = 0.0  # that the last save took on this rank, without waiting for others
@@ -108,7 +108,9 @@ class Saver:
             fault = attempt(lambda: _prepare(root, staging, lease, needed))
         self._agree(fault, None)
         self.begun += 1
-        self._writer = writer = Writer(staging, grid.rank, self._snapshot if snapshot else None)
+        self._writer = writer = CheckpointWriter(
+            staging, grid.rank, self._snapshot if snapshot else None
+        )
         for owner in owned_parameters(engine, config.model, grid):
             for state in (WEIGHT, *state_names(config, owner.row)):
                 writer.add(state, read_canonical(engine, owner, state, grid))
@@ -221,7 +223,7 @@ class _Draft:
                 files.sync_file(path)
                 entries[name] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
         whole = arch.tensors(self.config.model)
-        manifest = disk.Manifest(
+        manifest = disk.CheckpointManifest(
             format="megalite-checkpoint-1",
             step=self.progress.step,
             samples=self.progress.samples,

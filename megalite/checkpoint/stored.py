@@ -36,7 +36,7 @@ class StoredCheckpoint:
     """The tensors of a checkpoint folder."""
 
     folder: Path
-    manifest: disk.Manifest
+    manifest: disk.CheckpointManifest
 
     def read(self, tensor: str, state: str, target: Tensor, box: tuple[slice, ...]) -> None:
         entry = self.manifest.tensors.get(tensor)

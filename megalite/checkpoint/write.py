@@ -29,7 +29,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)  # a quota shows free space until it is met
 Snapshot = dict[tuple[str, str], Tensor]
 
 
-class Writer:
+class CheckpointWriter:
     """Takes tensors, and writes them in files of one state each.
 
     A thread writes, syncs and hashes; hashing and the disk leave the interpreter to others. The

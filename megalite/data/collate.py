@@ -15,7 +15,7 @@ from megalite.config import RunConfig
 from megalite.config.tasks import find_task
 from megalite.data.batch import Arrays
 from megalite.data.order import Ints
-from megalite.formats.examples import Split
+from megalite.formats.examples import ExampleSplit
 
 _ROUND = 8  # tokens; shapes that matrix units like, and fewer of them
 
@@ -38,7 +38,7 @@ class Collator:
         ranks = config.parallel.tensor if config.parallel.sequence else 1
         self._multiple = math.lcm(_ROUND, ranks)
 
-    def collate(self, split: Split, numbers: Ints, texts: Sequence[Ints]) -> Arrays:
+    def collate(self, split: ExampleSplit, numbers: Ints, texts: Sequence[Ints]) -> Arrays:
         """Return the arrays of a batch.
 
         Args:

@@ -19,7 +19,12 @@ from megalite.data.batch import Batch
 from megalite.data.collate import Collator
 from megalite.data.order import Ints, derive_key, permute
 from megalite.data.packing import assemble, pack
-from megalite.formats.examples import ExamplesManifest, Split, fingerprint, open_split
+from megalite.formats.examples import (
+    ExamplesManifest,
+    ExampleSplit,
+    examples_fingerprint,
+    open_split,
+)
 
 
 class ExampleSet:
@@ -43,11 +48,11 @@ class ExampleSet:
         shuffle: bool = True,
     ) -> None:
         assert config.finetune is not None
-        self.split: Split = open_split(folder, manifest, split)
+        self.split: ExampleSplit = open_split(folder, manifest, split)
         self.manifest = manifest
         self.tokenizer_folder = folder / "tokenizer"
         self.tokenizer_sha256 = manifest.tokenizer_sha256
-        self.content_fingerprint = f"{fingerprint(manifest)}/{split}"
+        self.content_fingerprint = f"{examples_fingerprint(manifest)}/{split}"
         self._shuffle = shuffle
         self._seed = config.data.seed
         self._longest = config.data.sequence_length

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from megalite.formats.examples import Split
+from megalite.formats.examples import ExampleSplit
 
 _Ints: TypeAlias = npt.NDArray[np.int64]
 _Baselines: TypeAlias = "dict[str, dict[str, float]]"
@@ -30,7 +30,7 @@ _GUESSES = 1 << 29  # held-out tokens times labels that are scored: under a minu
 _PARTS = 32  # of a held-out split of which not all is read
 
 
-def measure_baselines(train: Split, held_out: Split, num_labels: int) -> _Baselines:
+def measure_baselines(train: ExampleSplit, held_out: ExampleSplit, num_labels: int) -> _Baselines:
     """Return accuracy and macro F1 on `held_out` of what `train` alone says; the same each time.
 
     Time is bounded, because one rank measures while the others wait.
@@ -53,7 +53,7 @@ def measure_baselines(train: Split, held_out: Split, num_labels: int) -> _Baseli
 class _Bayes:
     """The bag of words, learned from a split with labels."""
 
-    def __init__(self, train: Split, counts_C: _Ints) -> None:
+    def __init__(self, train: ExampleSplit, counts_C: _Ints) -> None:
         self._C = C = len(counts_C)
         self._F = F = min(_BUCKETS, 1 << (_CELLS // C).bit_length() - 1)
         self._prior_C = np.log(np.maximum(counts_C, 1e-9) / counts_C.sum())
@@ -78,7 +78,7 @@ class _Bayes:
         self._seen_CF = seen_CF
         self._smoothing = _SMOOTHINGS[int(np.argmax(right))]
 
-    def predict(self, split: Split) -> tuple[_Ints, _Ints]:
+    def predict(self, split: ExampleSplit) -> tuple[_Ints, _Ints]:
         """Return examples and the likeliest label of each: all, or evenly spread parts."""
         most = min(_MOST, _GUESSES // self._C)
         step = -(-len(split.tokens) // most)
@@ -111,7 +111,7 @@ def _count(into_CF: npt.NDArray[np.float32], labels: _Ints, features: _Ints) -> 
         into_CF[label] += np.bincount(features[labels == label], minlength=into_CF.shape[1])
 
 
-def _parts(split: Split, chunk: int, *, step: int = 1) -> Iterator[tuple[int, int]]:
+def _parts(split: ExampleSplit, chunk: int, *, step: int = 1) -> Iterator[tuple[int, int]]:
     """Yield first and last + 1 of examples that have about `chunk` tokens, or that are one.
 
     Args:
@@ -129,7 +129,7 @@ def _parts(split: Split, chunk: int, *, step: int = 1) -> Iterator[tuple[int, in
             yield first, last
 
 
-def _features(split: Split, first: int, last: int, F: int) -> tuple[_Ints, _Ints]:
+def _features(split: ExampleSplit, first: int, last: int, F: int) -> tuple[_Ints, _Ints]:
     """Return examples and the buckets of their tokens and pairs, each once an example."""
     bounds = np.asarray(split.bounds)
     tokens = np.asarray(split.tokens[bounds[first] : bounds[last]], np.uint64) + np.uint64(1)
@@ -151,7 +151,7 @@ def _mix(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return mixed
 
 
-def _labels(split: Split) -> _Ints:
+def _labels(split: ExampleSplit) -> _Ints:
     assert split.labels is not None
     return np.asarray(split.labels)
 

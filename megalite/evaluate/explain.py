@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megalite.errors import CommandError
 from megalite.evaluate.explain_page import Explanation, explain_page
 from megalite.evaluate.loading import LoadedModel
-from megalite.formats.examples import edges
+from megalite.formats.examples import prefix_and_suffix_ids
 from megalite.model import LanguageModel
 from megalite.model.attention import CrossAttention
 
@@ -67,7 +67,7 @@ def explain_text(loaded: LoadedModel, text: str, label: str | None = None) -> st
         raise CommandError(f"--label {label}: its labels are {', '.join(names)}")
     ids, spans = loaded.tokenizer.encode_with_offsets(text, [(0, len(text))])
     loaded.check_ids(ids)
-    before, after = edges(loaded.tokenizer, leads=config.architecture == "encoder")
+    before, after = prefix_and_suffix_ids(loaded.tokenizer, leads=config.architecture == "encoder")
     room = run.finetune.data.max_length - len(before) - len(after)
     cut = max(0, len(ids) - room)
     ids = ids[:room]

@@ -66,7 +66,7 @@ class TensorEntry(_Entry):
     states: dict[str, StateEntry]
 
 
-class Manifest(_Entry):
+class CheckpointManifest(_Entry):
     """The content of a checkpoint, and the progress of the run that wrote it."""
 
     format: Literal["megalite-checkpoint-1"]
@@ -93,7 +93,7 @@ def other_format(folder: Path) -> str | None:
     return None if str(found).startswith(_FAMILY) else str(found)
 
 
-def files_of_other_states(manifest: Manifest) -> set[str]:
+def files_of_other_states(manifest: CheckpointManifest) -> set[str]:
     """Files that hold no weights, but what an optimizer keeps."""
     states = [s for tensor in manifest.tensors.values() for s in tensor.states.items()]
     weights = {entry.file for state, entry in states if state == WEIGHT}
@@ -105,7 +105,7 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
     """Write the manifest with a checksum of its own content."""
     content = manifest.model_dump(mode="json")
     files.write_json(folder / MANIFEST, {**content, "checksum": _checksum(content)})
@@ -231,7 +231,7 @@ def _read_into(file: FileIO, target: Floats, name: str) -> None:
         raise OSError(f"{name} ends after {done} of {len(view)} bytes")
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> CheckpointManifest:
     """Read and check a manifest.
 
     Raises:
@@ -255,7 +255,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not intact:
         raise CheckpointError(f"{path} was changed or damaged since it was written (checksum)")
     try:
-        manifest = Manifest.model_validate(content)
+        manifest = CheckpointManifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         raise OtherVersion(
@@ -274,7 +274,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _unlisted(manifest: Manifest) -> str | None:
+def _unlisted(manifest: CheckpointManifest) -> str | None:
     """Return the first file that lies outside the folder, or holds a tensor and is not listed."""
     for name in manifest.files:
         if not files.is_inner_path(name):
@@ -321,7 +321,7 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def share(manifest: Manifest, rank: int, ranks: int) -> set[str]:
+def share(manifest: CheckpointManifest, rank: int, ranks: int) -> set[str]:
     """Return the files that one of several ranks checks, so that each reads about as many bytes."""
     loads = [0] * ranks
     mine = set()
@@ -335,7 +335,7 @@ def share(manifest: Manifest, rank: int, ranks: int) -> set[str]:
 
 def damage(
     folder: Path,
-    manifest: Manifest,
+    manifest: CheckpointManifest,
     names: Iterable[str] | None = None,
     *,
     threads: int = 1,

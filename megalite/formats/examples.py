@@ -63,7 +63,7 @@ class ExamplesManifest(_Frozen):
 
 
 @dataclass(frozen=True)
-class Split:
+class ExampleSplit:
     """The examples of a split; arrays are mapped, not read."""
 
     name: str
@@ -71,7 +71,7 @@ class Split:
     tokens: npt.NDArray[np.int32]
     bounds: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
-    learned: npt.NDArray[np.uint8] | None
+    loss_masks: npt.NDArray[np.uint8] | None
     labels: npt.NDArray[np.int64] | None
 
     def __len__(self) -> int:
@@ -88,11 +88,11 @@ class Split:
 
     def loss_mask(self, example: int) -> npt.NDArray[np.bool_]:
         """Return which tokens of an example are learned."""
-        assert self.learned is not None
-        return self.learned[self.bounds[example] : self.bounds[example + 1]].astype(np.bool_)
+        assert self.loss_masks is not None
+        return self.loss_masks[self.bounds[example] : self.bounds[example + 1]].astype(np.bool_)
 
 
-def edges(tokenizer: Tokenizer, *, leads: bool) -> tuple[list[int], list[int]]:
+def prefix_and_suffix_ids(tokenizer: Tokenizer, *, leads: bool) -> tuple[list[int], list[int]]:
     """Return what stands before and after a text: by the tokenizer's settings, else BOS and EOS.
 
     Args:
@@ -123,7 +123,7 @@ def write_split(
     return SplitInfo.model_validate({**sizes, "sha256": hashes, **counted})
 
 
-def read_manifest(folder: Path) -> ExamplesManifest:
+def read_examples_manifest(folder: Path) -> ExamplesManifest:
     """Return the manifest of a folder.
 
     Raises:
@@ -142,7 +142,7 @@ def read_manifest(folder: Path) -> ExamplesManifest:
     return manifest
 
 
-def open_split(folder: Path, manifest: ExamplesManifest, name: str) -> Split:
+def open_split(folder: Path, manifest: ExamplesManifest, name: str) -> ExampleSplit:
     """Map a split after a comparison with its hashes.
 
     Raises:
@@ -167,10 +167,10 @@ def open_split(folder: Path, manifest: ExamplesManifest, name: str) -> Split:
             arrays[kind] = np.load(path, mmap_mode=mode, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{path} cannot be read: {error}; delete {folder}") from None
-    return Split(name, info, **arrays)
+    return ExampleSplit(name, info, loss_masks=arrays.pop("learned"), **arrays)
 
 
-def fingerprint(manifest: ExamplesManifest) -> str:
+def examples_fingerprint(manifest: ExamplesManifest) -> str:
     """Return a hash: equal for equal examples."""
     content = manifest.model_dump(mode="json", include={"task", "labels", "splits"})
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

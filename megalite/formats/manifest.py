@@ -69,7 +69,7 @@ class SourceInfo(_Frozen):
     bad_records: Count
 
 
-class Manifest(_Frozen):
+class ShardManifest(_Frozen):
     """The content of `manifest.json`. `bos` and `eos` are ids put around each document, or null.
 
     Format "mmididx" is of shards without a `manifest.json`: its values then come from their `.idx`
@@ -118,7 +118,7 @@ class Manifest(_Frozen):
         return faults
 
 
-def load_manifest(folder: Path | str) -> Manifest:
+def load_manifest(folder: Path | str) -> ShardManifest:
     """Read and check `folder/manifest.json`.
 
     Raises:
@@ -128,7 +128,7 @@ def load_manifest(folder: Path | str) -> Manifest:
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     try:
-        manifest = Manifest.model_validate_json(read_regular(path))
+        manifest = ShardManifest.model_validate_json(read_regular(path))
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(_absent(folder)) from None
     except ValidationError as error:
@@ -142,13 +142,13 @@ def load_manifest(folder: Path | str) -> Manifest:
     return manifest
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: ShardManifest) -> None:
     """Write `folder/manifest.json`; last of all files, since it declares them complete."""
     assert not (faults := manifest.contradictions()), faults
     write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
 
 
-def fingerprint(manifest: Manifest) -> str:
+def fingerprint(manifest: ShardManifest) -> str:
     """Return 64 hexadecimal digits that are equal if the tokens and the order of shards are equal.
 
     The folder's path, the names of its shards, their sources and the arguments do not matter.

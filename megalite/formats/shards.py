@@ -30,7 +30,7 @@ from megalite.formats.index import (
     read_index,
     write_index,
 )
-from megalite.formats.manifest import Manifest, ShardInfo, fingerprint, load_manifest
+from megalite.formats.manifest import ShardInfo, ShardManifest, fingerprint, load_manifest
 from megalite.formats.verify import bin_path, idx_path
 from megalite.log import logger
 
@@ -87,7 +87,7 @@ def open_shards(
     return ShardSet(path, manifest, verify=verify, files=files, checked=check)
 
 
-def _warn(path: Path, manifest: Manifest, verify: bool) -> None:
+def _warn(path: Path, manifest: ShardManifest, verify: bool) -> None:
     """Say what nobody can know about shards without a manifest."""
     known = bool(manifest.tokenizer.sha256)
     logger.warning(
@@ -186,7 +186,7 @@ class ShardSet:
     def __init__(
         self,
         folder: Path,
-        manifest: Manifest,
+        manifest: ShardManifest,
         *,
         path: Path | None = None,
         verify: bool = False,

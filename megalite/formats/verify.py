@@ -16,8 +16,8 @@ from megalite.formats.index import Index, read_header, read_index
 from megalite.formats.manifest import (
     MANIFEST_NAME,
     UNKNOWN_TOKENIZER,
-    Manifest,
     ShardInfo,
+    ShardManifest,
     TokenizerInfo,
     load_manifest,
 )
@@ -65,7 +65,7 @@ def verify_folder(folder: Path | str) -> list[str]:
     return faults + [f"{file}: not in the manifest" for file in strays]
 
 
-def size_faults(folder: Path, manifest: Manifest, shard: ShardInfo) -> list[str]:
+def size_faults(folder: Path, manifest: ShardManifest, shard: ShardInfo) -> list[str]:
     """Return what the sizes of a shard's files and the header of its `.idx` show: 34 bytes are
     read.
     """
@@ -91,7 +91,7 @@ def megatron_names(path: Path) -> list[str] | None:
     return None if not names or any(map(_OUR_SHARD.fullmatch, names)) else names
 
 
-def describe_megatron(folder: Path, names: list[str], *, vocab_size: int | None) -> Manifest:
+def describe_megatron(folder: Path, names: list[str], *, vocab_size: int | None) -> ShardManifest:
     """Return a manifest of shards that have none, from their `.idx` files, each of which is read
     whole.
 
@@ -120,7 +120,7 @@ def describe_megatron(folder: Path, names: list[str], *, vocab_size: int | None)
         raise DataError("\n".join(faults))
     dtype = next(iter(dtypes))
     tokenizer, ids = _tokenizer_beside(folder)
-    return Manifest.model_construct(
+    return ShardManifest.model_construct(
         format="mmididx",
         dtype=dtype,
         vocab_size=ids or vocab_size or int(np.iinfo(dtype).max) + 1,
@@ -170,7 +170,7 @@ def _tokenizer_beside(folder: Path) -> tuple[TokenizerInfo, int | None]:
     return UNKNOWN_TOKENIZER, tokenizer.vocab_size
 
 
-def check_bin(path: Path, manifest: Manifest, shard: ShardInfo) -> None:
+def check_bin(path: Path, manifest: ShardManifest, shard: ShardInfo) -> None:
     """Raise a DataError unless a `.bin` is there and has the size that the manifest says."""
     try:
         size = os.stat(path).st_size
@@ -195,7 +195,7 @@ def check_hash(path: Path, expected: str, found: str = "") -> None:
         )
 
 
-def checked_index(folder: Path, manifest: Manifest, shard: ShardInfo) -> Index:
+def checked_index(folder: Path, manifest: ShardManifest, shard: ShardInfo) -> Index:
     """Return a shard's `.idx`, compared whole with itself and with the manifest.
 
     Raises:
@@ -214,7 +214,7 @@ def checked_index(folder: Path, manifest: Manifest, shard: ShardInfo) -> Index:
     return index
 
 
-def _check_header(path: Path, manifest: Manifest, shard: ShardInfo) -> None:
+def _check_header(path: Path, manifest: ShardManifest, shard: ShardInfo) -> None:
     try:
         header = read_header(path)
     except DataError as error:
@@ -233,7 +233,7 @@ def _check_header(path: Path, manifest: Manifest, shard: ShardInfo) -> None:
         )
 
 
-def _shard_faults(folder: Path, manifest: Manifest, shard: ShardInfo) -> Iterator[str]:
+def _shard_faults(folder: Path, manifest: ShardManifest, shard: ShardInfo) -> Iterator[str]:
     path = bin_path(folder, shard.name)
     yield from (stale := fault_of(checked_index, folder, manifest, shard))
     if sizes := fault_of(check_bin, path, manifest, shard):
@@ -247,7 +247,7 @@ def _shard_faults(folder: Path, manifest: Manifest, shard: ShardInfo) -> Iterato
         yield from fault_of(_check_ends, folder, manifest, shard)
 
 
-def _check_ends(folder: Path, manifest: Manifest, shard: ShardInfo) -> None:
+def _check_ends(folder: Path, manifest: ShardManifest, shard: ShardInfo) -> None:
     """Check that documents begin with the manifest's `bos` and end with its `eos`."""
     path = bin_path(folder, shard.name)
     index = checked_index(folder, manifest, shard)
@@ -267,7 +267,7 @@ def _check_ends(folder: Path, manifest: Manifest, shard: ShardInfo) -> None:
             )
 
 
-def _scan(path: Path, manifest: Manifest) -> tuple[str, int, int]:
+def _scan(path: Path, manifest: ShardManifest) -> tuple[str, int, int]:
     """Return a `.bin`'s SHA-256, its highest id (a negative one counts as huge) and where that
     stands.
     """
@@ -287,7 +287,7 @@ def _scan(path: Path, manifest: Manifest) -> tuple[str, int, int]:
     return digest.hexdigest(), highest, place
 
 
-def _tokenizer_faults(folder: Path, manifest: Manifest) -> list[str]:
+def _tokenizer_faults(folder: Path, manifest: ShardManifest) -> list[str]:
     path = folder / manifest.tokenizer.path
     expected = manifest.tokenizer.sha256
     if not path.is_file():

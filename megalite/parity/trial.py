@@ -16,7 +16,7 @@ from megalite import registry
 from megalite.config import ModelConfig, RunConfig, parse_config
 from megalite.errors import CommandError
 from megalite.files import sha256_file
-from megalite.formats.manifest import Manifest, TokenizerInfo, write_manifest
+from megalite.formats.manifest import ShardManifest, TokenizerInfo, write_manifest
 from megalite.formats.shards import ShardWriter
 from megalite.log import logger
 from megalite.parity.layouts import ParityLayout
@@ -177,7 +177,7 @@ def write_shards(folder: Path, *, vocab_size: int, tokens: int) -> None:
             writer.add_document(ids)
         shard = writer.close()
     digest = sha256_file(folder / "tokenizer" / name)
-    manifest = Manifest(
+    manifest = ShardManifest(
         dtype="uint16" if vocab_size <= 1 << 16 else "int32",
         vocab_size=vocab_size,
         tokenizer=TokenizerInfo(path=f"tokenizer/{name}", sha256=digest),

@@ -21,7 +21,7 @@ _RECORDED = (
 def find_changes(
     before: dict[str, Any],
     after: dict[str, Any],
-    manifest: disk.Manifest,
+    manifest: disk.CheckpointManifest,
     data_fingerprint: str,
     tokenizer_sha256: str,
 ) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def _follows_steps(schedule: dict[str, Any]) -> bool:
     )
 
 
-def moved_defaults(manifest: disk.Manifest, now: Mapping[str, Any]) -> dict[str, Any]:
+def moved_defaults(manifest: disk.CheckpointManifest, now: Mapping[str, Any]) -> dict[str, Any]:
     """DeepSpeed's own defaults that another release has set otherwise; each with a warning."""
     found = {}
     for key, value in now.items():

@@ -19,7 +19,7 @@ from megalite.errors import ConfigError, UserError
 from megalite.evaluate import mean_loss, perplexity
 from megalite.evaluate.tasks import classification
 from megalite.formats import checkpoint as disk
-from megalite.formats.examples import ExamplesManifest, read_manifest
+from megalite.formats.examples import ExamplesManifest, read_examples_manifest
 from megalite.log import finite, logger
 from megalite.observe import Recorder
 from megalite.parallel import Grid
@@ -51,7 +51,7 @@ def complete(options: RunOptions, grid: Grid) -> RunOptions:
     folder, fault = grid.all_gather_objects(made)[0]
     if fault is not None:
         raise fault
-    manifest = read_manifest(folder)
+    manifest = read_examples_manifest(folder)
     grows = options.init_from is not None
     config, total = _filled(options.config, folder, manifest, grows=grows)
     return replace(options, config=config, examples=folder, total_samples=total)
@@ -121,7 +121,7 @@ def _check_freeze(config: RunConfig) -> None:
 
 def open_examples(config: RunConfig, folder: Path) -> dict[str, ExampleSet]:
     """Return the splits that exist, by name, each in its own order."""
-    manifest = read_manifest(folder)
+    manifest = read_examples_manifest(folder)
     return {
         name: ExampleSet(folder, manifest, name, config, shuffle=False) for name in manifest.splits
     }

@@ -17,7 +17,7 @@ from megalite.env import Launch
 from megalite.errors import CommandError, DataError, UserError
 from megalite.evaluate.samples import Ask, Prompts, open_prompts
 from megalite.formats import checkpoint as disk
-from megalite.formats.examples import read_manifest
+from megalite.formats.examples import read_examples_manifest
 from megalite.parallel import Grid, start
 from megalite.plan import Plan, deepspeed_dict, make_plan
 from megalite.train.changes import ALLOWABLE, flat
@@ -168,7 +168,7 @@ def open_shards(config: RunConfig) -> tuple[Dataset, Dataset | None]:
 
 
 def _open_examples(config: RunConfig, folder: Path) -> ExampleSet:
-    train = ExampleSet(folder, read_manifest(folder), "train", config)
+    train = ExampleSet(folder, read_examples_manifest(folder), "train", config)
     size = config.training.global_batch_size
     if size > train.num_samples:
         raise DataError(

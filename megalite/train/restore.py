@@ -80,7 +80,10 @@ def _states(resume_point: ResumePoint) -> dict[str, set[str]]:
 
 
 def samples_at(
-    resume_point: ResumePoint | None, folder: Path, manifest: disk.Manifest, config: RunConfig
+    resume_point: ResumePoint | None,
+    folder: Path,
+    manifest: disk.CheckpointManifest,
+    config: RunConfig,
 ) -> int:
     """Return the position of a checkpoint of this run in the data order of this start.
 

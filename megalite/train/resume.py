@@ -64,7 +64,7 @@ class ResumePoint:
     """
 
     folder: Path
-    manifest: disk.Manifest | None
+    manifest: disk.CheckpointManifest | None
     changes: dict[str, Any]
     progress: Progress
     weights_only: bool = False
@@ -75,7 +75,7 @@ class ResumePoint:
     orders: tuple[str | None, str | None] = (None, None)
 
 
-_Found = tuple[tuple[Path, disk.Manifest] | None, tuple[Path, ...]]
+_Found = tuple[tuple[Path, disk.CheckpointManifest] | None, tuple[Path, ...]]
 
 
 def check_resume(root: Path, resume: str) -> None:
@@ -176,7 +176,7 @@ def _refuse_changes(changed: Mapping[str, Any], allow: tuple[str, ...], folder: 
         )
 
 
-def _refuse_shorter(config: RunConfig, folder: Path, manifest: disk.Manifest) -> None:
+def _refuse_shorter(config: RunConfig, folder: Path, manifest: disk.CheckpointManifest) -> None:
     """Raise CommandError if the checkpoint has taken more steps than the run is to take."""
     if manifest.step > config.training.steps:
         raise CommandError(
@@ -254,7 +254,7 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
 
 def _weights_of(
     folder: Path,
-    manifest: disk.Manifest | None,
+    manifest: disk.CheckpointManifest | None,
     changes: dict[str, Any],
     *,
     weights: TensorSource | None,
@@ -272,7 +272,7 @@ def _weights_of(
 
 
 def stored_config(
-    folder: Path, manifest: disk.Manifest, own: Mapping[str, Any] | None = None
+    folder: Path, manifest: disk.CheckpointManifest, own: Mapping[str, Any] | None = None
 ) -> RunConfig:
     """Return the run file of a checkpoint. A field that is newer than it has its default.
 
@@ -362,7 +362,7 @@ def _is_repeated(run: Path, asked: Path, grid: Grid) -> bool:
 
 def _open(
     option: str, path: str, grid: Grid, *, weights_only: bool = False
-) -> tuple[Path, disk.Manifest]:
+) -> tuple[Path, disk.CheckpointManifest]:
     try:
         return open_checkpoint(Path(path), grid, weights_only=weights_only)
     except (CheckpointError, CommandError) as error:

@@ -146,7 +146,7 @@ def read_shards(folder: Path) -> None:
 
 
 def read_examples(folder: Path) -> None:
-    manifest = examples.read_manifest(folder / "examples")
+    manifest = examples.read_examples_manifest(folder / "examples")
     for name in manifest.splits:
         split = examples.open_split(folder / "examples", manifest, name)
         for number in range(min(3, len(split))):

@@ -44,7 +44,7 @@ def _end(processes: list[Any], victim: int) -> None:
         process.join()
 
 
-def _published(root: Path) -> dict[str, disk.Manifest]:
+def _published(root: Path) -> dict[str, disk.CheckpointManifest]:
     """Return every published checkpoint, each whole."""
     found = {}
     for folder in disk.published(root):
@@ -67,7 +67,7 @@ def _soak(
     }
     raw = run_file(shards, tmp_path / "killed", **sections)
     root = tmp_path / "killed" / "run" / "checkpoints"
-    before: dict[str, disk.Manifest] = {}
+    before: dict[str, disk.CheckpointManifest] = {}
     for number in range(kills):
         processes = start_ranks(_rank, 2, raw)
         newest = max(before, default="")

@@ -51,7 +51,7 @@ def publish(
         )
         for name in ("config.json", "weights")
     }
-    manifest = disk.Manifest(
+    manifest = disk.CheckpointManifest(
         format="megalite-checkpoint-1",
         step=step,
         samples=step * 4,

@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.examples import prepare
-from megalite.formats.examples import ExamplesManifest, Split, open_split, read_manifest
+from megalite.formats.examples import (
+    ExamplesManifest,
+    ExampleSplit,
+    open_split,
+    read_examples_manifest,
+)
 from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.models import run_config
 
@@ -41,11 +46,11 @@ def make(
     return prepare(config, tokenizer=tokenizer, chat_template=chat_template, unlabelled=unlabelled)
 
 
-def opened(folder: Path) -> tuple[ExamplesManifest, dict[str, Split]]:
-    manifest = read_manifest(folder)
+def opened(folder: Path) -> tuple[ExamplesManifest, dict[str, ExampleSplit]]:
+    manifest = read_examples_manifest(folder)
     return manifest, {name: open_split(folder, manifest, name) for name in manifest.splits}
 
 
-def texts(split: Split) -> list[str]:
+def texts(split: ExampleSplit) -> list[str]:
     decode = load_tokenizer("bytes").decode
     return [decode(split.ids(n).tolist()) for n in range(len(split))]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from data_prep.chat import CHATML
 from megalite.data import ExampleSet, first_batches
-from megalite.formats.examples import read_manifest
+from megalite.formats.examples import read_examples_manifest
 from tests.dist.test_finetune import numbers, tune, tuning_file
 from tests.helpers.models import loss_of, make_model, run_config
 from tests.helpers.ranks import run_ranks
@@ -43,7 +43,7 @@ def test_the_loss_of_twenty_conversations(
         finetune={"task": "sft", "data": {"path": path} | data},
     )
     model = make_model(config.model, spread=0.3).eval()
-    dataset = ExampleSet(examples, read_manifest(examples), "train", config, shuffle=False)
+    dataset = ExampleSet(examples, read_examples_manifest(examples), "train", config, shuffle=False)
     total, targets = 0.0, 0
     with torch.no_grad():
         for batch in first_batches(

@@ -21,7 +21,7 @@ from megalite.evaluate.baselines import measure_baselines
 from megalite.evaluate.loading import LoadedModel
 from megalite.evaluate.loss import perplexity, sum_loss
 from megalite.evaluate.metrics import classification_metrics, confusion_picture, predictions_rows
-from megalite.formats.examples import fingerprint, read_manifest
+from megalite.formats.examples import examples_fingerprint, read_examples_manifest
 from megalite.log import finite, logger
 from megalite.observe.progress import report_calls
 from megalite.parallel import Grid
@@ -91,8 +91,8 @@ def score_examples(
     """
     assert loaded.run is not None
     assert loaded.run.finetune is not None
-    manifest = read_manifest(folder)
-    if own and loaded.data_fingerprint.partition("/")[0] != fingerprint(manifest):
+    manifest = read_examples_manifest(folder)
+    if own and loaded.data_fingerprint.partition("/")[0] != examples_fingerprint(manifest):
         reason = "its own rows have changed since, and would be split in another way"
         raise DataError(f"{loaded.folder}: {reason}; name rows that it has not seen with --data")
     dataset = ExampleSet(folder, manifest, split, loaded.run, shuffle=False)

@@ -15,7 +15,7 @@ from megalite.config import DataConfig
 from megalite.data import Dataset, open_data, open_train
 from megalite.errors import DataError
 from megalite.formats.index import DTYPES, write_index
-from megalite.formats.manifest import Manifest, TokenizerInfo, write_manifest
+from megalite.formats.manifest import ShardManifest, TokenizerInfo, write_manifest
 from megalite.formats.shards import ShardWriter
 from megalite.tokenizers.tokenizer import ByteTokenizer
 
@@ -32,7 +32,7 @@ def write_folder(folder: Path, *, seed: int = 0) -> Path:
             for length in (40, 3, 90, 7):
                 writer.add_document(numbers.integers(0, 256, size=length))
             infos.append(writer.close())
-    manifest = Manifest(
+    manifest = ShardManifest(
         dtype="uint16",
         vocab_size=VOCABULARY,
         tokenizer=TokenizerInfo(path=f"tokenizer/{name}", sha256=ByteTokenizer().sha256),

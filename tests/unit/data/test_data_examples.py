@@ -12,7 +12,7 @@ import pytest
 from megalite.config import RunConfig
 from megalite.data import ExampleSet, Loader, first_batches
 from megalite.errors import DataError
-from megalite.formats.examples import open_split, read_manifest
+from megalite.formats.examples import open_split, read_examples_manifest
 from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.models import run_config
 from tests.helpers.rows import jsonl, make
@@ -40,7 +40,7 @@ def examples(
         data={"train": [], "sequence_length": section["max_length"], "seed": 1},
         finetune={"task": task, "data": section},
     )
-    return ExampleSet(folder, read_manifest(folder), "train", config, shuffle=shuffle)
+    return ExampleSet(folder, read_examples_manifest(folder), "train", config, shuffle=shuffle)
 
 
 def labelled() -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import pytest
 from megalite.config import DataConfig, SourceConfig
 from megalite.data import Dataset, Loader, open_data, open_train, open_valid
 from megalite.errors import DataError
-from megalite.formats.manifest import Manifest, TokenizerInfo, write_manifest
+from megalite.formats.manifest import ShardManifest, TokenizerInfo, write_manifest
 from megalite.formats.shards import ShardWriter, open_shards
 
 ONE, OTHER = "one tokenizer", "another"
@@ -39,7 +39,7 @@ def write_folder(
             for document in part:
                 writer.add_document(documents[document])
             infos.append(writer.close())
-    manifest = Manifest(
+    manifest = ShardManifest(
         dtype="uint16",
         vocab_size=vocab_size,
         tokenizer=TokenizerInfo(path="tokenizer/tokenizer.model", sha256=digest),

@@ -19,7 +19,7 @@ from tokenizers import models, pre_tokenizers
 from data_prep import examples, row_files, rows
 from data_prep.examples import prepare
 from megalite.errors import DataError
-from megalite.formats.examples import read_manifest
+from megalite.formats.examples import read_examples_manifest
 from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.models import run_config
 from tests.helpers.rows import ROWS, jsonl, make, opened, texts
@@ -125,7 +125,7 @@ def test_a_classification_ends_in_eos_and_begins_with_an_encoders_bos(
 ) -> None:
     jsonl("a.jsonl", ROWS)
     split = opened(make("a.jsonl", max_length=6))[1]["train"]
-    assert split.learned is None
+    assert split.loss_masks is None
     assert split.ids(3).tolist() == [*b"text ", EOS]
     assert split.info.cut == 20
     assert told.text.count("20 of 20 examples (100.0 %)") == 1
@@ -221,7 +221,7 @@ def test_the_datas_tokenizer_goes_before_the_models() -> None:
     jsonl("a.jsonl", ROWS)
     section = {"path": "a.jsonl", "max_length": 64, "tokenizer": "bytes"}
     config = run_config(finetune={"task": "classification", "data": section})
-    assert read_manifest(prepare(config, tokenizer="gone")).vocab_size == 258
+    assert read_examples_manifest(prepare(config, tokenizer="gone")).vocab_size == 258
 
 
 def test_a_folder_is_made_once_and_named_by_its_content(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,16 +242,16 @@ def test_a_part_that_its_worker_has_left_is_done_by_another(
 ) -> None:
     """A claim of a worker on a host that is gone."""
     monkeypatch.setattr(work, "_IMPATIENT", 0.2)
-    claim, lost = work_folder.Run.claim, []
+    claim, lost = work_folder.PrepRun.claim, []
 
-    def losing(run: work_folder.Run, name: str) -> bool:
+    def losing(run: work_folder.PrepRun, name: str) -> bool:
         mine = claim(run, name)
         if mine and "_" in name and "shard" not in name and len(lost) < 2:
             lost.append(name)
             return False
         return mine
 
-    monkeypatch.setattr(work_folder.Run, "claim", losing)
+    monkeypatch.setattr(work_folder.PrepRun, "claim", losing)
     tokenize(options(corpus, tmp_path / "out"))
     assert len(lost) == 2
     assert hashes(tmp_path / "out") == expected
@@ -261,12 +261,12 @@ def test_a_shard_that_its_worker_has_left_is_written_by_another(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, str]
 ) -> None:
     monkeypatch.setattr(work, "_IMPATIENT", 0.2)
-    claim = work_folder.Run.claim
+    claim = work_folder.PrepRun.claim
 
-    def losing(run: work_folder.Run, name: str) -> bool:
+    def losing(run: work_folder.PrepRun, name: str) -> bool:
         return claim(run, name) and name != "shard_00001"
 
-    monkeypatch.setattr(work_folder.Run, "claim", losing)
+    monkeypatch.setattr(work_folder.PrepRun, "claim", losing)
     tokenize(options(corpus, tmp_path / "out"))
     assert hashes(tmp_path / "out") == expected
 

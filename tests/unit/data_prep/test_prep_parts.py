@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from data_prep.inputs import find_streams
 from data_prep.part_reader import PartReader, read_streams
-from data_prep.records import Fault, Record
+from data_prep.records import BadRecord, Record
 from data_prep.streams import Stream
 
 
@@ -70,13 +70,13 @@ def expected(path: Path, data: bytes, part_bytes: int) -> dict[int, list[Record]
             record: Record = str(json.loads(content.decode())["text"])
         except (ValueError, KeyError, TypeError):
             record = ""
-        parts.setdefault(part, []).append(record or Fault(f"{path} line {number}", ""))
+        parts.setdefault(part, []).append(record or BadRecord(f"{path} line {number}", ""))
     return parts
 
 
 def plain(records: Sequence[Record]) -> list[Record]:
     """Faults by their place alone."""
-    return [Fault(one.place, "") if isinstance(one, Fault) else one for one in records]
+    return [BadRecord(one.place, "") if isinstance(one, BadRecord) else one for one in records]
 
 
 def in_any_order(
@@ -136,7 +136,7 @@ def test_parts_of_parquet_add_up(
         for group in groups:
             writer.write_table(pa.table([[0] * len(group), group], schema), row_group_size=5)
     rows = [row for group in groups for row in group]
-    wanted = [row or Fault(f"{path} row {number}", "") for number, row in enumerate(rows)]
+    wanted = [row or BadRecord(f"{path} row {number}", "") for number, row in enumerate(rows)]
     (stream,) = find_streams([str(path)], part_bytes=part_bytes)
     assert stream.parts is not None
     found = in_any_order(stream, stream.parts + 1, draw)
@@ -161,11 +161,11 @@ def test_small_files_are_read_in_groups_and_in_order(
         texts = [f"{number} {n}" for n in range(count)]
         if name == "a.txt":
             path.write_text("\n".join(texts))
-            wanted.append("\n".join(texts) or Fault(str(path), ""))
+            wanted.append("\n".join(texts) or BadRecord(str(path), ""))
         else:
             data = b"".join(b'{"text": "%s"}\n' % one.encode() for one in texts) + b"!\n"
             path.write_bytes(data if path.suffix != ".gz" else gzip.compress(data))
-            wanted += [*texts, Fault(f"{path} line {count + 1}", "")]
+            wanted += [*texts, BadRecord(f"{path} line {count + 1}", "")]
     streams = find_streams([str(folder)], part_bytes=part_bytes) if sizes else []
     assert plain(list(read_streams(streams, "text"))) == wanted
     assert [path for stream in streams for path in stream.paths] == sorted(

@@ -14,7 +14,7 @@ import pytest
 
 from data_prep.inputs import find_streams
 from data_prep.part_reader import PartReader, read_streams
-from data_prep.records import BadRecords, Fault
+from data_prep.records import BadRecord, BadRecordCounter
 from megalite.errors import DataError
 
 TEXTS = ["one\r\ntwo  \n", "中文 \u2028 line", "  😀\t", "z" * 70_000]
@@ -22,9 +22,9 @@ LINES = b"".join(json.dumps({"text": text, "id": 7}).encode() + b"\n" for text i
 
 
 def documents(path: Path, field: str = "text", limit: int = 0) -> list[str]:
-    bad, good = BadRecords(limit), []
+    bad, good = BadRecordCounter(limit), []
     for record in read_streams(find_streams([str(path)]), field):
-        if isinstance(record, Fault):
+        if isinstance(record, BadRecord):
             bad.add(record)
         else:
             good.append(record)

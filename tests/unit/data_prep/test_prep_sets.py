@@ -13,7 +13,7 @@ import pytest
 
 from data_prep.inputs import find_streams
 from data_prep.part_reader import PartReader, read_streams
-from data_prep.records import Fault, Record
+from data_prep.records import BadRecord, Record
 from data_prep.streams import Stream
 from megalite.errors import CommandError, DataError, UserError
 
@@ -92,9 +92,9 @@ def test_bad_rows_and_damage_of_a_saved_set_are_named(tmp_path: Path) -> None:
     (stream,) = find_streams([name], part_bytes=30)
     assert list(read_streams([stream], "text")) == [
         "good",
-        Fault(f"{name} row 1", "null, not text"),
-        Fault(f"{name} row 2", "an empty document"),
-        Fault(f"{name} row 3", "a NUL at character 1"),
+        BadRecord(f"{name} row 1", "null, not text"),
+        BadRecord(f"{name} row 2", "an empty document"),
+        BadRecord(f"{name} row 3", "a NUL at character 1"),
         "last",
     ]
     with pytest.raises(DataError, match="set: no column 'body'; it has n, text"):
@@ -144,7 +144,7 @@ def test_a_folder_of_data_files_is_read_by_its_split(streaming: bool, tmp_path: 
 def test_bad_rows_of_a_data_set_are_named(streaming: bool, tmp_path: Path) -> None:
     name = hub(tmp_path, lambda split, file: [{"text": "a"}, {"text": None if file else ""}])
     streams = find_streams([name], streaming=streaming)
-    faults = [one for one in read_streams(streams, "text") if isinstance(one, Fault)]
+    faults = [one for one in read_streams(streams, "text") if isinstance(one, BadRecord)]
     places = [f" file {n} row 1" if streaming else f" row {2 * n + 1}" for n in range(3)]
     assert [fault.place for fault in faults] == [name + place for place in places]
     assert faults[0].reason == "an empty document"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data_prep.report import Lengths, inspect
 from megalite.errors import CommandError
-from megalite.formats.manifest import Manifest, SourceInfo, TokenizerInfo, write_manifest
+from megalite.formats.manifest import ShardManifest, SourceInfo, TokenizerInfo, write_manifest
 from megalite.formats.shards import ShardWriter
 from megalite.tokenizers.tokenizer import ByteTokenizer
 
@@ -40,7 +40,7 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
         source = {"files": 1, "bytes": 2 * tokens, "bad_records": bad_records}
         write_manifest(
             folder,
-            Manifest(
+            ShardManifest(
                 dtype="uint16",
                 vocab_size=258,
                 tokenizer=TokenizerInfo(path=f"tokenizer/{name}", sha256=tokenizer.sha256),

@@ -18,19 +18,19 @@ from megalite.evaluate import baselines
 from megalite.evaluate.baselines import measure_baselines
 from megalite.evaluate.table import table
 from megalite.evaluate.tasks import classification
-from megalite.formats.examples import Split, SplitInfo
+from megalite.formats.examples import ExampleSplit, SplitInfo
 
 INFO = SplitInfo(examples=0, tokens=0, cut=0, bad_rows=0, counts={}, sha256={})
 
 
-def split(texts: list[list[int]], labels: list[int]) -> Split:
+def split(texts: list[list[int]], labels: list[int]) -> ExampleSplit:
     tokens = np.array([token for text in texts for token in text], np.int32)
     bounds = np.cumsum([0, *map(len, texts)])
     rows = np.arange(len(texts))
-    return Split("x", INFO, tokens, bounds, rows, None, np.array(labels, np.int64))
+    return ExampleSplit("x", INFO, tokens, bounds, rows, None, np.array(labels, np.int64))
 
 
-def drawn(seed: int, count: int, labels: int = 3, own: int = 2) -> Split:
+def drawn(seed: int, count: int, labels: int = 3, own: int = 2) -> ExampleSplit:
     """Texts of common tokens, and of some that hint at their label."""
     draw = random.Random(seed)
     found = [
@@ -51,7 +51,7 @@ def features(text: list[int]) -> set[Any]:
     return {*text, *pairwise(text)}
 
 
-def plain_bayes(train: Split, test: Split, smoothing: float) -> list[int]:
+def plain_bayes(train: ExampleSplit, test: ExampleSplit, smoothing: float) -> list[int]:
     """Compute the same with dictionaries, without buckets."""
     assert train.labels is not None
     counts, totals = Counter(train.labels.tolist()), Counter[int]()

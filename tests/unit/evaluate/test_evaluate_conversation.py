@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_prep.chat import CHATML, Chat
-from data_prep.conversations import Question, read_questions, replace_system
+from data_prep.conversations import Conversation, read_questions, replace_system
 from megalite.errors import CommandError, DataError
 from megalite.evaluate import Answerer, Sampling, json_lines, read_turns
 from megalite.tokenizers.tokenizer import ByteTokenizer
@@ -174,4 +174,4 @@ def test_a_question_that_the_template_refuses_is_named(tmp_path: Any) -> None:
     with pytest.raises(DataError, match=r"--messages .*line 1: it has tools, which the chat temp"):
         list(answerer(Echo()).answers(questions))
     with pytest.raises(DataError, match=r"^it has tools"):
-        list(answerer(Echo()).answers([Question(row["messages"], [{"name": "f"}])]))
+        list(answerer(Echo()).answers([Conversation(row["messages"], [{"name": "f"}])]))

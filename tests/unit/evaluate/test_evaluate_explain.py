@@ -16,7 +16,7 @@ from megalite.errors import CommandError
 from megalite.evaluate import explain
 from megalite.evaluate.explain import explain_text, input_times_gradient, last_attention
 from megalite.evaluate.loading import LoadedModel
-from megalite.formats.examples import edges
+from megalite.formats.examples import prefix_and_suffix_ids
 from megalite.model import LanguageModel
 from megalite.model.attention import Attention
 from megalite.model.linear import Embedding
@@ -246,7 +246,7 @@ def test_occlusion_is_the_score_without_each_token(architecture: str, pooling: s
     """Against the log-odds of two texts, token by token; several passes give the same."""
     opened = classifier(architecture, pooling)
     ids = list(b"a text to read")
-    before, after = edges(opened.tokenizer, leads=architecture == "encoder")
+    before, after = prefix_and_suffix_ids(opened.tokenizer, leads=architecture == "encoder")
 
     def score(own: list[int]) -> float:
         batch = explain._batch(opened, [[*before, *own, *after]])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megalite.formats.index import dtype_for
-from megalite.formats.manifest import Manifest, TokenizerInfo, write_manifest
+from megalite.formats.manifest import ShardManifest, TokenizerInfo, write_manifest
 from megalite.formats.shards import ShardWriter
 from megalite.tokenizers.tokenizer import ByteTokenizer
 
@@ -37,7 +37,7 @@ def make_folder(tmp_path: Path) -> MakeFolder:
                 for document in documents:
                     writer.add_document(np.array(document, np.int64))
                 infos.append(writer.close())
-        manifest = Manifest(
+        manifest = ShardManifest(
             dtype=dtype.name,
             vocab_size=vocab_size,
             tokenizer=save_tokenizer(folder),

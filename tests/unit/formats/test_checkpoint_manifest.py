@@ -15,8 +15,8 @@ from megalite import files
 from megalite.errors import CheckpointError, OtherVersion
 from megalite.formats.checkpoint import (
     MANIFEST,
+    CheckpointManifest,
     FileEntry,
-    Manifest,
     StateEntry,
     TensorEntry,
     damage,
@@ -31,7 +31,7 @@ CONTENTS = {"model-0.safetensors": b"weights" * 9, "config.json": b"{}", "tokeni
 STATE = StateEntry(file="model-0.safetensors", sha256="0" * 64)
 
 
-def make(folder: Path, **changes: Any) -> Manifest:
+def make(folder: Path, **changes: Any) -> CheckpointManifest:
     """Return a folder of files and a manifest that describes them, not written yet."""
     entries = {}
     for name, content in CONTENTS.items():
@@ -55,7 +55,7 @@ def make(folder: Path, **changes: Any) -> Manifest:
         },
         "files": entries,
     }
-    return Manifest(**values | changes)
+    return CheckpointManifest(**values | changes)
 
 
 @pytest.fixture

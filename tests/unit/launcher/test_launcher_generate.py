@@ -54,7 +54,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     save_file(tensors, folder / "weights.safetensors")
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    manifest = disk.Manifest(
+    manifest = disk.CheckpointManifest(
         format="megalite-checkpoint-1",
         step=1,
         samples=1,
