@@ -75,7 +75,7 @@ class ExampleTask:
         Raises:
             DataError: `max_length` leaves no token of a text.
         """
-        self.before, self.after = prefix_and_suffix_ids(tokenizer, leads=self.leads_with_bos())
+        self.before, self.after = prefix_and_suffix_ids(tokenizer, add_bos=self.leads_with_bos())
         most = self.context.data.max_length
         if most <= len(self.before) + len(self.after):
             raise DataError(

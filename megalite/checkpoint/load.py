@@ -333,9 +333,9 @@ def _check(
     try:
         manifest = disk.read_manifest(folder)
         rank, size = (grid.rank, grid.world_size) if grid else (0, 1)
-        others = disk.files_of_other_states(manifest) if weights_only else set()
-        names = disk.share(manifest, rank, size) - others
-        mine = disk.damage(
+        others = disk.optimizer_files(manifest) if weights_only else set()
+        names = disk.files_of_rank(manifest, rank, size) - others
+        mine = disk.find_damage(
             folder, manifest, names, threads=torch.get_num_threads(), tensors=tensors
         )
     except CheckpointError as error:

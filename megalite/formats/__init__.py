@@ -1,1 +1,1 @@
-"""Files on disk: shards of tokens with their manifest, tokenizers, checkpoints. No torch."""
+"""File formats, without torch: shards and their manifest, fine-tuning examples, checkpoints."""

@@ -1,11 +1,11 @@
-"""A checkpoint folder on disk: its manifest, its checks, and which of several to trust.
+"""Checkpoint folders on disk: the manifest, integrity checks, and the choice of a checkpoint.
 
     step_00001000/
-        model-*.safetensors  exp_avg-*.safetensors ...   named tensors, canonical names and shapes
-        config.json  tokenizer/                          enough to evaluate and generate anywhere
-        manifest.json                                    written last; hashes of all the others
+        model-*.safetensors  exp_avg-*.safetensors ...   tensors by canonical name, unsharded
+        config.json  tokenizer/                          needed to evaluate and generate
+        manifest.json                                    written last; hashes of all other files
 
-No layout is recorded, because none matters: a tensor has one name and one whole shape.
+A checkpoint does not depend on the layout of the run: every tensor has one name and its full shape.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from megalite.errors import CheckpointError, OtherVersion
 Floats = npt.NDArray[np.float32]
 
 FORMAT = "megalite-checkpoint-1"
-_FAMILY = "megalite-checkpoint-"  # of every version
+_FORMAT_PREFIX = "megalite-checkpoint-"  # common to all versions
 MANIFEST = "manifest.json"
-WEIGHT = "weight"  # the state every tensor has; the others are the optimizer's
-_LONGEST_HEADER = 1 << 28  # bytes; some hundred a tensor
-_PIECE = 1 << 22  # bytes written and hashed while they are in the cache
+WEIGHT = "weight"  # every tensor has this state; all others are optimizer states
+_LONGEST_HEADER = 1 << 28  # bytes; a tensor takes about a hundred
+_CHUNK = 1 << 22  # bytes, written and hashed while they are in the CPU's cache
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -46,21 +46,21 @@ class _Entry(BaseModel):
 
 
 class FileEntry(_Entry):
-    """A file of the folder, by its path relative to it."""
+    """Size and hash of a file of the checkpoint."""
 
     bytes: int
     sha256: str
 
 
 class StateEntry(_Entry):
-    """One fp32 state of a tensor: the file that holds it, and the hash of its bytes."""
+    """One fp32 state of a tensor: the file that contains it, and the hash of its bytes."""
 
     file: str
     sha256: str
 
 
 class TensorEntry(_Entry):
-    """A canonical tensor: its whole shape, and its states ("weight", "exp_avg", ...)."""
+    """A canonical tensor: its full shape, and its states ("weight", "exp_avg", ...) by name."""
 
     shape: list[int]
     states: dict[str, StateEntry]
@@ -71,42 +71,42 @@ class CheckpointManifest(_Entry):
 
     format: Literal["megalite-checkpoint-1"]
     step: int
-    samples: int  # place in the data order
+    samples: int  # consumed so far: the position in the data order
     tokens: int
-    valid_loss: float | None = None  # nats; of the validation at this very step
-    progress: dict[str, Any]  # the engine's plain numbers: updates taken, loss scale
+    valid_loss: float | None = None  # nats; None if there was no validation at this step
+    progress: dict[str, Any]  # the engine's scalars: updates made, loss scale
     optimizer: dict[str, Any]
     data_fingerprint: str
     tokenizer_sha256: str
     versions: dict[str, str]
-    deepspeed: dict[str, Any] = {}  # the installed DeepSpeed's own defaults
+    deepspeed: dict[str, Any] = {}  # the defaults of the installed DeepSpeed
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
 
 
 def other_format(folder: Path) -> str | None:
-    """Return what a folder's manifest calls itself, if it is readable and not a checkpoint's."""
+    """Return the format in a folder's manifest, or None if it is a checkpoint's or unreadable."""
     try:
-        found = files.read_json(folder / MANIFEST)["format"]
+        name = str(files.read_json(folder / MANIFEST)["format"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return None if str(found).startswith(_FAMILY) else str(found)
+    return None if name.startswith(_FORMAT_PREFIX) else name
 
 
-def files_of_other_states(manifest: CheckpointManifest) -> set[str]:
-    """Files that hold no weights, but what an optimizer keeps."""
+def optimizer_files(manifest: CheckpointManifest) -> set[str]:
+    """Return the files that contain optimizer states and no weights."""
     states = [s for tensor in manifest.tensors.values() for s in tensor.states.items()]
     weights = {entry.file for state, entry in states if state == WEIGHT}
     return {entry.file for _, entry in states} - weights
 
 
 def folder_name(step: int) -> str:
-    """Return the published name of the checkpoint after `step` steps."""
+    """Return the folder name of the published checkpoint of a step."""
     return f"step_{step:08d}"
 
 
 def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
-    """Write the manifest with a checksum of its own content."""
+    """Write the manifest, with a checksum of its content."""
     content = manifest.model_dump(mode="json")
     files.write_json(folder / MANIFEST, {**content, "checksum": _checksum(content)})
 
@@ -115,59 +115,59 @@ def record_valid_loss(folder: Path, valid_loss: float) -> None:
     """Replace the validation loss in a published checkpoint's manifest.
 
     Raises:
-        OSError, CheckpointError: the manifest cannot be read or written; it stays as it was.
+        OSError, CheckpointError: the manifest cannot be read or written; it stays unchanged.
     """
     manifest = read_manifest(folder)
     write_manifest(folder, manifest.model_copy(update={"valid_loss": valid_loss}))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Floats]) -> tuple[FileEntry, dict[str, str]]:
-    """Write and sync a safetensors file, hashing as it goes: no byte is read again.
+    """Write and sync a safetensors file, and hash it while writing.
 
     Args:
-        tensors: contiguous, by name.
+        tensors: contiguous arrays by name.
     Returns:
         the file's entry, and the SHA-256 of each tensor's bytes.
     """
-    start, size = _start({name: list(tensor.shape) for name, tensor in tensors.items()})
-    whole = hashlib.sha256(start)
+    header, size = _make_header({name: list(tensor.shape) for name, tensor in tensors.items()})
+    file_hash = hashlib.sha256(header)
     hashes = dict[str, str]()
-    # a tensor's own hash is made next to the file's: neither needs the interpreter
+    # A thread hashes the tensor while this one writes and hashes the file: both release the GIL.
     with open(path, "wb") as file, ThreadPoolExecutor(1) as pool:
-        file.write(start)
+        file.write(header)
         for name, tensor in tensors.items():
             data = tensor.reshape(-1).view(np.uint8).data
-            own = pool.submit(hashlib.sha256, data)
-            for at in range(0, len(data), _PIECE):
-                piece = data[at : at + _PIECE]
-                file.write(piece)
-                whole.update(piece)
-            hashes[name] = own.result().hexdigest()
+            tensor_hash = pool.submit(hashlib.sha256, data)
+            for at in range(0, len(data), _CHUNK):
+                chunk = data[at : at + _CHUNK]
+                file.write(chunk)
+                file_hash.update(chunk)
+            hashes[name] = tensor_hash.result().hexdigest()
         file.flush()
         os.fsync(file.fileno())
-    return FileEntry(bytes=size, sha256=whole.hexdigest()), hashes
+    return FileEntry(bytes=size, sha256=file_hash.hexdigest()), hashes
 
 
-def _start(shapes: Mapping[str, list[int]]) -> tuple[bytes, int]:
-    """Return the first bytes of a file of these fp32 tensors, and the size of the file."""
+def _make_header(shapes: Mapping[str, list[int]]) -> tuple[bytes, int]:
+    """Return the header of a safetensors file of fp32 tensors, and the size of the file."""
     header = dict[str, Any]()
     offset = 0
     for name, shape in shapes.items():
-        place = [offset, offset := offset + 4 * math.prod(shape)]
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": place}
+        offsets = [offset, offset := offset + 4 * math.prod(shape)]
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin aligned
+    text += b" " * (-len(text) % 8)  # aligns the tensors
     return len(text).to_bytes(8, "little") + text, 8 + len(text) + offset
 
 
 def read_tensor(path: Path, name: str, target: Floats, box: tuple[slice, ...]) -> None:
-    """Read a box of a tensor of a safetensors file into `target`, of the box's shape.
+    """Read a box of a tensor of a safetensors file into `target`, which has the box's shape.
 
-    Elements that are adjacent in both are copied directly; for columns, whole rows are read, some
-    at a time. Nothing is mapped: a page that cannot be read kills the process.
+    A box of whole rows is read directly into `target`. For any other box, whole rows are read in
+    chunks and their columns copied. Nothing is mapped: an unreadable page would kill the process.
 
     Raises:
-        OSError, ValueError, KeyError: the file cannot be read, or is not what the manifest says.
+        OSError, ValueError, KeyError: the file cannot be read, or differs from the manifest.
     """
     with open(path, "rb", buffering=0) as file:
         shape, offset = _find_tensor(file, name)
@@ -184,42 +184,43 @@ def read_tensor(path: Path, name: str, target: Floats, box: tuple[slice, ...]) -
         if whole_rows and target.flags.c_contiguous:
             _read_into(file, target, name)
             return
-        at_once = max(1, _PIECE // row)
-        cut = (slice(None), *box[1:])
-        for first in range(0, len(target), at_once):
-            part = target[first : first + at_once]
+        rows_per_read = max(1, _CHUNK // row)
+        columns = (slice(None), *box[1:])
+        for first in range(0, len(target), rows_per_read):
+            part = target[first : first + rows_per_read]
             rows = np.empty((len(part), *shape[1:]), np.float32)
             _read_into(file, rows, name)
-            part[...] = rows[cut]
+            part[...] = rows[columns]
 
 
 def _find_tensor(file: FileIO, name: str) -> tuple[list[int], int]:
-    """Return an fp32 tensor's shape and its first byte, by the header of a safetensors file.
+    """Return the shape and byte offset of an fp32 tensor, from the header of a safetensors file.
 
     Raises:
-        OSError, ValueError: the file cannot be read; its header is none, or describes no such
-            tensor within the file.
+        OSError, ValueError: the file cannot be read, has no valid header, or lacks the tensor.
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if length > min(size, _LONGEST_HEADER):
-        raise ValueError(f"its header should have {length} bytes")
+        raise ValueError(f"it gives its header {length} bytes, but the file has {size}")
     header = files.parse_json(file.read(length))
     entry = header.get(name) if isinstance(header, dict) else None
     if not isinstance(entry, dict):
-        raise ValueError(f"its header describes no {name}")
-    dtype, shape, ends = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not _are_counts(shape) or not _are_counts(ends) or (dtype, len(ends)) != ("F32", 2):
-        raise ValueError(f"{name} is {dtype!s:.20} of shape {shape!s:.40}")
-    first, stop = (8 + length + end for end in ends)
-    if stop - first != 4 * math.prod(shape) or stop > size:
-        raise ValueError(f"{name} of shape {shape!s:.40} lies at {first} to {stop} of {size}")
-    return shape, first
+        raise ValueError(f"its header does not contain {name}")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not _are_counts(shape) or not _are_counts(offsets) or (dtype, len(offsets)) != ("F32", 2):
+        raise ValueError(f"{name} is {dtype!s:.20} of shape {shape!s:.40}, not F32")
+    start, stop = (8 + length + offset for offset in offsets)
+    if stop - start != 4 * math.prod(shape) or stop > size:
+        raise ValueError(
+            f"{name} of shape {shape!s:.40} takes bytes {start} to {stop} of a file of {size}"
+        )
+    return shape, start
 
 
 def _are_counts(value: Any) -> TypeGuard[list[int]]:
-    plain = isinstance(value, list) and all(type(item) is int for item in value)
-    return plain and all(0 <= item < 1 << 60 for item in value)
+    integers = isinstance(value, list) and all(type(item) is int for item in value)
+    return integers and all(0 <= item < 1 << 60 for item in value)
 
 
 def _read_into(file: FileIO, target: Floats, name: str) -> None:
@@ -235,23 +236,23 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     """Read and check a manifest.
 
     Raises:
-        CheckpointError: absent, unreadable, no checkpoint's, or changed since it was written.
-        OtherVersion: as it was written, by a MegaLite whose checkpoints this one does not read.
+        CheckpointError: it is missing, unreadable, not a checkpoint's, or changed.
+        OtherVersion: it is intact, but was written by a MegaLite with another checkpoint format.
     """
     path = folder / MANIFEST
     try:
         content = files.read_json(path)
     except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no {MANIFEST}: not a whole checkpoint") from None
+        raise CheckpointError(f"{folder} has no {MANIFEST}: not a complete checkpoint") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    kind = content.get("format") if isinstance(content, dict) else type(content).__name__
     try:
         intact = isinstance(content, dict) and content.pop("checksum", None) == _checksum(content)
     except RecursionError:
-        raise CheckpointError(f"{path} cannot be read: it nests too deep") from None
-    if found != FORMAT and not (intact and str(found).startswith(_FAMILY)):
-        raise CheckpointError(f"{path}: format {found!r} found, this version reads {FORMAT!r}")
+        raise CheckpointError(f"{path} cannot be read: it is nested too deeply") from None
+    if kind != FORMAT and not (intact and str(kind).startswith(_FORMAT_PREFIX)):
+        raise CheckpointError(f"{path}: got format {kind!r}, this version reads {FORMAT!r}")
     if not intact:
         raise CheckpointError(f"{path} was changed or damaged since it was written (checksum)")
     try:
@@ -259,23 +260,23 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     except ValidationError as error:
         first = error.errors()[0]
         raise OtherVersion(
-            f"{path} is whole, but MegaLite {__version__} does not read it: "
-            f"{'.'.join(map(str, first['loc']))}: {first['msg']}; written by {_writer(content)}, "
-            "with which it can be used"
+            f"{path} is intact, but MegaLite {__version__} does not read it: "
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}; use {_version_of(content)}, "
+            "which wrote it"
         ) from None
-    if (outside := _unlisted(manifest)) is not None:
-        what = f"the file {outside!r:.80}, which is no file of the checkpoint's own"
-        raise CheckpointError(f"{path} names {what}; use another checkpoint")
+    if (foreign := _foreign_file(manifest)) is not None:
+        fault = f"{foreign!r:.80}, which is not a file of this checkpoint"
+        raise CheckpointError(f"{path} names the file {fault}; use another checkpoint")
     if _STEP_NAME.fullmatch(folder.name) and step_of(folder) != manifest.step:
         raise CheckpointError(
-            f"{folder} holds step {manifest.step}: it was renamed; its own name is "
+            f"{folder} contains step {manifest.step}: it was renamed; rename it to "
             f"{folder_name(manifest.step)}"
         )
     return manifest
 
 
-def _unlisted(manifest: CheckpointManifest) -> str | None:
-    """Return the first file that lies outside the folder, or holds a tensor and is not listed."""
+def _foreign_file(manifest: CheckpointManifest) -> str | None:
+    """Return the first file outside the folder, or a tensor's file that is not listed."""
     for name in manifest.files:
         if not files.is_inner_path(name):
             return name
@@ -286,24 +287,24 @@ def _unlisted(manifest: CheckpointManifest) -> str | None:
     return None
 
 
-def _writer(content: Mapping[str, Any]) -> str:
+def _version_of(content: Mapping[str, Any]) -> str:
     versions = content.get("versions")
     name = versions.get("megalite") if isinstance(versions, dict) else None
     return f"MegaLite {name or 'of another version'}"
 
 
 def published(root: Path) -> list[Path]:
-    """Return the published checkpoints below `root`, newest first, whole or not."""
+    """Return the published checkpoints in `root`, newest first, damaged ones included."""
     if not root.is_dir():
         return []
-    found = [p for p in root.iterdir() if _STEP_NAME.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=step_of, reverse=True)
+    folders = [p for p in root.iterdir() if _STEP_NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def best(folders: Iterable[Path]) -> Path | None:
-    """Return the checkpoint of the lowest validation loss, the earliest of equal ones.
+    """Return the checkpoint of the lowest validation loss, the earliest if several have it.
 
-    Those not validated at their very step, or whose manifest cannot be read, do not count.
+    Checkpoints without a validation loss or a readable manifest are ignored.
     """
     losses = dict[Path, float]()
     for folder in folders:
@@ -317,12 +318,12 @@ def best(folders: Iterable[Path]) -> Path | None:
 
 
 def step_of(folder: Path) -> int:
-    """Return the step a published checkpoint was taken after, from its name."""
+    """Return the step of a published checkpoint, from its name."""
     return int(folder.name.removeprefix("step_"))
 
 
-def share(manifest: CheckpointManifest, rank: int, ranks: int) -> set[str]:
-    """Return the files that one of several ranks checks, so that each reads about as many bytes."""
+def files_of_rank(manifest: CheckpointManifest, rank: int, ranks: int) -> set[str]:
+    """Return the files that a rank checks: all ranks read about equally many bytes."""
     loads = [0] * ranks
     mine = set()
     for name, entry in sorted(manifest.files.items(), key=lambda item: -item[1].bytes):
@@ -333,7 +334,7 @@ def share(manifest: CheckpointManifest, rank: int, ranks: int) -> set[str]:
     return mine
 
 
-def damage(
+def find_damage(
     folder: Path,
     manifest: CheckpointManifest,
     names: Iterable[str] | None = None,
@@ -341,48 +342,47 @@ def damage(
     threads: int = 1,
     tensors: bool = True,
 ) -> list[str]:
-    """Return what is wrong with the named files (default: all): missing, of another size, or hash.
+    """Return the faults of files: missing, wrong size, or wrong hash.
 
     Args:
-        threads: files hashed at once, which leaves the interpreter alone.
-        tensors: False omits the tensors' own bytes, for a caller that compares their hashes: the
-            rest of such a file follows from the manifest.
+        names: the files to check. None means all.
+        threads: number of files to hash in parallel.
+        tensors: if false, check only the headers of files with tensors. For a caller that compares
+            the hashes of the tensors itself.
     """
-    wanted = sorted(manifest.files if names is None else names)
-    held = dict[str, set[str]]()
+    to_check = sorted(manifest.files if names is None else names)
+    headers = dict[str, dict[str, list[int]]]()
     if not tensors:
         for name, tensor in manifest.tensors.items():
             for state in tensor.states.values():
-                held.setdefault(state.file, set()).add(name)
+                headers.setdefault(state.file, {})[name] = tensor.shape
 
     def fault(name: str) -> str | None:
-        start = None
-        if name in held:
-            start = {tensor: manifest.tensors[tensor].shape for tensor in held[name]}
-        return _fault(folder / name, manifest.files[name], start)
+        return _fault(folder / name, manifest.files[name], headers.get(name))
 
     with ThreadPoolExecutor(threads) as pool:
-        return [found for found in pool.map(fault, wanted) if found is not None]
+        return [text for text in pool.map(fault, to_check) if text is not None]
 
 
-def _fault(path: Path, entry: FileEntry, held: Mapping[str, list[int]] | None) -> str | None:
+def _fault(path: Path, entry: FileEntry, shapes: Mapping[str, list[int]] | None) -> str | None:
+    """Return the fault of a file. If `shapes` is given, compare its header instead of its hash."""
     try:
         if not path.is_file():
             return f"{path} is missing"
         if (size := path.stat().st_size) != entry.bytes:
-            return f"{path}: {entry.bytes} bytes were written, {size} are there"
-        if held is not None:
-            if not _starts_with(path, held):
-                return f"{path} does not begin as it was written"
+            return f"{path}: {entry.bytes} bytes were written, got {size}"
+        if shapes is not None:
+            if not _has_header(path, shapes):
+                return f"{path}: its header is not the one that was written"
         elif files.sha256_file(path) != entry.sha256:
             return f"{path}: its bytes are not those that were written (sha256)"
-    except OSError as error:  # raised on one rank it would leave the others waiting
+    except OSError as error:  # an exception on one rank would leave the others waiting
         return f"{path} cannot be read: {error}"
     return None
 
 
-def _starts_with(path: Path, held: Mapping[str, list[int]]) -> bool:
-    """Return whether a file has the header of just these tensors, in its own order."""
+def _has_header(path: Path, shapes: Mapping[str, list[int]]) -> bool:
+    """Return whether a file has the header of exactly these tensors, in any order."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _LONGEST_HEADER:
@@ -390,10 +390,10 @@ def _starts_with(path: Path, held: Mapping[str, list[int]]) -> bool:
         text = file.read(length)
     try:
         names = list(files.parse_json(text))
-        start, _ = _start({name: held[name] for name in names})
+        header, _ = _make_header({name: shapes[name] for name in names})
     except (ValueError, KeyError, TypeError):
         return False
-    return len(names) == len(held) and start[8:] == text and len(text) == length
+    return len(names) == len(shapes) and header[8:] == text and len(text) == length
 
 
 def _checksum(content: dict[str, Any]) -> str:

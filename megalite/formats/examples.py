@@ -1,12 +1,12 @@
-"""Tokenized examples for fine-tuning: a folder that holds each split as plain NumPy files.
+"""Tokenized examples for fine-tuning: a folder that contains each split as NumPy files.
 
-manifest.json        what the rest should be, and what was counted while it was made
+manifest.json        hashes of the other files, and counts
 tokenizer/           the tokenizer's files
-SPLIT.tokens.npy     int32 [tokens]: the ids of all examples, one after the other
-SPLIT.bounds.npy     int64 [examples + 1]: where each begins
-SPLIT.rows.npy       int64 [examples]: the row of its source, from 0
-SPLIT.learned.npy    uint8 [tokens]: 1 if a token is a target (else)
-SPLIT.labels.npy     int64 [examples]: the place of its label (of a classification)
+SPLIT.tokens.npy     int32 [tokens]: the ids of all examples, concatenated
+SPLIT.bounds.npy     int64 [examples + 1]: the first token of each example, and the end
+SPLIT.rows.npy       int64 [examples]: the example's row in the source, from 0
+SPLIT.labels.npy     int64 [examples]: the index of the example's label (classification only)
+SPLIT.learned.npy    uint8 [tokens]: 1 if a token is a target (all other tasks)
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ class _Frozen(BaseModel):
 
 
 class SplitInfo(_Frozen):
-    """The content of a split, and counts of its rows.
+    """Counts and hashes of a split.
 
-    cut: examples that were longer than the window. bad_rows: omitted. counts: examples of each
-    label. sha256: by the name of an array.
+    Attributes:
+        cut: number of examples that were truncated to the window.
+        bad_rows: number of rows that were skipped.
+        counts: number of examples of each label.
+        sha256: the hash of each array's file, by the array's name.
     """
 
     examples: int
@@ -51,7 +54,7 @@ class SplitInfo(_Frozen):
 
 
 class ExamplesManifest(_Frozen):
-    """The content of a folder; `tokenizer_sha256` is of the file it was saved as."""
+    """The content of `manifest.json`; `tokenizer_sha256` is the hash of the saved tokenizer."""
 
     format: str
     task: str
@@ -64,7 +67,7 @@ class ExamplesManifest(_Frozen):
 
 @dataclass(frozen=True)
 class ExampleSplit:
-    """The examples of a split; arrays are mapped, not read."""
+    """The examples of a split, in memory-mapped arrays."""
 
     name: str
     info: SplitInfo
@@ -79,7 +82,7 @@ class ExampleSplit:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each example."""
+        """The number of tokens of each example."""
         return np.diff(self.bounds)
 
     def ids(self, example: int) -> npt.NDArray[np.int32]:
@@ -87,31 +90,31 @@ class ExampleSplit:
         return self.tokens[self.bounds[example] : self.bounds[example + 1]]
 
     def loss_mask(self, example: int) -> npt.NDArray[np.bool_]:
-        """Return which tokens of an example are learned."""
+        """Return which tokens of an example are targets of the loss."""
         assert self.loss_masks is not None
         return self.loss_masks[self.bounds[example] : self.bounds[example + 1]].astype(np.bool_)
 
 
-def prefix_and_suffix_ids(tokenizer: Tokenizer, *, leads: bool) -> tuple[list[int], list[int]]:
-    """Return what stands before and after a text: by the tokenizer's settings, else BOS and EOS.
+def prefix_and_suffix_ids(tokenizer: Tokenizer, *, add_bos: bool) -> tuple[list[int], list[int]]:
+    """Return the ids before and after a text: the tokenizer's prefix, and its suffix or else EOS.
 
     Args:
-        leads: if true, BOS stands before a text even if the settings put nothing there.
+        add_bos: if true, BOS is the default prefix.
     """
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     before, after = list(tokenizer.prefix_ids), list(tokenizer.suffix_ids)
-    if leads and not before and bos is not None:
+    if add_bos and not before and bos is not None:
         before = [bos]
     return before, after or ([] if eos is None else [eos])
 
 
 def write_split(
-    folder: Path, name: str, arrays: Mapping[str, npt.NDArray[Any]], **counted: Any
+    folder: Path, name: str, arrays: Mapping[str, npt.NDArray[Any]], **counts: Any
 ) -> SplitInfo:
-    """Write a split's arrays, by the names above, and return its entry of the manifest.
+    """Write a split's arrays, by the names above, and return the split's entry in the manifest.
 
     Args:
-        counted: `cut`, `bad_rows` and `counts` of the split.
+        counts: `cut`, `bad_rows` and `counts` of the split.
     """
     hashes = {}
     for kind, array in arrays.items():
@@ -120,33 +123,33 @@ def write_split(
         files.sync_file(path)
         hashes[kind] = files.sha256_file(path)
     sizes = {"examples": len(arrays["rows"]), "tokens": len(arrays["tokens"])}
-    return SplitInfo.model_validate({**sizes, "sha256": hashes, **counted})
+    return SplitInfo.model_validate({**sizes, "sha256": hashes, **counts})
 
 
 def read_examples_manifest(folder: Path) -> ExamplesManifest:
-    """Return the manifest of a folder.
+    """Read and check the manifest of a folder of examples.
 
     Raises:
-        DataError: none there, or not one of these.
+        DataError: it is missing, invalid, or of another version.
     """
     try:
         manifest = ExamplesManifest.model_validate(files.read_json(folder / MANIFEST))
     except (OSError, ValueError, ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(
-            f"{folder} holds no tokenized examples that can be read: {reason}; delete the folder, "
-            "and it is made again"
+            f"{folder} has no readable tokenized examples: {reason}; delete the folder, and it is "
+            "made again"
         ) from None
     if manifest.format != FORMAT:
-        raise DataError(f"{folder} is of another version ({manifest.format}); delete it")
+        raise DataError(f"{folder} has another version's format ({manifest.format}); delete it")
     return manifest
 
 
 def open_split(folder: Path, manifest: ExamplesManifest, name: str) -> ExampleSplit:
-    """Map a split after a comparison with its hashes.
+    """Compare a split's files with their hashes and map them.
 
     Raises:
-        DataError: no such split; a file that is missing or was changed.
+        DataError: there is no such split, or one of its files is missing or was changed.
     """
     info = manifest.splits.get(name)
     if info is None:
@@ -155,7 +158,7 @@ def open_split(folder: Path, manifest: ExamplesManifest, name: str) -> ExampleSp
     if not needed <= {*info.sha256} <= {*_DTYPES} or not files.is_plain_name(name):
         raise DataError(
             f"{folder}/{MANIFEST}: split {name!r} has {', '.join(info.sha256) or 'no arrays'}, not "
-            f"those of a split; delete {folder}: it is made again"
+            f"the arrays of a split; delete {folder}: it is made again"
         )
     arrays: dict[str, Any] = dict.fromkeys(_DTYPES)
     for kind, sha256 in info.sha256.items():
@@ -171,6 +174,6 @@ def open_split(folder: Path, manifest: ExamplesManifest, name: str) -> ExampleSp
 
 
 def examples_fingerprint(manifest: ExamplesManifest) -> str:
-    """Return a hash: equal for equal examples."""
+    """Return a SHA-256 of the task, its labels and the arrays of all splits."""
     content = manifest.model_dump(mode="json", include={"task", "labels", "splits"})
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -34,7 +34,7 @@ class _Frozen(BaseModel):
 class TokenizerInfo(_Frozen):
     """The tokenizer's file, relative to the shard folder, and that file's hash.
 
-    Both are empty if unknown (`UNKNOWN_TOKENIZER`), which a `manifest.json` may not say.
+    Shards without a manifest may have `UNKNOWN_TOKENIZER`, in which both are empty.
     """
 
     path: TokenizerPath
@@ -47,7 +47,8 @@ UNKNOWN_TOKENIZER = TokenizerInfo.model_construct(path="", sha256="")
 class ShardInfo(_Frozen):
     """One pair of `NAME.bin` and `NAME.idx`; `bytes` and `sha256` are the `.bin`'s.
 
-    If there is no manifest, `sha256` is empty and `index_sha256` is what was found.
+    Shards without a manifest have an empty `sha256`, and in `index_sha256` the hash of their `.idx`
+    file as read.
     """
 
     name: Name
@@ -55,25 +56,25 @@ class ShardInfo(_Frozen):
     tokens: Count
     bytes: Count
     sha256: Sha256
-    index_sha256: Sha256 | None = None  # absent where other tools wrote the manifest
+    index_sha256: Sha256 | None = None  # missing if another tool wrote the manifest
 
 
 class SourceInfo(_Frozen):
-    """One input of the command that made the shards, and what came of it."""
+    """Counts of one input of the command that made the shards."""
 
     input: str
     files: Count
-    bytes: Count  # of UTF-8 text, decompressed, in the documents
+    bytes: Count  # UTF-8 text of the documents, after decompression
     documents: Count
     tokens: Count
     bad_records: Count
 
 
 class ShardManifest(_Frozen):
-    """The content of `manifest.json`. `bos` and `eos` are ids put around each document, or null.
+    """The content of `manifest.json`. `bos` and `eos` are the ids around each document, or None.
 
-    Format "mmididx" is of shards without a `manifest.json`: its values then come from their `.idx`
-    files, and `vocab_size` is a bound from elsewhere.
+    Shards without a `manifest.json` have the format "mmididx". Their values come from the `.idx`
+    files; `vocab_size` is the tokenizer's, the caller's, or the largest that the dtype allows.
     """
 
     format: Literal["megalite-shards-1", "mmididx"] = "megalite-shards-1"
@@ -89,19 +90,19 @@ class ShardManifest(_Frozen):
     arguments: dict[str, Any] = {}
 
     def counts(self) -> str:
-        """Return the numbers of shards, documents and tokens, in words."""
-        counted = {"shard": len(self.shards), "document": self.documents, "token": self.tokens}
-        return ", ".join(f"{n:,} {name}{'' if n == 1 else 's'}" for name, n in counted.items())
+        """Return the numbers of shards, documents and tokens, such as "2 shards, 1 document"."""
+        numbers = {"shard": len(self.shards), "document": self.documents, "token": self.tokens}
+        return ", ".join(f"{n:,} {name}{'' if n == 1 else 's'}" for name, n in numbers.items())
 
     def contradictions(self) -> list[str]:
-        """Return the contradictions between the manifest's own numbers."""
+        """Return the contradictions among the manifest's numbers."""
         dtype = np.dtype(self.dtype)
         faults = []
         if self.vocab_size - 1 > np.iinfo(dtype).max:
             faults.append(f"vocab_size {self.vocab_size} does not fit in {self.dtype}")
         for key, id in (("bos", self.bos), ("eos", self.eos)):
             if id is not None and id >= self.vocab_size:
-                faults.append(f"{key} {id} lies outside vocab_size {self.vocab_size}")
+                faults.append(f"{key} {id} is not below vocab_size {self.vocab_size}")
         for key in ("documents", "tokens"):
             total = sum(getattr(shard, key) for shard in self.shards)
             if total != getattr(self, key):
@@ -122,60 +123,59 @@ def load_manifest(folder: Path | str) -> ShardManifest:
     """Read and check `folder/manifest.json`.
 
     Raises:
-        DataError: no such folder, no manifest, or one that is malformed or contradicts itself;
-            every fault is named.
+        DataError: the folder or its manifest is missing, or the manifest is malformed or
+            contradicts itself. The message lists all faults.
     """
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     try:
         manifest = ShardManifest.model_validate_json(read_regular(path))
     except (FileNotFoundError, NotADirectoryError):
-        raise DataError(_absent(folder)) from None
+        raise DataError(_missing_manifest(folder)) from None
     except ValidationError as error:
         raise DataError(_lines(path, _describe(error))) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     if manifest.format != "megalite-shards-1":
-        raise DataError(f"{path}: format {manifest.format!r} is of shards without a manifest")
+        raise DataError(f"{path}: got format {manifest.format!r}; set it to 'megalite-shards-1'")
     if faults := manifest.contradictions():
         raise DataError(_lines(path, faults))
     return manifest
 
 
 def write_manifest(folder: Path, manifest: ShardManifest) -> None:
-    """Write `folder/manifest.json`; last of all files, since it declares them complete."""
+    """Write `folder/manifest.json`. Call last: the manifest declares all other files complete."""
     assert not (faults := manifest.contradictions()), faults
     write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
 
 
 def fingerprint(manifest: ShardManifest) -> str:
-    """Return 64 hexadecimal digits that are equal if the tokens and the order of shards are equal.
+    """Return a SHA-256 of the tokens and the order of shards.
 
-    The folder's path, the names of its shards, their sources and the arguments do not matter.
-    Without a manifest the hashes of the `.idx` files and the sizes of the `.bin` files stand for
-    the tokens, which nobody hashed. Vocabulary and tokenizer are unknown then and do not matter
-    either.
+    The folder's path, its shards' names, their sources and the arguments do not enter the hash.
+    Shards without a manifest have no hash of their tokens: the hashes of their `.idx` files and the
+    sizes of their `.bin` files enter instead. Their vocabulary and tokenizer do not enter.
     """
-    defining = manifest.model_dump(
+    content = manifest.model_dump(
         mode="json", exclude={"sources": True, "arguments": True, "tokenizer": {"path"}}
     )
     if manifest.format == "mmididx":
-        del defining["vocab_size"], defining["tokenizer"]
-    for shard in defining["shards"]:
+        del content["vocab_size"], content["tokenizer"]
+    for shard in content["shards"]:
         del shard["name"]
-    canonical = json.dumps(defining, sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _absent(folder: Path) -> str:
+def _missing_manifest(folder: Path) -> str:
     if not folder.is_dir():
-        found = "is a file, not a folder" if folder.exists() else "does not exist"
+        state = "is a file, not a folder" if folder.exists() else "does not exist"
         if folder.exists() and folder.suffix in (".bin", ".idx"):
-            return f"{folder} {found}; name Megatron's pair without its ending: {folder.stem}"
-        return f"shard folder {folder} {found}; make one with `python -m data_prep tokenize`"
+            return f"{folder} {state}; name Megatron's pair without its ending: {folder.stem}"
+        return f"shard folder {folder} {state}; make one with `python -m data_prep tokenize`"
     return (
-        f"shard folder {folder} has no {MANIFEST_NAME}; was `data_prep tokenize` interrupted, "
-        "or is this another folder?"
+        f"shard folder {folder} has no {MANIFEST_NAME}; check the path, or run `data_prep tokenize` "
+        "again if it was interrupted"
     )
 
 
@@ -183,10 +183,10 @@ def _describe(error: ValidationError) -> list[str]:
     faults = []
     for fault in error.errors(include_url=False):
         if fault["type"] == "json_invalid":
-            return [f"not a JSON file that can be read: {fault['msg']}"]
+            return [f"not valid JSON: {fault['msg']}"]
         place = ".".join(str(part) for part in fault["loc"]) or "the whole file"
-        found = "" if fault["type"] == "missing" else f", found {str(fault['input'])[:60]!r}"
-        faults.append(f"{place}: {fault['msg']}{found}")
+        value = "" if fault["type"] == "missing" else f", got {str(fault['input'])[:60]!r}"
+        faults.append(f"{place}: {fault['msg']}{value}")
     return faults
 
 

@@ -1,4 +1,4 @@
-"""Recognise quantized model folders, whose numbers are no weights until they are multiplied out."""
+"""Detection of quantized model folders, whose tensors cannot be read as weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from megalite.hub.foreign import read_object, rewrite_command
 
-# Tensors that quantizers put next to a weight, or in its place.
+# Tensors that quantizers add to a weight, or write instead of it.
 _PARTS = (
     *("weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", "output_scale"),
     *("activation_scale", "k_scale", "v_scale", "qweight", "qzeros", "scales", "g_idx", "biases"),
@@ -51,8 +51,8 @@ def _method(key: str, section: dict[str, Any]) -> str:
     if method == "bitsandbytes":
         bits = 4 if section.get("load_in_4bit") else 8
     inner = section.get("format")
-    told = f"{method or 'a method it does not name'}"
-    return told + (f", {bits} bits" if bits else f", {inner}" if inner else "")
+    name = f"{method or 'a method it does not name'}"
+    return name + (f", {bits} bits" if bits else f", {inner}" if inner else "")
 
 
 def quantized_parts(names: list[str]) -> list[str]:
@@ -61,7 +61,7 @@ def quantized_parts(names: list[str]) -> list[str]:
 
 
 def quantization_advice(method: str, path: Path, architecture: str) -> str:
-    """Say how to get a folder of plain weights in the place of a quantized one."""
+    """Return advice on how to get unquantized weights for a quantized folder."""
     imports = f"{architecture} as M"
     how = ""
     if method.startswith("fp8") or method.startswith("mxfp4"):
@@ -72,9 +72,9 @@ def quantization_advice(method: str, path: Path, architecture: str) -> str:
         imports = f"{imports}, CompressedTensorsConfig as Q"
         how = ", quantization_config=Q(run_compressed=False)"
     elif not method.startswith("bitsandbytes"):
-        return "take the unquantized model that it was made from"
-    made = f"M.from_pretrained(p, dtype='bfloat16'{how})"
-    made += ".dequantize()" if method.startswith("bitsandbytes") else ""
-    return "take the unquantized model that it was made from, or make one with\n" + rewrite_command(
-        path, f"{path}-plain", imports, made
+        return "use the unquantized model that it was made from"
+    model = f"M.from_pretrained(p, dtype='bfloat16'{how})"
+    model += ".dequantize()" if method.startswith("bitsandbytes") else ""
+    return "use the unquantized model that it was made from, or make one with\n" + rewrite_command(
+        path, f"{path}-plain", imports, model
     )

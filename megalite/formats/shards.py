@@ -1,8 +1,7 @@
-"""Shards: pairs of `NAME.bin`, raw token ids, and `NAME.idx`, where its documents lie, in a folder
-whose manifest says what they should be.
+"""Shards: pairs of `NAME.bin` (raw token ids) and `NAME.idx` (document boundaries) with a manifest.
 
-A folder's shards, in manifest order, are one stream of tokens. `ShardSet` reads any part of it;
-nothing is trusted that was not compared with the manifest first.
+A folder's shards, in the manifest's order, are one stream of tokens, and `ShardSet` reads any part
+of it. Every file is compared with the manifest before its first use.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ from megalite.formats.manifest import ShardInfo, ShardManifest, fingerprint, loa
 from megalite.formats.verify import bin_path, idx_path
 from megalite.log import logger
 
-_MAPPED_INDICES = 16  # for whole documents; windows need none
-# Indices of this size together are checked whole when a folder is opened, in some 0.2 s; those
-# of larger folders one by one, when first used. A file costs as much as 64 KB more of it.
+_MAPPED_INDICES = 16  # mapped to read whole documents; windows need none
+# If all .idx files of a folder have at most this size, they are checked when it is opened, in about
+# 0.2 s; otherwise each is checked at its first use. Opening a file costs as much as reading 64 KB.
 CHECKED_AT_OPEN = 64 << 20  # bytes
 _INDEX_COST = 64 << 10  # bytes
 _BUFFER = 1 << 20  # bytes
@@ -51,22 +50,23 @@ def open_shards(
     files: OpenFiles | None = None,
     check_bytes: int = CHECKED_AT_OPEN,
 ) -> ShardSet:
-    """Open a shard folder and compare its files with its manifest; the tokens are not read.
+    """Open a shard folder and compare its files with its manifest, without reading the tokens.
 
-    Megatron's own shards open without a manifest: a folder of pairs, in the order of their names,
-    or one pair by its prefix (`data/my_text_document`). Their `.idx` files are read whole and
-    hashed, some 40 MB for a billion tokens; a warning says what cannot be checked. A `tokenizer/`
-    next to them is taken as theirs.
+    Shards made by Megatron need no manifest: open a folder of pairs, in the order of their names,
+    or one pair by its prefix (`data/my_text_document`). Their `.idx` files are read and hashed,
+    about 40 MB for a billion tokens. A warning lists the checks that are impossible. If the folder
+    has a `tokenizer/`, it defines the vocabulary size.
 
     Args:
-        verify: hash each shard before its first use.
-        vocab_size: the bound of ids if neither a manifest nor a tokenizer states it.
-        files: what to read through, shared by the sets of a process; None: a new one.
-        check_bytes: size up to which all `.idx` files are checked whole now, and not at first use.
-
+        verify: If true, hash each shard before its first use.
+        vocab_size: vocabulary size if there is neither a manifest nor a tokenizer.
+        files: cache of open files, which several shard sets may share. None means a new one.
+        check_bytes: check all `.idx` files now if they have at most this size in total; otherwise
+            check each one at its first use.
     Raises:
-        DataError: no folder, no manifest or a bad one; a shard missing, cut, or of another dtype;
-            an `.idx` that is damaged or not this `.bin`'s. All of them are named.
+        DataError: the folder or its manifest is missing or invalid; a shard is missing, truncated,
+            or of another dtype; an `.idx` is damaged or belongs to another `.bin`. The message
+            lists all faults.
     """
     path = Path(folder)
     if (names := checks.megatron_names(path)) is not None:
@@ -88,8 +88,8 @@ def open_shards(
 
 
 def _warn(path: Path, manifest: ShardManifest, verify: bool) -> None:
-    """Say what nobody can know about shards without a manifest."""
-    known = bool(manifest.tokenizer.sha256)
+    """Warn about the checks that are impossible without a manifest."""
+    tokenizer = manifest.tokenizer
     logger.warning(
         "%s: %d shards without a manifest. Checked: sizes, and the structure of every .idx. Not "
         "checked: whether a token was changed (no hashes%s), %s. Ids are compared with a "
@@ -97,15 +97,15 @@ def _warn(path: Path, manifest: ShardManifest, verify: bool) -> None:
         path,
         len(manifest.shards),
         ", so data.verify does nothing here" if verify else "",
-        f"whether {manifest.tokenizer.path} made them" if known else "which tokenizer made them",
+        f"whether {tokenizer.path} made them" if tokenizer.sha256 else "which tokenizer made them",
         manifest.vocab_size,
     )
 
 
 class ShardWriter:
-    """Writes one shard, document by document; each id is checked before it is narrowed to `dtype`.
+    """Writer of one shard, which checks each id before it casts it to `dtype`.
 
-    As a context manager it closes the file after an error; only `close` makes the shard whole.
+    The context manager closes the file after an error. Only `close` completes the shard.
     """
 
     def __init__(self, folder: Path, name: str, dtype: Dtype, *, vocab_size: int) -> None:
@@ -118,16 +118,19 @@ class ShardWriter:
         self._file = open(bin_path(folder, name), "wb", buffering=_BUFFER)  # noqa: SIM115
 
     def add_document(self, ids: Sequence[int] | Integers) -> None:
-        """Append a document of one sequence; errors are those of `add_documents`."""
+        """Append a document of one sequence. Raises as `add_documents`."""
         values = np.asarray(ids)
         self.add_documents(values, np.array([values.size]))
 
     def add_documents(self, ids: Integers, lengths: Integers) -> None:
-        """Append documents of one sequence each: their ids in a row, and how many each one has.
+        """Append documents of one sequence each.
 
+        Args:
+            ids: the ids of all documents, concatenated.
+            lengths: the number of ids of each document.
         Raises:
-            DataError: an id below 0 or not below the vocabulary's size; a document of more than
-                2^31 - 1 tokens. Nothing of these documents is written.
+            DataError: an id is negative or not below the vocabulary size, or a document has more
+                than 2^31 - 1 tokens. None of these documents is written.
         """
         assert ids.size == lengths.sum(), (ids.size, lengths.sum())
         if ids.size:
@@ -137,13 +140,13 @@ class ShardWriter:
                 at = int(np.argmax((ids < 0) | (ids >= self._ids)))
                 number = len(self._lengths) + int(np.searchsorted(np.cumsum(lengths), at, "right"))
                 raise DataError(
-                    f"{self.name}: document {number} holds token id {ids[at]}, outside 0 to "
-                    f"{self._ids - 1}; is it another tokenizer's?"
+                    f"{self.name}: document {number} has token id {ids[at]}, outside 0 to "
+                    f"{self._ids - 1}; use the tokenizer of these shards"
                 )
         if lengths.size and lengths.max() > LONGEST_SEQUENCE:
             number = len(self._lengths) + int(np.argmax(lengths))
             raise DataError(
-                f"{self.name}: document {number} has {lengths.max()} tokens, the format holds "
+                f"{self.name}: document {number} has {lengths.max()} tokens, the format allows "
                 f"{LONGEST_SEQUENCE}; split it"
             )
         data = ids.astype(self._dtype, copy=False).tobytes()
@@ -153,7 +156,7 @@ class ShardWriter:
         self.tokens += ids.size
 
     def close(self) -> ShardInfo:
-        """Write the `.idx`, sync both files, and return the shard's line of the manifest."""
+        """Write the `.idx`, sync both files, and return the shard's entry in the manifest."""
         self._file.close()
         bin_file, idx_file = bin_path(self._folder, self.name), idx_path(self._folder, self.name)
         documents = np.arange(len(self._lengths) + 1)
@@ -177,10 +180,10 @@ class ShardWriter:
 
 
 class ShardSet:
-    """The shards of one folder as a stream of `tokens` ids; made by `open_shards`.
+    """The shards of one folder as a stream of `tokens` ids, opened by `open_shards`.
 
-    `path` is what was requested: the folder, or the prefix of one pair in it. Reading is safe from
-    several threads.
+    `path` is the path that was opened: the folder, or the prefix of one pair in it. Several threads
+    may read.
     """
 
     def __init__(
@@ -200,9 +203,9 @@ class ShardSet:
         self.vocab_size, self.tokens = manifest.vocab_size, manifest.tokens
         self.documents = manifest.documents
         self._files = files or OpenFiles()
-        self._unsigned = np.dtype(f"<u{self.dtype.itemsize}")  # in which a negative id is a big one
+        self._unsigned = np.dtype(f"<u{self.dtype.itemsize}")  # makes a negative id a large one
         self._verify, self._all_checked = verify, checked
-        self._used: dict[int, str] = {}  # paths of the .bin files in use
+        self._bin_paths: dict[int, str] = {}  # of the shards in use
         self._starts = list(accumulate((one.tokens for one in manifest.shards), initial=0))
         self._firsts = list(accumulate((one.documents for one in manifest.shards), initial=0))
         self._document_starts: dict[int, DocumentStarts] = {}
@@ -214,11 +217,11 @@ class ShardSet:
         return fingerprint(self.manifest)
 
     def read(self, start: int, count: int) -> Integers:
-        """Return tokens start to start + count of the stream, in the shards' dtype.
+        """Return `count` tokens of the stream from token `start` on, in the shards' dtype.
 
         Raises:
-            DataError: an id outside the vocabulary, a shard that changed or, where `verify` was
-                requested, one whose hash is not the manifest's.
+            DataError: an id is outside the vocabulary, or a shard changed since it was opened. With
+                `verify`, also if a shard's hash differs from the manifest's.
         """
         assert 0 <= start <= start + count <= self.tokens, (start, count, self.tokens)
         pieces: list[Integers] = []
@@ -226,24 +229,24 @@ class ShardSet:
             shard = bisect_right(self._starts, start) - 1
             here = min(count, self._starts[shard + 1] - start)
             pieces.append(self._read_shard(shard, start - self._starts[shard], here))
-            start = start + here
-            count = count - here
+            start += here
+            count -= here
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self.dtype), *pieces])
 
     def document_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Return the starts of documents strictly between two positions of the stream, in order.
 
         Raises:
-            DataError: an `.idx` that is damaged or not this `.bin`'s.
+            DataError: an `.idx` is damaged or belongs to another `.bin`.
         """
-        found = []
+        parts = []
         for shard in range(max(0, bisect_right(self._starts, start) - 1), len(self._starts) - 1):
             base = self._starts[shard]
             if base >= stop:
                 break
             starts = self._document_starts.get(shard) or self._outline(shard)
-            found.append(starts.between(self._files, start - base, stop - base) + base)
-        return found[0] if len(found) == 1 else np.concatenate([np.empty(0, np.int64), *found])
+            parts.append(starts.between(self._files, start - base, stop - base) + base)
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
 
     def document(self, number: int) -> Integers:
         """Return the tokens of one document of the folder, counted from 0."""
@@ -260,21 +263,21 @@ class ShardSet:
         return np.diff(self._index(shard).document_bounds())
 
     def _read_shard(self, shard: int, offset: int, count: int) -> Integers:
-        path = self._used.get(shard) or self._first_use(shard)
+        path = self._bin_paths.get(shard) or self._check_bin(shard)
         ids = self._files.read(path, self.dtype, offset * self.dtype.itemsize, count)
         if int(ids.view(self._unsigned).max()) >= self.vocab_size:
             raise self._out_of_range(shard, offset, ids)
         return ids
 
-    def _first_use(self, shard: int) -> str:
-        """Return the path of a `.bin`, which may have changed since the folder was opened."""
+    def _check_bin(self, shard: int) -> str:
+        """Return the path of a `.bin` after a check: it may have changed since it was opened."""
         info = self.manifest.shards[shard]
         path = bin_path(self.folder, info.name)
         checks.check_bin(path, self.manifest, info)
         if self._verify:
             checks.check_hash(path, info.sha256)
-        self._used[shard] = str(path)
-        return self._used[shard]
+        self._bin_paths[shard] = str(path)
+        return self._bin_paths[shard]
 
     def _outline(self, shard: int) -> DocumentStarts:
         path = idx_path(self.folder, self.manifest.shards[shard].name)
@@ -290,12 +293,12 @@ class ShardSet:
     def _out_of_range(self, shard: int, offset: int, piece: Integers) -> DataError:
         at = int(np.argmax(piece.view(self._unsigned) >= self.vocab_size))
         path = bin_path(self.folder, self.manifest.shards[shard].name)
-        told = (
-            "model.vocab_size is too small for these shards, or they are damaged"
+        advice = (
+            "raise model.vocab_size, or copy or make the shard again if it is damaged"
             if self.manifest.format == "mmididx"
             else f"the shard is damaged: run `python -m data_prep verify {self.folder}`"
         )
         return DataError(
             f"{path}: token {offset + at} is {int(piece[at])}, the vocabulary has "
-            f"{self.vocab_size} ids; {told}"
+            f"{self.vocab_size} ids; {advice}"
         )

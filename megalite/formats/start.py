@@ -12,11 +12,11 @@ def find_start(name: str | None, root: Path | None, option: str = "--init-from")
     """Return the folder that a fresh run starts from.
 
     Args:
-        name: a folder, a name on the hub, or None, which is returned.
-        root: the run's checkpoints. If there are any, the run continues from them, and `name` is
-            returned unchanged. None means a fresh start in any case.
+        name: a folder or a name on the hub. None is returned unchanged.
+        root: the folder of the run's checkpoints. If it has any, the run continues from them and
+            `name` is returned unchanged. None means that the run always starts fresh.
     Raises:
-        CommandError: no such folder or model, or a hub out of reach.
+        CommandError: there is no such folder or model, or the hub cannot be reached.
     """
     if name is None or (root is not None and checkpoint.published(root)):
         return name

@@ -1,4 +1,4 @@
-"""Is a shard folder what its manifest says? The quick checks of opening it, and the whole ones."""
+"""Checks of a shard folder against its manifest: quick ones to open it, and a full verification."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def idx_path(folder: Path, shard: str) -> Path:
 
 
 def verify_folder(folder: Path | str) -> list[str]:
-    """Everything wrong with a shard folder: sizes, structure, hashes, ids, counts, stray shards.
+    """Return all faults of a shard folder: sizes, structure, hashes, ids, counts, unlisted shards.
 
-    Every byte is read once. An empty list says that the folder is what its manifest says.
+    Every byte is read once. An empty list means that the folder agrees with its manifest.
 
     Raises:
         DataError: there is no such folder.
@@ -55,20 +55,19 @@ def verify_folder(folder: Path | str) -> list[str]:
         return str(error).splitlines()
     faults = []
     for number, shard in enumerate(manifest.shards):
-        found = list(_shard_faults(folder, manifest, shard))
-        verdict = f"{len(found)} faults" if found else f"{shard.tokens:,} tokens, as written"
+        shard_faults = list(_shard_faults(folder, manifest, shard))
+        count = len(shard_faults)
+        verdict = f"{count} faults" if count else f"{shard.tokens:,} tokens, as written"
         logger.info("%s (%d of %d): %s", shard.name, number + 1, len(manifest.shards), verdict)
-        faults += found
+        faults += shard_faults
     faults += _tokenizer_faults(folder, manifest)
-    known = {shard.name for shard in manifest.shards}
-    strays = [file for file in _halves(folder) if file.stem not in known]
-    return faults + [f"{file}: not in the manifest" for file in strays]
+    listed = {shard.name for shard in manifest.shards}
+    unlisted = [file for file in _shard_files(folder) if file.stem not in listed]
+    return faults + [f"{file}: not in the manifest" for file in unlisted]
 
 
 def size_faults(folder: Path, manifest: ShardManifest, shard: ShardInfo) -> list[str]:
-    """Return what the sizes of a shard's files and the header of its `.idx` show: 34 bytes are
-    read.
-    """
+    """Return the faults in the sizes of a shard's files and in the header of its `.idx`."""
     bin_file, idx_file = bin_path(folder, shard.name), idx_path(folder, shard.name)
     return [
         *fault_of(check_bin, bin_file, manifest, shard),
@@ -77,30 +76,29 @@ def size_faults(folder: Path, manifest: ShardManifest, shard: ShardInfo) -> list
 
 
 def megatron_names(path: Path) -> list[str] | None:
-    """Return the pairs that `path` means if it is no folder with a manifest: all of a folder, or
-    the one of a prefix such as `data/my_text_document`; None if there is nothing of the kind.
+    """Return the names of the pairs of `.bin` and `.idx` at a path without a manifest.
 
-    Our own shards without a manifest are not taken: `tokenize` was interrupted there.
+    These are all pairs of a folder, or the one of a prefix such as `data/my_text_document`. None
+    means that there are none, or that they were left by an interrupted `data_prep tokenize`.
     """
     if (path / MANIFEST_NAME).exists():
         return None
     if not path.is_dir():
         pair = (path.with_name(f"{path.name}{ending}") for ending in (".bin", ".idx"))
         return [path.name] if any(file.is_file() for file in pair) else None
-    names = sorted({file.stem for file in _halves(path)})
+    names = sorted({file.stem for file in _shard_files(path)})
     return None if not names or any(map(_OUR_SHARD.fullmatch, names)) else names
 
 
 def describe_megatron(folder: Path, names: list[str], *, vocab_size: int | None) -> ShardManifest:
-    """Return a manifest of shards that have none, from their `.idx` files, each of which is read
-    whole.
+    """Return a manifest of shards that have none, from their `.idx` files, which are fully read.
 
     Args:
-        vocab_size: the bound of ids where no `tokenizer/` lies next to them; None: the dtype's.
-
+        vocab_size: the vocabulary size if the folder has no `tokenizer/`. None means as many ids as
+            the dtype allows.
     Raises:
-        DataError: a file without its other half, an `.idx` that is damaged or not its `.bin`'s,
-            pairs of different dtypes; all of them.
+        DataError: a `.bin` or `.idx` of a pair is missing, an `.idx` is damaged or belongs to
+            another `.bin`, or the pairs have several dtypes. The message lists all faults.
     """
     faults: list[str] = []
     shards: list[ShardInfo] = []
@@ -114,12 +112,12 @@ def describe_megatron(folder: Path, names: list[str], *, vocab_size: int | None)
         shards.append(shard)
         dtypes.setdefault(dtype, name)
     if len(dtypes) > 1:
-        kinds = ", ".join(f"{name} holds {dtype}" for dtype, name in dtypes.items())
-        faults.append(f"{folder}: {kinds}; name them one by one, as sources of their own")
+        kinds = ", ".join(f"{name} has {dtype}" for dtype, name in dtypes.items())
+        faults.append(f"{folder}: {kinds}; name each pair as a source of its own")
     if faults:
         raise DataError("\n".join(faults))
     dtype = next(iter(dtypes))
-    tokenizer, ids = _tokenizer_beside(folder)
+    tokenizer, ids = _tokenizer_of(folder)
     return ShardManifest.model_construct(
         format="mmididx",
         dtype=dtype,
@@ -137,14 +135,14 @@ def _describe_pair(folder: Path, name: str) -> tuple[ShardInfo, str]:
     bin_file, idx_file = bin_path(folder, name), idx_path(folder, name)
     for file, other in ((bin_file, idx_file), (idx_file, bin_file)):
         if not file.is_file():
-            raise DataError(f"{file}: missing next to {other.name}; copy or make it again")
+            raise DataError(f"{file}: missing, but {other.name} exists; copy or make it again")
     index = read_index(idx_file)
     size = bin_file.stat().st_size
     expected = index.tokens * index.dtype.itemsize
     if size != expected:
-        state = "it is cut" if size < expected else "one of them is of another corpus"
+        state = "it is truncated" if size < expected else "one of them is of another corpus"
         raise DataError(
-            f"{bin_file}: {size} bytes, its .idx says {expected} ({index.tokens} tokens of "
+            f"{bin_file}: got {size} bytes, its .idx says {expected} ({index.tokens} tokens of "
             f"{index.dtype.name}); {state}: copy or make both again"
         )
     info = ShardInfo.model_construct(
@@ -158,8 +156,8 @@ def _describe_pair(folder: Path, name: str) -> tuple[ShardInfo, str]:
     return info, index.dtype.name
 
 
-def _tokenizer_beside(folder: Path) -> tuple[TokenizerInfo, int | None]:
-    """Return the tokenizer in a folder and how many ids it has; unknown if there is none."""
+def _tokenizer_of(folder: Path) -> tuple[TokenizerInfo, int | None]:
+    """Return the tokenizer in a shard folder, and its vocabulary size or None."""
     if not (folder / "tokenizer").is_dir():
         return UNKNOWN_TOKENIZER, None
     tokenizer = load_tokenizer(folder / "tokenizer")
@@ -171,43 +169,47 @@ def _tokenizer_beside(folder: Path) -> tuple[TokenizerInfo, int | None]:
 
 
 def check_bin(path: Path, manifest: ShardManifest, shard: ShardInfo) -> None:
-    """Raise a DataError unless a `.bin` is there and has the size that the manifest says."""
+    """Raise a DataError if a `.bin` is missing or its size differs from the manifest's."""
     try:
         size = os.stat(path).st_size
     except FileNotFoundError:
-        told = f"missing, the manifest lists it with {shard.tokens} tokens"
-        raise DataError(f"{path}: {told}") from None
+        fault = f"missing, but the manifest lists it with {shard.tokens} tokens"
+        raise DataError(f"{path}: {fault}; copy or make it again") from None
     if size != shard.bytes:
-        state = "cut" if size < shard.bytes else "longer than it was written"
+        state = "truncated" if size < shard.bytes else "longer than it was written"
         raise DataError(
-            f"{path}: {size} bytes, the manifest says {shard.bytes} ({shard.tokens} tokens of "
+            f"{path}: got {size} bytes, the manifest says {shard.bytes} ({shard.tokens} tokens of "
             f"{manifest.dtype}); the file is {state}: copy or make it again"
         )
 
 
-def check_hash(path: Path, expected: str, found: str = "") -> None:
-    """Raise a DataError unless a file's SHA-256, `found` if it is known, is the expected one."""
-    found = found or sha256_file(path)
-    if found != expected:
+def check_hash(path: Path, expected: str, digest: str = "") -> None:
+    """Raise a DataError if a file's SHA-256 is not the expected one.
+
+    Args:
+        digest: the SHA-256 if it was computed before.
+    """
+    digest = digest or sha256_file(path)
+    if digest != expected:
         raise DataError(
-            f"{path}: sha256 {found[:12]}..., the manifest says {expected[:12]}...; bytes changed "
-            "since it was written: copy or make it again"
+            f"{path}: got sha256 {digest[:12]}..., the manifest says {expected[:12]}...; the file "
+            "changed since it was written: copy or make it again"
         )
 
 
 def checked_index(folder: Path, manifest: ShardManifest, shard: ShardInfo) -> Index:
-    """Return a shard's `.idx`, compared whole with itself and with the manifest.
+    """Return a shard's `.idx` after all its checks, also against the manifest.
 
     Raises:
-        DataError: the first thing that is wrong with it.
+        DataError: its first fault.
     """
     path = idx_path(folder, shard.name)
     _check_header(path, manifest, shard)
     index = read_index(path)
     if index.tokens != shard.tokens:
         raise DataError(
-            f"{path}: its sequences add up to {index.tokens} tokens, the .bin holds "
-            f"{shard.tokens}; it belongs to another .bin"
+            f"{path}: got {index.tokens} tokens in its sequences, the manifest says "
+            f"{shard.tokens}; it belongs to another .bin: copy or make both again"
         )
     if shard.index_sha256 is not None:
         check_hash(path, shard.index_sha256)
@@ -220,35 +222,39 @@ def _check_header(path: Path, manifest: ShardManifest, shard: ShardInfo) -> None
     except DataError as error:
         if path.exists():
             raise
-        raise DataError(f"{path}: missing, the manifest lists it") from error
+        raise DataError(
+            f"{path}: missing, but the manifest lists it; copy or make it again"
+        ) from error
     if header.dtype != np.dtype(manifest.dtype).newbyteorder("<"):
         raise DataError(
-            f"{path}: holds {header.dtype.name}, the manifest says {manifest.dtype}; it belongs "
-            "to another folder"
+            f"{path}: got {header.dtype.name}, the manifest says {manifest.dtype}; it belongs "
+            "to another folder: copy or make it again"
         )
     if header.boundaries - 1 != shard.documents:
         raise DataError(
-            f"{path}: {header.boundaries - 1} documents, the manifest says {shard.documents}; it "
-            "belongs to another .bin"
+            f"{path}: got {header.boundaries - 1} documents, the manifest says {shard.documents}; "
+            "it belongs to another .bin: copy or make both again"
         )
 
 
 def _shard_faults(folder: Path, manifest: ShardManifest, shard: ShardInfo) -> Iterator[str]:
     path = bin_path(folder, shard.name)
-    yield from (stale := fault_of(checked_index, folder, manifest, shard))
-    if sizes := fault_of(check_bin, path, manifest, shard):
-        yield from sizes
+    yield from (index_faults := fault_of(checked_index, folder, manifest, shard))
+    if bin_faults := fault_of(check_bin, path, manifest, shard):
+        yield from bin_faults
         return
-    digest, highest, place = _scan(path, manifest)
+    digest, highest, position = _scan(path, manifest)
     yield from fault_of(check_hash, path, shard.sha256, digest)
     if highest >= manifest.vocab_size:
-        yield f"{path}: token {place} lies outside the vocabulary of {manifest.vocab_size} ids"
-    if not stale:
+        yield f"{path}: token {position} is outside the vocabulary of {manifest.vocab_size} ids"
+    if not index_faults:
         yield from fault_of(_check_ends, folder, manifest, shard)
 
 
 def _check_ends(folder: Path, manifest: ShardManifest, shard: ShardInfo) -> None:
-    """Check that documents begin with the manifest's `bos` and end with its `eos`."""
+    """Raise a DataError if a document does not begin with the manifest's `bos` or end with its
+    `eos`.
+    """
     path = bin_path(folder, shard.name)
     index = checked_index(folder, manifest, shard)
     if not index.tokens:
@@ -256,25 +262,23 @@ def _check_ends(folder: Path, manifest: ShardManifest, shard: ShardInfo) -> None
     bounds = index.document_bounds()
     filled = np.flatnonzero(np.diff(bounds))
     tokens = np.memmap(path, np.dtype(manifest.dtype).newbyteorder("<"), mode="r")
-    for kind, id, places in (
+    for kind, id, positions in (
         ("bos", manifest.bos, bounds[:-1][filled]),
         ("eos", manifest.eos, bounds[1:][filled] - 1),
     ):
-        if id is not None and (wrong := np.flatnonzero(tokens[places] != id)).size:
-            number, at = filled[wrong[0]], places[wrong[0]]
+        if id is not None and (wrong := np.flatnonzero(tokens[positions] != id)).size:
+            number, at = filled[wrong[0]], positions[wrong[0]]
             raise DataError(
-                f"{path}: document {number} has id {tokens[at]} where the manifest says {kind} {id}"
+                f"{path}: document {number} has {kind} {tokens[at]}, the manifest says {id}"
             )
 
 
 def _scan(path: Path, manifest: ShardManifest) -> tuple[str, int, int]:
-    """Return a `.bin`'s SHA-256, its highest id (a negative one counts as huge) and where that
-    stands.
-    """
+    """Return a `.bin`'s SHA-256, its highest id as an unsigned number, and that id's position."""
     unsigned = np.dtype(f"<u{np.dtype(manifest.dtype).itemsize}")
     digest = hashlib.sha256()
     highest = -1
-    place = 0
+    position = 0
     read = 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -282,40 +286,38 @@ def _scan(path: Path, manifest: ShardManifest) -> tuple[str, int, int]:
             ids = np.frombuffer(chunk, unsigned)
             if int(ids.max()) > highest:
                 highest = int(ids.max())
-                place = read + int(ids.argmax())
+                position = read + int(ids.argmax())
             read += len(ids)
-    return digest.hexdigest(), highest, place
+    return digest.hexdigest(), highest, position
 
 
 def _tokenizer_faults(folder: Path, manifest: ShardManifest) -> list[str]:
     path = folder / manifest.tokenizer.path
     expected = manifest.tokenizer.sha256
     if not path.is_file():
-        return [f"{path}: missing, the manifest lists it"]
+        return [f"{path}: missing, but the manifest lists it; copy it again"]
     if faults := fault_of(check_hash, path, expected):
         return faults
     tokenizer = load_tokenizer(path)
-    begins = next(iter(tokenizer.prefix_ids), tokenizer.bos_id)
+    bos = next(iter(tokenizer.prefix_ids), tokenizer.bos_id)
     return [
-        f"{folder / MANIFEST_NAME}: {key} is {told}, the tokenizer next to it says {own}"
-        for key, told, own in (
+        f"{folder / MANIFEST_NAME}: {key} is {listed}, but {value} in {path}"
+        for key, listed, value in (
             ("vocab_size", manifest.vocab_size, tokenizer.vocab_size),
-            ("bos", manifest.bos, begins),
+            ("bos", manifest.bos, bos),
             ("eos", manifest.eos, tokenizer.eos_id),
         )
-        if told not in (None, own)
+        if listed not in (None, value)
     ]
 
 
-def _halves(folder: Path) -> list[Path]:
-    """Return the `.bin` and `.idx` files in a folder, by name."""
+def _shard_files(folder: Path) -> list[Path]:
+    """Return the `.bin` and `.idx` files in a folder, sorted by name."""
     return sorted(path for kind in ("*.bin", "*.idx") for path in folder.glob(kind))
 
 
 def fault_of(check: Callable[..., object], *arguments: object) -> list[str]:
-    """Return what a check raises as a DataError, in a list; an empty one where it raises
-    nothing.
-    """
+    """Run a check and return its DataError's message in a list, which is empty if it passes."""
     try:
         check(*arguments)
     except DataError as error:

@@ -24,7 +24,7 @@ def hashes(raw: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for folder in disk.published(root):
         manifest = disk.read_manifest(folder)
-        assert disk.damage(folder, manifest) == []
+        assert disk.find_damage(folder, manifest) == []
         found[manifest.step] = {
             name: {state: entry.sha256 for state, entry in tensor.states.items()}
             for name, tensor in manifest.tensors.items()

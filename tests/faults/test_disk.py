@@ -59,7 +59,7 @@ def test_a_disk_of_two_megabytes(shards: dict[str, str], tmp_path: Path, small_d
     assert named == [("checkpoint", 5), ("unsaved", 10), ("unsaved", 15), ("failed", 20)]
     (kept,) = disk.published(run / "checkpoints")
     assert kept.name == "step_00000005"
-    assert disk.damage(kept, disk.read_manifest(kept)) == []
+    assert disk.find_damage(kept, disk.read_manifest(kept)) == []
     assert not list((run / "checkpoints").glob(".staging_*"))
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["last_checkpoint"]) == ("failed", "step_00000005")

@@ -50,7 +50,7 @@ def test_manifest_cannot_name_a_file_outside_its_folder(
     else:
         content["files"][name] = {"bytes": 1, "sha256": "0" * 64}
     seal(folder, content)
-    with pytest.raises(CheckpointError, match=r"which is no file of the checkpoint's own"):
+    with pytest.raises(CheckpointError, match=r"which is not a file of this checkpoint"):
         open_checkpoint(folder)
 
 

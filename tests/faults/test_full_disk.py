@@ -195,7 +195,7 @@ def test_a_run_on_a_disk_that_fills_up_is_done(
     steps = [row["step"] for row in map(json.loads, lines) if row["kind"] == "train"]
     assert steps[:5] == [1, 2, 3, 4, 5]
     for folder in disk.published(run / "checkpoints"):
-        assert disk.damage(folder, disk.read_manifest(folder)) == []
+        assert disk.find_damage(folder, disk.read_manifest(folder)) == []
     assert disk.published(run / "checkpoints")[0].name == "step_00000020"
 
 

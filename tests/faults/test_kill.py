@@ -49,7 +49,7 @@ def _published(root: Path) -> dict[str, disk.CheckpointManifest]:
     found = {}
     for folder in disk.published(root):
         manifest = disk.read_manifest(folder)
-        assert disk.damage(folder, manifest) == []
+        assert disk.find_damage(folder, manifest) == []
         found[folder.name] = manifest
     return found
 

@@ -117,7 +117,7 @@ def _trial(
     assert 2 * EVERY <= resumed["step"] <= reached
     assert not list(root.glob("bad_*"))
     for path in disk.published(root):
-        assert disk.damage(path, disk.read_manifest(path)) == []
+        assert disk.find_damage(path, disk.read_manifest(path)) == []
 
 
 def test_the_second_start_wins(shards: dict[str, str], tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_every_byte_of_a_tensor_file_is_looked_at_once(grid: Grid, root: Path, k
         data = bytearray(whole)
         data[place] ^= 1
         path.write_bytes(data)
-        found = disk.damage(folder, manifest, tensors=False)
+        found = disk.find_damage(folder, manifest, tensors=False)
         assert bool(found) == (place < body)
         if place >= body:
             with pytest.raises(DamagedCheckpoint, match=rf"{path.name}: its bytes are not those"):
@@ -43,7 +43,7 @@ def test_every_byte_of_a_tensor_file_is_looked_at_once(grid: Grid, root: Path, k
                     engine, engine.config, grid=grid, folder=folder, manifest=manifest
                 )
     path.write_bytes(whole)
-    assert not disk.damage(folder, manifest, tensors=False)
+    assert not disk.find_damage(folder, manifest, tensors=False)
     checkpoint.restore(engine, engine.config, grid=grid, folder=folder, manifest=manifest)
 
 

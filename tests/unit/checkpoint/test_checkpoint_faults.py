@@ -71,7 +71,7 @@ def test_a_failed_second_save_of_a_step_keeps_the_first(
         with pytest.raises(CheckpointError):
             save_checkpoint(trained, grid, root)
     assert disk.published(root) == [folder]
-    assert disk.damage(folder, disk.read_manifest(folder)) == []
+    assert disk.find_damage(folder, disk.read_manifest(folder)) == []
 
 
 def test_a_crash_between_two_renames_loses_nothing(
@@ -86,7 +86,7 @@ def test_a_crash_between_two_renames_loses_nothing(
             save_checkpoint(trained, grid, root)
     checkpoint.clear_leftovers(root)
     assert disk.published(root) == [folder]
-    assert disk.damage(folder, disk.read_manifest(folder)) == []
+    assert disk.find_damage(folder, disk.read_manifest(folder)) == []
 
 
 def test_saving_a_step_again_replaces_it(grid: Grid, root: Path) -> None:
@@ -96,7 +96,7 @@ def test_saving_a_step_again_replaces_it(grid: Grid, root: Path) -> None:
     folder = save_checkpoint(trained, grid, root)
     manifest = disk.read_manifest(folder)
     assert manifest.progress == {"updates": 1}
-    assert disk.damage(folder, manifest) == []
+    assert disk.find_damage(folder, manifest) == []
     assert [path.name for path in root.iterdir()] == ["step_00000003"]
 
 
@@ -107,7 +107,7 @@ def test_what_an_interrupted_save_left_is_written_over(grid: Grid, root: Path) -
     (left / "stranger").write_bytes(b"x")
     folder = save_checkpoint(make_engine(), grid, root)
     assert not (folder / "stranger").exists()
-    assert disk.damage(folder, disk.read_manifest(folder)) == []
+    assert disk.find_damage(folder, disk.read_manifest(folder)) == []
 
 
 def test_leftovers_that_are_no_folders_do_not_stay(grid: Grid, root: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_score_that_comes_later_decides_the_best(root: Path) -> None:
     assert disk.best(disk.published(root)) == root / "step_00000015"
     manifest = disk.read_manifest(root / "step_00000015")  # its checksum holds
     assert (manifest.valid_loss, manifest.step) == (1.5, 15)
-    assert disk.damage(root / "step_00000015", manifest) == []
+    assert disk.find_damage(root / "step_00000015", manifest) == []
 
 
 def test_another_folder_of_the_same_step_is_set_aside_as_a_branch_that_was_left(

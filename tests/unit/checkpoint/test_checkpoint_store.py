@@ -94,7 +94,7 @@ def test_what_is_on_disk(grid: Grid, root: Path) -> None:
         "tokenizer/inner/more.txt",
     ]
     manifest = disk.read_manifest(folder)
-    assert disk.damage(folder, manifest) == []
+    assert disk.find_damage(folder, manifest) == []
     assert {*manifest.files, "manifest.json"} == {n for n in names if (folder / n).is_file()}
     assert RunConfig.model_validate(files.read_json(folder / "config.json")) == trained.config
     assert Progress(manifest.step, manifest.samples, manifest.tokens) == PLACE
@@ -244,7 +244,7 @@ def test_open_checkpoint_by_any_of_its_names(grid: Grid, root: Path) -> None:
         assert (folder, manifest.step) == (newest, 2)
     assert checkpoint.open_checkpoint(root / "step_00000001")[1].step == 1
     (newest / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"config\.json: .* bytes were written, 2 are there"):
+    with pytest.raises(CheckpointError, match=r"config\.json: .* bytes were written, got 2"):
         checkpoint.open_checkpoint(root.parent)
     with pytest.raises(CommandError, match="holds no checkpoint"):
         checkpoint.open_checkpoint(root.parents[1])

@@ -246,7 +246,7 @@ def test_occlusion_is_the_score_without_each_token(architecture: str, pooling: s
     """Against the log-odds of two texts, token by token; several passes give the same."""
     opened = classifier(architecture, pooling)
     ids = list(b"a text to read")
-    before, after = prefix_and_suffix_ids(opened.tokenizer, leads=architecture == "encoder")
+    before, after = prefix_and_suffix_ids(opened.tokenizer, add_bos=architecture == "encoder")
 
     def score(own: list[int]) -> float:
         batch = explain._batch(opened, [[*before, *own, *after]])

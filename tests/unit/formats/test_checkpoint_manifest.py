@@ -19,7 +19,7 @@ from megalite.formats.checkpoint import (
     FileEntry,
     StateEntry,
     TensorEntry,
-    damage,
+    find_damage,
     folder_name,
     published,
     read_manifest,
@@ -87,7 +87,7 @@ def test_round_trip(folder: Path) -> None:
         "tiny": 1e-300,
         "none": None,
     }
-    assert damage(folder, manifest) == []
+    assert find_damage(folder, manifest) == []
     assert not [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]
 
 
@@ -100,7 +100,7 @@ def test_a_layout_of_the_text_is_no_damage(folder: Path) -> None:
 
 
 def test_an_absent_manifest(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no manifest\.json: not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match=r"has no manifest\.json: not a complete checkpoint"):
         read_manifest(tmp_path)
     with pytest.raises(CheckpointError, match="nowhere"):
         read_manifest(tmp_path / "nowhere")
@@ -136,7 +136,7 @@ def test_a_manifest_that_is_no_json(folder: Path, content: bytes) -> None:
 )
 def test_another_format(folder: Path, content: str, found: str) -> None:
     (folder / MANIFEST).write_text(content)
-    with pytest.raises(CheckpointError, match=f"format {found} found.*'megalite-checkpoint-1'"):
+    with pytest.raises(CheckpointError, match=f"got format {found}.*'megalite-checkpoint-1'"):
         read_manifest(folder)
 
 
@@ -178,7 +178,7 @@ def test_a_sealed_manifest_of_another_version(
     folder: Path, change: Callable[[dict[str, Any]], Any]
 ) -> None:
     rewrite(folder, change, seal=True)
-    with pytest.raises(OtherVersion, match=r"is whole, but MegaLite .* written by MegaLite 0.1"):
+    with pytest.raises(OtherVersion, match=r"is intact, but MegaLite .* use MegaLite 0.1"):
         read_manifest(folder)
 
 
@@ -229,10 +229,10 @@ def test_each_damage_is_named(folder: Path) -> None:
     data[17] ^= 1
     (folder / "model-0.safetensors").write_bytes(bytes(data))
     (folder / "tokenizer" / "a.model").write_bytes(b"\0\0")
-    missing, hashed, sized = sorted(damage(folder, manifest))
+    missing, hashed, sized = sorted(find_damage(folder, manifest))
     assert missing == f"{folder / 'config.json'} is missing"
     assert hashed.startswith(f"{folder / 'model-0.safetensors'}: its bytes are not those")
-    assert sized == f"{folder / 'tokenizer/a.model'}: 1 bytes were written, 2 are there"
+    assert sized == f"{folder / 'tokenizer/a.model'}: 1 bytes were written, got 2"
 
 
 @pytest.mark.parametrize("place", range(0, 63, 7))
@@ -241,23 +241,23 @@ def test_any_flipped_byte_is_found(folder: Path, place: int) -> None:
     data = bytearray(path.read_bytes())
     data[place] ^= 0x80
     path.write_bytes(bytes(data))
-    assert len(damage(folder, read_manifest(folder))) == 1
+    assert len(find_damage(folder, read_manifest(folder))) == 1
 
 
 def test_only_the_files_asked_for_are_looked_at(folder: Path) -> None:
     manifest = read_manifest(folder)
     (folder / "config.json").unlink()
     names = list(manifest.files)
-    shares = [damage(folder, manifest, names[rank::3]) for rank in range(3)]
+    shares = [find_damage(folder, manifest, names[rank::3]) for rank in range(3)]
     assert sorted(len(share) for share in shares) == [0, 0, 1]
-    assert damage(folder, manifest, []) == []
+    assert find_damage(folder, manifest, []) == []
 
 
 def test_a_folder_where_a_file_was(folder: Path) -> None:
     manifest = read_manifest(folder)
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
-    assert damage(folder, manifest) == [f"{folder / 'config.json'} is missing"]
+    assert find_damage(folder, manifest) == [f"{folder / 'config.json'} is missing"]
 
 
 def test_a_file_the_disk_cannot_read_is_damage(
@@ -270,14 +270,14 @@ def test_a_file_the_disk_cannot_read_is_damage(
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(files, "sha256_file", fail)
-    problems = damage(folder, manifest)
+    problems = find_damage(folder, manifest)
     assert len(problems) == len(CONTENTS)
     assert all("Input/output error" in problem for problem in problems)
 
 
 def test_files_nobody_mentioned_are_left_alone(folder: Path) -> None:
     (folder / "notes.txt").write_text("mine")
-    assert damage(folder, read_manifest(folder)) == []
+    assert find_damage(folder, read_manifest(folder)) == []
 
 
 # --- which folders there are ---

@@ -178,7 +178,7 @@ def test_a_folder_renamed_by_hand_is_not_what_its_name_says(
 ) -> None:
     publish(root, 5, run_config())
     publish(root, 10, run_config()).rename(root / "step_00000020")
-    with pytest.raises(CommandError, match=r"step_00000020 holds step 10: .*step_00000010"):
+    with pytest.raises(CommandError, match=r"step_00000020 contains step 10: .*step_00000010"):
         find(grid, tmp_path / "mine", run_config(), resume=str(root / "step_00000020"))
     point = find(grid, root, run_config())
     assert point is not None
