@@ -1,4 +1,4 @@
-"""Checkpoints: saved as named tensors, published by one rename, found and checked on resume."""
+"""Checkpoints: saved as named tensors, published by one rename, checked on resume."""
 
 from megalite.checkpoint.differences import compare_models
 from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
@@ -16,7 +16,7 @@ from megalite.checkpoint.retention import (
     clear_leftovers,
     retain,
     set_aside_damaged,
-    set_aside_later,
+    set_aside_newer,
 )
 from megalite.checkpoint.save import Saver, checkpoint_bytes
 from megalite.checkpoint.start import (
@@ -27,7 +27,7 @@ from megalite.checkpoint.start import (
     require_head,
 )
 from megalite.checkpoint.stored import (
-    Grown,
+    GrownVocabulary,
     StoredCheckpoint,
     TensorSource,
     load_into,
@@ -35,7 +35,7 @@ from megalite.checkpoint.stored import (
 )
 
 __all__ = [
-    "Grown",
+    "GrownVocabulary",
     "HuggingFaceFolder",
     "Lease",
     "Progress",
@@ -61,6 +61,6 @@ __all__ = [
     "restore",
     "retain",
     "set_aside_damaged",
-    "set_aside_later",
+    "set_aside_newer",
     "take_lease",
 ]

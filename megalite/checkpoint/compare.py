@@ -1,4 +1,4 @@
-"""Proof of a load: the engine holds what the manifest says was written."""
+"""Comparison of an engine's states after a load with the hashes in the checkpoint's manifest."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from megalite.engine import Engine
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
 
-_PENDING = 4  # most tensors whose hashes are being made
+_MAX_PENDING = 4  # tensors that are being hashed at a time
 
 
 @dataclass(frozen=True)
 class LoadTarget:
-    """The states of an engine that a load sets.
+    """An engine, and the states of it that a load sets.
 
     Attributes:
         model: the engine's model section.
-        states: returns the names of the states to set, by the table's row of a parameter.
+        states: function that returns the names of a parameter's states to set.
     """
 
     engine: Engine
@@ -37,31 +37,31 @@ class LoadTarget:
 
 
 def compare_states(target: LoadTarget, source: StoredCheckpoint) -> list[str]:
-    """Read all states out of the engine and compare their hashes with those of the manifest.
+    """Read all states from the engine and compare their hashes with the manifest's.
 
-    Threads make hashes while the next states are read.
+    Threads hash while the next states are read.
 
     Returns:
-        the states that differ, on the rank that owns them.
+        descriptions of the states that differ, on the rank that owns them.
     """
     differing = []
     hashing: deque[tuple[str, Future[bool]]] = deque()
     engine, grid = target.engine, target.grid
 
     def compare() -> None:
-        what, same = hashing.popleft()
+        description, same = hashing.popleft()
         if not same.result():
-            differing.append(what)
+            differing.append(description)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for owner in owned_parameters(engine, target.model, grid):
-            # a frozen weight has no fp32 master: the engine holds it rounded to its own type
+            # A frozen weight has no fp32 master: the engine holds it rounded to the model's type.
             dtype = torch.float32 if owner.parameter.requires_grad else owner.parameter.dtype
             for state in target.states(owner.row):
                 for name, value in read_canonical(engine, owner, state, grid).items():
                     same = pool.submit(_is_written, value, dtype, name, state, source)
                     hashing.append((f"{state} of {name}", same))
-                    if len(hashing) > _PENDING:
+                    if len(hashing) > _MAX_PENDING:
                         compare()
         while hashing:
             compare()
@@ -71,15 +71,15 @@ def compare_states(target: LoadTarget, source: StoredCheckpoint) -> list[str]:
 def _is_written(
     value: Tensor, dtype: torch.dtype, name: str, state: str, source: StoredCheckpoint
 ) -> bool:
-    """Return whether a tensor of the engine is the one that was written, rounded to `dtype`.
+    """Return whether a tensor of the engine equals the one that was written, rounded to `dtype`.
 
-    DeepSpeed assembles the parts of a parameter by adding zeros (`safe_get_full_fp32_param` in
-    deepspeed/utils/tensor_fragment.py), which turns -0 into 0. If hashes differ, the tensor on the
-    disk is therefore checked against its own hash, and then compared number by number.
+    DeepSpeed assembles a parameter by adding its parts to zeros (`safe_get_full_fp32_param` in
+    deepspeed/utils/tensor_fragment.py), which turns -0 into 0. So if the hashes differ, the tensor
+    is read again, checked against its hash, and compared by value.
     """
     entry = source.manifest.tensors[name].states.get(state)
     if entry is None:
-        return False  # the manifest lacks it, which the load has reported
+        return False  # the load has reported it
     if value_hash(value) == entry.sha256:
         return True
     stored = torch.empty(value.shape)

@@ -1,8 +1,8 @@
-"""The right to write into a run folder: it belongs to the newest start of the run.
+"""The lease of a run folder: only the newest start of a run may write into the folder.
 
-A scheduler may start a job again while ranks of its last start still run on a node it has lost
-sight of. Both would save under the same names. The start that took the lease last may; every
-other one ends with exit code 3.
+A scheduler may start a job again while ranks of the last start still run on an unreachable node.
+Both would write the same files. The start that took the lease last may write; every older one ends
+with exit code 3.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megalite.errors import CommandError, Superseded
 from megalite.parallel import Grid
 
 _NAME = ".lease.json"
-_LOOK_EVERY = 1.0  # seconds; on a network file system each look costs a request
+_CHECK_SECONDS = 1.0  # between reads of the lease, each a request on a network file system
 _TRIES = 3
 
 
@@ -31,8 +31,8 @@ class Lease:
     def __init__(self, root: Path) -> None:
         self._path = root / _NAME
         self._nonce = secrets.token_hex(16)
-        self._looked = time.monotonic()
-        self._newer: dict[str, object] | None = None  # the claim of a newer start, once it is seen
+        self._last_check = time.monotonic()
+        self._newer: dict[str, object] | None = None  # the claim of a newer start, if there is one
         job = env.job()
         owner = {"job": job.id, "restart_count": job.restart_count, "nonce": self._nonce}
         root.mkdir(parents=True, exist_ok=True)
@@ -40,12 +40,12 @@ class Lease:
             try:
                 files.write_json(self._path, owner)
                 return
-            except FileNotFoundError:  # another start has cleared our partial file
+            except FileNotFoundError:  # another start has removed our partial file
                 if not left:
                     raise
 
     def check(self) -> None:
-        """Raise Superseded if a newer start has taken the lease; it never comes back."""
+        """Raise Superseded if a newer start has taken the lease. A lost lease never returns."""
         self._newer = owner = self._newer or self._owner()
         if owner is not None:
             raise Superseded(
@@ -55,27 +55,26 @@ class Lease:
             )
 
     def is_lost(self) -> bool:
-        """Return whether a newer start has taken the lease, as it was at most a second ago."""
-        if self._newer is None and time.monotonic() - self._looked >= _LOOK_EVERY:
-            self._looked = time.monotonic()
+        """Return whether a newer start has taken the lease. The answer may be a second old."""
+        if self._newer is None and time.monotonic() - self._last_check >= _CHECK_SECONDS:
+            self._last_check = time.monotonic()
             self._newer = self._owner()
         return self._newer is not None
 
     def _owner(self) -> dict[str, object] | None:
-        """Return the claim of another start, or None while nobody else claims the folder."""
+        """Return the claim of another start, or None if there is none or it is unreadable."""
         try:
             owner = files.read_json(self._path)
-            # an unreadable claim is lost, not taken
             return None if owner["nonce"] == self._nonce else dict(owner)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
 
 def take_lease(root: Path, grid: Grid) -> Lease | None:
-    """Take a run folder over; a collective.
+    """Take the lease of a run folder; a collective.
 
     Returns:
-        rank 0's lease; None on the other ranks.
+        the lease on rank 0, None on the other ranks.
     Raises:
         CommandError: on every rank, if rank 0 cannot write into the folder.
     """
@@ -85,8 +84,8 @@ def take_lease(root: Path, grid: Grid) -> Lease | None:
             lease = Lease(root)
         except OSError as error:
             fault = f"the run folder {root.parent} cannot be written: {error}"
-            for folder in (root, root.parent):  # a refused start leaves nothing behind
-                with suppress(OSError):  # it is not empty
+            for folder in (root, root.parent):  # remove folders that this start created
+                with suppress(OSError):  # not empty
                     folder.rmdir()
     if fault := grid.all_gather_objects(fault)[0]:
         raise CommandError(f"{fault}; make room or set its permissions, or name another directory")

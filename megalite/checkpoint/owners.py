@@ -1,4 +1,4 @@
-"""Owners of parameters: the rank that writes each one, and how it gets the canonical tensors."""
+"""Owners of parameters: the rank that saves each one, and how it gets the canonical tensors."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from megalite.parallel import Grid
 
 @dataclass(frozen=True)
 class ParameterOwner:
-    """A parameter, its row of the table, and the rank that owns it.
+    """A parameter, its specification, and the rank that owns it.
 
-    The owner writes the parameter when saving. When loading, the owner's copy of the model reads
-    it for the others.
+    The owner writes the parameter to a checkpoint. On a load, the ranks of the owner's copy of the
+    model read it and send it to the other copies.
 
     Attributes:
-        at: where the owner stands.
-        local: whether only the owner's ZeRO rank has the states, and has them complete.
+        at: the owner's coordinate.
+        local: whether the owner's ZeRO rank has the complete states, and no other ZeRO rank any.
     """
 
     parameter: nn.Parameter
@@ -39,17 +39,17 @@ class ParameterOwner:
         return self.at == grid.at
 
     def in_my_copy(self, grid: Grid) -> bool:
-        """Return whether the owner is one of the ranks that share this rank's model."""
+        """Return whether the owner belongs to this rank's copy of the model."""
         return self.at.zero_rank == grid.at.zero_rank
 
 
 def owned_parameters(engine: Engine, config: ModelConfig, grid: Grid) -> Iterator[ParameterOwner]:
-    """Yield every parameter with its owner; parameters that all ranks handle together come first.
+    """Yield every parameter with its owner, first those that are not local.
 
-    A parameter whose states one ZeRO rank has belongs to that rank's copy of the model. The bytes
-    of the others are spread evenly over all ranks. The assignment depends on the table and the
-    layout only, so all ranks agree. A parameter that needs a collective comes before those of
-    single ranks, or each rank would wait for the others' own ones.
+    The owner of a local parameter belongs to the copy of the model that has its states. All other
+    parameters are spread evenly over the ranks. The assignment depends only on the model and the
+    layout, so all ranks agree. Parameters that need a collective come first, because otherwise
+    ranks would wait for each other's local ones.
     """
     mesh = grid.mesh
     copies = mesh.groups("copy")
@@ -60,7 +60,7 @@ def owned_parameters(engine: Engine, config: ModelConfig, grid: Grid) -> Iterato
         row = table[name]
         zero_rank = engine.owner_rank(parameter)
         candidates = range(mesh.world) if zero_rank is None else copies[zero_rank]
-        rank = min(candidates, key=elements.__getitem__)  # the first of equal ones
+        rank = min(candidates, key=elements.__getitem__)  # the lowest rank if several are equal
         elements[rank] += row.elements
         owner = ParameterOwner(parameter, row, mesh.at(rank), local=zero_rank is not None)
         if owner.local:
@@ -73,10 +73,9 @@ def owned_parameters(engine: Engine, config: ModelConfig, grid: Grid) -> Iterato
 def read_canonical(
     engine: Engine, owner: ParameterOwner, state: str, grid: Grid
 ) -> dict[str, Tensor]:
-    """Return the canonical tensors of one state, complete, on the CPU of the rank that owns them.
+    """Return the complete canonical tensors of a state on the owner's CPU; a collective.
 
-    A collective of all ranks. The result is empty on other ranks, and may share memory with the
-    engine.
+    The result is empty on all other ranks. It may share memory with the engine.
     """
     mine = owner.in_my_copy(grid)
     if owner.local:
@@ -96,13 +95,13 @@ def read_canonical(
         dist.all_gather(parts, value, group=grid.tensor_group)
     if not owner.is_mine(grid):
         return {}
-    if len(parts) == 1:  # not split: this rank's part is the whole
+    if len(parts) == 1:  # not split over ranks
         return {p.tensor.name: value[p.target].cpu().contiguous() for p in arch.pieces(row)}
-    whole = {tensor.name: torch.empty(tensor.shape) for tensor in row.tensors}
+    full = {tensor.name: torch.empty(tensor.shape) for tensor in row.tensors}
     for at, part in zip(places, parts, strict=True):
         for piece in arch.pieces(row, at):
-            whole[piece.tensor.name][piece.source] = part[piece.target].cpu()
-    return whole
+            full[piece.tensor.name][piece.source] = part[piece.target].cpu()
+    return full
 
 
 def value_hash(tensor: Tensor) -> str:

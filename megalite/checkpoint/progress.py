@@ -1,4 +1,4 @@
-"""Progress of a run, as a checkpoint records it."""
+"""The progress of a run that a checkpoint records."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """Steps taken, samples of the data order consumed, and tokens seen.
+    """Numbers of steps, samples and tokens.
 
     Attributes:
         step: optimizer steps taken.
-        samples: position in the data order. Samples that were omitted count, too.
+        samples: position in the data order, including skipped samples.
         tokens: tokens seen, without padding.
-        valid_loss: score of the evaluation at this very step, lower is better: in nats if it is a
-            validation loss. None without an evaluation.
+        valid_loss: validation loss (nats) or evaluation score at this step; lower is better. None
+            without an evaluation.
     """
 
     step: int = 0

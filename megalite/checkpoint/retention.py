@@ -1,7 +1,8 @@
-"""Retention: which checkpoints of a run folder are kept, renamed, replaced or deleted.
+"""Retention: the functions that rename, replace and delete checkpoints of a run folder.
 
-A start that has lost its lease changes nothing: `retain`, `set_aside_damaged` and
-`clear_leftovers` check the lease that they are given. Check it before `set_aside_later`.
+A start that has lost its lease must change nothing. `retain`, `set_aside_damaged` and
+`clear_leftovers` check the lease. Call `Saver.check_lease` or `Lease.check` before
+`set_aside_newer`.
 """
 
 from __future__ import annotations
@@ -24,36 +25,36 @@ _REPLACED = ".replaced_"
 
 
 def retain(root: Path, config: CheckpointConfig, lease: Lease | None = None) -> threading.Thread:
-    """Delete the checkpoints that no rule keeps; return the thread that deletes.
+    """Delete the checkpoints that no rule keeps, in a thread that is returned.
 
-    The newest `keep` are kept, those at multiples of `keep_every`, and with `keep_best` the one of
-    the lowest validation loss among those that were validated at their step.
+    The rules keep the newest `keep` checkpoints, those at multiples of `keep_every`, and with
+    `keep_best` the one with the lowest validation loss.
 
-    Each checkpoint is renamed first, and the next start deletes those that the thread did not
-    reach. A rename that fails is reported and costs only disk space. Without the lease nothing is
-    deleted.
+    Each checkpoint is renamed first. If the run ends before the thread is done, the next start
+    deletes the rest. A rename that fails is logged. Without the lease nothing is deleted.
     """
-    doomed = list[Path]()
+    renamed = list[Path]()
     try:
         if lease is not None:
             lease.check()
         for folder in _surplus(root, config):
             with suppress(FileNotFoundError):  # another process has removed it
-                doomed.append(folder.rename(folder.with_name(f".deleted_{folder.name}")))
-    except Superseded as error:  # only rank 0 is here; the next agreement ends all ranks
+                renamed.append(folder.rename(folder.with_name(f".deleted_{folder.name}")))
+    except Superseded as error:  # only rank 0 is here; the saver ends all ranks
         logger.debug("nothing is deleted: %s", error)
     except OSError as error:
         logger.warning("an old checkpoint stays, it cannot be removed: %s", error)
-    deletion = threading.Thread(target=lambda: [*map(_remove, doomed)], daemon=True)
+    deletion = threading.Thread(target=lambda: [*map(_remove, renamed)], daemon=True)
     deletion.start()
     return deletion
 
 
 def publish_or_replace(staging: Path, final: Path) -> None:
-    """Publish a checkpoint; one of the same step, left by a run that went back, is replaced.
+    """Publish a checkpoint in place of an older one of the same step, if there is one.
 
-    The older checkpoint is deleted after the newer one is published. If publishing fails, it is
-    restored. After a crash between the two renames, `clear_leftovers` restores it.
+    A run that went back to an earlier checkpoint reaches a step twice. The older checkpoint is
+    deleted after the newer one is published, and restored if publishing fails. After a crash
+    between the two renames, `clear_leftovers` restores it.
     """
     if not final.exists():
         files.publish(staging, final)
@@ -70,12 +71,12 @@ def publish_or_replace(staging: Path, final: Path) -> None:
 
 def _surplus(root: Path, config: CheckpointConfig) -> list[Path]:
     folders = disk.published(root)
-    kept = set(folders[: config.keep])
+    retained = set(folders[: config.keep])
     if config.keep_every:
-        kept |= {folder for folder in folders if disk.step_of(folder) % config.keep_every == 0}
+        retained |= {folder for folder in folders if disk.step_of(folder) % config.keep_every == 0}
     if config.keep_best and (best := disk.best(folders)) is not None:
-        kept.add(best)
-    return [folder for folder in folders if folder not in kept]
+        retained.add(best)
+    return [folder for folder in folders if folder not in retained]
 
 
 def _remove(folder: Path) -> None:
@@ -85,11 +86,11 @@ def _remove(folder: Path) -> None:
 def set_aside_damaged(folders: Iterable[Path], grid: Grid, lease: Lease | None = None) -> None:
     """Rename damaged checkpoints to `bad_...`, so that no start reads them again; a collective.
 
-    A folder that no longer exists is skipped.
+    Folders that no longer exist are skipped.
 
     Raises:
         Superseded: on every rank, if a newer start owns the run folder.
-        CheckpointError: on every rank, if one cannot be renamed.
+        CheckpointError: on every rank, if a folder cannot be renamed.
     """
     fault: MegaLiteError | None = None
     if grid.rank == 0:
@@ -105,20 +106,22 @@ def set_aside_damaged(folders: Iterable[Path], grid: Grid, lease: Lease | None =
             except FileNotFoundError:
                 logger.warning("%s is gone", folder)
             except OSError as error:
-                fault = CheckpointError(f"{folder} is damaged and cannot be set aside: {error}")
+                fault = CheckpointError(
+                    f"{folder} is damaged and cannot be renamed: {error}; remove it"
+                )
     if fault := grid.all_gather_objects(fault)[0]:
         raise fault
 
 
-def set_aside_later(root: Path, step: int, origin: Path) -> list[str]:
-    """Rename checkpoints that are not before `origin`; return their new names.
+def set_aside_newer(root: Path, step: int, origin: Path) -> list[str]:
+    """Rename the checkpoints that are newer than `origin` to `left_...`; return their new names.
 
-    The next automatic resume would continue from them otherwise.
+    Otherwise the next automatic resume would continue from them.
 
     Args:
-        step: of `origin`.
+        step: the step of `origin`.
         origin: the checkpoint that a run resumes. Another folder of the same step belongs to a
-            branch that the run has left.
+            branch that the run has left, and is renamed too.
     """
     names = []
     for folder in disk.published(root):
@@ -130,20 +133,20 @@ def set_aside_later(root: Path, step: int, origin: Path) -> list[str]:
 
 
 def free_name(root: Path, name: str) -> Path:
-    """Return `root/name`, followed by a number if that name is taken."""
+    """Return `root/name`, with a number appended if that name is taken."""
     path = root / name
     count = 1
     while path.exists():
         path = root / f"{name}.{count}"
-        count = count + 1
+        count += 1
     return path
 
 
 def clear_leftovers(root: Path, lease: Lease | None = None) -> None:
-    """Remove the remains of an interrupted save or deletion; never a published checkpoint.
+    """Remove what an interrupted save or deletion left; restore a checkpoint it had renamed.
 
     Raises:
-        Superseded: a newer start owns the run folder, so the remains may be its own.
+        Superseded: a newer start owns the run folder. The files may belong to its saves.
     """
     if lease is not None:
         lease.check()
@@ -151,7 +154,7 @@ def clear_leftovers(root: Path, lease: Lease | None = None) -> None:
         final = folder.with_name(folder.name.removeprefix(_REPLACED))
         if final.exists():
             shutil.rmtree(folder, ignore_errors=True)
-        else:  # a crash between two renames
+        else:  # a crash between the renames of `publish_or_replace`
             with suppress(FileNotFoundError):  # an older start that still runs may have restored it
                 folder.rename(final)
     for pattern in (".staging_*", ".deleted_*"):

@@ -1,4 +1,4 @@
-"""Save: every rank writes its share into a staging folder; all agree, and a rename publishes."""
+"""Saves: every rank writes its files to a staging folder, and one rename publishes the folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megalite.plan.optimizer import state_names
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
-    """Return the bytes of a checkpoint's tensors; its other files are small."""
+    """Return the bytes of a checkpoint's tensors. Its other files are small."""
     rows = arch.parameters(config.model)
     return 4 * sum(row.elements * (1 + len(state_names(config, row))) for row in rows)
 
@@ -35,15 +35,15 @@ def checkpoint_bytes(config: RunConfig) -> int:
 class Saver:
     """Saver of one run's checkpoints, at most one at a time.
 
-    `begin` is a collective that gathers tensors and hands them to a thread that writes them.
-    `finish` is a collective that agrees that all ranks succeeded, and publishes. The caller may
-    train between the two.
+    `begin` gathers the tensors and passes them to a thread that writes them. `finish` publishes if
+    all ranks succeeded. Both are collectives; the caller may train between them.
 
     Args:
         root: the run's `checkpoints` folder, visible to every rank.
-        tokenizer: a folder whose files are copied into each checkpoint.
-        notes: returns further files as JSON values by name; called when a save begins.
+        tokenizer: folder of the tokenizer's files, which each checkpoint gets a copy of.
         lease: rank 0's right to publish. None on the other ranks.
+        deepspeed: the defaults of the installed DeepSpeed, for the manifest.
+        notes: function that returns further files as JSON values by name, called by `begin`.
     """
 
     def __init__(
@@ -68,38 +68,38 @@ class Saver:
             "tokenizer_sha256": tokenizer_sha256,
             "deepspeed": dict(deepspeed or {}),
         }
-        self._mark = grid.all_gather_objects(secrets.token_hex(4))[0]
+        self._nonce = grid.all_gather_objects(secrets.token_hex(4))[0]
         self._bytes = checkpoint_bytes(config)
         self._writer: CheckpointWriter | None = None
         self._draft: _Draft | None = None
         self._snapshot: Snapshot = {}
-        self.seconds = 0.0  # that the last save took on this rank, without waiting for others
-        self.begun = 0  # saves
+        self.seconds = 0.0  # duration of the last save on this rank, without waiting for others
+        self.begun = 0  # number of saves
 
     @property
     def under_way(self) -> Progress | None:
-        """Progress that is being saved; None if no save is under way."""
+        """The progress that is being saved; None if no save is under way."""
         return self._draft.progress if self._draft else None
 
     @property
     def written(self) -> int:
-        """The number of begun saves whose files of this rank are on the disk."""
+        """The number of begun saves of which this rank's files are on disk."""
         return self.begun - (self._writer is not None and not self._writer.done)
 
     def begin(self, progress: Progress, *, snapshot: bool) -> None:
-        """Gather and begin to write a checkpoint; a collective of all ranks.
+        """Gather a checkpoint and begin to write it; a collective of all ranks.
 
         Args:
-            snapshot: if true, all tensors are copied and training can continue at once. If false,
+            snapshot: If true, copy all tensors, so that training can continue at once. If false,
                 training must wait for `finish`.
         Raises:
-            NoSpace, CheckpointError: on every rank; nothing was written.
+            NoSpace, CheckpointError: on every rank. Nothing was written.
             Superseded: a newer start of the run owns the folder.
         """
         assert self._draft is None, "a save is under way"
         engine, config, grid, root = self._engine, self._config, self._grid, self._root
-        # the mark is this start's own, so that an older start that still runs uses another folder
-        staging = root / f".staging_{progress.step:08d}_{self._mark}"
+        # An older start that still runs has another nonce, and so another folder.
+        staging = root / f".staging_{progress.step:08d}_{self._nonce}"
         lease = self._lease
         began = time.monotonic()
         fault = None
@@ -126,13 +126,13 @@ class Saver:
         self.seconds = time.monotonic() - began
 
     def finish(self) -> Path:
-        """Wait for this rank's files, agree, and publish; a collective of all ranks.
+        """Wait for all ranks' files and publish the checkpoint; a collective of all ranks.
 
         Returns:
             the published folder.
         Raises:
             NoSpace: on every rank, if the disk or a quota was full for any rank.
-            CheckpointError: on every rank, if any rank failed otherwise; nothing is published.
+            CheckpointError: on every rank, if any rank failed otherwise. Nothing is published.
             Superseded: a newer start of the run owns the folder.
         """
         assert self._writer is not None
@@ -152,9 +152,9 @@ class Saver:
         return final
 
     def record_score(self, progress: Progress) -> None:
-        """Add a validation loss that was measured after the save to the published checkpoint.
+        """Write a validation loss that was measured after the save into the published checkpoint.
 
-        Rank 0 writes. If it cannot, the checkpoint cannot become the best; the run continues.
+        Rank 0 writes. If it fails, the checkpoint cannot become the best, and the run continues.
         """
         folder = self._root / disk.folder_name(progress.step)
         if self._grid.rank != 0 or progress.valid_loss is None or not folder.is_dir():
@@ -163,38 +163,38 @@ class Saver:
             if self._lease is not None:
                 self._lease.check()
             disk.record_valid_loss(folder, progress.valid_loss)
-        except Superseded as error:  # only rank 0 is here; the next agreement ends all ranks
+        except Superseded as error:  # only rank 0 is here; the next `_agree` ends all ranks
             logger.debug("%s", error)
         except (OSError, CheckpointError) as error:
-            logger.warning("%s: its validation loss cannot be noted: %s", folder, error)
+            logger.warning("%s: its validation loss cannot be recorded: %s", folder, error)
 
     def check_lease(self) -> None:
         """Raise Superseded on every rank if a newer start owns the folder; a collective."""
         self._agree(None, None)
 
     def _agree(self, fault: MegaLiteError | None, staging: Path | None) -> None:
-        """Return if no rank met a fault; otherwise raise the same fault on every rank."""
+        """Raise the same error on every rank if any rank has a fault."""
         grid, lease = self._grid, self._lease
-        if lease is not None:  # a newer start clears the folder of an older one's save
+        if lease is not None:  # a newer start would have removed the staging folder
             fault = attempt(lease.check) or fault
         if grid.all_true(fault is None):
             return
-        found: list[MegaLiteError] = [
+        faults: list[MegaLiteError] = [
             item for item in grid.all_gather_objects(fault) if item is not None
         ]
         if grid.rank == 0 and staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
         grid.barrier()
-        logger.debug("save abandoned: %s", found[0])
-        if isinstance(found[0], Superseded):  # only rank 0 notices, and it comes first
-            raise found[0]
-        full = [item for item in found if isinstance(item, NoSpace)]
-        raise type((full or found)[0])(f"the checkpoint was not saved: {(full or found)[0]}")
+        logger.debug("save abandoned: %s", faults[0])
+        if isinstance(faults[0], Superseded):  # rank 0 alone has the lease, and comes first
+            raise faults[0]
+        full = [item for item in faults if isinstance(item, NoSpace)]
+        raise type((full or faults)[0])(f"the checkpoint was not saved: {(full or faults)[0]}")
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """Contents that rank 0 adds to the files of all ranks to complete a checkpoint."""
+    """Contents that rank 0 adds to the ranks' files to complete a checkpoint."""
 
     config: RunConfig
     progress: Progress
@@ -211,8 +211,8 @@ class _Draft:
         states: dict[str, dict[str, Any]] = {}
         for rank_files, rank_tensors in written:
             entries.update(rank_files)
-            for tensor, place in rank_tensors.items():
-                states.setdefault(tensor, {}).update(place)
+            for tensor, entry in rank_tensors.items():
+                states.setdefault(tensor, {}).update(entry)
         files.write_json(staging / "config.json", self.config.model_dump(mode="json"))
         for name, value in self.notes.items():
             files.write_json(staging / name, value)
@@ -222,7 +222,7 @@ class _Draft:
             if path.is_file() and name not in entries:
                 files.sync_file(path)
                 entries[name] = {"bytes": path.stat().st_size, "sha256": files.sha256_file(path)}
-        whole = arch.tensors(self.config.model)
+        tensors = arch.tensors(self.config.model)
         manifest = disk.CheckpointManifest(
             format="megalite-checkpoint-1",
             step=self.progress.step,
@@ -239,7 +239,7 @@ class _Draft:
             },
             tensors={
                 name: disk.TensorEntry(shape=list(tensor.shape), states=states[name])
-                for name, tensor in whole.items()
+                for name, tensor in tensors.items()
             },
             files={name: disk.FileEntry(**entry) for name, entry in entries.items()},
         )
@@ -250,7 +250,7 @@ class _Draft:
 
 
 def _links(folder: str, names: list[str]) -> list[str]:
-    """Return the names that are links: a checkpoint holds only files of its own."""
+    """Return the names that are links. A checkpoint contains only regular files."""
     return [name for name in names if Path(folder, name).is_symlink()]
 
 

@@ -1,4 +1,4 @@
-"""Starting points of a run: a checkpoint, or a model folder of Hugging Face's."""
+"""Starting points of a run: a checkpoint, or a Hugging Face model folder."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from megalite.errors import CheckpointError, CommandError
 from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
 
-_FILLED_IN = ("num_labels", "classifier_pooling", "adapter")
+_SET_BY_FINETUNING = ("num_labels", "classifier_pooling", "adapter")
 
 
 def describe_start(path: Path) -> tuple[dict[str, Any], Path]:
-    """Return the model section of the source at `path`, and the folder of its tokenizer.
+    """Return the model section and the tokenizer's folder of the checkpoint or model at `path`.
 
     Raises:
-        CommandError: no model there.
-        CheckpointError: a damaged one.
+        CommandError: there is no model.
+        CheckpointError: the model is damaged.
     """
     if is_huggingface(path):
-        opened = HuggingFaceFolder(path)
-        return opened.section.model_dump(mode="json", exclude_unset=True), opened.path
+        source = HuggingFaceFolder(path)
+        return source.section.model_dump(mode="json", exclude_unset=True), source.path
     folder, _ = open_checkpoint(path, weights_only=True)
     return _model_section(folder), folder / "tokenizer"
 
@@ -35,26 +35,27 @@ def describe_start(path: Path) -> tuple[dict[str, Any], Path]:
 def describe_run(
     folder: Path, stated: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], Path] | None:
-    """Return the same for a run with checkpoints, which resumes without its start model.
+    """Return the model section and the tokenizer's folder of a run's newest readable checkpoint.
 
     Args:
-        stated: the model section of the run file. It supplies values that an earlier version's
-            redaction replaced in the checkpoint.
+        folder: the run folder.
+        stated: the model section of the run file. It supplies the values that an earlier version
+            of MegaLite redacted in the checkpoint.
     Returns:
         None if no checkpoint of the run can be read.
     Raises:
-        CommandError: `stated` lacks a value that redaction replaced.
+        CommandError: `stated` lacks a redacted value.
     """
-    for found in disk.published(folder / "checkpoints"):
+    for checkpoint in disk.published(folder / "checkpoints"):
         try:
-            return _model_section(found, stated), found / "tokenizer"
+            return _model_section(checkpoint, stated), checkpoint / "tokenizer"
         except CheckpointError:
-            continue  # damaged: the start will set it aside
+            continue  # damaged; the start will set it aside
     return None
 
 
 def require_head(path: Path) -> None:
-    """Refuse a model folder without the head that a language model needs; ours always has it.
+    """Check that a model has a language-model head. Only Hugging Face folders may lack it.
 
     Raises:
         CommandError: as `HuggingFaceFolder.require_head`.
@@ -64,12 +65,12 @@ def require_head(path: Path) -> None:
 
 
 def find_base(folder: Path) -> str:
-    """Return the name of the model that a checkpoint's run started from, as PEFT writes it.
+    """Return the model that a checkpoint's run started from, for PEFT's `base_model_name_or_path`.
 
     Args:
-        folder: a step folder inside its run folder.
+        folder: a checkpoint in its run folder.
     Returns:
-        a name of the hub, or the whole path of a folder; "" if the run's records do not say.
+        a name on the hub, or the absolute path of a folder; "" if the run has no record of it.
     """
     name = ""
     with suppress(OSError, IndexError):
@@ -82,14 +83,13 @@ def find_base(folder: Path) -> str:
 
 
 def _model_section(folder: Path, stated: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the model section of a checkpoint's run file, without what fine-tuning fills in.
+    """Return the model section of a checkpoint's run file, without the keys of fine-tuning.
 
     Args:
-        stated: as `describe_run`.
-
+        stated: as in `describe_run`.
     Raises:
-        CheckpointError: it cannot be read.
-        CommandError: an earlier version's redaction changed it.
+        CheckpointError: the run file cannot be read.
+        CommandError: `stated` lacks a redacted value.
     """
     path = folder / "config.json"
     try:
@@ -97,38 +97,38 @@ def _model_section(folder: Path, stated: Mapping[str, Any] | None = None) -> dic
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(model, dict):
-        raise CheckpointError(f"{path} has no model section; it is not a checkpoint's")
+        raise CheckpointError(f"{path} has no model section; use another checkpoint")
     restore_redacted({"model": model}, {"model": stated or {}})
-    if lost := redacted_keys({"model": model}):
-        raise CommandError(f"{path}: {explain_redacted(lost)}")
-    return {key: model[key] for key in model if key not in _FILLED_IN}
+    if missing := redacted_keys({"model": model}):
+        raise CommandError(f"{path}: {explain_redacted(missing)}")
+    return {key: model[key] for key in model if key not in _SET_BY_FINETUNING}
 
 
 def open_model_folder(path: Path, grid: Grid) -> HuggingFaceFolder | None:
     """Open the model folder of `--init-from` on every rank; a collective.
 
     Returns:
-        the folder, or None if no host has a model folder there.
+        the folder, or None if `path` is not a model folder on any host.
     Raises:
         CommandError: on every rank, if a host cannot use its folder, or if hosts have different
             commits of a model from the hub.
     """
     if not any(grid.all_gather_objects(is_huggingface(path))):
         return None
-    opened: HuggingFaceFolder | None = None
+    folder: HuggingFaceFolder | None = None
     fault: CommandError | CheckpointError | None = None
     try:
-        opened = HuggingFaceFolder(path)
+        folder = HuggingFaceFolder(path)
     except (CommandError, CheckpointError) as error:
         fault = error
-    found = grid.all_gather_objects((opened.path.name if opened else "", fault))
-    if faults := [fault for _, fault in found if fault is not None]:
+    results = grid.all_gather_objects((folder.path.name if folder else "", fault))
+    if faults := [fault for _, fault in results if fault is not None]:
         raise faults[0]
-    assert opened is not None
-    commits = sorted({str(name) for name, _ in found})
-    if opened.path.parent.name == "snapshots" and len(commits) > 1:
+    assert folder is not None
+    commits = sorted({str(name) for name, _ in results})
+    if folder.path.parent.name == "snapshots" and len(commits) > 1:
         raise CommandError(
             f"--init-from: the hosts have different commits, {', '.join(commits)}: name one, as "
             "ORG/NAME@COMMIT"
         )
-    return opened
+    return folder

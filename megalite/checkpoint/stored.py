@@ -1,4 +1,4 @@
-"""Sources of canonical tensors, from which a rank reads the boxes that it holds."""
+"""Sources of canonical tensors, from which each rank reads the slices that it holds."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from megalite.errors import CheckpointError
 from megalite.formats import checkpoint as disk
 from megalite.mesh import WHOLE, Coordinate
 
-_ROWS = 4096  # of a vocabulary, read at a time
+_ROWS = 4096  # rows of the vocabulary read at a time
 
 
 class TensorSource(Protocol):
-    """Canonical tensors that are read box by box: a checkpoint's, a folder's, or changed ones."""
+    """Source of canonical tensors: a checkpoint, a model folder, or a source with changes."""
 
     def read(self, tensor: str, state: str, target: Tensor, box: tuple[slice, ...]) -> None:
         """Read a box of one state of a tensor into `target`, fp32 on the CPU.
@@ -41,7 +41,7 @@ class StoredCheckpoint:
     def read(self, tensor: str, state: str, target: Tensor, box: tuple[slice, ...]) -> None:
         entry = self.manifest.tensors.get(tensor)
         if entry is None or state not in entry.states:
-            raise CheckpointError(f"{self.folder} holds no {state} of {tensor}")
+            raise CheckpointError(f"{self.folder} has no {state} of {tensor}")
         path = self.folder / entry.states[state].file
         try:
             disk.read_tensor(path, tensor, target.numpy(), box)
@@ -63,22 +63,22 @@ class LoraMerged:
         if kind != "weight" or projection not in self.adapter.targets:
             return
         rows, columns = box
-        own = slice(0, self.adapter.rank)
+        rank = slice(0, self.adapter.rank)
         a = torch.empty(self.adapter.rank, columns.stop - columns.start)
         b = torch.empty(rows.stop - rows.start, self.adapter.rank)
-        self.source.read(f"{owner}.lora_A", state, a, (own, columns))
-        self.source.read(f"{owner}.lora_B", state, b, (rows, own))
+        self.source.read(f"{owner}.lora_A", state, a, (rank, columns))
+        self.source.read(f"{owner}.lora_B", state, b, (rows, rank))
         target.addmm_(b, a, alpha=self.adapter.scale)
 
 
 @dataclass(frozen=True)
-class Grown:
-    """Weights of a smaller vocabulary. Each row beyond it is the mean of the existing rows.
+class GrownVocabulary:
+    """Weights of a smaller vocabulary, with the mean of its rows for every further row.
 
-    The mean depends on the stored numbers only, so all layouts read the same rows.
+    The mean depends on the stored values only, so all layouts read the same rows.
 
     Attributes:
-        model: the model section of the source.
+        model: the model section of `source`.
     """
 
     source: TensorSource
@@ -86,21 +86,21 @@ class Grown:
     _means: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     def read(self, tensor: str, state: str, target: Tensor, box: tuple[slice, ...]) -> None:
-        known = arch.tensors(self.model)[tensor]
+        old = arch.tensors(self.model)[tensor]
         rows, *rest = box
-        size = known.shape[0]
-        if known.split is not arch.Split.VOCABULARY or rows.stop <= size:
+        size = old.shape[0]
+        if old.split is not arch.Split.VOCABULARY or rows.stop <= size:
             self.source.read(tensor, state, target, box)
             return
         existing = max(0, size - rows.start)
         if existing:
             self.source.read(tensor, state, target[:existing], (slice(rows.start, size), *rest))
-        target[existing:] = self._mean(tensor, state, known)[tuple(rest)]
+        target[existing:] = self._mean(tensor, state, old)[tuple(rest)]
 
-    def _mean(self, tensor: str, state: str, known: arch.CanonicalTensor) -> Tensor:
+    def _mean(self, tensor: str, state: str, old: arch.CanonicalTensor) -> Tensor:
         """Return the mean over the rows of a tensor: [D], or a scalar for a bias."""
         if tensor not in self._means:
-            size, *rest = known.shape
+            size, *rest = old.shape
             total = torch.zeros(rest, dtype=torch.float64)
             for first in range(0, size, _ROWS):
                 last = min(first + _ROWS, size)
@@ -113,7 +113,7 @@ class Grown:
 
 
 def merge_lora(source: TensorSource, model: ModelConfig) -> tuple[TensorSource, ModelConfig]:
-    """Return weights and section of the model without adapters that computes the same."""
+    """Return the weights and model section of an equivalent model without adapters."""
     if model.adapter is None:
         return source, model
     return LoraMerged(source, model.adapter), model.model_copy(update={"adapter": None})
@@ -125,16 +125,16 @@ def read_part(
     state: str,
     at: Coordinate = WHOLE,
     *,
-    room: Tensor | None = None,
+    buffer: Tensor | None = None,
 ) -> Tensor:
-    """Read the slices of a parameter's state that a rank holds; fp32, fused and padded.
+    """Read a rank's part of a parameter's state: fp32, fused and padded.
 
     Args:
-        at: the rank.
-        room: flat fp32 buffer on the CPU to read into, at least as large as the part.
+        at: the rank's coordinate.
+        buffer: flat fp32 tensor on the CPU to read into, at least as large as the part.
     """
     pieces, shape = arch.pieces(row, at), arch.local_shape(row, at)
-    value = torch.empty(shape) if room is None else room[: math.prod(shape)].view(shape)
+    value = torch.empty(shape) if buffer is None else buffer[: math.prod(shape)].view(shape)
     if sum(value[piece.target].numel() for piece in pieces) < value.numel():
         value.zero_()  # elements that no piece covers are vocabulary padding
     for piece in pieces:
@@ -145,7 +145,7 @@ def read_part(
 def load_into(
     model: nn.Module, config: ModelConfig, source: TensorSource, at: Coordinate = WHOLE
 ) -> None:
-    """Load weights into a rank's part of a model that has no engine."""
+    """Load weights into a rank's part of a model without an engine."""
     rows = {row.name: row for row in arch.parameters(config)}
     for name, parameter in model.named_parameters():
         with torch.no_grad():

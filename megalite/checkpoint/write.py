@@ -1,4 +1,4 @@
-"""Write a rank's files of a checkpoint in a thread, while the rank continues."""
+"""Writer of a rank's files of a checkpoint, in a thread."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from megalite.engine import WEIGHT
 from megalite.errors import CheckpointError, MegaLiteError, NoSpace, Superseded
 from megalite.formats import checkpoint as disk
 
-_PART_BYTES = 1 << 30  # of a file; and of what waits to be written, unless it is a snapshot
-_WAITING = 2  # parts
-_NICENESS = 5  # a quarter of a core that training wants too
-_FULL = (errno.ENOSPC, errno.EDQUOT)  # a quota shows free space until it is met
+_FILE_BYTES = 1 << 30  # a file is written as soon as its tensors have this size
+_MAX_QUEUED = 2  # files, without a snapshot
+_NICENESS = 5  # gets about a quarter of a core that training also uses
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Snapshot = dict[tuple[str, str], Tensor]
 
 
 class CheckpointWriter:
-    """Takes tensors, and writes them in files of one state each.
+    """Writer of tensors, in files of one state each.
 
-    A thread writes, syncs and hashes; hashing and the disk leave the interpreter to others. The
-    first fault is kept, not raised: other ranks may wait in collectives.
+    A thread writes, syncs and hashes, which releases the GIL. It stores its first fault in `fault`
+    and does not raise it, because other ranks may wait in collectives.
 
     Args:
-        snapshot: where tensors are copied to, by state and name; memory of an earlier snapshot
-            serves again. None: they are written as they are, and adding waits for the disk.
+        snapshot: buffers by state and name to copy tensors to; missing ones are added, and later
+            saves may use them again. None means no copies: the tensors must not change until
+            `done`, and `add` waits for the disk.
     """
 
     def __init__(self, staging: Path, rank: int, snapshot: Snapshot | None) -> None:
@@ -45,27 +46,27 @@ class CheckpointWriter:
         self.tensors: dict[str, dict[str, Any]] = {}
         self.files: dict[str, dict[str, Any]] = {}
         self.fault: CheckpointError | None = None
-        self.seconds = 0.0  # spent at writing
+        self.seconds = 0.0  # spent on writing
         self._parts: dict[str, dict[str, Tensor]] = {}
         self._count = 0
         self._queue: queue.Queue[tuple[str, dict[str, Tensor]] | None] = queue.Queue(
-            _WAITING if snapshot is None else 0
+            _MAX_QUEUED if snapshot is None else 0
         )
         self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
         self._thread.start()
 
     @property
     def done(self) -> bool:
-        """Whether everything is on the disk, or a fault was met."""
+        """Whether all files are on disk, or writing failed."""
         return not self._thread.is_alive()
 
     def add(self, state: str, tensors: dict[str, Tensor]) -> None:
-        """Take tensors of one state, contiguous and on the CPU."""
+        """Add tensors of one state, contiguous and on the CPU."""
         if self._snapshot is not None:
             tensors = {name: self._copy(state, name, value) for name, value in tensors.items()}
         part = self._parts.setdefault(state, {})
         part.update(tensors)
-        if sum(tensor.nbytes for tensor in part.values()) >= _PART_BYTES:
+        if sum(tensor.nbytes for tensor in part.values()) >= _FILE_BYTES:
             self._queue.put((state, self._parts.pop(state)))
 
     def _copy(self, state: str, name: str, value: Tensor) -> Tensor:
@@ -75,19 +76,19 @@ class CheckpointWriter:
         return self._snapshot[state, name].copy_(value)
 
     def close(self) -> None:
-        """Nothing more is added."""
+        """Write the remaining tensors. Call after the last `add`."""
         for state, part in self._parts.items():
             self._queue.put((state, part))
         self._parts = {}
         self._queue.put(None)
 
     def wait(self) -> None:
-        """Until `done`."""
+        """Wait until `done`."""
         self._thread.join()
 
     def _work(self) -> None:
         if self._snapshot is not None and sys.platform == "linux":
-            with suppress(OSError):  # on Linux of this thread alone: training comes first
+            with suppress(OSError):  # on Linux this lowers the priority of this thread alone
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         while (item := self._queue.get()) is not None:
             if self.fault is None and item[1]:
@@ -114,14 +115,14 @@ class CheckpointWriter:
 def as_fault(error: Exception, message: str) -> CheckpointError:
     """Return a failed write as NoSpace if the disk or a quota was full, else as CheckpointError."""
     # shutil.copytree reports the errors of its files as text
-    numbers = [int(found) for found in re.findall(r"\[Errno (\d+)\]", str(error))]
+    numbers = [int(digits) for digits in re.findall(r"\[Errno (\d+)\]", str(error))]
     if getattr(error, "errno", None) in _FULL or any(number in _FULL for number in numbers):
         return NoSpace(f"{message}; make room, or lower checkpoint.keep")
     return CheckpointError(message)
 
 
 def attempt(action: Callable[[], object]) -> MegaLiteError | None:
-    """Run rank 0's part and return its fault, so that all ranks raise it and none waits."""
+    """Run an action of rank 0 and return its error, which `Saver._agree` raises on all ranks."""
     try:
         action()
     except (Superseded, NoSpace) as error:

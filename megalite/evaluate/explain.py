@@ -67,7 +67,9 @@ def explain_text(loaded: LoadedModel, text: str, label: str | None = None) -> st
         raise CommandError(f"--label {label}: its labels are {', '.join(names)}")
     ids, spans = loaded.tokenizer.encode_with_offsets(text, [(0, len(text))])
     loaded.check_ids(ids)
-    before, after = prefix_and_suffix_ids(loaded.tokenizer, add_bos=config.architecture == "encoder")
+    before, after = prefix_and_suffix_ids(
+        loaded.tokenizer, add_bos=config.architecture == "encoder"
+    )
     room = run.finetune.data.max_length - len(before) - len(after)
     cut = max(0, len(ids) - room)
     ids = ids[:room]

@@ -283,7 +283,7 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
     if is_huggingface(path):
         stored = weights = HuggingFaceFolder(path)
         weights.require_head()
-        weights.say_ignored()
+        weights.log_ignored()
         folder = tokenizer_folder = weights.path
         config = weights.section
     else:

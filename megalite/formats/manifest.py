@@ -174,8 +174,8 @@ def _missing_manifest(folder: Path) -> str:
             return f"{folder} {state}; name Megatron's pair without its ending: {folder.stem}"
         return f"shard folder {folder} {state}; make one with `python -m data_prep tokenize`"
     return (
-        f"shard folder {folder} has no {MANIFEST_NAME}; check the path, or run `data_prep tokenize` "
-        "again if it was interrupted"
+        f"shard folder {folder} has no {MANIFEST_NAME}; check the path, or run `data_prep "
+        "tokenize` again if it was interrupted"
     )
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from megalite import arch, env, files
 from megalite.checkpoint import (
-    Grown,
+    GrownVocabulary,
     Lease,
     Progress,
     StoredCheckpoint,
@@ -232,15 +232,15 @@ def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...])
         changes = compare_models(base, theirs.section, theirs.path, adapters=adapters)
         if not model.num_labels:
             theirs.require_head()
-        theirs.say_ignored()
-        whole = Grown(theirs, theirs.section) if _VOCABULARY in changes else theirs
+        theirs.log_ignored()
+        whole = GrownVocabulary(theirs, theirs.section) if _VOCABULARY in changes else theirs
         return _weights_of(theirs.path, None, changes, weights=whole, damaged=damaged)
     folder, manifest = _open("--init-from", path, grid, weights_only=True)
     section = stored_config(folder, manifest).model
     changes = compare_models(base, arch.base_model(section), folder, adapters=adapters)
     if _VOCABULARY in changes:
         whole, _ = merge_lora(StoredCheckpoint(folder, manifest), section)
-        grown = Grown(whole, arch.base_model(section))
+        grown = GrownVocabulary(whole, arch.base_model(section))
         return _weights_of(folder, None, changes, weights=grown, damaged=damaged)
     if section.adapter in (None, model.adapter):
         refuse_other_model(model, folder, manifest, base=True)

@@ -207,7 +207,7 @@ def _prepare(
         keep_ends(folder / "tokenizer", resume_point.folder)
     left = []
     if resume_point is not None and not resume_point.weights_only:
-        left = checkpoint.set_aside_later(root, resume_point.progress.step, resume_point.folder)
+        left = checkpoint.set_aside_newer(root, resume_point.progress.step, resume_point.folder)
     if left:
         logger.info("going on from an earlier step; set aside: %s", ", ".join(left))
     return attempt

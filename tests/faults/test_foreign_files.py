@@ -70,7 +70,7 @@ def test_sealed_manifest_without_a_tensor_is_refused(
     name = next(iter(tensors))
     del tensors[name]
     reseal(folder, tensors=tensors)
-    with pytest.raises(CheckpointError, match=f"holds no weight of {name}"):
+    with pytest.raises(CheckpointError, match=f"has no weight of {name}"):
         open_model(folder)
 
 
@@ -106,7 +106,7 @@ def test_index_cannot_name_a_file_outside_its_folder(
     index = folder / "model.safetensors.index.json"
     files.write_json(index, files.read_json(index) | {"weight_map": weight_map})
     with pytest.raises(
-        CommandError, match=r"weight_map (names .*, which is no file of|is \w+, not)"
+        CommandError, match=r"weight_map (names .*, which is not a file of|is \w+, not)"
     ):
         HuggingFaceFolder(folder)
 

@@ -1,4 +1,4 @@
-"""Models of Hugging Face, both ways: from a folder of theirs, and to one."""
+"""Import and export of Hugging Face model folders."""
 
 from megalite.checkpoint.huggingface.export import DTYPES, export, export_adapter
 from megalite.checkpoint.huggingface.families import FAMILIES

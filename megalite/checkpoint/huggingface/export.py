@@ -1,6 +1,6 @@
-"""A checkpoint as a folder that `transformers` loads without our code.
+"""Export of a checkpoint to a folder that `transformers` loads without our code.
 
-Tensors are read, turned and written a file at a time: memory holds one file of the result.
+Memory holds the tensors of one output file at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class _Output:
-    """A tensor of the folder, and the canonical ones it is made of."""
+    """A tensor of the exported folder, and the canonical tensors that it consists of."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,12 +53,12 @@ def export(
     chat_template: str | None = None,
     ends: Sequence[int] = (),
 ) -> Family:
-    """Write the folder; it appears when it is complete.
+    """Write a model folder, which appears at `output` when it is complete.
 
     Args:
-        ends: ids that end a text besides those of the tokenizer, such as a chat's end of turn.
+        ends: further ids that end a text, such as a chat's end of turn.
     Raises:
-        CommandError: a model that is none of Hugging Face's, an output that is taken.
+        CommandError: no Hugging Face family fits the model, or `output` exists.
     """
     family = family_of(model)
     with _staged(output) as staging:
@@ -81,19 +81,20 @@ def export(
 def export_adapter(
     source: TensorSource, model: ModelConfig, output: Path, *, base: str = ""
 ) -> Family:
-    """Write only the adapters, as a folder of PEFT.
+    """Write only the adapters, as a PEFT folder.
 
     Args:
-        base: the folder or the hub's name of the model that they belong to.
+        base: folder or hub name of the base model.
     Raises:
-        CommandError: no adapters, or next to weights that the family keeps in another form.
+        CommandError: the model has no adapters, or has them at weights that the family stores
+            transposed or fused.
     """
     if model.adapter is None:
-        raise CommandError("--adapter: this model has none; remove it")
+        raise CommandError("--adapter: this model has no adapters; remove it")
     family = family_of(arch.base_model(model))
     adapter = model.adapter
     table = arch.tensors(model)
-    found = dict[str, Tensor]()
+    tensors = dict[str, Tensor]()
     targets = set[str]()
     for name, tensor in table.items():
         owner, _, kind = name.rpartition(".")
@@ -103,14 +104,14 @@ def export_adapter(
         place = location_of(family, weight, model)
         if place.transposed or place.shape != weight.shape:
             raise CommandError(
-                f"{family.model_type} keeps {owner} in another form, next to which PEFT's adapters "
-                "have no place; export without --adapter, which adds them to the weights"
+                f"{family.model_type} stores {owner} transposed or fused, which PEFT's adapters do "
+                "not fit; remove --adapter, and the export adds the adapters to the weights"
             )
         theirs = place.name.removesuffix(".weight")
         targets.add(theirs.rpartition(".")[2])
         value = torch.empty(tensor.shape)
         source.read(name, "weight", value, tuple(slice(0, n) for n in tensor.shape))
-        found[f"base_model.model.{theirs}.{kind}.weight"] = value
+        tensors[f"base_model.model.{theirs}.{kind}.weight"] = value
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if model.architecture == "decoder" else None,
@@ -125,15 +126,15 @@ def export_adapter(
     with _staged(output) as staging:
         files.write_json(staging / "adapter_config.json", config)
         path = staging / "adapter_model.safetensors"
-        _save(found, path)
+        _save(tensors, path)
     return family
 
 
 @contextmanager
 def _staged(output: Path) -> Iterator[Path]:
-    """Yield a folder to write into, which becomes `output` when it is complete."""
+    """Yield a folder to write to, which is renamed to `output` when it is complete."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CommandError(f"--output {output} exists; give a folder that does not")
+        raise CommandError(f"--output {output} exists; name a folder that does not exist")
     staging = output.with_name(f".{output.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -149,7 +150,7 @@ def _staged(output: Path) -> Iterator[Path]:
 
 
 def _ids(tokenizer: Tokenizer, model: ModelConfig, ends: Sequence[int]) -> dict[str, Any]:
-    """BOS, and everything that ends a text, as far as the model has an embedding for it."""
+    """Return BOS and all ids that end a text, except those beyond the model's vocabulary."""
     bos, size = tokenizer.bos_id, model.vocab_size
     eos = [id for id in dict.fromkeys([*tokenizer.end_ids, *ends]) if id < size]
     return {
@@ -159,8 +160,9 @@ def _ids(tokenizer: Tokenizer, model: ModelConfig, ends: Sequence[int]) -> dict[
 
 
 def _pad(config: Mapping[str, Any], tokenizer: Tokenizer, model: ModelConfig) -> dict[str, Any]:
-    """Return the padding token, unless it is EOS, too: transformers does not train its
-    embedding.
+    """Return the padding token if it is not also EOS.
+
+    transformers does not train the embedding of the padding token.
     """
     pad = tokenizer.pad_id
     if "pad_token_id" in config or pad is None or pad in tokenizer.end_ids:
@@ -169,13 +171,13 @@ def _pad(config: Mapping[str, Any], tokenizer: Tokenizer, model: ModelConfig) ->
 
 
 def _generation_config(tokenizer: Tokenizer, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how other programs continue texts: as the model that training started from says."""
-    found = {k: v for k, v in tokenizer.generation_config.items() if k != "transformers_version"}
+    """Return the generation_config.json of the model that training started from, with our ids."""
+    values = {k: v for k, v in tokenizer.generation_config.items() if k != "transformers_version"}
     keys = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    found |= {key: config[key] for key in keys if config.get(key) is not None}
-    if found.get("pad_token_id") is None and (eos := config["eos_token_id"]) is not None:
-        found["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
-    return found
+    values |= {key: config[key] for key in keys if config.get(key) is not None}
+    if values.get("pad_token_id") is None and (eos := config["eos_token_id"]) is not None:
+        values["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+    return values
 
 
 def _write_tensors(
@@ -194,13 +196,13 @@ def _write_tensors(
         groups[-1].append(output)
     weight_map = dict[str, str]()
     for number, group in enumerate(groups, 1):
-        whole = len(groups) == 1
-        name = "model" if whole else f"model-{number:05d}-of-{len(groups):05d}"
-        tensors = {output.name: _make(source, output).to(dtype) for output in group}
+        single = len(groups) == 1
+        name = "model" if single else f"model-{number:05d}-of-{len(groups):05d}"
+        tensors = {output.name: _build(source, output).to(dtype) for output in group}
         path = folder / f"{name}.safetensors"
         _save(tensors, path)
         weight_map |= dict.fromkeys(tensors, path.name)
-        del tensors  # before the next ones are made
+        del tensors  # before the next ones are built
     if len(groups) > 1:
         total = width * sum(output.elements for output in outputs)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -208,7 +210,7 @@ def _write_tensors(
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    path.touch()  # with the mode that files have here; safetensors' own is its owner's alone
+    path.touch()  # safetensors would create a file that only its owner can read
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata={"format": "pt"})
     path.chmod(mode)
@@ -216,29 +218,29 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _outputs(family: Family, model: ModelConfig) -> Sequence[_Output]:
-    """Return the folder's tensors in the order of the model's."""
+    """Return the tensors to export, in the order of the model's."""
     parts: dict[str, list[tuple[arch.CanonicalTensor, TensorLocation]]] = {}
     for tensor in arch.tensors(model).values():
         place = location_of(family, tensor, model)
         parts.setdefault(place.name, []).append((tensor, place))
-    found = [_Output(name, made[0][1].shape, tuple(made)) for name, made in parts.items()]
+    outputs = [_Output(name, group[0][1].shape, tuple(group)) for name, group in parts.items()]
     table = arch.tensors(model)
     for name, canonical in family.copies(model).items():
         place = location_of(family, table[canonical], model)
-        found.append(_Output(name, place.shape, ((table[canonical], place),)))
-    found += [_Output(name, shape, ()) for name, shape in family.buffers(model).items()]
-    return found
+        outputs.append(_Output(name, place.shape, ((table[canonical], place),)))
+    outputs += [_Output(name, shape, ()) for name, shape in family.buffers(model).items()]
+    return outputs
 
 
-def _make(source: TensorSource, output: _Output) -> Tensor:
+def _build(source: TensorSource, output: _Output) -> Tensor:
     value = torch.zeros(output.shape)
     for tensor, place in output.parts:
-        if tensor.shape == output.shape and not place.transposed:  # no second copy
+        if tensor.shape == output.shape and not place.transposed:  # avoids a copy
             source.read(tensor.name, "weight", value, tuple(slice(0, n) for n in tensor.shape))
             continue
-        whole = torch.empty(tensor.shape)
-        source.read(tensor.name, "weight", whole, tuple(slice(0, n) for n in tensor.shape))
+        part = torch.empty(tensor.shape)
+        source.read(tensor.name, "weight", part, tuple(slice(0, n) for n in tensor.shape))
         rows = slice(place.first, place.first + tensor.shape[0])
-        turned = place.transposed and whole.dim() == 2
-        value[(slice(None), rows) if turned else (rows,)] = whole.t() if turned else whole
+        transposed = place.transposed and part.dim() == 2
+        value[(slice(None), rows) if transposed else (rows,)] = part.t() if transposed else part
     return value

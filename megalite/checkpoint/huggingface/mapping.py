@@ -1,4 +1,4 @@
-"""A model section as Hugging Face's config.json, and the other way."""
+"""Conversion between a model section and Hugging Face's config.json."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def family_of(model: ModelConfig) -> Family:
     """Return the family that a model can be exported as.
 
     Raises:
-        CommandError: no family fits; the message has what the nearest family lacks.
+        CommandError: no family fits. The message says what the nearest family does not support.
     """
     if model.num_labels:
         raise CommandError(
-            "this is a classifier, whose texts and head Hugging Face's classes read in other ways: "
-            "launcher/eval.py --predictions writes the labels of new texts"
+            "this is a classifier, and Hugging Face's classifiers have other heads and inputs: use "
+            "launcher/eval.py --predictions to write the labels of new texts"
         )
     model = _without_uniform_list(model)
     nearest: list[tuple[int, str]] = []
@@ -34,13 +34,13 @@ def family_of(model: ModelConfig) -> Family:
         if model.architecture == family.fixed["architecture"]:
             nearest.append((len(wrong), f"{family.model_type} has no {', '.join(wrong)}"))
     raise CommandError(
-        f"Hugging Face has no model like this one: the nearest, {min(nearest)[1]}; it can be "
-        "trained, evaluated and generated from here"
+        f"Hugging Face has no model like this one: the nearest, {min(nearest)[1]}; use it in "
+        "MegaLite, which trains, evaluates and generates with it"
     )
 
 
 def to_config(model: ModelConfig, family: Family) -> dict[str, Any]:
-    """Return Hugging Face's config.json of a model."""
+    """Return the content of a model's config.json."""
     model = _without_uniform_list(model)
     return {
         "architectures": [family.architecture],
@@ -52,26 +52,26 @@ def to_config(model: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def _without_uniform_list(model: ModelConfig) -> ModelConfig:
-    """Return a model without the list of its layers' kinds if all layers are of one kind."""
+    """Return the model, without the list of layer types if all are equal."""
     is_uniform = len(set(model.layer_types or ())) == 1
     return model.model_copy(update={"layer_types": None}) if is_uniform else model
 
 
 def from_config(config: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
-    """Return the family of a config.json, and the model section that means the same.
+    """Return the family of a config.json, and the equivalent model section.
 
     Raises:
-        CommandError: a model type or values without a counterpart here; all values at once.
+        CommandError: the model type or a value is not supported. The message lists all values.
     """
     kind = config.get("model_type")
     family = find_family(kind) if isinstance(kind, str) else None
     if family is None:
-        known = ", ".join(sorted((*FAMILIES, *registry.families.names)))
-        raise CommandError(f"model_type {kind!r} is not one of those known here: {known}")
+        names = ", ".join(sorted((*FAMILIES, *registry.families.names)))
+        raise CommandError(f"model_type {kind!r} is not supported: use one of {names}")
     stated = {k: v for k, v in config.items() if v is not None or k in family.nullable}
     values = {**family.defaults, **stated}
     faults = [
-        f"{key} {values[key]!r}: only {value!r} is known"
+        f"{key} {values[key]!r}: only {value!r} is supported"
         for key, value in family.required.items()
         if key in values and values[key] != value
     ]

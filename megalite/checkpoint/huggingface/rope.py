@@ -1,4 +1,4 @@
-"""Families with rotary position embeddings (RoPE), and the forms in which they are configured."""
+"""Families with rotary position embeddings (RoPE), and the RoPE keys of config.json."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ROPE_DEFAULTS = {
 
 @dataclass(frozen=True)
 class RopeFamily(Family):
-    """A family with RoPE, whose heads may be grouped and of any width."""
+    """A family with RoPE, which may have grouped heads of any width."""
 
     optional: tuple[str, ...] = ("num_key_value_heads", "head_dim")
     prefix: str = "model."
@@ -61,20 +61,20 @@ class RopeFamily(Family):
 
 
 def output_bias_mismatches(model: ModelConfig) -> list[str]:
-    """Return the bias of the output projection if those of query, key and value differ from it."""
+    """Return the output projection's bias if the other projections of the attention differ."""
     if model.attention_bias == model.attention_output_bias:
         return []
     return [f"attention_output_bias {model.attention_output_bias}"]
 
 
 def _read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return theta and scaling of a config.json of transformers 5 or 4.
+    """Return the RoPE keys of the model section for a config.json of transformers 4 or 5.
 
     Version 5 writes `rope_parameters`, version 4 `rope_theta` and `rope_scaling`.
     """
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(values.get(key) or {}, dict):
-            raise CommandError(f"{key} is {values[key]!r:.40}; give an object with its rope_type")
+            raise CommandError(f"{key} is {values[key]!r:.40}; set it to an object with rope_type")
     section = {**(values.get("rope_parameters") or {}), **(values.get("rope_scaling") or {})}
     kind = section.pop("rope_type", section.pop("type", "default"))
     section.pop("type", None)
@@ -82,10 +82,10 @@ def _read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     if kind not in _SCALING_KEYS:
-        raise CommandError(f"rope_type {kind!r}: only {', '.join(_SCALING_KEYS)} are known")
+        raise CommandError(f"rope_type {kind!r}: only {', '.join(_SCALING_KEYS)} are supported")
     unknown = {key: value for key, value in section.items() if key not in _SCALING_KEYS[kind]}
     if unknown.pop("truncate", True) is not True or any(v is not None for v in unknown.values()):
-        raise CommandError(f"rope_scaling {kind} with {', '.join(sorted(unknown))}: not known")
+        raise CommandError(f"rope_scaling {kind} with {', '.join(sorted(unknown))}: not supported")
     section = {key: section[key] for key in _SCALING_KEYS[kind] if section.get(key) is not None}
     if kind == "yarn":
         section.setdefault("original_max_position_embeddings", values["max_position_embeddings"])

@@ -1,5 +1,5 @@
 # covers: megalite/checkpoint/compare.py megalite/checkpoint/load.py
-"""Bytes that are not those that were written: found, named, and never taken for the model."""
+"""Changed bytes of a checkpoint are detected, named, and never loaded as the model."""
 
 from __future__ import annotations
 
@@ -22,53 +22,54 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["model", "exp_avg"])
-def test_every_byte_of_a_tensor_file_is_looked_at_once(grid: Grid, root: Path, kind: str) -> None:
-    """How it begins when it is found, the tensors themselves as the engine holds them."""
+def test_every_byte_of_a_tensor_file_is_checked_once(grid: Grid, root: Path, kind: str) -> None:
+    """The header is checked before the load, and the tensors in the engine after it."""
     trained = make_engine()
     train_steps(trained, range(1, 3))
     folder = save_checkpoint(trained, grid, root)
     path = next(folder.glob(f"{kind}-*"))
-    whole = path.read_bytes()
-    body = 8 + int.from_bytes(whole[:8], "little")
+    original = path.read_bytes()
+    size, body = len(original), 8 + int.from_bytes(original[:8], "little")
     engine, manifest = make_engine(), disk.read_manifest(folder)
-    for place in (0, 3, 8, 40, body - 1, body, (body + len(whole)) // 2, len(whole) - 1):
-        data = bytearray(whole)
-        data[place] ^= 1
+    for position in (0, 3, 8, 40, body - 1, body, (body + size) // 2, size - 1):
+        data = bytearray(original)
+        data[position] ^= 1
         path.write_bytes(data)
-        found = disk.find_damage(folder, manifest, tensors=False)
-        assert bool(found) == (place < body)
-        if place >= body:
+        faults = disk.find_damage(folder, manifest, tensors=False)
+        assert bool(faults) == (position < body)
+        if position >= body:
             with pytest.raises(DamagedCheckpoint, match=rf"{path.name}: its bytes are not those"):
                 checkpoint.restore(
                     engine, engine.config, grid=grid, folder=folder, manifest=manifest
                 )
-    path.write_bytes(whole)
+    path.write_bytes(original)
     assert not disk.find_damage(folder, manifest, tensors=False)
     checkpoint.restore(engine, engine.config, grid=grid, folder=folder, manifest=manifest)
 
 
-def test_a_tensor_that_cannot_be_read_is_damage(
+def test_unreadable_tensor_is_damage(
     grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told when all ranks are together: raised at once, it would leave the others waiting."""
+    """The error is raised by all ranks together: an exception on one would leave others waiting."""
     engine = make_engine()
     folder = save_checkpoint(engine, grid, root)
-    manifest, readings = disk.read_manifest(folder), list[str]()
+    manifest, attempts = disk.read_manifest(folder), list[str]()
 
     def fail(path: Path, name: str, *_: Any) -> None:
-        readings.append(name)
+        attempts.append(name)
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(disk, "read_tensor", fail)
     monkeypatch.setattr(files, "sha256_file", lambda path: fail(path, ""))
     with pytest.raises(DamagedCheckpoint, match="Input/output error"):
         checkpoint.restore(engine, engine.config, grid=grid, folder=folder, manifest=manifest)
-    assert len(readings) > len(arch.parameters(engine.config.model))  # every one was tried
+    assert len(attempts) > len(arch.parameters(engine.config.model))  # all tensors were tried
 
 
-def test_minus_zero_is_zero(grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed puts cut parameters together by adding zeros; what was written is loaded all the
-    same, and a number that really differs is not taken for it."""
+def test_minus_zero_equals_zero_after_a_load(
+    grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed assembles a parameter by adding zeros, which turns -0 into 0."""
     trained = make_engine()
     train_steps(trained, range(1, 3))
     for parameter in trained.model.parameters():
@@ -79,5 +80,5 @@ def test_minus_zero_is_zero(grid: Grid, root: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(engine, "read_state", lambda *where: read(*where) + 0.0)
     checkpoint.restore(engine, engine.config, grid=grid, folder=folder, manifest=manifest)
     monkeypatch.setattr(engine, "read_state", lambda *where: read(*where) + 1e-3)
-    with pytest.raises(CheckpointError, match="the engine holds something else"):
+    with pytest.raises(CheckpointError, match="values differ from the loaded"):
         checkpoint.restore(engine, engine.config, grid=grid, folder=folder, manifest=manifest)

@@ -1,5 +1,5 @@
 # covers: megalite/checkpoint/write.py megalite/checkpoint/lease.py
-"""What survives a save that fails, and which of several starts may publish."""
+"""Failed saves lose no checkpoint, and only the newest start publishes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FULL = OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize(
-    ("where", "name"),
+    ("module", "name"),
     [
         (disk, "write_tensors"),
         (files, "sync_file"),
@@ -45,13 +45,13 @@ FULL = OSError(28, "No space left on device")
         (shutil, "copytree"),
     ],
 )
-def test_a_save_that_fails_publishes_nothing_and_loses_nothing(
-    grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch, where: Any, name: str
+def test_failed_save_publishes_and_loses_nothing(
+    grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str
 ) -> None:
     trained = make_engine()
     save_checkpoint(trained, grid, root)
     with monkeypatch.context() as patch:
-        patch.setattr(where, name, failing(FULL))
+        patch.setattr(module, name, failing(FULL))
         with pytest.raises(CheckpointError, match=r"not saved: rank 0.*No space left") as caught:
             save_checkpoint(trained, grid, root, progress=Progress(4))
     assert caught.value.exit_code == 1
@@ -60,10 +60,10 @@ def test_a_save_that_fails_publishes_nothing_and_loses_nothing(
 
 
 @pytest.mark.parametrize("name", ["publish", "sync_file"])
-def test_a_failed_second_save_of_a_step_keeps_the_first(
+def test_failed_second_save_of_a_step_keeps_the_first(
     grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """A run that went back saves the same step again: until that is whole the old one stays."""
+    """A run that went back saves a step again. The old checkpoint stays until that succeeds."""
     trained = make_engine()
     folder = save_checkpoint(trained, grid, root)
     with monkeypatch.context() as patch:
@@ -74,10 +74,10 @@ def test_a_failed_second_save_of_a_step_keeps_the_first(
     assert disk.find_damage(folder, disk.read_manifest(folder)) == []
 
 
-def test_a_crash_between_two_renames_loses_nothing(
+def test_crash_between_two_renames_loses_nothing(
     grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next start clears leftovers first; the only checkpoint must not be one of them."""
+    """The next start clears leftovers, but restores a checkpoint that was renamed."""
     trained = make_engine()
     folder = save_checkpoint(trained, grid, root)
     with monkeypatch.context() as patch:
@@ -89,7 +89,7 @@ def test_a_crash_between_two_renames_loses_nothing(
     assert disk.find_damage(folder, disk.read_manifest(folder)) == []
 
 
-def test_saving_a_step_again_replaces_it(grid: Grid, root: Path) -> None:
+def test_save_replaces_an_older_checkpoint_of_its_step(grid: Grid, root: Path) -> None:
     trained = make_engine()
     save_checkpoint(trained, grid, root)
     train_steps(trained, range(1, 2))
@@ -100,7 +100,7 @@ def test_saving_a_step_again_replaces_it(grid: Grid, root: Path) -> None:
     assert [path.name for path in root.iterdir()] == ["step_00000003"]
 
 
-def test_what_an_interrupted_save_left_is_written_over(grid: Grid, root: Path) -> None:
+def test_save_ignores_the_files_of_an_interrupted_one(grid: Grid, root: Path) -> None:
     left = root / ".staging_00000003"
     left.mkdir(parents=True)
     (left / "model-00000-00000.safetensors").write_bytes(b"half")
@@ -110,7 +110,7 @@ def test_what_an_interrupted_save_left_is_written_over(grid: Grid, root: Path) -
     assert disk.find_damage(folder, disk.read_manifest(folder)) == []
 
 
-def test_leftovers_that_are_no_folders_do_not_stay(grid: Grid, root: Path) -> None:
+def test_clear_leftovers_removes_files_too(grid: Grid, root: Path) -> None:
     folder = save_checkpoint(make_engine(), grid, root)
     for name in (".staging_00000009_ab", ".deleted_step_00000001"):
         (root / name).write_text("odd")
@@ -118,10 +118,10 @@ def test_leftovers_that_are_no_folders_do_not_stay(grid: Grid, root: Path) -> No
     assert list(root.iterdir()) == [folder]
 
 
-# --- who may publish ---
+# --- the right to publish ---
 
 
-def test_a_save_whose_folder_a_newer_start_cleared_says_so(
+def test_save_whose_folder_a_newer_start_removed_is_superseded(
     grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root.mkdir(parents=True)
@@ -137,7 +137,7 @@ def test_a_save_whose_folder_a_newer_start_cleared_says_so(
         save_checkpoint(make_engine(), grid, root, lease=lease)
 
 
-def test_the_newest_lease_holds(root: Path) -> None:
+def test_lease_belongs_to_the_newest_start(root: Path) -> None:
     root.mkdir(parents=True)
     first = Lease(root)
     first.check()
@@ -149,7 +149,7 @@ def test_the_newest_lease_holds(root: Path) -> None:
     second.check()
 
 
-def test_a_lease_says_whose_it_is(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lease_names_its_job(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root.mkdir(parents=True)
     first = Lease(root)
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
@@ -161,7 +161,7 @@ def test_a_lease_says_whose_it_is(root: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", "3", "\0"])
-def test_a_lost_lease_is_nobodys(root: Path, content: str | None) -> None:
+def test_lease_file_that_is_unreadable_is_ignored(root: Path, content: str | None) -> None:
     root.mkdir(parents=True)
     lease = Lease(root)
     if content is None:
@@ -172,11 +172,11 @@ def test_a_lost_lease_is_nobodys(root: Path, content: str | None) -> None:
     assert disk.published(root) == []
 
 
-def test_a_lease_that_was_seen_taken_stays_lost(root: Path) -> None:
+def test_lease_that_was_lost_never_returns(root: Path) -> None:
     root.mkdir(parents=True)
     old = Lease(root)
     Lease(root)
-    old._looked = float("-inf")
+    old._last_check = float("-inf")
     assert old.is_lost()
     (root / ".lease.json").unlink()
     with pytest.raises(Superseded, match="newer start"):
@@ -184,7 +184,7 @@ def test_a_lease_that_was_seen_taken_stays_lost(root: Path) -> None:
     assert old.is_lost()
 
 
-def test_a_superseded_start_publishes_nothing(grid: Grid, root: Path) -> None:
+def test_superseded_start_publishes_nothing(grid: Grid, root: Path) -> None:
     root.mkdir(parents=True)
     old = Lease(root)
     trained = make_engine()
@@ -197,14 +197,13 @@ def test_a_superseded_start_publishes_nothing(grid: Grid, root: Path) -> None:
     assert len(disk.published(root)) == 2
 
 
-def test_a_superseded_start_leaves_the_newer_ones_files(grid: Grid, root: Path) -> None:
-    """Both save the same step under the same name: the newer one is in the middle of it."""
+def test_superseded_start_does_not_touch_the_newer_starts_files(grid: Grid, root: Path) -> None:
     root.mkdir(parents=True)
     old = Lease(root)
     Lease(root)
-    half = root / ".staging_00000003" / "model-00000-00000.safetensors"
-    half.parent.mkdir()
-    half.write_bytes(b"being written")
+    partial = root / ".staging_00000003" / "model-00000-00000.safetensors"
+    partial.parent.mkdir()
+    partial.write_bytes(b"being written")
     with pytest.raises(Superseded):
         save_checkpoint(make_engine(), grid, root, lease=old)
-    assert half.read_bytes() == b"being written"
+    assert partial.read_bytes() == b"being written"

@@ -1,6 +1,6 @@
 # covers: megalite/checkpoint/save.py megalite/checkpoint/load.py megalite/checkpoint/owners.py
 # covers: megalite/checkpoint/stored.py megalite/checkpoint/write.py megalite/checkpoint/progress.py
-"""Saving and loading in one process: what is on disk, and what comes back."""
+"""Saves and loads in one process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from megalite.parallel import Grid
 from tests.helpers.checkpoints import save_checkpoint
 from tests.helpers.models import loss_of, make_batch, make_engine, model_config, train_steps
 
-PLACE = Progress(step=3, samples=12, tokens=96)
+PROGRESS = Progress(step=3, samples=12, tokens=96)
 
 
 @pytest.fixture
@@ -40,13 +40,13 @@ def root(tmp_path: Path) -> Path:
 
 
 def tensors_of(folder: Path, state: str = WEIGHT) -> dict[str, Tensor]:
-    """Read as a stranger would: by the manifest, with safetensors alone."""
+    """Read the tensors by the manifest and safetensors, without MegaLite."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    found = {}
+    tensors = {}
     for name, entry in manifest["tensors"].items():
         with safe_open(folder / entry["states"][state]["file"], framework="pt") as file:
-            found[name] = file.get_tensor(name)
-    return found
+            tensors[name] = file.get_tensor(name)
+    return tensors
 
 
 SECTIONS: list[dict[str, Any]] = [
@@ -57,18 +57,20 @@ SECTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("sections", SECTIONS)
-def test_going_on_equals_never_having_stopped(
+def test_resumed_engine_equals_the_uninterrupted_one(
     grid: Grid, root: Path, sections: dict[str, Any]
 ) -> None:
-    """Bit by bit: losses, gradient norms, weights and every state of the optimizer."""
+    """Losses, gradient norms, weights and all optimizer states are bitwise equal."""
     first = make_engine(**sections)
     train_steps(first, range(1, 4))
     folder = save_checkpoint(first, grid, root)
     expected = train_steps(first, range(4, 7))
-    second = make_engine(**sections, training={"seed": 99})  # other weights, all of them replaced
-    opened, manifest = checkpoint.open_checkpoint(folder)
-    place = checkpoint.restore(second, second.config, grid=grid, folder=opened, manifest=manifest)
-    assert place == PLACE
+    second = make_engine(**sections, training={"seed": 99})  # the load replaces all weights
+    _, manifest = checkpoint.open_checkpoint(folder)
+    progress = checkpoint.restore(
+        second, second.config, grid=grid, folder=folder, manifest=manifest
+    )
+    assert progress == PROGRESS
     second.config = first.config
     assert train_steps(second, range(4, 7)) == expected
     for ours, theirs in zip(first.model.parameters(), second.model.parameters(), strict=True):
@@ -78,7 +80,7 @@ def test_going_on_equals_never_having_stopped(
             assert torch.equal(first.read_state(ours, state), second.read_state(theirs, state))
 
 
-def test_what_is_on_disk(grid: Grid, root: Path) -> None:
+def test_checkpoint_has_the_documented_files(grid: Grid, root: Path) -> None:
     trained = make_engine()
     train_steps(trained, range(1, 4))
     folder = save_checkpoint(trained, grid, root)
@@ -97,7 +99,7 @@ def test_what_is_on_disk(grid: Grid, root: Path) -> None:
     assert disk.find_damage(folder, manifest) == []
     assert {*manifest.files, "manifest.json"} == {n for n in names if (folder / n).is_file()}
     assert RunConfig.model_validate(files.read_json(folder / "config.json")) == trained.config
-    assert Progress(manifest.step, manifest.samples, manifest.tokens) == PLACE
+    assert Progress(manifest.step, manifest.samples, manifest.tokens) == PROGRESS
     assert manifest.progress == {"updates": 3}
     weights = tensors_of(folder)
     qkv = trained.model.get_parameter("model.layers.1.self_attn.qkv_proj.weight").data
@@ -105,23 +107,26 @@ def test_what_is_on_disk(grid: Grid, root: Path) -> None:
     assert [len(part) for part in parts] == [24, 12, 12]
     assert torch.equal(torch.cat(parts), qkv)
     for state in (WEIGHT, "exp_avg", "exp_avg_sq"):
-        found = tensors_of(folder, state)
+        tensors = tensors_of(folder, state)
         expected = {name: t.shape for name, t in arch.tensors(trained.config.model).items()}
-        assert {name: tuple(tensor.shape) for name, tensor in found.items()} == expected
-        assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+        assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == expected
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
-def test_parts_of_a_bounded_size(grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_files_have_a_bounded_size(
+    grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained = make_engine()
-    whole = tensors_of(save_checkpoint(trained, grid, root))
-    monkeypatch.setattr(write, "_PART_BYTES", 8000)
-    parts = save_checkpoint(trained, grid, root, progress=Progress(4))
-    assert len(list(parts.glob("model-*.safetensors"))) > 3
-    assert all(torch.equal(whole[name], tensor) for name, tensor in tensors_of(parts).items())
+    expected = tensors_of(save_checkpoint(trained, grid, root))
+    monkeypatch.setattr(write, "_FILE_BYTES", 8000)
+    folder = save_checkpoint(trained, grid, root, progress=Progress(4))
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
+    assert all(torch.equal(expected[name], tensor) for name, tensor in tensors_of(folder).items())
 
 
-def test_weights_for_use_without_an_engine(grid: Grid, root: Path, tmp_path: Path) -> None:
-    """A checkpoint folder is enough wherever it is moved."""
+def test_weights_load_from_a_moved_folder_without_an_engine(
+    grid: Grid, root: Path, tmp_path: Path
+) -> None:
     trained = make_engine()
     train_steps(trained, range(1, 3))
     moved = tmp_path / "elsewhere"
@@ -133,7 +138,7 @@ def test_weights_for_use_without_an_engine(grid: Grid, root: Path, tmp_path: Pat
     assert loss_of(model, batch).item() == loss_of(trained.model.eval(), batch).item()
 
 
-def test_weights_alone_start_a_new_run(grid: Grid, root: Path) -> None:
+def test_load_weights_leaves_the_optimizer_fresh(grid: Grid, root: Path) -> None:
     trained = make_engine()
     train_steps(trained, range(1, 4))
     folder, manifest = checkpoint.open_checkpoint(save_checkpoint(trained, grid, root))
@@ -146,7 +151,7 @@ def test_weights_alone_start_a_new_run(grid: Grid, root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "named"),
+    ("model", "difference"),
     [
         ({"num_hidden_layers": 1}, "model.layers.1"),
         ({"vocab_size": 62}, r"\[61, 24\] there, \[62, 24\]"),
@@ -154,25 +159,25 @@ def test_weights_alone_start_a_new_run(grid: Grid, root: Path) -> None:
         ({"mlp_bias": True}, "bias is absent there"),
     ],
 )
-def test_another_model_is_refused(
-    grid: Grid, root: Path, model: dict[str, Any], named: str
+def test_restore_refuses_another_model(
+    grid: Grid, root: Path, model: dict[str, Any], difference: str
 ) -> None:
     folder, manifest = checkpoint.open_checkpoint(save_checkpoint(make_engine(), grid, root))
     other = make_engine(model=model)
-    with pytest.raises(CommandError, match=f"holds another model: .*{named}"):
+    with pytest.raises(CommandError, match=f"holds another model: .*{difference}"):
         checkpoint.restore(other, other.config, grid=grid, folder=folder, manifest=manifest)
 
 
-def test_an_engine_that_lost_count_is_noticed(
+def test_restore_checks_the_number_of_updates(
     grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Adam's step count corrects its moments: without it the next updates are other ones."""
+    """Adam's bias correction depends on the number of updates."""
     trained = make_engine()
     train_steps(trained, range(1, 4))
     folder, manifest = checkpoint.open_checkpoint(save_checkpoint(trained, grid, root))
     other = make_engine()
     monkeypatch.setattr(other, "restore_progress", lambda progress: None)
-    with pytest.raises(CheckpointError, match="should have taken 3 updates but reports 0"):
+    with pytest.raises(CheckpointError, match="should have made 3 updates, but reports 0"):
         checkpoint.restore(other, other.config, grid=grid, folder=folder, manifest=manifest)
 
 
@@ -180,30 +185,29 @@ def test_an_engine_that_lost_count_is_noticed(
     ("before", "after"),
     [({"name": "adamw"}, {"name": "sgd"}), ({"name": "sgd"}, {"name": "adamw"})],
 )
-def test_a_change_of_optimizer_goes_on(
+def test_restore_with_another_optimizer_loads_only_the_weights(
     grid: Grid, root: Path, before: dict[str, Any], after: dict[str, Any]
 ) -> None:
-    """It is recorded, not refused: the weights go on, the new states begin at zero."""
     trained = make_engine(optimizer=before)
     train_steps(trained, range(1, 4))
     folder, manifest = checkpoint.open_checkpoint(save_checkpoint(trained, grid, root))
     other = make_engine(optimizer=after)
-    place = checkpoint.restore(other, other.config, grid=grid, folder=folder, manifest=manifest)
-    assert place == PLACE
+    progress = checkpoint.restore(other, other.config, grid=grid, folder=folder, manifest=manifest)
+    assert progress == PROGRESS
     for ours, theirs in zip(trained.model.parameters(), other.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     train_steps(other, range(4, 5))
 
 
-# --- retention, and finding ---
+# --- retention, and the choice of a checkpoint ---
 
 
 def test_retain_keeps_every_kth_and_the_best(grid: Grid, root: Path) -> None:
     engine = make_engine()
-    losses = {10: 3.0, 20: 2.0, 30: None, 40: 2.0, 50: 2.2}  # of equal ones the first
+    losses = {10: 3.0, 20: 2.0, 30: None, 40: 2.0, 50: 2.2}  # 20 is the first of the best
     for step, loss in losses.items():
-        place = Progress(step, 8 * step, 64 * step, valid_loss=loss)
-        save_checkpoint(engine, grid, root, progress=place)
+        progress = Progress(step, 8 * step, 64 * step, valid_loss=loss)
+        save_checkpoint(engine, grid, root, progress=progress)
     checkpoint.retain(root, CheckpointConfig(keep=1, keep_every=30, keep_best=True)).join()
     assert [disk.step_of(folder) for folder in disk.published(root)] == [50, 30, 20]
     assert disk.read_manifest(root / "step_00000020").valid_loss == 2.0
@@ -225,7 +229,7 @@ def test_retain_keeps_the_newest(root: Path) -> None:
     assert len(disk.published(root)) == 2
 
 
-def test_clear_leftovers_touches_nothing_public(root: Path) -> None:
+def test_clear_leftovers_keeps_published_and_bad_checkpoints(root: Path) -> None:
     names = ("step_00000001", "bad_00000002", ".staging_00000003", ".deleted_step_00000004")
     for name in names:
         (root / name / "inner").mkdir(parents=True)
@@ -234,7 +238,7 @@ def test_clear_leftovers_touches_nothing_public(root: Path) -> None:
     checkpoint.clear_leftovers(root / "none")
 
 
-def test_open_checkpoint_by_any_of_its_names(grid: Grid, root: Path) -> None:
+def test_open_checkpoint_takes_step_and_run_folders(grid: Grid, root: Path) -> None:
     trained = make_engine()
     for step in (1, 2):
         save_checkpoint(trained, grid, root, progress=Progress(step))
@@ -252,7 +256,7 @@ def test_open_checkpoint_by_any_of_its_names(grid: Grid, root: Path) -> None:
         checkpoint.open_checkpoint(root / "none")
 
 
-def test_a_damaged_one_is_named_and_set_aside(
+def test_damaged_checkpoints_are_reported_and_renamed(
     grid: Grid, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trained = make_engine()
@@ -261,9 +265,9 @@ def test_a_damaged_one_is_named_and_set_aside(
     (root / "step_00000003" / "manifest.json").unlink()
     weights = next((root / "step_00000002").glob("exp_avg-*"))
     weights.write_bytes(weights.read_bytes()[:-1])
-    found, damaged = checkpoint.find_newest(root, grid)
-    assert found is not None
-    assert found[0] == root / "step_00000001"
+    newest, damaged = checkpoint.find_newest(root, grid)
+    assert newest is not None
+    assert newest[0] == root / "step_00000001"
     assert damaged == (root / "step_00000003", root / "step_00000002")
     checkpoint.set_aside_damaged(damaged, grid)
     assert sorted(path.name for path in root.iterdir()) == [
@@ -271,15 +275,15 @@ def test_a_damaged_one_is_named_and_set_aside(
         "bad_00000003",
         "step_00000001",
     ]
-    for said in ("has no manifest.json", weights.name, "set aside as bad_00000002"):
-        assert said in caplog.text
+    for words in ("has no manifest.json", weights.name, "set aside as bad_00000002"):
+        assert words in caplog.text
 
 
-# --- the share of each rank ---
+# --- the part of each rank ---
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5, 64])
-def test_owners_share_the_bytes(grid: Grid, ranks: int) -> None:
+def test_owners_have_about_equally_many_bytes(grid: Grid, ranks: int) -> None:
     config = model_config(num_hidden_layers=4)
     engine: Any = SimpleNamespace(model=build(config), owner_rank=lambda _: None)
     mesh = Mesh(data=ranks)
@@ -293,8 +297,8 @@ def test_owners_share_the_bytes(grid: Grid, ranks: int) -> None:
     assert max(loads) <= sum(sizes) / ranks + max(sizes)
 
 
-def test_states_of_one_zero_rank_are_owned_in_its_copy_of_the_model(grid: Grid) -> None:
-    """They come last, and their bytes are spread over the ranks that share the model."""
+def test_owners_of_local_states_are_in_the_copy_of_their_zero_rank(grid: Grid) -> None:
+    """Local states come last, and their bytes are spread over the ranks that share the model."""
     config = model_config(num_hidden_layers=4)
     model = build(config)
     local = {id(p): number % 3 for number, p in enumerate(model.parameters()) if number % 2}
@@ -309,30 +313,30 @@ def test_states_of_one_zero_rank_are_owned_in_its_copy_of_the_model(grid: Grid) 
     assert {owner.at.tensor_rank for owner in owned if owner.local} == {0, 1}
 
 
-@pytest.mark.parametrize(("size", "piece"), [(1, 1 << 22), (2, 1 << 22), (2, 1)])
-def test_a_rank_reads_its_own_slices(
-    grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch, size: int, piece: int
+@pytest.mark.parametrize(("size", "chunk"), [(1, 1 << 22), (2, 1 << 22), (2, 1)])
+def test_read_part_returns_the_slices_of_a_rank(
+    grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch, size: int, chunk: int
 ) -> None:
-    """Of every tensor-parallel rank: the boxes the table names, and zero where padding is; of
-    columns, a few rows at a time."""
-    monkeypatch.setattr(disk, "_PIECE", piece)
+    """Padding is zero. Columns are read a chunk of rows at a time."""
+    monkeypatch.setattr(disk, "_CHUNK", chunk)
     engine = make_engine()
     folder = save_checkpoint(engine, grid, root)
     manifest = disk.read_manifest(folder)
     for row, rank in itertools.product(arch.parameters(engine.config.model), range(size)):
         value = engine.model.get_parameter(row.name).data
-        whole = {piece.tensor.name: value[piece.target] for piece in arch.pieces(row)}
+        full = {piece.tensor.name: value[piece.target] for piece in arch.pieces(row)}
         at = Mesh(tensor=size).at(rank)
         local = read_part(StoredCheckpoint(folder, manifest), row, "weight", at)
         assert local.shape == arch.local_shape(row, at)
         expected = torch.zeros_like(local)
         for box in arch.pieces(row, at):
-            expected[box.target] = whole[box.tensor.name][box.source]
+            expected[box.target] = full[box.tensor.name][box.source]
         assert torch.equal(local, expected)
 
 
-def test_weights_are_enough_for_use(grid: Grid, root: Path) -> None:
-    """A copy without the optimizer's files opens as a model, and does not resume."""
+def test_checkpoint_without_optimizer_files_opens_for_its_weights_only(
+    grid: Grid, root: Path
+) -> None:
     folder = save_checkpoint(make_engine(), grid, root)
     for path in folder.glob("exp_avg*"):
         path.unlink()
@@ -344,13 +348,13 @@ def test_weights_are_enough_for_use(grid: Grid, root: Path) -> None:
         checkpoint.open_checkpoint(folder, weights_only=True)
 
 
-def test_a_folder_of_shards_is_no_checkpoint(tmp_path: Path) -> None:
+def test_open_checkpoint_refuses_a_folder_of_shards(tmp_path: Path) -> None:
     files.write_json(tmp_path / "manifest.json", {"format": "megalite-shards-1"})
     with pytest.raises(CommandError, match="holds 'megalite-shards-1', not a checkpoint"):
         checkpoint.open_checkpoint(tmp_path)
 
 
-def test_what_a_kill_left_half_written_is_cleared(grid: Grid, root: Path) -> None:
+def test_clear_leftovers_removes_partial_files(grid: Grid, root: Path) -> None:
     folder = save_checkpoint(make_engine(), grid, root)
     (root / "..lease.json.0a1b2c3d.tmp").write_text("{")
     (root / "notes.tmp").write_text("a person's")

@@ -1,5 +1,5 @@
 # covers: megalite/checkpoint/differences.py megalite/checkpoint/stored.py
-"""A run's model next to the one it starts from: what may change, what is said, what is refused."""
+"""Differences between a run's model and the one it starts from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megalite import arch
-from megalite.checkpoint import Grown, compare_models
+from megalite.checkpoint import GrownVocabulary, compare_models
 from megalite.config import ModelConfig
 from megalite.errors import CommandError
 from tests.helpers.models import model_config
@@ -36,20 +36,22 @@ def compare(changes: dict[str, Any], before: dict[str, Any] | None = None) -> di
         ("vocab_size", 70),
     ],
 )
-def test_change_of_no_shape_is_said_and_returned(
+def test_change_that_keeps_shapes_is_logged_and_returned(
     key: str, value: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, logger="megalite"):
-        found = compare({key: value})
-    assert list(found) == [f"model.{key}"]
+        changes = compare({key: value})
+    assert list(changes) == [f"model.{key}"]
     assert len(caplog.records) == 1
     assert f"model.{key}: " in caplog.text
     before = model_config().model_dump(mode="json")[key]
-    assert found[f"model.{key}"]["before"] == before
+    assert changes[f"model.{key}"]["before"] == before
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
-def test_adapters_leave_new_rows_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+def test_adapters_with_a_grown_vocabulary_are_warned_about(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with caplog.at_level(logging.WARNING, logger="megalite"):
         compare_models(model_config(vocab_size=70), model_config(), SOURCE)
         assert not caplog.records
@@ -57,7 +59,7 @@ def test_adapters_leave_new_rows_as_they_are(caplog: pytest.LogCaptureFixture) -
     assert "finetune.adapter does not train the embedding" in caplog.text
 
 
-def test_values_of_training_are_no_difference(caplog: pytest.LogCaptureFixture) -> None:
+def test_values_for_training_only_are_no_difference(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="megalite"):
         assert compare({"hidden_dropout": 0.1, "initializer_range": 0.3}) == {}
     assert not caplog.records
@@ -74,7 +76,7 @@ def test_values_of_training_are_no_difference(caplog: pytest.LogCaptureFixture) 
         {"norm_position": "post"},
     ],
 )
-def test_another_model_is_refused_with_the_section_to_paste(changes: dict[str, Any]) -> None:
+def test_other_model_is_refused_with_the_section_to_paste(changes: dict[str, Any]) -> None:
     with pytest.raises(CommandError, match="there holds another model: ") as caught:
         compare(changes)
     key, value = next(iter(changes.items()))
@@ -87,7 +89,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 
 @pytest.mark.parametrize(
-    ("before", "changes", "warned"),
+    ("before", "changes", "warns"),
     [
         ({}, {"max_position_embeddings": 64}, True),
         ({}, {"max_position_embeddings": 64, "rope_theta": 5e5}, True),
@@ -105,16 +107,16 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"position_embedding": "none"}, {"max_position_embeddings": 64}, False),
     ],
 )
-def test_positions_beyond_training_are_warned_of(
+def test_positions_beyond_training_are_warned_about(
     before: dict[str, Any],
     changes: dict[str, Any],
-    warned: bool,
+    warns: bool,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="megalite"):
         compare(changes, before)
-    assert ("trained on positions up to 32" in caplog.text) == warned
-    if warned and not before:
+    assert ("trained on positions up to 32" in caplog.text) == warns
+    if warns and not before:
         assert "model.rope_scaling" in caplog.text
 
 
@@ -124,8 +126,8 @@ def test_learned_positions_cannot_change(length: int) -> None:
         compare({"max_position_embeddings": length}, {"position_embedding": "learned"})
 
 
-class _Drawn:
-    """Tensors of a model in memory, read box by box."""
+class _RandomTensors:
+    """Source of a model's tensors with random values."""
 
     def __init__(self, model: ModelConfig) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -139,21 +141,21 @@ class _Drawn:
 
 
 def test_new_rows_are_the_mean_of_the_old_ones() -> None:
-    """However the rows are cut, a weight and a bias alike; nothing else changes."""
+    """Weights and biases, in any box of rows. Other tensors do not change."""
     model = model_config(architecture="encoder", norm="layernorm")
-    stored = _Drawn(model)
+    stored = _RandomTensors(model)
     after = arch.tensors(model.model_copy(update={"vocab_size": 70}))
     for name, tensor in after.items():
         old = stored.tensors[name]
-        wanted = old
+        expected = old
         if tensor.split is arch.Split.VOCABULARY:
             mean = old.double().mean(dim=0, keepdim=True).float()
-            wanted = torch.cat((old, mean.expand(9, *old.shape[1:])))
-        assert wanted.shape == tensor.shape
-        for first, last in ((0, len(wanted)), (0, 1), (len(wanted) // 2, len(wanted))):
+            expected = torch.cat((old, mean.expand(9, *old.shape[1:])))
+        assert expected.shape == tensor.shape
+        for first, last in ((0, len(expected)), (0, 1), (len(expected) // 2, len(expected))):
             rows, *rest = (slice(0, size) for size in tensor.shape)
             rows = slice(first, last)
             value = torch.full((last - first, *tensor.shape[1:]), torch.nan)
-            Grown(stored, model).read(name, "weight", value, (rows, *rest))
-            assert torch.equal(value, wanted[first:last]), name
+            GrownVocabulary(stored, model).read(name, "weight", value, (rows, *rest))
+            assert torch.equal(value, expected[first:last]), name
     assert {"lm_head.bias", "lm_head.weight", "model.embed_tokens.weight"} <= after.keys()

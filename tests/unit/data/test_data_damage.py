@@ -123,7 +123,7 @@ def test_a_flipped_byte_is_named_where_verifying_was_asked_for(tmp_path: Path) -
     read_all(open_one(folder, verify=True))
     flip(folder)
     read_all(open_one(folder))
-    with pytest.raises(DataError, match=r"shard_00000\.bin: sha256 .* bytes changed"):
+    with pytest.raises(DataError, match=r"shard_00000\.bin: got sha256 .* the file changed"):
         read_all(open_one(folder, verify=True))
 
 

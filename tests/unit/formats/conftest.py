@@ -23,7 +23,7 @@ def save_tokenizer(folder: Path) -> TokenizerInfo:
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> MakeFolder:
-    """Writes a shard folder: per shard a list of documents, each a list of ids."""
+    """Return a function that writes a folder of shards, each a list of documents of ids."""
 
     def make(
         shards: Sequence[Sequence[Sequence[int]]], *, vocab_size: int = 100, name: str = "shards"

@@ -1,5 +1,5 @@
 # covers: megalite/formats/checkpoint.py
-"""A checkpoint's manifest: what is written is read, and whatever else is found is named."""
+"""A checkpoint's manifest: it is read as it was written, and errors name anything else."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STATE = StateEntry(file="model-0.safetensors", sha256="0" * 64)
 
 
 def make(folder: Path, **changes: Any) -> CheckpointManifest:
-    """Return a folder of files and a manifest that describes them, not written yet."""
+    """Write files to a folder and return their manifest without writing it."""
     entries = {}
     for name, content in CONTENTS.items():
         path = folder / name
@@ -60,14 +60,14 @@ def make(folder: Path, **changes: Any) -> CheckpointManifest:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    found = tmp_path / "step_00001000"
-    found.mkdir()
-    write_manifest(found, make(found))
-    return found
+    path = tmp_path / "step_00001000"
+    path.mkdir()
+    write_manifest(path, make(path))
+    return path
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool = False) -> None:
-    """Change the parsed manifest on disk; `seal` writes a checksum that fits, as a forger would."""
+    """Change the manifest on disk. If `seal`, write the checksum of the changed content."""
     content = json.loads((folder / MANIFEST).read_text())
     change(content)
     if seal:
@@ -78,7 +78,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any], *, seal: bool
     (folder / MANIFEST).write_text(json.dumps(content))
 
 
-def test_round_trip(folder: Path) -> None:
+def test_manifest_is_read_as_written(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert manifest == make(folder)
     assert manifest.progress == {
@@ -91,22 +91,22 @@ def test_round_trip(folder: Path) -> None:
     assert not [path.name for path in folder.iterdir() if path.name.endswith(".tmp")]
 
 
-def test_a_layout_of_the_text_is_no_damage(folder: Path) -> None:
-    """The checksum is of the content: another tool may indent or sort it."""
+def test_manifest_may_be_indented_or_sorted(folder: Path) -> None:
+    """The checksum depends on the content only, so that another tool may format the text."""
     rewrite(folder, lambda content: None)
     reordered = dict(reversed(json.loads((folder / MANIFEST).read_text()).items()))
     (folder / MANIFEST).write_text(json.dumps(reordered, ensure_ascii=False), encoding="utf-8")
     assert read_manifest(folder) == make(folder)
 
 
-def test_an_absent_manifest(tmp_path: Path) -> None:
+def test_manifest_that_is_missing_is_reported(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no manifest\.json: not a complete checkpoint"):
         read_manifest(tmp_path)
     with pytest.raises(CheckpointError, match="nowhere"):
         read_manifest(tmp_path / "nowhere")
 
 
-def test_a_manifest_that_is_a_folder_or_below_a_file(tmp_path: Path) -> None:
+def test_manifest_that_is_a_folder_or_below_a_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).mkdir()
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_manifest(tmp_path)
@@ -116,14 +116,14 @@ def test_a_manifest_that_is_a_folder_or_below_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"format": "mega', b"\0" * 400])
-def test_a_manifest_that_is_no_json(folder: Path, content: bytes) -> None:
+def test_manifest_that_is_not_json_is_reported(folder: Path, content: bytes) -> None:
     (folder / MANIFEST).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
         read_manifest(folder)
 
 
 @pytest.mark.parametrize(
-    ("content", "found"),
+    ("content", "kind"),
     [
         ("[]", "'list'"),
         ("3", "'int'"),
@@ -134,9 +134,9 @@ def test_a_manifest_that_is_no_json(folder: Path, content: bytes) -> None:
         ('{"format": ["megalite-checkpoint-1"]}', r"\['megalite-checkpoint-1'\]"),
     ],
 )
-def test_another_format(folder: Path, content: str, found: str) -> None:
+def test_manifest_of_another_format_is_reported(folder: Path, content: str, kind: str) -> None:
     (folder / MANIFEST).write_text(content)
-    with pytest.raises(CheckpointError, match=f"got format {found}.*'megalite-checkpoint-1'"):
+    with pytest.raises(CheckpointError, match=f"got format {kind}.*'megalite-checkpoint-1'"):
         read_manifest(folder)
 
 
@@ -156,7 +156,7 @@ def test_another_format(folder: Path, content: str, found: str) -> None:
         lambda content: content.update(checksum="0" * 64),
     ],
 )
-def test_a_changed_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def test_manifest_change_is_detected(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     rewrite(folder, change)
     with pytest.raises(CheckpointError, match="changed or damaged since it was written"):
         read_manifest(folder)
@@ -174,7 +174,7 @@ def test_a_changed_manifest(folder: Path, change: Callable[[dict[str, Any]], Any
         lambda content: content["tensors"]["a.weight"].update(shape=["3"]),
     ],
 )
-def test_a_sealed_manifest_of_another_version(
+def test_manifest_of_another_version_names_the_version(
     folder: Path, change: Callable[[dict[str, Any]], Any]
 ) -> None:
     rewrite(folder, change, seal=True)
@@ -182,47 +182,46 @@ def test_a_sealed_manifest_of_another_version(
         read_manifest(folder)
 
 
-def test_any_flipped_bit_of_the_manifest_is_noticed(folder: Path) -> None:
-    """Or changes nothing that is read: a space that became another kind of blank."""
+def test_manifest_with_any_flipped_bit_is_refused(folder: Path) -> None:
+    """The only flip without an effect turns one kind of white space into another."""
     path, expected = folder / MANIFEST, make(folder)
     original = path.read_bytes()
     chosen = random.Random(4)
     for _ in range(400):
-        place, bit = chosen.randrange(len(original)), chosen.randrange(8)
+        position, bit = chosen.randrange(len(original)), chosen.randrange(8)
         changed = bytearray(original)
-        changed[place] ^= 1 << bit
+        changed[position] ^= 1 << bit
         path.write_bytes(bytes(changed))
         try:
-            found = read_manifest(folder)
+            manifest = read_manifest(folder)
         except CheckpointError:
             continue
-        assert found == expected
-        assert original[place : place + 1].isspace(), (place, bit)
+        assert manifest == expected
+        assert original[position : position + 1].isspace(), (position, bit)
 
 
-@pytest.mark.parametrize("cut", [0, 1, 100, 700, -1, -2])
-def test_a_manifest_cut_short(folder: Path, cut: int) -> None:
+@pytest.mark.parametrize("end", [0, 1, 100, 700, -1, -2])
+def test_manifest_that_is_truncated_is_reported(folder: Path, end: int) -> None:
     path = folder / MANIFEST
-    whole = path.read_bytes()
-    path.write_bytes(whole[:cut])
-    if cut == -1:  # the newline at the end
+    path.write_bytes(path.read_bytes()[:end])
+    if end == -1:  # only the final newline is missing
         assert read_manifest(folder) == make(folder)
         return
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_manifest(folder)
 
 
-def test_numbers_json_lacks_are_refused_when_written(folder: Path) -> None:
+def test_manifest_with_a_number_that_json_lacks_is_not_written(folder: Path) -> None:
     before = (folder / MANIFEST).read_bytes()
     with pytest.raises(ValueError, match="JSON"):
         write_manifest(folder, make(folder, progress={"loss_scale": float("inf")}))
     assert (folder / MANIFEST).read_bytes() == before
 
 
-# --- the files it describes ---
+# --- the checkpoint's files ---
 
 
-def test_each_damage_is_named(folder: Path) -> None:
+def test_find_damage_names_every_fault(folder: Path) -> None:
     manifest = read_manifest(folder)
     (folder / "config.json").unlink()
     data = bytearray(CONTENTS["model-0.safetensors"])
@@ -235,16 +234,16 @@ def test_each_damage_is_named(folder: Path) -> None:
     assert sized == f"{folder / 'tokenizer/a.model'}: 1 bytes were written, got 2"
 
 
-@pytest.mark.parametrize("place", range(0, 63, 7))
-def test_any_flipped_byte_is_found(folder: Path, place: int) -> None:
+@pytest.mark.parametrize("position", range(0, 63, 7))
+def test_find_damage_reports_any_changed_byte(folder: Path, position: int) -> None:
     path = folder / "model-0.safetensors"
     data = bytearray(path.read_bytes())
-    data[place] ^= 0x80
+    data[position] ^= 0x80
     path.write_bytes(bytes(data))
     assert len(find_damage(folder, read_manifest(folder))) == 1
 
 
-def test_only_the_files_asked_for_are_looked_at(folder: Path) -> None:
+def test_find_damage_reads_only_the_named_files(folder: Path) -> None:
     manifest = read_manifest(folder)
     (folder / "config.json").unlink()
     names = list(manifest.files)
@@ -253,17 +252,17 @@ def test_only_the_files_asked_for_are_looked_at(folder: Path) -> None:
     assert find_damage(folder, manifest, []) == []
 
 
-def test_a_folder_where_a_file_was(folder: Path) -> None:
+def test_find_damage_reports_a_folder_in_place_of_a_file(folder: Path) -> None:
     manifest = read_manifest(folder)
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
     assert find_damage(folder, manifest) == [f"{folder / 'config.json'} is missing"]
 
 
-def test_a_file_the_disk_cannot_read_is_damage(
+def test_find_damage_reports_an_unreadable_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error raised on one rank would leave the others waiting in the next collective."""
+    """An exception on one rank would leave the others waiting in the next collective."""
     manifest = read_manifest(folder)
 
     def fail(path: Path) -> str:
@@ -275,15 +274,15 @@ def test_a_file_the_disk_cannot_read_is_damage(
     assert all("Input/output error" in problem for problem in problems)
 
 
-def test_files_nobody_mentioned_are_left_alone(folder: Path) -> None:
+def test_find_damage_ignores_files_that_are_not_listed(folder: Path) -> None:
     (folder / "notes.txt").write_text("mine")
     assert find_damage(folder, read_manifest(folder)) == []
 
 
-# --- which folders there are ---
+# --- the folders of checkpoints ---
 
 
-def test_published_are_newest_first_and_only_those(tmp_path: Path) -> None:
+def test_published_returns_only_checkpoints_newest_first(tmp_path: Path) -> None:
     steps = (20, 3, 99_999_999, 100_000_000, 1000)
     for name in (
         *map(folder_name, steps),
@@ -296,12 +295,12 @@ def test_published_are_newest_first_and_only_those(tmp_path: Path) -> None:
         "xstep_00003000",
     ):
         (tmp_path / name).mkdir()
-    found = [path.name for path in published(tmp_path)]
-    assert found == [folder_name(step) for step in sorted(steps, reverse=True)]
-    assert found[0] == "step_100000000"
+    names = [path.name for path in published(tmp_path)]
+    assert names == [folder_name(step) for step in sorted(steps, reverse=True)]
+    assert names[0] == "step_100000000"
 
 
-def test_nothing_is_published_where_nothing_is(tmp_path: Path) -> None:
+def test_published_is_empty_without_checkpoints(tmp_path: Path) -> None:
     assert published(tmp_path) == []
     assert published(tmp_path / "none") == []
     (tmp_path / "file").write_text("")
@@ -309,5 +308,5 @@ def test_nothing_is_published_where_nothing_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("step", "name"), [(0, "step_00000000"), (1000, "step_00001000")])
-def test_folder_name(step: int, name: str) -> None:
+def test_folder_name_pads_the_step(step: int, name: str) -> None:
     assert folder_name(step) == name

@@ -1,5 +1,5 @@
 # covers: megalite/formats/index.py megalite/formats/manifest.py megalite/formats/shards.py
-"""Megatron-LM's own shards, without a manifest; and its reader on ours, where it is installed."""
+"""Megatron-LM's shards, which have no manifest; and Megatron's reader on ours, if installed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ U16, I32 = DTYPES[8], DTYPES[4]
 
 
 def write_pair(prefix: Path, documents: Sequence[Sequence[Sequence[int]]], dtype: Dtype) -> None:
-    """`prefix.bin` and `prefix.idx` of documents, each a list of sequences."""
+    """Write `prefix.bin` and `prefix.idx` of documents, each a list of sequences."""
     sequences = [sequence for document in documents for sequence in document]
     bounds = np.cumsum([0, *map(len, documents)])
     ids = [id for sequence in sequences for id in sequence]
@@ -35,14 +35,14 @@ def write_pair(prefix: Path, documents: Sequence[Sequence[Sequence[int]]], dtype
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is warned of."""
-    found: list[str] = []
-    monkeypatch.setattr(logger, "warning", lambda text, *values: found.append(text % values))
-    return found
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the list to which the warnings of a test are added."""
+    messages: list[str] = []
+    monkeypatch.setattr(logger, "warning", lambda text, *values: messages.append(text % values))
+    return messages
 
 
-# The golden pairs of test_mmididx.py with their .bin: documents as lists of sequences.
+# The golden pairs of test_mmididx.py: dtype, documents as lists of sequences, and the .bin in hex.
 GOLDEN: dict[str, tuple[Dtype, list[list[list[int]]], str]] = {
     "three documents": (
         U16,
@@ -60,7 +60,7 @@ GOLDEN: dict[str, tuple[Dtype, list[list[list[int]]], str]] = {
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_pairs_open_by_their_prefix(name: str, tmp_path: Path) -> None:
+def test_pair_opens_by_its_prefix(name: str, tmp_path: Path) -> None:
     dtype, documents, content = GOLDEN[name]
     prefix = tmp_path / "my_text_document"
     write_pair(prefix, documents, dtype)
@@ -76,20 +76,20 @@ def test_golden_pairs_open_by_their_prefix(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", DTYPES)
-def test_every_dtype_is_read(code: int, tmp_path: Path) -> None:
+def test_pair_of_every_dtype_is_read(code: int, tmp_path: Path) -> None:
     write_pair(tmp_path / "a", [[[1, 2, 127]], [[5]]], DTYPES[code])
     shards = open_shards(tmp_path, vocab_size=128)
     assert shards.read(0, 4).tolist() == [1, 2, 127, 5]
     assert shards.dtype == DTYPES[code]
 
 
-def test_modes_of_multimodal_files_are_passed_over(tmp_path: Path) -> None:
+def test_modes_of_multimodal_files_are_ignored(tmp_path: Path) -> None:
     write_pair(tmp_path / "a", [[[1, 2], [9]]], U16)
     write_index(tmp_path / "a.idx", [2, 1], [0, 2], U16, modes=[0, 1])
     assert open_shards(tmp_path).document(0).tolist() == [1, 2, 9]
 
 
-def test_a_folder_of_pairs_is_read_in_the_order_of_names(tmp_path: Path, said: list[str]) -> None:
+def test_folder_of_pairs_is_read_in_the_order_of_names(tmp_path: Path, warnings: list[str]) -> None:
     write_pair(tmp_path / "b_text_document", [[[4, 5], [6]]], U16)
     write_pair(tmp_path / "a_text_document", [[[1], [2]], [[3]]], U16)
     shards = open_shards(tmp_path, vocab_size=100)
@@ -97,15 +97,15 @@ def test_a_folder_of_pairs_is_read_in_the_order_of_names(tmp_path: Path, said: l
     assert shards.document_starts(0, 6).tolist() == [2, 3]
     assert (shards.documents, shards.vocab_size) == (3, 100)
     assert shards.manifest.tokenizer.sha256 == ""
-    assert len(said) == 1
+    assert len(warnings) == 1
     for words in ("2 shards without a manifest", "no hashes", "which tokenizer", "of 100 as"):
-        assert words in said[0]
-    assert "data.verify" not in said[0]
+        assert words in warnings[0]
+    assert "data.verify" not in warnings[0]
     open_shards(tmp_path / "a_text_document", verify=True).read(0, 3)
-    assert "data.verify does nothing here" in said[1]
+    assert "data.verify does nothing here" in warnings[1]
 
 
-def test_ids_are_compared_with_the_bound_when_read(tmp_path: Path) -> None:
+def test_ids_are_compared_with_the_vocabulary_size_when_read(tmp_path: Path) -> None:
     write_pair(tmp_path / "a", [[[1, 2, 500, 3]]], I32)
     shards = open_shards(tmp_path / "a", vocab_size=500)
     assert shards.read(0, 2).tolist() == [1, 2]
@@ -114,7 +114,9 @@ def test_ids_are_compared_with_the_bound_when_read(tmp_path: Path) -> None:
     assert open_shards(tmp_path / "a").read(0, 4).tolist() == [1, 2, 500, 3]
 
 
-def test_a_tokenizer_beside_them_is_taken_as_theirs(tmp_path: Path, said: list[str]) -> None:
+def test_tokenizer_in_the_folder_sets_the_vocabulary_size(
+    tmp_path: Path, warnings: list[str]
+) -> None:
     write_pair(tmp_path / "a", [[[1, 2, 258]]], U16)
     (tmp_path / "tokenizer").mkdir()
     ByteTokenizer().save(tmp_path / "tokenizer")
@@ -122,12 +124,12 @@ def test_a_tokenizer_beside_them_is_taken_as_theirs(tmp_path: Path, said: list[s
     assert shards.vocab_size == 258
     assert shards.manifest.tokenizer.path == "tokenizer/bytes.json"
     assert shards.manifest.tokenizer.sha256 == ByteTokenizer().sha256
-    assert "whether tokenizer/bytes.json made them" in said[0]
+    assert "whether tokenizer/bytes.json made them" in warnings[0]
     with pytest.raises(DataError, match="token 2 is 258"):
         shards.read(0, 3)
 
 
-def test_the_fingerprint_is_of_indices_and_sizes(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_indices_and_sizes_only(tmp_path: Path) -> None:
     documents = [[[1], [2]], [[3]]]
     write_pair(tmp_path / "a", documents, U16)
     before = open_shards(tmp_path / "a", vocab_size=50).fingerprint
@@ -142,23 +144,24 @@ def test_the_fingerprint_is_of_indices_and_sizes(tmp_path: Path) -> None:
     assert open_shards(tmp_path / "b").fingerprint != before
 
 
-def cut(path: Path, size: int) -> None:
+def truncate(path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:-size])
 
 
+# A message, and the damage that it reports.
 FAULTS: dict[str, Callable[[Path], object]] = {
-    "a.bin: 6 bytes, its .idx says 8 (4 tokens of uint16); it is cut": lambda folder: cut(
-        folder / "a.bin", 2
+    "a.bin: got 6 bytes, its .idx says 8 (4 tokens of uint16); it is truncated": (
+        lambda folder: truncate(folder / "a.bin", 2)
     ),
-    "a.idx: 2 sequences and 3 document boundaries make 82 bytes, the file has 81": (
-        lambda folder: cut(folder / "a.idx", 1)
+    "a.idx: 2 sequences and 3 document boundaries take 82 bytes, the file has 81": (
+        lambda folder: truncate(folder / "a.idx", 1)
     ),
-    "a.bin: 8 bytes, its .idx says 6 (3 tokens": lambda folder: shutil.copy(
+    "a.bin: got 8 bytes, its .idx says 6 (3 tokens": lambda folder: shutil.copy(
         folder / "b.idx", folder / "a.idx"
     ),
-    "a.idx: missing next to a.bin": lambda folder: (folder / "a.idx").unlink(),
-    "b.bin: missing next to b.idx": lambda folder: (folder / "b.bin").unlink(),
-    "a holds int32, b holds uint16; name them one by one": lambda folder: write_pair(
+    "a.idx: missing, but a.bin exists": lambda folder: (folder / "a.idx").unlink(),
+    "b.bin: missing, but b.idx exists": lambda folder: (folder / "b.bin").unlink(),
+    "a has int32, b has uint16; name each pair": lambda folder: write_pair(
         folder / "a", [[[1]]], I32
     ),
     "sequence 1 points at byte 7": lambda folder: (folder / "a.idx").write_bytes(
@@ -168,7 +171,7 @@ FAULTS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("message", FAULTS)
-def test_damage_is_named(message: str, tmp_path: Path) -> None:
+def test_damaged_pair_is_reported(message: str, tmp_path: Path) -> None:
     write_pair(tmp_path / "a", [[[1, 2]], [[3, 4]]], U16)
     write_pair(tmp_path / "b", [[[5, 6, 7]]], U16)
     FAULTS[message](tmp_path)
@@ -177,10 +180,10 @@ def test_damage_is_named(message: str, tmp_path: Path) -> None:
     assert message in str(caught.value)
 
 
-def test_our_own_shards_need_their_manifest(make_folder: MakeFolder) -> None:
+def test_megalite_shards_need_their_manifest(make_folder: MakeFolder) -> None:
     folder = make_folder([[[1, 2]]])
     (folder / "manifest.json").unlink()
-    with pytest.raises(DataError, match=r"has no manifest\.json; was .* interrupted"):
+    with pytest.raises(DataError, match=r"has no manifest\.json; check .* interrupted"):
         open_shards(folder)
     for name in ("shard_00000.bin", "shard_00000.idx"):
         (folder / name).rename(folder / name.replace("shard_00000", "web"))
@@ -190,12 +193,12 @@ def test_our_own_shards_need_their_manifest(make_folder: MakeFolder) -> None:
 
 @pytest.fixture(scope="module")
 def megatron() -> Any:
-    """Megatron's module, of `pip install --no-deps megatron-core`."""
+    """Return Megatron's module, from `pip install --no-deps megatron-core`."""
     return pytest.importorskip("megatron.core.datasets.indexed_dataset", exc_type=ImportError)
 
 
 @pytest.mark.parametrize("vocab_size", [65_536, 70_001])
-def test_megatron_reads_ours(megatron: Any, vocab_size: int, tmp_path: Path) -> None:
+def test_megatron_reads_megalite_shards(megatron: Any, vocab_size: int, tmp_path: Path) -> None:
     numbers = np.random.default_rng(0)
     documents = [numbers.integers(0, vocab_size, size=n) for n in (5, 1, 0, 300, 17)]
     with ShardWriter(tmp_path, "a", dtype_for(vocab_size), vocab_size=vocab_size) as writer:
@@ -212,7 +215,7 @@ def test_megatron_reads_ours(megatron: Any, vocab_size: int, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("code", [1, 2, 3, 4, 5, 8])
-def test_we_read_megatrons(megatron: Any, code: int, tmp_path: Path) -> None:
+def test_megalite_reads_megatron_shards(megatron: Any, code: int, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     builder = megatron.IndexedDatasetBuilder(
         str(tmp_path / "a_text_document.bin"), dtype=megatron.DType.dtype_from_code(code)

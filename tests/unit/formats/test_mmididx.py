@@ -1,5 +1,5 @@
 # covers: megalite/formats/index.py
-"""The `.idx` format, byte for byte as Megatron-LM's own writer makes it (commit d98e8a64ddf3)."""
+"""The `.idx` format, byte for byte as Megatron-LM writes it (commit d98e8a64ddf3)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ GOLDEN = {
         ("uint16", [2, 1], [0, 4], [0, 2], [0, 1], [0, 3]),
     ),
 }
-# The whole of one as it lies on disk, against a mistake in composing the others.
+# One file byte by byte, in case the composition of the others has a mistake.
 THREE_DOCUMENTS = (
     "4d4d494449445800000100000000000000080300000000000000040000000000000003000000020000000400000000"
     "00000000000000060000000000000"
@@ -64,12 +64,12 @@ THREE_DOCUMENTS = (
 )
 
 
-def test_the_composed_bytes_are_the_ones_on_disk() -> None:
+def test_golden_file_is_composed_correctly() -> None:
     assert GOLDEN["three documents"][0] == THREE_DOCUMENTS
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_files_are_read_and_rewritten_byte_for_byte(name: str, tmp_path: Path) -> None:
+def test_index_is_read_and_rewritten_byte_for_byte(name: str, tmp_path: Path) -> None:
     content, (dtype, lengths, pointers, documents, modes, starts) = GOLDEN[name]
     path, again = tmp_path / "a.idx", tmp_path / "b.idx"
     path.write_bytes(bytes.fromhex(content))
@@ -91,7 +91,7 @@ def test_golden_files_are_read_and_rewritten_byte_for_byte(name: str, tmp_path: 
     cuts=st.lists(st.integers(0, 12), max_size=6),
     dtype=st.sampled_from(list(DTYPES.values())),
 )
-def test_what_is_written_is_read(
+def test_index_is_read_as_written(
     lengths: list[int],
     cuts: list[int],
     dtype: np.dtype[np.integer],
@@ -128,7 +128,7 @@ def test_document_starts_are_searched_in_parts_of_the_file(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One sequence a document, or any number of them; a few documents kept, whatever the step."""
+    """Documents have one sequence or any number; one in `step` documents is in memory."""
     monkeypatch.setattr(module, "_OUTLINE_STEP", step)
     size = len(lengths)
     inner = range(1, size) if cuts is None else sorted(min(cut, size) for cut in cuts)
@@ -138,12 +138,12 @@ def test_document_starts_are_searched_in_parts_of_the_file(
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[documents[:-1]]
     low, high = sorted(bounds)
     expected = {one for one in starts.tolist() if low < one < min(high, sum(lengths))}
-    found = DocumentStarts(path, read_index(path)).between(OpenFiles(), low, high)
-    assert sorted(found.tolist()) == found.tolist()
-    assert set(found.tolist()) == expected
+    between = DocumentStarts(path, read_index(path)).between(OpenFiles(), low, high)
+    assert sorted(between.tolist()) == between.tolist()
+    assert set(between.tolist()) == expected
 
 
-def test_files_beyond_those_kept_open_are_closed_and_read_again(tmp_path: Path) -> None:
+def test_open_files_are_closed_beyond_the_limit_and_reopened(tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{number}") for number in range(5)]
     for number, path in enumerate(paths):
         np.arange(number, number + 10, dtype="<u2").tofile(path)
@@ -154,7 +154,7 @@ def test_files_beyond_those_kept_open_are_closed_and_read_again(tmp_path: Path) 
             assert files.read(path, DTYPES[8], 4, 3).tolist() == [number + 2 + k for k in range(3)]
     assert files.read(paths[0], DTYPES[8], 4, 0).size == 0
     assert len(os.listdir("/dev/fd")) == before + 2
-    with pytest.raises(DataError, match=r"4: ends before byte 22, it is cut"):
+    with pytest.raises(DataError, match=r"4: ends before byte 22; the file is truncated"):
         files.read(paths[4], DTYPES[8], 16, 3)
     with pytest.raises(DataError, match=r"none: cannot be read: No such file"):
         files.read(str(tmp_path / "none"), DTYPES[8], 0, 1)
@@ -162,8 +162,8 @@ def test_files_beyond_those_kept_open_are_closed_and_read_again(tmp_path: Path) 
     assert len(os.listdir("/dev/fd")) == before
 
 
-def test_many_threads_read_through_few_files(tmp_path: Path) -> None:
-    """A descriptor that another thread's file pushes out is not closed under its reader."""
+def test_open_files_are_shared_by_many_threads(tmp_path: Path) -> None:
+    """A file that another thread evicts from the cache stays open until its reader is done."""
     paths = [str(tmp_path / f"{number}") for number in range(8)]
     for number, path in enumerate(paths):
         np.full(1000, number, dtype="<u2").tofile(path)
@@ -177,19 +177,20 @@ def test_many_threads_read_through_few_files(tmp_path: Path) -> None:
         assert all(pool.map(read, range(8)))
 
 
-def edit(content: bytes, place: int, packed: bytes) -> bytes:
-    return content[:place] + packed + content[place + len(packed) :]
+def edit(content: bytes, position: int, packed: bytes) -> bytes:
+    return content[:position] + packed + content[position + len(packed) :]
 
 
+# A message, and the damage that it reports.
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "begins with": lambda data: b"MMIDIDY" + data[7:],
     "version 2": lambda data: edit(data, 9, struct.pack("<Q", 2)),
     "code 7 is refused (it means different": lambda data: edit(data, 17, b"\x07"),
-    "code 9 is refused; known codes: 1 uint8": lambda data: edit(data, 17, b"\x09"),
+    "code 9 is refused; supported codes: 1 uint8": lambda data: edit(data, 17, b"\x09"),
     "102 bytes, the file has 101": lambda data: data[:-1],
     "102 bytes, the file has 110": lambda data: data + bytes(8),
-    "20 bytes, an .idx begins with 34": lambda data: data[:20],
-    "0 bytes, an .idx begins with 34": lambda data: b"",
+    "got 20 bytes, but the header alone has 34": lambda data: data[:20],
+    "got 0 bytes, but the header alone has 34": lambda data: b"",
     "sequence 1 has -2 tokens": lambda data: edit(data, 38, struct.pack("<i", -2)),
     "sequence 2 points at byte 8, but those before it end at 10": lambda data: edit(
         data, 62, struct.pack("<q", 8)
@@ -206,7 +207,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("message", DAMAGES)
-def test_damage_is_named(message: str, tmp_path: Path) -> None:
+def test_damaged_index_is_reported(message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.idx"
     path.write_bytes(DAMAGES[message](bytes.fromhex(THREE_DOCUMENTS)))
     with pytest.raises(DataError) as caught:
@@ -215,12 +216,12 @@ def test_damage_is_named(message: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_the_header_alone_tells_a_missing_file(tmp_path: Path) -> None:
+def test_header_of_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read: No such file"):
         read_header(tmp_path / "none.idx")
 
 
-def test_the_vocabulary_decides_the_dtype() -> None:
+def test_dtype_depends_on_the_vocabulary_size() -> None:
     assert [dtype_for(size).name for size in (258, 65_536, 65_537)] == ["uint16", "uint16", "int32"]
 
 
@@ -233,14 +234,13 @@ EDIT = st.tuples(st.integers(0, 130), st.binary(min_size=1, max_size=9))
 @given(
     st.sampled_from(sorted(GOLDEN)), st.lists(EDIT, max_size=3), st.integers(-20, 20), st.binary()
 )
-def test_any_bytes_are_named_or_read_as_they_are(
-    tmp_path: Path, name: str, edits: list[tuple[int, bytes]], cut: int, tail: bytes
+def test_index_of_any_bytes_is_refused_or_read_correctly(
+    tmp_path: Path, name: str, edits: list[tuple[int, bytes]], end: int, tail: bytes
 ) -> None:
-    """Whatever is in the file: an error that names it, or just the numbers that stand there."""
     content = bytes.fromhex(GOLDEN[name][0])
-    for place, packed in edits:
-        content = edit(content, place, packed)
-    content = content[:cut] if cut < 0 else content + tail[:cut]
+    for position, packed in edits:
+        content = edit(content, position, packed)
+    content = content[:end] if end < 0 else content + tail[:end]
     path = tmp_path / "any.idx"
     path.write_bytes(content)
     try:

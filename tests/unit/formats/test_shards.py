@@ -29,23 +29,23 @@ def edit_manifest(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def forget_index_hashes(folder: Path) -> None:
+def remove_index_hashes(folder: Path) -> None:
     shards = json.loads((folder / "manifest.json").read_text())["shards"]
     edit_manifest(folder, shards=[{**shard, "index_sha256": None} for shard in shards])
 
 
-def test_every_part_of_the_stream_is_read(make_folder: MakeFolder) -> None:
+def test_stream_is_read_from_any_token_to_any_other(make_folder: MakeFolder) -> None:
     shards = open_shards(make_folder(SHARDS), verify=True)
     assert (shards.tokens, shards.documents, shards.vocab_size) == (12, 5, 100)
     assert shards.dtype == np.dtype("<u2")
     for start in range(13):
         for stop in range(start, 13):
-            found = shards.read(start, stop - start)
-            assert found.tolist() == STREAM[start:stop]
-            assert found.dtype == shards.dtype
+            ids = shards.read(start, stop - start)
+            assert ids.tolist() == STREAM[start:stop]
+            assert ids.dtype == shards.dtype
 
 
-def test_documents_are_found(make_folder: MakeFolder) -> None:
+def test_documents_are_read_by_number(make_folder: MakeFolder) -> None:
     shards = open_shards(make_folder(SHARDS))
     documents = [document for shard in SHARDS for document in shard]
     assert [shards.document(number).tolist() for number in range(5)] == documents
@@ -84,11 +84,11 @@ def test_document_starts_with_empty_documents_and_shards(
         shutil.rmtree(folder)
 
 
-def test_a_document_of_several_sequences_is_one(make_folder: MakeFolder) -> None:
-    """As Megatron-LM writes sentences: document 0 has two sequences, 1 none, 2 one."""
+def test_document_may_have_several_sequences(make_folder: MakeFolder) -> None:
+    """Megatron-LM writes a sequence for each sentence. Document 0 has two, 1 none, 2 one."""
     folder = make_folder([[[10, 11, 12, 13, 14], [], [70000]]], vocab_size=70001)
     write_index(folder / "shard_00000.idx", [2, 3, 1], [0, 2, 2, 3], DTYPES[4])
-    forget_index_hashes(folder)
+    remove_index_hashes(folder)
     shards = open_shards(folder)
     assert shards.document(0).tolist() == [10, 11, 12, 13, 14]
     assert shards.document(1).tolist() == []
@@ -97,7 +97,7 @@ def test_a_document_of_several_sequences_is_one(make_folder: MakeFolder) -> None
     assert shards.document_lengths(0).tolist() == [5, 0, 1]
 
 
-def test_more_shards_than_stay_open(make_folder: MakeFolder) -> None:
+def test_stream_may_have_more_shards_than_open_files(make_folder: MakeFolder) -> None:
     shards = open_shards(make_folder([[[n, n]] for n in range(90)]), files=OpenFiles(most=7))
     for _ in range(2):
         assert shards.read(0, 180).tolist() == [n for n in range(90) for _ in range(2)]
@@ -105,17 +105,17 @@ def test_more_shards_than_stay_open(make_folder: MakeFolder) -> None:
 
 
 @pytest.mark.parametrize(("bad", "vocab_size"), [(-1, 100), (100, 100), (70_000, 65_536)])
-def test_the_writer_refuses_ids_before_the_cast(bad: int, vocab_size: int, tmp_path: Path) -> None:
+def test_writer_refuses_bad_ids_before_the_cast(bad: int, vocab_size: int, tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "a", DTYPES[8], vocab_size=vocab_size) as writer:
         writer.add_document([1])
-        with pytest.raises(DataError, match=rf"document 1 holds token id {bad}, outside 0 to"):
+        with pytest.raises(DataError, match=rf"document 1 has token id {bad}, outside 0 to"):
             writer.add_document([5, bad, 6])
         info = writer.close()
     assert (info.documents, info.tokens, info.bytes) == (1, 1, 2)
     assert (tmp_path / "a.bin").read_bytes() == b"\x01\x00"
 
 
-def test_the_highest_id_of_a_full_vocabulary_is_kept(make_folder: MakeFolder) -> None:
+def test_writer_accepts_the_highest_id_of_a_full_vocabulary(make_folder: MakeFolder) -> None:
     assert open_shards(make_folder([[[65535, 0]]], vocab_size=65536)).read(0, 2).tolist() == [
         65535,
         0,
@@ -125,7 +125,7 @@ def test_the_highest_id_of_a_full_vocabulary_is_kept(make_folder: MakeFolder) ->
     assert large.read(0, 1).tolist() == [70000]
 
 
-def test_the_fingerprint_is_of_the_tokens(make_folder: MakeFolder) -> None:
+def test_fingerprint_depends_on_the_tokens(make_folder: MakeFolder) -> None:
     one = make_folder(SHARDS)
     same, other = make_folder(SHARDS, name="same"), make_folder(SHARDS[::-1], name="other")
     edit_manifest(same, arguments={"input": "elsewhere"})
@@ -137,7 +137,7 @@ def test_the_fingerprint_is_of_the_tokens(make_folder: MakeFolder) -> None:
     assert open_shards(same).fingerprint != before
 
 
-def cut(folder: Path) -> None:
+def truncate(folder: Path) -> None:
     path = folder / "shard_00000.bin"
     path.write_bytes(path.read_bytes()[:-3])
 
@@ -148,13 +148,14 @@ def set_id(folder: Path, value: int) -> None:
 
 
 def swap_index(folder: Path) -> None:
-    """The same counts and the same total: only the hash can tell."""
+    """Write an index with the same counts and total, which only its hash reveals."""
     write_index(folder / "shard_00000.idx", [2, 3], [0, 1, 2], DTYPES[8])
 
 
-# what is done to the folder: what opening it says
+# A message, and the damage that it reports.
 FAULTS: dict[str, Callable[[Path], object]] = {
-    "shard_00000.bin: 7 bytes, the manifest says 10 (5 tokens of uint16); the file is cut": cut,
+    "shard_00000.bin: got 7 bytes, the manifest says 10 (5 tokens of uint16); the file is "
+    "truncated": truncate,
     "12 bytes, the manifest says 10": lambda folder: (folder / "shard_00000.bin").write_bytes(
         bytes(12)
     ),
@@ -163,16 +164,16 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "1 documents, the manifest says 2; it belongs to another .bin": lambda folder: shutil.copy(
         folder / "shard_00001.idx", folder / "shard_00000.idx"
     ),
-    "add up to 6 tokens, the .bin holds 5": lambda folder: shutil.copy(
+    "got 6 tokens in its sequences, the manifest says 5": lambda folder: shutil.copy(
         folder / "shard_00002.idx", folder / "shard_00000.idx"
     ),
-    "shard_00000.idx: sha256": swap_index,
-    "holds int32, the manifest says uint16": lambda folder: write_index(
+    "shard_00000.idx: got sha256": swap_index,
+    "got int32, the manifest says uint16": lambda folder: write_index(
         folder / "shard_00000.idx", [3, 2], [0, 1, 2], DTYPES[4]
     ),
-    "it is cut, or not what its header says": lambda folder: (
-        folder / "shard_00000.idx"
-    ).write_bytes((folder / "shard_00000.idx").read_bytes()[:-8]),
+    "the file has 66; the file is damaged": lambda folder: (folder / "shard_00000.idx").write_bytes(
+        (folder / "shard_00000.idx").read_bytes()[:-8]
+    ),
     "manifest.json: tokens 13, but its shards add up to 12": lambda folder: edit_manifest(
         folder, tokens=13
     ),
@@ -180,7 +181,7 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "vocab_size 70000 does not fit in uint16": lambda folder: edit_manifest(
         folder, vocab_size=70000
     ),
-    "eos 100 lies outside": lambda folder: edit_manifest(folder, eos=100),
+    "eos 100 is not below": lambda folder: edit_manifest(folder, eos=100),
     "manifest.json: dtype: Input should be 'uint8'": lambda folder: edit_manifest(
         folder, dtype="float32"
     ),
@@ -190,14 +191,14 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "format: Input should be 'megalite-shards-1'": lambda folder: edit_manifest(
         folder, format="other"
     ),
-    "not a JSON file": lambda folder: (folder / "manifest.json").write_text('{"format"'),
+    "not valid JSON": lambda folder: (folder / "manifest.json").write_text('{"format"'),
     "has no manifest.json": lambda folder: (folder / "manifest.json").unlink(),
     "does not exist": lambda folder: folder.rename(folder.with_name("moved")),
 }
 
 
 @pytest.mark.parametrize("message", FAULTS)
-def test_a_damaged_folder_is_not_opened(message: str, make_folder: MakeFolder) -> None:
+def test_folder_with_damage_is_not_opened(message: str, make_folder: MakeFolder) -> None:
     folder = make_folder(SHARDS)
     FAULTS[message](folder)
     with pytest.raises(DataError) as caught:
@@ -216,11 +217,11 @@ def test_indices_too_large_to_check_at_once_are_checked_at_their_first_use(
     assert shards.read(0, 12).tolist() == STREAM
     assert shards.document_starts(6, 12).tolist() == [10]
     for _ in range(2):
-        with pytest.raises(DataError, match=r"shard_00000\.idx: sha256"):
+        with pytest.raises(DataError, match=r"shard_00000\.idx: got sha256"):
             shards.document_starts(0, 12)
 
 
-def test_all_faults_are_named_at_once(make_folder: MakeFolder) -> None:
+def test_faults_are_reported_together_up_to_a_limit(make_folder: MakeFolder) -> None:
     folder = make_folder([[[1]]] * 30)
     for path in folder.glob("*.bin"):
         path.unlink()
@@ -231,7 +232,7 @@ def test_all_faults_are_named_at_once(make_folder: MakeFolder) -> None:
     assert lines[-1].endswith("and 10 more faults")
 
 
-def test_a_shard_name_cannot_leave_the_folder(make_folder: MakeFolder) -> None:
+def test_shard_name_cannot_leave_the_folder(make_folder: MakeFolder) -> None:
     folder = make_folder(SHARDS)
     shards = json.loads((folder / "manifest.json").read_text())["shards"]
     edit_manifest(folder, shards=[{**shards[0], "name": "../other"}, *shards[1:]])
@@ -239,7 +240,7 @@ def test_a_shard_name_cannot_leave_the_folder(make_folder: MakeFolder) -> None:
         open_shards(folder)
 
 
-def test_an_id_outside_the_vocabulary_is_named_when_read(make_folder: MakeFolder) -> None:
+def test_id_outside_the_vocabulary_is_reported_when_read(make_folder: MakeFolder) -> None:
     folder = make_folder(SHARDS)
     set_id(folder, 100)
     shards = open_shards(folder)
@@ -250,37 +251,39 @@ def test_an_id_outside_the_vocabulary_is_named_when_read(make_folder: MakeFolder
         shards.read(0, 12)
 
 
-def test_a_negative_id_is_outside_the_vocabulary(make_folder: MakeFolder) -> None:
+def test_negative_id_is_outside_the_vocabulary(make_folder: MakeFolder) -> None:
     folder = make_folder([[[1, 2]]], vocab_size=70_000)
     np.array([1, -1], "<i4").tofile(folder / "shard_00000.bin")
     with pytest.raises(DataError, match=r"token 1 is -1"):
         open_shards(folder).read(0, 2)
-    assert any("token 1 lies outside" in fault for fault in verify_folder(folder))
+    assert any("token 1 is outside" in fault for fault in verify_folder(folder))
 
 
-def test_a_flipped_byte_is_found_where_asked_for(make_folder: MakeFolder) -> None:
+def test_changed_byte_is_reported_with_verify(make_folder: MakeFolder) -> None:
     folder = make_folder(SHARDS)
     set_id(folder, 99)
     assert open_shards(folder).read(0, 1).tolist() == [99]
     shards = open_shards(folder, verify=True)
     assert shards.read(5, 7).tolist() == STREAM[5:]  # of the other shards
-    with pytest.raises(DataError, match=r"shard_00000\.bin: sha256 .* bytes changed"):
+    with pytest.raises(DataError, match=r"shard_00000\.bin: got sha256 .* the file changed"):
         shards.read(0, 1)
 
 
-def test_a_shard_cut_after_opening_is_named(make_folder: MakeFolder) -> None:
+def test_shard_truncated_after_opening_is_reported(make_folder: MakeFolder) -> None:
     folder = make_folder(SHARDS)
     shards = open_shards(folder)
-    cut(folder)
-    with pytest.raises(DataError, match="the file is cut"):
+    truncate(folder)
+    with pytest.raises(DataError, match="the file is truncated"):
         shards.read(0, 1)
 
 
-def test_a_shard_cut_while_it_is_in_use_is_named(make_folder: MakeFolder) -> None:
-    """A memory map would end the process by SIGBUS."""
+def test_shard_truncated_while_in_use_is_reported(make_folder: MakeFolder) -> None:
+    """A memory map would kill the process by SIGBUS."""
     folder = make_folder([[[1] * 9000]])
     shards = open_shards(folder)
     assert shards.read(8000, 1000).tolist() == [1] * 1000
     (folder / "shard_00000.bin").write_bytes(b"")
-    with pytest.raises(DataError, match=r"shard_00000\.bin: ends before byte 18000, it is cut"):
+    with pytest.raises(
+        DataError, match=r"shard_00000\.bin: ends before byte 18000; the file is truncated"
+    ):
         shards.read(8000, 1000)

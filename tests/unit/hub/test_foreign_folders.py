@@ -94,7 +94,7 @@ def test_folder_of_another_kind_is_named(kind: str, tmp_path: Path) -> None:
 
 def test_unknown_folder_has_no_description(tmp_path: Path) -> None:
     assert describe(write(tmp_path, {"notes.md": "x", "more/notes.md": "y"})) is None
-    with pytest.raises(CommandError, match="holds no checkpoint: give a step folder"):
+    with pytest.raises(CommandError, match="holds no checkpoint: name a step folder"):
         open_checkpoint(tmp_path)
 
 

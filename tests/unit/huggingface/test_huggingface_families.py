@@ -9,7 +9,7 @@
 # covers: megalite/checkpoint/huggingface/families/qwen2.py
 # covers: megalite/checkpoint/huggingface/families/qwen3.py
 # covers: megalite/checkpoint/huggingface/families/t5.py
-"""Every family against transformers itself: same weights, same scores, both ways."""
+"""Every family, compared with transformers: equal weights and scores after import and export."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CASES = [(family, number) for family in FAMILIES for number in range(3)]
 
 
 class InMemory:
-    """A model's own tensors as what is stored."""
+    """Source of the tensors of a model in memory."""
 
     def __init__(self, model: LanguageModel, config: ModelConfig) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
@@ -60,15 +60,15 @@ class InMemory:
 
 def random_model(config: ModelConfig) -> LanguageModel:
     model = build(config)
-    initialize(model, config, seed=3, gather=_whole)
+    initialize(model, config, seed=3, gather=_no_gather)
     generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():  # biases and norms that do something
+    with torch.no_grad():  # biases and norms start as 0 and 1
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 
-def _whole(_parameter: torch.nn.Parameter) -> Any:
+def _no_gather(_parameter: torch.nn.Parameter) -> Any:
     return torch.no_grad()
 
 
@@ -84,77 +84,76 @@ def exported(
 
 
 @pytest.mark.parametrize(("family", "number"), CASES)
-def test_a_family_of_hugging_faces(family: str, number: int, tmp_path: Path) -> None:
+def test_family_computes_what_transformers_does(family: str, number: int, tmp_path: Path) -> None:
     config, stored = exported(family, number, tmp_path / "out")
     assert family_of(config).model_type == family
-    opened = open_model(tmp_path / "out")
+    loaded = open_model(tmp_path / "out")
     for name, value in stored.tensors.items():
-        found = InMemory(opened.model, opened.config).tensors[name]
-        assert torch.equal(found, value), name
+        assert torch.equal(InMemory(loaded.model, loaded.config).tensors[name], value), name
     error, limit = verify(tmp_path / "out")
     assert error <= limit
-    # the loss, and the gradient of the embedding
+    # The loss, and the gradient of the embedding.
     ids = torch.randint(config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
     labels = ids.roll(-1, 1)
-    batch = inputs_of(opened, ids) | {"labels": labels, "loss_mask": torch.ones_like(ids).bool()}
-    loss = loss_of(opened.model, batch) / ids.numel()
+    batch = inputs_of(loaded, ids) | {"labels": labels, "loss_mask": torch.ones_like(ids).bool()}
+    loss = loss_of(loaded.model, batch) / ids.numel()
     loss.backward()
     kinds = {"decoder": "CausalLM", "encoder": "MaskedLM", "encoder_decoder": "Seq2SeqLM"}
     auto = getattr(transformers, f"AutoModelFor{kinds[config.architecture]}")
     model = auto.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    logits = model(**inputs_of(opened, ids)).logits
+    logits = model(**inputs_of(loaded, ids)).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    gradient = opened.model.get_parameter("model.embed_tokens.weight").grad
-    # theirs may keep copies for each stack, and leave the row of padding as it is
+    gradient = loaded.model.get_parameter("model.embed_tokens.weight").grad
+    # transformers may have a copy for each stack, and does not train the row of padding.
     tables = {
         id(module.weight): module.weight.grad
         for name, module in model.named_modules()
         if name.endswith(("embed_tokens", "word_embeddings", "wte", "shared"))
     }
-    wanted = sum(grad for grad in tables.values() if grad is not None)
-    assert isinstance(wanted, torch.Tensor)
+    total = sum(grad for grad in tables.values() if grad is not None)
+    assert isinstance(total, torch.Tensor)
     assert gradient is not None
     if (padding := getattr(model.config, "pad_token_id", None)) is not None:
-        gradient[padding] = wanted[padding]
-    torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+        gradient[padding] = total[padding]
+    torch.testing.assert_close(gradient, total, rtol=1e-3, atol=1e-4 * float(total.abs().max()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_configuration_comes_back(family: str) -> None:
+def test_model_section_survives_export_and_import(family: str) -> None:
     for number in range(3):
         config = ModelConfig.model_validate(model_section(family, number))
-        found, section = from_config(to_config(config, family_of(config)))
-        assert found.model_type == family
-        again = ModelConfig.model_validate(section).model_dump()
-        wanted = config.model_dump()
-        if family == "t5":  # which has no longest text
-            again["max_position_embeddings"] = wanted["max_position_embeddings"]
-            again["initializer_range"] = wanted["initializer_range"]
-        assert again == wanted
+        imported_family, section = from_config(to_config(config, family_of(config)))
+        assert imported_family.model_type == family
+        imported = ModelConfig.model_validate(section).model_dump()
+        original = config.model_dump()
+        if family == "t5":  # its config.json has no longest text
+            imported["max_position_embeddings"] = original["max_position_embeddings"]
+            imported["initializer_range"] = original["initializer_range"]
+        assert imported == original
 
 
-def test_each_file_of_the_package_defines_one_family() -> None:
+def test_families_are_one_a_file() -> None:
     folder = Path(families.__file__).parent
     assert {path.stem for path in folder.glob("*.py")} - {"__init__"} == set(families.FAMILIES)
     assert set(families.FAMILIES) == set(FAMILIES)
     assert next(iter(families.FAMILIES)) == "llama"  # preferred to others that fit a model
 
 
-def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
-    """Its own folder, sharded, in bf16, and of the bare model without its head's prefix."""
+def test_folder_that_transformers_saved_is_read(tmp_path: Path) -> None:
+    """A sharded bf16 model, and a bare model whose tensor names lack the prefix."""
     config = transformers.LlamaConfig(
         vocab_size=91, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).bfloat16()
-    model.save_pretrained(tmp_path / "whole", max_shard_size="10KB")
-    assert len(list((tmp_path / "whole").glob("*.safetensors"))) > 2
-    load_tokenizer("bytes").export(tmp_path / "whole")
-    opened = open_model(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    load_tokenizer("bytes").export(tmp_path / "sharded")
+    loaded = open_model(tmp_path / "sharded")
     ids = torch.arange(20)[None]
-    torch.testing.assert_close(opened.model.logits(ids), theirs(opened, ids), rtol=0, atol=1e-4)
+    torch.testing.assert_close(loaded.model.logits(ids), theirs(loaded, ids), rtol=0, atol=1e-4)
     gpt = transformers.GPT2Config(vocab_size=91, n_embd=32, n_layer=2, n_head=4, n_positions=32)
     transformers.GPT2Model(gpt).save_pretrained(tmp_path / "bare")
     raw = load_file(tmp_path / "bare" / "model.safetensors")
@@ -168,9 +167,7 @@ def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_a_head_beside_the_embedding_that_it_shares_is_compared(
-    tmp_path: Path, equal: bool
-) -> None:
+def test_stored_head_of_a_tied_model_must_equal_the_embedding(tmp_path: Path, equal: bool) -> None:
     exported("llama", 0, tmp_path)
     file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     stored = load_file(file)
@@ -182,7 +179,7 @@ def test_a_head_beside_the_embedding_that_it_shares_is_compared(
     if equal:
         assert open_model(tmp_path).config.tie_word_embeddings
         return
-    with pytest.raises(CommandError, match=r"tie_word_embeddings true, but lm_head\.weight is not"):
+    with pytest.raises(CommandError, match=r"embeddings true, but lm_head\.weight differs from"):
         open_model(tmp_path)
 
 
@@ -194,7 +191,7 @@ def test_a_head_beside_the_embedding_that_it_shares_is_compared(
         ("linear", "rope_scaling"),
     ],
 )
-def test_a_faulty_value_of_a_configuration_is_told_in_words(
+def test_bad_value_of_config_json_is_reported_in_words(
     tmp_path: Path, scaling: Any, message: str
 ) -> None:
     exported("llama", 0, tmp_path)
@@ -208,7 +205,7 @@ def test_a_faulty_value_of_a_configuration_is_told_in_words(
     assert "mapping" not in str(caught.value)
 
 
-def test_shards_and_half_precision(tmp_path: Path) -> None:
+def test_export_writes_shards_in_half_precision(tmp_path: Path) -> None:
     exported("llama", 0, tmp_path / "out", shard_bytes=20_000, dtype="bfloat16")
     names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(names) > 2
@@ -237,17 +234,17 @@ def test_shards_and_half_precision(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_qwens_layers_slide_as_in_transformers(keys: dict[str, Any], expected: Any) -> None:
+def test_qwen_layer_types_equal_those_of_transformers(keys: dict[str, Any], expected: Any) -> None:
     config = ModelConfig.model_validate(model_section("qwen3", 2) | {"num_hidden_layers": 2})
     raw = to_config(config, family_of(config)) | {"max_window_layers": None} | keys
     _, section = from_config(raw)
     assert (section.get("sliding_window"), section.get("layer_types")) == expected
     theirs = transformers.Qwen3Config(**{k: v for k, v in raw.items() if v is not None})
-    own = ModelConfig.model_validate(section)
-    assert arch.layer_types(own, 2) == theirs.layer_types
+    ours = ModelConfig.model_validate(section)
+    assert arch.layer_types(ours, 2) == theirs.layer_types
 
 
-def test_an_unknown_kind_of_layer_is_refused() -> None:
+def test_unknown_layer_type_is_refused() -> None:
     config = ModelConfig.model_validate(model_section("qwen3", 1))
     raw = to_config(config, family_of(config)) | {"layer_types": ["linear_attention"]}
     with pytest.raises(CommandError, match="'linear_attention': only full_attention, sliding_"):

@@ -1,5 +1,5 @@
 # covers: megalite/checkpoint/huggingface/export.py megalite/evaluate/verify.py
-"""What ends a text goes from a model folder through a checkpoint and out again."""
+"""Ids that end a text, from a model folder through a checkpoint to an exported folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GENERATION = {"eos_token_id": [257, 259], "temperature": 0.6, "top_p": 0.9, "do_
 
 
 def exported(tokenizer: Path, folder: Path, family: str = "llama", **options: Any) -> Any:
-    """Return the generation_config.json of a model that is exported with a tokenizer's folder."""
+    """Export a random model with a tokenizer and return its generation_config.json."""
     config = ModelConfig.model_validate(model_section(family, 1) | {"vocab_size": 300})
     stored = InMemory(random_model(config), config)
     export(stored, config, load_tokenizer(tokenizer), folder, **options)
@@ -31,11 +31,11 @@ def exported(tokenizer: Path, folder: Path, family: str = "llama", **options: An
     return json.loads((folder / "generation_config.json").read_text())
 
 
-def test_ends_and_settings_of_the_start_are_carried_over(tmp_path: Path) -> None:
-    told = GENERATION | {"transformers_version": "4.40.0"}
-    base = json_folder(tmp_path / "base", {"generation_config.json": told})
-    found = exported(base, tmp_path / "out")
-    assert found == GENERATION | {"bos_token_id": 256, "pad_token_id": 257}
+def test_export_keeps_the_generation_settings_of_the_start(tmp_path: Path) -> None:
+    settings = GENERATION | {"transformers_version": "4.40.0"}
+    base = json_folder(tmp_path / "base", {"generation_config.json": settings})
+    written = exported(base, tmp_path / "out")
+    assert written == GENERATION | {"bos_token_id": 256, "pad_token_id": 257}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["eos_token_id"] == [257, 259]
     assert "pad_token_id" not in config  # transformers would not train EOS's embedding
@@ -43,42 +43,42 @@ def test_ends_and_settings_of_the_start_are_carried_over(tmp_path: Path) -> None
     assert (ours.eos_id, ours.end_ids) == (257, (257, 259))
 
 
-def test_a_chats_end_of_turn_ends_a_text(tmp_path: Path) -> None:
+def test_export_adds_the_end_of_turn_of_a_chat(tmp_path: Path) -> None:
     files = {"tokenizer_config.json": NAMES | {"pad_token": START}}
     base = json_folder(tmp_path / "base", files, "<s> $A")
-    found = exported(base, tmp_path / "out", ends=[259, 257])
-    assert found == {"bos_token_id": 256, "eos_token_id": [257, 259], "pad_token_id": 258}
+    written = exported(base, tmp_path / "out", ends=[259, 257])
+    assert written == {"bos_token_id": 256, "eos_token_id": [257, 259], "pad_token_id": 258}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["pad_token_id"] == 258
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert theirs("a").input_ids[0] == 256
 
 
-def test_ids_that_the_model_does_not_have_are_left_out(tmp_path: Path) -> None:
+def test_export_omits_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
     base = json_folder(tmp_path / "base")
     assert exported(base, tmp_path / "out", ends=[999])["eos_token_id"] == 257
 
 
-def test_an_encoder_decoder_keeps_what_its_answers_begin_with(tmp_path: Path) -> None:
+def test_export_of_an_encoder_decoder_keeps_its_start_token(tmp_path: Path) -> None:
     base = json_folder(tmp_path / "base")
     for family in ("t5", "marian"):
-        found = exported(base, tmp_path / family, family)
+        written = exported(base, tmp_path / family, family)
         config = json.loads((tmp_path / family / "config.json").read_text())
         keys = ("decoder_start_token_id", "pad_token_id")
-        assert {k: found[k] for k in keys} == {k: config[k] for k in keys}
+        assert {k: written[k] for k in keys} == {k: config[k] for k in keys}
 
 
-def test_a_difference_is_named(tmp_path: Path) -> None:
+def test_verify_text_reports_a_difference(tmp_path: Path) -> None:
     exported(json_folder(tmp_path / "base"), tmp_path / "out")
     path = tmp_path / "out" / "generation_config.json"
-    made = json.loads(path.read_text())
-    path.write_text(json.dumps(made | {"eos_token_id": 65}))
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"eos_token_id": 65}))
     (fault,) = verify_text(tmp_path / "out")
     assert fault == "a text ends with [65] there, here with [65, 257]"
 
 
 @pytest.mark.parametrize("kind", ["model folder", "checkpoint"])
-def test_a_run_keeps_the_ends_of_the_model_that_it_starts_from(kind: str, tmp_path: Path) -> None:
+def test_run_keeps_the_end_ids_of_the_model_it_starts_from(kind: str, tmp_path: Path) -> None:
     start = tmp_path / "start" / ("tokenizer" if kind == "checkpoint" else "")
     json_folder(start, {"generation_config.json": {"temperature": 0.6}})
     if kind == "model folder":
@@ -90,7 +90,7 @@ def test_a_run_keeps_the_ends_of_the_model_that_it_starts_from(kind: str, tmp_pa
     tokenizer = load_tokenizer(mine)
     assert tokenizer.end_ids == (257, 259)
     assert tokenizer.generation_config["temperature"] == 0.6
-    # the ids of another tokenizer mean something else
+    # The ids of another tokenizer have other meanings.
     other = json_folder(tmp_path / "other", around="<s> $A")
     keep_ends(other, tmp_path / "start")
     assert load_tokenizer(other).end_ids == (257,)

@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 
 def make_folder(folder: Path, family: str, around: str | None = None) -> Path:
-    """Write a random model with a byte tokenizer as a folder of Hugging Face's."""
+    """Write a random model with a byte tokenizer as a Hugging Face folder."""
     config = ModelConfig.model_validate(model_section(family, 1) | {"vocab_size": 300})
     tokenizer = load_tokenizer(json_folder(folder / "tokenizer", around=around))
     export(InMemory(random_model(config), config), config, tokenizer, folder / family)
@@ -28,7 +28,7 @@ def make_folder(folder: Path, family: str, around: str | None = None) -> Path:
 
 
 @pytest.mark.parametrize(("family", "around"), [("llama", "<s> $A"), ("gpt2", None)])
-def test_loss_of_a_text_is_that_of_transformers(
+def test_loss_of_a_text_equals_that_of_transformers(
     tmp_path: Path, family: str, around: str | None
 ) -> None:
     folder = make_folder(tmp_path, family, around)
@@ -38,13 +38,13 @@ def test_loss_of_a_text_is_that_of_transformers(
     assert megalite.load(folder).loss(text) == pytest.approx(float(theirs), rel=1e-5)
 
 
-def test_only_a_decoder_has_the_loss_of_a_text(tmp_path: Path) -> None:
+def test_loss_of_a_text_needs_a_decoder(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="holds no decoder, and only a decoder has the loss"):
         megalite.load(make_folder(tmp_path, "bert")).loss("a text")
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("", 0), ("a", 1), ("a" * 66, 66)])
-def test_a_text_without_targets_or_beyond_the_window_is_refused(
+def test_loss_of_a_text_refuses_too_few_or_too_many_tokens(
     tmp_path: Path, text: str, tokens: int
 ) -> None:
     model = megalite.load(make_folder(tmp_path, "llama"))

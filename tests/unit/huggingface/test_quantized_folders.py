@@ -1,5 +1,5 @@
 # covers: megalite/formats/quantized.py
-"""Quantized folders are refused by name, whether config.json or the tensors say so."""
+"""Quantized folders are refused, whether config.json or only the tensors show it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def compressed(name: str, weight: torch.Tensor) -> Tensors:
 
 
 def scaled(name: str, weight: torch.Tensor) -> Tensors:
-    """Floats that are another model until they are multiplied by what is next to them."""
+    """Floats that must be multiplied by a scale."""
     return {name: weight / 8, f"{name}_scale": torch.full((1,), 8.0)}
 
 
@@ -81,7 +81,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
     "silent, fp8": (fp8, {}, ("does not name", "weight_scale_inv")),
     "silent, packed": (packed, {}, ("does not name", "qweight")),
     "silent, scaled": (scaled, {}, ("does not name", "weight_scale")),
-    "silent, integers": (ints, {}, ("is of I8, where floats are due",)),
+    "silent, integers": (ints, {}, ("has dtype I8, not a float",)),
 }
 
 
@@ -92,30 +92,30 @@ def quantize(folder: Path, change: Any, section: dict[str, Any], key: str) -> No
     for name, weight in load_file(file).items():
         tensors |= change(name, weight) if "proj" in name else {name: weight}
     save_file(tensors, file)
-    found = json.loads(config.read_text())
-    config.write_text(json.dumps(found | ({key: section} if section else {})))
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | ({key: section} if section else {})))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantized_folder_is_named(kind: str, tmp_path: Path) -> None:
-    change, section, said = KINDS[kind]
+def test_quantized_folder_is_refused_with_its_method(kind: str, tmp_path: Path) -> None:
+    change, section, words = KINDS[kind]
     quantize(tmp_path / "there", change, section, "quantization_config")
     with pytest.raises(CommandError) as caught:
         describe_start(tmp_path / "there")
-    for text in said:
+    for text in words:
         assert text in str(caught.value)
     assert "missing" not in str(caught.value)
 
 
-def test_other_places_that_name_a_method(tmp_path: Path) -> None:
+def test_quantization_method_is_read_from_other_keys_and_files(tmp_path: Path) -> None:
     quantize(tmp_path / "mlx", packed, {"bits": 4, "group_size": 64}, "quantization")
     with pytest.raises(CommandError, match="by mlx, 4 bits"):
         HuggingFaceFolder(tmp_path / "mlx")
-    for name, said in {"quantize_config.json": "gptq", "quant_config.json": "awq"}.items():
-        folder = tmp_path / said
+    for name, method in {"quantize_config.json": "gptq", "quant_config.json": "awq"}.items():
+        folder = tmp_path / method
         quantize(folder, packed, {}, "")
         (folder / name).write_text(json.dumps({"bits": 4, "w_bit": 4}))
-        with pytest.raises(CommandError, match=f"by {said}, 4 bits"):
+        with pytest.raises(CommandError, match=f"by {method}, 4 bits"):
             HuggingFaceFolder(folder)
 
 

@@ -118,7 +118,7 @@ def test_a_path_to_a_damaged_one_is_refused_and_left(
     with pytest.raises(CommandError, match=r"--resume .*weights: its bytes are not those"):
         find(grid, root, run_config(), resume=str(other))
     publish(tmp_path / "other", 2, run_config())
-    with pytest.raises(CommandError, match=r"--init-from .*\n.*step_00000002 is whole: give that"):
+    with pytest.raises(CommandError, match=r"--init-from .*\n.*step_00000002 is intact: name it"):
         find(grid, root, run_config(), init_from=str(other.parent))
     assert other.is_dir()
 

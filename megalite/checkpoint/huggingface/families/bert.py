@@ -13,14 +13,14 @@ from megalite.config import ModelConfig
 
 
 class Bert(Family):
-    """BERT, whose first folders call the values of a norm gamma and beta."""
+    """BERT, whose older folders name a norm's weight and bias gamma and beta."""
 
     def aliases(self, name: str) -> tuple[str, ...]:
-        first = name.replace("LayerNorm.weight", "LayerNorm.gamma")
-        first = first.replace("LayerNorm.bias", "LayerNorm.beta")
+        old_name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        old_name = old_name.replace("LayerNorm.bias", "LayerNorm.beta")
         if name == "cls.predictions.bias":
-            return ("cls.predictions.decoder.bias", first)
-        return (first,)
+            return ("cls.predictions.decoder.bias", old_name)
+        return (old_name,)
 
     def copies(self, model: ModelConfig) -> dict[str, str]:
         if model.tie_word_embeddings:

@@ -15,7 +15,7 @@ from megalite.config import ModelConfig
 
 
 class GPT2(Family):
-    """GPT-2, whose class has a dropout of its own for the embedding."""
+    """GPT-2, whose class has a separate dropout for the embedding."""
 
     def mismatches(self, model: ModelConfig) -> list[str]:
         return attention_mismatches(model)

@@ -1,4 +1,4 @@
-"""Llama: RMSNorm, SwiGLU, RoPE, grouped heads; biases everywhere or nowhere in the attention."""
+"""Llama: RMSNorm, SwiGLU, RoPE, grouped heads; all projections of attention have biases or none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megalite.config import ModelConfig
 
 
 class Llama(RopeFamily):
-    """Llama, whose class refuses a hidden size that the heads do not divide."""
+    """Llama, whose class requires that the number of heads divides the hidden size."""
 
     def mismatches(self, model: ModelConfig) -> list[str]:
         wrong = []

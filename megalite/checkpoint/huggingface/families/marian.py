@@ -12,7 +12,7 @@ from megalite.errors import CommandError
 
 
 class Marian(Family):
-    """Marian, whose class wants copies of the embedding and a bias of the logits."""
+    """Marian, whose class requires copies of the embedding and a bias of the logits."""
 
     def aliases(self, name: str) -> tuple[str, ...]:
         return ("model.encoder.embed_tokens.weight",) if name == "model.shared.weight" else ()
@@ -50,7 +50,7 @@ class Marian(Family):
         for part in ("ffn_dim", "attention_heads"):
             encoder = values[f"encoder_{part}"]
             if values.get(f"decoder_{part}", encoder) != encoder:
-                raise CommandError(f"decoder_{part} differs from encoder_{part}: not known")
+                raise CommandError(f"decoder_{part} differs from encoder_{part}: not supported")
         return section
 
 

@@ -16,7 +16,7 @@ _FIRST_SLIDING_LAYER = 28  # max_window_layers of transformers' Qwen2Config and 
 
 
 class Qwen(RopeFamily):
-    """A family whose sliding window has a switch, and a first layer or a kind of each layer."""
+    """A family with a switch for its sliding window, and its first layer or a list of types."""
 
     def extra_config(self, model: ModelConfig) -> dict[str, Any]:
         config = super().extra_config(model)
@@ -37,8 +37,8 @@ class Qwen(RopeFamily):
         kinds = values.get("layer_types", default)
         for kind in kinds:
             if kind not in get_args(LayerType):
-                known = ", ".join(get_args(LayerType))
-                raise CommandError(f"layer_types {kind!r}: only {known} are known")
+                names = ", ".join(get_args(LayerType))
+                raise CommandError(f"layer_types {kind!r}: only {names} are supported")
         if set(kinds) == {"full_attention"}:
             return section
         if set(kinds) == {"sliding_attention"}:

@@ -1,4 +1,4 @@
-"""Qwen 3: Qwen 2 with norms of queries and keys, and biases everywhere or nowhere in attention."""
+"""Qwen 3: Qwen 2 with norms of queries and keys; all projections have biases or none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megalite.config import ModelConfig
 
 
 class Qwen3(Qwen):
-    """Qwen 3, with one key for the biases of all projections of the attention."""
+    """Qwen 3, with one key for the biases of all attention projections."""
 
     def mismatches(self, model: ModelConfig) -> list[str]:
         return output_bias_mismatches(model)

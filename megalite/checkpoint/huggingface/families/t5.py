@@ -10,16 +10,16 @@ from megalite.checkpoint.huggingface.family import (
     WITHOUT_BIASES,
     Family,
     key_value_mismatches,
-    known_value,
+    translate_value,
 )
 from megalite.config import ModelConfig
 
-# Our activations and T5's names of the whole MLP.
+# T5's names of our activations, which include the gate.
 _MLPS = {"relu": "relu", "gelu": "gelu", "geglu_tanh": "gated-gelu", "swiglu": "gated-silu"}
 
 
 class T5(Family):
-    """T5, which divides the logits of a tied head by the root of the width."""
+    """T5, which divides the logits of a tied head by the root of the hidden size."""
 
     def rename(self, name: str, model: ModelConfig) -> str:
         name = super().rename(name, model)
@@ -52,20 +52,20 @@ class T5(Family):
         root = math.sqrt(values["d_model"])
         names = {theirs: ours for ours, theirs in _MLPS.items()}
         tied = values.get("tie_word_embeddings", True)
-        # transformers 5 always writes a tied head, and a separate key for its scaling
+        # transformers 5 always writes tie_word_embeddings true, and a separate key for the scaling.
         scaled = values.get("scale_decoder_outputs", tied)
         return super().extra_section(values) | {
-            "activation": known_value(names, "feed_forward_proj", values),
+            "activation": translate_value(names, "feed_forward_proj", values),
             "tie_word_embeddings": tied,
             "logits_scaling": root if scaled else 1.0,
             "attention_dropout": values["dropout_rate"],
-            "max_position_embeddings": 512,  # T5 has no limit; its authors trained on 512 tokens
+            "max_position_embeddings": 512,  # T5 has no limit, but was trained on 512 tokens
         }
 
     def adjust_section(self, model: ModelConfig, stored: Collection[str]) -> ModelConfig:
         if model.logits_scaling != 1.0:
             return model
-        # transformers 5 states a tied head also if the folder has a separate one
+        # transformers 5 writes tie_word_embeddings true even if the folder has a separate head.
         tied = "lm_head.weight" not in stored and model.tie_word_embeddings
         return model.model_copy(update={"tie_word_embeddings": tied})
 
