@@ -1,4 +1,4 @@
-"""Folders of models and tokenizers: by path, by a name on the Hugging Face hub, by their kind."""
+"""Folders of models and tokenizers, by a path or by a name on the Hugging Face hub."""
 
 from megalite.hub.resolve import find_model, find_tokenizer, parse_name, unreachable
 

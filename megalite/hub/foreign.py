@@ -1,4 +1,4 @@
-"""Recognise files and folders of other programs, and say how to get a model folder out of each."""
+"""Recognition of other programs' files and folders, with advice on how to convert each."""
 
 from __future__ import annotations
 
@@ -12,67 +12,68 @@ from megalite import files
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-_LONGEST_POINTER = 1024  # bytes; the real files of this name are larger
+_LONGEST_POINTER = 1024  # bytes; every safetensors file is larger
 
 _MERGE = (
     'python -c "from peft import {model} as M; '
     "M.from_pretrained('{path}').merge_and_unload().save_pretrained('{path}-merged')\""
 )
-# By the task that PEFT's folder names.
+# PEFT's classes by the task type in adapter_config.json.
 _PEFT_CLASSES = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
     "SEQ_CLS": "AutoPeftModelForSequenceClassification",
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
 }
-_KEEPS = "give a model folder with config.json and safetensors files"
+_USABLE_MODEL = "give a model folder with config.json and safetensors files"
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; an empty one if the file holds none."""
+    """Return the JSON object in a file, or an empty one if the file has none."""
     with suppress(OSError, ValueError, RecursionError):
-        found = files.read_json(path)
-        return found if isinstance(found, dict) else {}
+        content = files.read_json(path)
+        return content if isinstance(content, dict) else {}
     return {}
 
 
 def describe(path: Path) -> str | None:
-    """Say in one sentence what a file or folder of another program is, and what to do with it.
+    """Describe a file or folder of another program, and say what to do with it.
 
     Args:
         path: a file or folder that is neither a checkpoint nor a usable model folder.
     Returns:
-        the rest of a sentence that begins with the path; None if nothing is recognised.
+        the rest of a sentence that begins with the path, or None if the format is not recognised.
     """
     with suppress(OSError):
         if path.is_file():
             return _describe_file(path)
         for check in _CHECKS:
-            if (found := check(path)) is not None:
-                return found
+            if (description := check(path)) is not None:
+                return description
     return None
 
 
 def convert_command(path: Path | str, architecture: str = "AutoModel") -> str:
-    """Return the command that rewrites pickled weights as safetensors with transformers."""
+    """Return a command that rewrites pickled weights as safetensors with transformers."""
     imports = f"{architecture} as M"
     return rewrite_command(path, f"{path}-safetensors", imports, "M.from_pretrained(p)")
 
 
-def rewrite_command(path: Path | str, output: str, imports: str, made: str) -> str:
+def rewrite_command(path: Path | str, output: str, imports: str, model: str) -> str:
     """Return a command that saves a model and its tokenizer again with transformers.
 
     Args:
-        imports: from transformers. made: an expression of the model, from the path `p`.
+        imports: what to import from transformers.
+        model: Python expression that makes the model from the path `p`.
     """
     return (
         f'python -c "from transformers import {imports}, AutoTokenizer as T; '
-        f"p, o = '{path}', '{output}'; {made}.save_pretrained(o); "
+        f"p, o = '{path}', '{output}'; {model}.save_pretrained(o); "
         'T.from_pretrained(p).save_pretrained(o)"'
     )
 
 
 def is_pointer(path: Path) -> bool:
-    """Return whether a file is only Git LFS's note of the file that belongs there."""
+    """Return whether a file is a Git LFS pointer."""
     with suppress(OSError):
         if path.stat().st_size <= _LONGEST_POINTER:
             return path.read_bytes().startswith(b"version https://git-lfs")
@@ -80,10 +81,7 @@ def is_pointer(path: Path) -> bool:
 
 
 def transformer_folder(path: Path) -> Path:
-    """Return the folder of the Transformer inside a folder of sentence-transformers.
-
-    Every other folder is returned as it is.
-    """
+    """Return the Transformer's subfolder of a sentence-transformers folder, else `path`."""
     if "model_type" in read_object(path / CONFIG):
         return path
     with suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
@@ -102,15 +100,15 @@ def _describe_file(path: Path) -> str:
     if name.endswith(".gguf") or _begins(path, b"GGUF"):
         return f"is a GGUF file of llama.cpp, which is not read: {_gguf_advice()}"
     if name.endswith((".bin", ".pt", ".pth", ".ckpt")):
-        return f"is a pickle, which runs what is in it and is not read: {_KEEPS}"
+        return f"is a pickle, which runs what is in it and is not read: {_USABLE_MODEL}"
     if name.endswith(".onnx"):
-        return f"is an ONNX graph, which is not read: {_KEEPS}"
-    return f"is a file: {_KEEPS}, a step folder or a run folder"
+        return f"is an ONNX graph, which is not read: {_USABLE_MODEL}"
+    return f"is a file: {_USABLE_MODEL}, a step folder or a run folder"
 
 
 def _gguf_advice() -> str:
     return (
-        "take the model it was made from, or turn it back with transformers' "
+        "use the model it was made from, or convert it with transformers' "
         "from_pretrained(FOLDER, gguf_file=FILE) and save_pretrained"
     )
 
@@ -121,8 +119,8 @@ def _begins(path: Path, magic: bytes) -> bool:
 
 
 def _any(path: Path, *patterns: str) -> Path | None:
-    """Return the first file or folder below `path` that matches one of the patterns."""
-    return next((found for pattern in patterns for found in sorted(path.glob(pattern))), None)
+    """Return the first file or folder in `path` that matches one of the patterns."""
+    return next((match for pattern in patterns for match in sorted(path.glob(pattern))), None)
 
 
 def _adapter(path: Path) -> str | None:
@@ -134,7 +132,7 @@ def _adapter(path: Path) -> str | None:
     merge = _MERGE.format(path=path, model=_PEFT_CLASSES.get(str(kind), "AutoPeftModel"))
     return (
         f"holds an adapter of PEFT ({config.get('peft_type', 'LORA')}), not a model: start from "
-        f"its base model, {base or 'which it does not name'}, or merge both first with\n{merge}\n"
+        f"its base model, {base or 'which it does not name'}, or first merge both with\n{merge}\n"
         "and copy the tokenizer's files there"
     )
 
@@ -154,16 +152,16 @@ def _deepspeed(path: Path) -> str | None:
     return (
         "is a checkpoint of DeepSpeed, a pickle for each rank, which is not read: if it is "
         f"trusted, run\npython zero_to_fp32.py {path} {path}-fp32 --safe_serialization\n"
-        f"(the script lies in the checkpoint) and put the model's {CONFIG} and tokenizer next to it"
+        f"(the script is in the checkpoint) and put the model's {CONFIG} and tokenizer there"
     )
 
 
 def _megatron(path: Path) -> str | None:
-    marks = (
+    patterns = (
         *("latest_checkpointed_iteration.txt", "mp_rank_*", "iter_*/mp_rank_*", "*.nemo"),
         *("iter_*/metadata.json", "iter_*/common.pt", "common.pt", "model_weights/common.pt"),
     )
-    if _any(path, *marks) is None:
+    if _any(path, *patterns) is None:
         return None
     return (
         "is a checkpoint of Megatron-LM or NeMo, which is not read: export it to Hugging Face's "
@@ -176,8 +174,8 @@ def _distributed(path: Path) -> str | None:
         return None
     return (
         "is a distributed checkpoint of PyTorch (DCP), which is not read: if it is trusted, "
-        f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} "
-        f"model.pt makes a state dict; load it into the model's class and save_pretrained that"
+        f"run\npython -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} model.pt\n"
+        "load that state dict into the model's class, and call its save_pretrained"
     )
 
 
@@ -185,7 +183,7 @@ def _original(path: Path) -> str | None:
     if _any(path, "consolidated*", "original/consolidated*") is None:
         return None
     return (
-        "holds weights in the vendor's own format (consolidated), which is not read: take the "
+        "holds weights in the vendor's format (consolidated), which is not read: use the "
         "model in Hugging Face's format, or convert it with transformers' convert_*_weights_to_hf"
     )
 
@@ -194,16 +192,16 @@ def _diffusers(path: Path) -> str | None:
     if not (path / "model_index.json").is_file():
         return None
     return (
-        "is a pipeline of diffusers, which makes pictures: MegaLite trains language models; "
-        f"{_KEEPS}"
+        "is a pipeline of diffusers, for pictures, but MegaLite trains language models: "
+        f"{_USABLE_MODEL}"
     )
 
 
 def _pickles(path: Path) -> str | None:
     if _any(path, "pytorch_model*.bin", "*.bin", "*.pt", "*.pth", "*.ckpt") is None:
         return None
-    named = read_object(path / CONFIG).get("architectures") or ["AutoModel"]
-    command = convert_command(path, str(named[0]) if isinstance(named, list) else "AutoModel")
+    classes = read_object(path / CONFIG).get("architectures") or ["AutoModel"]
+    command = convert_command(path, str(classes[0]) if isinstance(classes, list) else "AutoModel")
     return (
         "holds its weights as a pickle, which runs whatever is in it and is not read; if it is "
         f"trusted, convert it with\n{command}"
@@ -222,15 +220,15 @@ def _other_frameworks(path: Path) -> str | None:
     }
     for kind, patterns in kinds.items():
         if _any(path, *patterns) is not None:
-            return f"holds a model in {kind}'s format, which is not read: {_KEEPS}"
+            return f"holds a model in {kind}'s format, which is not read: {_USABLE_MODEL}"
     return None
 
 
 def _data(path: Path) -> str | None:
-    marks = ("dataset_info.json", "dataset_dict.json", "state.json", "*.parquet", "*.jsonl")
-    if _any(path, *marks) is None or (path / "status.json").is_file():
+    patterns = ("dataset_info.json", "dataset_dict.json", "state.json", "*.parquet", "*.jsonl")
+    if _any(path, *patterns) is None or (path / "status.json").is_file():
         return None
-    return f"holds data, not a model: {_KEEPS}, a step folder or a run folder"
+    return f"holds data, not a model: {_USABLE_MODEL}, a step folder or a run folder"
 
 
 def _cached(path: Path) -> str | None:
@@ -244,8 +242,8 @@ def _run(path: Path) -> str | None:
     if not (path / "status.json").is_file() or not (path / CONFIG).is_file():
         return None
     return (
-        "is a run folder that holds no checkpoint: the run has saved none; let it train to its "
-        "first save (checkpoint.every), or give another run"
+        "is a run folder that holds no checkpoint: let the run train to its first save "
+        "(checkpoint.every), or give another run"
     )
 
 
@@ -254,14 +252,14 @@ def _tokenizer(path: Path) -> str | None:
         return None
     if _any(path, "*.safetensors") is not None:
         return None
-    return f"holds a tokenizer alone, no model: {_KEEPS}"
+    return f"holds only a tokenizer, no model: {_USABLE_MODEL}"
 
 
 def _without_config(path: Path) -> str | None:
     if _any(path, "*.safetensors") is None or "model_type" in read_object(path / CONFIG):
         return None
     state = f"a {CONFIG} that names no model_type" if (path / CONFIG).is_file() else f"no {CONFIG}"
-    return f"holds safetensors files and {state}: put the {CONFIG} of the model's own folder there"
+    return f"holds safetensors files and {state}: put the model's {CONFIG} there"
 
 
 def _several(path: Path) -> str | None:
@@ -269,19 +267,19 @@ def _several(path: Path) -> str | None:
     if not inner:
         return None
     names = ", ".join(str(each) for each in inner[:3])
-    return f"holds no model itself, but its folders do: give one of them, such as {names}"
+    return f"holds no model, but its subfolders do: give one of them, such as {names}"
 
 
 def _usable(path: Path) -> str | None:
     if "model_type" not in read_object(transformer_folder(path) / CONFIG):
         return None
     return (
-        "is a model folder of Hugging Face, which generate.py, eval.py and --init-from take as it "
-        "is; here a checkpoint is due: give a step folder or a run folder"
+        "is a Hugging Face model folder, which generate.py, eval.py and --init-from accept as it "
+        "is; this needs a checkpoint: give a step folder or a run folder"
     )
 
 
-# The first that matches counts: what names a format comes before what only hints at one.
+# The first match counts: checks that identify a format come before those that only suggest one.
 _CHECKS: tuple[Callable[[Path], str | None], ...] = (
     *(_adapter, _diffusers, _cached, _run, _megatron, _deepspeed, _distributed, _gguf),
     *(
@@ -298,7 +296,7 @@ _CHECKS: tuple[Callable[[Path], str | None], ...] = (
 
 
 def missing_shards(path: Path) -> Iterator[str]:
-    """Yield the files that the folder's index names and that are not there."""
+    """Yield the missing files that the folder's index names."""
     index = read_object(path / INDEX).get("weight_map")
     names = index.values() if isinstance(index, dict) else ()
     for name in dict.fromkeys(name for name in names if isinstance(name, str)):

@@ -1,8 +1,7 @@
-"""Find the folder of a model or a tokenizer by its path, or by its name on the Hugging Face hub.
+"""The folder of a model or a tokenizer, by its path or by its name on the Hugging Face hub.
 
 A name is ORGANIZATION/MODEL or ORGANIZATION/MODEL@REVISION. Only safetensors, JSON and tokenizer
-files are downloaded, never pickles. They are kept in the hub's own cache, which `hf` and
-transformers share.
+files are downloaded, never pickles, into the cache that `hf` and transformers share.
 """
 
 from __future__ import annotations
@@ -32,23 +31,24 @@ from megalite.log import logger
 _NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FOLDER = re.compile(r"\w[\w.-]*")
-_PATIENCE = 0.7  # seconds until a hub that does not answer counts as out of reach
-_FILES_AT_ONCE = 4
+_PATIENCE = 0.7  # seconds without an answer after which the hub counts as unreachable
+_PARALLEL_DOWNLOADS = 4
 _SIDE_FILES = (".json", ".model", ".jinja")
 _VOCABULARIES = ("vocab.txt", "merges.txt")
 
 
 def find_model(name: str | Path, option: str, *, weights: bool = True) -> Path:
-    """Return the folder of a model: a local one, or one downloaded from the hub.
+    """Return the folder of a model, downloaded from the hub if there is no local one.
 
-    A local path always wins. One rank of each host downloads; the others wait for it.
+    One rank of each host downloads, and the others wait for it.
 
     Args:
-        name: a folder, or a name on the hub.
-        option: how messages call it, such as "--checkpoint".
-        weights: if false, only configuration and tokenizer are downloaded.
+        name: a folder, or a name on the hub. A folder has priority.
+        option: name of the option in messages, such as "--checkpoint".
+        weights: If false, download only the configuration and the tokenizer.
     Raises:
-        CommandError: no such folder, a file, no such model, or a hub out of reach.
+        CommandError: there is no such folder or model, `name` is a file, or the hub cannot be
+            reached.
     """
     path = Path(name)
     if name and _exists(path):
@@ -62,10 +62,10 @@ def find_model(name: str | Path, option: str, *, weights: bool = True) -> Path:
 
 
 def find_tokenizer(name: str | Path, option: str = "tokenizer") -> Path | None:
-    """Return the folder of a tokenizer on the hub; None if `name` is a path, or no hub name.
+    """Return the folder of a tokenizer on the hub, or None if `name` is not a name on the hub.
 
     Raises:
-        CommandError: no such model on the hub, or a hub out of reach.
+        CommandError: the hub has no such model, or cannot be reached.
     """
     model = None if _exists(Path(name)) else parse_name(str(name))
     return None if model is None else _fetch(model, option, weights=False)
@@ -83,7 +83,7 @@ class HubModel:
 
     @property
     def command(self) -> str:
-        """Command that downloads the model, for a machine with a network."""
+        """The command that downloads the model, for a machine with a network."""
         more = "" if self.revision == "main" else f" --revision {self.revision}"
         return f"hf download {self.name}{more} --local-dir {self.name.partition('/')[2]}"
 
@@ -94,7 +94,7 @@ class HubModel:
         return Path(constants.HF_HUB_CACHE) / f"models--{self.name.replace('/', '--')}"
 
     def cached(self, *, weights: bool) -> Path | None:
-        """Return the whole snapshot in the cache, if there is one."""
+        """Return the complete snapshot in the cache, if there is one."""
         commit = self.revision
         if not _COMMIT.fullmatch(commit):
             try:
@@ -104,22 +104,22 @@ class HubModel:
         folder = self.cache / "snapshots" / commit
         if not _FOLDER.fullmatch(commit) or not folder.is_dir():
             return None
-        whole = not any(foreign.missing_shards(folder)) and any(folder.rglob("*.safetensors"))
-        return folder if whole or not weights else None
+        complete = not any(foreign.missing_shards(folder)) and any(folder.rglob("*.safetensors"))
+        return folder if complete or not weights else None
 
 
 def parse_name(text: str) -> HubModel | None:
-    """Return the hub's model that a text names; None if it cannot be one."""
-    found = _NAME.fullmatch(text)
-    if found is None or any(bad in text for bad in ("--", "..")):
+    """Return the model that a text names, or None if the text cannot be a name on the hub."""
+    match = _NAME.fullmatch(text)
+    if match is None or any(bad in text for bad in ("--", "..")):
         return None
-    if found["name"].endswith((".json", ".jsonl", ".csv", ".gguf", ".safetensors", ".model")):
+    if match["name"].endswith((".json", ".jsonl", ".csv", ".gguf", ".safetensors", ".model")):
         return None
-    return HubModel(found["name"], found["revision"] or "main")
+    return HubModel(match["name"], match["revision"] or "main")
 
 
 def unreachable() -> str | None:
-    """Return why the hub cannot be asked, within a second; None if it can."""
+    """Return within a second why the hub cannot be reached, or None if it can."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -138,10 +138,10 @@ def unreachable() -> str | None:
         except OSError as error:
             answer[0] = f"{address.hostname}: {error.strerror or error}"
 
-    # a name server that is out of reach keeps its caller waiting for many seconds
-    asking = threading.Thread(target=connect, daemon=True)
-    asking.start()
-    asking.join(_PATIENCE)
+    # An unreachable name server would block the caller for many seconds.
+    connection = threading.Thread(target=connect, daemon=True)
+    connection.start()
+    connection.join(_PATIENCE)
     return answer[0]
 
 
@@ -152,27 +152,27 @@ def _exists(path: Path) -> bool:
 
 
 def _hint(name: str) -> str:
-    """Return what may have been meant by a name that no folder has."""
+    """Return advice on a name that is not a folder: a similar folder, or what to give."""
     path = Path(name)
     similar = ""
     with suppress(OSError, ValueError):
-        inside = [each.name for each in path.parent.iterdir() if each.is_dir()]
-        similar = nearest(path.name, inside)
+        siblings = [each.name for each in path.parent.iterdir() if each.is_dir()]
+        similar = nearest(path.name, siblings)
     if similar:
         return similar
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         return (
-            "; give a step folder, a run folder, a model folder, or a model of the hub with its "
+            "; give a step folder, a run folder, a model folder, or a model on the hub with its "
             "organization, such as openai-community/gpt2"
         )
-    return "; give a step folder, a run folder, a model folder, or a model of the hub (ORG/NAME)"
+    return "; give a step folder, a run folder, a model folder, or a model on the hub (ORG/NAME)"
 
 
 # ---- ranks
 
 
 def _for_all_ranks(model: HubModel, option: str, *, weights: bool) -> Path:
-    """Download on the first rank of each host; the other ranks wait for its result."""
+    """Download on the first rank of each host, and wait for its result on the others."""
     launch = env.find_launch()
     if launch.local_world_size == 1:
         return _fetch(model, option, weights=weights)
@@ -185,9 +185,9 @@ def _for_all_ranks(model: HubModel, option: str, *, weights: bool) -> Path:
 
 
 def _note(model: HubModel, launch: env.Launch) -> Path:
-    """Return the file in which a host's first rank leaves its result for the others."""
-    meeting = env.launch_id() or f"{launch.master_addr} {launch.master_port}"
-    start = f"{socket.gethostname()} {meeting} {model}"
+    """Return the file in which a host's first rank writes its result for the others."""
+    launch_id = env.launch_id() or f"{launch.master_addr} {launch.master_port}"
+    start = f"{socket.gethostname()} {launch_id} {model}"
     folder = model.cache.parent / ".locks" / "megalite"
     return folder / f"{sha256(start.encode()).hexdigest()[:24]}.json"
 
@@ -201,14 +201,14 @@ def _fetch(model: HubModel, option: str, *, weights: bool) -> Path:
         if cached is not None:
             logger.info("%s is taken from the hub's cache: %s", model, reason)
             return cached
-        if (here := Path(model.name).parent).is_dir():
+        if (parent := Path(model.name).parent).is_dir():
             raise CommandError(
-                f"{option} {model}: no such folder in {here}{_hint(model.name)}; nor is there "
-                f"such a model in the hub's cache, and the hub cannot be asked ({reason})"
+                f"{option} {model}: no such folder in {parent}{_hint(model.name)}; the hub's cache "
+                f"has no such model either, and the hub cannot be reached ({reason})"
             )
         raise CommandError(
             f"{option} {model}: no such folder here, not in the hub's cache, and the hub cannot be "
-            f"asked ({reason}); if there is a network, run\n{model.command}\nand give that "
+            f"reached ({reason}); on a machine with a network, run\n{model.command}\nand give that "
             "folder"
         )
     if cached is not None and _COMMIT.fullmatch(model.revision):
@@ -216,11 +216,11 @@ def _fetch(model: HubModel, option: str, *, weights: bool) -> Path:
     with _quiet():
         try:
             commit, names = _listing(model)
-            wanted = _choose(model, option, names, weights=weights)
-            return _download(model, commit, wanted)
+            chosen = _choose(model, option, names, weights=weights)
+            return _download(model, commit, chosen)
         except CommandError:
             raise
-        except Exception as error:  # the library's errors have no common root
+        except Exception as error:  # the library's errors have no common base class
             if cached is not None and not _is_refusal(error):
                 logger.warning("%s is taken from the hub's cache: %s", model, _line(error))
                 return cached
@@ -228,20 +228,20 @@ def _fetch(model: HubModel, option: str, *, weights: bool) -> Path:
 
 
 def _listing(model: HubModel) -> tuple[str, list[str]]:
-    """Return the commit of a revision, and the files that it has."""
+    """Return the commit of a revision, and the names of its files."""
     from huggingface_hub import HfApi
 
-    found = HfApi().model_info(model.name, revision=model.revision)
-    names = [file.rfilename for file in found.siblings or ()]
+    info = HfApi().model_info(model.name, revision=model.revision)
+    names = [file.rfilename for file in info.siblings or ()]
     if not names:
-        names = HfApi().list_repo_files(model.name, revision=found.sha)
-    return str(found.sha), names
+        names = HfApi().list_repo_files(model.name, revision=info.sha)
+    return str(info.sha), names
 
 
 def _choose(model: HubModel, option: str, names: Sequence[str], *, weights: bool) -> list[str]:
-    """Return the files to download: those of the root, or of the Transformer's own folder."""
+    """Return the files to download, in the root or in the Transformer's subfolder."""
     root = [name for name in names if "/" not in name]
-    if "config.json" not in root and "modules.json" in root:  # of sentence-transformers
+    if "config.json" not in root and "modules.json" in root:  # sentence-transformers
         root += [name for name in names if re.fullmatch(r"0_[^/]*/[^/]+", name)]
     plain = [name for name in root if not name.startswith((".", "consolidated"))]
     side = [name for name in plain if name.endswith(_SIDE_FILES)]
@@ -249,30 +249,30 @@ def _choose(model: HubModel, option: str, names: Sequence[str], *, weights: bool
     if not weights:
         return side
     stored = [name for name in plain if name.endswith(".safetensors")]
-    for whole in ("model.safetensors", "model-*-of-*.safetensors"):
-        pattern = re.escape(whole).replace(r"\*", r"\d+")
-        if kept := [name for name in stored if re.fullmatch(pattern, name)]:
-            stored = kept
+    for usual in ("model.safetensors", "model-*-of-*.safetensors"):
+        pattern = re.escape(usual).replace(r"\*", r"\d+")
+        if matches := [name for name in stored if re.fullmatch(pattern, name)]:
+            stored = matches
     if not stored:
         raise CommandError(f"{option} {model}: {_without_weights(model, names)}")
     return side + stored
 
 
 def _without_weights(model: HubModel, names: Sequence[str]) -> str:
-    found = "the repository has no safetensors file"
+    fault = "the repository has no safetensors file"
     if any(name.endswith(".gguf") for name in names):
-        return f"{found}, but GGUF files, which are not read: take the model they were made from"
+        return f"{fault}, but GGUF files, which are not read: use the model they were made from"
     if any(name.endswith((".bin", ".pt", ".pth", ".h5", ".msgpack")) for name in names):
         command = foreign.convert_command(model.name, "AutoModelForCausalLM")
         return (
-            f"{found}, but pickles or the like, which are not downloaded; if it is trusted, "
+            f"{fault}, but pickles or the like, which are not downloaded; if it is trusted, "
             f"convert it with\n{command}\n(or the class that its config.json names)"
         )
-    return f"{found}: name the repository of a model"
+    return f"{fault}: name the repository of a model"
 
 
 def _download(model: HubModel, commit: str, names: Sequence[str]) -> Path:
-    """Download files of a commit, as far as they are not in the cache yet."""
+    """Download the files of a commit that are not in the cache yet."""
     from huggingface_hub import hf_hub_download
 
     folder = model.cache / "snapshots" / commit
@@ -289,7 +289,7 @@ def _download(model: HubModel, commit: str, names: Sequence[str]) -> Path:
             logger.info("%s: %s, %.0f MB in %.0f s", model, name, size, seconds)
         return path.parents[name.count("/")]
 
-    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_PARALLEL_DOWNLOADS) as pool:
         folder = next(iter(list(pool.map(download, new))), folder)
     if not _COMMIT.fullmatch(model.revision):
         reference = model.cache / "refs" / model.revision
@@ -300,7 +300,7 @@ def _download(model: HubModel, commit: str, names: Sequence[str]) -> Path:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Show bars of progress on a terminal alone; elsewhere each file has a line of ours."""
+    """Show progress bars only on a terminal. Elsewhere our log has a line for each file."""
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     if not sys.stderr.isatty():
@@ -324,12 +324,12 @@ def _line(error: Exception) -> str:
 
 
 def _reason(model: HubModel, error: Exception) -> str:
-    """Say why the hub did not give a model, and what to do."""
+    """Return why a download failed, and what to do."""
     kind = type(error).__name__
     if kind == "GatedRepoError":
         return (
-            "its owners request consent: accept the terms on its page of the hub, log in with "
-            "`hf auth login`, and give the same command again"
+            "its owners require consent: accept the terms on its page of the hub, log in with "
+            "`hf auth login`, and run the same command again"
         )
     if kind == "RepositoryNotFoundError":
         return (

@@ -1,5 +1,5 @@
 # covers: megalite/hub/foreign.py
-"""Files and folders of other programs are named for what they are, with the way out."""
+"""Files and folders of other programs are recognised, with advice on how to convert them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ FOLDERS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "flax": ({"config.json": LLAMA, "flax_model.msgpack": "x"}, ("Flax",)),
     "tensorflow": ({"config.json": LLAMA, "tf_model.h5": "x"}, ("TensorFlow",)),
     "diffusers": ({"model_index.json": "{}", "unet/config.json": "{}"}, ("diffusers",)),
-    "tokenizer": ({"tokenizer.json": "{}"}, ("tokenizer alone",)),
+    "tokenizer": ({"tokenizer.json": "{}"}, ("only a tokenizer",)),
     "weights alone": ({"model.safetensors": "x"}, ("no config.json",)),
     "no model type": ({"model.safetensors": "x", "config.json": "{}"}, ("no model_type",)),
     "a data set": ({"dataset_dict.json": "{}"}, ("holds data",)),
@@ -82,13 +82,13 @@ def write(folder: Path, content: dict[str, str]) -> Path:
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_folder_of_another_kind_is_named(kind: str, tmp_path: Path) -> None:
-    content, said = FOLDERS[kind]
+def test_folder_of_another_program_is_described(kind: str, tmp_path: Path) -> None:
+    content, words = FOLDERS[kind]
     folder = write(tmp_path / "there", content)
     with pytest.raises(CommandError) as caught:
         open_checkpoint(folder)
     assert str(caught.value).startswith(str(folder))
-    for text in said:
+    for text in words:
         assert text in str(caught.value)
 
 
@@ -99,7 +99,7 @@ def test_unknown_folder_has_no_description(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "words"),
     [
         ("model.gguf", "GGUF"),
         ("model.safetensors", "give its folder"),
@@ -108,9 +108,9 @@ def test_unknown_folder_has_no_description(tmp_path: Path) -> None:
         ("notes.txt", "is a file"),
     ],
 )
-def test_file_in_the_place_of_a_folder_is_named(name: str, said: str, tmp_path: Path) -> None:
+def test_file_in_place_of_a_folder_is_described(name: str, words: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("x")
-    with pytest.raises(CommandError, match=said) as caught:
+    with pytest.raises(CommandError, match=words) as caught:
         find_model(tmp_path / name, "--checkpoint")
     assert str(caught.value).startswith(f"--checkpoint {tmp_path / name}")
 

@@ -1,5 +1,5 @@
 # covers: megalite/formats/start.py megalite/hub/resolve.py megalite/hub/first_rank.py
-"""Names of the hub in the place of folders: downloaded once, cached, and refused in plain words."""
+"""Names on the hub in place of folders: downloads, the cache, and refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALONE = Launch(0, 1, 0, 1, "127.0.0.1", 0, "python")
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
-    """A hub with one model, an empty cache, and a working directory without folders."""
+    """Start a hub with one model, an empty cache, and a working directory without folders."""
     model = tmp_path / "served"
     model.mkdir()
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
@@ -63,28 +63,28 @@ def test_model_of_the_hub_is_downloaded_once(server: StubHub, tmp_path: Path) ->
     assert server.gotten() == []
 
 
-def test_cached_model_serves_where_there_is_no_network(
+def test_cached_model_is_used_without_a_network(
     server: StubHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = find_model("org/model@v1", "--checkpoint")
-    server.repositories["org/model"] = 503  # the hub's own trouble
+    server.repositories["org/model"] = 503  # an error of the hub
     assert find_model("org/model@v1", "--checkpoint") == folder
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     server.requests.clear()
     assert find_model("org/model@v1", "--checkpoint") == folder
     assert server.requests == []
-    (folder / "model.safetensors").unlink()  # a download that was cut
+    (folder / "model.safetensors").unlink()  # an incomplete download
     with pytest.raises(CommandError, match="hf download org/model --revision v1 --local-dir model"):
         find_model("org/model@v1", "--checkpoint")
 
 
 def silence(*_: Any, **__: Any) -> Any:
-    """Return a name server that keeps its caller waiting."""
+    """Block as an unreachable name server does."""
     time.sleep(5)
     raise OSError("no answer")
 
 
-def test_a_name_below_a_folder_that_is_here_is_a_folder_first(
+def test_name_below_an_existing_folder_is_taken_as_a_folder(
     server: StubHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -98,7 +98,7 @@ def test_a_name_below_a_folder_that_is_here_is_a_folder_first(
 
 
 @pytest.mark.parametrize("how", ["offline", "refused", "silent"])
-def test_hub_out_of_reach_is_said_within_a_second(
+def test_unreachable_hub_is_reported_within_a_second(
     server: StubHub, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if how == "offline":
@@ -119,37 +119,37 @@ def test_hub_out_of_reach_is_said_within_a_second(
 
 def test_refusals_of_the_hub_are_explained(server: StubHub, tmp_path: Path) -> None:
     server.repositories |= {"org/private": 401, "org/gated": 403}
-    for name, said in {
+    for name, words in {
         "org/none": "the hub has no such model",
         "org/private": "none that you may see",
         "org/gated": "accept the terms",
         "org/model@v9": "has no revision 'v9'",
     }.items():
-        with pytest.raises(CommandError, match=said):
+        with pytest.raises(CommandError, match=words):
             find_model(name, "--checkpoint")
     kinds = {"gguf": "GGUF", "bin": "pickles", "md": "no safetensors file"}
-    for ending, said in kinds.items():
+    for ending, words in kinds.items():
         folder = tmp_path / ending
         folder.mkdir()
         (folder / f"weights.{ending}").write_text("x")
         server.repositories[f"org/{ending}x"] = folder
-        with pytest.raises(CommandError, match=said):
+        with pytest.raises(CommandError, match=words):
             find_model(f"org/{ending}x", "--checkpoint")
     assert not server.gotten()
 
 
-def test_local_path_wins(server: StubHub, tmp_path: Path) -> None:
+def test_local_path_has_priority(server: StubHub, tmp_path: Path) -> None:
     (tmp_path / "here" / "org" / "model").mkdir(parents=True)
     assert find_model("org/model", "--checkpoint") == Path("org/model")
     assert find_tokenizer("org/model") is None
     assert server.requests == []
 
 
-def test_names_of_the_hub() -> None:
+def test_parse_name_accepts_only_names_on_the_hub() -> None:
     for name in ("org/model", "Qwen/Qwen3-0.6B", "a/b_c.d", "org/model@v1", "org/m@refs/pr/3"):
-        found = parse_name(name)
-        assert found is not None
-        assert str(found) == name
+        model = parse_name(name)
+        assert model is not None
+        assert str(model) == name
     for name in (
         *(
             "gpt2",
@@ -171,13 +171,13 @@ def test_names_of_the_hub() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "a/b/c", "", "./none", "x" * 300, "a\0b"])
-def test_find_model_refuses_what_is_no_folder(server: StubHub, name: str) -> None:
+def test_find_model_refuses_a_name_that_is_no_folder(server: StubHub, name: str) -> None:
     with pytest.raises(CommandError, match=r"no such folder; .*hub"):
         find_model(name, "--checkpoint")
     assert server.requests == []
 
 
-def test_misspelt_folder_is_proposed(server: StubHub, tmp_path: Path) -> None:
+def test_misspelt_folder_is_corrected_in_the_message(server: StubHub, tmp_path: Path) -> None:
     (tmp_path / "here" / "runs" / "smoke" / "checkpoints").mkdir(parents=True)
     with pytest.raises(CommandError, match='did you mean "smoke"'):
         find_model(tmp_path / "here" / "runs" / "smoek", "--checkpoint")
@@ -192,14 +192,14 @@ def test_run_that_has_checkpoints_needs_no_start(server: StubHub, tmp_path: Path
     assert str(find_start("org/model", None)).endswith(COMMIT)
 
 
-def test_tokenizer_of_the_hub_comes_without_weights(server: StubHub) -> None:
-    found = load_tokenizer("org/model")
-    assert found.vocab_size == load_tokenizer("bytes").vocab_size
-    assert found.encode("é") == list("é".encode())
+def test_tokenizer_on_the_hub_is_downloaded_without_weights(server: StubHub) -> None:
+    tokenizer = load_tokenizer("org/model")
+    assert tokenizer.vocab_size == load_tokenizer("bytes").vocab_size
+    assert tokenizer.encode("é") == list("é".encode())
     assert not [name for name in server.gotten() if name.endswith(".safetensors")]
 
 
-def test_one_rank_of_a_host_downloads(server: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_rank_of_a_host_downloads(server: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = [Launch(n, 2, n, 2, "127.0.0.1", 29517, "torchrun") for n in range(2)]
     monkeypatch.setattr(hub.env, "find_launch", lambda: launches[0])
     folder = find_model("org/model", "--checkpoint")
@@ -207,7 +207,7 @@ def test_one_rank_of_a_host_downloads(server: StubHub, monkeypatch: pytest.Monke
     monkeypatch.setattr(hub.env, "find_launch", lambda: launches[1])
     assert find_model("org/model", "--checkpoint") == folder
     assert server.requests == []
-    monkeypatch.setattr(first_rank, "_STARTED", 0.0)  # before the other rank's word
+    monkeypatch.setattr(first_rank, "_STARTED", 0.0)  # before the other rank's note
     monkeypatch.setattr(hub.env, "find_launch", lambda: launches[0])
     with pytest.raises(CommandError, match="no such model"):
         find_model("org/none", "--checkpoint")
@@ -216,16 +216,16 @@ def test_one_rank_of_a_host_downloads(server: StubHub, monkeypatch: pytest.Monke
         find_model("org/none", "--checkpoint")
 
 
-def test_ranks_wait_as_long_as_the_first_gives_signs_of_life(
+def test_ranks_wait_while_the_first_one_is_alive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     note = tmp_path / "cache" / ".locks" / "megalite" / "note.json"
     monkeypatch.setattr(first_rank, "_RENEWAL", 0.05)
     monkeypatch.setattr(first_rank, "_SILENCE", 0.5)
-    found: list[Path] = []
+    folders: list[Path] = []
 
     def wait() -> None:
-        found.append(first_rank.share_folder(note, False, Path, "--init-from org/model"))
+        folders.append(first_rank.share_folder(note, False, Path, "--init-from org/model"))
 
     def download() -> Path:
         time.sleep(1.2)
@@ -235,12 +235,12 @@ def test_ranks_wait_as_long_as_the_first_gives_signs_of_life(
     other.start()
     assert first_rank.share_folder(note, True, download, "--init-from org/model") == tmp_path
     other.join(30)
-    assert found == [tmp_path]
+    assert folders == [tmp_path]
 
 
-@pytest.mark.parametrize("began", [True, False])
-def test_ranks_give_up_a_first_rank_that_died(
-    began: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("has_started", [True, False])
+def test_ranks_stop_waiting_for_a_first_rank_that_died(
+    has_started: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     note = tmp_path / "cache" / ".locks" / "megalite" / "note.json"
     monkeypatch.setattr(first_rank, "_SILENCE", 0.3)
@@ -248,7 +248,7 @@ def test_ranks_give_up_a_first_rank_that_died(
     def die() -> Path:
         raise SystemExit
 
-    if began:
+    if has_started:
         with pytest.raises(SystemExit):
             first_rank.share_folder(note, True, die, "--init-from org/model")
     with pytest.raises(CommandError, match="--init-from org/model: the first rank of this host"):
