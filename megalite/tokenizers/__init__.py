@@ -1,1 +1,1 @@
-"""Text to token ids and back: SentencePiece, Hugging Face's `tokenizer.json`, plain bytes."""
+"""Tokenizers: SentencePiece models, Hugging Face's `tokenizer.json`, plain bytes."""

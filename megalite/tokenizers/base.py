@@ -11,19 +11,19 @@ import numpy.typing as npt
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 Spans: TypeAlias = "Sequence[tuple[int, int]]"
-Placed: TypeAlias = "tuple[list[int], list[tuple[int, int]]]"
+IdsWithOffsets: TypeAlias = "tuple[list[int], list[tuple[int, int]]]"
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back.
+    """A tokenizer of any kind.
 
     Attributes:
-        vocab_size: ids lie in [0, vocab_size).
+        vocab_size: ids are in [0, vocab_size).
         bos_id, eos_id, pad_id: None if the vocabulary has no such token.
-        end_ids: every id that ends a text: EOS, and those of `generation_config.json`.
-        prefix_ids, suffix_ids: what stands before and after a text, by the tokenizer's settings.
-        generation_config: the content of a `generation_config.json`; empty if there is none.
-        sha256: the hash of the file that `save` writes and names.
+        end_ids: all ids that end a text: EOS, and those of `generation_config.json`.
+        prefix_ids, suffix_ids: ids that the tokenizer's settings put before and after a text.
+        generation_config: the content of `generation_config.json`, empty if there is none.
+        sha256: the hash of the file whose name `save` returns.
     """
 
     @property
@@ -57,45 +57,45 @@ class Tokenizer(Protocol):
         """Return the ids of a text, without BOS and EOS. Names of control tokens stay text."""
 
     def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[Ids]:
-        """Return the ids of each text; the number of threads changes nothing."""
+        """Return the ids of each text, which do not depend on the number of threads."""
 
-    def encode_with_offsets(self, text: str, plain: Spans = ()) -> Placed:
-        """Return the ids of a text in which names of control tokens are those tokens.
+    def encode_with_offsets(self, text: str, plain: Spans = ()) -> IdsWithOffsets:
+        """Return the ids of a text, in which names of control tokens become those tokens.
 
         Args:
-            plain: character spans [start, stop) whose control token names stay text, such as the
-                words of a user in a rendered chat.
+            plain: character spans [start, stop) in which such names stay text, such as a user's
+                words in a rendered chat.
         Returns:
-            Ids, and the characters [start, stop) of each; ids that share a character all name it.
+            the ids, and the character span [start, stop) of each. Spans of ids that share a
+            character overlap.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of ids. Control tokens and ids outside the vocabulary have none."""
+        """Return the text of ids. Control tokens and ids outside the vocabulary have no text."""
 
     def count_bytes(self, ids: Sequence[int]) -> int:
-        """Return the bytes of UTF-8 text of ids; of a character cut at an edge, those within."""
+        """Return the number of UTF-8 bytes that ids stand for, which may include partial
+        characters.
+        """
 
     def pieces(self) -> list[str]:
-        """Return the name of each id in the vocabulary; holes are empty."""
+        """Return the name of each id in the vocabulary, "" for unused ids."""
 
     def begin_with_bos(self, begins: bool) -> None:
-        """Record whether the documents that a model learns from begin with BOS.
+        """Record whether training documents begin with BOS, so that prompts do the same.
 
-        `save` and `export` keep it, so that the texts that the model continues begin likewise.
+        `save` and `export` write the record.
         """
 
     def save(self, folder: Path) -> str:
-        """Write the tokenizer's files into an existing folder; return the main file's name."""
+        """Write the tokenizer's files to an existing folder; return the main file's name."""
 
     def export(self, folder: Path) -> None:
         """Write the tokenizer as Hugging Face's `tokenizer.json` and `tokenizer_config.json`."""
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a text that a model continues, with what the tokenizer begins texts with.
-
-    The tokenizer's suffix is omitted: it ends a text, and this one goes on.
-    """
+    """Return the ids of a prompt: the tokenizer's prefix and the text, without the suffix."""
     return [*tokenizer.prefix_ids, *tokenizer.encode(text)]
 
 

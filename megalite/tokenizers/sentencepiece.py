@@ -10,43 +10,47 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.tokenizers.base import Ids, Placed, Spans, overlaps
+from megalite.tokenizers.base import Ids, IdsWithOffsets, Spans, overlaps
 from megalite.tokenizers.export import build_sentencepiece, export_sentencepiece
 from megalite.tokenizers.huggingface import HuggingFaceTokenizer
-from megalite.tokenizers.special_tokens import Companions, TokenizerBase, end_ids
+from megalite.tokenizers.special_tokens import TokenizerBase, TokenizerSettings, end_ids
 
 SENTENCEPIECE = "tokenizer.model"
 
 
 class SentencePieceTokenizer(TokenizerBase):
-    """A SentencePiece model, given as the content of its `.model` file.
+    """Tokenizer of a SentencePiece model.
 
-    The library writes a space as U+2581, so that character in a text comes back as a space.
+    The library represents a space by U+2581, so that character is decoded as a space.
+
+    Args:
+        model: the content of the `.model` file.
     """
 
-    def __init__(self, model: bytes, companions: Companions | None = None) -> None:
+    def __init__(self, model: bytes, settings: TokenizerSettings | None = None) -> None:
         import sentencepiece
 
         self._model = model
-        self._companions = companions or Companions(None)
+        self._settings = settings or TokenizerSettings(None)
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._processor.get_piece_size()
         self.bos_id = self._find("bos_token", self._processor.bos_id())
         self.eos_id = self._find("eos_token", self._processor.eos_id())
         self.pad_id = self._find("pad_token", self._processor.pad_id())
-        self.end_ids = end_ids(self.eos_id, self._companions.ids("eos_token_id"))
-        before, after = self._companions.around(self.bos_id, self.eos_id)
-        self.prefix_ids = self._companions.begin(before, self.bos_id)
+        self.end_ids = end_ids(self.eos_id, self._settings.ids("eos_token_id"))
+        before, after = self._settings.around(self.bos_id, self.eos_id)
+        self.prefix_ids = self._settings.begin(before, self.bos_id)
         self.suffix_ids = tuple(after)
         self.sha256 = hashlib.sha256(model).hexdigest()
 
-    def _find(self, key: str, own: int) -> int | None:
-        if key in self._companions.names or own < 0:
-            return self._companions.find(key, self.token_to_id)
-        return own
+    def _find(self, key: str, default: int) -> int | None:
+        """Return the id of a special token; `default` is the model's, negative if it has none."""
+        if key in self._settings.names or default < 0:
+            return self._settings.find(key, self.token_to_id)
+        return default
 
     def token_to_id(self, name: str) -> int | None:
-        """Return the id of a piece; None if the vocabulary has no such piece."""
+        """Return the id of a piece, or None if the vocabulary has no such piece."""
         id = int(self._processor.piece_to_id(name))
         return id if self._processor.id_to_piece(id) == name else None
 
@@ -60,22 +64,22 @@ class SentencePieceTokenizer(TokenizerBase):
     def encode_batch(self, texts: Sequence[str], *, threads: int = 1) -> list[Ids]:
         return list(self._processor.encode(list(texts), return_type="numpy", num_threads=threads))
 
-    def encode_with_offsets(self, text: str, plain: Spans = ()) -> Placed:
+    def encode_with_offsets(self, text: str, plain: Spans = ()) -> IdsWithOffsets:
         ids: list[int] = []
-        places: list[tuple[int, int]] = []
+        offsets: list[tuple[int, int]] = []
         start = 0
-        controls = (m.span() for m in self._controls.finditer(text) if m.group())
-        kept = [span for span in controls if not overlaps(*span, plain)]
-        for begin, end in (*kept, (len(text), len(text))):
-            found = self._processor.encode(text[start:begin], return_type="offset_mapping")
-            ids += found["ids"]
-            # the first bytes of a character end where they begin
-            places += [(start + a, start + max(b, a + 1)) for a, b in found["offsets"]]
+        names = (m.span() for m in self._controls.finditer(text) if m.group())
+        controls = [span for span in names if not overlaps(*span, plain)]
+        for begin, end in (*controls, (len(text), len(text))):
+            part = self._processor.encode(text[start:begin], return_type="offset_mapping")
+            ids += part["ids"]
+            # The library gives empty spans to the first bytes of a character.
+            offsets += [(start + a, start + max(b, a + 1)) for a, b in part["offsets"]]
             if begin < end:
                 ids.append(self._processor.piece_to_id(text[begin:end]))
-                places.append((begin, end))
+                offsets.append((begin, end))
             start = end
-        return ids, places
+        return ids, offsets
 
     @cached_property
     def _controls(self) -> re.Pattern[str]:
@@ -87,13 +91,13 @@ class SentencePieceTokenizer(TokenizerBase):
         return str(self._processor.decode([int(id) for id in ids if 0 <= id < self.vocab_size]))
 
     def count_bytes(self, ids: Sequence[int]) -> int:
-        found = np.asarray(ids, dtype=np.int64)
-        known = found[(found >= 0) & (found < self.vocab_size)]
-        return int(self._piece_bytes[known].sum())
+        array = np.asarray(ids, dtype=np.int64)
+        valid = array[(array >= 0) & (array < self.vocab_size)]
+        return int(self._piece_bytes[valid].sum())
 
     @cached_property
     def _piece_bytes(self) -> Ids:
-        """Number of bytes of text that each id stands for."""
+        """The number of bytes of text that each id stands for."""
         processor = self._processor
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for id in range(self.vocab_size):
@@ -107,31 +111,31 @@ class SentencePieceTokenizer(TokenizerBase):
         return [self._processor.id_to_piece(id) for id in range(self.vocab_size)]
 
     def save(self, folder: Path) -> str:
-        self._companions.save(folder)
+        self._settings.save(folder)
         (folder / SENTENCEPIECE).write_bytes(self._model)
         return SENTENCEPIECE
 
     def export(self, folder: Path) -> None:
-        export_sentencepiece(self._model, folder, self, self._companions)
+        export_sentencepiece(self._model, folder, self, self._settings)
 
 
 def load_sentencepiece(
-    model: bytes, companions: Companions
+    model: bytes, settings: TokenizerSettings
 ) -> SentencePieceTokenizer | HuggingFaceTokenizer:
-    """Return the tokenizer of a `.model` file with the files in its folder.
+    """Return the tokenizer of a `.model` file with the settings of its folder.
 
-    A tokenizer to whose vocabulary something was added is built with the library that
-    `transformers` uses, so that both find the added tokens in the same places.
+    If tokens were added to the vocabulary, the tokenizer uses the library of `transformers`, so
+    that both recognise the added tokens in the same places.
     """
-    plain = SentencePieceTokenizer(model, companions)
-    added = companions.added_tokens
+    plain = SentencePieceTokenizer(model, settings)
+    added = settings.added_tokens
     size = plain.vocab_size
     names = plain.pieces()
     renames = {t.id: t.content for t in added if t.id < size and names[t.id] != t.content}
-    new = [token for token in added if token.id >= size] or companions.missing(plain.token_to_id)
+    new = [token for token in added if token.id >= size] or settings.missing(plain.token_to_id)
     special = [t for t in added if t.id < size and t.special and not plain.is_control(t.id)]
-    prefix = companions.space_before()
+    prefix = settings.prepend_scheme()
     if not (renames or new or special or prefix):
         return plain
-    made, _ = build_sentencepiece(model, renames=renames, prefix=prefix)
-    return HuggingFaceTokenizer(made.to_str().encode(), companions, (SENTENCEPIECE, model))
+    backend, _ = build_sentencepiece(model, renames=renames, prefix=prefix)
+    return HuggingFaceTokenizer(backend.to_str().encode(), settings, (SENTENCEPIECE, model))

@@ -1,7 +1,7 @@
-"""Text to token ids and back: SentencePiece models, Hugging Face `tokenizer.json`, plain bytes.
+"""Loading of tokenizers: SentencePiece models, Hugging Face's `tokenizer.json`, plain bytes.
 
-Text never turns into a control token: `</s>` in a document is four characters. BOS and EOS are put
-around documents by whoever requires them. `encode_with_offsets` alone finds control tokens by name.
+Text never becomes a control token: `</s>` in a document is four characters. Callers add BOS and EOS
+to documents. Only `encode_with_offsets` recognises control tokens by name.
 """
 
 from __future__ import annotations
@@ -16,16 +16,26 @@ import numpy as np
 from megalite import files, hub
 from megalite.errors import DataError
 from megalite.log import finite, logger
-from megalite.tokenizers.base import Ids, Placed, Spans, Tokenizer, encode_text
+from megalite.tokenizers.base import Ids, IdsWithOffsets, Spans, Tokenizer, encode_text
 from megalite.tokenizers.export import export_bytes
 from megalite.tokenizers.huggingface import HUGGING_FACE, HuggingFaceTokenizer
-from megalite.tokenizers.legacy import explain_tiktoken, find_older, is_older, is_tiktoken
+from megalite.tokenizers.legacy import (
+    explain_older_format,
+    explain_tiktoken,
+    has_older_format,
+    is_tiktoken,
+)
 from megalite.tokenizers.sentencepiece import (
     SENTENCEPIECE,
     SentencePieceTokenizer,
     load_sentencepiece,
 )
-from megalite.tokenizers.special_tokens import GENERATION_CONFIG, Companions, TokenizerBase, end_ids
+from megalite.tokenizers.special_tokens import (
+    GENERATION_CONFIG,
+    TokenizerBase,
+    TokenizerSettings,
+    end_ids,
+)
 
 __all__ = [
     "PROBES",
@@ -34,12 +44,12 @@ __all__ = [
     "SentencePieceTokenizer",
     "Tokenizer",
     "check_round_trip",
+    "copy_generation_config",
     "encode_text",
-    "keep_ends",
     "load_tokenizer",
 ]
 
-# Texts that tokenizers often change: runs and edges of white space, newlines, beyond ASCII.
+# Texts that tokenizers often change: repeated, leading and trailing white space; non-ASCII.
 PROBES = (
     "The quick brown fox jumps over the lazy dog.",
     "  two before,  two  inside, three after   ",
@@ -50,7 +60,7 @@ PROBES = (
 )
 
 _BYTES = "bytes.json"
-# Files of a tokenizer, here or in transformers; nothing else in its folder is copied.
+# Files of tokenizers in MegaLite or transformers. No other file of a folder is copied.
 FILES = (
     *(SENTENCEPIECE, HUGGING_FACE, _BYTES, GENERATION_CONFIG, "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
@@ -59,50 +69,50 @@ FILES = (
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Return the tokenizer of a file, a folder, a model on the hub, or "bytes".
+    """Return the tokenizer of a file, a folder or a model on the hub; "bytes" means plain bytes.
 
-    Files are `.model` and `tokenizer.json`.
+    A file is a `.model` or a `tokenizer.json`.
 
     Raises:
-        DataError: nothing there, or nothing that can be read.
+        DataError: there is no tokenizer, or it cannot be read.
     """
     if str(path) == "bytes":
         return ByteTokenizer()
     file = _find(Path(path))
-    companions = Companions(file.parent)
+    settings = TokenizerSettings(file.parent)
     if file.name == _BYTES:
-        return ByteTokenizer(companions)
+        return ByteTokenizer(settings)
     try:
         if file.suffix == ".json":
-            return HuggingFaceTokenizer(file.read_bytes(), companions)
+            return HuggingFaceTokenizer(file.read_bytes(), settings)
         data = file.read_bytes()
         if is_tiktoken(data):
             raise DataError(explain_tiktoken(file))
-        tokenizer = load_sentencepiece(data, companions)
+        tokenizer = load_sentencepiece(data, settings)
         tokenizer.encode(" ".join(tokenizer.pieces()[:8]))  # a damaged model fails here
         return tokenizer
     except DataError:
         raise
-    except Exception as error:  # both libraries raise bare Exception subclasses of their own
-        raise DataError(f"{file}: not a tokenizer that can be read: {error}") from error
+    except Exception as error:  # both libraries raise their own subclasses of Exception
+        raise DataError(f"{file}: not a readable tokenizer: {error}") from error
 
 
-def keep_ends(folder: Path, start: Path) -> None:
-    """Keep in a tokenizer's folder what ends a text by the model that training starts from.
+def copy_generation_config(folder: Path, start: Path) -> None:
+    """Add the generation_config.json of the model that a run starts from to a tokenizer's folder.
 
-    Nothing is kept of a model with another tokenizer, whose ids mean something else.
+    A model with another tokenizer is ignored, because its ids have other meanings.
 
     Args:
-        folder: the tokenizer's; its `generation_config.json` is written.
+        folder: the tokenizer's folder.
         start: a model folder, or a checkpoint with its `tokenizer/`.
     """
-    place = start / "tokenizer" if (start / "tokenizer").is_dir() else start
+    source = start / "tokenizer" if (start / "tokenizer").is_dir() else start
     try:
-        if load_tokenizer(place).sha256 != load_tokenizer(folder).sha256:
+        if load_tokenizer(source).sha256 != load_tokenizer(folder).sha256:
             return
     except DataError:
         return
-    content = Companions(folder).generation_with(Companions(place))
+    content = TokenizerSettings(folder).merge_generation(TokenizerSettings(source))
     if content:
         files.write_json(folder / GENERATION_CONFIG, finite(content))
 
@@ -111,16 +121,16 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """Return the files of a folder that belong to its tokenizer.
 
     Raises:
-        DataError: one of them is a link, which in a folder from elsewhere may lead anywhere.
+        DataError: one of them is a link, which may lead anywhere in a folder from elsewhere.
     """
-    found = [path for path in sorted(folder.iterdir()) if _belongs(path)]
-    for path in found:
+    paths = [path for path in sorted(folder.iterdir()) if _belongs(path)]
+    for path in paths:
         if path.is_symlink():
             raise DataError(
-                f"{path} is a link, which is not followed: what it leads to would be copied into "
-                "the run and its checkpoints; put a copy of the file in its place (cp -L)"
+                f"{path} is a link, which is not followed: its target would be copied into the run "
+                "and its checkpoints; replace it by a copy of the file (cp -L)"
             )
-    return [path for path in found if path.is_file()]
+    return [path for path in paths if path.is_file()]
 
 
 def _belongs(path: Path) -> bool:
@@ -128,29 +138,29 @@ def _belongs(path: Path) -> bool:
 
 
 def check_round_trip(tokenizer: Tokenizer, *, lossy: bool = False) -> None:
-    """Encode and decode texts that tokenizers often change.
+    """Check that a tokenizer decodes the ids of some probe texts to the same texts.
 
     Args:
-        lossy: say what is lost and go on, as BERT's tokenizers need, which lower the case.
-
+        lossy: If true, warn of a difference instead of raising. BERT's tokenizers need this,
+            because they lower the case.
     Raises:
-        DataError: the first text that does not come back as it was.
+        DataError: a text changes. The message has the first one.
     """
     pairs = [(probe, tokenizer.decode(tokenizer.encode(probe))) for probe in PROBES]
-    lost = [(probe, found) for probe, found in pairs if found != probe]
-    if not lost:
+    changed = [(probe, text) for probe, text in pairs if text != probe]
+    if not changed:
         return
-    loss = f"the tokenizer loses text: {lost[0][0]!r} comes back as {lost[0][1]!r}"
+    loss = f"the tokenizer loses text: {changed[0][0]!r} comes back as {changed[0][1]!r}"
     if not lossy:
         raise DataError(
             f"{loss}; train one with `python -m data_prep train-tokenizer`, which keeps every "
             "character, or allow the loss with --lossy"
         )
-    logger.warning("%s (%d of %d probes changed)", loss, len(lost), len(PROBES))
+    logger.warning("%s (%d of %d probes changed)", loss, len(changed), len(PROBES))
 
 
 class ByteTokenizer(TokenizerBase):
-    """UTF-8 bytes as ids 0 to 255; nothing to train, which suits tests and unseen scripts."""
+    """Tokenizer with UTF-8 bytes as ids 0 to 255, which needs no training."""
 
     bos_id = 256
     eos_id = 257
@@ -158,10 +168,10 @@ class ByteTokenizer(TokenizerBase):
     pad_id: int | None = None
     suffix_ids: tuple[int, ...] = ()
 
-    def __init__(self, companions: Companions | None = None) -> None:
-        self._companions = companions or Companions(None)
-        self.end_ids = end_ids(self.eos_id, self._companions.ids("eos_token_id"))
-        self.prefix_ids = self._companions.begin((), self.bos_id)
+    def __init__(self, settings: TokenizerSettings | None = None) -> None:
+        self._settings = settings or TokenizerSettings(None)
+        self.end_ids = end_ids(self.eos_id, self._settings.ids("eos_token_id"))
+        self.prefix_ids = self._settings.begin((), self.bos_id)
         content = {"type": "bytes", "bos_id": 256, "eos_id": 257, "vocab_size": 258}
         self._content = (json.dumps(content) + "\n").encode()
         self.sha256 = hashlib.sha256(self._content).hexdigest()
@@ -173,8 +183,8 @@ class ByteTokenizer(TokenizerBase):
         del threads
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
-    def encode_with_offsets(self, text: str, plain: Spans = ()) -> Placed:
-        del plain  # there are no names of control tokens
+    def encode_with_offsets(self, text: str, plain: Spans = ()) -> IdsWithOffsets:
+        del plain  # control tokens have no names
         places = [(n, n + 1) for n, character in enumerate(text) for _ in character.encode()]
         return list(text.encode()), places
 
@@ -188,18 +198,18 @@ class ByteTokenizer(TokenizerBase):
         return [chr(id) for id in range(256)] + ["", ""]
 
     def save(self, folder: Path) -> str:
-        self._companions.save(folder)
+        self._settings.save(folder)
         (folder / _BYTES).write_bytes(self._content)
         return _BYTES
 
     def export(self, folder: Path) -> None:
-        export_bytes(folder, self, self._companions)
+        export_bytes(folder, self, self._settings)
 
 
 def _find(path: Path) -> Path:
-    """Return the file of the tokenizer that a path names."""
+    """Return the tokenizer's file at a path, or of a model on the hub."""
     if path.is_file():
-        if is_older(path) and (advice := find_older(path.parent)):
+        if has_older_format(path) and (advice := explain_older_format(path.parent)):
             raise DataError(advice)
         if path.suffix in (".model", ".json"):
             return path
@@ -211,19 +221,19 @@ def _find(path: Path) -> Path:
     if not path.is_dir():
         raise DataError(
             f"there is no tokenizer {path}; give a .model file, a tokenizer.json, a folder with "
-            "one of them, a model of the hub (ORG/NAME), or `bytes`"
+            "one of them, a model on the hub (ORG/NAME), or `bytes`"
         )
-    # tokenizer.json first: if a folder has both, it also holds the tokens added later
+    # If a folder has both, only tokenizer.json has the tokens that were added later.
     for name in (HUGGING_FACE, SENTENCEPIECE, _BYTES):
         if (path / name).is_file():
             return path / name
-    if advice := find_older(path):
+    if advice := explain_older_format(path):
         raise DataError(advice)
     models = sorted(path.glob("*.model"))
     if len(models) == 1:
         return models[0]
-    found = ", ".join(model.name for model in models) or "none of them"
+    names = ", ".join(model.name for model in models) or "none of them"
     raise DataError(
-        f"{path}: a tokenizer folder holds {HUGGING_FACE}, {SENTENCEPIECE} or one other .model "
-        f"file; found {found}; put the tokenizer's files there, or name another tokenizer"
+        f"{path}: a tokenizer folder has {HUGGING_FACE}, {SENTENCEPIECE} or one other .model "
+        f"file; got {names}; put the tokenizer's files there, or name another tokenizer"
     )

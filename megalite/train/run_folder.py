@@ -18,7 +18,7 @@ from megalite.formats import checkpoint as disk
 from megalite.log import logger
 from megalite.observe import Recorder, previous_attempts, restate
 from megalite.parallel import Grid
-from megalite.tokenizers.tokenizer import keep_ends, tokenizer_files
+from megalite.tokenizers.tokenizer import copy_generation_config, tokenizer_files
 from megalite.train.outcome import verdict
 from megalite.train.resume import ResumePoint
 
@@ -204,7 +204,7 @@ def _prepare(
     files.write_json(folder / "deepspeed.json", settings)
     _copy_tokenizer(train, folder / "tokenizer")
     if resume_point is not None:
-        keep_ends(folder / "tokenizer", resume_point.folder)
+        copy_generation_config(folder / "tokenizer", resume_point.folder)
     left = []
     if resume_point is not None and not resume_point.weights_only:
         left = checkpoint.set_aside_newer(root, resume_point.progress.step, resume_point.folder)

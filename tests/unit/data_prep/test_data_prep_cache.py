@@ -13,7 +13,7 @@ import pytest
 from data_prep import examples
 from data_prep.eval_examples import prepare_again
 from megalite.errors import DataError
-from megalite.tokenizers.tokenizer import keep_ends, tokenizer_files
+from megalite.tokenizers.tokenizer import copy_generation_config, tokenizer_files
 from tests.helpers.models import run_config
 from tests.helpers.rows import ROWS, jsonl, make, opened, texts
 from tests.helpers.tokenizers import NAMES, json_folder
@@ -49,7 +49,7 @@ def run_copy(made: Path, start: Path) -> Path:
     folder.mkdir(parents=True)
     for path in tokenizer_files(made / "tokenizer"):
         shutil.copyfile(path, folder / path.name)
-    keep_ends(folder, start)
+    copy_generation_config(folder, start)
     return folder
 
 

@@ -12,7 +12,7 @@ import pytest
 from megalite.checkpoint.huggingface import export
 from megalite.config import ModelConfig
 from megalite.evaluate.verify import verify_text
-from megalite.tokenizers.tokenizer import keep_ends, load_tokenizer
+from megalite.tokenizers.tokenizer import copy_generation_config, load_tokenizer
 from tests.helpers.families import model_section
 from tests.helpers.tokenizers import NAMES, START, json_folder
 from tests.unit.huggingface.test_huggingface_families import InMemory, random_model
@@ -86,14 +86,14 @@ def test_run_keeps_the_end_ids_of_the_model_it_starts_from(kind: str, tmp_path: 
     else:
         (start / "generation_config.json").write_text(json.dumps(GENERATION))
     mine = json_folder(tmp_path / "mine")
-    keep_ends(mine, tmp_path / "start")
+    copy_generation_config(mine, tmp_path / "start")
     tokenizer = load_tokenizer(mine)
     assert tokenizer.end_ids == (257, 259)
     assert tokenizer.generation_config["temperature"] == 0.6
     # The ids of another tokenizer have other meanings.
     other = json_folder(tmp_path / "other", around="<s> $A")
-    keep_ends(other, tmp_path / "start")
+    copy_generation_config(other, tmp_path / "start")
     assert load_tokenizer(other).end_ids == (257,)
     (tmp_path / "empty").mkdir()
-    keep_ends(tmp_path / "empty", tmp_path / "start")
+    copy_generation_config(tmp_path / "empty", tmp_path / "start")
     assert not list((tmp_path / "empty").iterdir())

@@ -1,5 +1,5 @@
 # covers: megalite/tokenizers/huggingface.py megalite/tokenizers/sentencepiece.py
-"""Names of control tokens: tokens where a template writes them, text where a user does."""
+"""Names of control tokens are tokens if a template writes them, and text if a user does."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ START, END = "<|im_start|>", "<|im_end|>"
 
 
 def byte_level() -> Any:
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
+    backend.train_from_iterator(
         CORPUS, tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False)
     )
-    return made
+    return backend
 
 
 def metaspace(scheme: str) -> Any:
-    """Llama's: a space before the first word of a text, or of what follows each token."""
+    """Return a tokenizer like Llama's, with a space before words at the start or after tokens."""
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
     for piece in ("▁", "u", "s", "e", "r", "▁u", "se", "▁use", "▁user"):
         vocabulary[piece] = len(vocabulary)
     merges = [("▁", "u"), ("s", "e"), ("▁u", "se"), ("▁use", "r")]
-    made = tokenizers.Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True))
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True))
     if scheme == "normalizer":
         steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        made.normalizer = normalizers.Sequence(steps)
+        backend.normalizer = normalizers.Sequence(steps)
     else:
-        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    made.decoder = decoders.Sequence(
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    return made
+    return backend
 
 
-def saved(made: Any, folder: Path) -> Tokenizer:
+def saved(backend: Any, folder: Path) -> Tokenizer:
     plain, strips = {"normalized": False}, {"normalized": False, "rstrip": True}
-    made.add_special_tokens([tokenizers.AddedToken(START, **plain), "<pad>"])
-    made.add_special_tokens([tokenizers.AddedToken(END, **strips)])
-    made.add_tokens([tokenizers.AddedToken("<think>", special=False, normalized=False)])
-    made.save(str(folder / "tokenizer.json"))
+    backend.add_special_tokens([tokenizers.AddedToken(START, **plain), "<pad>"])
+    backend.add_special_tokens([tokenizers.AddedToken(END, **strips)])
+    backend.add_tokens([tokenizers.AddedToken("<think>", special=False, normalized=False)])
+    backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
     return load_tokenizer(folder)
 
@@ -76,37 +76,36 @@ def control_ids(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 
 @KINDS
-def test_control_tokens_in_a_users_words_stay_text(kind: str, tmp_path: Path) -> None:
+def test_control_token_names_in_plain_spans_stay_text(kind: str, tmp_path: Path) -> None:
     tokenizer = of_kind(kind, tmp_path)
     text, before = f"{START}user\n{WORDS}{END}\n{START}assistant\n", len(f"{START}user\n")
     words = (before, before + len(WORDS))
-    ids, places = tokenizer.encode_with_offsets(text, [words])
+    ids, offsets = tokenizer.encode_with_offsets(text, [words])
     assert control_ids(tokenizer, ids) == [START, END, START]
     assert tokenizer.decode(ids).replace(" ", "").count(END) == 2
-    # every id lies where its text is, in order
-    assert all(a <= b for a, b in places)
-    assert [a for a, _ in places] == sorted(a for a, _ in places)
-    assert places[0] == (0, len(START))
-    # words without a name of a token are encoded as if nothing were said about them
+    # The offsets are in order.
+    assert all(a <= b for a, b in offsets)
+    assert [a for a, _ in offsets] == sorted(a for a, _ in offsets)
+    assert offsets[0] == (0, len(START))
+    # A plain span without a name of a token changes nothing.
     quiet = text.replace(WORDS, "hello user")
     span = [(before, before + 10)]
     assert tokenizer.encode_with_offsets(quiet, span) == tokenizer.encode_with_offsets(quiet)
 
 
 @KINDS
-def test_a_text_that_is_all_plain_has_no_control_tokens(kind: str, tmp_path: Path) -> None:
+def test_plain_text_has_no_control_tokens(kind: str, tmp_path: Path) -> None:
     tokenizer = of_kind(kind, tmp_path)
     for text in (WORDS, END, f"{END} user", "", f"{START}{END}"):
-        found, places = tokenizer.encode_with_offsets(text, [(0, len(text))])
-        assert found == tokenizer.encode(text)
-        assert len(places) == len(found)
+        ids, offsets = tokenizer.encode_with_offsets(text, [(0, len(text))])
+        assert ids == tokenizer.encode(text)
+        assert len(offsets) == len(ids)
 
 
 @KINDS
-def test_text_around_a_name_that_stays_text_is_encoded_as_elsewhere(
+def test_text_between_control_tokens_does_not_depend_on_other_turns(
     kind: str, tmp_path: Path
 ) -> None:
-    """What stands between two tokens does not depend on names of tokens in other turns."""
     tokenizer = of_kind(kind, tmp_path)
     turns = [
         f"{START}user\nuser user{END}",
@@ -123,7 +122,7 @@ def test_text_around_a_name_that_stays_text_is_encoded_as_elsewhere(
     assert ids[-len(quiet[last:]) :] == quiet[last:]
 
 
-def test_bytes_have_no_names() -> None:
+def test_byte_tokenizer_has_no_control_token_names() -> None:
     tokenizer = load_tokenizer("bytes")
     assert tokenizer.encode_with_offsets(END, [(0, 3)]) == tokenizer.encode_with_offsets(END)
     assert isinstance(trained(model_type="bpe"), SentencePieceTokenizer)

@@ -1,5 +1,5 @@
 # covers: megalite/tokenizers/export.py
-"""A tokenizer in Hugging Face's form gives the same ids, and the text back."""
+"""An exported tokenizer gives the same ids, and decodes them to the same text."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "remove_extra_whitespaces": False,
     },
     "unigram as T5's": {"model_type": "unigram"},
-    "with words of its own": {
+    "with user-defined symbols": {
         "model_type": "bpe",
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,
@@ -65,7 +65,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def texts() -> list[str]:
-    """Return the probes, and random sequences of what is in them."""
+    """Return the probes, and random sequences of their characters."""
     chosen = random.Random(1)
     alphabet = "".join(PROBES) + "   \n\t" + "".join(CORPUS[:4])
     return [*PROBES, "", *("".join(chosen.choices(alphabet, k=60)) for _ in range(60))]

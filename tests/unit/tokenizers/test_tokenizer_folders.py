@@ -1,5 +1,5 @@
 # covers: megalite/tokenizers/special_tokens.py
-"""Tokenizer folders as transformers reads them: ids, vocabulary, ends, what begins a text."""
+"""Tokenizer folders are read as by transformers: ids, vocabulary, prefix and end of a text."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ TEXTS = (
 
 
 def added(content: str, **flags: bool) -> dict[str, Any]:
-    told = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
-    return {"content": content, "special": True, **told, **flags}
+    defaults = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+    return {"content": content, "special": True, **defaults, **flags}
 
 
-def test_an_id_far_beyond_the_tokens_is_refused(tmp_path: Path) -> None:
+def test_id_far_beyond_the_number_of_tokens_is_refused(tmp_path: Path) -> None:
     file = json_folder(tmp_path) / "tokenizer.json"
     raw = json.loads(file.read_text())
     raw["model"]["vocab"]["a"] = 2**31 - 1
@@ -52,9 +52,7 @@ def sentencepiece_folder(folder: Path, files: Mapping[str, Any], **options: Any)
 
 
 def compare(folder: Path, ours: Tokenizer) -> bool:
-    """Return whether transformers reads the folder as we do; an assertion names the first
-    difference.
-    """
+    """Assert that transformers reads the folder as we do."""
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert ours.vocab_size == len(theirs)
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
@@ -104,13 +102,13 @@ FOLDERS: dict[str, dict[str, Any]] = {
             },
         }
     },
-    "eos that is nowhere else": {"tokenizer_config.json": LLAMA | {"eos_token": END}},
+    "eos in no other file": {"tokenizer_config.json": LLAMA | {"eos_token": END}},
 }
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
 @pytest.mark.parametrize("space", [True, False], ids=["space", "no space"])
-def test_a_sentencepiece_folder_is_read_as_transformers_reads_it(
+def test_sentencepiece_folder_is_read_as_by_transformers(
     kind: str, space: bool, tmp_path: Path
 ) -> None:
     files = {"config.json": {"model_type": "llama", "vocab_size": 410}} | FOLDERS[kind]
@@ -121,18 +119,18 @@ def test_a_sentencepiece_folder_is_read_as_transformers_reads_it(
     folder = sentencepiece_folder(tmp_path / "hf", files, add_dummy_prefix=space)
     ours = load_tokenizer(folder)
     assert compare(folder, ours)
-    written_again(ours, tmp_path)
+    check_copies(ours, tmp_path)
 
 
-def written_again(ours: Tokenizer, tmp_path: Path) -> None:
-    """What is saved in checkpoints and exported reads the same."""
+def check_copies(ours: Tokenizer, tmp_path: Path) -> None:
+    """Assert that a saved copy and an export equal a tokenizer."""
     for name, write in (("saved", ours.save), ("exported", ours.export)):
         folder = tmp_path / name
         folder.mkdir()
         write(folder)
         again = load_tokenizer(folder)
-        told = ("vocab_size", "bos_id", "eos_id", "pad_id", "prefix_ids", "suffix_ids")
-        assert {k: getattr(again, k) for k in told} == {k: getattr(ours, k) for k in told}
+        keys = ("vocab_size", "bos_id", "eos_id", "pad_id", "prefix_ids", "suffix_ids")
+        assert {k: getattr(again, k) for k in keys} == {k: getattr(ours, k) for k in keys}
         for text in TEXTS:
             assert again.encode_with_offsets(text) == ours.encode_with_offsets(text), name
             assert again.encode(text) == ours.encode(text)
@@ -141,11 +139,11 @@ def written_again(ours: Tokenizer, tmp_path: Path) -> None:
 
 JSON_FOLDERS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "bos": ("<s> $A", {"tokenizer_config.json": NAMES}),
-    "bos whatever the config says": (
+    "bos against the config": (
         "<s> $A",
         {"tokenizer_config.json": NAMES | {"add_bos_token": False}},
     ),
-    "no bos whatever the config says": (
+    "no bos against the config": (
         None,
         {"tokenizer_config.json": NAMES | {"add_bos_token": True}},
     ),
@@ -153,7 +151,7 @@ JSON_FOLDERS: dict[str, tuple[str | None, dict[str, Any]]] = {
         f"{START} <s> $A </s>",
         {"tokenizer_config.json": NAMES},
     ),
-    "names in the map alone": (
+    "names only in the map": (
         "<s> $A",
         {
             "tokenizer_config.json": {"model_max_length": 64},
@@ -179,9 +177,7 @@ JSON_FOLDERS: dict[str, tuple[str | None, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", JSON_FOLDERS)
-def test_a_tokenizer_json_folder_is_read_as_transformers_reads_it(
-    kind: str, tmp_path: Path
-) -> None:
+def test_tokenizer_json_folder_is_read_as_by_transformers(kind: str, tmp_path: Path) -> None:
     around, files = JSON_FOLDERS[kind]
     folder = json_folder(tmp_path / "hf", files, around)
     if kind == "added_tokens.json":
@@ -189,7 +185,7 @@ def test_a_tokenizer_json_folder_is_read_as_transformers_reads_it(
         (folder / kind).write_text(json.dumps({"<tool>": size, "<think>": size + 1}))
     ours = load_tokenizer(folder)
     assert compare(folder, ours)
-    written_again(ours, tmp_path)
+    check_copies(ours, tmp_path)
 
 
 def test_pieces_of_a_model_are_renamed_by_id(tmp_path: Path) -> None:
@@ -204,10 +200,10 @@ def test_pieces_of_a_model_are_renamed_by_id(tmp_path: Path) -> None:
     assert size == 400
     assert (ours.eos_id, ours.pieces()[398:]) == (399, [START, END])
     assert compare(folder, ours)
-    written_again(ours, tmp_path)
+    check_copies(ours, tmp_path)
 
 
-def test_an_added_token_that_would_get_another_id_is_refused(tmp_path: Path) -> None:
+def test_added_token_that_would_get_another_id_is_refused(tmp_path: Path) -> None:
     files = {"tokenizer_config.json": {"added_tokens_decoder": {"410": added(END)}}}
     folder = sentencepiece_folder(tmp_path / "hf", files)
     with pytest.raises(
@@ -220,18 +216,18 @@ def test_an_added_token_that_would_get_another_id_is_refused(tmp_path: Path) -> 
     ("name", "content", "message"),
     [
         ("tokenizer_config.json", "[]", "not an object"),
-        ("tokenizer_config.json", "{", "not JSON"),
-        ("tokenizer_config.json", "[" * 100_000, "not JSON"),
+        ("tokenizer_config.json", "{", "not valid JSON"),
+        ("tokenizer_config.json", "[" * 100_000, "not valid JSON"),
         ("tokenizer_config.json", '{"eos_token": 5}', "eos_token is 5"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder"),
         ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "added_tokens_decoder"),
         ("special_tokens_map.json", '{"eos_token": ["</s>"]}', "eos_token is"),
         ("added_tokens.json", '{"<x>": "7"}', "'<x>' has the id '7'"),
         ("generation_config.json", '{"eos_token_id": "</s>"}', "eos_token_id is '</s>'"),
-        ("generation_config.json", '{"eos_token_id": [1, [2]]}', "give an id, or a list of ids"),
+        ("generation_config.json", '{"eos_token_id": [1, [2]]}', "not an id or a list of ids"),
     ],
 )
-def test_a_damaged_file_beside_a_tokenizer_is_named(
+def test_damaged_settings_file_is_reported(
     name: str, content: str, message: str, tmp_path: Path
 ) -> None:
     for folder in (
@@ -244,7 +240,7 @@ def test_a_damaged_file_beside_a_tokenizer_is_named(
         assert str(folder / name) in str(caught.value)
 
 
-def test_ends_are_those_of_all_files(tmp_path: Path) -> None:
+def test_end_ids_are_those_of_all_files(tmp_path: Path) -> None:
     folder = json_folder(tmp_path / "hf", {"tokenizer_config.json": NAMES})
     start, stop = (tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")),) * 2
     ids = [start.token_to_id("</s>"), stop.token_to_id(START), stop.token_to_id(END)]
@@ -260,9 +256,9 @@ def test_ends_are_those_of_all_files(tmp_path: Path) -> None:
     assert json.loads((copy / "generation_config.json").read_text())["pad_token_id"] == 3
 
 
-@pytest.mark.parametrize("told", ["class", "model type"])
-def test_t5_ends_a_text_with_eos_though_no_file_says_so(told: str, tmp_path: Path) -> None:
-    config = {"tokenizer_class": "T5Tokenizer"} if told == "class" else {"eos_token": "</s>"}
+@pytest.mark.parametrize("source", ["class", "model type"])
+def test_t5_ends_a_text_with_eos_although_no_file_says_so(source: str, tmp_path: Path) -> None:
+    config = {"tokenizer_class": "T5Tokenizer"} if source == "class" else {"eos_token": "</s>"}
     files = {"config.json": {"model_type": "t5"}, "tokenizer_config.json": config}
     folder = sentencepiece_folder(tmp_path / "hf", files, model_type="unigram")
     (folder / "tokenizer.model").rename(folder / "spiece.model")
@@ -281,10 +277,10 @@ ENCODED = ("<s>hello</s>world", "hello world", " </s> two", *TEXTS)
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "t5", None])
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_saved_copies_encode_as_the_folder_they_come_from(
+def test_copy_encodes_as_the_original_folder(
     kind: str, model_type: str | None, tmp_path: Path
 ) -> None:
-    """A copy lacks the config.json of the model, which decides where a space is added."""
+    """A copy lacks the model's config.json, on which the prepend scheme depends."""
     model = {"config.json": {"model_type": model_type}} if model_type else {}
     folder = sentencepiece_folder(tmp_path / "hf", model | FOLDERS[kind])
     fresh = load_tokenizer(folder)
@@ -303,8 +299,8 @@ def test_saved_copies_encode_as_the_folder_they_come_from(
         assert file.read_bytes() == (second / file.name).read_bytes()
 
 
-def test_a_damaged_answer_about_the_space_is_refused(tmp_path: Path) -> None:
+def test_bad_value_of_the_saved_prepend_scheme_is_refused(tmp_path: Path) -> None:
     config = LLAMA | {"megalite_space_before_text": "sometimes"}
     folder = sentencepiece_folder(tmp_path / "hf", {"tokenizer_config.json": config})
-    with pytest.raises(DataError, match="is 'sometimes'; it is null, always, first or never"):
+    with pytest.raises(DataError, match="is 'sometimes', not null, always, first or never"):
         load_tokenizer(folder)

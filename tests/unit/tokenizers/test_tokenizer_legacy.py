@@ -1,5 +1,5 @@
 # covers: megalite/tokenizers/legacy.py
-"""Tokenizer folders of older formats are refused with a command, and the command works."""
+"""Tokenizer folders of older formats are refused with a command that converts them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def xlm_roberta(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("make", [gpt2, bert, bert_of_a_model, tekken, xlm_roberta])
-def test_the_command_makes_a_tokenizer_json_with_the_ids_of_transformers(
+def test_command_makes_a_tokenizer_json_with_the_ids_of_transformers(
     make: Any, tmp_path: Path
 ) -> None:
     theirs = make(tmp_path)
@@ -89,8 +89,8 @@ def test_the_command_makes_a_tokenizer_json_with_the_ids_of_transformers(
     ours = load_tokenizer(tmp_path)
     assert ours.vocab_size == len(theirs)
     for text in TEXTS:
-        wanted = theirs(text).input_ids
-        assert [*ours.prefix_ids, *ours.encode(text), *ours.suffix_ids] == wanted
+        expected = theirs(text).input_ids
+        assert [*ours.prefix_ids, *ours.encode(text), *ours.suffix_ids] == expected
 
 
 def marian(folder: Path) -> Any:
@@ -103,8 +103,8 @@ def marian(folder: Path) -> Any:
         model.save(folder)
         file = folder / "tokenizer.model"
         file.rename(folder / f"{name}.spm")
-        read = sentencepiece.SentencePieceProcessor(model_file=str(folder / f"{name}.spm"))
-        pieces = [read.id_to_piece(n) for n in range(read.get_piece_size())]
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / f"{name}.spm"))
+        pieces = [processor.id_to_piece(n) for n in range(processor.get_piece_size())]
         names += [piece for piece in pieces if piece not in ("<s>", "</s>", "<unk>")]
     names = [*dict.fromkeys(names), ">>deu<<", "<pad>"]
     vocabulary = {name: n for n, name in enumerate(names)}
@@ -114,7 +114,7 @@ def marian(folder: Path) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:Recommended")
-def test_marians_two_models_become_one_for_sources_and_answers(tmp_path: Path) -> None:
+def test_marian_conversion_joins_the_two_models(tmp_path: Path) -> None:
     theirs = marian(tmp_path)
     with pytest.raises(DataError, match=r"source.spm and target.spm") as caught:
         load_tokenizer(tmp_path)
@@ -124,15 +124,15 @@ def test_marians_two_models_become_one_for_sources_and_answers(tmp_path: Path) -
     assert (ours.vocab_size, ours.eos_id, ours.bos_id) == (len(theirs), 0, None)
     assert ours.pad_id == theirs.pad_token_id
     for text in (*TEXTS[:2], "fox fox  jumps"):
-        wanted = theirs(text).input_ids
-        assert [*ours.prefix_ids, *ours.encode(text), *ours.suffix_ids] == wanted
+        expected = theirs(text).input_ids
+        assert [*ours.prefix_ids, *ours.encode(text), *ours.suffix_ids] == expected
         answer = theirs(text_target=text).input_ids
         assert ours.decode(answer) == theirs.decode(answer, skip_special_tokens=True)
     coded, _ = ours.encode_with_offsets(">>deu<<")
     assert coded == theirs(">>deu<<").input_ids[:1]
 
 
-def test_marian_conversion_names_what_is_no_marian_folder(tmp_path: Path) -> None:
+def test_marian_conversion_refuses_other_folders(tmp_path: Path) -> None:
     for name in ("source.spm", "target.spm"):
         (tmp_path / name).write_bytes(b"nothing")
     for content in ("{}", "[]", '{"</s>": 0, "<unk>": 7}', "["):
@@ -142,7 +142,7 @@ def test_marian_conversion_names_what_is_no_marian_folder(tmp_path: Path) -> Non
     assert not (tmp_path / "tokenizer.json").exists()
 
 
-def test_files_of_tiktoken_are_named_with_what_they_lack(tmp_path: Path) -> None:
+def test_tiktoken_files_are_refused(tmp_path: Path) -> None:
     lines = [f"{base64.b64encode(bytes([n])).decode()} {n}" for n in range(256)]
     for name in ("qwen.tiktoken", "tokenizer.model"):
         folder = tmp_path / name.partition(".")[0]
@@ -153,7 +153,7 @@ def test_files_of_tiktoken_are_named_with_what_they_lack(tmp_path: Path) -> None
                 load_tokenizer(path)
 
 
-def test_a_file_of_an_older_folder_is_named_as_the_folder(tmp_path: Path) -> None:
+def test_file_of_an_older_format_is_reported_as_its_folder(tmp_path: Path) -> None:
     gpt2(tmp_path)
     for name in ("vocab.json", "merges.txt"):
         with pytest.raises(DataError, match=r"holds merges.txt, which is GPT-2's format"):

@@ -48,17 +48,17 @@ def sentencepiece_model(path: Path, options: Mapping[str, Any]) -> Path:
 
 
 def hugging_face_file(folder: Path, specials: Sequence[str] = ("<s>", "</s>")) -> Path:
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         special_tokens=list(specials),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(TEXT, trainer)
+    backend.train_from_iterator(TEXT, trainer)
     folder.mkdir(exist_ok=True)
-    made.save(str(folder / "tokenizer.json"))
+    backend.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
 
 
@@ -76,7 +76,7 @@ KINDS = pytest.mark.parametrize("kind", ["sentencepiece", "hugging face", "bytes
 
 
 @KINDS
-def test_text_comes_back(kind: str, paths: dict[str, str]) -> None:
+def test_text_survives_encoding_and_decoding(kind: str, paths: dict[str, str]) -> None:
     tokenizer = load_tokenizer(paths[kind])
     check_round_trip(tokenizer)
     texts = [*PROBES, "", "</s><s>"]
@@ -88,9 +88,7 @@ def test_text_comes_back(kind: str, paths: dict[str, str]) -> None:
 
 
 @KINDS
-def test_text_holds_no_control_tokens_and_they_hold_no_text(
-    kind: str, paths: dict[str, str]
-) -> None:
+def test_text_has_no_control_tokens_and_they_have_no_text(kind: str, paths: dict[str, str]) -> None:
     tokenizer = load_tokenizer(paths[kind])
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     assert bos is not None
@@ -101,7 +99,7 @@ def test_text_holds_no_control_tokens_and_they_hold_no_text(
 
 
 @KINDS
-def test_a_saved_tokenizer_is_the_same(kind: str, paths: dict[str, str], tmp_path: Path) -> None:
+def test_saved_tokenizer_is_equal(kind: str, paths: dict[str, str], tmp_path: Path) -> None:
     tokenizer = load_tokenizer(paths[kind])
     name = tokenizer.save(tmp_path)
     assert sha256_file(tmp_path / name) == tokenizer.sha256
@@ -117,12 +115,12 @@ def test_a_saved_tokenizer_is_the_same(kind: str, paths: dict[str, str], tmp_pat
 
 @settings(max_examples=50, deadline=None)
 @given(st.text())
-def test_bytes_keep_any_text(text: str) -> None:
+def test_byte_tokenizer_keeps_any_text(text: str) -> None:
     tokenizer = ByteTokenizer()
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_the_config_beside_a_tokenizer_json_names_the_ends(tmp_path: Path) -> None:
+def test_tokenizer_config_names_bos_and_eos(tmp_path: Path) -> None:
     file = hugging_face_file(tmp_path, ["<|im_end|>", "<s>", "</s>"])
     config = {"bos_token": None, "eos_token": {"content": "<|im_end|>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -134,7 +132,7 @@ def test_the_config_beside_a_tokenizer_json_names_the_ends(tmp_path: Path) -> No
     assert load_tokenizer(copy).eos_id == 0
 
 
-def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path) -> None:
+def test_check_round_trip_refuses_a_tokenizer_that_loses_text(tmp_path: Path) -> None:
     plain = load_tokenizer(sentencepiece_model(tmp_path / "plain.model", {"byte_fallback": True}))
     with pytest.raises(DataError, match="the tokenizer loses text: '  two before, "):
         check_round_trip(plain)
@@ -147,19 +145,21 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path) -> None:
 
 def bert_file(folder: Path) -> Path:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "quick", "fox", "##es"]
-    made = tokenizers.Tokenizer(
+    backend = tokenizers.Tokenizer(
         models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
     )
-    made.normalizer = normalizers.BertNormalizer()
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.decoder = decoders.WordPiece()
-    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    made.add_special_tokens(words[:4])
-    made.save(str(folder / "tokenizer.json"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    backend.add_special_tokens(words[:4])
+    backend.save(str(folder / "tokenizer.json"))
     return folder / "tokenizer.json"
 
 
-def test_a_loss_that_is_allowed_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_check_round_trip_warns_of_an_allowed_loss(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tokenizer = load_tokenizer(bert_file(tmp_path))
     with pytest.raises(DataError, match="allow the loss with --lossy"):
         check_round_trip(tokenizer)
@@ -169,37 +169,37 @@ def test_a_loss_that_is_allowed_is_said(tmp_path: Path, caplog: pytest.LogCaptur
     assert [record.getMessage().rpartition(" (")[2] for record in caplog.records] == [
         "6 of 6 probes changed)"
     ]
-    # its own ends of a text are not added, and are there for --bos and the EOS of documents
+    # Its post-processor adds nothing here; --bos and the EOS of documents use its ids.
     assert tokenizer.encode("The quick foxes") == [4, 5, 6, 7]
     assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 3)
 
 
-def test_a_tokenizer_is_what_it_was_when_it_was_loaded(tmp_path: Path) -> None:
+def test_save_writes_the_content_that_was_loaded(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(hugging_face_file(tmp_path / "first"))
     (tmp_path / "first" / "tokenizer.json").write_text("changed meanwhile")
     tokenizer.save(tmp_path)
     assert sha256_file(tmp_path / "tokenizer.json") == tokenizer.sha256
 
 
-def test_load_tokenizer_names_what_is_no_tokenizer(tmp_path: Path) -> None:
+def test_load_tokenizer_refuses_other_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no tokenizer"):
         load_tokenizer(tmp_path / "none")
-    with pytest.raises(DataError, match="found none of them"):
+    with pytest.raises(DataError, match="got none of them"):
         load_tokenizer(tmp_path)
     for name in ("a.model", "b.model", "tokenizer.txt", "broken.json"):
         (tmp_path / name).write_text("{nothing")
-    with pytest.raises(DataError, match=r"found a\.model, b\.model"):
+    with pytest.raises(DataError, match=r"got a\.model, b\.model"):
         load_tokenizer(tmp_path)
     with pytest.raises(DataError, match=r"a tokenizer is a \.model file"):
         load_tokenizer(tmp_path / "tokenizer.txt")
     for name in ("a.model", "broken.json"):
-        with pytest.raises(DataError, match=f"{name}: not a tokenizer that can be read"):
+        with pytest.raises(DataError, match=f"{name}: not a readable tokenizer"):
             load_tokenizer(tmp_path / name)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "byte level", "byte fallback"])
-def test_bytes_are_counted_also_where_a_character_is_cut(tmp_path: Path, kind: str) -> None:
-    """Every cut of a text in two has as many bytes on both sides as the text."""
+def test_count_bytes_adds_up_even_within_a_character(tmp_path: Path, kind: str) -> None:
+    """However a text's ids are split in two, the counts add up to the text's bytes."""
     tokenizer = _tokenizer_of_kind(kind, tmp_path)
     text = "naïve café 大规模  😀\n" * 2 + "ab ab"
     ids = tokenizer.encode(text)
@@ -219,8 +219,8 @@ def _tokenizer_of_kind(kind: str, folder: Path) -> Tokenizer:
     if kind == "byte level":
         return load_tokenizer(hugging_face_file(folder))
     vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256, "b": 257, "ab": 258}
-    made = tokenizers.Tokenizer(models.BPE(vocabulary, [("a", "b")], byte_fallback=True))
-    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    made.add_special_tokens(["</s>"])
-    made.save(str(folder / "tokenizer.json"))
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [("a", "b")], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(folder / "tokenizer.json"))
     return load_tokenizer(folder / "tokenizer.json")
