@@ -1,4 +1,4 @@
-"""Shards to batches: the order of samples, mixtures of sources, and a loader that reads ahead."""
+"""Batches from shards or examples: the order of samples, mixtures of sources, the loader."""
 
 from megalite.data.batch import Batch, Count, StepBatches
 from megalite.data.dataset import Dataset, open_data, open_train, open_valid, set_corruption

@@ -1,4 +1,4 @@
-"""Batches that the loader gives to the engine: named tensors, and the number of targets.
+"""Batches from the loader to the engine: named tensors and the number of targets.
 
 B samples   T tokens
 """
@@ -26,13 +26,13 @@ class Batch:
     """B samples as tensors.
 
     Attributes:
-        tensors: input_ids and labels (the next tokens), int64 [B, T]; loss_mask bool [B, T],
-            whether a label counts. If documents are masked from each other, also position_ids and
-            document_ids, int64 [B, T], both from 0 in each sample. If few labels count, also
-            target_rows int64 [R]: the rows of [B x T] that the head computes. These are the rows
-            that count, and padding.
-        place: place of the first sample in the data order.
-        targets: number of labels that count, or of what the objective counts instead.
+        tensors: input_ids and labels (the next tokens), int64 [B, T]; loss_mask, bool [B, T],
+            whether a label is a target. If documents are masked from each other, also position_ids
+            and document_ids, int64 [B, T], both from 0 in each sample. If few labels are targets,
+            also target_rows, int64 [R]: the rows of [B x T] that the head computes, which are the
+            targets and padding.
+        place: the first sample's position in the data order.
+        targets: number of targets, as the objective counts them.
         tokens: number of tokens of text, without padding.
     """
 
@@ -43,7 +43,7 @@ class Batch:
 
     @classmethod
     def of(cls, arrays: Arrays, place: int, tokens: int) -> Batch:
-        """Return a batch of named arrays, loss_mask among them."""
+        """Return a batch of named arrays, which include loss_mask."""
         mask = arrays["loss_mask"]
         if mask.ndim == 2 and (rows := _target_rows(mask.reshape(-1))) is not None:
             arrays = arrays | {"target_rows": rows}
@@ -51,20 +51,20 @@ class Batch:
         return cls(tensors, place, int(np.count_nonzero(mask)), tokens)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> Batch:
-        """Return the batch on a device; copies from pinned memory do not wait."""
+        """Return the batch on a device. Copies from pinned memory are asynchronous."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin(self) -> Batch:
-        """Return the batch in page-locked memory, which a GPU reads without the CPU."""
+        """Return the batch in page-locked memory, from which GPUs copy asynchronously."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def with_targets(self, count: Count) -> Batch:
-        """Return the same batch with the targets that an objective counts in it, on the host."""
+        """Return the batch with the number of targets by an objective's count on the CPU."""
         arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
         return replace(self, targets=count(arrays))
 
     def first(self, samples: int) -> Batch:
-        """Return a batch of the same shapes in which only the first samples count."""
+        """Return a batch of the same shapes in which only the first samples have targets."""
         mask = self.tensors["loss_mask"].clone()
         mask[samples:] = False
         return replace(
@@ -76,7 +76,7 @@ class Batch:
 
 
 def _target_rows(mask_R: npt.NDArray[np.bool_]) -> Ints | None:
-    """Return the rows that count, padded with one that does not; None if most rows count."""
+    """Return the rows of targets, padded with a masked row; None if most rows are targets."""
     targets = np.flatnonzero(mask_R)
     if (size := padded_targets(len(mask_R), len(targets))) == len(mask_R):
         return None
@@ -86,7 +86,7 @@ def _target_rows(mask_R: npt.NDArray[np.bool_]) -> Ints | None:
 
 @dataclass(frozen=True)
 class StepBatches:
-    """One rank's part of an optimizer step; `targets` and `tokens` are its micro-batches' sums."""
+    """One rank's part of an optimizer step, with its sums of targets and tokens."""
 
     place: int
     micro_batches: list[Batch]

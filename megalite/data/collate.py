@@ -1,6 +1,6 @@
-"""Examples of different lengths to the tensors of a batch.
+"""Arrays of a batch from examples of different lengths.
 
-B samples   T tokens of the longest, rounded up   S tokens that are read
+B samples   T tokens of the longest example, rounded up
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megalite.data.batch import Arrays
 from megalite.data.order import Ints
 from megalite.formats.examples import ExampleSplit
 
-_ROUND = 8  # tokens; shapes that matrix units like, and fewer of them
+_ROUND = 8  # tokens; multiples suit matrix units, and give fewer different shapes
 
 Masks = Sequence[npt.NDArray[np.bool_]]
 
@@ -54,9 +54,9 @@ class Collator:
         return self._next_token(texts, masks)
 
     def _label(self, texts: Sequence[Ints], labels: Ints) -> Arrays:
-        """Return texts and their labels.
+        """Return the arrays of texts with labels.
 
-        An encoder-decoder writes one token; its score is read from that token's hidden state.
+        The decoder of an encoder-decoder gets one token, whose hidden state is classified.
         """
         ids, is_token = self.pad_batch(texts)
         arrays: Arrays = {
@@ -72,7 +72,7 @@ class Collator:
         return arrays
 
     def _next_token(self, texts: Sequence[Ints], masks: Masks) -> Arrays:
-        """Return texts whose next tokens are targets if `masks` says so."""
+        """Return the arrays of texts whose tokens in `masks` are targets."""
         ids, _ = self.pad_batch([text[:-1] for text in texts])
         labels = np.zeros_like(ids)
         loss_mask = np.zeros(ids.shape, np.bool_)
@@ -82,7 +82,7 @@ class Collator:
         return {"input_ids": ids, "labels": labels, "loss_mask": loss_mask}
 
     def _source_and_target(self, texts: Sequence[Ints], masks: Masks) -> Arrays:
-        """Return sources (tokens that are not learned) and targets (tokens that are)."""
+        """Return the arrays of an encoder-decoder: tokens in `masks` are targets, others source."""
         pairs = list(zip(texts, masks, strict=True))
         ids, is_token = self.pad_batch([text[~mask] for text, mask in pairs])
         labels, loss_mask = self.pad_batch([text[mask] for text, mask in pairs])
@@ -96,7 +96,7 @@ class Collator:
         }
 
     def pad_batch(self, texts: Sequence[Ints]) -> tuple[Ints, npt.NDArray[np.bool_]]:
-        """Return texts followed by zeros, and which places hold tokens: [B, T] each."""
+        """Return texts padded by zeros, and whether each position is a token: [B, T] each."""
         longest = max(1, *map(len, texts))
         T = -(-longest // self._multiple) * self._multiple
         T = T if longest > self._longest else min(T, self._longest)

@@ -1,7 +1,7 @@
-"""Corruption of windows: tokens that are hidden, or spans that are cut out.
+"""Corruption of windows: masking of tokens (BERT), or removal of spans (T5).
 
-Both are functions of (seed, sample): every layout, and a run that goes on, hides the same tokens,
-and another epoch hides others.
+The corruption of a sample depends only on the seed and the sample's number. So it is the same on
+every layout and after a resume, and differs between epochs.
 
 B samples   L tokens of a window
 """
@@ -17,20 +17,20 @@ from megalite.config import RunConfig, spans
 from megalite.data.batch import Arrays
 from megalite.data.order import Ints, derive_key, uniform
 
-# windows as they are read, and the numbers of their samples -> what a model is given of them
+# Function from windows and the numbers of their samples to the arrays for the model.
 Corruption = Callable[[Arrays, Ints], Arrays]
 
-_NOT_A_WORD = frozenset("\u2581\u0120\u010a\u0109")  # how vocabularies write spaces and line ends
+_NOT_A_WORD = frozenset("\u2581\u0120\u010a\u0109")  # white space in vocabularies
 
 
 def make_corruption(
     config: RunConfig, words: Words | None, special: frozenset[int]
 ) -> Corruption | None:
-    """Return the corruption of a run file's objective; None if windows stay as they are.
+    """Return the corruption of a run file's objective, or None if it has none.
 
     Args:
-        words: which tokens of a text begin a word; needed for `whole_words`.
-        special: ids that end or begin documents, which are never hidden.
+        words: needed for `objective.whole_words`.
+        special: ids of BOS and EOS, which are never masked.
     """
     if config.objective.name == "masked":
         return Masked(config, words, special)
@@ -38,25 +38,25 @@ def make_corruption(
 
 
 class Words:
-    """Beginnings of words, found by the form of a vocabulary's pieces.
+    """Detection of words from a vocabulary's pieces.
 
-    A piece begins a word if it starts with a space or a sign, or follows a piece that ends so. If
-    the vocabulary marks the pieces that continue a word ("##"), all others begin one.
+    A piece begins a word if it starts with white space or punctuation, or follows a piece that ends
+    with one. If the vocabulary marks the pieces that continue a word ("##"), all others begin one.
     """
 
     def __init__(self, pieces: list[str]) -> None:
-        def sign(character: str) -> bool:
+        def is_separator(character: str) -> bool:
             return character in _NOT_A_WORD or not character.isalnum()
 
-        goes_on = [piece.startswith("##") for piece in pieces]
-        marked = any(goes_on)
+        continues = [piece.startswith("##") for piece in pieces]
+        marked = any(continues)
         self._starts = np.array(
             [
-                (not marked and (not piece or sign(piece[0]))) or (marked and not on)
-                for piece, on in zip(pieces, goes_on, strict=True)
+                not goes_on if marked else not piece or is_separator(piece[0])
+                for piece, goes_on in zip(pieces, continues, strict=True)
             ]
         )
-        self._ends = np.array([not marked and (not p or sign(p[-1])) for p in pieces])
+        self._ends = np.array([not marked and (not p or is_separator(p[-1])) for p in pieces])
 
     def numbers(self, ids_BL: Ints) -> Ints:
         """Return the number of each token's word in its window: int64 [B, L]."""
@@ -67,10 +67,10 @@ class Words:
 
 
 class Masked:
-    """BERT's: of the tokens that are chosen, 8 in 10 become the mask, 1 another token, 1 itself.
+    """BERT's masking: of the chosen tokens, 80 % become the mask, 10 % a random token.
 
-    A window in which none is chosen has one chosen. Devlin et al. 2018; whole words are theirs of
-    2019.
+    The other 10 % stay. At least one token (or word) of each window is chosen. Devlin et al. 2018;
+    whole-word masking is their update of 2019.
     """
 
     def __init__(self, config: RunConfig, words: Words | None, special: frozenset[int]) -> None:
@@ -86,24 +86,24 @@ class Masked:
         if self._words is not None:
             chance = np.take_along_axis(chance, self._words.numbers(ids), axis=1)
         chance = np.where(np.isin(ids, self._special), 1.0, chance)
-        # at least the token, or the word, of the lowest chance
+        # At least the token or word with the lowest number is chosen.
         most = np.maximum(chance.min(axis=1, keepdims=True), objective.mask_probability)
-        hidden = (chance < objective.mask_probability) | ((chance == most) & (chance < 1))
-        given = np.where(kind < 0.8, np.int64(objective.mask_token_id or 0), ids)
-        given = np.where(kind >= 0.9, (other * vocabulary).astype(np.int64), given)
+        chosen = (chance < objective.mask_probability) | ((chance == most) & (chance < 1))
+        masked = np.where(kind < 0.8, np.int64(objective.mask_token_id or 0), ids)
+        masked = np.where(kind >= 0.9, (other * vocabulary).astype(np.int64), masked)
         return arrays | {
-            "input_ids": np.where(hidden, given, ids),
+            "input_ids": np.where(chosen, masked, ids),
             "labels": ids,
-            "loss_mask": hidden,
+            "loss_mask": chosen,
         }
 
 
 class SpanCorruption:
-    """T5's: spans are cut out, a sentinel stands for each, and the decoder writes what was there.
+    """T5's span corruption: sentinels replace removed spans, which the decoder writes.
 
-    Sentinels are the last ids of the vocabulary, counted down. The noise and what is left are cut
-    into equally many parts at random, which take turns; a window begins with what is left (Raffel
-    et al. 2019). Every window gives tensors of the same lengths.
+    Sentinels are the last ids of the vocabulary, counted down. Removed and remaining tokens are
+    divided at random into equally many spans, which alternate; the first span remains (Raffel et
+    al. 2019). All windows give arrays of the same lengths.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -113,14 +113,14 @@ class SpanCorruption:
         config = self._config
         ids = arrays["input_ids"]
         noise, count = spans(config)
-        left, noisy = _draw(config.data.seed, samples, ids.shape[1], 2)
+        random_kept, random_noise = _draw(config.data.seed, samples, ids.shape[1], 2)
         sentinels = config.model.vocab_size - 1 - np.arange(count + 1)
         sources = []
         targets = []
         for row, tokens in enumerate(ids):
-            kept = _parts(left[row], len(tokens) - noise, count)
-            cut = _parts(noisy[row], noise, count)
-            bounds = np.cumsum(np.stack((kept, cut), axis=1).reshape(-1))
+            remaining = _parts(random_kept[row], len(tokens) - noise, count)
+            removed = _parts(random_noise[row], noise, count)
+            bounds = np.cumsum(np.stack((remaining, removed), axis=1).reshape(-1))
             pieces = np.split(tokens, bounds[:-1])
             source = list[Ints]()
             target = list[Ints]()
@@ -130,11 +130,12 @@ class SpanCorruption:
                 target += [sentinel, pieces[2 * number + 1]]
             sources.append(np.concatenate(source))
             targets.append(np.concatenate([*target, sentinels[count:]]))
-        return shifted(np.stack(sources), np.stack(targets), config.model.decoder_start_token_id)
+        start = config.model.decoder_start_token_id
+        return _encoder_decoder_arrays(np.stack(sources), np.stack(targets), start)
 
 
-def shifted(sources: Ints, targets: Ints, start: int) -> Arrays:
-    """Return the inputs of two stacks: a text to read, and one to write after `start`."""
+def _encoder_decoder_arrays(sources: Ints, targets: Ints, start: int) -> Arrays:
+    """Return the arrays of an encoder-decoder; its inputs are the targets shifted by `start`."""
     before = np.full((len(targets), 1), start, np.int64)
     return {
         "input_ids": sources,
@@ -145,12 +146,12 @@ def shifted(sources: Ints, targets: Ints, start: int) -> Arrays:
 
 
 def _parts(chances: npt.NDArray[np.float64], total: int, count: int) -> Ints:
-    """Divide `total` into `count` parts of at least one; all divisions are equally likely."""
+    """Divide `total` at random into `count` parts of at least 1, with equal probabilities."""
     cuts = np.sort(np.argsort(chances[: total - 1], kind="stable")[: count - 1]) + 1
     return np.diff(cuts, prepend=0, append=total)
 
 
 def _draw(seed: int, samples: Ints, length: int, times: int) -> list[npt.NDArray[np.float64]]:
-    """Return numbers in [0, 1): [B, length] at each call."""
+    """Return `times` arrays of random numbers in [0, 1), [B, length] each."""
     keys = derive_key(seed, np.full_like(samples, -1), samples)
     return [uniform(keys, length, stream) for stream in range(times)]

@@ -1,8 +1,8 @@
-"""Samples of a mixture of shard folders: each a function of (shards, seed, index), nothing stored.
+"""Samples of a mixture of shard folders, each computed from the shards, the seed and its number.
 
-A source is one stream of tokens, cut into windows of L + 1 that share their last token with the
-next window's first. Sample i of the mixture is a sample of one source; that source's samples pass
-through its windows in a shuffled order, epoch after epoch, each epoch in another order.
+A source is a stream of tokens. It is divided into windows of L + 1 tokens, of which the last is
+also the first of the next window. Every sample of the mixture is a window of one source. A source's
+windows are read in epochs, each shuffled differently.
 
 B samples   L sequence_length
 """
@@ -28,13 +28,13 @@ from megalite.formats.index import OpenFiles
 from megalite.formats.shards import CHECKED_AT_OPEN, ShardSet, open_shards
 from megalite.tokenizers.tokenizer import load_tokenizer
 
-_ORDER_VERSION = 1  # part of the fingerprint: raise it when a seed comes to mean another order
+_ORDER_VERSION = 1  # enters the fingerprint; raise it if the order for a seed changes
 
 
 def open_data(
     config: DataConfig, *, vocab_size: int, verify: bool | None = None
 ) -> tuple[Dataset, Dataset | None]:
-    """Return the results of `open_train` and `open_valid`, and raise the faults of both at once."""
+    """Return the results of `open_train` and `open_valid`. An error has the faults of both."""
     opened = _open((*config.train, *config.valid), config, vocab_size, verify)
     train = _dataset(opened[: len(config.train)], config.train, config, True)
     if not config.valid:
@@ -46,10 +46,10 @@ def open_train(config: DataConfig, *, vocab_size: int, verify: bool | None = Non
     """Return the training samples of a configuration, shuffled.
 
     Args:
-        vocab_size: the model's, which a source's may not exceed.
-        verify: whether to hash each shard before its first use; None: as `config` says.
+        vocab_size: the model's vocabulary size, which no source may exceed.
+        verify: whether to hash each shard before its first use. None means `config.verify`.
     Raises:
-        DataError: everything that is wrong with any of the sources, a line each.
+        DataError: a source is missing, damaged or unsuitable. The message lists all faults.
     """
     return _dataset(_open(config.train, config, vocab_size, verify), config.train, config, True)
 
@@ -57,7 +57,7 @@ def open_train(config: DataConfig, *, vocab_size: int, verify: bool | None = Non
 def open_valid(
     config: DataConfig, *, vocab_size: int, verify: bool | None = None
 ) -> Dataset | None:
-    """Return the held-out samples of a configuration in their natural order; None if it has none.
+    """Return the held-out samples of a configuration in order, or None if it has none.
 
     Arguments and errors are those of `open_train`.
     """
@@ -67,17 +67,17 @@ def open_valid(
 
 
 def set_corruption(dataset: Dataset, config: RunConfig) -> None:
-    """Set the corruption of the run file's objective, which transforms the windows of a data set.
+    """Set the corruption of a data set's windows by the run file's objective.
 
     Raises:
-        DataError: whole words are requested, and the shards do not state their tokenizer.
+        DataError: `objective.whole_words` is set, but the shards do not name their tokenizer.
     """
     words = None
     if config.objective.whole_words:
         if dataset.tokenizer_folder is None:
             raise DataError(
-                "objective.whole_words: the shards do not name their tokenizer, whose pieces say "
-                "where words begin; tokenize them here, or set it to false"
+                "objective.whole_words: the shards do not name their tokenizer, whose pieces show "
+                "the beginnings of words; tokenize them with data_prep, or set it to false"
             )
         words = Words(load_tokenizer(dataset.tokenizer_folder).pieces())
     ends = [(source.manifest.bos, source.manifest.eos) for source in dataset.sources]
@@ -86,19 +86,19 @@ def set_corruption(dataset: Dataset, config: RunConfig) -> None:
 
 
 class Dataset:
-    """Endless sequence of samples (`Samples`) from shards; any sample can be read at any time.
+    """Endless sequence of samples (`Samples`) from shards, with random access.
 
     Args:
-        sources: opened shard folders, each of at least L + 1 tokens.
-        weights: shares of samples, of any scale; None for all of them: by their windows.
+        sources: open shard folders of at least L + 1 tokens each.
+        weights: relative shares of samples. None for all sources means their numbers of windows.
         sequence_length: L, in tokens.
-        seed: of the order.
+        seed: seed of the order.
         mask_documents: whether documents in a window are masked from each other.
-        shuffle: False reads each source's windows in their natural order.
+        shuffle: If false, read each source's windows in order.
     Attributes:
-        corruption: the transform of windows (`megalite.data.corruption`). None means none.
+        corruption: transform of the windows (`megalite.data.corruption`). None means none.
     Raises:
-        DataError: a source shorter than a window, or weights for some sources only.
+        DataError: a source is shorter than a window, or only some sources have weights.
     """
 
     def __init__(
@@ -113,15 +113,15 @@ class Dataset:
     ) -> None:
         assert len(sources) == len(weights)
         faults = [_too_short(source, sequence_length) for source in sources]
-        faults.append(_half_weighted(weights))
+        faults.append(_some_without_weight(weights))
         if any(faults):
             raise DataError("\n".join(filter(None, faults)))
         self.sequence_length = sequence_length
         self.sources = list(sources)
         self._windows = np.array([(s.tokens - 1) // sequence_length for s in sources])
         self.num_samples = int(self._windows.sum())  # of one epoch of all sources
-        given = [weight for weight in weights if weight is not None]
-        self._mixture = Mixture(given or self._windows.tolist())
+        explicit = [weight for weight in weights if weight is not None]
+        self._mixture = Mixture(explicit or self._windows.tolist())
         self._seed = seed
         self._shuffle = shuffle
         self._mask_documents = mask_documents
@@ -133,29 +133,29 @@ class Dataset:
             "mask_documents": mask_documents,
             "shuffle": shuffle,
         }
-        # except windows and order, which the run file specifies
+        # The content without length and seed, which the run file defines.
         self.content_fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         content |= {"sequence_length": sequence_length, "seed": seed}
-        # Checkpoints keep it: equal fingerprints mean equal samples at every place.
+        # Equal fingerprints mean equal samples in equal order. Checkpoints record it.
         self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """Folder of the tokenizer, for checkpoints; None if no source states its tokenizer."""
-        known = _known_tokenizers(self.sources)
-        return known[0].folder / "tokenizer" if known else None
+        """The tokenizer's folder, which checkpoints copy; None if no source names a tokenizer."""
+        sources = _with_tokenizer(self.sources)
+        return sources[0].folder / "tokenizer" if sources else None
 
     @property
     def tokenizer_sha256(self) -> str:
-        """Hash of the tokenizer's file; empty if no source states its tokenizer."""
-        known = _known_tokenizers(self.sources)
-        return known[0].manifest.tokenizer.sha256 if known else ""
+        """Hash of the tokenizer's file; empty if no source names a tokenizer."""
+        sources = _with_tokenizer(self.sources)
+        return sources[0].manifest.tokenizer.sha256 if sources else ""
 
     def describe(self, samples: int = 0) -> dict[str, Any]:
-        """Return windows and tokens of an epoch, and facts about each source.
+        """Return the windows and tokens of an epoch, and numbers for each source.
 
-        A source has its path, windows, tokens that fill no window, share of samples, and epochs
-        after `samples` samples.
+        These are its windows, the tokens in no window, its share of samples, and its epochs after
+        `samples` samples.
         """
         length = self.sequence_length
         rows = zip(self.sources, self._windows.tolist(), self._mixture.shares, strict=True)
@@ -175,7 +175,7 @@ class Dataset:
         }
 
     def sample(self, index: int) -> Batch:
-        """Sample `index` as a batch of one."""
+        """Return sample `index` as a batch of one."""
         return self.batch(np.array([index]), index)
 
     def batch(self, indices: Ints, place: int) -> Batch:
@@ -183,9 +183,7 @@ class Dataset:
         return self.read(*self.source_of(indices), indices, place)
 
     def source_of(self, indices: Ints) -> tuple[Ints, Ints]:
-        """Return the number of each sample's source, and the first token of its window in the
-        source.
-        """
+        """Return each sample's source, and its window's first token in the source."""
         source, number = self._mixture.source_of(indices)
         windows = self._windows[source]
         epoch, window = np.divmod(number, windows)
@@ -194,10 +192,10 @@ class Dataset:
         return source, window * self.sequence_length
 
     def read(self, sources: Ints, starts: Ints, indices: Ints, place: int) -> Batch:
-        """Return the windows that `source_of` found for the samples at `indices`, as tensors.
+        """Return the windows that `source_of` returned for `indices` as a batch.
 
         Raises:
-            DataError: a shard whose read part is damaged.
+            DataError: the part of a shard that is read is damaged.
         """
         shape = B, L = len(starts), self.sequence_length
         input_ids = np.empty(shape, np.int64)
@@ -209,7 +207,7 @@ class Dataset:
             input_ids[row] = window[:-1]
             labels[row] = window[1:]
             if self._mask_documents:
-                # in one long row of all samples, where column L of a row is column 0 of the next
+                # Positions in the batch's concatenated rows; column L is column 0 of the next row.
                 documents.append(source.document_starts(start, start + L + 1) + (row * L - start))
         arrays: Arrays = {
             "input_ids": input_ids,
@@ -219,31 +217,33 @@ class Dataset:
         if self._mask_documents:
             firsts = np.concatenate(documents)
             arrays["loss_mask"].reshape(-1)[firsts - 1] = False
-            arrays["position_ids"], arrays["document_ids"] = _keep_apart(firsts, B, L)
+            arrays["position_ids"], arrays["document_ids"] = _position_and_document_ids(
+                firsts, B, L
+            )
         if self.corruption is not None:
             arrays = self.corruption(arrays, indices)
         return Batch.of(arrays, place, B * L)
 
     def sort_by_length(self, indices: Ints) -> Ints:
-        """Return the samples unchanged: all have one length."""
+        """Return the samples unchanged, because all have the same length."""
         return indices
 
 
 def _open(
-    asked: Sequence[SourceConfig], config: DataConfig, vocab_size: int, verify: bool | None
+    sources: Sequence[SourceConfig], config: DataConfig, vocab_size: int, verify: bool | None
 ) -> list[ShardSet]:
-    """Open every folder; all that is wrong with any of them is one error."""
+    """Open all sources, or raise one error with the faults of all."""
     opened: list[ShardSet] = []
     faults: list[str] = []
     files = OpenFiles()
-    for source in asked:
+    for source in sources:
         try:
             shards = open_shards(
                 Path(source.path),
                 verify=config.verify if verify is None else verify,
                 vocab_size=vocab_size,
                 files=files,
-                check_bytes=CHECKED_AT_OPEN // len(asked),
+                check_bytes=CHECKED_AT_OPEN // len(sources),
             )
         except DataError as error:
             faults.append(str(error))
@@ -253,39 +253,39 @@ def _open(
         if shards.vocab_size > vocab_size:
             faults.append(
                 f"{shards.path}: its tokenizer has {shards.vocab_size} ids, but model.vocab_size "
-                f"is {vocab_size}; raise it for a model yet to be trained, or use shards of this "
-                "model's tokenizer"
+                f"is {vocab_size}; raise it for a new model, or use shards of this model's "
+                "tokenizer"
             )
     faults += _other_tokenizers(opened)
-    # checkpoints carry one file; those of the other sources have its hash
-    faults += [_other_file(shards) for shards in _known_tokenizers(opened)[:1]]
+    # Checkpoints copy the first source's file. The other sources have the same hash.
+    faults += [_tokenizer_file_fault(shards) for shards in _with_tokenizer(opened)[:1]]
     if any(faults):
         raise DataError("\n".join(dict.fromkeys(filter(None, faults))))
     return opened
 
 
-def _known_tokenizers(opened: Sequence[ShardSet]) -> list[ShardSet]:
-    """Return the sources that state which tokenizer made them; Megatron's need not."""
+def _with_tokenizer(opened: Sequence[ShardSet]) -> list[ShardSet]:
+    """Return the sources that name their tokenizer. Megatron's shards need not."""
     return [shards for shards in opened if shards.manifest.tokenizer.sha256]
 
 
-def _other_file(shards: ShardSet) -> str:
-    """Return a fault if the tokenizer in the folder is not the one that made the ids; else ""."""
+def _tokenizer_file_fault(shards: ShardSet) -> str:
+    """Return a fault if the tokenizer's file is missing or was changed, else ""."""
     tokenizer = shards.manifest.tokenizer
     path = shards.folder / tokenizer.path
     if not path.is_file():
-        return f"{path} is missing: checkpoints carry it; tokenize again, or put it back"
+        return f"{path} is missing, but checkpoints need it; put it back, or tokenize again"
     if sha256_file(path) != tokenizer.sha256:
-        return f"{path} was changed since the shards were made (sha256); put the old one back"
+        return f"{path} was changed since the shards were made (sha256); put the old file back"
     return ""
 
 
 def _dataset(
-    opened: Sequence[ShardSet], asked: Sequence[SourceConfig], config: DataConfig, shuffle: bool
+    opened: Sequence[ShardSet], sources: Sequence[SourceConfig], config: DataConfig, shuffle: bool
 ) -> Dataset:
     return Dataset(
         opened,
-        [source.weight for source in asked],
+        [source.weight for source in sources],
         sequence_length=config.sequence_length,
         seed=config.seed,
         mask_documents=config.mask_documents,
@@ -294,21 +294,21 @@ def _dataset(
 
 
 def _other_tokenizers(opened: Sequence[ShardSet]) -> list[str]:
-    """Return a fault for each source whose ids belong to another tokenizer than the first one's."""
-    known = [(s.path, s.manifest.tokenizer.sha256) for s in _known_tokenizers(opened)]
+    """Return a fault for each source whose tokenizer is not the first one's."""
+    hashes = [(s.path, s.manifest.tokenizer.sha256) for s in _with_tokenizer(opened)]
     return [
-        f"{path}: tokenized with {sha256[:12]}, but {known[0][0]} with {known[0][1][:12]} "
+        f"{path}: tokenized with {sha256[:12]}, but {hashes[0][0]} with {hashes[0][1][:12]} "
         "(hashes of the tokenizers' files); tokenize all sources with one tokenizer"
-        for path, sha256 in known
-        if sha256 != known[0][1]
+        for path, sha256 in hashes
+        if sha256 != hashes[0][1]
     ]
 
 
-def _keep_apart(firsts: Ints, B: int, L: int) -> tuple[Ints, Ints]:
-    """Return positions and document numbers, [B, L] each, that restart at `firsts` and in each row.
+def _position_and_document_ids(firsts: Ints, B: int, L: int) -> tuple[Ints, Ints]:
+    """Return position ids and document ids, [B, L] each, for documents that begin at `firsts`.
 
     Args:
-        firsts: int64, places at which documents begin, in one row of B x L tokens.
+        firsts: int64, first tokens of documents in the B x L tokens of the concatenated rows.
     """
     rows = np.arange(B + 1) * L
     bounds = np.unique(np.concatenate((rows, firsts)))
@@ -329,11 +329,11 @@ def _too_short(source: ShardSet, sequence_length: int) -> str:
     )
 
 
-def _half_weighted(weights: Sequence[float | None]) -> str:
+def _some_without_weight(weights: Sequence[float | None]) -> str:
     missing = sum(weight is None for weight in weights)
     if missing in (0, len(weights)):
         return ""
     return (
-        f"{missing} of {len(weights)} sources have no weight; give one to each, or to none "
-        "(then each is read in proportion to its size)"
+        f"{missing} of {len(weights)} sources have no weight; set a weight for each, or for none "
+        "(to read each in proportion to its size)"
     )

@@ -1,8 +1,8 @@
-"""Samples of fine-tuning: examples of many lengths, batched with little padding.
+"""Samples for fine-tuning: examples of different lengths, batched with little padding.
 
-An epoch is a shuffled pass through a split; sample i of the run is a function of (split, seed, i).
-The samples of a step are dealt to micro-batches by length. That changes no sum over the step, and
-a micro-batch is only as long as its longest example.
+An epoch is a shuffled pass through a split. Sample i of the run depends only on the split, the
+seed, and i. The samples of a step are assigned to micro-batches by length, which changes no sum
+over the step. A micro-batch is only as long as its longest example.
 
 B samples
 """
@@ -33,9 +33,9 @@ class ExampleSet:
     Args:
         folder: a folder of tokenized examples.
         split: the name of one of its splits.
-        shuffle: If false, the split is read in its own order.
+        shuffle: If false, read the split in its order on disk.
     Raises:
-        DataError: no such split, or files that were changed.
+        DataError: there is no such split, or a file was changed.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ExampleSet:
         return sizes | padding | {"cut": info.cut, "epochs": samples / self.num_samples}
 
     def sort_by_length(self, indices: Ints) -> Ints:
-        """Return the samples of a step, or of an evaluation, from the shortest to the longest."""
+        """Return samples from the shortest to the longest."""
         if self._packing:
             return indices
         return indices[np.argsort(self._lengths[self.source_of(indices)[0]], kind="stable")]
@@ -88,7 +88,7 @@ class ExampleSet:
         return self.read(*self.source_of(indices), indices, place)
 
     def source_of(self, indices: Ints) -> tuple[Ints, Ints]:
-        """Return the numbers of the samples' examples, or packed windows; and their epochs."""
+        """Return the numbers of the samples' examples or packed windows, and their epochs."""
         epoch, number = np.divmod(indices, self.num_samples)
         if self._shuffle:
             key = derive_key(self._seed, np.zeros_like(epoch), epoch)
@@ -96,8 +96,8 @@ class ExampleSet:
         return number, epoch
 
     def read(self, sources: Ints, starts: Ints, indices: Ints, place: int) -> Batch:
-        """Return the examples, or packed windows, of the numbers `sources` as one batch."""
-        del starts, indices  # the epoch and the number of the sample change nothing here
+        """Return the examples or packed windows `sources` as one batch."""
+        del starts, indices  # an example does not depend on epoch and sample
         numbers = sources
         if self._packing:
             split = self.split

@@ -1,11 +1,11 @@
-"""Batches on time: a thread reads ahead while the engine computes.
+"""The loader of batches, which reads ahead in a thread while the engine computes.
 
-A thread, not a process: tensors are passed on without pickling or copying. A signal to the whole
-job kills no reader, because Python runs handlers only in the main thread. The thread spends its
-time in system calls and NumPy, which release the interpreter lock.
+A thread passes tensors on without pickling or copying. A signal to the job kills no reader, because
+Python runs handlers only in the main thread. The thread spends its time in system calls and NumPy,
+which release the GIL.
 
-The place in the data order is the whole state: a loader started at the number of samples consumed
-continues exactly where another, of any layout, stopped.
+The only state is the position in the data order. A loader that starts at the number of consumed
+samples continues exactly where another one stopped, on any layout.
 
 G global_batch_size   B micro_batch_size   R data_size   r data_rank
 """
@@ -21,29 +21,30 @@ import numpy as np
 import torch
 
 from megalite.data.batch import Batch, Count, StepBatches
-from megalite.data.order import Ints, leave_out
+from megalite.data.order import Ints, skip_gaps
 from megalite.data.samples import Samples
 
-_CLOSE_SECONDS = 30.0  # longer than any healthy read of a few steps
+_CLOSE_SECONDS = 30.0  # longer than a read of a few steps on a healthy disk
 
 
 class Loader:
-    """Iterator over this rank's part of every step, without end.
+    """Endless iterator over this rank's micro-batches of every step.
 
-    From the samples p to p + G of a step, micro-batch m of rank r takes p + (m R + r) B and the B -
-    1 after it: the set of samples of a step is the same for any R and B.
+    A step reads the samples p to p + G. Micro-batch m of rank r takes the B samples from
+    p + (m R + r) B on. So the samples of a step do not depend on R and B.
 
     Args:
-        dataset: to read from.
+        dataset: the data set to read from.
         global_batch_size: G, samples of a step; a multiple of B x R.
         micro_batch_size: B.
-        data_rank: r, this rank's place among the data-parallel ones.
-        data_size: R, how many of them there are.
-        start: the place in the order where the first step begins.
-        gaps: places [first, last) of the order that are omitted, ascending and disjoint.
-        pin_memory: whether to hand over page-locked tensors (where CUDA is available).
-        prefetch: steps held ready.
-        count: the objective's count of a batch's targets. None means the labels that count.
+        data_rank: r, this rank's number among the data-parallel ranks.
+        data_size: R, the number of data-parallel ranks.
+        start: the first step's position in the data order.
+        gaps: ranges [first, last) of the data order to skip, ascending and disjoint.
+        pin_memory: whether to return page-locked tensors if CUDA is available.
+        prefetch: number of steps to read ahead.
+        count: the objective's count of a batch's targets. None means the number of labels in the
+            loss mask.
     """
 
     def __init__(
@@ -72,7 +73,8 @@ class Loader:
         self._ready: queue.Queue[StepBatches | BaseException] = queue.Queue(prefetch)
         self._closing = threading.Event()
         self._failure: BaseException | None = None
-        # A daemon: a read that hangs on a network file system must not keep the process alive.
+        # A daemon thread, because a read that hangs on a network file system must not keep the
+        # process alive.
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
         self._thread.start()
 
@@ -80,7 +82,7 @@ class Loader:
         return self
 
     def __next__(self) -> StepBatches:
-        """Return the next step's micro-batches; raise what failed in the thread."""
+        """Return the next step's micro-batches, or raise the exception of the thread."""
         if self._failure is None and not self._closing.is_set():
             item = self._ready.get()
             if isinstance(item, StepBatches):
@@ -91,11 +93,11 @@ class Loader:
         raise StopIteration
 
     def close(self) -> None:
-        """End the thread and drop what it has ready; closing twice is harmless."""
+        """End the thread and drop its batches. A second call does nothing."""
         self._closing.set()
         deadline = time.monotonic() + _CLOSE_SECONDS
         while self._thread.is_alive() and time.monotonic() < deadline:
-            while not self._ready.empty():  # makes room for a thread that waits to put
+            while not self._ready.empty():  # the thread may be waiting for room in the queue
                 self._ready.get_nowait()
             self._thread.join(0.01)
 
@@ -104,13 +106,13 @@ class Loader:
             while not self._closing.is_set():
                 self._ready.put(self._make_step())
                 self._place = advance(self._place, self._step, self._gaps)
-        except BaseException as error:  # the consumer's to see, whatever it is
+        except BaseException as error:  # `__next__` raises it
             self._ready.put(error)
 
     def _make_step(self) -> StepBatches:
-        whole = leave_out(self._place + np.arange(self._step), self._place, self._gaps)
-        indices = self._dataset.sort_by_length(whole)[self._offsets]
-        sources, starts = self._dataset.source_of(indices)  # once a step: a few dozen small calls
+        samples = skip_gaps(self._place + np.arange(self._step), self._place, self._gaps)
+        indices = self._dataset.sort_by_length(samples)[self._offsets]
+        sources, starts = self._dataset.source_of(indices)  # one call for all micro-batches
         batches = []
         for row in range(len(indices)):
             place = int(indices[row, 0])
@@ -122,9 +124,9 @@ class Loader:
 
 
 def advance(place: int, samples: int, gaps: Sequence[tuple[int, int]]) -> int:
-    """Return the place in the order that follows `samples` further samples."""
+    """Return the position in the data order after `samples` more samples."""
     last = np.array([place + samples - 1], dtype=np.int64)
-    return int(leave_out(last, place, gaps)[0]) + 1
+    return int(skip_gaps(last, place, gaps)[0]) + 1
 
 
 def first_batches(
@@ -136,13 +138,13 @@ def first_batches(
     data_size: int,
     count: Count | None = None,
 ) -> Iterator[Batch]:
-    """Yield this rank's part of the first `samples`, for an evaluation.
+    """Yield this rank's batches of the first `samples` samples, for an evaluation.
 
     Every rank gets the same number of batches of the same shape, so that ranks stay in step and
-    nothing is compiled again; samples beyond the last are copies of it that do not count.
+    nothing is recompiled. The missing samples are masked copies of the last one.
 
     Args:
-        count: the objective's count of a batch's targets. None means the labels that count.
+        count: as in `Loader`.
     """
     step = micro_batch_size * data_size
     padded = -(-samples // step) * step
@@ -155,7 +157,7 @@ def first_batches(
 
 
 def _offsets(samples: int, micro_batch_size: int, data_rank: int, data_size: int) -> Ints:
-    """Return which of `samples` consecutive samples this rank reads: [micro-batches, B]."""
+    """Return the offsets of this rank's samples among `samples`: [micro-batches, B]."""
     step = micro_batch_size * data_size
     firsts = np.arange(data_rank * micro_batch_size, samples, step)
     return firsts[:, None] + np.arange(micro_batch_size)

@@ -1,12 +1,12 @@
-"""The source of each sample, in closed form: weighted interleaving without a table.
+"""The source of each sample in closed form: weighted interleaving without a table.
 
-The sources are leaves of a balanced binary tree. At a node, the first n samples send
-round(n x f) to the left, where f is the left side's share of the node's weight; so sample n goes
-left where that count grows, and the counts say which sample of the child it is. Every level adds at
-most 1/2 to a source's distance from its share, and passes on a part of the parent's.
+The sources are the leaves of a balanced binary tree. Let f be the left child's share of a node's
+weight. The left child gets round(n f) of the node's first n samples. So sample n goes left if this
+count grows, and the counts are the numbers of the children's samples. Every level adds at most 1/2
+to a source's deviation from its share.
 
-Shares are 60-bit fractions and indices stay below 2^43, so nothing here is rounded by a machine's
-floating point, and a share's own rounding moves a count by less than 2^-17.
+Shares are 60-bit integers and indices are below 2^43, so the results do not depend on floating
+point. The rounding of a share changes a count by less than 2^-17.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import numpy as np
 from megalite.data.order import LIMIT, Ints, Words
 from megalite.errors import DataError
 
-_LIMB = 20  # bits; a limb times an index below 2^43 stays below 2^63
+_LIMB = 20  # bits; a limb times an index below 2^43 is below 2^63
 
 
 class Mixture:
-    """Interleaves sources in proportion to `weights`, positive and finite, of any scale.
+    """Interleaving of sources in proportion to positive, finite weights of any scale.
 
-    In the first n samples a source with share w occurs n x w times, give or take
+    Among the first n samples, a source with share w occurs n w times, plus or minus
     1 + log2(sources).
     """
 
@@ -34,12 +34,12 @@ class Mixture:
         faults = [repr(w) for w in weights if not (math.isfinite(w) and w > 0)]
         if faults or not weights:
             raise DataError(
-                f"a mixture needs positive, finite weights, found {', '.join(faults) or 'none'}; "
-                "omit a source that is not to be read"
+                f"a mixture needs positive, finite weights, got {', '.join(faults) or 'none'}; "
+                "remove sources that should not be read"
             )
         self._depth = (len(weights) - 1).bit_length()
         self._leaves = 2**self._depth
-        # Node 1 is the root, node k has the children 2k and 2k + 1; spare leaves weigh nothing.
+        # Node 1 is the root, node k has the children 2k and 2k + 1; unused leaves have weight 0.
         nodes = [Fraction(0)] * self._leaves + [Fraction(w) for w in weights]
         nodes += [Fraction(0)] * (2 * self._leaves - len(nodes))
         one = 2 ** (3 * _LIMB)
@@ -63,9 +63,9 @@ class Mixture:
         """Return the source of each sample, and the sample's number within that source.
 
         Args:
-            index: int64, samples of the mixture, each in [0, 2^43).
+            index: int64, numbers of samples of the mixture, in [0, 2^43).
         Returns:
-            Two int64 arrays of `index`'s shape.
+            two int64 arrays of the shape of `index`.
         """
         assert np.all((index >= 0) & (index < LIMIT))
         node = np.ones(index.shape, dtype=np.int64)
@@ -80,7 +80,7 @@ class Mixture:
 
 
 def _round_product(number: Words, limbs: list[Words]) -> Words:
-    """Compute round(number x share), halves up: exact, in base 2^20 from the least limb up."""
+    """Return round(number x share), with halves rounded up, exactly, by limbs of 20 bits."""
     high, middle, low = limbs
     bits = np.uint64(_LIMB)
     carry = (number * low) >> bits

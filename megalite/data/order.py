@@ -1,9 +1,9 @@
-"""The order of samples as a function: a keyed permutation that is computed, never stored.
+"""The order of samples as a keyed permutation that is computed, never stored.
 
-A Feistel network over the smallest rectangle a x b that holds [0, size) is a bijection of the
-rectangle; an image outside [0, size) is sent through it again until it falls inside, which makes a
-bijection of [0, size) itself (cycle walking). Both from Black and Rogaway, "Ciphers with Arbitrary
-Finite Domains" (2002). Since a x b exceeds `size` by less than a row, images rarely fall outside.
+A Feistel network permutes the smallest rectangle a x b that contains [0, size). If an image is
+outside [0, size), the network is applied again until it is inside (cycle walking), which makes a
+permutation of [0, size). Both are from Black and Rogaway, "Ciphers with Arbitrary Finite Domains"
+(2002). Images are rarely outside, because a x b exceeds `size` by less than a row.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
-LIMIT = 2**43  # samples, and windows of a source: two thousand tokens each, twice 10^16 tokens
+LIMIT = 2**43  # samples, or windows of a source: about 2 x 10^16 tokens in windows of 2,048
 
-# Six rounds of a random function look like a random permutation (Patarin 2004); two to spare.
+# Six rounds of a random function are indistinguishable from a random permutation (Patarin 2004).
 _ROUNDS = 8
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: makes the rounds' inputs differ
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio; gives each round another key
 
 
-def leave_out(indices: Ints, start: int, gaps: Sequence[tuple[int, int]]) -> Ints:
-    """Return places at or after `start`, moved behind the gaps of the order that precede them.
+def skip_gaps(indices: Ints, start: int, gaps: Sequence[tuple[int, int]]) -> Ints:
+    """Return positions in the data order after skipping its gaps.
 
     Args:
-        indices: ascending places from `start` on, as if there were no gaps.
-        gaps: [first, last) each, ascending and disjoint; none counts if it ends before `start`.
+        indices: ascending positions from `start` on, counted without gaps.
+        gaps: ranges [first, last), ascending and disjoint. Those that end before `start` are
+            ignored.
     """
     moved = indices.copy()
     for first, last in gaps:
@@ -43,14 +44,16 @@ def permute(index: int, size: int, key: int) -> int: ...
 @overload
 def permute(index: Ints, size: int | Ints, key: int | Words) -> Ints: ...
 def permute(index: int | Ints, size: int | Ints, key: int | Words) -> int | Ints:
-    """Return where a shuffle of [0, size) under `key` puts `index`; each key gives another shuffle.
+    """Return the image of `index` under the permutation of [0, size) that `key` selects.
+
+    Takes constant memory, and constant time for each index.
 
     Args:
-        index: one index, or an array of them, each in [0, size).
-        size: of the set, at most `LIMIT`; one for all, or one for each index.
-        key: 64 bits; one for all, or one for each index.
+        index: an index or an array of indices, each in [0, size).
+        size: at most `LIMIT`; one size for all indices, or one for each.
+        key: 64 bits; one key for all indices, or one for each.
     Returns:
-        The type of `index`: a number, or int64 of its shape. Constant memory, O(1) time an index.
+        a number or an int64 array, as `index`.
     """
     if not isinstance(index, np.ndarray):
         return int(permute(np.array([index], dtype=np.int64), size, key)[0])
@@ -71,26 +74,26 @@ def permute(index: int | Ints, size: int | Ints, key: int | Words) -> int | Ints
 
 
 def derive_key(seed: int, source: Ints, epoch: Ints) -> Words:
-    """Return the key of a source's shuffle in an epoch: uint64, one for each element."""
+    """Return the keys of the sources' shuffles in the epochs: a uint64 array."""
     start = _mix(np.asarray([_word(seed)], dtype=np.uint64))
     return _mix(_mix(start + source.astype(np.uint64)) + epoch.astype(np.uint64))
 
 
 def uniform(keys: Words, length: int, stream: int) -> npt.NDArray[np.float64]:
-    """Return `length` numbers in [0, 1) for each key, [keys, length]; other streams give others."""
+    """Return uniform random numbers in [0, 1), [keys, length], that depend on key and stream."""
     columns = np.arange(length, dtype=np.uint64) + np.uint64(stream << 40)
     return (_mix(_mix(keys)[:, None] + columns) >> np.uint64(11)) * 2.0**-53
 
 
 def _feistel(image: Words, rows: Words, columns: Words, keys: Words) -> Words:
-    """Apply the network once: a bijection of [0, rows x columns).
+    """Apply the network, a permutation of [0, rows x columns).
 
-    The halves take turns: each is shifted, modulo its range, by a hash of the other.
+    Each round shifts one half, modulo its range, by a hash of the other half.
     """
     left, right = np.divmod(image, columns)
     for number in range(1, _ROUNDS + 1):
         round_keys = keys + np.uint64(number * _GOLDEN % 2**64)
-        # 56 bits of hash: the sum stays below 2^64, where wrapping would not be a shift
+        # The hash has 56 bits, so that the sum does not overflow, which would break the shift.
         if number % 2:
             left = (left + (_mix(round_keys + right) >> np.uint64(8))) % rows
         else:
@@ -99,7 +102,7 @@ def _feistel(image: Words, rows: Words, columns: Words, keys: Words) -> Words:
 
 
 def _mix(words: Words) -> Words:
-    """Apply the finaliser of SplitMix64 (Steele et al. 2014): every bit in moves every bit out."""
+    """Apply the finalizer of SplitMix64 (Steele et al. 2014), a hash of 64 bits."""
     words = words + np.uint64(_GOLDEN)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,8 +1,9 @@
-"""Documents packed into windows with little left empty, and without cutting those that fit.
+"""Packing of documents into windows with little padding, without splitting those that fit.
 
-Best-fit decreasing: the longest document goes first, each into the fullest window that still holds
-it (Ding et al. 2024, "Fewer Truncations Improve Language Modeling"). Fine-tuning uses it, because
-a document cut in two spoils an example; pretraining reads the stream (`megalite.data.dataset`).
+Best-fit decreasing places documents from the longest to the shortest, each in the fullest window
+with room for it. See Ding et al. 2024, "Fewer Truncations Improve Language Modeling".
+Fine-tuning uses packing, because splitting would spoil examples. Pretraining reads a stream
+(`megalite.data.dataset`).
 
 B samples   L length
 """
@@ -24,12 +25,15 @@ Tokens = npt.NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Packing:
-    """Assignment of pieces of documents to windows.
+    """Assignment of documents, or pieces of long ones, to windows.
 
-    length: L, of every window, in tokens.
-    bounds: int64 [windows + 1]: pieces bounds[w] to bounds[w + 1] are those of window w, in order.
-    documents, starts, lengths: int64 [pieces]; a piece is a whole document unless that was cut.
-    left_out: the documents in no window.
+    Attributes:
+        length: L, tokens of every window.
+        bounds: int64 [windows + 1]; window w has the pieces bounds[w] to bounds[w + 1].
+        documents: int64 [pieces], the document of each piece.
+        starts: int64 [pieces], each piece's first token in its document.
+        lengths: int64 [pieces], tokens of each piece.
+        omitted: the documents that are in no window.
     """
 
     length: int
@@ -37,7 +41,7 @@ class Packing:
     documents: Ints
     starts: Ints
     lengths: Ints
-    left_out: Ints
+    omitted: Ints
 
     @property
     def windows(self) -> int:
@@ -45,34 +49,35 @@ class Packing:
 
     @property
     def padding(self) -> float:
-        """Share of the windows' places that hold no token."""
-        places = self.windows * self.length
-        return 1 - int(self.lengths.sum()) / places if places else 0.0
+        """The fraction of padding in the windows."""
+        positions = self.windows * self.length
+        return 1 - int(self.lengths.sum()) / positions if positions else 0.0
 
 
 def pack(lengths: Ints, length: int, *, longer: Literal["cut", "omit"]) -> Packing:
-    """Pack documents into as few windows as best-fit decreasing finds.
+    """Pack documents into few windows by best-fit decreasing.
 
-    Documents of one length go into all windows with the same room together: after the sort at most
-    one step a document, and mostly far fewer, each of which looks at L bits.
+    Documents of one length go to all windows with the same room in one step. So there is at most
+    one step for each document after the sort, and mostly far fewer.
 
     Args:
-        lengths: tokens of each document; those without any are in no window and not omitted.
+        lengths: tokens of each document. Empty documents are in no window and do not count as
+            omitted.
         length: L, tokens of a window.
-        longer: documents of more than L tokens are cut into pieces of L and a rest, which is packed
-            like a document, or omitted.
+        longer: "cut" splits documents of more than L tokens into pieces of L tokens and a rest.
+            "omit" omits them.
     """
     assert length > 0
     assert np.all(lengths >= 0)
-    out = (lengths > length) & (longer == "omit")
-    kept = np.where(out, 0, lengths)
-    documents = np.repeat(np.arange(len(kept)), -(-kept // length))
+    is_omitted = (lengths > length) & (longer == "omit")
+    packed = np.where(is_omitted, 0, lengths)
+    documents = np.repeat(np.arange(len(packed)), -(-packed // length))
     starts = _count_within(documents) * length
-    pieces = np.minimum(kept[documents] - starts, length)
+    pieces = np.minimum(packed[documents] - starts, length)
     order = np.argsort(-pieces, kind="stable")
     window = np.empty_like(pieces)
     window[order] = _best_fit(pieces[order], length)
-    order = np.argsort(window, kind="stable")  # in a window, pieces lie in the documents' order
+    order = np.argsort(window, kind="stable")  # keeps the documents' order within a window
     bounds = np.concatenate([[0], np.cumsum(np.bincount(window))])
     return Packing(
         length,
@@ -80,7 +85,7 @@ def pack(lengths: Ints, length: int, *, longer: Literal["cut", "omit"]) -> Packi
         documents=documents[order],
         starts=starts[order],
         lengths=pieces[order],
-        left_out=np.flatnonzero(out),
+        omitted=np.flatnonzero(is_omitted),
     )
 
 
@@ -93,16 +98,16 @@ def assemble(
     pad_id: int = 0,
     loss_mask: Callable[[int], npt.NDArray[np.bool_]] | None = None,
 ) -> Batch:
-    """Return windows as a batch, shaped like a batch of pretraining, whose documents are separate.
+    """Return windows as a batch whose documents are masked from each other.
 
-    Positions restart with each piece, attention stays within it, the last token of a document has
-    no target. Padding is a document of its own, of `pad_id`, and counts nowhere.
+    Positions restart with each piece. The last token of a document has no target. Padding is a
+    separate document without targets.
 
     Args:
         windows: int64 [B], numbers of windows.
-        tokens: the ids of a document, by its number.
-        place: of the first window in the order of training.
-        loss_mask: which tokens of a document are learned, by its number. None means all.
+        tokens: function that returns the ids of a document by its number.
+        place: the first window's position in the data order.
+        loss_mask: function that returns which tokens of a document are targets. None means all.
     """
     shape = (len(windows), L := packing.length)
     names = ("input_ids", "labels", "position_ids", "document_ids")
@@ -116,35 +121,37 @@ def assemble(
             start = int(packing.starts[piece])
             count = int(packing.lengths[piece])
             ids = tokens(int(packing.documents[piece]))[start : start + count + 1]
-            here = slice(column, column + count)
-            counted = slice(column, column + len(ids) - 1)
-            arrays["input_ids"][row, here] = ids[:count]
-            arrays["labels"][row, counted] = ids[1:]  # a cut piece's last target is in the next one
-            mask[row, counted] = True
+            columns = slice(column, column + count)
+            with_target = slice(column, column + len(ids) - 1)
+            arrays["input_ids"][row, columns] = ids[:count]
+            arrays["labels"][row, with_target] = ids[1:]  # may end with the next piece's first id
+            mask[row, with_target] = True
             if loss_mask is not None:
-                is_learned = loss_mask(int(packing.documents[piece]))
-                mask[row, counted] = is_learned[start + 1 : start + len(ids)]
-            arrays["position_ids"][row, here] = np.arange(count)
-            arrays["document_ids"][row, here] = number
+                is_target = loss_mask(int(packing.documents[piece]))
+                mask[row, with_target] = is_target[start + 1 : start + len(ids)]
+            arrays["position_ids"][row, columns] = np.arange(count)
+            arrays["document_ids"][row, columns] = number
             column += count
         arrays["position_ids"][row, column:] = np.arange(L - column)
         arrays["document_ids"][row, column:] = high - low
     low = packing.bounds[windows]
     high = packing.bounds[windows + 1]
-    held = sum(int(packing.lengths[a:b].sum()) for a, b in zip(low, high, strict=True))
-    return Batch.of(arrays | {"loss_mask": mask}, place, held)
+    total = sum(int(packing.lengths[a:b].sum()) for a, b in zip(low, high, strict=True))
+    return Batch.of(arrays | {"loss_mask": mask}, place, total)
 
 
 def _best_fit(lengths: Ints, length: int) -> Ints:
-    """Return the window of each piece; `lengths` fall and lie in 1 to `length`.
+    """Return the window of each piece.
 
-    After the fullest window takes a piece, it is still the fullest one that holds another of that
-    length, if any is: so it takes as many as it has room for, and all windows with the same room do
-    so in one go.
+    A window that takes a piece stays the fullest one for pieces of that length. So it takes as many
+    as fit, and all windows with the same room do so in one step.
+
+    Args:
+        lengths: tokens of each piece, 1 to `length`, in descending order.
     """
     window = np.empty_like(lengths)
     classes: dict[int, list[Ints]] = {}  # windows by their room
-    open_rooms = 0  # bit r: there are windows with room r
+    open_rooms = 0  # bit r is set if there are windows with room r
     opened = 0
     edges = np.flatnonzero(np.diff(lengths, prepend=-1, append=-1))
     for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
@@ -153,9 +160,9 @@ def _best_fit(lengths: Ints, length: int) -> Ints:
             fitting = open_rooms >> need
             if fitting:
                 room = need + (fitting & -fitting).bit_length() - 1
-                found = classes.pop(room)
+                groups = classes.pop(room)
                 open_rooms ^= 1 << room
-                group = np.concatenate(found) if len(found) > 1 else found[0]
+                group = np.concatenate(groups) if len(groups) > 1 else groups[0]
             else:
                 room = length
                 group = np.arange(opened, opened - (low - high) // (length // need))
@@ -178,7 +185,7 @@ def _best_fit(lengths: Ints, length: int) -> Ints:
 
 
 def _count_within(sorted_numbers: Ints) -> Ints:
-    """Return how many equal numbers stand before each one."""
+    """Return the number of equal numbers before each one."""
     firsts = np.flatnonzero(np.diff(sorted_numbers, prepend=-1))
     counts = np.diff(firsts, append=len(sorted_numbers))
     return np.arange(len(sorted_numbers)) - np.repeat(firsts, counts)

@@ -1,4 +1,4 @@
-"""The interface of a data set to the loader: samples by their number, in any order."""
+"""The interface of a data set: samples by number, in any order."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megalite.data.order import Ints
 class Samples(Protocol):
     """Samples of training or evaluation data, each a function of its number.
 
-    The loader requires a step in three calls: `sort_by_length` decides which rank gets which
-    samples, `source_of` returns their source, and `read` reads one micro-batch.
+    The loader reads a step in three calls: `sort_by_length` orders the samples, which assigns them
+    to ranks, `source_of` locates them, and `read` returns one micro-batch.
 
     Attributes:
-        num_samples: samples of one epoch.
-        content_fingerprint: a hash, equal for equal data, whatever the order of samples.
-        tokenizer_sha256: hash of the tokenizer's file; empty if the data does not state it.
+        num_samples: number of samples in an epoch.
+        content_fingerprint: a hash of the data that does not depend on the order of samples.
+        tokenizer_sha256: hash of the tokenizer's file; empty if the tokenizer is unknown.
     """
 
     num_samples: int
@@ -29,7 +29,7 @@ class Samples(Protocol):
 
     @property
     def tokenizer_folder(self) -> Path | None:
-        """Folder of the tokenizer that checkpoints keep; None if the data does not state it."""
+        """The tokenizer's folder, which checkpoints copy; None if the tokenizer is unknown."""
 
     def describe(self, samples: int = 0) -> dict[str, Any]:
         """Return sizes for a report.
@@ -39,24 +39,24 @@ class Samples(Protocol):
         """
 
     def sort_by_length(self, indices: Ints) -> Ints:
-        """Return the samples of a step in the order in which ranks and micro-batches get them.
+        """Return the samples of a step in the order in which micro-batches take them.
 
         Args:
             indices: int64 [N], numbers of samples.
         """
 
     def source_of(self, indices: Ints) -> tuple[Ints, Ints]:
-        """Return where samples are, as two int64 arrays of the shape of `indices`, for `read`."""
+        """Return the locations of samples for `read`: two int64 arrays of `indices`' shape."""
 
     def read(self, sources: Ints, starts: Ints, indices: Ints, place: int) -> Batch:
         """Read samples as one batch.
 
         Args:
-            sources, starts: the answer of `source_of`, int64 [B] each.
+            sources, starts: results of `source_of`, int64 [B] each.
             indices: int64 [B], numbers of the samples.
-            place: place of the batch in the order of the run.
+            place: the batch's position in the data order.
         Raises:
-            DataError: a file whose read part is damaged.
+            DataError: the part of a file that is read is damaged.
         """
 
     def batch(self, indices: Ints, place: int) -> Batch:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from megalite.data import advance
-from megalite.data.order import leave_out
+from megalite.data.order import skip_gaps
 from megalite.errors import MegaLiteError
 from megalite.train.interventions import InterventionLog
 from tests.helpers.models import world_of_one
@@ -242,7 +242,7 @@ def test_gaps_of_the_order() -> None:
     for size in (1, 3, 8):
         place, seen = 0, list[int]()
         for _ in range(24 // size):
-            seen += leave_out(place + np.arange(size), place, gaps).tolist()
+            seen += skip_gaps(place + np.arange(size), place, gaps).tolist()
             place = advance(place, size, gaps)
         assert seen == whole[: len(seen)]
         assert advance(place, 1, gaps) == whole[len(seen)] + 1

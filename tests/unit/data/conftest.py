@@ -9,7 +9,7 @@ import pytest
 
 
 class MemoryShards:
-    """Documents of given lengths, with random ids; `broken_from` fails reads at and after it."""
+    """Documents of given lengths with random ids; reads from `broken_from` on fail."""
 
     def __init__(self, lengths: list[int], *, seed: int = 0, name: str = "memory") -> None:
         ends = np.cumsum([0, *lengths])
@@ -34,5 +34,5 @@ class MemoryShards:
 
 @pytest.fixture(scope="session")
 def memory_shards() -> type[MemoryShards]:
-    """The class, for tests to fill; of session scope so that hypothesis may use it."""
+    """Return the class `MemoryShards`, in session scope, as hypothesis requires."""
     return MemoryShards

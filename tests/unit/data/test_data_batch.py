@@ -1,5 +1,5 @@
 # covers: megalite/data/batch.py
-"""Which rows of a micro-batch the head is computed for."""
+"""The rows of a micro-batch that the head computes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 from megalite.data.batch import Batch
 
 
-def made(mask: np.ndarray) -> Batch:
+def batch_of(mask: np.ndarray) -> Batch:
     return Batch.of({"labels": np.zeros(mask.shape, np.int64), "loss_mask": mask}, 0, mask.size)
 
 
 @pytest.mark.parametrize(("targets", "rows"), [(0, 64), (1, 64), (64, 64), (65, 128), (700, 704)])
-def test_few_targets_are_gathered_with_rows_that_do_not_count(targets: int, rows: int) -> None:
+def test_target_rows_of_few_targets_are_padded_with_masked_rows(targets: int, rows: int) -> None:
     mask = np.zeros(1000, np.bool_)
     mask[np.random.default_rng(targets).permutation(1000)[:targets]] = True
-    batch = made(mask.reshape(4, 250))
+    batch = batch_of(mask.reshape(4, 250))
     chosen = batch.tensors["target_rows"].numpy()
     assert batch.targets == targets
     assert len(chosen) == rows
@@ -25,18 +25,18 @@ def test_few_targets_are_gathered_with_rows_that_do_not_count(targets: int, rows
     assert not mask[chosen[targets:]].any()
 
 
-def test_most_targets_are_left_where_they_are() -> None:
+def test_target_rows_are_absent_if_most_rows_are_targets() -> None:
     mask = np.ones((4, 250), np.bool_)
     mask[0] = False
-    assert "target_rows" not in made(mask).tensors
-    assert "target_rows" not in made(np.zeros((2, 8), np.bool_)).tensors  # 64 rows are no gain
-    assert "target_rows" not in made(np.zeros(1000, np.bool_)).tensors  # labels of whole samples
+    assert "target_rows" not in batch_of(mask).tensors
+    assert "target_rows" not in batch_of(np.zeros((2, 8), np.bool_)).tensors  # too few rows
+    assert "target_rows" not in batch_of(np.zeros(1000, np.bool_)).tensors  # a label a sample
 
 
-def test_samples_that_stop_counting_keep_their_rows() -> None:
+def test_first_masks_samples_without_changing_target_rows() -> None:
     mask = np.zeros((4, 250), np.bool_)
     mask[:, ::10] = True
-    batch = made(mask)
+    batch = batch_of(mask)
     fewer = batch.first(2)
     assert fewer.targets == 50
     assert batch.targets == 100

@@ -1,5 +1,5 @@
 # covers: megalite/data/corruption.py megalite/config/objective.py
-"""What is hidden, what is cut out: shares, shapes, and the same whoever asks."""
+"""Masking and span corruption: proportions, shapes, and independence of the layout."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ def windows(count: int, seed: int = 0) -> dict[str, Any]:
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": mask}
 
 
-def test_masked_tokens_in_berts_shares() -> None:
+def test_masking_has_the_proportions_of_bert() -> None:
     arrays, samples = windows(400), np.arange(400)
     arrays["input_ids"][:, 50] = EOS
-    found = Masked(config("encoder"), None, frozenset({EOS}))(arrays, samples)
-    ids, hidden = arrays["input_ids"], found["loss_mask"]
-    assert np.array_equal(found["labels"], ids)
-    assert np.array_equal(found["input_ids"][~hidden], ids[~hidden])
-    assert not hidden[:, 50].any()
-    assert hidden.mean() == pytest.approx(0.15, abs=0.005)
-    given = found["input_ids"][hidden]
-    assert (given == MASK).mean() == pytest.approx(0.8, abs=0.02)
-    assert (given == ids[hidden]).mean() == pytest.approx(0.1, abs=0.02)
+    masked = Masked(config("encoder"), None, frozenset({EOS}))(arrays, samples)
+    ids, chosen = arrays["input_ids"], masked["loss_mask"]
+    assert np.array_equal(masked["labels"], ids)
+    assert np.array_equal(masked["input_ids"][~chosen], ids[~chosen])
+    assert not chosen[:, 50].any()
+    assert chosen.mean() == pytest.approx(0.15, abs=0.005)
+    inputs = masked["input_ids"][chosen]
+    assert (inputs == MASK).mean() == pytest.approx(0.8, abs=0.02)
+    assert (inputs == ids[chosen]).mean() == pytest.approx(0.1, abs=0.02)
 
 
-def test_masking_is_a_function_of_the_sample() -> None:
+def test_masking_depends_on_the_sample_only() -> None:
     masked, arrays = Masked(config("encoder"), None, frozenset()), windows(4)
     first = masked(arrays, np.array([3, 8, 9, 2**40]))
     for row, sample in enumerate((3, 8, 9, 2**40)):
@@ -73,7 +73,7 @@ def test_masking_is_a_function_of_the_sample() -> None:
     assert all((first["loss_mask"][row] != later["loss_mask"][row]).any() for row in range(4))
 
 
-def test_a_window_in_which_none_is_chosen_has_one() -> None:
+def test_masking_chooses_at_least_one_token_of_a_window() -> None:
     masked = Masked(config("encoder", mask_probability=1e-9), None, frozenset())
     assert (masked(windows(20), np.arange(20))["loss_mask"].sum(axis=1) == 1).all()
 
@@ -86,36 +86,36 @@ def test_a_window_in_which_none_is_chosen_has_one() -> None:
         (["a", " ", "b"], [0, 2, 1, 2, 0], [0, 0, 1, 2, 2]),
     ],
 )
-def test_words_begin_at_spaces_and_signs(
+def test_words_begin_at_white_space_and_punctuation(
     pieces: list[str], ids: list[int], numbers: list[int]
 ) -> None:
     assert Words(pieces).numbers(np.array([ids]))[0].tolist() == numbers
 
 
-def test_whole_words_are_hidden_together() -> None:
+def test_whole_words_are_masked_together() -> None:
     words = Words([("\u2581" if id % 3 == 0 else "") + "a" for id in range(VOCABULARY)])
     arrays = windows(300)
-    found = Masked(config("encoder", whole_words=True), words, frozenset())(arrays, np.arange(300))
+    masked = Masked(config("encoder", whole_words=True), words, frozenset())(arrays, np.arange(300))
     numbers = words.numbers(arrays["input_ids"])
     for row in range(300):
-        kinds = {(n, bool(h)) for n, h in zip(numbers[row], found["loss_mask"][row], strict=True)}
+        kinds = {(n, bool(h)) for n, h in zip(numbers[row], masked["loss_mask"][row], strict=True)}
         assert len(kinds) == len(set(numbers[row].tolist()))
-    assert found["loss_mask"].mean() == pytest.approx(0.15, abs=0.01)
+    assert masked["loss_mask"].mean() == pytest.approx(0.15, abs=0.01)
 
 
-def test_spans_are_cut_out_and_written_again() -> None:
+def test_spans_are_replaced_by_sentinels_and_become_targets() -> None:
     run = config("encoder_decoder")
     noise, count = spans(run)
     assert (noise, count) == (30, 10)
     arrays = windows(50)
-    found = SpanCorruption(run)(arrays, np.arange(50))
-    assert found["input_ids"].shape == (50, source_length(run)) == (50, L - noise + count)
-    assert found["labels"].shape == (50, target_length(run)) == (50, noise + count + 1)
-    assert (found["decoder_input_ids"][:, 0] == 3).all()
-    assert np.array_equal(found["decoder_input_ids"][:, 1:], found["labels"][:, :-1])
+    spanned = SpanCorruption(run)(arrays, np.arange(50))
+    assert spanned["input_ids"].shape == (50, source_length(run)) == (50, L - noise + count)
+    assert spanned["labels"].shape == (50, target_length(run)) == (50, noise + count + 1)
+    assert (spanned["decoder_input_ids"][:, 0] == 3).all()
+    assert np.array_equal(spanned["decoder_input_ids"][:, 1:], spanned["labels"][:, :-1])
     starts = set()
     for row in range(50):
-        source, target = found["input_ids"][row].tolist(), found["labels"][row].tolist()
+        source, target = spanned["input_ids"][row].tolist(), spanned["labels"][row].tolist()
         pieces: dict[int, list[int]] = {}
         for id in target:
             if id > VOCABULARY - 2 - count:
@@ -123,13 +123,13 @@ def test_spans_are_cut_out_and_written_again() -> None:
             else:
                 pieces[list(pieces)[-1]].append(id)
         assert list(pieces) == [VOCABULARY - 1 - n for n in range(count + 1)]
-        whole = [id for token in source for id in pieces.get(token, [token])]
-        assert whole == arrays["input_ids"][row].tolist()
+        restored = [id for token in source for id in pieces.get(token, [token])]
+        assert restored == arrays["input_ids"][row].tolist()
         starts.add(source.index(VOCABULARY - 1))
     assert len(starts) > 10
 
 
-def test_whole_words_need_the_tokenizer() -> None:
+def test_whole_words_need_a_tokenizer() -> None:
     nothing: Any = SimpleNamespace(tokenizer_folder=None)
     with pytest.raises(DataError, match=r"objective.whole_words: .*tokenizer"):
         set_corruption(nothing, config("encoder", whole_words=True))

@@ -1,5 +1,5 @@
 # covers: megalite/data/dataset.py
-"""What is wrong with shards, as training says it: before the first step or where it is read."""
+"""Damaged shards are reported before the first step or when they are read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOCABULARY = 258  # of bytes
 
 
 def write_folder(folder: Path, *, seed: int = 0) -> Path:
-    """Return two shards of random documents, with a manifest."""
+    """Write two shards of random documents with a manifest, and return the folder."""
     (folder / "tokenizer").mkdir(parents=True)
     name = ByteTokenizer().save(folder / "tokenizer")
     numbers, infos = np.random.default_rng(seed), []
@@ -47,12 +47,12 @@ def write_folder(folder: Path, *, seed: int = 0) -> Path:
 
 
 def write_megatron(folder: Path, *, seed: int = 0) -> Path:
-    """Return the same tokens as Megatron-LM would leave them."""
-    made = write_folder(folder.with_name(f"{folder.name}_made"), seed=seed)
+    """Write the same tokens as Megatron-LM would, and return the folder."""
+    source = write_folder(folder.with_name(f"{folder.name}_source"), seed=seed)
     folder.mkdir()
     for number in range(2):
         for ending in ("bin", "idx"):
-            old = made / f"shard_{number:05d}.{ending}"
+            old = source / f"shard_{number:05d}.{ending}"
             shutil.copy(old, folder / f"part{number}_text_document.{ending}")
     return folder
 
@@ -70,13 +70,13 @@ def read_all(dataset: Dataset) -> None:
     dataset.batch(np.arange(dataset.num_samples), 0)
 
 
-def cut(folder: Path) -> None:
+def truncate(folder: Path) -> None:
     path = min(folder.glob("*.bin"))
     path.write_bytes(path.read_bytes()[:-2])
 
 
 def spoil_index(folder: Path) -> None:
-    """That of an earlier, shorter file."""
+    """Replace an index by that of a shorter file."""
     write_index(min(folder.glob("*.idx")), [40, 3, 90], [0, 1, 2, 3], DTYPES[8])
 
 
@@ -97,20 +97,21 @@ WRITERS = {"manifest": write_folder, "megatron": write_megatron}
 
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize(
-    ("harm", "named"), [(cut, r"\.bin: 278 bytes, .* is cut"), (spoil_index, r"\.idx")]
+    ("harm", "message"),
+    [(truncate, r"\.bin: got 278 bytes, .* is truncated"), (spoil_index, r"\.idx")],
 )
-def test_a_cut_file_and_a_stale_index_stop_a_run_before_it_starts(
-    kind: str, harm: Callable[[Path], None], named: str, tmp_path: Path
+def test_damaged_files_are_reported_when_data_is_opened(
+    kind: str, harm: Callable[[Path], None], message: str, tmp_path: Path
 ) -> None:
     folder = WRITERS[kind](tmp_path / "web")
     read_all(open_one(folder))
     harm(folder)
-    with pytest.raises(DataError, match=named):
+    with pytest.raises(DataError, match=message):
         open_one(folder)
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_an_id_out_of_range_is_named_where_it_is_read(kind: str, tmp_path: Path) -> None:
+def test_id_out_of_range_is_reported_when_read(kind: str, tmp_path: Path) -> None:
     folder = WRITERS[kind](tmp_path / "web")
     put_high_id(folder)
     bound = VOCABULARY if kind == "manifest" else 300
@@ -118,7 +119,7 @@ def test_an_id_out_of_range_is_named_where_it_is_read(kind: str, tmp_path: Path)
         read_all(open_one(folder))
 
 
-def test_a_flipped_byte_is_named_where_verifying_was_asked_for(tmp_path: Path) -> None:
+def test_changed_byte_is_reported_if_verify_is_set(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "web")
     read_all(open_one(folder, verify=True))
     flip(folder)
@@ -127,7 +128,7 @@ def test_a_flipped_byte_is_named_where_verifying_was_asked_for(tmp_path: Path) -
         read_all(open_one(folder, verify=True))
 
 
-def test_megatrons_shards_are_read_as_the_same_samples(tmp_path: Path) -> None:
+def test_megatron_shards_give_the_same_samples(tmp_path: Path) -> None:
     ours = write_folder(tmp_path / "web")
     theirs = write_megatron(tmp_path / "mega")
     one, other = open_one(ours), open_one(theirs)
@@ -137,13 +138,13 @@ def test_megatrons_shards_are_read_as_the_same_samples(tmp_path: Path) -> None:
         assert tensor.equal(same.tensors[name]), name
     assert one.fingerprint != other.fingerprint
     assert open_one(theirs).fingerprint == other.fingerprint
-    flip(theirs)  # no hash tells; the fingerprint is of indices and sizes
+    flip(theirs)  # without hashes, the fingerprint depends on indices and sizes only
     assert open_one(theirs).fingerprint == other.fingerprint
     prefix = theirs / "part0_text_document"
     assert open_one(prefix).describe()["sources"][0]["path"] == str(prefix)
 
 
-def test_a_tokenizer_is_taken_from_the_first_source_that_tells_it(tmp_path: Path) -> None:
+def test_tokenizer_is_that_of_the_first_source_that_names_one(tmp_path: Path) -> None:
     theirs = write_megatron(tmp_path / "mega")
     ours = write_folder(tmp_path / "web", seed=1)
     alone = open_one(theirs)
@@ -155,7 +156,7 @@ def test_a_tokenizer_is_taken_from_the_first_source_that_tells_it(tmp_path: Path
     assert open_one(theirs).tokenizer_folder == theirs / "tokenizer"
 
 
-def test_a_tokenizer_beside_megatrons_shards_must_be_that_of_the_others(tmp_path: Path) -> None:
+def test_tokenizer_of_megatron_shards_must_equal_the_others(tmp_path: Path) -> None:
     theirs, ours = write_megatron(tmp_path / "mega"), write_folder(tmp_path / "web", seed=1)
     (theirs / "tokenizer").mkdir()
     tokenizer = '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": '
@@ -166,8 +167,8 @@ def test_a_tokenizer_beside_megatrons_shards_must_be_that_of_the_others(tmp_path
 
 def test_open_data_names_faults_of_training_and_validation_at_once(tmp_path: Path) -> None:
     theirs, ours = write_megatron(tmp_path / "mega"), write_folder(tmp_path / "web")
-    cut(theirs)
-    cut(ours)
+    truncate(theirs)
+    truncate(ours)
     config = DataConfig.model_validate(
         {
             "train": [{"path": str(ours)}],

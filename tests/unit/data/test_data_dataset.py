@@ -44,7 +44,7 @@ def naive_documents(starts: list[int], first: int, L: int) -> dict[str, list[Any
     seed=st.integers(0, 2**63 - 1),
     shuffle=st.booleans(),
 )
-def test_samples_hold_the_tokens_of_their_windows(
+def test_samples_have_the_tokens_of_their_windows(
     memory_shards: Any, lengths: list[list[int]], L: int, seed: int, shuffle: bool
 ) -> None:
     sources = [memory_shards(one, seed=i) for i, one in enumerate(lengths)]
@@ -70,10 +70,10 @@ def test_samples_hold_the_tokens_of_their_windows(
 
 @settings(deadline=None, max_examples=150)
 @given(lengths=LENGTHS, L=st.integers(1, 30), places=st.lists(st.integers(0, 500), min_size=1))
-def test_documents_are_kept_apart(
+def test_documents_are_masked_from_each_other(
     memory_shards: Any, lengths: list[int], L: int, places: list[int]
 ) -> None:
-    """Documents without a token, which other tools write, do not count as documents."""
+    """Empty documents, which other tools write, do not count."""
     source = memory_shards(lengths)
     dataset = make([source], L=L, mask_documents=True)
     batch = dataset.batch(np.array(places), 0)
@@ -86,7 +86,7 @@ def test_documents_are_kept_apart(
     assert batch.targets == sum(sum(row["loss_mask"]) for row in expected)
 
 
-def test_a_window_of_whole_documents_by_hand(memory_shards: Any) -> None:
+def test_window_of_whole_documents_has_the_expected_tensors(memory_shards: Any) -> None:
     # tokens: a a a | b b b b | c c c, windows of 4 + 1: "a a a b b" and "b b b c c"
     source = memory_shards([3, 4, 3])
     dataset = make([source], L=4, mask_documents=True, shuffle=False)
@@ -97,17 +97,17 @@ def test_a_window_of_whole_documents_by_hand(memory_shards: Any) -> None:
     assert dataset.describe()["sources"][0]["dropped_tokens"] == 1
 
 
-def test_tensors_are_what_the_engine_expects(memory_shards: Any) -> None:
+def test_tensors_have_the_dtypes_and_shapes_of_the_engine(memory_shards: Any) -> None:
     dataset = make([memory_shards([40] * 5)], L=16, mask_documents=True)
     batch = dataset.batch(np.array([4, 2, 7]), 4)
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.tensors.items()}
-    whole = (torch.int64, (3, 16))
+    ids = (torch.int64, (3, 16))
     assert kinds == {
-        "input_ids": whole,
-        "labels": whole,
+        "input_ids": ids,
+        "labels": ids,
         "loss_mask": (torch.bool, (3, 16)),
-        "position_ids": whole,
-        "document_ids": whole,
+        "position_ids": ids,
+        "document_ids": ids,
     }
     assert all(tensor.is_contiguous() for tensor in batch.tensors.values())
     assert batch.place == 4
@@ -121,7 +121,7 @@ def test_tensors_are_what_the_engine_expects(memory_shards: Any) -> None:
     assert batch.targets == int(batch.tensors["loss_mask"].sum())
 
 
-def test_an_epoch_reads_every_window_once_and_the_next_in_another_order(memory_shards: Any) -> None:
+def test_epoch_reads_every_window_once_in_its_own_order(memory_shards: Any) -> None:
     sources = [memory_shards([50] * 20, seed=1), memory_shards([70] * 3, seed=2)]
     dataset = make(sources, L=10)
     assert dataset.num_samples == 99 + 20
@@ -136,7 +136,7 @@ def test_an_epoch_reads_every_window_once_and_the_next_in_another_order(memory_s
     assert epochs[0] != epochs[1]
 
 
-def test_without_shuffling_windows_come_in_their_natural_order(memory_shards: Any) -> None:
+def test_windows_are_in_order_without_shuffle(memory_shards: Any) -> None:
     sources = [memory_shards([100], seed=1), memory_shards([50], seed=2)]
     dataset = make(sources, L=10, shuffle=False)
     owner, first = dataset.source_of(np.arange(dataset.num_samples))
@@ -144,7 +144,7 @@ def test_without_shuffling_windows_come_in_their_natural_order(memory_shards: An
     assert first[owner == 1].tolist() == [10 * i for i in range(4)]
 
 
-def test_weights_set_the_shares(memory_shards: Any) -> None:
+def test_weights_define_the_shares_of_sources(memory_shards: Any) -> None:
     sources = [memory_shards([1000], seed=1), memory_shards([100], seed=2)]
     dataset = make(sources, L=10, weights=[1.0, 3.0])
     owner, _ = dataset.source_of(np.arange(400))
@@ -156,12 +156,12 @@ def test_weights_set_the_shares(memory_shards: Any) -> None:
     assert [row["dropped_tokens"] for row in rows] == [9, 9]
 
 
-def test_any_place_up_to_the_limit_has_a_sample(memory_shards: Any) -> None:
+def test_sample_exists_up_to_the_limit(memory_shards: Any) -> None:
     dataset = make([memory_shards([100], seed=i) for i in range(3)], L=10)
     assert dataset.sample(LIMIT - 1).tensors["input_ids"].shape == (1, 10)
 
 
-def test_the_fingerprint_follows_everything_that_changes_samples(memory_shards: Any) -> None:
+def test_fingerprint_depends_on_everything_that_changes_samples(memory_shards: Any) -> None:
     def fingerprint(**options: Any) -> str:
         seeds = options.pop("sources", (1, 2))
         return make([memory_shards([90], seed=s) for s in seeds], **options).fingerprint
@@ -181,7 +181,7 @@ def test_the_fingerprint_follows_everything_that_changes_samples(memory_shards: 
     assert fingerprint() == variants[0]
 
 
-def test_sources_that_cannot_give_a_sample_are_named_together(memory_shards: Any) -> None:
+def test_sources_without_a_sample_are_reported_together(memory_shards: Any) -> None:
     sources = [
         memory_shards([10], name="short"),
         memory_shards([11], name="enough"),

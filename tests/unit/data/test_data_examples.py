@@ -1,5 +1,5 @@
 # covers: megalite/data/examples.py megalite/data/collate.py
-"""Samples of fine-tuning: order, padding, packing, what is learned of each."""
+"""Samples for fine-tuning: order, padding, packing, targets."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def labelled() -> list[dict[str, Any]]:
     return [{"text": "x" * n, "label": n % 2} for n in LENGTHS]
 
 
-def test_epoch_is_every_example_once_and_the_next_has_another_order() -> None:
+def test_epoch_reads_every_example_once_in_another_order() -> None:
     dataset = examples("classification", labelled())
     N = len(LENGTHS)
     numbers, epochs = dataset.source_of(np.arange(3 * N))
@@ -66,7 +66,7 @@ def test_collator_pads_texts_of_a_classifier() -> None:
     assert tensors["input_ids"][0].tolist() == [120, 120, 120, 257, 0, 0, 0, 0]
     assert tensors["lengths"].tolist() == [4, 8]
     assert tensors["labels"].tolist() == [1, 1]
-    assert "attention_mask" not in tensors  # a decoder sees no padding
+    assert "attention_mask" not in tensors  # causal attention needs none
     assert (batch.targets, batch.tokens) == (2, 12)
     both = {"architecture": "encoder_decoder", "position_embedding": "relative"}
     batch = examples("classification", labelled(), both, shuffle=False).batch(np.array([0, 2]), 0)
@@ -74,7 +74,7 @@ def test_collator_pads_texts_of_a_classifier() -> None:
     assert batch.tensors["decoder_input_ids"].tolist() == [[0], [0]]
 
 
-def test_a_step_is_dealt_by_length_whatever_the_ranks() -> None:
+def test_step_is_assigned_by_length_for_any_number_of_ranks() -> None:
     dataset, seen = examples("classification", labelled()), []
     for ranks in (1, 2):
         step = [
@@ -101,7 +101,7 @@ def test_a_step_is_dealt_by_length_whatever_the_ranks() -> None:
     assert seen[0] == seen[1]
 
 
-def test_an_evaluation_counts_each_example_once() -> None:
+def test_evaluation_reads_each_example_once() -> None:
     dataset = examples("classification", labelled(), shuffle=False)
     labels: list[int] = []
     for rank in range(2):
@@ -113,7 +113,7 @@ def test_an_evaluation_counts_each_example_once() -> None:
     assert sorted(labels) == sorted(n % 2 for n in LENGTHS)
 
 
-def test_a_text_is_learned_token_by_token_or_packed() -> None:
+def test_language_modeling_targets_all_tokens_also_if_packed() -> None:
     rows = [{"text": "".join(chr(97 + n % 26) for n in range(length))} for length in LENGTHS]
     dataset = examples("language_modeling", rows, shuffle=False)
     batch = dataset.batch(np.array([0, 2]), 0).tensors
@@ -125,24 +125,24 @@ def test_a_text_is_learned_token_by_token_or_packed() -> None:
     every = [packed.batch(np.array([n]), 0) for n in range(packed.num_samples)]
     assert sum(b.targets for b in every) == sum(LENGTHS)
     assert sum(b.tokens for b in every) == sum(LENGTHS) + len(LENGTHS)
-    found = []
+    texts: list[str] = []
     for one in (b.tensors for b in every):
         mask = one["loss_mask"][0]
         for document in one["document_ids"][0][mask].unique().tolist():
             here = mask & (one["document_ids"][0] == document)
-            found.append(bytes(one["input_ids"][0][here].tolist()).decode())
-            assert one["labels"][0][here].tolist() == [*found[-1].encode()[1:], 257]
-    assert sorted(found) == sorted(row["text"] for row in rows)
+            texts.append(bytes(one["input_ids"][0][here].tolist()).decode())
+            assert one["labels"][0][here].tolist() == [*texts[-1].encode()[1:], 257]
+    assert sorted(texts) == sorted(row["text"] for row in rows)
 
 
-def test_a_conversation_is_learned_in_the_assistants_turns() -> None:
+def test_sft_targets_the_turns_of_the_assistant() -> None:
     turns = [("user", "hi"), ("assistant", "yes"), ("user", "so"), ("assistant", "no")]
     rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}] * 2
     for packing in (False, True):
         dataset = examples("sft", rows, shuffle=False, max_length=300, packing=packing)
         batch = dataset.batch(np.array([0]), 0).tensors
-        learned = batch["labels"][batch["loss_mask"]].tolist()
-        text = load_tokenizer("bytes").decode(learned)
+        targets = batch["labels"][batch["loss_mask"]].tolist()
+        text = load_tokenizer("bytes").decode(targets)
         assert text == "yes<|im_end|>no<|im_end|>" * (2 if packing else 1)
 
 
@@ -158,7 +158,7 @@ def test_collator_separates_source_and_target() -> None:
     assert batch["loss_mask"].sum(dim=1).tolist() == [3, 4]
 
 
-def test_a_changed_file_is_found() -> None:
+def test_open_split_reports_a_changed_file() -> None:
     dataset = examples("classification", labelled())
     path = dataset.tokenizer_folder.parent / "train.tokens.npy"
     data = bytearray(path.read_bytes())

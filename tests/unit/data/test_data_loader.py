@@ -60,7 +60,7 @@ def same(one: Batch, other: Batch) -> bool:
     accumulation=st.integers(1, 3),
     start=st.integers(0, 1000),
 )
-def test_any_split_covers_the_same_samples(
+def test_loader_reads_the_same_samples_on_any_layout(
     dataset: Dataset, ranks: int, micro: int, accumulation: int, start: int
 ) -> None:
     size = ranks * micro * accumulation
@@ -69,7 +69,7 @@ def test_any_split_covers_the_same_samples(
     for number in range(2):
         place = start + number * size
         expected = dataset.batch(np.arange(place, place + size), place)
-        found: dict[int, torch.Tensor] = {}
+        ids: dict[int, torch.Tensor] = {}
         for rank in range(ranks):
             step = steps[rank][number]
             assert step.place == place
@@ -78,14 +78,14 @@ def test_any_split_covers_the_same_samples(
             for m, batch in enumerate(step.micro_batches):
                 assert batch.place == place + (m * ranks + rank) * micro
                 for row in range(micro):
-                    found[batch.place + row] = batch.tensors["input_ids"][row]
-        assert sorted(found) == list(range(place, place + size))
-        in_order = torch.stack([found[i] for i in sorted(found)])
+                    ids[batch.place + row] = batch.tensors["input_ids"][row]
+        assert sorted(ids) == list(range(place, place + size))
+        in_order = torch.stack([ids[i] for i in sorted(ids)])
         assert in_order.equal(expected.tensors["input_ids"])
         assert sum(steps[rank][number].targets for rank in range(ranks)) == expected.targets
 
 
-def test_a_restart_goes_on_identically(dataset: Dataset) -> None:
+def test_loader_restarts_identically(dataset: Dataset) -> None:
     whole = take(make(dataset), 6)
     again = take(make(dataset, start=36), 3)
     for one, other in zip(whole[3:], again, strict=True):
@@ -93,7 +93,7 @@ def test_a_restart_goes_on_identically(dataset: Dataset) -> None:
         assert all(map(same, one.micro_batches, other.micro_batches))
 
 
-def test_a_restart_on_another_layout_and_batch_size_reads_on_where_it_stopped(
+def test_loader_restarts_with_another_layout_and_batch_size(
     dataset: Dataset,
 ) -> None:
     whole = take(make(dataset, micro_batch_size=12), 4)
@@ -103,30 +103,32 @@ def test_a_restart_on_another_layout_and_batch_size_reads_on_where_it_stopped(
         assert torch.cat([step.micro_batches[0].tensors[name] for step in rest]).equal(expected)
 
 
-def test_epochs_go_on_without_end(dataset: Dataset) -> None:
+def test_loader_continues_beyond_an_epoch(dataset: Dataset) -> None:
     steps = dataset.num_samples // 12 + 3
     assert [step.place for step in take(make(dataset), steps)] == [12 * i for i in range(steps)]
 
 
-def test_reading_ahead_is_bounded(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
+def test_loader_reads_at_most_prefetch_steps_ahead(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
     source_of = Dataset.source_of
 
     def count(self: Dataset, indices: Any) -> Any:
-        made.append(len(indices))
+        steps.append(len(indices))
         return source_of(self, indices)
 
     monkeypatch.setattr(Dataset, "source_of", count)
     loader = make(dataset, prefetch=3)
     deadline = time.monotonic() + 5
-    while len(made) < 4 and time.monotonic() < deadline:
+    while len(steps) < 4 and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(0.05)
-    assert len(made) == 4  # three wait, the fourth is in the thread's hands
+    assert len(steps) == 4  # three are in the queue; the thread waits with the fourth
     loader.close()
 
 
-def test_an_error_of_the_thread_is_raised_in_turn_and_stays(memory_shards: Any) -> None:
+def test_loader_raises_errors_of_its_thread_again_and_again(memory_shards: Any) -> None:
     source = memory_shards([100], name="disk")
     source.broken_from = 40
     dataset = Dataset(
@@ -143,25 +145,25 @@ def test_an_error_of_the_thread_is_raised_in_turn_and_stays(memory_shards: Any) 
 
 
 @pytest.mark.parametrize("taken", [0, 1, 3])
-def test_closing_ends_the_thread_and_may_be_repeated(dataset: Dataset, taken: int) -> None:
+def test_close_ends_the_thread_and_may_be_repeated(dataset: Dataset, taken: int) -> None:
     before = threading.enumerate()
     loader = make(dataset)
     for _ in range(taken):
         next(loader)
-    (own,) = [thread for thread in threading.enumerate() if thread not in before]
-    assert own.name == "loader"
+    (thread,) = [thread for thread in threading.enumerate() if thread not in before]
+    assert thread.name == "loader"
     loader.close()
     loader.close()
-    assert not own.is_alive()
+    assert not thread.is_alive()
     assert list(loader) == []
 
 
-def test_a_batch_that_does_not_divide_is_a_broken_invariant(dataset: Dataset) -> None:
+def test_loader_asserts_that_batch_sizes_divide(dataset: Dataset) -> None:
     with pytest.raises(AssertionError):
         make(dataset, global_batch_size=12, micro_batch_size=5)
 
 
-def test_pinning_is_left_out_without_cuda(
+def test_loader_pins_memory_only_with_cuda(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pinned: list[int] = []
@@ -183,7 +185,7 @@ def test_pinning_is_left_out_without_cuda(
 
 @pytest.mark.parametrize("samples", [1, 4, 11, 12, 13])
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 4), (3, 2), (4, 1)])
-def test_an_evaluation_counts_each_of_the_first_samples_once(
+def test_first_batches_read_each_sample_once(
     dataset: Dataset, samples: int, ranks: int, micro: int
 ) -> None:
     parts = [
@@ -210,7 +212,7 @@ def test_an_evaluation_counts_each_of_the_first_samples_once(
     assert targets == expected.targets
 
 
-def test_targets_are_what_an_objective_counts(dataset: Dataset) -> None:
+def test_targets_are_counted_by_the_objective(dataset: Dataset) -> None:
     def count(arrays: Mapping[str, Any]) -> int:
         assert isinstance(arrays["input_ids"], np.ndarray)  # on the host, without torch
         return 100 * len(arrays["input_ids"])
@@ -223,69 +225,67 @@ def test_targets_are_what_an_objective_counts(dataset: Dataset) -> None:
     assert [batch.targets for batch in counted] == [200, 200]
 
 
-def test_an_evaluation_of_no_samples_is_empty(dataset: Dataset) -> None:
+def test_first_batches_of_no_samples_are_empty(dataset: Dataset) -> None:
     assert list(first_batches(dataset, 0, micro_batch_size=2, data_rank=0, data_size=2)) == []
 
 
-def test_tensors_are_handed_over_by_a_thread_and_never_pickled(
+def test_loader_passes_tensors_on_without_pickling_or_copying(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("pickled")
 
-    made: list[torch.Tensor] = []
+    produced: list[torch.Tensor] = []
     read = Dataset.read
 
-    def keep(self: Dataset, *where: Any) -> Batch:
-        batch = read(self, *where)
-        made.append(batch.tensors["input_ids"])
+    def record(self: Dataset, *arguments: Any) -> Batch:
+        batch = read(self, *arguments)
+        produced.append(batch.tensors["input_ids"])
         return batch
 
-    monkeypatch.setattr(Dataset, "read", keep)
+    monkeypatch.setattr(Dataset, "read", record)
     for kind in (Batch, StepBatches, torch.Tensor):
         monkeypatch.setattr(kind, "__reduce_ex__", refuse)
     step = take(make(dataset), 1)[0]
-    found = [batch.tensors["input_ids"].data_ptr() for batch in step.micro_batches]
-    assert found == [tensor.data_ptr() for tensor in made[: len(found)]]
+    pointers = [batch.tensors["input_ids"].data_ptr() for batch in step.micro_batches]
+    assert pointers == [tensor.data_ptr() for tensor in produced[: len(pointers)]]
     assert multiprocessing.active_children() == []
 
 
-def test_reading_is_off_the_training_thread(
-    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loader_reads_in_its_thread(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     names = set()
     read = Dataset.read
 
-    def note(self: Dataset, *where: Any) -> Batch:
+    def record(self: Dataset, *arguments: Any) -> Batch:
         names.add(threading.current_thread().name)
-        return read(self, *where)
+        return read(self, *arguments)
 
-    monkeypatch.setattr(Dataset, "read", note)
+    monkeypatch.setattr(Dataset, "read", record)
     take(make(dataset), 3)
     assert names == {"loader"}
 
 
-def test_a_stop_signal_leaves_the_reader_alone(dataset: Dataset) -> None:
-    """The handler runs in the main thread; what follows is what would have followed."""
+def test_loader_survives_a_stop_signal(dataset: Dataset) -> None:
+    """The handler runs in the main thread, and the batches are those without a signal."""
     expected = take(make(dataset), 6)
     seen: list[str] = []
     before = signal.signal(signal.SIGTERM, lambda *_: seen.append(threading.current_thread().name))
     loader = make(dataset)
     try:
-        found = [next(loader)]
+        steps = [next(loader)]
         for _ in range(5):
             os.kill(os.getpid(), signal.SIGTERM)
-            found.append(next(loader))
+            steps.append(next(loader))
     finally:
         signal.signal(signal.SIGTERM, before)
         loader.close()
     assert set(seen) == {"MainThread"}
-    for one, other in zip(expected, found, strict=True):
+    for one, other in zip(expected, steps, strict=True):
         assert all(map(same, one.micro_batches, other.micro_batches))
 
 
-def test_a_rank_of_many_holds_its_own_samples_only(dataset: Dataset) -> None:
-    """A million sequences a step over 62,500 ranks: no array of the step's length is made."""
+def test_loader_of_one_rank_stores_only_its_offsets(dataset: Dataset) -> None:
+    """A step has a million sequences over 62,500 ranks; no array of that length is stored."""
     loader = make(
         dataset,
         global_batch_size=1_000_000,
@@ -305,7 +305,7 @@ def test_a_rank_of_many_holds_its_own_samples_only(dataset: Dataset) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pages are locked for a GPU only")
-def test_pinned_tensors_reach_the_device_unchanged(dataset: Dataset) -> None:
+def test_pinned_tensors_are_unchanged_on_the_device(dataset: Dataset) -> None:
     plain, pinned = take(make(dataset), 2), take(make(dataset, pin_memory=True), 2)
     for one, other in zip(plain, pinned, strict=True):
         for batch, locked in zip(one.micro_batches, other.micro_batches, strict=True):

@@ -20,7 +20,7 @@ WEIGHTS = st.lists(
 
 @settings(deadline=None, max_examples=120)
 @given(weights=WEIGHTS)
-def test_every_prefix_keeps_the_proportions(weights: list[float]) -> None:
+def test_mixture_keeps_the_proportions_in_every_prefix(weights: list[float]) -> None:
     n = 3000
     source, number = Mixture(weights).source_of(np.arange(n))
     counts = np.cumsum(source[:, None] == np.arange(len(weights)), axis=0)
@@ -32,7 +32,7 @@ def test_every_prefix_keeps_the_proportions(weights: list[float]) -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(weights=WEIGHTS, start=st.integers(0, LIMIT - 400))
-def test_proportions_hold_far_into_the_order(weights: list[float], start: int) -> None:
+def test_mixture_keeps_the_proportions_at_large_indices(weights: list[float], start: int) -> None:
     """A sample's number is the count of its source in the prefix before it."""
     source, number = Mixture(weights).source_of(np.arange(start, start + 400))
     total = sum(map(Fraction, weights))
@@ -43,24 +43,24 @@ def test_proportions_hold_far_into_the_order(weights: list[float], start: int) -
         assert np.array_equal(np.diff(number[source == one]), np.ones((source == one).sum() - 1))
 
 
-def test_an_epoch_by_windows_visits_each_exactly_once() -> None:
+def test_mixture_by_windows_reads_each_window_once_an_epoch() -> None:
     windows = [3, 1, 410, 77, 9, 2]
     source, number = Mixture(windows).source_of(np.arange(2 * sum(windows)))
     for epoch in range(2):
         part = slice(epoch * sum(windows), (epoch + 1) * sum(windows))
         for i, count in enumerate(windows):
-            found = number[part][source[part] == i]
-            assert found.tolist() == list(range(epoch * count, (epoch + 1) * count))
+            numbers = number[part][source[part] == i]
+            assert numbers.tolist() == list(range(epoch * count, (epoch + 1) * count))
 
 
-def test_one_source_is_read_in_its_own_order() -> None:
+def test_mixture_of_one_source_is_the_identity() -> None:
     index = np.array([0, 1, 5, LIMIT - 1])
     source, number = Mixture([0.3]).source_of(index)
     assert source.tolist() == [0, 0, 0, 0]
     assert np.array_equal(number, index)
 
 
-def test_the_scale_of_weights_does_not_matter() -> None:
+def test_mixture_does_not_depend_on_the_scale_of_weights() -> None:
     index = np.arange(1000)
     small, large = Mixture([0.25, 0.5, 1.0]).source_of(index), Mixture([1, 2, 4]).source_of(index)
     assert np.array_equal(small[0], large[0])
@@ -68,7 +68,7 @@ def test_the_scale_of_weights_does_not_matter() -> None:
     assert Mixture([1, 3]).shares == [0.25, 0.75]
 
 
-def test_extreme_weights_stay_in_bounds() -> None:
+def test_mixture_accepts_extreme_weights() -> None:
     weights = [1e-300, 1e300, 1.0]
     source, number = Mixture(weights).source_of(np.array([0, 1, 2, LIMIT - 1]))
     assert source.tolist() == [1, 1, 1, 1]
@@ -76,6 +76,6 @@ def test_extreme_weights_stay_in_bounds() -> None:
 
 
 @pytest.mark.parametrize("weights", [[], [1.0, 0.0], [-1.0], [float("nan"), 1.0], [float("inf")]])
-def test_weights_that_are_no_shares_are_refused(weights: list[float]) -> None:
+def test_mixture_refuses_bad_weights(weights: list[float]) -> None:
     with pytest.raises(DataError, match="positive, finite weights"):
         Mixture(weights)

@@ -27,7 +27,7 @@ def write_folder(
     vocab_size: int = 500,
     tokenizer: str = ONE,
 ) -> None:
-    """A shard folder of the given documents, split evenly over shards."""
+    """Write a shard folder of the given documents, split evenly over shards."""
     (folder / "tokenizer").mkdir(parents=True)
     (folder / "tokenizer" / "tokenizer.model").write_text(tokenizer)
     digest = sha256(tokenizer.encode()).hexdigest()
@@ -67,7 +67,7 @@ def config(train: list[Path], valid: Sequence[Path] = (), **options: Any) -> Dat
 
 @pytest.fixture
 def folders(tmp_path: Path, memory_shards: Any) -> dict[str, Path]:
-    """Two folders of random documents, a short one, and one of another tokenizer."""
+    """Write two folders of random documents, a short one, and one of another tokenizer."""
     for name, seed, lengths in (("web", 1, [30, 5, 90, 41] * 4), ("code", 2, [17, 200, 3])):
         source = memory_shards(lengths, seed=seed)
         documents = np.split(source.ids, source.starts[1:])
@@ -77,10 +77,10 @@ def folders(tmp_path: Path, memory_shards: Any) -> dict[str, Path]:
     return {name: tmp_path / name for name in ("web", "code", "short", "foreign")}
 
 
-def test_a_folder_is_read_as_the_same_tokens_in_memory(
+def test_folder_gives_the_samples_of_the_same_tokens_in_memory(
     folders: dict[str, Path], memory_shards: Any
 ) -> None:
-    """Three shards, windows and documents that cross them, against one array."""
+    """Windows and documents that cross three shards are compared with one array."""
     data = config([folders["web"], folders["code"]], mask_documents=True, seed=9)
     dataset = open_train(data, vocab_size=500)
     in_memory = Dataset(
@@ -100,7 +100,7 @@ def test_a_folder_is_read_as_the_same_tokens_in_memory(
     assert paths == [str(folders["web"]), str(folders["code"])]
 
 
-def test_training_is_shuffled_and_validation_is_not(folders: dict[str, Path]) -> None:
+def test_open_data_shuffles_training_but_not_validation(folders: dict[str, Path]) -> None:
     data = config([folders["web"]], [folders["web"]])
     train, valid = open_data(data, vocab_size=500)
     assert valid is not None
@@ -113,13 +113,13 @@ def test_training_is_shuffled_and_validation_is_not(folders: dict[str, Path]) ->
     assert valid.fingerprint == again.fingerprint != train.fingerprint
 
 
-def test_validation_may_be_absent(folders: dict[str, Path]) -> None:
+def test_open_valid_returns_none_without_validation_data(folders: dict[str, Path]) -> None:
     data = config([folders["web"]])
     assert open_valid(data, vocab_size=500) is None
     assert open_data(data, vocab_size=500)[1] is None
 
 
-def test_weights_and_seed_reach_the_order(folders: dict[str, Path]) -> None:
+def test_open_train_passes_on_weights_and_seed(folders: dict[str, Path]) -> None:
     both = [folders["web"], folders["code"]]
     dataset = open_train(config(both, weights=[1, 3]), vocab_size=500)
     assert (dataset.source_of(np.arange(400))[0] == 1).mean() == pytest.approx(0.75, abs=0.01)
@@ -152,25 +152,26 @@ def test_open_data_names_every_fault_of_every_folder_at_once(folders: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("asked", "verify", "found"), [(True, None, True), (False, True, True), (True, False, False)]
+    ("configured", "verify", "fails"),
+    [(True, None, True), (False, True, True), (True, False, False)],
 )
-def test_a_flipped_byte_is_found_where_verifying_was_asked_for(
-    folders: dict[str, Path], asked: bool, verify: bool | None, found: bool
+def test_verify_overrides_the_configuration(
+    folders: dict[str, Path], configured: bool, verify: bool | None, fails: bool
 ) -> None:
     flipped = folders["web"] / "shard_00000.bin"
     data = bytearray(flipped.read_bytes())
     data[0] ^= 1
     flipped.write_bytes(data)
-    dataset = open_train(config([folders["web"]], verify=asked), vocab_size=500, verify=verify)
+    dataset = open_train(config([folders["web"]], verify=configured), vocab_size=500, verify=verify)
     places = np.arange(dataset.num_samples)
-    if found:
+    if fails:
         with pytest.raises(DataError, match=r"shard_00000\.bin"):
             dataset.batch(places, 0)
     else:
         dataset.batch(places, 0)
 
 
-def test_a_shard_damaged_under_way_stops_the_loader_with_its_name(
+def test_loader_reports_a_shard_that_was_damaged_meanwhile(
     folders: dict[str, Path],
 ) -> None:
     dataset = open_train(config([folders["web"]]), vocab_size=500)
@@ -189,7 +190,7 @@ def test_a_shard_damaged_under_way_stops_the_loader_with_its_name(
     loader.close()
 
 
-def test_the_fingerprint_does_not_depend_on_where_folders_lie(
+def test_fingerprint_does_not_depend_on_the_folders_path(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     before = open_train(config([folders["web"]]), vocab_size=500).fingerprint
@@ -199,7 +200,7 @@ def test_the_fingerprint_does_not_depend_on_where_folders_lie(
 
 
 @pytest.mark.parametrize("harm", ["missing", "changed"])
-def test_a_tokenizer_that_is_not_the_shards_is_named(tmp_path: Path, harm: str) -> None:
+def test_tokenizer_file_that_is_missing_or_changed_is_reported(tmp_path: Path, harm: str) -> None:
     write_folder(tmp_path / "web", [np.arange(100)])
     model = tmp_path / "web" / "tokenizer" / "tokenizer.model"
     if harm == "missing":

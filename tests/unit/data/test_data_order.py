@@ -45,14 +45,14 @@ def test_permute_of_huge_sets_stays_inside_and_distinct(size: int, key: int, sta
     seed=st.integers(0, 2**32),
 )
 def test_permute_of_sampled_indices_is_one_to_one(size: int, key: int, seed: int) -> None:
-    """Of sets too large to go through: as many images as indices, wherever these lie."""
+    """For sets too large to enumerate, a sample of indices has as many images."""
     edges = np.array([0, 1, size // 2, size - 2, size - 1])
     scattered = np.random.default_rng(seed).integers(0, size, 3000)
     index = np.unique(np.concatenate([edges, scattered, scattered // 2]))
     image = permute(index, size, key)
     assert 0 <= image.min() <= image.max() < size
     assert len(np.unique(image)) == len(index)
-    # and they reach everywhere: 3000 and more of them leave no tenth of the set out
+    # Every tenth of the set has images.
     assert len(np.unique(image * 10 // size)) == 10
 
 
@@ -73,8 +73,8 @@ def test_permute_refuses_an_index_outside() -> None:
         permute(5, 5, 0)
 
 
-def test_order_is_the_same_on_every_machine_and_release() -> None:
-    """Values of the first release: another result would change the data of every seed."""
+def test_permute_gives_the_values_of_the_first_release() -> None:
+    """Other values would change the data order of every seed."""
     assert permute(np.arange(10), 10, 1234).tolist() == [5, 6, 7, 8, 0, 4, 3, 2, 9, 1]
     assert permute(123_456_789, 5_000_000_000, 42) == 1735973760
     keys = derive_key(1234, np.array([0, 1]), np.array([3, 3]))
@@ -83,7 +83,7 @@ def test_order_is_the_same_on_every_machine_and_release() -> None:
 
 @pytest.mark.parametrize("size", [20_000, 65_536, 100_003])
 @pytest.mark.parametrize("key", [0, 1, 987_654_321])
-def test_a_shuffle_has_no_serial_correlation(size: int, key: int) -> None:
+def test_permute_has_no_serial_correlation(size: int, key: int) -> None:
     image = permute(np.arange(size), size, key).astype(float)
     for lag in (1, 2, 3, 8, 64, 317):
         correlation = np.corrcoef(image[:-lag], image[lag:])[0, 1]
@@ -91,7 +91,7 @@ def test_a_shuffle_has_no_serial_correlation(size: int, key: int) -> None:
 
 
 @pytest.mark.parametrize("size", [20_000, 100_003])
-def test_any_stretch_of_a_shuffle_is_spread_evenly(size: int) -> None:
+def test_permute_spreads_any_range_evenly(size: int) -> None:
     image = permute(np.arange(size), size, 11)
     for stretch in np.array_split(image, 7):
         counts = np.histogram(stretch, bins=50, range=(0, size))[0]
@@ -101,7 +101,7 @@ def test_any_stretch_of_a_shuffle_is_spread_evenly(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 6, 13])
-def test_every_image_is_equally_likely_over_keys(size: int) -> None:
+def test_permute_gives_every_image_equally_often_over_keys(size: int) -> None:
     trials = 6000
     keys = derive_key(5, np.arange(trials), np.zeros(trials, dtype=np.int64))
     for index in range(size):
@@ -121,12 +121,12 @@ def test_permute_of_three_gives_all_six_shuffles_equally_often() -> None:
 
 
 def normal_quantile(statistic: float, freedom: int) -> float:
-    """Return how many standard deviations a chi-square value lies off (Wilson & Hilferty 1931)."""
+    """Return a chi-square value in standard deviations from its mean (Wilson & Hilferty 1931)."""
     spread = 2 / (9 * freedom)
     return float((np.cbrt(statistic / freedom) - (1 - spread)) / np.sqrt(spread))
 
 
-# Five deviations either way: one in a million by chance; too even is as wrong as too uneven.
+# Standard deviations in either direction; more have a probability of about one in a million.
 CHANCE = 5.0
 
 
@@ -158,7 +158,7 @@ def test_permute_is_independent_over_keys_at_two_places(size: int, distance: int
 
 
 @pytest.mark.parametrize("size", [65_536, 99_991, 2**33 + 1, LIMIT])
-def test_neighbours_in_the_order_are_not_correlated(size: int) -> None:
+def test_permute_does_not_correlate_neighbours(size: int) -> None:
     """Serial correlation of the images, and of their distances modulo the size."""
     count = 60_000
     for key in (0, 1, 2**63, 123_456_789):
@@ -174,8 +174,8 @@ def test_neighbours_in_the_order_are_not_correlated(size: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_orders_of_epochs_and_sources_share_nothing(seed: int) -> None:
-    """Two shuffles agree at about one place of all, as two random ones do."""
+def test_permute_orders_of_epochs_and_sources_are_independent(seed: int) -> None:
+    """Two shuffles have about one element in the same position, as two random ones do."""
     size = 5003
     keys = derive_key(seed, np.repeat([0, 1], 6), np.tile(np.arange(6), 2)).tolist()
     orders = [permute(np.arange(size), size, key) for key in keys]
@@ -185,7 +185,7 @@ def test_orders_of_epochs_and_sources_share_nothing(seed: int) -> None:
     assert 30 < sum(equal) < 115  # mean 66, deviation 8
 
 
-def test_seeds_sources_and_epochs_have_keys_of_their_own() -> None:
+def test_derive_key_is_unique_for_seed_source_and_epoch() -> None:
     source, epoch = (grid.ravel() for grid in np.meshgrid(np.arange(50), np.arange(50)))
     keys = np.concatenate([derive_key(seed, source, epoch) for seed in (0, 1, 2, 2**63 - 1)])
     assert len(np.unique(keys)) == len(keys)

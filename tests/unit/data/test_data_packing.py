@@ -16,7 +16,7 @@ POLICIES = st.sampled_from(["cut", "omit"])
 
 
 def naive_rooms(lengths: list[int], L: int) -> list[int]:
-    """Best-fit decreasing, one document at a time: the room left in each window."""
+    """Return the room in each window after best-fit decreasing, one document at a time."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [room for room in rooms if room >= length]
@@ -34,18 +34,18 @@ def filled(packing: Packing) -> list[int]:
 
 @settings(deadline=None, max_examples=200)
 @given(lengths=st.lists(st.integers(0, 60), max_size=60), L=st.integers(1, 40), longer=POLICIES)
-def test_every_token_lies_in_one_window(
+def test_pack_puts_every_token_into_one_window(
     lengths: list[int], L: int, longer: Literal["cut", "omit"]
 ) -> None:
     packing = pack(np.array(lengths, np.int64), L, longer=longer)
     out = [i for i, length in enumerate(lengths) if length > L and longer == "omit"]
-    assert packing.left_out.tolist() == out
-    found = {i: np.zeros(length, int) for i, length in enumerate(lengths)}
+    assert packing.omitted.tolist() == out
+    placed = {i: np.zeros(length, int) for i, length in enumerate(lengths)}
     pieces = zip(packing.documents, packing.starts, packing.lengths, strict=True)
     for document, start, length in pieces:
-        found[int(document)][start : start + length] += 1
-        assert length in (L, lengths[document] - start)  # a cut document's pieces but one are whole
-    for number, counts in found.items():
+        placed[int(document)][start : start + length] += 1
+        assert length in (L, lengths[document] - start)  # only a document's last piece is shorter
+    for number, counts in placed.items():
         assert (counts == (number not in out)).all()
     assert all(0 < tokens <= L for tokens in filled(packing))
     assert packing.bounds[0] == 0
@@ -56,26 +56,26 @@ def test_every_token_lies_in_one_window(
 
 @settings(deadline=None, max_examples=200)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=80), L=st.integers(40, 70))
-def test_the_windows_are_those_of_best_fit_decreasing(lengths: list[int], L: int) -> None:
+def test_pack_equals_best_fit_decreasing(lengths: list[int], L: int) -> None:
     packing = pack(np.array(lengths), L, longer="cut")
     rooms = sorted(L - tokens for tokens in filled(packing))
     assert rooms == naive_rooms(lengths, L)
     assert len(rooms) == 1 or rooms[-1] + rooms[-2] < L  # no two windows would fit into one
 
 
-def test_a_packing_by_hand() -> None:
+def test_pack_gives_the_expected_windows() -> None:
     packing = pack(np.array([3, 8, 2, 5, 0, 25]), 10, longer="cut")
     # 25 is 10 + 10 + 5; then 8 with 2, 5 with 5, 3 alone
     windows = np.split(packing.documents, packing.bounds[1:-1])
     assert sorted(map(tuple, windows)) == [(0,), (1, 2), (3, 5), (5,), (5,)]
     assert packing.padding == pytest.approx(7 / 50)
     packing = pack(np.array([3, 8, 2, 5, 0, 25]), 10, longer="omit")
-    assert packing.left_out.tolist() == [5]
+    assert packing.omitted.tolist() == [5]
     assert packing.windows == 2
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_less_padding_than_filling_one_window_after_the_other(seed: int) -> None:
+def test_pack_needs_less_padding_than_next_fit(seed: int) -> None:
     lengths = np.random.default_rng(seed).exponential(300, 20_000).astype(np.int64) + 1
     lengths = lengths[lengths <= 2048]
     next_fit, room = 0, 0
@@ -96,7 +96,7 @@ def test_pack_of_nothing_is_empty() -> None:
         assert (packing.windows, packing.padding) == (0, 0.0)
 
 
-def test_a_batch_keeps_documents_apart() -> None:
+def test_assemble_separates_documents() -> None:
     documents = [np.arange(10, 13), np.arange(20, 24), np.arange(30, 39)]
     packing = pack(np.array([3, 4, 9]), 8, longer="cut")
     assert [part.tolist() for part in np.split(packing.documents, packing.bounds[1:-1])] == [
@@ -112,11 +112,11 @@ def test_a_batch_keeps_documents_apart() -> None:
     assert got["loss_mask"] == [[True, True, False, True, True, True, False, False], [True] * 8]
     labels, mask = batch.tensors["labels"], batch.tensors["loss_mask"]
     assert labels[0][mask[0]].tolist() == [11, 12, 21, 22, 23]
-    assert labels[1].tolist() == [*range(31, 39)]  # a cut document's last target is in the next one
+    assert labels[1].tolist() == [*range(31, 39)]  # 38 is the first id of the next piece
     assert (labels[~mask] == 7).all()
 
 
-def test_padding_is_a_document_that_counts_nowhere() -> None:
+def test_assemble_makes_padding_a_document_without_targets() -> None:
     packing = pack(np.array([3, 2]), 9, longer="cut")
     documents = [np.array([1, 2, 3]), np.array([4, 5])]
     tensors = assemble(packing, np.array([0]), documents.__getitem__, 0, pad_id=60).tensors
@@ -126,7 +126,7 @@ def test_padding_is_a_document_that_counts_nowhere() -> None:
     assert tensors["loss_mask"][0].tolist() == [True, True, False, True] + [False] * 5
 
 
-def test_a_packed_window_has_the_loss_of_its_documents_alone() -> None:
+def test_packed_window_has_the_loss_of_its_separate_documents() -> None:
     config = model_config()
     model = make_model(config, spread=0.1)
     numbers = np.random.default_rng(3)
