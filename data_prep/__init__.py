@@ -1,1 +1,1 @@
-"""From a corpus to shards: train a tokenizer, encode documents, check and show the result."""
+"""Preparation of data: training of tokenizers, shards from a corpus, examples from rows."""

@@ -50,9 +50,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, line: str, run: Callable[..., int]) -> argparse.ArgumentParser:
         about = cleandoc(run.__doc__ or "")
-        made = commands.add_parser(name, help=line, description=about, formatter_class=plain)
-        made.set_defaults(run=run)
-        return made
+        subparser = commands.add_parser(name, help=line, description=about, formatter_class=plain)
+        subparser.set_defaults(run=run)
+        return subparser
 
     _add_training(command("train-tokenizer", "learn a vocabulary", _train_tokenizer))
     _add_encoding(command("tokenize", "encode documents into shards", _tokenize))
@@ -202,12 +202,12 @@ def _tokenize(**given: Any) -> int:
     manifest = tokenize(TokenizeOptions(**given))
     if rank:
         return 0  # rank 0 speaks for all
-    found = {given["output"]: manifest}
+    manifests = {given["output"]: manifest}
     if given["valid_output"] is not None:
-        found[given["valid_output"]] = load_manifest(given["valid_output"])
-    total = sum(one.tokens for one in found.values())
-    for folder, one in found.items():
-        share = f", {one.tokens / total:.2%} of all" if len(found) > 1 else ""
+        manifests[given["valid_output"]] = load_manifest(given["valid_output"])
+    total = sum(one.tokens for one in manifests.values())
+    for folder, one in manifests.items():
+        share = f", {one.tokens / total:.2%} of all" if len(manifests) > 1 else ""
         write_report(f"{folder}: {one.counts()}{share}\n")
     return 0
 

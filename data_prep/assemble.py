@@ -1,8 +1,8 @@
-"""Parts to shards: which documents go into which shard, and the shards themselves.
+"""Assembly of shards from encoded parts, with deduplication and a held-out set.
 
-The end of a shard is a function of the documents' lengths alone, known when all parts are done.
-Duplicates are found by 128-bit hashes; the first document of a text in input order stays. The same
-hashes decide which documents are held out, so that copies of a text stay on one side.
+When all parts are done, the lengths of the documents alone decide the ends of shards. Duplicates
+have equal 128-bit hashes of their texts; the first in input order stays. The same hashes decide
+which documents are held out, so that copies of a text are in one set.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy.typing as npt
 from safetensors import safe_open
 
 from data_prep.encoder import Encoder
-from data_prep.part_files import Counts, read_header
+from data_prep.part_files import Counts, read_part_header
 from data_prep.work_folder import PrepRun, read, write
 from megalite.formats.manifest import ShardInfo
 from megalite.formats.shards import ShardWriter
 
-# Hashes sorted at once. All documents are gone through once for each bucket of hashes.
+# Number of hashes sorted at a time; all hashes are read once for each bucket.
 _BUCKET = 1 << 24
 
 
@@ -32,10 +32,11 @@ _BUCKET = 1 << 24
 class ShardPlan:
     """The contents of the shards of one output.
 
-    parts: names, in order, each with the number of its first document among all.
-    shards: for each the documents it takes: (place in `parts`, first, end), in order.
-    valid_fraction: share of the documents that is held out; None means that there is one output.
-    valid: whether these shards hold the documents that are held out, or the others.
+    Attributes:
+        parts: names of all parts in order, each with the number of its first document.
+        shards: each shard's ranges of documents: (index in `parts`, first, end), in order.
+        valid_fraction: fraction of the documents to hold out. None means a single output.
+        valid: whether this output is that of the held-out documents.
     """
 
     parts: list[tuple[str, int]]
@@ -48,7 +49,7 @@ class ShardPlan:
         return run.valid if self.valid else run.shards
 
     def pieces(self) -> list[str]:
-        """Return the name of each shard among all that the run has to write."""
+        """Return the names of the shards, unique among both outputs."""
         prefix = "valid_" if self.valid else ""
         return [prefix + shard_name(number) for number in range(len(self.shards))]
 
@@ -61,12 +62,12 @@ def plan_shards(
     deduplicate: bool,
     valid_fraction: float | None = None,
 ) -> list[ShardPlan]:
-    """Plan the shards of each output: one, or with `valid_fraction` two, the held-out one last."""
+    """Return the plan of each output: one, or with `valid_fraction` two, the held-out one last."""
     placed = list[tuple[str, int]]()
     total = 0
     for name in parts:
         placed.append((name, total))
-        total += read_header(run.part(name)).tally.documents
+        total += read_part_header(run.part(name)).tally.documents
     if deduplicate:
         _drop_duplicates(run, placed, total)
     sides = (False,) if valid_fraction is None else (False, True)
@@ -74,10 +75,10 @@ def plan_shards(
 
 
 def _cut(run: PrepRun, plan: ShardPlan, shard_tokens: int) -> ShardPlan:
-    """Cut the documents of all parts into shards of at most `shard_tokens` tokens.
+    """Divide the documents of all parts into shards of at most `shard_tokens` tokens.
 
-    A document is never cut, so one that is longer than that has a shard to itself. Memory holds the
-    lengths of one part, and with `deduplicate` a byte a document and a bucket of hashes.
+    A document is never divided, so a longer one has a shard of its own. Memory holds the lengths of
+    one part, and with `deduplicate` a byte for each document and a bucket of hashes.
     """
     shards = plan.shards
     used = 0
@@ -102,15 +103,15 @@ def _cut(run: PrepRun, plan: ShardPlan, shard_tokens: int) -> ShardPlan:
 
 
 def write_shard_plans(run: PrepRun, plans: Sequence[ShardPlan]) -> None:
-    """Publish the plan of the shards to the workers."""
+    """Write the plans for the workers."""
     write(run.shard_plans, [asdict(plan) for plan in plans])
 
 
 def read_shard_plans(run: PrepRun) -> list[ShardPlan]:
-    """Return the plan of the shards. Raise FileNotFoundError if the run is over."""
-    if (found := read(run.shard_plans)) is None:
+    """Return the plans. Raise FileNotFoundError if the run is over."""
+    if (plans := read(run.shard_plans)) is None:
         raise FileNotFoundError(run.shard_plans)
-    return [ShardPlan(**plan) for plan in found]
+    return [ShardPlan(**plan) for plan in plans]
 
 
 def write_shards(
@@ -121,12 +122,13 @@ def write_shards(
     wanted: Callable[[str], bool],
     share: float = 0.0,
 ) -> None:
-    """Write the shards that are wanted, and say so in the run.
+    """Write shards and record that they are done.
 
-    Every writer of a shard writes the same bytes, also if another one has begun it.
+    Two writers of a shard write the same bytes.
 
     Args:
-        share: where to begin, a share of all shards in [0, 1).
+        wanted: function that returns whether to write a shard, by its unique name.
+        share: where to start, as a fraction of all shards in [0, 1).
     """
     pieces = [(plan, number, name) for plan in plans for number, name in enumerate(plan.pieces())]
     first = int(share * len(pieces))
@@ -136,9 +138,7 @@ def write_shards(
 
 
 def _write_shard(run: PrepRun, plan: ShardPlan, number: int, piece: str, encoder: Encoder) -> None:
-    """Write one shard in a folder of its own and rename it into place. Another worker may write the
-    same shard at the same time.
-    """
+    """Write a shard to a temporary folder and rename it, because others may write it, too."""
     name = shard_name(number)
     size = encoder.tokenizer.vocab_size
     making = run.folder / f"making-{piece}-{secrets.token_hex(4)}"
@@ -159,18 +159,18 @@ def shard_name(number: int) -> str:
 
 
 def read_shards(run: PrepRun, plan: ShardPlan) -> list[ShardInfo]:
-    """Return the facts about all shards, once they are written."""
+    """Return the manifest's entries of all shards."""
     files = (run.folder / f"{piece}.json" for piece in plan.pieces())
     return [ShardInfo.model_validate(read(file)) for file in files]
 
 
 def retained_counts(run: PrepRun, plan: ShardPlan, place: int) -> Counts:
-    """Return what a part gives to the shards: all but duplicates and the other output's.
+    """Return the counts of a part's documents in an output, without duplicates.
 
-    Bad records belong to neither side; the manifest of the training shards counts them.
+    Bad records are counted in the training shards' manifest.
     """
     name, _ = plan.parts[place]
-    tally = read_header(run.part(name)).tally
+    tally = read_part_header(run.part(name)).tally
     if plan.valid:
         tally.bad_records = 0
     if (dropped := _omitted(run, plan, place, 0, tally.documents)).any():
@@ -183,7 +183,7 @@ def retained_counts(run: PrepRun, plan: ShardPlan, place: int) -> Counts:
 def _documents(
     run: PrepRun, plan: ShardPlan, place: int, start: int, end: int
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Return the documents of a part that stay: their tokens as one array, and their lengths."""
+    """Return the tokens, as one array, and the lengths of a part's documents in an output."""
     name, _ = plan.parts[place]
     ends = np.cumsum(lengths := _array(run, name, "lengths"))
     begin = int(ends[start - 1]) if start else 0
@@ -199,7 +199,7 @@ def _documents(
 
 
 def _drop_duplicates(run: PrepRun, parts: Sequence[tuple[str, int]], documents: int) -> None:
-    """Mark every document whose text an earlier one has: a byte each in the file `dropped`."""
+    """Write the file `dropped`, with a byte for each document: 1 if an earlier one has its text."""
     with open(run.dropped, "wb") as file:
         file.truncate(documents)
     if not documents:
@@ -207,25 +207,25 @@ def _drop_duplicates(run: PrepRun, parts: Sequence[tuple[str, int]], documents: 
     dropped = np.memmap(run.dropped, np.bool_, mode="r+", shape=(documents,))
     buckets = -(-documents // _BUCKET)
     for bucket in range(buckets):
-        found = []
-        places = []
+        hash_arrays = []
+        number_arrays = []
         for name, first in parts:
             hashes = _array(run, name, "hashes")
             chosen = np.flatnonzero(hashes[:, 0] % np.uint64(buckets) == bucket)
-            found.append(hashes[chosen])
-            places.append(first + chosen)
-        hashes = np.concatenate(found)
-        place = np.concatenate(places)
-        order = np.lexsort((place, hashes[:, 1], hashes[:, 0]))
-        again = (hashes[order[1:]] == hashes[order[:-1]]).all(1)
-        dropped[place[order[1:][again]]] = True
+            hash_arrays.append(hashes[chosen])
+            number_arrays.append(first + chosen)
+        hashes = np.concatenate(hash_arrays)
+        numbers = np.concatenate(number_arrays)
+        order = np.lexsort((numbers, hashes[:, 1], hashes[:, 0]))
+        repeated = (hashes[order[1:]] == hashes[order[:-1]]).all(1)
+        dropped[numbers[order[1:][repeated]]] = True
     dropped.flush()
 
 
 def _omitted(
     run: PrepRun, plan: ShardPlan, place: int, start: int, count: int
 ) -> npt.NDArray[np.bool_]:
-    """Return which documents of a part do not stay: duplicates, and those of the other side."""
+    """Return which documents of a part are not in an output: duplicates, or in the other one."""
     name, first = plan.parts[place]
     omitted = np.zeros(count, np.bool_)
     if count and run.dropped.exists():
@@ -238,18 +238,18 @@ def _omitted(
 
 
 def is_held_out(hashes: npt.NDArray[np.uint64], fraction: float) -> npt.NDArray[np.bool_]:
-    """Return which documents are held out: those whose hash is in the lowest `fraction` of all.
+    """Return which documents are held out: those whose hashes are in the lowest `fraction`.
 
-    It depends on the text alone: not on the other documents, their order, the tokenizer or the
-    number of workers. A larger fraction holds out the same documents and more.
+    The choice depends on a document's text only, not on other documents, their order, the
+    tokenizer or the number of workers. A larger fraction holds out the same documents and more.
 
     Args:
-        hashes: [N, 2], 128-bit hashes; the second half counts, as a share of 2^64.
+        hashes: [N, 2], 128-bit hashes, of which the second 64 bits decide.
     """
     return np.asarray(hashes[:, 1] < np.uint64(int(fraction * 2.0**64)))
 
 
 def _array(run: PrepRun, part: str, name: str) -> npt.NDArray[Any]:
     with safe_open(run.part(part), framework="np") as file:
-        found: npt.NDArray[Any] = file.get_tensor(name)
-    return found
+        values: npt.NDArray[Any] = file.get_tensor(name)
+    return values

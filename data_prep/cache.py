@@ -1,4 +1,4 @@
-"""Names of the folders of tokenized examples: a hash of everything that decides their content."""
+"""The cache of tokenized examples: a folder's name is a hash of everything that decides them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def cache_arguments(
 ) -> dict[str, Any]:
     """Return everything that decides the examples of a run, as JSON.
 
-    A tokenizer and a template count by their content, wherever they are stored. So a run's own copy
-    of both finds the examples that the run made from the originals.
+    The content of the tokenizer and the template counts, not their paths. So a run's copies of both
+    find the examples that were made with the originals.
 
     Args:
-        tokenizer: None means that one of `model.vocab_size` tokens is learned from the data.
+        tokenizer: None means that one of `model.vocab_size` tokens is trained on the data.
     """
     assert config.finetune is not None
     data = config.finetune.data
@@ -45,36 +45,38 @@ def cache_arguments(
         "architecture": config.model.architecture,
         "sources": {key: source.identity(split) for key, split in origins.items() if split},
         "tokenizer": config.model.vocab_size if tokenizer is None else _identity(tokenizer),
-        # a text file that is read again has one kind of line end, as Jinja has
+        # Reading a text file changes line ends to newlines.
         "template": template and re.sub("\r\n?", "\n", template),
         **({"unlabelled": True} if unlabelled else {}),
     }
 
 
 def cache_folder(cache: str, arguments: dict[str, Any]) -> Path:
-    """Return the folder below `cache` for the examples of these arguments, which may not exist."""
+    """Return the folder in `cache` for the examples of these arguments. It need not exist."""
     folder = Path(cache) / _hash(json.dumps(arguments, sort_keys=True).encode())[:32]
-    # `link_learned` made it; if its target was deleted, the examples are made there again
+    # A link was made by `link_by_tokenizer`. Its target is made again if it was deleted.
     return folder.parent / folder.readlink() if folder.is_symlink() else folder
 
 
-def link_learned(cache: str, arguments: dict[str, Any], folder: Path, made: Tokenizer) -> None:
-    """Make examples findable by the tokenizer that was learned for them, which a resume names.
+def link_by_tokenizer(
+    cache: str, arguments: dict[str, Any], folder: Path, tokenizer: Tokenizer
+) -> None:
+    """Link examples to the tokenizer that was trained for them, which a resume uses.
 
     Args:
-        arguments: those that `folder` was made by, without a tokenizer.
-        made: the tokenizer in `folder`.
+        arguments: the arguments of `folder`, without a tokenizer.
+        tokenizer: the tokenizer in `folder`.
     """
-    link = cache_folder(cache, arguments | {"tokenizer": _identity(made)})
-    with suppress(OSError):  # it exists, or the file system has no links: then they are made again
+    link = cache_folder(cache, arguments | {"tokenizer": _identity(tokenizer)})
+    with suppress(OSError):  # it exists, or the file system has no links: a resume makes a copy
         link.symlink_to(folder.name, target_is_directory=True)
 
 
 def _identity(tokenizer: Tokenizer) -> list[Any]:
-    """Return what decides the ids of a text, and a hash of each other file of the tokenizer.
+    """Return the values that decide the ids of a text, and hashes of the tokenizer's other files.
 
-    JSON files count by their content, because a copy may have another order of keys. The template
-    is an argument of its own, so the file that a run adds to its copy does not count.
+    The content of JSON files counts, because a copy may have another order of keys. The template is
+    a separate argument, so the file that a run adds to its copy does not count.
     """
     identity = [tokenizer.sha256, tokenizer.bos_id, tokenizer.eos_id]
     with tempfile.TemporaryDirectory() as place:
@@ -85,7 +87,7 @@ def _identity(tokenizer: Tokenizer) -> list[Any]:
 
 def _content_hash(path: Path) -> str:
     data = path.read_bytes()
-    with suppress(ValueError, RecursionError):  # no JSON: its bytes count
+    with suppress(ValueError, RecursionError):  # not JSON
         data = json.dumps(files.parse_json(data), sort_keys=True).encode()
     return _hash(data)
 

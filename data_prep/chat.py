@@ -1,6 +1,6 @@
-"""Conversations as tokens: a Jinja chat template's rendering, and which of it the assistant wrote.
+"""Encoding of conversations by a Jinja chat template, with a loss mask of the assistant's turns.
 
-Templates see what Hugging Face transformers shows them and run in the same sandbox.
+Templates get the same variables as in Hugging Face transformers, and run in the same sandbox.
 """
 
 from __future__ import annotations
@@ -47,61 +47,65 @@ CHATML = """\
 {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-# Values that a template gets for missing content: nothing, as transformers gives a missing
-# key; null; or "". Templates differ in which of them they can read.
+# Replacements for missing content: a missing key (as in transformers), null, or "". Templates
+# differ in which of them they accept.
 _NO_CONTENT: tuple[dict[str, Any], ...] = ({}, {"content": None}, {"content": ""})
 _ALWAYS_READ = {"role", "content", "weight", "tool_calls", "function_call"}
-_ENOUGH = 20  # rows in which a key changed nothing, after which it is taken to be unread
+_ENOUGH = 20  # rows in which a key changes nothing, after which it counts as not read
 
 
-def find_template(file: str | None, given: str | None, tokenizer: str | Path | None) -> str:
-    """Return the text of `file`, else `given`, else the template of the tokenizer's folder, else
-    ChatML.
+def find_template(file: str | None, text: str | None, tokenizer: str | Path | None) -> str:
+    """Return the chat template: the file, else `text`, else the tokenizer's, else ChatML.
 
+    Args:
+        file: path of a template.
+        text: text of a template.
+        tokenizer: a tokenizer's file or folder.
     Raises:
-        DataError: a file that cannot be read.
+        DataError: a file cannot be read.
     """
     try:
         if file is not None:
             return Path(file).read_text(encoding="utf-8")
-        if given is not None or tokenizer is None or str(tokenizer) == "bytes":
-            return given or CHATML
+        if text is not None or tokenizer is None or str(tokenizer) == "bytes":
+            return text or CHATML
         place = Path(tokenizer)
         folder = place if place.is_dir() else place.parent
         if (folder / TEMPLATE).is_file():
             return (folder / TEMPLATE).read_text(encoding="utf-8")
         config = folder / "tokenizer_config.json"
         if config.is_file():
-            found = parse_json(config.read_bytes()).get("chat_template") or CHATML
-            if isinstance(found, list):  # several, by name
-                found = {one["name"]: one["template"] for one in found}.get("default", CHATML)
-            return str(found)
+            template = parse_json(config.read_bytes()).get("chat_template") or CHATML
+            if isinstance(template, list):  # several, by name
+                names = {one["name"]: one["template"] for one in template}
+                template = names.get("default", CHATML)
+            return str(template)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        where = file or f"the one next to {tokenizer}"
-        raise DataError(f"finetune.data.chat_template: cannot read {where}: {error}") from error
+        source = file or f"the template of {tokenizer}"
+        raise DataError(f"finetune.data.chat_template: cannot read {source}: {error}") from error
     return CHATML
 
 
 def ask(folder: Path, tokenizer: Tokenizer, text: str) -> tuple[list[int], str]:
-    """Return `Chat.ask` by the template in a tokenizer's folder."""
+    """Return `Chat.ask` with the template in a tokenizer's folder."""
     return Chat(find_template(None, None, folder), tokenizer).ask(text)
 
 
 class Chat:
-    """A template with the tokenizer whose names of BOS and EOS it may write.
+    """A chat template with a tokenizer.
 
-    Control tokens come from the template alone: their names in a message, or in the description of
-    a tool, stay text. `report` says which rows a template had to be trusted with.
+    Only the template writes control tokens: their names in a message or in the description of a
+    tool stay text. `report` logs the rows for which this cannot be guaranteed.
 
     Raises:
-        DataError: not a Jinja template.
+        DataError: the template is not valid Jinja.
     """
 
     def __init__(self, template: str, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._template = Template(template, tokenizer)
         self._turns = TurnFinder(self._template)
-        self._said = False
+        self._has_warned = False
         self._remarks = Counter[str]()
         self._unread = Counter[str]()
         self._read = set[str]()
@@ -109,27 +113,27 @@ class Chat:
     def encode(
         self, messages: Messages, tools: list[Any] | None = None
     ) -> tuple[list[int], list[bool]]:
-        """Return the ids of a conversation, and which of them are learned.
+        """Return the ids of a conversation, and its loss mask.
 
-        Learned are the ids that the assistant wrote, if only in part, except in turns of weight 0.
+        Ids of the assistant's text are targets, even if only partly, except in turns of weight 0.
 
         Raises:
-            Unusable: the template refuses the conversation, or has no place for a part of it.
-            DataError: the assistant's turns cannot be found in what the template writes.
+            Unusable: the template refuses the conversation, or ignores a part of it.
+            DataError: the assistant's turns cannot be located in the rendering.
         """
         text, spans = self.render(messages, tools)
         plain = self._plain(self._readable(messages, tools), tools, text)
-        ids, places = self._tokenizer.encode_with_offsets(text, plain)
-        learned = [False] * len(ids)
+        ids, offsets = self._tokenizer.encode_with_offsets(text, plain)
+        loss_mask = [False] * len(ids)
         current = 0
-        for token, (start, stop) in enumerate(places):
+        for token, (start, stop) in enumerate(offsets):
             while current < len(spans) and start >= spans[current][1]:
                 current += 1
-            learned[token] = current < len(spans) and stop > spans[current][0]
-        return ids, learned
+            loss_mask[token] = current < len(spans) and stop > spans[current][0]
+        return ids, loss_mask
 
     def render(self, messages: Messages, tools: list[Any] | None = None) -> tuple[str, Spans]:
-        """Return the text of a conversation, and the spans of characters that are learned."""
+        """Return the text of a conversation, and the character spans of its targets."""
         self._check_keys(messages, tools)
         weights = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
         messages = self._readable(messages, tools)
@@ -140,9 +144,9 @@ class Chat:
             if not all(weights):
                 if len(spans) != len(weights):
                     raise Unusable(
-                        f"the chat template marks {len(spans)} turns of the assistant's "
-                        f"{len(weights)}, so that those of weight 0 cannot be found; leave the "
-                        "turns that it does not write out of the conversation"
+                        f"the chat template marks {len(spans)} of the assistant's {len(weights)} "
+                        "turns, so that those of weight 0 cannot be found; remove the turns that "
+                        "it does not write from the conversation"
                     )
                 spans = [span for span, weight in zip(spans, weights, strict=True) if weight]
             return text, spans
@@ -156,9 +160,11 @@ class Chat:
         """Return the ids of a conversation up to the assistant's answer, and the answer's end.
 
         Args:
-            messages: the turns, or the text of a user's single turn.
+            messages: the turns, or the text of a single user's turn.
+        Returns:
+            the ids, and the text that the template writes after an answer.
         Raises:
-            DataError: the template refuses such a conversation.
+            DataError: the template refuses the conversation.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -175,28 +181,30 @@ class Chat:
             raise DataError(str(error)) from error
         for message in messages:
             content = str(message.get("content") or "").strip()
-            if message["role"] == "system" and content not in text and not self._said:
+            if message["role"] == "system" and content not in text and not self._has_warned:
                 logger.warning("the chat template does not write the system turn as it is")
-                self._said = True
+                self._has_warned = True
         return self._tokenizer.encode_with_offsets(text, plain)[0], end
 
-    def report(self, called: str) -> None:
-        """Log what was noticed since the last report, each kind with its number of rows."""
+    def report(self, title: str) -> None:
+        """Log the remarks since the last report, with their numbers of rows.
+
+        Args:
+            title: name of the rows in messages.
+        """
         for remark, rows in self._remarks.items():
-            logger.warning("%s: %s (rows: %s)", called, remark, f"{rows:,}")
+            logger.warning("%s: %s (rows: %s)", title, remark, f"{rows:,}")
         for key, rows in self._unread.items():
             if key not in self._read:
-                known = "the chat template does not read"
-                logger.warning(
-                    "%s: %s %.40r of messages (rows: %s)", called, known, key, f"{rows:,}"
-                )
+                remark = f"the chat template does not read {key!r:.40} of messages"
+                logger.warning("%s: %s (rows: %s)", title, remark, f"{rows:,}")
         self._remarks.clear()
         self._unread.clear()
 
-    # ---- what the template reads
+    # ---- parts of messages that the template reads
 
     def _check_keys(self, messages: Messages, tools: list[Any] | None) -> None:
-        """Refuse calls and tools that the template has no place for; note other such keys."""
+        """Raise Unusable if the template does not write the tools or their calls."""
         if tools and not self._template.mentions("tools"):
             raise Unusable(
                 "it has tools, which the chat template does not write; name one that does by "
@@ -211,7 +219,7 @@ class Chat:
                     )
 
     def _note_keys(self, messages: Messages, tools: list[Any] | None, text: str) -> None:
-        """Count the rows with a key that changes nothing in the rendering, until one does."""
+        """Count the rows in which a key does not change the rendering, until it does in one."""
         keys = {"reasoning" if key in REASONING else key for m in messages for key in m}
         for key in keys - _ALWAYS_READ - self._read:
             if self._unread[key] < _ENOUGH:
@@ -226,7 +234,7 @@ class Chat:
                 self._unread[key] += 1
 
     def _readable(self, messages: Messages, tools: list[Any] | None) -> Messages:
-        """Return the messages with missing content in the first form that the template renders."""
+        """Return the messages, with a value for missing content that the template accepts."""
         shown = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
         bare = [message for message in shown if "content" not in message]
         if not bare:
@@ -244,13 +252,11 @@ class Chat:
                 return tried
         raise fault or Unusable("the chat template does not write the calls of tools")
 
-    # ---- where control tokens are text
+    # ---- control token names that are text
 
     @cached_property
     def _controls(self) -> re.Pattern[str] | None:
-        """Pattern of the names of control tokens: tokens without text that plain text does not
-        become.
-        """
+        """Pattern of control token names: tokens without text, which text never becomes."""
         tokenizer = self._tokenizer
         names = [
             name
@@ -263,22 +269,19 @@ class Chat:
         return re.compile("|".join(longest)) if names else None
 
     def _plain(self, messages: Messages, tools: list[Any] | None, text: str, **how: bool) -> Spans:
-        """Return the spans of `text`, the rendering, in which messages or tools name control
-        tokens.
+        """Return the spans of the rendering `text` in which messages or tools name control tokens.
 
         Raises:
-            Unusable: the template itself reads such a name in a turn that is not the assistant's.
+            Unusable: the template reads such a name in a turn that is not the assistant's.
         """
         units = [*messages, tools]
-        found = [find_names(strings(unit), self._controls) for unit in units]
-        if not any(found):
+        names_of_units = [find_names(strings(unit), self._controls) for unit in units]
+        if not any(names_of_units):
             return []
         sentinel = new_sentinel("".join([text, *strings(units)]))
 
         def locate(names: Sequence[Sequence[str]]) -> Spans | None:
-            """Return the spans of these names. None means that the template writes other text for
-            other words.
-            """
+            """Return the spans of these names, or None if sentinels change the rendering."""
             pairs = zip(units, names, strict=True)
             *marked, marked_tools = [insert(unit, sentinel, some) for unit, some in pairs]
             try:
@@ -294,12 +297,12 @@ class Chat:
             spans = [(at - 1, at - 1 + size) for at, size in zip(places, lengths, strict=True)]
             return spans if shown == text else None
 
-        spans = locate(found)
+        spans = locate(names_of_units)
         if spans is not None:
             return spans
-        # the template looks for a name itself, as for </think>: it has its own replacement
-        names_to_find = list(found)
-        for unit, names in enumerate(found):
+        # The template searches for some of the names, such as </think>. Ignore those.
+        names_to_find = list(names_of_units)
+        for unit, names in enumerate(names_of_units):
             for name in names:
                 if locate([[name] if n == unit else [] for n in range(len(units))]) is None:
                     names_to_find[unit] = [other for other in names_to_find[unit] if other != name]

@@ -1,7 +1,7 @@
-"""Folders that hold a data set as the Hugging Face hub keeps it: a clone, or a snapshot.
+"""Detection of folders with a data set of the Hugging Face hub: a clone or a snapshot.
 
-Their files are named after splits, as `datasets` reads the names, and README.md may be a data card:
-it begins with YAML that says which files are which split.
+The files are named after splits, by the rules of `datasets`. README.md may be a data card, which
+begins with YAML that lists the files of each split.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ _CARD = "README.md"
 
 
 def has_card(folder: Path) -> bool:
-    """Return whether README.md says which of the folder's files are which split, or what
-    they hold.
-    """
+    """Return whether README.md is a data card that describes the folder's splits or features."""
     try:
         with open(folder / _CARD, encoding="utf-8", errors="replace") as file:
             lines = file.read(1 << 20).splitlines()
@@ -44,28 +42,26 @@ def has_card(folder: Path) -> bool:
 
 
 def is_shard(name: str) -> bool:
-    """Return whether a file's name says that there are others of its split:
-    train-00000-of-00002.
-    """
-    found = _SHARD.search(name)
-    return found is not None and int(found[2]) > 1
+    """Return whether a file is one of several of a split by its name: train-00000-of-00002."""
+    match = _SHARD.search(name)
+    return match is not None and int(match[2]) > 1
 
 
 def split_of(path: str) -> str | None:
-    """Return the split that `datasets` takes a file for: NAME-00000-of-00002, or by a word."""
+    """Return the split of a file by the rules of `datasets`: NAME-00000-of-00002, or by a word."""
     if sharded := re.search(r"([^/]+)-\d{5}-of-\d{5}", path):
         return sharded[1]
-    found = _WORD.search(path.lower())
-    return next((name for name, words in _KEYWORDS.items() if found and found[1] in words), None)
+    match = _WORD.search(path.lower())
+    return next((name for name, words in _KEYWORDS.items() if match and match[1] in words), None)
 
 
 def check_corpus(folder: Path, files: Iterable[Path]) -> None:
-    """Refuse a folder whose splits would be mixed, or whose data card would be read as a text.
+    """Check that reading all files of a folder would mix no splits and read no data card as text.
 
     Args:
-        files: all files that would be read. Folders of mostly other files, as of source code, pass.
+        files: all files of the folder. Folders of mostly other files, such as source code, pass.
     Raises:
-        CommandError: names the splits, and the input to give instead.
+        CommandError: it would. The message has the input to give instead.
     """
     names = [file.relative_to(folder).as_posix() for file in files]
     data = [name for name in names if _ending(name) in _DATA]
@@ -74,14 +70,14 @@ def check_corpus(folder: Path, files: Iterable[Path]) -> None:
     splits = {split for name in data if (split := split_of(name))}
     shown = ", ".join(sorted(splits)) or "train"
     first = "train" if "train" in splits or not splits else min(splits)
-    if len(splits) > 1 and splits & _KEYWORDS.keys():  # else names of other things
+    if len(splits) > 1 and splits & _KEYWORDS.keys():  # other names are not splits
         raise CommandError(
             f"--input {folder}: the folder holds the splits {shown}, which would be mixed; name "
             f"one, as --input hf:{folder}:{first}, or name files"
         )
     if has_card(folder):
         raise CommandError(
-            f"--input {folder}: {_CARD} is a data card, which would be read as a text; give "
+            f"--input {folder}: {_CARD} is a data card, which would be read as a document; give "
             f"--input hf:{folder}:{first}, or name files"
         )
 

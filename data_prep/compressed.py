@@ -1,7 +1,7 @@
-"""Compressed files as the bytes in them: gzip, bzip2, xz and zstd, of several members or frames.
+"""Reading of compressed files: gzip, bzip2, xz and zstd, with several members or frames.
 
-A file that is cut, or that has anything but zeros after its last member, cannot be read to its end.
-The standard library's bz2 and lzma ignore such a rest silently, so their streams are joined here.
+A truncated file, or one with anything but zeros after its last member, raises an error. The
+standard library's bz2 and lzma ignore such data silently, so this module joins their streams.
 """
 
 from __future__ import annotations
@@ -23,27 +23,31 @@ if TYPE_CHECKING:
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 BUFFER = 1 << 20  # bytes
-UNPACKED_RATIO = 4  # a compressed file is taken to hold this many times its size
-# what reading a damaged file raises
+UNPACKED_RATIO = 4  # assumed ratio of unpacked to compressed size
+# Exceptions of reading a damaged file.
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
-_PIECE = 1 << 16  # bytes of a packed file at once
+_PIECE = 1 << 16  # bytes of a compressed file read at a time
 
 
 def is_compressed(path: str) -> bool:
-    """Return whether a file's name says that it is compressed."""
+    """Return whether a file's name has the ending of a compressed file."""
     return path.lower().endswith(COMPRESSED)
 
 
 def unreadable(name: str, error: Exception) -> DataError:
-    """Return the error for a file that is damaged, cut, gone or forbidden."""
-    known = isinstance(error, OSError) and error.strerror
-    reason = " ".join(str(known or error).split()) or type(error).__name__
+    """Return the error for a file that is damaged, truncated, missing or not permitted."""
+    system_reason = isinstance(error, OSError) and error.strerror
+    reason = " ".join(str(system_reason or error).split()) or type(error).__name__
     return DataError(f"{name}: cannot be read to its end: {reason}")
 
 
 @contextmanager
 def named_damage(name: str, damage: tuple[type[Exception], ...] = READ_ERRORS) -> Iterator[None]:
-    """Raise a DataError that names the file, table or data set, if reading it fails."""
+    """Raise a DataError with the name of a file, table or data set if the block fails to read it.
+
+    Args:
+        damage: the exceptions of a failed read.
+    """
     try:
         yield
     except damage as error:
@@ -51,10 +55,10 @@ def named_damage(name: str, damage: tuple[type[Exception], ...] = READ_ERRORS) -
 
 
 class InputFile:
-    """A file's bytes, unpacked: `bytes` reads them, `size` is its size on disk.
+    """A file whose unpacked content `bytes` reads; `size` is its size on disk.
 
     Raises:
-        DataError: a file that cannot be opened, or is packed and empty.
+        DataError: the file cannot be opened, or is compressed but empty.
     """
 
     def __init__(self, path: str) -> None:
@@ -64,7 +68,7 @@ class InputFile:
         self.size = os.fstat(self._disk.fileno()).st_size
         if not self.size and is_compressed(path):
             self._disk.close()
-            raise unreadable(path, EOFError("it is empty; even nothing takes bytes when packed"))
+            raise unreadable(path, EOFError("it is empty, which no compressed file is"))
         self.bytes = self._unpack(path.lower())
 
     def _unpack(self, name: str) -> io.BufferedReader:
@@ -76,23 +80,23 @@ class InputFile:
         if name.endswith(".zst"):
             import pyarrow as pa
 
-            # pyarrow's reader detects a cut file; zstandard's takes the cut for the end
+            # pyarrow's reader detects a truncated file; zstandard's does not.
             return io.BufferedReader(pa.CompressedInputStream(disk, "zstd"), BUFFER)
         make = bz2.BZ2Decompressor if name.endswith(".bz2") else lzma.LZMADecompressor
         return io.BufferedReader(_Streams(disk, make), BUFFER)
 
     def tell_disk(self) -> int:
-        """Return how many bytes on disk have been read, up to a buffer."""
+        """Return the number of bytes read from disk, which may be a buffer ahead."""
         return self._disk.tell()
 
     def close(self) -> None:
-        """Close the file; it may be closed twice."""
+        """Close the file. A second call does nothing."""
         self.bytes.close()
         self._disk.close()
 
 
 class _Streams(io.RawIOBase):
-    """bzip2 or xz streams, one after another, with zeros between them or none."""
+    """Concatenated bzip2 or xz streams, which may have zeros between them."""
 
     def __init__(
         self,
@@ -113,7 +117,7 @@ class _Streams(io.RawIOBase):
         return len(data)
 
     def _next(self, size: int) -> bytes:
-        """Return some bytes, at most `size`; none at the end of the file."""
+        """Return at most `size` bytes, or none at the end of the file."""
         while True:
             packed = b""
             if self._stream.eof:

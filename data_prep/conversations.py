@@ -1,4 +1,4 @@
-"""Conversations that a chat model is asked to answer: a file with one a line."""
+"""Conversations for a chat model to continue, from a file with one on each line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from megalite.errors import CommandError
 
 @dataclass(frozen=True)
 class Conversation:
-    """The turns before an answer, the tools that may be called, and their place in a file."""
+    """Turns that a chat model continues.
+
+    Attributes:
+        tools: descriptions of the tools that the model may call.
+        place: name of the conversation's place in messages.
+    """
 
     messages: Messages
     tools: list[Any] | None = None
@@ -22,13 +27,13 @@ class Conversation:
 
 
 def read_questions(path: str, system: str | None) -> list[Conversation]:
-    """Return the conversations of a file: in each line {"messages": [...]}, maybe with "tools".
+    """Return the conversations of a file, {"messages": [...]} with optional "tools" on each line.
 
     Args:
-        system: the system turn of every conversation.
+        system: text of a system turn that replaces those in the file. None means to keep them.
     Raises:
-        CommandError: no such file; a line that is no conversation, or that waits for no answer.
-        DataError: a file that cannot be read.
+        CommandError: there is no such file, or a line is not a conversation with a turn to answer.
+        DataError: the file cannot be read.
     """
     if not Path(path).is_file():
         raise CommandError(f"--messages {path}: there is no such file; name a file of JSON lines")
@@ -41,8 +46,8 @@ def read_questions(path: str, system: str | None) -> list[Conversation]:
             raise CommandError(f"--messages {row.place}: {error}") from None
         if messages[-1]["role"] == "assistant":
             raise CommandError(
-                f"--messages {row.place}: the last turn is the assistant's; end with a user's, "
-                "which is answered"
+                f"--messages {row.place}: the last turn is the assistant's; end with a user's "
+                "turn, which is answered"
             )
         questions.append(
             Conversation(replace_system(messages, system), tools, f"--messages {row.place}")
@@ -53,7 +58,7 @@ def read_questions(path: str, system: str | None) -> list[Conversation]:
 
 
 def replace_system(messages: Messages, system: str | None) -> Messages:
-    """Return the turns behind a system turn, which replaces one that they begin with."""
+    """Return the turns with a system turn in front, instead of their own. None changes nothing."""
     if system is None:
         return messages
     rest = messages[1:] if messages and messages[0]["role"] == "system" else messages

@@ -1,8 +1,8 @@
-"""`tokenize`: documents into shards, with a manifest that describes them.
+"""`tokenize`: shards from documents, with a manifest.
 
-The shards are a function of the input, the tokenizer and the options that the manifest records.
-Workers, here or on other hosts, change the time alone: each takes parts of the input from a common
-folder, rank 0 joins what they made. Killed at any moment, the same command goes on.
+The shards depend only on the input, the tokenizer and the options that the manifest records, not on
+the number of workers or hosts. Each worker claims parts of the input in a common folder, and rank 0
+assembles the shards. If the command is killed at any moment, the same command continues.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from data_prep.encoder import Encoder
 from data_prep.inputs import find_streams
 from data_prep.options import TokenizeOptions
 from data_prep.output import check_output, check_outputs, refuse_taken
-from data_prep.part_files import Counts, part_name, read_header
-from data_prep.progress import shown
+from data_prep.part_files import Counts, part_name, read_part_header
+from data_prep.progress import log_progress
 from data_prep.streams import Stream
 from data_prep.work import Worker, wait
 from data_prep.work_folder import PrepRun, WorkFolder, read, write
@@ -46,15 +46,15 @@ from megalite.formats.manifest import (
 from megalite.log import logger
 from megalite.tokenizers.tokenizer import Tokenizer, check_round_trip, load_tokenizer
 
-_RANK_0_COMES = 300.0  # seconds
-_SUCCESSOR_COMES = 15.0  # seconds
+_FIRST_WAIT = 300.0  # seconds for rank 0 to start a run
+_NEXT_WAIT = 15.0  # seconds for rank 0 to publish, or to start another run
 _POLL = 0.1  # seconds
 _SPLIT_BY = "BLAKE2b hash of each document's text: the lowest valid_fraction is the valid split"
 
 
 @dataclass
 class _Task:
-    """The encoder, the work folder and the place of a rank."""
+    """The encoder, the work folder and the number of a rank."""
 
     encoder: Encoder
     folder: WorkFolder
@@ -63,11 +63,11 @@ class _Task:
 
     @property
     def places(self) -> int:
-        """Number of workers on all ranks."""
+        """The number of workers of all ranks."""
         return self.ranks * self.encoder.options.workers
 
     def work(self, run: PrepRun, streams: Sequence[Stream], number: int) -> None:
-        """Do the work of one worker: encode, wait for the plan, write shards."""
+        """Do the work of one worker: encode parts, wait for the plan, write shards."""
         place = self.rank * self.encoder.options.workers + number
         worker = Worker(run, streams, self.encoder, place=place, places=self.places)
         worker.encode_all()
@@ -75,12 +75,12 @@ class _Task:
         self.write_shards(run, place)
 
     def write_shards(self, run: PrepRun, place: int) -> None:
-        """Write shards that nobody has begun. Each worker starts from another shard."""
-        share = min(place / self.places, 0.999)  # the leader of other workers stands behind them
+        """Write the shards that no other worker has claimed, each worker from another one on."""
+        share = min(place / self.places, 0.999)  # the leader has the number `places`
         write_shards(run, read_shard_plans(run), self.encoder, wanted=run.claim, share=share)
 
     def pool(self, run: PrepRun, streams: Sequence[Stream]) -> WorkerPool:
-        """Return the workers of this rank. Without workers, the calling process does their work."""
+        """Return the workers of this rank. If the pool is idle, the caller must do the work."""
         count = self.encoder.options.workers
         if all(stream.parts is not None for stream in streams):
             count = min(count, sum(stream.parts or 0 for stream in streams))
@@ -88,15 +88,15 @@ class _Task:
 
 
 def tokenize(options: TokenizeOptions) -> ShardManifest:
-    """Encode all documents of the input into a new shard folder; on any rank but 0 help with it.
+    """Encode all documents of the input into a new shard folder, with all ranks.
 
-    With `valid_fraction` a share of the documents goes to a second folder.
+    With `valid_fraction`, a fraction of the documents goes to a second folder.
 
     Raises:
-        CommandError: an input that names nothing, an output that is taken or being written, two
-            outputs that cannot both be written.
-        DataError: a tokenizer or a file that cannot be used, too many bad records, no document.
-        MegaLiteError: the disk refused; another rank failed.
+        CommandError: an input does not exist; an output exists or is being written.
+        DataError: the tokenizer or a file cannot be used, there are too many bad records, or no
+            document.
+        MegaLiteError: an output cannot be written, or another rank failed.
     """
     for name, value in (("TOKENIZERS_PARALLELISM", "false"), ("RAYON_NUM_THREADS", "1")):
         env.set_default(name, value)  # a worker is a process
@@ -136,7 +136,7 @@ def _lead(task: _Task) -> ShardManifest:
         with run.beating(), _failing(run), task.pool(run, streams) as pool:
             place = 0 if pool.idle else task.places
             worker = Worker(run, streams, task.encoder, place=place, places=task.places)
-            with shown(run, streams, options.max_bad_records):
+            with log_progress(run, streams, options.max_bad_records):
                 if pool.idle:
                     worker.encode_all()
                 worker.wait(lambda: pool.check() and worker.all_done())
@@ -168,7 +168,7 @@ def _lead(task: _Task) -> ShardManifest:
 def _wait_for_shards(
     task: _Task, run: PrepRun, plans: Sequence[ShardPlan], pool: WorkerPool
 ) -> None:
-    """Return when all shards are done; those that their writers seem to have left are written."""
+    """Wait for all shards, and write those whose writers seem to have died."""
     started = time.monotonic()
     names = {name for plan in plans for name in plan.pieces()}
 
@@ -182,18 +182,20 @@ def _wait_for_shards(
 
 
 def _follow(task: _Task) -> ShardManifest:
-    """Work for the run that rank 0 leads, until its output is there."""
+    """Work for the run that rank 0 leads, until its output exists."""
     output = task.encoder.options.output
-    patience = _RANK_0_COMES
+    patience = _FIRST_WAIT
     while True:
         deadline = time.monotonic() + patience
-        while (run := task.folder.follow()) is None or (found := read(run.plan)) is None:
+        while (run := task.folder.follow()) is None or (plan := read(run.plan)) is None:
             if (output / "manifest.json").exists():
                 return load_manifest(output)
             if time.monotonic() > deadline:
-                raise MegaLiteError(f"rank 0 leads no run for {output}, or has ended it")
+                raise MegaLiteError(
+                    f"rank 0 leads no run for {output}, or has ended it; read in its log why"
+                )
             time.sleep(_POLL)
-        streams = [Stream(**stream) for stream in found]
+        streams = [Stream(**stream) for stream in plan]
         try:
             with _failing(run), task.pool(run, streams) as pool:
                 if pool.idle:
@@ -201,9 +203,9 @@ def _follow(task: _Task) -> ShardManifest:
                 while pool.check() and run.folder.exists():
                     run.check()
                     time.sleep(_POLL)
-        except FileNotFoundError:  # rank 0 has ended the run, or begun another
+        except FileNotFoundError:  # rank 0 has ended the run, or started another
             pass
-        patience = _SUCCESSOR_COMES
+        patience = _NEXT_WAIT
 
 
 @contextmanager
@@ -219,7 +221,7 @@ def _failing(run: PrepRun) -> Iterator[None]:
 
 
 def _parts(run: PrepRun, worker: Worker, streams: Sequence[Stream]) -> list[tuple[int, str]]:
-    """Return every part in input order: the number of its --input, and its name."""
+    """Return the --input number and the name of every part, in input order."""
     parts = []
     for stream, key in zip(streams, worker.keys, strict=True):
         last = run.last(key) if stream.parts is None else stream.parts - 1
@@ -229,8 +231,8 @@ def _parts(run: PrepRun, worker: Worker, streams: Sequence[Stream]) -> list[tupl
 
 
 def _refuse_bad_records(options: TokenizeOptions, run: PrepRun, plan: ShardPlan) -> None:
-    """Raise DataError for more bad records than allowed, also where earlier runs met them."""
-    parts = [read_header(run.part(name)) for name, _ in plan.parts]
+    """Raise DataError if there are too many bad records, including those of earlier runs."""
+    parts = [read_part_header(run.part(name)) for name, _ in plan.parts]
     if (bad := sum(part.tally.bad_records for part in parts)) > options.max_bad_records:
         faults = [fault for part in parts for fault in part.faults]
         raise DataError(
@@ -243,7 +245,7 @@ def _refuse_bad_records(options: TokenizeOptions, run: PrepRun, plan: ShardPlan)
 def _tally(
     options: TokenizeOptions, run: PrepRun, plan: ShardPlan, sources: Sequence[int]
 ) -> list[Counts]:
-    """Return what came of each --input in one output."""
+    """Return the counts of each --input in one output."""
     tallies = [Counts() for _ in options.inputs]
     for place, source in enumerate(sources):
         tallies[source].add(retained_counts(run, plan, place))
@@ -277,7 +279,7 @@ def _manifest(
     run: PrepRun,
     plan: ShardPlan,
 ) -> ShardManifest:
-    """Complete a shard folder; the manifest is written last."""
+    """Add the tokenizer and, last, the manifest to a shard folder."""
     folder = plan.folder(run)
     arguments = encoder.options.recorded()
     if plan.valid_fraction is not None:
@@ -286,7 +288,7 @@ def _manifest(
     for stream in streams:
         files[stream.source] += len(stream.paths)
     sources = [
-        SourceInfo(input=name, files=files[number], **asdict(tally))  # but what it consumed
+        SourceInfo(input=name, files=files[number], **asdict(tally))  # ignores `consumed`
         for number, (name, tally) in enumerate(zip(encoder.options.inputs, tallies, strict=True))
     ]
     manifest = ShardManifest(

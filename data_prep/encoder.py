@@ -1,4 +1,4 @@
-"""Texts to the tokens of shards."""
+"""Encoding of texts as the tokens of shards."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from megalite.errors import CommandError, DataError
 from megalite.formats.index import Dtype, Integers, dtype_for
 from megalite.tokenizers.tokenizer import Tokenizer
 
-_VERSION = 1  # of a part's content
+_VERSION = 1  # of the content of parts
 
 
 class Encoder:
-    """A tokenizer with the options of the command: whether documents have BOS and EOS, and others.
+    """A tokenizer with the options of the command, such as whether documents have BOS and EOS.
 
-    The tokenizer records what documents begin with.
+    The tokenizer records whether documents begin with BOS.
     """
 
     def __init__(self, tokenizer: Tokenizer, options: TokenizeOptions) -> None:
@@ -40,10 +40,10 @@ class Encoder:
         self.dtype: Dtype = dtype_for(tokenizer.vocab_size)
 
     def encode(self, texts: Sequence[str]) -> tuple[Integers, npt.NDArray[np.int64]]:
-        """Return the ids of all texts as one array, in the shards' dtype, and each text's length.
+        """Return the ids of all texts as one array in the shards' dtype, and their lengths.
 
         Raises:
-            DataError: an id outside the vocabulary, which no dtype would hold unharmed.
+            DataError: an id is outside the vocabulary, and would be changed by the cast.
         """
         rows = self.tokenizer.encode_batch(texts)
         around = len(self._before) + (self.eos is not None)
@@ -52,7 +52,7 @@ class Encoder:
         if ids.size and not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size:
             raise DataError(
                 f"the tokenizer gives ids from {ids.min()} to {ids.max()}, outside its own "
-                f"vocabulary of {self.tokenizer.vocab_size}; its file is damaged"
+                f"vocabulary of {self.tokenizer.vocab_size}; its file is damaged: use another copy"
             )
         if not around:
             return ids.astype(self.dtype), lengths
@@ -60,20 +60,20 @@ class Encoder:
         ends = np.cumsum(lengths)
         inner = np.ones(tokens.size, np.bool_)
         starts = [(id, ends - lengths + n) for n, id in enumerate(self._before)]
-        for id, places in (*starts, (self.eos, ends - 1)):
+        for id, positions in (*starts, (self.eos, ends - 1)):
             if id is not None:
-                tokens[places] = id
-                inner[places] = False
+                tokens[positions] = id
+                inner[positions] = False
         tokens[inner] = ids
         return tokens, lengths
 
     def key(self, stream: Stream) -> str:
-        """Return the name of a stream's parts: a hash of everything that decides their content."""
+        """Return a hash of everything that decides the content of a stream's parts."""
         text_field = self.options.text_field
         hashes = self.options.hashes
         begins = self._before if len(self._before) > 1 else self.bos
-        made_by = [self.tokenizer.sha256, begins, self.eos, text_field, hashes]
-        content = [_VERSION, stream.identity, *made_by]
+        settings = [self.tokenizer.sha256, begins, self.eos, text_field, hashes]
+        content = [_VERSION, stream.identity, *settings]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 

@@ -1,4 +1,4 @@
-"""Rows that a fine-tuned model is evaluated on, or whose labels it predicts."""
+"""Examples for the evaluation of a fine-tuned model, or for predictions."""
 
 from __future__ import annotations
 
@@ -25,26 +25,25 @@ def prepare_again(
     *,
     predictions: Path | None = None,
 ) -> tuple[Path, str]:
-    """Return the examples that a fine-tuned model is evaluated on, and their split. All ranks call
-    it.
+    """Return the examples to evaluate a fine-tuned model on, and their split; a collective.
 
     Args:
-        path: a file of other rows. None means the run's own data: the test split, else valid, else
-            train.
-        first: whether this is the rank that makes the examples.
-        gather: a function that returns the value of each rank, on all ranks.
-        predictions: the file for the answers. If it is given, rows of `path` may lack a label, and
+        path: a file of other rows. None means the run's data: its test split, else the validation
+            split, else the training split.
+        first: whether this rank makes the examples.
+        gather: function that returns the values of all ranks on every rank.
+        predictions: the file for predictions. If given, rows of `path` may lack a label, and
             unusable rows are skipped.
     Raises:
-        UserError: data that cannot be used, on every rank.
+        UserError: the data cannot be used; raised on every rank.
     """
-    made: tuple[Path | None, MegaLiteError | None] = (None, None)
+    result: tuple[Path | None, MegaLiteError | None] = (None, None)
     if first:
         try:
-            made = _prepare(config, tokenizer, path, predictions), None
+            result = _prepare(config, tokenizer, path, predictions), None
         except MegaLiteError as error:
-            made = None, error
-    folder, fault = gather(made)[0]
+            result = None, error
+    folder, fault = gather(result)[0]
     if fault is not None:
         raise fault
     splits = read_examples_manifest(folder).splits
@@ -62,8 +61,8 @@ def _prepare(config: RunConfig, tokenizer: Path, path: str | None, answers: Path
     if path is not None:
         if Path(path).is_dir() and any(Path(path).glob("*.idx")):
             raise DataError(
-                f"--data {path}: these are shards; a fine-tuned model is measured on rows, as its "
-                f"run was ({data.path}): give a file of them, or remove it"
+                f"--data {path}: these are shards, but a fine-tuned model is evaluated on rows, "
+                f"such as {data.path}: give a file of rows, or remove it"
             )
         fractions = ("valid_split", "test_split", "valid_fraction", "test_fraction")
         limit = sys.maxsize if unlabelled else data.max_bad_rows

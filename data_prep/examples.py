@@ -1,7 +1,7 @@
-"""Labelled rows to a folder of tokenized examples (see megalite/formats/examples.py), made once.
+"""Folders of tokenized examples from rows (see megalite/formats/examples.py), in a cache.
 
-`data_prep/tasks` has the tokens of an example, one file a task. BOS and EOS are those of the
-tokenizer. The tokens that the tokenizer puts before and after a text take their place.
+`data_prep/tasks` defines the tokens of an example for each task. BOS and EOS are the tokenizer's;
+its prefix and suffix replace them if it has any.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.cache import cache_arguments, cache_folder, link_learned
+from data_prep.cache import cache_arguments, cache_folder, link_by_tokenizer
 from data_prep.chat import TEMPLATE, find_template
 from data_prep.output import staged
 from data_prep.records import Unusable
@@ -48,19 +48,19 @@ def prepare(
     measured: str = "",
     unlabelled: bool = False,
 ) -> Path:
-    """Return the folder of a run's examples, below finetune.data.cache; make it if it is missing.
+    """Return the folder of a run's examples in finetune.data.cache. Make the folder if necessary.
 
-    Its name is a hash of what decides its content. If several processes make it at the same time,
-    one publishes it.
+    The folder's name is a hash of everything that decides its content. If several processes make
+    it at the same time, one publishes it.
 
     Args:
-        tokenizer: that of the model started from, used if finetune.data.tokenizer is null. If both
-            are null, a tokenizer is learned from the training split.
-        chat_template: the tokenizer's own, if the caller has it.
-        measured: what messages call the training split if nothing is learned from it.
-        unlabelled: whether rows may be without a label.
+        tokenizer: the tokenizer of the start model, used if finetune.data.tokenizer is null. If
+            both are null, a tokenizer is trained on the training split.
+        chat_template: the text of the tokenizer's template, if the caller has it.
+        measured: name of the training split in messages if it is only evaluated; else "".
+        unlabelled: whether rows may lack a label.
     Raises:
-        DataError: data, a tokenizer or a template that cannot be used; too many bad rows.
+        DataError: the data, the tokenizer or the template cannot be used, or too many rows are bad.
     """
     assert config.finetune is not None
     data = config.finetune.data
@@ -86,11 +86,11 @@ def prepare(
                 )
                 maker.make(staging, arguments)
         except MegaLiteError:
-            if not (folder / MANIFEST).is_file():  # else another process was faster
+            if not (folder / MANIFEST).is_file():  # no other process was faster
                 raise
     read_examples_manifest(folder)
     if encoder is None:
-        link_learned(data.cache, arguments, folder, load_tokenizer(folder / "tokenizer"))
+        link_by_tokenizer(data.cache, arguments, folder, load_tokenizer(folder / "tokenizer"))
     return folder
 
 
@@ -98,11 +98,11 @@ class ExampleMaker:
     """Maker of one folder of examples.
 
     Args:
-        tokenizer: None means that one is learned from the training split.
-        measured: what messages call the training split if nothing is learned from it.
+        tokenizer: None means to train one on the training split.
+        measured: as in `prepare`.
         unlabelled: whether rows may lack a label.
     Raises:
-        DataError: rows, labels or a length that no example can be made from.
+        DataError: the rows, the labels or the length cannot be used.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class ExampleMaker:
         self._task.set_tokenizer(self._tokenizer)
 
     def make(self, folder: Path, arguments: dict[str, Any]) -> None:
-        """Write the tokenizer, every split and the manifest into an existing folder.
+        """Write the tokenizer, all splits and the manifest to an existing folder.
 
         Args:
             arguments: everything that decides the content, for the manifest.
@@ -167,28 +167,28 @@ class ExampleMaker:
             files.sync_file(file)
 
     def _write(self, folder: Path, split: str) -> SplitInfo:
-        made = self._tokenized(split)
-        total = len(made.rows)
+        data = self._tokenized(split)
+        total = len(data.rows)
         title = self._splits.titles[split]
         if not total:
             raise self._splits.empty_fault(split)
-        if made.cut:
-            share = f"{made.cut:,} of {total:,} examples ({100 * made.cut / total:.1f} %)"
+        if data.cut:
+            share = f"{data.cut:,} of {total:,} examples ({100 * data.cut / total:.1f} %)"
             logger.warning(
                 "%s: %s were longer than finetune.data.max_length %d allows, and are cut",
                 title,
                 share,
                 self._data.max_length,
             )
-        arrays = {"tokens": made.tokens, "bounds": made.bounds, "rows": made.rows}
+        arrays = {"tokens": data.tokens, "bounds": data.bounds, "rows": data.rows}
         return write_split(
             folder,
             split,
             {kind: np.asarray(values) for kind, values in arrays.items()}
-            | self._task.split_arrays(made, title, split),
-            cut=made.cut,
+            | self._task.split_arrays(data, title, split),
+            cut=data.cut,
             bad_rows=len(self._splits.bad[split]),
-            counts=self._task.label_counts(made),
+            counts=self._task.label_counts(data),
         )
 
     def _learn_tokenizer(self) -> Tokenizer:
@@ -204,7 +204,7 @@ class ExampleMaker:
         return learn_tokenizer(sample, size, option="model.vocab_size", fewer=True)
 
     def _tokenized(self, split: str) -> SplitArrays:
-        made = SplitArrays()
+        arrays = SplitArrays()
         rows = self._splits.rows(split)
         threads = os.cpu_count() or 1
         bad = self._splits.bad[split]
@@ -220,7 +220,7 @@ class ExampleMaker:
                     continue
                 except DataError as error:
                     raise DataError(f"{fields.row.place}: {error}") from None
-                made.add(fields.row.number, example, self._task.labels.get(fields.label, -1))
+                arrays.add(fields.row.number, example, self._task.labels.get(fields.label, -1))
         self._task.report(self._splits.titles[split])
         bad.check()
-        return made
+        return arrays

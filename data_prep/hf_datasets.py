@@ -16,19 +16,20 @@ from megalite import env, hub
 from megalite.errors import CommandError, DataError
 from megalite.files import is_plain_name, read_object
 
-_STREAMED_ROWS = 64  # at once; of Parquet the library holds some row groups
-# Pages of a mapped data set stay in memory once they were read; after so many it is mapped again.
+_STREAMED_ROWS = 64  # read at a time; for Parquet the library holds some row groups
+# Pages of a mapped data set stay in memory after they are read; after this many bytes the data set
+# is mapped again.
 _MAPPED_BYTES = 1 << 26
 
 
 def describe_hub(name: str, streaming: bool, part_bytes: int) -> DatasetFacts:
-    """Return the facts about a data set of the hub, which is downloaded unless it is streamed.
+    """Return the facts about a data set of the hub. Download it unless it is streamed.
 
-    A streamed data set has one part a data file; another has even parts of its rows.
+    A streamed data set has one part for each data file. Others have equal parts of their rows.
 
     Raises:
-        DataError: a set that the library cannot open, with its reason: it names the splits there
-            are for one that is missing, and the configurations if one must be chosen.
+        DataError: the library cannot open the data set. Its reason lists the splits or the
+            configurations if one must be chosen.
     """
     try:
         builder, split = _builder(name)
@@ -38,7 +39,7 @@ def describe_hub(name: str, streaming: bool, part_bytes: int) -> DatasetFacts:
         rows = _build(builder, split, streaming=streaming)
     except DataError:
         raise
-    except Exception as error:  # the library has no error of its own above all others
+    except Exception as error:  # the library's errors have no common base class
         raise _unopened(name, error) from error
     if streaming:
         return DatasetFacts(rows.num_shards, 0, [name, *origin, streaming])
@@ -48,20 +49,21 @@ def describe_hub(name: str, streaming: bool, part_bytes: int) -> DatasetFacts:
 
 
 def check_reachable(name: str, label: str) -> None:
-    """Refuse a set of the hub that is in no cache if the hub cannot be asked.
+    """Check that a data set of the hub is in a cache, or that the hub can be reached.
 
-    The library itself tries for half a minute, and takes seconds to import.
+    The library would try for half a minute, and takes seconds to import.
 
     Args:
-        name: NAME, or NAME@CONFIG. label: how messages call it.
+        name: NAME, or NAME@CONFIG.
+        label: name of the data set in messages.
     Raises:
-        DataError: with the command that downloads it.
+        DataError: neither is true. The message has the command that downloads the data set.
     """
     from huggingface_hub import constants
 
     name = name.partition("@")[0]
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
-        return  # a path, which the library names
+        return  # a path, for which the library has an error
     offline = env.variable("HF_DATASETS_OFFLINE").upper() in ("1", "TRUE", "YES", "ON")
     reason = "HF_DATASETS_OFFLINE is set" if offline else hub.unreachable()
     if reason is None:
@@ -78,19 +80,20 @@ def check_reachable(name: str, label: str) -> None:
     ):
         raise DataError(
             f"{label}: no such file or folder here, not in the cache of data sets, and the "
-            f"hub cannot be asked ({reason}); name a local file or folder, or run, if there is "
-            f"a network,\nhf download {name} --repo-type dataset --local-dir "
+            f"hub cannot be reached ({reason}); name a local file or folder, or run, on a machine "
+            f"with a network,\nhf download {name} --repo-type dataset --local-dir "
             f"{name.rpartition('/')[2]}\nand give that folder"
         )
-    env.set_default("HF_DATASETS_OFFLINE", "1")  # the library would try in vain
+    env.set_default("HF_DATASETS_OFFLINE", "1")  # keeps the library from trying
 
 
 def saved_folder(name: str) -> Path | None:
-    """Return the folder of the data set `FOLDER` or `FOLDER:SPLIT` that `save_to_disk` wrote; else
-    None.
+    """Return the folder of a data set that `save_to_disk` wrote, else None.
 
+    Args:
+        name: FOLDER, or FOLDER:SPLIT. The default split is train.
     Raises:
-        CommandError: a split that is not there, or no split given and none called train.
+        CommandError: there is no such split.
     """
     folder = Path(name)
     split = ""
@@ -98,15 +101,17 @@ def saved_folder(name: str) -> Path | None:
         base, _, split = name.rpartition(":")
         folder = Path(base)
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
-        own = _read_json(folder / "state.json").get("_split")
-        if split not in ("", own):
-            raise CommandError(f"--input {name}: {folder} holds one data set; omit :{split}")
+        saved_split = _read_json(folder / "state.json").get("_split")
+        if split not in ("", saved_split):
+            raise CommandError(f"--input {name}: {folder} has no splits; remove :{split}")
         return folder
     if not (folder / "dataset_dict.json").is_file():
         return None
     splits = _read_json(folder / "dataset_dict.json").get("splits", [])
     if not isinstance(splits, list) or not all(map(is_plain_name, splits)):
-        raise DataError(f"{folder}/dataset_dict.json: splits are no list of names; save it again")
+        raise DataError(
+            f"{folder}/dataset_dict.json: splits is not a list of names; save the data set again"
+        )
     if (split or "train") not in splits:
         raise CommandError(
             f"--input {name}: no split {split or 'train'}; it has {', '.join(splits)}: name one "
@@ -122,7 +127,7 @@ def describe_saved(folder: str, streaming: bool, part_bytes: int) -> DatasetFact
 
 
 class DatasetRows:
-    """An open data set: one part a data file if it is streamed, else even parts of its rows."""
+    """An open data set, whose parts are data files if it is streamed, else ranges of rows."""
 
     def __init__(self, name: str, *, saved: bool, streaming: bool) -> None:
         self._name = name
@@ -136,16 +141,16 @@ class DatasetRows:
         self.consumed = 0
 
     def read_part(self, text_field: str, stream: Stream, part: int) -> Iterator[Record]:
-        """Yield the rows of one part; errors as `records`."""
+        """Yield the documents of one part. Raises as `records`."""
         parts = stream.parts or 1
         yield from self.records(text_field, part, parts)
         self.consumed = stream.size // parts
 
     def records(self, text_field: str, part: int, parts: int) -> Iterator[Record]:
-        """Yield the rows of one of `parts`.
+        """Yield the documents of one of `parts` parts.
 
         Raises:
-            DataError: no such column, or not of text; a set that cannot be read.
+            DataError: there is no such column, or not one of text; the data set cannot be read.
         """
         if self._rows is None or self._used > _MAPPED_BYTES:
             self.close()
@@ -223,7 +228,7 @@ def _open_saved(folder: str) -> Any:
     with named_damage(folder, (Exception,)):
         rows = datasets.load_from_disk(folder)
         state = _read_json(Path(folder, "state.json"))
-        if files := state.get("_indices_data_files"):  # of early versions; the library ignores them
+        if files := state.get("_indices_data_files"):  # old versions' row order, which it ignores
             import pyarrow as pa
 
             tables = []
@@ -247,9 +252,7 @@ def _unopened(name: str, error: Exception) -> DataError:
 
 @contextlib.contextmanager
 def _no_torch() -> Iterator[None]:
-    """Keep `datasets` from importing torch for streams. The import takes seconds, and nothing needs
-    it.
-    """
+    """Keep `datasets` from importing torch for streams, which takes seconds."""
     import datasets
 
     before = datasets.config.TORCH_AVAILABLE

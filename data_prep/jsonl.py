@@ -1,7 +1,7 @@
-"""A file's lines in parts of its unpacked bytes: a line belongs to the part it begins in.
+"""JSON lines, read in parts by ranges of unpacked bytes: a line belongs to the part it begins in.
 
-The parts of a plain file are sought; those of a packed one are reached by unpacking all before
-them, so whoever reads rising parts unpacks once.
+A plain file is read from any offset. A compressed file is unpacked from its beginning, but only
+once if its parts are read in ascending order.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from data_prep.streams import ReaderSpec, Stream, even_parts
 
 
 class LineFile:
-    """A file whose lines are read part by part, in any order of parts.
+    """A file whose lines are read in parts, in any order.
 
-    The file keeps its position between parts. No line begins after `_last` and before `_position`.
-    If `_fresh`, a line begins at `_position`; else that is within a line longer than the part.
+    The file keeps its position between parts. No line begins between `_last` and `_position`. If
+    `_fresh`, a line begins at `_position`; otherwise `_position` is inside a line that is longer
+    than the part.
     """
 
     def __init__(self, path: str) -> None:
@@ -28,7 +29,7 @@ class LineFile:
         self.ended = False
         self.consumed = 0
         self._packed = is_compressed(path)
-        self._counted = (0, 0)  # an offset of a plain file, and the newlines before it
+        self._counted = (0, 0)  # an offset in a plain file, and the number of newlines before it
         self._rewind(InputFile(path))
 
     def _rewind(self, file: InputFile) -> None:
@@ -37,18 +38,17 @@ class LineFile:
         self._position = 0
         self._last = -1
         self._fresh = True
-        self._before = 0  # newlines before the part's first line; of packed files alone
-        self._first = self._taken = 0  # the part's first line's offset, and lines given since
-        self._first_disk = 0  # and its place on disk
+        self._before = 0  # newlines before the part's first line, in compressed files only
+        self._first = self._taken = 0  # offset of the part's first line, and lines read since
+        self._first_disk = 0  # offset of the first line on disk
 
     def part(self, start: int, stop: int) -> Iterator[bytes]:
-        """Yield the lines that begin at `start` or later and before `stop`, with their ends.
+        """Yield the lines that begin in [start, stop), with their line ends.
 
-        A byte order mark at the beginning of the file is omitted. Memory holds a buffer, and a
-        line.
+        A byte order mark at the beginning of the file is removed. Memory holds a buffer and a line.
 
         Raises:
-            DataError: a file that cannot be read so far.
+            DataError: the file cannot be read.
         """
         with named_damage(self.path):
             self._before = self._before + self._taken
@@ -64,7 +64,7 @@ class LineFile:
                 yield line if self._last else line.removeprefix(codecs.BOM_UTF8)
 
     def records(self, text_field: str, start: int = 0, stop: int = sys.maxsize) -> Iterator[Record]:
-        """Yield the documents in the lines of a part, or of the whole file; errors as `part`."""
+        """Yield the documents in the lines of a part, or of the whole file. Raises as `part`."""
         stripped = (line.strip(b" \t\r\n") for line in self.part(start, stop))
         text_of = partial(text_of_json, text_field=text_field)
         return records(
@@ -84,20 +84,18 @@ class LineFile:
             self.consumed = min(stop, stream.size) - start
 
     def number(self) -> int:
-        """Return the number of the last line that was read, from 1."""
+        """Return the number, from 1, of the line that was read last."""
         if not self._packed:
             self._before = self._count_plain(self._first)
         return self._before + self._taken
 
     def ends_by(self, stop: int) -> bool:
-        """Return whether the unpacked file ends at `stop` or before, after a part that ends at
-        `stop`.
-        """
+        """Return whether the part that ends at `stop`, and was read last, is the last one."""
         with named_damage(self.path):
             return self._position <= stop and not self.file.bytes.peek(1)
 
     def disk_bytes(self) -> int:
-        """Return about how many bytes on disk the part took."""
+        """Return the approximate number of bytes on disk of the part that was read last."""
         return self.file.tell_disk() - self._first_disk
 
     def close(self) -> None:
@@ -105,7 +103,7 @@ class LineFile:
         self.file.close()
 
     def _find_line(self, start: int, stop: int) -> None:
-        """Go to the first line that begins at `start` or later; not beyond `stop`."""
+        """Go to the first line that begins at `start` or later, but not beyond `stop`."""
         if self._fresh and self._last < start <= self._position:
             return
         if self._position > start:
@@ -137,9 +135,7 @@ class LineFile:
             self._before += piece.count(b"\n")
 
     def _count_plain(self, offset: int) -> int:
-        """Return the newlines before `offset`. Continue from the last count if that is not beyond
-        it.
-        """
+        """Return the number of newlines before `offset`, from the last count on if possible."""
         at, lines = self._counted if self._counted[0] <= offset else (0, 0)
         with open(self.path, "rb", 0) as file:
             file.seek(at)
@@ -151,7 +147,7 @@ class LineFile:
 
 
 def count_parts(path: str, size: int, part_bytes: int) -> int | None:
-    """Return the parts of a file of `size` bytes on disk; None if only reading finds the end."""
+    """Return the number of parts of a file, or None if it is unknown before the file is read."""
     if not is_compressed(path):
         return even_parts(size, part_bytes) if size > part_bytes else 1
     return None if size * UNPACKED_RATIO > part_bytes else 1

@@ -1,4 +1,4 @@
-"""The labels of a classification: how a row names one, and which of them look the same."""
+"""Names of the labels of a classification, and labels that look the same."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ _NO_WIDTH = re.compile(f"[{_WIDTHLESS}]")
 
 
 def label_name(value: Any, column: str, names: Sequence[str] | None) -> str:
-    """Return a label's name: True, False, the digits of a number, or the name that the source gives
-    it.
+    """Return the name of a label: text, the digits of a number, True or False.
 
-    White space around a name, and characters without a width, are no part of it.
+    White space and zero-width characters around a name are removed.
+
+    Args:
+        names: the source's names for numbers. None means that numbers are names.
     """
     if isinstance(value, bool):
         return str(value)
@@ -31,16 +33,15 @@ def label_name(value: Any, column: str, names: Sequence[str] | None) -> str:
             return names[value]
     elif isinstance(value, str) and (name := _AROUND.sub("", value)):
         return name
-    known = f", not one of {', '.join(names)}" if names else ", neither a whole number nor a name"
-    raise Unusable(f"field {column!r} is {value!r:.40}{known}")
+    expected = f", not one of {', '.join(names)}" if names else ", neither an integer nor a name"
+    raise Unusable(f"field {column!r} is {value!r:.40}{expected}")
 
 
 def describe_similar(counts: Mapping[str, int]) -> list[str]:
-    """Name labels that differ only in white space, case or Unicode form, or are equal
-    numbers.
+    """Return groups of labels that differ only in white space, case, Unicode form, or digits.
 
     Args:
-        counts: rows of each label.
+        counts: number of rows of each label.
     """
     groups: dict[str, list[str]] = {}
     for label in counts:
@@ -50,12 +51,12 @@ def describe_similar(counts: Mapping[str, int]) -> list[str]:
 
 def _describe(labels: Sequence[str], counts: Mapping[str, int]) -> str:
     composed = {unicodedata.normalize("NFC", label) for label in labels}
-    write = repr if len(composed) == len(labels) else ascii  # which shows the difference
+    write = repr if len(composed) == len(labels) else ascii  # `ascii` shows the difference
     return ", ".join(f"{write(label)} ({counts[label]:,})" for label in labels)
 
 
 def _skeleton(label: str) -> str:
-    """Return a key that labels share if people read them as one."""
+    """Return a key that is equal for labels that look the same."""
     folded = unicodedata.normalize("NFKC", _NO_WIDTH.sub("", label)).casefold()
     folded = " ".join(unicodedata.normalize("NFKC", folded).split())
     try:

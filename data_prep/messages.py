@@ -1,7 +1,7 @@
-"""Conversations as data sets hold them, brought to one form: a list of messages as OpenAI's.
+"""Conversations from data sets, converted to one form: OpenAI's list of messages.
 
-A message is an object with `role`, and `content` as text. Accepted as well: a list of text parts as
-content; ShareGPT's `from` and `value`; the whole list as JSON text, as a CSV file holds it.
+A message is an object with a `role` and text as `content`. Content may also be a list of text
+parts. ShareGPT's `from` and `value` are accepted, and JSON text of a list, as in CSV files.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight")
 TOOLS = "tools"
 _SYSTEM = "system"
 OPTIONAL_COLUMNS = (TOOLS, _SYSTEM, *_ROW_WEIGHTS)  # read if a row has them
-# Names under which data sets say whether a turn is learned (OpenAI, axolotl, XTuner).
+# Keys by which data sets mark turns as targets of the loss (OpenAI, axolotl, XTuner).
 _FLAGS = ("weight", "train", "training", "trainable", "loss", "learn")
-# ShareGPT's names of roles. A `function_call` holds JSON of a call in a form of its own.
+# ShareGPT's names of roles, except `function_call`, whose content has another form.
 _SHAREGPT = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bing", "bard"), "assistant"),
@@ -33,16 +33,16 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def check_messages(value: Any, *, answered: bool = True) -> Messages:
-    """Return a conversation in one form, without keys that are null.
+    """Return a conversation in OpenAI's form, without null values.
 
-    A turn that is not to be learned has `weight` 0; no other key says so. The content of a turn is
-    text. It may be missing next to tool_calls; that of an assistant is not empty.
+    A turn that is not a target has `weight` 0, whatever key the data used. The content of a turn is
+    text, and may be missing if the turn has tool_calls.
 
     Args:
-        answered: If true, the conversation is learned: it needs an assistant's turn of weight 1,
-            and no assistant's turn is empty.
+        answered: If true, the conversation is for training: at least one assistant's turn must be a
+            target, and none may be empty.
     Raises:
-        Unusable: not a conversation, or one that cannot be learned.
+        Unusable: it is not a conversation, or not one for training.
     """
     messages = [_message(number, item, answered) for number, item in enumerate(_items(value))]
     if not answered:
@@ -57,10 +57,12 @@ def check_messages(value: Any, *, answered: bool = True) -> Messages:
 
 
 def check_tools(value: Any) -> list[Any] | None:
-    """Return the descriptions of tools that a row holds, as a list or as JSON text; else None.
+    """Return the descriptions of tools in a row's value, or None if it has none.
 
+    Args:
+        value: a list, JSON text of a list, or an empty value.
     Raises:
-        Unusable: neither a list of objects nor nothing.
+        Unusable: it is anything else.
     """
     if isinstance(value, str) and value.strip():
         value = _parsed(value, f"field {TOOLS!r}")
@@ -72,20 +74,19 @@ def check_tools(value: Any) -> list[Any] | None:
 
 
 def read_conversation(row: SourceRow, columns: Sequence[str]) -> tuple[Messages, list[Any] | None]:
-    """Return the turns of a row, and its tools.
+    """Return the turns and the tools of a row.
 
     Args:
-        columns: that of the messages, or those of a prompt and its response.
+        columns: the column of messages, or those of a prompt and a response.
     Raises:
-        Unusable: not a conversation that can be learned, or a weight other than 1: every row
-            counts as much.
+        Unusable: the row has no conversation for training, or a weight other than 1.
     """
     for key in _ROW_WEIGHTS:
         weight = None if key in columns else row.values.get(key)
         if weight not in (None, "", 1, "1", "1.0"):
             raise Unusable(
-                f"field {key!r} is {weight!r:.40}, and rows are not weighted; remove rows that are "
-                f"not to be learned, and the field {key!r}"
+                f"field {key!r} is {weight!r:.40}, and rows are not weighted; remove rows of "
+                f"weight 0, and the field {key!r}"
             )
     if len(columns) == 2:
         roles = zip(("user", "assistant"), columns, strict=True)
@@ -104,7 +105,7 @@ def read_conversation(row: SourceRow, columns: Sequence[str]) -> tuple[Messages,
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Yield every text within a JSON value, keys of objects included."""
+    """Yield every text in a JSON value, including keys of objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -119,7 +120,7 @@ def strings(value: Any) -> Iterator[str]:
 def _items(value: Any) -> list[Any]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _parsed(value, "the conversation")
-    if hasattr(value, "tolist"):  # an array, as a table of some libraries gives
+    if hasattr(value, "tolist"):  # an array from an Arrow table
         value = value.tolist()
     if not isinstance(value, list) or not value:
         raise Unusable(f"{value!r:.40} is not a list of messages")
@@ -143,7 +144,7 @@ def _message(number: int, item: Any, answered: bool) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str):
         raise Unusable(f"{what} has no role; it has {', '.join(map(str, message)) or 'nothing'}")
-    learned = _take_flags(message, what)
+    is_target = _take_flags(message, what)
     if "tool_calls" in message:
         message["tool_calls"] = _calls(message["tool_calls"], what)
     if isinstance(message.get("content"), list):
@@ -152,11 +153,14 @@ def _message(number: int, item: Any, answered: bool) -> dict[str, Any]:
         empty = role != "assistant" or bool(message.get("tool_calls")) or not answered
         check_text(message.get("content"), f"the content of {what}", empty=empty)
     reasoning = next((message[key] for key in REASONING if key in message), None)
-    if reasoning is not None:  # under each name that templates read
+    if reasoning is not None:  # templates read different names
         message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
-    if learned and role != "assistant":
-        raise Unusable(f"{what} is to be learned, but its role is {role!r}: only an assistant's is")
-    if learned is False and role == "assistant":
+    if is_target and role != "assistant":
+        raise Unusable(
+            f"{what} is marked to be learned, but its role is {role!r}; only an assistant's turns "
+            "can be learned"
+        )
+    if is_target is False and role == "assistant":
         message["weight"] = 0
     return message
 
@@ -167,7 +171,7 @@ def _from_sharegpt(message: dict[str, Any], what: str) -> dict[str, Any]:
     role = _SHAREGPT.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise Unusable(
-            f"{what} is from {name!r:.40}; known are {', '.join(_SHAREGPT)}: write it as "
+            f"{what} is from {name!r:.40}, not one of {', '.join(_SHAREGPT)}; write it as "
             '{"role": ..., "content": ...}'
         )
     content = message.pop("value", None)
@@ -175,8 +179,8 @@ def _from_sharegpt(message: dict[str, Any], what: str) -> dict[str, Any]:
 
 
 def _take_flags(message: dict[str, Any], what: str) -> bool | None:
-    """Remove the keys that say whether a turn is learned; None if none says so."""
-    learned: bool | None = None
+    """Remove the keys that mark a turn as a target or not, and return the mark or None."""
+    is_target: bool | None = None
     for key in _FLAGS:
         if key in message:
             value = message.pop(key)
@@ -184,10 +188,10 @@ def _take_flags(message: dict[str, Any], what: str) -> bool | None:
                 raise Unusable(
                     f"{what} has {key} {value!r:.40}: a turn is learned or not; write 1 or 0"
                 )
-            if learned is not None and learned != bool(value):
+            if is_target is not None and is_target != bool(value):
                 raise Unusable(f"{what} is both to be learned and not to be learned; keep one key")
-            learned = bool(value)
-    return learned
+            is_target = bool(value)
+    return is_target
 
 
 def _joined(parts: list[Any], what: str) -> str:
@@ -208,10 +212,10 @@ def _joined(parts: list[Any], what: str) -> str:
 
 
 def _calls(calls: Any, what: str) -> list[Any]:
-    """Return calls of tools whose arguments are objects, as templates expect; parse JSON text."""
+    """Return tool calls with their arguments parsed from JSON text, as templates expect."""
     if not isinstance(calls, list):
         raise Unusable(f"the tool_calls of {what} are {calls!r:.40}, not a list")
-    found = []
+    parsed = []
     for call in calls:
         if not isinstance(call, dict):
             raise Unusable(f"a call in the tool_calls of {what} is {call!r:.40}, not an object")
@@ -221,8 +225,8 @@ def _calls(calls: Any, what: str) -> list[Any]:
             call["function"] = _with_arguments(inner)
         else:
             call = _with_arguments(call)
-        found.append(call)
-    return found
+        parsed.append(call)
+    return parsed
 
 
 def _with_arguments(function: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,10 @@ from megalite.tokenizers.tokenizer import Tokenizer
 class TokenizeOptions:
     """The arguments of `tokenize`.
 
-    workers: of each rank. bos: None means that documents begin as the tokenizer begins its texts.
+    Attributes:
+        workers: number of workers of each rank.
+        bos: whether documents begin with BOS. None means as the tokenizer's settings say.
+        valid_fraction: fraction of the documents to write to `valid_output`.
     """
 
     inputs: Sequence[str]
@@ -29,12 +32,12 @@ class TokenizeOptions:
     deduplicate: bool = False
     streaming: bool = True
     lossy: bool = False
-    valid_fraction: float | None = None  # of the documents, written to `valid_output`
+    valid_fraction: float | None = None
     valid_output: Path | None = None
 
     @property
     def hashes(self) -> bool:
-        """Whether parts keep a hash of each document."""
+        """Whether parts contain a hash of each document."""
         return self.deduplicate or self.valid_fraction is not None
 
     def recorded(self) -> dict[str, Any]:
@@ -46,7 +49,7 @@ class TokenizeOptions:
         return {**options, "inputs": list(self.inputs)}
 
     def request(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Return the options that two runs must share to share their work."""
+        """Return the options that must be equal for a run to use the parts of another."""
         begins = bool(tokenizer.prefix_ids) if self.bos is None else self.bos
         request = self.recorded() | {"tokenizer": tokenizer.sha256, "bos": begins}
         if self.valid_output is not None:

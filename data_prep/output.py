@@ -1,4 +1,4 @@
-"""Output of a command: a staging folder next to the final one, published by one rename."""
+"""Output folders of commands: written to a staging folder and published by one rename."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from megalite.files import publish
 
 
 def check_output(output: Path, option: str = "--output") -> None:
-    """Refuse a path that no folder can be made at.
+    """Check that a new folder can be made at a path.
 
     Raises:
-        CommandError: not a name, a link, or below what is no folder or cannot be written.
+        CommandError: the path has no name, is a link, or is below a file or an unwritable folder.
     """
     if output.name in ("", "..") or output.resolve() == Path.cwd():
-        raise CommandError(f"{option} {str(output)!r} names no new folder; give it a name")
+        raise CommandError(f"{option} {str(output)!r} is not a new folder; give it a name")
     if output.is_symlink():
         raise CommandError(f"{option} {output} is a link; name the folder itself, or a new one")
     parent = _first_parent(output)
     if not parent.is_dir():
-        raise CommandError(f"{option} {output} is below {parent}, which is no folder")
+        raise CommandError(f"{option} {output} is below {parent}, a file; name another place")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise CommandError(f"{option} {output}: {parent} cannot be written; name another place")
 
 
 def check_outputs(output: Path, fraction: float | None, held_out: Path | None) -> None:
-    """Refuse two outputs that cannot both be written, and a fraction that is none.
+    """Check a second output and the fraction of documents for it.
 
     Args:
-        fraction: the share of documents that goes to `held_out`.
-
+        fraction: fraction of the documents to hold out.
+        held_out: the output of these documents.
     Raises:
-        CommandError: one without the other, a fraction outside (0, 1), folders within each other
-            or on two file systems.
+        CommandError: one is missing, the fraction is not in (0, 1), or the folders contain each
+            other or are on different file systems.
     """
     if held_out is None and fraction is None:
         return
@@ -48,7 +48,7 @@ def check_outputs(output: Path, fraction: float | None, held_out: Path | None) -
         raise CommandError(f"--valid-output {held_out} needs --valid-fraction F, such as 0.01")
     if not 0 < fraction < 1:
         raise CommandError(
-            f"--valid-fraction {fraction} is no share between 0 and 1; give one such as 0.01"
+            f"--valid-fraction {fraction} is not between 0 and 1; set it to a fraction such as 0.01"
         )
     check_output(held_out, "--valid-output")
     one = output.resolve()
@@ -56,13 +56,13 @@ def check_outputs(output: Path, fraction: float | None, held_out: Path | None) -
     work = one.with_name(f".{one.name}.work")
     if one.is_relative_to(other) or other.is_relative_to(one) or other.is_relative_to(work):
         raise CommandError(
-            f"--valid-output {held_out} and --output {output} are one folder, or one within the "
-            "other; name two folders next to each other"
+            f"--valid-output {held_out} and --output {output} are the same folder, or one is "
+            "inside the other; name two separate folders"
         )
     if _file_system(output) != _file_system(held_out):
         raise CommandError(
-            f"--valid-output {held_out} is on another file system than --output {output}, so that "
-            "both could not appear at once; name two folders of one file system"
+            f"--valid-output {held_out} is on another file system than --output {output}; name two "
+            "folders on one file system, so that both appear at once"
         )
 
 
@@ -71,7 +71,7 @@ def _file_system(output: Path) -> int:
 
 
 def _first_parent(output: Path) -> Path:
-    """Return the nearest folder above an output that exists."""
+    """Return the nearest existing folder above an output."""
     return next(parent for parent in output.absolute().parents if parent.exists())
 
 
@@ -82,8 +82,8 @@ def refuse_taken(output: Path, option: str = "--output") -> None:
 
 
 @contextmanager
-def tidied(output: Path) -> Iterator[None]:
-    """Remove the folders above `output` that the block created, if it fails and they are empty."""
+def remove_created_parents(output: Path) -> Iterator[None]:
+    """Remove the empty folders above `output` that the block created if it fails."""
     missing = [parent for parent in output.parents if not parent.exists()]
     try:
         yield
@@ -96,17 +96,16 @@ def tidied(output: Path) -> Iterator[None]:
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """Give a folder to write into. It becomes `output` when the block ends, and is removed if it
-    fails.
+    """Yield a staging folder, which is renamed to `output` at the end, or removed on failure.
 
     Raises:
         CommandError: `output` exists and is not an empty folder.
-        MegaLiteError: the disk refused.
+        MegaLiteError: the output cannot be written.
     """
     check_output(output)
     refuse_taken(output)
     staging = output.with_name(f".{output.name}.{secrets.token_hex(4)}.staging")
-    with tidied(output):
+    with remove_created_parents(output):
         try:
             staging.mkdir(parents=True)
             yield staging

@@ -16,11 +16,10 @@ from data_prep.streams import ReaderSpec, Stream, group_sizes
 class ParquetTable:
     """An open Parquet file.
 
-    Memory holds some rows and the pages they lie in, and of a column that is encoded by a
-    dictionary that too; never a row group.
+    Memory holds some rows, their pages and the column's dictionary, but never a row group.
 
     Raises:
-        DataError: a file without a footer that can be read.
+        DataError: the file's footer cannot be read.
     """
 
     def __init__(self, path: str) -> None:
@@ -30,23 +29,23 @@ class ParquetTable:
         self.path = path
         self._damage = (OSError, pa.ArrowException)
         with named_damage(path, self._damage):
-            # with a buffer and without `pre_buffer`, pages are read as they are needed
+            # With a buffer and without `pre_buffer`, pages are read when they are needed.
             self._file = pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
             self.size = os.path.getsize(path)  # bytes on disk
         self.ended = False
         self.consumed = 0
 
     def parts(self, part_bytes: int) -> list[range]:
-        """Return the row groups of each part, by the footer's sizes of all columns unpacked."""
+        """Return the row groups of each part, by the unpacked sizes of all columns."""
         footer = self._file.metadata
         sizes = [footer.row_group(n).total_byte_size for n in range(footer.num_row_groups)]
         return group_sizes(sizes, part_bytes)
 
     def records(self, text_field: str, groups: Sequence[int] | None = None) -> Iterator[Record]:
-        """Yield the rows of some row groups, or of all, in order.
+        """Yield the documents of some row groups, or of all, in order.
 
         Raises:
-            DataError: no such column, or not of text; a file that is damaged.
+            DataError: there is no such column, or not one of text; the file is damaged.
         """
         footer = self._file.metadata
         check_column(self._file.schema_arrow, text_field, self.path)
@@ -55,17 +54,17 @@ class ParquetTable:
         row = sum(sizes[: groups[0]]) if groups else 0
         names = [footer.schema.column(n).path for n in range(footer.num_columns)]
         column = names.index(text_field)
-        asked: dict[str, Any] = {"columns": [text_field], "use_threads": False}
+        options: dict[str, Any] = {"columns": [text_field], "use_threads": False}
         with named_damage(self.path, self._damage):
             for group in groups:
                 unpacked = footer.row_group(group).column(column).total_uncompressed_size
                 rows = rows_at_once(unpacked, sizes[group])
-                for batch in self._file.iter_batches(rows, row_groups=[group], **asked):
+                for batch in self._file.iter_batches(rows, row_groups=[group], **options):
                     yield from column_records(batch.column(0), f"{self.path} row", row)
                     row += batch.num_rows
 
     def read_part(self, text_field: str, stream: Stream, part: int) -> Iterator[Record]:
-        """Yield the rows of the row groups of one part."""
+        """Yield the documents of the row groups of one part."""
         groups = self.parts(stream.part_bytes)
         yield from self.records(text_field, groups[part])
         self.consumed = stream.size // len(groups)
@@ -76,7 +75,7 @@ class ParquetTable:
 
 
 def count_parts(path: str, size: int, part_bytes: int) -> int:
-    """Return the parts of a file of `size` bytes on disk; the footer of a large one is read."""
+    """Return the number of parts of a file. Read the footer if the file is large."""
     if size <= part_bytes:
         return 1
     with closing(ParquetTable(path)) as table:

@@ -1,4 +1,4 @@
-"""Files of encoded parts: their names, their headers, and whether they are intact."""
+"""Files of encoded parts: names, headers and hashes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from megalite.files import parse_json
 
 @dataclass
 class Counts:
-    """Counts of documents and tokens; `bytes` are of UTF-8 text, `consumed` of files on disk."""
+    """Counts of documents and tokens.
+
+    Attributes:
+        bytes: size of the documents as UTF-8 text.
+        consumed: size of the part in the input files on disk.
+    """
 
     documents: int = 0
     bytes: int = 0
@@ -34,30 +39,30 @@ class PartHeader:
     """Header of the file of an encoded part."""
 
     tally: Counts
-    ended: bool  # no part of the stream follows
+    ended: bool  # whether this is the last part of the stream
     sha256: str  # of the file's arrays
-    faults: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)  # the first bad records
 
 
 def part_name(key: str, part: int) -> str:
     return f"{key}_{part:06d}"
 
 
-def read_header(path: Path) -> PartHeader:
+def read_part_header(path: Path) -> PartHeader:
     """Return the header of a part's file."""
     with safe_open(path, framework="np") as file:
-        found = parse_json(file.metadata()["part"])
-    return PartHeader(**{**found, "tally": Counts(**found["tally"])})
+        content = parse_json(file.metadata()["part"])
+    return PartHeader(**{**content, "tally": Counts(**content["tally"])})
 
 
 def inspect_part(path: Path) -> PartHeader | None:
-    """Return the header of a part's file. If its hash is wrong, remove the file and return None."""
+    """Return the header of a part's file. If the file is damaged, remove it and return None."""
     try:
-        made = read_header(path)
+        header = read_part_header(path)
         with safe_open(path, framework="np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if sha256_of(arrays) == made.sha256:
-            return made
+        if sha256_of(arrays) == header.sha256:
+            return header
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
         pass
     path.unlink(missing_ok=True)

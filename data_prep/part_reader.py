@@ -1,6 +1,6 @@
-"""Documents out of the parts of a stream, one at a time: each is text, or a fault with its place.
+"""The reader of parts of streams, which yields documents and bad records one at a time.
 
-A damaged or changed file, or a table without the column, is no bad record: it ends the command.
+A damaged or changed file, or a table without the column, is not a bad record: it ends the command.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from megalite.errors import DataError
 
 
 class PartReader:
-    """Reader of the parts of streams; it keeps a stream open for its next part.
+    """Reader of the parts of streams, which keeps one stream open.
 
-    Memory holds one record, a few rows of a table, or a buffer. Parts may be read in any order.
-    Rising parts of a compressed file decompress it once.
+    Memory holds one record, a few rows of a table, or a buffer. Parts may be read in any order. A
+    compressed file is unpacked once if its parts are read in ascending order.
 
     Attributes:
-        ended: after a part was read, whether no part of the stream follows it.
-        consumed: about how many bytes on disk the part took.
+        ended: whether the part that was read last is the stream's last one.
+        consumed: approximate number of bytes on disk of the part that was read last.
     """
 
     def __init__(self, text_field: str) -> None:
@@ -33,11 +33,10 @@ class PartReader:
         self.consumed = 0
 
     def read(self, stream: Stream, part: int) -> Iterator[Record]:
-        """Yield the records of one part, in order; none for a part beyond the end.
+        """Yield the records of one part in order, or none for a part beyond the end.
 
         Raises:
-            DataError: a file that is damaged, cut or changed; a table or a data set without the
-                column.
+            DataError: a file is damaged, truncated or changed; a table lacks the column.
         """
         self.ended = False
         self.consumed = 0
@@ -50,7 +49,7 @@ class PartReader:
         self.ended = self.ended or (stream.parts is not None and part >= stream.parts - 1)
 
     def close(self) -> None:
-        """Close the stream that is open."""
+        """Close the open stream."""
         if self._open:
             self._open.close()
         self._stream = self._open = None
@@ -64,7 +63,7 @@ class PartReader:
         self.consumed = opened.consumed
 
     def _opened(self, stream: Stream) -> OpenParts:
-        """Return the open stream; close the one before if it is another."""
+        """Return the stream, opened. Close another stream if one is open."""
         if self._open is not None and self._stream == stream:
             return self._open
         self.close()
@@ -75,7 +74,7 @@ class PartReader:
         return self._open
 
     def _read_files(self, stream: Stream) -> Iterator[Record]:
-        """Yield all of several small files, or of a large file that is not divided."""
+        """Yield the records of several small files, or of a large file that is not divided."""
         make = find_reader(stream.kind).open_file
         assert make is not None
         for path in stream.paths:
@@ -99,6 +98,6 @@ def read_streams(streams: Sequence[Stream], text_field: str) -> Iterator[Record]
 def _check_size(stream: Stream, size: int) -> None:
     if size != stream.size:
         raise DataError(
-            f"{stream}: {size:,} bytes, and {stream.size:,} when the command began; leave the "
-            "input alone while it is read, and start again"
+            f"{stream}: got {size:,} bytes, but {stream.size:,} when the command began; do not "
+            "change the input while it is read, and start again"
         )

@@ -1,4 +1,4 @@
-"""A look at the first rows of a run's examples, which needs no tokens and no model."""
+"""A quick check of the first rows for a fine-tuning run, without tokenizing."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from megalite.tokenizers.tokenizer import load_tokenizer
 
 
 def preview(config: RunConfig) -> str:
-    """Check the first rows of a run's examples, and its tokenizer, before all are read.
+    """Check the first row of each split, and the tokenizer's vocabulary size.
 
     Returns:
-        A line that names the data, its splits and the columns that the task learns from.
-
+        a line with the data's path, its splits and the task's columns.
     Raises:
-        DataError: data that is not there, has other columns, or a vocabulary over the model's.
+        DataError: the data or a column is missing, or the tokenizer has more ids than the model.
     """
     assert config.finetune is not None
     data = config.finetune.data

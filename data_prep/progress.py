@@ -1,4 +1,4 @@
-"""LineFile that say how far all workers of a run are."""
+"""Log lines on the progress of all workers of a run."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megalite.errors import DataError
 from megalite.files import repeating
 from megalite.log import logger
 
-_EVERY = 5.0  # seconds
-_LOOK = 1.0  # seconds
+_LOG_SECONDS = 5.0
+_POLL_SECONDS = 1.0
 
 
 @contextmanager
-def shown(run: PrepRun, streams: Sequence[Stream], limit: int) -> Iterator[None]:
+def log_progress(run: PrepRun, streams: Sequence[Stream], limit: int) -> Iterator[None]:
     """Log the progress of a run every few seconds and at the end.
 
-    Stops the run where all its workers together met more than `limit` bad records.
+    Stop the run if all workers together have more than `limit` bad records.
     """
     size = sum(stream.size for stream in streams)
     began = reported = time.monotonic()
@@ -36,11 +36,11 @@ def shown(run: PrepRun, streams: Sequence[Stream], limit: int) -> Iterator[None]
                     "input, or allow more; the first ones are named above"
                 )
             )
-        if time.monotonic() - reported >= _EVERY:
+        if time.monotonic() - reported >= _LOG_SECONDS:
             reported = time.monotonic()
             _report(reports, size, reported - began)
 
-    with repeating(look, every=_LOOK):
+    with repeating(look, every=_POLL_SECONDS):
         yield
     _report_end(run.reports())
 
@@ -60,7 +60,7 @@ def _report(reports: Sequence[dict[str, Any]], size: int, seconds: float) -> Non
 def _report_end(reports: Sequence[dict[str, Any]]) -> None:
     active = [report for report in reports if report["ended"]]
     if not active:
-        return  # all of it was done by an earlier run
+        return  # an earlier run has done all parts
     seconds = max(r["ended"] for r in active) - min(r["began"] for r in active)
     megabytes = _sum(active, "bytes") / 1e6
     per_second = 1 / max(seconds, 1e-9)

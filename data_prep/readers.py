@@ -1,8 +1,8 @@
-"""The built-in readers: how each kind of input is read, by the ending of a file's name.
+"""The built-in readers of each kind of input, by the ending of a file's name.
 
-A new reader is one class and one call of `registry.readers.register`. A package's reader is an
-entry point `reader.NAME` whose object is a `ReaderSpec`; it reads files that end in `.NAME`, or the
-`suffixes` that `part.NAME` states. Modules of readers import no other reader.
+A new reader needs one class and one call of `registry.readers.register`. An installed package adds
+a reader by an entry point `reader.NAME` whose object is a `ReaderSpec`. It reads files that end in
+`.NAME`, or in the `suffixes` of its entry point `part.NAME`. Readers do not import each other.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from megalite import registry
 
 
 class TextFile(InputFile):
-    """A file that is one document."""
+    """A file with a single document."""
 
     def records(self, text_field: str) -> Iterator[Record]:
-        """Yield the whole file as one document; `text_field` has no meaning for plain text."""
+        """Yield the whole file as one document. `text_field` is ignored."""
         del text_field
         with named_damage(self.path):
             data = self.bytes.read().removeprefix(codecs.BOM_UTF8)
@@ -43,11 +43,11 @@ def find_reader(kind: str) -> ReaderSpec:
 
 
 def kind_of(path: Path) -> str:
-    """Return the name of the reader of a file, by its ending; "text" if no other reader has it."""
+    """Return the name of a file's reader by its ending, or "text" if no reader has the ending."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
-    for kind in registry.readers.names if suffixes else ():  # built-in ones come first
+    for kind in registry.readers.names if suffixes else ():  # built-in readers come first
         if suffixes[-1] in registry.readers.facts(kind).get("suffixes", (f".{kind}",)):
             return kind
     return "text"

@@ -1,7 +1,7 @@
-"""A record is a document's text, or a fault that names its place.
+"""Records: the text of a document, or a bad record with its place and reason.
 
-A record is a fault if its field is missing or is no text, if it is not complete JSON, not UTF-8,
-empty, or contains a NUL.
+A record is bad if it is empty, contains a NUL, or is not UTF-8. A JSON record is also bad if it is
+incomplete, or if its field is missing or not text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _NAMED = 20
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that gives no document: lines count from 1, rows from 0."""
+    """A record without a usable document. Lines are counted from 1, rows from 0."""
 
     place: str
     reason: str
@@ -32,26 +32,26 @@ Value = TypeVar("Value")
 
 
 class Unusable(ValueError):
-    """Why a record gives no document; its reader adds the place and makes it a `BadRecord`."""
+    """The reason why a record has no usable document, from which a `BadRecord` is made."""
 
 
 class BadRecordCounter:
-    """Counter of faults that logs the first ones and stops at one more than `limit`."""
+    """Counter of bad records that logs the first ones and allows at most `limit`."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.count = 0
 
-    def add(self, fault: BadRecord) -> None:
-        """Count one fault. Raise DataError if `limit` faults came before it."""
+    def add(self, record: BadRecord) -> None:
+        """Count a bad record. Raise DataError if there are more than `limit`."""
         self.count += 1
         if self.count > self.limit:
             raise DataError(
-                f"{fault.place}: {fault.reason}; bad record {self.count}, more than "
+                f"{record.place}: {record.reason}; bad record {self.count}, more than "
                 f"--max-bad-records {self.limit} allows: fix the input, or allow more"
             )
         if self.count <= _NAMED:
-            logger.warning("%s: %s; omitted", fault.place, fault.reason)
+            logger.warning("%s: %s; omitted", record.place, record.reason)
         elif self.count == _NAMED + 1:
             logger.warning("further bad records are counted without being named")
 
@@ -59,7 +59,12 @@ class BadRecordCounter:
 def records(
     values: Iterable[Value], text_of: Callable[[Value], str], place: Callable[[int], str]
 ) -> Iterator[Record]:
-    """Yield the document in each value, or a fault. `place` names the n-th value, from 0."""
+    """Yield the document in each value, or a bad record.
+
+    Args:
+        text_of: function that returns the document in a value, or raises Unusable.
+        place: function that returns the name of the n-th value's place, from 0.
+    """
     for number, value in enumerate(values):
         record: Record
         try:
@@ -70,10 +75,8 @@ def records(
 
 
 def text_of_json(line: bytes, text_field: str) -> str:
-    """Return the document in a line of JSON without white space around it. Raise Unusable if it has
-    none.
-    """
-    try:  # more than twice as fast as json, but it does not distinguish faults
+    """Return the document in a stripped line of JSON. Raise Unusable if it has none."""
+    try:  # twice as fast as json, but without reasons for faults
         text = from_json(line)[text_field]
         if text.__class__ is str and text and "\0" not in text:
             return str(text)
@@ -90,9 +93,9 @@ def _decode_json(line: bytes) -> Any:
     except json.JSONDecodeError as error:
         if 0 in line:
             raise Unusable(f"a NUL at byte {line.index(0)}") from error
-        raise Unusable(f"not whole JSON: {error.msg} at character {error.pos}") from error
+        raise Unusable(f"not valid JSON: {error.msg} at character {error.pos}") from error
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
-        raise Unusable(f"not JSON that can be read: {error}") from error
+        raise Unusable(f"not readable JSON: {error}") from error
 
 
 def _text_of_field(value: Any, text_field: str) -> str:
@@ -112,7 +115,7 @@ def _text_of_field(value: Any, text_field: str) -> str:
 
 
 def text_of_bytes(data: bytes | None) -> str:
-    """Return bytes as a document; None is a table's null. Raise Unusable if there is none."""
+    """Return the document in bytes, or in a table's null. Raise Unusable if there is none."""
     if data is None:
         raise Unusable("null, not text")
     try:

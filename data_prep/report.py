@@ -1,4 +1,4 @@
-"""`verify` and `inspect`: the check of a shard folder, and its content."""
+"""`verify` and `inspect`: the check of a shard folder, and a summary of its content."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from megalite.formats.verify import verify_folder
 from megalite.log import encodable, logger, printable, write_report
 from megalite.tokenizers.tokenizer import load_tokenizer
 
-_EXACT_BITS = 12  # of a length that are counted: a share below 1/2048 of it is not
+_EXACT_BITS = 12  # leading bits of a length that are counted, an error below 1/2048
 _MOST_BINS = 24
 _BAR = 40  # characters
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_SOURCES = 20  # named; the rest in one line
+_SOURCES = 20  # sources with a line of their own
 
 
 def verify(folder: Path) -> int:
-    """Name everything that is wrong with a shard folder; 1 if there is something, else 0."""
+    """Print all faults of a shard folder, and return the exit code: 1 if there are any, else 0."""
     faults = verify_folder(folder)
     for fault in faults:
         write_report(f"{fault}\n")
@@ -38,21 +38,21 @@ def verify(folder: Path) -> int:
 
 
 def inspect(folder: Path, document: int | None, picture: Path | None = None) -> int:
-    """Print what a shard folder holds, or one document of it as text; as ids if that is not known.
+    """Print a summary of a shard folder, or the text of one document.
 
-    Memory holds the lengths of one shard's documents, whatever the number of shards.
+    Without a known tokenizer, the document's ids are printed. Memory holds the lengths of one
+    shard's documents.
 
     Args:
-        picture: an SVG file to draw the lengths of the documents into.
-
+        picture: an SVG file for a histogram of the documents' lengths.
     Raises:
-        CommandError: no such document; a picture that cannot be drawn.
-        DataError: not a shard folder, or one that is damaged.
+        CommandError: there is no such document, or the picture cannot be written.
+        DataError: the folder has no shards, or is damaged.
     """
     if picture and document is not None:
-        raise CommandError("--picture shows all documents, --document one; leave one out")
+        raise CommandError("--picture shows all documents, --document one; remove one of them")
     if picture and picture.suffix.lower() != ".svg":
-        raise CommandError(f"--picture {picture}: pictures are drawn as SVG; name a file .svg")
+        raise CommandError(f"--picture {picture}: only SVG is supported; name a file .svg")
     shards = open_shards(folder)
     if document is not None:
         text = _document(shards, document)
@@ -73,7 +73,7 @@ def inspect(folder: Path, document: int | None, picture: Path | None = None) -> 
 class Lengths:
     """Histogram of the number of tokens in documents.
 
-    Lengths of 4,096 and more are counted by their 12 leading bits, so that there are few of them;
+    Lengths of 4,096 and more are counted by their 12 leading bits, which bounds their number.
     `shortest` and `longest` are exact.
     """
 
@@ -84,10 +84,10 @@ class Lengths:
     @classmethod
     def of(cls, shards: ShardSet) -> Lengths:
         """Return the lengths of a folder's documents, read shard by shard."""
-        found = cls()
+        lengths = cls()
         for shard in range(len(shards.manifest.shards)):
-            found.add(shards.document_lengths(shard))
-        return found
+            lengths.add(shards.document_lengths(shard))
+        return lengths
 
     def add(self, lengths: npt.NDArray[np.int64]) -> None:
         """Count more documents."""
@@ -102,18 +102,17 @@ class Lengths:
         self.counts.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
 
     def below(self, share: float) -> int:
-        """Return the least length that at least this share of the documents does not exceed."""
+        """Return the quantile of the lengths at a fraction of the documents."""
         values = sorted(self.counts)
         ends = np.cumsum([self.counts[value] for value in values])
         place = int(np.searchsorted(ends, share * ends[-1])) if values else 0
         return values[place] if values else 0
 
     def bins(self) -> list[tuple[int, int, int]]:
-        """Return (first length, last length, documents) of each bar: octaves in 1, 2, 4 or 8 equal
-        parts.
+        """Return (first length, last length, documents) of each bar of the histogram.
 
-        The most parts are taken that make 24 bars at most, else 1. Documents without tokens have a
-        bar of their own.
+        Bars are octaves, divided into as many equal parts (1, 2, 4 or 8) as give at most 24 bars.
+        Documents without tokens have a bar of their own.
         """
         finest = (self._edges(parts) for parts in (8, 4, 2))
         edges = next((edges for edges in finest if len(edges) <= _MOST_BINS + 1), self._edges(1))
@@ -125,7 +124,7 @@ class Lengths:
         ]
 
     def _edges(self, parts: int) -> list[int]:
-        """Return the edges of the bars, from the shortest document's to the longest one's."""
+        """Return the edges of the bars, from the shortest to the longest document."""
         octaves = range(self.longest.bit_length() + 1)
         steps = {int(2**octave * (1 + part / parts)) for octave in octaves for part in range(parts)}
         edges = sorted({0, *steps})
@@ -148,8 +147,8 @@ def _summary(shards: ShardSet, lengths: Lengths) -> Iterator[tuple[str, str]]:
     if size:
         yield "text", f"{size:,} bytes, {size / max(manifest.tokens, 1):.2f} a token"
     yield "vocabulary", f"{manifest.vocab_size:,} ids, BOS {manifest.bos}, EOS {manifest.eos}"
-    found = manifest.tokenizer
-    yield "tokenizer", f"{found.path} {found.sha256[:12]}" if found.path else "unknown"
+    tokenizer = manifest.tokenizer
+    yield "tokenizer", f"{tokenizer.path} {tokenizer.sha256[:12]}" if tokenizer.path else "unknown"
     yield "fingerprint", shards.fingerprint
     if manifest.shards:
         first = manifest.shards[0].name
@@ -161,15 +160,15 @@ def _summary(shards: ShardSet, lengths: Lengths) -> Iterator[tuple[str, str]]:
 
 
 def _sources(manifest: ShardManifest) -> Iterator[tuple[str, str]]:
-    found = sorted(manifest.sources, key=lambda source: -source.tokens)
-    for source in found[:_SOURCES]:
+    sources = sorted(manifest.sources, key=lambda source: -source.tokens)
+    for source in sources[:_SOURCES]:
         share = 100 * source.tokens / max(manifest.tokens, 1)
         bad = f", {source.bad_records:,} bad records" if source.bad_records else ""
         yield (
             "from",
             f"{source.input}: {share:.1f} % of the tokens, {source.documents:,} documents{bad}",
         )
-    if rest := found[_SOURCES:]:
+    if rest := sources[_SOURCES:]:
         share = 100 * sum(source.tokens for source in rest) / max(manifest.tokens, 1)
         yield "from", f"{len(rest):,} more inputs: {share:.1f} % of the tokens"
 
@@ -259,6 +258,6 @@ def _document(shards: ShardSet, number: int) -> str:
         )
     ids = np.asarray(shards.document(number), np.int64).tolist()
     if not shards.manifest.tokenizer.path:
-        logger.warning("no manifest, and no tokenizer/ next to the shards: these are its ids")
+        logger.warning("the folder has no manifest and no tokenizer/: these are the ids")
         return " ".join(map(str, ids)) + "\n"
     return load_tokenizer(shards.folder / shards.manifest.tokenizer.path).decode(ids) + "\n"

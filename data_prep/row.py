@@ -1,4 +1,4 @@
-"""A row of labelled data: its values, and why it has none."""
+"""Rows of the data for fine-tuning, and checks of their values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ _CONVERSATIONS = ("conversations", "conversation", "messages", "dialog", "chat")
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row of a split by its number, from 0; `fault` says why it has no values."""
+    """A row of a split.
+
+    Attributes:
+        number: the row's number in the split, from 0.
+        place: name of the row's place in messages.
+        values: the row's values by column.
+        fault: the reason why the row has no values; "" if it has.
+    """
 
     number: int
     place: str
@@ -30,19 +37,22 @@ class SourceRow:
         return self.values[column]
 
     def text(self, column: str) -> str:
-        """Return a text. Raise Unusable if the field is not usable text."""
+        """Return a text. Raise Unusable if the field is missing or not usable text."""
         return check_text(self.get(column), f"field {column!r}")
 
 
 def other_column(names: Iterable[Any]) -> str:
     """Return advice if another column seems to hold the conversations."""
-    found = next((name for name in names if name in _CONVERSATIONS), None)
-    return f"; if {found!r} is meant, name it by finetune.data.messages_column" if found else ""
+    match = next((name for name in names if name in _CONVERSATIONS), None)
+    return f"; if {match!r} is meant, name it by finetune.data.messages_column" if match else ""
 
 
 def check_text(value: Any, what: str, *, empty: bool = False) -> str:
-    """Return a value that is text. Raise Unusable if it is not text, or is empty and `empty` is
-    false.
+    """Return a value if it is text, or raise Unusable.
+
+    Args:
+        what: name of the value in messages.
+        empty: If true, accept empty text.
     """
     if not isinstance(value, str):
         raise Unusable(f"{what} is {value!r:.40}, not text")

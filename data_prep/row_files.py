@@ -1,4 +1,4 @@
-"""Rows of JSON lines, CSV and Parquet files, and of Arrow tables."""
+"""Rows of JSON, CSV and Parquet files, and of Arrow tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCH = 1024  # rows
 
 
 def json_rows(path: str, *, array: bool) -> Iterator[SourceRow]:
-    """Yield a row for each line. If `array`, the file may hold all rows in one list instead."""
+    """Yield a row for each line. If `array`, the file may also be one JSON list of rows."""
     with named_damage(path, (*READ_ERRORS, ValueError)), closing(InputFile(path)) as file:
         if array and file.bytes.peek().lstrip()[:1] == b"[":
             for number, value in enumerate(json.load(file.bytes)):
@@ -35,7 +35,7 @@ def json_rows(path: str, *, array: bool) -> Iterator[SourceRow]:
                 try:
                     row = _json_row(number, place, json.loads(line))
                 except (ValueError, RecursionError) as error:
-                    row = SourceRow(number, place, fault=f"not JSON that can be read: {error}")
+                    row = SourceRow(number, place, fault=f"not readable JSON: {error}")
                 yield row
                 number += 1
 
@@ -56,10 +56,10 @@ def csv_rows(path: str, columns: Names, optional: Names, delimiter: str) -> Iter
         check_columns(path, header, columns, optional)
         for number, values in enumerate(reader):
             place = f"{path} row {number} (to line {reader.line_num})"
-            found = len(header) - list(values.values()).count(None) + len(values.pop(None, ()))
-            wrong = found != len(header)
+            count = len(header) - list(values.values()).count(None) + len(values.pop(None, ()))
+            wrong = count != len(header)
             yield SourceRow(
-                number, place, values, f"{found} fields, not {len(header)}" if wrong else ""
+                number, place, values, f"{count} fields, not {len(header)}" if wrong else ""
             )
 
 
@@ -92,21 +92,25 @@ def table_rows(path: str, tables: Iterator[Any]) -> Iterator[SourceRow]:
 
 
 def _shown(name: str) -> str:
-    """Return a column's name; in quotes and cut short if it may not be a name."""
+    """Return a column's name for a message, quoted and shortened if it is unusual."""
     plain = name.isprintable() and name == name.strip() and "," not in name
     return name if plain and len(name) <= _LONGEST_NAME else f"{name!r:.{_LONGEST_NAME}}"
 
 
 def check_columns(path: str, names: Names, columns: Names, optional: Names = ()) -> list[str]:
-    """Return the columns to read: all `columns`, each of which exists once, and any `optional`."""
+    """Return the columns to read: `columns`, and those of `optional` that exist.
+
+    Raises:
+        DataError: one of `columns` is missing, or a name is not unique.
+    """
     read = [*columns, *(column for column in optional if column in names)]
     for column in read:
         if (count := list(names).count(column)) != 1:
             problem = "several columns are named" if count else "no column"
             have = ", ".join(map(_shown, names)) or "none"
             choose = other_column(names) or f": {CHOOSE}"
-            if len(names) == 1 and (found := [s for s in ";\t|" if s in names[0]]):
-                choose = f"; columns are separated by commas (of .tsv by tabs), not by {found[0]!r}"
+            if len(names) == 1 and (separators := [s for s in ";\t|" if s in names[0]]):
+                choose = f"; separate columns by commas (in .tsv by tabs), not by {separators[0]!r}"
             elif any(len(name) > _LONGEST_NAME or "\n" in name for name in names):
                 choose = "; the first row must name the columns"
             raise DataError(f"{path}: {problem} {column!r}; it has {have}{choose}")

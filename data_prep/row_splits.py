@@ -1,4 +1,4 @@
-"""The rows of each split of a run: a split of the source, or a share of the training split."""
+"""The rows of each split of a run: a split of the source, or a fraction of the training split."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ SPLITS = ("train", "valid", "test")
 
 
 class RowSplits:
-    """The usable rows of the splits "train", "valid" and "test"; every pass reads them again.
+    """The usable rows of the splits "train", "valid" and "test". Every pass reads them again.
 
     Attributes:
-        bad: the unusable rows of each split, counted once.
-        titles: what messages call each split.
+        bad: counters of the unusable rows of each split.
+        titles: names of the splits in messages.
 
     Args:
-        seed: of the choice of rows for fractions that are cut off.
-        measured: what messages call the training split if nothing is learned from it.
+        seed: seed of the random choice of rows for `valid_fraction` and `test_fraction`.
+        measured: name of the training split in messages if it is only evaluated; else "".
     Raises:
-        DataError: fractions that leave a split without a row.
+        DataError: the fractions leave a split without a row.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class RowSplits:
         return [split for split in SPLITS if self._origin(split)]
 
     def rows(self, split: str) -> Iterator[Fields]:
-        """Yield the content of the usable rows; count the others.
+        """Yield the fields of the usable rows, and count the others.
 
         Raises:
-            DataError: more bad rows than allowed.
+            DataError: there are more bad rows than allowed.
         """
         origin = self._origin(split)
         is_member = self._is_member.get(split)
@@ -70,18 +70,18 @@ class RowSplits:
         if title == split:
             title = f"finetune.data.path {self._data.path}: the {split} split"
         return DataError(
-            f"{title} has no example ({len(self.bad[split])} bad rows); give rows that can be used"
+            f"{title} has no example ({len(self.bad[split])} bad rows); give usable rows"
         )
 
     def _origin(self, split: str) -> str | None:
-        """Return the split of the source that a split is read from."""
+        """Return the split of the source from which a split is read."""
         if split in self._is_member:
             return self._data.train_split
         origin: str | None = getattr(self._data, f"{split}_split")
         return origin
 
     def _cut_fractions(self, seed: int) -> dict[str, npt.NDArray[np.bool_]]:
-        """Return which rows of the training split each split has; {} if no split is cut off."""
+        """Return which rows of the training split each split has; {} without fractions."""
         data = self._data
         shares = {"test": data.test_fraction, "valid": data.valid_fraction}
         if not any(shares.values()):
@@ -100,7 +100,7 @@ class RowSplits:
                 key = f"{split}_fraction {share}" if split != "train" else "fractions"
                 raise DataError(
                     f"finetune.data.{key}: of the {rows} rows of {data.train_split!r} none is left "
-                    f"for {split}; choose other shares"
+                    f"for {split}; choose other fractions"
                 )
             members[split] = np.zeros(rows, np.bool_)
             members[split][order[start : start + count]] = True

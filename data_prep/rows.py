@@ -1,7 +1,7 @@
-"""Labelled rows: of JSON lines, CSV and Parquet files, and of data sets that `datasets` reads.
+"""Sources of rows for fine-tuning: JSON, CSV and Parquet files, and data sets of `datasets`.
 
-A source has splits. A folder's split NAME is its file NAME, or NAME with a known ending, or what
-`datasets` finds there, as in a clone of a hub data set. A single file is one split.
+A source has splits. A single file is one split. The split NAME of a folder is its file NAME, with
+or without a known ending. It may also be a split that `datasets` finds, as in clones of the hub.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from megalite.log import logger
 
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _NAMED = 5
-_ENOUGH = 1000  # bad rows over what is allowed, after which none more is looked for
+_ENOUGH = 1000  # bad rows beyond the limit after which the rest is not read
 
 
 class BadRows:
-    """Counter of a split's unusable rows, each once, which refuses more than `limit` of them."""
+    """Counter of a split's unusable rows, which allows at most `limit`. A row counts once."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._known = set[int]()
+        self._numbers = set[int]()
         self._first = ""
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._numbers)
 
     def add(self, row: SourceRow, reason: str) -> None:
-        """Count a row. Raise DataError when so many rows are bad that the rest need not be read."""
-        if row.number in self._known:
+        """Count a row. Raise DataError if far more rows are bad than allowed."""
+        if row.number in self._numbers:
             return
-        self._known.add(row.number)
+        self._numbers.add(row.number)
         self._first = self._first or f"{row.place}: {reason}"
         if len(self) > self.limit + _ENOUGH:
             self.check("or more ")
@@ -60,9 +60,9 @@ class BadRows:
     def check(self, more: str = "") -> None:
         """Raise DataError if there were too many bad rows."""
         if len(self) > self.limit:
-            found = f"{len(self):,} {more}bad row{'s' if len(self) > 1 else ''}"
+            count = f"{len(self):,} {more}bad row{'s' if len(self) > 1 else ''}"
             raise DataError(
-                f"{self._first}; {found}, more than finetune.data.max_bad_rows {self.limit} "
+                f"{self._first}; {count}, more than finetune.data.max_bad_rows {self.limit} "
                 "allows: fix the data, or allow more"
             )
 
@@ -85,10 +85,12 @@ class Source(Protocol):
 
 
 def find_source(path: str, split: str) -> Source:
-    """Return the source that `finetune.data.path` names. `split` names the split of a single file.
+    """Return the source of `finetune.data.path`.
 
+    Args:
+        split: name of the split of a single file.
     Raises:
-        DataError: a file that is not there, or of another kind.
+        DataError: there is no such file.
     """
     place = Path(path)
     if place.is_file():
@@ -109,7 +111,7 @@ def find_source(path: str, split: str) -> Source:
 
 
 def _looks_like_file(path: str) -> bool:
-    """Return whether a path that names nothing was meant for a file, not for a set of the hub."""
+    """Return whether a path that does not exist means a file, not a data set on the hub."""
     place = Path(path)
     ending = re.fullmatch(r"\.[A-Za-z]{1,6}\d?", place.suffix)
     here = place.parent == Path() or place.parent.is_dir()
@@ -159,31 +161,31 @@ class _Files:
         return json_rows(str(file), array=ending == ".json")
 
     def _file(self, split: str) -> Path:
-        found = self._files.get(split, [])
-        if len(found) == 1:
-            if _parts(found[0].name)[1]:
-                return found[0]
+        matches = self._files.get(split, [])
+        if len(matches) == 1:
+            if _parts(matches[0].name)[1]:
+                return matches[0]
             raise DataError(
-                f"{found[0]}: the ending says no kind of file that has rows; those are "
-                f"{', '.join(_ENDINGS)}, and within {', '.join(COMPRESSED)}"
+                f"{matches[0]}: got an unknown ending; use one of {', '.join(_ENDINGS)}, also "
+                f"compressed ({', '.join(COMPRESSED)})"
             )
         files = {file.name for files in self._files.values() for file in files}
         names = sorted(files if self._place.is_dir() else self._files)
-        several = f"{len(found)} files have the name" if found else "no such split"
+        fault = f"{len(matches)} files have the name" if matches else "no such split"
         raise DataError(
-            f"{self._place}: split {split!r}: {several}; it has {', '.join(names) or 'none'}"
+            f"{self._place}: split {split!r}: {fault}; it has {', '.join(names) or 'none'}"
         )
 
 
 class _Folder:
-    """A folder with a file a split, or with the splits that `datasets` sees in it."""
+    """A folder with a file for each split, or with the splits that `datasets` finds in it."""
 
     def __init__(self, place: Path) -> None:
         self._place = place
         self._files = _Files(place, "")
         self._set = _Set(str(place), saved=False)
         self._card = has_card(place)
-        self._seen: tuple[str, ...] | None = None
+        self._splits: tuple[str, ...] | None = None
 
     def identity(self, split: str) -> list[Any]:
         return self._source(split).identity(split)
@@ -195,22 +197,22 @@ class _Folder:
         return self._source(split).rows(split, columns, optional)
 
     def _source(self, split: str) -> Source:
-        """Return the source of a split: the file of its name, unless a data card says otherwise."""
+        """Return the source of a split: the file of its name, or `datasets` with a data card."""
         if not self._card and split in self._files:
             return self._files
-        if self._seen is None:
-            self._seen = self._set.splits()
-        if split in self._seen:
+        if self._splits is None:
+            self._splits = self._set.splits()
+        if split in self._splits:
             return self._set
-        if split in self._files or not self._seen or (self._files and not self._card):
-            return self._files  # which names what it has
+        if split in self._files or not self._splits or (self._files and not self._card):
+            return self._files  # whose error lists its splits
         raise DataError(
-            f"{self._place}: split {split!r}: no such split; it has {', '.join(self._seen)}"
+            f"{self._place}: split {split!r}: no such split; it has {', '.join(self._splits)}"
         )
 
 
 class _Set:
-    """NAME[@CONFIG] of the hub or a folder, or a folder that `save_to_disk` wrote."""
+    """A data set of `datasets`: NAME[@CONFIG], on the hub or a folder, or saved to disk."""
 
     def __init__(self, name: str, *, saved: bool) -> None:
         self._name = name
@@ -225,19 +227,19 @@ class _Set:
         return tuple(names) if names else None
 
     def rows(self, split: str, columns: Names, optional: Names = ()) -> Iterator[SourceRow]:
-        found = self._split(split)
-        read = check_columns(self._name, found.column_names, columns, optional)
+        rows = self._split(split)
+        read = check_columns(self._name, rows.column_names, columns, optional)
         with named_damage(self._name, (Exception,)):
-            tables = found.select_columns(read).with_format("arrow").iter(BATCH)
+            tables = rows.select_columns(read).with_format("arrow").iter(BATCH)
             yield from table_rows(f"{self._name} split {split}", tables)
 
     def splits(self) -> tuple[str, ...]:
-        """Return the splits of a folder of data files; () if `datasets` finds no data there."""
+        """Return the splits of a folder of data files, or () if `datasets` finds no data in it."""
         import datasets
 
         try:
             builder = datasets.load_dataset_builder(self._name)
-        except Exception as error:  # the library has no error of its own above all others
+        except Exception as error:  # the library's errors have no common base class
             if has_card(Path(self._name)):
                 raise self._unopened(error) from error
             return ()
@@ -249,7 +251,7 @@ class _Set:
                 self._open[split] = self._load(split)
             except DataError:
                 raise
-            except Exception as error:  # the library has no error of its own above all others
+            except Exception as error:  # the library's errors have no common base class
                 raise self._unopened(error, f" (split {split!r})") from error
         return self._open[split]
 
@@ -264,8 +266,8 @@ class _Set:
 
         if not self._saved:
             return datasets.load_dataset(name, config or None, split=split)
-        found = datasets.load_from_disk(name)
-        splits = found if isinstance(found, dict) else {str(found.split or split): found}
+        saved = datasets.load_from_disk(name)
+        splits = saved if isinstance(saved, dict) else {str(saved.split or split): saved}
         if split not in splits:
             raise DataError(f"{name}: no split {split!r}; it has {', '.join(splits)}")
         return splits[split]

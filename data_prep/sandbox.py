@@ -1,4 +1,4 @@
-"""Sandbox for chat templates, which come with models and could run or grow without end."""
+"""Sandbox for chat templates, which come with models, and could run or grow without end."""
 
 from __future__ import annotations
 
@@ -15,22 +15,20 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 10.0  # for one conversation; a template takes milliseconds
-_LONGEST = 1 << 26  # characters of a rendering, and elements of any value in it
-_LARGEST = 10**6  # a number given to a function, such as a width
-
-
-_PRODUCT = 1 << 30  # characters of a text times those that replace one of them
+SECONDS = 10.0  # limit for one conversation; normal templates take milliseconds
+_LONGEST = 1 << 26  # characters of a rendering, or elements of a value
+_LARGEST = 10**6  # a number passed to a function, such as a width
+_PRODUCT = 1 << 30  # characters of a text times characters of a replacement
 _WIDE = ("batch", "center", "format", "indent", "replace", "slice", "truncate", "wordwrap")
 
 
 class TooSlow(TemplateError):
-    """A rendering takes longer than `SECONDS`."""
+    """Error for a rendering that takes longer than `SECONDS`."""
 
 
 class _Code(CodeGenerator):
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        """Compile `~` as Jinja does, but let the sandbox see the result."""
+        """Compile `~` to a call of the sandbox, which checks the result's size."""
         self.write("environment.join_values((")
         for part in node.nodes:
             self.visit(part, frame)
@@ -39,7 +37,7 @@ class _Code(CodeGenerator):
 
 
 class TemplateSandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which in addition refuses values too large for any conversation."""
+    """Jinja's sandbox, which also refuses values that are too large for any conversation."""
 
     intercepted_binops = frozenset(("*", "**", "+", "%"))
     code_generator_class = _Code
@@ -69,7 +67,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Any:
-        """Return Jinja's own replacement of `text.format`, with a check of its widths."""
+        """Return Jinja's replacement of `text.format`, with a check of its widths."""
         wrapped = super().wrap_str_format(value)
         if wrapped is None:
             return None
@@ -81,7 +79,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         return limited
 
     def join_values(self, values: tuple[Any, ...]) -> str:
-        """Return the texts of `values` as one, as `~` does."""
+        """Return the concatenated texts of `values`, as `~` does."""
         texts = [str(value) for value in values]
         if sum(map(len, texts)) > _LONGEST:
             raise TemplateError("the template makes a value too large with '~'")
@@ -89,7 +87,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
 
 
 def _limited_join(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return Jinja's filter `join`, which refuses to make a value too large."""
+    """Return Jinja's filter `join` with a limit on the result's size."""
 
     @wraps(function)
     def limited(context: Any, value: Any, d: str = "", attribute: Any = None) -> Any:
@@ -99,18 +97,18 @@ def _limited_join(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _joinable(parts: Any, between: str) -> list[Any]:
-    """Return the parts of a join as a list; TemplateError if what they make is too large."""
-    found = list(parts)
-    length = sum(len(part) for part in found if isinstance(part, str))
-    if length + len(between) * len(found) > _LONGEST:
+    """Return the parts of a join as a list. Raise TemplateError if the result is too large."""
+    items = list(parts)
+    length = sum(len(part) for part in items if isinstance(part, str))
+    if length + len(between) * len(items) > _LONGEST:
         raise TemplateError("the template makes a value too large with 'join'")
-    return found
+    return items
 
 
 def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a filter that refuses what `_check` refuses."""
+    """Return a filter that calls `_check` first."""
 
-    @wraps(function)  # Jinja's marks of what it is passed first, too
+    @wraps(function)  # also copies Jinja's marks on the function
     def limited(*args: Any, **kwargs: Any) -> Any:
         text = next((value for value in args if isinstance(value, str)), "")
         _check(name, text, args, kwargs)
@@ -121,17 +119,17 @@ def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _check(name: str, text: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Raise TemplateError if a call would make a value too large."""
-    given = (*args, *kwargs.values())
-    large = any(isinstance(value, int) and abs(value) > _LARGEST for value in given)
-    large |= name in ("format", "format_map") and _is_wide("%{", text, given)
-    longest = max((len(value) for value in given[1:] if isinstance(value, str)), default=0)
+    values = (*args, *kwargs.values())
+    large = any(isinstance(value, int) and abs(value) > _LARGEST for value in values)
+    large |= name in ("format", "format_map") and _is_wide("%{", text, values)
+    longest = max((len(value) for value in values[1:] if isinstance(value, str)), default=0)
     large |= name == "replace" and len(text) * longest > _PRODUCT
     if large:
         raise TemplateError(f"the template makes a value too large with {name or 'a call'}")
 
 
 def _is_wide(signs: str, form: str, values: Any) -> bool:
-    """Return whether a format has a width of millions, in its text or in a value."""
+    """Return whether a format has a width of a million or more, in its text or in a value."""
     wide = any(len(number) > 6 for number in re.findall(r"\d+", form))
     values = values if isinstance(values, tuple) else (values,)
     named = "*" in form and any(isinstance(v, int) and abs(v) > _LARGEST for v in values)
@@ -140,9 +138,9 @@ def _is_wide(signs: str, form: str, values: Any) -> bool:
 
 @contextmanager
 def in_time() -> Iterator[None]:
-    """Raise TemplateError in a rendering that takes longer than `SECONDS`.
+    """Raise TemplateError if the block takes longer than `SECONDS`.
 
-    Only the main thread can be interrupted; in another the rendering goes on.
+    Only the main thread can be interrupted. Other threads have no limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -161,7 +159,7 @@ def in_time() -> Iterator[None]:
 
 
 def collect(blocks: Iterable[str], into: list[str]) -> None:
-    """Append the pieces of a rendering to a list. Raise TemplateError if they are too many."""
+    """Append the blocks of a rendering to a list. Raise TemplateError if it is too long."""
     length = 0
     for block in blocks:
         into.append(block)

@@ -10,13 +10,13 @@ from data_prep.work_folder import PrepRun
 
 
 class PartScheduler:
-    """Choice of the part that a worker takes next.
+    """Choice of the parts that a worker claims.
 
-    Workers begin at different places of the input, so that they meet late. The worker that began
-    a compressed file continues it; others share it only when nothing else is left.
+    Workers start at different parts of the input, so that they rarely compete. The worker that
+    started a compressed file continues it. Others help only if nothing else is left.
 
     Args:
-        start: where to begin, a share of the input in [0, 1).
+        start: where to start, as a fraction of the input in [0, 1).
     """
 
     def __init__(self, run: PrepRun, streams: Sequence[Stream], keys: Sequence[str], start: float):
@@ -35,17 +35,17 @@ class PartScheduler:
         self._reading: int | None = None
 
     def take(self) -> tuple[int, int] | None:
-        """Return a stream's number and a part that is now this worker's; None if none is left."""
-        if self._reading is not None and (found := self._next_of(self._reading)):
-            return found
+        """Claim a part and return the numbers of its stream and of the part, or None at the end."""
+        if self._reading is not None and (claimed := self._next_of(self._reading)):
+            return claimed
         for number, part in self._places:
             if self._claim(number, part or 0):
                 self._reading = None if part is not None else number
                 return number, part or 0
         for number in self._open:
-            if found := self._next_of(number):
+            if claimed := self._next_of(number):
                 self._reading = number
-                return found
+                return claimed
         return None
 
     def _next_of(self, number: int) -> tuple[int, int] | None:

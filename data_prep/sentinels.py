@@ -1,7 +1,7 @@
-"""Marks in the texts of a conversation, by which their places in a template's rendering are found.
+"""Sentinels in the texts of a conversation, which show the texts' positions in its rendering.
 
-A sentinel is a number that is nowhere else in the conversation: digits pass through the filters of
-templates (trim, upper, tojson) as they are.
+A sentinel is a number that occurs nowhere else in the conversation. The filters of templates (trim,
+upper, tojson) do not change digits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# The first digit occurs once: two sentinels cannot overlap, nor a sentinel and its surroundings.
+# The first digit occurs once, so that sentinels overlap neither each other nor the text around.
 _DIGITS = "70318294651"
 
 
@@ -23,7 +23,7 @@ def new_sentinel(text: str) -> str:
 
 
 def remove_sentinels(text: str, sentinel: str) -> tuple[str, list[int]]:
-    """Return a text without its sentinels, and the place of each in that text."""
+    """Return a text without its sentinels, and their positions in it."""
     parts = text.split(sentinel)
     places = []
     length = 0
@@ -41,7 +41,7 @@ def find_names(texts: Iterable[str], names: re.Pattern[str] | None) -> list[str]
 
 
 def insert(value: Any, sentinel: str, names: Iterable[str]) -> Any:
-    """Return a JSON value in whose texts a sentinel follows the first character of each name."""
+    """Return a JSON value with a sentinel after the first character of each name in its texts."""
     pattern = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
     return _changed(value, lambda text: pattern.sub(lambda m: m[0][:1] + sentinel + m[0][1:], text))
 

@@ -1,4 +1,4 @@
-"""A split of examples in memory: the fields of a row, its example, and the arrays that grow."""
+"""A split of examples in memory: the fields of a row, its example, and the split's arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_prep.row import SourceRow
 
 @dataclass(frozen=True)
 class Fields:
-    """The content of a row, by the task."""
+    """The fields of a row that a task uses."""
 
     row: SourceRow
     texts: tuple[str, ...]
@@ -27,8 +27,8 @@ class Example(NamedTuple):
 
     Attributes:
         ids: the tokens.
-        loss_mask: whether each token is learned; empty if a label is learned instead.
-        is_cut: whether the example was longer than allowed.
+        loss_mask: whether each token is a target; empty if a label is the target.
+        is_cut: whether the example was truncated.
     """
 
     ids: Sequence[int]
@@ -38,7 +38,7 @@ class Example(NamedTuple):
 
 @dataclass
 class SplitArrays:
-    """The examples of a split as they grow."""
+    """The examples of a split, in arrays that grow."""
 
     tokens: array[int] = field(default_factory=lambda: array("i"))
     bounds: array[int] = field(default_factory=lambda: array("q", [0]))
@@ -51,8 +51,8 @@ class SplitArrays:
         """Append an example.
 
         Args:
-            row: the number of its row.
-            label: the number of its label; -1 means that it has none.
+            row: number of its row.
+            label: number of its label; -1 means that it has none.
         """
         self.tokens.extend(example.ids)
         self.bounds.append(len(self.tokens))

@@ -1,4 +1,4 @@
-"""A stream: input that is read in parts; and what a reader of one kind of input provides."""
+"""Streams, which are input that is read in parts, and the interface of readers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ HUB = "hf:"
 class Stream:
     """Input that is read in parts.
 
-    The order of streams, of parts, and of documents in a part is their order in the shards.
+    Streams, their parts, and the documents of a part are in the order of the shards.
 
     Attributes:
         source: number of the --input.
         kind: name of the reader (`data_prep.readers`).
-        paths: small files that make one part; or one file, data set or saved folder.
-        identity: a digest, equal for equal documents in each part.
-        parts: None means that only reading finds the last part.
+        paths: small files that form one part; or one file, data set or saved folder.
+        identity: a hash of the input that decides the documents of each part.
+        parts: number of parts. None means that it is unknown until the last part is read.
         part_bytes: size of a part, in bytes of uncompressed input.
         size: bytes on disk; 0 for a hub data set that is streamed.
         streaming: whether a hub data set is streamed; ignored for other kinds.
@@ -39,7 +39,7 @@ class Stream:
     streaming: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "paths", tuple(self.paths))  # a list, as JSON gives it back
+        object.__setattr__(self, "paths", tuple(self.paths))  # JSON turns tuples into lists
 
     def __str__(self) -> str:
         name = HUB + self.paths[0] if self.kind == "hub" else self.paths[0]
@@ -47,17 +47,17 @@ class Stream:
 
 
 class OpenFile(Protocol):
-    """An open file whose documents are read from its beginning to its end."""
+    """An open file whose documents are read from beginning to end."""
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
+        """The size on disk in bytes."""
 
     def records(self, text_field: str) -> Iterator[Record]:
-        """Yield every document in order, or a `BadRecord` in its place.
+        """Yield every document in order, or a `BadRecord` instead.
 
         Raises:
-            DataError: no such column, or a file that cannot be read to its end.
+            DataError: there is no such column, or the file cannot be read to its end.
         """
 
     def close(self) -> None:
@@ -68,8 +68,8 @@ class OpenParts(Protocol):
     """An open file or data set whose parts are read in any order.
 
     Attributes:
-        ended: after a part was read, whether no part follows it.
-        consumed: about how many bytes on disk the part took.
+        ended: whether the part that was read last is the last one.
+        consumed: approximate number of bytes on disk of the part that was read last.
     """
 
     ended: bool
@@ -77,22 +77,22 @@ class OpenParts(Protocol):
 
     @property
     def size(self) -> int | None:
-        """Bytes on disk. None means that the size is not compared with the planned one."""
+        """The size on disk in bytes. None means not to compare it with the planned size."""
 
     def read_part(self, text_field: str, stream: Stream, part: int) -> Iterator[Record]:
-        """Yield the documents of one part in order; errors as `OpenFile.records`."""
+        """Yield the documents of one part in order. Raises as `OpenFile.records`."""
 
     def close(self) -> None:
         """Close the file or data set."""
 
 
 class DatasetFacts(NamedTuple):
-    """Description of a data set before it is read.
+    """Facts about a data set before it is read.
 
     Attributes:
         parts: number of parts.
         size: bytes of its tables. None means the size of its files.
-        identity: equal for equal rows. None means that its files' names and times are used.
+        identity: JSON that is equal for equal rows. None means its files' names and times.
     """
 
     parts: int
@@ -102,17 +102,18 @@ class DatasetFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class ReaderSpec:
-    """How one kind of input is read.
+    """The functions that read one kind of input.
 
-    The simplest reader has `open_file` alone: each of its files is read whole, small ones several
-    to a part.
+    The simplest reader has only `open_file`. Each of its files is then read as a whole, and small
+    files are grouped into parts.
 
     Attributes:
-        open_file: opens the file at a path.
-        open_parts: opens a large file, or a data set, that is read in parts.
-        count_parts: number of parts of a file, from its path, its bytes on disk and `part_bytes`.
-            The function may return None: then only reading finds the last part.
-        describe: facts about a data set, from its name, `streaming` and `part_bytes`.
+        open_file: function that opens the file at a path.
+        open_parts: function that opens a large file or a data set to be read in parts.
+        count_parts: function that returns the number of parts of a file from its path, its bytes
+            on disk and `part_bytes`. None means that it is unknown until the last part is read.
+        describe: function that returns facts about a data set from its name, `streaming` and
+            `part_bytes`.
     """
 
     open_file: Callable[[str], OpenFile] | None = None
@@ -122,9 +123,9 @@ class ReaderSpec:
 
 
 def group_sizes(sizes: Sequence[int], limit: int) -> list[range]:
-    """Group consecutive items so that the sizes of a group add up to at most `limit`.
+    """Group consecutive items so that the sizes in a group add up to at most `limit`.
 
-    An item larger than that has a group to itself.
+    A larger item has a group of its own.
     """
     groups = []
     first = 0
@@ -139,5 +140,5 @@ def group_sizes(sizes: Sequence[int], limit: int) -> list[range]:
 
 
 def even_parts(size: int, part_bytes: int) -> int:
-    """Return the number of parts of about `part_bytes` that make up `size`; at least one."""
+    """Return the number of parts of about `part_bytes` bytes in `size` bytes, at least 1."""
     return max(1, math.ceil(size / part_bytes))

@@ -1,4 +1,4 @@
-"""A Jinja chat template, in the sandbox and with the names that transformers gives it."""
+"""Jinja chat templates, in a sandbox and with the variables that transformers provides."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class _Generation(Extension):
 
 
 class Template:
-    """A compiled template, with the tokenizer whose names of BOS and EOS it may write.
+    """A compiled template, with the names of a tokenizer's BOS and EOS.
 
     Attributes:
-        spans: of the last rendering, the characters between `generation` tags.
-        has_tags: whether there are such tags.
+        spans: character spans between `generation` tags in the last rendering.
+        has_tags: whether the template has such tags.
     Raises:
-        DataError: not a Jinja template.
+        DataError: the source is not a valid Jinja template.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
@@ -67,7 +67,7 @@ class Template:
             extensions=(_Generation, "jinja2.ext.loopcontrols"),
         )
         environment.filters["tojson"] = _to_json
-        # one time for all renderings, or those of one conversation could differ
+        # A constant time, so that renderings of one conversation do not differ.
         environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
         marks: Any = environment.extensions[_Generation.identifier]
         self._marks = marks
@@ -93,18 +93,18 @@ class Template:
         """Return the text of a conversation.
 
         Raises:
-            Unusable: the template refuses it, or fails.
-            DataError: it takes too long.
+            Unusable: the template refuses the conversation, or fails.
+            DataError: the rendering takes too long.
         """
         marks = self._marks
         marks.blocks = []
         marks.spans = []
-        seen = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        seen |= {"tools": tools, "documents": None}
+        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        variables |= {"tools": tools, "documents": None}
         try:
             with in_time():
-                collect(self._compiled.generate(**seen, **self._names), marks.blocks)
-        except TooSlow as error:  # as it would be for the next rows
+                collect(self._compiled.generate(**variables, **self._names), marks.blocks)
+        except TooSlow as error:  # the next rows would be as slow
             raise DataError(f"the chat template cannot be used: {error}") from error
         except Exception as error:  # a template can fail in any way
             reason = str(error) or type(error).__name__
@@ -115,7 +115,7 @@ class Template:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **how: Any) -> str:
-    """Return JSON without the HTML escapes of Jinja's own filter."""
+    """Return JSON without the HTML escapes of Jinja's filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **how)
 
 

@@ -1,4 +1,4 @@
-"""`train-tokenizer`: a SentencePiece model that gives back every character it is fed."""
+"""`train-tokenizer`: training of a lossless SentencePiece model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from megalite.files import sync_file
 from megalite.log import logger
 from megalite.tokenizers.tokenizer import SentencePieceTokenizer, Tokenizer, check_round_trip
 
-# SentencePiece sees at most this much of the text: BPE learns it in some 20 s and 1 GB.
+# Size of the sample for SentencePiece, which trains BPE on it in about 20 s and 1 GB.
 SAMPLE_CHARACTERS = 100_000_000
-# A piece of a document that the trainer takes as one sentence. Documents are fed whole up to here
-# so that newlines and indentation are learnt; above 65,535 characters without a space it fails.
+# The longest text that the trainer gets as one sentence. Longer chunks than a line let it learn
+# newlines and indentation, but it fails on 65,536 characters without a space.
 _CHUNK_CHARACTERS = 16_384
 _SEED = 1234
-_TAKEN = 260  # pieces of every model
+_FIXED_PIECES = 260  # in every model: 256 bytes, 3 control tokens and a space
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class TrainOptions:
 
 
 def train_tokenizer(options: TrainOptions) -> Tokenizer:
-    """Train on a sample of the input and write `tokenizer.model` into a new folder.
+    """Train on a sample of the input and write `tokenizer.model` to a new folder.
 
-    Ids: 0 unknown (never met, since unseen characters become bytes), 1 BOS, 2 EOS, no padding.
+    Ids: 0 unknown (unused, because unknown characters become bytes), 1 BOS, 2 EOS, no padding.
 
     Raises:
-        CommandError: an input that names nothing, an output that is taken.
-        DataError: a vocabulary that the text cannot fill or that cannot hold its characters; a
-            file that cannot be used; too many bad records.
+        CommandError: an input does not exist, or the output exists.
+        DataError: the vocabulary size is too small or too large for the text; a file cannot be
+            used; there are too many bad records.
     """
     with staged(options.output) as staging:
         sample = sample_chunks(_documents(options), SAMPLE_CHARACTERS)
@@ -60,10 +60,11 @@ def train_tokenizer(options: TrainOptions) -> Tokenizer:
 
 
 def sample_chunks(documents: Iterator[str], limit: int) -> list[str]:
-    """Return a sample of all text, at most `limit` characters, in the order of the text.
+    """Return a uniform sample of chunks of the documents, at most `limit` characters, in order.
 
-    Each chunk draws a number from a seeded generator and stays while that is below a threshold,
-    which is halved whenever the sample is full: uniform, the same in every run, flat in memory.
+    Each chunk draws a number from a seeded generator. A chunk stays in the sample as long as its
+    number is below a threshold, which is halved whenever the sample is full. So the sample is the
+    same in every run, and memory is bounded.
     """
     draw = random.Random(_SEED)
     threshold = 1.0
@@ -84,9 +85,9 @@ def sample_chunks(documents: Iterator[str], limit: int) -> list[str]:
 
 
 def chunks(document: str) -> Iterator[str]:
-    """Yield a document in parts that add up to it, cut before newlines if it has any.
+    """Yield a document in chunks, which begin with newlines if the document has any.
 
-    Before, not after: the trainer strips the newlines that end a sentence.
+    The trainer would strip newlines at the end of a chunk.
     """
     start = 0
     while len(document) - start > _CHUNK_CHARACTERS:
@@ -116,47 +117,47 @@ def learn_tokenizer(
     *,
     fewer: bool = False,
 ) -> SentencePieceTokenizer:
-    """Learn from texts, of `sample_chunks`; `option` is what errors call the size.
+    """Train a tokenizer on a sample of texts.
 
     Args:
-        fewer: whether as many pieces as the texts yield will do.
-
+        option: name of the vocabulary size in messages.
+        fewer: If true, accept fewer pieces if the texts do not yield as many.
     Raises:
-        DataError: a vocabulary that the texts cannot fill or that cannot hold their characters.
+        DataError: the vocabulary size is too small or too large for the texts.
     """
     size = sum(map(len, sample)) / 1e6
     logger.info("learning %s pieces (%s) from %.1f M characters", f"{vocab_size:,}", kind, size)
-    asked = f"{option} {vocab_size}"
+    setting = f"{option} {vocab_size}"
     try:
-        model = _learn(sample, vocab_size, kind, asked)
+        model = _learn(sample, vocab_size, kind, setting)
     except _TooFew as error:
         if not fewer:
             raise
         logger.info("the text yields %d pieces", error.most)
-        model = _learn(sample, error.most, kind, asked)
+        model = _learn(sample, error.most, kind, setting)
     tokenizer = SentencePieceTokenizer(model)
     check_round_trip(tokenizer)
     return tokenizer
 
 
 class _TooFew(DataError):
-    """A vocabulary that a text cannot fill, and the largest that it can."""
+    """Error for a text that yields only `most` pieces, fewer than requested."""
 
-    def __init__(self, asked: str, most: int) -> None:
+    def __init__(self, setting: str, most: int) -> None:
         self.most = most
         super().__init__(
-            f"{asked}: this text yields {most} pieces at most; give more text, or lower "
+            f"{setting}: this text yields {most} pieces at most; give more text, or lower "
             "--vocab-size"
         )
 
 
-def _learn(sample: Sequence[str], vocab_size: int, kind: str, asked: str) -> bytes:
+def _learn(sample: Sequence[str], vocab_size: int, kind: str, setting: str) -> bytes:
     import sentencepiece
 
-    if vocab_size < _TAKEN:
+    if vocab_size < _FIXED_PIECES:
         raise DataError(
-            f"{asked}: the 256 bytes, 3 control tokens and a space take "
-            f"{_TAKEN} pieces already; raise --vocab-size"
+            f"{setting}: the 256 bytes, 3 control tokens and a space take "
+            f"{_FIXED_PIECES} pieces already; raise --vocab-size"
         )
     model = io.BytesIO()
     try:
@@ -165,17 +166,17 @@ def _learn(sample: Sequence[str], vocab_size: int, kind: str, asked: str) -> byt
             model_writer=model,
             vocab_size=vocab_size,
             model_type=kind,
-            # nothing of the text is changed, dropped or added
+            # No character of the text is changed, dropped or added.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             byte_fallback=True,
-            # a space as the trainer writes it: in text without spaces it would fall to bytes that
-            # are not a space's
+            # The trainer's space: without it, text without spaces would yield a model that encodes
+            # a space as the bytes of this character.
             required_chars="\u2581",
             split_digits=True,
-            max_sentence_length=4 * _CHUNK_CHARACTERS,  # in bytes; longer ones are omitted
-            # unigram sums floats thread by thread: another number would give another model
+            max_sentence_length=4 * _CHUNK_CHARACTERS,  # bytes; the trainer omits longer chunks
+            # Unigram adds floats by thread: another number of threads would give another model.
             num_threads=8,
             minloglevel=2,
             unk_id=0,
@@ -184,16 +185,16 @@ def _learn(sample: Sequence[str], vocab_size: int, kind: str, asked: str) -> byt
             pad_id=-1,
         )
     except RuntimeError as error:
-        raise _explain(str(error), asked) from error
+        raise _explain(str(error), setting) from error
     return model.getvalue()
 
 
-def _explain(message: str, asked: str) -> DataError:
-    if found := re.search(r"size too high .* value <= (\d+)", message):
-        return _TooFew(asked, int(found[1]))
-    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+def _explain(message: str, setting: str) -> DataError:
+    if match := re.search(r"size too high .* value <= (\d+)", message):
+        return _TooFew(setting, int(match[1]))
+    if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return DataError(
-            f"{asked}: the 256 bytes, 3 control tokens and the characters of this text take "
-            f"{found[1]} pieces already; raise --vocab-size"
+            f"{setting}: the 256 bytes, 3 control tokens and the characters of this text take "
+            f"{match[1]} pieces already; raise --vocab-size"
         )
     return DataError(f"SentencePiece cannot learn from this text: {message}")

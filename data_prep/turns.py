@@ -1,6 +1,6 @@
-"""Places of an assistant's turns in what a template without `generation` tags writes.
+"""Search for an assistant's turns in the rendering of a template without `generation` tags.
 
-A turn goes from the end of its generation prompt to the end of what closes it.
+A turn starts after its generation prompt and includes the text that closes it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _USER = {"role": "user", "content": "x"}
 
 
 class TurnFinder:
-    """Finder of an assistant's turn in the rendering of a conversation."""
+    """Search for an assistant's turn in the rendering of a conversation."""
 
     def __init__(self, template: Template) -> None:
         self._template = template
@@ -34,7 +34,7 @@ class TurnFinder:
         for search in (self._by_prefixes, self._around_content, self._between_neighbours):
             try:
                 span = search(messages, number, tools, text)
-            except Unusable:  # the template refuses a part of the conversation, such as none of it
+            except Unusable:  # the template refuses a part of the conversation, or an empty one
                 continue
             if span is not None:
                 return span
@@ -62,7 +62,7 @@ class TurnFinder:
         content = str(messages[number].get("content") or "")
         sentinel = new_sentinel(text + content)
         lead, core, trail = _trimmed(content)
-        # the second is for templates that trim
+        # The second form is for templates that strip the content.
         for marked in (sentinel + content + sentinel, lead + sentinel + core + sentinel + trail):
             turns = [*messages]
             turns[number] = messages[number] | {"content": marked}
@@ -77,9 +77,9 @@ class TurnFinder:
     def _between_neighbours(
         self, messages: Messages, number: int, tools: list[Any] | None, text: str
     ) -> tuple[int, int] | None:
-        """Find the turn between the contents before and after, by the prompt and the closing text.
+        """Find the turn between its neighbours' contents, by the prompt and the closing text.
 
-        So are found turns that lose a part, such as reasoning, when others follow.
+        This also finds turns of which a part is omitted, such as reasoning, when others follow.
         """
         sentinel = new_sentinel(text)
         turns = [*messages]
@@ -110,14 +110,14 @@ class TurnFinder:
 
     @cached_property
     def _ending(self) -> str:
-        """Text that follows an answer, as after a user's single turn."""
+        """The text after an answer to a single user's turn."""
         sentinel = new_sentinel("")
         pair = [_USER, {"role": "assistant", "content": sentinel}]
         return self._template.render(pair).rpartition(sentinel)[2]
 
     @cached_property
     def _prompt(self) -> str:
-        """Text that requires an answer, as after a user's single turn; it may be empty."""
+        """The generation prompt after a single user\'s turn, which may be empty."""
         before = self._template.render([_USER])
         asking = self._template.render([_USER], add_generation_prompt=True)
         return asking[len(before) :] if asking.startswith(before) else ""

@@ -1,6 +1,6 @@
 """A worker, which claims parts of the input and encodes each into a file.
 
-Chance decides which worker takes which part. A part's file depends on the part only.
+The content of a part's file does not depend on the worker.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from data_prep.streams import Stream
 from data_prep.work_folder import PrepRun
 
 _BATCH_CHARACTERS = 1 << 20  # encoded at once
-_KEPT_FAULTS = 20  # a part, with their places
-_IMPATIENT = 30.0  # seconds after which another worker's part is done again, at least
+_NAMED_FAULTS = 20  # bad records that a part's header names
+_PATIENCE = 30.0  # seconds, at least, before a worker does another worker's part
 _POLL = 0.01
 _LONGEST_POLL = 0.5  # seconds
 
@@ -40,7 +40,8 @@ class Worker:
     """Worker that encodes parts until all are done.
 
     Args:
-        place: of this worker among `places`; the leader of other workers stands behind them.
+        place: number of this worker. The leader of other workers has the number `places`.
+        places: number of workers.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Worker:
         self.keys = [encoder.key(stream) for stream in streams]
         self._name = f"{place:05d}"
         self._scheduler = PartScheduler(run, streams, self.keys, place / places)
-        # of all workers together; one that alone finds more bad records stops all
+        # The limit is for all workers together, but one worker may already exceed it.
         self._bad = BadRecordCounter(encoder.options.max_bad_records)
         self._reader = PartReader(encoder.options.text_field)
         self._tally = Counts()
@@ -61,15 +62,15 @@ class Worker:
         self._began = self._ended = 0.0
 
     def encode_all(self) -> None:
-        """Do parts until there is nothing to take, then what others took and do not finish."""
+        """Encode parts until all are claimed."""
         try:
-            while (found := self._scheduler.take()) is not None:
-                self._do(*found)
+            while (part := self._scheduler.take()) is not None:
+                self._do(*part)
         finally:
             self._reader.close()
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """Wait until `ready`. Meanwhile, do the parts that their workers seem to have left.
+        """Wait until `ready`. Meanwhile, do the parts of workers that seem to have died.
 
         Raises:
             FileNotFoundError: the run is over.
@@ -82,7 +83,7 @@ class Worker:
         self._reader.close()
 
     def all_done(self) -> bool:
-        """Return whether every part of every stream is done, by whomever."""
+        """Return whether all parts of all streams are done."""
         return not missing(self._run, self._streams, self.keys)
 
     def _do(self, number: int, part: int) -> None:
@@ -91,17 +92,17 @@ class Worker:
         name = part_name(self.keys[number], part)
         stream = self._streams[number]
         path = self._run.part(name)
-        made = inspect_part(path) if path.exists() else None
-        if made is None:
-            made = self._encode(stream, part, path)
-            self._tally.add(made.tally)
+        header = inspect_part(path) if path.exists() else None
+        if header is None:
+            header = self._encode(stream, part, path)
+            self._tally.add(header.tally)
             self._began = self._began or start
             self._ended = time.time()
-        if stream.parts is None and made.ended:
+        if stream.parts is None and header.ended:
             self._run.end(self.keys[number], part)
         self._run.finish(name)
         self._longest = max(self._longest, time.time() - start)
-        self._covered += made.tally.consumed
+        self._covered += header.tally.consumed
         times = {"began": self._began, "ended": self._ended, "covered": self._covered}
         self._run.report(self._name, asdict(self._tally) | times)
 
@@ -125,34 +126,34 @@ class Worker:
         tally.tokens = tokens.size
         tally.documents = lengths.size
         tally.consumed = self._reader.consumed
-        made = PartHeader(tally, self._reader.ended, sha256_of(arrays), faults)
+        header = PartHeader(tally, self._reader.ended, sha256_of(arrays), faults)
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            save_file(arrays, partial, {"part": json.dumps(asdict(made))})
+            save_file(arrays, partial, {"part": json.dumps(asdict(header))})
             os.replace(partial, path)
-        except SafetensorError as error:  # its kind of OSError, for a full disk
+        except SafetensorError as error:  # raised instead of OSError, such as for a full disk
             raise OSError(f"{partial}: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
-        return made
+        return header
 
     def _batches(
         self, stream: Stream, part: int, tally: Counts, faults: list[str]
     ) -> Iterator[list[str]]:
-        """Yield the documents of a part, about a million characters at a time."""
+        """Yield batches of a part's documents, with about a million characters each."""
         batch = list[str]()
         characters = 0
         for record in self._reader.read(stream, part):
             if isinstance(record, BadRecord):
                 self._bad.add(record)
                 tally.bad_records += 1
-                if len(faults) < _KEPT_FAULTS:
+                if len(faults) < _NAMED_FAULTS:
                     faults.append(f"{record.place}: {record.reason}")
                 continue
             batch.append(record)
             size = len(record)
             characters += size
-            # a character is one byte in most text; else the text is encoded to count them
+            # ASCII text has one byte a character; other text is encoded to count its bytes.
             tally.bytes += size if record.isascii() else len(record.encode())
             if characters >= _BATCH_CHARACTERS:
                 yield batch
@@ -165,10 +166,10 @@ class Worker:
 def wait(
     run: PrepRun, ready: Callable[[], bool], do_left: Callable[[], None], *, longest: float = 0.0
 ) -> None:
-    """Wait until `ready`. If nothing more gets done, do what other workers seem to have left.
+    """Wait until `ready`. If no part gets done for long, call `do_left` to do what is left.
 
     Args:
-        longest: seconds that a piece of work is known to take.
+        longest: the longest time in seconds that a part has taken.
     """
     since = time.monotonic()
     pause = _POLL
@@ -178,18 +179,18 @@ def wait(
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_POLL)
         now = time.monotonic()
-        if (done := len(run.done())) != before:  # somebody works
+        if (done := len(run.done())) != before:  # other workers make progress
             longest = max(longest, now - since) if before >= 0 else longest
             since = now
             before = done
-        if now - since > max(_IMPATIENT, 5 * longest):
+        if now - since > max(_PATIENCE, 5 * longest):
             do_left()
             longest = max(longest, time.monotonic() - now)
             since = time.monotonic()
 
 
 def missing(run: PrepRun, streams: Sequence[Stream], keys: Sequence[str]) -> list[tuple[int, int]]:
-    """Return the parts that are not done; of a stream of unknown end, the first such part."""
+    """Return the parts that are not done, but only the first one of a stream of unknown length."""
     done = run.done()
     left = list[tuple[int, int]]()
     for number, (stream, key) in enumerate(zip(streams, keys, strict=True)):

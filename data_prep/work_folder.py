@@ -1,18 +1,19 @@
-"""The folder through which workers and ranks share a job without sending messages.
+"""The folder through which workers and ranks cooperate without sending messages.
 
     .NAME.work/                    next to the output NAME, which appears when all is done
-        lock                       held by the one that leads; says who
+        lock                       locked by the leading process; contains its name
         current.json               the current run, and its request
-        parts/KEY_000012.part      documents of one part, encoded; outlives a run that was killed
+        parts/KEY_000012.part      the encoded documents of one part; outlives the run
         run-NONCE/                 one run: plan.json, join.json, error.json, beat
-            claims/ done/ ends/    a file for each part that somebody works on, has done, is last
-            workers/               a file for each worker: what it did so far
+            claims/ done/          a file for each part that is claimed, or done
+            ends/                  a file for each stream with its last part
+            workers/               a file for each worker with its progress
             shards/ valid/         become NAME and the folder of held-out documents
-        publishing.json            the run whose folders are complete and are being renamed
+        publishing.json            the run whose complete folders are being renamed
 
-A part's file is named after everything its content depends on, so what an earlier run made serves
-any later one with the same request. Files appear by a rename or are created exclusively:
-whoever does a part twice writes the same bytes.
+The name of a part's file is a hash of everything that decides its content. So a later run with the
+same request uses the parts of an earlier one. Files appear by a rename or are created exclusively.
+A part that is done twice has the same bytes.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from data_prep.output import tidied
+from data_prep.output import remove_created_parents
 from megalite import env
 from megalite.errors import CommandError, DataError, MegaLiteError, UserError
 from megalite.files import parse_json, publish, repeating, sync_directory, sync_file
 from megalite.formats.manifest import MANIFEST_NAME
 from megalite.log import logger
 
-_WORTH_KEEPING = 60.0  # seconds of work
-_SILENCE = 60.0  # seconds
-_BEAT = 1.0  # seconds
+_WORTH_KEEPING = 60.0  # seconds of work after which parts are kept despite a user error
+_SILENCE = 60.0  # seconds without a heartbeat after which the leader counts as dead
+_BEAT = 1.0  # seconds between heartbeats
 
 
 class PrepRun:
@@ -59,16 +60,17 @@ class PrepRun:
         self._beat = folder / "beat"
         self._parts = folder.parent / "parts"
         self._last_beat = None
-        self._heard = time.monotonic()
+        self._last_change = time.monotonic()
 
     def create(self) -> None:
+        """Create the run's folders."""
         for path in (self._claims, self._done, self._ends, self._workers):
             path.mkdir(parents=True)
         self.shards.mkdir()
         self.valid.mkdir()
 
     def claim(self, name: str) -> bool:
-        """Claim a piece of work; return whether this caller is the first."""
+        """Claim a part or shard; return whether this caller is the first to do so."""
         try:
             (self._claims / name).touch(0o644, exist_ok=False)
         except FileExistsError:
@@ -76,7 +78,7 @@ class PrepRun:
         return True
 
     def finish(self, name: str) -> None:
-        """Say that a piece of work is done."""
+        """Record that a part or shard is done."""
         (self._done / name).touch(0o644)
 
     def part(self, name: str) -> Path:
@@ -84,67 +86,67 @@ class PrepRun:
         return self._parts / f"{name}.part"
 
     def end(self, key: str, last: int) -> None:
-        """Record the last part of a stream. If several workers do, the first record stays."""
+        """Record the last part of a stream. The first record stays."""
         write(self._ends / key, last, first=True)
 
     def last(self, key: str) -> int | None:
-        """Return the last part of a stream; None until a worker has reached its end."""
-        found: int | None = read(self._ends / key)
-        return found
+        """Return the last part of a stream, or None if no worker has reached its end."""
+        part: int | None = read(self._ends / key)
+        return part
 
     def done(self) -> set[str]:
-        """Return the names of all finished work."""
+        """Return the names of all parts and shards that are done."""
         return set(os.listdir(self._done))
 
     def report(self, worker: str, progress: dict[str, Any]) -> None:
-        """Replace a worker's report of its progress."""
+        """Write a worker's progress."""
         write(self._workers / worker, progress)
 
     def reports(self) -> list[dict[str, Any]]:
-        """Return the workers' reports of their progress."""
-        found = (read(path) for path in self._workers.iterdir() if not path.name.startswith("."))
-        return [report for report in found if report is not None]
+        """Return the progress of all workers."""
+        files = (path for path in self._workers.iterdir() if not path.name.startswith("."))
+        return [report for path in files if (report := read(path)) is not None]
 
     def fail(self, error: MegaLiteError | OSError) -> None:
-        """Stop everyone with this error; the first one counts."""
+        """Stop all ranks and workers with an error. The first error counts."""
         if isinstance(error, OSError):
             error = MegaLiteError(f"the disk refused: {error}")
-        with suppress(OSError):  # the run has ended otherwise, or the disk is full
-            wrong = {"code": error.exit_code, "message": str(error), "by": who_am_i()}
-            write(self._error, wrong, first=True)
+        with suppress(OSError):  # the run has ended, or the disk is full
+            report = {"code": error.exit_code, "message": str(error), "by": who_am_i()}
+            write(self._error, report, first=True)
 
     def check(self) -> None:
-        """Raise what stopped a worker of this run, or that nobody leads it any more."""
-        if (found := read(self._error)) is not None:
-            by = "" if found["by"].startswith(_host()) else f"{found['by']}: "
-            kind = DataError if found["code"] == DataError.exit_code else MegaLiteError
-            raise kind(by + found["message"])
+        """Raise the error that stopped the run, or an error if its leader has died."""
+        if (report := read(self._error)) is not None:
+            by = "" if report["by"].startswith(_host()) else f"{report['by']}: "
+            kind = DataError if report["code"] == DataError.exit_code else MegaLiteError
+            raise kind(by + report["message"])
         if (beat := read(self._beat)) != self._last_beat:
             self._last_beat = beat
-            self._heard = time.monotonic()
-        elif time.monotonic() - self._heard > _SILENCE:
+            self._last_change = time.monotonic()
+        elif time.monotonic() - self._last_change > _SILENCE:
             raise MegaLiteError(
                 f"rank 0 gave no sign of life in {self.folder} for {_SILENCE:.0f} s; what is done "
                 "is kept: start the command again"
             )
 
     def beat(self) -> None:
-        """Show that the run is led."""
+        """Write the leader's heartbeat."""
         write(self._beat, time.time())
 
     def beating(self) -> AbstractContextManager[None]:
-        """Show it every second, whatever the leader does meanwhile."""
+        """Write the heartbeat every second from a thread."""
         return repeating(self.beat, every=_BEAT)
 
 
 class WorkFolder:
-    """The folder in which an output is made.
+    """The work folder of an output.
 
     Args:
-        output: the folder to be.
-        request: the options that decide the output, as JSON. Another request is another run.
-        launch: what the ranks of one launch have in common; ranks follow their own rank 0 alone.
-        valid_output: the folder to be of held-out documents.
+        output: the future output folder.
+        request: the options that decide the output, as JSON. Runs of another request are ignored.
+        launch: identifier of the launch. Ranks follow only the rank 0 of their launch.
+        valid_output: the future folder of held-out documents.
     """
 
     def __init__(
@@ -165,15 +167,14 @@ class WorkFolder:
 
     @contextmanager
     def lead(self) -> Iterator[PrepRun]:
-        """Start a new run that this process leads. Other ranks find it by `follow` once it has a
-        plan.
+        """Create a run that this process leads. Other ranks join it after `start`.
 
-        Parts that are done stay for a next run, unless the user's error ended this one at once.
+        If the run fails, its parts are kept for the next run, unless a user error ended it early.
 
         Raises:
-            CommandError: another process leads one here.
+            CommandError: another process leads a run for this output.
         """
-        with tidied(self.path):
+        with remove_created_parents(self.path):
             self.parts.mkdir(parents=True, exist_ok=True)
             lock = _lock(self.path / "lock", self.output)
             began = time.monotonic()
@@ -200,17 +201,17 @@ class WorkFolder:
         write(self._current, current)
 
     def follow(self) -> PrepRun | None:
-        """Return the run that rank 0 of this launch leads here; None if it leads none."""
+        """Return the run that rank 0 of this launch leads, or None."""
         current = self._current_if_same()
         if current is None or current["launch"] != self._launch:
             return None
         return PrepRun(self.path / current["run"])
 
     def publish(self, run: PrepRun) -> None:
-        """Give complete folders their names.
+        """Rename the complete folders to the outputs, the training shards last.
 
-        The training shards come last, so their folder shows that all is there. After a kill in
-        between, the next `finish_publishing` completes the rest.
+        So the training folder shows that both exist. If the process is killed between the renames,
+        the next run's `finish_publishing` does the rest.
         """
         if self._valid_output is not None:
             write(self._publishing, {"run": run.folder.name, "asked": self._request})
@@ -219,17 +220,17 @@ class WorkFolder:
         self._rename(run)
 
     def finish_publishing(self) -> None:
-        """Rename what a run had completed that was killed before all folders had their names.
+        """Complete the renames of a run that was killed in `publish`.
 
         Raises:
-            CommandError: that run still goes on.
+            CommandError: that run is still running.
         """
-        found = read(self._publishing)
-        if found is None or found["asked"] != self._request:
+        record = read(self._publishing)
+        if record is None or record["asked"] != self._request:
             return
         lock = _lock(self.path / "lock", self.output)
         try:
-            self._rename(PrepRun(self.path / found["run"]))
+            self._rename(PrepRun(self.path / record["run"]))
         finally:
             os.close(lock)
 
@@ -240,7 +241,7 @@ class WorkFolder:
                 publish(staging, final)
 
     def was_published(self) -> bool:
-        """Return whether a run for this request published its output and was killed later."""
+        """Return whether a run of this request was killed after it published its output."""
         return (self.output / MANIFEST_NAME).exists() and self._current_if_same() is not None
 
     def _current_if_same(self) -> Any:
@@ -248,7 +249,7 @@ class WorkFolder:
         return current if current is not None and current["asked"] == self._request else None
 
     def clear(self) -> None:
-        """Remove everything; the record of the run last."""
+        """Remove the work folder, `current.json` last."""
         shutil.rmtree(self.parts, ignore_errors=True)
         for run in self.path.glob("run-*"):
             shutil.rmtree(run, ignore_errors=True)
@@ -263,15 +264,15 @@ class WorkFolder:
             self.clear()
             return
         logger.warning(
-            "%d parts are done and kept in %s; the same command goes on from there, or remove "
-            "the folder",
+            "%d parts are done and kept in %s; run the same command to continue, or remove the "
+            "folder",
             count,
             self.path,
         )
 
 
 def write(path: Path, value: Any, *, first: bool = False) -> None:
-    """Put JSON in place by a rename. If `first`, keep a file that exists."""
+    """Write JSON by a rename. If `first`, keep an existing file."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     partial.write_text(json.dumps(value))
     with suppress(FileExistsError):
@@ -280,7 +281,7 @@ def write(path: Path, value: Any, *, first: bool = False) -> None:
 
 
 def read(path: Path) -> Any:
-    """Return JSON that `write` put in place; None if there is none."""
+    """Return the JSON that `write` wrote, or None if there is none."""
     try:
         return parse_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -288,6 +289,7 @@ def read(path: Path) -> Any:
 
 
 def who_am_i() -> str:
+    """Return the host, process and job of this process, for messages."""
     job = env.job().id
     return f"{_host()}, process {os.getpid()}" + (f", job {job}" if job else "")
 
@@ -297,7 +299,7 @@ def _host() -> str:
 
 
 def _lock(path: Path, output: Path) -> int:
-    """Take a lock that ends with this process, however it ends, on this host or another."""
+    """Take a file lock, which the system releases when this process ends."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -310,7 +312,7 @@ def _lock(path: Path, output: Path) -> int:
         ) from None
     except OSError as error:
         logger.warning(
-            "%s: this file system has no locks (%s); see to it that no other command writes %s",
+            "%s: this file system has no locks (%s); make sure that no other command writes %s",
             path,
             error.strerror,
             output,

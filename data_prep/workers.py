@@ -18,20 +18,20 @@ from data_prep.work_folder import PrepRun
 from megalite import log
 from megalite.errors import MegaLiteError
 
-_LOOK = 0.5  # seconds
+_POLL = 0.5  # seconds
 
 Work = Callable[[PrepRun, Sequence[Stream], int], None]
 
 
 class WorkerPool:
-    """Pool of `count` processes that run `work(run, streams, number)`; all end with the block.
+    """Pool of `count` processes that run `work(run, streams, number)` and end with the block.
 
-    The processes are forks if that is safe, since forks begin at once: on Linux, and outside MPI,
-    whose libraries do not survive a fork.
+    The processes are forked, which is faster, on Linux and without MPI, whose libraries do not
+    support forks. Otherwise they are spawned.
     """
 
     def __init__(self, work: Work, run: PrepRun, streams: Sequence[Stream], count: int) -> None:
-        self.idle = count == 0  # nobody works but the caller
+        self.idle = count == 0  # the caller must do the work
         forks = sys.platform == "linux" and "mpi4py.MPI" not in sys.modules
         context = mp.get_context("fork" if forks else "spawn")
         arguments = (work, run, streams, os.getpid())
@@ -42,7 +42,7 @@ class WorkerPool:
         ]
 
     def check(self) -> bool:
-        """Return True. Raise the error of a worker that died."""
+        """Return True, or raise the error of a worker that died."""
         for process in self._processes:
             if process.exitcode:
                 self._run.check()  # the worker's own error, if it reported one
@@ -69,7 +69,7 @@ class WorkerPool:
 def _be_worker(
     work: Work, run: PrepRun, streams: Sequence[Stream], parent: int, number: int
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     if not log.logger.handlers:
         log.setup()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -78,7 +78,7 @@ def _be_worker(
     except Exception as error:
         if not isinstance(error, FileNotFoundError) or run.folder.exists():
             _fail(run, error)
-    # without the parent's teardown, whose threads and handlers are not this process's
+    # Exit without the parent's teardown, whose threads and handlers a fork does not have.
     with suppress(OSError):
         sys.stderr.flush()
     os._exit(0)
@@ -88,13 +88,13 @@ def _fail(run: PrepRun, error: Exception) -> None:
     if not isinstance(error, MegaLiteError):
         from_disk = isinstance(error, OSError)
         error = MegaLiteError(f"the disk refused: {error}" if from_disk else traceback.format_exc())
-        log.logger.error("%s", error)  # the run's folder may be what cannot be written
+        log.logger.error("%s", error)  # the run's folder may be unwritable
     run.fail(error)
     os._exit(error.exit_code)
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent has died: nobody would use its work."""
+    """End this process when its parent has died, because its work would not be used."""
     while os.getppid() == parent:
-        time.sleep(_LOOK)
+        time.sleep(_POLL)
     os._exit(1)

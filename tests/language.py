@@ -58,10 +58,11 @@ NOT_IMPERATIVE = re.compile(
 # Variables and arguments that do not say what they hold.
 NAMES = frozenset(["told", "found", "made", "own", "kept", "held", "asked", "wish"])
 _CODE = re.compile(r"``[^`]*``|`[^`]*`")
-# A sentence ends at its full stop, and at the borders of list items, of columns, and of the entries
-# of Args and Attributes.
+# A sentence ends at its full stop, and at the borders of list items, columns, commands, and
+# entries of Args and Attributes.
 _SENTENCE_END = re.compile(
     r"(?<=[.!?:])\s+(?=[A-Z(`\"'\[])|\n\s*\n|\n\s*[-*|\d]+[.)]?\s|;\s"
+    r"|\n\s*(?=(?:python|mpirun|srun|torchrun|megalite) )"
     r"|(?<=\S) {2,}(?=\S)|\n +(?=\w+(, \w+)*: )"
 )
 

@@ -1,4 +1,4 @@
-"""Fine-tuning tasks: how a row is read, and which of its tokens are learned. One file a task."""
+"""Fine-tuning tasks: how to read a row, and which of its tokens are targets. One file a task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["ExampleTask", "TaskContext", "task_class"]
 
 
 def task_class(name: str) -> type[ExampleTask]:
-    """Return the class of examples of the task `finetune.task`."""
+    """Return the class that makes the examples of a task."""
     module, _, kind = find_task(name).examples.partition(":")
-    found: type[ExampleTask] = getattr(import_module(module), kind)
-    return found
+    example_class: type[ExampleTask] = getattr(import_module(module), kind)
+    return example_class

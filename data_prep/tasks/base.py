@@ -1,4 +1,4 @@
-"""Base of every fine-tuning task."""
+"""The base class of fine-tuning tasks."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class TaskContext:
 
     Attributes:
         data: the section `finetune.data`.
-        architecture: that of the model.
+        architecture: the model's architecture.
         template: the text of the chat template; None if the task has none.
-        label_names: names that the source gives to the numbers in the label column; or None.
+        label_names: the source's names for the numbers in the label column; None if it has none.
         unlabelled: whether rows may lack a label.
     """
 
@@ -39,11 +39,11 @@ class TaskContext:
 
 
 class ExampleTask:
-    """A fine-tuning task.
+    """A fine-tuning task, which makes examples from rows.
 
     Attributes:
-        columns: those that every row must have.
-        optional: those that are read if the source has them.
+        columns: columns that every row must have.
+        optional: columns that are read if the source has them.
         labels: the number of each label; empty if the task has no labels.
     """
 
@@ -55,17 +55,17 @@ class ExampleTask:
 
     @classmethod
     def columns_of(cls, data: ExamplesConfig) -> list[str]:
-        """Return the columns that the task learns from."""
+        """Return the columns that the task reads."""
         raise AssertionError(f"{cls.__name__} names no columns")
 
     def choose_labels(self, training_rows: Callable[[], Iterator[Fields]]) -> None:
-        """Set `labels` before tokens are made; only a task with labels reads the rows for it."""
+        """Set `labels` before the first `encode`. Only tasks with labels read the rows."""
 
     def read(self, row: SourceRow) -> Fields:
         """Return the content of a row.
 
         Raises:
-            Unusable: a row that gives no example.
+            Unusable: the row cannot be used.
         """
         return Fields(row, tuple(row.text(column) for column in self.columns))
 
@@ -73,17 +73,17 @@ class ExampleTask:
         """Set the tokenizer before examples are encoded.
 
         Raises:
-            DataError: `max_length` leaves no token of a text.
+            DataError: `finetune.data.max_length` leaves no room for text.
         """
         self.before, self.after = prefix_and_suffix_ids(tokenizer, add_bos=self.leads_with_bos())
         most = self.context.data.max_length
         if most <= len(self.before) + len(self.after):
             raise DataError(
-                f"finetune.data.max_length {most}: BOS and EOS leave no token of a text; give more"
+                f"finetune.data.max_length {most}: BOS and EOS leave no room for text; raise it"
             )
 
     def leads_with_bos(self) -> bool:
-        """Return whether BOS precedes a text even if the tokenizer puts nothing there."""
+        """Return whether a text begins with BOS even if the tokenizer adds no prefix."""
         return False
 
     def encode(self, fields: Fields, texts: Sequence[list[int]]) -> Example:
@@ -92,20 +92,28 @@ class ExampleTask:
         Args:
             texts: the ids of each of `fields.texts`.
         Raises:
-            Unusable: a row that gives no example.
-            DataError: a setting that no row of this kind can be used with.
+            Unusable: the row cannot be used.
+            DataError: a setting prevents the use of all rows.
         """
         raise AssertionError(f"{type(self).__name__} encodes no example")
 
-    def split_arrays(self, made: SplitArrays, called: str, split: str) -> Arrays:
-        """Return the arrays of a split that only this kind of task has."""
-        del called, split
-        return {"learned": np.frombuffer(made.loss_mask, np.uint8)}
+    def split_arrays(self, arrays: SplitArrays, title: str, split: str) -> Arrays:
+        """Return the arrays of a split that only this kind of task has.
 
-    def label_counts(self, made: SplitArrays) -> Mapping[str, int]:
+        Args:
+            title: name of the split in messages.
+        """
+        del title, split
+        return {"learned": np.frombuffer(arrays.loss_mask, np.uint8)}
+
+    def label_counts(self, arrays: SplitArrays) -> Mapping[str, int]:
         """Return the number of examples of each label; empty if the task has no labels."""
-        del made
+        del arrays
         return {}
 
-    def report(self, called: str) -> None:
-        """Log what was noticed while the rows of a split were encoded."""
+    def report(self, title: str) -> None:
+        """Log remarks on the rows of a split after they were encoded.
+
+        Args:
+            title: name of the split in messages.
+        """

@@ -1,4 +1,4 @@
-"""Classification: [BOS] text [EOS], the text cut to fit; the label is learned."""
+"""Classification: [BOS] text [EOS], with the text truncated to fit; the label is the target."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class Classification(ExampleTask):
         return self.context.architecture == "encoder"
 
     def choose_labels(self, training_rows: Callable[[], Iterator[Fields]]) -> None:
-        """Set the labels: those of the run file, of the source, or of the training rows, sorted.
+        """Set the labels of the run file, else the source's, else the sorted training labels.
 
         Raises:
-            DataError: a label that the run file names twice.
+            DataError: the run file has a label twice.
         """
         labels = self.context.data.labels or self.context.label_names
         if labels is None:
@@ -60,7 +60,7 @@ class Classification(ExampleTask):
                 sorted(rows_of_label, key=lambda x: (int(x), x) if are_numbers else (0, x))
             )
         if len(set(labels)) != len(labels):
-            raise DataError(f"finetune.data.labels {', '.join(labels)}: one is there twice")
+            raise DataError(f"finetune.data.labels {', '.join(labels)}: remove the repeated one")
         self.labels = {label: number for number, label in enumerate(labels)}
 
     def read(self, row: SourceRow) -> Fields:
@@ -72,8 +72,8 @@ class Classification(ExampleTask):
         if not isinstance(label, str) or label not in self.labels:
             label = label_name(label, data.label_column, self.context.label_names)
         if self.labels and label not in self.labels:
-            known = ", ".join(map(repr, self.labels))
-            raise Unusable(f"label {label!r} is none of {known}, the labels of the training rows")
+            names = ", ".join(map(repr, self.labels))
+            raise Unusable(f"label {label!r} is none of {names}, the labels of the training rows")
         return Fields(row, (text,), label)
 
     def _means_no_label(self, label: Any) -> bool:
@@ -87,27 +87,27 @@ class Classification(ExampleTask):
         ids, is_cut = surround(texts[0], self.before, self.after, most)
         return Example(ids, (), is_cut=is_cut)
 
-    def label_counts(self, made: SplitArrays) -> Mapping[str, int]:
-        return dict(zip(self.labels, self._counts(made).tolist(), strict=True))
+    def label_counts(self, arrays: SplitArrays) -> Mapping[str, int]:
+        return dict(zip(self.labels, self._counts(arrays).tolist(), strict=True))
 
-    def split_arrays(self, made: SplitArrays, called: str, split: str) -> Arrays:
-        """Return the labels of a split, after a look at how they are distributed.
+    def split_arrays(self, arrays: SplitArrays, title: str, split: str) -> Arrays:
+        """Return the labels of a split, and log their distribution.
 
         Raises:
-            DataError: all rows of the training split have one label.
+            DataError: all rows of the training split have the same label.
         """
-        numbers = np.asarray(made.labels, np.int64)
-        counts = self.label_counts(made)
-        if called == "train":
+        numbers = np.asarray(arrays.labels, np.int64)
+        counts = self.label_counts(arrays)
+        if title == "train":
             listed = [f"{label} {count:,}" for label, count in list(counts.items())[:_LISTED]]
             logger.info("train: %d labels: %s", len(counts), ", ".join(listed))
         missing = [label for label, count in counts.items() if not count]
         if missing and (numbers >= 0).all():
             logger.warning(
-                "%s: no example of %s; macro averages count them as 0", called, ", ".join(missing)
+                "%s: no example of %s; macro averages count them as 0", title, ", ".join(missing)
             )
         if split == "train" and self.context.data.labels is None:
-            self._require_two_labels(self._counts(made))
+            self._require_two_labels(self._counts(arrays))
         return {"labels": numbers}
 
     def _require_two_labels(self, counts: npt.NDArray[np.int64]) -> None:
@@ -118,7 +118,7 @@ class Classification(ExampleTask):
                 f"training split are {only!r}; a classification needs two labels or more"
             )
 
-    def _counts(self, made: SplitArrays) -> npt.NDArray[np.int64]:
-        """Return the examples of each label, int64 [labels]; unlabelled ones count nowhere."""
-        numbers = np.asarray(made.labels, np.int64)
+    def _counts(self, arrays: SplitArrays) -> npt.NDArray[np.int64]:
+        """Return the number of examples of each label, int64 [labels]."""
+        numbers = np.asarray(arrays.labels, np.int64)
         return np.bincount(numbers[numbers >= 0], minlength=len(self.labels))

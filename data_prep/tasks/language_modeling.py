@@ -1,4 +1,4 @@
-"""Language modeling: [BOS] text [EOS], cut; every token except BOS is learned."""
+"""Language modeling: [BOS] text [EOS], truncated; every token except BOS is a target."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megalite.config import ExamplesConfig
 
 
 class LanguageModeling(ExampleTask):
-    """The task "language_modeling": a decoder learns whole texts."""
+    """The task "language_modeling": a decoder learns to write texts."""
 
     @classmethod
     def columns_of(cls, data: ExamplesConfig) -> list[str]:

@@ -1,4 +1,4 @@
-"""Sequence to sequence: [BOS] text [EOS], cut to fit; then target [EOS], cut, which is learned."""
+"""Sequence to sequence: [BOS] text [EOS], truncated to fit, and target [EOS], truncated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Seq2Seq(ExampleTask):
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
         super().set_tokenizer(tokenizer)
         eos = tokenizer.eos_id
-        # a target has its own end, whatever the tokenizer puts after a text
+        # A target ends with EOS, even if the tokenizer has another suffix.
         self.target_end = self.after if eos is None else [eos]
 
     def encode(self, fields: Fields, texts: Sequence[list[int]]) -> Example:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the chat template's rendering, cut; the assistant's turns are learned."""
+"""Supervised fine-tuning: a truncated conversation, in which assistant's turns are targets."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class SupervisedFineTuning(ExampleTask):
         ids, loss_mask = self.chat.encode(fields.messages, fields.tools)
         if not any(loss_mask):
             raise Unusable(
-                "nothing of it is learned: the chat template leaves the assistant's turns out, "
-                "or each of them has weight 0"
+                "nothing of it is learned: the chat template omits the assistant's turns, or each "
+                "of them has weight 0"
             )
         if not any(loss_mask[:most]):
             raise Unusable(f"none of the assistant's tokens is among the first {most}")
         return Example(ids[:most], loss_mask[:most], is_cut=len(ids) > most)
 
-    def report(self, called: str) -> None:
-        self.chat.report(called)
+    def report(self, title: str) -> None:
+        self.chat.report(title)

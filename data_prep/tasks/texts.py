@@ -1,4 +1,4 @@
-"""Steps that tasks on plain texts share."""
+"""Functions that tasks on texts share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from data_prep.records import Unusable
 
 
 def require_tokens(texts: Sequence[list[int]]) -> None:
-    """Raise Unusable if the tokenizer gives no token for one of the texts."""
+    """Raise Unusable if one of the texts has no tokens."""
     if not all(texts):
         raise Unusable("the tokenizer makes no token of its text")
 
@@ -16,6 +16,6 @@ def require_tokens(texts: Sequence[list[int]]) -> None:
 def surround(
     text: list[int], before: list[int], after: list[int], most: int
 ) -> tuple[list[int], bool]:
-    """Return a text between its edges, at most `most` ids, and whether the text was cut to fit."""
+    """Return at most `most` ids with prefix and suffix, and whether the text was truncated."""
     room = most - len(before) - len(after)
     return before + text[:room] + after, len(text) > room

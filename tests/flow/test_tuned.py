@@ -78,7 +78,7 @@ def test_a_model_that_answers(shards: dict[str, str], tmp_path: Path) -> None:
 
     shards_asked = _launch("eval", "--checkpoint", run, "--data", shards["valid"])
     assert shards_asked.returncode == 2
-    assert "these are shards; a fine-tuned model is measured on rows" in shards_asked.stderr
+    assert "these are shards, but a fine-tuned model is evaluated on rows" in shards_asked.stderr
 
 
 def test_the_labels_of_new_texts(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_an_error_of_the_input_ends_the_job(cluster: Cluster, submit_folder: Pat
         cwd=submit_folder,
     )
     assert cluster.wait(job, "COMPLETED", "FAILED") == "FAILED", log_of(submit_folder)
-    assert "bad.jsonl line 20001: not whole JSON" in log_of(submit_folder)
+    assert "bad.jsonl line 20001: not valid JSON" in log_of(submit_folder)
     assert cluster.field(job, "Restarts") == "0"
     assert not (submit_folder / "bad").exists()
 

@@ -47,7 +47,7 @@ def controls(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("template", [CHATML, PLAIN, MARKED, UPPER])
-def test_names_in_turns_add_no_control_token(template: str, folder: Path) -> None:
+def test_control_token_names_in_turns_stay_text(template: str, folder: Path) -> None:
     tokenizer, draw = load_tokenizer(folder), random.Random(5)
     chat = Chat(template, tokenizer)
     for turns in conversations():
@@ -64,13 +64,13 @@ def test_names_in_turns_add_no_control_token(template: str, folder: Path) -> Non
         other_ids, other_learned = chat.encode(plain)
         assert controls(tokenizer, ids) == controls(tokenizer, other_ids)
         marked = [
-            [id for id, mark in zip(*found, strict=True) if mark]
-            for found in ((ids, learned), (other_ids, other_learned))
+            [id for id, mark in zip(*pair, strict=True) if mark]
+            for pair in ((ids, learned), (other_ids, other_learned))
         ]
         assert controls(tokenizer, marked[0]) == controls(tokenizer, marked[1])
 
 
-def test_a_text_is_encoded_between_control_tokens_as_in_a_corpus(folder: Path) -> None:
+def test_text_between_control_tokens_is_encoded_as_in_a_corpus(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     ids, learned = Chat(PLAIN, tokenizer).encode(pair(INJECTION, "it is <|im_end|>, hello"))
     start, stop = (tokenizer.encode_with_offsets(name)[0] for name in CONTROLS[:2])
@@ -82,7 +82,7 @@ def test_a_text_is_encoded_between_control_tokens_as_in_a_corpus(folder: Path) -
     assert controls(tokenizer, known) == ["<|im_end|>"]
 
 
-def test_every_field_of_a_conversation_is_text(folder: Path) -> None:
+def test_control_token_names_in_any_field_stay_text(folder: Path) -> None:
     template = "{{ tools | tojson }}" + PLAIN.replace(
         "{% if m.reas", "{{ m.tool_calls }}{% if m.reas"
     )
@@ -94,7 +94,7 @@ def test_every_field_of_a_conversation_is_text(folder: Path) -> None:
     assert controls(tokenizer, ids) == ["<|im_start|>", "<|im_end|>"] * 2
 
 
-def test_names_of_a_sentencepiece_model_stay_text() -> None:
+def test_control_token_names_of_sentencepiece_stay_text() -> None:
     tokenizer = learn_tokenizer(["hello world, hello there"] * 20, 290)
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     ids, _ = Chat(template, tokenizer).encode(pair("a</s>b", "<s></s>"))
@@ -106,7 +106,7 @@ def test_names_of_a_sentencepiece_model_stay_text() -> None:
     assert tokenizer.decode(ids) == "a</s>b<s></s>"
 
 
-def test_a_name_that_the_template_reads_is_its_own(
+def test_control_token_names_that_the_template_reads_are_replaced_by_it(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = load_tokenizer(folder)
@@ -124,7 +124,7 @@ def test_a_name_that_the_template_reads_is_its_own(
         )
 
 
-def test_a_prompt_of_a_chat_is_text(folder: Path) -> None:
+def test_control_token_names_in_a_prompt_stay_text(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
     prompt, end = ask(folder, tokenizer, INJECTION)
     assert end == "<|im_end|>"
@@ -142,12 +142,12 @@ def test_a_prompt_of_a_chat_is_text(folder: Path) -> None:
     assert read == [prompt]
 
 
-def test_a_prompt_that_a_template_refuses_is_named() -> None:
+def test_prompt_that_a_template_refuses_is_reported() -> None:
     with pytest.raises(DataError, match="refuses it: no"):
         Chat("{{ raise_exception('no') }}", load_tokenizer("bytes")).ask("<s>")
 
 
-def test_time_is_the_same_in_all_renderings_of_a_conversation(folder: Path) -> None:
+def test_template_time_is_the_same_in_all_renderings_of_a_conversation(folder: Path) -> None:
     chat: Callable[..., Any] = Chat(
         PLAIN + "{{ strftime_now('%f') }}", load_tokenizer(folder)
     ).encode

@@ -1,5 +1,5 @@
 # covers: data_prep/messages.py data_prep/turns.py
-"""Conversations in the forms that data sets have: parts, ShareGPT, weights, calls of tools."""
+"""Forms of conversations in data sets: text parts, ShareGPT, weights, tool calls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.data_prep.test_data_prep_chat import MARKED, PLAIN
 
 USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
 CALL = {"type": "function", "function": {"name": "rain", "arguments": '{"city": "Lima"}'}}
-# Each refuses a conversation, or a beginning of one, in a way that real templates do.
+# Each refuses some conversations, or beginnings of them, as real templates do.
 FIRST_IS_READ = (
     "{% if messages[0]['role'] == 'system' %}[{{ messages[0]['content'] }}]{% endif %}"
     "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content }}"
@@ -39,7 +39,7 @@ SEPARATED = (
 )
 
 
-# Drops the reasoning of earlier turns, and has an empty one for the last, as reasoning models do.
+# Omits the reasoning of earlier turns and writes an empty one for the last, as reasoning models do.
 THINKS = (
     "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% endif %}"
     "{% for m in messages %}<{{ m.role }}>\n{% if m.role == 'assistant' %}"
@@ -74,24 +74,24 @@ def learned(template: str, messages: list[dict[str, Any]]) -> list[str]:
 @pytest.mark.parametrize(
     "messages", [turns("ahow?", "uq", "aans"), turns("sbe", "ahow?", "uq", "aans", "aans")]
 )
-def test_an_assistants_opening_is_learned(
+def test_opening_of_an_assistant_is_a_target(
     template: str, end: str, messages: list[dict[str, Any]]
 ) -> None:
     answers = [m["content"] + end for m in messages if m["role"] == "assistant"]
     assert learned(template, messages) == answers
 
 
-def test_an_opening_that_the_template_refuses_is_its_refusal() -> None:
+def test_opening_that_the_template_refuses_is_reported() -> None:
     with pytest.raises(Unusable, match="refuses it: No user query found"):
         learned(WANTS_USER, turns("ssys", "aopening"))
 
 
-def test_spaces_around_an_opening_are_the_templates_matter() -> None:
+def test_opening_with_spaces_is_rendered_by_the_template() -> None:
     assert learned(WANTS_USER, turns("a  how? ", "uq")) == ["how?</assistant>\n"]
     assert learned(FIRST_IS_READ, turns("a  how? ", "uq")) == ["  how? </assistant>"]
 
 
-def test_turns_that_change_when_others_follow_are_found() -> None:
+def test_turns_that_change_when_others_follow_are_located() -> None:
     messages = turns(
         "uq", "ar1</think> one</assistant>?", "u</assistant>\n<assistant>\n", "ar2</think>two"
     )
@@ -112,7 +112,7 @@ def test_turns_that_change_when_others_follow_are_found() -> None:
 
 @pytest.mark.parametrize("key", ["weight", "train", "training", "trainable", "loss", "learn"])
 @pytest.mark.parametrize("template", [CHATML, FIRST_IS_READ])
-def test_turns_marked_so_are_not_learned(key: str, template: str) -> None:
+def test_turns_of_weight_zero_are_no_targets(key: str, template: str) -> None:
     messages = turns("uq", "abad", "uagain", "agood", "uq", "abad")
     for number, value in ((1, 0), (3, 1), (5, False)):
         messages[number][key] = value
@@ -126,7 +126,7 @@ def test_turns_marked_so_are_not_learned(key: str, template: str) -> None:
         ({"loss": "no"}, "loss 'no'"),
         ({"weight": 1, "train": False}, "both to be learned and not"),
         ({"weight": 0}, "every assistant's turn has weight 0"),
-        ({"role": "user", "train": True}, "its role is 'user': only an assistant's is"),
+        ({"role": "user", "train": True}, "its role is 'user'; only an assistant's turns"),
         ({"content": [{"type": "image_url", "image_url": "x"}]}, "part 0 .* type 'image_url'"),
         ({"content": [{"type": "text", "text": None}]}, "part 0 of the content of message 1"),
         ({"content": []}, "content of message 1 is empty"),
@@ -134,15 +134,15 @@ def test_turns_marked_so_are_not_learned(key: str, template: str) -> None:
         ({"tool_calls": ["f"]}, "a call .* is 'f', not an object"),
     ],
 )
-def test_turns_that_cannot_be_learned_are_named(change: dict[str, Any], message: str) -> None:
+def test_turns_that_cannot_be_targets_are_reported(change: dict[str, Any], message: str) -> None:
     with pytest.raises(Unusable, match=message):
         check_messages([USER, ANSWER | change])
 
 
-def test_parts_and_sharegpt_become_messages() -> None:
+def test_messages_may_have_text_parts_or_the_form_of_sharegpt() -> None:
     parts = [{"type": "text", "text": "a "}, "b", {"type": "input_text", "text": "c"}]
     assert check_messages([USER | {"content": parts}, ANSWER])[0]["content"] == "a bc"
-    found = check_messages(
+    messages = check_messages(
         [
             {"from": "system", "value": "be"},
             {"from": "human", "value": "hello"},
@@ -152,15 +152,15 @@ def test_parts_and_sharegpt_become_messages() -> None:
         ]
     )
     roles = ["system", "user", "assistant", "tool", "assistant"]
-    assert [message["role"] for message in found] == roles
-    assert [message["content"] for message in found] == ["be", "hello", "hi", "x", "hi"]
-    assert [message.get("weight", 1) for message in found] == [1, 1, 0, 1, 1]
+    assert [message["role"] for message in messages] == roles
+    assert [message["content"] for message in messages] == ["be", "hello", "hi", "x", "hi"]
+    assert [message.get("weight", 1) for message in messages] == [1, 1, 0, 1, 1]
     assert check_messages(json.dumps([USER, ANSWER])) == [USER, ANSWER]
     with pytest.raises(Unusable, match="text that is not JSON"):
         check_messages("[{")
 
 
-def test_calls_of_tools_are_learned_without_content() -> None:
+def test_tool_calls_without_content_are_targets() -> None:
     calls = [CALL, {"name": "sun", "arguments": {}}]
     messages = check_messages(
         [USER, {"role": "assistant", "content": None, "tool_calls": calls}, USER]
@@ -185,15 +185,15 @@ def test_tools_of_a_row_reach_the_template(tmp_path: Path, monkeypatch: Any) -> 
     tools = [{"name": "rain", "description": "é"}]
     template = tmp_path / "t.jinja"
     template.write_text("{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML)
-    found = []
+    rendered = []
     for number, value in enumerate((tools, json.dumps(tools))):
         jsonl(f"{number}.jsonl", [{"messages": [USER, ANSWER], "tools": value}])
         split = opened(
             make(f"{number}.jsonl", "sft", chat_template=template.read_text(), max_length=256)
         )[1]
-        found.append(texts(split["train"])[0])
-    assert found[0] == found[1]
-    assert found[0].startswith('[{"name": "rain", "description": "é"}]<|im_start|>')
+        rendered.append(texts(split["train"])[0])
+    assert rendered[0] == rendered[1]
+    assert rendered[0].startswith('[{"name": "rain", "description": "é"}]<|im_start|>')
     pq.write_table(
         pa.table({"messages": [json.dumps([USER, ANSWER])], "tools": [None]}), "a.parquet"
     )
@@ -204,7 +204,7 @@ def test_tools_of_a_row_reach_the_template(tmp_path: Path, monkeypatch: Any) -> 
         check_tools(5)
 
 
-def test_keys_that_nothing_reads_are_counted(
+def test_keys_that_the_template_does_not_read_are_logged(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -220,7 +220,7 @@ def test_keys_that_nothing_reads_are_counted(
     assert "'name'" not in caplog.text
 
 
-def test_weights_of_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     row = {"messages": json.dumps([USER, ANSWER]), "weight": 1.0}
     pq.write_table(pa.Table.from_pylist([row, row]), "a.parquet")
@@ -230,7 +230,7 @@ def test_weights_of_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         make("b.parquet", "sft")
 
 
-def test_a_system_field_of_a_row_is_its_first_turn(
+def test_system_field_of_a_row_is_its_first_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -250,13 +250,13 @@ def test_a_system_field_of_a_row_is_its_first_turn(
             == "<|im_start|>system\nbe brief<|im_end|>\n" + first[first.index("<|im_start|>u") :]
         )
         assert second.startswith("<|im_start|>user")
-    own = [{"role": "system", "content": "x"}, USER, ANSWER]
-    jsonl("a.jsonl", [{"messages": own, "system": "y"}])
+    messages = [{"role": "system", "content": "x"}, USER, ANSWER]
+    jsonl("a.jsonl", [{"messages": messages, "system": "y"}])
     with pytest.raises(DataError, match="the field 'system' and begins with a system turn; remove"):
         make("a.jsonl", "sft")
 
 
-def test_a_row_of_sharegpt_says_which_column_to_name(
+def test_sharegpt_row_is_reported_with_the_column_to_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -266,5 +266,5 @@ def test_a_row_of_sharegpt_says_which_column_to_name(
     for path in ("a.jsonl", "a.parquet"):
         with pytest.raises(DataError, match=r"name it by finetune\.data\.messages_column"):
             make(path, "sft")
-        found = opened(make(path, "sft", messages_column="conversations"))[1]["train"]
-        assert texts(found)[0].endswith("<|im_start|>assistant\na<|im_end|>\n")
+        split = opened(make(path, "sft", messages_column="conversations"))[1]["train"]
+        assert texts(split)[0].endswith("<|im_start|>assistant\na<|im_end|>\n")

@@ -41,20 +41,18 @@ def start_folder(name: str = "start", **generation: Any) -> Path:
     )
 
 
-def run_copy(made: Path, start: Path) -> Path:
-    """Return the tokenizer/ of a run: a copy of what lies with the examples, with the
-    start's ends.
-    """
+def run_copy(examples_folder: Path, start: Path) -> Path:
+    """Write a run's tokenizer/: a copy of the examples' one, with the start's end ids."""
     folder = Path("run") / "tokenizer"
     folder.mkdir(parents=True)
-    for path in tokenizer_files(made / "tokenizer"):
+    for path in tokenizer_files(examples_folder / "tokenizer"):
         shutil.copyfile(path, folder / path.name)
     copy_generation_config(folder, start)
     return folder
 
 
 @pytest.mark.parametrize(("task", "row"), [("sft", TURN), ("language_modeling", {"text": "x"})])
-def test_a_resume_reuses_the_examples_of_the_start(
+def test_cache_is_used_by_a_resume(
     task: str, row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jsonl("a.jsonl", [row])
@@ -63,11 +61,11 @@ def test_a_resume_reuses_the_examples_of_the_start(
     (copy / "generation_config.json").write_text(
         json.dumps(json.loads((copy / "generation_config.json").read_text()), sort_keys=True)
     )
-    monkeypatch.setattr(examples, "ExampleMaker", None)  # nothing may be made again
+    monkeypatch.setattr(examples, "ExampleMaker", None)  # must not be called again
     assert make("a.jsonl", task, tokenizer=copy) == first
 
 
-def test_an_evaluation_reuses_the_examples_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_used_by_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl("a.jsonl", [TURN])
     Path("own.jinja").write_text("{% generation %}{{ messages[0].content }}{% endgeneration %}")
     given = {"tokenizer": str(start_folder()), "chat_template": "own.jinja"}
@@ -86,9 +84,7 @@ def test_an_evaluation_reuses_the_examples_of_its_run(monkeypatch: pytest.Monkey
         ("b.jsonl", json.dumps({"conversation": TURN["messages"]}), "meant, rename it"),
     ],
 )
-def test_an_evaluation_on_other_columns_advises_what_it_takes(
-    name: str, content: str, advice: str
-) -> None:
+def test_evaluation_on_other_columns_gives_advice(name: str, content: str, advice: str) -> None:
     jsonl("a.jsonl", [TURN])
     Path(name).write_text(content)
     section = {"path": "a.jsonl", "max_length": 64, "tokenizer": str(start_folder())}
@@ -99,7 +95,7 @@ def test_an_evaluation_on_other_columns_advises_what_it_takes(
     assert "finetune." not in str(caught.value)
 
 
-def test_a_learned_tokenizer_finds_its_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_found_by_a_trained_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl("a.jsonl", [{"text": f"hello world {n}", "label": n % 2} for n in range(30)])
     model = {"vocab_size": 285}
     first = make("a.jsonl", tokenizer=None, model=model)
@@ -114,7 +110,7 @@ def test_a_learned_tokenizer_finds_its_examples(monkeypatch: pytest.MonkeyPatch)
     assert opened(first)[1]["train"].tokens.tolist() == ids
 
 
-def test_another_content_of_a_side_file_makes_other_examples() -> None:
+def test_cache_depends_on_the_content_of_tokenizer_files() -> None:
     jsonl("a.jsonl", ROWS)
     folders = [
         make("a.jsonl", tokenizer=start_folder()),

@@ -46,30 +46,30 @@ PLAIN = """\
 
 @pytest.fixture(scope="module", params=["bytes of BPE", "words"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made: Any
+    backend: Any
     trainer: Any
     if request.param == "words":
-        made = tokenizers.Tokenizer(models.WordLevel(unk_token="[UNK]"))
-        made.pre_tokenizer = pre_tokenizers.Whitespace()
+        backend = tokenizers.Tokenizer(models.WordLevel(unk_token="[UNK]"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
         trainer = trainers.WordLevelTrainer(special_tokens=["[UNK]", *CONTROLS])
     else:
-        made = tokenizers.Tokenizer(models.BPE())
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
             vocab_size=330, special_tokens=CONTROLS, initial_alphabet=alphabet
         )
-    made.train_from_iterator(["assistant user \n\nhello world 12"] * 9, trainer)
+    backend.train_from_iterator(["assistant user \n\nhello world 12"] * 9, trainer)
     folder = tmp_path_factory.mktemp("tokenizer")
-    made.save(str(folder / "tokenizer.json"))
+    backend.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
 def conversations() -> list[list[dict[str, Any]]]:
-    draw, found = random.Random(3), []
+    draw, drawn = random.Random(3), []
     for _ in range(20):
         turns: list[dict[str, Any]] = [{"role": "system", "content": "be brief", "name": None}]
         for _ in range(draw.randint(1, 4)):
@@ -77,34 +77,34 @@ def conversations() -> list[list[dict[str, Any]]]:
                 text = "".join(draw.choices(WORDS, k=draw.randint(0, 6))) + role[0]
                 turns.append({"role": role, "content": text})
         turns[-1]["thinking"] = "why"
-        found.append(turns[draw.randint(0, 1) :])
-    return found
+        drawn.append(turns[draw.randint(0, 1) :])
+    return drawn
 
 
 @pytest.mark.parametrize("template", [MARKED, CHATML])
-def test_ids_and_marks_are_those_of_transformers(template: str, folder: Path) -> None:
+def test_chat_gives_the_ids_and_mask_of_transformers(template: str, folder: Path) -> None:
     chat = Chat(template, load_tokenizer(folder))
     oracle = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
     )
-    asked = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     for turns in conversations():
         ids, learned = chat.encode(check_messages(turns))
-        found = oracle.apply_chat_template(turns, chat_template=template, **asked)
-        assert ids == found["input_ids"]
-        assert learned == list(map(bool, found["assistant_masks"]))
+        expected = oracle.apply_chat_template(turns, chat_template=template, **options)
+        assert ids == expected["input_ids"]
+        assert learned == list(map(bool, expected["assistant_masks"]))
         assert 0 < sum(learned) < len(learned)
 
 
-def test_ids_of_a_template_without_marks_are_those_of_transformers(folder: Path) -> None:
+def test_chat_gives_the_ids_of_transformers_without_generation_tags(folder: Path) -> None:
     chat = Chat(PLAIN, load_tokenizer(folder))
     oracle = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     for turns in conversations():
         ids, learned = chat.encode(check_messages(turns))
-        found = oracle.apply_chat_template(
+        expected = oracle.apply_chat_template(
             turns, chat_template=PLAIN, tokenize=True, return_dict=True
         )
-        assert ids == found["input_ids"]
+        assert ids == expected["input_ids"]
         assert sum(learned) >= sum(turn["role"] == "assistant" for turn in turns)
 
 
@@ -116,7 +116,7 @@ TURNS = [
 ]
 
 
-def test_chatml_is_the_usual_text_and_the_end_of_a_turn_is_learned() -> None:
+def test_chatml_makes_the_end_of_a_turn_a_target() -> None:
     text, spans = Chat(CHATML, ByteTokenizer()).render(TURNS)
     assert text == (
         "<|im_start|>user\na<b<|im_end|>\n<|im_start|>assistant\nc<|im_end|>\n"
@@ -125,7 +125,7 @@ def test_chatml_is_the_usual_text_and_the_end_of_a_turn_is_learned() -> None:
     assert [text[a:b] for a, b in spans] == ["c<|im_end|>", "é<|im_end|>"]
 
 
-def test_turns_without_marks_are_found_by_prefixes() -> None:
+def test_turns_without_generation_tags_are_located_by_prefixes() -> None:
     text, spans = Chat(PLAIN, ByteTokenizer()).render(TURNS)
     assert [text[a:b] for a, b in spans] == ["c<|im_end|>\n", "é<|im_end|>\n"]
     drops = PLAIN.replace("messages -%}", "messages if m.role == 'user' or m == messages[-1] -%}")
@@ -133,7 +133,7 @@ def test_turns_without_marks_are_found_by_prefixes() -> None:
         Chat(drops, ByteTokenizer()).render(TURNS)
 
 
-def test_a_template_that_refuses_or_is_none() -> None:
+def test_template_that_refuses_or_is_invalid_is_reported() -> None:
     refusing = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(Unusable, match="refuses it: roles must alternate"):
         Chat(refusing, ByteTokenizer()).encode(TURNS)
@@ -143,7 +143,7 @@ def test_a_template_that_refuses_or_is_none() -> None:
         Chat("{% for %}", ByteTokenizer())
 
 
-def test_a_templates_file_is_looked_for_in_this_order(tmp_path: Path) -> None:
+def test_find_template_searches_in_the_documented_order(tmp_path: Path) -> None:
     file = tmp_path / "own"
     file.write_text("own")
     assert find_template(None, None, None) == find_template(None, None, tmp_path) == CHATML
@@ -169,7 +169,7 @@ def test_a_templates_file_is_looked_for_in_this_order(tmp_path: Path) -> None:
         (None, "not a list"),
         ([], "not a list"),
         (["x"], "message 0 is 'x', not an object"),
-        ([{"from": "narrator", "value": "x"}], "from 'narrator'; known are human, user"),
+        ([{"from": "narrator", "value": "x"}], "from 'narrator', not one of human, user"),
         (
             [{"role": "user", "content": "x"}],
             "no turn has the role 'assistant'; its",
@@ -179,12 +179,12 @@ def test_a_templates_file_is_looked_for_in_this_order(tmp_path: Path) -> None:
         ([{"role": "user", "content": "a\0"}, TURNS[1]], "NUL at character 1"),
     ],
 )
-def test_a_malformed_conversation_is_refused(value: Any, message: str) -> None:
+def test_check_messages_refuses_malformed_conversations(value: Any, message: str) -> None:
     with pytest.raises(Unusable, match=message):
         check_messages(value)
 
 
-def test_a_call_of_a_tool_needs_no_content() -> None:
+def test_tool_call_needs_no_content() -> None:
     turn = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
     assert check_messages([turn]) == [{"role": "assistant", "tool_calls": [{"name": "f"}]}]
 
@@ -222,10 +222,10 @@ def test_offsets_of_a_hugging_face_tokenizer_name_control_tokens(folder: Path) -
     assert tokenizer.bos_id not in tokenizer.encode(TEXT)
 
 
-def test_a_turn_is_asked_and_its_answer_ends() -> None:
-    asked, end = Chat(CHATML, ByteTokenizer()).ask("What?\n")
+def test_ask_returns_the_prompt_and_the_end_of_an_answer() -> None:
+    prompt, end = Chat(CHATML, ByteTokenizer()).ask("What?\n")
     assert (
-        ByteTokenizer().decode(asked)
+        ByteTokenizer().decode(prompt)
         == "<|im_start|>user\nWhat?\n<|im_end|>\n<|im_start|>assistant\n"
     )
     assert end == "<|im_end|>"
@@ -233,8 +233,8 @@ def test_a_turn_is_asked_and_its_answer_ends() -> None:
         Chat("{{ raise_exception('two turns') }}", ByteTokenizer()).ask("What?")
 
 
-def test_a_chat_is_read_and_ends_by_control_tokens(folder: Path) -> None:
-    """As it was learned: the names in the template are tokens, and their ids end the answer."""
+def test_ask_uses_control_tokens_of_the_template(folder: Path) -> None:
+    """Names in the template become tokens, as in training, and their ids end the answer."""
     tokenizer = load_tokenizer(folder)
     prompt, end = ask(folder, tokenizer, "hello")
     assert end == "<|im_end|>"

@@ -1,5 +1,5 @@
 # covers: data_prep/clones.py
-"""Folders as the hub's data sets lie in them: the splits are those of datasets.load_dataset."""
+"""Folders with data sets of the hub have the splits of datasets.load_dataset."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def parquet(path: str, rows: int, first: str = "") -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    found = {
+    columns = {
         "text": [f"{first}{path} {n}" for n in range(rows)],
         "label": [n % 2 for n in range(rows)],
     }
-    pq.write_table(pa.table(found), path)
+    pq.write_table(pa.table(columns), path)
 
 
 def clone(card: str = CARD) -> None:
@@ -67,7 +67,7 @@ def sizes(path: str, **data: Any) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("card", [CARD, "", "# Reviews\n"])
-def test_a_clone_has_the_splits_of_load_dataset(card: str) -> None:
+def test_clone_has_the_splits_of_load_dataset(card: str) -> None:
     clone(card)
     known = {name: len(rows) for name, rows in datasets.load_dataset("clone").items()}
     assert known == {"train": 12, "test": 6}
@@ -79,14 +79,14 @@ def test_a_clone_has_the_splits_of_load_dataset(card: str) -> None:
         make("clone", valid_split="valid")
 
 
-def test_a_card_decides_over_names_of_files() -> None:
+def test_data_card_overrides_names_of_files() -> None:
     clone(CARD.replace("data/train-*", "data/test-*"))
     parquet("clone/train.parquet", 3)
     assert sizes("clone") == {"train": 6}
 
 
 @pytest.mark.parametrize("name", ["val", "dev", "valid", "validation"])
-def test_folders_of_splits_are_read(name: str) -> None:
+def test_clone_with_a_folder_for_each_split_is_read(name: str) -> None:
     parquet("d/train/0000.parquet", 4)
     parquet("d/train/0001.parquet", 3)
     parquet(f"d/{name}/a.parquet", 2)
@@ -94,7 +94,7 @@ def test_folders_of_splits_are_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["val", "dev", "valid"])
-def test_a_file_of_a_split_has_the_librarys_name_too(name: str) -> None:
+def test_split_has_the_librarys_name_and_the_files(name: str) -> None:
     jsonl("d/train.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": 0}])
     jsonl(f"d/{name}.jsonl", [{"text": "c", "label": 1}])
     assert sizes("d", valid_split=name) == sizes("d", valid_split="validation")
@@ -102,7 +102,7 @@ def test_a_file_of_a_split_has_the_librarys_name_too(name: str) -> None:
         make("d", valid_split="gone")
 
 
-def test_configurations_of_a_clone_are_chosen() -> None:
+def test_clone_configuration_is_chosen_by_name() -> None:
     card = "---\nconfigs:\n" + "".join(
         f"- config_name: {name}\n  data_files: {name}/*.parquet\n" for name in ("en", "de")
     )
@@ -114,7 +114,7 @@ def test_configurations_of_a_clone_are_chosen() -> None:
         make("clone")
 
 
-def test_one_shard_of_several_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_single_shard_of_several_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     clone()
     assert sizes("clone/data/train-00001-of-00002.parquet") == {"train": 6}
     assert "one of several files of a split; name its folder for all" in caplog.text
@@ -124,7 +124,7 @@ def paths(*inputs: str) -> list[str]:
     return [path for stream in find_streams(inputs) for path in stream.paths]
 
 
-def test_a_corpus_does_not_mix_splits() -> None:
+def test_corpus_does_not_mix_splits() -> None:
     clone("")
     message = r"--input clone: .* splits test, train, .*; name one, as --input hf:clone:train"
     with pytest.raises(CommandError, match=message):
@@ -146,7 +146,7 @@ def test_a_corpus_does_not_mix_splits() -> None:
         paths("lines")
 
 
-def test_a_data_card_is_no_text_of_a_corpus() -> None:
+def test_corpus_refuses_a_data_card() -> None:
     parquet("one/data/train-00000-of-00001.parquet", 3)
     Path("one/README.md").write_text(CARD)
     with pytest.raises(
@@ -157,7 +157,7 @@ def test_a_data_card_is_no_text_of_a_corpus() -> None:
     assert len(paths("one")) == 2
 
 
-def test_source_code_beside_some_rows_is_a_corpus() -> None:
+def test_corpus_of_source_code_may_contain_data_files() -> None:
     for name in ("a.py", "b.py", "c.py", "tests/d.py"):
         Path("src", name).parent.mkdir(parents=True, exist_ok=True)
         Path("src", name).write_text("x")
@@ -180,11 +180,11 @@ def test_source_code_beside_some_rows_is_a_corpus() -> None:
         ("part-00000-of-00003.parquet", "part"),
     ],
 )
-def test_files_are_taken_for_splits_as_the_library_does(path: str, split: str | None) -> None:
+def test_split_of_agrees_with_the_library(path: str, split: str | None) -> None:
     assert split_of(path) == split
 
 
-def test_a_card_is_yaml_that_names_files_or_features(tmp_path: Path) -> None:
+def test_has_card_requires_yaml_with_files_or_features(tmp_path: Path) -> None:
     for text, known in (
         (CARD, True),
         ("---\nlicense: mit\ndataset_info:\n---\n", True),

@@ -34,7 +34,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
@@ -42,23 +42,23 @@ def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 @pytest.mark.parametrize(
-    ("found", "labels"),
+    ("values", "labels"),
     [
         ([10, 9, 2.0, "-1"], ("-1", "2", "9", "10")),
         (["b", "a", 1], ("1", "a", "b")),
         ([True, False], ("False", "True")),
     ],
 )
-def test_labels_are_sorted(found: list[Any], labels: tuple[str, ...]) -> None:
-    jsonl("a.jsonl", [{"text": "x", "label": label} for label in found])
+def test_labels_are_sorted(values: list[Any], labels: tuple[str, ...]) -> None:
+    jsonl("a.jsonl", [{"text": "x", "label": label} for label in values])
     manifest, splits = opened(make("a.jsonl"))
     assert manifest.labels == labels
     assert splits["train"].labels is not None
     names = [labels[n] for n in splits["train"].labels.tolist()]
-    assert names == [str(int(x)) if isinstance(x, float) else str(x) for x in found]
+    assert names == [str(int(x)) if isinstance(x, float) else str(x) for x in values]
 
 
-def test_labels_may_be_given() -> None:
+def test_labels_may_be_set_in_the_run_file() -> None:
     jsonl("a.jsonl", ROWS)
     manifest, splits = opened(make("a.jsonl", labels=["2", "0", "1", "more"]))
     assert manifest.labels == ("2", "0", "1", "more")
@@ -67,36 +67,36 @@ def test_labels_may_be_given() -> None:
         DataError, match="label '2' is none of '0', '1', the labels of the training rows"
     ):
         make("a.jsonl", labels=["0", "1"])
-    with pytest.raises(DataError, match="one is there twice"):
+    with pytest.raises(DataError, match="remove the repeated one"):
         make("a.jsonl", labels=["0", "0"])
     jsonl("b.jsonl", [ROWS[0]] * 3)
     with pytest.raises(DataError, match="training split are '0'; a classification needs two"):
         make("b.jsonl")
-    manifest, _ = opened(make("b.jsonl", labels=["1", "0"]))  # whoever names them may have a part
+    manifest, _ = opened(make("b.jsonl", labels=["1", "0"]))  # a label may have no rows if set
     assert manifest.splits["train"].counts == {"1": 0, "0": 3}
 
 
 # ---- fractions
 
 
-def test_fractions_are_cut_off_by_the_seed() -> None:
+def test_fractions_are_chosen_by_the_seed() -> None:
     jsonl("a.jsonl", ROWS)
-    found = opened(make("a.jsonl", test_fraction=0.2, valid_fraction=0.1, seed=5))[1]
+    splits = opened(make("a.jsonl", test_fraction=0.2, valid_fraction=0.1, seed=5))[1]
     order = np.random.Generator(np.random.PCG64(5)).permutation(20)
     expected = {"test": order[:4], "valid": order[4:6], "train": order[6:]}
-    for name, split in found.items():
+    for name, split in splits.items():
         assert split.rows.tolist() == sorted(expected[name].tolist())
         assert texts(split) == [f"text {row}" for row in split.rows]
-    assert sorted(found) == ["test", "train", "valid"]
+    assert sorted(splits) == ["test", "train", "valid"]
     other = opened(make("a.jsonl", test_fraction=0.2, valid_fraction=0.1, seed=6))[1]
-    assert other["test"].rows.tolist() != found["test"].rows.tolist()
+    assert other["test"].rows.tolist() != splits["test"].rows.tolist()
 
 
-def test_a_fraction_may_stand_beside_a_split_and_must_hold_a_row() -> None:
+def test_fraction_may_be_used_with_a_split_and_must_have_a_row() -> None:
     jsonl("d/train.jsonl", ROWS)
     jsonl("d/test.jsonl", ROWS[:3])
-    found = opened(make("d", valid_fraction=0.25, test_split="test"))[1]
-    assert [len(found[name]) for name in ("train", "valid", "test")] == [15, 5, 3]
+    splits = opened(make("d", valid_fraction=0.25, test_split="test"))[1]
+    assert [len(splits[name]) for name in ("train", "valid", "test")] == [15, 5, 3]
     for shares, name in (((0.01, None), "valid"), ((0.5, 0.49), "train")):
         with pytest.raises(DataError, match=f"of the 20 rows of 'train' none is left for {name}"):
             make("d", valid_fraction=shares[0], test_fraction=shares[1])
@@ -110,25 +110,25 @@ def test_a_fraction_may_stand_beside_a_split_and_must_hold_a_row() -> None:
 
 def wordpieces(folder: str) -> str:
     names = ["[UNK]", "[CLS]", "[SEP]", "text", "a", "b", *map(str, range(20))]
-    made: Any = tokenizers.Tokenizer(
+    backend: Any = tokenizers.Tokenizer(
         models.WordLevel({name: n for n, name in enumerate(names)}, unk_token="[UNK]")
     )
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.add_special_tokens(["[CLS]", "[SEP]"])
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["[CLS]", "[SEP]"])
     Path(folder).mkdir()
-    made.save(f"{folder}/tokenizer.json")
+    backend.save(f"{folder}/tokenizer.json")
     return folder
 
 
-def test_a_classification_ends_in_eos_and_begins_with_an_encoders_bos(
-    told: pytest.LogCaptureFixture,
+def test_classification_adds_eos_and_bos_for_encoders(
+    log: pytest.LogCaptureFixture,
 ) -> None:
     jsonl("a.jsonl", ROWS)
     split = opened(make("a.jsonl", max_length=6))[1]["train"]
     assert split.loss_masks is None
     assert split.ids(3).tolist() == [*b"text ", EOS]
     assert split.info.cut == 20
-    assert told.text.count("20 of 20 examples (100.0 %)") == 1
+    assert log.text.count("20 of 20 examples (100.0 %)") == 1
     whole = opened(make("a.jsonl", max_length=7))[1]["train"]
     assert (whole.info.cut, whole.ids(3).tolist()) == (10, [*b"text 3", EOS])
     words = wordpieces("words")
@@ -137,11 +137,11 @@ def test_a_classification_ends_in_eos_and_begins_with_an_encoders_bos(
     assert split.ids(3).tolist() == [1, 3, 9, 2]
     split = opened(make("a.jsonl", tokenizer=words))[1]["train"]
     assert split.ids(3).tolist() == [3, 9, 2]
-    with pytest.raises(DataError, match="max_length 2: BOS and EOS leave no token"):
+    with pytest.raises(DataError, match="max_length 2: BOS and EOS leave no room"):
         make("a.jsonl", tokenizer=words, model=encoder, max_length=2)
 
 
-def test_all_of_a_text_is_learned() -> None:
+def test_language_modeling_makes_all_tokens_targets() -> None:
     jsonl("a.jsonl", ["", {"t": "abc"}, {"t": "abcd"}])
     split = opened(make("a.jsonl", "language_modeling", text_column="t", max_length=4))[1]["train"]
     assert [split.ids(n).tolist() for n in (0, 1)] == [[*b"abc", EOS], [*b"abcd"]]
@@ -149,7 +149,7 @@ def test_all_of_a_text_is_learned() -> None:
     assert (split.info.cut, split.labels, split.info.counts) == (1, None, {})
 
 
-def test_a_target_is_learned_after_its_source() -> None:
+def test_seq2seq_makes_the_target_a_target_of_the_loss() -> None:
     jsonl("a.jsonl", [{"text": "abcdef", "target": "xy"}, {"text": "a", "target": "uvwxyz"}])
     split = opened(make("a.jsonl", "seq2seq", max_length=4, max_target_length=3))[1]["train"]
     assert split.ids(0).tolist() == [*b"abc", EOS, *b"xy", EOS]
@@ -159,17 +159,17 @@ def test_a_target_is_learned_after_its_source() -> None:
     assert split.info.cut == 2
 
 
-def test_a_text_without_tokens_is_a_bad_row() -> None:
-    made: Any = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="b"))
-    made.normalizer = tokenizers.normalizers.Replace("x", "")
+def test_text_without_tokens_is_a_bad_row() -> None:
+    backend: Any = tokenizers.Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="b"))
+    backend.normalizer = tokenizers.normalizers.Replace("x", "")
     Path("t").mkdir()
-    made.save("t/tokenizer.json")
+    backend.save("t/tokenizer.json")
     jsonl("a.jsonl", [{"text": "a"}, {"text": "x"}])
     with pytest.raises(DataError, match="line 2: the tokenizer makes no token of its text"):
         make("a.jsonl", "language_modeling", tokenizer="t")
 
 
-def test_conversations_are_rendered_and_cut(told: pytest.LogCaptureFixture) -> None:
+def test_sft_renders_and_truncates_conversations(log: pytest.LogCaptureFixture) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "answer"}]
     jsonl("a.jsonl", [{"messages": turns}, {"messages": turns * 2}])
     folder = make("a.jsonl", "sft", max_length=70)
@@ -185,26 +185,26 @@ def test_conversations_are_rendered_and_cut(told: pytest.LogCaptureFixture) -> N
         make("a.jsonl", "sft", max_length=len(head))
 
 
-def test_prompt_and_response_are_two_turns_of_a_given_template() -> None:
+def test_sft_renders_prompt_and_response_as_two_turns() -> None:
     jsonl("a.jsonl", [{"q": "x", "a": "y"}, {"q": "x", "a": " "}, {"q": "x"}])
-    own = Path("own.jinja")
-    own.write_text("<{% for m in messages %}{{ '|' * loop.index0 + m.content }}{% endfor %}")
-    asked: dict[str, Any] = {"prompt_column": "q", "response_column": "a", "max_bad_rows": 2}
-    split = opened(make("a.jsonl", "sft", chat_template=GIVEN, **asked))[1]["train"]
+    template = Path("own.jinja")
+    template.write_text("<{% for m in messages %}{{ '|' * loop.index0 + m.content }}{% endfor %}")
+    options: dict[str, Any] = {"prompt_column": "q", "response_column": "a", "max_bad_rows": 2}
+    split = opened(make("a.jsonl", "sft", chat_template=GIVEN, **options))[1]["train"]
     assert texts(split) == ["x;y;"]
     assert split.loss_mask(0).tolist() == [True, False, True, False]
-    # the run file's own goes first: see finetune.data.chat_template
-    section = {"path": "a.jsonl", "max_length": 9, "chat_template": "own.jinja"} | asked
+    # finetune.data.chat_template has priority.
+    section = {"path": "a.jsonl", "max_length": 9, "chat_template": "own.jinja"} | options
     config = run_config(finetune={"task": "sft", "data": section})
     folder = prepare(config, tokenizer="bytes", chat_template=GIVEN)
     assert texts(opened(folder)[1]["train"]) == ["<x|y"]
-    assert (folder / "tokenizer" / "chat_template.jinja").read_bytes() == own.read_bytes()
+    assert (folder / "tokenizer" / "chat_template.jinja").read_bytes() == template.read_bytes()
 
 
 # ---- tokenizers, and the folder
 
 
-def test_a_tokenizer_is_learned_where_there_is_none() -> None:
+def test_tokenizer_is_trained_if_there_is_none() -> None:
     jsonl("a.jsonl", [{"text": f"hello world {n}", "label": n % 2} for n in range(30)])
     folder = make("a.jsonl", tokenizer=None, model={"vocab_size": 285}, valid_fraction=0.5)
     manifest, splits = opened(folder)
@@ -217,14 +217,14 @@ def test_a_tokenizer_is_learned_where_there_is_none() -> None:
     assert 260 < fewer.vocab_size < 400  # as many as the text yields
 
 
-def test_the_datas_tokenizer_goes_before_the_models() -> None:
+def test_tokenizer_of_the_data_has_priority_over_the_models() -> None:
     jsonl("a.jsonl", ROWS)
     section = {"path": "a.jsonl", "max_length": 64, "tokenizer": "bytes"}
     config = run_config(finetune={"task": "classification", "data": section})
     assert read_examples_manifest(prepare(config, tokenizer="gone")).vocab_size == 258
 
 
-def test_a_folder_is_made_once_and_named_by_its_content(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_makes_a_folder_once_for_its_content(monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl("a.jsonl", ROWS)
     first = make("a.jsonl")
     assert first.parent == Path("data/finetune")
@@ -256,23 +256,23 @@ def test_a_folder_is_made_once_and_named_by_its_content(monkeypatch: pytest.Monk
 
 def test_prepare_at_the_same_time_shares_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl("a.jsonl", ROWS)
-    both, made = threading.Barrier(2), examples.ExampleMaker.make
+    both, make_examples = threading.Barrier(2), examples.ExampleMaker.make
 
     def together(self: Any, folder: Path, arguments: dict[str, Any]) -> None:
-        made(self, folder, arguments)
+        make_examples(self, folder, arguments)
         both.wait(30)
 
     monkeypatch.setattr(examples.ExampleMaker, "make", together)
-    found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(make("a.jsonl"))) for _ in range(2)]
+    folders: list[Path] = []
+    threads = [threading.Thread(target=lambda: folders.append(make("a.jsonl"))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert len(found) == 2
-    assert found[0] == found[1]
-    assert [path.name for path in found[0].parent.iterdir()] == [found[0].name]
-    assert len(opened(found[0])[1]["train"]) == 20
+    assert len(folders) == 2
+    assert folders[0] == folders[1]
+    assert [path.name for path in folders[0].parent.iterdir()] == [folders[0].name]
+    assert len(opened(folders[0])[1]["train"]) == 20
 
 
 def test_prepare_leaves_nothing_of_a_failure() -> None:
@@ -282,7 +282,7 @@ def test_prepare_leaves_nothing_of_a_failure() -> None:
     assert not Path("data").exists()
 
 
-def test_many_rows_are_tokenized_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_tokenized_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examples, "_BATCH", 3)
     for module in (rows, row_files):
         monkeypatch.setattr(module, "BATCH", 7)

@@ -1,5 +1,5 @@
 # covers: data_prep/labels.py
-"""Labels that people read as one: white space is no part of a label, the rest is reported."""
+"""Labels are stripped of white space; others that look the same are reported."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def counts(tmp_path: Path, named: list[Any], /, **data: Any) -> dict[str, int]:
 @pytest.mark.parametrize(
     "space", [" ", "\t", "\n", NO_BREAK, IDEOGRAPHIC, ZERO_WIDTH, BOM, "\u2060 \u200d"]
 )
-def test_space_around_a_label_is_no_part_of_it(tmp_path: Path, space: str) -> None:
-    found = counts(
+def test_labels_are_stripped_of_white_space(tmp_path: Path, space: str) -> None:
+    label_counts = counts(
         tmp_path, ["正面", f"正面{space}", f"{space}负面", "负面", f"{space}负面{space}"]
     )
-    assert found == {"正面": 2, "负面": 3}
+    assert label_counts == {"正面": 2, "负面": 3}
     assert label_name(f" a{space}b ", "label", None) == f"a{space}b"
-    with pytest.raises(Unusable, match="neither a whole number nor a name"):
+    with pytest.raises(Unusable, match="neither an integer nor a name"):
         label_name(space, "label", None)
 
 
@@ -40,7 +40,7 @@ def test_labels_of_the_run_file_are_taken_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "words"),
     [
         (["Positive", "positive", "negative"], "'Positive' (1), 'positive' (1)"),
         (["café", "cafe\u0301", "tea"], r"'caf\xe9' (1), 'cafe\u0301' (1)"),
@@ -51,11 +51,11 @@ def test_labels_of_the_run_file_are_taken_as_they_are(tmp_path: Path) -> None:
         ([True, "true", "no"], "'True' (1), 'true' (1)"),
     ],
 )
-def test_labels_that_look_the_same_are_named_with_their_rows(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, labels: list[Any], told: str
+def test_labels_that_look_the_same_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, labels: list[Any], words: str
 ) -> None:
     assert sum(counts(tmp_path, labels).values()) == len(labels)
-    assert f"these are different labels: {told} (rows of each)" in caplog.text
+    assert f"these are different labels: {words} (rows of each)" in caplog.text
 
 
 def test_other_labels_are_not_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -31,11 +31,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-# ---- where rows come from
+# ---- sources of rows
 
 _PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -59,7 +59,7 @@ def written(kind: str) -> bytes:
 
 @pytest.mark.parametrize("packed", _PACKERS)
 @pytest.mark.parametrize("kind", ["jsonl", "ndjson", "json", "csv", "tsv"])
-def test_every_kind_of_file_gives_the_same_examples(kind: str, packed: str) -> None:
+def test_files_of_every_kind_give_the_same_examples(kind: str, packed: str) -> None:
     Path(f"a.{kind}{packed}").write_bytes(_PACKERS[packed](written(kind)))
     manifest, splits = opened(make(f"a.{kind}{packed}"))
     assert texts(splits["train"]) == [row["text"] for row in ROWS]
@@ -75,14 +75,14 @@ def test_every_kind_of_file_gives_the_same_examples(kind: str, packed: str) -> N
 def test_parquet_and_saved_sets_give_the_same_examples() -> None:
     table = pa.Table.from_pylist(ROWS)
     pq.write_table(table, "a.parquet", row_group_size=3)
-    made = datasets.Dataset(table)
-    made.save_to_disk("saved")
-    datasets.DatasetDict({"train": made, "test": made.select(range(6))}).save_to_disk("both")
+    saved = datasets.Dataset(table)
+    saved.save_to_disk("saved")
+    datasets.DatasetDict({"train": saved, "test": saved.select(range(6))}).save_to_disk("both")
     expected = opened(make("a.parquet"))[1]["train"].info
     assert opened(make("saved"))[1]["train"].info == expected
-    found = opened(make("both", test_split="test"))[1]
-    assert found["train"].info == expected
-    assert len(found["test"]) == 6
+    splits = opened(make("both", test_split="test"))[1]
+    assert splits["train"].info == expected
+    assert len(splits["test"]) == 6
     with pytest.raises(DataError, match="no split 'valid'; it has train, test"):
         make("both", valid_split="valid")
     with pytest.raises(DataError, match="no column 'texts'; it has text, label"):
@@ -92,27 +92,27 @@ def test_parquet_and_saved_sets_give_the_same_examples() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"text;label\na;0\n", "it has text;label; columns are separated by commas .* not by ';'"),
+        (b"text;label\na;0\n", "it has text;label; separate columns by commas .* not by ';'"),
         (b'"one, two\nthree",good\n', "the first row must name the columns"),
         ("text,label\ncaf\xe9,1\n".encode("latin-1"), "byte 0xe9 after .*caf' is not UTF-8; save"),
     ],
 )
-def test_a_table_of_another_program_is_named_for_what_it_is(content: bytes, message: str) -> None:
+def test_table_of_another_program_is_described(content: bytes, message: str) -> None:
     Path("a.csv").write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
         make("a.csv")
     assert "\n" not in str(caught.value)
 
 
-def test_a_set_of_the_hub_names_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_data_set_names_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     feature = datasets.ClassLabel(names=["neg", "pos"])
-    made = datasets.Dataset.from_list([{"text": "a", "label": n} for n in (1, 0, -1)])
-    made = made.cast_column("label", feature)
-    asked = []
+    loaded = datasets.Dataset.from_list([{"text": "a", "label": n} for n in (1, 0, -1)])
+    loaded = loaded.cast_column("label", feature)
+    calls = []
 
     def load(name: str, config: str | None, *, split: str) -> datasets.Dataset:
-        asked.append((name, config, split))
-        return made
+        calls.append((name, config, split))
+        return loaded
 
     monkeypatch.setattr(hub, "unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -121,7 +121,7 @@ def test_a_set_of_the_hub_names_its_labels(monkeypatch: pytest.MonkeyPatch) -> N
     assert splits["train"].labels is not None
     assert splits["train"].labels.tolist() == [1, 0]
     assert splits["train"].info.bad_rows == 1
-    assert asked == [("org/name", "small", "train")]
+    assert calls == [("org/name", "small", "train")]
 
     def refuse(*_: Any, **__: Any) -> None:
         raise ConnectionError("no network")
@@ -131,14 +131,14 @@ def test_a_set_of_the_hub_names_its_labels(monkeypatch: pytest.MonkeyPatch) -> N
         make("org/name")
     monkeypatch.setattr(hub, "unreachable", lambda: "no route")
     began = time.monotonic()
-    with pytest.raises(DataError, match=r"org/name: no such file .*asked \(no route\)") as caught:
+    with pytest.raises(DataError, match=r"org/name: no such file .*reached \(no route\)") as caught:
         make("org/name@small")
     assert time.monotonic() - began < 1  # the library tries for half a minute
     assert "\nhf download org/name --repo-type dataset --local-dir name\n" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["reviews.txt", "reviews.xlsx", "a/b/c", "d/none.text"])
-def test_a_missing_file_of_any_ending_is_no_set_of_the_hub(
+def test_missing_file_is_not_taken_for_a_hub_data_set(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets, "load_dataset", None)
@@ -147,13 +147,13 @@ def test_a_missing_file_of_any_ending_is_no_set_of_the_hub(
         make(name)
 
 
-def test_a_folder_has_a_file_a_split() -> None:
+def test_folder_has_a_file_for_each_split() -> None:
     jsonl("d/train.jsonl", ROWS)
     Path("d/dev.csv").write_text("text,label\nx,1\n")
     Path("d/test.ndjson.gz").write_bytes(gzip.compress(json.dumps(ROWS[1]).encode()))
     Path("d/README.md").write_text("")
-    found = opened(make("d", valid_split="dev", test_split="test.ndjson.gz"))[1]
-    assert {name: len(split) for name, split in found.items()} == {
+    splits = opened(make("d", valid_split="dev", test_split="test.ndjson.gz"))[1]
+    assert {name: len(split) for name, split in splits.items()} == {
         "train": 20,
         "valid": 1,
         "test": 1,
@@ -166,10 +166,10 @@ def test_a_folder_has_a_file_a_split() -> None:
     assert len(opened(make("d", train_split="train.jsonl"))[1]["train"]) == 20
 
 
-def test_source_names_paths_that_are_no_data(tmp_path: Path) -> None:
+def test_find_source_reports_paths_without_data(tmp_path: Path) -> None:
     Path("a.txt").write_text("x")
     jsonl("a.jsonl", ROWS)
-    with pytest.raises(DataError, match="ending says no kind of file"):
+    with pytest.raises(DataError, match="a.txt: got an unknown ending; use one of"):
         make("a.txt")
     for path in ("gone.jsonl.gz", str(tmp_path / "gone"), "./gone"):
         with pytest.raises(DataError, match="there is no such file or folder"):
@@ -179,7 +179,7 @@ def test_source_names_paths_that_are_no_data(tmp_path: Path) -> None:
     assert len(opened(make("a.jsonl", train_split="all"))[1]["train"]) == 20
 
 
-def test_damaged_files_are_named() -> None:
+def test_damaged_files_are_reported() -> None:
     Path("a.jsonl.gz").write_bytes(gzip.compress(written("jsonl"))[:-9])
     Path("a.csv").write_text('text,label\n"x,1\n')
     Path("b.csv").write_text("text,label,text\n")
@@ -192,10 +192,10 @@ def test_damaged_files_are_named() -> None:
         make("b.csv")
 
 
-# ---- rows with faults
+# ---- bad rows
 
 FAULTS: list[tuple[Any, str]] = [
-    ("{", "not JSON that can be read"),
+    ("{", "not readable JSON"),
     ("[1]", "not a JSON object"),
     ({"label": 1}, "no field 'text'; it has label"),
     ({"text": 5, "label": 1}, "'text' is 5, not text"),
@@ -203,15 +203,15 @@ FAULTS: list[tuple[Any, str]] = [
     ({"text": " \n", "label": 1}, "'text' is empty"),
     ({"text": "a\0", "label": 1}, "NUL at character 1"),
     ('{"text": "\\ud800", "label": 1}', "half a surrogate pair"),
-    ({"text": "a", "label": None}, "'label' is None, neither a whole number nor a name"),
+    ({"text": "a", "label": None}, "'label' is None, neither an integer nor a name"),
     ({"text": "a", "label": 0.5}, "'label' is 0.5"),
     ({"text": "a", "label": ""}, "'label' is ''"),
 ]
 
 
 @pytest.mark.parametrize(("row", "reason"), FAULTS)
-def test_a_fault_is_named_and_counted(
-    row: Any, reason: str, told: pytest.LogCaptureFixture
+def test_bad_row_is_reported_and_counted(
+    row: Any, reason: str, log: pytest.LogCaptureFixture
 ) -> None:
     jsonl("a.jsonl", [*ROWS[:2], row, ROWS[2]])
     with pytest.raises(
@@ -221,17 +221,17 @@ def test_a_fault_is_named_and_counted(
     assert reason in str(error.value)
     split = opened(make("a.jsonl", max_bad_rows=1))[1]["train"]
     assert (split.info.bad_rows, split.rows.tolist()) == (1, [0, 1, 3])
-    assert "a.jsonl line 3" in told.text
-    assert reason in told.text
+    assert "a.jsonl line 3" in log.text
+    assert reason in log.text
 
 
-def test_faults_are_counted_by_split_and_few_are_named(told: pytest.LogCaptureFixture) -> None:
+def test_bad_rows_are_counted_by_split_and_a_few_named(log: pytest.LogCaptureFixture) -> None:
     jsonl("d/train.jsonl", [*ROWS, *["x"] * 8])
     jsonl("d/test.jsonl", [ROWS[0], {"text": "a", "label": 7}, *["x"] * 7])
     split = opened(make("d", test_split="test", max_bad_rows=8))[1]
     assert [one.info.bad_rows for one in split.values()] == [8, 8]
-    assert told.text.count("omitted") == 10
-    assert told.text.count("label '7' is none of '0', '1', '2'") == 1
+    assert log.text.count("omitted") == 10
+    assert log.text.count("label '7' is none of '0', '1', '2'") == 1
     with pytest.raises(DataError, match=r"8 bad rows, more than .* 7"):
         make("d", test_split="test", max_bad_rows=7)
     jsonl("e.jsonl", ["x"] * 3000)
@@ -239,7 +239,7 @@ def test_faults_are_counted_by_split_and_few_are_named(told: pytest.LogCaptureFi
         make("e.jsonl")
 
 
-def test_csv_rows_of_another_length_are_faults() -> None:
+def test_csv_rows_of_another_length_are_bad_rows() -> None:
     Path("a.csv").write_text("text,label\na,1\nb\nc,2,3\nd,0\n")
     split = opened(make("a.csv", max_bad_rows=2))[1]["train"]
     assert texts(split) == ["a", "d"]
@@ -248,7 +248,7 @@ def test_csv_rows_of_another_length_are_faults() -> None:
     assert csv.field_size_limit() > 1 << 31
 
 
-def test_a_split_without_examples_is_refused() -> None:
+def test_split_without_examples_is_refused() -> None:
     jsonl("d/train.jsonl", ROWS)
     jsonl("d/test.jsonl", [])
     with pytest.raises(DataError, match="test split has no example"):
@@ -258,12 +258,12 @@ def test_a_split_without_examples_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "folder"])
-def test_rows_whose_labels_are_asked_for(kind: str, told: pytest.LogCaptureFixture) -> None:
-    found = [{"text": "a", "label": 1}, {"text": "b", "label": None}, {"text": "c", "label": 0}]
-    found.append({"text": "d", "label": -1})
+def test_rows_may_be_unlabelled_for_predictions(kind: str, log: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": None}, {"text": "c", "label": 0}]
+    rows.append({"text": "d", "label": -1})
 
-    def written(place: str, found: list[dict[str, Any]]) -> str:
-        table = pa.Table.from_pylist(found)
+    def written(place: str, values: list[dict[str, Any]]) -> str:
+        table = pa.Table.from_pylist(values)
         if kind == "folder":
             datasets.Dataset(table).save_to_disk(place)
             return place
@@ -271,22 +271,22 @@ def test_rows_whose_labels_are_asked_for(kind: str, told: pytest.LogCaptureFixtu
         if kind == "parquet":
             pq.write_table(table, path)
         elif kind == "csv":
-            lines = [",".join("" if v is None else str(v) for v in row.values()) for row in found]
-            Path(path).write_text("\n".join([",".join(found[0]), *lines]) + "\n")
+            lines = [",".join("" if v is None else str(v) for v in row.values()) for row in values]
+            Path(path).write_text("\n".join([",".join(values[0]), *lines]) + "\n")
         else:
-            jsonl(path, found)
+            jsonl(path, values)
         return path
 
-    asked = {"labels": ["0", "1"], "unlabelled": True}
+    options = {"labels": ["0", "1"], "unlabelled": True}
     train = "train" if kind != "folder" else "None"
-    split = opened(make(written("some", found), train_split=train, **asked))[1]["train"]
+    split = opened(make(written("some", rows), train_split=train, **options))[1]["train"]
     assert split.labels is not None
     assert split.labels.tolist() == [1, -1, 0, -1]
     assert split.info.counts == {"0": 1, "1": 1}
-    bare = written("none", [{"text": row["text"]} for row in found])
-    split = opened(make(bare, train_split=train, **asked))[1]["train"]
+    bare = written("none", [{"text": row["text"]} for row in rows])
+    split = opened(make(bare, train_split=train, **options))[1]["train"]
     assert split.labels is not None
     assert split.labels.tolist() == [-1] * 4
-    assert "no example of" not in told.text
+    assert "no example of" not in log.text
     with pytest.raises(DataError, match="label"):
         make(bare, train_split=train, labels=["0", "1"])

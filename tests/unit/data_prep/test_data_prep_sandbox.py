@@ -1,5 +1,5 @@
 # covers: data_prep/sandbox.py
-"""Chat templates that would run or grow without end, and those that only look like it."""
+"""Chat templates that run or grow without end, and harmless ones that resemble them."""
 
 from __future__ import annotations
 
@@ -62,21 +62,23 @@ def test_template_that_grows_without_end_is_refused(template: str) -> None:
 def test_template_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 0.2)
     before, began = signal.getsignal(signal.SIGALRM), time.monotonic()
-    with pytest.raises(DataError, match="the template has not ended after"):  # not of one row
+    with pytest.raises(
+        DataError, match="the template has not ended after"
+    ):  # not Unusable, which is for one row
         render(ENDLESS)
     assert time.monotonic() - began < 5
     assert signal.getsignal(signal.SIGALRM) == before
 
 
 def test_template_is_rendered_in_another_thread() -> None:
-    found: list[str] = []
-    thread = threading.Thread(target=lambda: found.append(render("text")))
+    texts: list[str] = []
+    thread = threading.Thread(target=lambda: texts.append(render("text")))
     thread.start()
     thread.join()
-    assert found == ["text"]
+    assert texts == ["text"]
 
 
-def test_template_that_nests_too_deep_is_no_template() -> None:
+def test_template_that_is_nested_too_deeply_is_refused() -> None:
     with pytest.raises(DataError, match="no Jinja that can be read"):
         render("{{" + "(" * 3000 + ")" * 3000 + "}}")
 

@@ -1,5 +1,5 @@
 # covers: data_prep/encoder.py data_prep/options.py
-"""What documents and examples begin with: as the tokenizer begins its texts, unless overruled."""
+"""Documents and examples begin with the tokenizer's prefix, unless --bos or --no-bos is given."""
 
 from __future__ import annotations
 
@@ -57,29 +57,29 @@ def folders(place: None) -> None:
         ("several", False, []),
     ],
 )
-def test_documents_begin_as_the_tokenizer_or_the_command_says(
+def test_documents_begin_by_the_tokenizer_or_the_option(
     tokenizer: str, bos: bool | None, before: list[int]
 ) -> None:
-    found = documents(tokenizer, "out", bos=bos)
-    assert found == [[*before, *ids(text), EOS] for text in ("ab", "c")]
-    # texts that a model of these shards continues begin likewise, wherever the tokenizer goes
-    kept = load_tokenizer("out/tokenizer")
-    assert list(kept.prefix_ids) == before
-    assert documents("out/tokenizer", "again") == found
+    ids_of_documents = documents(tokenizer, "out", bos=bos)
+    assert ids_of_documents == [[*before, *ids(text), EOS] for text in ("ab", "c")]
+    # Prompts begin like the documents, also with a saved or exported copy of the tokenizer.
+    saved = load_tokenizer("out/tokenizer")
+    assert list(saved.prefix_ids) == before
+    assert documents("out/tokenizer", "again") == ids_of_documents
     Path("exported").mkdir()
-    kept.export(Path("exported"))
-    assert load_tokenizer("exported").prefix_ids == kept.prefix_ids
+    saved.export(Path("exported"))
+    assert load_tokenizer("exported").prefix_ids == saved.prefix_ids
 
 
 @pytest.mark.parametrize("bos", [None, True, False])
-def test_bytes_begin_with_nothing_unless_they_are_told(bos: bool | None) -> None:
-    found = documents("bytes", "out", bos=bos)
+def test_byte_tokenizer_has_no_prefix_unless_bos_is_set(bos: bool | None) -> None:
+    ids_of_documents = documents("bytes", "out", bos=bos)
     before = [BOS] if bos else []
-    assert found == [[*before, *text.encode(), EOS] for text in ("ab", "c")]
+    assert ids_of_documents == [[*before, *text.encode(), EOS] for text in ("ab", "c")]
     assert list(load_tokenizer("out/tokenizer").prefix_ids) == before
 
 
-def test_a_tokenizer_without_bos_is_refused_only_if_bos_is_wanted() -> None:
+def test_tokenizer_without_bos_is_refused_only_if_bos_is_set() -> None:
     json_folder(Path("none"), {"tokenizer_config.json": {"bos_token": None, "eos_token": "</s>"}})
     with pytest.raises(UserError, match="has no BOS token; use another, or omit --bos"):
         documents("none", "out", bos=True)
@@ -87,7 +87,7 @@ def test_a_tokenizer_without_bos_is_refused_only_if_bos_is_wanted() -> None:
 
 
 @pytest.mark.parametrize(("tokenizer", "before"), [("plain", []), ("begins", [BOS])])
-def test_examples_begin_as_the_tokenizer_says(tokenizer: str, before: list[int]) -> None:
+def test_examples_begin_with_the_tokenizers_prefix(tokenizer: str, before: list[int]) -> None:
     jsonl("a.jsonl", [{"text": "ab", "label": n % 2, "target": "xy"} for n in range(4)])
     split = opened(make("a.jsonl", tokenizer=tokenizer))[1]["train"]
     assert split.ids(0).tolist() == [*before, *ids("ab"), EOS]
@@ -101,7 +101,7 @@ def test_examples_begin_as_the_tokenizer_says(tokenizer: str, before: list[int])
     assert split.ids(0).tolist() == [*before, *ids("ab"), EOS, *ids("xy"), EOS]
 
 
-def test_examples_are_made_again_if_a_file_beside_the_tokenizer_changes() -> None:
+def test_examples_are_made_again_if_a_settings_file_changes() -> None:
     jsonl("a.jsonl", [{"text": "ab"}] * 3)
     first = make("a.jsonl", "language_modeling", tokenizer="plain")
     assert make("a.jsonl", "language_modeling", tokenizer="plain") == first

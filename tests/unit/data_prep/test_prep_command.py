@@ -1,5 +1,5 @@
 # covers: data_prep/__main__.py
-"""`python -m data_prep` as a process: exit codes, what goes where, and how long help takes."""
+"""`python -m data_prep` as a process: exit codes, output streams, and the duration of --help."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_from_a_corpus_to_a_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_work_from_a_corpus_to_a_document(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for number in range(4):
         (tmp_path / f"{number}.txt").write_text(f"text {number}, and more of it\n" * 30)
     files = [str(tmp_path / f"{number}.txt") for number in range(4)]
@@ -39,7 +41,7 @@ def test_from_a_corpus_to_a_document(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == "text 2, and more of it\n" * 30 + "\n"
 
 
-def test_help_teaches_and_imports_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_examples_and_imports_nothing_heavy(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ([], ["train-tokenizer"], ["tokenize"], ["verify"], ["inspect"]):
         with pytest.raises(SystemExit) as left:
             main([*command, "--help"])
@@ -56,18 +58,18 @@ def test_help_teaches_and_imports_nothing_heavy(capsys: pytest.CaptureFixture[st
     assert done.returncode == 0, done.stderr
 
 
-def test_an_error_is_a_line_and_its_code(tmp_path: Path) -> None:
+def test_errors_are_one_line_and_an_exit_code(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n{"text": "cut')
     out = tmp_path / "out"
     done = run("tokenize", "--input", tmp_path / "a.jsonl", "--tokenizer", "bytes", "--output", out)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith(f"error: {tmp_path / 'a.jsonl'} line 2: not whole JSON")
+    assert done.stderr.startswith(f"error: {tmp_path / 'a.jsonl'} line 2: not valid JSON")
     assert len(done.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_verify_leaves_with_1_where_something_is_wrong(tmp_path: Path) -> None:
+def test_verify_exits_with_1_for_a_damaged_folder(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     out = tmp_path / "out"
     assert main(["tokenize", "--input", f"{tmp_path}/a.txt", "--tokenizer", "bytes",
@@ -91,7 +93,7 @@ def test_verify_leaves_with_1_where_something_is_wrong(tmp_path: Path) -> None:
         ["tokenize", "--input", "a", "--tokenizer", "bytes", "--output", "b", "--workers", "0"],
     ],
 )
-def test_arguments_that_make_no_sense_leave_with_2(arguments: list[str]) -> None:
+def test_bad_arguments_exit_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as left:
         main(arguments)
     assert left.value.code == 2

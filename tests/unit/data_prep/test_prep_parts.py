@@ -1,5 +1,5 @@
 # covers: data_prep/part_reader.py data_prep/jsonl.py data_prep/parquet.py
-"""Whatever the parts' size and the order they are read in, they add up to the whole input."""
+"""Parts of any size, read in any order, add up to the input."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ relaxed = settings(
 
 
 def expected(path: Path, data: bytes, part_bytes: int) -> dict[int, list[Record]]:
-    """Return the records of each part, found the simple way: by cutting the whole into lines."""
+    """Return the records of each part by splitting the whole file into lines."""
     parts: dict[int, list[Record]] = {}
     offset = 0
     for number, piece in enumerate(data.split(b"\n"), 1):
@@ -75,15 +75,15 @@ def expected(path: Path, data: bytes, part_bytes: int) -> dict[int, list[Record]
 
 
 def plain(records: Sequence[Record]) -> list[Record]:
-    """Faults by their place alone."""
+    """Return the records, with bad records reduced to their places."""
     return [BadRecord(one.place, "") if isinstance(one, BadRecord) else one for one in records]
 
 
 def in_any_order(
     stream: Stream, parts: int, draw: random.Random
 ) -> dict[int, tuple[list[Record], bool]]:
-    """Return each part, and some twice and some left midway, by one reader in a drawn order."""
-    found: dict[int, tuple[list[Record], bool]] = {}
+    """Read the parts with one reader in a random order, some twice and some only partly."""
+    parts: dict[int, tuple[list[Record], bool]] = {}
     reader = PartReader("text")
     order = list(range(parts)) * 2
     draw.shuffle(order)
@@ -93,15 +93,15 @@ def in_any_order(
             list(islice(begun, 1))
             del begun
         now = plain(list(reader.read(stream, part))), reader.ended
-        assert found.setdefault(part, now) == now
+        assert parts.setdefault(part, now) == now
     reader.close()
-    return found
+    return parts
 
 
 @pytest.mark.parametrize("ending", PACKERS)
 @relaxed
 @given(data=files, part_bytes=part_sizes, cut=st.floats(0, 1), draw=st.randoms())
-def test_parts_of_json_lines_add_up(
+def test_parts_of_json_lines_add_up_to_the_file(
     ending: str, data: bytes, part_bytes: int, cut: float, draw: random.Random, tmp_path: Path
 ) -> None:
     path = tmp_path / f"a.jsonl{ending}"
@@ -114,9 +114,9 @@ def test_parts_of_json_lines_add_up(
     wanted = expected(path, data, size)
     count = max(1, -(-len(data) // size))
     assert stream.parts == (count if not ending or stream.parts else None)
-    found = in_any_order(stream, count + 2, draw)
-    assert {part: records for part, (records, _) in found.items() if records} == wanted
-    assert [found[part][1] for part in range(count + 2)] == [False] * (count - 1) + [True] * 3
+    parts = in_any_order(stream, count + 2, draw)
+    assert {part: records for part, (records, _) in parts.items() if records} == wanted
+    assert [parts[part][1] for part in range(count + 2)] == [False] * (count - 1) + [True] * 3
     whole = [record for part in sorted(wanted) for record in wanted[part]]
     assert plain(list(read_streams([stream], "text"))) == whole
 
@@ -127,7 +127,7 @@ def test_parts_of_json_lines_add_up(
     part_bytes=st.integers(1, 3000),
     draw=st.randoms(),
 )
-def test_parts_of_parquet_add_up(
+def test_parts_of_parquet_add_up_to_the_file(
     groups: list[list[str | None]], part_bytes: int, draw: random.Random, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.parquet"
@@ -139,9 +139,9 @@ def test_parts_of_parquet_add_up(
     wanted = [row or BadRecord(f"{path} row {number}", "") for number, row in enumerate(rows)]
     (stream,) = find_streams([str(path)], part_bytes=part_bytes)
     assert stream.parts is not None
-    found = in_any_order(stream, stream.parts + 1, draw)
-    assert [record for part in sorted(found) for record in found[part][0]] == wanted
-    assert [found[part][1] for part in sorted(found)] == [False] * (stream.parts - 1) + [True] * 2
+    parts = in_any_order(stream, stream.parts + 1, draw)
+    assert [record for part in sorted(parts) for record in parts[part][0]] == wanted
+    assert [parts[part][1] for part in sorted(parts)] == [False] * (stream.parts - 1) + [True] * 2
 
 
 @relaxed
@@ -151,7 +151,7 @@ def test_parts_of_parquet_add_up(
     ),
     part_bytes=st.integers(1, 600),
 )
-def test_small_files_are_read_in_groups_and_in_order(
+def test_small_files_are_read_in_groups_in_order(
     sizes: list[tuple[str, int]], part_bytes: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("files")
@@ -181,7 +181,7 @@ def on_disk(stream: Stream) -> list[tuple[str, int]]:
     return [(path, Path(path).stat().st_size) for path in stream.paths]
 
 
-def test_a_line_longer_than_parts_leaves_those_inside_it_empty(tmp_path: Path) -> None:
+def test_parts_inside_a_long_line_are_empty(tmp_path: Path) -> None:
     data = b'{"text": "' + b"z" * 1000 + b'"}\n{"text": "after"}\n'
     for ending, pack in PACKERS.items():
         path = tmp_path / f"a.jsonl{ending}"

@@ -1,5 +1,5 @@
 # covers: data_prep/preview.py
-"""The first rows of a run's examples: what they show before anything is tokenized."""
+"""The quick check of the first rows of a run's data."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ def test_preview_refuses_rows_that_cannot_be_used(
         preview(tuning(**data))
 
 
-def test_preview_reads_past_a_bad_row_if_some_are_allowed() -> None:
+def test_preview_accepts_a_bad_row_if_some_are_allowed() -> None:
     jsonl("a.jsonl", [{"text": "x"}, ROW])
     assert preview(tuning(max_bad_rows=1)).startswith("a.jsonl: train")

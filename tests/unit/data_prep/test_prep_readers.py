@@ -58,14 +58,14 @@ COMPRESSED = {
 
 
 @pytest.mark.parametrize("name", COMPRESSED)
-def test_json_lines_are_read_however_packed(name: str, tmp_path: Path) -> None:
+def test_json_lines_are_read_from_every_compression(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(COMPRESSED[name])
     assert documents(path) == TEXTS
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.py.gz", "a.c.bz2", "a.h.XZ", "a.md.zst"])
-def test_a_text_file_is_one_document_unchanged(name: str, tmp_path: Path) -> None:
+def test_text_file_is_one_unchanged_document(name: str, tmp_path: Path) -> None:
     data = TEXTS[0].encode() + TEXTS[1].encode()
     (tmp_path / name).write_bytes(PACKERS.get(Path(name).suffix.lower(), bytes)(data))
     assert documents(tmp_path / name) == [TEXTS[0] + TEXTS[1]]
@@ -85,19 +85,19 @@ BAD_LINES = {
     "field 'text' is None, not text": b'{"text": null}',
     "field 'text' is ['a'], not text": b'{"text": ["a"]}',
     "[1, 2] is not a JSON object": b"[1, 2]",
-    "not whole JSON: Unterminated string": b'{"text": "cut he',
+    "not valid JSON: Unterminated string": b'{"text": "cut he',
     "not UTF-8 at byte 10": b'{"text": "\xff"}',
     "a NUL at character 1": b'{"text": "a\\u0000"}',
     "a NUL at byte 10": b'{"text": "\0"}',
-    "not whole JSON: Extra data at character 13": b'{"text": "a"}{"text": "b"}',
-    "not JSON that can be read": b"[" * 100_000,
+    "not valid JSON: Extra data at character 13": b'{"text": "a"}{"text": "b"}',
+    "not readable JSON": b"[" * 100_000,
     "half a surrogate pair at character 0": b'{"text": "\\ud800"}',
     "an empty document": b'{"text": ""}',
 }
 
 
 @pytest.mark.parametrize("reason", BAD_LINES)
-def test_a_bad_line_is_named_counted_and_left_out(
+def test_bad_line_is_reported_counted_and_omitted(
     reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "a.jsonl"
@@ -115,13 +115,13 @@ def test_a_bad_line_is_named_counted_and_left_out(
     ("data", "reason"),
     [(b"", "an empty document"), (b"ab\0", "a NUL"), (b"ab\xe4", "not UTF-8 at byte 2")],
 )
-def test_a_bad_text_file_is_named(data: bytes, reason: str, tmp_path: Path) -> None:
+def test_bad_text_file_is_reported(data: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(data)
     with pytest.raises(DataError, match=f"a.txt: {reason}"):
         documents(tmp_path / "a.txt")
 
 
-def test_bad_rows_of_parquet_are_named(tmp_path: Path) -> None:
+def test_bad_rows_of_parquet_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     column = pa.array([b"good", None, b"", b"\xff\xfe"], pa.binary())
     invalid = pa.StringArray.from_buffers(4, *column.buffers()[1:], column.buffers()[0])
@@ -133,17 +133,17 @@ def test_bad_rows_of_parquet_are_named(tmp_path: Path) -> None:
         documents(path, limit=2)
 
 
-def test_a_table_without_the_column_ends_at_once(tmp_path: Path) -> None:
+def test_table_without_the_column_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"n": [1], "body": ["x"]}), path)
     with pytest.raises(DataError, match=r"no column 'text'; it has n, body: choose one with"):
         documents(path, limit=100)
-    with pytest.raises(DataError, match="column 'n' holds int64, not strings"):
+    with pytest.raises(DataError, match="column 'n' has int64, not strings"):
         documents(path, "n", limit=100)
 
 
 def damaged(ending: str, tmp_path: Path) -> dict[str, bytes]:
-    """Files cut within and at the edge of a member, with a byte flipped, a wrong rest, none."""
+    """Return truncated files, files with a changed byte or trailing data, and an empty one."""
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "whole.parquet")
     if ending == ".parquet":
         whole = (tmp_path / "whole.parquet").read_bytes()
@@ -162,8 +162,8 @@ def damaged(ending: str, tmp_path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".txt.zst", ".parquet"])
-def test_a_damaged_file_ends_the_command(ending: str, tmp_path: Path) -> None:
-    """However many bad records are allowed: what is missing cannot be counted."""
+def test_damaged_file_ends_the_command(ending: str, tmp_path: Path) -> None:
+    """This holds for any --max-bad-records, because missing records cannot be counted."""
     path = tmp_path / f"a{ending}"
     for name, data in damaged(path.suffix, tmp_path).items():
         path.write_bytes(data)
@@ -172,7 +172,7 @@ def test_a_damaged_file_ends_the_command(ending: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", PACKERS)
-def test_damage_is_named_in_parts_too(ending: str, tmp_path: Path) -> None:
+def test_damage_in_parts_is_reported(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.jsonl{ending}"
     rows = [f'{{"text": "{number * 7919:x}"}}\n'.encode() for number in range(4000)]
     path.write_bytes(PACKERS[ending](b"".join(rows))[:-9])
@@ -184,7 +184,7 @@ def test_damage_is_named_in_parts_too(ending: str, tmp_path: Path) -> None:
             list(PartReader("text").read(stream, part))
 
 
-def test_a_column_of_a_wrong_kind_is_named_before_a_row_is_read(tmp_path: Path) -> None:
+def test_column_of_another_type_is_refused_before_a_row_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [["a"]], "meta": [{"text": "a"}]}), path)
     for field in ("text", "meta"):
@@ -196,7 +196,7 @@ def test_a_column_of_a_wrong_kind_is_named_before_a_row_is_read(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz"])
 @pytest.mark.parametrize("part_bytes", [10, 10**6])
-def test_a_file_that_changed_is_named(name: str, part_bytes: int, tmp_path: Path) -> None:
+def test_file_that_changed_is_reported(name: str, part_bytes: int, tmp_path: Path) -> None:
     path = tmp_path / name
     pack = PACKERS.get(path.suffix, bytes)
     path.write_bytes(pack(LINES))
@@ -209,12 +209,12 @@ def test_a_file_that_changed_is_named(name: str, part_bytes: int, tmp_path: Path
         list(read_streams([stream], "text"))
 
 
-def test_an_empty_plain_file_of_json_lines_holds_nothing(tmp_path: Path) -> None:
+def test_empty_file_of_json_lines_has_no_documents(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     assert documents(tmp_path / "a.jsonl") == []
 
 
-def test_many_bad_records_are_counted_but_not_all_named(
+def test_bad_records_are_counted_and_a_few_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "a.jsonl"

@@ -27,25 +27,25 @@ def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def saved(folder: Path, texts: list[str | None] = TEXTS, files: int = 3) -> str:
-    made = datasets.Dataset.from_dict({"n": list(range(len(texts))), "text": texts})
-    made.save_to_disk(folder, num_shards=files)
+    rows = datasets.Dataset.from_dict({"n": list(range(len(texts))), "text": texts})
+    rows.save_to_disk(folder, num_shards=files)
     return str(folder)
 
 
 def backwards(streams: list[Stream]) -> list[Record]:
-    """Return all records, each stream's parts read from the last to the first."""
-    found: list[Record] = []
+    """Return all records, reading each stream's parts from the last to the first."""
+    records: list[Record] = []
     for stream in streams:
         assert stream.parts
         reader = PartReader("text")
         parts = [list(reader.read(stream, part)) for part in reversed(range(stream.parts))]
-        found += [record for part in reversed(parts) for record in part]
-    return found
+        records += [record for part in reversed(parts) for record in part]
+    return records
 
 
 @pytest.mark.parametrize("part_bytes", [1, 100, 777, 10**6])
 @pytest.mark.parametrize("prefix", ["", "hf:"])
-def test_a_saved_set_is_read_in_parts(prefix: str, part_bytes: int, tmp_path: Path) -> None:
+def test_saved_set_is_read_in_parts(prefix: str, part_bytes: int, tmp_path: Path) -> None:
     streams = find_streams([prefix + saved(tmp_path / "set")], part_bytes=part_bytes)
     assert [(stream.kind, stream.paths) for stream in streams] == [
         ("saved", (str(tmp_path / "set"),))
@@ -55,7 +55,7 @@ def test_a_saved_set_is_read_in_parts(prefix: str, part_bytes: int, tmp_path: Pa
     assert list(read_streams(streams, "text")) == backwards(streams) == TEXTS
 
 
-def test_a_saved_set_knows_its_split_and_names_the_others(tmp_path: Path) -> None:
+def test_saved_set_reports_missing_splits(tmp_path: Path) -> None:
     folder = tmp_path / "sets"
     for split in ("train", "test"):
         saved(folder / split, [f"{split} 0", f"{split} 1"], 1)
@@ -66,15 +66,15 @@ def test_a_saved_set_knows_its_split_and_names_the_others(tmp_path: Path) -> Non
             assert list(read_streams(streams, "text")) == [f"{split} 0", f"{split} 1"]
     with pytest.raises(CommandError, match="no split valid; it has train, test: name one as hf:"):
         find_streams([f"{folder}:valid"])
-    with pytest.raises(CommandError, match="holds one data set; omit :test"):
+    with pytest.raises(CommandError, match="has no splits; remove :test"):
         find_streams([f"{folder}/train:test"])
     (folder / "dataset_dict.json").write_text('{"splits": ["test"]}')
     with pytest.raises(CommandError, match="no split train; it has test"):
         find_streams([str(folder)])
 
 
-def test_a_saved_set_with_an_index_is_read_in_its_order(tmp_path: Path) -> None:
-    """As early versions of the library wrote them: the rows of a selection, by their numbers."""
+def test_saved_set_with_an_index_is_read_in_its_order(tmp_path: Path) -> None:
+    """Old versions of the library wrote the row numbers of a selection to an index."""
     folder = Path(saved(tmp_path / "set"))
     order = np.random.default_rng(1).permutation(100)[:70].astype(np.uint64)
     table = pa.table({"indices": order})
@@ -87,7 +87,7 @@ def test_a_saved_set_with_an_index_is_read_in_its_order(tmp_path: Path) -> None:
     assert backwards(streams) == [TEXTS[number] for number in order]
 
 
-def test_bad_rows_and_damage_of_a_saved_set_are_named(tmp_path: Path) -> None:
+def test_saved_set_reports_bad_rows_and_damage(tmp_path: Path) -> None:
     name = saved(tmp_path / "set", ["good", None, "", "a\0", "last"], 2)
     (stream,) = find_streams([name], part_bytes=30)
     assert list(read_streams([stream], "text")) == [
@@ -99,7 +99,7 @@ def test_bad_rows_and_damage_of_a_saved_set_are_named(tmp_path: Path) -> None:
     ]
     with pytest.raises(DataError, match="set: no column 'body'; it has n, text"):
         list(read_streams([stream], "body"))
-    with pytest.raises(DataError, match="set: column 'n' holds int64, not strings"):
+    with pytest.raises(DataError, match="set: column 'n' has int64, not strings"):
         list(read_streams([stream], "n"))
     (arrow, *_) = sorted((tmp_path / "set").glob("*.arrow"))
     arrow.write_bytes(arrow.read_bytes()[: arrow.stat().st_size // 2])
@@ -124,7 +124,7 @@ def hub(tmp_path: Path, rows: Callable[[str, int], list[dict[str, Any]]]) -> str
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_folder_of_data_files_is_read_by_its_split(streaming: bool, tmp_path: Path) -> None:
+def test_folder_of_data_files_is_read_by_its_split(streaming: bool, tmp_path: Path) -> None:
     name = hub(tmp_path, lambda split, file: [{"text": f"{split} {file} {n}"} for n in range(5)])
     for suffix, split in (("", "train"), (":test", "test")):
         streams = find_streams([name + suffix], streaming=streaming, part_bytes=90)
@@ -141,7 +141,7 @@ def test_a_folder_of_data_files_is_read_by_its_split(streaming: bool, tmp_path: 
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_bad_rows_of_a_data_set_are_named(streaming: bool, tmp_path: Path) -> None:
+def test_hub_data_set_reports_bad_rows(streaming: bool, tmp_path: Path) -> None:
     name = hub(tmp_path, lambda split, file: [{"text": "a"}, {"text": None if file else ""}])
     streams = find_streams([name], streaming=streaming)
     faults = [one for one in read_streams(streams, "text") if isinstance(one, BadRecord)]
@@ -152,7 +152,7 @@ def test_bad_rows_of_a_data_set_are_named(streaming: bool, tmp_path: Path) -> No
         list(read_streams(streams, "body"))
 
 
-def test_the_identity_of_a_set_follows_its_files(tmp_path: Path) -> None:
+def test_identity_of_a_data_set_depends_on_its_files(tmp_path: Path) -> None:
     name = hub(tmp_path, lambda split, file: [{"text": "a"}])
 
     def identity(suffix: str = "") -> str:
@@ -165,7 +165,7 @@ def test_the_identity_of_a_set_follows_its_files(tmp_path: Path) -> None:
     assert identity() != first
 
 
-def test_a_configuration_is_chosen_by_name(tmp_path: Path) -> None:
+def test_hub_configuration_is_chosen_by_name(tmp_path: Path) -> None:
     name = hub(tmp_path, lambda split, file: [{"text": f"{split} {file}"}])
     (tmp_path / "hub/README.md").write_text(
         "---\nconfigs:\n- config_name: one\n  data_files: train-1.jsonl\n"

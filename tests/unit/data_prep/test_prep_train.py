@@ -27,7 +27,7 @@ def corpus(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_a_tokenizer_is_lossless_and_alike_in_every_run(
+def test_tokenizer_is_lossless_and_equal_in_every_run(
     kind: Literal["bpe", "unigram"], corpus: str, tmp_path: Path
 ) -> None:
     models = []
@@ -43,7 +43,7 @@ def test_a_tokenizer_is_lossless_and_alike_in_every_run(
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_newlines_are_learnt_and_digits_split(corpus: str, tmp_path: Path) -> None:
+def test_tokenizer_learns_newlines_and_splits_digits(corpus: str, tmp_path: Path) -> None:
     train_tokenizer(TrainOptions([corpus], 330, tmp_path / "out"))
     processor = sentencepiece.SentencePieceProcessor(
         model_file=str(tmp_path / "out" / "tokenizer.model")
@@ -57,7 +57,7 @@ def test_newlines_are_learnt_and_digits_split(corpus: str, tmp_path: Path) -> No
     ("size", "message"),
     [(20_000, r"this text yields \d+ pieces at most"), (200, r"256 bytes, .* take \d+ pieces")],
 )
-def test_a_size_that_the_text_does_not_suit_is_refused(
+def test_vocabulary_size_that_does_not_fit_the_text_is_refused(
     size: int, message: str, corpus: str, tmp_path: Path
 ) -> None:
     kinds: tuple[Literal["bpe", "unigram"], ...] = ("bpe", "unigram")
@@ -68,14 +68,14 @@ def test_a_size_that_the_text_does_not_suit_is_refused(
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".py"] * 20
 
 
-def test_the_largest_size_that_the_error_names_works(corpus: str, tmp_path: Path) -> None:
+def test_vocabulary_size_that_the_error_names_works(corpus: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         train_tokenizer(TrainOptions([corpus], 20_000, tmp_path / "out"))
     largest = int(str(caught.value).split("yields ")[1].split()[0])
     assert train_tokenizer(TrainOptions([corpus], largest, tmp_path / "out")).vocab_size == largest
 
 
-def test_an_output_in_use_and_an_empty_corpus_are_refused(corpus: str, tmp_path: Path) -> None:
+def test_output_in_use_and_an_empty_corpus_are_refused(corpus: str, tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="exists and is not empty"):
         train_tokenizer(TrainOptions([corpus], 330, tmp_path))
     (tmp_path / "a.jsonl").write_text("\n")
@@ -85,7 +85,7 @@ def test_an_output_in_use_and_an_empty_corpus_are_refused(corpus: str, tmp_path:
 
 @settings(max_examples=50, deadline=None)
 @given(st.text(alphabet="ab \n", max_size=300))
-def test_chunks_add_up_and_end_before_newlines(text: str) -> None:
+def test_chunks_add_up_and_begin_with_newlines(text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "_CHUNK_CHARACTERS", 20)
         parts = list(chunks(text))
@@ -96,19 +96,19 @@ def test_chunks_add_up_and_end_before_newlines(text: str) -> None:
         assert after[0] == "\n" or "\n" not in before[1:]
 
 
-def test_text_without_spaces_still_gives_a_tokenizer_that_keeps_them(tmp_path: Path) -> None:
+def test_tokenizer_of_text_without_spaces_keeps_spaces(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("大规模模型的训练，数据决定结果。\n" * 50, encoding="utf-8")
-    made = train_tokenizer(TrainOptions([str(tmp_path / "a.txt")], 300, tmp_path / "out"))
-    assert made.decode(made.encode("模型  a b\n ")) == "模型  a b\n "
+    tokenizer = train_tokenizer(TrainOptions([str(tmp_path / "a.txt")], 300, tmp_path / "out"))
+    assert tokenizer.decode(tokenizer.encode("模型  a b\n ")) == "模型  a b\n "
 
 
-def test_a_long_line_without_a_space_is_learnt_from(tmp_path: Path) -> None:
+def test_tokenizer_learns_from_a_long_line_without_spaces(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("ab" * 100_000)
-    made = train_tokenizer(TrainOptions([str(tmp_path / "a.txt")], 265, tmp_path / "out"))
-    assert len(made.encode("ab" * 20)) < 20
+    tokenizer = train_tokenizer(TrainOptions([str(tmp_path / "a.txt")], 265, tmp_path / "out"))
+    assert len(tokenizer.encode("ab" * 20)) < 20
 
 
-def test_the_sample_is_bounded_spread_and_repeatable() -> None:
+def test_sample_is_bounded_uniform_and_repeatable() -> None:
     documents = [f"{number:05d}" * 10 for number in range(10_000)]
     sample = sample_chunks(iter(documents), 50_000)
     assert sample == sample_chunks(iter(documents), 50_000)

@@ -1,5 +1,5 @@
 # covers: data_prep/report.py
-"""`inspect`: numbers that hold for any lengths, and pictures of them."""
+"""`inspect`: summaries and histograms of documents of any lengths."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Lists = list[list[int]]
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Writes shards of documents of the lengths given, a list for each shard."""
+    """Return a function that writes shards of documents of given lengths, a list for each shard."""
 
     def make(lengths: Lists, *, inputs: int = 1, bad_records: int = 0) -> Path:
         folder, tokenizer = tmp_path / "shards", ByteTokenizer()
@@ -78,7 +78,7 @@ def test_inspect_summary_names_counts(
     assert sum("4  ████████████████████████████████████████ " in line for line in lines) == 1
 
 
-def test_many_inputs_take_few_lines(
+def test_inspect_summary_of_many_inputs_is_short(
     make_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     inspect(make_folder([[100]], inputs=50), None)
@@ -105,7 +105,7 @@ def test_inspect_picture_shows_the_counts(
     assert "median: 7" in [text.text for text in drawing.findall(f"{SVG}text")]
 
 
-def test_a_folder_without_documents(
+def test_inspect_accepts_a_folder_without_documents(
     make_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inspect(make_folder([[]]), None, tmp_path / "a.svg")
@@ -113,7 +113,7 @@ def test_a_folder_without_documents(
     assert ET.parse(tmp_path / "a.svg").getroot().tag == f"{SVG}svg"
 
 
-def test_shards_of_others_without_manifest_and_tokenizer(
+def test_inspect_accepts_shards_without_manifest_and_tokenizer(
     make_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_folder([[2, 3]])
@@ -133,7 +133,7 @@ def test_inspect_refuses_what_cannot_be_shown(
     folder = make_folder([[1, 2]])
     with pytest.raises(CommandError, match=r"--document 2: .* has 2 documents, 0 to 1"):
         inspect(folder, 2)
-    with pytest.raises(CommandError, match="leave one out"):
+    with pytest.raises(CommandError, match="remove one of them"):
         inspect(folder, 0, tmp_path / "a.svg")
     with pytest.raises(CommandError, match=r"name a file \.svg"):
         inspect(folder, None, tmp_path / "a.png")
@@ -142,7 +142,7 @@ def test_inspect_refuses_what_cannot_be_shown(
 
 
 @given(st.lists(st.lists(st.integers(0, 2**31 - 1)), max_size=5))
-def test_bars_hold_every_document_and_quantiles_are_near(lists: Lists) -> None:
+def test_bars_count_every_document_and_quantiles_are_close(lists: Lists) -> None:
     lengths = Lengths()
     for shard in lists:
         lengths.add(np.array(shard, np.int64))
@@ -161,7 +161,7 @@ def test_bars_hold_every_document_and_quantiles_are_near(lists: Lists) -> None:
         assert exact * (1 - 2**-11) <= lengths.below(share) <= exact
 
 
-def test_lengths_keep_few_counts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lengths_have_few_distinct_counts(capsys: pytest.CaptureFixture[str]) -> None:
     lengths = Lengths()
     random = np.random.default_rng(0)
     for _ in range(20):
