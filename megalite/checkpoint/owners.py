@@ -87,7 +87,7 @@ def read_canonical(
     if not mine:
         return {}
     row = owner.row
-    places = grid.tensor_places
+    places = grid.tensor_coordinates
     parts = [value]
     if len(places) > 1 and row.tensors[0].split is not arch.Split.REPLICATED:
         value = value.to(grid.device).contiguous()

@@ -1,4 +1,4 @@
-"""The models as single-device mathematics: no rank, no group, no environment."""
+"""The models as single-device mathematics, without ranks, groups or environment."""
 
 from megalite.model.cache import Cache
 from megalite.model.heads import head_loss

@@ -35,16 +35,18 @@ def attention_mask(
 
     Args:
         causal: whether a token attends only to itself and to tokens before it.
-        window: the number of tokens that a token attends to, itself included. None means no limit.
+        window: number of tokens that a token attends to, itself included. None means no limit.
         document_ids: [B, total]. A token attends only to tokens of its own document.
-        keys: bool [B, total]. Tokens that may be attended to at all.
-        explicit: whether causality must be part of the mask.
+        keys: bool [B, total]. If given, only these tokens are attended to.
+        explicit: if true, causality is always part of the mask. If false, it may be left to the
+            kernel.
     Returns:
-        bool [B or 1, 1, queries, total]. None means no limit beyond the kernel's own causality.
+        bool [B or 1, 1, queries, total]. None means no limit except the kernel's causality.
     """
     rows: Tensor | None = None
     narrow = window is not None and window < total
-    # one query attends to all before it; if nothing is before several, the kernel needs no mask
+    # A single query attends to all earlier tokens. Several queries that begin the text need no
+    # mask: the kernel is causal.
     if causal and queries > 1 and (explicit or narrow or keys is not None or queries < total):
         rows = torch.ones(queries, total, dtype=torch.bool, device=device).tril(total - queries)
     elif causal and document_ids is not None:
@@ -60,8 +62,7 @@ def attention_mask(
     if keys is not None:
         seen = keys[:, None, None, :]
         if queries > 1:  # padding attends to itself: a softmax over no key is NaN
-            own = torch.eye(total, dtype=torch.bool, device=device)[total - queries :]
-            seen = seen | own
+            seen = seen | torch.eye(total, dtype=torch.bool, device=device)[total - queries :]
         mask = seen if mask is None else seen & mask
     return mask
 
@@ -82,9 +83,9 @@ def attend(
 
     Args:
         mask: bool, or numbers that are added to the scores: [B or 1, N or 1, T, S].
-        dropout: the share of weights that is set to zero.
-        causal: whether a token attends only to itself and to tokens before it; without a mask.
-        scale: the factor of the scores. None means 1 / sqrt(H).
+        dropout: share of weights that is set to zero.
+        causal: whether a token attends only to itself and to earlier tokens. Ignored with a mask.
+        scale: factor of the scores. None means 1 / sqrt(H).
     Returns:
         [B, T, N x H].
     """
@@ -94,8 +95,8 @@ def attend(
     kv_heads = k_BKSH.shape[1]
     shared = heads != kv_heads
     if shared and mask is not None and q_BTNH.is_cuda:
-        # of torch's fused kernels for GPUs none takes a mask and grouped heads; the plain kernel
-        # would build [T, T] scores
+        # No fused kernel of torch for GPUs supports a mask with grouped heads. The plain kernel
+        # would store [T, T] scores.
         k_BKSH, v_BKSH = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k_BKSH, v_BKSH))
         shared = False
     y_BNTH = F.scaled_dot_product_attention(
@@ -114,7 +115,7 @@ def attend(
 def _attend_once(
     q_B1NH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Tensor | None, scale: float | None
 ) -> Tensor:
-    """Compute `attend` for one query a text, on a CPU: four times as fast as the fused kernel.
+    """Compute `attend` for one query per text on a CPU, four times as fast as the fused kernel.
 
     G query heads of a key/value head
     """
@@ -184,7 +185,7 @@ class Attention(nn.Module):
             return self.o_proj(y_BTQ)
 
     def project(self, x_BTD: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries, [B, T, N, H], and the keys and values, [B, K, T, H], of tokens."""
+        """Return the queries [B, T, N, H], keys [B, K, T, H] and values [B, K, T, H]."""
         groups = (self.heads, self.kv_heads, self.kv_heads)
         qkv = self.qkv_proj(x_BTD).unflatten(-1, (sum(groups), self.head_width))
         if self.q_norm is not None and self.k_norm is not None:

@@ -1,4 +1,4 @@
-"""The keys and values that a model has computed of the tokens so far, in memory allocated once.
+"""The KV cache: keys and values of the tokens so far, in memory that is allocated once.
 
 B batch   T tokens   K key/value heads   H head width
 """
@@ -12,7 +12,12 @@ from megalite.config import ModelConfig
 
 
 class LayerCache:
-    """The keys and values of one block, [B, K, T, H], and those of the encoder's text, if any."""
+    """Keys and values of one block, [B, K, T, H].
+
+    Attributes:
+        length: number of tokens so far.
+        memory: keys and values of the encoder's text, if any.
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self._keys = torch.empty(shape, dtype=dtype, device=device)
@@ -21,7 +26,7 @@ class LayerCache:
         self.memory: tuple[Tensor, Tensor] | None = None
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of the next tokens; return those of all tokens."""
+        """Add the keys and values of the next tokens. Return the keys and values of all tokens."""
         end = self.length + keys.shape[2]
         self._keys[:, :, self.length : end] = keys
         self._values[:, :, self.length : end] = values
@@ -33,8 +38,8 @@ class Cache:
     """The caches of a stack's blocks.
 
     Args:
-        config: the configuration of this rank's part (`LanguageModel.config`).
-        tokens: the number of tokens that fit.
+        config: configuration of this rank's part (`LanguageModel.config`).
+        tokens: capacity in tokens per text.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The ends of a model: logits and loss of tokens, or the scores of labels.
+"""The output of a model: logits and loss of tokens, or logits of labels.
 
 B batch   T tokens   D width   V vocabulary   R rows of [B x T]   C labels
 """
@@ -20,7 +20,7 @@ from megalite.model.regions import Regions
 
 
 class Classifier(nn.Module):
-    """The scores of labels, from one token's hidden state or from the mean of all."""
+    """The logits of labels, from one token's hidden state or from the mean of all."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -29,7 +29,11 @@ class Classifier(nn.Module):
         self.dropout = config.hidden_dropout
 
     def forward(self, hidden_BTD: Tensor, lengths_B: Tensor) -> Tensor:
-        """[B, T, D] -> fp32 [B, C]."""
+        """Return the logits of the labels: [B, T, D] -> fp32 [B, C].
+
+        Args:
+            lengths_B: number of tokens of each sample. The rest is padding.
+        """
         B, T, _ = hidden_BTD.shape
         if self.pooling == "mean":
             seen_BT = torch.arange(T, device=hidden_BTD.device) < lengths_B[:, None]
@@ -58,10 +62,10 @@ class Transform(nn.Module):
 
 
 class Head(nn.Module):
-    """The output layer over the vocabulary, with a weight of its own or the embedding's.
+    """The output layer over the vocabulary, with its own weight or the embedding's.
 
-    Its `forward` runs one of its methods, so that an engine's hooks (ZeRO-3) gather its weights
-    before it and release them after it.
+    `forward` runs a method of the head. So an engine's hooks (ZeRO-3) gather the weights before the
+    method and release them after it.
     """
 
     weight: nn.Parameter | None
@@ -87,7 +91,7 @@ class Head(nn.Module):
         smoothing: float,
         compiled: bool,
     ) -> Tensor:
-        """Sum the cross entropy over the tokens with mask: fp32 scalar, nats. See `head_loss`.
+        """Return the sum of the cross entropy over unmasked tokens. See `head_loss`.
 
         Args:
             tied_VD: the embedding's weight, if the head has none.
@@ -126,16 +130,19 @@ def head_loss(
     compiled: bool = False,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Compute the fused head and cross entropy over flattened rows: fp32 scalar, nats.
+    """Return the sum of the cross entropy over unmasked tokens, fused with the head.
 
     Args:
-        shard: the part of the vocabulary whose rows the weight holds. None means all of it.
-        rows_R: the rows of [B x T] that are computed, among them all with mask. None means all.
-        compiled: whether what happens between the matrix products is compiled.
-        smoothing: the share of each target that is spread over the vocabulary, in training.
+        mask_BT: whether a token counts.
+        shard: part of the vocabulary that the weight holds. None means the whole vocabulary.
+        rows_R: rows of [B x T] to compute, which must include all unmasked rows. None means all.
+        compiled: whether to compile the operations between the matrix products.
+        smoothing: share of each target that is spread over the vocabulary in training.
+    Returns:
+        fp32 scalar, in nats.
     """
     rows = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    if not torch.is_grad_enabled():  # needs_input_grad ignores it: the weight would get a gradient
+    if not torch.is_grad_enabled():  # needs_input_grad ignores no_grad: detach to save work
         weight_VD = weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()
         smoothing = 0.0

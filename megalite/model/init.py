@@ -1,8 +1,8 @@
 """Initial weights as a function of (seed, tensor name, block of rows).
 
-Every tensor is cut into blocks of `ROWS` rows of its canonical [out, in] shape and each block has a
-generator of its own, on the CPU in fp32. A rank therefore draws the blocks it holds and no others,
-and every layout, precision and device starts from the same numbers.
+Every tensor is divided into blocks of `ROWS` rows of its canonical [out, in] shape. Each block has
+its own generator, on the CPU in fp32. So a rank draws only the blocks that it holds, and every
+layout, precision and device starts from the same numbers.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def initialize(
     gather: Callable[[nn.Parameter], AbstractContextManager[object]],
     at: Coordinate = WHOLE,
 ) -> None:
-    """Write every parameter of `model`, one at a time.
+    """Initialise the parameters of `model`, one at a time.
 
     Args:
-        gather: a context in which a parameter may be written whole; for engines that keep
-            parameters in parts.
+        gather: returns a context in which a parameter is whole and may be written. Engines that
+            shard parameters need it.
     """
     table = {parameter.name: parameter for parameter in arch.parameters(config)}
     for name, parameter in model.named_parameters():
@@ -43,9 +43,9 @@ def initialize(
         if row.init is arch.Init.SCALED_NORMAL:  # GPT-2: residual sums keep their variance
             std /= math.sqrt(2 * config.num_hidden_layers)
         with torch.no_grad(), gather(parameter):
-            if parameter.numel() == 0:  # gathered on another rank, which writes for all
+            if parameter.numel() == 0:  # gathered on another rank only, which writes it for all
                 continue
-            parameter.zero_()  # padding, and biases
+            parameter.zero_()  # padding and biases stay zero
             for piece in arch.pieces(row, at):
                 if row.init is arch.Init.ONES:
                     parameter[piece.target].fill_(1.0)
@@ -56,7 +56,7 @@ def initialize(
 
 
 def _fill(target: Tensor, piece: arch.Piece, *, std: float, seed: int) -> None:
-    """Draw the blocks that overlap the rows of the piece's box and copy what lies inside it."""
+    """Draw the blocks that overlap the piece's rows, and copy the piece out of them."""
     shape = piece.tensor.shape
     rows, *columns = piece.source
     first, last = rows.start, rows.stop

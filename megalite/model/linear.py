@@ -1,9 +1,8 @@
 """Linear layers with low-rank adapters, and embeddings.
 
 Parameters are created empty; `megalite.model.init` fills them. Weights are [out, in]. Projections
-that read the same input are one parameter in memory (qkv_proj, gate_up_proj): one large product is
-faster than two or three small ones. `megalite.arch` maps them to the separate tensors that
-checkpoints hold.
+of the same input are one parameter in memory (qkv_proj, gate_up_proj), because one large product is
+faster than several small ones. `megalite.arch` maps them to the separate tensors of checkpoints.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from megalite.model.regions import Regions
 class Linear(nn.Module):
     """`x @ weight.T (+ bias)` with an uninitialised weight [out, in].
 
-    An adapter adds `scale B (A x)` (LoRA, Hu et al. 2021). The adapter of a fused projection has
-    an A and a B for each part that is adapted, stacked.
+    An adapter adds `scale B (A x)` (LoRA, Hu et al. 2021). The adapter of a fused projection stacks
+    an A and a B for each adapted part.
 
     Args:
-        adapter: the adapter's configuration. None means that the layer has none.
-        parts: the number of output rows of each projection that is fused in the layer, by name.
+        adapter: the adapter's configuration. None means no adapter.
+        parts: number of output rows of each projection that is fused in the layer, by name.
     """
 
     def __init__(
@@ -59,12 +58,16 @@ class Linear(nn.Module):
         return self._add_bias(y)
 
     def lora_down(self, x: Tensor) -> Tensor:
-        """Compute A x of every adapted part: [..., in] -> [..., parts x rank]."""
+        """Return A x of every adapted part: [..., in] -> [..., parts x rank]."""
         assert self.adapter is not None
         return F.linear(F.dropout(x, self.adapter.dropout, self.training), self.lora_A)
 
     def lora_up(self, low: Tensor) -> Tensor:
-        """Compute what the adapter adds from the output of `lora_down`: -> [..., out]."""
+        """Return `scale B low` of every part, zero if not adapted: -> [..., out].
+
+        Args:
+            low: the output of `lora_down`.
+        """
         assert self.adapter is not None
         lows = iter(low.chunk(len(self._adapted), dim=-1))
         factors = iter(self.lora_B.split(list(self._adapted.values())))
@@ -77,21 +80,21 @@ class Linear(nn.Module):
         return self.adapter.scale * torch.cat(whole, dim=-1)
 
     def prepare_for_decoding(self, product: Matmul) -> None:
-        """Use `product` from now on, and store the weight as products of few rows read it."""
+        """Store the weight column-major, and use `product` from now on."""
         to_column_major(self.weight)
         self._matmul = product
 
     def _add_bias(self, y: Tensor) -> Tensor:
-        # not by F.linear: DeepSpeed's version for ZeRO-3 (runtime/zero/linear.py) adds the bias in
-        # place, which selective recompute would repeat
+        # F.linear would not do: DeepSpeed's version for ZeRO-3 (runtime/zero/linear.py) adds the
+        # bias in place, and selective recompute would add it twice.
         return y if self.bias is None else y + self.bias
 
 
 class _SharedLinear(Linear):
-    """A projection of a block, which the ranks of its regions share.
+    """A projection of a block, which the tensor ranks share.
 
     Args:
-        parts: the number of this rank's output rows of each projection, by name.
+        parts: number of this rank's output rows of each projection, by name.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class _SharedLinear(Linear):
 
 
 class ColumnLinear(_SharedLinear):
-    """A projection whose outputs the ranks share (column-parallel, Shoeybi et al. 2019)."""
+    """A column-parallel projection: each rank computes some outputs (Shoeybi et al. 2019)."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.regions.column_linear(x, self.weight, self._matmul)
@@ -113,9 +116,9 @@ class ColumnLinear(_SharedLinear):
 
 
 class RowLinear(_SharedLinear):
-    """A projection whose inputs the ranks share (row-parallel, Shoeybi et al. 2019).
+    """A row-parallel projection: each rank has some inputs (Shoeybi et al. 2019).
 
-    Each rank has all output rows. The bias is added after the sum over the ranks.
+    The ranks sum their outputs. The bias is added after the sum.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,7 +129,7 @@ class RowLinear(_SharedLinear):
 
 
 class Embedding(nn.Module):
-    """Rows of a table, chosen by index: [B, T] -> [B, T, D]."""
+    """An embedding table without initial values: [B, T] -> [B, T, D]."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
@@ -137,7 +140,7 @@ class Embedding(nn.Module):
 
 
 class VocabularyEmbedding(Embedding):
-    """The embeddings of tokens, whose rows the ranks may share."""
+    """The token embeddings, whose rows the tensor ranks share."""
 
     def __init__(self, config: ModelConfig, regions: Regions) -> None:
         super().__init__(config.vocab_size, config.hidden_size)

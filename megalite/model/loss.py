@@ -1,13 +1,14 @@
 """Cross entropy fused with the output head: full logits never exist.
 
-For each chunk of rows the logits are computed, turned into the gradient in place, multiplied into
-the gradients of the hidden states and of the weight, and dropped. The forward holds one chunk
-of logits instead of [B x T, V] twice (the idea of Cut Cross-Entropy, Wijmans et al. 2024, and Liger
-Kernel, written for plain matrix products). Gradients are unnormalised (those of the sum) until the
-backward scales them, so that fp16 does not underflow before its loss scale is applied.
+The forward computes the logits of one chunk of rows after the other. It turns a chunk into its
+gradient in place, and multiplies that into the gradients of the hidden states and the weight. So
+one chunk of logits is in memory, instead of [B x T, V] twice. The idea is that of Cut
+Cross-Entropy (Wijmans et al. 2024) and Liger Kernel, here with plain matrix products. Gradients
+stay those of the sum until the backward scales them. So fp16 does not underflow before its loss
+scale is applied.
 
-Between the products only memory traffic remains. Compiled, it is two passes, which also widen
-logits of half precision. Eager, it is a handful of operations in place.
+The work between the products is bound by memory. Compiled, it takes two passes, which also convert
+half-precision logits to fp32. Eager, it is a few operations in place.
 
 R rows (B x T)   C rows of a chunk   D width   V vocabulary
 """
@@ -26,27 +27,33 @@ from megalite.arch import chunk_rows
 
 
 class VocabularyShard(Protocol):
-    """A part of the vocabulary's rows, and reductions over the ranks that hold the others."""
+    """A rank's rows of the vocabulary, and reductions over the tensor ranks.
+
+    Attributes:
+        first: token id of the first row.
+        unpadded_rows: number of rows that are tokens. The rows after them are padding.
+        vocab_size: number of tokens of the whole vocabulary.
+    """
 
     first: int
-    held: int
+    unpadded_rows: int
     vocab_size: int
 
-    def largest(self, values: Tensor) -> Tensor: ...
+    def all_reduce_max(self, values: Tensor) -> Tensor: ...
 
-    def total(self, values: Tensor) -> Tensor: ...
+    def all_reduce_sum(self, values: Tensor) -> Tensor: ...
 
 
 def statistics(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the largest logit, the sum of exponentials and the label's logit relative to it.
+    """Return the largest logit, the sum of `exp(logit - largest)`, and `label's logit - largest`.
 
-    Made for compilation: eager, it copies the logits.
+    For compilation. Eager, it copies the logits.
 
     Returns:
         fp32 [C, 1] each.
     """
     logits_CV = logits_CV.float()
-    # a rank may hold only padding
+    # the clamp is for ranks that hold only padding
     peak_C1 = logits_CV.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
     total_C1 = (logits_CV - peak_C1).exp().sum(dim=-1, keepdim=True)
     return peak_C1, total_C1, logits_CV.gather(1, labels_C1) - peak_C1
@@ -55,9 +62,10 @@ def statistics(logits_CV: Tensor, labels_C1: Tensor) -> tuple[Tensor, Tensor, Te
 def to_gradient(
     logits_CV: Tensor, labels_C1: Tensor, peak_C1: Tensor, scale_C1: Tensor, hit_C1: Tensor
 ) -> None:
-    """Compute `exp(logits - peak) * scale`, minus `hit` at the label, in place; for compilation.
+    """Compute `exp(logits - peak) * scale`, minus `hit` at the label, in place. For compilation.
 
-    The difference is taken in fp32: half precision would leave nothing of a likely label's.
+    The difference is computed in fp32, because half precision would round that of a likely label
+    to zero.
     """
     column_V = torch.arange(logits_CV.shape[1], device=logits_CV.device)
     grad_CV = (logits_CV.float() - peak_C1).exp() * scale_C1
@@ -66,13 +74,13 @@ def to_gradient(
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """How the cross entropy of a head is computed.
+    """Options of a head's cross entropy.
 
     Attributes:
-        shard: the part of the vocabulary whose rows the weight holds. None means all of it.
-        compiled: whether what happens between the matrix products is compiled.
-        smoothing: the share of each target that is spread over the vocabulary (Szegedy et al.
-            2015). A bias is not smoothed.
+        shard: part of the vocabulary that the weight holds. None means the whole vocabulary.
+        compiled: whether to compile the operations between the matrix products.
+        smoothing: share of each target that is spread over the vocabulary (Szegedy et al. 2015).
+            A bias is not smoothed.
     """
 
     shard: VocabularyShard | None = None
@@ -83,34 +91,34 @@ class HeadOptions:
 def _reduce(
     logits_CV: Tensor, labels_C1: Tensor, hit_C1: Tensor, options: HeadOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `statistics` over all shards; if eager, leave `exp(logits - peak)` in place.
+    """Return `statistics` over all shards. Eager, replace the logits by `exp(logits - peak)`.
 
     Args:
-        hit_C1: zero if another shard has the label, or if it does not count.
+        hit_C1: zero if another shard has the label, or if the label does not count.
     """
     shard = options.shard
     if options.compiled:
         local_C1, total_C1, picked_C1 = _compiled()[0](logits_CV, labels_C1)
         peak_C1 = local_C1
         if shard is not None:
-            peak_C1 = shard.largest(local_C1.clone())
+            peak_C1 = shard.all_reduce_max(local_C1.clone())
             total_C1 = total_C1 * (local_C1 - peak_C1).exp()
             picked_C1 = picked_C1 + (local_C1 - peak_C1)
     else:
         peak_C1 = logits_CV.amax(dim=-1, keepdim=True)
         if shard is not None:
-            peak_C1 = shard.largest(peak_C1)
+            peak_C1 = shard.all_reduce_max(peak_C1)
         picked_C1 = logits_CV.sub_(peak_C1).gather(1, labels_C1)
         total_C1 = logits_CV.exp_().sum(dim=-1, keepdim=True)
     if shard is not None:
         both = torch.stack((picked_C1.where(hit_C1 > 0, 0.0), total_C1))
-        picked_C1, total_C1 = shard.total(both)
+        picked_C1, total_C1 = shard.all_reduce_sum(both)
     return peak_C1, total_C1, picked_C1
 
 
 @cache
 def _compiled() -> tuple[Any, Any, Any]:
-    # dynamic: a last chunk or an evaluation of fewer rows is not compiled again
+    # dynamic: chunks with fewer rows cause no recompilation
     return (
         torch.compile(statistics, dynamic=True, fullgraph=True),
         torch.compile(to_gradient, dynamic=True, fullgraph=True),
@@ -119,28 +127,33 @@ def _compiled() -> tuple[Any, Any, Any]:
 
 
 class _Smoothing:
-    """The share of the label's logit that becomes the mean of all logits."""
+    """Label smoothing: a share of the label's logit is replaced by the mean of all logits."""
 
     def __init__(self, share: float, weight_VD: Tensor, shard: VocabularyShard | None) -> None:
         self.share = share
-        self.held = shard.held if shard else len(weight_VD)
+        self.unpadded_rows = shard.unpadded_rows if shard else len(weight_VD)
         self.vocabulary = shard.vocab_size if shard else len(weight_VD)
-        self.mean_D = weight_VD[: self.held].sum(dim=0, dtype=torch.float32) / self.vocabulary
+        self.mean_D = (
+            weight_VD[: self.unpadded_rows].sum(dim=0, dtype=torch.float32) / self.vocabulary
+        )
         if shard is not None:
-            self.mean_D = shard.total(self.mean_D)
+            self.mean_D = shard.all_reduce_sum(self.mean_D)
 
     def loss(self, hidden_CD: Tensor, logit_C1: Tensor) -> Tensor:
-        """Return what smoothing adds to the cross entropy of the label."""
+        """Return the loss that smoothing adds to the label's cross entropy."""
         return self.share * (logit_C1 - hidden_CD.float() @ self.mean_D[:, None])
 
     def add_gradient(self, grad_CV: Tensor, mask_C1: Tensor) -> None:
-        """Add the gradient of the spread share; the label's own is scaled elsewhere."""
+        """Add the gradient of the mean logit. The caller scales that of the label."""
         share_C1 = self.share / self.vocabulary * mask_C1
-        grad_CV[:, : self.held] -= share_C1.to(grad_CV.dtype)
+        grad_CV[:, : self.unpadded_rows] -= share_C1.to(grad_CV.dtype)
 
 
 def accumulate(total_VD: Tensor, product_VD: Tensor) -> None:
-    """Add a half-precision product to an fp32 sum; for compilation: eager, it is copied to fp32."""
+    """Add a half-precision product to an fp32 sum.
+
+    For compilation. Eager, it copies the product to fp32.
+    """
     total_VD.add_(product_VD)
 
 
@@ -168,7 +181,11 @@ class _Gradients:
         self.needed = self.hidden is not None or self.weight is not None
 
     def add(self, grad_CV: Tensor, hidden_CD: Tensor, chunk: slice) -> None:
-        """Add the products of a chunk with the gradient of its logits."""
+        """Add a chunk's contribution to the gradients.
+
+        Args:
+            grad_CV: gradient of the chunk's logits.
+        """
         if self.bias is not None:
             self.bias += grad_CV.sum(dim=0, dtype=torch.float32)
         if self.hidden is not None:
@@ -196,12 +213,12 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *, wide
 def _to_shard(
     logits_CV: Tensor, labels_C1: Tensor, mask_C1: Tensor, shard: VocabularyShard | None
 ) -> tuple[Tensor, Tensor]:
-    """Give padding no probability; return the labels' local columns, and which count here."""
+    """Give padding no probability. Return the labels' columns, and which labels this shard has."""
     if shard is None:
         return labels_C1, mask_C1
-    logits_CV[:, shard.held :] = -torch.inf
+    logits_CV[:, shard.unpadded_rows :] = -torch.inf
     labels_C1 = labels_C1 - shard.first
-    mine_C1 = (labels_C1 >= 0) & (labels_C1 < shard.held)
+    mine_C1 = (labels_C1 >= 0) & (labels_C1 < shard.unpadded_rows)
     return labels_C1.where(mine_C1, 0), mask_C1 * mine_C1
 
 
@@ -262,7 +279,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         (scale,) = grads
         assert ctx.grads is not None, "a second backward through the fused loss"
         grad_hidden, grad_weight, grad_bias = ctx.grads
-        ctx.grads = None  # scaled in place: they serve one backward
+        ctx.grads = None  # they are scaled in place, so a second backward would be wrong
         if grad_hidden is not None:
             grad_hidden.mul_(scale)
         if grad_weight is not None:
@@ -281,10 +298,13 @@ def linear_cross_entropy(
     bias_V: Tensor | None = None,
     options: HeadOptions | None = None,
 ) -> Tensor:
-    """Sum `logsumexp(h W^T) - (h W^T)[label]` over the rows with mask: fp32 scalar, nats.
+    """Return the sum of `logsumexp(h W^T) - (h W^T)[label]` over unmasked rows.
 
-    Gradients of the hidden states, the weight and the bias are computed in the forward, and serve
-    one backward.
+    The forward computes the gradients of the hidden states, the weight and the bias. They allow one
+    backward.
+
+    Returns:
+        fp32 scalar, in nats.
     """
     others = (labels_R, mask_R, options or HeadOptions())
     loss: Tensor = FusedLinearCrossEntropy.apply(hidden_RD, weight_VD, bias_V, others)

@@ -1,8 +1,9 @@
-"""The feed-forward net of a block, and activations under the names of `model.activation`.
+"""The MLP of a block, and activations under the names of `model.activation`.
 
-One whose facts say `gated` multiplies a second product of the input (Shazeer 2020).
+An activation that is registered as `gated` is multiplied with a second projection of the input
+(Shazeer 2020).
 
-B batch   T tokens   D width (hidden_size)   F width inside the feed-forward net
+B batch   T tokens   D width (hidden_size)   F width inside the MLP
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ registry.activations.register("relu")(F.relu)
 
 
 class MLP(nn.Module):
-    """The feed-forward net, gated (swiglu, geglu) or plain."""
+    """The MLP, gated (swiglu, geglu) or plain."""
 
     def __init__(self, config: ModelConfig, regions: Regions) -> None:
         super().__init__()

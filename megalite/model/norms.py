@@ -1,9 +1,10 @@
 """Norms over the last dimension, registered under the names of `model.norm`.
 
-A norm is a module made from a width and an eps. Its facts, for code without torch:
+A norm is a module that is constructed from a width and an eps. Facts for code without torch:
 
-    parameters    ("weight", "bias") if it has a bias; ("weight",) unless stated; each is [width]
-    composite     whether PyTorch has no CPU kernel for it, so that it keeps its input in fp32
+    parameters    names of the parameters, each [width]; ("weight",) by default
+    composite     whether PyTorch has no fused CPU kernel for the norm, so that its input is saved
+                  in fp32
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._few_rows:
-            # half as many operations as F.rms_norm runs on a CPU, each as long as its call takes
+            # half as many operations as F.rms_norm runs on a CPU; call overhead dominates each
             square = (x * x).sum(dim=-1, keepdim=True)
             return (x * square.mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def prepare_for_decoding(self) -> None:
-        """Normalise in the way that is fastest for few rows on a CPU, without a gradient."""
+        """Use the operations that are fastest for few rows on a CPU, without a gradient."""
         self._few_rows = True
 
 
@@ -53,6 +54,6 @@ class LayerNorm(nn.Module):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """Make the norm that a configuration names, over the model's width."""
+    """Return the norm that a configuration names, over the model's width."""
     norm: nn.Module = registry.norms.load(config.norm)(config.hidden_size, config.norm_eps)
     return norm

@@ -1,9 +1,10 @@
-"""Objectives: what a model is trained on, and by which number its loss is divided.
+"""Objectives: the loss of a batch, and the number of targets that the loss is divided by.
 
-An objective counts its targets before a step, on the host, and returns summed losses in it. The
-engine divides them by numbers of the whole global batch, so that no layout changes them. Those that
-`objective.name` may request are registered as functions that make one from a run file. The fact
-`architectures` names the networks that one is for; without it all are.
+An objective counts its targets before a step, on the host. During the step it returns summed
+losses. The engine divides them by counts of the whole global batch, so no layout changes the
+result. For each value of `objective.name`, a function that makes the objective from a run file is
+registered. The fact `architectures` lists the architectures that the objective supports. Without
+this fact it supports all.
 
 B samples   T tokens   C labels
 """
@@ -26,8 +27,9 @@ from megalite.model.transformer import LanguageModel
 class ExtraTerm(NamedTuple):
     """A further term of a loss.
 
-    total: the sum over the batch: fp32 scalar, with its gradient.
-    per: what the sum over the global batch is divided by: the objective's count or the samples.
+    Attributes:
+        total: sum over the batch: fp32 scalar, with its gradient.
+        per: divisor of the sum over the global batch: the objective's count, or the samples.
     """
 
     total: Tensor
@@ -35,10 +37,11 @@ class ExtraTerm(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """The summed losses of a batch. Their means add up to what is minimised.
+    """The summed losses of a batch. The sum of their means is minimised.
 
-    total: the loss that is reported: fp32 scalar, nats; divided by the objective's count.
-    extra: further terms, by name. They are reported separately.
+    Attributes:
+        total: the reported loss, summed: fp32 scalar, nats. Its divisor is the objective's count.
+        extra: further terms by name, which are reported separately.
     """
 
     total: Tensor
@@ -46,17 +49,17 @@ class LossTerms(NamedTuple):
 
 
 class Objective(Protocol):
-    """A loss, and the number of targets that it is a sum over."""
+    """A loss, and the number of targets that the loss is summed over."""
 
     def count(self, batch: Mapping[str, npt.NDArray[Any]]) -> int:
-        """Return the number of a batch's targets (tokens, frames, pairs), before the step."""
+        """Return the number of a batch's targets (tokens, frames, pairs). Called before a step."""
 
     def loss(self, model: LanguageModel, batch: Mapping[str, Tensor]) -> LossTerms:
-        """Return the summed losses of a batch; called inside the model's forward."""
+        """Return the summed losses of a batch. Called inside the model's forward."""
 
 
 class _MaskedTargets:
-    """Targets that count if `loss_mask` says so: tokens, or one label a sample."""
+    """Targets with a `loss_mask`: tokens, or one label per sample."""
 
     def count(self, batch: Mapping[str, npt.NDArray[Any]]) -> int:
         """Return the number of targets that count."""
@@ -64,12 +67,12 @@ class _MaskedTargets:
 
 
 class TokenObjective(_MaskedTargets):
-    """Cross entropy of tokens: the next ones, the hidden ones, or those that were cut out.
+    """Cross entropy of tokens: next tokens, masked tokens, or removed spans.
 
     Args:
-        smoothing: the share of each target that is spread over the vocabulary, in training
-            (Szegedy et al. 2015).
-        compiled: whether what happens between the head's matrix products is compiled.
+        smoothing: share of each target that is spread over the vocabulary in training (Szegedy et
+            al. 2015).
+        compiled: whether to compile the operations between the head's matrix products.
     """
 
     def __init__(self, *, smoothing: float = 0.0, compiled: bool = False) -> None:
@@ -77,7 +80,7 @@ class TokenObjective(_MaskedTargets):
         self._compiled = compiled
 
     def loss(self, model: LanguageModel, batch: Mapping[str, Tensor]) -> LossTerms:
-        """Sum the cross entropy; see `LanguageModel.token_loss` for the batch."""
+        """Return the summed cross entropy. See `LanguageModel.token_loss` for the batch."""
         total = model.token_loss(
             model.hidden(batch), batch, smoothing=self._smoothing, compiled=self._compiled
         )
@@ -85,11 +88,11 @@ class TokenObjective(_MaskedTargets):
 
 
 class LabelObjective(_MaskedTargets):
-    """Cross entropy of one label a sample.
+    """Cross entropy of one label per sample.
 
     Args:
-        smoothing: the share of each target that is spread over the labels, in training.
-        class_weights: the factor of each label's loss, in training. None means 1.
+        smoothing: share of each target that is spread over the labels in training.
+        class_weights: factor of each label's loss in training. None means 1.
     """
 
     def __init__(
@@ -100,10 +103,11 @@ class LabelObjective(_MaskedTargets):
         self._weights: Tensor | None = None  # on the device of the scores
 
     def loss(self, model: LanguageModel, batch: Mapping[str, Tensor]) -> LossTerms:
-        """Sum the cross entropy over the samples with mask.
+        """Return the cross entropy, summed over the samples whose mask is true.
 
         Args:
-            batch: see `LanguageModel.label_scores`; with labels int64 [B] and loss_mask bool [B].
+            batch: see `LanguageModel.label_scores`. Also contains labels int64 [B] and loss_mask
+                bool [B].
         """
         scores_BC = model.label_scores(batch)
         weights = None
@@ -118,19 +122,22 @@ class LabelObjective(_MaskedTargets):
         return LossTerms((losses_B * batch["loss_mask"]).sum(), {})
 
     def _weights_like(self, scores: Tensor) -> Tensor:
-        """Return the class weights next to the scores; copying them each time would sync a GPU."""
+        """Return the class weights on the scores' device.
+
+        They are kept there, because a copy in each step would synchronise a GPU.
+        """
         if self._weights is None or self._weights.device != scores.device:
             self._weights = scores.new_tensor(self._class_weights)
         return self._weights
 
 
 def plain_objective(model: ModelConfig) -> Objective:
-    """Return the objective by which a model is measured: without smoothing or weights."""
+    """Return the objective for evaluation: without smoothing or class weights."""
     return LabelObjective() if model.num_labels else TokenObjective()
 
 
 def make_objective(config: RunConfig) -> Objective:
-    """Make the objective of a run file."""
+    """Return the objective of a run file."""
     if config.model.num_labels:
         return _make_labels(config)
     objective: Objective = registry.objectives.load(config.objective.name)(config)

@@ -16,11 +16,13 @@ from megalite.config import ModelConfig, RopeScalingConfig
 def rope_table(positions: Tensor, config: ModelConfig) -> Tensor:
     """Return cosines and sines of rotary positions (Su et al. 2021), in Llama's order of halves.
 
+    Each forward computes them again with a few tiny kernels, so that a cast of the model to half
+    precision cannot round them.
+
     Args:
-        positions: [T], or [B, T] if documents restart them.
+        positions: [T], or [B, T] if positions restart in each document.
     Returns:
-        fp32 [2, 1 or B, T, 1, H/2]. Each forward computes it again with a few tiny kernels, so that
-        no cast of the model to half precision can round it.
+        fp32 [2, 1 or B, T, 1, H/2].
     """
     H = config.head_dim
     theta = config.rope_theta
@@ -40,7 +42,7 @@ def rope_table(positions: Tensor, config: ModelConfig) -> Tensor:
 
 
 def scale_rope(inv_freq: Tensor, scaling: RopeScalingConfig, theta: float) -> Tensor:
-    """Return the radians a token of each pair for a longer sequence: [H/2] -> [H/2].
+    """Return the inverse frequencies (radians per token), scaled for longer texts: [H/2] -> [H/2].
 
     linear: Chen et al. 2023. llama3: Llama 3.1's (transformers' modeling_rope_utils.py). yarn: Peng
     et al. 2023, "by parts".
@@ -60,7 +62,7 @@ def scale_rope(inv_freq: Tensor, scaling: RopeScalingConfig, theta: float) -> Te
     H = 2 * len(inv_freq)
 
     def pair(rotations: float) -> float:
-        """Return the pair that makes so many rotations in the original length."""
+        """Return the pair that makes `rotations` rotations in the original length."""
         return H * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     first = max(math.floor(pair(scaling.beta_fast)), 0)
@@ -74,7 +76,7 @@ def apply_rope(x_BTNH: Tensor, table: Tensor) -> Tensor:
     """Rotate each pair (x[h], x[h + H/2]) by its position's angle.
 
     Args:
-        table: what `rope_table` returns.
+        table: the output of `rope_table`.
     """
     cos, sin = table.to(x_BTNH.dtype)
     left, right = x_BTNH.chunk(2, dim=-1)
@@ -82,7 +84,7 @@ def apply_rope(x_BTNH: Tensor, table: Tensor) -> Tensor:
 
 
 def sinusoidal_positions(positions: Tensor, width: int) -> Tensor:
-    """Return the fixed positions of Vaswani et al. 2017, sines then cosines: fp32 [..., D]."""
+    """Return the position vectors of Vaswani et al. 2017, sines then cosines: fp32 [..., D]."""
     half = (width + 1) // 2
     channels = torch.arange(half, device=positions.device, dtype=torch.float32)
     angles = positions[..., None].float() * torch.exp(channels * (-math.log(10000.0) / half))
@@ -94,16 +96,16 @@ def relative_position_buckets(
 ) -> Tensor:
     """Return T5's bucket of the distance from each of the last `queries` tokens to each key.
 
-    Half of a direction's buckets are single distances, the others grow by powers (Raffel et al.
-    2019; `_relative_position_bucket` in transformers' modeling_t5.py).
+    Half of a direction's buckets hold one distance each. The other buckets grow logarithmically
+    (Raffel et al. 2019; `_relative_position_bucket` in transformers' modeling_t5.py).
 
     Returns:
         int64 [queries, keys].
     """
     buckets = config.relative_attention_num_buckets
     max_distance = config.relative_attention_max_distance
-    places = torch.arange(keys, device=device)
-    offset = places[None, :] - places[keys - queries :, None]
+    positions = torch.arange(keys, device=device)
+    offset = positions[None, :] - positions[keys - queries :, None]
     first = torch.zeros_like(offset)
     if not causal:
         buckets //= 2

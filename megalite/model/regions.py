@@ -1,7 +1,7 @@
-"""Points of a model at which ranks that share it exchange data. On one device they do nothing.
+"""Points of a model at which tensor ranks exchange data. On one device they do nothing.
 
-A module calls its regions at the places of the sums and gathers, so that its own forward shows
-all of them. `megalite.parallel.regions` implements the same interface over ranks.
+A module calls its regions at each sum or gather over ranks, so its forward shows all exchanges.
+`megalite.parallel.regions` implements the same interface with collectives.
 
 B batch   T tokens   D width   V vocabulary
 """
@@ -22,8 +22,8 @@ class Regions:
     """The regions of a model on one device.
 
     Attributes:
-        size: the number of ranks that share the model.
-        vocabulary: the rows of the vocabulary that this rank holds. None means all rows.
+        size: number of ranks that share the model.
+        vocabulary: rows of the vocabulary that this rank holds. None means all rows.
     """
 
     size: int = 1
@@ -34,31 +34,31 @@ class Regions:
         return config
 
     def column_linear(self, x: Tensor, weight: Tensor, matmul: Matmul) -> Tensor:
-        """Multiply with a weight whose outputs the ranks share: [..., in] -> [..., out].
+        """Return `matmul(copy(x), weight)`, column-parallel: [..., in] -> [..., out].
 
-        It is `matmul(copy(x), weight)`. Ranks compute it as one function, in whose backward the
-        sum of the input's gradients travels while the weight's gradient is computed.
+        With several ranks it is one autograd function. Its backward overlaps the all-reduce of the
+        input's gradient with the computation of the weight's gradient.
         """
         return matmul(x, weight)
 
     def copy(self, x: Tensor) -> Tensor:
-        """Enter a part of the model in which every rank computes with all of `x`."""
+        """Begin a tensor-parallel part: every rank uses all of `x`."""
         return x
 
     def reduce(self, x: Tensor) -> Tensor:
-        """Leave such a part: sum over the ranks what each of them computed."""
+        """End a tensor-parallel part: sum the results of all ranks."""
         return x
 
     def scatter(self, x_BTD: Tensor) -> Tensor:
-        """Enter the blocks, between whose products the ranks may share the tokens."""
+        """Begin the blocks: under sequence parallelism, keep this rank's tokens."""
         return x_BTD
 
     def gather(self, x_BTD: Tensor) -> Tensor:
-        """Return the hidden states of all tokens, with which every rank goes on identically."""
+        """End the blocks: return the hidden states of all tokens on every rank."""
         return x_BTD
 
     def embed(self, index_BT: Tensor, weight_VD: Tensor) -> Tensor:
-        """Look up rows of the vocabulary, which the ranks may share: [B, T] -> [B, T, D]."""
+        """Look up token embeddings, whose rows the ranks may share: [B, T] -> [B, T, D]."""
         return F.embedding(index_BT, weight_VD)
 
     def gather_vocabulary(self, logits: Tensor) -> Tensor:
@@ -66,7 +66,9 @@ class Regions:
         return logits
 
     def block_randomness(self, x: Tensor, *, dropout: bool) -> AbstractContextManager[object]:
-        """Return a context in which the blocks of ranks that share the tokens draw differently.
+        """Return a context for the blocks' dropout.
+
+        If ranks share the tokens, they draw different numbers in it.
 
         Args:
             x: a tensor on the device that draws.
@@ -75,7 +77,7 @@ class Regions:
         return nullcontext()
 
     def head_randomness(self, x: Tensor, *, dropout: bool) -> AbstractContextManager[object]:
-        """Return a context in which each rank's heads draw random numbers of their own.
+        """Return a context for the attention heads' dropout. Ranks draw different numbers in it.
 
         Args:
             x: a tensor on the device that draws.

@@ -1,4 +1,4 @@
-"""Blocks and stacks of them: token ids to hidden states.
+"""Blocks and stacks of blocks: token ids to hidden states.
 
 B batch   T tokens   S tokens of the encoder's text   D width
 """
@@ -22,16 +22,16 @@ from megalite.model.norms import make_norm
 from megalite.model.positions import relative_position_buckets, rope_table, sinusoidal_positions
 from megalite.model.regions import Regions
 
-# the hidden states of the encoder's text, [B, S, D], and which of them are attended to, bool
+# hidden states of the encoder's text, [B, S, D], and a mask of those that are attended to, bool
 # [B, 1, 1, S]; None means all
 Memory = tuple[Tensor, Tensor | None]
 
 
 class Block(nn.Module):
-    """Self-attention, attention to the encoder's text if `cross`, and the MLP: residual branches.
+    """Residual branches: self-attention, cross-attention if `cross`, and the MLP.
 
-    Each is x + f(norm(x)), pre-norm (Xiong et al. 2020), or norm(x + f(x)), post-norm (Vaswani et
-    al. 2017).
+    A pre-norm branch is x + f(norm(x)) (Xiong et al. 2020). A post-norm branch is norm(x + f(x))
+    (Vaswani et al. 2017).
     """
 
     def __init__(self, config: ModelConfig, regions: Regions, *, causal: bool, cross: bool) -> None:
@@ -49,15 +49,15 @@ class Block(nn.Module):
         self._wrapped: Callable[..., Tensor] | None = None
 
     def wrap(self, wrapper: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
-        """Wrap what `forward` calls, once more if it is wrapped already.
+        """Wrap the computation of `forward`. A second call adds an outer wrapper.
 
-        Hooks on the block, such as those by which ZeRO-3 fetches and releases its weights, stay
-        outside of the wrapper.
+        Hooks on the block, such as ZeRO-3's that fetch and release weights, stay outside of the
+        wrappers.
         """
         self._wrapped = wrapper(self._wrapped or self._branches)
 
     def forward(self, *inputs: Tensor | Memory | LayerCache | None) -> Tensor:
-        """Compute the branches; the inputs are those of `_branches`."""
+        """Compute the branches. The inputs are those of `_branches`."""
         compute: Callable[..., Tensor] = self._wrapped or self._branches
         return compute(*inputs)
 
@@ -94,7 +94,7 @@ class Stack(nn.Module):
     """Token ids to hidden states.
 
     Args:
-        embeds: whether the stack owns the token embeddings. `forward` takes them otherwise.
+        embeds: whether the stack owns the token embeddings. If false, pass them to `forward`.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Stack(nn.Module):
         self.config = config
         self.regions = regions
         self.causal = causal
-        self._windows = arch.layer_windows(config, layers)  # of each block; None means all tokens
+        self._windows = arch.layer_windows(config, layers)
         self._dropout = bool(config.hidden_dropout or config.attention_dropout)
         D = config.hidden_size
         kind = config.position_embedding
@@ -140,14 +140,14 @@ class Stack(nn.Module):
         memory: Memory | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """[B, T] -> [B, T, D].
+        """Return the hidden states: [B, T] -> [B, T, D].
 
         Args:
-            inputs: position_ids, document_ids, attention_mask and token_type_ids, each if it is
-                needed; see `LanguageModel.hidden`.
+            inputs: position_ids, document_ids, attention_mask and token_type_ids, if needed. See
+                `LanguageModel.hidden`.
             embed: the token embeddings, if the stack has none.
-            memory: the hidden states of the encoder's text.
-            cache: the keys and values of the tokens before these; those of these are added.
+            memory: output of the encoder.
+            cache: keys and values of the earlier tokens, to which those of `input_ids` are added.
         """
         T = input_ids.shape[1]
         past = cache.length if cache else 0
@@ -196,10 +196,10 @@ class Stack(nn.Module):
     def _mask(
         self, window: int | None, x_BTD: Tensor, past: int, inputs: Mapping[str, Tensor]
     ) -> Tensor | None:
-        """Return the mask of the blocks that look back through `window`; see `attention_mask`.
+        """Return the mask of the blocks with a window. See `attention_mask`.
 
         Args:
-            past: tokens before those of `x_BTD`.
+            past: number of tokens before those of `x_BTD`.
         """
         T = x_BTD.shape[1]
         is_relative = self.config.position_embedding == "relative"
@@ -216,7 +216,7 @@ class Stack(nn.Module):
         return self._with_bias(mask, T, past + T).to(x_BTD.dtype) if is_relative else mask
 
     def _with_bias(self, mask: Tensor | None, queries: int, keys: int) -> Tensor:
-        """Return T5's bias of each head for the distance of two tokens, -inf outside the mask."""
+        """Return T5's relative position biases of each head, with -inf where `mask` is false."""
         device = self.relative_attention_bias.weight.device
         buckets = relative_position_buckets(
             queries, keys, self.config, causal=self.causal, device=device

@@ -1,11 +1,11 @@
-"""Every model: embeddings, one stack of blocks or two, and a head fused with its loss.
+"""The models: embeddings, one or two stacks of blocks, and a head fused with its loss.
 
-    decoder            each token attends to those before it    names the next token
-    encoder            each token attends to all                names the hidden tokens
-    encoder_decoder    one text is encoded, another decoded     writes the text that was cut out
+    decoder            a token attends to itself and earlier tokens    predicts the next token
+    encoder            a token attends to all tokens                   predicts masked tokens
+    encoder_decoder    one text is encoded, another decoded            predicts removed spans
 
-Names of parameters are those of Hugging Face's Llama if it has one, except for the projections that
-are fused in memory.
+Parameters have the names of Hugging Face's Llama if it has them. Projections that are fused in
+memory are an exception.
 
 B batch   T tokens   S tokens of the encoder's text   D width   V vocabulary   C labels
 """
@@ -32,7 +32,7 @@ _T = TypeVar("_T")
 
 
 class EncoderDecoder(nn.Module):
-    """Two stacks that share the token embeddings: one encodes a text, the other decodes one."""
+    """An encoder and a decoder, which share the token embeddings."""
 
     def __init__(self, config: ModelConfig, regions: Regions) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class EncoderDecoder(nn.Module):
         self.decoder = Stack(config, regions, second, embeds=False, causal=True, cross=True)
 
     def encode(self, inputs: Mapping[str, Tensor]) -> Memory:
-        """Return the hidden states of the encoder's text, [B, S, D], and which are attended to."""
+        """Return the hidden states of the encoder's text, [B, S, D], and their attention mask."""
         memory_BSD = self.encoder(inputs["input_ids"], inputs, self.embed_tokens)
         keys = inputs.get("attention_mask")
         return memory_BSD, None if keys is None else keys[:, None, None, :]
@@ -51,23 +51,23 @@ class EncoderDecoder(nn.Module):
         """Return the hidden states of the decoder's text: [B, T, D].
 
         Args:
-            memory: what `encode` returned.
+            memory: the output of `encode`.
         """
         hidden: Tensor = self.decoder(ids_BT, {}, self.embed_tokens, memory, cache)
         return hidden
 
 
 class LanguageModel(nn.Module):
-    """A model: hidden states of tokens, and what its head makes of them.
+    """A model with a head for tokens or labels.
 
     `forward` runs a function of the model, so that an engine's hooks (ZeRO-3) gather the weights
-    that the function uses. Objectives and scores are computed through it.
+    that the function uses. Engines compute objectives and scores through `forward`.
 
     Args:
-        config: the whole model's configuration.
-        regions: how ranks share the model. The default is one device.
+        config: configuration of the whole model.
+        regions: exchanges between the ranks that share the model. The default is one device.
     Attributes:
-        config: the configuration of this rank's part.
+        config: configuration of this rank's part.
     """
 
     model: Stack | EncoderDecoder
@@ -95,7 +95,7 @@ class LanguageModel(nn.Module):
 
     @property
     def blocks(self) -> Iterator[Block]:
-        """The blocks of all stacks."""
+        """Blocks of all stacks."""
         for name in arch.stacks(self.config):
             yield from self.get_submodule(name).layers  # type: ignore[misc]
 
@@ -114,11 +114,11 @@ class LanguageModel(nn.Module):
         """Return the hidden states of the tokens that have labels: [B, T, D].
 
         Args:
-            batch: input_ids int64 [B, T]. If they are needed, position_ids and document_ids int64
-                [B, T], attention_mask (bool [B, T], tokens that are attended to) and token_type_ids
-                int64 [B, T]. For two stacks input_ids are the encoder's and decoder_input_ids the
+            batch: input_ids int64 [B, T]. If needed, position_ids and document_ids int64 [B, T],
+                attention_mask (bool [B, T], tokens that are attended to) and token_type_ids int64
+                [B, T]. With two stacks, input_ids are the encoder's and decoder_input_ids the
                 decoder's.
-            cache: the keys and values of earlier tokens; those of these are added.
+            cache: keys and values of earlier tokens, to which those of these tokens are added.
         """
         if isinstance(self.model, EncoderDecoder):
             return self.model.decode(batch["decoder_input_ids"], self.model.encode(batch), cache)
@@ -133,15 +133,17 @@ class LanguageModel(nn.Module):
         smoothing: float = 0.0,
         compiled: bool = False,
     ) -> Tensor:
-        """Sum the cross entropy over the batch's unmasked targets: fp32 scalar, nats.
+        """Return the sum of the cross entropy over the batch's unmasked targets.
 
         Args:
-            hidden_BTD: what `hidden` returned.
-            batch: see `hidden`; with labels int64 [B, T] and loss_mask bool [B, T], whether a label
-                counts; and, if few count, target_rows int64 [R], the rows of [B x T] that the head
-                computes.
-            smoothing: the share of each target that is spread over the vocabulary, in training.
-            compiled: whether what happens between the head's matrix products is compiled.
+            hidden_BTD: output of `hidden`.
+            batch: see `hidden`. Also contains labels int64 [B, T] and loss_mask bool [B, T]
+                (whether a label counts). If few labels count, it contains target_rows int64 [R]:
+                the rows of [B x T] that the head computes.
+            smoothing: share of each target that is spread over the vocabulary in training.
+            compiled: whether to compile the operations between the head's matrix products.
+        Returns:
+            fp32 scalar, in nats.
         """
         loss: Tensor = self.lm_head(
             Head.loss,
@@ -159,7 +161,8 @@ class LanguageModel(nn.Module):
         """Return the fp32 logits of the labels: [B, C].
 
         Args:
-            batch: see `hidden`; with lengths int64 [B], the tokens of each sample, which begin it.
+            batch: see `hidden`. Also contains lengths int64 [B], the number of tokens of each
+                sample; padding follows them.
         """
         scores: Tensor = self.score(self.regions.gather(self.hidden(batch)), batch["lengths"])
         return scores
@@ -168,7 +171,7 @@ class LanguageModel(nn.Module):
         """Return the fp32 logits of the token after each text: [B, V].
 
         Args:
-            batch: see `hidden`; with lengths int64 [B], the tokens of each text so far.
+            batch: see `hidden`. Also contains lengths int64 [B], the number of tokens of each text.
         """
         hidden_BTD = self.regions.gather(self.hidden(batch))
         lengths_B = batch["lengths"]
@@ -178,11 +181,11 @@ class LanguageModel(nn.Module):
         return self.regions.gather_vocabulary(logits_BV.float())
 
     def logits(self, inputs: Tensor | Mapping[str, Tensor], *, last_only: bool = False) -> Tensor:
-        """Return fp32 logits: [B, T, V], or [B, V] of the last token.
+        """Return fp32 logits: [B, T, V], or [B, V] with `last_only`.
 
         Args:
-            inputs: input_ids [B, T], or a batch; see `hidden`.
-            last_only: if true, only the last token's.
+            inputs: input_ids [B, T], or a batch (see `hidden`).
+            last_only: if true, compute only the last token's logits.
         """
         batch = {"input_ids": inputs} if isinstance(inputs, Tensor) else inputs
         hidden_BTD = self.hidden(batch)
@@ -195,20 +198,20 @@ class LanguageModel(nn.Module):
 
     @property
     def head_weight(self) -> nn.Parameter:
-        """The weight that hidden states are multiplied with: [V, D]."""
+        """Weight of the head: [V, D]."""
         weight = self.lm_head.weight if self._tied_weight is None else self._tied_weight
         assert isinstance(weight, nn.Parameter)
         return weight
 
     def prepare_for_decoding(self) -> None:
-        """Store the weights and choose the kernels that suit few rows, on a CPU in fp32.
+        """Choose the weight layout and the kernels that are fastest for few rows on a CPU in fp32.
 
-        Values and shapes stay. Other models are left as they are.
+        Values and shapes stay the same. On other devices and in other precisions, do nothing.
         """
         for parameter in self.parameters():
             if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
                 return
-        # ranks that share a model keep the usual product in its blocks
+        # with several tensor ranks, the blocks keep the usual kernel
         product = small_batch_linear if self.regions.size == 1 else matmul
         for module in self.modules():
             if isinstance(module, Linear):
@@ -220,7 +223,7 @@ class LanguageModel(nn.Module):
 
     @property
     def _tied_weight(self) -> nn.Parameter | None:
-        """The embedding's weight, if it is the head's as well."""
+        """The embedding's weight if the head uses it too, else None."""
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else None
 
@@ -232,7 +235,7 @@ class LanguageModel(nn.Module):
 
 
 def last_scores(model: LanguageModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the logits of each sample's label, [B, C], or of the token after each text, [B, V].
+    """Return the logits of each sample's labels, [B, C], or of the token after each text, [B, V].
 
     Args:
         batch: see `LanguageModel.label_scores` and `LanguageModel.next_scores`.
@@ -245,11 +248,11 @@ def build(config: ModelConfig, regions: Regions = ONE_DEVICE) -> LanguageModel:
     """Build an uninitialised model with the parameters that `megalite.arch` lists, in its order.
 
     Args:
-        config: the whole model's configuration.
-        regions: how ranks share the model. The default is one device.
+        config: configuration of the whole model.
+        regions: exchanges between the ranks that share the model. The default is one device.
     """
     model = LanguageModel(config, regions)
     built = [name for name, _ in model.named_parameters()]
     table = [parameter.name for parameter in arch.parameters(config)]
-    assert built == table, f"model and table of shapes disagree: {set(built) ^ set(table)}"
+    assert built == table, f"model and table of parameters differ: {set(built) ^ set(table)}"
     return model

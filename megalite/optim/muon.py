@@ -1,13 +1,14 @@
-"""Muon: momentum whose matrices are made orthogonal before they are applied, on any layout.
+"""Muon: momentum updates that are orthogonalised matrix by matrix, on any layout.
 
-The weights of the blocks' matrix products take this update (Jordan et al. 2024, with the step size
-of Liu et al. 2025, arXiv 2502.16982, under which AdamW's learning rates and decay serve); all other
-parameters take AdamW's.
+The weights of the blocks' matrix products take this update (Jordan et al. 2024). Its step size is
+that of Liu et al. 2025 (arXiv 2502.16982), which suits AdamW's learning rates and decay. All other
+parameters take AdamW's update.
 
-An orthogonalised matrix is a function of all its elements, and engines and tensor parallelism keep
-parts. So the parts of each canonical tensor (q, k, v, gate, up separately, as in a checkpoint) are
-put together, one rank makes it orthogonal, and each takes its part of the result: neither ranks nor
-fused layouts change it. Gradients are clipped before, as for every other optimizer here.
+Orthogonalisation needs all elements of a matrix, but engines and tensor parallelism shard it. So
+the ranks assemble each canonical tensor (q, k, v, gate and up separately, as in a checkpoint). One
+rank orthogonalises it, and each rank takes its part of the result. So neither the number of ranks
+nor fused parameters change the update. Gradients are clipped before, as for every other optimizer
+here.
 
 n elements of a part of the matrices, flat   R rows   C columns
 """
@@ -26,19 +27,23 @@ from megalite import arch
 from megalite.parallel import Grid
 
 _STEPS = 5
-# a quintic steep at zero (Jordan et al. 2024)
+# coefficients of a quintic that is steep at zero (Jordan et al. 2024)
 _A = 3.4445
 _B = -4.7750
 _C = 2.0315
-_RMS = 0.2  # of AdamW's updates, as Liu et al. found it
-_BATCH = 1 << 26  # elements put together at once: 256 MiB
+_RMS = 0.2  # root mean square of AdamW's updates, measured by Liu et al.
+_BATCH = 1 << 26  # elements that are assembled at the same time: 256 MiB
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements of a rank's part of a parameter that lie in a flat tensor of an engine.
+    """A range of a rank's part of a parameter that is stored in a flat tensor of an engine.
 
-    `length` elements from `start` of the flattened parameter lie from `offset` on; none: 0.
+    Attributes:
+        row: specification of the parameter.
+        start: first element in the flattened part.
+        length: number of elements; 0 if the flat tensor has none.
+        offset: first element in the flat tensor.
     """
 
     row: arch.ParameterSpec
@@ -47,20 +52,21 @@ class Fragment:
     offset: int
 
     def in_flat(self, flat_n: Tensor) -> Tensor:
-        """Return a view of these elements of the engine's tensor."""
+        """Return a view of these elements in the engine's flat tensor."""
         return flat_n.view(-1)[self.offset : self.offset + self.length]
 
     def in_part(self, part: Tensor) -> Tensor:
-        """Return a view of these elements of the rank's part."""
+        """Return a view of these elements in the rank's part."""
         return part.view(-1)[self.start : self.start + self.length]
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with `matrices` true take Muon's update, the others AdamW's.
+    """Optimizer that gives groups with `matrices` true Muon's update, and others AdamW's.
 
     Attributes:
-        orthogonalize: called with a parameter as the engine keeps it and the update of its shape,
-            which it changes in place; every rank calls it for the same parameters in one order.
+        orthogonalize: set by the engine. It takes a parameter in the engine's form and the update
+            of the same shape, which it changes in place. Every rank calls it for the same
+            parameters in the same order.
     """
 
     def __init__(
@@ -85,7 +91,7 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"] if group["matrices"] else ():
                 if parameter.grad is not None:
                     self._update(parameter, group)
-        # an engine may have put its own parameters and states in place of those given
+        # an engine may have replaced the parameters and states by its own
         self._adamw.param_groups = [g for g in self.param_groups if not g["matrices"]]
         self._adamw.state = self.state
         self._adamw.step()
@@ -95,17 +101,17 @@ class Muon(torch.optim.Optimizer):
         momentum = self.state[parameter]["momentum_buffer"]
         assert gradient is not None
         momentum.lerp_(gradient, 1 - group["momentum"])
-        update = gradient.lerp(momentum, group["momentum"])  # Nesterov's look ahead
-        assert self.orthogonalize is not None, "an engine says how its parts make whole matrices"
+        update = gradient.lerp(momentum, group["momentum"])  # Nesterov momentum
+        assert self.orthogonalize is not None, "the engine must set orthogonalize"
         self.orthogonalize(parameter, update)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update, alpha=-group["lr"])
 
 
 def newton_schulz(matrix_RC: Tensor) -> Tensor:
-    """About U V^T of the matrix's singular value decomposition: [R, C], the matrix's dtype.
+    """Return approximately U V^T of the matrix's singular value decomposition: [R, C].
 
-    In bf16 on a GPU, where five steps of three products are cheap, in fp32 on a CPU.
+    The result has the matrix's dtype. The products run in bf16 on a GPU, and in fp32 on a CPU.
     """
     x = matrix_RC.bfloat16() if matrix_RC.is_cuda else matrix_RC
     wide = x.shape[0] <= x.shape[1]
@@ -120,48 +126,48 @@ def newton_schulz(matrix_RC: Tensor) -> Tensor:
 def orthogonalize(
     update_n: Tensor, fragments: Iterable[Fragment], grid: Grid, *, replicas: bool
 ) -> None:
-    """Put the matrices that `update_n` has parts of together, and make each orthogonal in it.
+    """Orthogonalise the matrices of which `update_n` contains parts, in place; a collective.
 
     Args:
-        fragments: of every matrix of the flat tensor, on every rank in one order.
-        replicas: whether data-parallel ranks hold the same parts, rather than different ones.
+        fragments: fragments of every matrix of the flat tensor, on every rank in the same order.
+        replicas: whether data-parallel ranks hold the same parts. If false, each holds others.
     """
     size, rank = grid.world_size, grid.rank
     if replicas:
         size = grid.mesh.tensor
         rank = grid.at.tensor_rank
-    group = grid.tensor_group if replicas and size > 1 else None  # None: all ranks
+    group = grid.tensor_group if replicas and size > 1 else None  # None means all ranks
     for batch in _batches(fragments):
         tensors = [tensor for fragment in batch for tensor in fragment.row.tensors]
         elements = sum(tensor.elements for tensor in tensors)
         whole = torch.zeros(elements, dtype=torch.float32, device=grid.device)
         result = torch.zeros_like(whole)
-        given, made = _views(whole, tensors), _views(result, tensors)
-        held = [fragment for fragment in batch if fragment.length]
-        _put_together(held, update_n, given, grid)
+        updates, results = _views(whole, tensors), _views(result, tensors)
+        local = [fragment for fragment in batch if fragment.length]
+        _copy_in(local, update_n, updates, grid)
         if size > 1:
             dist.all_reduce(whole, group=group)
         for number, tensor in enumerate(tensors):
             if number % size == rank:
                 step = _RMS * max(tensor.shape) ** 0.5
-                made[tensor.name].copy_(newton_schulz(given[tensor.name]).mul_(step))
+                results[tensor.name].copy_(newton_schulz(updates[tensor.name]).mul_(step))
         if size > 1:
             dist.all_reduce(result, group=group)
-        _take_apart(held, update_n, made, grid)
+        _copy_out(local, update_n, results, grid)
 
 
-def _put_together(
+def _copy_in(
     fragments: list[Fragment], update_n: Tensor, tensors: dict[str, Tensor], grid: Grid
 ) -> None:
-    """Copy this rank's fragments into the canonical tensors, which are zero elsewhere."""
+    """Copy this rank's fragments into the canonical tensors. Elements of other ranks stay zero."""
     for fragment in fragments:
-        part = _zeros(fragment, grid)  # elements of other ranks stay zero
+        part = _zeros(fragment, grid)
         fragment.in_part(part).copy_(fragment.in_flat(update_n))
         for piece in arch.pieces(fragment.row, grid.at):
             tensors[piece.tensor.name][piece.source] = part[piece.target]
 
 
-def _take_apart(
+def _copy_out(
     fragments: list[Fragment], update_n: Tensor, tensors: dict[str, Tensor], grid: Grid
 ) -> None:
     """Copy this rank's fragments out of the canonical tensors."""

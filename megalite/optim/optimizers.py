@@ -1,10 +1,10 @@
-"""torch's AdamW and SGD, and Muon, over groups with decay that is decoupled from the gradient.
+"""torch's AdamW and SGD, and Muon, with weight decay that is decoupled from the gradient.
 
-Matrices decay; norms and biases do not (the table of shapes says which is which). L2 decay is
-AdamW's own, `w <- w (1 - lr l2)` (Loshchilov & Hutter 2019), for SGD too; L1 decay is the proximal
+Weight decay applies to matrices, not to norms and biases (`ParameterSpec.decay`). L2 decay is
+AdamW's, `w <- w (1 - lr l2)` (Loshchilov & Hutter 2019), also for SGD. L1 decay is the proximal
 step `w <- sign(w) max(|w| - lr l1, 0)` after the update, which reaches exact zeros (Parikh & Boyd
-2014, section 6.5.2). Both are hooks of the optimizer, so they act on the fp32 masters, wherever an
-engine keeps them.
+2014, section 6.5.2). SGD's L2 decay and L1 decay are hooks of the optimizer. So they act on the
+fp32 master weights of any engine.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Groups = list[dict[str, Any]]
 def make_optimizer(
     config: RunConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]
 ) -> torch.optim.Optimizer:
-    """Return the optimizer a run file names.
+    """Return the optimizer of a run file.
 
-    Its groups are "decay" and "no_decay", and for Muon "matrices" before them. Each group's
-    `states` are the names of the element-wise states that it keeps of its parameters. If
-    `counts_steps` is true, a parameter's state also has `step`, the updates so far.
+    Its groups are "decay" and "no_decay", preceded by "matrices" for Muon. A group's `states` are
+    the names of its element-wise optimizer states. If a group's `counts_steps` is true, the state
+    of a parameter also has `step`, the number of updates so far.
     """
     section = config.optimizer
     rows = {row.name: row for row in arch.parameters(config.model)}
@@ -49,10 +49,10 @@ def make_optimizer(
         row = rows[name]
         if not arch.is_trainable(config, row):
             continue
-        own = "decay" if row.decay else "no_decay"
+        group_name = "decay" if row.decay else "no_decay"
         if row.is_matrix_of_block and updates_matrices(config):
-            own = "matrices"
-        group = groups[own]
+            group_name = "matrices"
+        group = groups[group_name]
         group["params"].append(parameter)
         group["states"] = state_names(config, row)
         group["counts_steps"] = counts_steps(config, row)
@@ -84,7 +84,7 @@ def _muon(section: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
 
 @registry.optimizers.register("sgd", states=("momentum_buffer",), states_need="momentum")
 def _sgd(section: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
-    for group in groups:  # torch couples SGD's decay with the gradient: ours is a hook
+    for group in groups:  # torch adds SGD's decay to the gradient; a hook decouples it
         group["decoupled_l2"] = group.pop("weight_decay")
     optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=section.momentum)
     if section.weight_decay:
@@ -96,7 +96,7 @@ def _sgd(section: OptimizerConfig, groups: Groups) -> torch.optim.Optimizer:
 def _shrink(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
     for group in optimizer.param_groups:
         present = [p for p in group["params"] if p.grad is not None]
-        if present and group["decoupled_l2"]:  # ZeRO-3 steps one group at a time, the others empty
+        if present and group["decoupled_l2"]:  # ZeRO-3 steps one group at a time; others are empty
             torch._foreach_mul_(present, 1 - group["lr"] * group["decoupled_l2"])
 
 

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step; no state, so nothing to save."""
+"""The learning rate as a function of the step, without state to save."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from megalite.config import RunConfig
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
-    """Return the rate that step `step` (counted from 1) is taken with.
+    """Return the learning rate of a step, counted from 1.
 
-    All schedules rise linearly over `warmup_steps` to `optimizer.lr`. cosine and linear then fall
-    to `min_lr_ratio` of it over `decay_steps` and stay; constant stays; wsd (warmup, stable, decay:
-    Hu et al. 2024) stays and falls linearly over the last `decay_steps` of the run.
+    All schedules rise linearly to `optimizer.lr` over `warmup_steps`.
+
+        cosine, linear    fall to `min_lr_ratio` x `optimizer.lr` over `decay_steps`, then stay
+        constant          stays
+        wsd               stays, then falls linearly over the last `decay_steps` of the run
+                          (warmup, stable, decay: Hu et al. 2024)
     """
     schedule = config.schedule
     peak = config.optimizer.lr

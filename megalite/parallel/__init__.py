@@ -1,4 +1,4 @@
-"""Ranks, process groups and collectives, and the ordered changes made to a single-device model."""
+"""Ranks, process groups, collectives, and the changes that make a model parallel."""
 
 from megalite.parallel.apply import apply_recompute_and_compile
 from megalite.parallel.grid import Grid, start, stop

@@ -1,7 +1,7 @@
-"""Collectives of the ranks that share a model, each with its backward.
+"""Collectives of the tensor ranks, each with its backward.
 
-A collective starts and finishes separately: what is computed in between hides it. While
-torch.compile traces, the start already waits, and the compiler orders what it can.
+A collective has a start and a finish, so that computation in between overlaps it. While
+torch.compile traces, the start waits for the result, and the compiler schedules the collective.
 
 B batch   T tokens   t tokens of one rank, T / ranks   D width   O outputs of a layer's part
 """
@@ -20,10 +20,10 @@ Exchange = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 
 def all_reduce_async(x: Tensor, group: dist.ProcessGroup) -> Finish:
-    """Start the sum over the ranks; `x` is left as it is."""
-    # not in place: selective recompute keeps x, and would sum it a second time
+    """Start the sum over the ranks. `x` does not change."""
+    # not in place: selective recompute saves x, and would sum it a second time
     y = x.clone(memory_format=torch.contiguous_format)
-    return _finish(dist.all_reduce(y, group=group, async_op=_may_wait()), lambda: y)
+    return _finish(dist.all_reduce(y, group=group, async_op=_is_async()), lambda: y)
 
 
 def all_gather_async(x_BtD: Tensor, group: dist.ProcessGroup) -> Finish:
@@ -31,25 +31,25 @@ def all_gather_async(x_BtD: Tensor, group: dist.ProcessGroup) -> Finish:
     B, t, D = x_BtD.shape
     n = dist.get_world_size(group)
     y = x_BtD.new_empty((n * B, t, D))
-    work = dist.all_gather_into_tensor(y, x_BtD.contiguous(), group=group, async_op=_may_wait())
+    work = dist.all_gather_into_tensor(y, x_BtD.contiguous(), group=group, async_op=_is_async())
     return _finish(work, lambda: y.view(n, B, t, D).transpose(0, 1).reshape(B, n * t, D))
 
 
 def reduce_scatter_async(x_BTD: Tensor, group: dist.ProcessGroup) -> Finish:
-    """Start the sum over the ranks, of which each keeps its own tokens: [B, T, D] -> [B, t, D]."""
+    """Start the sum over the ranks; each gets the sum for its tokens: [B, T, D] -> [B, t, D]."""
     B, T, D = x_BTD.shape
     n = dist.get_world_size(group)
     parts = x_BTD.view(B, n, T // n, D).transpose(0, 1).contiguous().view(n * B, T // n, D)
     y = x_BTD.new_empty((B, T // n, D))
-    work = dist.reduce_scatter_tensor(y, parts, group=group, async_op=_may_wait())
+    work = dist.reduce_scatter_tensor(y, parts, group=group, async_op=_is_async())
     return _finish(work, lambda: y, parts)
 
 
-def _may_wait() -> bool:
+def _is_async() -> bool:
     return not torch.compiler.is_compiling()
 
 
-def _finish(work: Any, result: Finish, *_kept_alive: Tensor) -> Finish:
+def _finish(work: Any, result: Finish, *_inputs: Tensor) -> Finish:  # keeps the inputs alive
     def finish() -> Tensor:
         if work is not None:
             work.wait()
@@ -59,62 +59,65 @@ def _finish(work: Any, result: Finish, *_kept_alive: Tensor) -> Finish:
 
 
 class _Exchange(torch.autograd.Function):
-    """One exchange in the forward, and the exchange that is its transpose in the backward."""
+    """An exchange in the forward, and its transpose in the backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, group: dist.ProcessGroup, there: Exchange, back: Exchange
+        ctx: Any, x: Tensor, group: dist.ProcessGroup, exchange: Exchange, transpose: Exchange
     ) -> Tensor:
         ctx.group = group
-        ctx.back = back
-        return there(x, group)
+        ctx.transpose = transpose
+        return exchange(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.back(grads[0], ctx.group), None, None, None
+        return ctx.transpose(grads[0], ctx.group), None, None, None
 
 
 # The names are those of Megatron-LM's regions (megatron/core/tensor_parallel/mappings.py).
 
 
 def copy_to_tp(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return `x`, which every rank has whole and uses differently: gradients are summed."""
+    """Return `x`. The backward sums the gradients of all ranks.
+
+    Every rank has the whole of `x` and uses it differently.
+    """
     return _apply(x, group, _view, _all_reduce)
 
 
 def reduce_from_tp(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum what each rank computed; the gradient passes as it is."""
+    """Sum the results of all ranks. The backward passes the gradient unchanged."""
     return _apply(x, group, _all_reduce, _same)
 
 
 def gather_seq(x_BtD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Gather the tokens of all ranks, which use them differently: [B, t, D] -> [B, T, D].
+    """Gather the tokens of all ranks, for different use by each rank: [B, t, D] -> [B, T, D].
 
-    Gradients are summed, and each rank keeps those of its own tokens.
+    The backward sums the gradients over the ranks. Each rank gets those of its tokens.
     """
     return _apply(x_BtD, group, _all_gather, _reduce_scatter)
 
 
 def reduce_scatter_seq(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum what each rank computed and keep the rank's own tokens: [B, T, D] -> [B, t, D]."""
+    """Sum the results of all ranks, and keep this rank's tokens: [B, T, D] -> [B, t, D]."""
     return _apply(x_BTD, group, _reduce_scatter, _all_gather)
 
 
 def scatter_seq(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Keep the rank's own tokens of what every rank has whole: [B, T, D] -> [B, t, D]."""
-    return _apply(x_BTD, group, _own_tokens, _all_gather)
+    """Keep this rank's tokens of a tensor that all ranks have whole: [B, T, D] -> [B, t, D]."""
+    return _apply(x_BTD, group, _local_tokens, _all_gather)
 
 
 def gather_seq_replicated(x_BtD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Gather the tokens of all ranks, with which all go on identically: [B, t, D] -> [B, T, D].
+    """Gather the tokens of all ranks, for the same use by each rank: [B, t, D] -> [B, T, D].
 
-    Each rank keeps the gradients of its own tokens.
+    In the backward each rank keeps the gradients of its tokens.
     """
-    return _apply(x_BtD, group, _all_gather, _own_tokens)
+    return _apply(x_BtD, group, _all_gather, _local_tokens)
 
 
-def _apply(x: Tensor, group: dist.ProcessGroup, there: Exchange, back: Exchange) -> Tensor:
-    y: Tensor = _Exchange.apply(x, group, there, back)
+def _apply(x: Tensor, group: dist.ProcessGroup, exchange: Exchange, transpose: Exchange) -> Tensor:
+    y: Tensor = _Exchange.apply(x, group, exchange, transpose)
     return y
 
 
@@ -130,13 +133,13 @@ def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return reduce_scatter_async(x, group)()
 
 
-def _own_tokens(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _local_tokens(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
     n, rank = dist.get_world_size(group), dist.get_rank(group)
     return x_BTD.chunk(n, dim=1)[rank].contiguous()
 
 
 def _view(x: Tensor, _group: dist.ProcessGroup) -> Tensor:
-    return x.view_as(x)  # autograd takes no input as an output
+    return x.view_as(x)  # an autograd function should not return its input itself
 
 
 def _same(x: Tensor, _group: dist.ProcessGroup) -> Tensor:
@@ -144,22 +147,22 @@ def _same(x: Tensor, _group: dist.ProcessGroup) -> Tensor:
 
 
 class ColumnParallelMatmul(torch.autograd.Function):
-    """x W^T, if every rank has other rows of W: [B, T, D] -> [B, T, O].
+    """x W^T, if each rank has some rows of W: [B, T, D] -> [B, T, O].
 
-    The sum of the input's gradients over the ranks travels while the weight's gradient is computed.
-    With `tokens`, x holds a rank's own tokens, [B, t, D]. They are gathered for the product, kept
-    as they came, and gathered again in the backward while the input's gradient is computed
-    (Korthikanti et al. 2022).
+    The all-reduce of the input's gradient overlaps the computation of the weight's gradient. With
+    `sequence`, x has only this rank's tokens, [B, t, D]. The forward gathers all tokens for the
+    product and saves only this rank's. The backward gathers them again while it computes the
+    input's gradient (Korthikanti et al. 2022).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_OD: Tensor, group: dist.ProcessGroup, tokens: bool
+        ctx: Any, x: Tensor, weight_OD: Tensor, group: dist.ProcessGroup, sequence: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight_OD)
         ctx.group = group
-        ctx.tokens = tokens
-        whole = all_gather_async(x, group)() if tokens else x
+        ctx.sequence = sequence
+        whole = all_gather_async(x, group)() if sequence else x
         return whole @ weight_OD.t()
 
     @staticmethod
@@ -167,12 +170,12 @@ class ColumnParallelMatmul(torch.autograd.Function):
         x, weight_OD = ctx.saved_tensors
         grad_BTO = grads[0]
         input_needs_grad, weight_needs_grad = ctx.needs_input_grad[:2]
-        gathers = ctx.tokens and weight_needs_grad
+        gathers = ctx.sequence and weight_needs_grad
         gathered = all_gather_async(x, ctx.group) if gathers else lambda: x
         summed: Finish | None = None
         grad_weight = None
         if input_needs_grad:
-            start = reduce_scatter_async if ctx.tokens else all_reduce_async
+            start = reduce_scatter_async if ctx.sequence else all_reduce_async
             grad_x = grad_BTO @ weight_OD
             whole = gathered()
             summed = start(grad_x, ctx.group)

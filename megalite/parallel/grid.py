@@ -2,8 +2,8 @@
 
 Ranks that share a model are neighbours on one host, because they communicate most
 (`megalite/mesh.py`). The data rank (`grid.at.data_rank` of `grid.mesh.data`) decides which samples
-a rank reads. The ZeRO group is a different thing: the ranks that partition optimizer states and sum
-gradients.
+a rank reads. The ZeRO group may differ from the data ranks: its ranks partition optimizer states
+and sum gradients.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# now: a default argument of its functions keeps the group that exists when it is imported, for good
+# imported before any group exists, because default arguments of its functions hold the group that
+# exists at import
 import torch.distributed.nn.functional  # noqa: F401
 
 from megalite import env
@@ -25,12 +26,12 @@ from megalite.errors import LaunchError
 from megalite.mesh import Coordinate, Mesh
 from megalite.parallel.rendezvous import agree_on_address, open_store
 
-_TIMEOUT = datetime.timedelta(minutes=30)  # a first step may compile for minutes on one rank alone
+_TIMEOUT = datetime.timedelta(minutes=30)  # in the first step one rank may compile for minutes
 
 
 @dataclass(frozen=True)
 class Grid:
-    """This rank's coordinate and the groups it belongs to.
+    """This rank's coordinate and its process groups.
 
     Attributes:
         zero_group: ranks that ZeRO partitions over and that sum gradients.
@@ -54,7 +55,7 @@ class Grid:
         return self.mesh.at(self.rank)
 
     @cached_property
-    def tensor_places(self) -> tuple[Coordinate, ...]:
+    def tensor_coordinates(self) -> tuple[Coordinate, ...]:
         """Coordinates of the ranks of the tensor group, in the group's order."""
         return tuple(map(self.mesh.at, self.mesh.group("tensor", self.rank)))
 
@@ -65,19 +66,19 @@ class Grid:
         dist.all_reduce(values, op=op, group=self.cpu_group)
 
     def sum_once(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over all ranks, in place, so that ranks that share a model count once; a collective.
+        """Sum over all ranks in place, counting ranks that share a model once; a collective.
 
         Args:
-            values: numbers of this rank's samples; identical on ranks that share a model.
+            values: numbers of this rank's samples, identical on ranks that share a model.
         Returns:
-            `values`. A tensor on the device is summed there, without a wait for it.
+            `values`. A tensor on a GPU is summed there, without a synchronisation.
         """
         on_cpu = values.device.type == "cpu"
         dist.all_reduce(values, group=self.cpu_group if on_cpu else None)
         return self.count_once(values)
 
     def count_once(self, sums: torch.Tensor) -> torch.Tensor:
-        """Divide sums over all ranks, in place, so that ranks that share a model count once."""
+        """Divide sums over all ranks in place, so that ranks that share a model count once."""
         if sums.is_floating_point():
             return sums.div_(self.mesh.tensor)
         return sums.floor_divide_(self.mesh.tensor)
@@ -89,47 +90,47 @@ class Grid:
         return bool(value.item())
 
     def all_gather_objects(self, value: object) -> list[Any]:
-        """Return the small picklable values of all ranks, in order of ranks; a collective."""
+        """Return the small picklable values of all ranks, in the order of ranks; a collective."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
     def gather_once(self, value: object) -> list[Any]:
-        """Return one small picklable value of each data rank, in order; a collective.
+        """Return one small picklable value per data rank, in order; a collective.
 
-        The first of the ranks that share a model gives it.
+        The value is that of the first of the ranks that share a model.
         """
         return self.all_gather_objects(value)[:: self.mesh.tensor]
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank calls this."""
         self.all_reduce_cpu(torch.zeros(1))
 
 
 def start(launch: env.Launch, *, tensor: int = 1) -> Grid:
-    """Join the other ranks and form the groups.
+    """Connect to the other ranks and form the groups.
 
     Args:
-        tensor: ranks that share a model.
+        tensor: number of ranks that share a model.
     Raises:
         LaunchError: more ranks on this host than devices, ranks that do not form a grid, or a
-            process that has joined a group before.
+            process that is in a process group already.
     """
     if dist.is_initialized():
         raise LaunchError(
-            "this process has formed a process group already: another run of it goes on, or the "
-            "program has called torch.distributed.init_process_group; wait for its end, call "
-            "torch.distributed.destroy_process_group(), or start this run in a process of its own"
+            "this process is in a process group already: it runs another MegaLite run, or the "
+            "program called torch.distributed.init_process_group; wait for the run's end, call "
+            "torch.distributed.destroy_process_group(), or start this run in a separate process"
         )
     device = _pick_device(launch)
     if launch.world_size % tensor:
         raise LaunchError(
-            f"parallel.tensor {tensor} does not divide the {launch.world_size} ranks that "
-            "were started; start a multiple of it, or lower parallel.tensor"
+            f"parallel.tensor {tensor} does not divide the {launch.world_size} ranks that were "
+            f"started; start a multiple of {tensor} ranks, or lower parallel.tensor"
         )
     torch.set_num_threads(env.thread_count(launch))
     launch = agree_on_address(launch)
-    env.publish_launch(launch)  # torch and DeepSpeed read torchrun's variables alone
+    env.publish_launch(launch)  # torch and DeepSpeed read only torchrun's variables
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if launch.source == "python":
         store = dist.HashStore()  # type: ignore[attr-defined]  # a world of one needs no port
@@ -150,8 +151,8 @@ def start(launch: env.Launch, *, tensor: int = 1) -> Grid:
             local_rank=launch.local_rank,
             mesh=mesh,
             device=device,
-            zero_group=_own_group(mesh.groups("zero"), launch.rank),
-            tensor_group=_own_group(mesh.groups("tensor"), launch.rank),
+            zero_group=_form_groups(mesh.groups("zero"), launch.rank),
+            tensor_group=_form_groups(mesh.groups("tensor"), launch.rank),
             cpu_group=dist.new_group(backend="gloo", timeout=_TIMEOUT),
         )
     except BaseException:
@@ -160,20 +161,20 @@ def start(launch: env.Launch, *, tensor: int = 1) -> Grid:
 
 
 def stop() -> None:
-    """Leave the process group; harmless when there is none."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _own_group(groups: Sequence[Sequence[int]], rank: int) -> dist.ProcessGroup:
-    """Form every group, as all ranks must, and return the one `rank` is in."""
-    own = None
+def _form_groups(groups: Sequence[Sequence[int]], rank: int) -> dist.ProcessGroup:
+    """Form all groups, as every rank must. Return the group of `rank`."""
+    group_of_rank = None
     for ranks in groups:
         group = dist.new_group(list(ranks), timeout=_TIMEOUT)
         if rank in ranks:
-            own = group
-    assert own is not None
-    return own
+            group_of_rank = group
+    assert group_of_rank is not None
+    return group_of_rank
 
 
 def _pick_device(launch: env.Launch) -> torch.device:
@@ -182,8 +183,8 @@ def _pick_device(launch: env.Launch) -> torch.device:
     count = torch.cuda.device_count()
     if launch.local_rank >= count:
         raise LaunchError(
-            f"local rank {launch.local_rank} wants a GPU of its own, but {count} are visible on "
-            f"this host; start at most {count} ranks here, or check CUDA_VISIBLE_DEVICES"
+            f"local rank {launch.local_rank} needs its own GPU, but {count} are visible on this "
+            f"host; start at most {count} ranks here, or check CUDA_VISIBLE_DEVICES"
         )
     device = torch.device("cuda", launch.local_rank)
     torch.cuda.set_device(device)

@@ -1,13 +1,13 @@
-"""The regions of a model over the ranks that share it: `megalite.model.regions` with collectives.
+"""Tensor and sequence parallelism: `megalite.model.regions` with collectives.
 
-The model has the sizes of one rank, so its mathematics is that of a part. The missing pieces are
-the sums over the parts (Shoeybi et al. 2019): one all-reduce in the forward and one in the backward
-for each half of a block. Ranks divide the vocabulary's rows as well: each looks up and scores its
-own.
+A rank builds the single-device model in the sizes of its part. Only the sums over the parts are
+missing (Shoeybi et al. 2019). The regions add them: one all-reduce in the forward and one in the
+backward per branch of a block. Ranks divide the vocabulary's rows as well: each looks up and scores
+its own tokens.
 
 With sequence parallelism (Korthikanti et al. 2022) each all-reduce becomes a reduce-scatter and an
-all-gather along the tokens. From the first block to the last norm a rank then holds its own tokens
-alone, so norms, residuals and dropout take their share of time and memory.
+all-gather along the tokens. From the first block to the last norm a rank then holds only its share
+of the tokens. So norms, residuals and dropout take only a share of time and memory.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def make_regions(config: ModelConfig, grid: Grid, *, sequence: bool = False) -> 
     """Return the regions of a model on this rank.
 
     Args:
-        config: the whole model's configuration.
-        sequence: whether the ranks share the tokens between the products as well.
+        config: configuration of the whole model.
+        sequence: whether to use sequence parallelism.
     """
     if grid.at.mesh.tensor == 1:
         return ONE_DEVICE
@@ -50,7 +50,7 @@ def make_regions(config: ModelConfig, grid: Grid, *, sequence: bool = False) -> 
 
 
 def shard_config(model: ModelConfig, size: int) -> ModelConfig:
-    """Return the configuration whose single-device model is the part of one of `size` ranks."""
+    """Return the configuration of one rank's part of a model that `size` ranks share."""
     if size == 1:
         return model
     return model.model_copy(
@@ -64,34 +64,31 @@ def shard_config(model: ModelConfig, size: int) -> ModelConfig:
 
 
 class RankVocabulary:
-    """One rank's rows of the vocabulary, and the reductions of its cross entropy.
+    """A rank's rows of the vocabulary, and reductions over the tensor ranks.
 
-    Attributes:
-        first: the id of the rank's first row.
-        held: the number of rows that are tokens. Those behind them are padding.
-        vocab_size: the number of rows of all ranks that are tokens.
+    The attributes are those of `megalite.model.loss.VocabularyShard`.
     """
 
     def __init__(self, vocab_size: int, at: Coordinate, group: dist.ProcessGroup) -> None:
         rows = -(-vocab_size // at.mesh.tensor)
         self.vocab_size = vocab_size
         self.first = rows * at.tensor_rank
-        self.held = max(0, min(rows, vocab_size - self.first))
+        self.unpadded_rows = max(0, min(rows, vocab_size - self.first))
         self._group = group
 
-    def largest(self, values: Tensor) -> Tensor:
+    def all_reduce_max(self, values: Tensor) -> Tensor:
         """Return the elementwise maximum over the ranks, in place."""
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self._group)
         return values
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Return the elementwise sum over the ranks, in place."""
         dist.all_reduce(values, group=self._group)
         return values
 
 
 class TensorRegions(Regions):
-    """Regions of ranks that share a model's weights."""
+    """Regions under tensor parallelism."""
 
     def __init__(self, config: ModelConfig, at: Coordinate, group: dist.ProcessGroup) -> None:
         self.size = at.mesh.tensor
@@ -114,7 +111,7 @@ class TensorRegions(Regions):
 
     def embed(self, index_BT: Tensor, weight_VD: Tensor) -> Tensor:
         local = index_BT - self.vocabulary.first
-        mine = (local >= 0) & (local < self.vocabulary.held)
+        mine = (local >= 0) & (local < self.vocabulary.unpadded_rows)
         rows = F.embedding(local.where(mine, 0), weight_VD)
         return reduce_from_tp(rows * mine[..., None], self.group)
 
@@ -128,7 +125,7 @@ class TensorRegions(Regions):
 
 
 class SequenceRegions(TensorRegions):
-    """Regions of ranks that share a model's weights, and the tokens between its products."""
+    """Regions under tensor and sequence parallelism."""
 
     def column_linear(self, x: Tensor, weight: Tensor, matmul: Matmul) -> Tensor:
         y: Tensor = ColumnParallelMatmul.apply(x, weight, self.group, True)
@@ -150,18 +147,18 @@ class SequenceRegions(TensorRegions):
         return fork_randomness(x.device, self.rank) if dropout else nullcontext()
 
     def head_randomness(self, x: Tensor, *, dropout: bool) -> AbstractContextManager[object]:
-        return nullcontext()  # the whole block draws from the rank's own stream
+        return nullcontext()  # `block_randomness` covers the heads
 
 
 @contextmanager
 def fork_randomness(device: torch.device, rank: int) -> Iterator[None]:
-    """Draw from a stream of the rank's own, and leave the shared one in step.
+    """Draw from a random stream of this rank, and keep the shared stream identical on all ranks.
 
-    Ranks that share a model draw identically, so that dropout of what all of them hold is equal.
-    The heads of each rank must not drop identically. The seed comes out of the shared stream, so
-    that a recompute, which restores that stream, draws the same numbers again.
+    Ranks that share a model draw from a shared stream, so that dropout of replicated tensors is
+    identical. Dropout of heads or tokens that differ by rank must differ. The rank's seed comes
+    from the shared stream, which a recompute restores, so a recompute draws the same numbers.
     """
-    seed = int(torch.randint(1 << 62, ()).item())  # a number of the CPU's stream
+    seed = int(torch.randint(1 << 62, ()).item())  # from the CPU's stream
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed + rank + 1)

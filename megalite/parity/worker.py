@@ -221,7 +221,7 @@ def _equal_or_off(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def _canonical(kind: str, row: arch.ParameterSpec, value: Tensor, grid: Grid) -> Inspected:
     """Yield the canonical tensors of a parameter, gathered over the tensor ranks."""
-    places = grid.tensor_places
+    places = grid.tensor_coordinates
     if row.tensors[0].split is arch.Split.REPLICATED:
         places = (grid.at,)
         parts = [_equal_or_off(value, grid.tensor_group)]

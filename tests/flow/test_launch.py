@@ -121,7 +121,7 @@ def test_ranks_of_mpirun_are_one_world(shards: dict[str, str], tmp_path: Path) -
     raw = run_file(shards, tmp_path, name="mpich", training={"steps": 3})
     command = (sys.executable, SCRIPT, "--config", write(raw, tmp_path))
     tasks = [start(*command, cwd=tmp_path, **mpich(rank)) for rank in (0, 1)]
-    assert "2 ranks of Intel MPI or MPICH meet at 127.0.0.1 port" in finish(tasks[0])
+    assert "2 ranks of Intel MPI or MPICH connect to 127.0.0.1 port" in finish(tasks[0])
     finish(tasks[1])
     curves["mpich"] = curve(raw)
     raw = run_file(shards, tmp_path, name="torchrun", training={"steps": 3})

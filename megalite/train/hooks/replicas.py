@@ -42,7 +42,7 @@ class ReplicaCheck(Hook):
         self._device = grid.device if stage == 3 else torch.device("cpu")
         # tensor ranks that hold different parts of a parameter have a slot each
         parts = grid.mesh.tensor if stage < 3 else 0
-        own = grid.tensor_places.index(grid.at)
+        own = grid.tensor_coordinates.index(grid.at)
         self._compared: dict[str, nn.Parameter] = {}
         self._slots: list[int] = []  # of each parameter in the vector that is reduced
         self._size = 0

@@ -109,7 +109,7 @@ def vocabulary_of(launch: Launch) -> tuple[int, int, bool]:
     regions = make_regions(config, grid)
     assert regions.vocabulary is not None
     grid.barrier()  # rank 0 holds the store by which the other forms its groups
-    return regions.vocabulary.first, regions.vocabulary.held, regions.size == 2
+    return regions.vocabulary.first, regions.vocabulary.unpadded_rows, regions.size == 2
 
 
 def test_last_rank_holds_fewer_rows_of_a_vocabulary_that_ranks_do_not_divide() -> None:
