@@ -1,7 +1,7 @@
-"""Engines: what turns micro-batches into an updated model.
+"""Engines, which run training steps on a model.
 
-Both engines take the same calls and give the same numbers. `DeepSpeedEngine` trains;
-`ReferenceEngine` is plain PyTorch on one device in fp32, the oracle it is compared with.
+Both engines have the same interface and give the same numbers. `DeepSpeedEngine` trains.
+`ReferenceEngine` is plain PyTorch on one device in fp32; tests compare `DeepSpeedEngine` with it.
 Importing this package imports neither torch's distributed parts nor DeepSpeed.
 """
 

@@ -40,11 +40,13 @@ def finite(_loss: Tensor, norm: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step's outcome.
+    """The outcome of a step.
 
-    loss: this rank's part of the mean loss (nats). The sum over data-parallel ranks is the loss.
-    grad_norm: the norm of the global batch's gradient before clipping, equal on all ranks.
-    extra: this rank's part of each further term of the objective, by name, as `loss`.
+    Attributes:
+        loss: this rank's part of the mean loss in nats. The loss is the sum over data-parallel
+            ranks.
+        grad_norm: norm of the global batch's gradient before clipping, equal on all ranks.
+        extra: this rank's part of each further term of the objective, by name.
     """
 
     loss: Tensor
@@ -56,8 +58,8 @@ class StepLoss:
     """The mean loss of a step and the further terms of its objective, summed over micro-batches.
 
     Args:
-        count: the objective's count of targets in the global batch.
-        samples: the number of samples in the global batch.
+        count: number of the objective's targets in the global batch.
+        samples: number of samples in the global batch.
     """
 
     def __init__(self, device: torch.device, *, count: float, samples: int) -> None:
@@ -66,7 +68,7 @@ class StepLoss:
         self.extra: dict[str, Tensor] = {}
 
     def add(self, terms: LossTerms) -> Tensor:
-        """Add a micro-batch; return the scalar whose gradient is the micro-batch's part."""
+        """Add a micro-batch. Return its part of the minimised loss, for the backward."""
         mean = terms.total / self._divisors["count"]
         self.loss += mean.detach()
         for name, term in terms.extra.items():
@@ -90,7 +92,7 @@ class EngineBase:
     wrapped: Any
 
     def begin_step(self, *, divisor: float, lr: float) -> StepLoss:
-        """Prepare for the micro-batches of a step; return the sum of their losses."""
+        """Prepare for a step. Return the accumulator for its micro-batches' losses."""
         self.wrapped.train()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -99,26 +101,30 @@ class EngineBase:
 
     @torch.no_grad()
     def eval_loss(self, batch: Batch) -> Tensor:
-        """Return the summed loss; see `Engine`."""
+        """Return the summed loss. See `Engine`."""
         self.wrapped.eval()
         terms: LossTerms = self.wrapped(self.objective.loss, batch.to(self.device).tensors)
         return terms.total
 
     @torch.no_grad()
     def eval_scores(self, batch: Batch) -> Tensor:
-        """Return the logits; see `Engine`."""
+        """Return the logits. See `Engine`."""
         self.wrapped.eval()
         scores: Tensor = self.wrapped(last_scores, batch.to(self.device).tensors)
         return scores
 
     def close(self, *, failed: bool = False) -> None:
-        """Forget compiled code, whose shapes would decide how a later run is compiled."""
+        """Discard compiled code, whose shapes would affect the compilation of a later run."""
         if self.config.training.compile:
             torch.compiler.reset()
 
 
 class Engine(Protocol):
-    """The interface of an engine. States are fp32 and, under tensor parallelism, the rank's."""
+    """The interface of an engine.
+
+    A state is a weight or an optimizer state in fp32. Under tensor parallelism it is this rank's
+    part.
+    """
 
     model: LanguageModel
     objective: Objective
@@ -133,22 +139,23 @@ class Engine(Protocol):
         inspect: Callable[[], None] | None = None,
         accept: Accept = finite,
     ) -> StepResult:
-        """Accumulate the batches' gradients, clip, and update.
+        """Accumulate the batches' gradients, clip them, and update the model.
 
         Args:
             batches: this rank's micro-batches of the step.
-            divisor: the objective's count of the global batch, over all ranks and micro-batches.
-            lr: the learning rate of this step.
-            step: the step's number, counted from 1; seeds dropout.
-            inspect: called between the backward and the update, where `read_gradient` works.
-            accept: asked before the update with this rank's part of the loss and the gradient's
-                norm; what it refuses is omitted. It must say the same on every rank.
+            divisor: number of the objective's targets in the global batch, over all ranks.
+            lr: learning rate of this step.
+            step: number of the step, counted from 1. It seeds dropout.
+            inspect: called between the backward and the update, when `read_gradient` works.
+            accept: called before the update with this rank's part of the loss and the gradient's
+                norm. If it returns false, the update is skipped. It must return the same on every
+                rank.
         """
 
     def eval_loss(self, batch: Batch) -> Tensor:
         """Return the objective's summed loss without dropout or gradients: fp32 scalar, nats.
 
-        Further terms of the objective are omitted.
+        It does not include further terms of the objective.
         """
 
     def eval_scores(self, batch: Batch) -> Tensor:
@@ -159,43 +166,46 @@ class Engine(Protocol):
         """
 
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
-        """Return a context in which parameters that the engine keeps in parts are whole."""
+        """Return a context in which sharded parameters are whole."""
 
     def read_state(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """Return one state of one parameter, whole; a collective of ZeRO's group."""
+        """Return the whole of a parameter's state; a ZeRO group's collective."""
 
     def owner_rank(self, parameter: nn.Parameter) -> int | None:
-        """Return the ZeRO rank that alone has a parameter's master and states, complete.
+        """Return the ZeRO rank that has all of a parameter's master weights and states.
 
         None means that several ranks have a part, or that each rank has all.
         """
 
     def read_local(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """`read_state` on the ranks of `owner_rank` only; may share memory with the engine."""
+        """Return `read_state` without communication. Only the parameter's owner rank may call this.
+
+        The result may share memory with the engine.
+        """
 
     def read_gradient(self, parameter: nn.Parameter) -> Tensor:
-        """Return the global batch's gradient of one parameter, whole, before clipping.
+        """Return the whole of a parameter's gradient before clipping; a ZeRO group's collective.
 
-        A collective as `read_state` is. Under fp16 it is the gradient of the scaled loss.
+        It is the gradient of the global batch. Under fp16 it is that of the scaled loss.
         """
 
     def write_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        """Set one state of one parameter; a collective, with the same value on every rank."""
+        """Set a parameter's state to a value that all ranks pass; a collective."""
 
     def group(self, parameter: nn.Parameter) -> Mapping[str, Any]:
-        """Return the hyper-parameters that a parameter is updated with."""
+        """Return the hyper-parameters of a parameter's update."""
 
     def progress(self) -> dict[str, Any]:
-        """Return the number of updates and the loss scale: the rest of the engine's state."""
+        """Return the rest of the engine's state: the number of updates and the loss scale."""
 
     def restore_progress(self, progress: Mapping[str, Any]) -> None:
-        """Set what `progress` returned."""
+        """Restore the state that `progress` returned."""
 
     def close(self, *, failed: bool = False) -> None:
-        """Leave the process as it was before the engine, which cannot be used any more.
+        """Undo the engine's changes to the process. The engine cannot be used afterwards.
 
         Args:
-            failed: whether another rank may be lost, so that nothing may wait for the device.
+            failed: whether another rank may have ended. If true, do not wait for the device.
         """
 
 
@@ -212,8 +222,11 @@ def has_dropout(model: ModelConfig) -> bool:
 
 
 def seed_dropout(seed: int, step: int, place: int) -> None:
-    """Seed every generator from (seed, step, place in the data order): randomness is a function."""
+    """Seed the generators of all devices by (seed, step, place in the data order).
+
+    So dropout does not depend on the layout, and a resumed run repeats it.
+    """
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + place * 0x94D049BB133111EB) % (
         1 << 63
     )
-    torch.manual_seed(mixed)  # the CPU's generator and every GPU's
+    torch.manual_seed(mixed)  # seeds the CPU and all GPUs

@@ -1,4 +1,4 @@
-"""Early imports of what a run imports late: forks of a process that did so start at once."""
+"""Early imports of slow modules, so that forks of this process start a run at once."""
 
 from __future__ import annotations
 

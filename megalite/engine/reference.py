@@ -1,4 +1,4 @@
-"""The oracle: one device, fp32, plain PyTorch. Every other engine must agree with it."""
+"""The reference: one device, fp32, plain PyTorch. Every other engine must agree with it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from megalite.model import (
 from megalite.optim import Fragment, Muon, make_optimizer, orthogonalize
 from megalite.parallel import Grid, apply_recompute_and_compile, is_counted
 
-_ROW = 4096  # numbers whose squares are summed one after the other
+_ROW = 4096  # elements whose squares are summed in sequence
 
 
 class ReferenceEngine(EngineBase):
-    """A training step as a textbook writes it.
+    """An engine in plain PyTorch, with the training step of a textbook.
 
     Args:
         objective: computes the loss. The default is the run file's.
@@ -64,7 +64,7 @@ class ReferenceEngine(EngineBase):
         self._groups = group_numbers(self.optimizer)
         create_states(self.optimizer)
         if isinstance(self.optimizer, Muon):
-            join_whole(self.optimizer, self.model, config.model, grid)
+            connect_muon(self.optimizer, self.model, config.model, grid)
 
     def train_step(
         self,
@@ -94,7 +94,7 @@ class ReferenceEngine(EngineBase):
         return nullcontext()
 
     def read_state(self, parameter: nn.Parameter, key: str) -> Tensor:
-        return read_plain(self.optimizer, parameter, key)
+        return torch_state(self.optimizer, parameter, key)
 
     def owner_rank(self, _parameter: nn.Parameter) -> int | None:
         return None
@@ -103,27 +103,31 @@ class ReferenceEngine(EngineBase):
         return self.read_state(parameter, key)
 
     def read_gradient(self, parameter: nn.Parameter) -> Tensor:
-        return plain_gradient(parameter)
+        return torch_gradient(parameter)
 
     def write_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        read_plain(self.optimizer, parameter, key).copy_(value)
+        torch_state(self.optimizer, parameter, key).copy_(value)
 
     def group(self, parameter: nn.Parameter) -> Mapping[str, Any]:
         return self.optimizer.param_groups[self._groups[id(parameter)]]
 
     def progress(self) -> dict[str, Any]:
-        return {"updates": updates_taken(self.optimizer)}
+        return {"updates": update_count(self.optimizer)}
 
     def restore_progress(self, progress: Mapping[str, Any]) -> None:
-        set_updates(self.optimizer, progress["updates"])
+        set_update_count(self.optimizer, progress["updates"])
 
 
 def clip_gradients(
     parameters: Iterable[nn.Parameter], limit: float, grid: Grid | None = None
 ) -> Tensor:
-    """Scale gradients down to norm `limit` (0: leave them) and return the norm before.
+    """Scale gradients down to norm `limit`. Return the norm before.
 
-    Over the ranks of `grid` that share a model, split parameters count on each, others once.
+    With tensor parallelism the norm is that of the whole model: replicated parameters count once.
+
+    Args:
+        limit: 0 means no clipping.
+        grid: None means one rank.
     """
     with_grad = [p for p in parameters if p.grad is not None]
     counted = [p.grad for p in with_grad if grid is None or is_counted(p, grid)]
@@ -140,8 +144,9 @@ def clip_gradients(
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the norm of all tensors as one vector.
 
-    On a CPU PyTorch sums the squares of a tensor one after the other in its own precision: of
-    16 million numbers it loses 6e-4. Rows of a few thousand lose nothing, at the same speed.
+    On a CPU, PyTorch sums the squares of a tensor in sequence and in the tensor's precision. With
+    16 million elements the relative error is 6e-4. The norms of short rows have no such error, at
+    the same speed.
     """
     if not tensors or tensors[0].device.type != "cpu":
         return nn.utils.get_total_norm(tensors)
@@ -160,7 +165,7 @@ def create_states(
     """Create the states that the optimizer does not have yet, as zeros.
 
     Args:
-        parameters: those of each group; default: the groups' own.
+        parameters: parameters of each group. None means those in the optimizer's groups.
     """
     for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"] if parameters is None else parameters[number]:
@@ -178,8 +183,8 @@ def group_numbers(optimizer: torch.optim.Optimizer) -> dict[int, int]:
     return {id(p): number for number, group in groups for p in group["params"]}
 
 
-def join_whole(optimizer: Muon, model: nn.Module, config: ModelConfig, grid: Grid) -> None:
-    """Let Muon work on parameters that every data-parallel rank has whole."""
+def connect_muon(optimizer: Muon, model: nn.Module, config: ModelConfig, grid: Grid) -> None:
+    """Set Muon's `orthogonalize` for parameters that ZeRO does not shard."""
     rows = {row.name: row for row in arch.parameters(config)}
     fragments = {
         id(parameter): [Fragment(rows[name], 0, parameter.numel(), 0)]
@@ -190,26 +195,26 @@ def join_whole(optimizer: Muon, model: nn.Module, config: ModelConfig, grid: Gri
     )
 
 
-def read_plain(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str) -> Tensor:
-    """Return a parameter's own data, or its state in a plain torch optimizer."""
+def torch_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str) -> Tensor:
+    """Return a parameter's data, or its state in a torch optimizer."""
     value: Tensor = parameter.data if key == WEIGHT else optimizer.state[parameter][key]
     return value
 
 
-def plain_gradient(parameter: nn.Parameter) -> Tensor:
-    """Return a parameter's own gradient; zero where the batch did not reach it."""
+def torch_gradient(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter's gradient, which is zero if the batch did not use the parameter."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def updates_taken(optimizer: torch.optim.Optimizer) -> int | None:
-    """Adam's step count, which corrects its moments' bias; None for an optimizer without one."""
+def update_count(optimizer: torch.optim.Optimizer) -> int | None:
+    """Return Adam's step count (for bias correction), or None if the optimizer has none."""
     steps = {int(s["step"]) for s in optimizer.state.values() if "step" in s}
-    assert len(steps) <= 1, f"parameters of one optimizer took different numbers of steps: {steps}"
+    assert len(steps) <= 1, f"parameters of one optimizer have different step counts: {steps}"
     return steps.pop() if steps else None
 
 
-def set_updates(optimizer: torch.optim.Optimizer, updates: int | None) -> None:
-    """Restore what `updates_taken` gave."""
+def set_update_count(optimizer: torch.optim.Optimizer, updates: int | None) -> None:
+    """Set the step count to a result of `update_count`."""
     for state in optimizer.state.values():
         if updates is not None and "step" in state:
             state["step"].fill_(float(updates))

@@ -1,8 +1,8 @@
 """The DeepSpeed engine: ZeRO stages 0 to 3 in fp32, bf16 and fp16.
 
-DeepSpeed partitions, reduces and keeps the fp32 masters. The loss's divisor, the learning rate and
-the optimizer's mathematics stay MegaLite's. DeepSpeed's own scaling is off: gradients are summed
-over ranks, and the loss is divided once, by the objective's count of the global batch.
+DeepSpeed partitions states, reduces gradients and holds the fp32 master weights. MegaLite sets the
+loss's divisor, the learning rate and the optimizer. DeepSpeed's scaling is off: gradients are
+summed over ranks, and the loss is divided once, by the number of targets in the global batch.
 
 Files that comments name are those of DeepSpeed 0.19.8, below deepspeed/.
 """
@@ -46,13 +46,13 @@ from megalite.engine.deepspeed.process import ProcessState
 from megalite.engine.deepspeed.settings import Mpu, init_deepspeed, verify_effective
 from megalite.engine.reference import (
     clip_gradients,
+    connect_muon,
     create_states,
     group_numbers,
-    join_whole,
-    plain_gradient,
-    read_plain,
-    set_updates,
-    updates_taken,
+    set_update_count,
+    torch_gradient,
+    torch_state,
+    update_count,
 )
 from megalite.model import (
     LanguageModel,
@@ -71,13 +71,13 @@ from megalite.parallel import (
 
 
 class DeepSpeedEngine(EngineBase):
-    """An engine over DeepSpeed's, of one rank.
+    """A rank's engine, which wraps DeepSpeed's.
 
     Args:
-        settings: the DeepSpeed JSON with every value filled in (`settings.fill_defaults`).
+        settings: the DeepSpeed JSON with all defaults filled in (`settings.fill_defaults`).
         objective: computes the loss. The default is the run file's.
     Raises:
-        EngineError: DeepSpeed uses another value than `settings` says.
+        EngineError: DeepSpeed uses another value than `settings` contains.
     """
 
     def __init__(
@@ -105,16 +105,16 @@ class DeepSpeedEngine(EngineBase):
             raise
 
     def _open(self, precision: Precision) -> None:
-        """Build the model, and start DeepSpeed with it."""
+        """Build the model and start DeepSpeed."""
         settings = self.settings
         init_deepspeed()
-        # ZeRO-3 refuses "sum" (runtime/config.py: _do_error_check) and averages over ZeRO's ranks;
-        # the factor in the loss undoes it
+        # ZeRO-3 refuses "sum" (runtime/config.py: _do_error_check) and averages over the ZeRO
+        # ranks; a factor in the loss cancels this
         averages = settings["gradient_allreduce_op"] == "mean"
         self._loss_scale = float(self._grid.mesh.zero) if averages else 1.0
         self.model = self._build_model(precision)
         self.engine, self.optimizer = self._initialize()
-        self.wrapped = self.engine  # so that ZeRO-3 gathers
+        self.wrapped = self.engine  # DeepSpeed's forward gathers the parameters of ZeRO-3
         verify_effective(settings, self.engine)
         self._create_states()
         if self.stage > 0:
@@ -122,11 +122,11 @@ class DeepSpeedEngine(EngineBase):
         self._owner_ranks = self._find_owner_ranks() if self.stage in (1, 2) else {}
 
     def _build_model(self, precision: Precision) -> LanguageModel:
-        """Build this rank's part of the model, initialised, frozen and wrapped as the run asks."""
+        """Build, initialise, freeze and wrap this rank's part of the model."""
         config, grid = self.config, self._grid
         sequence = config.parallel.sequence
         regions = make_regions(config.model, grid, sequence=sequence)
-        with self._building(grid), grid.device:
+        with self._init_context(grid), grid.device:
             model = build(config.model, regions)
         model.to(device=grid.device, dtype=precision.torch)
         initialize(
@@ -144,16 +144,17 @@ class DeepSpeedEngine(EngineBase):
             compile_blocks=config.training.compile,
         )
         if config.training.compile and self.stage == 3:
-            # A compiled block cannot fetch its parts one by one: the hooks of runtime/zero/
-            # parameter_offload.py would break the graph. A leaf module is fetched whole before it.
+            # In a compiled block the hooks that fetch each submodule's parameters
+            # (runtime/zero/parameter_offload.py) would break the graph. DeepSpeed fetches all
+            # parameters of a leaf module before its forward.
             deepspeed.utils.set_z3_leaf_modules(model, [type(next(iter(model.blocks)))])
         return model
 
     def _initialize(self) -> tuple[Any, Any]:
         """Return DeepSpeed's engine and optimizer."""
         optimizer = make_optimizer(self.config, self.model.named_parameters())
-        self._groups = group_numbers(optimizer)  # before DeepSpeed puts its own tensors there
-        # runtime/bf16_optimizer.py prints its memory (see_memory_usage with force)
+        self._groups = group_numbers(optimizer)  # before DeepSpeed replaces the groups' tensors
+        # runtime/bf16_optimizer.py prints its memory usage (see_memory_usage with force)
         with redirect_stdout(io.StringIO()):
             engine, zero, _, _ = deepspeed.initialize(
                 model=self.model,
@@ -178,7 +179,7 @@ class DeepSpeedEngine(EngineBase):
         for index, batch in enumerate(batches):
             if self._dropout:
                 seed_dropout(self.config.training.seed, step, batch.place)
-            # through the engine, so that ZeRO-3 gathers what the objective's loss needs
+            # DeepSpeed's engine gathers the parameters that the objective's loss needs (ZeRO-3)
             mean = losses.add(self.engine(self.objective.loss, batch.to(self.device).tensors))
             self.engine.backward(mean * self._loss_scale, scale_wrt_gas=False)
             if index < len(batches) - 1:
@@ -189,22 +190,22 @@ class DeepSpeedEngine(EngineBase):
         return StepResult(loss=losses.loss, grad_norm=norm, extra=losses.extra)
 
     def _update(self, loss: Tensor, accept: Accept) -> Tensor:
-        """Clip and update if `accept` agrees; return the norm before clipping."""
+        """Clip, and update if `accept` returns true. Return the norm before clipping."""
         if self.stage == 0:
-            # without ZeRO the engine clips and reports no norm (runtime/engine.py:
-            # clip_fp32_gradients), so DeepSpeed's clipping is off and this is ours
+            # without ZeRO, DeepSpeed clips without reporting the norm (runtime/engine.py:
+            # clip_fp32_gradients), so its clipping is off and MegaLite clips here
             parameters = list(self.model.parameters())
             limit = self.config.optimizer.clip_grad_norm
             norm = clip_gradients(parameters, limit, self._grid)
             if not accept(loss, norm):
-                for parameter in parameters:  # torch's optimizers skip these then
+                for parameter in parameters:  # torch's optimizers skip parameters without gradient
                     parameter.grad = None
             self.engine.step()
             return norm
         self._norm = None
         self._accepts = partial(accept, loss)
         self.engine.step()
-        if self._norm is None:  # an overflow: DeepSpeed left before the inner optimizer's step
+        if self._norm is None:  # an overflow: DeepSpeed did not call the optimizer's step
             self._norm = torch.full_like(loss, torch.inf)
             accept(loss, self._norm)
         return self._norm
@@ -222,7 +223,7 @@ class DeepSpeedEngine(EngineBase):
             with self.gathered([parameter]):
                 return parameter.detach().float().clone()
         if self.stage == 0:
-            return read_plain(self.optimizer, parameter, key)
+            return torch_state(self.optimizer, parameter, key)
         if key == WEIGHT:
             value: Tensor = safe_get_full_fp32_param(parameter)
         else:
@@ -239,35 +240,34 @@ class DeepSpeedEngine(EngineBase):
 
     def read_gradient(self, parameter: nn.Parameter) -> Tensor:
         if self.stage == 0 or not parameter.requires_grad:
-            return plain_gradient(parameter)
+            return torch_gradient(parameter)
         value: Tensor = safe_get_full_grad(parameter)
         return value.view(getattr(parameter, "ds_shape", parameter.shape))
 
     def write_state(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         if self.stage == 0:
-            read_plain(self.optimizer, parameter, key).copy_(value)
+            torch_state(self.optimizer, parameter, key).copy_(value)
         elif key == WEIGHT:
             if not parameter.requires_grad:
-                pass  # it has no master
+                pass  # frozen parameters have no master weights
             elif self.stage == 3:
-                safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
+                safe_set_local_fp32_param(parameter, self._local_shard(parameter, value))
             else:
                 safe_set_full_fp32_param(parameter, value)
-            # utils/tensor_fragment.py sets only the fp32 master, not the copy that the next forward
-            # reads
+            # utils/tensor_fragment.py sets only the fp32 master weight. Set the copy that the
+            # next forward reads as well.
             with torch.no_grad(), self._writable(parameter):
                 if parameter.numel():
                     parameter.copy_(value)
         elif self.stage == 3:
-            safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), key)
+            safe_set_local_optimizer_state(parameter, self._local_shard(parameter, value), key)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
 
-    def _own_part(self, parameter: Any, value: Tensor) -> Tensor:
-        """Return the part of a whole value that this rank keeps under ZeRO-3.
+    def _local_shard(self, parameter: Any, value: Tensor) -> Tensor:
+        """Return this rank's shard of a whole value under ZeRO-3.
 
-        DeepSpeed's own cut (utils/tensor_fragment.py) fails if the ranks do not divide the elements
-        and the last part is short.
+        DeepSpeed's own division (utils/tensor_fragment.py) fails if the last shard is shorter.
         """
         size = parameter.ds_tensor.ds_numel
         padded = value.new_zeros(size * self._grid.mesh.zero)
@@ -275,18 +275,18 @@ class DeepSpeedEngine(EngineBase):
         return padded[self._grid.at.zero_rank * size :][:size]
 
     def group(self, parameter: nn.Parameter) -> Mapping[str, Any]:
-        group: Mapping[str, Any] = self._inner().param_groups[self._groups[id(parameter)]]
+        group: Mapping[str, Any] = self._torch_optimizer().param_groups[self._groups[id(parameter)]]
         return group
 
     def progress(self) -> dict[str, Any]:
-        progress: dict[str, Any] = {"updates": updates_taken(self._inner())}
+        progress: dict[str, Any] = {"updates": update_count(self._torch_optimizer())}
         if self.fp16:
             scaler = self.optimizer.loss_scaler
             progress["loss_scaler"] = {name: getattr(scaler, name) for name in _SCALER_STATE}
         return progress
 
     def restore_progress(self, progress: Mapping[str, Any]) -> None:
-        set_updates(self._inner(), progress["updates"])
+        set_update_count(self._torch_optimizer(), progress["updates"])
         if self.fp16 and progress.get("loss_scaler"):
             for name in _SCALER_STATE:
                 setattr(self.optimizer.loss_scaler, name, progress["loss_scaler"][name])
@@ -294,18 +294,18 @@ class DeepSpeedEngine(EngineBase):
     def close(self, *, failed: bool = False) -> None:
         self._process.restore()
         if not failed or self._grid.world_size == 1:
-            with suppress(RuntimeError):  # the device has failed, which ended the run
+            with suppress(RuntimeError):  # raised if a failed device ended the run
                 self.engine.destroy()  # waits for the device
         super().close()
 
     def _gate_steps(self) -> None:
-        """Call `accept` when DeepSpeed, which has the norm, steps the inner optimizer.
+        """Make the torch optimizer's step call `accept` first, and do nothing if it returns false.
 
-        DeepSpeed does so once for each group or part of a group (runtime/zero/stage_1_and_2.py:
-        _optimizer_step, stage3.py: _optimizer_step). A refused step changes nothing. DeepSpeed has
-        just waited for the device then, to see whether the norm is finite.
+        DeepSpeed calls this step once per group or part of a group (runtime/zero/stage_1_and_2.py:
+        _optimizer_step, stage3.py: _optimizer_step). `accept` is called once. It adds no wait for
+        the device, because DeepSpeed has just checked whether the norm is finite.
         """
-        inner = self._inner()
+        inner = self._torch_optimizer()
         zero = self.optimizer
         step = inner.step
 
@@ -320,13 +320,13 @@ class DeepSpeedEngine(EngineBase):
         inner.step = gated  # type: ignore[method-assign, assignment]
 
     def _create_states(self) -> None:
-        """Create the optimizer's states now: a checkpoint may be read into them before any step.
+        """Create the optimizer's states, so that a checkpoint can be loaded before any step.
 
-        A step with zero gradients would count, and overflow in fp16. In the first step DeepSpeed
-        would link only the states of the first group (runtime/zero/stage_1_and_2.py:
-        _lazy_init_hp_params_optimizer_state).
+        A step with zero gradients would create them, but also count as a step and overflow in
+        fp16. DeepSpeed's first step would link only the states of the first group
+        (runtime/zero/stage_1_and_2.py: _lazy_init_hp_params_optimizer_state).
         """
-        inner = self._inner()
+        inner = self._torch_optimizer()
         zero = self.optimizer
         if self.stage == 3:
             flat: list[list[Tensor]] = [[] for _ in inner.param_groups]
@@ -338,10 +338,10 @@ class DeepSpeedEngine(EngineBase):
             if self.stage > 0:
                 zero._lazy_init_hp_params_optimizer_state()
         if isinstance(inner, Muon):
-            self._join_matrices(inner)
+            self._connect_muon(inner)
 
     def _find_owner_ranks(self) -> dict[int, int]:
-        """Return the rank that has all of a parameter's partition, for parameters not divided."""
+        """Return the ZeRO rank that has the whole of a parameter, for each undivided parameter."""
         parameters = list(self.model.parameters())
         local = [local_partition(p)[1] if p.numel() else 0 for p in parameters]
         lengths = torch.zeros(self._grid.mesh.zero, len(parameters), dtype=torch.int64)
@@ -351,10 +351,10 @@ class DeepSpeedEngine(EngineBase):
         whole = lengths == torch.tensor([p.numel() for p in parameters], device=self.device)
         return {id(parameters[index]): rank for rank, index in whole.nonzero().tolist()}
 
-    def _join_matrices(self, muon: Muon) -> None:
-        """Give Muon the places at which DeepSpeed keeps the parts of each matrix."""
+    def _connect_muon(self, muon: Muon) -> None:
+        """Set Muon's `orthogonalize` for the engine's partitions."""
         if self.stage == 0:
-            join_whole(muon, self.model, self.config.model, self._grid)
+            connect_muon(muon, self.model, self.config.model, self._grid)
             return
         partitions = zero_partitions(self.optimizer, self.stage, self._grid)
         by_master = name_partitions(partitions, self.model, self.config.model)
@@ -362,15 +362,16 @@ class DeepSpeedEngine(EngineBase):
             update, by_master[id(master)], self._grid, replicas=False
         )
 
-    def _inner(self) -> torch.optim.Optimizer:
+    def _torch_optimizer(self) -> torch.optim.Optimizer:
         inner: torch.optim.Optimizer = self.optimizer.optimizer if self.stage else self.optimizer
         return inner
 
-    def _building(self, grid: Grid) -> AbstractContextManager[object]:
-        """Return a context that, under ZeRO-3, partitions each parameter as it is created.
+    def _init_context(self, grid: Grid) -> AbstractContextManager[object]:
+        """Return a context that partitions parameters at their creation, under ZeRO-3.
 
-        The dtype comes from the settings. As an argument, fp32 would become bf16 on a device
-        without fp16: an operator's precedence in runtime/zero/partition_parameters.py, _set_dtype.
+        The dtype comes from the settings. As an argument, fp32 would become bf16 on devices
+        without fp16, because of an operator's precedence in _set_dtype
+        (runtime/zero/partition_parameters.py).
         """
         if self.stage != 3:
             return nullcontext()
@@ -382,7 +383,7 @@ class DeepSpeedEngine(EngineBase):
         return context
 
     def _writable(self, parameter: nn.Parameter) -> AbstractContextManager[object]:
-        """Return a context in which rank 0 of ZeRO's group writes a whole parameter for all."""
+        """Return a context in which rank 0 of the ZeRO group writes a whole parameter for all."""
         if self.stage != 3:
             return nullcontext()
         context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(

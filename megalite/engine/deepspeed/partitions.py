@@ -1,4 +1,4 @@
-"""How DeepSpeed partitions the fp32 masters of parameters, as release 0.19.8 lays them out."""
+"""The partitions of fp32 master weights in DeepSpeed 0.19.8."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from megalite.config import ModelConfig
 from megalite.optim import Fragment
 from megalite.parallel import Grid
 
-# (start, length) of a flattened parameter, and where that part begins in the master
+# first element and length of a part of a flattened parameter, and its offset in the master tensor
 Partition = tuple[int, int, int]
 
 
 def zero_partitions(
     zero: Any, stage: int, grid: Grid
 ) -> dict[int, list[tuple[nn.Parameter, Partition]]]:
-    """Return which parts of its parameters each of this rank's flat masters holds.
+    """Return the parts of parameters that each of this rank's flat master tensors contains.
 
     Args:
         zero: DeepSpeed's optimizer.
         stage: 1, 2 or 3.
     Returns:
-        by the `id` of a master, the parameters of its group and their parts.
+        the parameters and their parts, by the `id` of the master tensor.
     """
     if stage == 3:
         return _stage_3_partitions(zero, grid)
@@ -38,7 +38,7 @@ def zero_partitions(
 
 
 def _stage_3_partitions(zero: Any, grid: Grid) -> dict[int, list[tuple[nn.Parameter, Partition]]]:
-    """Compute `zero_partitions` from runtime/zero/stage3.py: equal parts, the last ones padded."""
+    """Return `zero_partitions` of stage 3: equal parts, the last padded (zero/stage3.py)."""
     partitions = {}
     for number, group in enumerate(zero.fp16_groups):
         parts = []
@@ -56,20 +56,20 @@ def name_partitions(
     model: nn.Module,
     config: ModelConfig,
 ) -> dict[int, list[Fragment]]:
-    """Return `zero_partitions` with the parameters' specifications, as Muon takes them."""
+    """Convert `zero_partitions` to Muon's fragments."""
     specs = {spec.name: spec for spec in arch.parameters(config)}
     named = {id(parameter): specs[name] for name, parameter in model.named_parameters()}
     return {
-        master: [Fragment(named[id(parameter)], *place) for parameter, place in parts]
+        master: [Fragment(named[id(parameter)], *part) for parameter, part in parts]
         for master, parts in partitions.items()
     }
 
 
 def local_partition(parameter: Any) -> Partition:
-    """Return the part of a parameter that this rank has below ZeRO-3.
+    """Return the part of a parameter that this rank has under ZeRO-1 and ZeRO-2.
 
-    It is empty if other ranks have all of it, or if it is frozen. `_hp_mapping` is made by
-    utils/mixed_precision_linkage.py, its addresses are those of utils/tensor_fragment.py.
+    It is empty if the parameter is frozen or lies wholly on other ranks. `_hp_mapping` comes from
+    utils/mixed_precision_linkage.py, its addresses from utils/tensor_fragment.py.
     """
     mapping = getattr(parameter, "_hp_mapping", None)
     if mapping is None:

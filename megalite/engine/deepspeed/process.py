@@ -1,4 +1,4 @@
-"""Changes that DeepSpeed makes to its process, and their undoing.
+"""Undo the changes that DeepSpeed makes to its process.
 
 Files that comments name are those of DeepSpeed 0.19.8, below deepspeed/.
 """
@@ -14,9 +14,9 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-# Names of torch that runtime/zero/partition_parameters.py binds to its own objects
-# (patch_init_and_builtins). Some of them stay bound (unpatch_init_and_builtins).
-_BOUND: tuple[tuple[Any, str], ...] = (
+# attributes of torch that runtime/zero/partition_parameters.py patches (patch_init_and_builtins)
+# and restores only in part (unpatch_init_and_builtins)
+_PATCHED: tuple[tuple[Any, str], ...] = (
     (F, "linear"),
     (F, "embedding"),
     (nn.Module, "__init_subclass__"),
@@ -26,20 +26,20 @@ _BOUND: tuple[tuple[Any, str], ...] = (
     (Tensor, "__new__"),
     (Tensor, "__old_new__"),
 )
-# runtime/zero/partitioned_param_coordinator.py, __params_to_release
+# the cached method __params_to_release of runtime/zero/partitioned_param_coordinator.py
 _CACHED = "_PartitionedParameterCoordinator__params_to_release"
-_OLD_INIT = "_old_init"  # which patch_init_and_builtins adds to every class of modules
+_OLD_INIT = "_old_init"  # patch_init_and_builtins adds it to every subclass of nn.Module
 _ABSENT = object()
 
 
 class ProcessState:
-    """State of this process that DeepSpeed changes, as it is when this object is made."""
+    """The state of this process at construction, as far as DeepSpeed changes it."""
 
     def __init__(self) -> None:
-        self._before = [(owner, name, _value(owner, name)) for owner, name in _BOUND]
+        self._before = [(owner, name, _value(owner, name)) for owner, name in _PATCHED]
 
     def restore(self) -> None:
-        """Undo what an engine has changed, and drop DeepSpeed's references to it."""
+        """Undo an engine's changes, and drop DeepSpeed's references to the engine."""
         for owner, name, value in self._before:
             if _value(owner, name) is value:
                 continue
@@ -50,20 +50,20 @@ class ProcessState:
         for subclass in get_all_subclasses(nn.Module):
             if _OLD_INIT in vars(subclass):
                 delattr(subclass, _OLD_INIT)
-        # a stack of modules that the first module never leaves (setup_zero_stage3_hooks)
+        # this stack keeps its first module forever (setup_zero_stage3_hooks)
         parameter_offload.FWD_MODULE_STACK.clear()
-        # process groups, which torch destroys with the grid
+        # references only: torch destroys the process groups with the grid
         groups._release_process_group_references()
         _clear_cache(vars(PartitionedParameterCoordinator)[_CACHED])
 
 
 def _clear_cache(wrapper: Any) -> None:
-    """Clear the cache of a method that DeepSpeed has wrapped; its keys hold every module."""
+    """Clear the cache of a wrapped method, whose keys refer to every module."""
     for cell in wrapper.__closure__ or ():
         if hasattr(cell.cell_contents, "cache_clear"):
             cell.cell_contents.cache_clear()
 
 
 def _value(owner: Any, name: str) -> Any:
-    """Return what a name is bound to in a module or class itself, not in its bases."""
+    """Return an attribute of a module or class itself, without its bases; `_ABSENT` if missing."""
     return vars(owner).get(name, _ABSENT)

@@ -1,8 +1,8 @@
-"""DeepSpeed's JSON: every default is written out before, and every value compared after.
+"""DeepSpeed's JSON: defaults are written out before the start, and values compared after it.
 
-DeepSpeed fills in what a JSON omits, and its defaults change between releases. `fill_defaults`
-asks the installed release for all of them, so that the file in the run folder is complete.
-`verify_effective` reads back what the engine really uses.
+DeepSpeed has a default for each missing key, and the defaults change between releases.
+`fill_defaults` adds those of the installed release, so that the file in the run folder is complete.
+`verify_effective` compares it with the values that the engine really uses.
 
 Files that comments name are those of DeepSpeed 0.19.8, below deepspeed/.
 """
@@ -27,10 +27,10 @@ from megalite.parallel import Grid
 
 
 def _import_muon() -> None:
-    """Import DeepSpeed's Muon without compiling it; every engine imports it, and none here uses it.
+    """Import DeepSpeed's Muon, which every engine of DeepSpeed imports, without torch.compile.
 
-    It decorates functions with torch.compile (runtime/zero/muon/original_muon.py), and that alone
-    imports the compiler: 0.8 s.
+    It decorates functions with torch.compile (runtime/zero/muon/original_muon.py). That would
+    import the compiler, which takes 0.8 s. MegaLite does not use this Muon.
     """
     original = compiler.compile
     compiler.compile = lambda *_, **__: lambda function: function
@@ -42,7 +42,7 @@ def _import_muon() -> None:
 
 _import_muon()
 
-# top-level keys that DeepSpeedConfig (runtime/config.py) keeps under their own name
+# top-level keys that are attributes of DeepSpeedConfig (runtime/config.py) under the same name
 _SCALARS = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -78,7 +78,7 @@ _DTYPE_NAMES = {precision.torch: precision.value for precision in Precision}
 
 
 class Mpu:
-    """The grid under DeepSpeed's names for it (Megatron-LM's `mpu`; utils/bwc.py)."""
+    """The grid with the interface that DeepSpeed expects (Megatron-LM's `mpu`; utils/bwc.py)."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -107,14 +107,14 @@ class Mpu:
 
 
 def init_deepspeed() -> None:
-    """Have DeepSpeed use the process group that exists.
+    """Make DeepSpeed use the existing process group.
 
-    Its shared-memory collectives (comm/torch.py: build_shm_op) stay off: they need a compiler at
-    run time, and gloo is as fast.
+    Its shared-memory collectives (comm/torch.py: build_shm_op) stay off, because they need a
+    compiler at run time, and gloo is as fast.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logging.getLogger("DeepSpeed").addFilter(_is_news)
-    # torch renames collectives that DeepSpeed calls: one warning a call, which no user can act on
+    logging.getLogger("DeepSpeed").addFilter(_is_relevant)
+    # torch warns at each call of renamed collectives; users cannot change DeepSpeed's calls
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger"
     )
@@ -122,8 +122,11 @@ def init_deepspeed() -> None:
     deepspeed.init_distributed(dist_init_required=False)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Drop the warning about every optimizer but Adam (runtime/engine.py); parity tries them."""
+def _is_relevant(record: logging.LogRecord) -> bool:
+    """Return false for the warning about optimizers other than Adam (runtime/engine.py).
+
+    MegaLite's parity tests cover these optimizers.
+    """
     return "untested optimizer" not in record.getMessage()
 
 
@@ -131,7 +134,7 @@ def fill_defaults(settings: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
     """Return `settings` with every default of the installed DeepSpeed written out.
 
     Raises:
-        ConfigError: a value DeepSpeed refuses, or an unknown key inside one of its sections.
+        ConfigError: DeepSpeed refuses a value, or one of its sections has an unknown key.
     """
     init_deepspeed()
     try:
@@ -155,7 +158,7 @@ def fill_defaults(settings: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
 
 
 def defaults(grid: Grid) -> dict[str, Any]:
-    """Return what the installed DeepSpeed assumes for a JSON that gives no value."""
+    """Return all defaults of the installed DeepSpeed."""
     return fill_defaults({"train_micro_batch_size_per_gpu": 1}, grid)
 
 
@@ -163,20 +166,20 @@ def verify_effective(settings: Mapping[str, Any], engine: Any) -> None:
     """Compare the values that the engine uses with those of the settings.
 
     Raises:
-        EngineError: with every value that differs.
+        EngineError: some values differ; the message lists them.
     """
     used = _effective(engine)
     differing = [
-        f"deepspeed.{key}: asked {wanted!r}, the engine uses {used[key]!r}"
-        for key, wanted in _wanted(settings, used).items()
-        if used[key] != wanted
+        f"deepspeed.{key}: requested {value!r}, but the engine uses {used[key]!r}"
+        for key, value in _requested(settings, used).items()
+        if used[key] != value
     ]
     if differing:
         raise EngineError("\n".join(differing))
 
 
 def _effective(engine: Any) -> dict[str, Any]:
-    """Return the values that the engine's accessors and its optimizer report, by dotted key."""
+    """Return the values that the engine and its optimizer report, by dotted key."""
     stage = int(engine.zero_optimization_stage())
     used = {
         "train_batch_size": engine.train_batch_size(),
@@ -205,19 +208,19 @@ def _effective(engine: Any) -> dict[str, Any]:
     return used
 
 
-def _wanted(settings: Mapping[str, Any], used: Mapping[str, Any]) -> dict[str, Any]:
+def _requested(settings: Mapping[str, Any], used: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of `settings` for the keys that `_effective` reports."""
-    wanted: dict[str, Any] = {}
+    requested: dict[str, Any] = {}
     for key in used:
         if key == "optimizer clipping":
-            wanted[key] = settings["gradient_clipping"]
+            requested[key] = settings["gradient_clipping"]
             continue
         value: Any = settings
         for part in key.split("."):
             value = value.get(part, {}) if isinstance(value, Mapping) else value
         if value != {}:
-            wanted[key] = value
-    return wanted
+            requested[key] = value
+    return requested
 
 
 def _dump(model: pydantic.BaseModel) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 # covers: megalite/engine/deepspeed/engine.py megalite/engine/deepspeed/settings.py
 # covers: megalite/engine/deepspeed/partitions.py
-"""DeepSpeed's settings are written out and verified, and its partitions cover every parameter."""
+"""The DeepSpeed engine: its settings are complete and verified; partitions cover all parameters."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_settings_have_every_default_of_deepspeed(one: Grid) -> None:
     assert defaults(one)["zero_optimization"]["stage"] == 0
 
 
-def test_unknown_key_is_refused_with_its_place(one: Grid) -> None:
+def test_fill_defaults_refuses_an_unknown_key_by_name(one: Grid) -> None:
     from megalite.engine.deepspeed.settings import fill_defaults
 
     wrong = section(2)
@@ -53,7 +53,7 @@ def test_unknown_key_is_refused_with_its_place(one: Grid) -> None:
         fill_defaults(wrong, one)
 
 
-def test_value_that_deepspeed_does_not_use_is_an_error() -> None:
+def test_verify_effective_names_a_value_that_the_engine_does_not_use() -> None:
     from megalite.engine.deepspeed.settings import verify_effective
 
     weight = torch.nn.Linear(2, 2)
@@ -72,14 +72,13 @@ def test_value_that_deepspeed_does_not_use_is_an_error() -> None:
     settings = {"train_batch_size": 2, "gradient_clipping": 1.0}
     verify_effective(settings, engine)
     settings["gradient_clipping"] = 0.5
-    with pytest.raises(EngineError, match=r"deepspeed.gradient_clipping: asked 0.5, .* uses 1.0"):
+    message = r"deepspeed.gradient_clipping: requested 0.5, .* uses 1.0"
+    with pytest.raises(EngineError, match=message):
         verify_effective(settings, engine)
 
 
 def partitions_of(launch: Launch, stage: int) -> dict[str, tuple[int, int]]:
-    """Return the part of each parameter that this rank's masters hold, and that they hold its
-    numbers.
-    """
+    """Return this rank's part of each parameter, after a comparison of the masters' values."""
     from megalite.engine.deepspeed.engine import DeepSpeedEngine
     from megalite.engine.deepspeed.partitions import zero_partitions
     from megalite.engine.deepspeed.settings import fill_defaults
@@ -99,18 +98,18 @@ def partitions_of(launch: Launch, stage: int) -> dict[str, tuple[int, int]]:
         else [group["params"][0] for group in zero.optimizer.param_groups]
     )
     masters = {id(master): master for master in flat}
-    found = {}
+    local_parts = {}
     for key, parts in zero_partitions(zero, stage, grid).items():
-        for parameter, (first, length, place) in parts:
+        for parameter, (first, length, offset) in parts:
             whole = engine.read_state(parameter, "weight").flatten()
-            part = masters[key].detach()[place : place + length]
+            part = masters[key].detach()[offset : offset + length]
             assert torch.equal(part, whole[first : first + length])
-            found[names[id(parameter)]] = (first, length)
-    return found
+            local_parts[names[id(parameter)]] = (first, length)
+    return local_parts
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_partitions_of_all_ranks_are_every_parameter_once(stage: int) -> None:
+def test_partitions_of_all_ranks_cover_every_parameter_once(stage: int) -> None:
     from tests.helpers.models import make_model
 
     ranks = run_ranks(partitions_of, 2, stage)

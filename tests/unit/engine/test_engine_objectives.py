@@ -1,5 +1,5 @@
 # covers: megalite/model/objectives.py megalite/engine/base.py
-"""Objectives of any kind train in every engine: further terms, and other targets than tokens."""
+"""Objectives with further terms, and with targets other than tokens, train in every engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS, SAMPLES, MICRO, LENGTH = 3, 4, 2, 8
 
 
 class Penalized:
-    """Next tokens, and two penalties on hidden states: of a router's kind, and a z-loss's."""
+    """Next tokens, and two penalties on hidden states: per sample and per target."""
 
     def count(self, batch: Mapping[str, Any]) -> int:
         return int(np.count_nonzero(batch["loss_mask"]))
@@ -44,7 +44,7 @@ class Penalized:
 
 
 class Frames:
-    """The mean of hidden states is to be a frame's loudness: targets are frames, not tokens."""
+    """Regression of each frame's loudness: the targets are frames, not tokens."""
 
     def count(self, batch: Mapping[str, Any]) -> int:
         return int(batch["frames"].sum())
@@ -73,28 +73,28 @@ def micro_batches(step: int) -> list[Batch]:
 
 
 def sections(**others: Any) -> dict[str, Any]:
-    # tied: the frames reach no head, and every parameter has a gradient
+    # tied embeddings: every parameter has a gradient, although frames use no head
     return {"model": {"tie_word_embeddings": True}, "training": {"steps": STEPS}, **others}
 
 
-def train(engine: Any, mine: Sequence[slice]) -> list[dict[str, float]]:
-    """Loss, extra terms and norm of each step, of the micro-batches that `mine` picks."""
-    found = []
+def train(engine: Any, local: Sequence[slice]) -> list[dict[str, float]]:
+    """Train on the micro-batches of `local`. Return loss, extra terms and norm of each step."""
+    curve = []
     for step in range(1, STEPS + 1):
         batches = micro_batches(step)
         counts = [batch.with_targets(engine.objective.count).targets for batch in batches]
-        chosen = [batch for part in mine for batch in batches[part]]
-        result: StepResult = engine.train_step(chosen, divisor=sum(counts), lr=0.01, step=step)
+        local_batches = [batch for part in local for batch in batches[part]]
+        result: StepResult = engine.train_step(
+            local_batches, divisor=sum(counts), lr=0.01, step=step
+        )
         terms = {"loss": result.loss, **result.extra}
-        found.append({name: float(term) for name, term in terms.items()})
-        found[-1]["norm"] = float(result.grad_norm)
-    return found
+        curve.append({name: float(term) for name, term in terms.items()})
+        curve[-1]["norm"] = float(result.grad_norm)
+    return curve
 
 
-def on_ranks(launch: Launch, name: str, stage: int, tensor: int) -> list[dict[str, float]]:
-    """Train with the DeepSpeed engine and return extra terms and loss of all ranks that read other
-    samples.
-    """
+def train_rank(launch: Launch, name: str, stage: int, tensor: int) -> list[dict[str, float]]:
+    """Train with the DeepSpeed engine. Return this rank's loss, extra terms and norms."""
     from megalite.engine.deepspeed import settings as deepspeed_settings
     from megalite.engine.deepspeed.engine import DeepSpeedEngine
     from megalite.parallel import start
@@ -128,19 +128,19 @@ def test_objective_gives_equal_losses_and_norms_in_every_engine(
     objective = OBJECTIVES[name]()
     reference = ReferenceEngine(run_config(**sections()), grid=LONELY, objective=objective)
     expected = train(reference, [slice(None)])
-    ranks = run_ranks(on_ranks, 2, name, stage, tensor)
-    for step, wanted in enumerate(expected):
-        for term, value in wanted.items():
+    ranks = run_ranks(train_rank, 2, name, stage, tensor)
+    for step, terms in enumerate(expected):
+        for term, value in terms.items():
             parts = [rank[step][term] for rank in ranks]
-            # ranks that share a model compute the same; others each their part of the sum
-            found = parts[0] if tensor == 2 or term == "norm" else sum(parts)
-            assert found == pytest.approx(value, rel=2e-6), (step, term)
+            # tensor ranks have the same terms; data ranks have parts of the sum
+            total = parts[0] if tensor == 2 or term == "norm" else sum(parts)
+            assert total == pytest.approx(value, rel=2e-6), (step, term)
     assert expected[0]["loss"] != expected[-1]["loss"]
     assert {"of_samples", "of_tokens"} <= expected[0].keys() or name == "frames"
 
 
-def test_reference_engine_divides_each_term_by_its_own_number() -> None:
-    """The gradient is that of loss / targets + terms / their numbers, written out."""
+def test_reference_engine_divides_each_term_by_its_count() -> None:
+    """The gradient is that of an explicit sum of loss / targets and each term / its count."""
     engine = ReferenceEngine(run_config(**sections()), grid=LONELY, objective=Penalized())
     plain = make_model(engine.config.model, seed=engine.config.training.seed)
     batches = micro_batches(1)
@@ -159,7 +159,7 @@ def test_reference_engine_divides_each_term_by_its_own_number() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_label_objective_smooths_and_weighs_in_training_alone(training: bool) -> None:
+def test_label_objective_smooths_and_weighs_only_in_training(training: bool) -> None:
     config = model_config(num_labels=3, classifier_pooling="last")
     model = make_model(config, spread=0.3).train(training)
     tensors = dict(make_batch(config).tensors)
@@ -170,10 +170,10 @@ def test_label_objective_smooths_and_weighs_in_training_alone(training: bool) ->
     scores = model.label_scores(tensors)[:1]
     weight = torch.tensor([1.0, 2.0, 0.5]) if training else None
     smoothing = 0.1 if training else 0.0
-    wanted = F.cross_entropy(
+    expected = F.cross_entropy(
         scores, torch.tensor([2]), weight=weight, label_smoothing=smoothing, reduction="sum"
     )
-    assert objective.loss(model, tensors).total.item() == pytest.approx(wanted.item())
+    assert objective.loss(model, tensors).total.item() == pytest.approx(expected.item())
     assert objective.count({"loss_mask": tensors["loss_mask"].numpy()}) == 1
 
 

@@ -15,9 +15,9 @@ from megalite.engine.reference import (
     ReferenceEngine,
     clip_gradients,
     create_states,
-    set_updates,
+    set_update_count,
     total_norm,
-    updates_taken,
+    update_count,
 )
 from megalite.model import build
 from megalite.optim import make_optimizer
@@ -215,16 +215,16 @@ def test_states_made_ahead_are_those_a_step_makes(
 def test_updates_are_counted_and_restored() -> None:
     optimizer, named = setting(name="adamw")
     create_states(optimizer)
-    assert updates_taken(optimizer) == 0
+    assert update_count(optimizer) == 0
     run(optimizer, named, [0.01] * 3)
-    assert updates_taken(optimizer) == 3
-    set_updates(optimizer, 41)
+    assert update_count(optimizer) == 3
+    set_update_count(optimizer, 41)
     run(optimizer, named, [0.01])
-    assert updates_taken(optimizer) == 42
+    assert update_count(optimizer) == 42
     sgd, _ = setting(name="sgd")
     create_states(sgd)
-    set_updates(sgd, None)
-    assert updates_taken(sgd) is None
+    set_update_count(sgd, None)
+    assert update_count(sgd) is None
 
 
 class RootMean(torch.optim.Optimizer):
@@ -261,11 +261,11 @@ def test_optimizer_without_adams_states_gets_its_count_of_updates_back(
         for key, parameter in parameters.items():
             restored[key].copy_(parameter)
             second.state[restored[key]]["square"].copy_(first.state[parameter]["square"])
-    assert updates_taken(first) == 3
-    set_updates(second, updates_taken(first))
+    assert update_count(first) == 3
+    set_update_count(second, update_count(first))
     run(first, parameters, [0.01])
     run(second, restored, [0.01])
-    assert updates_taken(second) == 4
+    assert update_count(second) == 4
     for key, parameter in parameters.items():
         assert torch.equal(restored[key], parameter)
 
