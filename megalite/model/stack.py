@@ -69,21 +69,21 @@ class Block(nn.Module):
         memory: Memory | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        y_BTD = self.self_attn(self._enter(x_BTD, self.input_layernorm), rope, mask, cache)
-        x_BTD = self._leave(x_BTD, y_BTD, self.input_layernorm)
+        y_BTD = self.self_attn(self._branch_input(x_BTD, self.input_layernorm), rope, mask, cache)
+        x_BTD = self._add_branch(x_BTD, y_BTD, self.input_layernorm)
         if self.cross_attn is not None:
             assert memory is not None
             norm = self.cross_attn_layernorm
-            y_BTD = self.cross_attn(self._enter(x_BTD, norm), *memory, cache)
-            x_BTD = self._leave(x_BTD, y_BTD, norm)
-        y_BTD = self.mlp(self._enter(x_BTD, self.post_attention_layernorm))
-        return self._leave(x_BTD, y_BTD, self.post_attention_layernorm)
+            y_BTD = self.cross_attn(self._branch_input(x_BTD, norm), *memory, cache)
+            x_BTD = self._add_branch(x_BTD, y_BTD, norm)
+        y_BTD = self.mlp(self._branch_input(x_BTD, self.post_attention_layernorm))
+        return self._add_branch(x_BTD, y_BTD, self.post_attention_layernorm)
 
-    def _enter(self, x_BTD: Tensor, norm: nn.Module) -> Tensor:
+    def _branch_input(self, x_BTD: Tensor, norm: nn.Module) -> Tensor:
         """Return the input of a branch."""
         return x_BTD if self.post else norm(x_BTD)
 
-    def _leave(self, x_BTD: Tensor, y_BTD: Tensor, norm: nn.Module) -> Tensor:
+    def _add_branch(self, x_BTD: Tensor, y_BTD: Tensor, norm: nn.Module) -> Tensor:
         """Add the output of a branch to the stream."""
         if self.dropout:
             y_BTD = F.dropout(y_BTD, self.dropout, self.training)

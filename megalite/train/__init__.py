@@ -1,4 +1,4 @@
-"""Training: the loop, what is checked before it, and what happens around it."""
+"""Training: checks before a run, the training loop, and its hooks."""
 
 from megalite.train.options import RunOptions
 from megalite.train.session import run

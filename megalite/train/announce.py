@@ -1,4 +1,4 @@
-"""Report of a start: what it trains, what it goes on from, and what has changed."""
+"""Report of a start: its model and layout, its checkpoint, and the changes since then."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megalite.log import logger
 from megalite.observe import Recorder, last_layout, unknown_utilization
 from megalite.parallel import Grid
 from megalite.plan import Plan
-from megalite.train.checks import remarks
+from megalite.train.checks import hints
 from megalite.train.options import RunOptions
 from megalite.train.resume import ResumePoint
 
@@ -28,7 +28,7 @@ def announce(
     progress: Progress,
     recorder: Recorder,
 ) -> None:
-    """Report this start to the log, and as an event."""
+    """Report this start in the log and as an event."""
     config = options.config
     logger.info(
         "%s",
@@ -36,8 +36,8 @@ def announce(
         f"ZeRO-{plan.zero_stage}, {grid.mesh.data} x data, {grid.mesh.tensor} x tensor, "
         f"{plan.global_batch_size} x {plan.sequence_length} tokens a step, {grid.device.type}",
     )
-    for remark in [*remarks(config, plan), *unknown_utilization(grid.device, plan.precision)]:
-        logger.info("%s", remark)
+    for hint in [*hints(config, plan), *unknown_utilization(grid.device, plan.precision)]:
+        logger.info("%s", hint)
     facts: dict[str, Any] = {
         "world_size": plan.world_size,
         "zero_stage": plan.zero_stage,
@@ -51,7 +51,7 @@ def announce(
             facts["init_name"] = options.init_name or options.init_from
         recorder.event(progress.step, "start", **facts)
         return
-    # only rank 0 reports, so only rank 0 reads the records of what may be a long run
+    # only rank 0 reports, so only rank 0 reads the run's records, which may be long
     layout = last_layout(resume_point.folder.parent.parent) if grid.rank == 0 else {}
     _announce_resume(
         config,
@@ -72,7 +72,7 @@ def _announce_resume(
     facts: dict[str, Any],
     layout: dict[str, Any],
 ) -> None:
-    """Report the checkpoint that a run goes on from, and all that has changed since.
+    """Report the checkpoint that a run resumes from, and all changes since then.
 
     Args:
         facts: fields of the event.
@@ -82,11 +82,11 @@ def _announce_resume(
     if progress.step >= config.training.steps:
         more = "finetune.epochs" if config.finetune else "training.steps"
         logger.info(
-            "all of its steps are done, and an evaluation that is left follows; for more steps "
-            "raise %s, or choose another name",
+            "all steps of the run are done, and only a pending evaluation follows; to train "
+            "more steps, raise %s, or choose another name",
             more,
         )
-    changes = resume_point.changes | _moved(layout, facts["layout"])
+    changes = resume_point.changes | _layout_changes(layout, facts["layout"])
     _report(changes)
     before, after = resume_point.rates or (0.0, 0.0)
     if before != after and progress.step < config.training.steps:
@@ -104,11 +104,11 @@ def _announce_resume(
 
 def _report(changes: dict[str, Any]) -> None:
     for key, change in changes.items():
-        both = isinstance(change, dict)
+        is_pair = isinstance(change, dict)
         logger.info(
-            "changed since: %s: %s",
+            "changed since the checkpoint: %s: %s",
             key,
-            f"{_text(change['before'])} -> {_text(change['after'])}" if both else change,
+            f"{_text(change['before'])} -> {_text(change['after'])}" if is_pair else change,
         )
 
 
@@ -118,7 +118,7 @@ def _count(number: int) -> str:
 
 
 def _layout(config: RunConfig, plan: Plan, grid: Grid) -> dict[str, Any]:
-    """Return how the run is laid out over its ranks, by the names of a run file."""
+    """Return the layout of the run, with names as in a run file."""
     return {
         "ranks": plan.world_size,
         "tensor": grid.mesh.tensor,
@@ -129,8 +129,8 @@ def _layout(config: RunConfig, plan: Plan, grid: Grid) -> dict[str, Any]:
     }
 
 
-def _moved(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """Return the differences of two layouts; a start of an older version recorded none."""
+def _layout_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Return the differences of two layouts. Older versions recorded no layout."""
     return {
         key: {"before": before[key], "after": value}
         for key, value in after.items()
@@ -139,5 +139,5 @@ def _moved(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """Return a value as a run file shows it."""
+    """Return a value as it is written in a run file."""
     return value if isinstance(value, str) else json.dumps(value)

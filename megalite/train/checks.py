@@ -1,4 +1,4 @@
-"""Checks of the hardware, made before anything is allocated."""
+"""Hardware checks before anything is allocated."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megalite.env import Launch
 from megalite.plan import Plan, host_bytes
 from megalite.plan.zero import without_auto
 
-# The monitors of DeepSpeed that need a package, and the name it is imported by.
+# DeepSpeed's monitors that need a package, and the package's import name
 _MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
-_CGROUP_LIMITS = (  # version 2, then 1
+_CGROUP_LIMITS = (  # cgroup version 2, then 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
@@ -26,58 +26,58 @@ _CGROUP_LIMITS = (  # version 2, then 1
 def hardware_faults(
     config: RunConfig, plan: Plan, launch: Launch, device: Literal["cpu", "cuda"]
 ) -> list[str]:
-    """Return every reason why this run cannot start here."""
+    """Return all reasons why this run cannot start here."""
     faults = list(_unsupported(config, plan, device))
     needed = plan.memory_bytes["total"]
-    beside = host_bytes(config, plan, device)
+    host = host_bytes(config, plan, device)
     if device == "cuda":
         free, _ = torch.cuda.mem_get_info(launch.local_rank % torch.cuda.device_count())
-        where = f"{free / 2**30:.1f} GiB are free on its GPU"
-        faults += _host_faults(beside, launch)
+        available = f"{free / 2**30:.1f} GiB are free on its GPU"
+        faults += _host_faults(host, launch)
     else:
-        needed = (needed + sum(beside.values())) * launch.local_world_size
+        needed = (needed + sum(host.values())) * launch.local_world_size
         free = available_memory()
-        where = f"{free / 2**30:.1f} GiB are free on this host"
+        available = f"{free / 2**30:.1f} GiB are free on this host"
     if needed > free:
         parts = ", ".join(
             f"{name} {size / 2**30:.1f}"
-            for name, size in {**plan.memory_bytes, **beside}.items()
+            for name, size in {**plan.memory_bytes, **host}.items()
             if name != "total" and size >= 2**26
         )
         ranks = f" for {launch.local_world_size} ranks" if device == "cpu" else ""
         faults.append(
             f"memory: {config.name} needs about {needed / 2**30:.1f} GiB{ranks} "
-            f"({parts} GiB a rank), but {where}; use more ranks with a higher ZeRO stage, "
+            f"({parts} GiB a rank), but {available}; use more ranks with a higher ZeRO stage, "
             "parallel.tensor, a smaller micro_batch_size or activation_checkpointing"
         )
     return faults
 
 
-def remarks(config: RunConfig, plan: Plan) -> Iterator[str]:
-    """Yield remarks about settings that are valid but may not be meant."""
+def hints(config: RunConfig, plan: Plan) -> Iterator[str]:
+    """Yield the number of trainable parameters, and settings that are valid but may be mistakes."""
     rows = arch.parameters(config.model)
-    learned = sum(row.elements for row in rows if arch.is_trainable(config, row))
-    if learned < plan.parameters:
-        share = 100 * learned / plan.parameters
-        yield f"{learned / 1e6:.3f} M of them learn ({share:.2f} %)"
+    trainable = sum(row.elements for row in rows if arch.is_trainable(config, row))
+    if trainable < plan.parameters:
+        share = 100 * trainable / plan.parameters
+        yield f"{trainable / 1e6:.3f} M parameters are trainable ({share:.2f} %)"
     if config.parallel.sequence and config.parallel.tensor == 1:
-        yield "parallel.sequence divides nothing where parallel.tensor is 1"
+        yield "parallel.sequence has no effect if parallel.tensor is 1"
     warmup = config.schedule.warmup_steps
     steps = config.training.steps
     if warmup > steps:
         yield f"schedule.warmup_steps {warmup} is over training.steps {steps}: the rate only rises"
 
 
-def _host_faults(beside: Mapping[str, int], launch: Launch) -> Iterator[str]:
+def _host_faults(host: Mapping[str, int], launch: Launch) -> Iterator[str]:
     """Yield a fault if the ranks' data in host memory does not fit."""
-    needed = sum(beside.values()) * launch.local_world_size
+    needed = sum(host.values()) * launch.local_world_size
     free = available_memory()
     if needed > free:
-        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in beside.items() if size)
+        parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in host.items() if size)
         yield (
-            f"memory: {launch.local_world_size} ranks keep {needed / 2**30:.1f} GiB on this host "
-            f"({parts} GiB a rank), of which {free / 2**30:.1f} GiB are free; use more hosts, or "
-            "remove one of them"
+            f"memory: {launch.local_world_size} ranks need {needed / 2**30:.1f} GiB of host memory "
+            f"({parts} GiB a rank), but {free / 2**30:.1f} GiB are free on this host; use more "
+            "hosts, or turn one of these off"
         )
 
 
@@ -94,10 +94,10 @@ def available_memory() -> int:
 
 
 def _cached(statistics: Path) -> int:
-    """Return the bytes of file pages that a control group counts but frees when needed."""
+    """Return the bytes of cached files, which a control group counts but frees when needed."""
     lines = statistics.read_text().split() if statistics.exists() else []
     sizes = dict(zip(lines[::2], lines[1::2], strict=True))
-    # version 1 sums up its subgroups under names of their own
+    # version 1 has the sums over subgroups under total_...
     keys = ("active_file", "inactive_file")
     return sum(int(sizes.get(f"total_{key}", sizes.get(key, 0))) for key in keys)
 
@@ -111,11 +111,14 @@ def _unsupported(config: RunConfig, plan: Plan, device: Literal["cpu", "cuda"]) 
     wandb = config.logging.wandb
     if wandb is not None and wandb.mode != "disabled" and not env.has_package("wandb"):
         yield (
-            "logging.wandb: the package wandb is not installed; get it with `pip install -e "
-            '".[wandb]"`, or leave logging.wandb out'
+            "logging.wandb: the package wandb is not installed; install it with `pip install -e "
+            '".[wandb]"`, or remove logging.wandb'
         )
     if config.logging.tensorboard and not env.has_package("tensorboard"):
-        yield "logging.tensorboard: its package is not installed; `pip install -e .` has it"
+        yield (
+            "logging.tensorboard: the package tensorboard is not installed; install it with "
+            "`pip install -e .`, or set logging.tensorboard to false"
+        )
     if config.training.compile and not env.has_compiler():
         yield (
             "training.compile true: no C++ compiler on PATH, which torch.compile needs; install "

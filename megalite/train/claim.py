@@ -1,4 +1,4 @@
-"""A start's claim on its run folder: refused by reading alone, or made before anything changes."""
+"""A start's claim on its run folder: a refusal before anything changes, or the lease."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from megalite.errors import CheckpointError, MegaLiteError, UserError
 from megalite.observe import previous_attempts, restate
 from megalite.parallel import Grid
 from megalite.train.options import RunOptions, Settings
-from megalite.train.outcome import verdict
+from megalite.train.outcome import end_state
 from megalite.train.resume import ResumePoint, check_resume, find_resume_point
 from megalite.train.run_folder import check_folders, listing, take_over
 
-_LOOKS = 5
+_ATTEMPTS = 5
 
 _Listing = list[tuple[str, int, int]]
 
@@ -20,20 +20,19 @@ _Listing = list[tuple[str, int, int]]
 def claim(
     options: RunOptions, grid: Grid, train: Samples, settings: Settings
 ) -> tuple[Lease | None, ResumePoint | None]:
-    """Take the run folder over, and find the checkpoint to go on from; a collective.
+    """Take over the run folder, and find the checkpoint to resume from; a collective.
 
-    Everything that refuses a start is asked first, by reading alone: a start that is refused must
-    not end one that runs. From the lease on no older start changes the folder. So checkpoints are
-    looked for again if they changed meanwhile.
+    All checks that can refuse a start come first and only read, because a refused start must not
+    end a running one. Once this start has the lease, no older start changes the folder. If
+    checkpoints changed before that, they are searched again.
 
     Raises:
-        UserError: on every rank; the folder and the start that has it are as they were.
-        MegaLiteError: on every rank, of another kind; the folder is this start's, and status.json
-            says failed.
+        UserError: on every rank; nothing has changed.
+        MegaLiteError: on every rank; this start owns the folder, and status.json says failed.
     """
     root = options.root
     check_folders(options.folder, train, grid)
-    resume_point, seen = _look(options, grid, train, settings)
+    resume_point, seen = _find_before_lease(options, grid, train, settings)
     lease = take_over(options.folder, grid)
     if seen is not None and listing(root, grid) == seen:
         return lease, resume_point
@@ -43,24 +42,24 @@ def claim(
     except (UserError, CheckpointError) as error:  # status.json is outdated
         if grid.rank == 0:
             attempt = previous_attempts(options.folder)
-            restate(options.folder, "failed", reason=verdict(error)[1], attempt=attempt)
-        if isinstance(error, UserError):  # found too late to be exit code 2
+            restate(options.folder, "failed", reason=end_state(error)[1], attempt=attempt)
+        if isinstance(error, UserError):  # the folder has changed, so the exit code is not 2
             raise MegaLiteError(str(error)) from error
         raise
 
 
-def _look(
+def _find_before_lease(
     options: RunOptions, grid: Grid, train: Samples, settings: Settings
 ) -> tuple[ResumePoint | None, _Listing | None]:
-    """Find the checkpoint to go on from while another start may publish and delete.
+    """Find the checkpoint to resume from while another start may publish and delete.
 
     Returns:
-        the checkpoint, and the listing it was found in. None instead of the listing means that
-        only the owner of the folder can find out.
+        the checkpoint, and the listing of all checkpoints. None instead of the listing means that
+        the search failed, and must be repeated with the lease.
     Raises:
-        UserError: on every rank, if any refuses this start.
+        UserError: on every rank, if any rank refuses this start.
     """
-    for _ in range(_LOOKS):
+    for _ in range(_ATTEMPTS):
         seen = listing(options.root, grid)
         resume_point = None
         fault = None
@@ -68,10 +67,10 @@ def _look(
             resume_point = find_for(options, grid, train, settings, read_only=True)
         except (UserError, CheckpointError) as error:
             fault = error
-        faults = [found for found in grid.all_gather_objects(fault) if found is not None]
-        if listing(options.root, grid) == seen:  # nothing vanished while it was read
+        faults = [each for each in grid.all_gather_objects(fault) if each is not None]
+        if listing(options.root, grid) == seen:  # no checkpoint changed during the search
             break
-    refusals = [found for found in faults if isinstance(found, UserError)]
+    refusals = [each for each in faults if isinstance(each, UserError)]
     if refusals:
         raise refusals[0]
     return resume_point, None if faults else seen
@@ -86,7 +85,7 @@ def find_for(
     read_only: bool = False,
     lease: Lease | None = None,
 ) -> ResumePoint | None:
-    """Find the checkpoint that a run goes on from, as `find_resume_point` does."""
+    """Call `find_resume_point` with the options of a run."""
     return find_resume_point(
         options.config,
         grid=grid,
@@ -96,7 +95,7 @@ def find_for(
         allow=options.allow_change,
         data_fingerprint=train.content_fingerprint,
         tokenizer_sha256=train.tokenizer_sha256,
-        deepspeed=settings.left_to_it,
+        deepspeed=settings.effective_defaults,
         total_samples=options.total_samples,
         read_only=read_only,
         lease=lease,

@@ -1,4 +1,4 @@
-"""Interface of what a run is evaluated by: the validation loss, or a fine-tuned task's measures."""
+"""Interface of evaluators: of the validation loss, or of a fine-tuning task's metrics."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Evaluation(NamedTuple):
     """Result of an evaluation.
 
     Attributes:
-        complete: false if the run was asked to stop during the evaluation.
-        score: lower is better; the best checkpoint has the lowest. None: nothing is held out, or
-            the score is not finite.
+        complete: false if a stop was requested during the evaluation.
+        score: lower is better; the best checkpoint has the lowest. None means that there is no
+            held-out data, or that the score is not finite.
     """
 
     complete: bool
@@ -22,10 +22,10 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator(Protocol):
-    """Evaluator of a run, asked by the validation hook; equal answers on every rank.
+    """Evaluator of a run, called by the validation hook. Results are identical on every rank.
 
     Attributes:
-        evaluates_first: whether the untrained model is evaluated, too.
+        evaluates_first: whether to evaluate the untrained model, too.
     """
 
     evaluates_first: bool
@@ -33,11 +33,11 @@ class Evaluator(Protocol):
     def is_due(self, before: Progress, now: Progress) -> bool:
         """Return whether an evaluation follows the step between `before` and `now`."""
 
-    def is_owed(self, now: Progress) -> bool:
-        """Return whether an evaluation was due at `now` and a stop prevented it."""
+    def is_overdue(self, now: Progress) -> bool:
+        """Return whether an evaluation was due at `now`, but a stop prevented it."""
 
     def is_finished(self, now: Progress) -> bool:
-        """Return whether the run is to end at `now`, before its last step."""
+        """Return whether the run should end at `now`, before its last step."""
 
     def __call__(self, now: Progress, should_stop: Callable[[], bool]) -> Evaluation:
         """Evaluate and record; a collective."""

@@ -27,58 +27,58 @@ from megalite.train.evaluator import Evaluation
 from megalite.train.interventions import InterventionLog
 from megalite.train.options import RunOptions
 
-# measures that are recorded of the training split
-_OF_TRAINING = ("loss", "perplexity", "accuracy", "precision", "recall", "f1")
+# metrics of the training split that are recorded
+_TRAIN_METRICS = ("loss", "perplexity", "accuracy", "precision", "recall", "f1")
 PREDICTIONS = "predictions.jsonl"
 EVALUATION = "evaluation.json"
 
 
-def complete(options: RunOptions, grid: Grid) -> RunOptions:
+def resolve_examples(options: RunOptions, grid: Grid) -> RunOptions:
     """Return the options with the examples' folder, labels and length; a collective.
 
     Rank 0 makes the examples if they do not exist yet.
 
     Raises:
-        UserError: on every rank, if the examples, or what the run file says of them, are wrong.
+        UserError: on every rank, if the examples are invalid or do not fit the run file.
     """
     assert options.prepare is not None
-    made: tuple[Path | None, UserError | None] = (None, None)
+    result: tuple[Path | None, UserError | None] = (None, None)
     if grid.rank == 0:
         try:
-            made = options.prepare(options.config), None
+            result = options.prepare(options.config), None
         except UserError as error:
-            made = None, error
-    folder, fault = grid.all_gather_objects(made)[0]
+            result = None, error
+    folder, fault = grid.all_gather_objects(result)[0]
     if fault is not None:
         raise fault
     manifest = read_examples_manifest(folder)
     grows = options.init_from is not None
-    config, total = _filled(options.config, folder, manifest, grows=grows)
+    config, total = _resolve_config(options.config, folder, manifest, grows=grows)
     return replace(options, config=config, examples=folder, total_samples=total)
 
 
-def _filled(
+def _resolve_config(
     config: RunConfig, folder: Path, manifest: ExamplesManifest, *, grows: bool = False
 ) -> tuple[RunConfig, int | None]:
-    """Return the run file with its labels, their weights and the steps of its epochs.
+    """Return the run file with labels, class weights and steps, and the samples of all epochs.
 
-    The number is the samples of all epochs; None if the run file gives training.steps itself.
+    The samples are None if the run file sets training.steps.
 
     Args:
-        grows: raise the vocabulary to the tokenizer's, as a model that exists already allows.
+        grows: whether to raise the vocabulary to the tokenizer's, which requires an existing model.
     """
-    tuning = config.finetune
+    section = config.finetune
     labels = len(manifest.labels)
-    assert tuning is not None
+    assert section is not None
     if config.model.num_labels not in (0, labels):
         raise ConfigError(
             f"model.num_labels: {config.model.num_labels}, but the examples have {labels} labels "
             f"({', '.join(manifest.labels[:8])}); remove it"
         )
-    if tuning.class_weights and len(tuning.class_weights) != labels:
+    if section.class_weights and len(section.class_weights) != labels:
         raise ConfigError(
-            f"finetune.class_weights: {len(tuning.class_weights)} of them for {labels} labels; "
-            f"give one for each of {', '.join(manifest.labels)}, in this order"
+            f"finetune.class_weights: got {len(section.class_weights)} weights for {labels} "
+            f"labels; give one for each of {', '.join(manifest.labels)}, in this order"
         )
     raw = config.model_dump(mode="json")
     if manifest.vocab_size > config.model.vocab_size:
@@ -91,15 +91,15 @@ def _filled(
     raw["model"]["num_labels"] = labels
     _check_freeze(config)
     raw["finetune"]["data"]["labels"] = list(manifest.labels) or None
-    if tuning.balance_classes:
+    if section.balance_classes:
         counts = manifest.splits["train"].counts
         rows = sum(counts.values())
         weights = [rows / (labels * max(counts.get(name, 0), 1)) for name in manifest.labels]
         raw["finetune"] |= {"class_weights": weights, "balance_classes": False}
     total = None
     if config.training.steps == 0:
-        total = tuning.epochs * ExampleSet(folder, manifest, "train", config).num_samples
-        # a fresh run's length; a resumed one counts from the samples that it was trained on
+        total = section.epochs * ExampleSet(folder, manifest, "train", config).num_samples
+        # the length of a fresh run; a resume subtracts the samples trained so far
         raw["training"]["steps"] = math.ceil(total / config.training.global_batch_size)
     raw["checkpoint"]["keep_best"] = "valid" in manifest.splits or "test" in manifest.splits
     return parse_config(raw), total
@@ -112,15 +112,15 @@ def _check_freeze(config: RunConfig) -> None:
     for pattern in config.finetune.freeze:
         if not any(fnmatch.fnmatchcase(row.name, pattern) for row in rows):
             raise ConfigError(
-                f"finetune.freeze: {pattern!r} is no parameter's name; they are such as "
-                f"{rows[0].name}, {rows[-1].name}"
+                f"finetune.freeze: {pattern!r} matches no parameter; write a pattern for names "
+                f"such as {rows[0].name} or {rows[-1].name}"
             )
     if not any(arch.is_trainable(config, row) for row in rows):
-        raise ConfigError("finetune.freeze: nothing is left to train; remove a pattern")
+        raise ConfigError("finetune.freeze: all parameters are frozen; remove a pattern")
 
 
 def open_examples(config: RunConfig, folder: Path) -> dict[str, ExampleSet]:
-    """Return the splits that exist, by name, each in its own order."""
+    """Return the splits that exist by name, not shuffled."""
     manifest = read_examples_manifest(folder)
     return {
         name: ExampleSet(folder, manifest, name, config, shuffle=False) for name in manifest.splits
@@ -129,12 +129,12 @@ def open_examples(config: RunConfig, folder: Path) -> dict[str, ExampleSet]:
 
 @dataclass(kw_only=True)
 class FinetuneEvaluator:
-    """Evaluator of fine-tuning: a task's measures after each epoch.
+    """Evaluator of fine-tuning: a task's metrics after each epoch.
 
     Scores are entries of the intervention log, so that a resumed run has them, too.
 
     Attributes:
-        sets: splits by name: train, and valid and test if they exist.
+        splits: splits by name: train, and valid and test if they exist.
         root: the run's `checkpoints` folder.
     """
 
@@ -143,7 +143,7 @@ class FinetuneEvaluator:
     config: RunConfig
     engine: Engine
     grid: Grid
-    sets: Mapping[str, ExampleSet]
+    splits: Mapping[str, ExampleSet]
     interventions: InterventionLog
     recorder: Recorder
     root: Path
@@ -154,28 +154,28 @@ class FinetuneEvaluator:
         task = find_task(self._section.task)
         self._classifies = task.has_labels
         self.metric = self._section.metric or task.metrics[0]
-        self._windows = self.sets["train"].num_samples
-        self._held = next((name for name in ("valid", "test") if name in self.sets), None)
+        self._windows = self.splits["train"].num_samples
+        self._held_out = next((name for name in ("valid", "test") if name in self.splits), None)
         self._reported = False
-        self._compare = classification.Comparison(self.sets, self.config.training.steps)
+        self._compare = classification.Comparison(self.splits, self.config.training.steps)
 
     def is_due(self, before: Progress, now: Progress) -> bool:
         """Return whether an epoch or the run ends with the step between `before` and `now`.
 
-        Epochs are counted in samples: the batch size may change with a resume.
+        Epochs are counted in samples, because a resume may change the batch size.
         """
         ended = now.samples // self._windows > before.samples // self._windows
         return ended or now.step == self.config.training.steps
 
-    def is_owed(self, now: Progress) -> bool:
-        """Return whether the last whole epoch has not been evaluated yet."""
+    def is_overdue(self, now: Progress) -> bool:
+        """Return whether the last complete epoch has not been evaluated yet."""
         end = now.samples // self._windows * self._windows
-        if self._held is None or end == 0:
+        if self._held_out is None or end == 0:
             return False
-        return not any(end <= entry["samples"] <= now.samples for entry in self._measured(now.step))
+        return not any(end <= entry["samples"] <= now.samples for entry in self._entries(now.step))
 
     def is_finished(self, now: Progress) -> bool:
-        """Return whether `finetune.early_stopping` epochs have passed without a better one."""
+        """Return whether the score has not improved for `finetune.early_stopping` epochs."""
         patience = self._section.early_stopping
         scores = self._scores(now.step)
         if patience is None or not scores:
@@ -184,7 +184,8 @@ class FinetuneEvaluator:
         if sum(at > best for at in scores) < patience:
             return False
         if not self._reported:
-            logger.info("no better %s for %d epochs after step %d", self.metric, patience, best)
+            text = "%s has not improved for %d epochs since step %d"
+            logger.info(text, self.metric, patience, best)
         self._reported = True
         return True
 
@@ -192,19 +193,19 @@ class FinetuneEvaluator:
         """Evaluate and record; a collective."""
         row: dict[str, Any] = {"step": now.step, "epoch": self._epoch(now.samples)}
         if self._section.eval_train:
-            found = self._measure("train", should_stop)
-            if found is None:
+            metrics = self._measure("train", should_stop)
+            if metrics is None:
                 return Evaluation(complete=False)
-            row |= {f"train_{key}": found[key] for key in _OF_TRAINING if key in found}
-        if self._held is None:
+            row |= {f"train_{key}": metrics[key] for key in _TRAIN_METRICS if key in metrics}
+        if self._held_out is None:
             if self._section.eval_train:
                 self.recorder.valid(row)
             return Evaluation(complete=True)
-        found = self._measure(self._held, should_stop, now.step)
-        if found is None:
+        metrics = self._measure(self._held_out, should_stop, now.step)
+        if metrics is None:
             return Evaluation(complete=False)
-        self.recorder.valid(row | {"split": self._held} | found)
-        score = float(found[self.metric] * (1 if self.metric == "loss" else -1))
+        self.recorder.valid(row | {"split": self._held_out} | metrics)
+        score = float(metrics[self.metric] * (1 if self.metric == "loss" else -1))
         if not math.isfinite(score):
             return Evaluation(complete=True)
         entry = {"kind": "measured", "step": now.step, "samples": now.samples, "score": score}
@@ -212,19 +213,19 @@ class FinetuneEvaluator:
         return Evaluation(complete=True, score=score)
 
     def _epoch(self, samples: int) -> float:
-        """Return the epochs trained on: a whole number at the step that ends one."""
+        """Return the epochs so far, a whole number at the step that ends an epoch."""
         whole, rest = divmod(samples, self._windows)
         ended = whole > 0 and rest < self.config.training.global_batch_size
         return whole if ended else round(samples / self._windows, 4)
 
-    def conclude(self, now: Progress) -> None:
-        """Evaluate the test split once with the weights of the best checkpoint; a collective.
+    def evaluate_test_split(self, now: Progress) -> None:
+        """Evaluate the test split with the weights of the best checkpoint; a collective.
 
-        `megalite.formats.checkpoint.best` chooses it, as in every other command.
+        `megalite.formats.checkpoint.best` chooses the checkpoint, as in every other command.
         """
-        if "test" not in self.sets:
+        if "test" not in self.splits:
             return
-        # rank 0 looks for all ranks: their views of a network file system may differ
+        # rank 0 chooses for all ranks, whose views of a network file system may differ
         name = self.grid.all_gather_objects(_name(disk.best(disk.published(self.root))))[0]
         if name is None:
             return
@@ -232,23 +233,23 @@ class FinetuneEvaluator:
         scores = self._scores(now.step)
         top = min(scores, key=lambda at: (scores[at], at), default=best)
         if best != now.step:
-            found, manifest = checkpoint.open_checkpoint(self.root / name, self.grid)
+            folder, manifest = checkpoint.open_checkpoint(self.root / name, self.grid)
             checkpoint.load_weights(
-                self.engine, self.config.model, grid=self.grid, folder=found, manifest=manifest
+                self.engine, self.config.model, grid=self.grid, folder=folder, manifest=manifest
             )
         row = self._measure("test", lambda: False, best)
-        logger.info("the best epoch ended at step %d, by %s", best, self.metric)
+        logger.info("best checkpoint by %s: step %d", self.metric, best)
         if scores.get(top, 0.0) < scores.get(best, 0.0):
             logger.warning(
-                "step %d was better by %s, but has no checkpoint any more", top, self.metric
+                "step %d had a better %s, but its checkpoint no longer exists", top, self.metric
             )
         self.recorder.valid({"step": now.step, "best_step": best, "split": "test", **(row or {})})
 
     def _scores(self, step: int) -> dict[int, float]:
-        return {entry["step"]: entry["score"] for entry in self._measured(step, every_order=True)}
+        return {entry["step"]: entry["score"] for entry in self._entries(step, every_order=True)}
 
-    def _measured(self, step: int, *, every_order: bool = False) -> list[dict[str, Any]]:
-        """Return the measurements until `step`; by default those of the present data order."""
+    def _entries(self, step: int, *, every_order: bool = False) -> list[dict[str, Any]]:
+        """Return the log's scores until `step`, by default only those of the current data order."""
         return [
             entry
             for entry in self.interventions.entries
@@ -260,12 +261,12 @@ class FinetuneEvaluator:
     def _measure(
         self, split: str, should_stop: Callable[[], bool], step: int | None = None
     ) -> dict[str, float] | None:
-        """Return the measures of a split. None: the run was asked to stop meanwhile.
+        """Return the metrics of a split. None means that a stop was requested meanwhile.
 
         Args:
-            step: if given, the split is held out: its predictions are written, too.
+            step: step of the weights. If given, also write predictions and evaluation.json.
         """
-        dataset = self.sets[split]
+        dataset = self.splits[split]
         size = self.config.training.micro_batch_size
         if not self._classifies:
             loss = mean_loss(
@@ -286,17 +287,17 @@ class FinetuneEvaluator:
         )
         if scores is None:
             return None
-        whole = classification.measures(scores, dataset)
+        metrics = classification.measures(scores, dataset)
         if step is not None and self.grid.rank == 0:
-            whole["baselines"] = self._compare(split, whole, step)
+            metrics["baselines"] = self._compare(split, metrics, step)
         if step is not None and self.grid.rank == 0:
             folder = self.recorder.folder
             with self.recorder.sparing():
-                report = finite({"step": step, "split": split, **whole})
+                report = finite({"step": step, "split": split, **metrics})
                 files.write_json(folder / EVALUATION, report)
                 classification.write_predictions(folder / PREDICTIONS, scores, dataset)
-            self.recorder.picture("valid/confusion", classification.picture(whole, dataset), step)
-        return {key: value for key, value in whole.items() if isinstance(value, float)}
+            self.recorder.picture("valid/confusion", classification.picture(metrics, dataset), step)
+        return {key: value for key, value in metrics.items() if isinstance(value, float)}
 
 
 def _name(folder: Path | None) -> str | None:

@@ -1,9 +1,9 @@
-"""Record of interventions against bad numbers, so that every later start repeats them.
+"""Log of interventions against bad numbers, so that every later start repeats them.
 
-A run's updates depend on what was omitted: an update, or the data around a spike of the loss. Each
-such intervention is a line of the run's `interventions.jsonl`, synced before it takes effect, and
-part of every later checkpoint (`ledger.json`). A start from an earlier checkpoint repeats it. A run
-that has a `ledger.jsonl`, the earlier name, goes on in that file.
+An intervention skips an update, or the data around a loss spike. It is a line of the run's
+`interventions.jsonl`, synced before it takes effect. It is also part of every later checkpoint
+(`ledger.json`). A start from an earlier checkpoint repeats it. If a run has a `ledger.jsonl`, the
+earlier name, the log continues in that file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megalite.log import logger
 from megalite.parallel import Grid
 
 _NAME = "interventions.jsonl"
-_OLD_NAME = "ledger.jsonl"  # runs begun under this name go on in it
+_OLD_NAME = "ledger.jsonl"  # runs that began with this file continue it
 IN_CHECKPOINT = "ledger.json"
 _POSITION = ("step", "samples")
 
@@ -31,16 +31,16 @@ Entry = dict[str, Any]
 
 
 def order_id(fingerprint: str, data: DataConfig) -> str:
-    """Return a short name of a data order. Positions in one order mean nothing in another."""
+    """Return a short id of a data order. Positions in one order mean nothing in another."""
     content = json.dumps([fingerprint, data.sequence_length, data.seed])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def joined_gaps(entries: Iterable[Entry], order: str | None) -> tuple[tuple[int, int], ...]:
-    """Return the gaps of one data order: [first, last) each, ascending, none touching another."""
+    """Return the gaps of a data order, [first, last) each, sorted. Touching gaps are joined."""
     joined: list[tuple[int, int]] = []
-    own = (entry for entry in entries if entry["kind"] == "rollback" and _is_of(entry, order))
-    for first, last in sorted(entry["gap"] for entry in own):
+    rollbacks = (e for e in entries if e["kind"] == "rollback" and _is_in_order(e, order))
+    for first, last in sorted(entry["gap"] for entry in rollbacks):
         if joined and first <= joined[-1][1]:
             joined[-1] = (joined[-1][0], max(last, joined[-1][1]))
         else:
@@ -48,15 +48,15 @@ def joined_gaps(entries: Iterable[Entry], order: str | None) -> tuple[tuple[int,
     return tuple(joined)
 
 
-def _is_of(entry: Mapping[str, Any], order: str | None) -> bool:
+def _is_in_order(entry: Mapping[str, Any], order: str | None) -> bool:
     return order is None or entry.get("order", order) == order
 
 
-def read_notes(folder: Path) -> dict[str, Any]:
-    """Return the interventions that a checkpoint contains; old versions wrote none.
+def read_interventions(folder: Path) -> dict[str, Any]:
+    """Return the interventions in a checkpoint. Checkpoints of old versions have none.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     path = folder / IN_CHECKPOINT
     try:
@@ -70,12 +70,12 @@ def read_notes(folder: Path) -> dict[str, Any]:
 
 
 class InterventionLog:
-    """Interventions of a run, identical on every rank, and the numbers that spikes are found by.
+    """Interventions of a run, identical on every rank, and recent losses to detect spikes.
 
-    An entry has a `kind` ("skip", "rollback" or "measured"), and `step` and `samples`, the position
-    before that step. `order` names the data order that `samples` counts in. A skip and a rollback
-    have a `reason`. A rollback also has the step it goes back `to` and the `gap`, [first, last) of
-    the data order, that is omitted from then on.
+    An entry has a `kind` ("skip", "rollback" or "measured"), a `step`, and the position `samples`
+    before that step. `order` is the data order that `samples` counts in. A skip and a rollback have
+    a `reason`. A rollback also has the step to return `to`, and a `gap`. The gap is the part
+    [first, last) of the data order that is omitted from then on.
 
     Attributes:
         entries: interventions, oldest first.
@@ -95,31 +95,31 @@ class InterventionLog:
         """Continue from a checkpoint's entries and those added since; a collective.
 
         Args:
-            checkpoint: folder of the checkpoint to go on from. None begins without entries.
+            checkpoint: folder of the checkpoint to resume from. None begins without entries.
             order: data order of this start. Entries of another order omit no data.
-            before: data order of the checkpoint, for entries that name none.
+            before: data order of the checkpoint, for entries without an order.
         Raises:
             CheckpointError: on every rank, if the checkpoint's entries cannot be read.
         """
-        own = list[Entry]()
+        lines = list[Entry]()
         content: dict[str, Any] = {}
         fault = None
         if self._grid.rank == 0:
             if checkpoint is None:
                 self._write({"kind": "start"})
             else:
-                own = _read_lines(self._path)
+                lines = _read_lines(self._path)
                 try:
-                    content = read_notes(checkpoint)
+                    content = read_interventions(checkpoint)
                 except CheckpointError as error:  # raised on every rank, so that none waits
                     fault = str(error)
-        own, content, fault = self._grid.all_gather_objects((own, content, fault))[0]
+        lines, content, fault = self._grid.all_gather_objects((lines, content, fault))[0]
         if fault:
             raise CheckpointError(fault)
         self._order = order
-        named = {} if before is None else {"order": before}
-        saved = [named | entry for entry in content.get("entries", [])]
-        added = [named | entry for entry in own]
+        default = {} if before is None else {"order": before}
+        saved = [default | entry for entry in content.get("entries", [])]
+        added = [default | entry for entry in lines]
         self.entries = saved + [entry for entry in added if entry not in saved]
         self.recent.clear()
         self.recent.extend((loss, norm) for loss, norm in content.get("recent", []))
@@ -133,17 +133,17 @@ class InterventionLog:
             self._write(entry)
 
     def content(self) -> dict[str, Any]:
-        """Return the JSON value that a checkpoint keeps."""
+        """Return the JSON value for a checkpoint."""
         return {"entries": list(self.entries), "recent": list(self.recent)}
 
     @property
     def gaps(self) -> tuple[tuple[int, int], ...]:
-        """Parts of the present data order that are omitted, as `joined_gaps` returns them."""
+        """Omitted parts of the current data order, as returned by `joined_gaps`."""
         return joined_gaps(self.entries, self._order)
 
     def is_current(self, entry: Entry) -> bool:
-        """Return whether an entry's position is in the present data order."""
-        return _is_of(entry, self._order)
+        """Return whether an entry's position is in the current data order."""
+        return _is_in_order(entry, self._order)
 
     @property
     def rollbacks(self) -> int:
@@ -151,7 +151,11 @@ class InterventionLog:
         return sum(entry["kind"] == "rollback" for entry in self.entries)
 
     def skipped(self, step: int, samples: int | None = None) -> Entry | None:
-        """Return the entry that omitted a step's update, at that position of the data order."""
+        """Return the entry that skipped a step's update, or None.
+
+        Args:
+            samples: position of the step in the data order. None means any.
+        """
         for entry in reversed(self.entries):
             same = entry["kind"] == "skip" and entry["step"] == step
             if same and samples in (None, entry["samples"]) and self.is_current(entry):
@@ -166,13 +170,13 @@ class InterventionLog:
 
 
 def _path_in(folder: Path) -> Path:
-    """Return the file of a run folder's interventions: the old one if the run has begun it."""
+    """Return the path of a run's log, which has the old name if that file exists."""
     old = folder / _OLD_NAME
     return old if old.is_file() else folder / _NAME
 
 
 def _read_lines(path: Path) -> list[Entry]:
-    """Return the entries since the run last began; a damaged line has no effect."""
+    """Return the entries since the last fresh start. Damaged lines are ignored."""
     entries: list[Entry] = []
     damaged = 0
     with suppress(OSError):
@@ -180,17 +184,17 @@ def _read_lines(path: Path) -> list[Entry]:
             if entry is not None and entry.get("kind") == "start":
                 entries = []
                 damaged = 0
-            elif entry is not None and _is_sound(entry):
+            elif entry is not None and _is_valid(entry):
                 entries.append(entry)
             else:
                 damaged += 1
     if damaged:
-        logger.warning("%s: %d damaged lines have no effect; the run goes on", path, damaged)
+        logger.warning("%s: %d damaged lines are ignored; the run goes on", path, damaged)
     return entries
 
 
-def _is_sound(entry: Any) -> bool:
-    """Return whether an entry has every key that its kind is read for. Others have no effect."""
+def _is_valid(entry: Any) -> bool:
+    """Return whether an entry has all keys that are needed for its kind."""
     if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
         return False
     needed = {"skip": _POSITION, "rollback": ("step", "to"), "measured": _POSITION}
@@ -209,11 +213,11 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_content(content: dict[str, Any]) -> None:
-    """Raise ValueError for content that no run writes into a checkpoint."""
+    """Raise ValueError if the content of a checkpoint is invalid."""
     entries = content.get("entries", [])
     recent = content.get("recent", [])
-    if not isinstance(entries, list) or not all(map(_is_sound, entries)):
-        raise ValueError("its entries are not those of a run")
+    if not isinstance(entries, list) or not all(map(_is_valid, entries)):
+        raise ValueError("its entries are invalid")
     for pair in recent if isinstance(recent, list) else [None]:
         numbers = isinstance(pair, list) and [type(item) in (int, float) for item in pair]
         if numbers != [True, True]:

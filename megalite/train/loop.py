@@ -1,4 +1,4 @@
-"""The training loop: it takes steps, saves and stops. Everything else is a hook."""
+"""The training loop: steps, saves and stops. Everything else is a hook."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ Inspect = Callable[[int, Engine, Grid], None]
 
 @dataclass(kw_only=True)
 class Trainer:
-    """One run from its present progress to its end.
+    """The loop of a run, from its current progress to its end.
 
     Attributes:
         progress: steps, samples and tokens so far; advanced by every step.
-        make_steps: returns the iterator over the steps from a progress on.
+        make_steps: returns the iterator over the steps after a progress.
         shutdown: stop signal of this rank.
-        stop_poll: asked by hooks during long work; closed with the steps.
-        detector: decides from each step's numbers whether its update is used.
+        stop_poll: called by hooks during long work; closed with the iterator over steps.
+        detector: decides from each step's loss and gradient norm whether to update.
         phases: measures the time of each phase.
         trace: records some steps, if the run file requires it.
-        hooks: called in their order around steps and saves.
+        hooks: called in this order around steps and saves.
         inspect: called with (step, engine, grid) between each backward and its update.
     """
 
@@ -61,15 +61,15 @@ class Trainer:
         self._steps = self.make_steps(self.progress)
         self._saved = self.progress.step
         self._published = self.progress
-        self._leaving = False
+        self._stopping = False
         self._extra: dict[str, float] = {}
-        self._reported = "use"  # action of the last step's decision
+        self._last_action = "use"  # of the last step's decision
 
     def run(self) -> None:
         """Train to the last step.
 
         Raises:
-            Stopped: on every rank, after a signal; the run was saved and can be resumed.
+            Stopped: on every rank, after a signal. The run can be resumed.
             Superseded: a newer start of the run owns its folder.
         """
         try:
@@ -90,26 +90,26 @@ class Trainer:
 
     def _train(self) -> None:
         for hook in self.hooks:
-            self._follow(hook.begin(self.progress))
+            self._apply_outcome(hook.begin(self.progress))
         while not self._is_finished():
             self._step()
         self.phases.begin("end")
         for hook in self.hooks:
-            self._follow(hook.finish(self.progress))
+            self._apply_outcome(hook.finish(self.progress))
         if self._saved != self.progress.step:
             self._save()
-        self._settle()
+        self._finish_save()
 
     def _is_finished(self) -> bool:
         early = any(hook.is_finished(self.progress) for hook in self.hooks)
         return early or self.progress.step >= self.config.training.steps
 
-    def _follow(self, outcome: Outcome) -> None:
-        """Do what a hook requires."""
+    def _apply_outcome(self, outcome: Outcome) -> None:
+        """Act on a hook's requests."""
         if outcome.evaluated:
             self._set_score(outcome.score)
         if outcome.stop:
-            self._leave()
+            self._save_and_stop()
         if outcome.save:
             self._save()
 
@@ -139,18 +139,18 @@ class Trainer:
         self._end_step(lr)
 
     def _before_step(self, inputs: StepInputs) -> None:
-        """End a save that all ranks have written; stop if the ranks have agreed on it."""
+        """Finish a save that all ranks have written, and stop if any rank received a signal."""
         if inputs.superseded:
-            self._settle()
+            self._finish_save()
             self.saver.check_lease()
         if self.saver.under_way and inputs.written == self.saver.begun * self.grid.world_size:
-            self._settle()
+            self._finish_save()
         if inputs.stop:
-            self._leave()
+            self._save_and_stop()
 
     def _accept(self, loss: Tensor, norm: Tensor) -> bool:
-        """Return whether the update is used. One wait for the device, when DeepSpeed waits, too."""
-        # a sum over all ranks, so that each has the same number and comes to the same decision
+        """Return whether to use the update. It waits for the device, as DeepSpeed does then."""
+        # summed over all ranks, so that each makes the same decision
         total = self.grid.sum_once(loss.detach().clone())
         numbers = torch.stack((total, norm.to(total)))
         self._loss, self._norm = numbers.tolist()
@@ -167,27 +167,27 @@ class Trainer:
         return dict(zip(extra, total.tolist(), strict=True))
 
     def _apply_decision(self, decision: StepDecision) -> None:
-        """Report a step whose update was omitted or stands out.
+        """Report a step whose update was skipped, or that is a spike.
 
         Raises:
-            LossSpike: the run has to go back.
+            LossSpike: the decision is to roll back.
         """
         step = self.progress.step + 1
         if decision.action == "rollback":
             raise LossSpike(step, decision.reason)
-        # a new level of the loss is reported once
-        lasts = decision.action == "note" and self._reported == "note"
-        if decision.action != "use" and not lasts:
+        # if the loss stays at a new level, only the first step is reported
+        repeats = decision.action == "note" and self._last_action == "note"
+        if decision.action != "use" and not repeats:
             name = "spike" if decision.action == "note" else "skip"
-            end = "" if decision.action == "note" else ": omitted"
+            end = "" if decision.action == "note" else ": update skipped"
             logger.warning("step %d: %s%s", step, decision.reason, end)
             self.recorder.event(
                 step, name, reason=decision.reason, loss=self._loss, grad_norm=self._norm
             )
-        self._reported = decision.action
+        self._last_action = decision.action
 
     def _end_step(self, lr: float) -> None:
-        """Advance by a step that was taken or omitted, and call the hooks."""
+        """Advance the progress by a step, with or without an update, and call the hooks."""
         before = self.progress
         size = self.config.training.global_batch_size
         self.progress = Progress(
@@ -205,11 +205,11 @@ class Trainer:
             last=self.progress.step == self.config.training.steps,
         )
         for hook in self.hooks:
-            self._follow(hook.after_step(report))
+            self._apply_outcome(hook.after_step(report))
 
     def _recover(self, spike: LossSpike) -> None:
-        """Go back to an earlier step, if a hook can; otherwise omit the update."""
-        self._settle()
+        """Let a hook roll back to an earlier step. If none can, skip the update."""
+        self._finish_save()
         for hook in self.hooks:
             restored = hook.on_spike(spike, self.progress)
             if restored is not None:
@@ -235,18 +235,18 @@ class Trainer:
     # --- saves ---
 
     def _set_score(self, score: float | None) -> None:
-        """Set the score of this progress, also in its checkpoint if that was saved before."""
+        """Set the score of this progress, and of its checkpoint if that is saved already."""
         self.progress = replace(self.progress, valid_loss=score)
         if score is None or self._saved != self.progress.step or self.progress.step == 0:
             return
-        self._settle()
+        self._finish_save()
         if self._published.step == self.progress.step and self._published.valid_loss is None:
             self.saver.record_score(self.progress)
             self._published = self.progress
 
     def _save(self) -> None:
-        """Begin a save; in the background, training goes on while it is written."""
-        self._settle()
+        """Begin a save. If saves run in the background, training continues meanwhile."""
+        self._finish_save()
         for hook in self.hooks:
             hook.before_save(self.progress)
         background = self.config.checkpoint.background
@@ -254,30 +254,30 @@ class Trainer:
             with self.phases.phase("save"):
                 self.saver.begin(self.progress, snapshot=background)
         except NoSpace as error:
-            if self._leaving or self._is_finished():
-                raise  # no later save makes up for this one
-            self._go_on_unsaved(self.progress.step, error)
+            if self._stopping or self._is_finished():
+                raise  # there will be no later save
+            self._report_unsaved(self.progress.step, error)
             return
         self._saved = self.progress.step
         if not background:
-            self._settle()
+            self._finish_save()
 
-    def _go_on_unsaved(self, step: int, error: NoSpace) -> None:
+    def _report_unsaved(self, step: int, error: NoSpace) -> None:
         """Report a save that failed because the disk is full."""
         logger.warning("step %d: %s; training goes on", step, error)
         self.recorder.event(step, "unsaved", reason=str(error))
         self.recorder.status("running", step=self.progress.step)
 
-    def _settle(self) -> None:
-        """End the save under way, if there is one: wait for it, publish it, and report it.
+    def _finish_save(self) -> None:
+        """Wait for the save under way, if any, publish the checkpoint, and call the hooks.
 
         Raises:
-            NoSpace: the disk is full, and no later save can hold the present step.
+            NoSpace: the disk is full, and no later save will contain the current step.
         """
         saved = self.saver.under_way
         if saved is None:
             return
-        ends = self._is_finished() or self._leaving
+        ends = self._is_finished() or self._stopping
         with self.phases.phase("save"):
             try:
                 folder = self.saver.finish()
@@ -285,7 +285,7 @@ class Trainer:
                 self._saved = self._published.step
                 if ends and saved.step == self.progress.step:
                     raise
-                self._go_on_unsaved(saved.step, error)
+                self._report_unsaved(saved.step, error)
                 return
             self._published = saved
             report = SaveReport(folder=folder, saved=saved, progress=self.progress, ends=ends)
@@ -294,30 +294,30 @@ class Trainer:
 
     # --- stop ---
 
-    def _leave(self) -> None:
-        """Save and raise Stopped; every rank is here at the same step, whichever was asked to."""
+    def _save_and_stop(self) -> None:
+        """Save and raise Stopped. All ranks call this at the same step."""
         name = self.shutdown.name or "a hook, or a signal on another rank"
         self.recorder.event(self.progress.step, "signal", signal=name)
-        self._leaving = True
-        self._settle()
-        kept = "and saved; the same command resumes it"
+        self._stopping = True
+        self._finish_save()
+        result = "and saved; the same command resumes it"
         if self.progress.step == 0:
-            kept = "with nothing to save"
+            result = "with nothing to save"
         elif self._saved != self.progress.step:
             seconds = self._save_seconds()
             grace = self.config.checkpoint.stop_grace_seconds
             if seconds > grace:
-                kept = (
-                    f"and not saved, which took {seconds:.0f} s the last time, over "
-                    f"checkpoint.stop_grace_seconds {grace:g}; the same command goes on from step "
-                    f"{self._saved}"
+                result = (
+                    f"and not saved: the last save took {seconds:.0f} s, more than "
+                    f"checkpoint.stop_grace_seconds {grace:g}; the same command resumes it from "
+                    f"step {self._saved}"
                 )
             else:
                 self._save()
-                self._settle()
+                self._finish_save()
         self.trace.close()
         self._close_steps()
-        raise Stopped(f"stopped by {name} after step {self.progress.step} {kept}")
+        raise Stopped(f"stopped by {name} after step {self.progress.step} {result}")
 
     def _save_seconds(self) -> float:
         """Return the seconds that the slowest rank's last save took; a collective."""

@@ -1,4 +1,4 @@
-"""Options of a run, and every check of them that needs no other rank."""
+"""Options of a run, and all checks that need no other rank."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ class RunOptions:
     Attributes:
         resume: "auto", "never", or a step or run folder.
         init_from: checkpoint whose weights a fresh run starts from.
-        init_name: name of that checkpoint as the user gave it.
+        init_name: name of that checkpoint as the user wrote it.
         allow_change: keys that may differ from the checkpoint's.
-        engine: "reference" is the plain oracle, one rank in fp32.
-        inspect: called with each step's gradients before they are used.
+        engine: "reference" is plain PyTorch on one rank in fp32.
+        inspect: called with each step's gradients before the update.
         prepare: makes the examples of fine-tuning and returns their folder.
-        examples: that folder, once it exists.
+        examples: the folder of the examples, once it exists.
         ask: turns a prompt into a user's turn, for samples of conversations.
-        precision_reason: why the run trains in its precision, once "auto" is resolved.
-        hooks: hooks of the caller; called after those of the session.
-        began: the time of `time.monotonic` at which the start began, in a process that did other
-            things before. None: at the start of the process.
+        precision_reason: reason for the precision, once "auto" is resolved.
+        hooks: hooks of the caller, called after those of the session.
+        began: time of `time.monotonic` at which the start began. None means the start of the
+            process.
         total_samples: samples to train on in all, if the epochs of fine-tuning decide it. None
-            leaves the length to training.steps.
+            means that training.steps decides.
     """
 
     config: RunConfig
@@ -66,24 +66,24 @@ class RunOptions:
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
+        """Run folder."""
         return Path(self.config.logging.directory) / self.config.name
 
     @property
     def named_precision(self) -> str:
-        """The precision with its reason, for people."""
+        """Precision with its reason, for messages."""
         precision = self.config.training.precision
         reason = self.precision_reason
         return f"{precision} ({reason})" if reason else precision
 
     @property
     def root(self) -> Path:
-        """The folder of the run's checkpoints."""
+        """Folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
 
 def check_command(options: RunOptions) -> None:
-    """Raise CommandError for arguments that name nothing."""
+    """Raise CommandError for arguments that name an unknown key or a missing folder."""
     unknown = [key for key in options.allow_change if key not in ALLOWABLE]
     if unknown:
         raise CommandError(
@@ -92,10 +92,12 @@ def check_command(options: RunOptions) -> None:
         )
     check_resume(options.root, options.resume)
     if options.resume != "never" and disk.published(options.root):
-        return  # the run goes on from its own checkpoint
+        return  # the run resumes from its own checkpoint
     source = options.init_from
     if source is not None and not (source and Path(source).is_dir()):
-        raise CommandError(f"--init-from {source!r}: no such folder")
+        raise CommandError(
+            f"--init-from {source!r}: no such folder; give a checkpoint, a run or a model folder"
+        )
 
 
 def check(
@@ -104,16 +106,16 @@ def check(
     """Check everything that needs no other rank.
 
     Returns:
-        plan, training data, held-out shards, and prompts of samples.
+        plan, training data, held-out shards, and prompts for text samples.
     Raises:
-        UserError: all faults at once.
+        UserError: with all faults.
     """
     check_command(options)
     config = options.config
     plan = plan_of(options, launch)
     faults = hardware_faults(config, plan, launch, device_kind())
     try:
-        load_plugins(config)  # before the claim: a package that is broken ends no other start
+        load_plugins(config)  # before the claim: a broken package must not end a running start
     except UserError as error:
         faults.append(str(error))
     train: Samples
@@ -136,7 +138,7 @@ def plan_of(options: RunOptions, launch: Launch) -> Plan:
     """Return the plan of a run on the ranks that were started.
 
     Raises:
-        ConfigError: as `make_plan`.
+        ConfigError: see `make_plan`.
     """
     return make_plan(options.config, world_size=launch.world_size, device=device_kind())
 
@@ -154,7 +156,7 @@ def open_shards(config: RunConfig) -> tuple[Dataset, Dataset | None]:
     """Return the training data and held-out shards of a pretraining run file.
 
     Raises:
-        DataError: all faults of the data.
+        DataError: with all faults of the data.
     """
     train, valid = open_data(config.data, vocab_size=config.model.vocab_size)
     for dataset in filter(None, (train, valid)):
@@ -162,7 +164,7 @@ def open_shards(config: RunConfig) -> tuple[Dataset, Dataset | None]:
     if config.training.global_batch_size > train.num_samples:
         raise DataError(
             f"training.global_batch_size {config.training.global_batch_size}, but data.train "
-            f"holds {train.num_samples} samples in all; lower it, or give more data"
+            f"has {train.num_samples} samples; lower it, or give more data"
         )
     return train, valid
 
@@ -172,14 +174,14 @@ def _open_examples(config: RunConfig, folder: Path) -> ExampleSet:
     size = config.training.global_batch_size
     if size > train.num_samples:
         raise DataError(
-            f"training.global_batch_size {size}, but the training split holds {train.num_samples} "
-            "samples in all; lower it, or give more data"
+            f"training.global_batch_size {size}, but the training split has {train.num_samples} "
+            "samples; lower it, or give more data"
         )
     return train
 
 
 def join(options: RunOptions, launch: Launch) -> Grid:
-    """Import the engine, and join the other ranks; see `start`."""
+    """Import the engine and connect to the other ranks. See `start`."""
     if options.engine == "deepspeed":
         importlib.import_module("megalite.engine.deepspeed")  # before groups exist
     return start(launch, tensor=options.config.parallel.tensor)
@@ -187,19 +189,20 @@ def join(options: RunOptions, launch: Launch) -> Grid:
 
 @dataclass(frozen=True)
 class Settings:
-    """DeepSpeed's configuration of this run, and the defaults of the installed version."""
+    """DeepSpeed's complete configuration of this run, and the installed version's defaults."""
 
     full: dict[str, Any]
     defaults: dict[str, Any]
 
     @property
-    def left_to_it(self) -> dict[str, Any]:
-        """DeepSpeed's defaults that hold in this run, by dotted key."""
-        ours = flat(self.full)
-        return {key: value for key, value in flat(self.defaults).items() if ours.get(key) == value}
+    def effective_defaults(self) -> dict[str, Any]:
+        """DeepSpeed's defaults that are in effect in this run, by dotted key."""
+        full = flat(self.full)
+        return {key: value for key, value in flat(self.defaults).items() if full.get(key) == value}
 
 
 def settings_of(options: RunOptions, plan: Plan, grid: Grid) -> Settings:
+    """Return DeepSpeed's settings of a run; empty for the reference engine."""
     if options.engine == "reference":
         return Settings({}, {})
     from megalite.engine.deepspeed import settings as deepspeed_settings  # imports DeepSpeed

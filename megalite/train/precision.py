@@ -1,4 +1,4 @@
-"""The precision that `precision: auto` stands for in this run: agreed, recorded, and kept."""
+"""Resolution of `precision: auto`, on which all ranks agree and which a resume keeps."""
 
 from __future__ import annotations
 
@@ -26,59 +26,59 @@ from megalite.train.checks import hardware_faults
 from megalite.train.options import RunOptions, device_kind, plan_of
 
 
-def settle_precision(options: RunOptions, launch: Launch, grid: Grid) -> tuple[RunOptions, Plan]:
-    """Return the options with "auto" written out, and its plan; a collective of all ranks.
+def agree_on_precision(options: RunOptions, launch: Launch, grid: Grid) -> tuple[RunOptions, Plan]:
+    """Return the options with "auto" resolved, and their plan; a collective of all ranks.
 
-    A run that goes on keeps the precision of its checkpoint, on other hardware too. A fresh run
-    takes bf16 if every rank has units for it.
+    A resumed run keeps the precision of its checkpoint, on other hardware too. A fresh run uses
+    bf16 if every rank has hardware units for it.
 
     Raises:
-        ConfigError: the kept precision is not possible in this ZeRO stage; on every rank.
-        UserError: the hardware of a rank cannot run the settled precision; on every rank.
+        ConfigError: on every rank, if ZeRO stage 0 does not support the checkpoint's precision.
+        UserError: on every rank, if the hardware of a rank does not support the precision.
     """
-    settled = _settle(options, grid)
-    plan = plan_of(settled, launch)
+    resolved = _resolve(options, grid)
+    plan = plan_of(resolved, launch)
     faults = list[str]()
-    if plan.precision != plan_of(options, launch).precision:  # the check was of another precision
-        faults = hardware_faults(settled.config, plan, launch, device_kind())
-    every = [fault for own in grid.all_gather_objects(faults) for fault in own]
-    if every:
-        raise UserError("\n".join(dict.fromkeys(every)))
-    return settled, plan
+    if plan.precision != plan_of(options, launch).precision:  # checked before with another one
+        faults = hardware_faults(resolved.config, plan, launch, device_kind())
+    all_faults = [fault for local in grid.all_gather_objects(faults) for fault in local]
+    if all_faults:
+        raise UserError("\n".join(dict.fromkeys(all_faults)))
+    return resolved, plan
 
 
-def _settle(options: RunOptions, grid: Grid) -> RunOptions:
-    asked = options.config.training.precision
+def _resolve(options: RunOptions, grid: Grid) -> RunOptions:
+    requested = options.config.training.precision
     if options.engine == "reference":
         return _with(options, Precision.FP32, "the reference engine's")
-    goes_on = grid.rank == 0 and options.resume != "never"
-    known = grid.all_gather_objects((bf16_units(), _recorded(options) if goes_on else None))
-    units: tuple[str | None, ...] = tuple(unit for unit, _ in known)
+    resumes = grid.rank == 0 and options.resume != "never"
+    facts = grid.all_gather_objects((bf16_units(), _recorded(options) if resumes else None))
+    units: tuple[str | None, ...] = tuple(unit for unit, _ in facts)
     device = device_kind()
-    recorded: Precision | Literal["auto"] | None = known[0][1]
-    kept = auto_of_first_version(device) if recorded == "auto" else recorded
-    able = all(units)
-    if asked != "auto":
-        _warn_of_slow(asked, device, able)
+    recorded: Precision | Literal["auto"] | None = facts[0][1]
+    previous = auto_of_first_version(device) if recorded == "auto" else recorded
+    native_bf16 = all(units)
+    if requested != "auto":
+        _warn_if_slow(requested, device, native_bf16)
         return options
-    best = resolve_precision(options.config, device=device, native_bf16=able)
-    if kept not in (None, Precision.FP32) and zero_stage(options.config) == 0:
+    best = resolve_precision(options.config, device=device, native_bf16=native_bf16)
+    if previous not in (None, Precision.FP32) and zero_stage(options.config) == 0:
         raise ConfigError(
-            f"training.precision auto: the run began in {kept} and goes on in it, but ZeRO stage 0 "
-            "keeps no fp32 master weights; set deepspeed.zero_optimization.stage to 1, or change "
+            f"training.precision auto: the run began in {previous} and keeps it, but ZeRO stage 0 "
+            "has no fp32 master weights; set deepspeed.zero_optimization.stage to 1, or change "
             "the precision with --set training.precision=fp32"
         )
-    precision = kept or best
-    if kept and kept != best:
+    precision = previous or best
+    if previous and previous != best:
         logger.info(
-            "the run goes on in %s, as its checkpoint; %s is faster on this hardware: "
+            "the run keeps the precision of its checkpoint, %s; %s is faster on this hardware: "
             "--set training.precision=%s changes it",
-            kept,
+            previous,
             best,
             best,
         )
-    _warn_of_slow(precision, device, able)
-    reason = "as its checkpoint" if kept else _reason(best, device, units)
+    _warn_if_slow(precision, device, native_bf16)
+    reason = "as its checkpoint" if previous else _reason(best, device, units)
     return _with(options, precision, reason)
 
 
@@ -89,7 +89,7 @@ def _with(options: RunOptions, precision: Precision, reason: str) -> RunOptions:
 
 
 def _recorded(options: RunOptions) -> Precision | Literal["auto"] | None:
-    """Return the precision of the checkpoint that a resume will most likely go on from."""
+    """Return the precision of the checkpoint that a resume will most likely use."""
     for folder in _candidates(options):
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             return recorded_precision(files.read_json(folder / "config.json"), folder.parents[1])
@@ -111,13 +111,13 @@ def _reason(precision: Precision, device: str, units: tuple[str | None, ...]) ->
     if precision is Precision.BF16:
         return f"auto: every rank has {' or '.join(sorted({unit for unit in units if unit}))}"
     if all(units):
-        return "auto: ZeRO stage 0 keeps no fp32 masters"
+        return "auto: ZeRO stage 0 has no fp32 master weights"
     lacking = sum(unit is None for unit in units)
     return f"auto: {lacking} of {len(units)} ranks lack AMX and AVX512-BF16"
 
 
-def _warn_of_slow(precision: str, device: str, able: bool) -> None:
-    if precision == Precision.BF16 and device == "cpu" and not able:
+def _warn_if_slow(precision: str, device: str, native_bf16: bool) -> None:
+    if precision == Precision.BF16 and device == "cpu" and not native_bf16:
         logger.warning(
             "training.precision bf16: a processor of this run has neither AMX nor AVX512-BF16; a "
             "step takes about twice as long as in fp32"

@@ -1,4 +1,4 @@
-"""Loading of the checkpoint that a start goes on from."""
+"""Loading of the checkpoint that a start resumes from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megalite.train.resume import ResumePoint, stored_config
 def restore(
     resume_point: ResumePoint,
     *,
-    again: Callable[[], ResumePoint | None],
+    find_previous: Callable[[], ResumePoint | None],
     engine: Engine,
     config: RunConfig,
     grid: Grid,
@@ -30,13 +30,15 @@ def restore(
 ) -> tuple[ResumePoint, Progress]:
     """Load a checkpoint into the engine; a collective.
 
-    If a checkpoint of this run, below `root`, turns out to be damaged, it is set aside, and `again`
-    finds the one before it.
+    If a checkpoint of this run (below `root`) is damaged, it is set aside, and the previous one is
+    loaded.
 
+    Args:
+        find_previous: returns the newest checkpoint that is left.
     Returns:
-        the checkpoint that was loaded, and the progress that training goes on from.
+        the checkpoint that was loaded, and the progress that training continues from.
     Raises:
-        CheckpointError: on every rank, if none can be loaded.
+        CheckpointError: on every rank, if no checkpoint can be loaded.
     """
     while True:
         folder = resume_point.folder
@@ -61,15 +63,15 @@ def restore(
                 raise
             logger.warning("%s", error)
             set_aside_damaged([resume_point.folder], grid, lease)
-            before = again()
+            before = find_previous()
             if before is None:
                 raise
             set_aside_damaged(before.damaged, grid, lease)
             if _states(before) != _states(resume_point):
-                # part of the damaged checkpoint's states would stay in the engine
+                # states of the damaged checkpoint would stay in the engine
                 raise CheckpointError(
-                    f"{folder} is damaged, and {before.folder} before it was trained by "
-                    "another optimizer: give the same command again to go on from there"
+                    f"{folder} is damaged, and the checkpoint before it, {before.folder}, is of "
+                    "another optimizer: run the same command again to resume from that one"
                 ) from error
             resume_point = before
 
@@ -88,12 +90,12 @@ def samples_at(
     """Return the position of a checkpoint of this run in the data order of this start.
 
     Args:
-        resume_point: the checkpoint that this start went on from.
+        resume_point: checkpoint that this start resumed from.
     """
     if resume_point is None or resume_point.weights_only:
         return manifest.samples  # saved by this start
     if manifest.step > resume_point.progress.step:
         return manifest.samples
     stored = stored_config(folder, manifest, config.model_dump(mode="json"))
-    same = order_id(manifest.data_fingerprint, stored.data) == resume_point.orders[1]
-    return manifest.samples if same else resume_point.progress.samples
+    same_order = order_id(manifest.data_fingerprint, stored.data) == resume_point.orders[1]
+    return manifest.samples if same_order else resume_point.progress.samples

@@ -1,4 +1,4 @@
-"""Choose the checkpoint that a start goes on from, and check what has changed in the run file."""
+"""Choose the checkpoint that a start resumes from, and check the changes of the run file."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ from megalite.optim import learning_rate
 from megalite.parallel import Grid
 from megalite.plan import recorded_precision
 from megalite.train.changes import ALLOWABLE, find_changes, moved_defaults
-from megalite.train.interventions import joined_gaps, order_id, read_notes
+from megalite.train.interventions import joined_gaps, order_id, read_interventions
 
 _VOCABULARY = "model.vocab_size"
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Checkpoint to go on from, and the changes since its run file that are recorded.
+    """Checkpoint to resume from, and the recorded changes of its run file.
 
     Attributes:
-        manifest: None if `weights` reads tensors that are in no checkpoint in this form.
+        manifest: manifest of the checkpoint. None means that `weights` is the source.
         changes: changes since the checkpoint, by dotted key.
-        progress: progress that training goes on from.
+        progress: progress that training continues from.
         weights_only: if true, a fresh run starts from the weights (`--init-from`).
-        damaged: checkpoints of this run that were passed over. They are set aside once the start is
-            not refused.
-        config: run file with the length that follows from the checkpoint.
-        rates: learning rate of the next step, by the checkpoint's run file and by this start's.
-        orders: data order of the checkpoint and of this start.
+        weights: source of weights that need a conversion, such as a Hugging Face folder.
+        damaged: damaged checkpoints of this run. They are set aside after the claim.
+        config: run file with the number of steps that follows from the checkpoint.
+        rates: learning rate of the next step by the checkpoint's run file, and by this start's.
+        orders: data order of the checkpoint, and of this start.
     """
 
     folder: Path
@@ -75,15 +75,16 @@ class ResumePoint:
     orders: tuple[str | None, str | None] = (None, None)
 
 
+# (checkpoint or None, damaged checkpoints)
 _Found = tuple[tuple[Path, disk.CheckpointManifest] | None, tuple[Path, ...]]
 
 
 def check_resume(root: Path, resume: str) -> None:
-    """Raise CommandError if `--resume` names nothing, or is `never` and checkpoints exist."""
-    found = disk.published(root) if resume == "never" else []
-    if found:
+    """Raise CommandError if `--resume` is no folder, or is `never` and checkpoints exist."""
+    published = disk.published(root) if resume == "never" else []
+    if published:
         raise CommandError(
-            f"--resume never, but {root} holds {found[0].name}: choose another name, move that "
+            f"--resume never, but {root} holds {published[0].name}: choose another name, move that "
             "folder away, or resume with --resume auto"
         )
     if resume not in ("auto", "never") and (not resume or not Path(resume).is_dir()):
@@ -107,23 +108,29 @@ def find_resume_point(
     read_only: bool = False,
     lease: Lease | None = None,
 ) -> ResumePoint | None:
-    """Return the checkpoint of `resume`, else that of `init_from`; None means a fresh start.
+    """Return the checkpoint of `resume`, else that of `init_from`. None means a fresh start.
 
     Args:
-        deepspeed: defaults of the installed DeepSpeed that hold in this run, by dotted key.
-        total_samples: samples to train on in all, which decides training.steps; None does not.
-        read_only: if true, nothing in the run folder is renamed.
+        deepspeed: defaults of the installed DeepSpeed that are in effect in this run, by dotted
+            key.
+        total_samples: samples to train on in all, from which training.steps follows. None leaves
+            training.steps unchanged.
+        read_only: if true, rename nothing in the run folder.
         lease: rank 0's right to rename.
     Raises:
         CheckpointError: all checkpoints are damaged.
         CommandError: a change needs `--allow-change`, or the arguments name no checkpoint.
     """
-    found, damaged = _find(resume, root, grid, read_only=read_only, lease=lease)
-    if found is None:
+    source, damaged = _find(resume, root, grid, read_only=read_only, lease=lease)
+    if source is None:
         return _start(config.model, init_from, grid, damaged) if init_from is not None else None
-    folder, manifest = found
+    folder, manifest = source
     if init_from is not None and grid.rank == 0 and not began_from(root.parent, "start"):
-        logger.warning("%s goes on from %s: --init-from is for a fresh start", root, folder.name)
+        logger.warning(
+            "%s resumes from %s: --init-from is ignored, because it only applies to a fresh start",
+            root,
+            folder.name,
+        )
     refuse_other_model(config.model, folder, manifest)
     stored = stored_config(folder, manifest, config.model_dump(mode="json"))
     orders = (
@@ -155,29 +162,30 @@ def find_resume_point(
 
 
 def _comparable(stored: RunConfig, folder: Path, config: RunConfig) -> dict[str, Any]:
-    """Return a checkpoint's run file with the precision it was trained in, as JSON."""
+    """Return a checkpoint's run file as JSON, with the resolved precision."""
     before = stored.model_dump(mode="json")
-    known = recorded_precision(before, folder.parents[1])
-    # without a record a difference would be a guess
-    before["training"]["precision"] = config.training.precision if known == "auto" else known
+    precision = recorded_precision(before, folder.parents[1])
+    # if no record exists, report no difference
+    resolved = config.training.precision if precision == "auto" else precision
+    before["training"]["precision"] = resolved
     return before
 
 
 def _refuse_changes(changed: Mapping[str, Any], allow: tuple[str, ...], folder: Path) -> None:
-    """Raise CommandError for changes that need `--allow-change`, all at once."""
+    """Raise CommandError with all changes that need `--allow-change`."""
     refused = [key for key in ALLOWABLE if key in changed and key not in allow]
     if refused:
         raise CommandError(
             "\n".join(
-                f"{key} differs from the checkpoint {folder}: {changed[key]}; restore it, or go on "
-                f"knowingly with --allow-change {key}"
+                f"{key} differs from the checkpoint {folder}: {changed[key]}; undo the change, or "
+                f"accept it with --allow-change {key}"
                 for key in refused
             )
         )
 
 
 def _refuse_shorter(config: RunConfig, folder: Path, manifest: disk.CheckpointManifest) -> None:
-    """Raise CommandError if the checkpoint has taken more steps than the run is to take."""
+    """Raise CommandError if the checkpoint's step is beyond training.steps."""
     if manifest.step > config.training.steps:
         raise CommandError(
             f"training.steps {config.training.steps}, but {folder} is already past it; set "
@@ -188,9 +196,9 @@ def _refuse_shorter(config: RunConfig, folder: Path, manifest: disk.CheckpointMa
 def _trained_samples(folder: Path, samples: int, order: str) -> int:
     """Return how many samples before a position of a data order were trained on.
 
-    Samples that a rollback omitted were not, so others take their place.
+    Samples that a rollback omitted do not count.
     """
-    gaps = joined_gaps(read_notes(folder).get("entries", []), order)
+    gaps = joined_gaps(read_interventions(folder).get("entries", []), order)
     return samples - sum(min(last, samples) - first for first, last in gaps if first < samples)
 
 
@@ -200,7 +208,7 @@ def _refuse_fewer_epochs(
     """Raise CommandError if a fine-tuned checkpoint was trained on more than `total` samples.
 
     Args:
-        batch_size: samples of the checkpoint's steps. Its last step may have gone beyond the total.
+        batch_size: samples of a step of the checkpoint. The last step may exceed the total.
     """
     if config.finetune is None or trained - total < batch_size:
         return
@@ -213,28 +221,29 @@ def _refuse_fewer_epochs(
 
 
 def _with_length(config: RunConfig, step: int, samples: int) -> RunConfig:
-    """Set training.steps to those until `step` and those that `samples` more samples take."""
+    """Return the run file with training.steps for `samples` more samples after `step`."""
     steps = step + math.ceil(samples / config.training.global_batch_size)
     training = config.training.model_copy(update={"steps": steps})
     return config.model_copy(update={"training": training})
 
 
 def _start(model: ModelConfig, path: str, grid: Grid, damaged: tuple[Path, ...]) -> ResumePoint:
-    """Return the weights that `--init-from` names.
+    """Return the resume point of `--init-from`.
 
-    Adapters that are not the model's own are added to the weights; a smaller vocabulary grows.
+    The checkpoint's adapters are merged into its weights, unless the model has the same adapters.
+    A smaller vocabulary grows.
     """
     whole: TensorSource
     base = arch.base_model(model)
     adapters = model.adapter is not None
-    theirs = open_model_folder(Path(path), grid)
-    if theirs is not None:
-        changes = compare_models(base, theirs.section, theirs.path, adapters=adapters)
+    foreign = open_model_folder(Path(path), grid)
+    if foreign is not None:
+        changes = compare_models(base, foreign.section, foreign.path, adapters=adapters)
         if not model.num_labels:
-            theirs.require_head()
-        theirs.log_ignored()
-        whole = GrownVocabulary(theirs, theirs.section) if _VOCABULARY in changes else theirs
-        return _weights_of(theirs.path, None, changes, weights=whole, damaged=damaged)
+            foreign.require_head()
+        foreign.log_ignored()
+        whole = GrownVocabulary(foreign, foreign.section) if _VOCABULARY in changes else foreign
+        return _weights_of(foreign.path, None, changes, weights=whole, damaged=damaged)
     folder, manifest = _open("--init-from", path, grid, weights_only=True)
     section = stored_config(folder, manifest).model
     changes = compare_models(base, arch.base_model(section), folder, adapters=adapters)
@@ -272,12 +281,12 @@ def _weights_of(
 
 
 def stored_config(
-    folder: Path, manifest: disk.CheckpointManifest, own: Mapping[str, Any] | None = None
+    folder: Path, manifest: disk.CheckpointManifest, current: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """Return the run file of a checkpoint. A field that is newer than it has its default.
+    """Return the run file of a checkpoint. Keys that are newer than the file get their defaults.
 
     Args:
-        own: the run file of this start, for values that an earlier version's redaction replaced.
+        current: run file of this start, for values that an earlier version's redaction replaced.
     """
     path = folder / "config.json"
     try:
@@ -285,7 +294,7 @@ def stored_config(
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     rename_keys(raw)
-    keys = [] if own is None else restore_redacted(raw, own)
+    keys = [] if current is None else restore_redacted(raw, current)
     if keys:
         logger.warning("%s: %s; taken from the run file", path, explain_redacted(keys))
     try:
@@ -299,25 +308,25 @@ def stored_config(
             lacking = missing_plugin(f"{first['ctx']['kind']}.{first['input']}", raw)
             raise OtherVersion(f"{path}: {lacking or first['msg']}") from None
         raise OtherVersion(
-            f"{folder}/config.json is of another version, MegaLite "
+            f"{folder}/config.json was written by another version, MegaLite "
             f"{manifest.versions.get('megalite')}: {'.'.join(map(str, first['loc']))}: "
-            f"{first['msg']}; go on with that version"
+            f"{first['msg']}; use that version"
         ) from None
 
 
 def _find(
     resume: str, root: Path, grid: Grid, *, read_only: bool = False, lease: Lease | None = None
 ) -> _Found:
-    """Return the checkpoint that `resume` names, and damaged ones that were passed over.
+    """Return the checkpoint of `resume`, and damaged checkpoints that are newer.
 
     Raises:
-        CheckpointError: checkpoints exist and all are damaged. The run does not start afresh then.
+        CheckpointError: checkpoints exist, but all are damaged.
     """
     if resume == "never":
         return None, ()
-    own = root.parent.resolve()
-    asked = Path(resume).resolve()
-    if resume == "auto" or asked in (own, root.resolve()):
+    run = root.parent.resolve()
+    requested = Path(resume).resolve()
+    if resume == "auto" or requested in (run, root.resolve()):
         newest, damaged = find_newest(root, grid)
         if newest is None:
             if not read_only:
@@ -329,17 +338,17 @@ def _find(
                     "another name"
                 )
         return newest, damaged
-    back = own in asked.parents  # to an earlier step of this run
-    if back and not _is_repeated(root.parent, asked, grid):
+    in_this_run = run in requested.parents
+    if in_this_run and not _is_repeated(root.parent, requested, grid):
         return _open("--resume", resume, grid), ()
-    # a requeued job repeats its command; what it has saved since is further along
+    # a requeued job repeats its command, but its own newer checkpoints come first
     newest, damaged = find_newest(root, grid)
     if newest is None:
         return _open("--resume", resume, grid), damaged
-    again = grid.rank == 0 and began_from(root.parent, "resume", asked)
-    if newest[0].resolve() != asked and not again:
+    again = grid.rank == 0 and began_from(root.parent, "resume", requested)
+    if newest[0].resolve() != requested and not again:
         logger.warning(
-            "%s goes on from its own %s: --resume %s is where it began; to begin there again, "
+            "%s resumes from its newest checkpoint, %s, and not from --resume %s; to begin there, "
             "choose another name",
             root.parent,
             newest[0].name,
@@ -348,14 +357,14 @@ def _find(
     return newest, damaged
 
 
-def _is_repeated(run: Path, asked: Path, grid: Grid) -> bool:
-    """Return whether this job, requeued, has gone back to `asked` before, as rank 0 sees it."""
+def _is_repeated(run: Path, requested: Path, grid: Grid) -> bool:
+    """Return whether this requeued job has resumed from `requested` before, by rank 0's view."""
     job = env.job()
     before = bool(
         grid.rank == 0
         and job.id
         and job.restart_count
-        and resumed_before(run, path=str(asked), job=job.id)
+        and resumed_before(run, path=str(requested), job=job.id)
     )
     return bool(grid.all_gather_objects(before)[0])
 

@@ -1,4 +1,4 @@
-"""A run's folder: what it holds from the start, and who may write into it."""
+"""The run folder: its contents at the start, and the right to write into it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megalite.log import logger
 from megalite.observe import Recorder, previous_attempts, restate
 from megalite.parallel import Grid
 from megalite.tokenizers.tokenizer import copy_generation_config, tokenizer_files
-from megalite.train.outcome import verdict
+from megalite.train.outcome import end_state
 from megalite.train.resume import ResumePoint
 
 _TRIES = 3
@@ -42,9 +42,9 @@ def open_run_folder(
         settings: DeepSpeed's JSON of this run.
         lease: rank 0's right to write.
     Raises:
-        CommandError: on every rank, if it cannot be written.
-        Superseded: on every rank, if a newer start owns it.
-        MegaLiteError: on every rank, if rank 0 fails in another way; status.json says failed.
+        CommandError: on every rank, if the folder cannot be written.
+        Superseded: on every rank, if a newer start owns the folder.
+        MegaLiteError: on every rank, if rank 0 fails in another way. status.json says failed.
     """
     checkpoint.set_aside_damaged(resume_point.damaged if resume_point else (), grid, lease)
     handler = None
@@ -65,7 +65,7 @@ def open_run_folder(
             fault = _refusal(folder, error, lease)
         except Superseded as error:
             fault = error
-        except Exception as error:  # whatever it is, the other ranks wait for an answer
+        except Exception as error:  # of any kind, because the other ranks wait for the result
             fault = _failed(folder, error)
     attempt, fault = grid.all_gather_objects((attempt, fault))[0]
     if fault:
@@ -87,13 +87,13 @@ def open_run_folder(
 
 
 def take_over(folder: Path, grid: Grid) -> Lease | None:
-    """Take the run folder from whoever has it, and clear what a killed start left; a collective.
+    """Take the lease of the run folder, and clear leftovers of killed starts; a collective.
 
     Returns:
-        rank 0's lease; None on the other ranks.
+        rank 0's lease. None on the other ranks.
     Raises:
         CommandError: on every rank, if the folder cannot be written.
-        Superseded: on every rank, if yet another start has taken it meanwhile.
+        Superseded: on every rank, if a newer start has taken the lease meanwhile.
     """
     root = folder / "checkpoints"
     lease = checkpoint.take_lease(root, grid)
@@ -112,21 +112,21 @@ def take_over(folder: Path, grid: Grid) -> Lease | None:
 
 
 def listing(root: Path, grid: Grid) -> list[tuple[str, int, int]]:
-    """Return the published checkpoints with inode and time of their manifests, as rank 0 sees them.
+    """Return the published checkpoints with inode and time of their manifests, by rank 0's view.
 
-    Equal listings mean equal checkpoints: what was read of them still holds.
+    If two listings are equal, no checkpoint has changed in between.
     """
-    found = list[tuple[str, int, int]]()
+    checkpoints = list[tuple[str, int, int]]()
     if grid.rank == 0:
         for path in disk.published(root):
             with suppress(OSError):
-                about = (path / disk.MANIFEST).stat()
-                found.append((path.name, about.st_ino, about.st_mtime_ns))
-    return list(grid.all_gather_objects(found)[0])
+                stat = (path / disk.MANIFEST).stat()
+                checkpoints.append((path.name, stat.st_ino, stat.st_mtime_ns))
+    return list(grid.all_gather_objects(checkpoints)[0])
 
 
 def _refusal(folder: Path, error: Exception, lease: Lease | None) -> MegaLiteError:
-    """Return why the folder cannot be written: a newer start is busy in it, or a true fault."""
+    """Return the error for a folder that cannot be written: Superseded, or else CommandError."""
     try:
         if lease is not None:
             lease.check()
@@ -138,12 +138,12 @@ def _refusal(folder: Path, error: Exception, lease: Lease | None) -> MegaLiteErr
 
 
 def _failed(folder: Path, error: Exception) -> MegaLiteError:
-    """Record in status.json that the folder could not be prepared; return the error to raise."""
+    """Record in status.json that the folder could not be prepared. Return the error to raise."""
     logger.debug("the run folder %s", folder, exc_info=error)
     cause = str(error) if isinstance(error, MegaLiteError) else f"{type(error).__name__}: {error}"
     fault = MegaLiteError(f"the run folder {folder} cannot be prepared: {cause}")
     attempt = previous_attempts(folder)
-    restate(folder, "failed", reason=verdict(fault)[1], attempt=attempt)
+    restate(folder, "failed", reason=end_state(fault)[1], attempt=attempt)
     return fault
 
 
@@ -151,15 +151,15 @@ def check_folders(folder: Path, train: Samples, grid: Grid) -> None:
     """Refuse a run folder of another kind, and a tokenizer folder that cannot be copied.
 
     Raises:
-        CommandError: on every rank, as rank 0 sees it.
+        CommandError: on every rank, by rank 0's view.
     """
-    fault = grid.all_gather_objects(_other_kinds(folder) or _links(train))[0]
+    fault = grid.all_gather_objects(_kind_fault(folder) or _tokenizer_fault(train))[0]
     if fault:
         raise CommandError(fault)
 
 
-def _links(train: Samples) -> str | None:
-    """Return what keeps the tokenizer of the data from being copied."""
+def _tokenizer_fault(train: Samples) -> str | None:
+    """Return why the tokenizer of the data cannot be copied, or None."""
     try:
         if train.tokenizer_folder is not None:
             tokenizer_files(train.tokenizer_folder)
@@ -168,11 +168,12 @@ def _links(train: Samples) -> str | None:
     return None
 
 
-def _other_kinds(folder: Path) -> str | None:
-    own = ("config.json", "deepspeed.json", "log.txt", "metrics.jsonl", "status.json")
+def _kind_fault(folder: Path) -> str | None:
+    """Return an error for folders in place of the run's files, or files in place of folders."""
+    names = ("config.json", "deepspeed.json", "log.txt", "metrics.jsonl", "status.json")
     wrong = [
         path
-        for path in (*(folder / name for name in own), folder / "checkpoints" / ".lease.json")
+        for path in (*(folder / name for name in names), folder / "checkpoints" / ".lease.json")
         if path.is_dir()
     ]
     for name in ("", "checkpoints", "tokenizer", "tensorboard", "profile"):
@@ -182,7 +183,7 @@ def _other_kinds(folder: Path) -> str | None:
     if not wrong:
         return None
     kinds = ", ".join(f"{path} is a {'folder' if path.is_dir() else 'file'}" for path in wrong)
-    return f"{kinds}, where a run keeps the other: move it away, or name another directory"
+    return f"{kinds}, but a run needs the opposite: move it away, or name another directory"
 
 
 def _prepare(
@@ -194,7 +195,7 @@ def _prepare(
     resume_point: ResumePoint | None,
     lease: Lease | None,
 ) -> int:
-    """Write what a run folder contains from the start; return the number of this attempt."""
+    """Write the initial files of a run folder. Return the number of this attempt."""
     attempt = previous_attempts(folder)
     root = folder / "checkpoints"
     if lease is not None:
@@ -205,31 +206,31 @@ def _prepare(
     _copy_tokenizer(train, folder / "tokenizer")
     if resume_point is not None:
         copy_generation_config(folder / "tokenizer", resume_point.folder)
-    left = []
+    newer = []
     if resume_point is not None and not resume_point.weights_only:
-        left = checkpoint.set_aside_newer(root, resume_point.progress.step, resume_point.folder)
-    if left:
-        logger.info("going on from an earlier step; set aside: %s", ", ".join(left))
+        newer = checkpoint.set_aside_newer(root, resume_point.progress.step, resume_point.folder)
+    if newer:
+        logger.info("resuming from an earlier step; set aside: %s", ", ".join(newer))
     return attempt
 
 
 def _copy_tokenizer(train: Samples, target: Path) -> None:
-    """Replace `target`, also while another start does the same; nothing of the old one stays."""
-    for left in target.parent.glob(f".{target.name}.*"):  # by a start that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    """Replace `target` by the tokenizer of the data, even if another start does the same."""
+    for leftover in target.parent.glob(f".{target.name}.*"):  # of a start that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
         partial.mkdir()
-        if train.tokenizer_folder is not None:  # Megatron's shards may lack one
+        if train.tokenizer_folder is not None:  # Megatron's shards may have no tokenizer
             for path in tokenizer_files(train.tokenizer_folder):
                 shutil.copyfile(path, partial / path.name)
-        for more in reversed(range(_TRIES)):
+        for tries_left in reversed(range(_TRIES)):
             shutil.rmtree(target, ignore_errors=True)
             try:
                 partial.rename(target)
                 return
-            except OSError:  # another start was faster
-                if not more:
+            except OSError:  # another start has created `target`
+                if not tries_left:
                     raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

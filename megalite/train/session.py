@@ -1,6 +1,6 @@
-"""One start of a run: check everything, open the run folder, train, record how it ended.
+"""One start of a run: check everything, open the run folder, train, and record the end.
 
-Every fault that the user can repair is found before the run folder is opened, on all ranks.
+All ranks raise user errors before the run folder is opened.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megalite.train.announce import announce
 from megalite.train.changes import flat
 from megalite.train.claim import claim, find_for
 from megalite.train.evaluator import Evaluator
-from megalite.train.finetuning import FinetuneEvaluator, complete, open_examples
+from megalite.train.finetuning import FinetuneEvaluator, open_examples, resolve_examples
 from megalite.train.hooks import Hook
 from megalite.train.hooks.checkpoints import Checkpoints
 from megalite.train.hooks.forecast import ForecastCheck
@@ -41,8 +41,8 @@ from megalite.train.hooks.validation import HeldOutLoss, Validation, is_evaluati
 from megalite.train.interventions import IN_CHECKPOINT, InterventionLog, order_id
 from megalite.train.loop import Trainer
 from megalite.train.options import RunOptions, Settings, check, check_command, join, settings_of
-from megalite.train.outcome import lost_rank, verdict
-from megalite.train.precision import settle_precision
+from megalite.train.outcome import end_state, lost_rank
+from megalite.train.precision import agree_on_precision
 from megalite.train.restore import restore
 from megalite.train.resume import ResumePoint
 from megalite.train.run_folder import open_run_folder
@@ -54,8 +54,8 @@ def run(options: RunOptions, launch: Launch) -> None:
     """Train as requested.
 
     Raises:
-        UserError: the start was refused. Nothing was written, and a start that runs goes on.
-        MegaLiteError: a later failure; status.json says what happened.
+        UserError: the start was refused. Nothing was written, and a running start continues.
+        MegaLiteError: a later failure, with its reason in status.json.
     """
     phases = PhaseTimer(options.began)
     with ShutdownSignal() as shutdown:
@@ -65,10 +65,10 @@ def run(options: RunOptions, launch: Launch) -> None:
             grid = join(options, launch)
         try:
             if grid is not None:
-                options = complete(options, grid)
+                options = resolve_examples(options, grid)
             plan, train, valid, prompts = check(options, launch)
             grid = grid or join(options, launch)
-            options, plan = settle_precision(options, launch, grid)
+            options, plan = agree_on_precision(options, launch, grid)
             settings = settings_of(options, plan, grid)
             lease, resume_point = claim(options, grid, train, settings)
             if resume_point is not None and resume_point.config is not None:
@@ -103,14 +103,14 @@ def run(options: RunOptions, launch: Launch) -> None:
 
 @dataclass(kw_only=True)
 class Session:
-    """One start of a run, from an open folder to its end.
+    """One start of a run, from the opened run folder to the end.
 
     Attributes:
         settings: DeepSpeed's configuration.
         train: training data.
         valid: held-out shards of pretraining.
-        prompts: what samples of text continue.
-        resume_point: checkpoint to go on from. None: a fresh start.
+        prompts: prompts for text samples.
+        resume_point: checkpoint to resume from. None means a fresh start.
         lease: right to write into the run folder, on rank 0.
     """
 
@@ -128,7 +128,7 @@ class Session:
     lease: Lease | None
 
     def run(self) -> None:
-        """Train. In every case the end is recorded in status.json."""
+        """Train, and record the end in status.json in any case."""
         self.progress = self.resume_point.progress if self.resume_point else Progress()
         self._report_running(self.progress)
         watchdog = self._watchdog()
@@ -136,19 +136,19 @@ class Session:
             with ExitStack() as self._opened:
                 self._train()
                 if self._finetune is not None:
-                    self._finetune.conclude(self.progress)
+                    self._finetune.evaluate_test_split(self.progress)
                 self.recorder.event(self.progress.step, "end", seconds=self.phases.totals())
                 self.recorder.status("done", step=self.progress.step)
                 self.grid.barrier()
         except BaseException as caught:
             error = lost_rank(caught) or caught
-            state, reason = verdict(error)
-            # an event of what ended the start: the cause of the next one
+            state, reason = end_state(error)
+            # the event explains why the next start was needed
             self.recorder.event(
                 self.progress.step, state, reason=reason, seconds=self.phases.totals()
             )
             self.recorder.status(state, step=self.progress.step, reason=reason)
-            if isinstance(error, UserError):  # found too late to be exit code 2
+            if isinstance(error, UserError):  # the folder has changed, so the exit code is not 2
                 raise MegaLiteError(str(error)) from error
             raise error from caught.__cause__
         finally:
@@ -227,7 +227,7 @@ class Session:
             self.progress = trainer.progress
 
     def _hooks(self, replicas: ReplicaCheck | None, forecast: ForecastCheck) -> Iterator[Hook]:
-        """Yield the hooks in the order of their effects: a step's score precedes its save."""
+        """Yield the hooks in an order in which a step's score precedes its save."""
         config = self.options.config
         yield StepLogger(
             config.training,
@@ -283,7 +283,7 @@ class Session:
             config=self.options.config,
             engine=self.engine,
             grid=self.grid,
-            sets=open_examples(self.options.config, self.options.examples),
+            splits=open_examples(self.options.config, self.options.examples),
             interventions=self.interventions,
             recorder=self.recorder,
             root=self.options.root,
@@ -295,7 +295,7 @@ class Session:
         return TextSamples(
             Writer(config, self.engine, self.grid, prompts),
             every=(section.every if section else None) or 0,
-            # without held-out shards, when they would be evaluated
+            # without held-out shards, samples follow the steps at which they would be evaluated
             follows=evaluator.is_due
             if evaluator
             else lambda before, now: is_evaluation_due(config.training, now.step),
@@ -305,22 +305,22 @@ class Session:
         )
 
     def _load(self, resume_point: ResumePoint, replicas: ReplicaCheck | None) -> None:
-        again = partial(
+        find_previous = partial(
             find_for, self.options, self.grid, self.train, self.settings, lease=self.lease
         )
         self.resume_point, self.progress = restore(
             resume_point,
-            again=again,
+            find_previous=find_previous,
             engine=self.engine,
             config=self.options.config,
             grid=self.grid,
             root=self.options.root,
             lease=self.lease,
         )
-        if self.resume_point.config is not None:  # the one before a damaged one
+        if self.resume_point.config is not None:  # an earlier checkpoint, if one was damaged
             self.options = replace(self.options, config=self.resume_point.config)
         self._report_running(self.progress)
-        if replicas is not None:  # each rank may have read files of its own
+        if replicas is not None:  # each rank may have read other files
             replicas.check(self.progress.step)
 
     def _continue_log(self, folder: Path | None) -> None:
@@ -367,10 +367,11 @@ class Session:
         )
 
     def _report_running(self, progress: Progress) -> None:
-        """Record the state, and the checkpoint of this run that training goes on from, if any."""
+        """Record the state, and this run's checkpoint that training continues from, if any."""
         point = self.resume_point
-        own = point.folder.name if point and point.folder.parent == self.options.root else None
-        self.recorder.status("running", step=progress.step, last_checkpoint=own)
+        is_local = point is not None and point.folder.parent == self.options.root
+        last = point.folder.name if point and is_local else None
+        self.recorder.status("running", step=progress.step, last_checkpoint=last)
 
 
 def _make_engine(options: RunOptions, plan: Plan, grid: Grid, settings: Settings) -> Engine:

@@ -1,9 +1,14 @@
-"""Steps as the loop consumes them: batches, the loss's divisor, and whether to stop.
+"""Inputs of the loop's steps: batches, the loss's divisor, and whether to stop.
 
-Once a step the ranks reduce five numbers: targets and tokens of the global batch, the number of
-ranks that were asked to stop, checkpoints written, and whether a newer start owns the run folder.
-They travel in one small reduction over the CPU group. It starts a step ahead, so that no rank waits
-for it.
+In each step the ranks sum five numbers, in one small reduction over the CPU group:
+
+    targets       of the global batch
+    tokens        of the global batch
+    stop          ranks that received a stop signal
+    written       checkpoints that ranks have written
+    superseded    ranks that saw a newer start in the run folder
+
+The reduction starts a step ahead, so that no rank waits for it.
 """
 
 from __future__ import annotations
@@ -22,20 +27,20 @@ from megalite.data import Loader, StepBatches
 from megalite.log import logger
 from megalite.parallel import Grid
 
-# At Ctrl-C a terminal sends SIGINT to every rank, and torchrun sends SIGTERM right after it.
+# At Ctrl-C a terminal sends SIGINT to every rank, and torchrun sends SIGTERM shortly after.
 DEBOUNCE_SECONDS = 5.0
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class ShutdownSignal:
-    """The first stop signal of this process; a later one ends the process at once.
+    """The first stop signal of this process. A later signal ends the process at once.
 
-    Signals within `DEBOUNCE_SECONDS` of the first are the same request. As a context manager it
-    installs its handlers and restores the previous ones. Python delivers signals to the main thread
-    alone: a run in another thread ignores them.
+    Signals within `DEBOUNCE_SECONDS` of the first count as the same request. As a context manager,
+    it installs signal handlers and restores the previous ones. Python delivers signals only to the
+    main thread, so a run in another thread ignores them.
 
     Attributes:
-        name: the signal's name. None: no signal has arrived.
+        name: name of the signal. None means that no signal has arrived.
     """
 
     def __init__(self) -> None:
@@ -46,7 +51,7 @@ class ShutdownSignal:
     def __enter__(self) -> ShutdownSignal:
         if threading.current_thread() is not threading.main_thread():
             logger.warning(
-                "the run is in a thread, which gets no signals: end it by a hook that returns "
+                "the run is in a thread, which gets no signals: stop it with a hook that returns "
                 "Outcome(stop=True)"
             )
             return self
@@ -73,10 +78,10 @@ class ShutdownSignal:
 
 
 class StopPoll:
-    """Whether any rank was asked to stop, as of one call ago.
+    """Check whether any rank has received a stop signal, as of the previous call.
 
-    Evaluations and samples ask it between two batches or tokens. Each call starts a reduction that
-    the next call reads, so that no rank waits.
+    Evaluations and samples call it between two batches or tokens. Each call starts a reduction
+    whose result the next call returns, so that no rank waits.
     """
 
     def __init__(self, grid: Grid, shutdown: ShutdownSignal) -> None:
@@ -85,7 +90,7 @@ class StopPoll:
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def __call__(self) -> bool:
-        """Return the answer of one call ago; a collective. The first call returns false."""
+        """Return the result of the previous call's reduction; a collective. At first, false."""
         before = self._pending
         flag = torch.tensor([int(self._shutdown.name is not None)])
         self._pending = flag, dist.all_reduce(flag, group=self._grid.cpu_group, async_op=True)
@@ -95,20 +100,20 @@ class StopPoll:
         return bool(before[0].item())
 
     def close(self) -> None:
-        """Finish the reduction under way, which other ranks may be in, and forget its answer."""
+        """Finish the pending reduction, for which other ranks may wait, and discard its result."""
         if self._pending is not None:
             self._pending[1].wait()
         self._pending = None
 
 
 class StepInputs(NamedTuple):
-    """A rank's batches of one step, and the numbers that all ranks share.
+    """A rank's batches of one step, and numbers that are identical on all ranks.
 
     Attributes:
         batches: micro-batches of this rank.
-        targets: unmasked targets of the global batch: the divisor of its summed loss.
-        stop: if true, the run stops instead of training on this step.
-        written: checkpoints that each rank has written, summed over ranks, as of one step ago.
+        targets: unmasked targets of the global batch, the divisor of its summed loss.
+        stop: if true, the run stops before this step.
+        written: checkpoints written so far, summed over ranks, as of the previous step.
         tokens: tokens of the global batch, without padding.
         superseded: if true, a newer start owns the run folder.
     """
@@ -126,7 +131,7 @@ class StepIterator:
 
     Args:
         written: returns how many checkpoints this rank has written.
-        superseded: returns whether this rank has seen that a newer start owns the run folder.
+        superseded: returns whether this rank has seen a newer start in the run folder.
     """
 
     def __init__(
@@ -162,7 +167,7 @@ class StepIterator:
         )
 
     def close(self) -> None:
-        """Finish the reduction under way, which other ranks may be in, and stop reading ahead."""
+        """Finish the pending reduction, for which other ranks may wait, and stop reading ahead."""
         self._ahead[2].wait()
         self.abandon()
 

@@ -41,7 +41,7 @@ def _drifting(launch: Any, raw: dict[str, Any], name: str, rank: int) -> str:
 @pytest.mark.parametrize(
     ("tensor", "stage", "ranks", "name", "rank", "told"),
     [
-        (1, 0, 4, SPLIT, 2, "on rank 2 differs from what other ranks hold"),
+        (1, 0, 4, SPLIT, 2, "on rank 2 differs from that of other ranks"),
         (2, 0, 4, SPLIT, 3, "differs between ranks 1, 3"),
         (2, 3, 2, NORM, 1, "differs between ranks 0, 1"),
     ],

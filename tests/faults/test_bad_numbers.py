@@ -104,7 +104,7 @@ def test_a_nan_on_one_rank_is_left_out_on_all(
     run_ranks(train, 2, raw)
     again = curve(raw, first=11)
     assert again[2:] == whole[12:]
-    assert _events(raw, "skip")[-1]["reason"].startswith("as before: ")
+    assert _events(raw, "skip")[-1]["reason"].startswith("as in an earlier start: ")
 
 
 def test_the_reference_engine_leaves_it_out_too(shards: dict[str, str], tmp_path: Path) -> None:

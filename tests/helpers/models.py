@@ -1,4 +1,4 @@
-"""Small configurations, models and batches for unit tests, made without a file or a corpus."""
+"""Small configurations, models and batches for unit tests, without files or a corpus."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megalite.model import LanguageModel, build, initialize, plain_objective
 from megalite.parallel import Grid, start, stop
 from tests.helpers.runs import BASE, merge_sections
 
-torch.set_num_threads(1)  # such models are too small to share: waiting would cost ten times more
+torch.set_num_threads(1)  # on models this small, several threads would be ten times slower
 
 _MODEL: dict[str, Any] = {
     "vocab_size": 61,
@@ -43,18 +43,20 @@ _RUN = merge_sections(
 
 
 def model_config(**overrides: Any) -> ModelConfig:
-    """Return a decoder of a few thousand parameters; overrides are fields of the model section."""
+    """Return the configuration of a small decoder. Overrides are keys of the model section."""
     return ModelConfig.model_validate(_MODEL | overrides)
 
 
 def run_config(**sections: Any) -> RunConfig:
-    """Return a run configuration; each given section is merged into a small one's. No rules run."""
+    """Return a small run's configuration with `sections` merged in. Rules are not checked."""
     return RunConfig.model_validate(merge_sections(_RUN, sections))
 
 
 def make_model(config: ModelConfig, *, seed: int = 5, spread: float = 0.0) -> LanguageModel:
-    """Return an initialised model; `spread` adds noise to all of it, so that norms and biases
-    matter.
+    """Return an initialised model.
+
+    Args:
+        spread: standard deviation of noise on all parameters, so that norms and biases matter.
     """
     model = build(config)
     initialize(model, config, seed=seed, gather=lambda _: nullcontext())
@@ -67,7 +69,7 @@ def make_model(config: ModelConfig, *, seed: int = 5, spread: float = 0.0) -> La
 
 
 def make_batch(config: ModelConfig, *, samples: int = 2, length: int = 8, seed: int = 0) -> Batch:
-    """Random tokens, a quarter of whose targets do not count."""
+    """Return a batch of random tokens. A quarter of the targets is masked."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(config.vocab_size, (samples, length + 1), generator=generator)
     mask = torch.rand(samples, length, generator=generator) < 0.75
@@ -76,20 +78,20 @@ def make_batch(config: ModelConfig, *, samples: int = 2, length: int = 8, seed: 
 
 
 def loss_of(model: LanguageModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Sum the loss of a batch, without smoothing or weights: fp32 scalar, nats."""
+    """Return the summed loss of a batch, without smoothing or weights: fp32 scalar, nats."""
     total: torch.Tensor = model(plain_objective(model.config).loss, batch).total
     return total
 
 
-# of an engine that needs no other rank
-LONELY: Any = SimpleNamespace(
+# stands for the grid of an engine that needs no communication
+SINGLE_RANK: Any = SimpleNamespace(
     device=torch.device("cpu"), rank=0, world_size=1, mesh=WHOLE.mesh, at=WHOLE
 )
 
 
 @contextmanager
 def world_of_one() -> Iterator[Grid]:
-    """The grid of a single process, left again at the end; so is what it tells of ranks."""
+    """Yield the grid of a single process. Restore the environment at the end."""
     environ = dict(os.environ)
     try:
         grid = start(Launch(0, 1, 0, 1, "127.0.0.1", 0, "python"))
@@ -101,12 +103,12 @@ def world_of_one() -> Iterator[Grid]:
 
 
 def make_engine(**sections: Any) -> ReferenceEngine:
-    """Return the plain engine of `run_config(**sections)`, on the CPU."""
-    return ReferenceEngine(run_config(**sections), grid=LONELY)
+    """Return the reference engine of `run_config(**sections)`, on the CPU."""
+    return ReferenceEngine(run_config(**sections), grid=SINGLE_RANK)
 
 
 def train_steps(engine: ReferenceEngine, steps: range) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step; step n has a batch of its own."""
+    """Train on a different batch each step. Return loss and gradient norm of each step."""
     curve = []
     for step in steps:
         batch = make_batch(engine.config.model, seed=step)

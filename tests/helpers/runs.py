@@ -1,4 +1,4 @@
-"""Small runs for tests: a run file, its training in this process's rank, and what it recorded."""
+"""Small runs for tests: run files, training in this process, and the recorded rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from megalite.config import parse_config
 from megalite.env import Launch
 
-# weights really leave a rank between uses, however small
+# under ZeRO-3, release even small weights between uses
 RELEASED = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_live_parameters": 1000,
@@ -19,7 +19,7 @@ RELEASED = {
     "stage3_max_reuse_distance": 0,
 }
 
-# The least that a run file must contain.
+# A minimal run file.
 BASE: dict[str, Any] = {
     "name": "run",
     "model": {
@@ -34,7 +34,7 @@ BASE: dict[str, Any] = {
     "optimizer": {"lr": 1e-3},
     "training": {"steps": 100, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
 }
-# Sizes for numbers that tests count by hand.
+# Sizes for tests that count parameters by hand.
 SMALL_LLAMA: dict[str, Any] = {
     "vocab_size": 1000,
     "hidden_size": 64,
@@ -75,33 +75,33 @@ _TRAINED = merge_sections(
 
 
 def run_file(shards: dict[str, str], directory: Path | str, **sections: Any) -> dict[str, Any]:
-    """Return a complete run file on `shards`; each given section is merged into a small run's."""
+    """Return the run file of a small run on `shards`, with `sections` merged in."""
     raw = merge_sections(_TRAINED, {"logging": {"directory": str(directory)}})
     raw["data"] |= {"train": [{"path": shards["train"]}], "valid": [{"path": shards["valid"]}]}
     return merge_sections(raw, sections)
 
 
 def zero(stage: int, **extra: Any) -> dict[str, Any]:
-    """Return the `deepspeed` section of a stage; stage 3 releases every weight."""
+    """Return the `deepspeed` section of a stage. Stage 3 releases every weight."""
     released = RELEASED if stage == 3 else {}
     return {"zero_optimization": {"stage": stage, **released, **extra}}
 
 
-def train(launch: Launch, raw: dict[str, Any], **request: Any) -> None:
+def train(launch: Launch, raw: dict[str, Any], **options: Any) -> None:
     """Train a run file as a launcher would, inside a rank of `tests.helpers.ranks.run_ranks`."""
     from megalite.train import RunOptions, run
 
-    run(RunOptions(parse_config(raw), **request), launch)
+    run(RunOptions(parse_config(raw), **options), launch)
 
 
 def rows(raw: dict[str, Any], kind: str = "train") -> list[dict[str, Any]]:
     """Return the rows of one kind in the run's metrics.jsonl."""
     path = Path(raw["logging"]["directory"]) / raw["name"] / "metrics.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [row for row in found if row["kind"] == kind]
+    every = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in every if row["kind"] == kind]
 
 
 def curve(raw: dict[str, Any], first: int = 1) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of the steps from `first` on; of a repeated step the later row."""
+    """Return (loss, gradient norm) of the steps from `first` on. Later rows of a step count."""
     by_step = {row["step"]: (row["loss"], row["grad_norm"]) for row in rows(raw)}
     return [by_step[step] for step in sorted(by_step) if step >= first]

@@ -1,4 +1,4 @@
-"""A trainer whose engine, recorder and saver only take notes."""
+"""A trainer whose engine, recorder and saver are mocks that record their calls."""
 
 from __future__ import annotations
 
@@ -29,13 +29,21 @@ from tests.helpers.models import make_batch, run_config
 
 
 class Notes:
-    """An engine, a recorder and a saver that write down what they are requested."""
+    """A mock of engine, recorder and saver that records its calls.
+
+    Attributes:
+        calls: (call, step) of each call.
+        rows: train rows.
+        rates: learning rates of the steps.
+        saved: progress of each save.
+        writing: steps that writing a checkpoint takes.
+    """
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.rows: list[dict[str, Any]] = []
         self.rates: list[float] = []
-        self.places: list[Progress] = []
+        self.saved: list[Progress] = []
 
     def train_step(
         self, batches: Any, *, divisor: float, lr: float, step: int, inspect: Any, accept: Any
@@ -63,16 +71,16 @@ class Notes:
     def status(self, state: str, *, step: int, **fields: Any) -> None:
         pass
 
-    # a saver whose files take `writing` steps
+    # --- saver ---
 
     writing, begun, seconds = 0, 0, 3.0
     under_way: Progress | None = None
 
-    def begin(self, place: Progress, *, snapshot: bool) -> None:
+    def begin(self, progress: Progress, *, snapshot: bool) -> None:
         assert self.under_way is None
-        self.calls.append(("save", place.step))
-        self.places.append(place)
-        self.under_way, self.begun = place, self.begun + 1
+        self.calls.append(("save", progress.step))
+        self.saved.append(progress)
+        self.under_way, self.begun = progress, self.begun + 1
 
     @property
     def written(self) -> int:
@@ -82,26 +90,26 @@ class Notes:
         steps = sum(call[0] == "step" for call in since)
         return self.begun - (steps < self.writing)
 
-    def record_score(self, place: Progress) -> None:
-        self.calls.append(("scored", place.step))
+    def record_score(self, progress: Progress) -> None:
+        self.calls.append(("scored", progress.step))
 
     def finish(self) -> Path:
         assert self.under_way is not None
-        place, self.under_way = self.under_way, None
-        self.calls.append(("published", place.step))
-        return Path(f"checkpoints/step_{place.step:08d}")
+        progress, self.under_way = self.under_way, None
+        self.calls.append(("published", progress.step))
+        return Path(f"checkpoints/step_{progress.step:08d}")
 
 
 class Steps:
-    """A loader of one batch a step, as a Loader hands them out."""
+    """A mock of `Loader` with one random batch per step."""
 
-    def __init__(self, made: int = 0) -> None:
-        self.made, self.closed = made, False
+    def __init__(self, step: int = 0) -> None:
+        self.step, self.closed = step, False
 
     def __next__(self) -> StepBatches:
-        batch = make_batch(run_config().model, seed=self.made)
-        self.made += 1
-        return StepBatches(self.made, [batch], batch.targets, 32)
+        batch = make_batch(run_config().model, seed=self.step)
+        self.step += 1
+        return StepBatches(self.step, [batch], batch.targets, 32)
 
     def close(self) -> None:
         self.closed = True
@@ -117,7 +125,7 @@ def make_trainer(
     progress: Progress | None = None,
     more: Sequence[Hook] = (),
 ) -> Trainer:
-    """Return a trainer of parts that take notes, with `more` hooks after its own."""
+    """Return a trainer of mocks, with `more` hooks after the usual ones."""
     parts: Any = notes
     phases = PhaseTimer()
     poll = StopPoll(grid, shutdown)
@@ -170,4 +178,5 @@ def make_trainer(
 
 
 def of(notes: Notes, name: str) -> list[Any]:
+    """Return the steps of the calls with a name."""
     return [step for call, step in notes.calls if call == name]

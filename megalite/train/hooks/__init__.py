@@ -1,4 +1,4 @@
-"""Hooks of the training loop: what happens around steps and saves, one concern a file."""
+"""Hooks of the training loop, one concern a file: actions around steps and saves."""
 
 from megalite.train.hooks.hook import CONTINUE, Hook, Outcome, SaveReport, StepReport
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: when one is due, what is recorded of it, and which older ones are kept."""
+"""Checkpoints of a run: their schedule, their records, and the deletion of older ones."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Checkpoints(Hook):
     """Schedule and records of a run's checkpoints.
 
     Args:
-        follows: returns whether a checkpoint follows the step between two progresses, in addition
-            to those of `checkpoint.every`.
-        retain: returns the thread that deletes checkpoints that are no longer kept. None: this rank
-            deletes none.
+        follows: returns whether to save after the step between two progresses, in addition to
+            `checkpoint.every`.
+        retain: returns the thread that deletes older checkpoints. None means that this rank deletes
+            nothing.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Checkpoints(Hook):
 
     def after_save(self, report: SaveReport) -> None:
         deletion = self._retain()
-        # the process must not end before the deletion, and a save in the foreground includes it
+        # the process must not end before the deletion; a foreground save includes the deletion
         if deletion and (report.ends or not self._config.background):
             deletion.join()
         name = report.folder.name

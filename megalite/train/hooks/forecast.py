@@ -23,20 +23,20 @@ from megalite.plan.forecast import forecast
 from megalite.plan.seconds import Layout
 from megalite.train.hooks.hook import Hook
 
-_WARM_UP = 2  # rows that compile, allocate and read for the first time
+_WARM_UP = 2  # first rows, in which the run compiles, allocates and reads for the first time
 
 
 class ForecastCheck(Hook):
-    """Forecast made before the engine is built, compared with measurements at the run's end.
+    """Forecast from before the engine is built, compared with measurements at the run's end.
 
-    Made by all ranks: they gather the names of their hosts.
-
-    On a CPU memory is counted from what the process had before the engine was built. Times there
-    are guesses until `launcher/plan.py --calibrate` has measured the host.
+    All ranks must construct it, because they exchange the names of their hosts. On a CPU, measured
+    memory is the increase since the construction, and predicted times are guesses until
+    `launcher/plan.py --calibrate` has measured the host.
 
     Args:
-        recorder: writer of the run's records; its rank 0 reports.
-        longest: tokens of the longest training sample, if examples may be shorter than allowed.
+        recorder: writer of the run's records. Its rank 0 reports.
+        longest: tokens of the longest training sample, if all may be shorter than
+            data.sequence_length.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ForecastCheck(Hook):
             return
         layout = Layout(device, len(set(hosts)), hosts.count(host))
         with suppress(ConfigError):  # such as tensor parallelism over hosts
-            found = forecast(config, layout)
+            predicted = forecast(config, layout)
             self._record: dict[str, Any] = {
                 "device": device.name,
                 "hosts": layout.hosts,
@@ -69,19 +69,19 @@ class ForecastCheck(Hook):
                 "baseline_bytes": self._baseline,
             }
             self._predicted = {
-                # a GPU's allocator reports what tensors took; a CPU's process has the margin, too
-                "memory_bytes": found.plan.memory_bytes["total"]
-                + (found.overhead if grid.device.type == "cpu" else 0),
-                "step_seconds": found.seconds.total,
+                # a GPU's allocator reports tensors alone; a CPU's process includes the overhead
+                "memory_bytes": predicted.plan.memory_bytes["total"]
+                + (predicted.overhead if grid.device.type == "cpu" else 0),
+                "step_seconds": predicted.seconds.total,
             }
 
     def close(self) -> None:
-        """Log prediction and measurement, and write both to plan.json; on rank 0."""
+        """Log predictions and measurements, and write them to plan.json, on rank 0."""
         recorder = self._recorder
         if recorder.rank != 0 or self._predicted is None:
             return
-        own = peak_memory_bytes(self._grid.device)  # the last evaluation and save included
-        measured = _measured(recorder.folder, recorder.attempt, self._baseline, own)
+        peak = peak_memory_bytes(self._grid.device)  # includes the last evaluation and save
+        measured = _measured(recorder.folder, recorder.attempt, self._baseline, peak)
         if measured is None:
             return
         predicted = self._predicted
@@ -106,7 +106,7 @@ def _device(grid: Grid) -> Device | None:
 
 
 def _as_run(config: RunConfig, plan: Plan, longest: int | None) -> RunConfig:
-    """Return the run file with the precision that "auto" became and the length of its samples."""
+    """Return the run file with the resolved precision and the actual length of its samples."""
     training = config.training.model_copy(update={"precision": plan.precision})
     config = config.model_copy(update={"training": training})
     if longest is None or config.model.architecture == "encoder_decoder":
@@ -116,12 +116,12 @@ def _as_run(config: RunConfig, plan: Plan, longest: int | None) -> RunConfig:
     return config.model_copy(update={"data": data})
 
 
-def _measured(folder: Path, attempt: int, baseline: int, own: int) -> dict[str, Any] | None:
-    """Return median step time and peak memory of a start's rows; None if there are too few rows.
+def _measured(folder: Path, attempt: int, baseline: int, peak: int) -> dict[str, Any] | None:
+    """Return median step time and peak memory of a start, or None if there are too few rows.
 
     Args:
-        baseline: memory that does not count, in bytes.
-        own: peak memory of this rank until now, in bytes.
+        baseline: bytes to subtract from the peak.
+        peak: peak memory of this rank until now, in bytes.
     """
     try:
         rows = files.read_rows(folder / "metrics.jsonl")
@@ -131,7 +131,7 @@ def _measured(folder: Path, attempt: int, baseline: int, own: int) -> dict[str, 
     times = [row["step_seconds"] for row in steps[_WARM_UP:] if row.get("step_seconds")]
     if not times:
         return None
-    most = max(own, *(row.get("peak_memory_bytes") or 0 for row in steps))
+    most = max(peak, *(row.get("peak_memory_bytes") or 0 for row in steps))
     return {
         "memory_bytes": max(0, most - baseline),
         "step_seconds": statistics.median(times),

@@ -1,4 +1,4 @@
-"""Interface of hooks: what the loop reports to them, and what they ask of it."""
+"""Interface of hooks: the loop's reports, and the requests that hooks return."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class StepReport:
         loss: mean loss of the global batch, in nats.
         grad_norm: norm of the gradient before clipping.
         lr: learning rate of the step.
+        last: whether this is the last step of the run (`training.steps`).
         extra: means of the objective's further terms, by name.
-        last: whether it is the last step of the run (`training.steps`).
     """
 
     before: Progress
@@ -43,9 +43,9 @@ class SaveReport:
     """A published checkpoint.
 
     Attributes:
-        folder: its folder.
-        saved: progress that the checkpoint holds.
-        progress: progress of the run now; later than `saved` if training went on meanwhile.
+        folder: folder of the checkpoint.
+        saved: progress at which the save began.
+        progress: progress of the run now, which is later if training continued meanwhile.
         ends: whether the run ends after this save.
     """
 
@@ -60,10 +60,10 @@ class Outcome:
     """Requests of a hook to the loop, identical on every rank.
 
     Attributes:
-        evaluated: if true, `score` is the score of the present progress.
-        score: lower is better; None if there is no finite one.
-        save: if true, a save begins.
-        stop: if true, the run was asked to stop meanwhile, and leaves at this very step.
+        evaluated: if true, `score` is the score of the current progress.
+        score: lower is better. None means that there is no finite score.
+        save: if true, the loop begins a save.
+        stop: if true, the loop saves and stops at this step.
     """
 
     evaluated: bool = False
@@ -78,16 +78,16 @@ CONTINUE = Outcome()
 class Hook:
     """One concern of a run around its steps and saves. By default a hook does nothing.
 
-    The loop calls its hooks in their order, on every rank. A hook gets reports and returns what it
-    requires; it never reaches into the loop.
+    The loop calls all hooks in order on every rank. A hook receives reports and returns requests;
+    it has no access to the loop.
     """
 
     def begin(self, progress: Progress) -> Outcome:
-        """Prepare for steps from `progress` on: at the start of the loop and after each spike."""
+        """Prepare for the steps after `progress`. Called at the loop's start, and after a spike."""
         return CONTINUE
 
     def after_step(self, report: StepReport) -> Outcome:
-        """Act on a step that was taken or omitted."""
+        """Act on a step, whether its update was used or skipped."""
         return CONTINUE
 
     def before_save(self, progress: Progress) -> None:
@@ -97,18 +97,18 @@ class Hook:
         """Act on a checkpoint that was published."""
 
     def on_spike(self, spike: LossSpike, progress: Progress) -> Progress | None:
-        """Bring the engine back to an earlier step, and return its progress. None: not possible.
+        """Restore the engine to an earlier step, and return its progress. None means impossible.
 
         Args:
-            progress: progress before the step that jumped.
+            progress: progress before the step with the spike.
         """
         return None
 
     def on_rollback(self) -> None:
-        """Forget the steps since the checkpoint that the run has gone back to."""
+        """Discard the state of the steps that a rollback undid."""
 
     def is_finished(self, progress: Progress) -> bool:
-        """Return whether the run is to end here, before its last step."""
+        """Return whether the run should end here, before its last step."""
         return False
 
     def finish(self, progress: Progress) -> Outcome:
@@ -116,9 +116,9 @@ class Hook:
         return CONTINUE
 
     def close(self) -> None:
-        """Act at the end of a run that took all its steps."""
+        """Act at the end of a run that completed all steps."""
 
 
 def is_due(step: int, every: int) -> bool:
-    """Return whether something that happens `every` so many steps follows this one. 0: never."""
+    """Return whether `step` is a multiple of `every`. If `every` is 0, return false."""
     return every > 0 and step % every == 0

@@ -1,4 +1,4 @@
-"""Rows of training: loss, rates and memory, every `training.log_every` steps."""
+"""Train rows of metrics.jsonl: loss, rates and memory, every `training.log_every` steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StepLogger(Hook):
 
     Args:
         phases: measures the seconds of training, without saves and evaluations.
-        stragglers: finds ranks that are slower than the others.
+        stragglers: reports ranks that are slower than the others.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class StepLogger(Hook):
         self._phases = phases
         self._stragglers = stragglers
         self._losses: list[float] = []  # of the steps since the last row
-        self._start = Progress()  # of the lap
-        self._start_seconds = 0.0
+        self._start = Progress()  # at the last row
+        self._start_seconds = 0.0  # training time at the last row
 
     def begin(self, progress: Progress) -> Outcome:
-        self._start_lap(progress)
+        self._start_interval(progress)
         return CONTINUE
 
     def on_rollback(self) -> None:
@@ -67,7 +67,7 @@ class StepLogger(Hook):
         self._grid.all_reduce_cpu(peak, dist.ReduceOp.MAX)
         start = self._start
         started = self._start_seconds
-        self._start_lap(report.progress)
+        self._start_interval(report.progress)
         seconds = self._start_seconds - started
         rate = (report.progress.tokens - start.tokens) / seconds
         self._recorder.train(
@@ -94,12 +94,12 @@ class StepLogger(Hook):
         self._recorder.status("running", step=report.step)
         self._stragglers.report(self._recorder, report.step)
 
-    def _start_lap(self, progress: Progress) -> None:
+    def _start_interval(self, progress: Progress) -> None:
         self._start = progress
         self._start_seconds = self._phases.totals().get("step", 0.0)
 
     def _take_mean_loss(self) -> float | None:
-        """Return the mean of the finite losses since the last call; None if there are none."""
-        known = [loss for loss in self._losses if math.isfinite(loss)]
+        """Return the mean of the finite losses since the last call, or None if there are none."""
+        finite = [loss for loss in self._losses if math.isfinite(loss)]
         self._losses = []
-        return sum(known) / len(known) if known else None
+        return sum(finite) / len(finite) if finite else None

@@ -1,4 +1,4 @@
-"""Return to the newest checkpoint after a spike, omitting the data around it."""
+"""Rollback to the newest checkpoint after a spike, omitting the data around the spike."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Rollback(Hook):
     Args:
         root: the run's `checkpoints` folder.
         lease: rank 0's right to rename damaged checkpoints.
-        resume_point: checkpoint that this start went on from.
+        resume_point: checkpoint that this start resumed from.
         continue_log: continues the intervention log from a checkpoint.
-        report_running: records that the run goes on from a progress.
+        report_running: records that the run continues from a progress.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class Rollback(Hook):
 
     def on_spike(self, spike: LossSpike, progress: Progress) -> Progress | None:
         grid = self._grid
-        found, damaged = checkpoint.find_newest(self._root, grid)
+        newest, damaged = checkpoint.find_newest(self._root, grid)
         checkpoint.set_aside_damaged(damaged, grid, self._lease)
-        if found is None:
+        if newest is None:
             logger.warning("step %d: %s; no checkpoint to go back to", spike.step, spike.reason)
             return None
-        folder, manifest = found
+        folder, manifest = newest
         samples = samples_at(self._resume_point, folder, manifest, self._config)
         fields = {
             "to": manifest.step,
@@ -91,7 +91,7 @@ class Rollback(Hook):
         return restored
 
     def _gap(self, checkpoint_samples: int, spike_samples: int) -> list[int]:
-        """Return the samples to omit, [first, last): `guards.skip_window` steps around."""
+        """Return the samples to omit, [first, last): `guards.skip_window` steps at the spike."""
         size = self._config.training.global_batch_size
         around = self._config.guards.skip_window
         first = max(checkpoint_samples, spike_samples - around // 2 * size)

@@ -15,9 +15,9 @@ class TextSamples(Hook):
 
     Args:
         writer: returns each prompt with its continuation.
-        every: steps between samples. 0: after each evaluation.
+        every: steps between samples. 0 means after each evaluation.
         follows: returns whether an evaluation follows the step between two progresses.
-        should_stop: returns whether any rank was asked to stop; a collective.
+        should_stop: returns whether any rank received a stop signal; a collective.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Evaluation during training: after steps at which it is due, and at the end."""
+"""Evaluation during training: after certain steps, and at the end."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from megalite.train.hooks.hook import CONTINUE, Hook, Outcome, StepReport, is_du
 class Validation(Hook):
     """Evaluations of a run, by its evaluator.
 
-    A run that is asked to stop during an evaluation leaves at this very step, and the next start
-    evaluates, because the checkpoint of this step is to get the score.
+    If a stop is requested during an evaluation, the run stops at this step. The next start repeats
+    the evaluation, so that the checkpoint of this step gets its score.
     """
 
     def __init__(
@@ -33,10 +33,10 @@ class Validation(Hook):
 
     def begin(self, progress: Progress) -> Outcome:
         if progress.step == 0:
-            # nothing is lost by a stop here: the run goes on and leaves at its first step
+            # ignore a stop here: the run will stop before its first step
             first = self._evaluate(progress) if self._evaluator.evaluates_first else CONTINUE
             return first if first.evaluated else CONTINUE
-        return self._evaluate(progress) if self._evaluator.is_owed(progress) else CONTINUE
+        return self._evaluate(progress) if self._evaluator.is_overdue(progress) else CONTINUE
 
     def after_step(self, report: StepReport) -> Outcome:
         due = self._evaluator.is_due(report.before, report.progress)
@@ -93,8 +93,8 @@ class HeldOutLoss:
         """Return whether `now` is a multiple of `training.eval_every`, or the last step."""
         return is_evaluation_due(self._config, now.step)
 
-    def is_owed(self, now: Progress) -> bool:
-        """Return whether an evaluation was due at `now`, and its checkpoint has no score."""
+    def is_overdue(self, now: Progress) -> bool:
+        """Return whether an evaluation was due at `now`, but there is no score."""
         return is_due(now.step, self._config.eval_every) and now.valid_loss is None
 
     def is_finished(self, now: Progress) -> bool:
@@ -115,5 +115,5 @@ class HeldOutLoss:
             return Evaluation(complete=False)
         row = {"step": now.step, "loss": loss, "perplexity": perplexity(loss)}
         self._recorder.valid(row, tokens=now.tokens)
-        # a loss that is not finite must not end up as the best
+        # a non-finite loss must not become the best score
         return Evaluation(complete=True, score=loss if math.isfinite(loss) else None)

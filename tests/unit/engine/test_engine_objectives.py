@@ -19,7 +19,7 @@ from megalite.engine.reference import ReferenceEngine
 from megalite.env import Launch
 from megalite.model import ExtraTerm, LanguageModel, LossTerms, make_objective
 from megalite.model.objectives import LabelObjective, TokenObjective
-from tests.helpers.models import LONELY, make_batch, make_model, model_config, run_config
+from tests.helpers.models import SINGLE_RANK, make_batch, make_model, model_config, run_config
 from tests.helpers.ranks import run_ranks
 
 STEPS, SAMPLES, MICRO, LENGTH = 3, 4, 2, 8
@@ -126,7 +126,7 @@ def test_objective_gives_equal_losses_and_norms_in_every_engine(
     name: str, stage: int, tensor: int
 ) -> None:
     objective = OBJECTIVES[name]()
-    reference = ReferenceEngine(run_config(**sections()), grid=LONELY, objective=objective)
+    reference = ReferenceEngine(run_config(**sections()), grid=SINGLE_RANK, objective=objective)
     expected = train(reference, [slice(None)])
     ranks = run_ranks(train_rank, 2, name, stage, tensor)
     for step, terms in enumerate(expected):
@@ -141,7 +141,7 @@ def test_objective_gives_equal_losses_and_norms_in_every_engine(
 
 def test_reference_engine_divides_each_term_by_its_count() -> None:
     """The gradient is that of an explicit sum of loss / targets and each term / its count."""
-    engine = ReferenceEngine(run_config(**sections()), grid=LONELY, objective=Penalized())
+    engine = ReferenceEngine(run_config(**sections()), grid=SINGLE_RANK, objective=Penalized())
     plain = make_model(engine.config.model, seed=engine.config.training.seed)
     batches = micro_batches(1)
     targets = sum(batch.targets for batch in batches)

@@ -22,7 +22,7 @@ from megalite.engine.reference import (
 from megalite.model import build
 from megalite.optim import make_optimizer
 from megalite.plan.optimizer import state_names
-from tests.helpers.models import LONELY, loss_of, make_batch, make_model, run_config
+from tests.helpers.models import SINGLE_RANK, loss_of, make_batch, make_model, run_config
 
 DECAYED, FREE = "lm_head.weight", "model.norm.weight"
 
@@ -287,7 +287,7 @@ def test_clipping(limit: float | None) -> None:
 
 
 def engine(**sections: Any) -> ReferenceEngine:
-    return ReferenceEngine(run_config(**sections), grid=LONELY)
+    return ReferenceEngine(run_config(**sections), grid=SINGLE_RANK)
 
 
 def test_micro_batches_do_not_change_a_step() -> None:

@@ -1,5 +1,5 @@
 # covers: megalite/train/changes.py
-"""Which changes of the run file a resume may bring along."""
+"""Changes of the run file at a resume: free, recorded or refused."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "mine" / "checkpoints"
 
 
-# --- which changes ---
-
 FREE: dict[str, dict[str, Any]] = {
     "name": {"name": "renamed"},
     "parallel": {"parallel": {"tensor": 2}},
@@ -34,13 +32,13 @@ FREE: dict[str, dict[str, Any]] = {
     "recompute": {"training": {"activation_checkpointing": "full", "compile": True}},
     "checkpoint": {"checkpoint": {"every": 1, "keep": 9, "stop_grace_seconds": 1.0}},
     "logging": {"logging": {"directory": "elsewhere", "tensorboard": False}},
-    "the shards' place": {"data": {"train": [{"path": "moved/here"}], "verify": True}},
+    "path of shards": {"data": {"train": [{"path": "moved/here"}], "verify": True}},
     "validation": {"data": {"valid": [{"path": "held-out"}]}},
 }
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_free_changes(grid: Grid, root: Path, name: str) -> None:
+def test_resume_ignores_free_changes(grid: Grid, root: Path, name: str) -> None:
     publish(root, 5, changed(schedule=FREE[name].get("schedule", {})))
     point = find(grid, root, changed(**FREE[name]))
     assert point is not None
@@ -56,11 +54,12 @@ def test_free_changes(grid: Grid, root: Path, name: str) -> None:
         ("schedule.warmup_steps", {"schedule": {"warmup_steps": 9}}),
         ("training.global_batch_size", {"training": {"global_batch_size": 8}}),
         ("training.precision", {"training": {"precision": "bf16"}}),
-        ("training.steps", {"training": {"steps": 20}}),  # a cosine to the end becomes another
+        ("training.steps", {"training": {"steps": 20}}),  # changes a cosine over the whole run
     ],
 )
-def test_recorded_changes(grid: Grid, root: Path, keys: str, sections: dict[str, Any]) -> None:
-    """Each key for itself, never a section as a whole."""
+def test_resume_records_changes_key_by_key(
+    grid: Grid, root: Path, keys: str, sections: dict[str, Any]
+) -> None:
     publish(root, 5, run_config())
     point = find(grid, root, changed(**sections))
     assert point is not None
@@ -74,7 +73,7 @@ def test_recorded_changes(grid: Grid, root: Path, keys: str, sections: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("sections", "moves"),
+    ("sections", "changes_rate"),
     [
         ({"training": {"steps": 20}}, True),
         ({"optimizer": {"lr": 0.5}}, True),
@@ -86,16 +85,15 @@ def test_recorded_changes(grid: Grid, root: Path, keys: str, sections: dict[str,
         ({"training": {"global_batch_size": 8}}, False),
     ],
 )
-def test_learning_rates_before_and_after_a_resume(
-    grid: Grid, root: Path, sections: dict[str, Any], moves: bool
+def test_resume_point_has_the_next_learning_rate_before_and_after(
+    grid: Grid, root: Path, sections: dict[str, Any], changes_rate: bool
 ) -> None:
-    """Those of the next step: a longer cosine jumps as much as another peak does."""
     publish(root, 5, run_config())
     config = changed(**sections)
     point = find(grid, root, config)
     assert point is not None
     assert point.rates == (learning_rate(run_config(), 6), learning_rate(config, 6))
-    assert (point.rates[0] != point.rates[1]) == moves
+    assert (point.rates[0] != point.rates[1]) == changes_rate
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -106,12 +104,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "documents": ("data", {"data": {"mask_documents": True}}),
     "weights": ("data", {"data": {"train": [{"path": "shards", "weight": 2.0}]}}),
 }
-# the order of samples is another one, in which the old place means nothing
+# these change the data order, in which the old position means nothing
 NEW_ORDER = ("length", "order", "documents", "weights")
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_changes(grid: Grid, root: Path, name: str) -> None:
+def test_resume_refuses_changes_without_allow_change(grid: Grid, root: Path, name: str) -> None:
     publish(root, 5, run_config())
     key, sections = REFUSED[name]
     pattern = rf"^{key} differs from the checkpoint .*--allow-change {key}$"
@@ -123,7 +121,7 @@ def test_refused_changes(grid: Grid, root: Path, name: str) -> None:
         find(grid, root, changed(**sections), allow=others)
 
 
-def test_a_model_of_other_shapes_cannot_be_allowed(grid: Grid, root: Path) -> None:
+def test_allow_change_does_not_accept_a_model_of_other_shapes(grid: Grid, root: Path) -> None:
     publish(root, 5, run_config())
     for allow in ((), ("model",)):
         with pytest.raises(CommandError, match="holds another model"):
@@ -131,7 +129,7 @@ def test_a_model_of_other_shapes_cannot_be_allowed(grid: Grid, root: Path) -> No
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_allowed_changes_are_recorded(grid: Grid, root: Path, name: str) -> None:
+def test_resume_records_allowed_changes(grid: Grid, root: Path, name: str) -> None:
     publish(root, 5, run_config())
     key, sections = REFUSED[name]
     point = find(grid, root, changed(**sections), allow=(key,))
@@ -142,7 +140,7 @@ def test_allowed_changes_are_recorded(grid: Grid, root: Path, name: str) -> None
     assert point.progress.samples == (0 if name in NEW_ORDER else 20)
 
 
-def test_other_shards_and_another_tokenizer(grid: Grid, root: Path) -> None:
+def test_resume_refuses_other_shards_and_another_tokenizer(grid: Grid, root: Path) -> None:
     publish(root, 5, run_config())
     with pytest.raises(CommandError, match=r"^data differs"):
         find(grid, root, run_config(), shards="code")
@@ -156,7 +154,7 @@ def test_other_shards_and_another_tokenizer(grid: Grid, root: Path) -> None:
     assert list(point.changes) == ["tokenizer"]
 
 
-def test_all_refusals_at_once(grid: Grid, root: Path) -> None:
+def test_refusal_lists_all_changes(grid: Grid, root: Path) -> None:
     publish(root, 5, run_config())
     config = changed(model={"hidden_dropout": 0.1}, training={"seed": 9}, optimizer={"lr": 1.0})
     with pytest.raises(CommandError) as caught:
@@ -174,7 +172,7 @@ def test_all_refusals_at_once(grid: Grid, root: Path) -> None:
         )
 
 
-def test_both_seeds_are_named(grid: Grid, root: Path) -> None:
+def test_change_of_seeds_names_both(grid: Grid, root: Path) -> None:
     publish(root, 5, run_config())
     point = find(grid, root, changed(data={"seed": 8}, training={"seed": 9}), allow=("seed",))
     assert point is not None
@@ -185,7 +183,7 @@ def test_both_seeds_are_named(grid: Grid, root: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "data"), [("sequence_length", {"sequence_length": 16}), ("seed", {"seed": 9})]
 )
-def test_other_shards_do_not_hide_behind_another_change(
+def test_change_of_shards_is_refused_next_to_an_allowed_change(
     grid: Grid, root: Path, key: str, data: dict[str, Any]
 ) -> None:
     publish(root, 5, run_config())
@@ -194,16 +192,14 @@ def test_other_shards_do_not_hide_behind_another_change(
 
 
 @pytest.mark.parametrize("field", ["model.hidden_dropout", "optimizer.l1", "data.mask_documents"])
-def test_a_field_younger_than_the_checkpoint_has_its_default(
-    grid: Grid, root: Path, field: str
-) -> None:
+def test_key_that_the_checkpoint_lacks_has_its_default(grid: Grid, root: Path, field: str) -> None:
     publish(root, 5, run_config(), without=field)
     point = find(grid, root, run_config())
     assert point is not None
     assert point.changes == {}
 
 
-def test_defaults_that_deepspeed_moved_are_said(
+def test_changed_default_of_deepspeed_is_recorded_with_a_warning(
     grid: Grid, root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = {"gradient_clipping": 0.0, "bf16.check_grad_overflow": False, "steps_per_print": 10}
@@ -214,5 +210,6 @@ def test_defaults_that_deepspeed_moved_are_said(
     assert point is not None
     changed_key = "deepspeed.bf16.check_grad_overflow"
     assert point.changes == {changed_key: {"before": False, "after": True}}
-    [told] = [record.getMessage() for record in caplog.records]
-    assert told.startswith(f"{changed_key} is left to DeepSpeed, whose default was False in 0.19.2")
+    [message] = [record.getMessage() for record in caplog.records]
+    expected = f"{changed_key} is not set, and DeepSpeed's default was False in 0.19.2"
+    assert message.startswith(expected)

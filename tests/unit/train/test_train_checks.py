@@ -1,5 +1,5 @@
 # covers: megalite/train/checks.py
-"""What a machine cannot do is said before anything is allocated."""
+"""Hardware checks: all faults are reported before anything is allocated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def plan_of(config: RunConfig, gib: float) -> Plan:
 
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets what the host has free, in GiB."""
+    """Return a function that sets the free memory of the host in GiB."""
 
     def set_free(gib: float) -> None:
         monkeypatch.setattr(checks, "available_memory", lambda: int(gib * GIB))
@@ -42,13 +42,13 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Any:
     return set_free
 
 
-def test_what_fits_has_no_fault(free: Any) -> None:
+def test_memory_check_accepts_a_plan_that_fits(free: Any) -> None:
     free(4)
     config = run_config()
     assert checks.hardware_faults(config, plan_of(config, 4), launch_of(1, 1), "cpu") == []
 
 
-def test_what_does_not_fit_says_where_it_goes(free: Any) -> None:
+def test_memory_fault_lists_the_parts(free: Any) -> None:
     free(3.9)
     config = run_config(name="big")
     (fault,) = checks.hardware_faults(config, plan_of(config, 4), launch_of(1, 1), "cpu")
@@ -56,8 +56,7 @@ def test_what_does_not_fit_says_where_it_goes(free: Any) -> None:
     assert "3.9 GiB are free on this host" in fault
 
 
-def test_ranks_of_one_host_share_its_memory(free: Any) -> None:
-    """Those of this host, not of the world."""
+def test_memory_check_counts_the_ranks_of_this_host(free: Any) -> None:
     free(9)
     config = run_config()
     plan = plan_of(config, 4)
@@ -66,11 +65,11 @@ def test_ranks_of_one_host_share_its_memory(free: Any) -> None:
     assert "16.0 GiB for 4 ranks" in fault
 
 
-def test_a_gpu_is_a_ranks_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+def test_memory_check_reads_the_gpu_of_the_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[int] = []
 
     def mem_get_info(index: int) -> tuple[int, int]:
-        asked.append(index)
+        devices.append(index)
         return 3 * GIB, 80 * GIB
 
     fake = SimpleNamespace(mem_get_info=mem_get_info, device_count=lambda: 4)
@@ -80,10 +79,10 @@ def test_a_gpu_is_a_ranks_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks.hardware_faults(config, plan_of(config, 2.5), launch, "cuda") == []
     (fault,) = checks.hardware_faults(config, plan_of(config, 3.5), launch, "cuda")
     assert "3.0 GiB are free on its GPU" in fault
-    assert asked == [1, 1]
+    assert devices == [1, 1]
 
 
-def test_an_optimizer_on_the_host_must_fit_there(
+def test_memory_check_of_an_offloaded_optimizer_counts_host_memory(
     free: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = SimpleNamespace(mem_get_info=lambda _: (80 * GIB, 80 * GIB), device_count=lambda: 4)
@@ -95,11 +94,11 @@ def test_an_optimizer_on_the_host_must_fit_there(
     assert checks.hardware_faults(config, plan, launch, "cuda") == []
     free(19)
     (fault,) = checks.hardware_faults(config, plan, launch, "cuda")
-    assert "4 ranks keep 20.0 GiB on this host (offload_optimizer 5.0 GiB a rank)" in fault
-    assert "of which 19.0 GiB are free" in fault
+    assert "4 ranks need 20.0 GiB of host memory (offload_optimizer 5.0 GiB a rank)" in fault
+    assert "but 19.0 GiB are free on this host" in fault
 
 
-def test_a_snapshot_of_a_background_save_must_fit_too(free: Any) -> None:
+def test_memory_check_counts_the_snapshot_of_a_background_save(free: Any) -> None:
     config = run_config(checkpoint={"background": True})
     plan = make_plan(config, world_size=2, device="cpu")
     snapshot = -(-12 * plan.parameters // 2)
@@ -109,7 +108,7 @@ def test_a_snapshot_of_a_background_save_must_fit_too(free: Any) -> None:
     assert len(checks.hardware_faults(config, plan, launch_of(2, 2), "cpu")) == 1
 
 
-def test_every_fault_at_once(free: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hardware_faults_are_all_reported(free: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     free(1)
     monkeypatch.setattr(env, "has_compiler", lambda: False)
     config = run_config(training={"compile": True})
@@ -122,10 +121,9 @@ def test_every_fault_at_once(free: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(checks.hardware_faults(config, plan, launch_of(2, 2), "cpu")) == 2
 
 
-def test_deepspeed_section_needs_what_is_installed(
+def test_deepspeed_section_that_needs_a_missing_package_or_gpu_is_refused(
     free: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A monitor without its package, and quantizing on a CPU, are no traceback of DeepSpeed's."""
     free(64)
     monkeypatch.setattr(env, "has_package", lambda name: name == "tensorboard")
     section: dict[str, Any] = {
@@ -147,7 +145,10 @@ def test_deepspeed_section_needs_what_is_installed(
 
 
 def limits(monkeypatch: pytest.MonkeyPatch, folder: Path, **contents: str) -> None:
-    """A control group of version 2 whose files hold `contents`; dots in names are underscores."""
+    """Simulate a control group (version 2) with files of `contents`, and a host with 64 GiB free.
+
+    Underscores in names stand for dots.
+    """
     for name, content in contents.items():
         (folder / name.replace("_", ".")).write_text(content)
     pair = (str(folder / "memory.max"), str(folder / "memory.current"))
@@ -160,32 +161,36 @@ def limits(monkeypatch: pytest.MonkeyPatch, folder: Path, **contents: str) -> No
     ("maximum", "current", "gib"),
     [(24, 4, 20), (200, 4, 64), (24, 25, 0)],
 )
-def test_the_control_groups_limit_counts(
+def test_available_memory_is_within_the_limit_of_the_control_group(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, maximum: int, current: int, gib: int
 ) -> None:
-    given = {"memory_max": f"{maximum * GIB}\n", "memory_current": f"{current * GIB}\n"}
-    limits(monkeypatch, tmp_path, **given)
+    contents = {"memory_max": f"{maximum * GIB}\n", "memory_current": f"{current * GIB}\n"}
+    limits(monkeypatch, tmp_path, **contents)
     assert checks.available_memory() == gib * GIB
 
 
-def test_no_limit_or_no_control_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_available_memory_without_a_limit_is_that_of_the_host(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     limits(monkeypatch, tmp_path)
     assert checks.available_memory() == 64 * GIB
     limits(monkeypatch, tmp_path, memory_max="max\n", memory_current=f"{GIB}\n")
     assert checks.available_memory() == 64 * GIB
 
 
-def test_cached_files_are_free_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A group that has read 18 GiB of shards is charged for them until the pages are needed."""
+def test_available_memory_includes_cached_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A control group counts 18 GiB of shards in the page cache as used."""
     statistics = (
         f"anon {2 * GIB}\nfile {18 * GIB}\nactive_file {3 * GIB}\ninactive_file {15 * GIB}\n"
     )
-    given = {"memory_max": f"{24 * GIB}\n", "memory_current": f"{20 * GIB}\n"}
-    limits(monkeypatch, tmp_path, **given, memory_stat=statistics)
+    contents = {"memory_max": f"{24 * GIB}\n", "memory_current": f"{20 * GIB}\n"}
+    limits(monkeypatch, tmp_path, **contents, memory_stat=statistics)
     assert checks.available_memory() >= 19 * GIB
 
 
-def test_a_missing_package_is_named_with_its_install(
+def test_missing_package_of_a_sink_is_reported_with_its_command(
     free: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free(4)
@@ -195,7 +200,7 @@ def test_a_missing_package_is_named_with_its_install(
         config = run_config(logging=sinks)
         faults = checks.hardware_faults(config, plan_of(config, 1), launch_of(1, 1), "cpu")
         assert len(faults) == count
-        assert all('get it with `pip install -e ".[wandb]"`' in fault for fault in faults)
+        assert all('install it with `pip install -e ".[wandb]"`' in fault for fault in faults)
     config = run_config(logging={"tensorboard": True})
     [fault] = checks.hardware_faults(config, plan_of(config, 1), launch_of(1, 1), "cpu")
-    assert fault.startswith("logging.tensorboard: its package is not installed")
+    assert fault.startswith("logging.tensorboard: the package tensorboard is not installed")

@@ -1,5 +1,5 @@
 # covers: megalite/train/claim.py
-"""A start that is refused after it took the run folder says so in the folder."""
+"""A start that is refused after its claim records the failure in the run folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.models import run_config
 
 
 class _Data:
-    """Samples as far as a claim requires them."""
+    """The attributes of `Samples` that a claim uses."""
 
     tokenizer_folder = None
     tokenizer_sha256 = TOKENIZER
@@ -29,10 +29,10 @@ class _Data:
         self.content_fingerprint = content_fingerprint
 
 
-def test_a_refusal_after_the_claim_is_a_failure(
+def test_refusal_after_the_claim_is_recorded_as_a_failure(
     grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The start before this one publishes a last checkpoint, which is past training.steps."""
+    """The older start publishes a last checkpoint, which is past training.steps."""
     config = run_config(logging={"directory": str(tmp_path)}, training={"steps": 7})
     options = RunOptions(config)
     publish(options.root, 5, config)

@@ -1,5 +1,5 @@
 # covers: megalite/train/hooks/hook.py
-"""The loop does what its hooks request."""
+"""The loop acts on the requests of its hooks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.trainers import Notes, make_trainer, of
 
 
 class Rewind(Hook):
-    """A hook that goes back to `to` once, and notes what it is called for."""
+    """A hook that rolls back to `to`, and records its calls."""
 
     def __init__(self, notes: Notes, to: Progress | None) -> None:
         self.notes, self.to = notes, to
@@ -34,7 +34,7 @@ class Rewind(Hook):
 
 
 @pytest.mark.parametrize("back", [True, False])
-def test_trainer_goes_back_from_a_spike_or_leaves_its_update_out(grid: Grid, back: bool) -> None:
+def test_trainer_rolls_back_from_a_spike_or_skips_its_update(grid: Grid, back: bool) -> None:
     config = run_config(training={"steps": 6, "log_every": 5}, checkpoint={"every": 2})
     notes = Notes()
     hook = Rewind(notes, Progress(2, 8, 64) if back else None)
@@ -59,21 +59,22 @@ def test_trainer_goes_back_from_a_spike_or_leaves_its_update_out(grid: Grid, bac
     assert of(notes, "skip") == ([] if back else [4])
     assert of(notes, "save") == [2, 4, 6]
     assert trainer.progress == Progress(6, 24, 192)
-    # after a rollback the mean is of the steps from there on; without, the spike counts, too
+    # after a rollback the mean covers the steps since then; otherwise the spike counts, too
     assert notes.rows[0]["mean_loss"] == (4.0 if back else 3.0)
     assert notes.calls[-1] == ("close", 0)
 
 
-def test_trainer_saves_and_stops_as_a_hook_asks(grid: Grid) -> None:
-    class Asks(Hook):
+def test_trainer_saves_and_stops_on_the_request_of_a_hook(grid: Grid) -> None:
+    class SaveAndStop(Hook):
         def after_step(self, report: StepReport) -> Outcome:
             assert (report.step, report.last) == (report.progress.step, report.step == 9)
             return Outcome(evaluated=True, score=1.5, save=report.step == 2, stop=report.step == 4)
 
     notes = Notes()
     config = run_config(training={"steps": 9}, checkpoint={"every": 0})
-    trainer = make_trainer(config, grid, notes, ShutdownSignal(), valid=False, more=[Asks()])
+    more = [SaveAndStop()]
+    trainer = make_trainer(config, grid, notes, ShutdownSignal(), valid=False, more=more)
     with pytest.raises(Stopped, match="after step 4 and saved"):
         trainer.run()
     assert of(notes, "save") == [2, 4]
-    assert [progress.valid_loss for progress in notes.places] == [1.5, 1.5]
+    assert [progress.valid_loss for progress in notes.saved] == [1.5, 1.5]

@@ -1,12 +1,12 @@
 # covers: megalite/train/outcome.py
-"""The reason that status.json gives for the end of a start."""
+"""The state and reason of a start's end in status.json."""
 
 from __future__ import annotations
 
 import pytest
 
 from megalite.errors import CheckpointError, Stopped, Superseded
-from megalite.train.outcome import lost_rank, plain_cause, verdict
+from megalite.train.outcome import end_state, lost_rank, plain_cause
 
 SOURCE = "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
 PICTURE = "\N{BEACH WITH UMBRELLA}"
@@ -30,20 +30,20 @@ ADVICE = f". This may indicate a remote rank has failed; check its log. GLHF! {P
          "NCCL error in: remote process exited"),
     ],
 )  # fmt: skip
-def test_a_lost_ranks_cause_is_one_plain_line(message: str, cause: str) -> None:
+def test_lost_rank_reports_its_cause_in_one_line(message: str, cause: str) -> None:
     assert plain_cause(message) == cause
     error = lost_rank(RuntimeError(message))
-    assert str(error).startswith("another rank no longer answers: see what ended it first")
-    assert str(error).endswith(f"goes on from the last checkpoint ({cause})")
+    assert str(error).startswith("another rank no longer answers: find the cause in that rank's")
+    assert str(error).endswith(f"resumes from the last checkpoint ({cause})")
     assert str(error).isascii()
 
 
-def test_other_errors_are_their_own() -> None:
+def test_lost_rank_ignores_other_errors() -> None:
     assert lost_rank(RuntimeError("CUDA out of memory")) is None
     assert lost_rank(ValueError("Broken pipe")) is None
 
 
-def test_states() -> None:
-    assert verdict(Stopped("by SIGTERM")) == ("stopped", "Stopped: by SIGTERM")
-    assert verdict(Superseded("x"))[0] == "superseded"
-    assert verdict(CheckpointError("x"))[0] == verdict(KeyError("x"))[0] == "failed"
+def test_end_state_follows_from_the_error() -> None:
+    assert end_state(Stopped("by SIGTERM")) == ("stopped", "Stopped: by SIGTERM")
+    assert end_state(Superseded("x"))[0] == "superseded"
+    assert end_state(CheckpointError("x"))[0] == end_state(KeyError("x"))[0] == "failed"

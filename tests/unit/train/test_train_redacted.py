@@ -1,5 +1,5 @@
 # covers: megalite/checkpoint/start.py megalite/config/secrets.py
-"""Checkpoints of versions that wrote "[redacted]" into their config.json."""
+"""Checkpoints of earlier versions, which wrote "[redacted]" into config.json."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def redacted(tmp_path: Path) -> Path:
 
 
 def test_resume_takes_a_redacted_value_from_the_run_file(redacted: Path, grid: Grid) -> None:
-    origin = find(grid, redacted.parent, run_config())
-    assert origin is not None
-    assert (origin.folder, origin.changes) == (redacted, {})
+    point = find(grid, redacted.parent, run_config())
+    assert point is not None
+    assert (point.folder, point.changes) == (redacted, {})
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_resume_takes_a_redacted_value_from_the_run_file(redacted: Path, grid: G
     ],
     ids=["eval", "describe", "init_from"],
 )
-def test_a_redacted_value_is_named(
+def test_redacted_value_without_a_run_file_is_an_error_that_names_its_key(
     redacted: Path, grid: Grid, open_it: Callable[[Path, Grid], object]
 ) -> None:
     with pytest.raises((CommandError, ConfigError), match=r"model\.norm: an earlier version"):
@@ -56,7 +56,7 @@ def test_a_redacted_value_is_named(
 def test_finetuning_takes_a_redacted_value_from_its_run_file(
     stated: dict[str, str], redacted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The launcher reads the model of the run's checkpoints before it starts."""
+    """The launcher reads the model from the run's checkpoints before it starts."""
     run = redacted.parent.parent
     raw = {
         "name": run.name,
@@ -68,15 +68,15 @@ def test_finetuning_takes_a_redacted_value_from_its_run_file(
         "training": {"global_batch_size": 4, "micro_batch_size": 2},
     }
     files.write_json(tmp_path / "tune.json", raw)
-    found: list[str] = []
+    norms: list[str] = []
     monkeypatch.setattr(
-        "megalite.parity.dry_run.report_dry_run", lambda config, *_: found.append(config.model.norm)
+        "megalite.parity.dry_run.report_dry_run", lambda config, *_: norms.append(config.model.norm)
     )
     command = ["finetune.py", "--config", str(tmp_path / "tune.json"), "--dry-run"]
     monkeypatch.setattr("sys.argv", command)
     if stated:
         finetune.main()
-        assert found == ["layernorm"]
+        assert norms == ["layernorm"]
         assert describe_run(run, stated)
     else:
         with pytest.raises(CommandError, match=r"model\.norm: an earlier version"):

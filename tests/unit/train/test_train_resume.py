@@ -1,5 +1,5 @@
 # covers: megalite/train/resume.py megalite/train/restore.py megalite/train/announce.py
-"""Which checkpoint a start goes on from."""
+"""The choice of the checkpoint that a start resumes from."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "mine" / "checkpoints"
 
 
-# --- which checkpoint ---
+# --- choice of the checkpoint ---
 
 
-def test_a_fresh_start(grid: Grid, root: Path) -> None:
+def test_resume_without_checkpoints_is_a_fresh_start(grid: Grid, root: Path) -> None:
     for resume in ("auto", "never"):
         check_resume(root, resume)
         assert find(grid, root, run_config(), resume=resume) is None
@@ -35,7 +35,7 @@ def test_a_fresh_start(grid: Grid, root: Path) -> None:
     assert find(grid, root, run_config()) is None
 
 
-def test_auto_takes_the_newest_whole_one(grid: Grid, root: Path) -> None:
+def test_resume_auto_takes_the_newest_valid_checkpoint(grid: Grid, root: Path) -> None:
     for step in (5, 15, 10):
         publish(root, step, run_config())
     spoil(root / "step_00000015")
@@ -44,11 +44,11 @@ def test_auto_takes_the_newest_whole_one(grid: Grid, root: Path) -> None:
     assert point.folder == root / "step_00000010"
     assert (point.progress.step, point.progress.samples, point.progress.tokens) == (10, 40, 320)
     assert point.changes == {}
-    assert point.damaged == (root / "step_00000015",)  # in place: the start may yet be refused
+    assert point.damaged == (root / "step_00000015",)  # not moved: the start may yet be refused
     assert point.damaged[0].is_dir()
 
 
-def test_never_refuses_where_checkpoints_are(root: Path) -> None:
+def test_resume_never_is_refused_if_checkpoints_exist(root: Path) -> None:
     publish(root, 5, run_config())
     with pytest.raises(CommandError, match=r"--resume never, but .* holds step_00000005") as caught:
         check_resume(root, "never")
@@ -56,19 +56,21 @@ def test_never_refuses_where_checkpoints_are(root: Path) -> None:
     check_resume(root, "auto")
 
 
-def test_a_path_that_is_not_there(root: Path, tmp_path: Path) -> None:
+def test_resume_from_a_missing_folder_is_refused(root: Path, tmp_path: Path) -> None:
     for path in (str(tmp_path / "nowhere"), ""):
         with pytest.raises(CommandError, match=rf"--resume '{path}': no such folder"):
             check_resume(root, path)
 
 
-def test_a_path_without_a_checkpoint(grid: Grid, root: Path, tmp_path: Path) -> None:
+def test_resume_from_a_folder_without_a_checkpoint_is_refused(
+    grid: Grid, root: Path, tmp_path: Path
+) -> None:
     with pytest.raises(CommandError, match="holds no checkpoint"):
         find(grid, root, run_config(), resume=str(tmp_path))
 
 
-def test_only_damaged_ones_are_no_fresh_start(grid: Grid, root: Path) -> None:
-    """Neither now nor when the scheduler starts the same command again."""
+def test_resume_with_only_damaged_checkpoints_is_an_error(grid: Grid, root: Path) -> None:
+    """The same holds if the scheduler starts the same command again."""
     for step in (5, 10):
         spoil(publish(root, step, run_config()))
     for _ in range(2):
@@ -77,10 +79,10 @@ def test_only_damaged_ones_are_no_fresh_start(grid: Grid, root: Path) -> None:
     assert sorted(path.name for path in root.iterdir()) == ["bad_00000005", "bad_00000010"]
 
 
-def test_only_damaged_ones_and_another_to_go_on_from(
+def test_resume_from_another_run_works_if_all_checkpoints_are_damaged(
     grid: Grid, root: Path, tmp_path: Path
 ) -> None:
-    """What the error advises must work."""
+    """This is the advice of the error about damaged checkpoints."""
     spoil(publish(root, 5, run_config()))
     other = publish(tmp_path / "other", 3, run_config())
     point = find(grid, root, run_config(), resume=str(other))
@@ -88,7 +90,7 @@ def test_only_damaged_ones_and_another_to_go_on_from(
     assert point.folder == other
 
 
-def test_a_name_that_is_taken_by_an_older_bad_one(grid: Grid, root: Path) -> None:
+def test_damaged_checkpoint_gets_a_number_if_its_new_name_exists(grid: Grid, root: Path) -> None:
     publish(root, 5, run_config())
     for _ in range(3):
         spoil(publish(root, 10, run_config()))
@@ -100,7 +102,9 @@ def test_a_name_that_is_taken_by_an_older_bad_one(grid: Grid, root: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", ["step", "run", "checkpoints"])
-def test_a_path_of_another_run(grid: Grid, root: Path, tmp_path: Path, kind: str) -> None:
+def test_resume_from_another_run_takes_its_newest_checkpoint(
+    grid: Grid, root: Path, tmp_path: Path, kind: str
+) -> None:
     other = tmp_path / "runs" / "other"
     publish(other / "checkpoints", 3, run_config(name="other"))
     newest = publish(other / "checkpoints", 7, run_config(name="other"))
@@ -110,7 +114,7 @@ def test_a_path_of_another_run(grid: Grid, root: Path, tmp_path: Path, kind: str
     assert (point.folder, point.progress.samples, point.changes) == (newest, 28, {})
 
 
-def test_a_path_to_a_damaged_one_is_refused_and_left(
+def test_resume_from_a_damaged_checkpoint_of_another_run_is_refused(
     grid: Grid, root: Path, tmp_path: Path
 ) -> None:
     other = publish(tmp_path / "other", 3, run_config())
@@ -124,7 +128,7 @@ def test_a_path_to_a_damaged_one_is_refused_and_left(
 
 
 @pytest.mark.parametrize("kind", ["run", "checkpoints"])
-def test_the_path_of_this_run_is_auto(grid: Grid, root: Path, kind: str) -> None:
+def test_resume_from_the_folder_of_this_run_is_auto(grid: Grid, root: Path, kind: str) -> None:
     publish(root, 5, run_config())
     spoil(publish(root, 10, run_config()))
     path = root if kind == "checkpoints" else root.parent
@@ -133,7 +137,7 @@ def test_the_path_of_this_run_is_auto(grid: Grid, root: Path, kind: str) -> None
     assert point.folder.name == "step_00000005"
 
 
-def test_going_back_within_the_run(grid: Grid, root: Path) -> None:
+def test_resume_from_an_earlier_step_of_this_run_goes_back(grid: Grid, root: Path) -> None:
     for step in (5, 10):
         publish(root, step, run_config())
     point = find(grid, root, run_config(), resume=str(root / "step_00000005"))
@@ -141,8 +145,10 @@ def test_going_back_within_the_run(grid: Grid, root: Path) -> None:
     assert point.folder.name == "step_00000005"
 
 
-def test_the_same_command_goes_on_from_what_it_made(grid: Grid, root: Path, tmp_path: Path) -> None:
-    """A requeued job repeats `--resume OTHER`; its own checkpoints are further along."""
+def test_resume_from_another_run_continues_own_checkpoints_if_there_are_any(
+    grid: Grid, root: Path, tmp_path: Path
+) -> None:
+    """A requeued job repeats `--resume OTHER`, but its own checkpoints are newer."""
     other = publish(tmp_path / "other", 3, run_config())
     publish(root, 8, run_config())
     point = find(grid, root, run_config(), resume=str(other))
@@ -150,10 +156,10 @@ def test_the_same_command_goes_on_from_what_it_made(grid: Grid, root: Path, tmp_
     assert point.folder == root / "step_00000008"
 
 
-def test_a_requeued_job_goes_back_once(
+def test_resume_of_a_requeued_job_goes_back_only_once(
     grid: Grid, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It repeats its command; a person who asks again, or another job, goes back again."""
+    """A person who repeats the command, or another job, goes back again."""
     for step in (5, 10):
         publish(root, step, run_config())
     path = root / "step_00000005"
@@ -173,7 +179,7 @@ def test_a_requeued_job_goes_back_once(
         assert (job, restarts, point.folder.name) == (job, restarts, expected)
 
 
-def test_a_folder_renamed_by_hand_is_not_what_its_name_says(
+def test_checkpoint_with_a_name_of_another_step_is_refused(
     grid: Grid, root: Path, tmp_path: Path
 ) -> None:
     publish(root, 5, run_config())
@@ -186,7 +192,7 @@ def test_a_folder_renamed_by_hand_is_not_what_its_name_says(
     assert point.damaged == (root / "step_00000020",)
 
 
-def test_a_plain_file_is_no_checkpoint(grid: Grid, root: Path) -> None:
+def test_resume_ignores_a_file_with_the_name_of_a_checkpoint(grid: Grid, root: Path) -> None:
     publish(root, 5, run_config())
     (root / "step_00000010").write_text("notes")
     point = find(grid, root, run_config())
@@ -196,7 +202,7 @@ def test_a_plain_file_is_no_checkpoint(grid: Grid, root: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["resume", "init_from"])
-def test_an_origin_that_is_passed_over_is_said(
+def test_resume_warns_if_it_ignores_a_checkpoint_of_the_command_line(
     grid: Grid,
     root: Path,
     tmp_path: Path,
@@ -223,10 +229,10 @@ def test_an_origin_that_is_passed_over_is_said(
 
 
 @pytest.mark.parametrize("where", ["format", "manifest", "run file"])
-def test_a_checkpoint_of_another_version_is_refused_and_left(
+def test_checkpoint_of_another_version_is_refused_and_not_set_aside(
     grid: Grid, root: Path, where: str
 ) -> None:
-    """It is no damage: another version can use it, and an older checkpoint is no answer."""
+    """The checkpoint is not damaged, so an older checkpoint must not replace it."""
     publish(root, 5, run_config())
     folder = publish(root, 10, run_config())
     if where == "run file":
@@ -242,11 +248,13 @@ def test_a_checkpoint_of_another_version_is_refused_and_left(
     assert sorted(path.name for path in root.iterdir()) == ["step_00000005", "step_00000010"]
 
 
-# --- where a rollback begins to read ---
+# --- data position after a rollback ---
 
 
-def test_a_rollback_behind_the_start_reads_all_that_came_after(grid: Grid, root: Path) -> None:
-    """The checkpoint that the start went on from is damaged by now; samples are 4 a step."""
+def test_rollback_before_the_resumed_step_takes_the_position_of_its_checkpoint(
+    grid: Grid, root: Path
+) -> None:
+    """The checkpoint that the start resumed from is damaged meanwhile. A step has 4 samples."""
     for step in (5, 10):
         publish(root, step, run_config())
     earlier, later = root / "step_00000005", root / "step_00000010"
@@ -258,7 +266,7 @@ def test_a_rollback_behind_the_start_reads_all_that_came_after(grid: Grid, root:
     assert samples_at(None, earlier, manifest, run_config()) == 20
 
 
-def test_a_rollback_into_another_data_order_begins_where_the_start_did(
+def test_rollback_to_another_data_order_takes_the_position_of_the_start(
     grid: Grid, root: Path
 ) -> None:
     for step in (5, 10):

@@ -1,5 +1,5 @@
 # covers: megalite/train/run_folder.py
-"""A run folder that rank 0 cannot prepare ends the start on every rank."""
+"""If rank 0 cannot prepare the run folder, the start ends on every rank."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tests.helpers.models import run_config
 
 
 class _Data:
-    """Samples whose shards do not name a tokenizer."""
+    """Samples of shards without a tokenizer."""
 
     tokenizer_folder = None
 
 
 @pytest.mark.parametrize("error", [ValueError("nan is not JSON"), DataError("a link")])
-def test_any_fault_of_rank_0_is_one_of_all_ranks(
+def test_open_run_folder_raises_any_fault_of_rank_0_on_all_ranks(
     grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    """Raised after the answer that other ranks wait for; the lease is taken, so it is exit 1."""
+    """The lease is taken already, so the exit code is 1."""
 
     def fail(*_: Any) -> None:
         raise error

@@ -1,5 +1,5 @@
 # covers: megalite/train/steps.py
-"""Steps are handed out once, with what the ranks share; signals stop a run."""
+"""Inputs of steps with their shared numbers, and stop signals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megalite.train.steps import ShutdownSignal, StepIterator, StopPoll
 from tests.helpers.trainers import Steps
 
 
-def test_step_iterator_hands_out_every_step_once(grid: Grid) -> None:
+def test_step_iterator_returns_every_step_once(grid: Grid) -> None:
     loader, shutdown = Steps(), ShutdownSignal()
     steps = StepIterator(loader, grid, shutdown, written=lambda: 0)  # type: ignore[arg-type]
     seen = [steps.next() for _ in range(5)]
@@ -27,19 +27,19 @@ def test_step_iterator_hands_out_every_step_once(grid: Grid) -> None:
     assert loader.closed
 
 
-def test_stop_poll_answers_as_of_one_call_ago(grid: Grid) -> None:
+def test_stop_poll_returns_the_result_of_the_previous_call(grid: Grid) -> None:
     shutdown = ShutdownSignal()
     poll = StopPoll(grid, shutdown)
     assert not poll()
     shutdown.name = "SIGTERM"
     assert [poll(), poll()] == [False, True]
     poll.close()
-    assert not poll()  # an earlier answer is forgotten
+    assert not poll()  # `close` discarded the earlier result
     poll.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_is_remembered_and_a_second_one_ends_it(
+def test_shutdown_signal_stores_the_first_and_ends_the_process_at_a_later_one(
     number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.getsignal(number)
@@ -48,10 +48,10 @@ def test_a_signal_is_remembered_and_a_second_one_ends_it(
         signal.raise_signal(number)
         assert shutdown.name == number.name
         ended: list[Any] = []
-        signal.raise_signal(number)  # the launcher's echo of the same wish
+        signal.raise_signal(number)  # the launcher repeats the signal
         with monkeypatch.context() as patch:
             patch.setattr(steps, "DEBOUNCE_SECONDS", -1.0)
-            patch.setattr(signal, "signal", lambda *given: ended.append(given))
+            patch.setattr(signal, "signal", lambda *arguments: ended.append(arguments))
             real = signal.raise_signal
             patch.setattr(signal, "raise_signal", ended.append)
             real(number)
@@ -60,7 +60,7 @@ def test_a_signal_is_remembered_and_a_second_one_ends_it(
     assert signal.getsignal(number) is before
 
 
-def test_handlers_are_put_back_after_an_error() -> None:
+def test_shutdown_signal_restores_the_handlers_after_an_error() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ZeroDivisionError), ShutdownSignal():
         raise ZeroDivisionError
