@@ -1,4 +1,4 @@
-"""A small real corpus for tests that train: sources of Python's standard library, in bytes."""
+"""Fixtures of all tests: a small corpus of Python's standard library, and clean logging."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-# one thread a process: tests run side by side's ranks
+# one thread per process, because tests and their ranks run in parallel
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from data_prep.encode import TokenizeOptions, tokenize
@@ -20,7 +20,7 @@ _MODULES = ("argparse", "ast", "calendar", "dataclasses", "enum", "inspect", "pa
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run side by side (-n 2), those of a file stay together, and a cluster is one."""
+    """Group tests for parallel runs (-n 2): by file, but slurm and faults are one group each."""
     for item in items:
         path = item.path.relative_to(Path(__file__).parent)
         alone = path.parts[0] in ("slurm", "faults")
@@ -28,8 +28,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_logging() -> Iterator[None]:
-    """A launcher sets up logging for its process; here the process goes on, and pytest listens."""
+def _reset_logging() -> Iterator[None]:
+    """Remove the logging that a launcher set up, so that pytest captures later messages."""
     yield
     logger = logging.getLogger("megalite")
     logger.handlers.clear()
@@ -39,14 +39,14 @@ def _own_logging() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of byte-tokenized shards: `train` (some 400,000 tokens) and `valid`."""
+    """Return folders of byte-tokenized shards: `train` (some 400,000 tokens) and `valid`."""
     folder = tmp_path_factory.mktemp("corpus")
     stdlib = Path(sysconfig.get_path("stdlib"))
     texts = [(stdlib / f"{name}.py").read_text() for name in _MODULES]
-    made = {}
+    shard_folders = {}
     for split, part in {"train": texts[1:], "valid": texts[:1]}.items():
         source = folder / f"{split}.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
-        made[split] = str(folder / split)
+        shard_folders[split] = str(folder / split)
         tokenize(TokenizeOptions([str(source)], "bytes", folder / split, shard_tokens=150_000))
-    return made
+    return shard_folders

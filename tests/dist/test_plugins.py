@@ -12,7 +12,7 @@ import pytest
 
 from megalite import registry
 from megalite.errors import ConfigError
-from tests.helpers.plugins import install
+from tests.helpers.plugins import install_package
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import curve, rows, run_file, train, zero
 
@@ -28,7 +28,7 @@ def test_run_with_a_package_trains_resumes_and_records_it(
     shards: dict[str, str], tmp_path: Path
 ) -> None:
     site = str(tmp_path / "site")
-    install(tmp_path / "site")
+    install_package(tmp_path / "site")
     raw = run_file(
         shards,
         tmp_path,

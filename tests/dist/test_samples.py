@@ -19,7 +19,7 @@ from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.dist.test_finetune import tune, tuning_file
 from tests.helpers.models import run_config
 from tests.helpers.ranks import run_ranks
-from tests.helpers.rows import jsonl
+from tests.helpers.rows import write_jsonl
 from tests.helpers.runs import rows, run_file, train, zero
 
 PROMPTS = ["def main(", "import os\n", "é"]
@@ -83,7 +83,7 @@ def test_conversations_are_answered(tmp_path: Path) -> None:
         for n in range(24)
     ]
     reviews = tmp_path / "talks"
-    jsonl(str(reviews / "train.jsonl"), talks)
+    write_jsonl(str(reviews / "train.jsonl"), talks)
     raw = tuning_file(reviews, "sft", deepspeed=zero(1))
     raw["finetune"] |= {"task": "sft", "epochs": 2}
     del raw["finetune"]["data"]["test_split"]

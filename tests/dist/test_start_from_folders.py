@@ -209,8 +209,8 @@ def test_model_of_the_hub_is_tuned_by_several_ranks(tmp_path: Path) -> None:
                 capture_output=True, text=True, check=False, timeout=300, env=environ,
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
-        gotten = hub.gotten()
-        assert sorted(gotten) == sorted(set(gotten))
+        requested = hub.requested_files()
+        assert sorted(requested) == sorted(set(requested))
         assert len([path for _, path in hub.requests if "/revision/" in path]) == 1
     (start,) = (row for row in rows(raw, "event") if row["name"] == "start")
     assert start["init_name"] == "org/tiny"

@@ -165,7 +165,9 @@ def read_tokenizer(folder: Path) -> None:
 def tune(name: str, task: str) -> Read:
     def read(folder: Path) -> None:
         shutil.rmtree(folder / "cache", ignore_errors=True)
-        labelled.make(str(folder / name), task, cache=str(folder / "cache"), max_bad_rows=1)
+        labelled.make_examples(
+            str(folder / name), task, cache=str(folder / "cache"), max_bad_rows=1
+        )
 
     return read
 

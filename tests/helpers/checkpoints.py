@@ -1,4 +1,4 @@
-"""Published checkpoints, with values or without, and what a start finds in them."""
+"""Published checkpoints, with or without tensors, and the resume points that a start finds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOKENIZER = "ab" * 32
 
 
 def fingerprint(config: RunConfig, shards: str = "web") -> str:
-    """Return what is read, apart from the windows and the order that the run file itself tells."""
+    """Return a fingerprint of the data that does not depend on sequence length and seed."""
     data = config.data
     return f"{shards} {[source.weight for source in data.train]} {data.mask_documents}"
 
@@ -34,8 +34,10 @@ def publish(
     without: str = "",
     deepspeed: dict[str, Any] | None = None,
 ) -> Path:
-    """Return a checkpoint without its tensors' values; `without` leaves a key out of
-    config.json.
+    """Write a checkpoint without tensors, and return its folder.
+
+    Args:
+        without: dotted key that config.json lacks.
     """
     folder = root / disk.folder_name(step)
     folder.mkdir(parents=True)
@@ -73,7 +75,7 @@ def publish(
 
 
 def reseal(folder: Path, **fields: Any) -> None:
-    """Make a changed folder whole again, as a version that writes these fields would have."""
+    """Update a manifest to the changed files of its folder, and set fields in it."""
     content = files.read_json(folder / disk.MANIFEST) | fields
     del content["checksum"]
     for name, entry in content["files"].items():
@@ -85,7 +87,8 @@ def reseal(folder: Path, **fields: Any) -> None:
     )
 
 
-def spoil(folder: Path) -> None:
+def damage_weights(folder: Path) -> None:
+    """Change bytes of a checkpoint from `publish`."""
     (folder / "weights").write_bytes(b"weighed")
 
 
@@ -101,6 +104,7 @@ def find(
     tokenizer: str = TOKENIZER,
     deepspeed: dict[str, Any] | None = None,
 ) -> ResumePoint | None:
+    """Call `find_resume_point` with the fingerprints of `publish`."""
     return find_resume_point(
         config,
         grid=grid,
@@ -114,10 +118,8 @@ def find(
     )
 
 
-def changed(**sections: Any) -> RunConfig:
-    """Return the run file of `run_config()` with other values, in sections that stay whole
-    otherwise.
-    """
+def changed_config(**sections: Any) -> RunConfig:
+    """Return `run_config()` with some keys of its sections changed."""
     raw = deepcopy(run_config().model_dump(mode="json"))
     for name, value in sections.items():
         if isinstance(value, dict):
@@ -135,7 +137,7 @@ def save_checkpoint(
     progress: Progress | None = None,
     lease: Lease | None = None,
 ) -> Path:
-    """Publish a checkpoint below `root`, of step 3 unless told, with a tokenizer of two files."""
+    """Publish a checkpoint below `root`, by default of step 3, with a tokenizer of two files."""
     tokenizer = root.parent / "tokenizer"
     (tokenizer / "inner").mkdir(parents=True, exist_ok=True)
     for name in ("bytes.json", "inner/more.txt"):

@@ -1,4 +1,4 @@
-"""Damage to files: seeded changes of bytes, of JSON values, and of what a file holds as a whole."""
+"""Damage to files: seeded changes of bytes, of JSON values, and of whole files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-HALF = "\ud83d"  # of a surrogate pair: JSON can write it, UTF-8 cannot
+HALF = "\ud83d"  # half a surrogate pair, which JSON can express and UTF-8 cannot
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1e308, float("nan"), float("inf"), 10**9, 2**63),
     *(10**40, "", "a", "0", HALF, "\x1b[2J", "\0", "../../etc/passwd", "/etc/passwd", "x" * 5000),
@@ -21,8 +21,8 @@ WHOLES = (
 )
 
 
-def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the place of every value within a JSON value, as keys and indices."""
+def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of every value within a JSON value, as keys and indices."""
     yield at
     items = (
         value.items() if isinstance(value, dict)
@@ -30,34 +30,32 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         else ()
     )  # fmt: skip
     for key, item in items:
-        yield from places(item, (*at, key))
+        yield from paths(item, (*at, key))
 
 
 def change_value(value: Any, chosen: random.Random) -> Any:
-    """Return a JSON value with one to three of the values in it replaced, removed, renamed or
-    nested.
-    """
+    """Return a JSON value with one to three inner values replaced, removed, renamed or nested."""
     value = copy.deepcopy(value)
     for _ in range(chosen.choice((1, 1, 1, 2, 3))):
-        spots = [at for at in places(value) if at]
-        if not spots:
+        inner = [at for at in paths(value) if at]
+        if not inner:
             return chosen.choice(VALUES)
-        # as often near the root as deep within it
-        depth = chosen.choice(sorted({len(at) for at in spots}))
-        at = chosen.choice([at for at in spots if len(at) == depth])
+        # each depth is equally likely
+        depth = chosen.choice(sorted({len(at) for at in inner}))
+        at = chosen.choice([at for at in inner if len(at) == depth])
         owner = value
         for part in at[:-1]:
             owner = owner[part]
-        way = chosen.choice(("replace",) * 6 + ("remove", "rename", "nest", "number"))
-        if way == "remove":
+        kind = chosen.choice(("replace",) * 6 + ("remove", "rename", "nest", "number"))
+        if kind == "remove":
             del owner[at[-1]]
-        elif way == "rename" and isinstance(owner, dict):
+        elif kind == "rename" and isinstance(owner, dict):
             owner[chosen.choice(("", HALF, "\x1b[31m", "no such key"))] = owner.pop(at[-1])
-        elif way == "nest":
+        elif kind == "nest":
             for _ in range(chosen.choice((1, 50, 5000))):
                 owner[at[-1]] = [owner[at[-1]]]
-            return value  # too deep to be walked again
-        elif way == "number" and isinstance(owner[at[-1]], int | float):
+            return value  # too deep for another walk
+        elif kind == "number" and isinstance(owner[at[-1]], int | float):
             owner[at[-1]] = chosen.choice((-1, 2, 10, 0.1)) * owner[at[-1]]
         else:
             owner[at[-1]] = copy.deepcopy(chosen.choice(VALUES))
@@ -65,30 +63,30 @@ def change_value(value: Any, chosen: random.Random) -> Any:
 
 
 def change_bytes(data: bytes, chosen: random.Random) -> bytes:
-    """Return bytes that are cut, flipped, repeated, or have others among them."""
-    way = chosen.choice(("cut", "flip", "flip", "insert", "remove", "repeat", "whole", "start"))
-    place = chosen.randrange(len(data) + 1)
-    if way == "cut" or not data:
-        return data[:place]
-    if way == "flip":
+    """Return the data with bytes cut, flipped, inserted, removed, repeated or replaced."""
+    kind = chosen.choice(("cut", "flip", "flip", "insert", "remove", "repeat", "whole", "start"))
+    at = chosen.randrange(len(data) + 1)
+    if kind == "cut" or not data:
+        return data[:at]
+    if kind == "flip":
         changed = bytearray(data)
         for _ in range(chosen.choice((1, 3, 30))):
             changed[chosen.randrange(len(data))] ^= 1 << chosen.randrange(8)
         return bytes(changed)
-    if way == "start":  # where sizes and magic numbers are
+    if kind == "start":  # sizes and magic numbers
         changed = bytearray(data)
         changed[chosen.randrange(min(len(data), 40))] = chosen.choice((0, 1, 127, 128, 255))
         return bytes(changed)
-    if way == "whole":
+    if kind == "whole":
         return chosen.choice(WHOLES)
-    if way == "repeat":
-        return data[:place] + data
+    if kind == "repeat":
+        return data[:at] + data
     more = chosen.choice((b"\0", b"\xff", b'"', b"{", b"]", b"\n", b"\x1b[2J", "é".encode()))
-    return data[:place] + (more + data[place:] if way == "insert" else data[place + 8 :])
+    return data[:at] + (more + data[at:] if kind == "insert" else data[at + 8 :])
 
 
 def dump(value: Any) -> bytes:
-    """JSON as Python writes it, however deep it nests."""
+    """Return a value as JSON. If it is nested too deeply for Python, return deep brackets."""
     try:
         return json.dumps(value).encode()
     except RecursionError:
@@ -96,14 +94,14 @@ def dump(value: Any) -> bytes:
 
 
 def change_json(data: bytes, chosen: random.Random) -> bytes:
-    """Return the text of a JSON value, its values or its bytes changed."""
+    """Return a JSON file with changed values, or changed bytes."""
     if chosen.random() < 0.25:
         return change_bytes(data, chosen)
     return dump(change_value(json.loads(data), chosen))
 
 
 def change_rows(data: bytes, chosen: random.Random) -> bytes:
-    """Return lines of JSON, one of them changed or the bytes."""
+    """Return a JSONL file with one changed line, or changed bytes."""
     if chosen.random() < 0.25:
         return change_bytes(data, chosen)
     lines = data.splitlines()
@@ -113,7 +111,7 @@ def change_rows(data: bytes, chosen: random.Random) -> bytes:
 
 
 def change_safetensors(data: bytes, chosen: random.Random) -> bytes:
-    """Return a safetensors file, its header changed or its bytes."""
+    """Return a safetensors file with a changed header, or changed bytes."""
     if chosen.random() < 0.25:
         return change_bytes(data, chosen)
     size = int.from_bytes(data[:8], "little")

@@ -1,4 +1,4 @@
-"""Small models of every family that Hugging Face has, three random shapes each."""
+"""Small models of every supported family of Hugging Face's, three random shapes each."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ _SCALINGS: tuple[dict[str, Any] | None, ...] = (
 
 
 def model_section(family: str, number: int) -> dict[str, Any]:
-    """Return the model section of a family's random shape: odd vocabulary, heads that 4 ranks
-    share.
+    """Return the model section of a family's random shape.
+
+    The size of the vocabulary is odd, and 4 tensor ranks can share the heads.
     """
     chosen = random.Random(f"{family} {number}")
     groups = chosen.choice((4, 8))
@@ -43,7 +44,7 @@ def model_section(family: str, number: int) -> dict[str, Any]:
 
 
 def _some_windows(number: int, layers: int) -> dict[str, Any]:
-    """Draw layer types: all layers slide, every second one, or none."""
+    """Return the layer types: sliding windows in all layers, in every second one, or in none."""
     if number == 0:
         return {"sliding_window": 9}
     kinds = (["sliding_attention", "full_attention"] * layers)[:layers]

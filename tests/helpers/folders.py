@@ -1,4 +1,4 @@
-"""Whole folders of every kind that the project reads, for tests that damage them."""
+"""Folders of every kind that the project reads, for tests that damage them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.runs import BASE
 
 
 def make_run(folder: Path, _: Grid) -> None:
-    """A run folder with every record that a run leaves."""
+    """Write a run folder with every kind of record."""
     row = {"time": 1000.0, "attempt": 0}
     seconds = {"setup": 1.0, "step": 2.0}
     rows: list[dict[str, Any]] = [
@@ -65,24 +65,24 @@ def make_run(folder: Path, _: Grid) -> None:
 
 
 def make_checkpoint(folder: Path, grid: Grid) -> None:
-    """A run with a checkpoint, its tokenizer that of bytes."""
+    """Write a run's checkpoint with a byte tokenizer."""
     engine = make_engine(model={"vocab_size": 260})
-    made = save_checkpoint(engine, grid, folder / "checkpoints")
+    checkpoint = save_checkpoint(engine, grid, folder / "checkpoints")
     content = {"entries": [{"kind": "skip", "step": 2, "samples": 8}], "recent": [[1.0, 2.0]]}
-    files.write_json(made / "ledger.json", content)
-    manifest = files.read_json(made / "manifest.json")
+    files.write_json(checkpoint / "ledger.json", content)
+    manifest = files.read_json(checkpoint / "manifest.json")
     manifest["files"]["ledger.json"] = {"bytes": 0, "sha256": ""}
-    files.write_json(made / "manifest.json", manifest)
-    reseal(made)
+    files.write_json(checkpoint / "manifest.json", manifest)
+    reseal(checkpoint)
 
 
 def make_huggingface(folder: Path, grid: Grid) -> None:
-    """A folder of Hugging Face's, in two files with an index."""
+    """Write a Hugging Face folder whose weights are in two files with an index."""
     engine = make_engine(model={"vocab_size": 260})
-    made = save_checkpoint(engine, grid, folder / "run" / "checkpoints")
-    _, manifest = open_checkpoint(made)
+    checkpoint = save_checkpoint(engine, grid, folder / "run" / "checkpoints")
+    _, manifest = open_checkpoint(checkpoint)
     model = engine.config.model
-    stored = StoredCheckpoint(made, manifest)
+    stored = StoredCheckpoint(checkpoint, manifest)
     export(stored, model, ByteTokenizer(), folder / "hf", shard_bytes=20_000)
     others = {
         "generation_config.json": {"eos_token_id": [257, 3], "bos_token_id": 256, "top_k": 5},
@@ -95,22 +95,23 @@ def make_huggingface(folder: Path, grid: Grid) -> None:
 
 
 def make_shards(folder: Path, _: Grid) -> None:
+    """Write byte-tokenized shards and their source."""
     (folder / "text.jsonl").write_text('{"text": "one two three"}\n' * 40)
     options = TokenizeOptions([str(folder / "text.jsonl")], "bytes", folder / "shards")
     tokenize(options)
 
 
 def make_examples(folder: Path, _: Grid) -> None:
-    path = labelled.jsonl(str(folder / "rows" / "train.jsonl"), labelled.ROWS)
-    made = labelled.make(path, cache=str(folder / "cache"))
-    made.rename(folder / "examples")
+    """Write examples and their rows."""
+    path = labelled.write_jsonl(str(folder / "rows" / "train.jsonl"), labelled.ROWS)
+    labelled.make_examples(path, cache=str(folder / "cache")).rename(folder / "examples")
 
 
 def make_texts(folder: Path, _: Grid) -> None:
-    """Files that a user brings along."""
-    labelled.jsonl(str(folder / "rows.jsonl"), labelled.ROWS[:4])
+    """Write files as users make them: rows, chats, run files, saved data sets."""
+    labelled.write_jsonl(str(folder / "rows.jsonl"), labelled.ROWS[:4])
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-    labelled.jsonl(str(folder / "chat.jsonl"), [{"messages": turns}] * 3)
+    labelled.write_jsonl(str(folder / "chat.jsonl"), [{"messages": turns}] * 3)
     (folder / "run.json").write_text(json.dumps(BASE))
     (folder / "rows.csv").write_text('text,label\n"one, two",a\nthree,b\n')
     saved = {"_split": None, "_data_files": [{"filename": "data.arrow"}]}

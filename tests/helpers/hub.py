@@ -1,4 +1,4 @@
-"""A hub of models on 127.0.0.1 that serves folders, as huggingface_hub requires them."""
+"""A stub of the Hugging Face hub on 127.0.0.1, which serves folders as model repositories."""
 
 from __future__ import annotations
 
@@ -17,28 +17,33 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class StubHub:
-    """Repositories by name: the folder of each, or the status code that it answers with."""
+    """A stub of the hub.
+
+    Attributes:
+        repositories: by name, the folder of a repository, or the HTTP status of its answers.
+        requests: (method, path) of each request.
+    """
 
     endpoint: str
     repositories: dict[str, Path | int] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Return what makes huggingface_hub ask this hub, with an empty cache below `home`."""
+        """Return environment variables for huggingface_hub: this hub, and a cache below `home`."""
         return {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
 
-    def gotten(self, method: str = "GET") -> list[str]:
-        """Return the names of files that were requested."""
+    def requested_files(self, method: str = "GET") -> list[str]:
+        """Return the names of the files that were requested with a method."""
         return [
             path.partition("/resolve/")[2].partition("/")[2]
-            for asked, path in self.requests
-            if asked == method and "/resolve/" in path
+            for used, path in self.requests
+            if used == method and "/resolve/" in path
         ]
 
 
 @contextmanager
 def stub_hub() -> Iterator[StubHub]:
-    """A running hub, which knows no model yet."""
+    """Yield a running hub without repositories."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.hub = hub = StubHub(f"http://127.0.0.1:{server.server_port}")  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -1,4 +1,4 @@
-"""A package with entries of several kinds, written to a folder as pip would install it."""
+"""A package with registry entries of several kinds, written to a folder as pip installs it."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ class Lines:
 '''
 
 
-def install(folder: Path, *, package: str = "toy-parts", version: str = "1.2") -> None:
-    """Write the package into a folder that is to be on the module path."""
+def install_package(folder: Path, *, package: str = "toy-parts", version: str = "1.2") -> None:
+    """Write the package into a folder, which the caller adds to the module path."""
     home = folder / "toy_parts"
     home.mkdir(parents=True)
     for name, text in {

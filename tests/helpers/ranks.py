@@ -1,6 +1,6 @@
-"""Run a function in N processes that form a world, as a launcher would have started them.
+"""Run a function in N processes that form a world, as if a launcher had started them.
 
-The processes are forks of a server that has imported torch and DeepSpeed once: a world starts in
+The processes are forks of a server that has imported torch and DeepSpeed once. So a world starts in
 half a second instead of ten.
 """
 
@@ -19,20 +19,19 @@ PRELOAD = ("megalite.engine.preload",)
 def run_ranks(
     function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 240.0
 ) -> list[Any]:
-    """Run `function(launch, *arguments)` on every rank and return the results in order of ranks.
+    """Run `function(launch, *arguments)` on every rank. Return the results in order of ranks.
 
     Raises:
-        AssertionError: a rank failed, with its traceback, or not all were done in time.
+        AssertionError: a rank failed, with its traceback, or the timeout passed.
     """
-    given = (function, *arguments)
     try:
-        return spawn.run_ranks(_run, ranks, *given, timeout=timeout, preload=PRELOAD)
+        return spawn.run_ranks(_run, ranks, function, *arguments, timeout=timeout, preload=PRELOAD)
     except spawn.RankError as error:
         raise AssertionError(str(error)) from None
 
 
 def start_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
-    """Start `function(launch, *arguments)` on every rank; return the processes."""
+    """Start `function(launch, *arguments)` on every rank. Return the processes."""
     started = spawn.start_ranks(_run, ranks, function, *arguments, preload=PRELOAD)
     return [rank.process for rank in started]
 

@@ -1,4 +1,4 @@
-"""Labelled rows, and the folder of examples that a small run file makes of them."""
+"""Labelled rows, and folders of examples made from them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from tests.helpers.models import run_config
 ROWS = [{"text": f"text {n}", "label": n % 3} for n in range(20)]
 
 
-def jsonl(path: str, found: list[Any]) -> str:
+def write_jsonl(path: str, rows: list[Any]) -> str:
+    """Write one line a row, and return `path`. Strings are written as they are."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    lines = [one if isinstance(one, str) else json.dumps(one) for one in found]
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     Path(path).write_text("\n".join(lines) + "\n")
     return path
 
 
-def make(
+def make_examples(
     path: str,
     task: str = "classification",
     *,
@@ -37,6 +38,11 @@ def make(
     model: dict[str, Any] | None = None,
     **data: Any,
 ) -> Path:
+    """Make the examples of a small fine-tuning run, and return their folder.
+
+    Args:
+        data: keys of finetune.data.
+    """
     section = {"path": path, "max_length": 64} | data
     config = run_config(
         model=model or {},
@@ -46,11 +52,13 @@ def make(
     return prepare(config, tokenizer=tokenizer, chat_template=chat_template, unlabelled=unlabelled)
 
 
-def opened(folder: Path) -> tuple[ExamplesManifest, dict[str, ExampleSplit]]:
+def open_examples(folder: Path) -> tuple[ExamplesManifest, dict[str, ExampleSplit]]:
+    """Return the manifest and the splits by name."""
     manifest = read_examples_manifest(folder)
     return manifest, {name: open_split(folder, manifest, name) for name in manifest.splits}
 
 
-def texts(split: ExampleSplit) -> list[str]:
+def decode_texts(split: ExampleSplit) -> list[str]:
+    """Return the texts of a byte-tokenized split."""
     decode = load_tokenizer("bytes").decode
     return [decode(split.ids(n).tolist()) for n in range(len(split))]

@@ -15,7 +15,7 @@ from megalite.formats.examples import read_examples_manifest
 from tests.dist.test_finetune import numbers, tune, tuning_file
 from tests.helpers.models import loss_of, make_model, run_config
 from tests.helpers.ranks import run_ranks
-from tests.helpers.rows import jsonl, make
+from tests.helpers.rows import make_examples, write_jsonl
 from tests.helpers.runs import zero
 from tests.unit.data_prep.test_data_prep_chat import conversations, folder
 
@@ -34,8 +34,8 @@ def test_the_loss_of_twenty_conversations(
     )
     turns = conversations()
     data: dict[str, Any] = {"max_length": 512, "packing": packing}
-    path = jsonl("talks.jsonl", [{"messages": one} for one in turns])
-    examples = make(path, "sft", tokenizer=folder, **data)
+    path = write_jsonl("talks.jsonl", [{"messages": one} for one in turns])
+    examples = make_examples(path, "sft", tokenizer=folder, **data)
     section = {"vocab_size": 400, "max_position_embeddings": 512, "num_key_value_heads": 2}
     config = run_config(
         model=section,
@@ -79,8 +79,8 @@ def test_any_layout_learns_the_same(tmp_path: Path, task: str) -> None:
         {"messages": one, "text": one[0]["content"] * 2, "target": one[-1]["content"]}
         for one in conversations() + conversations()[::-1]
     ]
-    jsonl(str(talks / "train.jsonl"), rows)
-    jsonl(str(talks / "test.jsonl"), rows[:7])
+    write_jsonl(str(talks / "train.jsonl"), rows)
+    write_jsonl(str(talks / "test.jsonl"), rows[:7])
     model = {"architecture": "encoder_decoder", "position_embedding": "relative"}
     model = model if task == "seq2seq" else {}
     model |= {"max_position_embeddings": 256}

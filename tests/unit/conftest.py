@@ -1,4 +1,4 @@
-"""What tests of one process share."""
+"""Fixtures of tests with one process."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ from tests.helpers.models import world_of_one
 
 @pytest.fixture(scope="module")
 def grid() -> Iterator[Grid]:
-    with world_of_one() as found:
-        yield found
+    with world_of_one() as single:
+        yield single

@@ -18,14 +18,14 @@ from megalite.config import load_config, parse_config
 from megalite.errors import ConfigError, UserError
 from megalite.plan import make_plan
 from megalite.registry import Registry
-from tests.helpers.plugins import install
+from tests.helpers.plugins import install_package
 from tests.helpers.runs import BASE
 
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The toy package on this process's module path."""
-    install(tmp_path / "site")
+    install_package(tmp_path / "site")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     registry._points.cache_clear()
     yield tmp_path / "site"

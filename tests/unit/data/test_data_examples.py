@@ -15,7 +15,7 @@ from megalite.errors import DataError
 from megalite.formats.examples import open_split, read_examples_manifest
 from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.models import run_config
-from tests.helpers.rows import jsonl, make
+from tests.helpers.rows import make_examples, write_jsonl
 
 LENGTHS = [3, 20, 7, 1, 31, 12, 5, 9, 16, 2, 25]
 
@@ -33,7 +33,7 @@ def examples(
     shuffle: bool = True,
     **data: Any,
 ) -> ExampleSet:
-    folder = make(jsonl("rows.jsonl", rows), task, model=model, **data)
+    folder = make_examples(write_jsonl("rows.jsonl", rows), task, model=model, **data)
     section = {"path": "rows.jsonl", "max_length": 64} | data
     config: RunConfig = run_config(
         model=model or {},

@@ -16,7 +16,7 @@ from data_prep.messages import check_messages, check_tools
 from data_prep.records import Unusable
 from megalite.errors import DataError
 from megalite.tokenizers.tokenizer import ByteTokenizer
-from tests.helpers.rows import jsonl, make, opened, texts
+from tests.helpers.rows import decode_texts, make_examples, open_examples, write_jsonl
 from tests.unit.data_prep.test_data_prep_chat import MARKED, PLAIN
 
 USER, ANSWER = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}
@@ -187,19 +187,23 @@ def test_tools_of_a_row_reach_the_template(tmp_path: Path, monkeypatch: Any) -> 
     template.write_text("{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML)
     rendered = []
     for number, value in enumerate((tools, json.dumps(tools))):
-        jsonl(f"{number}.jsonl", [{"messages": [USER, ANSWER], "tools": value}])
-        split = opened(
-            make(f"{number}.jsonl", "sft", chat_template=template.read_text(), max_length=256)
+        write_jsonl(f"{number}.jsonl", [{"messages": [USER, ANSWER], "tools": value}])
+        split = open_examples(
+            make_examples(
+                f"{number}.jsonl", "sft", chat_template=template.read_text(), max_length=256
+            )
         )[1]
-        rendered.append(texts(split["train"])[0])
+        rendered.append(decode_texts(split["train"])[0])
     assert rendered[0] == rendered[1]
     assert rendered[0].startswith('[{"name": "rain", "description": "é"}]<|im_start|>')
     pq.write_table(
         pa.table({"messages": [json.dumps([USER, ANSWER])], "tools": [None]}), "a.parquet"
     )
-    assert texts(opened(make("a.parquet", "sft"))[1]["train"])[0].startswith("<|im_start|>user")
+    assert decode_texts(open_examples(make_examples("a.parquet", "sft"))[1]["train"])[0].startswith(
+        "<|im_start|>user"
+    )
     with pytest.raises(DataError, match="it has tools, which the chat template does not write"):
-        make("0.jsonl", "sft")
+        make_examples("0.jsonl", "sft")
     with pytest.raises(Unusable, match="field 'tools' is 5, not a list"):
         check_tools(5)
 
@@ -209,14 +213,14 @@ def test_keys_that_the_template_does_not_read_are_logged(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     row = {"messages": [USER | {"name": "eve"}, ANSWER | {"score": 3}]}
-    jsonl("a.jsonl", [row, row])
-    make("a.jsonl", "sft")
+    write_jsonl("a.jsonl", [row, row])
+    make_examples("a.jsonl", "sft")
     for key in ("name", "score"):
         line = f"train: the chat template does not read '{key}' of messages (rows: 2)"
         assert line in caplog.text
     reads = MARKED.replace("{{ m.role }}]", "{{ m.role }}{{ m.name }}]")
     caplog.clear()
-    make("a.jsonl", "sft", chat_template=reads)
+    make_examples("a.jsonl", "sft", chat_template=reads)
     assert "'name'" not in caplog.text
 
 
@@ -224,10 +228,10 @@ def test_row_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     row = {"messages": json.dumps([USER, ANSWER]), "weight": 1.0}
     pq.write_table(pa.Table.from_pylist([row, row]), "a.parquet")
-    assert len(opened(make("a.parquet", "sft"))[1]["train"]) == 2
+    assert len(open_examples(make_examples("a.parquet", "sft"))[1]["train"]) == 2
     pq.write_table(pa.Table.from_pylist([row, row | {"weight": 0.5}]), "b.parquet")
     with pytest.raises(DataError, match=r"field 'weight' is 0.5, and rows are not weighted"):
-        make("b.parquet", "sft")
+        make_examples("b.parquet", "sft")
 
 
 def test_system_field_of_a_row_is_its_first_turn(
@@ -242,8 +246,8 @@ def test_system_field_of_a_row_is_its_first_turn(
     }
     pq.write_table(pa.Table.from_pylist([row, row | {"system": None}]), "a.parquet")
     for columns in ({}, {"prompt_column": "prompt", "response_column": "response"}):
-        first, second = texts(
-            opened(make("a.parquet", "sft", max_length=256, **columns))[1]["train"]
+        first, second = decode_texts(
+            open_examples(make_examples("a.parquet", "sft", max_length=256, **columns))[1]["train"]
         )
         assert (
             first
@@ -251,9 +255,9 @@ def test_system_field_of_a_row_is_its_first_turn(
         )
         assert second.startswith("<|im_start|>user")
     messages = [{"role": "system", "content": "x"}, USER, ANSWER]
-    jsonl("a.jsonl", [{"messages": messages, "system": "y"}])
+    write_jsonl("a.jsonl", [{"messages": messages, "system": "y"}])
     with pytest.raises(DataError, match="the field 'system' and begins with a system turn; remove"):
-        make("a.jsonl", "sft")
+        make_examples("a.jsonl", "sft")
 
 
 def test_sharegpt_row_is_reported_with_the_column_to_name(
@@ -261,10 +265,12 @@ def test_sharegpt_row_is_reported_with_the_column_to_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
-    jsonl("a.jsonl", [row])
+    write_jsonl("a.jsonl", [row])
     pq.write_table(pa.Table.from_pylist([row]), "a.parquet")
     for path in ("a.jsonl", "a.parquet"):
         with pytest.raises(DataError, match=r"name it by finetune\.data\.messages_column"):
-            make(path, "sft")
-        split = opened(make(path, "sft", messages_column="conversations"))[1]["train"]
-        assert texts(split)[0].endswith("<|im_start|>assistant\na<|im_end|>\n")
+            make_examples(path, "sft")
+        split = open_examples(make_examples(path, "sft", messages_column="conversations"))[1][
+            "train"
+        ]
+        assert decode_texts(split)[0].endswith("<|im_start|>assistant\na<|im_end|>\n")

@@ -15,7 +15,7 @@ from data_prep.eval_examples import prepare_again
 from megalite.errors import DataError
 from megalite.tokenizers.tokenizer import copy_generation_config, tokenizer_files
 from tests.helpers.models import run_config
-from tests.helpers.rows import ROWS, jsonl, make, opened, texts
+from tests.helpers.rows import ROWS, decode_texts, make_examples, open_examples, write_jsonl
 from tests.helpers.tokenizers import NAMES, json_folder
 
 TEMPLATE = (
@@ -55,18 +55,18 @@ def run_copy(examples_folder: Path, start: Path) -> Path:
 def test_cache_is_used_by_a_resume(
     task: str, row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jsonl("a.jsonl", [row])
-    first = make("a.jsonl", task, tokenizer=start_folder())
+    write_jsonl("a.jsonl", [row])
+    first = make_examples("a.jsonl", task, tokenizer=start_folder())
     copy = run_copy(first, Path("start"))
     (copy / "generation_config.json").write_text(
         json.dumps(json.loads((copy / "generation_config.json").read_text()), sort_keys=True)
     )
     monkeypatch.setattr(examples, "ExampleMaker", None)  # must not be called again
-    assert make("a.jsonl", task, tokenizer=copy) == first
+    assert make_examples("a.jsonl", task, tokenizer=copy) == first
 
 
 def test_cache_is_used_by_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    jsonl("a.jsonl", [TURN])
+    write_jsonl("a.jsonl", [TURN])
     Path("own.jinja").write_text("{% generation %}{{ messages[0].content }}{% endgeneration %}")
     given = {"tokenizer": str(start_folder()), "chat_template": "own.jinja"}
     section = {"path": "a.jsonl", "max_length": 64} | given
@@ -85,7 +85,7 @@ def test_cache_is_used_by_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_evaluation_on_other_columns_gives_advice(name: str, content: str, advice: str) -> None:
-    jsonl("a.jsonl", [TURN])
+    write_jsonl("a.jsonl", [TURN])
     Path(name).write_text(content)
     section = {"path": "a.jsonl", "max_length": 64, "tokenizer": str(start_folder())}
     config = run_config(finetune={"task": "sft", "data": section})
@@ -96,27 +96,27 @@ def test_evaluation_on_other_columns_gives_advice(name: str, content: str, advic
 
 
 def test_cache_is_found_by_a_trained_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    jsonl("a.jsonl", [{"text": f"hello world {n}", "label": n % 2} for n in range(30)])
+    write_jsonl("a.jsonl", [{"text": f"hello world {n}", "label": n % 2} for n in range(30)])
     model = {"vocab_size": 285}
-    first = make("a.jsonl", tokenizer=None, model=model)
+    first = make_examples("a.jsonl", tokenizer=None, model=model)
     copy = run_copy(first, Path("none"))
     with monkeypatch.context() as patch:
         patch.setattr(examples, "ExampleMaker", None)
-        assert make("a.jsonl", tokenizer=copy, model=model) == first
-        assert make("a.jsonl", tokenizer=None, model=model) == first
-    ids = opened(first)[1]["train"].tokens.tolist()
+        assert make_examples("a.jsonl", tokenizer=copy, model=model) == first
+        assert make_examples("a.jsonl", tokenizer=None, model=model) == first
+    ids = open_examples(first)[1]["train"].tokens.tolist()
     shutil.rmtree(first)  # the link to it stays
-    assert make("a.jsonl", tokenizer=copy, model=model) == first
-    assert opened(first)[1]["train"].tokens.tolist() == ids
+    assert make_examples("a.jsonl", tokenizer=copy, model=model) == first
+    assert open_examples(first)[1]["train"].tokens.tolist() == ids
 
 
 def test_cache_depends_on_the_content_of_tokenizer_files() -> None:
-    jsonl("a.jsonl", ROWS)
+    write_jsonl("a.jsonl", ROWS)
     folders = [
-        make("a.jsonl", tokenizer=start_folder()),
-        make("a.jsonl", tokenizer=start_folder("ends", eos_token_id=257)),
+        make_examples("a.jsonl", tokenizer=start_folder()),
+        make_examples("a.jsonl", tokenizer=start_folder("ends", eos_token_id=257)),
     ]
     (Path("start") / "tokenizer_config.json").write_text(json.dumps(NAMES | {"eos_token": "<s>"}))
-    folders.append(make("a.jsonl", tokenizer="start"))
+    folders.append(make_examples("a.jsonl", tokenizer="start"))
     assert len(set(folders)) == 3
-    assert len({tuple(texts(opened(folder)[1]["train"])) for folder in folders}) == 1
+    assert len({tuple(decode_texts(open_examples(folder)[1]["train"])) for folder in folders}) == 1

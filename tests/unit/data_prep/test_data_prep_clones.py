@@ -14,7 +14,7 @@ import pytest
 from data_prep.clones import has_card, split_of
 from data_prep.inputs import find_streams
 from megalite.errors import CommandError, DataError
-from tests.helpers.rows import jsonl, make, opened
+from tests.helpers.rows import make_examples, open_examples, write_jsonl
 
 CARD = """---
 configs:
@@ -63,7 +63,9 @@ def clone(card: str = CARD) -> None:
 
 
 def sizes(path: str, **data: Any) -> dict[str, int]:
-    return {name: len(split) for name, split in opened(make(path, **data))[1].items()}
+    return {
+        name: len(split) for name, split in open_examples(make_examples(path, **data))[1].items()
+    }
 
 
 @pytest.mark.parametrize("card", [CARD, "", "# Reviews\n"])
@@ -73,10 +75,10 @@ def test_clone_has_the_splits_of_load_dataset(card: str) -> None:
     assert known == {"train": 12, "test": 6}
     assert sizes("clone", test_split="test") == known
     assert sizes("clone/data", test_split="test") == known
-    labels = opened(make("clone"))[0].labels
+    labels = open_examples(make_examples("clone"))[0].labels
     assert labels == (("neg", "pos") if card == CARD else ("0", "1"))
     with pytest.raises(DataError, match="clone: split 'valid': no such split; it has train, test"):
-        make("clone", valid_split="valid")
+        make_examples("clone", valid_split="valid")
 
 
 def test_data_card_overrides_names_of_files() -> None:
@@ -95,11 +97,11 @@ def test_clone_with_a_folder_for_each_split_is_read(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["val", "dev", "valid"])
 def test_split_has_the_librarys_name_and_the_files(name: str) -> None:
-    jsonl("d/train.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": 0}])
-    jsonl(f"d/{name}.jsonl", [{"text": "c", "label": 1}])
+    write_jsonl("d/train.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": 0}])
+    write_jsonl(f"d/{name}.jsonl", [{"text": "c", "label": 1}])
     assert sizes("d", valid_split=name) == sizes("d", valid_split="validation")
     with pytest.raises(DataError, match=f"no such split; it has {min(name, 'train')}"):
-        make("d", valid_split="gone")
+        make_examples("d", valid_split="gone")
 
 
 def test_clone_configuration_is_chosen_by_name() -> None:
@@ -111,7 +113,7 @@ def test_clone_configuration_is_chosen_by_name() -> None:
     parquet("clone/de/a.parquet", 5)
     assert sizes("clone@de") == {"train": 5}
     with pytest.raises(DataError, match=r"name one, as clone@CONFIG"):
-        make("clone")
+        make_examples("clone")
 
 
 def test_single_shard_of_several_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
@@ -140,8 +142,8 @@ def test_corpus_does_not_mix_splits() -> None:
     for name in ("web", "books"):
         parquet(f"sources/{name}-00000-of-00001.parquet", 1)
     assert len(paths("sources")) == 2
-    jsonl("lines/train.jsonl.gz", [])
-    jsonl("lines/dev.jsonl", [])
+    write_jsonl("lines/train.jsonl.gz", [])
+    write_jsonl("lines/dev.jsonl", [])
     with pytest.raises(CommandError, match="splits train, validation"):
         paths("lines")
 
@@ -161,8 +163,8 @@ def test_corpus_of_source_code_may_contain_data_files() -> None:
     for name in ("a.py", "b.py", "c.py", "tests/d.py"):
         Path("src", name).parent.mkdir(parents=True, exist_ok=True)
         Path("src", name).write_text("x")
-    jsonl("src/tests/train.jsonl", [])
-    jsonl("src/tests/test.jsonl", [])
+    write_jsonl("src/tests/train.jsonl", [])
+    write_jsonl("src/tests/test.jsonl", [])
     assert len(paths("src")) == 6
 
 

@@ -17,8 +17,10 @@ BOM, ZERO_WIDTH, IDEOGRAPHIC, NO_BREAK = "\ufeff", "\u200b", "\u3000", "\xa0"
 
 def counts(tmp_path: Path, named: list[Any], /, **data: Any) -> dict[str, int]:
     rows = [{"text": f"text {n}", "label": label} for n, label in enumerate(named)]
-    path = labelled.jsonl(str(tmp_path / "rows" / "train.jsonl"), rows)
-    manifest, _ = labelled.opened(labelled.make(path, cache=str(tmp_path / "cache"), **data))
+    path = labelled.write_jsonl(str(tmp_path / "rows" / "train.jsonl"), rows)
+    manifest, _ = labelled.open_examples(
+        labelled.make_examples(path, cache=str(tmp_path / "cache"), **data)
+    )
     return dict(manifest.splits["train"].counts)
 
 

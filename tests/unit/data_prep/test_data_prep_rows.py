@@ -20,7 +20,7 @@ import zstandard
 from megalite import hub
 from megalite.errors import DataError
 from megalite.tokenizers.tokenizer import load_tokenizer
-from tests.helpers.rows import ROWS, jsonl, make, opened, texts
+from tests.helpers.rows import ROWS, decode_texts, make_examples, open_examples, write_jsonl
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +61,8 @@ def written(kind: str) -> bytes:
 @pytest.mark.parametrize("kind", ["jsonl", "ndjson", "json", "csv", "tsv"])
 def test_files_of_every_kind_give_the_same_examples(kind: str, packed: str) -> None:
     Path(f"a.{kind}{packed}").write_bytes(_PACKERS[packed](written(kind)))
-    manifest, splits = opened(make(f"a.{kind}{packed}"))
-    assert texts(splits["train"]) == [row["text"] for row in ROWS]
+    manifest, splits = open_examples(make_examples(f"a.{kind}{packed}"))
+    assert decode_texts(splits["train"]) == [row["text"] for row in ROWS]
     assert manifest.labels == ("0", "1", "2")
     assert splits["train"].labels is not None
     assert splits["train"].labels.tolist() == [row["label"] for row in ROWS]
@@ -78,15 +78,15 @@ def test_parquet_and_saved_sets_give_the_same_examples() -> None:
     saved = datasets.Dataset(table)
     saved.save_to_disk("saved")
     datasets.DatasetDict({"train": saved, "test": saved.select(range(6))}).save_to_disk("both")
-    expected = opened(make("a.parquet"))[1]["train"].info
-    assert opened(make("saved"))[1]["train"].info == expected
-    splits = opened(make("both", test_split="test"))[1]
+    expected = open_examples(make_examples("a.parquet"))[1]["train"].info
+    assert open_examples(make_examples("saved"))[1]["train"].info == expected
+    splits = open_examples(make_examples("both", test_split="test"))[1]
     assert splits["train"].info == expected
     assert len(splits["test"]) == 6
     with pytest.raises(DataError, match="no split 'valid'; it has train, test"):
-        make("both", valid_split="valid")
+        make_examples("both", valid_split="valid")
     with pytest.raises(DataError, match="no column 'texts'; it has text, label"):
-        make("saved", text_column="texts")
+        make_examples("saved", text_column="texts")
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_parquet_and_saved_sets_give_the_same_examples() -> None:
 def test_table_of_another_program_is_described(content: bytes, message: str) -> None:
     Path("a.csv").write_bytes(content)
     with pytest.raises(DataError, match=message) as caught:
-        make("a.csv")
+        make_examples("a.csv")
     assert "\n" not in str(caught.value)
 
 
@@ -116,7 +116,7 @@ def test_hub_data_set_names_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(hub, "unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
-    manifest, splits = opened(make("org/name@small", max_bad_rows=1))
+    manifest, splits = open_examples(make_examples("org/name@small", max_bad_rows=1))
     assert manifest.labels == ("neg", "pos")
     assert splits["train"].labels is not None
     assert splits["train"].labels.tolist() == [1, 0]
@@ -128,11 +128,11 @@ def test_hub_data_set_names_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError, match="no network; local files work offline"):
-        make("org/name")
+        make_examples("org/name")
     monkeypatch.setattr(hub, "unreachable", lambda: "no route")
     began = time.monotonic()
     with pytest.raises(DataError, match=r"org/name: no such file .*reached \(no route\)") as caught:
-        make("org/name@small")
+        make_examples("org/name@small")
     assert time.monotonic() - began < 1  # the library tries for half a minute
     assert "\nhf download org/name --repo-type dataset --local-dir name\n" in str(caught.value)
 
@@ -144,39 +144,39 @@ def test_missing_file_is_not_taken_for_a_hub_data_set(
     monkeypatch.setattr(datasets, "load_dataset", None)
     Path("d").mkdir()
     with pytest.raises(DataError, match=f"{name}: there is no such file or folder"):
-        make(name)
+        make_examples(name)
 
 
 def test_folder_has_a_file_for_each_split() -> None:
-    jsonl("d/train.jsonl", ROWS)
+    write_jsonl("d/train.jsonl", ROWS)
     Path("d/dev.csv").write_text("text,label\nx,1\n")
     Path("d/test.ndjson.gz").write_bytes(gzip.compress(json.dumps(ROWS[1]).encode()))
     Path("d/README.md").write_text("")
-    splits = opened(make("d", valid_split="dev", test_split="test.ndjson.gz"))[1]
+    splits = open_examples(make_examples("d", valid_split="dev", test_split="test.ndjson.gz"))[1]
     assert {name: len(split) for name, split in splits.items()} == {
         "train": 20,
         "valid": 1,
         "test": 1,
     }
     with pytest.raises(DataError, match=r"no such split; it has dev.csv, test.*gz, train.jsonl$"):
-        make("d", valid_split="valid")
+        make_examples("d", valid_split="valid")
     Path("d/train.csv").write_text("text,label\n")
     with pytest.raises(DataError, match="2 files have the name"):
-        make("d")
-    assert len(opened(make("d", train_split="train.jsonl"))[1]["train"]) == 20
+        make_examples("d")
+    assert len(open_examples(make_examples("d", train_split="train.jsonl"))[1]["train"]) == 20
 
 
 def test_find_source_reports_paths_without_data(tmp_path: Path) -> None:
     Path("a.txt").write_text("x")
-    jsonl("a.jsonl", ROWS)
-    with pytest.raises(DataError, match="a.txt: got an unknown ending; use one of"):
-        make("a.txt")
+    write_jsonl("a.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"a\.txt: got an unknown ending; use one of"):
+        make_examples("a.txt")
     for path in ("gone.jsonl.gz", str(tmp_path / "gone"), "./gone"):
         with pytest.raises(DataError, match="there is no such file or folder"):
-            make(path)
+            make_examples(path)
     with pytest.raises(DataError, match=r"a.jsonl: split 'test': no such split; it has train"):
-        make("a.jsonl", test_split="test")
-    assert len(opened(make("a.jsonl", train_split="all"))[1]["train"]) == 20
+        make_examples("a.jsonl", test_split="test")
+    assert len(open_examples(make_examples("a.jsonl", train_split="all"))[1]["train"]) == 20
 
 
 def test_damaged_files_are_reported() -> None:
@@ -187,9 +187,9 @@ def test_damaged_files_are_reported() -> None:
     Path("a.parquet").write_text("PAR1")
     for name in ("a.jsonl.gz", "a.csv", "a.json", "a.parquet"):
         with pytest.raises(DataError, match=f"{name}: cannot be read to its end"):
-            make(name)
+            make_examples(name)
     with pytest.raises(DataError, match="several columns are named 'text'"):
-        make("b.csv")
+        make_examples("b.csv")
 
 
 # ---- bad rows
@@ -213,48 +213,48 @@ FAULTS: list[tuple[Any, str]] = [
 def test_bad_row_is_reported_and_counted(
     row: Any, reason: str, log: pytest.LogCaptureFixture
 ) -> None:
-    jsonl("a.jsonl", [*ROWS[:2], row, ROWS[2]])
+    write_jsonl("a.jsonl", [*ROWS[:2], row, ROWS[2]])
     with pytest.raises(
         DataError, match=r"a.jsonl line 3: .*; 1 bad row, .*max_bad_rows 0"
     ) as error:
-        make("a.jsonl")
+        make_examples("a.jsonl")
     assert reason in str(error.value)
-    split = opened(make("a.jsonl", max_bad_rows=1))[1]["train"]
+    split = open_examples(make_examples("a.jsonl", max_bad_rows=1))[1]["train"]
     assert (split.info.bad_rows, split.rows.tolist()) == (1, [0, 1, 3])
     assert "a.jsonl line 3" in log.text
     assert reason in log.text
 
 
 def test_bad_rows_are_counted_by_split_and_a_few_named(log: pytest.LogCaptureFixture) -> None:
-    jsonl("d/train.jsonl", [*ROWS, *["x"] * 8])
-    jsonl("d/test.jsonl", [ROWS[0], {"text": "a", "label": 7}, *["x"] * 7])
-    split = opened(make("d", test_split="test", max_bad_rows=8))[1]
+    write_jsonl("d/train.jsonl", [*ROWS, *["x"] * 8])
+    write_jsonl("d/test.jsonl", [ROWS[0], {"text": "a", "label": 7}, *["x"] * 7])
+    split = open_examples(make_examples("d", test_split="test", max_bad_rows=8))[1]
     assert [one.info.bad_rows for one in split.values()] == [8, 8]
     assert log.text.count("omitted") == 10
     assert log.text.count("label '7' is none of '0', '1', '2'") == 1
     with pytest.raises(DataError, match=r"8 bad rows, more than .* 7"):
-        make("d", test_split="test", max_bad_rows=7)
-    jsonl("e.jsonl", ["x"] * 3000)
+        make_examples("d", test_split="test", max_bad_rows=7)
+    write_jsonl("e.jsonl", ["x"] * 3000)
     with pytest.raises(DataError, match=r"line 1: .*; 1,001 or more bad rows, more than .* 0"):
-        make("e.jsonl")
+        make_examples("e.jsonl")
 
 
 def test_csv_rows_of_another_length_are_bad_rows() -> None:
     Path("a.csv").write_text("text,label\na,1\nb\nc,2,3\nd,0\n")
-    split = opened(make("a.csv", max_bad_rows=2))[1]["train"]
-    assert texts(split) == ["a", "d"]
+    split = open_examples(make_examples("a.csv", max_bad_rows=2))[1]["train"]
+    assert decode_texts(split) == ["a", "d"]
     with pytest.raises(DataError, match=r"row 1 \(to line 3\): 1 fields, not 2"):
-        make("a.csv")
+        make_examples("a.csv")
     assert csv.field_size_limit() > 1 << 31
 
 
 def test_split_without_examples_is_refused() -> None:
-    jsonl("d/train.jsonl", ROWS)
-    jsonl("d/test.jsonl", [])
+    write_jsonl("d/train.jsonl", ROWS)
+    write_jsonl("d/test.jsonl", [])
     with pytest.raises(DataError, match="test split has no example"):
-        make("d", test_split="test")
+        make_examples("d", test_split="test")
     with pytest.raises(DataError, match="train split has no example"):
-        make("d", "language_modeling", train_split="test", tokenizer=None)
+        make_examples("d", "language_modeling", train_split="test", tokenizer=None)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "folder"])
@@ -274,19 +274,21 @@ def test_rows_may_be_unlabelled_for_predictions(kind: str, log: pytest.LogCaptur
             lines = [",".join("" if v is None else str(v) for v in row.values()) for row in values]
             Path(path).write_text("\n".join([",".join(values[0]), *lines]) + "\n")
         else:
-            jsonl(path, values)
+            write_jsonl(path, values)
         return path
 
     options = {"labels": ["0", "1"], "unlabelled": True}
     train = "train" if kind != "folder" else "None"
-    split = opened(make(written("some", rows), train_split=train, **options))[1]["train"]
+    split = open_examples(make_examples(written("some", rows), train_split=train, **options))[1][
+        "train"
+    ]
     assert split.labels is not None
     assert split.labels.tolist() == [1, -1, 0, -1]
     assert split.info.counts == {"0": 1, "1": 1}
     bare = written("none", [{"text": row["text"]} for row in rows])
-    split = opened(make(bare, train_split=train, **options))[1]["train"]
+    split = open_examples(make_examples(bare, train_split=train, **options))[1]["train"]
     assert split.labels is not None
     assert split.labels.tolist() == [-1] * 4
     assert "no example of" not in log.text
     with pytest.raises(DataError, match="label"):
-        make(bare, train_split=train, labels=["0", "1"])
+        make_examples(bare, train_split=train, labels=["0", "1"])

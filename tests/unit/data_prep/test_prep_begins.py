@@ -15,7 +15,7 @@ from megalite.errors import UserError
 from megalite.formats.shards import open_shards
 from megalite.formats.verify import verify_folder
 from megalite.tokenizers.tokenizer import load_tokenizer
-from tests.helpers.rows import jsonl, make, opened
+from tests.helpers.rows import make_examples, open_examples, write_jsonl
 from tests.helpers.tokenizers import END, START, json_folder
 
 BOS, EOS = 256, 257
@@ -24,7 +24,7 @@ BOS, EOS = 256, 257
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    jsonl("texts.jsonl", [{"text": "ab"}, {"text": "c"}])
+    write_jsonl("texts.jsonl", [{"text": "ab"}, {"text": "c"}])
 
 
 def documents(tokenizer: str, name: str, **options: Any) -> list[list[int]]:
@@ -88,24 +88,26 @@ def test_tokenizer_without_bos_is_refused_only_if_bos_is_set() -> None:
 
 @pytest.mark.parametrize(("tokenizer", "before"), [("plain", []), ("begins", [BOS])])
 def test_examples_begin_with_the_tokenizers_prefix(tokenizer: str, before: list[int]) -> None:
-    jsonl("a.jsonl", [{"text": "ab", "label": n % 2, "target": "xy"} for n in range(4)])
-    split = opened(make("a.jsonl", tokenizer=tokenizer))[1]["train"]
+    write_jsonl("a.jsonl", [{"text": "ab", "label": n % 2, "target": "xy"} for n in range(4)])
+    split = open_examples(make_examples("a.jsonl", tokenizer=tokenizer))[1]["train"]
     assert split.ids(0).tolist() == [*before, *ids("ab"), EOS]
     model = {"architecture": "encoder"}
-    split = opened(make("a.jsonl", tokenizer=tokenizer, model=model))[1]["train"]
+    split = open_examples(make_examples("a.jsonl", tokenizer=tokenizer, model=model))[1]["train"]
     assert split.ids(0).tolist() == [BOS, *ids("ab"), EOS]
-    split = opened(make("a.jsonl", "language_modeling", tokenizer=tokenizer))[1]["train"]
+    split = open_examples(make_examples("a.jsonl", "language_modeling", tokenizer=tokenizer))[1][
+        "train"
+    ]
     assert split.ids(0).tolist() == [*before, *ids("ab"), EOS]
     assert split.loss_mask(0).tolist() == [False] * len(before) + [True] * 3
-    split = opened(make("a.jsonl", "seq2seq", tokenizer=tokenizer))[1]["train"]
+    split = open_examples(make_examples("a.jsonl", "seq2seq", tokenizer=tokenizer))[1]["train"]
     assert split.ids(0).tolist() == [*before, *ids("ab"), EOS, *ids("xy"), EOS]
 
 
 def test_examples_are_made_again_if_a_settings_file_changes() -> None:
-    jsonl("a.jsonl", [{"text": "ab"}] * 3)
-    first = make("a.jsonl", "language_modeling", tokenizer="plain")
-    assert make("a.jsonl", "language_modeling", tokenizer="plain") == first
+    write_jsonl("a.jsonl", [{"text": "ab"}] * 3)
+    first = make_examples("a.jsonl", "language_modeling", tokenizer="plain")
+    assert make_examples("a.jsonl", "language_modeling", tokenizer="plain") == first
     Path("plain/generation_config.json").write_text('{"eos_token_id": [257, 259]}')
-    again = make("a.jsonl", "language_modeling", tokenizer="plain")
+    again = make_examples("a.jsonl", "language_modeling", tokenizer="plain")
     assert again != first
     assert load_tokenizer(again / "tokenizer").end_ids == (EOS, 259)

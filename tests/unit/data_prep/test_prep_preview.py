@@ -12,7 +12,7 @@ from data_prep.preview import preview
 from megalite.config import RunConfig
 from megalite.errors import DataError
 from tests.helpers.models import run_config
-from tests.helpers.rows import jsonl
+from tests.helpers.rows import write_jsonl
 
 ROW = {"text": "x", "label": "a"}
 
@@ -28,7 +28,7 @@ def tuning(**data: Any) -> RunConfig:
 
 
 def test_preview_names_splits_and_columns() -> None:
-    jsonl("a.jsonl", [ROW])
+    write_jsonl("a.jsonl", [ROW])
     assert preview(tuning()) == "a.jsonl: train with text, label"
 
 
@@ -43,11 +43,11 @@ def test_preview_names_splits_and_columns() -> None:
 def test_preview_refuses_rows_that_cannot_be_used(
     rows: list[dict[str, Any]], data: dict[str, Any], message: str
 ) -> None:
-    jsonl("a.jsonl", rows)
+    write_jsonl("a.jsonl", rows)
     with pytest.raises(DataError, match=message):
         preview(tuning(**data))
 
 
 def test_preview_accepts_a_bad_row_if_some_are_allowed() -> None:
-    jsonl("a.jsonl", [{"text": "x"}, ROW])
+    write_jsonl("a.jsonl", [{"text": "x"}, ROW])
     assert preview(tuning(max_bad_rows=1)).startswith("a.jsonl: train")

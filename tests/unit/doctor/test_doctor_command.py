@@ -21,7 +21,7 @@ from megalite.plan import make_plan
 from megalite.train import checks
 from tests.helpers.models import run_config
 from tests.helpers.ranks import run_ranks
-from tests.helpers.rows import ROWS, jsonl
+from tests.helpers.rows import ROWS, write_jsonl
 from tests.helpers.runs import run_file, train
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -167,7 +167,7 @@ def tuning(path: str, task: str = "classification", **data: Any) -> dict[str, An
 
 
 def test_examples_are_looked_at(quick: None, tmp_path: Path) -> None:
-    path = jsonl(str(tmp_path / "rows.jsonl"), ROWS)
+    path = write_jsonl(str(tmp_path / "rows.jsonl"), ROWS)
     raw = tuning(path, tokenizer="bytes")
     raw["model"]["vocab_size"] = 300
     rows = rows_of(write(tmp_path / "c.json", raw))
@@ -181,14 +181,14 @@ def test_faults_of_examples(tmp_path: Path) -> None:
     def look(path: str, **data: Any) -> str:
         return preview(parse_config(tuning(path, **data)))
 
-    path = jsonl(str(tmp_path / "rows.jsonl"), [{"text": "x"}, *ROWS])
+    path = write_jsonl(str(tmp_path / "rows.jsonl"), [{"text": "x"}, *ROWS])
     assert look(path, max_bad_rows=1).endswith("train with text, label")
     with pytest.raises(DataError, match="line 1: no field 'label'"):
         look(path)
     with pytest.raises(DataError, match=r"model.vocab_size: 61, but the tokenizer has 258 ids"):
         look(path, max_bad_rows=1, tokenizer="bytes")
     with pytest.raises(DataError, match="the train split has no row"):
-        look(jsonl(str(tmp_path / "empty.jsonl"), [""]))
+        look(write_jsonl(str(tmp_path / "empty.jsonl"), [""]))
     with pytest.raises(DataError, match="there is no such file or folder"):
         look(str(tmp_path / "none.jsonl"))
     with pytest.raises(DataError, match="split 'test': no such split"):

@@ -17,7 +17,7 @@ from data_prep.conversations import Conversation, read_questions, replace_system
 from megalite.errors import CommandError, DataError
 from megalite.evaluate import Answerer, Sampling, json_lines, read_turns
 from megalite.tokenizers.tokenizer import ByteTokenizer
-from tests.helpers.rows import jsonl
+from tests.helpers.rows import write_jsonl
 
 TEMPLATE = CHATML.replace(
     "{% for m", "{% if messages[0].role != 'system' %}DEFAULT{% endif %}{% for m", 1
@@ -98,7 +98,7 @@ def test_many_questions_are_answered_in_order(tmp_path: Any) -> None:
     talks = [
         [turn("user", "a"), turn("assistant", "b")] * n + [turn("user", "c")] for n in range(11)
     ]
-    path = jsonl(str(tmp_path / "talks.jsonl"), [{"messages": talk} for talk in talks])
+    path = write_jsonl(str(tmp_path / "talks.jsonl"), [{"messages": talk} for talk in talks])
     questions = read_questions(path, None)
     written = [""] * len(talks)
     for number, piece in answerer(Echo()).answers(questions):
@@ -124,7 +124,7 @@ def test_many_questions_are_answered_in_order(tmp_path: Any) -> None:
 )
 def test_questions_that_cannot_be_asked_are_named(row: Any, message: str, tmp_path: Any) -> None:
     with pytest.raises(CommandError, match=message):
-        read_questions(jsonl(str(tmp_path / "a.jsonl"), [row]), None)
+        read_questions(write_jsonl(str(tmp_path / "a.jsonl"), [row]), None)
     with pytest.raises(CommandError, match="there is no such file"):
         read_questions(str(tmp_path / "gone.jsonl"), None)
 
@@ -170,7 +170,7 @@ def test_ranks_share_the_lines_of_the_first() -> None:
 
 def test_a_question_that_the_template_refuses_is_named(tmp_path: Any) -> None:
     row = {"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}
-    questions = read_questions(jsonl(str(tmp_path / "a.jsonl"), [row]), None)
+    questions = read_questions(write_jsonl(str(tmp_path / "a.jsonl"), [row]), None)
     with pytest.raises(DataError, match=r"--messages .*line 1: it has tools, which the chat temp"):
         list(answerer(Echo()).answers(questions))
     with pytest.raises(DataError, match=r"^it has tools"):

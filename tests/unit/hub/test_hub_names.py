@@ -56,11 +56,11 @@ def test_model_of_the_hub_is_downloaded_once(server: StubHub, tmp_path: Path) ->
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not {"pytorch_model.bin", "consolidated.safetensors", "onnx", "README.md"} & names
     assert (folder / "model.safetensors").read_text() == "model.safetensors"
-    assert len(server.gotten()) == len(names)
+    assert len(server.requested_files()) == len(names)
     server.requests.clear()
     assert find_model("org/model", "--checkpoint") == folder
     assert find_model(f"org/model@{COMMIT}", "--checkpoint") == folder
-    assert server.gotten() == []
+    assert server.requested_files() == []
 
 
 def test_cached_model_is_used_without_a_network(
@@ -135,7 +135,7 @@ def test_refusals_of_the_hub_are_explained(server: StubHub, tmp_path: Path) -> N
         server.repositories[f"org/{ending}x"] = folder
         with pytest.raises(CommandError, match=words):
             find_model(f"org/{ending}x", "--checkpoint")
-    assert not server.gotten()
+    assert not server.requested_files()
 
 
 def test_local_path_has_priority(server: StubHub, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_tokenizer_on_the_hub_is_downloaded_without_weights(server: StubHub) -> 
     tokenizer = load_tokenizer("org/model")
     assert tokenizer.vocab_size == load_tokenizer("bytes").vocab_size
     assert tokenizer.encode("é") == list("é".encode())
-    assert not [name for name in server.gotten() if name.endswith(".safetensors")]
+    assert not [name for name in server.requested_files() if name.endswith(".safetensors")]
 
 
 def test_first_rank_of_a_host_downloads(server: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:

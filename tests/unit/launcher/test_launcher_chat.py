@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.rows import jsonl
+from tests.helpers.rows import write_jsonl
 from tests.unit.launcher.test_launcher_generate import checkpoint, say
 
 __all__ = ["checkpoint"]  # fixtures
@@ -30,7 +30,7 @@ def test_a_file_of_conversations_is_answered_as_prompts_are(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = jsonl(str(tmp_path / "a.jsonl"), [question("ab"), question("cd", "x", "y")])
+    path = write_jsonl(str(tmp_path / "a.jsonl"), [question("ab"), question("cd", "x", "y")])
     arguments = ["--checkpoint", str(checkpoint), "--chat", *GREEDY]
     assert say(monkeypatch, *arguments, "--messages", path, "--json") == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

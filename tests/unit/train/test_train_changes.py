@@ -13,7 +13,7 @@ from megalite.errors import CommandError
 from megalite.optim import learning_rate
 from megalite.parallel import Grid
 from megalite.train.changes import ALLOWABLE
-from tests.helpers.checkpoints import changed, find, publish
+from tests.helpers.checkpoints import changed_config, find, publish
 from tests.helpers.models import run_config
 
 
@@ -39,8 +39,8 @@ FREE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", FREE)
 def test_resume_ignores_free_changes(grid: Grid, root: Path, name: str) -> None:
-    publish(root, 5, changed(schedule=FREE[name].get("schedule", {})))
-    point = find(grid, root, changed(**FREE[name]))
+    publish(root, 5, changed_config(schedule=FREE[name].get("schedule", {})))
+    point = find(grid, root, changed_config(**FREE[name]))
     assert point is not None
     assert (point.changes, point.progress.samples) == ({}, 20)
 
@@ -61,7 +61,7 @@ def test_resume_records_changes_key_by_key(
     grid: Grid, root: Path, keys: str, sections: dict[str, Any]
 ) -> None:
     publish(root, 5, run_config())
-    point = find(grid, root, changed(**sections))
+    point = find(grid, root, changed_config(**sections))
     assert point is not None
     assert list(point.changes) == keys.split()
     for key in keys.split():
@@ -89,7 +89,7 @@ def test_resume_point_has_the_next_learning_rate_before_and_after(
     grid: Grid, root: Path, sections: dict[str, Any], changes_rate: bool
 ) -> None:
     publish(root, 5, run_config())
-    config = changed(**sections)
+    config = changed_config(**sections)
     point = find(grid, root, config)
     assert point is not None
     assert point.rates == (learning_rate(run_config(), 6), learning_rate(config, 6))
@@ -114,25 +114,25 @@ def test_resume_refuses_changes_without_allow_change(grid: Grid, root: Path, nam
     key, sections = REFUSED[name]
     pattern = rf"^{key} differs from the checkpoint .*--allow-change {key}$"
     with pytest.raises(CommandError, match=pattern) as caught:
-        find(grid, root, changed(**sections))
+        find(grid, root, changed_config(**sections))
     assert caught.value.exit_code == 2
     others = tuple(other for other in ALLOWABLE if other != key)
     with pytest.raises(CommandError, match=pattern):
-        find(grid, root, changed(**sections), allow=others)
+        find(grid, root, changed_config(**sections), allow=others)
 
 
 def test_allow_change_does_not_accept_a_model_of_other_shapes(grid: Grid, root: Path) -> None:
     publish(root, 5, run_config())
     for allow in ((), ("model",)):
         with pytest.raises(CommandError, match="holds another model"):
-            find(grid, root, changed(model={"hidden_size": 48}), allow=allow)
+            find(grid, root, changed_config(model={"hidden_size": 48}), allow=allow)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_resume_records_allowed_changes(grid: Grid, root: Path, name: str) -> None:
     publish(root, 5, run_config())
     key, sections = REFUSED[name]
-    point = find(grid, root, changed(**sections), allow=(key,))
+    point = find(grid, root, changed_config(**sections), allow=(key,))
     assert point is not None
     assert list(point.changes) == [key]
     json.dumps(point.changes)
@@ -156,7 +156,9 @@ def test_resume_refuses_other_shards_and_another_tokenizer(grid: Grid, root: Pat
 
 def test_refusal_lists_all_changes(grid: Grid, root: Path) -> None:
     publish(root, 5, run_config())
-    config = changed(model={"hidden_dropout": 0.1}, training={"seed": 9}, optimizer={"lr": 1.0})
+    config = changed_config(
+        model={"hidden_dropout": 0.1}, training={"seed": 9}, optimizer={"lr": 1.0}
+    )
     with pytest.raises(CommandError) as caught:
         find(grid, root, config, tokenizer="cd" * 32, shards="code")
     refused = [line.split()[0] for line in str(caught.value).splitlines()]
@@ -174,7 +176,9 @@ def test_refusal_lists_all_changes(grid: Grid, root: Path) -> None:
 
 def test_change_of_seeds_names_both(grid: Grid, root: Path) -> None:
     publish(root, 5, run_config())
-    point = find(grid, root, changed(data={"seed": 8}, training={"seed": 9}), allow=("seed",))
+    point = find(
+        grid, root, changed_config(data={"seed": 8}, training={"seed": 9}), allow=("seed",)
+    )
     assert point is not None
     assert "training.seed" in str(point.changes["seed"])
     assert "data.seed" in str(point.changes["seed"])
@@ -188,7 +192,7 @@ def test_change_of_shards_is_refused_next_to_an_allowed_change(
 ) -> None:
     publish(root, 5, run_config())
     with pytest.raises(CommandError, match=r"^data differs"):
-        find(grid, root, changed(data=data), shards="code", allow=(key,))
+        find(grid, root, changed_config(data=data), shards="code", allow=(key,))
 
 
 @pytest.mark.parametrize("field", ["model.hidden_dropout", "optimizer.l1", "data.mask_documents"])

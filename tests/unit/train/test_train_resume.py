@@ -14,7 +14,7 @@ from megalite.formats import checkpoint as disk
 from megalite.parallel import Grid
 from megalite.train.restore import samples_at
 from megalite.train.resume import check_resume, find_resume_point
-from tests.helpers.checkpoints import TOKENIZER, find, fingerprint, publish, reseal, spoil
+from tests.helpers.checkpoints import TOKENIZER, damage_weights, find, fingerprint, publish, reseal
 from tests.helpers.models import run_config
 
 
@@ -38,7 +38,7 @@ def test_resume_without_checkpoints_is_a_fresh_start(grid: Grid, root: Path) -> 
 def test_resume_auto_takes_the_newest_valid_checkpoint(grid: Grid, root: Path) -> None:
     for step in (5, 15, 10):
         publish(root, step, run_config())
-    spoil(root / "step_00000015")
+    damage_weights(root / "step_00000015")
     point = find(grid, root, run_config())
     assert point is not None
     assert point.folder == root / "step_00000010"
@@ -72,7 +72,7 @@ def test_resume_from_a_folder_without_a_checkpoint_is_refused(
 def test_resume_with_only_damaged_checkpoints_is_an_error(grid: Grid, root: Path) -> None:
     """The same holds if the scheduler starts the same command again."""
     for step in (5, 10):
-        spoil(publish(root, step, run_config()))
+        damage_weights(publish(root, step, run_config()))
     for _ in range(2):
         with pytest.raises(CheckpointError, match="damaged"):
             find(grid, root, run_config())
@@ -83,7 +83,7 @@ def test_resume_from_another_run_works_if_all_checkpoints_are_damaged(
     grid: Grid, root: Path, tmp_path: Path
 ) -> None:
     """This is the advice of the error about damaged checkpoints."""
-    spoil(publish(root, 5, run_config()))
+    damage_weights(publish(root, 5, run_config()))
     other = publish(tmp_path / "other", 3, run_config())
     point = find(grid, root, run_config(), resume=str(other))
     assert point is not None
@@ -93,7 +93,7 @@ def test_resume_from_another_run_works_if_all_checkpoints_are_damaged(
 def test_damaged_checkpoint_gets_a_number_if_its_new_name_exists(grid: Grid, root: Path) -> None:
     publish(root, 5, run_config())
     for _ in range(3):
-        spoil(publish(root, 10, run_config()))
+        damage_weights(publish(root, 10, run_config()))
         point = find(grid, root, run_config())
         assert point is not None
         set_aside_damaged(point.damaged, grid)
@@ -118,7 +118,7 @@ def test_resume_from_a_damaged_checkpoint_of_another_run_is_refused(
     grid: Grid, root: Path, tmp_path: Path
 ) -> None:
     other = publish(tmp_path / "other", 3, run_config())
-    spoil(other)
+    damage_weights(other)
     with pytest.raises(CommandError, match=r"--resume .*weights: its bytes are not those"):
         find(grid, root, run_config(), resume=str(other))
     publish(tmp_path / "other", 2, run_config())
@@ -130,7 +130,7 @@ def test_resume_from_a_damaged_checkpoint_of_another_run_is_refused(
 @pytest.mark.parametrize("kind", ["run", "checkpoints"])
 def test_resume_from_the_folder_of_this_run_is_auto(grid: Grid, root: Path, kind: str) -> None:
     publish(root, 5, run_config())
-    spoil(publish(root, 10, run_config()))
+    damage_weights(publish(root, 10, run_config()))
     path = root if kind == "checkpoints" else root.parent
     point = find(grid, root, run_config(), resume=str(path))
     assert point is not None
