@@ -212,6 +212,6 @@ def measure(
         split,
         grid,
         micro_batch_size=size,
-        own=data is None,
+        own_rows=data is None,
         predictions=predictions,
     )

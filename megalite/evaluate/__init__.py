@@ -1,4 +1,4 @@
-"""Evaluation of trained models: the text they write, and measures of it."""
+"""Evaluation of trained models: generated text, losses and metrics."""
 
 from megalite.evaluate.conversation import Answerer, json_lines, read_turns
 from megalite.evaluate.generate import (

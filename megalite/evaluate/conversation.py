@@ -1,4 +1,4 @@
-"""Conversations with a chat model: answers to given turns, and a talk that keeps its history."""
+"""Conversations with a chat model: answers to complete conversations, and interactive chats."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from megalite.log import logger
 from megalite.tokenizers.tokenizer import Tokenizer
 
 Messages: TypeAlias = "list[dict[str, Any]]"
-# from the turns so far, and the tools, to the ids up to the answer and the text that ends it
+# (turns so far, tools) -> (ids of the prompt, text that ends the answer)
 AskTurns: TypeAlias = "Callable[[Messages, list[Any] | None], tuple[list[int], str]]"
 
-_TOGETHER = 8  # conversations that are answered at once
+_BATCH = 8  # conversations that are answered in one batch
 
 
-def json_lines(pieces: Iterable[tuple[int, str]], given: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield one line of JSON for each text, in order: what was given, and the `text` written."""
-    texts = [""] * len(given)
+def json_lines(pieces: Iterable[tuple[int, str]], rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield a line of JSON for each row, in order: the row, and the generated `text`."""
+    texts = [""] * len(rows)
     for number, piece in pieces:
         texts[number] += piece
-    for row, text in zip(given, texts, strict=True):
+    for row, text in zip(rows, texts, strict=True):
         yield json.dumps({**row, "text": text}, allow_nan=False) + "\n"
 
 
@@ -33,11 +33,11 @@ def read_turns(
 ) -> Iterator[str]:
     """Yield the lines of standard input that are not blank, on every rank.
 
-    On a terminal a `> ` is written before each, and `exit` ends them as the end of input does.
+    On a terminal, print `> ` before each line. There `exit` ends the input, too.
 
     Args:
         first: whether this is rank 0, which reads.
-        share: returns rank 0's value on every rank; a collective. None: there is one rank.
+        share: returns rank 0's value on every rank; a collective. None means a single rank.
     """
     terminal = first and source.isatty()
     while True:
@@ -72,12 +72,12 @@ class Question(Protocol):
 
 
 class Answerer:
-    """A chat model with the way it writes.
+    """A chat model with its settings for generation.
 
     Args:
         ask: renders turns by the model's chat template.
-        window: tokens that the model reads at most.
-        stop: strings that end an answer, besides the template's own end of a turn.
+        window: maximum number of tokens that the model reads.
+        stop: strings that end an answer, in addition to the template's end of a turn.
     """
 
     def __init__(
@@ -100,23 +100,24 @@ class Answerer:
         self._stop = stop
 
     def answers(self, questions: Iterable[Question]) -> Iterator[tuple[int, str]]:
-        """Yield the pieces of every answer as they come, with the number of its question."""
-        waiting = iter(questions)
+        """Yield the pieces of all answers as they are generated, with the question's number."""
+        remaining = iter(questions)
         first = 0
-        while batch := list(islice(waiting, _TOGETHER)):
-            asked = [self._asked(question) for question in batch]
-            for ids, _ in asked:
+        while batch := list(islice(remaining, _BATCH)):
+            prompts = [self._render(question) for question in batch]
+            for ids, _ in prompts:
                 if len(ids) > self._window:
                     logger.warning(
                         "a conversation of %d tokens: the model reads the last %d",
                         len(ids),
                         self._window,
                     )
-            for number, piece in self._write([ids for ids, _ in asked], [end for _, end in asked]):
+            ids_only, ends = [ids for ids, _ in prompts], [end for _, end in prompts]
+            for number, piece in self._write(ids_only, ends):
                 yield first + number, piece
             first += len(batch)
 
-    def _asked(self, question: Question) -> tuple[list[int], str]:
+    def _render(self, question: Question) -> tuple[list[int], str]:
         try:
             return self._ask(question.messages, question.tools)
         except DataError as error:
@@ -125,24 +126,24 @@ class Answerer:
             ) from None
 
     def talk(self, turns: Iterable[str], system: Messages) -> Iterator[tuple[str, Iterator[str]]]:
-        """Yield each of a user's turns with the pieces of its answer; earlier turns are read too.
+        """Yield each turn of the user with the pieces of its answer, in one conversation.
 
-        The pieces of one answer must be read before the next turn is requested. If the turns so
-        far leave no room for an answer in the window, the oldest are dropped, which is logged.
+        Read all pieces of an answer before the next turn. If the conversation leaves no room for an
+        answer in the window, the oldest turns are dropped with a warning.
 
         Args:
-            system: the system turn, which is never dropped, or nothing.
+            system: the system turn, which is never dropped, or an empty list.
         """
         history: Messages = []
         for text in turns:
             history.append({"role": "user", "content": text})
             ids, end = self._fit(system, history)
             answer: list[str] = []
-            yield text, self._kept(self._write([ids], [end]), answer)
+            yield text, self._record(self._write([ids], [end]), answer)
             history.append({"role": "assistant", "content": "".join(answer)})
 
     def _fit(self, system: Messages, history: Messages) -> tuple[list[int], str]:
-        """Return the ids of the conversation. Turns that do not fit are removed from `history`."""
+        """Remove turns that do not fit from `history`. Return the ids of the rest."""
         dropped = 0
         ids, end = self._ask([*system, *history], None)
         while len(ids) + self._max_new_tokens > self._window and len(history) > 1:
@@ -162,7 +163,7 @@ class Answerer:
             )
         return ids, end
 
-    def _kept(self, pieces: Iterator[tuple[int, str]], answer: list[str]) -> Iterator[str]:
+    def _record(self, pieces: Iterator[tuple[int, str]], answer: list[str]) -> Iterator[str]:
         for _, piece in pieces:
             answer.append(piece)
             yield piece

@@ -1,6 +1,6 @@
-"""The tokens a classification depends on: each token's share of a score, and attention.
+"""Explanation of a classification: each token's contribution to the score, and attention.
 
-T tokens   S tokens that are looked at   N query heads   K key/value heads   H head width
+T tokens   S tokens that are attended to   N query heads   K key/value heads   H head width
 """
 
 from __future__ import annotations
@@ -20,51 +20,55 @@ from megalite.formats.examples import prefix_and_suffix_ids
 from megalite.model import LanguageModel
 from megalite.model.attention import CrossAttention
 
-_AT_ONCE = 16  # texts of the occlusion that are read together
-_GROUPS = 256  # texts of the occlusion: the tokens of a longer text are omitted in groups
+_BATCH = 16  # texts of a batch for the occlusion
+_GROUPS = 256  # maximum texts for the occlusion; tokens of longer texts are removed in groups
 
 
 def input_times_gradient(embed: nn.Module, score: Callable[[], Tensor]) -> Tensor:
-    """Return what each token adds to a score, to first order: fp32 [T] of the first sample.
+    """Return each token's first-order contribution to a score: fp32 [T] of the first sample.
 
-    Embedding times gradient (Simonyan et al. 2013; Shrikumar et al. 2016).
+    The method is embedding times gradient (Simonyan et al. 2013; Shrikumar et al. 2016).
 
     Args:
-        embed: module of the embeddings [B, T, D]; the first of its calls counts.
-        score: runs the model; gives a scalar.
+        embed: module of the embeddings [B, T, D]; the output of its first call is used.
+        score: runs the model and returns a scalar.
     """
-    kept: list[Tensor] = []
+    embeddings: list[Tensor] = []
 
-    def keep(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-        if kept:
+    def record(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+        if embeddings:
             return None
-        kept.append(output.detach().requires_grad_())
-        return kept[0]
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[0]
 
-    handle = embed.register_forward_hook(keep)
+    handle = embed.register_forward_hook(record)
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            (gradient,) = torch.autograd.grad(score(), kept)
+            (gradient,) = torch.autograd.grad(score(), embeddings)
     finally:
         handle.remove()
-    return (kept[0].detach().float() * gradient.float()).sum(dim=-1)[0]
+    return (embeddings[0].detach().float() * gradient.float()).sum(dim=-1)[0]
 
 
 def explain_text(loaded: LoadedModel, text: str, label: str | None = None) -> str:
-    """Return the HTML page of a classifier's view of a text.
+    """Return an HTML page that explains a classifier's prediction for a text.
 
     Args:
-        label: the label that is explained. None means the predicted one.
+        label: label to explain. None means the predicted label.
     Raises:
-        CommandError: no classifier, another label than it has, no text.
+        CommandError: the model is no classifier, the label is unknown, or the text is empty.
     """
     config = loaded.config
     run = loaded.run
     if not config.num_labels or run is None or run.finetune is None:
-        raise CommandError(f"{loaded.folder} is no classifier: give one that was fine-tuned here")
+        raise CommandError(
+            f"{loaded.folder} is no classifier: give a classifier that MegaLite fine-tuned"
+        )
     names = run.finetune.data.labels or ()
     if label is not None and label not in names:
-        raise CommandError(f"--label {label}: its labels are {', '.join(names)}")
+        raise CommandError(
+            f"--label {label}: the model has no such label; give one of {', '.join(names)}"
+        )
     ids, spans = loaded.tokenizer.encode_with_offsets(text, [(0, len(text))])
     loaded.check_ids(ids)
     before, after = prefix_and_suffix_ids(
@@ -75,7 +79,7 @@ def explain_text(loaded: LoadedModel, text: str, label: str | None = None) -> st
     ids = ids[:room]
     spans = spans[:room]
     if not ids:
-        raise CommandError("the text is empty; give some")
+        raise CommandError("the text is empty; give a text")
     batch = _batch(loaded, [[*before, *ids, *after]])
     model: Any = loaded.model
     with torch.no_grad():
@@ -83,13 +87,13 @@ def explain_text(loaded: LoadedModel, text: str, label: str | None = None) -> st
     chances = logits.softmax(dim=-1).tolist()
     predicted = int(logits.argmax())
     place = names.index(label) if label else predicted
-    own = slice(len(before), len(before) + len(ids))  # without BOS and EOS
+    inner = slice(len(before), len(before) + len(ids))  # without BOS and EOS
     gradient = input_times_gradient(
         model.model.embed_tokens, lambda: log_odds(model.label_scores(batch), place)[0]
     )
-    looks = {"mean": None, "first": 0, "last": batch["input_ids"].shape[1] - 1}
-    at = looks[config.classifier_pooling]
-    seen = last_attention(model, lambda: model.label_scores(batch), at)
+    positions = {"mean": None, "first": 0, "last": batch["input_ids"].shape[1] - 1}
+    at = positions[config.classifier_pooling]
+    attention = last_attention(model, lambda: model.label_scores(batch), at)
     even = last_attention(model, lambda: model.label_scores(batch), at, even=True)
     return explain_page(
         Explanation(
@@ -99,18 +103,18 @@ def explain_text(loaded: LoadedModel, text: str, label: str | None = None) -> st
             probabilities=dict(zip(names, chances, strict=True)),
             facts=_facts(loaded, len(ids), cut),
             pieces=_pieces(text, spans),
-            gradient=gradient[own].tolist(),
+            gradient=gradient[inner].tolist(),
             occlusion=_occlusion(loaded, before, ids, after, place),
-            attention=(seen / even.clamp_min(1e-9))[own].tolist(),
-            special_attention=1 - float(seen[own].sum()),
+            attention=(attention / even.clamp_min(1e-9))[inner].tolist(),
+            special_attention=1 - float(attention[inner].sum()),
         )
     )
 
 
 def _pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
-    """Return the text of each token, with what the tokenizer skipped before it, such as spaces.
+    """Return the text of each token, with skipped characters before it, such as spaces.
 
-    If several tokens share a character, the first one has it.
+    If several tokens share a character, it belongs to the first one.
     """
     pieces = []
     end = 0
@@ -121,7 +125,7 @@ def _pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
 
 
 def _facts(loaded: LoadedModel, tokens: int, cut: int) -> dict[str, str]:
-    """Return what the page says about the model and the text."""
+    """Return the facts about model and text for the page."""
     config = loaded.config
     run = loaded.run
     assert run is not None
@@ -149,7 +153,11 @@ def _batch(loaded: LoadedModel, rows: Sequence[Sequence[int]]) -> dict[str, Tens
 
 
 def log_odds(logits_BC: Tensor, place: int) -> Tensor:
-    """Return ln(p / (1 - p)) of one label, fp32 [B]: its logit against all others' together."""
+    """Return the log-odds of a label, ln(p / (1 - p)): fp32 [B].
+
+    Args:
+        place: index of the label.
+    """
     if logits_BC.shape[1] == 1:
         return logits_BC[:, 0]
     others = torch.cat((logits_BC[:, :place], logits_BC[:, place + 1 :]), dim=1)
@@ -163,29 +171,29 @@ def _occlusion(
     after: Sequence[int],
     place: int,
 ) -> list[float] | None:
-    """Return how much of the log-odds each token holds: what they lose without it.
+    """Return by how much the log-odds fall if each token is removed.
 
-    The tokens of a long text are omitted in groups; each token of a group has the group's value.
-    None means that there is only one token, and nothing would be left to read.
+    The tokens of a long text are removed in groups, and each token gets its group's value. The
+    result is None if there is only one token.
     """
     model: Any = loaded.model
     size = -(-len(ids) // _GROUPS)
     starts = range(0, len(ids), size)
     if len(starts) < 2:
         return None
-    lost: dict[int, float] = {}
+    losses: dict[int, float] = {}
     with torch.no_grad():
         whole = log_odds(model.label_scores(_batch(loaded, [[*before, *ids, *after]])), place)
         short = {n: [*before, *ids[:n], *ids[n + size :], *after] for n in starts}
         by_length = sorted(starts, key=lambda n: len(short[n]))
         for _, same in groupby(by_length, key=lambda n: len(short[n])):
-            chosen = list(same)
-            for first in range(0, len(chosen), _AT_ONCE):
-                some = chosen[first : first + _AT_ONCE]
+            group = list(same)
+            for first in range(0, len(group), _BATCH):
+                some = group[first : first + _BATCH]
                 scores = model.label_scores(_batch(loaded, [short[n] for n in some]))
                 values = (whole - log_odds(scores, place)).tolist()
-                lost |= dict(zip(some, values, strict=True))
-    return [lost[n // size * size] for n in range(len(ids))]
+                losses |= dict(zip(some, values, strict=True))
+    return [losses[n // size * size] for n in range(len(ids))]
 
 
 def last_attention(
@@ -195,15 +203,15 @@ def last_attention(
     *,
     even: bool = False,
 ) -> Tensor:
-    """Return the last block's attention to the text: fp32 [S] of the first sample, with sum 1.
+    """Return the last block's attention weights: fp32 [S] of the first sample, with sum 1.
 
-    The mean over this rank's heads of the attention weights; self-attention's, or with two stacks
-    those of the written tokens on the text that is read.
+    They are the mean over this rank's heads of self-attention, or of cross-attention if the model
+    has two stacks.
 
     Args:
-        run: runs the model; its last pass counts.
+        run: runs the model; its last pass is used.
         position: the token that attends. None means the mean over all tokens.
-        even: If true, as if all tokens were equal: only mask and positions count.
+        even: if true, use equal queries, so that only mask and positions have an effect.
     """
     block = list(model.blocks)[-1]
     branch = block.cross_attn or block.self_attn
@@ -244,7 +252,7 @@ def _weights(
     causal: bool,
     scale: float | None,
 ) -> Tensor:
-    """Return softmax(scale q k^T + mask) of the first sample, mean of heads and queries: [S]."""
+    """Return the mean over heads and queries of softmax(scale q k^T + mask), first sample: [S]."""
     (B, T, N, H) = q_BTNH.shape
     (K, S) = k_BKSH.shape[1:3]
     device = q_BTNH.device
@@ -257,7 +265,7 @@ def _weights(
     bias_NTS = mask.expand(B, N, T, S)[0]
     scale = 1 / math.sqrt(H) if scale is None else scale
     total_S = torch.zeros(S, device=device)
-    for head in range(N):  # one at a time: those of a long text are large
+    for head in range(N):  # one head at a time, because the scores of a long text are large
         scores_TS = q_BTNH[0, rows, head].float() @ k_BKSH[0, head // (N // K)].float().T
         total_S += (scale * scores_TS + bias_NTS[head, rows]).softmax(dim=-1).mean(dim=0)
     return total_S / N

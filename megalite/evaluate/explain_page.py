@@ -1,4 +1,4 @@
-"""The page that explains a classification: numbers first, and colours by their absolute size."""
+"""The HTML page of an explanation: numbers, and a text coloured by their absolute values."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from html import escape
 
 _STRONGEST = 10
-_DARKEST = 0.6  # of 1: what is written on a colour stays readable on a light and a dark page
-_FULL = 1.0  # log-odds of a full colour, at least: e times as likely
-_FLAT = 0.1  # log-odds below which a token counts for nothing: 0.5 becomes 0.525 at most
-_FULL_RATIO = 4.0  # times as much attention as even
+_DARKEST = 0.6  # maximum opacity of a colour, so that text stays readable on light and dark pages
+_FULL = 1.0  # minimum log-odds of a full colour: e times as likely
+_FLAT = 0.1  # log-odds below which a token has no effect: 0.5 becomes 0.525 at most
+_FULL_RATIO = 4.0  # multiple of even attention of a full colour
 _FOR = "40, 110, 255"
 _AGAINST = "255, 60, 50"
 _MORE = "240, 160, 0"
@@ -31,17 +31,17 @@ td, th {{ padding: 0 .8em; text-align: left; vertical-align: top; }}
 <h2>Probabilities</h2><table>{bars}</table>
 <p>The score of {label} is its log-odds, ln(p / (1 - p)) = {log_odds:+.2f}. All numbers below are in
 its unit: +0.69 doubles the odds.</p>
-<h2>What the score loses without a token</h2>{occlusion}
-<h2>What each token adds, by gradients</h2>
+<h2>Loss of the score without a token</h2>{occlusion}
+<h2>Contribution of each token, by gradients</h2>
 {gradient}
 <p>Input times gradient: how the score would change if a token's embedding grew or shrank a little.
-It is an approximation: where the two differ, believe the text without the token.</p>
-<h2>What the last layer looks at</h2>
+This is an approximation. If it differs from the loss without the token, trust the latter.</p>
+<h2>Attention of the last layer</h2>
 {attention}
-<p>The mean of the heads of the last layer, as a multiple of what identical tokens would
-get. {special:.0%} of the attention is on special tokens such as BOS and EOS. Attention on a token
-does not mean that the token decides.</p>
-<h2>The strongest tokens</h2><table><tr><th>Token<th class="number">Place
+<p>The mean over the heads of the last layer, as a multiple of the attention that identical tokens
+would get. {special:.0%} of the attention is on special tokens such as BOS and EOS. High attention
+on a token does not mean that the token decides.</p>
+<h2>The strongest tokens</h2><table><tr><th>Token<th class="number">Position
 <th class="number">Without it<th class="number">By gradients<th class="number">Attention</tr>
 {rows}</table></body></html>
 """
@@ -49,15 +49,16 @@ does not mean that the token decides.</p>
 
 @dataclass(frozen=True)
 class Explanation:
-    """A classifier's view of a text of T tokens; special tokens are not among them.
+    """An explanation of a classifier's prediction for a text of T tokens, without special tokens.
 
     Attributes:
-        log_odds: of the label that is explained, the score that the values below share out.
-        probabilities: of each label, by name.
-        facts: about run, checkpoint, model and text.
-        pieces: the tokens as they are to be read, spaces among them.
+        label: the label that is explained.
+        log_odds: log-odds of the label: the score that the values below explain.
+        probabilities: probability of each label, by name.
+        facts: facts about run, checkpoint, model and text.
+        pieces: texts of the tokens, including spaces.
         gradient: T values of input times gradient.
-        occlusion: what the score loses without each token, T values, if there are several.
+        occlusion: T losses of the score without each token. None if there is only one token.
         attention: T multiples of even attention.
         special_attention: share of the attention on special tokens.
     """
@@ -74,20 +75,26 @@ class Explanation:
     special_attention: float
 
 
-def explain_page(found: Explanation) -> str:
-    """Return one HTML page that needs nothing else."""
-    labels = sorted(found.probabilities.items(), key=lambda pair: -pair[1])
+def explain_page(explanation: Explanation) -> str:
+    """Return a self-contained HTML page."""
+    labels = sorted(explanation.probabilities.items(), key=lambda pair: -pair[1])
     predicted, chance = labels[0]
-    facts = {**found.facts, "Prediction": f"{predicted}, {chance:.1%}", "Explained": found.label}
-    deciding = found.occlusion or found.gradient
-    order = sorted(range(len(found.pieces)), key=lambda i: -abs(deciding[i]))[:_STRONGEST]
-    lost = found.occlusion
-    only = "<p>The text has one token, so nothing would be left to read.</p>"
+    facts = {
+        **explanation.facts,
+        "Prediction": f"{predicted}, {chance:.1%}",
+        "Explained": explanation.label,
+    }
+    pieces = explanation.pieces
+    losses = explanation.occlusion
+    deciding = losses or explanation.gradient
+    order = sorted(range(len(pieces)), key=lambda i: -abs(deciding[i]))[:_STRONGEST]
+    only = "<p>The text has only one token, so there is no text without it.</p>"
+    run = explanation.facts.get("Run", "")
     return _PAGE.format(
-        title=_safe(f"{predicted} {chance:.1%} – {found.facts.get('Run', '')}".removesuffix(" – ")),
-        label=_safe(found.label),
-        log_odds=found.log_odds,
-        text=_safe(found.text),
+        title=_safe(f"{predicted} {chance:.1%} – {run}".removesuffix(" – ")),
+        label=_safe(explanation.label),
+        log_odds=explanation.log_odds,
+        text=_safe(explanation.text),
         blue=_FOR,
         facts="".join(f"<tr><th>{_safe(k)}<td>{_safe(v)}</tr>" for k, v in facts.items()),
         bars="".join(
@@ -95,32 +102,32 @@ def explain_page(found: Explanation) -> str:
             f'<div class="bar" style="width: {100 * chance:.1f}%"></div></tr>'
             for name, chance in labels
         ),
-        occlusion=only if lost is None else _signed(found.pieces, lost, found.label),
-        gradient=_signed(found.pieces, found.gradient, found.label),
-        attention=_looks(found.pieces, found.attention),
-        special=found.special_attention,
+        occlusion=only if losses is None else _signed(pieces, losses, explanation.label),
+        gradient=_signed(pieces, explanation.gradient, explanation.label),
+        attention=_attention(pieces, explanation.attention),
+        special=explanation.special_attention,
         rows="".join(
-            f'<tr><td class="text">{_named(found.pieces[i])}'
+            f'<tr><td class="text">{_named(pieces[i])}'
             f'<td class="number">{i + 1}'
-            f'<td class="number">{"–" if lost is None else format(lost[i], "+.3f")}'
-            f'<td class="number">{found.gradient[i]:+.3f}'
-            f'<td class="number">{found.attention[i]:.2f} x</tr>'
+            f'<td class="number">{"–" if losses is None else format(losses[i], "+.3f")}'
+            f'<td class="number">{explanation.gradient[i]:+.3f}'
+            f'<td class="number">{explanation.attention[i]:.2f} x</tr>'
             for i in order
         ),
     )
 
 
 def _named(piece: str) -> str:
-    """Return a token for the table: white space is shown, and a part of a character is named."""
+    """Return a token for the table, with visible names for white space and parts of characters."""
     if not piece:
         return "(part of a character)"
     return _safe(piece.strip()) or "␣" * len(piece)
 
 
 def _signed(pieces: Sequence[str], values: Sequence[float], label: str) -> str:
-    """Return a text coloured by what speaks for and against a label, and the scale of its colours.
+    """Return a text coloured by contributions for and against a label, with a legend.
 
-    A full colour is the largest value, but never less than `_FULL`: noise stays without colour.
+    A full colour stands for the largest value, but at least for `_FULL`, so that noise stays pale.
     """
     most = max(map(abs, values), default=0.0)
     full = max(most, _FULL)
@@ -129,9 +136,9 @@ def _signed(pieces: Sequence[str], values: Sequence[float], label: str) -> str:
         [(value, abs(value) / full, _FOR if value > 0 else _AGAINST) for value in values],
         lambda value: f"{value:+.3f}",
     )
-    verdict = ""
+    remark = ""
     if most < _FLAT:
-        verdict = (
+        remark = (
             f"<p><b>No token moves the score by more than {max(most, 0.001):.3f}: on this text the "
             "model hardly depends on single tokens.</b></p>"
         )
@@ -141,13 +148,13 @@ def _signed(pieces: Sequence[str], values: Sequence[float], label: str) -> str:
         for share in shares
     )
     return (
-        f'{verdict}<p class="text">{text}</p><p>{legend} red speaks against {_safe(label)}, blue '
+        f'{remark}<p class="text">{text}</p><p>{legend} red speaks against {_safe(label)}, blue '
         f"for it; the largest is {most:.3f}.</p>"
     )
 
 
-def _looks(pieces: Sequence[str], ratios: Sequence[float]) -> str:
-    """Return a text coloured by how much more, or less, than evenly its tokens are looked at."""
+def _attention(pieces: Sequence[str], ratios: Sequence[float]) -> str:
+    """Return a text coloured by attention as a multiple of even attention, with a legend."""
     full = math.log(_FULL_RATIO)
     shades = [
         (ratio, abs(math.log(max(ratio, 1e-6))) / full, _MORE if ratio > 1 else _LESS)
@@ -156,14 +163,14 @@ def _looks(pieces: Sequence[str], ratios: Sequence[float]) -> str:
     text = _coloured(pieces, shades, lambda ratio: f"{ratio:.2f} x")
     least = min(ratios, default=1.0)
     most = max(ratios, default=1.0)
-    verdict = ""
+    remark = ""
     if most < 1.25 and least > 0.8:
-        verdict = (
+        remark = (
             f"<p><b>The attention is nearly even, {least:.2f} to {most:.2f} x: it says nothing "
             "about single tokens.</b></p>"
         )
     legend = _swatch(_LESS, 1.0, "1/4 x") + _swatch(_MORE, 0.0, "1 x") + _swatch(_MORE, 1.0, "4 x")
-    return f'{verdict}<p class="text">{text}</p><p>{legend} and more</p>'
+    return f'{remark}<p class="text">{text}</p><p>{legend} and more</p>'
 
 
 def _coloured(
@@ -171,7 +178,12 @@ def _coloured(
     shades: Sequence[tuple[float, float, str]],
     written: Callable[[float], str],
 ) -> str:
-    """Return the pieces as spans; of each shade the value, how full it is (to 1), its colour."""
+    """Return the pieces as coloured spans.
+
+    Args:
+        shades: (value, saturation from 0 to 1, colour) of each piece.
+        written: formats a value for the tooltip.
+    """
     return "".join(
         f'<span title="{written(value)}" style="background: rgba({color}, '
         f'{_DARKEST * min(1.0, share):.3f})">{_safe(piece)}</span>'
@@ -185,9 +197,9 @@ def _swatch(color: str, share: float, words: str) -> str:
 
 
 def _safe(text: str) -> str:
-    """Return a text as HTML, with what neither a page nor a terminal should obey made visible.
+    """Return a text as HTML without characters that a page or a terminal would act on.
 
-    Control characters become their pictures, and characters that reorder a line become U+FFFD.
+    Control characters become their symbols. Characters that reorder a line become U+FFFD.
     """
     return escape("".join(map(_visible, text)))
 

@@ -1,7 +1,7 @@
-"""Text from a model, a token at a time.
+"""Text generation, token by token.
 
-`generate` turns token ids into token ids; `stream_texts` turns prompts into pieces of text as soon
-as they are certain: a character's last byte has come, and no stop string can begin in them.
+`generate` maps token ids to token ids. `stream_texts` maps prompts to pieces of text. It yields a
+piece when all its characters are complete and no stop string can begin in it.
 """
 
 from __future__ import annotations
@@ -16,32 +16,30 @@ from torch import Tensor
 from megalite.errors import CommandError, MegaLiteError
 from megalite.tokenizers.tokenizer import Tokenizer, encode_text
 
-# B prompts   T tokens so far   V vocabulary   K the ids that a choice is made among
+# B prompts   T tokens so far   V vocabulary   K candidate ids
 LogitsFn = Callable[[Tensor], Tensor]  # ids [1, T] on the CPU -> last logits [1, V]
 
 
 class Decoder(Protocol):
-    """Interface of a model that writes: scores of the token after each text, as the texts grow.
+    """Interface of a model that generates: logits of the token after each text.
 
     Attributes:
-        continues: whether a text continues its prompt. If false, it is an answer of its own.
-        suffix_ids: ids that end a prompt which the model reads whole and answers.
+        continues: whether a text continues its prompt. If false, the text is a separate answer.
+        suffix_ids: ids that end a prompt if the model does not continue it.
     """
 
     continues: bool
     suffix_ids: Sequence[int]
 
     def begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
-        """Return the scores after each prompt, fp32 [B, V]; at most `new_tokens` will follow."""
+        """Return the logits after each prompt: fp32 [B, V]. At most `new_tokens` will follow."""
 
     def next(self, tokens: Sequence[int]) -> Tensor:
-        """Return the scores after one more token of each text, fp32 [B, V]."""
+        """Return the logits after one more token of each text: fp32 [B, V]."""
 
 
 class UncachedDecoder:
-    """Decoder without a cache: it runs each whole text again for every token. It serves as an
-    oracle.
-    """
+    """Decoder without a cache, which runs the whole text for every token. Tests compare with it."""
 
     continues = True
     suffix_ids: Sequence[int] = ()
@@ -66,16 +64,21 @@ class UncachedDecoder:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Rule by which the next token is chosen.
+    """Settings for the choice of the next token.
 
-    `temperature` 0 takes the likeliest id. Otherwise the scores are divided by it, `top_k` keeps
-    the k likeliest ids, then `top_p` the fewest whose probabilities reach p (nucleus sampling,
-    arXiv:1904.09751). `repetition_penalty` divides the positive scores of ids that were there
-    before, and multiplies the negative ones (arXiv:1909.05858). The same seed gives the same
-    choices on every device, and the same text whatever other texts the batch has.
+    The same seed gives the same choices on every device. A text does not depend on the other texts
+    of its batch.
 
+    Attributes:
+        temperature: divides the logits. 0 means the likeliest id.
+        top_k: number of likeliest ids to choose from. None means all.
+        top_p: after `top_k`, choose from the fewest likeliest ids whose probabilities reach p
+            (nucleus sampling, arXiv:1904.09751). None means all.
+        seed: seed of the choices.
+        repetition_penalty: divides positive logits of ids in the text so far, and multiplies
+            negative ones (arXiv:1909.05858). 1 has no effect.
     Raises:
-        CommandError: a number out of its range.
+        CommandError: a number is out of its range.
     """
 
     temperature: float = 1.0
@@ -87,17 +90,18 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise CommandError(
-                f"temperature is {self.temperature}; it is 0 (always the likeliest token) or more"
+                f"temperature is {self.temperature}; give 0 (always the likeliest token) or more"
             )
         if not 0 <= self.seed < 2**63:
-            raise CommandError(f"seed is {self.seed}; it is 0 or more and under 2^63")
+            raise CommandError(f"seed is {self.seed}; give a number from 0 to 2^63 - 1")
         if self.top_k is not None and self.top_k < 1:
-            raise CommandError(f"top_k is {self.top_k}; keep 1 token or more")
+            raise CommandError(f"top_k is {self.top_k}; give 1 or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise CommandError(f"top_p is {self.top_p}; a share is over 0 and at most 1")
+            raise CommandError(f"top_p is {self.top_p}; give a number over 0 and at most 1")
         if not 0 < self.repetition_penalty < float("inf"):
             raise CommandError(
-                f"repetition_penalty is {self.repetition_penalty}; 1 changes nothing"
+                f"repetition_penalty is {self.repetition_penalty}; give a number over 0 (1 has no "
+                "effect)"
             )
 
 
@@ -112,9 +116,9 @@ def generate(
     """Return the ids that follow `prompt_ids`, at most `max_new_tokens`, up to `eos_id`.
 
     Args:
-        settings: those of `Sampling`.
+        settings: attributes of `Sampling`.
     Raises:
-        CommandError: an empty prompt, or a number out of its range (see `Sampling`).
+        CommandError: the prompt is empty, or a number is out of its range (see `Sampling`).
     """
     sampling = Sampling(**settings)  # type: ignore[arg-type]
     ends = () if eos_id is None else (eos_id,)
@@ -131,7 +135,7 @@ def stream_text(
     sampling: Sampling,
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
-    """Yield pieces of the text that follows one prompt; see `stream_texts`."""
+    """Yield pieces of the text that follows a single prompt. See `stream_texts`."""
     pieces = stream_texts(
         model, tokenizer, [prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop
     )
@@ -148,19 +152,19 @@ def stream_texts(
     stop: Sequence[str] = (),
     controls: bool = False,
 ) -> Iterator[tuple[int, str]]:
-    """Yield pieces of the texts that follow `prompts`, with the prompt's number, as they come.
+    """Yield (number of the prompt, piece of text) for the texts that follow `prompts`.
 
-    A text ends with the document or a stop string, which is omitted, wherever token boundaries cut
-    it. A document ends with any of the `end_ids` of the tokenizer or the model. A prompt begins
-    with what the tokenizer begins texts with. If that is nothing, an empty prompt stands for the
-    id that ended the document before. Ids outside the tokenizer's vocabulary have no text.
+    A text ends at a stop string, at any of the `end_ids` of the tokenizer or the model, or after
+    `max_new_tokens`. The stop string is not part of the text; it may span several tokens. A prompt
+    starts with the tokenizer's prefix. If there is none, an empty prompt becomes the id that ends a
+    document. Ids outside of the tokenizer's vocabulary have no text.
 
     Args:
-        prompts: texts, or ids as a chat template gives them.
-        controls: If true, a stop string that names a control token is that token, as in a chat.
+        prompts: texts, or ids from a chat template.
+        controls: if true, a stop string that names a control token means that token, as in a chat.
     Raises:
-        CommandError: an empty stop string; an empty prompt if the tokenizer has neither an end
-            nor a beginning of document.
+        CommandError: a stop string is empty, or a prompt is empty and the tokenizer has neither BOS
+            nor EOS.
     """
     if "" in stop:
         raise CommandError("an empty stop string would end every text at once; remove it")
@@ -168,7 +172,7 @@ def stream_texts(
     continues = getattr(model, "continues", True)
     ends += getattr(model, "end_ids", ())
     if controls:
-        # a control token has no text that would be found: its id ends what is written
+        # a control token has no text, so its id ends the text
         names = [tokenizer.encode_with_offsets(text)[0] for text in stop]
         ends += [tokens[0] for tokens in names if len(tokens) == 1]
     after = [] if continues else list(getattr(model, "suffix_ids", ()))
@@ -184,20 +188,20 @@ def stream_texts(
 
 
 def in_order(pieces: Iterable[tuple[int, str]], starts: Sequence[str]) -> Iterator[str]:
-    """Yield numbered pieces as one text: the first text's at once, then each other text on a new
-    line.
+    """Yield the first text's pieces at once, and then each other text on a new line.
 
     Args:
-        starts: what comes before the pieces of each.
+        pieces: (number of the text, piece).
+        starts: beginning of each text.
     """
-    held = list(starts)
-    yield held[0]
+    texts = list(starts)
+    yield texts[0]
     for number, piece in pieces:
         if number == 0:
             yield piece
         else:
-            held[number] += piece
-    yield "".join(f"\n{text}" for text in held[1:]) + "\n"
+            texts[number] += piece
+    yield "".join(f"\n{text}" for text in texts[1:]) + "\n"
 
 
 def _pieces(texts: Sequence[_Text], steps: Iterator[list[int | None]]) -> Iterator[tuple[int, str]]:
@@ -222,10 +226,10 @@ def sample_ids(
     """Yield the next id of every text, step by step. None means that the text has ended.
 
     Raises:
-        CommandError: an empty prompt, or fewer than no tokens.
+        CommandError: a prompt is empty, or `max_new_tokens` is negative.
     """
     if not all(prompts):
-        raise CommandError("the prompt has no tokens: a model continues what it is given")
+        raise CommandError("the prompt has no tokens; give a prompt with text")
     if max_new_tokens < 0:
         raise CommandError(f"max_new_tokens is {max_new_tokens}; give 0 or more")
     decoder: Any = model if hasattr(model, "begin") else UncachedDecoder(model)
@@ -253,7 +257,7 @@ def _sample(
                 "has diverged; use an earlier checkpoint"
             )
         if sampling.repetition_penalty != 1:
-            logits_BV = logits_BV.clone()  # out of inference mode
+            logits_BV = logits_BV.clone()  # inference tensors cannot be changed in place
             _penalize(logits_BV, texts, sampling.repetition_penalty)
         if sampling.temperature == 0:
             tokens = logits_BV.argmax(dim=1).tolist()
@@ -276,7 +280,7 @@ def _penalize(logits_BV: Tensor, texts: Sequence[Sequence[int]], penalty: float)
 
 
 def _choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    # the maximum is taken out first: a tiny temperature must not divide into infinities
+    # subtract the maximum first, so that a tiny temperature does not cause infinities
     scaled_V = (logits_V - logits_V.max()).double() / sampling.temperature
     scores_K, ids_K = torch.sort(scaled_V, descending=True, stable=True)
     scores_K = scores_K[: sampling.top_k]
@@ -291,28 +295,27 @@ def _choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) ->
 
 
 class _Text:
-    """A text as its tokens come, and how much of it is certain.
+    """A text during its generation, and the part of it that is certain.
 
-    A piece's text depends on what stands before it (a leading space, the bytes of a character), so
-    the new text is the difference of two decodings that begin at the same id.
+    The text of a token depends on the tokens before it (a leading space, the bytes of a character).
+    So new text is the difference of two decodings that begin at the same id.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt)
         self._stop = stop
-        # decoding begins at `start`; the text before `done` is given out
-        self._start = 0
-        self._done = len(self._ids)
+        self._start = 0  # first id of the decodings
+        self._done = len(self._ids)  # ids whose text was returned
         self._before = tokenizer.decode(self._ids)
-        self._held = ""  # what may be the beginning of a stop string
+        self._pending = ""  # text that may be the beginning of a stop string
         self.ended = False
 
     def add(self, token: int) -> str:
         """Return the text that is certain with one more token."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids[self._start :])
-        if text.endswith("\ufffd"):  # U+FFFD stands for bytes that are no character, or not yet
+        if text.endswith("\ufffd"):  # U+FFFD: an invalid or incomplete character
             return ""
         piece = text[len(self._before) :]
         self._start = self._done
@@ -321,30 +324,30 @@ class _Text:
         return self._release(piece)
 
     def end(self) -> str:
-        """Return the text that was held back, when nothing more comes."""
+        """Return the pending text at the end of the generation."""
         rest = ""
         if self._done < len(self._ids):
             rest = self._tokenizer.decode(self._ids[self._start :])[len(self._before) :]
-        found = self._release(rest)
+        text = self._release(rest)
         if not self.ended:
-            found = found + self._held
-            self._held = ""
+            text = text + self._pending
+            self._pending = ""
             self.ended = True
-        return found
+        return text
 
     def _release(self, piece: str) -> str:
-        held = self._held + piece
-        ends = [held.find(text) for text in self._stop if text in held]
+        pending = self._pending + piece
+        ends = [pending.find(text) for text in self._stop if text in pending]
         if ends:
             self.ended = True
-            return held[: min(ends)]
-        safe = len(held) - _open_length(held, self._stop)
-        self._held = held[safe:]
-        return held[:safe]
+            return pending[: min(ends)]
+        safe = len(pending) - _open_length(pending, self._stop)
+        self._pending = pending[safe:]
+        return pending[:safe]
 
 
 def _open_length(text: str, stop: Sequence[str]) -> int:
-    """Return how many characters at the end of `text` may begin a stop string."""
+    """Return how many characters at the end of `text` may be the beginning of a stop string."""
     lengths = [
         length
         for end in stop

@@ -1,7 +1,7 @@
-"""lm-evaluation-harness on a model of ours, read from its checkpoint, over any ranks.
+"""lm-evaluation-harness on a MegaLite model, over any number of ranks.
 
-Each group of tensor ranks answers its share of the requests; every rank then has all answers, so
-that the harness goes on as if there were one.
+Each group of tensor ranks answers its share of the requests. Then every rank gets all answers, so
+the harness runs as if there was one rank.
 
 Requests are pairs of token lists, context and continuation. B rows   T tokens   V vocabulary
 """
@@ -41,21 +41,23 @@ def run(
     """Return the metrics of each task, as numbers by "name" or "name_stderr".
 
     Raises:
-        CommandError: a task that is not known, or a model that does not continue text.
+        CommandError: a task is unknown, or the model does not continue text.
     """
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     if loaded.config.architecture != "decoder":
-        raise CommandError(f"--tasks requires a decoder; this is an {loaded.config.architecture}")
+        raise CommandError(
+            f"--tasks: {loaded.folder} is an {loaded.config.architecture}; give a decoder"
+        )
     manager = TaskManager(include_path=path)
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise CommandError(
-            f"--tasks {unknown[0]}: lm-eval has no such task; see `lm_eval ls tasks`"
+            f"--tasks {unknown[0]}: lm-eval has no such task; choose one of `lm_eval ls tasks`"
         )
     try:
-        found = lm_eval.simple_evaluate(
+        evaluation = lm_eval.simple_evaluate(
             model=make_model(loaded, grid, batch_size),
             tasks=list(tasks),
             task_manager=manager,
@@ -65,51 +67,51 @@ def run(
     except (OSError, ConnectionError) as error:
         raise DataError(f"--tasks: the data of a task cannot be read: {error}") from error
     results = {}
-    for task, metrics in (found or {}).get("results", {}).items():  # only rank 0 has them
+    for task, metrics in (evaluation or {}).get("results", {}).items():  # empty but on rank 0
         numbers = {k.split(",")[0]: v for k, v in metrics.items() if isinstance(v, int | float)}
         results[task] = numbers
     return results
 
 
 def make_model(loaded: LoadedModel, grid: Grid, batch_size: int) -> Any:
-    """Return the model as the harness's own class of models."""
+    """Return the model wrapped in the harness's class of models."""
     from lm_eval.api.model import LM
 
     class MegaLiteLM(LM):
-        """Answers the harness's three kinds of requests."""
+        """Model that answers the three kinds of requests of the harness."""
 
         def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
             pairs = [_pair(loaded, *request.args) for request in requests]
-            return _shared(grid, pairs, lambda mine: log_likelihoods(loaded, mine, batch_size))
+            return _share(grid, pairs, lambda part: log_likelihoods(loaded, part, batch_size))
 
         def loglikelihood_rolling(self, requests: Any) -> list[float]:
             texts = [_windows(loaded, request.args[0]) for request in requests]
             pairs = [pair for windows in texts for pair in windows]
-            found = _shared(grid, pairs, lambda mine: log_likelihoods(loaded, mine, batch_size))
+            results = _share(grid, pairs, lambda part: log_likelihoods(loaded, part, batch_size))
             sums = list[float]()
-            rest = iter(found)
+            rest = iter(results)
             for windows in texts:
                 sums.append(sum(next(rest)[0] for _ in windows))
             return sums
 
         def generate_until(self, requests: Any) -> list[str]:
-            asked = list[tuple[str, Mapping[str, Any], int]]()
+            prompts = list[tuple[str, Mapping[str, Any], int]]()
             seen = Counter[str]()
             for context, settings in (request.args for request in requests):
                 GenerationSettings.of(settings)
-                asked.append((context, settings, seen[context]))
-                seen[context] += 1  # a task that draws several answers asks several times
-            return _shared(grid, asked, lambda mine: [_write(loaded, *request) for request in mine])
+                prompts.append((context, settings, seen[context]))
+                seen[context] += 1  # a task that needs several answers repeats the request
+            return _share(grid, prompts, lambda part: [_write(loaded, *prompt) for prompt in part])
 
     return MegaLiteLM()
 
 
 Pair = tuple[list[int], list[int]]
-# The names of a limit of new tokens; the first that is given counts.
+# names of the limit of new tokens; the first one that is set counts
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAMPLED = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed")
 _USED = ("until", *_LENGTHS, *_SAMPLED)
-# Settings of other programs, with the values that change nothing here.
+# settings of other programs that are not supported, with their values that have no effect
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -131,20 +133,18 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 def log_likelihoods(
     loaded: LoadedModel, pairs: Sequence[Pair], batch_size: int
 ) -> list[tuple[float, bool]]:
-    """Return, for each continuation, its log-probability and whether greedy decoding gives it.
+    """Return each continuation's log-probability (nats), and whether greedy decoding gives it.
 
-    The log-probability is in nats, given the context.
-
-    Longest first, so that a batch has little padding; what is over the window is cut at the left.
+    Batches contain pairs of similar lengths. Tokens before the model's window are removed.
     """
-    found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+    results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
     order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
     window = loaded.config.max_position_embeddings
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         rows = [(pairs[i][0] + pairs[i][1])[-(window + 1) :] for i in chosen]
         ids_BT = torch.zeros(len(rows), max(len(row) - 1 for row in rows), dtype=torch.int64)
-        for number, row in enumerate(rows):  # padding behind it is not seen: attention looks back
+        for number, row in enumerate(rows):  # causal attention does not see the padding
             ids_BT[number, : len(row) - 1] = torch.tensor(row[:-1])
         with torch.inference_mode():
             hidden_BTD = loaded.model.hidden({"input_ids": ids_BT.to(loaded.device)})
@@ -153,29 +153,28 @@ def log_likelihoods(
                 place = slice(len(row) - 1 - count, len(row) - 1)
                 logits_CV = loaded.model.scores(hidden_BTD[number, place])
                 labels_C = torch.tensor(row[-count:], device=logits_CV.device)
-                chances = logits_CV.log_softmax(dim=-1).gather(1, labels_C[:, None])
-                likeliest = bool((logits_CV.argmax(dim=-1) == labels_C).all())
-                found[i] = (float(chances.double().sum()), likeliest)
-    return found
+                log_p = logits_CV.log_softmax(dim=-1).gather(1, labels_C[:, None])
+                greedy = bool((logits_CV.argmax(dim=-1) == labels_C).all())
+                results[i] = (float(log_p.double().sum()), greedy)
+    return results
 
 
 def _pair(loaded: LoadedModel, context: str, continuation: str) -> Pair:
-    """Return the tokens of context and continuation, divided as the harness's own class divides
-    them.
+    """Return the tokens of context and continuation, divided as in the harness's own model class.
 
-    Spaces at a context's end belong to the continuation, whose tokens begin where those of the
-    context alone end.
+    Spaces at the end of the context belong to the continuation. The continuation's tokens start
+    after as many tokens as the context alone has.
     """
     if not context:
         before = _beginning(loaded)
         ids = loaded.tokenizer.encode(continuation)
         loaded.check_ids(ids)
-        # a continuation that is what a text begins with is read, not scored
+        # a BOS at the start of the continuation is context and not scored
         return (ids[:1], ids[1:]) if ids[:1] == before else (before, ids)
-    kept = context.rstrip()
-    continuation = context[len(kept) :] + continuation
-    whole = encode_text(loaded.tokenizer, kept + continuation)
-    before = encode_text(loaded.tokenizer, kept)
+    stripped = context.rstrip()
+    continuation = context[len(stripped) :] + continuation
+    whole = encode_text(loaded.tokenizer, stripped + continuation)
+    before = encode_text(loaded.tokenizer, stripped)
     loaded.check_ids(whole)
     return before, whole[len(before) :]
 
@@ -187,9 +186,9 @@ def _beginning(loaded: LoadedModel) -> list[int]:
 
 
 def _windows(loaded: LoadedModel, text: str) -> list[Pair]:
-    """Return a text in parts that fill the window; a part's context is the last token before it.
+    """Return a text in parts that fill the window, each with the token before it as context.
 
-    If the tokenizer begins texts with BOS, that BOS is scored, too, as by the harness's own class.
+    A BOS that the tokenizer adds is scored, too, as in the harness's own model class.
     """
     ids = encode_text(loaded.tokenizer, text)
     size = loaded.config.max_position_embeddings
@@ -198,34 +197,34 @@ def _windows(loaded: LoadedModel, text: str) -> list[Pair]:
     pairs = list[Pair]()
     for first in range(0, len(ids), size):
         part = ids[first : first + size]
-        # the last part is filled up with what came before
+        # the context of the last part fills the rest of the window
         context = ids[max(0, first + len(part) - size - 1) : first] if first else before
         pairs.append((context, part))
     return pairs
 
 
 def _write(loaded: LoadedModel, context: str, settings: Mapping[str, Any], repeat: int = 0) -> str:
-    """Return the answer to a context; each `repeat` draws it with another seed."""
-    wanted = GenerationSettings.of(settings)
-    seed = wanted.sampling.get("seed", 0) + repeat
+    """Return the answer to a context. `repeat` is added to the seed."""
+    parsed = GenerationSettings.of(settings)
+    seed = parsed.sampling.get("seed", 0) + repeat
     pieces = stream_texts(
         loaded.decoder(),
         loaded.tokenizer,
         [context],
-        max_new_tokens=wanted.max_new_tokens,
-        sampling=Sampling(**{**wanted.sampling, "seed": seed}),
-        stop=wanted.until,
+        max_new_tokens=parsed.max_new_tokens,
+        sampling=Sampling(**{**parsed.sampling, "seed": seed}),
+        stop=parsed.until,
     )
     return "".join(piece for _, piece in pieces)
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """A task's `generation_kwargs`, as the harness's own class understands them.
+    """A task's `generation_kwargs`, with the meaning of the harness's own model class.
 
     Attributes:
         sampling: arguments of `Sampling`.
-        until: texts that end an answer.
+        until: strings that end an answer.
     """
 
     max_new_tokens: int
@@ -234,17 +233,20 @@ class GenerationSettings:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> GenerationSettings:
-        """Read a task's settings.
+        """Parse a task's settings.
 
         Raises:
-            CommandError: a setting that would be ignored, or a value that is none.
+            CommandError: a setting is not supported, or a value is invalid.
         """
         for key, value in settings.items():
             if key not in _USED and not (key in _NEUTRAL and value in (None, *_NEUTRAL[key])):
-                can = f"only {_NEUTRAL[key][0]} can be had" if key in _NEUTRAL else "is not known"
+                if key in _NEUTRAL:
+                    advice = f"only {_NEUTRAL[key][0]} is supported; set it to that"
+                else:
+                    advice = f"the key is not supported; use {', '.join(_USED)}"
                 raise CommandError(
-                    f"--tasks: generation_kwargs.{key}: {value!r}: {can}; set it so in the "
-                    f"task's file, or remove it (known are {', '.join(_USED)})"
+                    f"--tasks: generation_kwargs.{key}: {value!r}: {advice} in the task's file, or "
+                    "remove the key"
                 )
         lengths = [settings[key] for key in _LENGTHS if settings.get(key) is not None]
         length = _number("max_gen_toks", lengths[0] if lengths else 256)
@@ -252,25 +254,27 @@ class GenerationSettings:
 
 
 def _sampling(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `Sampling`: greedy unless the task samples at a temperature over 0."""
-    chosen = settings.get("do_sample")
+    """Return arguments of `Sampling`: greedy unless the task sets a temperature over 0."""
+    do_sample = settings.get("do_sample")
     temperature = settings.get("temperature")
-    if chosen not in (None, False, True):
-        raise CommandError(f"--tasks: generation_kwargs.do_sample: {chosen!r}; give true or false")
+    if do_sample not in (None, False, True):
+        raise CommandError(
+            f"--tasks: generation_kwargs.do_sample: {do_sample!r}; give true or false"
+        )
     if temperature is None:
-        temperature = 1.0 if chosen else 0.0
-    found: dict[str, Any] = {"temperature": _number("temperature", temperature)}
-    if chosen is False:
-        found["temperature"] = 0.0
+        temperature = 1.0 if do_sample else 0.0
+    arguments: dict[str, Any] = {"temperature": _number("temperature", temperature)}
+    if do_sample is False:
+        arguments["temperature"] = 0.0
     for key in ("top_p", "top_k", "repetition_penalty", "seed"):
         if settings.get(key) is not None:
-            found[key] = _number(key, settings[key])
+            arguments[key] = _number(key, settings[key])
     for key in ("top_k", "seed"):
-        if key in found:
-            found[key] = int(found[key])
-    if found.get("top_k", 1) <= 0:  # one way to say that all tokens are kept
-        del found["top_k"]
-    return found
+        if key in arguments:
+            arguments[key] = int(arguments[key])
+    if arguments.get("top_k", 1) <= 0:  # some tasks write 0 or -1 for all tokens
+        del arguments["top_k"]
+    return arguments
 
 
 def _number(key: str, value: Any) -> float:
@@ -290,11 +294,11 @@ def _until(value: Any) -> list[str]:
     return texts
 
 
-def _shared(grid: Grid, asked: Sequence[Any], answer: Any) -> list[Any]:
-    """Return the answers to all requests. The groups of tensor ranks take turns to answer them."""
+def _share(grid: Grid, requests: Sequence[Any], answer: Any) -> list[Any]:
+    """Return the answers to all requests, each of which one data rank computes."""
     size = grid.mesh.data
-    parts = grid.gather_once(answer(asked[grid.at.data_rank :: size]))
-    found: list[Any] = [None] * len(asked)
+    parts = grid.gather_once(answer(requests[grid.at.data_rank :: size]))
+    answers: list[Any] = [None] * len(requests)
     for rank, part in enumerate(parts):
-        found[rank::size] = part
-    return found
+        answers[rank::size] = part
+    return answers

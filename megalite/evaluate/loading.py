@@ -1,4 +1,4 @@
-"""A checkpoint, or a folder of Hugging Face's, loaded as a model from its folder only.
+"""Loading of a checkpoint or a Hugging Face folder as a model, without its run file.
 
 B prompts   T tokens   V vocabulary
 """
@@ -42,11 +42,12 @@ from megalite.tokenizers.tokenizer import Tokenizer, encode_text, load_tokenizer
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with the configuration and the tokenizer it was trained with.
+    """A model with its configuration and tokenizer.
 
     Attributes:
-        config: of the whole model; `local` of this rank's part.
-        run: the run file it was trained by; None in a folder of Hugging Face's.
+        config: configuration of the whole model.
+        local: configuration of this rank's part.
+        run: run file of the training. None for a Hugging Face folder.
     """
 
     folder: Path
@@ -61,8 +62,9 @@ class LoadedModel:
     data_fingerprint: str = ""
 
     def last_logits(self, ids_1T: Tensor) -> Tensor:
-        """Return scores of the token after `ids`, fp32 [1, V], from the last tokens within the
-        window.
+        """Return the logits of the token after `ids`: fp32 [1, V].
+
+        Only the last tokens, as many as the model's window has, are read.
         """
         self.check_ids(ids_1T)
         window = self.config.max_position_embeddings
@@ -72,50 +74,49 @@ class LoadedModel:
         """Return a decoder with a cache.
 
         Raises:
-            CommandError: a model that writes no text.
+            CommandError: the model does not generate text.
         """
         if self.config.architecture == "encoder" or self.config.num_labels:
-            kind = "a classifier, which names labels"
-            kind = kind if self.config.num_labels else "an encoder, which names hidden tokens"
+            kind = "a classifier" if self.config.num_labels else "an encoder"
             raise CommandError(
-                f"{self.folder} holds {kind} and writes no text; give a decoder or an "
+                f"{self.folder} is {kind}, which does not generate text; give a decoder or an "
                 "encoder_decoder"
             )
         self.model.prepare_for_decoding()
         return CachedDecoder(self)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text that the model continues.
+        """Return the ids of a prompt.
 
         Raises:
-            CommandError: text that is not UTF-8, or with a token that the model does not have.
+            CommandError: the text is not UTF-8, or has a token that the model does not have.
         """
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise CommandError(f"the prompt {text!r} is not UTF-8 text; give text") from None
+            raise CommandError(f"the prompt {text!r} is not UTF-8 text; give UTF-8 text") from None
         ids = encode_text(self.tokenizer, text)
         self.check_ids(ids)
         return ids
 
     def check_prompt(self, prompt: str) -> None:
-        """Refuse a text as `encode` does. Warn about a prompt that is longer than the window."""
+        """Check a prompt as `encode` does, and warn if it is longer than the window."""
         length = len(self.encode(prompt))
         window = self.config.max_position_embeddings
         if length > window:
             logger.warning("a prompt of %d tokens: the model reads the last %d", length, window)
 
     def check_ids(self, ids: Sequence[int] | Tensor) -> None:
-        """Refuse ids that the model has no embedding for.
+        """Check that the model has embeddings for all ids.
 
         Raises:
-            CommandError: the first token of the tokenizer's that the model does not have.
+            CommandError: the model has no embedding for an id. The message names its token.
         """
         size = self.config.vocab_size
         if self.tokenizer.vocab_size <= size:
             return
-        known = ids.flatten().tolist() if isinstance(ids, Tensor) else ids
-        if (unknown := next((id for id in known if id >= size), None)) is not None:
+        values = ids.flatten().tolist() if isinstance(ids, Tensor) else ids
+        if (unknown := next((id for id in values if id >= size), None)) is not None:
             raise CommandError(
                 f"the text holds the token {self.tokenizer.pieces()[unknown]!r} of id {unknown}, "
                 f"but the model has {size} ids, 0 to {size - 1}; remove the token, or "
@@ -124,20 +125,20 @@ class LoadedModel:
 
     @property
     def micro_batch_size(self) -> int:
-        """Samples of a batch that evaluates the model: those of its run, or 8 without a run."""
+        """Samples of a batch for evaluation: those of the model's run, or 8 without a run."""
         return self.run.training.micro_batch_size if self.run else 8
 
     @property
     def is_finetuned(self) -> bool:
-        """Whether the model comes from a fine-tuning run, which is measured on labelled rows."""
+        """Whether the model comes from a fine-tuning run."""
         return self.run is not None and self.run.finetune is not None
 
     @property
     def suffix_ids(self) -> Sequence[int]:
-        """Ids that end a text that an encoder reads: by the folder's files, or as fine-tuned."""
+        """Ids at the end of an encoder's text: the tokenizer's, or EOS of a fine-tuned model."""
         eos = self.tokenizer.eos_id
-        ends = (eos,) if self.is_finetuned and eos is not None else ()
-        return self.tokenizer.suffix_ids or ends
+        eos_ids = (eos,) if self.is_finetuned and eos is not None else ()
+        return self.tokenizer.suffix_ids or eos_ids
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> Tensor:
@@ -159,7 +160,7 @@ class LoadedModel:
 
     @torch.no_grad()
     def count_correct(self, batch: Batch) -> int:
-        """Return how many of a batch's targets are the most likely tokens at their places."""
+        """Return how many of a batch's targets are the most likely tokens at their positions."""
         tensors = batch.to(self.device).tensors
         mask = tensors["loss_mask"]
         likeliest = self.model.scores(self.model.hidden(tensors)[mask]).argmax(dim=-1)
@@ -167,10 +168,10 @@ class LoadedModel:
 
 
 class CachedDecoder:
-    """Decoder that caches keys and values, so each token is run once. Prompts are padded at the
-    left.
+    """Decoder with a KV cache, so that each token is computed once.
 
-    Beyond the window of the model, the last tokens are run again for each new one.
+    Prompts are padded on the left. If a text is longer than the model's window, the last tokens are
+    computed again for each new token.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
@@ -179,10 +180,11 @@ class CachedDecoder:
         self._window = loaded.config.max_position_embeddings
         self.continues = loaded.config.architecture == "decoder"
         self.suffix_ids = loaded.suffix_ids
-        # padded rows of a vocabulary are never chosen; from an imported folder the text is what
-        # transformers writes, and an encoder_decoder's last ids name spans
-        ours = self.continues and loaded.run is not None
-        self._chosen = slice(loaded.tokenizer.vocab_size if ours else None)
+        # Ids beyond the tokenizer's vocabulary are padding and never chosen. Exceptions: an
+        # imported folder must give the text of transformers, and the last ids of an
+        # encoder_decoder stand for spans.
+        trims = self.continues and loaded.run is not None
+        self._chosen = slice(loaded.tokenizer.vocab_size if trims else None)
         self._beyond: UncachedDecoder | None = None
 
     def begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
@@ -206,7 +208,7 @@ class CachedDecoder:
             ids[row, place] = torch.tensor(prompt)
         self._keys = None if bool(keys.all()) else keys.to(device)
         ids = ids.to(device)
-        self._beyond = None  # a reader may begin again
+        self._beyond = None  # a decoder may be used again
         self._texts = [list(prompt) for prompt in prompts]
         if not self.continues:
             return self._answer(ids, new_tokens)
@@ -265,16 +267,16 @@ class CachedDecoder:
 
 
 def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
-    """Return the model of a step folder, a run, or a model folder of Hugging Face, in fp32.
+    """Return the model of a step folder, a run folder, or a Hugging Face folder, in fp32.
 
     If `path` is a run folder, its newest checkpoint is used, or a fine-tuned run's best one.
 
     Args:
-        path: a folder, or a model's name on the hub.
-        grid: whose tensor ranks share the model; None: this process has all of it.
+        path: a folder, or the name of a model on the hub.
+        grid: grid whose tensor ranks share the model. None means that this process has all of it.
     Raises:
-        CommandError: no model there, or ranks that cannot share it.
-        CheckpointError: damaged.
+        CommandError: there is no model, or the ranks cannot share it.
+        CheckpointError: the checkpoint is damaged.
     """
     path = hub.find_model(path, "--checkpoint")
     run: RunConfig | None = None
@@ -300,7 +302,9 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
     size = at.mesh.tensor
     allowed = allowed_tensor_sizes(config)
     if size not in allowed:
-        raise CommandError(f"{size} ranks cannot share this model; {allowed} can")
+        raise CommandError(
+            f"{size} ranks cannot share this model; use one of {allowed} tensor ranks"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = grid.device if grid else device
     regions = make_regions(config, grid) if grid else ONE_DEVICE
@@ -325,17 +329,16 @@ def open_model(path: str | Path, grid: Grid | None = None) -> LoadedModel:
 
 
 def _compare_vocabularies(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Report tokens that the model lacks, and what the tokenizer puts around a text."""
+    """Report tokens that the model lacks, and ids that the tokenizer adds to texts."""
     size = config.vocab_size
-    known = tokenizer.vocab_size
-    if known > size:
+    if tokenizer.vocab_size > size:
         names = [f"{name!r} ({id})" for id, name in enumerate(tokenizer.pieces()) if id >= size]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         refused = ", ".join(names[:3]) + more
         logger.warning(
             "%s: the tokenizer has %d ids, the model %d; text with %s is refused",
             folder,
-            known,
+            tokenizer.vocab_size,
             size,
             refused,
         )
@@ -344,10 +347,10 @@ def _compare_vocabularies(folder: Path, config: ModelConfig, tokenizer: Tokenize
         " ".join(pieces[id] for id in ids) for ids in (tokenizer.prefix_ids, tokenizer.suffix_ids)
     )
     if before:
-        logger.info("%s: texts begin with %s, as its tokenizer says", folder, before)
+        logger.info("%s: texts begin with %s, which the tokenizer adds", folder, before)
     if after and config.architecture == "decoder":
         logger.warning(
-            "%s: its tokenizer ends every text with %s; prompts go on, so it is omitted",
+            "%s: the tokenizer ends every text with %s; prompts must continue, so it is omitted",
             folder,
             after,
         )

@@ -1,4 +1,4 @@
-"""The mean loss on held-out data: one number whatever the layout."""
+"""The mean loss on held-out data, which does not depend on the layout."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def mean_loss(
     micro_batch_size: int,
     stopping: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Return the cross entropy in nats per unmasked target of the first `samples` samples.
+    """Return the mean cross entropy (nats) of the first `samples` samples; a collective.
 
-    If the data set has fewer samples, all of them count. A collective of all ranks.
+    If the data set has fewer samples, all of them are used.
 
     Args:
-        stopping: called before each batch; returns whether to give up, the same on every rank.
+        stopping: called before each batch. It returns whether to give up, the same on every rank.
     Returns:
-        None if it was given up.
+        the mean over unmasked targets. None if the evaluation was given up.
     """
     sums = sum_loss(
         engine.eval_loss,
@@ -56,15 +56,15 @@ def mean_loss(
 def score_data(
     loaded: LoadedModel, grid: Grid, *, data: str | None, micro_batch_size: int
 ) -> dict[str, float | int | None]:
-    """Return loss (nats), perplexity, bits per byte of text and counted tokens, over all ranks.
+    """Return loss (nats), perplexity, bits per byte of text and tokens, over all ranks.
 
-    Bits per byte compares models of different tokenizers. It is null if the targets are not
-    continued text. A model of masked tokens also has `accuracy`: the share of targets it predicts.
+    Bits per byte allows a comparison of models with different tokenizers. It is None unless the
+    objective is causal. A masked language model also has `accuracy`.
 
     Args:
-        data: a shard folder; None: the run file's `data.valid`.
+        data: a shard folder. None means the run file's `data.valid`.
     Raises:
-        CommandError: no shards, or those of another tokenizer.
+        CommandError: there are no shards, or they were made with another tokenizer.
     """
     run = loaded.run or _run_of(loaded)
     dataset = _open_held_out(loaded, run, data)
@@ -78,7 +78,7 @@ def score_data(
     )
     sums = torch.zeros(2, dtype=torch.float64)
     text_bytes = 0
-    right = 0
+    correct = 0
     count = -(-dataset.num_samples // (micro_batch_size * grid.mesh.data))
     length = run.data.sequence_length
     loss_of = report_calls(
@@ -90,30 +90,30 @@ def score_data(
     for batch in batches():
         sums += torch.stack((loss_of(batch).double().cpu(), torch.tensor(batch.targets)))
         if masked:
-            right += loaded.count_correct(batch)
+            correct += loaded.count_correct(batch)
         if causal:
             labels = batch.tensors["labels"]
             mask = batch.tensors["loss_mask"]
             text_bytes += sum(
-                loaded.tokenizer.count_bytes(row[seen].tolist())
-                for row, seen in zip(labels, mask, strict=True)
+                loaded.tokenizer.count_bytes(row[counts].tolist())
+                for row, counts in zip(labels, mask, strict=True)
             )
-    totals = torch.cat((sums, torch.tensor([text_bytes, right], dtype=torch.float64)))
-    total, targets, text_bytes, right = grid.sum_once(totals).tolist()
-    found = {
+    totals = torch.cat((sums, torch.tensor([text_bytes, correct], dtype=torch.float64)))
+    total, targets, text_bytes, correct = grid.sum_once(totals).tolist()
+    metrics = {
         "loss": total / targets,
         "perplexity": perplexity(total / targets),
         "bits_per_byte": total / math.log(2) / text_bytes if text_bytes else None,
         "tokens": round(targets),
     }
-    return found | ({"accuracy": right / targets} if masked else {})
+    return metrics | ({"accuracy": correct / targets} if masked else {})
 
 
 def _open_held_out(loaded: LoadedModel, run: RunConfig, data: str | None) -> Dataset:
-    """Open the shards to measure on, prepared for the run's objective.
+    """Open the held-out shards, prepared for the run's objective.
 
     Raises:
-        CommandError: no shards, or those of another tokenizer.
+        CommandError: there are no shards, or they were made with another tokenizer.
     """
     section = run.data.model_dump()
     if data:
@@ -131,7 +131,7 @@ def _open_held_out(loaded: LoadedModel, run: RunConfig, data: str | None) -> Dat
 
 
 def _run_of(loaded: LoadedModel) -> RunConfig:
-    """Return a run file for a folder that has none: the model, and windows as long as it reads."""
+    """Return a run file for a folder without one, with samples of the model's window length."""
     model = loaded.config
     objective = dict[str, Any]()
     if model.architecture == "encoder":
@@ -172,10 +172,10 @@ def sum_loss(
     stopping: Callable[[], bool] = lambda: False,
     count: Count | None = None,
 ) -> Tensor | None:
-    """Return this rank's summed loss and targets: float64 [2] on the CPU; None if it was given up.
+    """Return this rank's summed loss and targets: float64 [2] on the CPU, or None if given up.
 
-    float64 keeps the digits of a sum over millions of targets. The sum stays on the device until
-    the end, so that no batch waits for the one before.
+    float64 keeps the precision of a sum over millions of targets. The losses stay on the device
+    until the end, so that batches do not wait for each other.
     """
     batches = first_batches(
         dataset,

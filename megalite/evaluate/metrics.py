@@ -19,9 +19,9 @@ from megalite.errors import DataError, MegaLiteError
 _INK = (0, 0, 0)
 _PAPER = (255, 255, 255)
 _FULL = (20, 60, 130)
-_FEW = 20  # labels, all of whose numbers are shown
+_FEW = 20  # maximum labels for which all numbers are shown
 _MARGIN = 8  # pixels
-_LONGEST = 18  # characters
+_LONGEST = 18  # characters of a name
 
 
 def classification_metrics(
@@ -32,27 +32,27 @@ def classification_metrics(
     Returns:
         loss: mean cross entropy in nats.
         accuracy, f1_micro.
-        precision, recall, f1: plain means over all C labels, as scikit-learn's macro average with
-            zero_division=0. (torchmetrics' own ignores a label that is neither present nor
-            predicted.)
-        per_class: by name, the same three and count; 0.0 if there is nothing to divide by.
-        confusion: C rows of true labels by C predicted ones.
-        calibration: the expected calibration error (L1) over 15 bins.
+        precision, recall, f1: unweighted means over all C labels, as scikit-learn's macro average
+            with zero_division=0. (torchmetrics' macro average ignores labels that are neither
+            present nor predicted.)
+        per_class: precision, recall, f1 and count of each label; 0.0 if the divisor is 0.
+        confusion: confusion matrix, C rows of true labels by C columns of predicted labels.
+        calibration: expected calibration error (L1) over 15 bins.
 
     Raises:
-        DataError: no rows.
-        MegaLiteError: scores that are no finite numbers.
+        DataError: there are no rows.
+        MegaLiteError: a score is not finite.
     """
-    # seconds, as it imports all of torchmetrics
+    # imported here, because it takes seconds
     from torchmetrics.functional import classification as measures
 
     if not len(labels_N):
-        raise DataError("metrics of a classifier were requested, of no rows; give a split with any")
+        raise DataError("the split has no rows for a classifier's metrics; give a split with rows")
     loss = F.cross_entropy(scores_NC.double(), labels_N)
     if not torch.isfinite(loss):
-        raise MegaLiteError(f"the classifier's loss is {loss:g}: choose a checkpoint from before")
+        raise MegaLiteError(f"the classifier's loss is {loss:g}; use an earlier checkpoint")
     args = scores_NC.argmax(dim=-1), labels_N, len(names)
-    chances = scores_NC.softmax(dim=-1), *args[1:]
+    probabilities = scores_NC.softmax(dim=-1), *args[1:]
     precisions = measures.multiclass_precision(*args, average="none").tolist()
     recalls = measures.multiclass_recall(*args, average="none").tolist()
     f1s = measures.multiclass_f1_score(*args, average="none").tolist()
@@ -70,7 +70,7 @@ def classification_metrics(
             for name, precision, recall, f1, count in columns
         },
         "confusion": confusion,
-        "calibration": float(measures.multiclass_calibration_error(*chances, n_bins=15)),
+        "calibration": float(measures.multiclass_calibration_error(*probabilities, n_bins=15)),
     }
 
 
@@ -78,24 +78,24 @@ def predictions_rows(
     ids: Iterable[Any], labels: Iterable[int | None], scores_NC: Tensor, names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield id, label (a name or None), prediction (a name) and probabilities of each row."""
-    chances_NC = scores_NC.double().softmax(dim=-1).cpu()
+    probabilities_NC = scores_NC.double().softmax(dim=-1).cpu()
     likeliest = scores_NC.argmax(dim=-1).tolist()
-    for key, label, best, chances_C in zip(ids, labels, likeliest, chances_NC, strict=True):
+    for key, label, best, row_C in zip(ids, labels, likeliest, probabilities_NC, strict=True):
         yield {
             "id": key.item() if isinstance(key, np.generic) else key,
             "label": None if label is None else names[label],
             "prediction": names[best],
-            "probabilities": [round(chance, 6) for chance in chances_C.tolist()],
+            "probabilities": [round(probability, 6) for probability in row_C.tolist()],
         }
 
 
 def confusion_picture(
     confusion: Sequence[Sequence[int]], names: Sequence[str]
 ) -> npt.NDArray[np.uint8]:
-    """Return a picture of the confusion matrix: true labels by predicted ones, uint8 [H, W, 3].
+    """Return a picture of the confusion matrix, true by predicted labels: uint8 [H, W, 3].
 
-    A cell is darker if its share of the row is larger. Over 20 labels, a number that is wider than
-    its cell is omitted.
+    Darker cells have larger shares of their row. With more than 20 labels, numbers that do not fit
+    into their cell are omitted.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -109,7 +109,7 @@ def confusion_picture(
     side = left + cell * len(names) + _MARGIN
     image = Image.new("RGB", (side, side), _PAPER)
     draw = ImageDraw.Draw(image)
-    for i, name in enumerate(names):  # lying at the right: a quarter turn puts them on top, upright
+    for i, name in enumerate(names):  # drawn at the right side; the rotation moves them to the top
         place = side - left + _MARGIN, left + i * cell + cell // 2
         draw.text(place, name, _INK, font, anchor="lm")
     image = image.transpose(Image.Transpose.ROTATE_90)

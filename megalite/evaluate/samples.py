@@ -1,8 +1,8 @@
-"""Texts that a model writes in the midst of its training.
+"""Text samples of a model during training.
 
-Rank 0 chooses the tokens and says which texts are read next; all ranks read them, since they share
-layers (tensor parallelism) or weights (ZeRO-3). Each token costs a forward pass over the texts so
-far, in an engine without a cache.
+Rank 0 chooses the tokens and broadcasts the texts. All ranks take part in each forward, because
+they share matrices (tensor parallelism) or weights (ZeRO-3). The engine has no KV cache, so each
+token costs a forward over all texts so far.
 
 B prompts   T tokens of the longest text, rounded up   V vocabulary
 """
@@ -30,19 +30,22 @@ from megalite.log import logger
 from megalite.parallel import Grid
 from megalite.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
-# from a user's single turn to the ids up to the answer, and the text that ends the answer
+# (tokenizer folder, tokenizer, user's turn) -> (ids of the prompt, text that ends the answer)
 Ask = Callable[[Path, Tokenizer, str], "tuple[list[int], str]"]
 
-
-_Texts = tuple[list[list[int]], "list[list[int]] | None"]  # ids of those that are read, and written
+# ids of the texts; with two stacks, those of the encoder and of the decoder
+_Texts = tuple[list[list[int]], "list[list[int]] | None"]
 
 
 @dataclass(frozen=True)
 class Prompts:
     """The prompts that a model continues during training.
 
-    texts: the prompts as it reads them, ids for a chat. turns: whether they are those of a chat,
-    whose stop strings name control tokens. stop: strings that end what it writes.
+    Attributes:
+        shown: the prompts as they are reported.
+        texts: the prompts for the model; ids if they are turns of a chat.
+        turns: whether the prompts are turns of a chat, so that stop strings name control tokens.
+        stop: strings that end a text.
     """
 
     tokenizer: Tokenizer
@@ -53,21 +56,21 @@ class Prompts:
 
 
 def open_prompts(config: RunConfig, folder: Path | None, ask: Ask | None) -> Prompts | None:
-    """Return the prompts of a run file; None if it has none.
+    """Return the prompts of a run file, or None if it has none.
 
     Args:
-        folder: the folder of the data's tokenizer.
-        ask: function that makes a user's turn of a prompt, if conversations are learned.
+        folder: folder of the data's tokenizer.
+        ask: turns a prompt into a user's turn, if the run trains on conversations.
     Raises:
-        DataError: no tokenizer, or a chat template that refuses a single turn of a user.
+        DataError: there is no tokenizer, or the chat template refuses a single user turn.
     """
     if config.logging.samples is None:
         return None
     texts = config.logging.samples.prompts
     if folder is None:
         raise DataError(
-            "logging.samples: the shards do not name their tokenizer, which prompts are read with; "
-            "put it next to them as tokenizer/, or leave logging.samples out"
+            "logging.samples: the shards have no tokenizer to encode the prompts; put it next to "
+            "the shards as tokenizer/, or remove logging.samples"
         )
     tokenizer = load_tokenizer(folder)
     chats = config.finetune is not None and find_task(config.finetune.task).uses_template
@@ -79,10 +82,10 @@ def open_prompts(config: RunConfig, folder: Path | None, ask: Ask | None) -> Pro
 
 
 class Writer:
-    """Writes on from a run's prompts; on rank 0 it is the reader that `stream_texts` asks.
+    """Generator of continuations of a run's prompts. On rank 0 it is the decoder of `stream_texts`.
 
-    Numbers of the training stay what they are: what is drawn comes from generators of its own, and
-    nothing is compiled again for other shapes.
+    It does not change the numbers of the training: it has its own random generators, and causes no
+    recompilation for other shapes.
     """
 
     def __init__(self, config: RunConfig, engine: Engine, grid: Grid, prompts: Prompts) -> None:
@@ -95,107 +98,107 @@ class Writer:
         self.continues = config.model.architecture == "decoder"
         finetune = config.finetune
         eos = prompts.tokenizer.eos_id
-        tuned = [] if finetune is None or eos is None else [eos]  # as its examples end
-        self.suffix_ids: Sequence[int] = prompts.tokenizer.suffix_ids or tuned
+        eos_ids = [] if finetune is None or eos is None else [eos]  # as in the examples
+        self.suffix_ids: Sequence[int] = prompts.tokenizer.suffix_ids or eos_ids
         self._failed = False
         self._in_pass = False
-        # padded rows of the vocabulary are never chosen; an encoder_decoder's last ids name spans
+        # Ids beyond the tokenizer's vocabulary are padding and never chosen. The last ids of an
+        # encoder_decoder stand for spans.
         self._chosen = slice(prompts.tokenizer.vocab_size if self.continues else None)
         self._round = config.parallel.tensor if config.parallel.sequence else 1
 
     def __call__(self, stopping: Callable[[], bool]) -> list[tuple[str, str]]:
-        """Return each prompt with the text that follows it, on rank 0; a collective.
+        """Return each prompt with its continuation, on rank 0; a collective.
 
-        The list is empty if it was given up, or if the model's scores are not finite.
+        The list is empty if the generation was given up, or if the model's logits are not finite.
 
         Args:
-            stopping: called before each token; returns whether to give up, the same on every
+            stopping: called before each token. It returns whether to give up, the same on every
                 rank.
         Raises:
-            Exception: a forward pass failed, and other ranks take part in it.
+            Exception: a forward that includes other ranks failed.
         """
         self._stopping = stopping
         try:
             if self._grid.rank == 0:
-                found = self._write()
+                samples = self._write()
                 self._broadcast(None)
-                return found
+                return samples
             while (texts := self._broadcast(None)) is not None:
                 self._read(*texts)
-        except Stopped:  # every rank is here
+        except Stopped:  # raised on every rank
             pass
         return []
 
     def _write(self) -> list[tuple[str, str]]:
-        asked = self._prompts
+        prompts = self._prompts
         samples = self._samples
-        written = [""] * len(asked.shown)
+        texts = [""] * len(prompts.shown)
         try:
             pieces = stream_texts(
                 self,
-                asked.tokenizer,
-                asked.texts,
+                prompts.tokenizer,
+                prompts.texts,
                 max_new_tokens=samples.max_new_tokens,
                 sampling=Sampling(samples.temperature, seed=self._config.training.seed),
-                stop=asked.stop,
-                controls=asked.turns,
+                stop=prompts.stop,
+                controls=prompts.turns,
             )
             for number, piece in pieces:
-                written[number] += piece
+                texts[number] += piece
         except Stopped:
             raise
-        except Exception as error:  # whatever it is, it must not end the training
-            if self._in_pass:  # the other ranks are in this pass, or have failed in it
+        except Exception as error:  # no failure of a sample may end the training
+            if self._in_pass:  # but other ranks take part in this forward
                 raise
             if not self._failed or isinstance(error, MegaLiteError):
                 kind = "" if isinstance(error, MegaLiteError) else f"{type(error).__name__}: "
                 logger.warning("no samples: %s%s", kind, error)
             self._failed = True
             return []
-        return list(zip(asked.shown, written, strict=True))
+        return list(zip(prompts.shown, texts, strict=True))
 
     def begin(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Tensor:
         del new_tokens
-        given = [list(prompt) for prompt in prompts]
+        sources = [list(prompt) for prompt in prompts]
         start = self._config.model.decoder_start_token_id
-        # what is read, and what is written after it, or apart from it
-        self._texts = (given, None) if self.continues else (given, [[start] for _ in given])
+        self._texts = (sources, None) if self.continues else (sources, [[start] for _ in sources])
         return self._read_together()
 
     def next(self, tokens: Sequence[int]) -> Tensor:
-        given, written = self._texts
-        for text, token in zip(written or given, tokens, strict=True):
+        sources, targets = self._texts
+        for text, token in zip(targets or sources, tokens, strict=True):
             text.append(token)
         return self._read_together()
 
     def _read_together(self) -> Tensor:
-        """Return the scores of the next token, [B, V], on rank 0; the other ranks read as well."""
+        """Return the logits of the next token on rank 0, [B, V]. Other ranks call `_read`."""
         self._in_pass = self._grid.world_size > 1
         scores = self._read(*self._broadcast(self._texts))
         self._in_pass = False
         return scores[:, self._chosen]
 
     def _broadcast(self, texts: _Texts | None) -> Any:
-        """Broadcast rank 0's texts to every rank. None means that nothing more is read."""
+        """Broadcast rank 0's texts to every rank. None ends the generation."""
         message = [texts]
         dist.broadcast_object_list(message, src=0, group=self._grid.cpu_group)
         return message[0]
 
-    @torch.inference_mode(False)  # the weights that ZeRO-3 gathers are trained with afterwards
-    def _read(self, given: list[list[int]], written: list[list[int]] | None) -> Tensor:
+    @torch.inference_mode(False)  # training uses the weights that ZeRO-3 gathers here
+    def _read(self, sources: list[list[int]], targets: list[list[int]] | None) -> Tensor:
         if self._stopping():
-            raise Stopped("asked to, in the midst of a sample")
-        ids_BT, lengths_B = self._pad_batch(given)
+            raise Stopped("a stop was requested during a sample")
+        ids_BT, lengths_B = self._pad_batch(sources)
         tensors = {"input_ids": ids_BT, "lengths": lengths_B}
-        if written is not None:
+        if targets is not None:
             tensors["attention_mask"] = torch.arange(ids_BT.shape[1]) < lengths_B[:, None]
-            tensors["decoder_input_ids"], tensors["lengths"] = self._pad_batch(written)
+            tensors["decoder_input_ids"], tensors["lengths"] = self._pad_batch(targets)
         compiled = self._config.training.compile
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             return self._engine.eval_scores(Batch(tensors, place=0, targets=0))
 
     def _pad_batch(self, texts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Return the last tokens of texts, as many as a training sample has, followed by zeros."""
+        """Return the last `data.sequence_length` tokens of each text, padded with zeros."""
         texts = [text[-self._config.data.sequence_length :] for text in texts]
         lengths_B = torch.tensor([len(text) for text in texts])
         T = -(-int(lengths_B.max()) // self._round) * self._round
@@ -206,16 +209,15 @@ class Writer:
 
     @cached_property
     def end_ids(self) -> Sequence[int]:
-        """Ids that end a text by the model that the run started from.
+        """Ids that end a text, according to the model that the run started from.
 
-        The run's folder keeps them with its copy of the tokenizer; the data's tokenizer may lack
-        them.
+        The run folder's copy of the tokenizer has them. The data's tokenizer may lack them.
         """
         tokenizer = self._prompts.tokenizer
         try:
-            kept = load_tokenizer(
+            copy = load_tokenizer(
                 Path(self._config.logging.directory) / self._config.name / "tokenizer"
             )
         except DataError:
             return ()
-        return kept.end_ids if kept.sha256 == tokenizer.sha256 else ()
+        return copy.end_ids if copy.sha256 == tokenizer.sha256 else ()

@@ -1,4 +1,4 @@
-"""Measurements as lines for a person."""
+"""Formatting of metrics as lines of text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Return a line for each number; those of `baselines` and `tasks` last, with their name."""
+    """Return a line for each number. Those of `baselines` and `tasks` are last, with a prefix."""
     rows = {name: value for name, value in result.items() if isinstance(value, int | float)}
     for section in ("baselines", "tasks"):
         for task, metrics in (result.get(section) or {}).items():

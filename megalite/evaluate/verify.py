@@ -1,4 +1,4 @@
-"""Whether `transformers` makes of an exported folder what MegaLite makes of it."""
+"""Comparison of `transformers` with MegaLite on an exported folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megalite.evaluate.loading import LoadedModel, open_model
 from megalite.tokenizers.special_tokens import GENERATION_CONFIG
 from megalite.tokenizers.tokenizer import PROBES, load_tokenizer
 
-_LIMIT = 1e-4  # of scores, over their spread
+_LIMIT = 1e-4  # difference of logits, relative to their standard deviation
 
 
 def require_transformers() -> None:
@@ -24,9 +24,9 @@ def require_transformers() -> None:
 
 
 def verify(folder: Path, *, tokens: int = 32) -> tuple[float, float]:
-    """Return the largest difference of scores on random tokens, over their spread; and its limit.
+    """Return the largest relative difference of logits on random tokens, and its limit.
 
-    Both read the folder again, in fp32.
+    Both libraries load the folder in fp32. The difference is relative to the standard deviation.
     """
     ours = open_model(folder)
     longest = min(tokens, ours.config.max_position_embeddings)
@@ -34,41 +34,46 @@ def verify(folder: Path, *, tokens: int = 32) -> tuple[float, float]:
     ids = torch.randint(ours.config.vocab_size, (2, longest), generator=generator)
     with torch.no_grad():
         expected = ours.model.cpu().logits(inputs_of(ours, ids))
-        found = theirs(ours, ids)
+        logits = transformers_logits(ours, ids)
     spread = float(expected.std().clamp_min(1e-6))
-    return float((found - expected).abs().max()) / spread, _LIMIT
+    return float((logits - expected).abs().max()) / spread, _LIMIT
 
 
 def verify_text(folder: Path) -> list[str]:
-    """Return what `transformers` reads in another way than MegaLite: ids of texts, and their ends.
+    """Return the differences between the tokenizers of `transformers` and MegaLite.
 
-    Both read the folder again.
+    Both libraries load the folder. Compared are the ids of texts, and the ids that end a text.
     """
     import transformers
 
     ours = load_tokenizer(folder)
     theirs: Any = transformers.AutoTokenizer.from_pretrained(folder)
-    found = list[str]()
+    differences = list[str]()
     for text in PROBES:
-        wanted = [*ours.prefix_ids, *ours.encode(text), *ours.suffix_ids]
-        if (ids := theirs(text).input_ids) != wanted:
-            found.append(f"the ids of {text!r} are {ids} in transformers, here {wanted}")
+        expected = [*ours.prefix_ids, *ours.encode(text), *ours.suffix_ids]
+        if (ids := theirs(text).input_ids) != expected:
+            differences.append(
+                f"the ids of {text!r} are {ids} in transformers, but {expected} in MegaLite"
+            )
     if (folder / GENERATION_CONFIG).is_file():
         eos = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
         ends = {eos} if isinstance(eos, int) else set(eos or ())
         if ends != set(ours.end_ids):
-            found.append(f"a text ends with {sorted(ends)} there, here with {sorted(ours.end_ids)}")
-    return found
+            differences.append(
+                f"a text ends with {sorted(ends)} in transformers, but with "
+                f"{sorted(ours.end_ids)} in MegaLite"
+            )
+    return differences
 
 
 def inputs_of(ours: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
-    """Return tokens as our model takes them. A model of two stacks reads and writes them."""
-    writes = ours.config.architecture == "encoder_decoder"
-    return {"input_ids": ids} | ({"decoder_input_ids": ids} if writes else {})
+    """Return the inputs of a model. With two stacks, both get the same tokens."""
+    has_decoder = ours.config.architecture == "encoder_decoder"
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if has_decoder else {})
 
 
-def theirs(ours: LoadedModel, ids: Tensor) -> Tensor:
-    """Return the scores of `transformers` for the same folder and tokens: fp32 [B, T, V]."""
+def transformers_logits(ours: LoadedModel, ids: Tensor) -> Tensor:
+    """Return the logits of `transformers` for the same folder and tokens: fp32 [B, T, V]."""
     import transformers
 
     architecture = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM"}

@@ -133,4 +133,4 @@ def test_the_labels_of_new_texts(tmp_path: Path) -> None:
     (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[2:]))
     refused = _launch("eval", "--checkpoint", run)
     assert refused.returncode == 2
-    assert "its own rows have changed since" in refused.stderr
+    assert "the rows of its run have changed since the training" in refused.stderr

@@ -12,7 +12,7 @@ from megalite.checkpoint.huggingface import export
 from megalite.config import ModelConfig
 from megalite.env import Launch
 from megalite.evaluate import open_model
-from megalite.evaluate.verify import inputs_of, theirs
+from megalite.evaluate.verify import inputs_of, transformers_logits
 from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.families import FAMILIES, model_section
 from tests.helpers.ranks import run_ranks
@@ -95,7 +95,9 @@ def test_ranks_that_share_a_model_give_the_scores_of_transformers(tmp_path: Path
             folders.append(str(tmp_path / f"{family}-{number}"))
             stored = InMemory(random_model(config), config)
             export(stored, config, load_tokenizer("bytes"), Path(folders[-1]))
-    expected = [theirs(opened, ids_of(opened.config)) for opened in map(open_model, folders)]
+    expected = [
+        transformers_logits(loaded, ids_of(loaded.config)) for loaded in map(open_model, folders)
+    ]
     for size in (2, 4):
         for rank in run_ranks(_scores, size, folders):
             for folder, found, wanted in zip(folders, rank, expected, strict=True):

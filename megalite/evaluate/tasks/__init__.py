@@ -1,1 +1,1 @@
-"""Measures of fine-tuned models, a file a kind of task."""
+"""Metrics of fine-tuned models, one file per kind of task."""

@@ -1,4 +1,4 @@
-"""Evaluation of fine-tuned models: every rank scores its part, and all ranks get the result."""
+"""Evaluation of fine-tuned models. Each rank scores a part, and all ranks get the result."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def collect_scores(
     micro_batch_size: int,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Tensor | None:
-    """Return the logits of every example of a split, in its order: fp32 [N, C], on every rank.
+    """Return the logits of all examples of a split, in its order: fp32 [N, C] on every rank.
 
-    A collective of all ranks of `grid`. Batches have equal shapes whatever the ranks; padding of
-    the last ones counts nowhere.
+    This is a collective of all ranks of `grid`. The shapes of batches do not depend on the number
+    of ranks. Padding samples of the last batches are discarded.
 
     Args:
-        score: logits of a batch, [B, C].
-        stopping: called before each batch; returns whether to give up, the same on every rank.
+        score: returns the logits of a batch, [B, C].
+        stopping: called before each batch. It returns whether to give up, the same on every rank.
     Returns:
-        None if it was given up.
+        the logits. None if the evaluation was given up.
     """
     rank, size = (grid.at.data_rank, grid.mesh.data) if grid else (0, 1)
     samples = dataset.num_samples
@@ -58,15 +58,15 @@ def collect_scores(
         if stopping():
             return None
         parts.append(score(batch).float())
-    own = torch.cat(parts).cpu().numpy()
-    every = grid.gather_once(own) if grid else [own]
-    found = np.empty((samples, own.shape[1]), np.float32)
-    for data_rank, rows in enumerate(every):
+    local = torch.cat(parts).cpu().numpy()
+    by_rank = grid.gather_once(local) if grid else [local]
+    scores = np.empty((samples, local.shape[1]), np.float32)
+    for data_rank, rows in enumerate(by_rank):
         firsts = np.arange(data_rank * micro_batch_size, samples + step, step)
-        places = (firsts[:, None] + np.arange(micro_batch_size)).reshape(-1)[: len(rows)]
-        real = places < samples
-        found[order[places[real]]] = rows[real]
-    return torch.from_numpy(found)
+        positions = (firsts[:, None] + np.arange(micro_batch_size)).reshape(-1)[: len(rows)]
+        real = positions < samples
+        scores[order[positions[real]]] = rows[real]
+    return torch.from_numpy(scores)
 
 
 def score_examples(
@@ -76,25 +76,27 @@ def score_examples(
     grid: Grid,
     *,
     micro_batch_size: int,
-    own: bool = False,
+    own_rows: bool = False,
     predictions: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure a fine-tuned model on a split of tokenized examples; a collective.
+    """Return the metrics of a fine-tuned model on a split of examples; a collective.
 
-    A classifier has `classification_metrics` if every example has a label, else counts of them.
-    On the run's own rows, which are held out, rank 0 adds `baselines`. Others have loss (nats) and
-    perplexity of what is learned.
+    For a classifier these are `classification_metrics` if every example has a label, else the
+    numbers of examples and labels. On held-out rows of the run, rank 0 adds `baselines`. For other
+    tasks these are loss (nats), perplexity and tokens.
 
     Args:
-        own: whether the examples must be those of the run.
-        predictions: where rank 0 writes a classifier's answers, a line an example.
+        own_rows: whether the examples must be those of the run.
+        predictions: file to which rank 0 writes a classifier's predictions, one line per example.
     """
     assert loaded.run is not None
     assert loaded.run.finetune is not None
     manifest = read_examples_manifest(folder)
-    if own and loaded.data_fingerprint.partition("/")[0] != examples_fingerprint(manifest):
-        reason = "its own rows have changed since, and would be split in another way"
-        raise DataError(f"{loaded.folder}: {reason}; name rows that it has not seen with --data")
+    if own_rows and loaded.data_fingerprint.partition("/")[0] != examples_fingerprint(manifest):
+        reason = "the rows of its run have changed since the training, and with them the splits"
+        raise DataError(
+            f"{loaded.folder}: {reason}; give rows that it was not trained on by --data"
+        )
     dataset = ExampleSet(folder, manifest, split, loaded.run, shuffle=False)
     batches = -(-dataset.num_samples // (micro_batch_size * grid.mesh.data))
     reporting = partial(
@@ -124,11 +126,11 @@ def score_examples(
     if (labels < 0).any():
         counts = {"examples": len(labels), "labelled": int((labels >= 0).sum())}
         return counts | {"left_out": dataset.split.info.bad_rows}
-    found = measures(scores, dataset)
-    if own and split != "train" and grid.rank == 0:
+    metrics = measures(scores, dataset)
+    if own_rows and split != "train" and grid.rank == 0:
         train = ExampleSet(folder, manifest, "train", loaded.run, shuffle=False)
-        found["baselines"] = baselines(train, dataset)
-    return found
+        metrics["baselines"] = baselines(train, dataset)
+    return metrics
 
 
 def measures(scores: Tensor, dataset: ExampleSet) -> dict[str, Any]:
@@ -137,56 +139,57 @@ def measures(scores: Tensor, dataset: ExampleSet) -> dict[str, Any]:
 
 
 def baselines(train: ExampleSet, held_out: ExampleSet) -> dict[str, dict[str, float]]:
-    """Return what any classifier must beat on a split (see `measure_baselines`)."""
+    """Return the metrics of the baselines on a split. See `measure_baselines`."""
     return measure_baselines(train.split, held_out.split, len(_names(held_out)))
 
 
 class Comparison:
-    """Comparison of a run's classifier with the baselines of its splits; on one rank.
+    """Comparison of a run's classifier with baselines, on one rank.
 
     Args:
-        sets: the splits by name, train among them.
-        steps: of the whole run.
+        splits: the splits by name, including train.
+        steps: number of steps of the run.
     """
 
-    def __init__(self, sets: Mapping[str, ExampleSet], steps: int) -> None:
-        self._sets = sets
+    def __init__(self, splits: Mapping[str, ExampleSet], steps: int) -> None:
+        self._splits = splits
         self._steps = steps
-        self._known: dict[str, dict[str, dict[str, float]]] = {}
+        self._baselines: dict[str, dict[str, dict[str, float]]] = {}
 
     def __call__(
         self, split: str, measured: Mapping[str, Any], step: int
     ) -> dict[str, dict[str, float]]:
-        """Log the accuracy of a model and of the baselines, and return the baselines.
+        """Log the accuracy of the model and of the baselines. Return the baselines' metrics.
 
-        The last evaluation also says what to do about a model that does not beat them.
+        The last evaluation warns if the model does not beat them.
         """
-        if split not in self._known:
-            self._known[split] = baselines(self._sets["train"], self._sets[split])
-        known = self._known[split]
-        own, bag, majority = (
-            row["accuracy"] for row in (measured, known["bag_of_words"], known["majority"])
+        if split not in self._baselines:
+            self._baselines[split] = baselines(self._splits["train"], self._splits[split])
+        others = self._baselines[split]
+        accuracy, bag, majority = (
+            row["accuracy"] for row in (measured, others["bag_of_words"], others["majority"])
         )
         logger.info(
             "%s: accuracy %.4f; a bag of words has %.4f, the most frequent label %.4f",
             split,
-            own,
+            accuracy,
             bag,
             majority,
         )
-        last = step == self._steps or (split == "test" and "valid" in self._sets)
-        if last and own <= max(bag, majority):
+        last = step == self._steps or (split == "test" and "valid" in self._splits)
+        if last and accuracy <= max(bag, majority):
             logger.warning(
                 "the model is no better than a bag of words on %s: start from a pretrained model "
                 "(--init-from), or give more texts",
                 split,
             )
-        return known
+        return others
 
 
 def write_predictions(path: Path, scores: Tensor, dataset: ExampleSet) -> None:
-    """Write a line of JSON for each example: `id` is its row in the source; a missing label is
-    null.
+    """Write a line of JSON for each example.
+
+    `id` is the example's row in the source. A missing label is null.
     """
     ids = dataset.split.rows.tolist()
     labels = (None if label < 0 else label for label in _labels(dataset).tolist())

@@ -170,9 +170,9 @@ def test_settings_of_a_task_are_used(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 4}, r"generation_kwargs\.num_beams: 4: only 1 can be had"),
-        ({"no_repeat_ngram_size": 2}, "only 0 can be had"),
-        ({"best_of": 3}, "best_of: 3: is not known"),
+        ({"num_beams": 4}, r"generation_kwargs\.num_beams: 4: only 1 is supported"),
+        ({"no_repeat_ngram_size": 2}, "only 0 is supported"),
+        ({"best_of": 3}, "best_of: 3: the key is not supported"),
         ({"temperature": "hot"}, "'hot' is no number"),
         ({"do_sample": "yes"}, "give true or false"),
         ({"until": [3]}, "give texts"),

@@ -74,7 +74,7 @@ def test_verify_text_reports_a_difference(tmp_path: Path) -> None:
     settings = json.loads(path.read_text())
     path.write_text(json.dumps(settings | {"eos_token_id": 65}))
     (fault,) = verify_text(tmp_path / "out")
-    assert fault == "a text ends with [65] there, here with [65, 257]"
+    assert fault == "a text ends with [65] in transformers, but with [65, 257] in MegaLite"
 
 
 @pytest.mark.parametrize("kind", ["model folder", "checkpoint"])
