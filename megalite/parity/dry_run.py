@@ -1,8 +1,8 @@
 """Dry run of one training step in one CPU process: every shape, dtype and collective of a rank.
 
 The real model of one rank is built on the meta device, where tensors have shapes but no values.
-The process group of the full world is PyTorch's fake one, which sends nothing. No engine is built:
-the messages of ZeRO are planned, but not counted.
+The process group of the full world is PyTorch's fake one, which sends nothing. No engine is built,
+so the messages of ZeRO are planned but not counted.
 
 B: samples per micro-batch. T: tokens per sample.
 """
@@ -69,17 +69,19 @@ class DryRun:
 
 
 def dry_run(config: RunConfig, plan: Plan) -> DryRun:
-    """Run one micro-batch forward and backward as rank 0 of `plan.world_size` ranks.
+    """Run forward and backward of one micro-batch as rank 0 of `plan.world_size` ranks.
 
     A classifier without labels in its run file has as many labels as the plan assumes.
 
     Raises:
-        CommandError: this process already belongs to a group of ranks.
+        CommandError: this process already belongs to a process group.
     """
     if dist.is_initialized():
-        raise CommandError("a dry run needs a process of its own; this one is in a group of ranks")
+        raise CommandError(
+            "this process is in a process group already; start the dry run in a separate process"
+        )
     config = resolve_labels(config)
-    # Compiled code calls the same collectives, and compiling would only cost time here.
+    # compiled code calls the same collectives, and compilation would only cost time
     plain = config.training.model_copy(update={"compile": False})
     config = config.model_copy(update={"training": plain})
     began = time.monotonic()
@@ -95,13 +97,13 @@ def dry_run(config: RunConfig, plan: Plan) -> DryRun:
         if parameter.grad is not None:
             assert parameter.grad.shape == parameter.shape, name
             assert parameter.grad.dtype == parameter.dtype, name
-    every = list(model.parameters())
+    parameters = list(model.parameters())
     collectives = calls.collectives(plan)
     return DryRun(
-        parameters=sum(p.numel() for p in every),
-        with_gradient=sum(p.numel() for p in every if p.grad is not None),
+        parameters=sum(p.numel() for p in parameters),
+        with_gradient=sum(p.numel() for p in parameters if p.grad is not None),
         collectives=collectives,
-        differences=tuple(_differences(config, plan, every, collectives)),
+        differences=tuple(_differences(config, plan, parameters, collectives)),
         seconds=time.monotonic() - began,
     )
 
@@ -112,8 +114,8 @@ def _fake_world(plan: Plan) -> Iterator[Grid]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=plan.world_size)
     try:
         mesh = plan.mesh
-        every = dist.group.WORLD
-        assert every is not None
+        world = dist.group.WORLD
+        assert world is not None
         yield Grid(
             rank=0,
             world_size=plan.world_size,
@@ -122,7 +124,7 @@ def _fake_world(plan: Plan) -> Iterator[Grid]:
             device=torch.device("meta"),
             zero_group=dist.new_group(list(mesh.group("zero", 0))),
             tensor_group=dist.new_group(list(mesh.group("tensor", 0))),
-            cpu_group=every,
+            cpu_group=world,
         )
     finally:
         dist.destroy_process_group()
@@ -150,27 +152,27 @@ def _batch(config: RunConfig, plan: Plan) -> dict[str, Tensor]:
     def mask(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bool, device="meta")
 
-    tuned = config.finetune
-    two = model.architecture == "encoder_decoder"
-    of_stacks = [*arch.lengths(config).values()]
-    read = of_stacks[0]
-    written = of_stacks[-1]
-    batch = {"input_ids": ids(read)}
-    if tuned and not tuned.data.packing and model.architecture != "decoder":
-        batch["attention_mask"] = mask(B, read)
+    finetune = config.finetune
+    has_decoder = model.architecture == "encoder_decoder"
+    lengths_of_stacks = [*arch.lengths(config).values()]
+    source = lengths_of_stacks[0]
+    target = lengths_of_stacks[-1]
+    batch = {"input_ids": ids(source)}
+    if finetune and not finetune.data.packing and model.architecture != "decoder":
+        batch["attention_mask"] = mask(B, source)
     if model.num_labels:
-        if two:
+        if has_decoder:
             batch["decoder_input_ids"] = ids(1)
         lengths, labels = (torch.empty(B, dtype=torch.int64, device="meta") for _ in range(2))
         return batch | {"lengths": lengths, "labels": labels, "loss_mask": mask(B)}
-    if two:
-        batch["decoder_input_ids"] = ids(written)
-    if config.data.mask_documents or (tuned and tuned.data.packing):
+    if has_decoder:
+        batch["decoder_input_ids"] = ids(target)
+    if config.data.mask_documents or (finetune and finetune.data.packing):
         batch |= {"position_ids": ids(T), "document_ids": ids(T)}
-    rows = arch.padded_targets(B * written, target_count(config, B * written))
-    if rows < B * written:
+    rows = arch.padded_targets(B * target, target_count(config, B * target))
+    if rows < B * target:
         batch["target_rows"] = torch.empty(rows, dtype=torch.int64, device="meta")
-    return batch | {"labels": ids(written), "loss_mask": mask(B, written)}
+    return batch | {"labels": ids(target), "loss_mask": mask(B, target)}
 
 
 class _Calls(TorchDispatchMode):
@@ -190,20 +192,20 @@ class _Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def collectives(self, plan: Plan) -> tuple[Collective, ...]:
-        """Return the calls of a whole step, all of whose micro-batches are identical."""
+        """Return the calls of a whole step, whose micro-batches all have the same calls."""
         times: int = plan.accumulation_steps
-        found = (
+        collectives = (
             Collective("tensor", kind, dtype, elements, count * times)  # type: ignore[arg-type]
             for (kind, dtype, elements), count in self._seen.items()
         )
-        return tuple(sorted(found))
+        return tuple(sorted(collectives))
 
 
 def _differences(
-    config: RunConfig, plan: Plan, every: list[Any], collectives: tuple[Collective, ...]
+    config: RunConfig, plan: Plan, parameters: list[Any], collectives: tuple[Collective, ...]
 ) -> Iterator[str]:
     planned = local_elements(config, plan.mesh.tensor)
-    built = sum(p.numel() for p in every)
+    built = sum(p.numel() for p in parameters)
     if planned != built:
         yield f"parameters of a rank: {planned:,} planned, {built:,} counted"
     expected = set(tensor_collectives(config, plan))
@@ -214,10 +216,10 @@ def _differences(
 
 
 def _device(config: RunConfig, ranks: int, name: str | None) -> tuple[Kind, bool | None]:
-    """Return the device kind of the dry run, and whether it has bf16 (None: as this host's CPUs).
+    """Return the device kind of the dry run, and whether it supports bf16.
 
-    Started ranks have this host's devices. Other ranks have GPUs, unless this host has none and
-    the run file sets precision fp32.
+    None means that bf16 depends on this host's CPUs. Ranks that were started have this host's
+    devices. Other ranks have GPUs, unless this host has none and the run file sets precision fp32.
     """
     if name is not None:
         device = find_device(name)
@@ -229,15 +231,15 @@ def _device(config: RunConfig, ranks: int, name: str | None) -> tuple[Kind, bool
 
 
 def report_dry_run(config: RunConfig, launch: Launch, ranks: int, gpu: str | None = None) -> int:
-    """Run the dry run and report how it compares with the plan (`--dry-run`).
+    """Run the dry run and report its comparison with the plan (`--dry-run`).
 
     Args:
-        ranks: world size. 0 means the ranks that were started, or at least those of one model.
+        ranks: world size. 0 means the ranks that were started, but at least those of one model.
         gpu: a device of the planner's table, or a device file. None chooses by `ranks`.
     Returns:
         the exit code: 1 if the dry run and the plan differ.
     Raises:
-        CommandError: an unknown device.
+        CommandError: the device is unknown.
     """
     if launch.rank != 0:
         return 0

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from megalite import env
 from megalite.config import ModelConfig, allowed_tensor_sizes
 
-# ZeRO-3 then releases even small weights between uses.
+# under ZeRO-3, release even small weights between uses
 _RELEASED = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_live_parameters": 1000,
@@ -23,14 +23,14 @@ class ParityLayout:
     """One way to train the model: the ranks of each axis, and options.
 
     Attributes:
-        tensor: ranks that share the model.
-        data: copies of the model.
-        stage: of ZeRO.
+        tensor: number of ranks that share a model.
+        data: number of copies of the model.
+        stage: ZeRO stage.
         micro_batch_size: samples per micro-batch. None means a rank's whole share of the batch.
         recompute: activation checkpointing.
-        sequence: if true, sequence parallelism over the tensor ranks.
-        offload: if true, optimizer states are kept and updated on the host.
-        optimizer: replaces the run file's optimizer. None keeps it.
+        sequence: whether to use sequence parallelism over the tensor ranks.
+        offload: whether to keep and update optimizer states on the host.
+        optimizer: replaces the run file's optimizer. None keeps the run file's.
     """
 
     tensor: int = 1
@@ -51,7 +51,7 @@ class ParityLayout:
 
     @property
     def reference(self) -> ParityLayout:
-        """The layout whose run this layout's run must equal."""
+        """Layout whose run this layout's run must equal."""
         return replace(REFERENCE, optimizer=self.optimizer)
 
     @property
@@ -108,9 +108,9 @@ def _layouts(model: ModelConfig, ranks: int) -> Iterator[ParityLayout]:
     sizes = [n for n in allowed_tensor_sizes(model) if 1 < n <= ranks]
     for stage in range(4):
         yield ParityLayout(data=ranks, stage=stage)
-    for index, size in enumerate(sizes):  # stage 0 uses our gradient norm, stage 1 DeepSpeed's
+    for index, size in enumerate(sizes):  # stage 0: MegaLite's gradient norm; 1: DeepSpeed's
         yield ParityLayout(tensor=size, stage=index % 2)
-    pairs = 2 if ranks < 8 else ranks // 2  # replicas of a model that two ranks share
+    pairs = 2 if ranks < 8 else ranks // 2  # data-parallel copies, each on two tensor ranks
     if 2 in sizes and ranks >= 4:
         for stage in (1, 2, 3):
             yield ParityLayout(tensor=2, data=pairs, stage=stage)

@@ -1,4 +1,4 @@
-"""Run a case under each layout, in processes of its own, and compare the runs."""
+"""Run a case under each layout, in separate processes, and compare the runs."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from megalite.spawn import RankError, run_ranks
 
 # Relative tolerances of loss, gradient norm and parameters against the reference.
 FP32 = (1e-5, 1e-4, 1e-4)
-# bf16 rounds weights and activations to 8 bits. A gradient that nearly cancels (a bias's, a query's
-# through the softmax) keeps fewer of them: 1e-2 at the first step, up to 3.1e-2 seen after 20. A
-# missing sum over ranks causes an error of a third and more.
+# bf16 rounds weights and activations to 8 bits. Gradients that nearly cancel (biases, queries
+# through the softmax) have fewer correct bits: the error is 1e-2 at the first step, and was at most
+# 3.1e-2 after 20 steps. A missing sum over ranks causes an error of a third or more.
 BF16 = (2e-2, 2e-2, 5e-2)
-RESUMED = 1e-5  # of loss and norm, against the same run without interruption
+RESUMED = 1e-5  # tolerance of loss and norm against the same run without interruption
 
-Worker = Callable[[Launch, str], None]  # a rank: gets a job's path and ends its process
+Worker = Callable[[Launch, str], None]  # runs a rank of the job at a path, and ends its process
 
-_TIMEOUT = 900.0  # seconds a layout may take
+_TIMEOUT = 900.0  # seconds for a layout
 
-# By step: loss, gradient norm, and the loss of the validation after the step (1 without one).
+# by step: loss, gradient norm, and validation loss after the step (1 if there is none)
 Curve = dict[int, tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
 class ParityResult:
-    """A row of the report. Errors are relative; None if there is no number to compare.
+    """A row of the report. Errors are relative. None means that there is no number to compare.
 
     Attributes:
-        parameter: the tensor that differs most; on a miss, the tensor in which the fault begins.
-        ok: whether every error is within its tolerance.
+        parameter: the tensor that differs most; if not `ok`, the tensor in which the fault begins.
+        ok: whether all errors are within their tolerances.
     """
 
     name: str
@@ -55,11 +55,11 @@ class ParityResult:
 
 
 class ParityRunner:
-    """Runner of one case under layouts; the reference comes first.
+    """Runner of a case under its layouts, starting with the reference.
 
     Args:
         worker: function that each rank of a layout runs.
-        timeout: seconds a layout may take.
+        timeout: seconds for a layout.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ParityRunner:
         self._count = 0
 
     def run_reference(self, reference: ParityLayout = REFERENCE, *, resumes: bool = False) -> None:
-        """Train the run that layouts are compared with.
+        """Train the reference run.
 
         Raises:
             UserError: the run file cannot be trained here.
@@ -83,7 +83,7 @@ class ParityRunner:
             self._train(reference, save=resumes)
         except RankError as error:
             kind = UserError if error.code == UserError.exit_code else MegaLiteError
-            hint = "\n--scale tries a scaled-down copy of it" if "memory: " in str(error) else ""
+            hint = "\n--scale tests a scaled-down copy of it" if "memory: " in str(error) else ""
             raise kind(f"the reference cannot be trained:\n{error}{hint}") from None
 
     def try_layout(self, layout: ParityLayout, *, save: bool = False) -> ParityResult:
@@ -100,7 +100,7 @@ class ParityRunner:
         return self._compare(layout.name, layout, reference, save=save)
 
     def try_resume(self, pair: ParityResume) -> ParityResult:
-        """Resume a saved run from its middle and compare with its own further steps."""
+        """Resume a saved run from its middle, and compare with that run's later steps."""
         if pair.saved not in self._saved:
             return _failure(pair.name, "there is no checkpoint to resume: its layout failed")
         checkpoint = str(self._saved[pair.saved] / "checkpoints" / folder_name(SAVED_STEP))
@@ -124,7 +124,7 @@ class ParityRunner:
         before = SAVED_STEP if resume else 0
         expected = {n: row for n, row in self._curves[others].items() if n > before}
         both = [(curve[n], row) for n, row in expected.items() if n in curve]
-        errors = [[_relative(x, y) for x, y in zip(*rows, strict=True)] for rows in both]
+        errors = [[_relative_error(x, y) for x, y in zip(*rows, strict=True)] for rows in both]
         loss = max((max(row[0], row[2]) for row in errors), default=math.inf)
         norm = max((row[1] for row in errors), default=math.inf)
         over = [d for d in differences if d["error"] > tolerances[2]]
@@ -172,7 +172,7 @@ class ParityRunner:
             keep = str(self._tensors(layout))
             self._tensors(layout).mkdir()
         report = folder / f"{name}.report.json"
-        # Inspected: a process's first two steps, the last, and those a resumed run compares with.
+        # inspect the first two steps of a process, the last, and the first two after a resume
         steps = [first, first + 1, *([SAVED_STEP + 1, SAVED_STEP + 2] if save else []), STEPS]
         job = {
             "config": config,
@@ -196,7 +196,7 @@ class ParityRunner:
 
     def _run(self, layout: ParityLayout, job: Path, *, note: str) -> None:
         """Run a job on the ranks of its layout; `note` follows the layout's name in the log."""
-        # An initialized CUDA cannot be forked, and DeepSpeed's import counts the GPUs.
+        # CUDA cannot be forked after its initialisation, and DeepSpeed's import counts the GPUs
         preload = () if torch.cuda.device_count() else (work.__module__, "megalite.engine.preload")
         began = time.monotonic()
         run_ranks(
@@ -210,7 +210,7 @@ class ParityRunner:
         logger.info("%-44s %5.1f s", layout.name + note, time.monotonic() - began)
 
     def _tensors(self, layout: ParityLayout) -> Path:
-        """Return the folder of tensors that a run stores for others to compare with."""
+        """Return the folder of tensors that a run stores for comparisons."""
         return self._case.folder / f"seen_{layout.name}"
 
 
@@ -226,8 +226,8 @@ def _failure(name: str, reason: object) -> ParityResult:
     return ParityResult(name, None, None, None, None, ok=False)
 
 
-def _relative(found: float, expected: float) -> float:
-    error = abs(found - expected) / max(abs(expected), 1e-12)
+def _relative_error(value: float, expected: float) -> float:
+    error = abs(value - expected) / max(abs(expected), 1e-12)
     return error if error == error else math.inf
 
 

@@ -1,4 +1,4 @@
-"""The case that parity tries: a run file made short, exact and independent of its data."""
+"""The case that parity tests: a run file made short and exact, with generated data."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from megalite.tokenizers.tokenizer import load_tokenizer
 
 STEPS = 20
 _EVAL_EVERY = 3  # no validation directly before a step whose layer outputs are compared
-SAVED_STEP = 10  # a run to be resumed is saved after this step
+SAVED_STEP = 10  # runs that are resumed are saved after this step
 _SEQUENCE = 64
 _VOCABULARY = 1009  # a prime: no tensor-parallel size divides it
 # AdamW moves a weight whose gradient is rounding error as far as any other weight. With a rate of
-# 3e-3 and 5 steps of warm-up, a single process that cuts its batches differently was off by 2.5e-4
-# in the norm and by 9e-4 in a gradient after 20 steps. Such a comparison cannot judge a layout.
+# 3e-3 and 5 steps of warm-up, a single process with other micro-batches deviated after 20 steps:
+# by 2.5e-4 in the norm, and by 9e-4 in a gradient. Such a comparison says nothing about layouts.
 _MAX_RATE = 1e-3
 _WIDTH = 256
-_HEAD_WIDTH = (4, 32)  # least and most
+_HEAD_WIDTH = (4, 32)  # minimum and maximum
 
 
 @dataclass(frozen=True)
 class ParityCase:
-    """A run file whose layout is open, and the folder that everything is written to."""
+    """A run file without a layout, and the folder for shards and runs."""
 
     raw: Mapping[str, Any]
     folder: Path
 
     @property
     def model(self) -> ModelConfig:
-        """The model section that all layouts train."""
+        """Model section of all layouts."""
         return ModelConfig.model_validate(self.raw["model"])
 
     def config(self, layout: ParityLayout, name: str, *, save: bool = False) -> dict[str, Any]:
@@ -78,11 +78,11 @@ def usable_ranks(requested: int | None) -> int:
 
 
 def make_case(config: RunConfig, folder: Path, *, ranks: int, scale: bool = False) -> ParityCase:
-    """Return the case of a run file: `STEPS` steps in fp32 on generated shards; log all changes.
+    """Return the case of a run file: `STEPS` steps in fp32 on generated shards. Log all changes.
 
     Args:
         folder: receives the shards and the runs.
-        ranks: most ranks of a layout.
+        ranks: maximum number of ranks of a layout.
         scale: if true, shrink the model in proportion (`scaled`).
     """
     raw = config.model_dump(mode="json")
@@ -96,7 +96,7 @@ def make_case(config: RunConfig, folder: Path, *, ranks: int, scale: bool = Fals
         changed.append("dropout 0")
     length = min(raw["data"]["sequence_length"], _SEQUENCE)
     batch = 2 * max(ranks, 2)
-    if ranks % 2:  # so that two copies of the model can divide the batch of three ranks
+    if ranks % 2:  # so that two copies of the model can divide the batch
         batch *= 2
     changed.append(f"batches of {batch} x {length} tokens")
     shards = folder / "shards"
@@ -109,7 +109,7 @@ def make_case(config: RunConfig, folder: Path, *, ranks: int, scale: bool = Fals
     raw["schedule"] |= {"warmup_steps": STEPS, "decay_steps": None}
     rate = raw["optimizer"]["lr"]
     facts = registry.optimizers.facts(raw["optimizer"]["name"])
-    if "exp_avg_sq" in facts.get("states", ()):  # AdamW, and Muon, which leaves norms to AdamW
+    if "exp_avg_sq" in facts.get("states", ()):  # AdamW, and Muon, which uses AdamW for norms
         rate = min(rate, _MAX_RATE)
     raw["optimizer"]["lr"] = rate
     changed.append(f"a learning rate that rises to {rate:g}")
@@ -119,13 +119,13 @@ def make_case(config: RunConfig, folder: Path, *, ranks: int, scale: bool = Fals
         "log_every": 1,
         "eval_every": _EVAL_EVERY,
         "eval_batches": 1,
-        "replica_check_every": 0,  # the report names differences
+        "replica_check_every": 0,  # the comparison with the reference shows differences
     }
     raw["logging"] = {"directory": str(folder / "runs"), "tensorboard": False}
-    for section in ("deepspeed", "parallel"):  # the layout sets them
+    for section in ("deepspeed", "parallel"):  # a layout sets these sections
         del raw[section]
     write_shards(shards, vocab_size=model["vocab_size"], tokens=2 * STEPS * batch * length)
-    logger.info("%s, tried with: %s", config.name, ", ".join(changed))
+    logger.info("%s, tested with: %s", config.name, ", ".join(changed))
     return ParityCase(raw, folder)
 
 
@@ -147,7 +147,7 @@ def scaled(model: Mapping[str, Any], tensor: int) -> dict[str, Any]:
     unit = math.lcm(1, *(n for n in sizes if model["intermediate_size"] % n == 0))
     ratio = model["intermediate_size"] / model["hidden_size"]
     vocabulary = min(model["vocab_size"], _VOCABULARY)
-    kinds = list(dict.fromkeys(model.get("layer_types") or ()))  # a layer of each kind
+    kinds = list(dict.fromkeys(model.get("layer_types") or ()))  # one layer of each kind
     return {
         "vocab_size": max(2, vocabulary - (vocabulary % 2 == 0)),
         "hidden_size": width,

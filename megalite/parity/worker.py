@@ -1,4 +1,4 @@
-"""One rank of a layout: it trains as a launcher would, and inspects the tensors of some steps.
+"""One rank of a layout, which trains as in a launcher and inspects tensors of some steps.
 
 A run stores these tensors, compares them with those that another run stored, or both.
 """
@@ -30,9 +30,9 @@ from megalite.train.session import run
 
 WEIGHT, OUTPUT, GRADIENT, NORM = "weight", "output", "gradient", "counted norm"
 GROUP = "hyper-parameters"
-_FLOOR = 1e-6  # of the whole gradient's norm; a smaller gradient is rounding error
+_FLOOR = 1e-6  # share of the whole gradient's norm below which a gradient is rounding error
 
-Inspected = Iterator[tuple[str, str, Tensor]]  # (kind, name, value), complete on rank 0
+Inspected = Iterator[tuple[str, str, Tensor]]  # (kind, name, value); values are valid on rank 0
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class ParityJob:
     Attributes:
         config: the run file.
         steps: steps whose tensors are inspected.
-        others: folder of stored tensors to compare with. None compares nothing.
-        keep: folder to store the tensors in. None stores nothing.
+        others: folder of stored tensors to compare with. None means no comparison.
+        keep: folder to store the tensors in. None means that nothing is stored.
         tolerance: relative error above which a layer's output counts as different.
-        report: file for the comparison, a list of `Difference`.
+        report: file for the result of the comparison, a list of `Difference`.
     """
 
     config: dict[str, Any]
@@ -60,7 +60,7 @@ class ParityJob:
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest difference of one kind at one step; for outputs, the first over the tolerance."""
+    """The largest difference of a kind at a step. For outputs, the first above the tolerance."""
 
     step: int
     kind: str
@@ -71,8 +71,9 @@ class Difference:
 class Inspector:
     """Inspector of the tensors of a job's steps, in the order in which a fault spreads.
 
-    These are the initial weights, optimizer states and hyper-parameters, the outputs of layers, the
-    gradients, and each parameter's contribution to the gradient norm as the ranks count it.
+    At the first step, and at the one after SAVED_STEP, it inspects weights, optimizer states and
+    hyper-parameters. At each step it inspects the outputs of layers, the gradients, and each
+    parameter's contribution to the gradient norm.
     """
 
     def __init__(self, job: ParityJob, config: RunConfig) -> None:
@@ -83,7 +84,7 @@ class Inspector:
     def __call__(self, step: int, engine: Engine, grid: Grid) -> None:
         if step in self._job.steps:
             worst = _Worst(self._job, step, grid.rank)
-            # A run starts at its first step; a run that resumes this one starts after SAVED_STEP.
+            # a resumed run starts after SAVED_STEP, and compares its start with this run
             starts = step in (self._job.steps[0], SAVED_STEP + 1)
             for kind, name, value in self._inspect(engine, grid, starts=starts):
                 worst.add(kind, name, value)
@@ -122,21 +123,21 @@ class _Worst:
     def __init__(self, job: ParityJob, step: int, rank: int) -> None:
         self._step = step
         self._tolerance = job.tolerance
-        self._kept: dict[str, Tensor] = {}
+        self._stored: dict[str, Tensor] = {}
         self._worst: dict[str, tuple[str, float]] = {}
         self._keep: Path | None = None
         self._others: Any = None
-        self._known: set[str] = set()
+        self._other_keys: set[str] = set()
         name = f"step_{step}.safetensors"
         if rank == 0 and job.keep:
             self._keep = Path(job.keep) / name
         if rank == 0 and job.others:
             self._others = safe_open(Path(job.others) / name, framework="pt")
-            self._known = set(self._others.keys())
-            norms = [self._others.get_tensor(key) for key in self._known if key.startswith(NORM)]
+            self._other_keys = set(self._others.keys())
+            norms = [self._others.get_tensor(k) for k in self._other_keys if k.startswith(NORM)]
             self._floor = _FLOOR * float(torch.cat(norms).norm())
-        # After the first update, a weight whose gradient is rounding error differs under AdamW, and
-        # so do averages in which large terms cancel.
+        # After the first update, weights whose gradient is rounding error differ under AdamW, and
+        # so do means in which large terms cancel.
         self._compared = {
             job.steps[0]: lambda kind: True,
             job.steps[1]: lambda kind: kind in (OUTPUT, GRADIENT, NORM),
@@ -145,8 +146,8 @@ class _Worst:
     def add(self, kind: str, name: str, value: Tensor) -> None:
         key = f"{kind}/{name}"
         if self._keep is not None:
-            self._kept[key] = value.detach().cpu().clone()
-        if key not in self._known or not self._compared(kind):
+            self._stored[key] = value.detach().cpu().clone()
+        if key not in self._other_keys or not self._compared(kind):
             return
         before = self._worst.get(kind, ("", -1.0))
         if kind == OUTPUT and before[1] > self._tolerance:
@@ -160,15 +161,15 @@ class _Worst:
 
     def close(self) -> list[Difference]:
         if self._keep is not None:
-            save_file(self._kept, self._keep)
+            save_file(self._stored, self._keep)
         return [Difference(self._step, kind, *worst) for kind, worst in self._worst.items()]
 
 
 class _Outputs:
-    """Outputs of layers, averaged over the tokens of a step; they show where a fault begins.
+    """Outputs of layers, averaged over the tokens of a step, which show where a fault begins.
 
-    Only layers whose output every tensor rank holds in full are observed. The outputs of recomputed
-    layers enter sum and count twice.
+    Only layers whose output is whole on every tensor rank are observed. Outputs of recomputed
+    layers are added twice, in sum and count.
     """
 
     def __init__(self, model: nn.Module, config: ModelConfig) -> None:
@@ -183,7 +184,7 @@ class _Outputs:
             model.get_submodule(name).register_forward_hook(partial(self._add, name))
 
     def _add(self, name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        # Selective recompute numbers the operations, so each pass must run the same ones.
+        # selective recompute requires that each pass runs the same operations
         self._outputs.setdefault(name, []).append(output.detach())
 
     def means(self, grid: Grid, *, sequence: bool) -> Inspected:
@@ -201,7 +202,7 @@ class _Outputs:
 
 
 def _hyper_parameters(group: Mapping[str, Any]) -> Tensor:
-    """Return a parameter's hyper-parameters, except the rate, which depends on the step."""
+    """Return a parameter's hyper-parameters without the learning rate, which varies by step."""
     keys = ("weight_decay", "decoupled_l2", "l1", "betas", "eps", "momentum")
     values = [
         torch.tensor(group[key], dtype=torch.float64).flatten() for key in keys if key in group
@@ -210,7 +211,7 @@ def _hyper_parameters(group: Mapping[str, Any]) -> Tensor:
 
 
 def _equal_or_off(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return a value that all ranks of a group should hold; add their spread if they differ."""
+    """Return a value that should be equal on all ranks of a group. If not, add their difference."""
     if dist.get_world_size(group) == 1:
         return value
     high, low = value.clone(), value.clone()
@@ -221,15 +222,15 @@ def _equal_or_off(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def _canonical(kind: str, row: arch.ParameterSpec, value: Tensor, grid: Grid) -> Inspected:
     """Yield the canonical tensors of a parameter, gathered over the tensor ranks."""
-    places = grid.tensor_coordinates
+    coordinates = grid.tensor_coordinates
     if row.tensors[0].split is arch.Split.REPLICATED:
-        places = (grid.at,)
+        coordinates = (grid.at,)
         parts = [_equal_or_off(value, grid.tensor_group)]
     else:
-        parts = [torch.empty_like(value) for _ in places]
+        parts = [torch.empty_like(value) for _ in coordinates]
         dist.all_gather(parts, value.contiguous(), group=grid.tensor_group)
     whole = {tensor.name: value.new_zeros(tensor.shape) for tensor in row.tensors}
-    for at, part in zip(places, parts, strict=True):
+    for at, part in zip(coordinates, parts, strict=True):
         for piece in arch.pieces(row, at):
             whole[piece.tensor.name][piece.source] = part[piece.target]
     for name, tensor in whole.items():
@@ -237,7 +238,7 @@ def _canonical(kind: str, row: arch.ParameterSpec, value: Tensor, grid: Grid) ->
 
 
 def main(path: str) -> None:
-    """Run the job at `path` as the rank that this process was started as."""
+    """Run the job at `path` as this process's rank."""
     job = ParityJob(**files.read_json(Path(path)))
     config = parse_config(job.config)
     launch = env.find_launch()
