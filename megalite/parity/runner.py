@@ -24,7 +24,7 @@ from megalite.spawn import RankError, run_ranks
 # Relative tolerances of loss, gradient norm and parameters against the reference.
 FP32 = (1e-5, 1e-4, 1e-4)
 # bf16 rounds weights and activations to 8 bits. Gradients that nearly cancel (biases, queries
-# through the softmax) have fewer correct bits: the error is 1e-2 at the first step, and was at most
+# through the softmax) have fewer correct bits. Their error is 1e-2 at the first step, and was up to
 # 3.1e-2 after 20 steps. A missing sum over ranks causes an error of a third or more.
 BF16 = (2e-2, 2e-2, 5e-2)
 RESUMED = 1e-5  # tolerance of loss and norm against the same run without interruption

@@ -27,9 +27,9 @@ _EVAL_EVERY = 3  # no validation directly before a step whose layer outputs are 
 SAVED_STEP = 10  # runs that are resumed are saved after this step
 _SEQUENCE = 64
 _VOCABULARY = 1009  # a prime: no tensor-parallel size divides it
-# AdamW moves a weight whose gradient is rounding error as far as any other weight. With a rate of
-# 3e-3 and 5 steps of warm-up, a single process with other micro-batches deviated after 20 steps:
-# by 2.5e-4 in the norm, and by 9e-4 in a gradient. Such a comparison says nothing about layouts.
+# AdamW moves a weight whose gradient is rounding error as far as any other weight. At a rate of
+# 3e-3, other micro-batches in a single process changed the norm by 2.5e-4 after 20 steps, and a
+# gradient by 9e-4. Such a comparison says nothing about layouts.
 _MAX_RATE = 1e-3
 _WIDTH = 256
 _HEAD_WIDTH = (4, 32)  # minimum and maximum

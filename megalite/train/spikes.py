@@ -25,8 +25,8 @@ _MIN_SHARE = 0.01
 # Minimum deviation of a loss in nats: a loss near zero (memorised examples) varies by many times
 # its median.
 _MIN_DEVIATION = 0.02
-# Minimum size of a spike in nats if the loss is near zero: one wrong example can raise a batch's
-# mean to many times the median. The minimum falls linearly to 0 at a loss of `_USUAL_LOSS`.
+# Minimum size of a spike in nats if the loss is near zero. One wrong example can then raise a
+# batch's mean to many times the median. The minimum falls linearly to 0 at `_USUAL_LOSS`.
 _MIN_SPIKE = 1.0
 _USUAL_LOSS = 2.0
 _MIN_LOG_DEVIATION = 0.05  # minimum deviation of a gradient norm's logarithm

@@ -1,5 +1,5 @@
 # covers: megalite/arch/network.py megalite/arch/part.py
-"""Layers of several kinds: their parts, their model, their costs, and the rules of the list."""
+"""Models with `layer_types`: their parameters, outputs and costs, and the rules of the list."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_layer_types_of_one_kind_are_the_model_without_a_list(
         assert not torch.equal(mixed.logits(ids), plain.logits(ids))
 
 
-def test_layer_types_keep_their_windows_while_a_text_is_written() -> None:
+def test_layer_types_keep_their_windows_in_decoding_with_a_cache() -> None:
     config = model_config(**MIXED)
     model = make_model(config).eval()
     ids = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -72,28 +72,28 @@ def test_layer_types_keep_their_windows_while_a_text_is_written() -> None:
     with torch.no_grad():
         expected = model.logits(ids)
         steps = [ids[:, :7], *ids[:, 7:].split(1, dim=1)]
-        found = [model.scores(model.hidden({"input_ids": part}, cache)) for part in steps]
-    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-4, atol=1e-4)
+        logits = [model.scores(model.hidden({"input_ids": part}, cache)) for part in steps]
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_costs_of_mixed_layers_lie_between_those_of_their_kinds() -> None:
-    """FLOPs are a mean of both kinds; activations have one mask, and it in half of the layers."""
+    """FLOPs are the mean of both kinds. Half of the layers save a mask."""
     length, sizes = 64, {"num_hidden_layers": 4, "sliding_window": 8}
     mixed, sliding = run_of(**sizes, layer_types=[SLIDING, FULL]), run_of(**sizes)
     full = run_of(num_hidden_layers=4)
     flops = [flops_per_token(run.model, length) for run in (full, mixed, sliding)]
     assert flops[0] - flops[1] == flops[1] - flops[2] > 0
-    kept = [
+    saved = [
         make_plan(run, world_size=1, device="cpu").memory_bytes["activations"]
         for run in (full, mixed, sliding)
     ]
-    mask = length**2  # shared, as bools; each sliding layer keeps it as fp32 numbers
-    assert kept[1] - kept[0] == mask + 2 * 4 * mask
-    assert kept[2] - kept[0] == mask + 4 * 4 * mask
+    mask = length**2  # one shared bool mask; each sliding layer saves it in fp32
+    assert saved[1] - saved[0] == mask + 2 * 4 * mask
+    assert saved[2] - saved[0] == mask + 4 * 4 * mask
 
 
 @pytest.mark.parametrize(
-    ("section", "said"),
+    ("section", "message"),
     [
         ({"layer_types": ["sliding_atention"]}, 'did you mean "sliding_attention"?'),
         ({"layer_types": [FULL] * 3}, "a list of 3 does not divide the 2 layers; give one of 1, 2"),
@@ -103,7 +103,7 @@ def test_costs_of_mixed_layers_lie_between_those_of_their_kinds() -> None:
         ({"layer_types": [FULL], "architecture": "encoder_decoder"}, "architecture decoder"),
     ],
 )
-def test_layer_types_that_do_not_fit_are_refused(section: dict[str, Any], said: str) -> None:
+def test_layer_types_that_do_not_fit_are_refused(section: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         run_of(**section)
-    assert said in str(caught.value)
+    assert message in str(caught.value)

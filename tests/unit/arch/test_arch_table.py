@@ -1,6 +1,6 @@
 # covers: megalite/arch/table.py megalite/arch/network.py megalite/arch/attention.py
 # covers: megalite/arch/ends.py megalite/arch/mlp.py megalite/arch/norms.py
-"""The table of parameters: names, order, counts, and slices that tile every tensor exactly."""
+"""The table of parameters: names, order, shapes, and slices that cover each tensor exactly."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ FAMILIES: list[dict[str, Any]] = [
 
 
 def describe(spec: ParameterSpec) -> list[Any]:
-    """Return a parameter as a row of the recorded file."""
+    """Return a parameter in the form of parameters.json."""
     stored = [f"{t.name} {list(t.shape)} {t.split.name}" for t in spec.tensors]
     sums = [needs_tp_grad_sum(spec, sequence=sequence) for sequence in (False, True)]
     slices = [
@@ -73,7 +73,7 @@ def describe(spec: ParameterSpec) -> list[Any]:
     return [spec.name, flags, stored, shapes, digest]
 
 
-def test_llama_names_in_order() -> None:
+def test_parameters_of_llama_have_its_names_in_order() -> None:
     layer = [
         "input_layernorm.weight",
         "self_attn.qkv_proj.weight",
@@ -99,7 +99,7 @@ def test_llama_names_in_order() -> None:
     ]
 
 
-def test_gpt_names_in_order() -> None:
+def test_parameters_of_gpt_have_their_names_in_order() -> None:
     names = [p.name for p in parameters(model(**FAMILIES[2], tie_word_embeddings=True))]
     assert names[:2] == ["model.embed_tokens.weight", "model.embed_positions.weight"]
     assert [name.removeprefix("model.layers.1.") for name in names if ".1." in name] == [
@@ -121,13 +121,13 @@ def test_gpt_names_in_order() -> None:
 
 @pytest.mark.parametrize("kind", GOLDEN)
 def test_parameters_are_those_of_the_first_version(kind: str) -> None:
-    """Checkpoints written so far have these names, order, shapes, splits and slices."""
+    """All checkpoints so far have these names, order, shapes, splits and slices."""
     section, expected = GOLDEN[kind]["model"], GOLDEN[kind]["parameters"]
-    found = [describe(spec) for spec in parameters(ModelConfig(**section))]
-    assert found == expected
+    described = [describe(spec) for spec in parameters(ModelConfig(**section))]
+    assert described == expected
 
 
-def test_shapes_are_out_by_in() -> None:
+def test_tensor_shapes_are_out_by_in() -> None:
     shapes = {name: tensor.shape for name, tensor in tensors(model()).items()}
     assert shapes["model.layers.0.self_attn.q_proj.weight"] == (48, 24)
     assert shapes["model.layers.0.self_attn.v_proj.weight"] == (24, 24)
@@ -137,7 +137,7 @@ def test_shapes_are_out_by_in() -> None:
     assert shapes["lm_head.weight"] == (101, 24)
 
 
-def test_decay_and_first_values() -> None:
+def test_parameters_have_decay_and_initial_values_by_kind() -> None:
     for parameter in parameters(model(**FAMILIES[2])):
         vector = len(parameter.tensors[0].shape) == 1
         assert parameter.decay is not vector
@@ -153,7 +153,7 @@ def test_decay_and_first_values() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_pieces_tile_every_tensor_once(family: dict[str, Any], ranks: int) -> None:
+def test_pieces_of_all_ranks_cover_each_tensor_once(family: dict[str, Any], ranks: int) -> None:
     for parameter in parameters(model(**family)):
         covered = {t.name: np.zeros(t.shape, int) for t in parameter.tensors}
         for rank in range(ranks):
@@ -170,7 +170,7 @@ def test_pieces_tile_every_tensor_once(family: dict[str, Any], ranks: int) -> No
         assert all((count == times).all() for count in covered.values()), parameter.name
 
 
-def test_a_rank_holds_whole_heads_of_each_of_q_k_v() -> None:
+def test_pieces_of_a_rank_are_whole_heads_of_q_k_and_v() -> None:
     qkv = next(p for p in parameters(model()) if p.name.endswith("qkv_proj.weight"))
     assert local_shape(qkv, Mesh(tensor=4).at(0)) == ((8 + 4 + 4) * 6 // 4, 24)
     rows = [piece.source[0] for piece in pieces(qkv, Mesh(tensor=4).at(3))]
@@ -179,12 +179,12 @@ def test_a_rank_holds_whole_heads_of_each_of_q_k_v() -> None:
     assert targets == [slice(0, 12), slice(12, 18), slice(18, 24)]
 
 
-def test_the_vocabulary_is_padded_at_its_end() -> None:
+def test_vocabulary_is_padded_at_its_end() -> None:
     embedding = parameters(model(vocab_size=5))[0]
     assert local_shape(embedding) == (5, 24)
     assert local_shape(embedding, Mesh(tensor=4).at(0)) == (2, 24)
-    held = [pieces(embedding, Mesh(tensor=4).at(rank)) for rank in range(4)]
-    assert [[p.source[0] for p in part] for part in held] == [
+    by_rank = [pieces(embedding, Mesh(tensor=4).at(rank)) for rank in range(4)]
+    assert [[p.source[0] for p in part] for part in by_rank] == [
         [slice(0, 2)],
         [slice(2, 4)],
         [slice(4, 5)],
@@ -192,7 +192,7 @@ def test_the_vocabulary_is_padded_at_its_end() -> None:
     ]
 
 
-def test_allowed_tensor_sizes() -> None:
+def test_allowed_tensor_sizes_divide_heads_and_mlp() -> None:
     assert allowed_tensor_sizes(model()) == [1, 2, 4]
     assert allowed_tensor_sizes(model(intermediate_size=42)) == [1, 2]
     assert allowed_tensor_sizes(model(num_key_value_heads=1)) == [1]

@@ -1,5 +1,5 @@
 # covers: megalite/optim/muon.py
-"""Muon's update, against singular values and against a step written out."""
+"""Muon's update, compared with singular values and with an explicit step."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ OPTIMIZER = {"name": "muon", "momentum": 0.95, "weight_decay": 0.1, "clip_grad_n
 
 
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (32, 32)])
-def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
+def test_newton_schulz_brings_singular_values_near_one(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * 1e-4
-    made = newton_schulz(matrix)
-    values = torch.linalg.svdvals(made)
+    orthogonal = newton_schulz(matrix)
+    values = torch.linalg.svdvals(orthogonal)
     assert 0.6 < float(values.min()) <= float(values.max()) < 1.3
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    inner = left.t() @ made @ right.t()  # diagonal: the singular vectors stay
+    inner = left.t() @ orthogonal @ right.t()  # diagonal if the singular vectors are the same
     assert float((inner - inner.diagonal().diag()).norm() / inner.norm()) < 1e-3
     assert torch.equal(newton_schulz(torch.zeros(shape)), torch.zeros(shape))
 
 
-def test_two_steps_written_out() -> None:
-    """q, k and v are orthogonalised apart, though memory holds them as one."""
+def test_muon_equals_an_explicit_update_for_two_steps() -> None:
+    """q, k and v are orthogonalised separately, although they are fused in memory."""
     trained = make_engine(optimizer=OPTIMIZER)
     assert isinstance(trained.optimizer, Muon)
     name = "model.layers.1.self_attn.qkv_proj.weight"
@@ -52,12 +52,14 @@ def test_two_steps_written_out() -> None:
         torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=1e-6)
 
 
-def test_which_parameters_are_its_own() -> None:
+def test_muon_updates_the_matrices_of_blocks_only() -> None:
     trained = make_engine(optimizer=OPTIMIZER)
     states = {
         name: set(trained.optimizer.state[parameter])
         for name, parameter in trained.model.named_parameters()
     }
-    for name, found in states.items():
-        inside = ".layers." in name and "norm" not in name
-        assert found == ({"momentum_buffer"} if inside else {"exp_avg", "exp_avg_sq", "step"}), name
+    for name, names in states.items():
+        is_matrix = ".layers." in name and "norm" not in name
+        assert names == ({"momentum_buffer"} if is_matrix else {"exp_avg", "exp_avg_sq", "step"}), (
+            name
+        )

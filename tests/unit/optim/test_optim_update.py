@@ -1,5 +1,5 @@
 # covers: megalite/optim/optimizers.py megalite/engine/reference.py
-"""Update rules against hand-written ones in float64, and what is decayed."""
+"""Optimizers compared with explicit updates in float64, and the parameters that decay."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ def run(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], lrs: l
         optimizer.step()
 
 
-def check_equal(found: dict[str, nn.Parameter], expected: dict[str, Tensor]) -> None:
-    for name, parameter in found.items():
+def check_equal(parameters: dict[str, nn.Parameter], expected: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
         torch.testing.assert_close(parameter.double(), expected[name], rtol=2e-6, atol=1e-7)
 
 
 LRS = [0.01, 0.02, 0.005, 0.0, 0.01]
 
 
-def test_adamw_against_the_paper() -> None:
-    """Loshchilov & Hutter 2019, algorithm 2: the decay is not part of the moments."""
+def test_adamw_equals_the_update_of_the_paper() -> None:
+    """Loshchilov & Hutter 2019, algorithm 2: the moments do not include the decay."""
     b1, b2, eps, decay = 0.8, 0.9, 1e-3, 0.3
     optimizer, named = setting(name="adamw", betas=[b1, b2], eps=eps, weight_decay=decay, lr=9.0)
     expected = {name: p.detach().double() for name, p in named.items()}
@@ -86,15 +86,15 @@ def test_adamw_against_the_paper() -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("decay", [0.0, 0.4])
-def test_sgd_with_decoupled_decay(momentum: float, decay: float) -> None:
+def test_sgd_equals_an_explicit_update_with_decoupled_decay(momentum: float, decay: float) -> None:
     optimizer, named = setting(name="sgd", momentum=momentum, weight_decay=decay)
     expected = {name: p.detach().double() for name, p in named.items()}
     velocity = {name: torch.zeros_like(p) for name, p in expected.items()}
     for step, lr in enumerate(LRS):
         for name, grad in gradients(step).items():
             velocity[name] = momentum * velocity[name] + grad.double()
-            kept = 1 - lr * decay if name == DECAYED else 1
-            expected[name] = kept * expected[name] - lr * velocity[name]
+            factor = 1 - lr * decay if name == DECAYED else 1
+            expected[name] = factor * expected[name] - lr * velocity[name]
     run(optimizer, named, LRS)
     check_equal(named, expected)
 
@@ -115,7 +115,7 @@ def test_l1_is_the_proximal_step_after_the_update(name: str) -> None:
     assert torch.equal(named[FREE], without[FREE])
 
 
-def test_l1_brings_unused_weights_to_exact_zero_and_leaves_them_there() -> None:
+def test_l1_sets_unused_weights_to_exactly_zero() -> None:
     optimizer, named = setting(name="sgd", momentum=0.0, weight_decay=0.0, l1=1.0)
     weight = named[DECAYED]
     with torch.no_grad():
@@ -124,13 +124,13 @@ def test_l1_brings_unused_weights_to_exact_zero_and_leaves_them_there() -> None:
     for _ in range(4):
         for parameter in named.values():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # lr 0.01: 0.01 a step
+        optimizer.step()  # each step moves weights by 0.01 towards zero
     assert not weight.any()
     assert torch.equal(named[FREE], norm)
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_decay_moves_matrices_and_nothing_else(name: str) -> None:
+def test_weight_decay_applies_to_matrices_only(name: str) -> None:
     config = run_config(
         optimizer={"name": name, "weight_decay": 0.5, "lr": 0.1},
         model={
@@ -147,11 +147,11 @@ def test_decay_moves_matrices_and_nothing_else(name: str) -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for n, parameter in model.named_parameters():
-        kept = 1.0 if n.endswith("bias") or "norm" in n else 1 - 0.1 * 0.5
-        torch.testing.assert_close(parameter.detach(), kept * before[n], rtol=1e-6, atol=0)
+        factor = 1.0 if n.endswith("bias") or "norm" in n else 1 - 0.1 * 0.5
+        torch.testing.assert_close(parameter.detach(), factor * before[n], rtol=1e-6, atol=0)
 
 
-def test_the_groups() -> None:
+def test_optimizer_groups_separate_matrices_from_vectors() -> None:
     config = run_config(
         model={"norm": "layernorm", "attention_bias": True}, optimizer={"l1": 0.3, "lr": 0.7}
     )
@@ -168,8 +168,8 @@ def test_the_groups() -> None:
     assert settings == {"decay": (0.1, 0.3, 0.7), "no_decay": (0.0, 0.0, 0.7)}
 
 
-def test_a_rank_without_any_norm_has_one_group() -> None:
-    """What a partition holds need not be of both kinds."""
+def test_optimizer_of_matrices_only_has_one_group() -> None:
+    """A rank's partition may have parameters of one kind."""
     config = run_config()
     weight = build(config.model).get_parameter(DECAYED)
     groups = make_optimizer(config, [(DECAYED, weight)]).param_groups
@@ -178,8 +178,8 @@ def test_a_rank_without_any_norm_has_one_group() -> None:
 
 @pytest.mark.parametrize("extra", [{}, {"l1": 0.1}])
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_parameters_without_a_gradient_stay(name: str, extra: dict[str, float]) -> None:
-    """Frozen ones, all of a group even: neither decay nor update, and no error."""
+def test_parameters_without_a_gradient_do_not_change(name: str, extra: dict[str, float]) -> None:
+    """Frozen parameters get neither decay nor update, even if all of a group are frozen."""
     optimizer, named = setting(name=name, weight_decay=0.5, **extra)
     before = named[DECAYED].detach().clone()
     named[FREE].grad = torch.ones(24)
@@ -195,10 +195,10 @@ def test_parameters_without_a_gradient_stay(name: str, extra: dict[str, float]) 
         ({"name": "sgd", "momentum": 0.0}, ()),
     ],
 )
-def test_states_made_ahead_are_those_a_step_makes(
+def test_states_created_in_advance_equal_those_that_a_step_creates(
     optimizer: dict[str, Any], names: tuple[str, ...]
 ) -> None:
-    """And a first step from them is the first step from none."""
+    """The first step from these states equals a first step without them."""
     config = run_config(optimizer=optimizer)
     assert {state_names(config, row) for row in arch.parameters(config.model)} == {names}
     ahead, eager = (setting(**optimizer) for _ in range(2))
@@ -207,12 +207,12 @@ def test_states_made_ahead_are_those_a_step_makes(
     run(*eager, [0.01, 0.01])
     for key in (DECAYED, FREE):
         assert torch.equal(ahead[1][key], eager[1][key])
-        made = {k for k, v in eager[0].state[eager[1][key]].items() if v is not None}
-        assert made == {*names, "step"} if "exp_avg" in names else made == set(names)
-        assert set(ahead[0].state[ahead[1][key]]) == made or not names
+        created = {k for k, v in eager[0].state[eager[1][key]].items() if v is not None}
+        assert created == {*names, "step"} if "exp_avg" in names else created == set(names)
+        assert set(ahead[0].state[ahead[1][key]]) == created or not names
 
 
-def test_updates_are_counted_and_restored() -> None:
+def test_update_count_is_counted_and_restored() -> None:
     optimizer, named = setting(name="adamw")
     create_states(optimizer)
     assert update_count(optimizer) == 0
@@ -228,7 +228,7 @@ def test_updates_are_counted_and_restored() -> None:
 
 
 class RootMean(torch.optim.Optimizer):
-    """RMSProp with a correction of its bias: it counts updates and has no `exp_avg`."""
+    """RMSProp with bias correction. It counts updates, and has no `exp_avg`."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -241,7 +241,7 @@ class RootMean(torch.optim.Optimizer):
                 parameter.addcdiv_(parameter.grad, mean.sqrt() + 1e-8, value=-group["lr"])
 
 
-def test_optimizer_without_adams_states_gets_its_count_of_updates_back(
+def test_update_count_of_an_optimizer_without_adams_states_is_restored(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(
@@ -271,7 +271,7 @@ def test_optimizer_without_adams_states_gets_its_count_of_updates_back(
 
 
 @pytest.mark.parametrize("limit", [None, 0.0, 1.0, 5.0, 100.0])
-def test_clipping(limit: float | None) -> None:
+def test_clip_gradients_scales_down_to_the_limit(limit: float | None) -> None:
     parameters = [nn.Parameter(torch.zeros(size)) for size in (3, 7, 2)]
     parameters[0].grad = torch.tensor([2.0, -4.0, 4.0])
     parameters[1].grad = torch.full((7,), 1.0)
@@ -291,7 +291,7 @@ def engine(**sections: Any) -> ReferenceEngine:
 
 
 def test_micro_batches_do_not_change_a_step() -> None:
-    """Unequal numbers of targets in the micro-batches: the mean is over all of them."""
+    """The micro-batches have different numbers of targets; the mean is over all targets."""
     sections = {"model": {"tie_word_embeddings": True}}
     one, many = engine(**sections), engine(**sections)
     parts = [make_batch(one.config.model, samples=2, seed=seed) for seed in range(3)]
@@ -302,15 +302,15 @@ def test_micro_batches_do_not_change_a_step() -> None:
     divisor = sum(part.targets for part in parts)
     for step in (1, 2):
         expected = one.train_step([whole], divisor=divisor, lr=0.01, step=step)
-        found = many.train_step(parts, divisor=divisor, lr=0.01, step=step)
-        assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-6)
-        assert float(found.grad_norm) == pytest.approx(float(expected.grad_norm), rel=1e-5)
+        result = many.train_step(parts, divisor=divisor, lr=0.01, step=step)
+        assert float(result.loss) == pytest.approx(float(expected.loss), rel=1e-6)
+        assert float(result.grad_norm) == pytest.approx(float(expected.grad_norm), rel=1e-5)
     for ours, theirs in zip(many.model.parameters(), one.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
 
-def test_a_step_clips_before_it_updates() -> None:
-    """SGD without momentum or decay moves by lr x the clipped gradient."""
+def test_train_step_clips_before_it_updates() -> None:
+    """SGD without momentum and decay moves the weights by lr x the clipped gradient."""
     sgd = {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip_grad_norm": 0.01}
     trained = engine(optimizer=sgd)
     before = [p.detach().clone() for p in trained.model.parameters()]
@@ -326,11 +326,11 @@ def test_a_step_clips_before_it_updates() -> None:
 def test_dropout_is_a_function_of_seed_step_and_place() -> None:
     def losses(seed: int = 3, steps: tuple[int, ...] = (1, 2), place: int = 0) -> list[float]:
         trained = engine(model={"hidden_dropout": 0.3}, training={"seed": seed})
-        start = make_model(trained.config.model)  # the same weights whatever the seed
+        start = make_model(trained.config.model)  # the same weights for each seed
         trained.model.load_state_dict(start.state_dict())
         batch = make_batch(trained.config.model)
         batch = type(batch)(batch.tensors, place, batch.targets)
-        torch.manual_seed(place + 7)  # what came before does not matter
+        torch.manual_seed(place + 7)  # the earlier state of the generator has no effect
         return [
             float(trained.train_step([batch], divisor=1.0, lr=0.0, step=step).loss)
             for step in steps
@@ -343,25 +343,25 @@ def test_dropout_is_a_function_of_seed_step_and_place() -> None:
     assert len(different) == 6
 
 
-def test_evaluation_is_without_dropout_or_gradient() -> None:
+def test_eval_loss_has_no_dropout() -> None:
     trained = engine(model={"hidden_dropout": 0.3})
     batch = make_batch(trained.config.model)
     expected = make_model(trained.config.model, seed=trained.config.training.seed).eval()
-    found = trained.eval_loss(batch)
-    wanted = loss_of(expected, batch.tensors).item()
-    assert found.item() == wanted == trained.eval_loss(batch).item()
+    loss = trained.eval_loss(batch)
+    expected_loss = loss_of(expected, batch.tensors).item()
+    assert loss.item() == expected_loss == trained.eval_loss(batch).item()
 
 
-def test_the_decay_column_of_the_table_is_what_groups_read() -> None:
+def test_table_of_parameters_decays_matrices_only() -> None:
     config = run_config(model={"norm": "layernorm", "mlp_bias": True, "activation": "relu"})
     for row in arch.parameters(config.model):
         assert row.decay == (len(arch.local_shape(row)) == 2), row.name
 
 
-def test_the_norm_of_a_long_gradient_is_exact() -> None:
-    """PyTorch's own sum over 16 million squares is off by 6e-4 on a CPU."""
+def test_total_norm_of_a_long_gradient_is_exact() -> None:
+    """On a CPU, PyTorch's norm of 16 million elements has an error of 6e-4."""
     long = torch.randn(4_000_001, generator=torch.Generator().manual_seed(1)) * 1e-3
-    found = total_norm([long, torch.ones(3, 2), torch.zeros(0)])
+    norm = total_norm([long, torch.ones(3, 2), torch.zeros(0)])
     exact = (long.double().square().sum() + 6).sqrt()
-    assert found.dtype == torch.float32
-    assert float(found) == pytest.approx(float(exact), rel=1e-7)
+    assert norm.dtype == torch.float32
+    assert float(norm) == pytest.approx(float(exact), rel=1e-7)
