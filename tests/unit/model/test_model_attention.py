@@ -1,5 +1,5 @@
 # covers: megalite/model/attention.py
-"""Attention by hand: the formula of 2017 on four words, and who may look where."""
+"""Attention compared with its formula on four words, and the tokens that masks allow."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from megalite.model.attention import attend, attention_mask
 
 
-def test_the_quick_brown_fox() -> None:
-    """docs/models.md works this example; every number of it is computed here without the model."""
+def test_attend_equals_the_example_of_the_docs() -> None:
+    """docs/models.md explains this example. Its numbers are computed here without the model."""
     words = ["The", "quick", "brown", "fox"]
-    # d = 2; a query requires what a key offers
+    # d = 2
     q = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [2.0, 0.0]]
     k = [[1.0, 0.0], [0.0, 2.0], [1.0, 1.0], [0.0, 1.0]]
     v = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [4.0, 2.0]]
@@ -28,10 +28,10 @@ def test_the_quick_brown_fox() -> None:
         )
     q_1T1H = torch.tensor(q)[None, :, None, :]
     k_11TH, v_11TH = torch.tensor(k)[None, None], torch.tensor(v)[None, None]
-    found = attend(q_1T1H, k_11TH, v_11TH, None, dropout=0.0, causal=False, scale=None)
-    torch.testing.assert_close(found[0], torch.tensor(expected))
+    result = attend(q_1T1H, k_11TH, v_11TH, None, dropout=0.0, causal=False, scale=None)
+    torch.testing.assert_close(result[0], torch.tensor(expected))
     assert [round(x, 3) for x in expected[3]] == [1.196, 0.696]
-    # with a decoder's mask the first word sees itself alone
+    # with a causal mask the first word attends only to itself
     causal = attend(q_1T1H, k_11TH, v_11TH, None, dropout=0.0, causal=True, scale=None)
     torch.testing.assert_close(causal[0, 0], torch.tensor(v[0]))
 
@@ -42,7 +42,7 @@ def seen(total: int, queries: int | None = None, **options: object) -> list[list
     return None if mask is None else mask[0, 0].int().tolist()
 
 
-def test_who_may_look_where() -> None:
+def test_attention_mask_allows_the_tokens_of_window_document_and_keys() -> None:
     assert seen(4) is None
     assert seen(4, 1) is None
     assert seen(4, causal=False) is None
@@ -64,7 +64,7 @@ def test_who_may_look_where() -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 3])
-def test_padding_has_no_influence(queries: int) -> None:
+def test_attend_ignores_padding(queries: int) -> None:
     generator = torch.Generator().manual_seed(1)
     q = torch.randn(1, queries, 2, 4, generator=generator)
     k, v = torch.randn(2, 1, 2, 6, 4, generator=generator)

@@ -1,6 +1,6 @@
 # covers: megalite/model/transformer.py megalite/model/stack.py megalite/model/linear.py
 # covers: megalite/model/mlp.py megalite/model/norms.py megalite/model/positions.py
-"""The decoder against a plain one written here, in float64, and against transformers' Llama."""
+"""The decoder compared with a simple one in float64, and with transformers' Llama."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Plain:
-    """A decoder as its papers write it: one sample, one head and one position at a time."""
+    """A decoder by the formulas of its papers: one sample, one head and one position at a time."""
 
     def __init__(self, config: ModelConfig, model: LanguageModel) -> None:
         self.config = config
@@ -95,7 +95,7 @@ class Plain:
         return self.linear(f"{name}.o_proj", y.reshape(T, Q))
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Llama's rotate_half: x cos + [-x2, x1] sin."""
+        """Rotate as Llama's rotate_half: x cos + [-x2, x1] sin."""
         half = self.config.head_dim // 2
         rates = self.config.rope_theta ** (-torch.arange(half).double() / half)
         angles = positions[:, None].double() * rates
@@ -137,36 +137,35 @@ class Plain:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_and_loss_against_a_plain_decoder(variant: str) -> None:
+def test_decoder_equals_a_simple_decoder_in_logits_and_loss(variant: str) -> None:
     config = model_config(**VARIANTS[variant])
     model = make_model(config, spread=0.2)
     plain = Plain(config, model)
     tensors = make_batch(config, samples=2, length=17).tensors
     expected = torch.stack([plain.logits(ids) for ids in tensors["input_ids"]])
-    found = model.logits(tensors["input_ids"])
-    assert found.dtype == torch.float32
+    logits = model.logits(tensors["input_ids"])
+    assert logits.dtype == torch.float32
     scale = expected.abs().max().item()
     assert scale > 0.1
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * max(1.0, scale))
+    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-5 * max(1.0, scale))
     loss = F.cross_entropy(expected.flatten(0, 1), tensors["labels"].flatten(), reduction="none")
-    counted = loss[tensors["loss_mask"].flatten()].sum().item()
-    assert loss_of(model, tensors).item() == pytest.approx(counted, rel=2e-6)
+    expected_loss = loss[tensors["loss_mask"].flatten()].sum().item()
+    assert loss_of(model, tensors).item() == pytest.approx(expected_loss, rel=2e-6)
 
 
 @pytest.mark.parametrize("variant", ["llama", "gpt-2", "transformer of 2017"])
-def test_in_double_precision_the_same_to_many_digits(variant: str) -> None:
-    """Only RoPE's and the sinusoids' tables are fp32 then."""
+def test_decoder_in_double_precision_equals_the_simple_decoder_closely(variant: str) -> None:
+    """Only the tables of RoPE and sinusoids are fp32."""
     config = model_config(**VARIANTS[variant])
     model = make_model(config, spread=0.2).double()
     ids = make_batch(config, samples=1, length=20).tensors["input_ids"]
     expected = Plain(config, model).hidden(ids[0], torch.arange(20))
     tolerance = 1e-12 if variant == "gpt-2" else 1e-5
-    found = model.model(ids, {})[0]
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    hidden = model.model(ids, {})[0]
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=tolerance)
 
 
-def test_the_head_is_in_no_row_twice() -> None:
-    """Every parameter of every variant takes part: its gradient is not zero."""
+def test_every_parameter_has_a_gradient() -> None:
     for variant, overrides in VARIANTS.items():
         config = model_config(**overrides)
         model = make_model(config, spread=0.2)
@@ -184,8 +183,8 @@ def test_the_head_is_in_no_row_twice() -> None:
         {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     ],
 )
-def test_logits_against_transformers_llama(overrides: dict[str, Any]) -> None:
-    """The canonical names are transformers' own, all of them and no others."""
+def test_decoder_equals_llama_of_transformers(overrides: dict[str, Any]) -> None:
+    """The canonical names are exactly those of transformers."""
     transformers = pytest.importorskip("transformers")
     config = model_config(**overrides)
     model = make_model(config, spread=0.2)
@@ -221,15 +220,13 @@ def test_logits_against_transformers_llama(overrides: dict[str, Any]) -> None:
         torch.testing.assert_close(model.logits(ids), theirs(ids).logits, rtol=0, atol=1e-5)
 
 
-# --- documents side by side ---
+# --- packed documents ---
 
 LENGTHS = (5, 1, 9, 3, 6)
 
 
 def pack(config: ModelConfig, *, seed: int = 3) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Return a window of documents, and each of them alone; a document's last target is not
-    known.
-    """
+    """Return a window of documents, and the documents. The last target of each is masked."""
     generator = torch.Generator().manual_seed(seed)
     documents = [torch.randint(config.vocab_size, (n,), generator=generator) for n in LENGTHS]
     ids = torch.cat(documents)
@@ -246,7 +243,7 @@ def pack(config: ModelConfig, *, seed: int = 3) -> tuple[dict[str, Tensor], list
 
 
 def alone(model: LanguageModel, document: Tensor) -> Tensor:
-    """Return the loss of a document that fills its own window."""
+    """Return the loss of a document in a separate window."""
     return loss_of(
         model,
         {
@@ -258,26 +255,25 @@ def alone(model: LanguageModel, document: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("variant", ["llama", "one head for all", "gpt-2", "transformer of 2017"])
-def test_a_packed_window_is_its_documents_alone(variant: str) -> None:
+def test_packed_window_equals_its_documents_in_separate_windows(variant: str) -> None:
     config = model_config(**VARIANTS[variant])
-    together, apart = (make_model(config, spread=0.2) for _ in range(2))
+    packed, separate = (make_model(config, spread=0.2) for _ in range(2))
     window, documents = pack(config)
-    expected = torch.stack([alone(apart, d) for d in documents if len(d) > 1]).sum()
-    found = loss_of(together, window)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
-    found.backward()
+    expected = torch.stack([alone(separate, d) for d in documents if len(d) > 1]).sum()
+    loss = loss_of(packed, window)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
     expected.backward()
-    for (name, ours), theirs in zip(together.named_parameters(), apart.parameters(), strict=True):
+    for (name, ours), theirs in zip(packed.named_parameters(), separate.parameters(), strict=True):
         assert theirs.grad is not None
         atol = 1e-5 * theirs.grad.abs().max().item()
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=atol, msg=name)
-    # and the mask is what makes it so
+    # without the mask the loss differs
     del window["document_ids"]
-    assert loss_of(together, window).item() != pytest.approx(expected.item(), rel=1e-4)
+    assert loss_of(packed, window).item() != pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_documents_of_samples_do_not_mix() -> None:
-    """Each sample of a batch has its own boundaries."""
+def test_packed_samples_of_a_batch_have_separate_boundaries() -> None:
     config = model_config()
     model = make_model(config, spread=0.2)
     windows = [pack(config, seed=seed)[0] for seed in (1, 2)]
@@ -289,19 +285,19 @@ def test_documents_of_samples_do_not_mix() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_no_token_looks_ahead(masked: bool) -> None:
+def test_decoder_does_not_attend_to_later_tokens(masked: bool) -> None:
     config = model_config()
     model = make_model(config, spread=0.2)
     window, _ = pack(config)
     extra = window if masked else {}
     before = model.model(window["input_ids"], extra)
     changed = window["input_ids"].clone()
-    changed[0, 7] = (changed[0, 7] + 1) % config.vocab_size  # in the third document, of 6 to 14
+    changed[0, 7] = (changed[0, 7] + 1) % config.vocab_size  # in the third document, tokens 6 to 14
     moved = (model.model(changed, extra) - before)[0].abs().amax(-1) > 0
     assert moved.nonzero().flatten().tolist() == list(range(7, 15 if masked else 24))
 
 
-def test_positions_from_0_are_the_default() -> None:
+def test_positions_start_at_0_by_default() -> None:
     config = model_config(position_embedding="learned")
     model = make_model(config, spread=0.2)
     ids = make_batch(config, length=12).tensors["input_ids"]
@@ -311,19 +307,19 @@ def test_positions_from_0_are_the_default() -> None:
 
 
 @pytest.mark.parametrize("variant", ["llama", "gpt-2", "transformer of 2017"])
-def test_positions_are_those_given(variant: str) -> None:
-    """Each sample's own, with gaps."""
+def test_positions_of_the_batch_are_used(variant: str) -> None:
+    """The samples have different positions, with gaps."""
     config = model_config(**VARIANTS[variant])
     model = make_model(config, spread=0.2)
     ids = make_batch(config, samples=2, length=5).tensors["input_ids"]
     positions = torch.tensor([[0, 3, 4, 11, 30], [2, 2, 7, 1, 0]])
-    found = model.model(ids, {"position_ids": positions})
+    hidden = model.model(ids, {"position_ids": positions})
     for row in range(2):
         expected = Plain(config, model).hidden(ids[row], positions[row])
-        torch.testing.assert_close(found[row].double(), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(hidden[row].double(), expected, rtol=0, atol=1e-5)
 
 
-def test_rope_knows_distances_alone() -> None:
+def test_rope_depends_only_on_distances() -> None:
     config = model_config()
     model = make_model(config, spread=0.2)
     ids = make_batch(config, length=12).tensors["input_ids"]
@@ -332,7 +328,7 @@ def test_rope_knows_distances_alone() -> None:
     torch.testing.assert_close(shifted, model.model(ids, {}), rtol=0, atol=5e-5)
 
 
-def test_the_last_positions_logits() -> None:
+def test_logits_with_last_only_are_those_of_the_last_token() -> None:
     config = model_config()
     model = make_model(config, spread=0.2)
     ids = make_batch(config, length=12).tensors["input_ids"]
@@ -340,7 +336,9 @@ def test_the_last_positions_logits() -> None:
     torch.testing.assert_close(last, model.logits(ids)[:, -1], rtol=0, atol=1e-6)
 
 
-def test_dropout_acts_where_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_applied_to_embeddings_attention_and_branches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls: list[tuple[str, float]] = []
 
     def dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -365,7 +363,7 @@ def test_dropout_acts_where_it_should(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {p for _, p in calls} == {0.0}
 
 
-def test_half_precision_stays_near() -> None:
+def test_loss_in_bf16_is_near_that_in_fp32() -> None:
     config = model_config()
     model = make_model(config, spread=0.2)
     batch = make_batch(config, samples=4, length=31).tensors
@@ -374,8 +372,7 @@ def test_half_precision_stays_near() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_parameters_are_the_tables(variant: str) -> None:
-    """Names, order and shapes; `build` itself asserts the names."""
+def test_built_model_has_the_names_and_shapes_of_the_table(variant: str) -> None:
     config = model_config(**VARIANTS[variant])
     built = [(name, tuple(p.shape)) for name, p in build(config).named_parameters()]
     assert built == [(p.name, arch.local_shape(p)) for p in arch.parameters(config)]

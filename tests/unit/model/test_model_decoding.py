@@ -1,5 +1,5 @@
 # covers: megalite/model/matmul.py
-"""A model laid out for writing gives the numbers it gave."""
+"""A model that is prepared for decoding gives the same numbers as before."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megalite.model.matmul import small_batch_linear
 
 @pytest.mark.parametrize("shape", [(48, 1), (1, 1, 48), (2, 1, 48), (8, 48), (33, 48), (3, 5, 48)])
 @pytest.mark.parametrize("columns", [False, True])
-def test_few_rows_are_multiplied_as_ever(shape: tuple[int, ...], columns: bool) -> None:
+def test_small_batch_linear_equals_linear(shape: tuple[int, ...], columns: bool) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(shape), torch.randn(96, shape[-1]), torch.randn(96)
     if columns:
@@ -28,7 +28,7 @@ def test_few_rows_are_multiplied_as_ever(shape: tuple[int, ...], columns: bool) 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
-def test_preparing_changes_the_layout_alone(architecture: str, tied: bool) -> None:
+def test_prepare_for_decoding_changes_only_the_memory_layout(architecture: str, tied: bool) -> None:
     config = ModelConfig.model_validate(
         {
             "architecture": architecture,

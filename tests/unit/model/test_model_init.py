@@ -1,5 +1,5 @@
 # covers: megalite/model/init.py
-"""Initial weights: a function of (seed, name, block), whatever the split, the order, the type."""
+"""Initial weights depend on (seed, name, block), and not on the split, the order or the dtype."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megalite.model import build, initialize
 from megalite.model import init as module
 from tests.helpers.models import make_model, model_config
 
-# blocks of 128 rows begin inside q, k, v, gate, up and the vocabulary, and none ends with them
+# no size is a multiple of the 128 rows of a block
 WIDE: dict[str, Any] = {
     "vocab_size": 301,
     "hidden_size": 96,
@@ -33,11 +33,11 @@ WIDE: dict[str, Any] = {
 
 
 class Local(nn.Module):
-    """The parameters one tensor-parallel rank holds, full of rubbish."""
+    """The parameters of one tensor rank, filled with a wrong value."""
 
     def __init__(self, config: ModelConfig, size: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.held = [
+        self.named = [
             (
                 row.name,
                 nn.Parameter(
@@ -48,7 +48,7 @@ class Local(nn.Module):
         ]
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        return iter(self.held)
+        return iter(self.named)
 
 
 def start(
@@ -64,7 +64,7 @@ def start(
 
 
 def canonical(config: ModelConfig, size: int, **kwargs: Any) -> dict[str, torch.Tensor]:
-    """Whole tensors put together from the parts of all ranks."""
+    """Return whole tensors, assembled from the parts of all ranks."""
     rows = {row.name: row for row in arch.parameters(config)}
     whole = {name: torch.full(t.shape, torch.nan) for name, t in arch.tensors(config).items()}
     for rank in range(size):
@@ -77,7 +77,7 @@ def canonical(config: ModelConfig, size: int, **kwargs: Any) -> dict[str, torch.
 
 
 @pytest.mark.parametrize("overrides", [{}, {"activation": "gelu", "norm": "layernorm"}])
-def test_every_split_starts_from_the_same_weights(overrides: dict[str, Any]) -> None:
+def test_initial_weights_do_not_depend_on_the_number_of_ranks(overrides: dict[str, Any]) -> None:
     config = model_config(**WIDE, **overrides)
     one = canonical(config, 1)
     assert not any(tensor.isnan().any() for tensor in one.values())
@@ -86,18 +86,18 @@ def test_every_split_starts_from_the_same_weights(overrides: dict[str, Any]) -> 
         assert [name for name in one if not torch.equal(one[name], parts[name])] == []
 
 
-def test_padding_of_the_vocabulary_is_zero() -> None:
+def test_initial_padding_of_the_vocabulary_is_zero() -> None:
     config = model_config(**WIDE)  # 301 rows over 4 ranks: 76, 76, 76 and 73
     local = Local(config, 4)
     start(local, config, size=4, rank=3)
-    held = dict(local.named_parameters())["model.embed_tokens.weight"]
-    assert held.shape[0] == 76
-    assert (held[:73] != 0).all()
-    assert not held[73:].any()
+    embedding = dict(local.named_parameters())["model.embed_tokens.weight"]
+    assert embedding.shape[0] == 76
+    assert (embedding[:73] != 0).all()
+    assert not embedding[73:].any()
 
 
-def test_a_rank_draws_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of rows in whole blocks; columns are cut from whole rows."""
+def test_initialize_draws_only_the_blocks_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are drawn in whole blocks. Columns are cut from whole rows."""
     config = model_config(**(WIDE | {"vocab_size": 4096, "num_hidden_layers": 1}))
     drawn: list[int] = []
     randn = torch.randn
@@ -115,7 +115,7 @@ def test_a_rank_draws_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(drawn) < 0.4 * whole
 
 
-def test_the_model_of_one_rank_is_the_table_filled() -> None:
+def test_initialize_gives_equal_weights_to_a_model_and_its_table() -> None:
     config = model_config(**WIDE)
     local = Local(config, 1)
     start(local, config)
@@ -126,48 +126,48 @@ def test_the_model_of_one_rank_is_the_table_filled() -> None:
         assert torch.equal(ours, theirs), name
 
 
-def test_the_order_of_writing_does_not_matter() -> None:
+def test_initial_weights_do_not_depend_on_the_order_of_parameters() -> None:
     config = model_config(**WIDE)
     forwards, backwards = Local(config, 1), Local(config, 1)
-    backwards.held.reverse()
+    backwards.named.reverse()
     torch.manual_seed(1)
     start(forwards, config)
     torch.manual_seed(2)
     start(backwards, config)
-    found = dict(backwards.named_parameters())
-    assert all(torch.equal(p, found[name]) for name, p in forwards.named_parameters())
+    reversed_order = dict(backwards.named_parameters())
+    assert all(torch.equal(p, reversed_order[name]) for name, p in forwards.named_parameters())
 
 
-def test_no_global_generator_is_read_or_moved() -> None:
+def test_initialize_does_not_change_the_global_generator() -> None:
     before = torch.get_rng_state()
     make_model(model_config())
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_every_precision_rounds_the_same_numbers(dtype: torch.dtype) -> None:
+def test_initial_weights_in_other_precisions_are_rounded_fp32_numbers(dtype: torch.dtype) -> None:
     config = model_config(**WIDE)
     exact, rounded = Local(config, 1), Local(config, 1, dtype)
     start(exact, config)
     start(rounded, config)
-    for (name, ours), (_, theirs) in zip(exact.held, rounded.held, strict=True):
+    for (name, ours), (_, theirs) in zip(exact.named, rounded.named, strict=True):
         assert torch.equal(ours.to(dtype), theirs), name
 
 
-def test_a_default_device_does_not_change_the_numbers() -> None:
-    """Engines build under `with device:`; the draws stay on the CPU."""
+def test_initial_weights_do_not_depend_on_the_default_device() -> None:
+    """Engines build under `with device:`, but numbers are drawn on the CPU."""
     config = model_config()
     expected = make_model(config)
     with torch.device("meta"):
-        generator_free = module._key(5, "model.embed_tokens.weight", 0)
-    assert generator_free == module._key(5, "model.embed_tokens.weight", 0)
+        key = module._key(5, "model.embed_tokens.weight", 0)
+    assert key == module._key(5, "model.embed_tokens.weight", 0)
     with torch.device("cpu"):
-        found = make_model(config)
-    for ours, theirs in zip(expected.parameters(), found.parameters(), strict=True):
+        built = make_model(config)
+    for ours, theirs in zip(expected.parameters(), built.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_seeds_names_and_blocks_differ() -> None:
+def test_initial_weights_differ_by_seed_name_and_block() -> None:
     config = model_config(**WIDE, num_hidden_layers=2)
     first, again, second = canonical(config, 1), canonical(config, 1), canonical(config, 1, seed=6)
     drawn = [name for name, tensor in first.items() if tensor.dim() > 1]
@@ -181,7 +181,7 @@ def test_seeds_names_and_blocks_differ() -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_what_each_kind_starts_as(layers: int) -> None:
+def test_initial_weights_have_the_distribution_of_their_kind(layers: int) -> None:
     config = model_config(
         **WIDE, num_hidden_layers=layers, norm="layernorm", initializer_range=0.07
     )
@@ -196,11 +196,11 @@ def test_what_each_kind_starts_as(layers: int) -> None:
             n = tensor.numel()
             assert tensor.std().item() == pytest.approx(std, rel=4 / math.sqrt(n)), name
             assert abs(tensor.mean().item()) < 5 * std / math.sqrt(n), name
-            assert tensor.abs().max() > 3 * std, name  # not cut off
+            assert tensor.abs().max() > 3 * std, name  # not truncated
 
 
-def test_parameters_are_written_inside_their_gathering() -> None:
-    """One at a time, and one that is not here is left to the rank that has it."""
+def test_initialize_writes_each_parameter_inside_gather() -> None:
+    """An empty parameter is skipped, because another rank writes it."""
     config = model_config()
     model = build(config)
     missing = model.get_parameter("model.norm.weight")

@@ -1,5 +1,5 @@
 # covers: megalite/model/loss.py megalite/model/heads.py
-"""The fused head and loss against F.cross_entropy over whole logits in float64."""
+"""The fused head and loss compared with F.cross_entropy of full logits in float64."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from megalite.model.heads import head_loss
 from megalite.model.loss import HeadOptions, linear_cross_entropy
 from tests.helpers.models import loss_of, make_batch, make_model, model_config
 
-R, D, V = 200, 12, 37  # chunks of 64 rows: three and a rest of 8
+R, D, V = 200, 12, 37  # three chunks of 64 rows and a rest of 8
 
 
 class Ops(TorchDispatchMode):
-    """Names of the operators called inside, in order."""
+    """Recorder of the names of operators, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Ops(TorchDispatchMode):
 
 @pytest.fixture(params=["one chunk", "four chunks"], autouse=True)
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs whole and in chunks of the smallest size."""
+    """Run every test with one chunk, and with chunks of the smallest size."""
     if request.param == "four chunks":
         monkeypatch.setattr(ends, "_CHUNK_ELEMENTS", 1)
         assert chunk_rows(V) == 64
@@ -52,7 +52,7 @@ def make(seed: int = 0, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Te
 def oracle(
     hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and gradients in float64, from whole logits."""
+    """Return the loss and the gradients in float64, from full logits."""
     h = hidden.detach().double().requires_grad_()
     w = weight.detach().double().requires_grad_()
     each = F.cross_entropy(h @ w.t(), labels, reduction="none")
@@ -63,10 +63,10 @@ def oracle(
     return total.detach(), h.grad, w.grad
 
 
-def close(found: Tensor | None, expected: Tensor, tolerance: float = 1e-5) -> bool:
-    """Within `tolerance` of the largest element."""
-    assert found is not None
-    error = (found.double() - expected).abs().max()
+def close(value: Tensor | None, expected: Tensor, tolerance: float = 1e-5) -> bool:
+    """Return whether the error is within `tolerance` x the largest element."""
+    assert value is not None
+    error = (value.double() - expected).abs().max()
     return bool(error <= tolerance * max(1e-30, expected.abs().max()))
 
 
@@ -80,12 +80,12 @@ COMPILED = pytest.param(
 
 @pytest.fixture(params=[False, COMPILED], ids=["eager", "compiled"])
 def fused(request: pytest.FixtureRequest) -> Loss:
-    """The function under test, in both of its forms."""
+    """Return the function under test, eager and compiled."""
     options = HeadOptions(compiled=request.param)
     return lambda *tensors: linear_cross_entropy(*tensors, options=options)
 
 
-def test_value_and_gradients(fused: Loss) -> None:
+def test_fused_loss_equals_the_loss_of_full_logits(fused: Loss) -> None:
     hidden, weight, labels, mask = make()
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -102,7 +102,7 @@ def test_value_and_gradients(fused: Loss) -> None:
 
 
 @pytest.mark.parametrize("scale", [1 / 8192, 65536.0])
-def test_the_backward_scales(scale: float) -> None:
+def test_backward_scales_the_gradients(scale: float) -> None:
     hidden, weight, labels, mask = make(1)
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -121,7 +121,7 @@ def test_gradients_add_up_over_micro_batches() -> None:
     assert close(weight.grad, oracle(hidden, weight, labels, mask, 1 / 3)[2])
 
 
-def test_all_rows_masked_is_nothing(fused: Loss) -> None:
+def test_fused_loss_of_masked_rows_is_zero(fused: Loss) -> None:
     hidden, weight, labels, mask = make(3)
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -134,8 +134,7 @@ def test_all_rows_masked_is_nothing(fused: Loss) -> None:
     assert not weight.grad.any()
 
 
-def test_a_masked_row_may_hold_any_label_and_any_size() -> None:
-    """A row that does not count changes nothing, even where its own loss is huge."""
+def test_masked_row_has_no_effect_even_if_its_loss_is_huge() -> None:
     hidden, weight, labels, mask = make(4)
     loss = linear_cross_entropy(hidden, weight, labels, mask)
     hidden[~mask] *= 1e4
@@ -155,7 +154,7 @@ def test_logits_of_a_thousand_do_not_overflow(fused: Loss) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "neither"])
-def test_only_the_gradients_asked_for(fused: Loss, wanted: str) -> None:
+def test_fused_loss_computes_only_required_gradients(fused: Loss, wanted: str) -> None:
     hidden, weight, labels, mask = make(6)
     expected, *gradients = oracle(hidden, weight, labels, mask)
     hidden.requires_grad_(wanted == "hidden")
@@ -165,12 +164,15 @@ def test_only_the_gradients_asked_for(fused: Loss, wanted: str) -> None:
     assert loss.requires_grad == (wanted != "neither")
     if wanted != "neither":
         loss.backward()
-        given = {"hidden": (hidden.grad, gradients[0]), "weight": (weight.grad, gradients[1])}
-        assert close(*given[wanted])
+        gradient_pairs = {
+            "hidden": (hidden.grad, gradients[0]),
+            "weight": (weight.grad, gradients[1]),
+        }
+        assert close(*gradient_pairs[wanted])
 
 
-def test_evaluation_makes_no_gradient() -> None:
-    """Without autograd one product a chunk is enough, and no [V, D] of gradients is allocated."""
+def test_evaluation_computes_no_gradient() -> None:
+    """Without autograd there is one product per chunk, and no [V, D] gradient."""
     hidden, weight, labels, mask = make(7)
     weight.requires_grad_()
     with torch.no_grad(), Ops() as ops:
@@ -180,7 +182,7 @@ def test_evaluation_makes_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_an_fp32_loss_and_sum(fused: Loss, dtype: torch.dtype) -> None:
+def test_fused_loss_of_half_precision_is_fp32(fused: Loss, dtype: torch.dtype) -> None:
     hidden, weight, labels, mask = make(8)
     hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
     loss = fused(hidden, weight, labels, mask)
@@ -195,8 +197,8 @@ def test_half_precision_keeps_an_fp32_loss_and_sum(fused: Loss, dtype: torch.dty
     assert close(weight.grad, grad_weight, 2e-2)
 
 
-def test_many_chunks_add_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """300 equal contributions: a sum in bf16 stops growing at 256 of them."""
+def test_gradients_of_many_chunks_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are 300 equal contributions. A sum in bf16 stops growing at 256."""
     monkeypatch.setattr(ends, "_CHUNK_ELEMENTS", 1)
     rows = 300 * 64
     hidden = torch.ones(rows, 2, dtype=torch.bfloat16)
@@ -209,7 +211,7 @@ def test_many_chunks_add_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_small_gradients_survive_fp16(fused: Loss) -> None:
-    """A mean's 1 / N is applied after fp16's loss scale: before it, p / N would be zero."""
+    """The factor 1 / N is applied after the loss scale. Otherwise p / N would underflow."""
     hidden, weight, labels, mask = make(9, spread=0.01)
     hidden, weight = hidden.half(), (0.01 * weight).half().requires_grad_()
     divisor, loss_scale = 2.0**22, 2.0**22
@@ -218,7 +220,7 @@ def test_small_gradients_survive_fp16(fused: Loss) -> None:
     assert close(weight.grad, oracle(hidden, weight, labels, mask)[2], 2e-2)
 
 
-def test_a_second_backward_is_never_silently_empty() -> None:
+def test_second_backward_fails_or_is_correct() -> None:
     hidden, weight, labels, mask = make(10)
     weight.requires_grad_()
     loss = linear_cross_entropy(hidden, weight, labels, mask)
@@ -228,12 +230,12 @@ def test_a_second_backward_is_never_silently_empty() -> None:
     try:
         loss.backward()
     except (RuntimeError, AssertionError):
-        return  # said so
+        return
     assert close(weight.grad, 2 * once.double())
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 128, 129])
-def test_rows_around_a_chunk(fused: Loss, rows: int) -> None:
+def test_fused_loss_is_correct_for_rows_near_the_size_of_a_chunk(fused: Loss, rows: int) -> None:
     hidden, weight, labels, mask = (make(11)[0][:rows], *make(11)[1:])
     labels, mask = labels[:rows], mask[:rows]
     weight.requires_grad_()
@@ -248,7 +250,7 @@ def test_rows_around_a_chunk(fused: Loss, rows: int) -> None:
     ("elements", "vocabulary", "rows"),
     [(1 << 25, 32000, 1024), (1 << 25, 1 << 30, 64), (1 << 25, 1, 1 << 25), (640, 5, 128)],
 )
-def test_chunk_rows(
+def test_chunk_rows_fill_the_memory_in_multiples_of_64(
     monkeypatch: pytest.MonkeyPatch, elements: int, vocabulary: int, rows: int
 ) -> None:
     monkeypatch.setattr(ends, "_CHUNK_ELEMENTS", elements)
@@ -256,22 +258,22 @@ def test_chunk_rows(
 
 
 @pytest.mark.parametrize("fused_", [False, True])
-def test_a_part_of_the_target_is_spread(fused_: bool) -> None:
+def test_label_smoothing_equals_that_of_torch_in_training_only(fused_: bool) -> None:
     if fused_ and not has_compiler():
         pytest.skip("nothing here compiles")
     hidden, weight, labels, mask = make()
     h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    wanted = F.cross_entropy(h @ w.t(), labels, reduction="none", label_smoothing=0.2)[mask].sum()
-    (3 * wanted).backward()
+    expected = F.cross_entropy(h @ w.t(), labels, reduction="none", label_smoothing=0.2)[mask].sum()
+    (3 * expected).backward()
     hidden.requires_grad_(), weight.requires_grad_()
-    found = head_loss(hidden, weight, labels, mask, compiled=fused_, smoothing=0.2)
-    (3 * found).backward()
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=0)
+    loss = head_loss(hidden, weight, labels, mask, compiled=fused_, smoothing=0.2)
+    (3 * loss).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     for ours, theirs in ((hidden.grad, h.grad), (weight.grad, w.grad)):
         assert ours is not None
         assert theirs is not None
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():  # an evaluation spreads nothing
+    with torch.no_grad():  # evaluation does not smooth
         plain = F.cross_entropy(hidden @ weight.t(), labels, reduction="none")[mask].sum()
         torch.testing.assert_close(
             head_loss(hidden, weight, labels, mask, smoothing=0.2), plain, rtol=1e-5, atol=0
@@ -279,8 +281,7 @@ def test_a_part_of_the_target_is_spread(fused_: bool) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_models_loss_and_every_gradient(tied: bool) -> None:
-    """`forward` and `logits` + F.cross_entropy are the same function of the parameters."""
+def test_loss_of_a_model_equals_cross_entropy_of_its_logits(tied: bool) -> None:
     config = model_config(tie_word_embeddings=tied)
     fused, plain = (make_model(config, spread=0.1) for _ in range(2))
     tensors = make_batch(config, samples=6, length=24).tensors
@@ -291,16 +292,16 @@ def test_the_models_loss_and_every_gradient(tied: bool) -> None:
     expected = (F.cross_entropy(logits, labels, reduction="none") * mask).sum()
     (expected / 50).backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
-    found = dict(fused.named_parameters())
-    assert ("lm_head.weight" in found) != tied
+    parameters = dict(fused.named_parameters())
+    assert ("lm_head.weight" in parameters) != tied
     for name, parameter in plain.named_parameters():
         assert parameter.grad is not None
-        assert close(found[name].grad, parameter.grad.double(), 2e-5), name
+        assert close(parameters[name].grad, parameter.grad.double(), 2e-5), name
 
 
 @pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder_decoder"])
-def test_chosen_rows_give_the_loss_and_gradients_of_all(architecture: str) -> None:
-    """Rows that do not count may be among them, and more than once."""
+def test_target_rows_give_the_loss_and_gradients_of_all_rows(architecture: str) -> None:
+    """They may include masked rows, also repeatedly."""
     config = model_config(architecture=architecture)
     model = make_model(config, spread=0.1)
     tensors = dict(make_batch(config, samples=3, length=40).tensors)
@@ -309,11 +310,11 @@ def test_chosen_rows_give_the_loss_and_gradients_of_all(architecture: str) -> No
     mask_R = tensors["loss_mask"].reshape(-1)
     filler = int(mask_R.int().argmin())
     chosen = torch.cat((mask_R.nonzero()[:, 0], torch.tensor([filler] * 3)))
-    found = []
+    results = []
     for batch in (tensors, tensors | {"target_rows": chosen}):
         model.zero_grad()
         loss = loss_of(model, batch)
         loss.backward()
-        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])  # type: ignore[union-attr]
-    for whole, part in zip(*found, strict=True):
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])  # type: ignore[union-attr]
+    for whole, part in zip(*results, strict=True):
         torch.testing.assert_close(part, whole, rtol=2e-5, atol=2e-6)

@@ -1,5 +1,5 @@
 # covers: megalite/parallel/apply.py
-"""Recompute changes what is kept between forward and backward, and nothing else."""
+"""Recompute changes only which activations are saved between forward and backward."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 class Watch(TorchDispatchMode):
-    """Counts operators, and knows which of the tensors made inside are still alive."""
+    """Counter of operators, and of bytes of created tensors that are still alive."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._given: set[int] = set()
+        self._created: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._inputs: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls[str(func.overloadpacket).removeprefix("aten.")] += 1
-        # a view of a weight or of the batch is not made here
-        self._given |= {r.cdata for r, _ in self._storages((args, kwargs))} - self._made.keys()
-        made = func(*args, **(kwargs or {}))
-        for reference, size in self._storages(made):
-            if reference.cdata not in self._given:
-                self._made[reference.cdata] = (reference, size)
-        return made
+        # views of weights and of the batch do not count as created
+        self._inputs |= {r.cdata for r, _ in self._storages((args, kwargs))} - self._created.keys()
+        result = func(*args, **(kwargs or {}))
+        for reference, size in self._storages(result):
+            if reference.cdata not in self._inputs:
+                self._created[reference.cdata] = (reference, size)
+        return result
 
     @staticmethod
     def _storages(tree: Any) -> list[tuple[StorageWeakRef, int]]:
@@ -47,7 +47,7 @@ class Watch(TorchDispatchMode):
         return [(StorageWeakRef(storage), storage.nbytes()) for storage in storages]
 
     def alive_bytes(self) -> int:
-        return sum(size for reference, size in self._made.values() if not reference.expired())
+        return sum(size for reference, size in self._created.values() if not reference.expired())
 
     def products(self) -> int:
         return sum(self.calls[name] for name in PRODUCTS)
@@ -70,7 +70,7 @@ def packed(samples: int = 2, length: int = 16) -> dict[str, torch.Tensor]:
 def step(model: LanguageModel, batch: dict[str, torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
     torch.manual_seed(77)
     loss = loss_of(model, batch)
-    torch.manual_seed(78)  # the backward must not depend on where the generator stands
+    torch.manual_seed(78)  # the backward must not depend on the generator's state
     loss.backward()
     return loss.item(), [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -78,19 +78,21 @@ def step(model: LanguageModel, batch: dict[str, torch.Tensor]) -> tuple[float, l
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_losses_and_gradients_are_equal(recompute: str, masked: bool, dropout: float) -> None:
+def test_recompute_gives_equal_losses_and_gradients(
+    recompute: str, masked: bool, dropout: float
+) -> None:
     overrides = {"hidden_dropout": dropout, "attention_dropout": dropout, "mlp_bias": True}
     batch = packed() if masked else make_batch(model_config(), length=16).tensors
     expected, gradients = step(make("none", **overrides), batch)
-    found, recomputed = step(make(recompute, **overrides), batch)
-    assert found == expected
+    loss, recomputed = step(make(recompute, **overrides), batch)
+    assert loss == expected
     assert len(recomputed) == len(gradients) == len(list(make("none", **overrides).parameters()))
     for ours, theirs in zip(recomputed, gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-def test_dropout_really_drops() -> None:
-    """Otherwise the test above would compare nothing."""
+def test_dropout_changes_the_loss() -> None:
+    """Otherwise the test above would have no effect."""
     batch = make_batch(model_config(), length=16).tensors
     for kind in ("hidden_dropout", "attention_dropout"):
         assert step(make("none", **{kind: 0.3}), batch)[0] != step(make("none"), batch)[0]
@@ -98,7 +100,7 @@ def test_dropout_really_drops() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_what_is_computed_again(dropout: float, masked: bool) -> None:
+def test_recompute_repeats_products_only_if_full(dropout: float, masked: bool) -> None:
     batch = packed() if masked else make_batch(model_config(), length=16).tensors
     backward: dict[str, Watch] = {}
     for recompute in ("none", "selective", "full"):
@@ -112,7 +114,7 @@ def test_what_is_computed_again(dropout: float, masked: bool) -> None:
     if not dropout:
         counts = [watch.calls[ATTENTION] for watch in (none, selective, full)]
         assert counts == [0, 0, layers]
-    # cheap element-wise work is done again by both
+    # both repeat cheap element-wise operations
     assert [watch.calls["silu"] for watch in (none, selective, full)] == [0, layers, layers]
 
 
@@ -124,38 +126,40 @@ def test_what_is_computed_again(dropout: float, masked: bool) -> None:
         ("_scaled_dot_product_cudnn_attention", 5),
     ],
 )
-def test_attention_that_drops_is_computed_again(name: str, place: int) -> None:
-    """A result taken from the store does not move the generator on: the dropout after it would
-    draw another mask than in the forward. (The CPU's kernel does not drop.)"""
+def test_attention_with_dropout_is_recomputed(name: str, place: int) -> None:
+    """A saved result does not advance the generator, so later dropout would draw another mask.
+
+    The CPU's kernel has no dropout.
+    """
     op = getattr(torch.ops.aten, name).default
     assert op._schema.arguments[place].name == "dropout_p"
-    kept = {}
+    policies = {}
     for dropout in (0.0, 0.1):
         arguments = [None] * place + [dropout]
-        kept[dropout] = apply._policy(None, op, *arguments)
-    assert kept == {0.0: CheckpointPolicy.MUST_SAVE, 0.1: CheckpointPolicy.PREFER_RECOMPUTE}
+        policies[dropout] = apply._policy(None, op, *arguments)
+    assert policies == {0.0: CheckpointPolicy.MUST_SAVE, 0.1: CheckpointPolicy.PREFER_RECOMPUTE}
 
 
-def test_what_is_kept() -> None:
-    """Bytes alive between forward and backward, the loss's own gradients omitted."""
+def test_recompute_reduces_the_saved_bytes() -> None:
+    """The bytes are those alive between forward and backward, without the loss."""
     config = model_config(hidden_size=64, intermediate_size=256, num_hidden_layers=4)
     batch = make_batch(config, samples=4, length=32).tensors
-    kept = {}
+    saved = {}
     for recompute in ("none", "selective", "full"):
         model = make_model(config)
         apply_recompute_and_compile(model.blocks, recompute=recompute, compile_blocks=False)
         with Watch() as watch:
             hidden = model.model(batch["input_ids"], {})
-        kept[recompute] = watch.alive_bytes()
+        saved[recompute] = watch.alive_bytes()
         assert hidden.requires_grad
     tokens, width = 4 * 32, 64
-    inputs = 4 * tokens * width * (config.num_hidden_layers + 3)  # fp32; and the ends of the model
-    assert kept["full"] < 1.3 * inputs
-    assert kept["full"] < 0.5 * kept["selective"]
-    assert kept["selective"] < 0.75 * kept["none"]
+    inputs = 4 * tokens * width * (config.num_hidden_layers + 3)  # fp32; 3 outside of the blocks
+    assert saved["full"] < 1.3 * inputs
+    assert saved["full"] < 0.5 * saved["selective"]
+    assert saved["selective"] < 0.75 * saved["none"]
 
 
-def test_evaluation_keeps_nothing() -> None:
+def test_evaluation_with_recompute_gives_the_same_loss() -> None:
     model, batch = make("selective"), make_batch(model_config()).tensors
     with torch.no_grad():
         assert loss_of(model, batch).item() == loss_of(make("none"), batch).item()

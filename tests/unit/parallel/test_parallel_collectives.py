@@ -1,5 +1,5 @@
 # covers: megalite/parallel/collectives.py
-"""Each collective's forward and backward on two ranks, against plain sums in one process."""
+"""Forward and backward of each collective on two ranks, compared with sums in one process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def numbers(seed: int, *shape: int) -> Tensor:
 
 
 def pass_through(launch: Launch, name: str, tokens: int) -> tuple[Any, Any]:
-    """Send this rank's tensor through a collective; its output, and the input's gradient."""
+    """Pass this rank's tensor to a collective. Return the output and the input's gradient."""
     from megalite.parallel import collectives, start
 
     grid = start(launch, tensor=RANKS)
@@ -41,8 +41,8 @@ def gathered(parts: list[Tensor]) -> list[Tensor]:
     return [torch.cat(parts, dim=1)] * RANKS
 
 
-def own(parts: list[Tensor]) -> list[Tensor]:
-    """Return each rank's tokens of its own tensor."""
+def local_tokens(parts: list[Tensor]) -> list[Tensor]:
+    """Return each rank's share of the tokens of its tensor."""
     return [part.chunk(RANKS, dim=1)[rank] for rank, part in enumerate(parts)]
 
 
@@ -50,30 +50,30 @@ def same(parts: list[Tensor]) -> list[Tensor]:
     return parts
 
 
-# by the name of a collective: the tokens of its input, its forward and its backward
+# by the name of a collective: tokens of the input, expected forward, expected backward
 CASES: dict[str, tuple[int, Callable[..., list[Tensor]], Callable[..., list[Tensor]]]] = {
     "copy_to_tp": (T, same, summed),
     "reduce_from_tp": (T, summed, same),
-    "gather_seq": (T // RANKS, gathered, lambda parts: own(summed(parts))),
-    "reduce_scatter_seq": (T, lambda parts: own(summed(parts)), gathered),
-    "scatter_seq": (T, own, gathered),
-    "gather_seq_replicated": (T // RANKS, gathered, own),
+    "gather_seq": (T // RANKS, gathered, lambda parts: local_tokens(summed(parts))),
+    "reduce_scatter_seq": (T, lambda parts: local_tokens(summed(parts)), gathered),
+    "scatter_seq": (T, local_tokens, gathered),
+    "gather_seq_replicated": (T // RANKS, gathered, local_tokens),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_collective_is_its_sum_or_gather_and_the_transpose_backward(name: str) -> None:
+def test_collective_has_its_forward_and_the_transpose_as_backward(name: str) -> None:
     tokens, forward, backward = CASES[name]
-    found = run_ranks(pass_through, RANKS, name, tokens)
+    results = run_ranks(pass_through, RANKS, name, tokens)
     outputs = forward([numbers(rank, B, tokens, D) for rank in range(RANKS)])
     grads = backward([numbers(10 + rank, *outputs[rank].shape) for rank in range(RANKS)])
-    for rank, (y, grad) in enumerate(found):
+    for rank, (y, grad) in enumerate(results):
         torch.testing.assert_close(torch.from_numpy(y), outputs[rank])
         torch.testing.assert_close(torch.from_numpy(grad), grads[rank])
 
 
 def multiply(launch: Launch, tokens: bool, frozen: str) -> tuple[Any, Any, Any]:
-    """Compute a column-parallel product of this rank's rows; its output and both gradients."""
+    """Compute this rank's column-parallel product. Return the output and both gradients."""
     from megalite.parallel import start
     from megalite.parallel.collectives import ColumnParallelMatmul
 
@@ -91,7 +91,7 @@ def multiply(launch: Launch, tokens: bool, frozen: str) -> tuple[Any, Any, Any]:
 
 @pytest.mark.parametrize("frozen", ["nothing", "input", "weight"])
 @pytest.mark.parametrize("tokens", [False, True])
-def test_column_parallel_product_is_a_linear_layer_in_parts(tokens: bool, frozen: str) -> None:
+def test_column_parallel_product_equals_a_linear_layer(tokens: bool, frozen: str) -> None:
     x, weight = numbers(1, B, T, D).requires_grad_(), numbers(2, OUT, D).requires_grad_()
     y = x @ weight.t()
     y.backward(numbers(3, B, T, OUT))
@@ -109,8 +109,8 @@ def test_column_parallel_product_is_a_linear_layer_in_parts(tokens: bool, frozen
             close(torch.from_numpy(grad_weight), weight.grad.chunk(RANKS)[rank])
 
 
-def leave_input(launch: Launch) -> bool:
-    """Return whether a sum leaves its input as it was, which selective recompute relies on."""
+def sums_a_copy(launch: Launch) -> bool:
+    """Return whether a sum does not change its input, as selective recompute requires."""
     from megalite.parallel import start
     from megalite.parallel.collectives import all_reduce_async
 
@@ -120,5 +120,5 @@ def leave_input(launch: Launch) -> bool:
     return torch.equal(x, torch.ones(3)) and torch.equal(y, torch.full((3,), float(RANKS)))
 
 
-def test_sum_leaves_its_input() -> None:
-    assert run_ranks(leave_input, RANKS) == [True, True]
+def test_all_reduce_async_does_not_change_its_input() -> None:
+    assert run_ranks(sums_a_copy, RANKS) == [True, True]

@@ -1,5 +1,5 @@
 # covers: megalite/parallel/regions.py megalite/parallel/tensor.py megalite/model/regions.py
-"""Regions over two ranks give the numbers of one device; on one device they do nothing."""
+"""Regions of two ranks give the numbers of one device. On one device regions do nothing."""
 
 from __future__ import annotations
 
@@ -50,37 +50,39 @@ def on_two_ranks(launch: Launch, section: dict[str, Any], sequence: bool) -> dic
     loss = loss_of(model, batch_of(config))
     loss.backward()
     grads = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
-    found = {"loss": loss.item(), "grads": grads}
+    result = {"loss": loss.item(), "grads": grads}
     if not sequence:
         with torch.no_grad():
-            found["logits"] = model.logits(batch_of(config)).numpy()
-    return found
+            result["logits"] = model.logits(batch_of(config)).numpy()
+    return result
 
 
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_two_ranks_give_loss_logits_and_gradients_of_one_device(name: str, sequence: bool) -> None:
+def test_regions_of_two_ranks_give_the_loss_logits_and_gradients_of_one_device(
+    name: str, sequence: bool
+) -> None:
     config = model_config(**MODELS[name])
     model = make_model(config)
     loss = loss_of(model, batch_of(config))
     loss.backward()
     close = {"rtol": 1e-4, "atol": 1e-6}
-    for rank, found in enumerate(run_ranks(on_two_ranks, 2, MODELS[name], sequence)):
-        assert found["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    for rank, result in enumerate(run_ranks(on_two_ranks, 2, MODELS[name], sequence)):
+        assert result["loss"] == pytest.approx(loss.item(), rel=1e-6)
         if not sequence:
             logits = model.logits(batch_of(config)).detach()
-            torch.testing.assert_close(torch.from_numpy(found["logits"]), logits, **close)
+            torch.testing.assert_close(torch.from_numpy(result["logits"]), logits, **close)
         at = Mesh(data=1, tensor=2).at(rank)
         for row in arch.parameters(config):
             grad = model.get_parameter(row.name).grad
             if grad is None:
-                assert row.name not in found["grads"]
+                assert row.name not in result["grads"]
                 continue
             whole = {piece.tensor.name: grad[piece.target] for piece in arch.pieces(row)}
             for piece in arch.pieces(row, at):
-                part = torch.from_numpy(found["grads"][row.name])[piece.target]
-                wanted = whole[piece.tensor.name][piece.source]
-                torch.testing.assert_close(part, wanted, **close, msg=row.name)
+                part = torch.from_numpy(result["grads"][row.name])[piece.target]
+                expected = whole[piece.tensor.name][piece.source]
+                torch.testing.assert_close(part, expected, **close, msg=row.name)
 
 
 def test_regions_of_one_device_are_identities() -> None:
@@ -112,12 +114,12 @@ def vocabulary_of(launch: Launch) -> tuple[int, int, bool]:
     return regions.vocabulary.first, regions.vocabulary.unpadded_rows, regions.size == 2
 
 
-def test_last_rank_holds_fewer_rows_of_a_vocabulary_that_ranks_do_not_divide() -> None:
+def test_vocabulary_that_ranks_do_not_divide_has_fewer_rows_on_the_last_rank() -> None:
     assert run_ranks(vocabulary_of, 2) == [(0, 31, True), (31, 30, True)]
 
 
 def replicated_gradients(launch: Launch, section: dict[str, Any]) -> dict[str, Any]:
-    """Return this rank's gradients of the parameters that both ranks hold whole, with dropout."""
+    """Return this rank's gradients of replicated parameters, with dropout."""
     from megalite.parallel import apply_tensor_parallel, make_regions, start
 
     grid = start(launch, tensor=2)
@@ -132,11 +134,11 @@ def replicated_gradients(launch: Launch, section: dict[str, Any]) -> dict[str, A
     else:
         loss_of(model, batch).backward()
     names = ("score.weight", "model.decoder.embed_positions.weight")
-    found = {
+    gradients = {
         n: p.grad.tolist() for n, p in model.named_parameters() if n in names and p.grad is not None
     }
     grid.barrier()
-    return found
+    return gradients
 
 
 @pytest.mark.parametrize(
@@ -145,9 +147,9 @@ def replicated_gradients(launch: Launch, section: dict[str, Any]) -> dict[str, A
         {"architecture": "encoder", "num_labels": 2},
         {"architecture": "encoder_decoder", "position_embedding": "learned"},
     ],
-    ids=["pooled state of a classifier", "embeddings of a decoder behind an encoder"],
+    ids=["pooled state of a classifier", "embeddings of a decoder"],
 )
-def test_dropout_of_replicated_states_is_equal_on_ranks_that_share_tokens(
+def test_dropout_of_replicated_states_is_equal_under_sequence_parallelism(
     section: dict[str, Any],
 ) -> None:
     first, second = run_ranks(replicated_gradients, 2, section | {"hidden_dropout": 0.5})

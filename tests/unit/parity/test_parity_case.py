@@ -1,5 +1,5 @@
 # covers: megalite/parity/trial.py
-"""The run that parity makes of a run file: a rate at which rounding does not grow."""
+"""The case that parity makes of a run file has a learning rate at which rounding does not grow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.models import run_config
         ({"name": "sgd", "lr": 6e-3}, 6e-3),
     ],
 )
-def test_rate_of_adaptive_optimizers_is_bounded(
+def test_case_bounds_the_rate_of_adaptive_optimizers(
     tmp_path: Path, optimizer: dict[str, Any], rate: float
 ) -> None:
     """AdamW moves a weight whose gradient is rounding error as far as any other weight."""

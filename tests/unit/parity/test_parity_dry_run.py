@@ -1,5 +1,5 @@
 # covers: megalite/parity/dry_run.py
-"""A step on the meta device, among ranks that are imagined: what the plan says is what is done."""
+"""The dry run of a step in a fake world: its counts equal the plan's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megalite.plan.zero import local_elements
 from tests.helpers.runs import BASE
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
-# they start from another's model
+# run files without a model section, because they start from another model
 WITHOUT_A_MODEL = ("finetune/sft", "finetune/lora", "finetune/chat", "finetune/table_pretrained")
 SHIPPED = sorted(path.stem for path in CONFIGS.glob("*.json") if path.stem != "schema")
 TUNING = sorted(f"finetune/{path.stem}" for path in CONFIGS.glob("finetune/*.json"))
@@ -46,7 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def config(kind: str, **sections: Any) -> RunConfig:
     model = MODEL | KINDS[kind]
-    length = 35 if "num_decoder_layers" in model else 144  # both sides shared evenly by four
+    length = 35 if "num_decoder_layers" in model else 144  # four ranks can share both stacks
     objective = {"encoder": {"name": "masked", "mask_token_id": 1000}}
     raw = dict(BASE) | {
         "model": model,
@@ -62,7 +62,9 @@ def config(kind: str, **sections: Any) -> RunConfig:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_collectives_are_those_of_the_plan(kind: str, sequence: bool, recompute: str) -> None:
+def test_dry_run_counts_the_collectives_of_the_plan(
+    kind: str, sequence: bool, recompute: str
+) -> None:
     run = config(
         kind,
         parallel={"tensor": 4, "sequence": sequence},
@@ -70,14 +72,14 @@ def test_collectives_are_those_of_the_plan(kind: str, sequence: bool, recompute:
     )
     plan = make_plan(run, world_size=64, device="cuda")
     assert plan.accumulation_steps == 8
-    done = dry_run(run, plan)
-    assert done.differences == ()
-    assert done.parameters == done.with_gradient
-    assert all(call.count % 8 == 0 for call in done.collectives)
+    result = dry_run(run, plan)
+    assert result.differences == ()
+    assert result.parameters == result.with_gradient
+    assert all(call.count % 8 == 0 for call in result.collectives)
     assert not dist.is_initialized()
 
 
-def test_compiled_run_is_counted_without_compiling() -> None:
+def test_dry_run_of_a_compiled_run_does_not_compile() -> None:
     run = config("llama", parallel={"tensor": 2}, training={"compile": True})
     assert dry_run(run, make_plan(run, world_size=4, device="cuda")).differences == ()
 
@@ -86,24 +88,24 @@ def test_compiled_run_is_counted_without_compiling() -> None:
     ("name", "tensor"),
     [*((name, 0) for name in SHIPPED), *((name, size) for name in TUNING for size in (1, 2))],
 )
-def test_shipped_configs(name: str, tensor: int) -> None:
-    """As they are, or so many ranks share a model; labels are those of the stand-in."""
+def test_dry_run_of_shipped_configs_agrees_with_the_plan(name: str, tensor: int) -> None:
+    """If `tensor` is not 0, it is the tensor-parallel size."""
     filled_in = {"num_labels", "classifier_pooling", "adapter"}
     base = load_config(CONFIGS / "125m.json").model.model_dump(mode="json", exclude=filled_in)
     sets = [f"parallel.tensor={tensor}"] if tensor else []
     model = base if name in WITHOUT_A_MODEL else None
     run = load_config(CONFIGS / f"{name}.json", sets, model=model)
     world = run.parallel.tensor * run.training.global_batch_size // run.training.micro_batch_size
-    done = dry_run(run, make_plan(run, world_size=world, device="cuda"))
-    assert done.differences == ()
+    result = dry_run(run, make_plan(run, world_size=world, device="cuda"))
+    assert result.differences == ()
 
 
 def tuned(kind: str, task: str, section: dict[str, Any], **sections: Any) -> RunConfig:
-    """As `config`, with a finetune section."""
+    """Return `config(...)` with a finetune section."""
     raw = config(kind, **sections).model_dump(mode="json")
     raw["data"]["train"], raw["training"]["steps"] = [], 0
-    raw["data"]["sequence_length"] += raw["data"]["sequence_length"] % 2  # 36: shared by four
-    del raw["model"]["adapter"]  # the section's
+    raw["data"]["sequence_length"] += raw["data"]["sequence_length"] % 2  # 36: a multiple of 4
+    del raw["model"]["adapter"]  # it follows from the finetune section
     data = {"path": "a.csv", "max_length": raw["data"]["sequence_length"], "max_target_length": 36}
     section = section | {"task": task, "data": data | section.get("data", {})}
     return parse_config({k: v for k, v in raw.items() if k != "objective"} | {"finetune": section})
@@ -129,19 +131,19 @@ _TASKS = (
     *(("transformer", "classification", section) for section in ({}, LORA, WRITER)),
 )
 TASKS = [
-    (*told, sequence)
-    for told in _TASKS
+    (*task, sequence)
+    for task in _TASKS
     for sequence in (False, True)
-    if not (sequence and told[:2] == ("transformer", "classification"))  # it writes one token
+    if not (sequence and task[:2] == ("transformer", "classification"))  # its decoder has one token
 ]
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(("kind", "task", "section", "sequence"), TASKS)
-def test_what_is_frozen_sends_nothing(
+def test_dry_run_of_frozen_parameters_counts_the_collectives_of_the_plan(
     kind: str, task: str, section: dict[str, Any], sequence: bool, recompute: str
 ) -> None:
-    """Classifiers and adapters, and layers of any kind that learn or do not."""
+    """The cases are classifiers, adapters, and freezing of layers of any kind."""
     run = tuned(
         kind,
         task,
@@ -150,22 +152,22 @@ def test_what_is_frozen_sends_nothing(
         training={"activation_checkpointing": recompute},
     )
     plan = make_plan(run, world_size=64, device="cuda")
-    done = dry_run(run, plan)
-    assert done.differences == ()
-    assert 0 < done.with_gradient <= done.parameters
-    assert done.with_gradient == local_elements(resolve_labels(run), 4, trained=True)
+    result = dry_run(run, plan)
+    assert result.differences == ()
+    assert 0 < result.with_gradient <= result.parameters
+    assert result.with_gradient == local_elements(resolve_labels(run), 4, trained=True)
 
 
-def test_a_thousand_ranks() -> None:
+def test_dry_run_of_a_thousand_ranks_agrees_with_the_plan() -> None:
     sets = ["parallel.tensor=8", "training.micro_batch_size=1", "model.num_hidden_layers=4"]
     run = load_config(CONFIGS / "70b.json", sets)
     plan = make_plan(run, world_size=1024, device="cuda")
-    done = dry_run(run, plan)
-    assert done.differences == ()
-    assert sum(call.bytes for call in done.collectives) > 0
+    result = dry_run(run, plan)
+    assert result.differences == ()
+    assert sum(call.bytes for call in result.collectives) > 0
 
 
-def test_what_differs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_reports_differences_from_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     run = config("llama", parallel={"tensor": 2})
     plan = make_plan(run, world_size=2, device="cuda")
     expected = tensor_collectives(run, plan)
@@ -174,7 +176,7 @@ def test_what_differs_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         "megalite.parity.dry_run.tensor_collectives", lambda *_: (wrong, *expected[1:])
     )
     monkeypatch.setattr("megalite.parity.dry_run.local_elements", lambda *_: 17)
-    parameters, planned, found = dry_run(run, plan).differences
+    parameters, planned, counted = dry_run(run, plan).differences
     assert parameters.startswith("parameters of a rank: 17 planned, ")
     assert planned == f"planned, but not counted: {wrong}"
-    assert found == f"counted, but not planned: {expected[0]}"
+    assert counted == f"counted, but not planned: {expected[0]}"
