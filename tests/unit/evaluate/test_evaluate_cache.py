@@ -1,6 +1,6 @@
 # covers: megalite/model/cache.py
 # covers: megalite/evaluate/loading.py
-"""Text with the cache and without it, alone and next to others, and as transformers writes it."""
+"""Generated text is the same with and without cache or batch, and as in transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def opened(family: str, number: int = 2, **changes: Any) -> LoadedModel:
 
 
 def plain(model: LoadedModel, source: list[int]) -> UncachedDecoder:
-    """Score every token from the whole text before it."""
+    """Return a decoder that computes the whole text for each token."""
     if model.config.architecture == "decoder":
         return UncachedDecoder(lambda ids: model.model.logits(ids, last_only=True))
     first = model.config.decoder_start_token_id
@@ -45,7 +45,7 @@ def plain(model: LoadedModel, source: list[int]) -> UncachedDecoder:
 
 
 @pytest.mark.parametrize("family", WRITERS)
-def test_the_cache_changes_no_token(family: str) -> None:
+def test_cached_decoder_gives_the_text_of_the_uncached_decoder(family: str) -> None:
     model = opened(family)
     prompts = [[5, 9, 2], [7], [3, 3, 8, 1, 40, 11]]
     alone = [
@@ -62,7 +62,7 @@ def test_the_cache_changes_no_token(family: str) -> None:
     assert [row[0] for row in drawn] == first
 
 
-def test_beyond_the_window_the_last_tokens_are_read() -> None:
+def test_cached_decoder_reads_the_last_tokens_beyond_the_window() -> None:
     model = opened("gpt2", max_position_embeddings=12)
     for prompt in ([5, 9], list(range(20))):
         reference = UncachedDecoder(model.last_logits)
@@ -70,12 +70,12 @@ def test_beyond_the_window_the_last_tokens_are_read() -> None:
         assert generate(model.decoder(), prompt, max_new_tokens=30, temperature=0) == expected
 
 
-def test_an_encoder_writes_nothing() -> None:
-    with pytest.raises(CommandError, match="names hidden tokens and writes no text"):
+def test_decoder_of_an_encoder_is_refused() -> None:
+    with pytest.raises(CommandError, match="is an encoder, which does not generate text"):
         opened("bert").decoder()
 
 
-def test_the_repetition_penalty_is_transformers(tmp_path: Path) -> None:
+def test_repetition_penalty_equals_that_of_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     exported("llama", 0, tmp_path / "out")
     model = open_model(tmp_path / "out")
@@ -83,14 +83,14 @@ def test_the_repetition_penalty_is_transformers(tmp_path: Path) -> None:
     prompt = [5, 9, 2]
     for penalty in (1.0, 1.3):
         settings = {"do_sample": False, "max_new_tokens": 40, "repetition_penalty": penalty}
-        wanted = theirs.generate(torch.tensor([prompt]), eos_token_id=None, **settings)
-        found = generate(
+        expected = theirs.generate(torch.tensor([prompt]), eos_token_id=None, **settings)
+        ids = generate(
             model.decoder(), prompt, max_new_tokens=40, temperature=0, repetition_penalty=penalty
         )
-        assert found == wanted[0, len(prompt) :].tolist()
+        assert ids == expected[0, len(prompt) :].tolist()
 
 
-def test_texts_come_in_pieces_with_their_prompts_number() -> None:
+def test_stream_texts_yields_pieces_with_the_number_of_the_prompt() -> None:
     model = opened("llama", vocab_size=258)
     texts = ["", ""]
     for number, piece in stream_texts(

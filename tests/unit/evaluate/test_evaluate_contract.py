@@ -1,5 +1,5 @@
 # covers: megalite/evaluate/generate.py megalite/evaluate/harness.py
-"""Imported folders continue text as transformers and lm-eval's own class do."""
+"""Imported folders give the text of transformers and the results of lm-eval's own class."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ BOS, EOS = 256, 257
 
 
 def folder_of(path: Path, *, bos: bool = False, vocab_size: int = 258, **files: Any) -> Path:
-    """Return a small Llama with byte tokens, whose tokenizer begins texts with BOS or not."""
+    """Write a small Llama with a byte tokenizer, which adds BOS to texts if `bos`."""
     exported("llama", 2, path, vocab_size=vocab_size)
     file = path / "tokenizer.json"
-    made = json.loads(file.read_text())
+    content = json.loads(file.read_text())
     name = "<|startoftext|>"
     if bos:
         template = processors.TemplateProcessing(single=f"{name} $A", special_tokens=[(name, BOS)])
-        made["post_processor"] = json.loads(template.__getstate__())
-    file.write_text(json.dumps(made))
+        content["post_processor"] = json.loads(template.__getstate__())
+    file.write_text(json.dumps(content))
     for stem, content in files.items():
         target = path / f"{stem}.json"
         old = json.loads(target.read_text()) if target.exists() else {}
@@ -55,9 +55,9 @@ def greedy_of_transformers(folder: Path, prompt: str, tokens: int) -> str:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt")
-    made = model.generate(**ids, max_new_tokens=tokens, do_sample=False)
-    found: str = tokenizer.decode(made[0][ids.input_ids.shape[1] :], skip_special_tokens=True)
-    return found
+    output = model.generate(**ids, max_new_tokens=tokens, do_sample=False)
+    text: str = tokenizer.decode(output[0][ids.input_ids.shape[1] :], skip_special_tokens=True)
+    return text
 
 
 def test_greedy_text_is_that_of_transformers(folder: Path) -> None:
@@ -69,28 +69,28 @@ def test_greedy_text_is_that_of_transformers(folder: Path) -> None:
         assert "".join(pieces) == greedy_of_transformers(folder, prompt, 16)
 
 
-def test_log_likelihoods_are_those_of_the_harness_own_class(grid: Grid, folder: Path) -> None:
+def test_harness_answers_equal_those_of_its_own_class(grid: Grid, folder: Path) -> None:
     pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
 
     ours = harness.make_model(open_model(folder), grid, 3)
     theirs = HFLM(pretrained=str(folder), device="cpu", batch_size=2, dtype=torch.float32)
     pairs = [("The cat", " sat"), ("", "return"), ("two  ", "end"), ("x" * 60, "y" * 30)]
-    found = ours.loglikelihood(requests("loglikelihood", *pairs))
-    wanted = theirs.loglikelihood(requests("loglikelihood", *pairs))
-    for (chance, likeliest), (expected, best) in zip(found, wanted, strict=True):
+    results = ours.loglikelihood(requests("loglikelihood", *pairs))
+    expected_results = theirs.loglikelihood(requests("loglikelihood", *pairs))
+    for (chance, likeliest), (expected, best) in zip(results, expected_results, strict=True):
         assert chance == pytest.approx(expected, abs=1e-3)
         assert likeliest == best
     texts = [("def main(path):" * n,) for n in (1, 9)]
     rolled = ours.loglikelihood_rolling(requests("loglikelihood_rolling", *texts))
     expected_sums = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", *texts))
     assert rolled == pytest.approx(expected_sums, abs=1e-3, rel=1e-5)
-    asked = [("The cat", {"until": ["zz"], "max_gen_toks": 9, "do_sample": False})]
-    written = ours.generate_until(requests("generate_until", *asked))
-    assert written == theirs.generate_until(requests("generate_until", *asked))
+    prompts = [("The cat", {"until": ["zz"], "max_gen_toks": 9, "do_sample": False})]
+    written = ours.generate_until(requests("generate_until", *prompts))
+    assert written == theirs.generate_until(requests("generate_until", *prompts))
 
 
-def test_every_end_that_the_folder_names_ends_a_text(tmp_path: Path) -> None:
+def test_text_ends_at_any_eos_id_of_the_folder(tmp_path: Path) -> None:
     path = folder_of(tmp_path / "hf")
     opened = open_model(path)
     text = list(opened.tokenizer.encode("The cat"))
@@ -116,7 +116,7 @@ def test_every_end_that_the_folder_names_ends_a_text(tmp_path: Path) -> None:
     assert says([65, 65, 65]) == "AAA"
 
 
-def test_padded_ids_have_no_text(tmp_path: Path) -> None:
+def test_ids_beyond_the_tokenizer_have_no_text(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("bytes")
     never = torch.zeros(1, 300)
     never[0, 280] = 1.0
@@ -124,22 +124,24 @@ def test_padded_ids_have_no_text(tmp_path: Path) -> None:
     assert "".join(stream) == ""
 
 
-def test_a_tokenizer_larger_than_the_model_is_named(
+def test_tokenizer_larger_than_the_model_is_a_warning_and_its_tokens_are_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     added = {"<|im_start|>": 258, "<|im_end|>": 259}
     path = folder_of(tmp_path / "hf")
     (path / "added_tokens.json").write_text(json.dumps(added))
-    opened = open_model(path)
+    loaded = open_model(path)
     assert "the tokenizer has 260 ids, the model 258; text with '<|im_start|>' (258)" in caplog.text
-    told: dict[str, Any] = {"max_new_tokens": 2, "sampling": GREEDY}
-    pieces = stream_texts(opened.decoder(), opened.tokenizer, ["plain"], **told)
+    options: dict[str, Any] = {"max_new_tokens": 2, "sampling": GREEDY}
+    pieces = stream_texts(loaded.decoder(), loaded.tokenizer, ["plain"], **options)
     assert list(pieces)
-    chat = stream_texts(opened.decoder(), opened.tokenizer, ["<|im_end|>x"], controls=True, **told)
+    chat = stream_texts(
+        loaded.decoder(), loaded.tokenizer, ["<|im_end|>x"], controls=True, **options
+    )
     with pytest.raises(CommandError, match=r"'<\|im_end\|>' of id 259, but the model has 258"):
         list(chat)
     with pytest.raises(CommandError, match="of id 259"):
-        opened.check_prompt("a <|im_end|>")
+        loaded.check_prompt("a <|im_end|>")
 
 
 @pytest.mark.parametrize(
@@ -159,12 +161,12 @@ def test_a_tokenizer_larger_than_the_model_is_named(
         ({"max_tokens": 5, "until": None}, {"temperature": 0.0}, 5),
     ],
 )
-def test_settings_of_a_task_are_used(
+def test_generation_settings_of_a_task_are_used(
     settings: dict[str, Any], sampling: dict[str, Any], length: int
 ) -> None:
-    found = harness.GenerationSettings.of(settings)
-    assert (found.sampling, found.max_new_tokens) == (sampling, length)
-    assert Sampling(**found.sampling)
+    parsed = harness.GenerationSettings.of(settings)
+    assert (parsed.sampling, parsed.max_new_tokens) == (sampling, length)
+    assert Sampling(**parsed.sampling)
 
 
 @pytest.mark.parametrize(
@@ -178,13 +180,15 @@ def test_settings_of_a_task_are_used(
         ({"until": [3]}, "give texts"),
     ],
 )
-def test_settings_that_would_be_ignored_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_generation_settings_that_are_not_supported_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(CommandError, match=message):
         harness.GenerationSettings.of(settings)
 
 
 class Answers:
-    """A reader of whole texts that writes "a" after whatever it has read."""
+    """A decoder that answers any prompt with "a"s."""
 
     continues = False
     suffix_ids = (EOS,)
@@ -197,14 +201,14 @@ class Answers:
         return torch.nn.functional.one_hot(torch.tensor([[97]]), 258)[0].float()
 
 
-def test_prompt_that_is_answered_is_read_with_its_end(tmp_path: Path) -> None:
-    reader, told = Answers(), {"max_new_tokens": 2, "sampling": GREEDY}
-    pieces = stream_text(reader, load_tokenizer("bytes"), "hi", **told)  # type: ignore[arg-type]
+def test_prompt_of_a_model_that_answers_gets_the_suffix_ids(tmp_path: Path) -> None:
+    reader, options = Answers(), {"max_new_tokens": 2, "sampling": GREEDY}
+    pieces = stream_text(reader, load_tokenizer("bytes"), "hi", **options)  # type: ignore[arg-type]
     assert "".join(pieces) == "aa"
     assert reader.read == [[*b"hi", EOS]]
 
 
-def test_answers_that_a_task_draws_several_times_differ(grid: Grid, folder: Path) -> None:
+def test_harness_draws_different_answers_to_repeated_requests(grid: Grid, folder: Path) -> None:
     pytest.importorskip("lm_eval")
     ours = harness.make_model(open_model(folder), grid, 3)
     drawn = ("The cat", {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8})

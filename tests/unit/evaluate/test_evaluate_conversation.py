@@ -1,5 +1,5 @@
 # covers: megalite/evaluate/conversation.py data_prep/conversations.py
-"""Talks with a chat model: history, the window, and what one line of input is."""
+"""Conversations with a chat model: history, the window, and lines of input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEMPLATE = CHATML.replace(
 
 
 class Echo:
-    """A reader that answers each prompt with the number of its user turns, then the end."""
+    """A decoder that answers each prompt with the number of its user turns."""
 
     continues = True
     suffix_ids: Sequence[int] = ()
@@ -55,16 +55,16 @@ class Echo:
 
 def answerer(reader: Echo, window: int = 1000) -> Answerer:
     chat = Chat(TEMPLATE, ByteTokenizer())
-    how: dict[str, Any] = {"max_new_tokens": 4, "sampling": Sampling(temperature=0)}
-    return Answerer(reader, ByteTokenizer(), chat.ask, window=window, **how)
+    options: dict[str, Any] = {"max_new_tokens": 4, "sampling": Sampling(temperature=0)}
+    return Answerer(reader, ByteTokenizer(), chat.ask, window=window, **options)
 
 
-def talk(reader: Echo, turns: list[str], system: str | None = None, **how: Any) -> list[str]:
-    found = answerer(reader, **how).talk(turns, replace_system([], system))
-    return ["".join(answer) for _, answer in found]
+def talk(reader: Echo, turns: list[str], system: str | None = None, **options: Any) -> list[str]:
+    answers = answerer(reader, **options).talk(turns, replace_system([], system))
+    return ["".join(answer) for _, answer in answers]
 
 
-def test_a_talk_reads_its_earlier_turns() -> None:
+def test_talk_reads_the_earlier_turns() -> None:
     reader = Echo()
     assert talk(reader, ["a", "b", "c"]) == ["1", "2", "3"]
     assert reader.read[0].startswith("DEFAULT<|im_start|>user\na<|im_end|>")
@@ -74,13 +74,15 @@ def test_a_talk_reads_its_earlier_turns() -> None:
     )
 
 
-def test_a_system_turn_replaces_the_templates_own() -> None:
+def test_system_turn_replaces_the_default_of_the_template() -> None:
     reader = Echo()
     assert talk(reader, ["a", "b"], system="be brief") == ["1", "2"]
     assert all(text.startswith("<|im_start|>system\nbe brief<|im_end|>\n") for text in reader.read)
 
 
-def test_the_oldest_turns_leave_a_window_that_is_full(caplog: pytest.LogCaptureFixture) -> None:
+def test_talk_drops_the_oldest_turns_if_the_window_is_full(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     reader = Echo()
     turns = [f"turn {n}" for n in range(6)]
     assert talk(reader, turns, system="S", window=210) == ["1", "2", "2", "2", "2", "2"]
@@ -91,7 +93,7 @@ def test_the_oldest_turns_leave_a_window_that_is_full(caplog: pytest.LogCaptureF
     assert "the model reads the last 210" in caplog.text
 
 
-def test_many_questions_are_answered_in_order(tmp_path: Any) -> None:
+def test_answers_come_in_the_order_of_many_questions(tmp_path: Any) -> None:
     def turn(role: str, text: str) -> dict[str, str]:
         return {"role": role, "content": text}
 
@@ -107,9 +109,9 @@ def test_many_questions_are_answered_in_order(tmp_path: Any) -> None:
     systems = read_questions(path, "S")
     assert [question.messages[0]["content"] for question in systems] == ["S"] * 11
     assert systems[0].messages[1:] == talks[0]
-    own = [turn("system", "T"), turn("user", "a")]
-    assert replace_system(own, "S") == [turn("system", "S"), turn("user", "a")]
-    assert replace_system(own, None) == own
+    with_system = [turn("system", "T"), turn("user", "a")]
+    assert replace_system(with_system, "S") == [turn("system", "S"), turn("user", "a")]
+    assert replace_system(with_system, None) == with_system
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_many_questions_are_answered_in_order(tmp_path: Any) -> None:
         ("", "has no conversation"),
     ],
 )
-def test_questions_that_cannot_be_asked_are_named(row: Any, message: str, tmp_path: Any) -> None:
+def test_read_questions_refuses_invalid_rows_by_line(row: Any, message: str, tmp_path: Any) -> None:
     with pytest.raises(CommandError, match=message):
         read_questions(write_jsonl(str(tmp_path / "a.jsonl"), [row]), None)
     with pytest.raises(CommandError, match="there is no such file"):
@@ -131,12 +133,12 @@ def test_questions_that_cannot_be_asked_are_named(row: Any, message: str, tmp_pa
 
 def test_json_lines_are_strict_and_in_order() -> None:
     pieces = [(1, "b\n"), (0, "a"), (1, "\u2028")]
-    found = list(json_lines(pieces, [{"prompt": "x"}, {"prompt": "y"}]))
-    assert [json.loads(line) for line in found] == [
+    lines = list(json_lines(pieces, [{"prompt": "x"}, {"prompt": "y"}]))
+    assert [json.loads(line) for line in lines] == [
         {"prompt": "x", "text": "a"},
         {"prompt": "y", "text": "b\n\u2028"},
     ]
-    assert all(line.count("\n") == 1 for line in found)
+    assert all(line.count("\n") == 1 for line in lines)
 
 
 class Terminal(io.StringIO):
@@ -144,10 +146,10 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_lines_of_input_are_turns() -> None:
+def test_read_turns_yields_the_lines_of_input() -> None:
     out = io.StringIO()
-    found = read_turns(io.StringIO("a\n\n b \nexit\n"), out, first=True, share=None)
-    assert list(found) == ["a", " b ", "exit"]
+    turns = read_turns(io.StringIO("a\n\n b \nexit\n"), out, first=True, share=None)
+    assert list(turns) == ["a", " b ", "exit"]
     assert out.getvalue() == ""
     assert list(read_turns(Terminal("a\n\nexit\nb\n"), out, first=True, share=None)) == ["a"]
     assert out.getvalue() == "> > > "
@@ -156,19 +158,19 @@ def test_lines_of_input_are_turns() -> None:
         list(read_turns(io.StringIO("a\udcff\n"), out, first=True, share=None))
 
 
-def test_ranks_share_the_lines_of_the_first() -> None:
-    said: list[Any] = []
+def test_read_turns_yields_the_lines_of_rank_0_on_other_ranks() -> None:
+    shared: list[Any] = []
     first = read_turns(
-        io.StringIO("a\nb\n"), io.StringIO(), first=True, share=lambda x: said.append(x) or x
+        io.StringIO("a\nb\n"), io.StringIO(), first=True, share=lambda x: shared.append(x) or x
     )
     assert list(first) == ["a", "b"]
-    assert said == ["a\n", "b\n", None]
-    heard = iter(said)
-    other = read_turns(io.StringIO(), io.StringIO(), first=False, share=lambda _: next(heard))
+    assert shared == ["a\n", "b\n", None]
+    received = iter(shared)
+    other = read_turns(io.StringIO(), io.StringIO(), first=False, share=lambda _: next(received))
     assert list(other) == ["a", "b"]
 
 
-def test_a_question_that_the_template_refuses_is_named(tmp_path: Any) -> None:
+def test_question_that_the_template_refuses_is_an_error_with_its_line(tmp_path: Any) -> None:
     row = {"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}]}
     questions = read_questions(write_jsonl(str(tmp_path / "a.jsonl"), [row]), None)
     with pytest.raises(DataError, match=r"--messages .*line 1: it has tools, which the chat temp"):

@@ -1,5 +1,5 @@
 # covers: megalite/evaluate/explain.py
-"""Attributions, occlusion and attention against what is computed by hand."""
+"""Attributions, occlusion and attention compared with explicit computations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tiny(architecture: str, **overrides: Any) -> tuple[LanguageModel, dict[str, 
     return make_model(config, spread=0.1).eval(), batch
 
 
-def test_attributions_of_a_linear_score_add_up_to_it() -> None:
+def test_input_times_gradient_of_a_linear_score_sums_to_the_score() -> None:
     embed = Embedding(11, 6)
     torch.nn.init.normal_(embed.weight)
     ids_BT, weight_TD = torch.tensor([[3, 1, 4, 1], [5, 9, 2, 6]]), torch.randn(4, 6)
@@ -51,7 +51,7 @@ def test_attributions_of_a_linear_score_add_up_to_it() -> None:
 
 
 @pytest.mark.parametrize("architecture", TEXT)
-def test_attributions_are_the_slope_along_the_embeddings(architecture: str) -> None:
+def test_input_times_gradient_is_the_slope_along_the_embeddings(architecture: str) -> None:
     model, batch = tiny(architecture)
     model.double()
     embed = model.model.embed_tokens
@@ -67,9 +67,7 @@ def test_attributions_are_the_slope_along_the_embeddings(architecture: str) -> N
     for place in range(batch["input_ids"].shape[1]):
 
         def moved(factor: float, place: int = place) -> float:
-            """Return the score with one token's embedding, of the text that is read, made
-            longer.
-            """
+            """Return the score with one token's embedding scaled by 1 + `factor`."""
             calls: list[int] = []
 
             def scale(_: Any, __: Any, output: Tensor) -> Tensor:
@@ -80,17 +78,19 @@ def test_attributions_are_the_slope_along_the_embeddings(architecture: str) -> N
 
             handle = embed.register_forward_hook(scale)
             with torch.no_grad():
-                found = float(score())
+                value = float(score())
             handle.remove()
-            return found
+            return value
 
         slopes.append((moved(step) - moved(-step)) / (2 * step))
     torch.testing.assert_close(parts_T, torch.tensor(slopes), rtol=1e-3, atol=1e-6)
     assert float(parts_T.abs().max()) > 1e-3
 
 
-def hand_made(q_TNH: Tensor, k_SKH: Tensor, scale: float, sees: Callable[[int, int], bool]) -> Any:
-    """Weights [T, S], the mean of all heads, of plain numbers."""
+def explicit_weights(
+    q_TNH: Tensor, k_SKH: Tensor, scale: float, sees: Callable[[int, int], bool]
+) -> Any:
+    """Return the weights [T, S], the mean over heads, computed one by one."""
     (T, N, _), (S, K, _) = q_TNH.shape, k_SKH.shape
     total = [[0.0] * S for _ in range(T)]
     for head in range(N):
@@ -110,7 +110,7 @@ def hand_made(q_TNH: Tensor, k_SKH: Tensor, scale: float, sees: Callable[[int, i
     ("architecture", "window", "scale"),
     [("decoder", None, None), ("decoder", 3, 0.3), ("encoder", None, None)],
 )
-def test_attention_of_each_position(
+def test_last_attention_equals_the_weights_of_each_position(
     architecture: str, window: int | None, scale: float | None
 ) -> None:
     model, batch = tiny(architecture, sliding_window=window, attention_multiplier=scale)
@@ -123,7 +123,7 @@ def test_attention_of_each_position(
         model.hidden(batch)
 
     with torch.no_grad():
-        found = [last_attention(model, run, position) for position in range(8)]
+        rows = [last_attention(model, run, position) for position in range(8)]
         heads = (attention.heads, attention.kv_heads, attention.kv_heads)
         qkv = attention.qkv_proj(inputs[0]).unflatten(-1, (sum(heads), -1))
         q, k, _ = qkv.split(heads, dim=2)
@@ -136,21 +136,21 @@ def test_attention_of_each_position(
     def sees(t: int, s: int) -> bool:
         return not causal or (s <= t and (window is None or t - s < window))
 
-    wanted = hand_made(q[0], k[0], scale or 1 / math.sqrt(config.head_dim), sees)
-    torch.testing.assert_close(torch.stack(found), wanted, rtol=1e-4, atol=1e-5)
-    for position, row in enumerate(found):
+    expected = explicit_weights(q[0], k[0], scale or 1 / math.sqrt(config.head_dim), sees)
+    torch.testing.assert_close(torch.stack(rows), expected, rtol=1e-4, atol=1e-5)
+    for position, row in enumerate(rows):
         assert float(row.sum()) == pytest.approx(1, abs=1e-5)
         assert not causal or float(row[position + 1 :].abs().sum()) == 0
-    torch.testing.assert_close(last_attention(model, run, None), wanted.mean(0))
-    torch.testing.assert_close(last_attention(model, run, -1), wanted[-1])
+    torch.testing.assert_close(last_attention(model, run, None), expected.mean(0))
+    torch.testing.assert_close(last_attention(model, run, -1), expected[-1])
 
 
-def test_key_heads_are_shared_in_the_decoder_of_these_tests() -> None:
+def test_decoder_of_these_tests_has_grouped_heads() -> None:
     config = tiny("decoder")[0].config
     assert config.num_key_value_heads < config.num_attention_heads
 
 
-def test_padding_is_not_looked_at() -> None:
+def test_last_attention_to_padding_is_zero() -> None:
     model, batch = tiny("encoder")
     batch["attention_mask"] = torch.ones(2, 8, dtype=torch.bool)
     batch["attention_mask"][0, 6:] = False
@@ -159,14 +159,14 @@ def test_padding_is_not_looked_at() -> None:
     assert float(row.sum()) == pytest.approx(1, abs=1e-5)
 
 
-def test_attention_with_two_stacks_is_that_on_the_text_that_is_read() -> None:
+def test_last_attention_of_two_stacks_is_cross_attention() -> None:
     model, batch = tiny("encoder_decoder")
     rows = [last_attention(model, lambda: model.hidden(batch), place) for place in range(3)]
     assert [len(row) for row in rows] == [8, 8, 8]
     block = list(model.blocks)[-1]
     weights = torch.stack(rows)
     inputs: list[Any] = []
-    handle = block.cross_attn.register_forward_hook(lambda *told: inputs.append(told[1:]))
+    handle = block.cross_attn.register_forward_hook(lambda *arguments: inputs.append(arguments[1:]))
     with torch.no_grad():
         model.hidden(batch)
         (x_BTD, memory_BSD, _, _), _ = inputs[0]
@@ -174,16 +174,18 @@ def test_attention_with_two_stacks_is_that_on_the_text_that_is_read() -> None:
         q = attention.q_proj(x_BTD).unflatten(-1, (-1, attention.head_width))
         k = attention.kv_proj(memory_BSD).unflatten(-1, (-1, attention.head_width))
     handle.remove()
-    wanted = hand_made(q[0], k[0, :, : attention.kv_heads], attention.scale, lambda t, s: True)
-    torch.testing.assert_close(weights, wanted, rtol=1e-4, atol=1e-5)
+    expected = explicit_weights(
+        q[0], k[0, :, : attention.kv_heads], attention.scale, lambda t, s: True
+    )
+    torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_bias_of_positions_counts() -> None:
+def test_last_attention_includes_relative_position_biases() -> None:
     model, batch = tiny("encoder_decoder")
     seen: list[tuple[Any, ...]] = []
 
     class Alone:
-        """The first stack alone."""
+        """A model of the encoder's blocks only."""
 
         blocks = model.model.encoder.layers  # type: ignore[union-attr]
 
@@ -203,7 +205,7 @@ def test_a_bias_of_positions_counts() -> None:
     torch.testing.assert_close(row, scores.softmax(-1).mean(0).detach())
 
 
-def test_an_error_leaves_the_model_as_it_was() -> None:
+def test_last_attention_removes_its_hooks_after_an_error() -> None:
     model, batch = tiny("decoder")
     batch["input_ids"] = batch["input_ids"] + 10**6
     with pytest.raises(IndexError):
@@ -212,7 +214,7 @@ def test_an_error_leaves_the_model_as_it_was() -> None:
 
 
 def classifier(architecture: str, pooling: str, **data: Any) -> LoadedModel:
-    """Return a classifier of bytes with random weights, as if it had been fine-tuned."""
+    """Return a fine-tuned classifier with a byte tokenizer and random weights."""
     section = model_section(TEXT[architecture], 1) | {
         "vocab_size": 258,
         "num_labels": 3,
@@ -242,63 +244,65 @@ def classifier(architecture: str, pooling: str, **data: Any) -> LoadedModel:
     ("architecture", "pooling"),
     [("decoder", "last"), ("encoder", "first"), ("encoder", "mean"), ("encoder_decoder", "first")],
 )
-def test_occlusion_is_the_score_without_each_token(architecture: str, pooling: str) -> None:
-    """Against the log-odds of two texts, token by token; several passes give the same."""
+def test_occlusion_is_the_loss_of_the_score_without_each_token(
+    architecture: str, pooling: str
+) -> None:
     opened = classifier(architecture, pooling)
     ids = list(b"a text to read")
     before, after = prefix_and_suffix_ids(opened.tokenizer, add_bos=architecture == "encoder")
 
-    def score(own: list[int]) -> float:
-        batch = explain._batch(opened, [[*before, *own, *after]])
+    def score(part: list[int]) -> float:
+        batch = explain._batch(opened, [[*before, *part, *after]])
         chance = opened.model.label_scores(batch)[0].double().softmax(-1)[1]
         return float(torch.log(chance / (1 - chance)))
 
     with torch.no_grad():
-        wanted = [score(ids) - score(ids[:n] + ids[n + 1 :]) for n in range(len(ids))]
-        found = explain._occlusion(opened, before, ids, after, 1)
-    assert found == pytest.approx(wanted, abs=1e-4)
-    assert max(map(abs, wanted)) > 1e-3
+        expected = [score(ids) - score(ids[:n] + ids[n + 1 :]) for n in range(len(ids))]
+        losses = explain._occlusion(opened, before, ids, after, 1)
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert max(map(abs, expected)) > 1e-3
 
 
-def test_tokens_of_a_long_text_are_left_out_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_occlusion_of_a_long_text_removes_tokens_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(explain, "_GROUPS", 4)
     opened, ids = classifier("encoder", "mean"), list(b"ten bytes.")
-    found = explain._occlusion(opened, [], ids, [], 0)
-    assert found is not None
+    losses = explain._occlusion(opened, [], ids, [], 0)
+    assert losses is not None
     with torch.no_grad():
         scores = [
-            explain.log_odds(opened.model.label_scores(explain._batch(opened, [own])), 0).item()
-            for own in (ids, ids[3:], ids[:9])
+            explain.log_odds(opened.model.label_scores(explain._batch(opened, [part])), 0).item()
+            for part in (ids, ids[3:], ids[:9])
         ]
-    assert found[0] == found[1] == found[2] == pytest.approx(scores[0] - scores[1], abs=1e-5)
-    assert found[9] == pytest.approx(scores[0] - scores[2], abs=1e-5)
+    assert losses[0] == losses[1] == losses[2] == pytest.approx(scores[0] - scores[1], abs=1e-5)
+    assert losses[9] == pytest.approx(scores[0] - scores[2], abs=1e-5)
     assert explain._occlusion(opened, [], ids[:1], [], 0) is None
 
 
-def test_even_attention_is_what_positions_alone_give() -> None:
-    """With a causal mask and the mean over all tokens the first ones get more."""
+def test_even_attention_depends_only_on_the_mask() -> None:
+    """With a causal mask, the mean over all tokens is larger for the first ones."""
     model, batch = tiny("decoder")
     even = last_attention(model, lambda: model.hidden(batch), None, even=True)
-    wanted = [sum(1 / (t + 1) for t in range(s, 8)) / 8 for s in range(8)]
-    assert even.tolist() == pytest.approx(wanted, abs=1e-5)
+    expected = [sum(1 / (t + 1) for t in range(s, 8)) / 8 for s in range(8)]
+    assert even.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("architecture", TEXT)
-def test_whole_page_of_a_classifier(architecture: str) -> None:
-    """Special tokens are skipped, spaces kept, and the label may be chosen."""
+def test_explain_text_returns_the_page_of_a_label(architecture: str) -> None:
+    """The page has no special tokens, but all spaces."""
     pooling = "last" if architecture == "decoder" else "first"
     opened = classifier(architecture, pooling)
     text = "good é film"
-    found = Tags(explain_text(opened, text, "pos"))
-    spans = [attributes for _, attributes in found.tags if "title" in attributes]
+    page = Tags(explain_text(opened, text, "pos"))
+    spans = [attributes for _, attributes in page.tags if "title" in attributes]
     assert len(spans) == 3 * len(text.encode())
-    assert "Explainedpos" in found.text
-    assert "Runtiny" in found.text
-    assert f"{len(text.encode())} tokens" in found.text
-    assert found.text.count(text) == 4  # as it is, and coloured three times
+    assert "Explainedpos" in page.text
+    assert "Runtiny" in page.text
+    assert f"{len(text.encode())} tokens" in page.text
+    assert page.text.count(text) == 4  # once plain, and three times coloured
     longer = explain_text(classifier(architecture, pooling, max_length=8), text)
     assert "are not read (max_length)" in longer
-    with pytest.raises(CommandError, match="--label bad: its labels are neg, neu, pos"):
+    message = "--label bad: the model has no such label; give one of neg, neu, pos"
+    with pytest.raises(CommandError, match=message):
         explain_text(opened, text, "bad")
     with pytest.raises(CommandError, match="the text is empty"):
         explain_text(opened, "")

@@ -1,5 +1,5 @@
 # covers: megalite/evaluate/explain_page.py
-"""The page of an explanation: its numbers, its colours, and that it is safe."""
+"""The page of an explanation: its numbers, its colours, and its safety."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megalite.evaluate.explain_page import Explanation, explain_page
 
 
 class Tags(HTMLParser):
-    """Every tag with its attributes, and all text."""
+    """Parser that collects all tags with their attributes, and all text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Tags(HTMLParser):
 
 
 def explanation(**changes: Any) -> Explanation:
-    given: dict[str, Any] = {
+    values: dict[str, Any] = {
         "text": "abc",
         "label": "b",
         "log_odds": 1.25,
@@ -39,12 +39,12 @@ def explanation(**changes: Any) -> Explanation:
         "attention": [4.0, 1.0, 0.25],
         "special_attention": 0.4,
     }
-    return Explanation(**given | changes)
+    return Explanation(**values | changes)
 
 
-def test_page_shows_all_and_loads_nothing() -> None:
+def test_page_escapes_its_content_and_loads_nothing() -> None:
     evil = '<script>alert("1")</script>{0} &amp; https://a.example/x.png'
-    found = Tags(
+    page = Tags(
         explain_page(
             explanation(
                 text=evil,
@@ -55,14 +55,14 @@ def test_page_shows_all_and_loads_nothing() -> None:
             )
         )
     )
-    names = [tag for tag, _ in found.tags]
+    names = [tag for tag, _ in page.tags]
     assert not {"script", "link", "img", "iframe", "a", "base"} & set(names)
-    told = [key for _, attributes in found.tags for key in attributes]
-    assert not {"src", "href", "onload", "onclick"} & set(told)
+    keys = [key for _, attributes in page.tags for key in attributes]
+    assert not {"src", "href", "onload", "onclick"} & set(keys)
     assert "light dark" in explain_page(explanation())
     assert "url(" not in explain_page(explanation())
-    assert found.text.count(evil) >= 5
-    widths = [a["style"] for _, a in found.tags if a.get("class") == "bar"]
+    assert page.text.count(evil) >= 5
+    widths = [a["style"] for _, a in page.tags if a.get("class") == "bar"]
     assert widths == ["width: 75.0%", "width: 25.0%"]
 
 
@@ -79,12 +79,12 @@ def colours(page: str) -> list[dict[str, str | None]]:
     return [attributes for tag, attributes in Tags(page).tags if "title" in attributes]
 
 
-def test_colours_are_as_full_as_the_value_is_large() -> None:
+def test_colours_are_proportional_to_the_values() -> None:
     spans = colours(explain_page(explanation()))
     assert [span["title"] for span in spans[:3]] == ["+2.000", "-0.500", "+0.010"]
     assert spans[0]["style"] == "background: rgba(40, 110, 255, 0.600)"
     assert spans[1]["style"] == "background: rgba(255, 60, 50, 0.150)"  # a quarter of the largest
-    assert spans[3]["style"] == "background: rgba(40, 110, 255, 0.300)"  # half of 1, the least
+    assert spans[3]["style"] == "background: rgba(40, 110, 255, 0.300)"  # half of the minimum, 1
     assert [span["title"] for span in spans[6:]] == ["4.00 x", "1.00 x", "0.25 x"]
     assert [span["style"] for span in spans[6:]] == [
         "background: rgba(240, 160, 0, 0.600)",
@@ -95,8 +95,8 @@ def test_colours_are_as_full_as_the_value_is_large() -> None:
     assert all(number in legends for number in ("-2.00", "-1.00", "+1.00", "+2.00", "4 x"))
 
 
-def test_flat_values_have_no_colour_and_are_said_to_be_flat() -> None:
-    """Noise of 0.01 must not look like an answer."""
+def test_flat_values_have_no_colour_and_a_remark() -> None:
+    """Noise of 0.01 must not look like a result."""
     flat = {"gradient": [0.001, -0.002, 0.0], "occlusion": [0.004, -0.009, 0.0]}
     page = explain_page(explanation(**flat, attention=[1.02, 0.98, 1.0]))
     for span in colours(page):
@@ -109,7 +109,7 @@ def test_flat_values_have_no_colour_and_are_said_to_be_flat() -> None:
     assert "nearly even" not in Tags(explain_page(explanation())).text
 
 
-def test_strongest_tokens_are_those_that_the_score_needs() -> None:
+def test_strongest_tokens_are_those_with_the_largest_occlusion() -> None:
     many = [0.1 * n for n in range(12)]
     page = explain_page(
         explanation(
@@ -123,11 +123,11 @@ def test_strongest_tokens_are_those_that_the_score_needs() -> None:
     assert next(word for word in table.split() if word.startswith("t"))[:3] == "t11"
     assert "t1" not in table.split()
     without = explain_page(explanation(pieces=["x"], gradient=[1.0], occlusion=None, attention=[1]))
-    assert "one token, so nothing would be left" in without
+    assert "only one token, so there is no text without it" in without
 
 
 def test_page_has_no_control_characters() -> None:
-    """Escapes of a terminal, NUL, and marks that turn the direction of a line."""
+    """Examples are terminal escapes, NUL, and marks that change the direction of a line."""
     hostile = "a\x1b[31mred\x00\x7f\x9b\u202etxt\u2066\ud800"
     page = explain_page(
         explanation(text=hostile, pieces=[hostile, "b", "c"], facts={"Run": hostile})

@@ -1,5 +1,5 @@
 # covers: megalite/evaluate/harness.py
-"""lm-eval through our class and through its own, on a task made here."""
+"""lm-eval with MegaLite's model class and with its own class, on local tasks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A multiple-choice task and one of whole texts."""
+    """Write a multiple-choice task and a task of whole texts."""
     path = tmp_path_factory.mktemp("tasks")
     rows = [
         {"question": text, "choices": [" a b", "()", text[::-1]], "answer": n % 3, "text": text * 9}
@@ -64,15 +64,16 @@ def requests(*arguments: tuple[Any, ...]) -> list[Any]:
     return [Instance("loglikelihood", {}, args, 0) for args in arguments]
 
 
-def test_the_harness_own_class_gives_the_same(grid: Grid, folder: Path) -> None:
+def test_log_likelihoods_equal_those_of_the_harness_own_class(grid: Grid, folder: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
     ours = harness.make_model(open_model(folder), grid, 3)
     theirs = HFLM(pretrained=str(folder), device="cpu", batch_size=2, dtype=torch.float32)
     pairs = [(text, end) for text in TEXTS for end in (" x", "def", text)]
     pairs += [("", "return"), ("trailing spaces  ", "end"), ("x" * 60, "y" * 30)]
-    found, wanted = ours.loglikelihood(requests(*pairs)), theirs.loglikelihood(requests(*pairs))
-    for (chance, likeliest), (expected, best) in zip(found, wanted, strict=True):
+    results = ours.loglikelihood(requests(*pairs))
+    expected_results = theirs.loglikelihood(requests(*pairs))
+    for (chance, likeliest), (expected, best) in zip(results, expected_results, strict=True):
         assert chance == pytest.approx(expected, abs=1e-3)
         assert likeliest == best
     texts = [(text * 9,) for text in TEXTS]
@@ -81,10 +82,10 @@ def test_the_harness_own_class_gives_the_same(grid: Grid, folder: Path) -> None:
     assert rolled == pytest.approx(expected, abs=1e-3, rel=1e-5)
 
 
-def test_tasks_from_local_files(grid: Grid, folder: Path, tasks: Path) -> None:
+def test_harness_runs_tasks_of_local_files(grid: Grid, folder: Path, tasks: Path) -> None:
     settings: dict[str, Any] = {"path": str(tasks), "limit": None, "batch_size": 2}
-    found = harness.run(open_model(folder), grid, ["local_choice", "local_text"], **settings)
-    assert 0 <= found["local_choice"]["acc"] <= 1
-    assert found["local_text"]["bits_per_byte"] > 0
+    results = harness.run(open_model(folder), grid, ["local_choice", "local_text"], **settings)
+    assert 0 <= results["local_choice"]["acc"] <= 1
+    assert results["local_text"]["bits_per_byte"] > 0
     with pytest.raises(CommandError, match="--tasks nothing: lm-eval has no such task"):
         harness.run(open_model(folder), grid, ["nothing"], **settings)

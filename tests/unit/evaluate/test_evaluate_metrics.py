@@ -1,5 +1,5 @@
 # covers: megalite/evaluate/metrics.py
-"""What a classifier is worth: by hand, and as scikit-learn has it."""
+"""Metrics of a classifier, compared with explicit computations and with scikit-learn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megalite.evaluate.metrics import (
 
 
 def scored(rows: int, labels: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Scores that are right more often than not."""
+    """Return random scores that are mostly correct, and the labels."""
     generator = torch.Generator().manual_seed(seed)
     truth_N = torch.randint(labels, (rows,), generator=generator)
     scores_NC = torch.randn(rows, labels, generator=generator)
@@ -28,22 +28,22 @@ def scored(rows: int, labels: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return scores_NC, truth_N
 
 
-def test_metrics_of_two_labels_by_hand() -> None:
+def test_metrics_of_two_labels_equal_explicit_computations() -> None:
     chances_NC = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.55, 0.45], [0.1, 0.9]])
-    found = classification_metrics(chances_NC.log(), torch.tensor([0, 1, 1, 0, 1]), ["no", "yes"])
-    assert json.loads(json.dumps(found)) == found
-    assert found["confusion"] == [[2, 0], [1, 2]]
+    metrics = classification_metrics(chances_NC.log(), torch.tensor([0, 1, 1, 0, 1]), ["no", "yes"])
+    assert json.loads(json.dumps(metrics)) == metrics
+    assert metrics["confusion"] == [[2, 0], [1, 2]]
     right = [0.9, 0.2, 0.7, 0.55, 0.9]
-    assert found["loss"] == pytest.approx(-sum(map(math.log, right)) / 5)
-    assert found["accuracy"] == found["f1_micro"] == pytest.approx(4 / 5)
+    assert metrics["loss"] == pytest.approx(-sum(map(math.log, right)) / 5)
+    assert metrics["accuracy"] == metrics["f1_micro"] == pytest.approx(4 / 5)
     no = {"precision": 2 / 3, "recall": 1.0, "f1": 0.8, "count": 2}
     yes = {"precision": 1.0, "recall": 2 / 3, "f1": 0.8, "count": 3}
-    assert found["per_class"]["no"] == pytest.approx(no)
-    assert found["per_class"]["yes"] == pytest.approx(yes)
-    assert (found["precision"], found["recall"]) == pytest.approx((5 / 6, 5 / 6))
+    assert metrics["per_class"]["no"] == pytest.approx(no)
+    assert metrics["per_class"]["yes"] == pytest.approx(yes)
+    assert (metrics["precision"], metrics["recall"]) == pytest.approx((5 / 6, 5 / 6))
     # bins: two of 0.9 right, 0.8 wrong, 0.7 right, 0.55 right
     expected = (2 * 0.1 + 0.8 + 0.3 + 0.45) / 5
-    assert found["calibration"] == pytest.approx(expected, abs=1e-6)
+    assert metrics["calibration"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_metrics_of_logits_and_log_probabilities_are_equal() -> None:
@@ -58,16 +58,20 @@ def test_metrics_of_logits_and_log_probabilities_are_equal() -> None:
 
 def test_metrics_count_labels_without_rows_in_the_means() -> None:
     scores_NC = torch.eye(3)[[0, 0, 1, 1]] * 5
-    found = classification_metrics(scores_NC, torch.tensor([0, 0, 0, 1]), ["a", "b", "never"])
-    assert found["per_class"]["never"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "count": 0}
-    means = found["precision"], found["recall"], found["f1"]
+    metrics = classification_metrics(scores_NC, torch.tensor([0, 0, 0, 1]), ["a", "b", "never"])
+    assert metrics["per_class"]["never"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "count": 0}
+    means = metrics["precision"], metrics["recall"], metrics["f1"]
     assert means == pytest.approx(((1 + 1 / 2) / 3, (2 / 3 + 1) / 3, (4 / 5 + 2 / 3) / 3))
 
 
 def test_metrics_of_one_row() -> None:
-    found = classification_metrics(torch.tensor([[0.0, 1.0]]), torch.tensor([1]), ["a", "b"])
-    assert (found["accuracy"], found["f1"], found["confusion"]) == (1.0, 0.5, [[0, 0], [0, 1]])
-    assert found["loss"] == pytest.approx(math.log(1 + math.exp(-1)))
+    metrics = classification_metrics(torch.tensor([[0.0, 1.0]]), torch.tensor([1]), ["a", "b"])
+    assert (metrics["accuracy"], metrics["f1"], metrics["confusion"]) == (
+        1.0,
+        0.5,
+        [[0, 0], [0, 1]],
+    )
+    assert metrics["loss"] == pytest.approx(math.log(1 + math.exp(-1)))
 
 
 @pytest.mark.parametrize(("labels", "rows"), [(2, 50), (5, 200), (5, 4), (7, 1)])
@@ -75,21 +79,24 @@ def test_metrics_equal_those_of_scikit_learn(labels: int, rows: int) -> None:
     theirs = pytest.importorskip("sklearn.metrics")
     scores_NC, truth_N = scored(rows, labels, seed=rows)
     names = [f"label {n}" for n in range(labels)]
-    found = classification_metrics(scores_NC, truth_N, names)
-    said, every = scores_NC.argmax(dim=-1), list(range(labels))
-    wanted = {"labels": every, "zero_division": 0}
-    macro = theirs.precision_recall_fscore_support(truth_N, said, average="macro", **wanted)
-    assert [found[key] for key in ("precision", "recall", "f1")] == pytest.approx(macro[:3])
-    each = theirs.precision_recall_fscore_support(truth_N, said, **wanted)
+    metrics = classification_metrics(scores_NC, truth_N, names)
+    predicted, all_labels = scores_NC.argmax(dim=-1), list(range(labels))
+    options = {"labels": all_labels, "zero_division": 0}
+    macro = theirs.precision_recall_fscore_support(truth_N, predicted, average="macro", **options)
+    assert [metrics[key] for key in ("precision", "recall", "f1")] == pytest.approx(macro[:3])
+    each = theirs.precision_recall_fscore_support(truth_N, predicted, **options)
     for name, *numbers in zip(names, *each, strict=True):
-        assert list(found["per_class"][name].values()) == pytest.approx(numbers)
-    assert found["confusion"] == theirs.confusion_matrix(truth_N, said, labels=every).tolist()
-    assert found["accuracy"] == pytest.approx(theirs.accuracy_score(truth_N, said))
+        assert list(metrics["per_class"][name].values()) == pytest.approx(numbers)
+    assert (
+        metrics["confusion"]
+        == theirs.confusion_matrix(truth_N, predicted, labels=all_labels).tolist()
+    )
+    assert metrics["accuracy"] == pytest.approx(theirs.accuracy_score(truth_N, predicted))
     chances = scores_NC.double().softmax(-1)
-    assert found["loss"] == pytest.approx(theirs.log_loss(truth_N, chances, labels=every))
+    assert metrics["loss"] == pytest.approx(theirs.log_loss(truth_N, chances, labels=all_labels))
 
 
-def test_metrics_refuse_what_cannot_be_measured() -> None:
+def test_metrics_refuse_no_rows_and_non_finite_scores() -> None:
     with pytest.raises(DataError, match="no rows"):
         classification_metrics(torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64), ["a", "b"])
     with pytest.raises(MegaLiteError, match="loss is nan"):
@@ -107,7 +114,7 @@ def test_predictions_rows_name_labels() -> None:
 
 
 @pytest.mark.parametrize("labels", [2, 20, 21, 50])
-def test_confusion_picture_has_a_cell_a_pair(labels: int) -> None:
+def test_confusion_picture_has_a_cell_for_each_pair_of_labels(labels: int) -> None:
     confusion = [[90 * (i == j) + (i == 0) * 10 for j in range(labels)] for i in range(labels)]
     confusion[1] = [0] * labels
     names = [f"a name that is far too long {n}" if n % 2 else f"n\n{n}" for n in range(labels)]
@@ -116,7 +123,7 @@ def test_confusion_picture_has_a_cell_a_pair(labels: int) -> None:
     assert picture.dtype == np.uint8
     assert (H, colours) == (W, 3)
     assert H < 1400
-    # dark on the diagonal alone, but for the row that is empty
+    # only the diagonal is dark, except in the empty row
     cell = 40 if labels <= 20 else 24
     left = H - 8 - cell * labels
     corners = picture[left + 3 :: cell, left + 3 :: cell, 2][:labels, :labels]
@@ -125,7 +132,7 @@ def test_confusion_picture_has_a_cell_a_pair(labels: int) -> None:
     assert (corners[2:][~np.eye(labels, dtype=bool)[2:]] == 255).all()
 
 
-def test_large_numbers_widen_the_cells_of_a_small_picture() -> None:
+def test_confusion_picture_has_wider_cells_for_large_numbers() -> None:
     small = confusion_picture([[1, 2], [3, 4]], ["a", "b"])
     large = confusion_picture([[10**9, 2], [3, 4]], ["a", "b"])
     assert large.shape[0] > small.shape[0]

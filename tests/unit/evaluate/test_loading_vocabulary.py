@@ -1,5 +1,5 @@
 # covers: megalite/evaluate/loading.py
-"""A tokenizer with more ids than its model has rows: said when opened, refused when used."""
+"""A tokenizer with more ids than its model: a warning at loading, and an error on use."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from tests.unit.huggingface.test_huggingface_families import exported
 def test_ids_beyond_the_vocabulary_are_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    exported("llama", 0, tmp_path, vocab_size=120)  # of bytes, which go to 258
+    exported("llama", 0, tmp_path, vocab_size=120)  # the byte tokenizer has 258 ids
     with caplog.at_level(logging.WARNING, logger="megalite"):
-        opened = open_model(tmp_path)
+        loaded = open_model(tmp_path)
     assert "the tokenizer has 258 ids, the model 120" in caplog.text
-    reader = opened.decoder()
+    reader = loaded.decoder()
     assert reader.begin([[7, 119]], 1).shape == (1, 120)
-    said = r"token .* of id 200, but the model has 120 ids, .*fine-tune the model"
-    with pytest.raises(CommandError, match=said):
+    message = r"token .* of id 200, but the model has 120 ids, .*fine-tune the model"
+    with pytest.raises(CommandError, match=message):
         reader.begin([[7], [200, 3]], 1)
     ids = torch.tensor([[5, 200]])
-    with pytest.raises(CommandError, match=said):
-        opened.last_logits(ids)
+    with pytest.raises(CommandError, match=message):
+        loaded.last_logits(ids)
     mask = torch.ones_like(ids).bool()
     tensors = {"input_ids": ids, "labels": ids.clamp(max=9), "loss_mask": mask}
-    with pytest.raises(CommandError, match=said):
-        opened.loss(Batch(tensors, 0, 2, 2))
+    with pytest.raises(CommandError, match=message):
+        loaded.loss(Batch(tensors, 0, 2, 2))
     tensors["input_ids"] = ids.clamp(max=119)
-    assert opened.loss(Batch(tensors, 0, 2, 2)).isfinite()
+    assert loaded.loss(Batch(tensors, 0, 2, 2)).isfinite()
 
 
 def test_model_that_has_every_id_is_loaded_without_a_warning(
