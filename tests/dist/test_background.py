@@ -1,4 +1,4 @@
-"""Saves in the background: the same checkpoints, and a failed one is an error of all ranks."""
+"""Background saves write the same checkpoints, and a failed save is an error of all ranks."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ SAVE = {"every": 5, "keep": 5}
 
 
 def hashes(raw: dict[str, Any]) -> dict[str, Any]:
-    """By step: the hash of every state of every tensor."""
+    """Return the hashes of all states of all tensors, by step."""
     root = Path(raw["logging"]["directory"]) / "run" / "checkpoints"
-    found = {}
+    by_step = {}
     for folder in disk.published(root):
         manifest = disk.read_manifest(folder)
         assert disk.find_damage(folder, manifest) == []
-        found[manifest.step] = {
+        by_step[manifest.step] = {
             name: {state: entry.sha256 for state, entry in tensor.states.items()}
             for name, tensor in manifest.tensors.items()
         }
-    return found
+    return by_step
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (3, 2)])
-def test_a_snapshot_is_of_its_step(
+def test_background_save_contains_the_state_of_its_step(
     shards: dict[str, str], tmp_path: Path, stage: int, ranks: int
 ) -> None:
-    """Training changes every tensor while it is written; the folder does not show it."""
-    made = {}
+    """Training changes every tensor while the checkpoint is written."""
+    runs = {}
     for background in (False, True):
         checkpoint = SAVE | {"background": background}
         raw = run_file(
             shards, tmp_path / str(background), checkpoint=checkpoint, deepspeed=zero(stage)
         )
         run_ranks(train, ranks, raw)
-        made[background] = (curve(raw), hashes(raw))
+        runs[background] = (curve(raw), hashes(raw))
         saved = [row["step"] for row in rows(raw, "event") if row["name"] == "checkpoint"]
         assert saved == [5, 10, 15, 20]
-    assert made[True] == made[False]
+    assert runs[True] == runs[False]
 
 
 def _train_failing(launch: Any, raw: dict[str, Any], number: int, step: int) -> str:
-    """Train; rank 1's disk refuses the save of one step."""
+    """Train while the disk of rank 1 refuses the save of one step."""
     write = disk.write_tensors
 
     def refusing(path: Path, tensors: Any) -> Any:
@@ -67,7 +67,7 @@ def _train_failing(launch: Any, raw: dict[str, Any], number: int, step: int) -> 
     return ""
 
 
-def test_a_write_that_fails_is_an_error_of_all_ranks(
+def test_save_that_fails_on_one_rank_is_an_error_of_all_ranks(
     shards: dict[str, str], tmp_path: Path
 ) -> None:
     raw = run_file(shards, tmp_path, checkpoint=SAVE | {"background": True}, deepspeed=zero(1))
@@ -83,10 +83,10 @@ def test_a_write_that_fails_is_an_error_of_all_ranks(
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 @pytest.mark.parametrize("background", [False, True])
-def test_a_quota_met_in_a_write_costs_that_save_alone(
+def test_save_that_exceeds_a_quota_is_skipped(
     shards: dict[str, str], tmp_path: Path, number: int, background: bool
 ) -> None:
-    """The free space of a file system does not show a quota, so no check before finds it."""
+    """Quotas do not reduce the reported free space, so the check before a save passes."""
     checkpoint = SAVE | {"background": background}
     raw = run_file(shards, tmp_path, checkpoint=checkpoint, deepspeed=zero(1))
     assert run_ranks(_train_failing, 2, raw, number, 10) == ["", ""]
@@ -102,8 +102,10 @@ def test_a_quota_met_in_a_write_costs_that_save_alone(
     assert (status["state"], status["last_checkpoint"]) == ("done", "step_00000020")
 
 
-def test_a_quota_met_by_the_last_save_ends_the_run(shards: dict[str, str], tmp_path: Path) -> None:
-    """Until then nothing is lost; from then on the last steps would be."""
+def test_last_save_that_exceeds_a_quota_fails_the_run(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
+    """Otherwise the last steps would be lost."""
     raw = run_file(shards, tmp_path, checkpoint=SAVE | {"background": True}, deepspeed=zero(1))
     reasons = run_ranks(_train_failing, 2, raw, errno.EDQUOT, 20)
     assert reasons[0] == reasons[1]

@@ -1,4 +1,4 @@
-"""Epochs of fine-tuning: counted in samples, measured before a run is done, the best one known."""
+"""Epochs of fine-tuning are counted in samples, and evaluated before a run is done."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def reviews(tmp_path: Path) -> Path:
 
 
 def _stopped_at(launch: Launch, raw: dict[str, Any], step: int) -> str:
-    """Tune, and be asked to stop while `step` is computed."""
+    """Fine-tune. A stop signal arrives during `step`."""
 
     def inspect(now: int, *_: Any) -> None:
         if now == step:
@@ -60,12 +60,12 @@ def _run(raw: dict[str, Any]) -> Path:
 
 def _windows(raw: dict[str, Any]) -> int:
     (start,) = [row for row in rows(raw, "event") if row["name"] == "start"]
-    found: int = start["data"]["windows"]
-    return found
+    windows: int = start["data"]["windows"]
+    return windows
 
 
 @pytest.mark.parametrize(("first", "stop", "then"), [(8, 9, [16]), (8, 15, [4]), (4, 12, [16, 8])])
-def test_another_batch_size_trains_the_same_epochs(
+def test_resume_with_another_batch_size_trains_the_same_epochs(
     reviews: Path, first: int, stop: int, then: list[int]
 ) -> None:
     raw = tuning_file(reviews, "run", schedule={"name": "cosine"})
@@ -77,27 +77,27 @@ def test_another_batch_size_trains_the_same_epochs(
         again = stop + 2 if size != then[-1] else 0
         assert run_ranks(_stopped_at, 1, raw, again) == ["Stopped" if again else ""]
     total = EPOCHS * _windows(raw)
-    found = rows(raw)
-    assert total <= found[-1]["samples"] < total + max(first, *then)
-    # each step takes as many as the batch size of its start says
-    sizes = np.diff([0, *(row["samples"] for row in found)])
+    train_rows = rows(raw)
+    assert total <= train_rows[-1]["samples"] < total + max(first, *then)
+    # each step takes the batch size of its start
+    sizes = np.diff([0, *(row["samples"] for row in train_rows)])
     assert set(sizes) == {first, *then}
-    assert trained == first * sum(row["attempt"] == 0 for row in found)
+    assert trained == first * sum(row["attempt"] == 0 for row in train_rows)
     measured = numbers(raw)[:-1]
     assert [row["epoch"] for row in measured] == [1, 2, 3]
-    ends = [row["samples"] for row in found if row["step"] in [m["step"] for m in measured]]
+    ends = [row["samples"] for row in train_rows if row["step"] in [m["step"] for m in measured]]
     for epoch, samples in enumerate(ends, 1):
         assert 0 <= samples - epoch * _windows(raw) < max(first, *then)
-    # the schedule ends with the run, and the change is said
+    # the schedule ends with the run, and the change is recorded
     config = json.loads((_run(raw) / "config.json").read_text())
-    assert config["training"]["steps"] == found[-1]["step"]
+    assert config["training"]["steps"] == train_rows[-1]["step"]
     resumed = next(row for row in rows(raw, "event") if row["name"] == "resume")
     assert resumed["changes"]["training.global_batch_size"] == {"before": first, "after": then[0]}
     assert resumed["changes"]["training.steps"]["after"] != math.ceil(total / then[0])
     assert resumed["lr"]["before"] != resumed["lr"]["after"]
 
 
-def test_fewer_epochs_than_were_trained_are_refused(reviews: Path) -> None:
+def test_resume_with_fewer_epochs_than_trained_is_refused(reviews: Path) -> None:
     raw = tuning_file(reviews, "run")
     assert run_ranks(_tune, 1, raw) == [""]
     raw["finetune"] |= {"epochs": 1}
@@ -111,10 +111,10 @@ def test_fewer_epochs_than_were_trained_are_refused(reviews: Path) -> None:
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("epoch", [2, 3])
-def test_a_stop_in_the_last_step_of_an_epoch_is_measured_in_the_end(
+def test_epoch_that_ends_with_a_stop_is_evaluated_later(
     reviews: Path, epoch: int, background: bool
 ) -> None:
-    """The run, its checkpoints and all that opens them agree on which one is the best."""
+    """The run and all commands that open it agree on the best checkpoint."""
     raw = tuning_file(reviews, "run", checkpoint={"keep": 9, "background": background})
     raw["finetune"] |= {"metric": "loss"}
     windows = 49
@@ -122,7 +122,7 @@ def test_a_stop_in_the_last_step_of_an_epoch_is_measured_in_the_end(
     outcome = run_ranks(_stopped_at, 1, raw, end)
     assert _windows(raw) == windows
     root = _run(raw) / "checkpoints"
-    if outcome == [""]:  # measured in spite of the stop
+    if outcome == [""]:  # evaluated before the stop
         assert epoch == EPOCHS
     else:
         assert outcome == ["Stopped"]

@@ -1,5 +1,5 @@
 # covers: megalite/train/finetuning.py megalite/train/evaluator.py
-"""Fine-tuning on every kind of layout, through a crash, with adapters: the same numbers."""
+"""Fine-tuning gives the same numbers on every kind of layout, after a stop, and with adapters."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def reviews(tmp_path: Path) -> Path:
     folder = tmp_path / "reviews"
     folder.mkdir()
     write_rows(folder / "train.jsonl", 61, 1)
-    write_rows(folder / "test.jsonl", 23, 2)  # divided by no batch
+    write_rows(folder / "test.jsonl", 23, 2)  # a multiple of no batch size
     return folder
 
 
@@ -99,22 +99,22 @@ def tune(launch: Launch, raw: dict[str, Any], **request: Any) -> None:
 
 def predictions(raw: dict[str, Any]) -> tuple[list[Any], np.ndarray]:
     path = Path(raw["logging"]["directory"]) / raw["name"] / "predictions.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    told = [(row["id"], row["label"], row["prediction"]) for row in found]
-    return told, np.array([row["probabilities"] for row in found])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    answers = [(row["id"], row["label"], row["prediction"]) for row in lines]
+    return answers, np.array([row["probabilities"] for row in lines])
 
 
 def numbers(raw: dict[str, Any]) -> list[dict[str, Any]]:
-    own = ("kind", "time", "attempt")
-    return [{k: v for k, v in row.items() if k not in own} for row in rows(raw, "valid")]
+    per_start = ("kind", "time", "attempt")
+    return [{k: v for k, v in row.items() if k not in per_start} for row in rows(raw, "valid")]
 
 
-def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    told, chances = predictions(found)
-    expected, expected_chances = predictions(wanted)
-    assert told == expected
+def same(run: dict[str, Any], reference: dict[str, Any]) -> None:
+    answers, chances = predictions(run)
+    expected, expected_chances = predictions(reference)
+    assert answers == expected
     np.testing.assert_allclose(chances, expected_chances, atol=2e-5)
-    for row, other in zip(numbers(found), numbers(wanted), strict=True):
+    for row, other in zip(numbers(run), numbers(reference), strict=True):
         assert row.keys() == other.keys()
         assert row["split"] == other["split"]
         for key, value in row.items() - {("split", row["split"])}:
@@ -144,11 +144,11 @@ LORA = {"adapter": {"rank": 4}, "freeze": ["*.mlp.down_proj.lora_*"]}
     ],
     ids=["decoder", "decoder more", "encoder weighted", "two stacks frozen", "lora", "lora more"],
 )
-def test_any_layout_gives_the_same_predictions(
+def test_finetuning_gives_the_same_predictions_on_any_layout(
     reviews: Path, kind: str, changes: dict[str, Any], layouts: list[str]
 ) -> None:
     sections = {"model": KINDS[kind]}
-    changes = {"epochs": 6, **changes}  # enough to learn something
+    changes = {"epochs": 6, **changes}  # enough epochs to learn the labels
     plain = tuning_file(reviews, "plain", **sections)
     plain["finetune"] |= changes
     run_ranks(_reference, 1, plain)
@@ -167,7 +167,7 @@ def _reference(launch: Launch, raw: dict[str, Any]) -> None:
     tune(launch, raw, engine="reference")
 
 
-def test_adapters_merge_and_nothing_else_moves(reviews: Path) -> None:
+def test_adapters_merge_and_other_weights_do_not_change(reviews: Path) -> None:
     raw = tuning_file(reviews, "lora", deepspeed=zero(1))
     raw["finetune"] |= {"adapter": {"rank": 4}}
     run_ranks(tune, 1, raw)
@@ -181,9 +181,9 @@ def test_adapters_merge_and_nothing_else_moves(reviews: Path) -> None:
     ids = torch.randint(256, (3, 20), generator=torch.Generator().manual_seed(1))
     batch = {"input_ids": ids, "lengths": torch.tensor([20, 7, 1])}
     with torch.no_grad():
-        found = opened.model.label_scores(batch)
+        scores = opened.model.label_scores(batch)
         expected = unmerged.eval().label_scores(batch)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
     start = build(config.model)
     initialize(start, config.model, seed=1234, gather=lambda _: nullcontext())
     trained = dict(unmerged.named_parameters())
@@ -198,7 +198,7 @@ def test_adapters_merge_and_nothing_else_moves(reviews: Path) -> None:
 def test_frozen_weights_of_an_fp32_run_start_and_resume_a_bf16_run(
     shards: dict[str, str], reviews: Path, stage: int
 ) -> None:
-    """A frozen weight has no fp32 master, so that the engine holds it rounded."""
+    """A frozen weight has no fp32 master weight, so the engine has its rounded value."""
     model = tuning_file(reviews, "x")["model"]
     first = run_file(shards, reviews.parent / "runs", name="text", model=model)
     first["training"] |= {"steps": 2, "eval_every": 0}
@@ -217,16 +217,17 @@ def test_frozen_weights_of_an_fp32_run_start_and_resume_a_bf16_run(
         assert (name, status["state"]) == (name, "done")
 
 
-def test_a_language_model_becomes_a_classifier_and_goes_on(
+def test_classifier_starts_from_a_language_model_and_resumes_to_the_same_numbers(
     shards: dict[str, str], reviews: Path
 ) -> None:
-    """Pretrained weights are taken, the head starts again; a stop in the midst changes nothing."""
+    """Pretrained weights are loaded, and the head is initialised."""
     model = tuning_file(reviews, "x")["model"] | {"initializer_range": 0.02}
     first = run_file(shards, reviews.parent / "runs", name="text", model=model)
     first["training"] |= {"steps": 6, "eval_every": 0}
     run_ranks(train, 1, first)
     text = str(reviews.parent / "runs" / "text")
-    others = {"deepspeed": zero(1), "schedule": {"name": "constant"}}  # steps decide no rate
+    # a constant rate, which does not depend on the number of steps
+    others = {"deepspeed": zero(1), "schedule": {"name": "constant"}}
     whole = tuning_file(reviews, "whole", model=model, **others)
     parts = tuning_file(reviews, "parts", model=model, **others)
     run_ranks(_from, 1, whole, text)
@@ -246,9 +247,9 @@ def _from(launch: Launch, raw: dict[str, Any], source: str) -> None:
     tune(launch, raw, init_from=source)
 
 
-def test_the_best_epoch_is_kept_and_patience_ends_the_run(reviews: Path) -> None:
+def test_finetuning_keeps_the_best_epoch_and_stops_early(reviews: Path) -> None:
     raw = tuning_file(reviews, "patient", deepspeed=zero(1))
-    raw["optimizer"]["lr"] = 0.05  # too much: later epochs are worse
+    raw["optimizer"]["lr"] = 0.05  # too high: later epochs are worse
     raw["finetune"] |= {"epochs": 30, "early_stopping": 2, "metric": "loss"}
     run_ranks(tune, 1, raw)
     measured = numbers(raw)
@@ -258,8 +259,8 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(reviews: Path) -> None
     assert measured[-1]["best_step"] == measured[best]["step"]
     assert measured[-1]["split"] == "test"
     folder = Path(raw["logging"]["directory"]) / "patient"
-    kept = {path.name for path in (folder / "checkpoints").glob("step_*")}
-    assert f"step_{measured[best]['step']:08d}" in kept
+    checkpoints = {path.name for path in (folder / "checkpoints").glob("step_*")}
+    assert f"step_{measured[best]['step']:08d}" in checkpoints
     assert json.loads((folder / "status.json").read_text())["state"] == "done"
     whole = json.loads((folder / "evaluation.json").read_text())
     assert np.array(whole["confusion"]).sum() == 23
@@ -268,17 +269,17 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(reviews: Path) -> None
     assert known["majority"].keys() == known["bag_of_words"].keys() == {"accuracy", "f1"}
     assert known["bag_of_words"]["accuracy"] > whole["accuracy"]
     assert "no better than a bag of words on test" in (folder / "log.txt").read_text()
-    # what uses the run uses its best
+    # commands use the best checkpoint of the run
     assert open_checkpoint(folder)[1].step > measured[best]["step"]
     assert open_checkpoint(folder, weights_only=True)[1].step == measured[best]["step"]
     assert open_model(folder).folder.name == f"step_{measured[best]['step']:08d}"
     before = len(rows(raw))
-    run_ranks(tune, 1, raw)  # the same command: nothing is left to train
+    run_ranks(tune, 1, raw)  # the same command trains nothing
     assert len(rows(raw)) == before
     assert numbers(raw)[-1]["loss"] == pytest.approx(measured[-1]["loss"], rel=1e-6)
 
 
-def test_parse_of_a_completed_file(reviews: Path) -> None:
+def test_config_of_a_finetuning_run_can_be_parsed_again(reviews: Path) -> None:
     raw = tuning_file(reviews, "x", finetune={"adapter": {"rank": 2}})
     config = parse_config(raw)
     assert config.training.steps == 0

@@ -15,10 +15,10 @@ from tests.helpers.ranks import run_ranks
 def _reduce(launch: Any, tensor: int) -> dict[str, Any]:
     grid = start(launch, tensor=tensor)
     try:
-        own = 10.0**grid.at.data_rank  # identical on ranks that share a model
-        floats = torch.tensor([own, 3 * own], dtype=torch.float64)
+        value = 10.0**grid.at.data_rank  # equal on ranks that share a model
+        floats = torch.tensor([value, 3 * value], dtype=torch.float64)
         summed = grid.sum_once(floats)
-        counts = grid.sum_once(torch.tensor([int(own)]))
+        counts = grid.sum_once(torch.tensor([int(value)]))
         every = torch.tensor([1])
         grid.all_reduce_cpu(every)
         return {
@@ -61,10 +61,10 @@ def _groups(launch: Any) -> list[list[int]]:
         stop()
 
 
-def test_zero_group_holds_the_ranks_of_one_tensor_rank() -> None:
-    found = run_ranks(_groups, 4)
+def test_zero_group_has_the_ranks_of_one_tensor_rank() -> None:
+    groups = run_ranks(_groups, 4)
     everyone = [0, 1, 2, 3]
-    assert found == [
+    assert groups == [
         [[0, 2], [0, 1], everyone],
         [[1, 3], [0, 1], everyone],
         [[0, 2], [2, 3], everyone],

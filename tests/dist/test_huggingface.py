@@ -1,5 +1,5 @@
 # covers: launcher/export.py megalite/evaluate/loss.py
-"""From a folder of Hugging Face's into any layout, and out again: bit for bit."""
+"""Import of Hugging Face folders on any layout, and export, bit for bit."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_goes_through_a_run_unchanged(
+def test_model_is_unchanged_by_import_and_export(
     shards: dict[str, str], tmp_path: Path, family: str
 ) -> None:
-    """Import, train with a rate of next to nothing, export: what was written at step 0 is equal."""
+    """The run in between trains with the smallest possible learning rate."""
     layouts = {"tp2": (2, {"tensor": 2}, 1), "zero3": (2, {}, 3)}
     raw = family_run(shards, tmp_path, family)
     config = ModelConfig.model_validate(raw["model"])
@@ -53,7 +53,7 @@ def test_a_model_goes_through_a_run_unchanged(
             shards, tmp_path, family, name=name, parallel=parallel, deepspeed=zero(stage)
         )
         raw["training"] |= {"steps": 1, "eval_every": 0}
-        # a whole step of no length: the smallest rate there is, and no decay
+        # the smallest positive learning rate, without decay
         raw["optimizer"] = {"name": "sgd", "lr": 1e-45, "momentum": 0.0, "weight_decay": 0.0}
         run_ranks(_from, ranks, raw, str(tmp_path / "in"))
         out = tmp_path / f"{name}-out"
@@ -66,10 +66,10 @@ def test_a_model_goes_through_a_run_unchanged(
         assert configs[0] == configs[1]
 
 
-def test_transformers_writes_what_a_trained_model_writes(
+def test_exported_model_gives_the_same_text_in_transformers(
     shards: dict[str, str], tmp_path: Path
 ) -> None:
-    """200 tokens, greedy, of a model trained and exported here."""
+    """The text has 200 greedy tokens of a model that is trained here."""
     training = {"steps": 60, "global_batch_size": 16}
     model = {"max_position_embeddings": 256, "vocab_size": 258}
     raw = run_file(shards, tmp_path, training=training, model=model, optimizer={"lr": 1e-2})
@@ -87,20 +87,22 @@ def test_transformers_writes_what_a_trained_model_writes(
     wanted = theirs.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0].tolist()
     texts = []
     for checkpoint in (run, out):
-        asked = ["--prompt", prompt, "--temperature", "0", "--max-new-tokens", "200"]
-        done = command("generate", "--checkpoint", str(checkpoint), *asked)
+        options = ["--prompt", prompt, "--temperature", "0", "--max-new-tokens", "200"]
+        done = command("generate", "--checkpoint", str(checkpoint), *options)
         assert done.returncode == 0, done.stderr
         texts.append(done.stdout)
     wanted_text = bytes(i for i in wanted if i < 256).decode(errors="replace") + "\n"
     assert texts[0] == texts[1] == wanted_text
     assert len(wanted) == len(prompt) + 200
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    line = [*launch, str(ROOT / "launcher" / "generate.py"), "--checkpoint", str(run), *asked]
+    line = [*launch, str(ROOT / "launcher" / "generate.py"), "--checkpoint", str(run), *options]
     shared = subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
     assert shared.stdout == texts[0], shared.stderr
 
 
-def test_folders_that_cannot_be_used_are_named(shards: dict[str, str], tmp_path: Path) -> None:
+def test_folders_that_cannot_be_imported_are_refused(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
     exported("llama", 1, tmp_path / "good")
     raw = run_file(shards, tmp_path, name="mine")
     path = tmp_path / "run.json"
@@ -117,11 +119,11 @@ def test_folders_that_cannot_be_used_are_named(shards: dict[str, str], tmp_path:
     config = json.loads((tmp_path / "good" / "config.json").read_text())
     tensors = load_file(tmp_path / "good" / "model.safetensors")
 
-    def changed(name: str, values: dict[str, Any], kept: dict[str, torch.Tensor]) -> Path:
+    def changed(name: str, values: dict[str, Any], weights: dict[str, torch.Tensor]) -> Path:
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config | values))
-        save_file(kept, folder / "model.safetensors")
+        save_file(weights, folder / "model.safetensors")
         return folder
 
     refused(
@@ -142,8 +144,10 @@ def test_folders_that_cannot_be_used_are_named(shards: dict[str, str], tmp_path:
     refused(broken, "cannot be read")
 
 
-def test_adapters_alone_are_those_of_peft(shards: dict[str, str], tmp_path: Path) -> None:
-    """Trained here next to a model of theirs, loaded there: the scores of what is merged."""
+def test_exported_adapter_gives_the_same_logits_in_peft(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
+    """PEFT loads the adapter next to the base model; MegaLite merges both."""
     peft = pytest.importorskip("peft")
     from tests.dist.test_finetune import tuning_file, write_rows
 
@@ -170,10 +174,10 @@ def test_adapters_alone_are_those_of_peft(shards: dict[str, str], tmp_path: Path
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
     with torch.no_grad():
         before = theirs(ids).logits
-        found = peft.PeftModel.from_pretrained(theirs, alone)(ids).logits
+        logits = peft.PeftModel.from_pretrained(theirs, alone)(ids).logits
         expected = transformers.AutoModelForCausalLM.from_pretrained(whole)(ids).logits
-    assert float((found - before).abs().max()) > 0.01
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert float((logits - before).abs().max()) > 0.01
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     trained = load_file(alone / "adapter_model.safetensors")
     assert len(trained) == 2 * len(targets) * config.num_hidden_layers
 
@@ -184,19 +188,19 @@ def _tuned(launch: Any, raw: dict[str, Any], source: str) -> None:
     tune(launch, raw, init_from=source)
 
 
-def test_an_encoder_of_theirs_is_measured_on_any_layout(tmp_path: Path) -> None:
-    """Masked tokens of shards made with its own tokenizer: two ranks a model, two models."""
+def test_imported_encoder_is_evaluated_on_any_layout(tmp_path: Path) -> None:
+    """The shards are made with its tokenizer. Two models are on two tensor ranks each."""
     import tokenizers
 
     from data_prep.encode import TokenizeOptions, tokenize
 
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="[UNK]"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     names = ["[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     text = [" ".join(f"w{(7 * n * n + k) % 90}" for k in range(40)) for n in range(60)]
-    made.train_from_iterator(text, tokenizers.trainers.WordLevelTrainer(special_tokens=names))
+    words.train_from_iterator(text, tokenizers.trainers.WordLevelTrainer(special_tokens=names))
     (tmp_path / "words").mkdir()
-    made.save(str(tmp_path / "words" / "tokenizer.json"))
+    words.save(str(tmp_path / "words" / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path / "words")
     section = model_section("bert", 1) | {"vocab_size": tokenizer.vocab_size}
     config = ModelConfig.model_validate(section)
@@ -205,15 +209,15 @@ def test_an_encoder_of_theirs_is_measured_on_any_layout(tmp_path: Path) -> None:
     rows_file.write_text("".join(json.dumps({"text": line}) + "\n" for line in text))
     out = tmp_path / "shards"
     tokenize(TokenizeOptions([str(rows_file)], str(tmp_path / "bert"), out, lossy=True))
-    asked = str(tmp_path / "bert"), str(tmp_path / "shards")
-    (alone,) = run_ranks(_measured, 1, *asked, 1)
-    every = run_ranks(_measured, 4, *asked, 2)
+    paths = str(tmp_path / "bert"), str(tmp_path / "shards")
+    (alone,) = run_ranks(_measured, 1, *paths, 1)
+    every = run_ranks(_measured, 4, *paths, 2)
     assert alone["tokens"] > 200
     assert 0 < alone["accuracy"] < 1
-    for found in every:
-        assert found["tokens"] == alone["tokens"]
-        assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
-        assert found["accuracy"] == pytest.approx(alone["accuracy"], abs=1e-6)
+    for metrics in every:
+        assert metrics["tokens"] == alone["tokens"]
+        assert metrics["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert metrics["accuracy"] == pytest.approx(alone["accuracy"], abs=1e-6)
 
 
 def _measured(launch: Any, folder: str, shards: str, tensor: int) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # covers: megalite/api.py megalite/isolation.py megalite/engine/deepspeed/process.py
-"""Runs in one process, as a notebook starts them: one after the other, in a thread, stopped."""
+"""Runs in one process, as in a notebook: in sequence, in a thread, and stopped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Raw = dict[str, Any]
 BF16 = {"training": {"precision": "bf16"}}
 DROPOUT = {"model": {"hidden_dropout": 0.1}}
 COMPILED = {"training": {"compile": True, "steps": 3, "eval_every": 0}}
-# In this order a trace of a run would change one of the next: see megalite/engine/deepspeed/process
+# in this order, leftovers of a run would change a later run: see megalite/engine/deepspeed/process
 CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("zero3", 3, {}),
     ("zero1", 1, {}),
@@ -37,7 +37,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
 
 
 def be_alone() -> None:
-    """Forget the launcher of this process, as a notebook has none."""
+    """Remove the variables of a launcher, because a notebook has none."""
     ours = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     env.replace({name: value for name, value in os.environ.items() if name not in ours})
 
@@ -59,7 +59,7 @@ def train_each(_launch: Launch, runs: Sequence[Raw]) -> list[Any]:
 
 
 def train_one(raw: Raw) -> list[Any]:
-    """Return the numbers of a run: loss, gradient norm, held-out loss of all steps."""
+    """Train, and return loss, gradient norm and held-out loss of all steps."""
     result = megalite.pretrain(raw)
     assert result.state == "done"
     assert result.directory == Path(raw["logging"]["directory"]) / raw["name"]
@@ -69,7 +69,7 @@ def train_one(raw: Raw) -> list[Any]:
 
 
 def check_against_fresh(runs: list[Raw], folder: Path) -> None:
-    """Compare runs of one process with the same runs, each in a process of its own."""
+    """Compare runs of one process with the same runs in separate processes."""
     (together,) = run_ranks(train_each, 1, runs)
     for raw, numbers in zip(runs, together, strict=True):
         alone = raw | {"logging": raw["logging"] | {"directory": str(folder / "alone")}}
@@ -87,7 +87,7 @@ def test_runs_of_one_process_give_the_numbers_of_fresh_ones(
 def test_compiled_runs_of_one_process_give_the_numbers_of_fresh_ones(
     shards: dict[str, str], tmp_path: Path
 ) -> None:
-    """Runs of other shapes, whose graphs would be dynamic if torch remembered the first ones."""
+    """The runs have different shapes. With leftovers of earlier runs their graphs are dynamic."""
     training = COMPILED["training"] | {"micro_batch_size": 1}
     other: dict[str, Any] = {"data": {"sequence_length": 24}, "training": training}
     cases = [("compiled", 1, COMPILED), ("not_compiled", 1, {}), ("compiled_zero3", 3, other)]
@@ -95,7 +95,7 @@ def test_compiled_runs_of_one_process_give_the_numbers_of_fresh_ones(
 
 
 def names_of_torch() -> dict[tuple[str, str], int]:
-    """Return the identity of each function of torch that somebody could replace."""
+    """Return the identity of each function of torch that DeepSpeed could replace."""
     import torch
 
     owners: list[Any] = [torch, torch.nn.functional, torch.Tensor, torch.nn.Module]
@@ -109,7 +109,7 @@ def names_of_torch() -> dict[tuple[str, str], int]:
 
 
 def leave_no_trace(_launch: Launch, runs: Sequence[Raw]) -> dict[str, Any]:
-    """Train, and return what of the process has changed."""
+    """Train, and return the changes of the process."""
     import torch
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
@@ -138,9 +138,9 @@ def leave_no_trace(_launch: Launch, runs: Sequence[Raw]) -> dict[str, Any]:
     }
 
 
-def test_a_run_leaves_no_trace_in_its_process(shards: dict[str, str], tmp_path: Path) -> None:
-    (found,) = run_ranks(leave_no_trace, 1, make_runs(shards, tmp_path, CASES[:3]))
-    assert found == {
+def test_run_does_not_change_its_process(shards: dict[str, str], tmp_path: Path) -> None:
+    (changes,) = run_ranks(leave_no_trace, 1, make_runs(shards, tmp_path, CASES[:3]))
+    assert changes == {
         "dtype": True,
         "threads": 2,
         "random": True,
@@ -155,7 +155,7 @@ def test_a_run_leaves_no_trace_in_its_process(shards: dict[str, str], tmp_path: 
 
 
 def release_memory(_launch: Launch, runs: Sequence[Raw]) -> list[int]:
-    """Return the models that live after each run."""
+    """Return the number of models in memory after each run."""
     import gc
 
     from megalite.model import LanguageModel
@@ -168,13 +168,13 @@ def release_memory(_launch: Launch, runs: Sequence[Raw]) -> list[int]:
     return living
 
 
-def test_a_run_releases_its_model(shards: dict[str, str], tmp_path: Path) -> None:
+def test_run_releases_its_model(shards: dict[str, str], tmp_path: Path) -> None:
     runs = make_runs(shards, tmp_path, CASES[:5])
     assert run_ranks(release_memory, 1, runs) == [[0] * len(runs)]
 
 
 class StopAt(megalite.Hook):
-    """Hook that stops a run, and that records what it was called with."""
+    """Hook that stops a run, and records its arguments."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -221,23 +221,23 @@ def run_in_thread(_launch: Launch, raw: Raw) -> dict[str, Any]:
     }
 
 
-def test_a_run_in_a_thread_is_stopped_by_a_hook_and_continues(
+def test_run_in_a_thread_is_stopped_by_a_hook_and_resumes(
     shards: dict[str, str], tmp_path: Path
 ) -> None:
     (raw,) = make_runs(shards, tmp_path, CASES[1:2])
-    (found,) = run_ranks(run_in_thread, 1, raw)
-    assert found["states"] == ["stopped", "done"]
-    assert found["checkpoints"] == ["step_00000003", "step_00000004"]
-    assert found["steps"] == [1, 2, 3]
-    assert found["losses"] == [loss for loss, _ in curve(raw)[:3]]
-    assert found["saved"] == ["step_00000003"]
-    assert len(found["second"]) == 1
-    assert "another run of it goes on" in found["second"][0]
+    (result,) = run_ranks(run_in_thread, 1, raw)
+    assert result["states"] == ["stopped", "done"]
+    assert result["checkpoints"] == ["step_00000003", "step_00000004"]
+    assert result["steps"] == [1, 2, 3]
+    assert result["losses"] == [loss for loss, _ in curve(raw)[:3]]
+    assert result["saved"] == ["step_00000003"]
+    assert len(result["second"]) == 1
+    assert "it runs another MegaLite run" in result["second"][0]
     assert not (tmp_path / "second").exists()
 
 
 def interrupt(_launch: Launch, raw: Raw) -> list[Any]:
-    """Interrupt a run as a notebook's kernel is interrupted, from its own process."""
+    """Interrupt a run from its own process, as a notebook interrupts its kernel."""
     be_alone()
 
     class Press(megalite.Hook):
@@ -252,7 +252,7 @@ def interrupt(_launch: Launch, raw: Raw) -> list[Any]:
     return [result.state, result.checkpoint and result.checkpoint.name]
 
 
-def test_an_interrupted_run_is_saved_and_returns(shards: dict[str, str], tmp_path: Path) -> None:
+def test_run_that_is_interrupted_saves_and_returns(shards: dict[str, str], tmp_path: Path) -> None:
     (raw,) = make_runs(shards, tmp_path, CASES[1:2])
     ((state, checkpoint),) = run_ranks(interrupt, 1, raw)
     assert state == "stopped"
@@ -260,7 +260,7 @@ def test_an_interrupted_run_is_saved_and_returns(shards: dict[str, str], tmp_pat
 
 
 def fail_then_train(_launch: Launch, raw: Raw) -> list[Any]:
-    """Fail within a step under ZeRO-3, and train after that."""
+    """Fail within a step under ZeRO-3, and then train."""
     import torch.nn.functional as F
 
     be_alone()
@@ -277,13 +277,13 @@ def fail_then_train(_launch: Launch, raw: Raw) -> list[Any]:
     return train_one(raw)
 
 
-def test_a_run_after_a_failed_one_gives_the_same_numbers(
+def test_run_after_a_failed_run_gives_the_same_numbers(
     shards: dict[str, str], tmp_path: Path
 ) -> None:
     (raw,) = make_runs(shards, tmp_path, CASES[:1])
-    found = run_ranks(fail_then_train, 1, raw)
+    results = run_ranks(fail_then_train, 1, raw)
     alone = raw | {"name": "alone"}
-    assert found == [train_one_fresh(alone)]
+    assert results == [train_one_fresh(alone)]
     assert '"state": "failed"' in (tmp_path / "failed" / "status.json").read_text()
 
 
@@ -293,7 +293,7 @@ def train_one_fresh(raw: Raw) -> list[Any]:
 
 
 def use_model(_launch: Launch, path: str, data: str, before: Sequence[Raw]) -> list[Any]:
-    """Return what a model says, after other runs of the process."""
+    """Return the results of a model after other runs of the process."""
     be_alone()
     for raw in before:
         megalite.pretrain(raw)
@@ -309,7 +309,7 @@ def use_model(_launch: Launch, path: str, data: str, before: Sequence[Raw]) -> l
     ]
 
 
-def test_a_loaded_model_is_independent_of_earlier_runs(
+def test_loaded_model_is_independent_of_earlier_runs(
     shards: dict[str, str], tmp_path: Path
 ) -> None:
     trained, other = make_runs(shards, tmp_path, [CASES[1], CASES[2]])

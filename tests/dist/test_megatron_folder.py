@@ -1,4 +1,4 @@
-"""Megatron-LM's shards, which have no manifest, train as they are."""
+"""Training on Megatron-LM's shards, which have no manifest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import curve, run_file, train
 
 
-def test_the_same_bytes_without_a_manifest_are_the_same_run(
+def test_run_on_shards_without_a_manifest_gives_the_same_numbers(
     shards: dict[str, str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "megatron"

@@ -1,5 +1,5 @@
 # covers: megalite/observe/sinks.py
-"""A run with a norm, an optimizer and a sink of an installed package, on two ranks."""
+"""A run on two ranks with a norm, an optimizer and a sink of an installed package."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_run_with_a_package_trains_resumes_and_records_it(
     halves = raw | {"name": "halves", "parallel": {"tensor": 2}, "deepspeed": zero(1)}
     run_ranks(train_with, 2, site, halves | {"training": raw["training"] | {"steps": 3}})
     run_ranks(train_with, 1, site, halves | {"parallel": {"tensor": 1}, "deepspeed": zero(2)})
-    for found, expected in zip(curve(halves), whole, strict=True):
-        assert found == pytest.approx(expected, rel=2e-5)
+    for pair, expected in zip(curve(halves), whole, strict=True):
+        assert pair == pytest.approx(expected, rel=2e-5)
 
     folder = tmp_path / "halves"
     recorded = {"norm.scaled": "toy-parts 1.2", "optimizer.lion": "toy-parts 1.2"}

@@ -1,4 +1,4 @@
-"""`precision: auto` is agreed by the ranks of a run, written down, and kept when it goes on."""
+"""The ranks of a run agree on `precision: auto`, record the result, and keep it at a resume."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers.runs import rows, run_file, train
 
 
 def _train(launch: Launch, raw: dict[str, Any], units: list[str | None], steps: int) -> None:
-    """Train on processors that have these bf16 units, rank by rank."""
+    """Train with `units` as the bf16 units of each rank's processor."""
     from megalite.train import precision
 
     precision.bf16_units = lambda: units[launch.rank]
@@ -37,7 +37,7 @@ def _auto(shards: dict[str, str], tmp_path: Path) -> dict[str, Any]:
     return run_file(shards, tmp_path, training={"precision": "auto", "eval_every": 0})
 
 
-def test_one_rank_without_units_makes_all_ranks_fp32(
+def test_precision_auto_is_fp32_if_one_rank_has_no_units(
     shards: dict[str, str], tmp_path: Path
 ) -> None:
     raw = _auto(shards, tmp_path)
@@ -45,7 +45,9 @@ def test_one_rank_without_units_makes_all_ranks_fp32(
     assert (_recorded(raw), _bf16(raw)) == (["fp32", "fp32"], False)
 
 
-def test_a_run_keeps_what_auto_was_when_it_began(shards: dict[str, str], tmp_path: Path) -> None:
+def test_precision_auto_is_kept_at_a_resume_on_other_hardware(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
     raw = _auto(shards, tmp_path)
     run_ranks(_train, 2, raw, ["AVX512-BF16", "AVX512-BF16"], 2)
     assert (_recorded(raw), _bf16(raw)) == (["bf16", "bf16"], True)
@@ -59,10 +61,10 @@ def test_a_run_keeps_what_auto_was_when_it_began(shards: dict[str, str], tmp_pat
     assert changes[1]["training.precision"] == {"before": "bf16", "after": "fp32"}
 
 
-def test_a_checkpoint_that_says_auto_goes_on_as_it_was_trained(
+def test_precision_auto_of_a_checkpoint_of_the_first_version_is_fp32(
     shards: dict[str, str], tmp_path: Path
 ) -> None:
-    """MegaLite 0.1 wrote "auto" and trained in fp32 on every CPU."""
+    """MegaLite 0.1 recorded "auto", and trained in fp32 on all CPUs."""
     raw = _auto(shards, tmp_path)
     run_ranks(_train, 1, raw, [None], 2)
     run = tmp_path / raw["name"]

@@ -1,5 +1,5 @@
 # covers: megalite/train/hooks/replicas.py
-"""Replicas that differ are found, and named with their ranks."""
+"""Replicas that differ stop the run with an error that names their ranks."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import rows, run_file, train, zero
 
 SPLIT = "model.layers.1.mlp.down_proj.weight"
-NORM = "model.layers.0.input_layernorm.weight"  # the first of its group
+NORM = "model.layers.0.input_layernorm.weight"  # the first parameter of its group
 
 
 def _drifting(launch: Any, raw: dict[str, Any], name: str, rank: int) -> str:
-    """Train while one number of one rank's copy changes before the update of step 3."""
+    """Train. One element of one rank's copy changes before the update of step 3."""
 
     def change(step: int, engine: Any, _grid: Any) -> None:
         if (step, launch.rank) != (3, rank):
             return
         with torch.no_grad():
-            if engine.stage == 3:  # masters, of which the update makes the weights
+            if engine.stage == 3:  # the update copies the master weights to the weights
                 for flat in engine.optimizer.fp32_partitioned_groups_flat:
                     flat[0] += 1e-3
             else:
@@ -46,7 +46,7 @@ def _drifting(launch: Any, raw: dict[str, Any], name: str, rank: int) -> str:
         (2, 3, 2, NORM, 1, "differs between ranks 0, 1"),
     ],
 )
-def test_a_replica_that_drifts_stops_the_run(
+def test_replica_that_differs_stops_the_run(
     shards: dict[str, str],
     tmp_path: Path,
     tensor: int,
@@ -54,7 +54,7 @@ def test_a_replica_that_drifts_stops_the_run(
     ranks: int,
     name: str,
     rank: int,
-    told: str,
+    message: str,
 ) -> None:
     raw = run_file(
         shards,
@@ -66,7 +66,7 @@ def test_a_replica_that_drifts_stops_the_run(
     raw["training"] = raw["training"] | {"replica_check_every": 10}
     errors = run_ranks(_drifting, ranks, raw, name, rank)
     assert len(set(errors)) == 1
-    assert f"differ at step 4:\n{name} {told}\n" in errors[0]
+    assert f"differ at step 4:\n{name} {message}\n" in errors[0]
     root = tmp_path / "run" / "checkpoints"
     assert [folder.name for folder in disk.published(root)] == ["step_00000002"]
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
@@ -76,7 +76,7 @@ def test_a_replica_that_drifts_stops_the_run(
     ("stage", "parallel", "precision"),
     [(1, {}, "bf16"), (2, {"tensor": 2, "sequence": True}, "fp32"), (3, {"tensor": 2}, "fp32")],
 )
-def test_sound_replicas_are_left_alone(
+def test_replicas_that_are_equal_do_not_stop_the_run(
     shards: dict[str, str], tmp_path: Path, stage: int, parallel: dict[str, Any], precision: str
 ) -> None:
     raw = run_file(shards, tmp_path, parallel=parallel, deepspeed=zero(stage))
@@ -90,7 +90,7 @@ def test_sound_replicas_are_left_alone(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_hash_sees_every_bit_and_its_place(dtype: torch.dtype) -> None:
+def test_hash_of_replicas_depends_on_every_bit_and_its_position(dtype: torch.dtype) -> None:
     values = torch.randn(3_000, generator=torch.Generator().manual_seed(1)).to(dtype)
     first = int(_hash(values))
     assert first == int(_hash(values.clone().view(30, 100)))

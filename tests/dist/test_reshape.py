@@ -1,4 +1,4 @@
-"""Saved under one layout, resumed under any other, twice in a row: the curve of no interruption."""
+"""Runs that are resumed twice under other layouts have the curve of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Samples = dict[int, list[int]]  # place in the data order: token ids
 
 
 def train_seen(launch: Any, raw: dict[str, Any]) -> Samples:
-    """Train; what this rank was fed."""
+    """Train, and return the samples of this rank."""
     seen: Samples = {}
     take = Loader.__next__
 
@@ -47,13 +47,13 @@ def train_seen(launch: Any, raw: dict[str, Any]) -> Samples:
                 seen[batch.place + row] = ids
         return step
 
-    Loader.__next__ = watched  # type: ignore[method-assign]  # in this rank's process alone
+    Loader.__next__ = watched  # type: ignore[method-assign]  # only in this rank's process
     train(launch, raw)
     return seen
 
 
 def run_seen(raw: dict[str, Any], where: Layout) -> Samples:
-    """Train under a layout; what all ranks were fed, those of a tensor group alike."""
+    """Train under a layout, and return the samples of all ranks, equal within a tensor group."""
     together: Samples = {}
     for seen in run_ranks(train_seen, where[1], raw):
         assert all(together.setdefault(place, ids) == ids for place, ids in seen.items())
@@ -61,7 +61,7 @@ def run_seen(raw: dict[str, Any], where: Layout) -> Samples:
 
 
 class Saved:
-    """Runs of 20 steps, one a layout, made when first requested."""
+    """Runs of 20 steps, one per layout, each trained at its first use."""
 
     def __init__(self, shards: dict[str, str], root: Path) -> None:
         self.shards, self.root = shards, root
@@ -71,7 +71,7 @@ class Saved:
         folder = self.root / "-".join(map(str, where))
         checkpoint = {"every": 5, "keep": 5}
         raw = run_file(self.shards, folder, model=MODEL, checkpoint=checkpoint)
-        # a decay of its own length: the curve does not depend on where the run is cut
+        # the decay does not depend on training.steps, which differ between starts
         raw["schedule"] |= {"decay_steps": 11}
         raw = layout(raw, where)
         if where not in self.seen:
@@ -85,7 +85,7 @@ def saved(shards: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> S
 
 
 def resume_errors(saved: Saved, tmp_path: Path, source: Layout, target: Layout) -> list[str]:
-    """Resume a run saved at 10 under `target`, and what that saved at 15 under `source`."""
+    """Resume from step 10 under `target`, and from step 15 of that under `source`."""
     whole = saved.run(source)
     folder = tmp_path / "run"
     shutil.copytree(Path(whole["logging"]["directory"]) / "run", folder)
@@ -105,15 +105,15 @@ def resume_errors(saved: Saved, tmp_path: Path, source: Layout, target: Layout) 
         ]
         pairs = zip(curve(raw, start + 1), curve(whole, start + 1), strict=True)
         errors += [
-            f"step {step} of attempt {attempt}: {found}, expected {expected}"
-            for step, (found, expected) in enumerate(pairs, start + 1)
-            if found != pytest.approx(expected, rel=1e-5)
+            f"step {step} of attempt {attempt}: {pair}, expected {expected}"
+            for step, (pair, expected) in enumerate(pairs, start + 1)
+            if pair != pytest.approx(expected, rel=1e-5)
         ]
     return errors
 
 
 @pytest.mark.parametrize(("source", "target"), QUICK)
-def test_resumes_on_another_layout(
+def test_resume_on_another_layout_gives_the_same_curve(
     saved: Saved, tmp_path: Path, source: Layout, target: Layout
 ) -> None:
     assert resume_errors(saved, tmp_path, source, target) == []
@@ -121,7 +121,7 @@ def test_resumes_on_another_layout(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("source", "target"), EVERY)
-def test_resumes_on_every_layout(
+def test_resume_on_every_layout_gives_the_same_curve(
     saved: Saved, tmp_path: Path, source: Layout, target: Layout
 ) -> None:
     assert resume_errors(saved, tmp_path, source, target) == []

@@ -1,5 +1,5 @@
 # covers: megalite/train/session.py
-"""Stopped and resumed: the same numbers as if nothing had happened."""
+"""A run that is stopped and resumed gives the numbers of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAVE = {"every": 10, "keep": 5}
 
 
 def interrupt(raw: dict[str, Any], copy: Path) -> dict[str, Any]:
-    """Return a copy of a finished run as it was after step 10."""
+    """Return the run file of a copy of a finished run, reset to step 10."""
     run = Path(raw["logging"]["directory"]) / raw["name"]
     shutil.copytree(run, copy / raw["name"])
     checkpoints = copy / raw["name"] / "checkpoints"
@@ -51,7 +51,7 @@ CASES: list[tuple[str, int, int, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("stage", "ranks", "sections"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
 )
-def test_steps_after_a_resume_are_bit_equal(
+def test_resume_gives_bit_equal_steps(
     shards: dict[str, str], tmp_path: Path, stage: int, ranks: int, sections: dict[str, Any]
 ) -> None:
     raw = run_file(shards, tmp_path / "a", **sections, deepspeed=zero(stage), checkpoint=SAVE)
@@ -75,34 +75,34 @@ def test_steps_after_a_resume_are_bit_equal(
 
 @pytest.fixture(scope="module")
 def saved(shards: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A finished run of two ranks under ZeRO-1, saved at 10 and 20."""
+    """Return the run file of a finished run of two ranks under ZeRO-1, saved at 10 and 20."""
     raw = run_file(shards, tmp_path_factory.mktemp("saved"), deepspeed=zero(1), checkpoint=SAVE)
     run_ranks(train, 2, raw)
     return raw
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 1), (2, 2), (3, 2), (3, 1)])
-def test_resumes_under_another_stage_and_number_of_ranks(
+def test_resume_under_another_stage_and_number_of_ranks_gives_the_same_curve(
     saved: dict[str, Any], tmp_path: Path, stage: int, ranks: int
 ) -> None:
     resumed = interrupt(saved, tmp_path) | {"deepspeed": zero(stage)}
     run_ranks(train, ranks, resumed)
-    for found, expected in zip(curve(resumed, 11), curve(saved, 11), strict=True):
-        assert found == pytest.approx(expected, rel=1e-5)
+    for pair, expected in zip(curve(resumed, 11), curve(saved, 11), strict=True):
+        assert pair == pytest.approx(expected, rel=1e-5)
 
 
-def test_tensors_have_canonical_names_shapes_and_fp32_values(saved: dict[str, Any]) -> None:
+def test_checkpoint_has_canonical_names_shapes_and_fp32_values(saved: dict[str, Any]) -> None:
     folder = Path(saved["logging"]["directory"]) / "run" / "checkpoints" / "step_00000020"
     expected = {name: t.shape for name, t in tensors(parse_config(saved).model).items()}
     for kind in ("model", "exp_avg", "exp_avg_sq"):
-        found = {}
+        shapes = {}
         for path in folder.glob(f"{kind}-*.safetensors"):
             with safe_open(path, framework="np") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
                     value = file.get_tensor(name)
                     assert value.dtype == "float32"
-                    found[name] = value.shape
-        assert found == expected
+                    shapes[name] = value.shape
+        assert shapes == expected
     assert (folder / "tokenizer").is_dir()
 
 
@@ -112,7 +112,7 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_newest_checkpoint_is_set_aside_for_the_one_before(
+def test_resume_sets_a_damaged_newest_checkpoint_aside(
     saved: dict[str, Any], tmp_path: Path
 ) -> None:
     run = Path(saved["logging"]["directory"]) / "run"
@@ -125,7 +125,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_for_the_one_before(
     assert curve(resumed) == curve(saved)
 
 
-def test_a_start_that_is_refused_renames_nothing(saved: dict[str, Any], tmp_path: Path) -> None:
+def test_start_that_is_refused_renames_nothing(saved: dict[str, Any], tmp_path: Path) -> None:
     shutil.copytree(Path(saved["logging"]["directory"]) / "run", tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
     damage(checkpoints / "step_00000020" / "config.json")
@@ -139,10 +139,10 @@ def test_a_start_that_is_refused_renames_nothing(saved: dict[str, Any], tmp_path
     assert sorted(checkpoints.iterdir()) == before
 
 
-def test_a_fallback_to_another_optimizer_asks_for_the_command_again(
+def test_fallback_to_a_checkpoint_of_another_optimizer_needs_a_new_start(
     saved: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The engine holds another optimizer's states by then; a new start goes on."""
+    """The engine already contains states of the other optimizer."""
     raw = interrupt(saved, tmp_path)
     raw["optimizer"] = {"name": "sgd", "lr": 1e-3, "momentum": 0.9}
     run_ranks(train, 2, raw)
@@ -153,7 +153,9 @@ def test_a_fallback_to_another_optimizer_asks_for_the_command_again(
     assert [row["step"] for row in rows(raw, "event") if row["name"] == "resume"] == [10, 10]
 
 
-def test_only_damaged_checkpoints_stop_the_run(saved: dict[str, Any], tmp_path: Path) -> None:
+def test_run_with_only_damaged_checkpoints_does_not_start(
+    saved: dict[str, Any], tmp_path: Path
+) -> None:
     raw = interrupt(saved, tmp_path)
     checkpoints = tmp_path / "run" / "checkpoints"
     damage(next((checkpoints / "step_00000010").glob("model-*")))
@@ -165,9 +167,7 @@ def test_only_damaged_checkpoints_stop_the_run(saved: dict[str, Any], tmp_path: 
     assert "damaged" in status["reason"]
 
 
-def test_a_new_run_starts_from_the_weights_of_another(
-    saved: dict[str, Any], tmp_path: Path
-) -> None:
+def test_new_run_starts_from_the_weights_of_another(saved: dict[str, Any], tmp_path: Path) -> None:
     source = Path(saved["logging"]["directory"]) / "run"
     raw = saved | {"logging": saved["logging"] | {"directory": str(tmp_path)}, "name": "second"}
     run_ranks(_train_from, 1, raw, str(source))
@@ -182,26 +182,24 @@ def _train_from(launch: Any, raw: dict[str, Any], source: str) -> None:
 
 
 def _groups_at(launch: Any, raw: dict[str, Any], step: int) -> list[tuple[float, float, int]]:
-    """Return what the engine's inner optimizer uses in a step: each group's decay, lr and
-    parameters.
-    """
-    found = []
+    """Return decay, learning rate and number of parameters of each group in a step."""
+    groups = []
 
     def look(at: int, engine: Any, _grid: Any) -> None:
         if at == step:
             for group in engine.optimizer.param_groups:
                 names = group.get("names") or group["params"]
-                found.append((group["weight_decay"], group["lr"], len(names)))
+                groups.append((group["weight_decay"], group["lr"], len(names)))
 
     train(launch, raw, inspect=look)
-    return found
+    return groups
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_groups_keep_their_own_hyper_parameters(
+def test_optimizer_groups_keep_their_hyper_parameters_at_a_resume(
     shards: dict[str, str], tmp_path: Path, stage: int
 ) -> None:
-    """One group decays, the other does not, before a resume and after it on another layout."""
+    """Only one group decays, before and after a resume on another layout."""
     optimizer = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.3}
     raw = run_file(
         shards, tmp_path / "a", optimizer=optimizer, deepspeed=zero(stage), checkpoint=SAVE
@@ -213,7 +211,7 @@ def test_groups_keep_their_own_hyper_parameters(
     assert sorted(group[0] for group in after) == [0.0, 0.3]
 
 
-def test_the_last_checkpoint_carries_the_last_validation(
+def test_last_checkpoint_has_the_score_of_the_last_validation(
     shards: dict[str, str], tmp_path: Path
 ) -> None:
     training = {"eval_every": 15, "steps": 20}

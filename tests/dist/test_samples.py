@@ -1,5 +1,5 @@
 # covers: megalite/train/hooks/samples.py megalite/evaluate/samples.py
-"""Samples of text during a run: the same on every layout, and nothing of the run is another."""
+"""Text samples of a run are equal on all layouts, and do not change the run."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def numbers(raw: dict[str, Any]) -> list[tuple[Any, ...]]:
-    kept = rows(raw, "train") + rows(raw, "valid")
-    return [(row["step"], row["loss"], row.get("grad_norm")) for row in kept]
+    train_and_valid = rows(raw, "train") + rows(raw, "valid")
+    return [(row["step"], row["loss"], row.get("grad_norm")) for row in train_and_valid]
 
 
 def continued(run: Path, prompts: Sequence[str | list[int]], **settings: Any) -> list[str]:
-    """Return what a run's last checkpoint writes, by way of launcher/generate.py."""
+    """Return the continuations of prompts by a run's last checkpoint, as launcher/generate.py."""
     opened = open_model(run)
     sampling = Sampling(temperature=1.0, seed=1234)  # training.seed
-    found = [""] * len(prompts)
+    texts = [""] * len(prompts)
     how = {"max_new_tokens": 12, "sampling": sampling, **settings}
     for number, piece in stream_texts(opened.decoder(), opened.tokenizer, prompts, **how):
-        found[number] += piece
-    return found
+        texts[number] += piece
+    return texts
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_run_with_samples_is_the_run_without(
+def test_samples_do_not_change_the_numbers_of_a_run(
     shards: dict[str, str], tmp_path: Path, name: str
 ) -> None:
     ranks, sections = LAYOUTS[name]
@@ -68,16 +68,16 @@ def test_a_run_with_samples_is_the_run_without(
     raw = run_file(shards, tmp_path, name="told", training=SHORT, **sections)
     raw["logging"]["samples"] = SAMPLES
     run_ranks(train, ranks, raw)
-    assert numbers(raw) == numbers(plain)  # to the last bit
-    found = rows(raw, "sample")
-    assert [(row["step"], row["prompt"]) for row in found] == [
+    assert numbers(raw) == numbers(plain)
+    samples = rows(raw, "sample")
+    assert [(row["step"], row["prompt"]) for row in samples] == [
         (step, prompt) for step in (0, 3, 6) for prompt in PROMPTS
     ]
-    assert found[0].keys() == {"kind", "time", "attempt", "step", "prompt", "text"}
-    assert [row["text"] for row in found[-3:]] == continued(tmp_path / "told", PROMPTS)
+    assert samples[0].keys() == {"kind", "time", "attempt", "step", "prompt", "text"}
+    assert [row["text"] for row in samples[-3:]] == continued(tmp_path / "told", PROMPTS)
 
 
-def test_conversations_are_answered(tmp_path: Path) -> None:
+def test_samples_of_conversations_are_answers(tmp_path: Path) -> None:
     talks = [
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "ok"}]}
         for n in range(24)
@@ -89,26 +89,26 @@ def test_conversations_are_answered(tmp_path: Path) -> None:
     del raw["finetune"]["data"]["test_split"]
     raw["logging"]["samples"] = SAMPLES | {"prompts": ["7?", "9?"], "every": 4}
     run_ranks(_tune, 1, raw)
-    found = rows(raw, "sample")
+    samples = rows(raw, "sample")
     last = rows(raw)[-1]["step"]
     assert last % 4 != 0
-    assert [row["step"] for row in found[::2]] == [*range(0, last, 4), last]
-    assert [row["prompt"] for row in found[:2]] == ["7?", "9?"]
+    assert [row["step"] for row in samples[::2]] == [*range(0, last, 4), last]
+    assert [row["prompt"] for row in samples[:2]] == ["7?", "9?"]
     run = tmp_path / "runs" / "sft"
-    opened = open_model(run)  # of the best epoch; here the last
-    assert opened.folder.name == f"step_{last:08d}"
-    asked = [ask(opened.tokenizer_folder, opened.tokenizer, f"{n}?")[0] for n in (7, 9)]
+    loaded = open_model(run)  # the best epoch is the last one here
+    assert loaded.folder.name == f"step_{last:08d}"
+    prompts = [ask(loaded.tokenizer_folder, loaded.tokenizer, f"{n}?")[0] for n in (7, 9)]
     turn = "<|im_start|>user\n7?<|im_end|>\n<|im_start|>assistant\n"
-    assert opened.tokenizer.decode(asked[0]) == turn
-    expected = continued(run, asked, stop=["<|im_end|>"], controls=True)
-    assert [row["text"] for row in found[-2:]] == expected
+    assert loaded.tokenizer.decode(prompts[0]) == turn
+    expected = continued(run, prompts, stop=["<|im_end|>"], controls=True)
+    assert [row["text"] for row in samples[-2:]] == expected
 
 
 def _tune(launch: Launch, raw: dict[str, Any]) -> None:
     tune(launch, raw, ask=ask)
 
 
-def test_prompts_need_the_tokenizer_of_the_data(shards: dict[str, str], tmp_path: Path) -> None:
+def test_samples_need_the_tokenizer_of_the_data(shards: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "megatron"
     folder.mkdir()
     for path in sorted(Path(shards["train"]).glob("shard_*")):
@@ -124,7 +124,7 @@ def test_prompts_need_the_tokenizer_of_the_data(shards: dict[str, str], tmp_path
 
 
 class _Failing:
-    """An engine whose forward pass fails on some ranks."""
+    """An engine whose forward fails on some ranks."""
 
     def __init__(self, fails: bool) -> None:
         self._fails = fails
@@ -148,6 +148,6 @@ def _write_failing(launch: Launch, failing: list[int]) -> str:
     return "goes on"
 
 
-def test_a_forward_pass_that_fails_ends_every_rank() -> None:
+def test_forward_that_fails_in_a_sample_ends_every_rank() -> None:
     assert run_ranks(_write_failing, 2, [0, 1], timeout=60) == ["MemoryError"] * 2
     assert run_ranks(_write_failing, 2, [0], timeout=60) == ["MemoryError", "RuntimeError"]

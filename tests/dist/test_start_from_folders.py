@@ -1,4 +1,4 @@
-"""Fine-tuning from folders as they come: larger tokenizers, other contexts, names of the hub."""
+"""Fine-tuning from folders with larger tokenizers or other contexts, and from the hub."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def write_model(folder: Path, family: str, number: int, vocab_size: int) -> dict[str, Any]:
-    """Return a model of random weights whose tokenizer has three tokens more than bytes and two."""
+    """Write a random model whose tokenizer has three special tokens more. Return its section."""
     import tokenizers
 
     section = model_section(family, number) | {"vocab_size": vocab_size}
     config = ModelConfig.model_validate(section)
     export(InMemory(random_model(config), config), config, load_tokenizer("bytes"), folder)
-    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    made.add_special_tokens(list(ADDED))
-    made.save(str(folder / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(list(ADDED))
+    tokenizer.save(str(folder / "tokenizer.json"))
     return section
 
 
 def tuned_on(folder: Path, base: Path, name: str, **sections: Any) -> dict[str, Any]:
-    """Return a run file that tunes the model in `base` on a few texts, by next to nothing."""
+    """Return a run file that fine-tunes the model in `base` with almost no change."""
     texts = folder / "rows"
     if not texts.exists():
         texts.mkdir()
@@ -74,8 +74,8 @@ def tune(launch: Launch, raw: dict[str, Any], source: str) -> None:
 
     model, tokenizer = describe_start(Path(source))
     raw["model"] = model | raw.get("model", {})
-    made = {"prepare": lambda config: prepare(config, tokenizer=tokenizer)}
-    train(launch, raw, init_from=source, **made)
+    options = {"prepare": lambda config: prepare(config, tokenizer=tokenizer)}
+    train(launch, raw, init_from=source, **options)
 
 
 def run_command(name: str, *arguments: str, **variables: str) -> Any:
@@ -90,7 +90,7 @@ def run_command(name: str, *arguments: str, **variables: str) -> Any:
 def test_vocabulary_grows_to_the_tokenizer_on_any_layout(
     tmp_path: Path, family: str, number: int
 ) -> None:
-    """New rows are the mean of the old; the export has transformers' scores of that model."""
+    """New rows are the mean of the old rows. The export has the same logits in transformers."""
     base = tmp_path / "base"
     write_model(base, family, number, 258)
     before = load_file(base / "model.safetensors")
@@ -125,11 +125,11 @@ def test_vocabulary_grows_to_the_tokenizer_on_any_layout(
         for module in {theirs.get_input_embeddings(), theirs.get_output_embeddings()}:
             module.weight[258:] = module.weight[:258].mean(dim=0)
         ids = torch.tensor([[1, 258, 3, 260]])
-        found = transformers.AutoModelForCausalLM.from_pretrained(out)(ids).logits
-        torch.testing.assert_close(found, theirs(ids).logits, rtol=0, atol=1e-4)
+        logits = transformers.AutoModelForCausalLM.from_pretrained(out)(ids).logits
+        torch.testing.assert_close(logits, theirs(ids).logits, rtol=0, atol=1e-4)
 
 
-def test_vocabulary_that_is_larger_stays(tmp_path: Path) -> None:
+def test_vocabulary_larger_than_the_tokenizer_does_not_change(tmp_path: Path) -> None:
     base = tmp_path / "base"
     write_model(base, "llama", 0, 272)
     raw = tuned_on(tmp_path, base, "padded")
@@ -141,8 +141,10 @@ def test_vocabulary_that_is_larger_stays(tmp_path: Path) -> None:
     assert start["changes"] == {}
 
 
-def test_run_of_ours_starts_another_with_changes(shards: dict[str, str], tmp_path: Path) -> None:
-    """A longer context and a larger vocabulary, out of a checkpoint; a wrong model is refused."""
+def test_run_starts_from_a_checkpoint_with_another_context_and_vocabulary(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
+    """A different model is refused."""
     raw = run_file(shards, tmp_path, name="first")
     raw["training"] |= {"steps": 2, "eval_every": 0}
     raw["model"] |= {"vocab_size": 258}
@@ -169,8 +171,8 @@ def test_run_of_ours_starts_another_with_changes(shards: dict[str, str], tmp_pat
             assert torch.equal(after[name][len(old) :], mean), name
     third = run_file(shards, tmp_path, name="third", model={**raw["model"], "activation": "geglu"})
     (tmp_path / "third.json").write_text(json.dumps(third))
-    asked = ("--config", str(tmp_path / "third.json"), "--init-from", str(tmp_path / "first"))
-    done = run_command("pretrain", *asked)
+    arguments = ("--config", str(tmp_path / "third.json"), "--init-from", str(tmp_path / "first"))
+    done = run_command("pretrain", *arguments)
     assert done.returncode == 2
     assert "holds another model: model.activation is 'geglu', there 'swiglu'" in done.stderr
     assert not (tmp_path / "third").exists()
@@ -181,14 +183,14 @@ def _start(launch: Launch, raw: dict[str, Any], source: str) -> None:
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for file in folder.glob("model-*.safetensors"):
-        found |= load_file(file)
-    return found
+        weights |= load_file(file)
+    return weights
 
 
-def test_model_of_the_hub_is_tuned_by_several_ranks(tmp_path: Path) -> None:
-    """Downloaded once, its name kept for the adapter, and not requested by a run that goes on."""
+def test_model_of_the_hub_is_finetuned_on_several_ranks(tmp_path: Path) -> None:
+    """It is downloaded once and not at a resume. The exported adapter names it."""
     base = tmp_path / "base"
     write_model(base, "llama", 0, 258)
     raw = tuned_on(tmp_path, base, "hub")
@@ -218,28 +220,28 @@ def test_model_of_the_hub_is_tuned_by_several_ranks(tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     done = run_command("export", "--checkpoint", str(run), "--output", str(out), "--adapter")
     assert done.returncode == 0, done.stderr
-    found = json.loads((out / "adapter_config.json").read_text())
-    assert found["base_model_name_or_path"] == "org/tiny"
+    adapter = json.loads((out / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "org/tiny"
 
 
 def _open_own(launch: Launch, pairs: list[list[str]]) -> list[str]:
-    """Open folders as hosts with disks of their own do; return what this rank was answered."""
+    """Open different folders on each rank, as on hosts with local disks. Return the results."""
     from megalite.parallel import start
 
-    grid, found = start(launch), list[str]()
+    grid, answers = start(launch), list[str]()
     for paths in pairs:
         try:
             opened = open_model_folder(Path(paths[launch.rank]), grid)
             if opened is None:
                 open_checkpoint(Path(paths[launch.rank]), grid, weights_only=True)
-            found.append("opened")
+            answers.append("opened")
         except CommandError as error:
-            found.append(str(error))
-        assert grid.all_gather_objects(len(found)) == [len(found)] * 2  # the ranks are in step
-    return found
+            answers.append(str(error))
+        assert grid.all_gather_objects(len(answers)) == [len(answers)] * 2  # the ranks are in step
+    return answers
 
 
-def test_a_folder_that_one_host_cannot_use_is_refused_by_all(tmp_path: Path) -> None:
+def test_folder_that_one_host_cannot_use_is_refused_by_all(tmp_path: Path) -> None:
     whole = tmp_path / "models--org--name" / "snapshots" / "a1"
     write_model(whole, "llama", 2, 261)
     other, lacks, damaged = (whole.parent / name for name in ("b2", "c3", "d4"))

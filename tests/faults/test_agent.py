@@ -1,4 +1,4 @@
-"""Ranks whose launcher is killed with a signal that it cannot pass on."""
+"""Ranks of a launcher that is killed by SIGKILL, which it cannot forward."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def wait_for(path: Path, seconds: float = 30.0) -> bool:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
 @pytest.mark.parametrize("run_id", ["7", ""])
 def test_rank_stops_when_torchruns_agent_is_killed(tmp_path: Path, run_id: str) -> None:
-    """A rank of another parent, such as a shell that is left, goes on."""
+    """A rank whose parent is not torchrun's agent continues."""
     environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     command = [sys.executable, "-c", AGENT, RANK, str(tmp_path)]
     agent = subprocess.Popen(command, env=environ | {"TORCHELASTIC_RUN_ID": run_id})
     assert wait_for(tmp_path / "pid")
-    time.sleep(0.2)  # the number is written
+    time.sleep(0.2)  # until the process id is written
     rank = int((tmp_path / "pid").read_text())
     try:
         agent.kill()

@@ -1,5 +1,5 @@
 # covers: megalite/train/hooks/rollback.py
-"""Numbers that must not be used: refused on every rank, written down, and repeated by a resume."""
+"""Updates with bad numbers are skipped on all ranks, recorded, and skipped again at a resume."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LONG = {"steps": 30, "eval_every": 0}
 def _train_planted(
     launch: Any, raw: dict[str, Any], rank: int, factor: float, *places: int, **request: Any
 ) -> str:
-    """On one rank the loss of the samples at `places` is multiplied; the words of the error."""
+    """Train; on one rank the loss of the samples at `places` is multiplied. Return the error."""
     running: Any = importlib.import_module("megalite.train.session")
     make = running._make_engine
 
@@ -42,9 +42,9 @@ def _train_planted(
             )
         )
 
-        def train_step(batches: Any, **given: Any) -> Any:
+        def train_step(batches: Any, **options: Any) -> Any:
             met[0] = launch.rank == rank and any(b.place in places for b in batches)
-            result = step(batches, **given)
+            result = step(batches, **options)
             met[0] = False
             return result
 
@@ -67,8 +67,8 @@ def _events(raw: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 def _ledger(raw: dict[str, Any], step: int) -> list[dict[str, Any]]:
     folder = Path(raw["logging"]["directory"]) / "run" / "checkpoints" / f"step_{step:08d}"
-    found: list[dict[str, Any]] = json.loads((folder / "ledger.json").read_text())["entries"]
-    return found
+    entries: list[dict[str, Any]] = json.loads((folder / "ledger.json").read_text())["entries"]
+    return entries
 
 
 # rank 1's first micro-batch of step 12: 8 samples a step, 2 a micro-batch, 2 ranks
@@ -78,10 +78,10 @@ PLACE = 11 * 8 + 2
 @pytest.mark.parametrize(
     ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")]
 )
-def test_a_nan_on_one_rank_is_left_out_on_all(
+def test_nan_on_one_rank_skips_the_update_on_all_ranks(
     shards: dict[str, str], tmp_path: Path, stage: int, precision: str
 ) -> None:
-    """Nothing of that step is used, the others go on, and a resume from before it does the same."""
+    """A resume from an earlier step skips it, too."""
     raw = run_file(
         shards,
         tmp_path,
@@ -96,10 +96,10 @@ def test_a_nan_on_one_rank_is_left_out_on_all(
     whole = curve(raw)
     assert [step for step, (loss, _) in enumerate(whole, 1) if loss is None] == [12]
     entry = {"kind": "skip", "step": 12, "samples": 88, "reason": "loss nan, gradient norm nan"}
-    (kept,) = _ledger(raw, 20)
-    assert len(kept.pop("order")) == 16
-    assert kept | {"reason": kept["reason"].replace("inf", "nan")} == entry
-    # from step 10 again, without the fault: what was omitted is omitted
+    (saved,) = _ledger(raw, 20)
+    assert len(saved.pop("order")) == 16
+    assert saved | {"reason": saved["reason"].replace("inf", "nan")} == entry
+    # the resume from step 10 skips the update, although there is no bad number now
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000020")
     run_ranks(train, 2, raw)
     again = curve(raw, first=11)
@@ -107,7 +107,9 @@ def test_a_nan_on_one_rank_is_left_out_on_all(
     assert _events(raw, "skip")[-1]["reason"].startswith("as in an earlier start: ")
 
 
-def test_the_reference_engine_leaves_it_out_too(shards: dict[str, str], tmp_path: Path) -> None:
+def test_nan_in_the_reference_engine_skips_the_update(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
     raw = run_file(shards, tmp_path, deepspeed=zero(0), guards=GUARDS)
     assert run_ranks(
         partial(_train_planted, engine="reference"), 1, raw, 0, math.nan, PLACE - 2
@@ -115,7 +117,7 @@ def test_the_reference_engine_leaves_it_out_too(shards: dict[str, str], tmp_path
     assert [row["step"] for row in _events(raw, "skip")] == [12]
 
 
-def test_too_many_in_a_row_end_the_run(shards: dict[str, str], tmp_path: Path) -> None:
+def test_too_many_skips_in_a_row_end_the_run(shards: dict[str, str], tmp_path: Path) -> None:
     raw = run_file(shards, tmp_path, guards=GUARDS | {"max_skips": 3}, checkpoint={"every": 5})
     places = [PLACE + 8 * row for row in range(9)]
     errors = run_ranks(_train_planted, 2, raw, 1, math.inf, *places)
@@ -125,12 +127,14 @@ def test_too_many_in_a_row_end_the_run(shards: dict[str, str], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("policy", ["off", "log", "skip"])
-def test_a_jump(shards: dict[str, str], tmp_path: Path, policy: str) -> None:
+def test_spike_is_handled_by_the_policy(
+    shards: dict[str, str], tmp_path: Path, policy: str
+) -> None:
     raw = run_file(shards, tmp_path, training=LONG, guards=GUARDS | {"spike": policy})
     assert run_ranks(_train_planted, 2, raw, 1, 50.0, 24 * 8 + 2) == ["", ""]
     name = {"off": None, "log": "spike", "skip": "skip"}[policy]
-    found = [r["name"] for r in rows(raw, "event") if r["name"] in ("spike", "skip", "rollback")]
-    assert found == ([name] if name else [])
+    names = [r["name"] for r in rows(raw, "event") if r["name"] in ("spike", "skip", "rollback")]
+    assert names == ([name] if name else [])
     if name:
         (event,) = _events(raw, name)
         assert event["step"] == 25
@@ -138,8 +142,10 @@ def test_a_jump(shards: dict[str, str], tmp_path: Path, policy: str) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_rollback_leaves_out_the_data(shards: dict[str, str], tmp_path: Path, stage: int) -> None:
-    """Back to step 20; the steps of the jump and before it are trained on later data."""
+def test_rollback_omits_the_data_around_the_spike(
+    shards: dict[str, str], tmp_path: Path, stage: int
+) -> None:
+    """The run goes back to step 20, and trains on later data instead."""
     guards = GUARDS | {"spike": "rollback"}
     raw = run_file(
         shards,
@@ -156,7 +162,7 @@ def test_a_rollback_leaves_out_the_data(shards: dict[str, str], tmp_path: Path, 
     assert [trained[step]["samples"] for step in (23, 24, 30)] == [23 * 8, 26 * 8, 32 * 8]
     assert all(row["loss"] < 10 for row in trained.values())
     whole = curve(raw)
-    # a start from before all of it, without the fault, comes to the same
+    # a resume from before the spike gives the same numbers, although there is no spike now
     for step in (20, 30):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
     run_ranks(train, 2, raw)
@@ -164,10 +170,10 @@ def test_a_rollback_leaves_out_the_data(shards: dict[str, str], tmp_path: Path, 
     assert [e["kind"] for e in _ledger(raw, 30)] == ["rollback"]
 
 
-def test_gaps_of_an_old_order_leave_out_nothing_of_a_new_one(
+def test_gaps_of_an_old_data_order_have_no_effect_in_a_new_one(
     shards: dict[str, str], tmp_path: Path
 ) -> None:
-    """Places begin again with other data: a gap of the old order means nothing there."""
+    """With other data, positions start again at 0."""
     guards = GUARDS | {"spike": "rollback"}
     raw = run_file(
         shards, tmp_path, training=LONG, guards=guards, checkpoint={"every": 10, "keep": 9}
@@ -177,7 +183,7 @@ def test_gaps_of_an_old_order_leave_out_nothing_of_a_new_one(
     assert back["gap"] == [23 * 8, 25 * 8]
     raw["training"] |= {"steps": 58}
     raw["data"] |= {"seed": 5}
-    # a jump in the new order goes back to the checkpoint of the old one, at the new order's place
+    # a spike in the new order goes back to the old checkpoint, at the position of the new order
     places = [(step - 31) * 8 for step in (45,)]
     changed = partial(_train_planted, allow_change=("seed",))
     assert run_ranks(changed, 1, raw, 0, 50.0, *places) == [""]
@@ -186,13 +192,13 @@ def test_gaps_of_an_old_order_leave_out_nothing_of_a_new_one(
     trained = {row["step"]: row["samples"] for row in rows(raw) if row["step"] > 30}
     gap = {step: (step - 30) * 8 + 16 * (step > 43) for step in range(31, 59)}
     assert trained == gap
-    # from the last checkpoint of the old order again: the new order's own gap is repeated
+    # a resume from the last checkpoint of the old order repeats the gap of the new order
     root = tmp_path / "run" / "checkpoints"
     for path in root.glob("step_000000[45]*"):
         shutil.rmtree(path)
     run_ranks(_allow, 1, raw)
     assert {row["step"]: row["samples"] for row in rows(raw) if row["step"] > 30} == gap
-    # and the old order has the old one still
+    # a resume in the old order has the gap of the old order
     for path in root.glob("step_000000[345]*"):
         shutil.rmtree(path)
     raw["training"] |= {"steps": 26}
@@ -205,15 +211,17 @@ def _allow(launch: Any, raw: dict[str, Any]) -> None:
     train(launch, raw, allow_change=("seed",))
 
 
-def test_a_jump_without_a_checkpoint_is_left_out(shards: dict[str, str], tmp_path: Path) -> None:
+def test_spike_without_a_checkpoint_skips_the_update(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
     raw = run_file(shards, tmp_path, training=LONG, guards=GUARDS | {"spike": "rollback"})
     assert run_ranks(_train_planted, 2, raw, 0, 50.0, 24 * 8) == ["", ""]
     assert [row["step"] for row in _events(raw, "skip")] == [25]
     assert [row["step"] for row in rows(raw)] == [*range(1, 31)]
 
 
-def test_a_ledger_cut_by_a_crash(tmp_path: Path) -> None:
-    """The line it was cut in had no effect; what is added later stands on a line of its own."""
+def test_intervention_log_that_was_cut_by_a_crash_continues(tmp_path: Path) -> None:
+    """The incomplete line is ignored, and later entries start on a new line."""
     entry = {"kind": "skip", "step": 3, "samples": 16, "reason": "loss nan"}
     path = tmp_path / "interventions.jsonl"
     path.write_text(json.dumps({"kind": "start"}) + "\n" + '{"kind": "ski')
@@ -235,8 +243,7 @@ def test_a_ledger_cut_by_a_crash(tmp_path: Path) -> None:
         assert path.read_text().endswith(json.dumps({"kind": "start"}) + "\n")
 
 
-def test_gaps_of_the_order() -> None:
-    """Any batch size steps over them to the same samples."""
+def test_gaps_of_the_data_order_are_skipped_at_any_batch_size() -> None:
     gaps = ((10, 14), (20, 21))
     whole = [place for place in range(100) if not any(a <= place < b for a, b in gaps)]
     for size in (1, 3, 8):
@@ -249,7 +256,7 @@ def test_gaps_of_the_order() -> None:
 
 
 def test_too_many_rollbacks_end_the_run(shards: dict[str, str], tmp_path: Path) -> None:
-    """The second jump comes on the data behind the gap of the first."""
+    """The second spike is in the data after the gap of the first."""
     guards = GUARDS | {"spike": "rollback", "max_rollbacks": 1}
     raw = run_file(shards, tmp_path, training=LONG, guards=guards, checkpoint={"every": 10})
     errors = run_ranks(_train_planted, 2, raw, 0, 50.0, 24 * 8, 26 * 8)

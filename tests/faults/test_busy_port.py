@@ -1,4 +1,4 @@
-"""A port that another process listens at is named, with what to do."""
+"""A port that another process uses is an error with a remedy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megalite.errors import LaunchError
 from megalite.parallel import start
 
 
-def test_a_busy_port_is_named() -> None:
+def test_busy_port_is_named_in_the_error() -> None:
     environ, threads = dict(os.environ), torch.get_num_threads()
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

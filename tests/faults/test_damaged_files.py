@@ -1,7 +1,7 @@
-"""Damaged files, and files from elsewhere: each one is read, or refused by an error of ours.
+"""Damaged and foreign files are read, or refused by an error of MegaLite.
 
 A kind is a file that the project reads, and the commands that read it. Changes are seeded, so that
-a case is known by its kind and number.
+kind and number identify a case.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ Read = Callable[[Path], object]
 
 @dataclass(frozen=True)
 class Kind:
-    """A file of a folder that `make` prepares, how it is changed, and who reads it.
+    """A file of a folder that `make` prepares, with its changes and its readers.
 
     Attributes:
-        sealed: whether the checkpoint's manifest is made to fit the change, as a forger would.
-        reads: each is given the folder.
+        sealed: whether to update the checkpoint's manifest to the change, as a forger would.
+        reads: readers, called with the folder.
     """
 
     make: str
@@ -82,7 +82,7 @@ class Kind:
     sealed: bool = False
 
 
-GRID: list[Grid] = []  # of this process alone, while the tests of this file run
+GRID: list[Grid] = []  # the grid of this process, during the tests of this file
 
 # --- readers ---
 
@@ -111,12 +111,12 @@ def ledger(folder: Path) -> None:
 
 
 def resume(folder: Path) -> None:
-    """What a start of the same run does, as far as its engine."""
+    """Load the checkpoint as a start of the run."""
     engine = make_engine(model={"vocab_size": 260})
     grid = GRID[0]
-    found, damaged = find_newest(folder / "checkpoints", grid)
+    newest, damaged = find_newest(folder / "checkpoints", grid)
     set_aside_damaged(damaged, grid)
-    if found is None:
+    if newest is None:
         return
     origin = find_resume_point(
         engine.config,
@@ -290,9 +290,9 @@ KINDS: dict[str, Kind] = {
 
 
 def lease(folder: Path) -> None:
-    held = Lease.__new__(Lease)
-    held._path, held._nonce, held._newer = folder / ".lease.json", "ab", None
-    held.check()
+    lock = Lease.__new__(Lease)
+    lock._path, lock._nonce, lock._newer = folder / ".lease.json", "ab", None
+    lock.check()
 
 
 # --- cases ---
@@ -300,18 +300,18 @@ def lease(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    made = {}
+    by_kind = {}
     with world_of_one() as grid:
         GRID[:] = [grid]
         for name, make in MAKERS.items():
-            made[name] = tmp_path_factory.mktemp(name)
-            make(made[name], grid)
-        yield made
+            by_kind[name] = tmp_path_factory.mktemp(name)
+            make(by_kind[name], grid)
+        yield by_kind
 
 
 @contextmanager
 def in_time() -> Iterator[None]:
-    """A reader that never ends is a fault, too."""
+    """Fail a test whose reader does not end."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"over {SECONDS} s")
@@ -326,7 +326,7 @@ def in_time() -> Iterator[None]:
 
 
 def fault_of(read: Read, folder: Path) -> str | None:
-    """Return what a reader did that it must not; None: it read, or refused in our words."""
+    """Return the fault of a reader. None means that it read, or raised MegaLite's error."""
     try:
         with in_time():
             read(folder)
@@ -342,7 +342,7 @@ def fault_of(read: Read, folder: Path) -> str | None:
 
 def check(kind: Kind, pristine: Path, folder: Path, name: str, number: int) -> list[str]:
     chosen = random.Random(f"{name} {number}")
-    found = []
+    faults = []
     for read in kind.reads:
         chosen.seed(f"{name} {number}")
         shutil.rmtree(folder, ignore_errors=True)
@@ -355,20 +355,20 @@ def check(kind: Kind, pristine: Path, folder: Path, name: str, number: int) -> l
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError):
                 continue  # nothing that could be sealed
         if (fault := fault_of(read, folder)) is not None:
-            found.append(f"{name} {number}: {fault}")
-    return found
+            faults.append(f"{name} {number}: {fault}")
+    return faults
 
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("first", [0, pytest.param(FEW, marks=pytest.mark.slow)])
-def test_damaged_file_ends_in_an_error_of_ours(
+def test_damaged_file_is_read_or_refused(
     folders: dict[str, Path], tmp_path: Path, name: str, first: int
 ) -> None:
     kind = KINDS[name]
     numbers = range(FEW) if first == 0 else range(FEW, MANY)
-    found = [
+    faults = [
         fault
         for number in numbers
         for fault in check(kind, folders[kind.make], tmp_path / "case", name, number)
     ]
-    assert not found, "\n".join(found)
+    assert not faults, "\n".join(faults)

@@ -1,4 +1,4 @@
-"""A disk that is full, and files that are not what was written: named, never loaded silently."""
+"""A full disk, and damaged checkpoints and shards, are reported and never ignored."""
 
 from __future__ import annotations
 
@@ -37,8 +37,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_disk_of_two_megabytes(shards: dict[str, str], tmp_path: Path, small_disk: Path) -> None:
-    """Room for one checkpoint and not two: the run goes on without, and says in the end."""
+def test_disk_with_room_for_one_checkpoint_fails_the_run_at_its_end(
+    shards: dict[str, str], tmp_path: Path, small_disk: Path
+) -> None:
+    """Until then the run continues without the second checkpoint."""
     run = tmp_path / "run"
     run.mkdir()
     (small_disk / "checkpoints").mkdir()
@@ -57,16 +59,16 @@ def test_a_disk_of_two_megabytes(shards: dict[str, str], tmp_path: Path, small_d
     others = ("start", "straggler")  # a busy host may slow a rank down
     named = [(row["name"], row["step"]) for row in rows(raw, "event") if row["name"] not in others]
     assert named == [("checkpoint", 5), ("unsaved", 10), ("unsaved", 15), ("failed", 20)]
-    (kept,) = disk.published(run / "checkpoints")
-    assert kept.name == "step_00000005"
-    assert disk.find_damage(kept, disk.read_manifest(kept)) == []
+    (checkpoint,) = disk.published(run / "checkpoints")
+    assert checkpoint.name == "step_00000005"
+    assert disk.find_damage(checkpoint, disk.read_manifest(checkpoint)) == []
     assert not list((run / "checkpoints").glob(".staging_*"))
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["last_checkpoint"]) == ("failed", "step_00000005")
 
 
 class Canary:
-    """Unpickled, it leaves a mark."""
+    """An object that creates a file if it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -104,7 +106,7 @@ DAMAGES = {"flipped": _flip, "cut": _cut, "missing": _remove, "empty": _empty, "
 def finished(
     shards: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], Path]:
-    """A run file, and the folder of a run of it with checkpoints at 10 and 20."""
+    """Return a run file, and the folder of its finished run with checkpoints at 10 and 20."""
     folder = tmp_path_factory.mktemp("finished")
     raw = run_file(shards, folder, checkpoint={"every": 10, "keep": 5})
     run_ranks(train, 2, raw)
@@ -118,15 +120,15 @@ KINDS = (
 
 
 def _files(folder: Path, kind: str) -> Path:
-    found = sorted(folder.glob(kind)) or sorted(p for p in folder.glob("tokenizer/*"))
-    return found[0]
+    files = sorted(folder.glob(kind)) or sorted(p for p in folder.glob("tokenizer/*"))
+    return files[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_checkpoint_is_named_and_passed_over(
+def test_damaged_checkpoint_is_reported_and_the_previous_one_is_used(
     finished: tuple[dict[str, Any], Path], tmp_path: Path, kind: str
 ) -> None:
-    """By every damage in turn; the run goes on from the one before, to the same numbers."""
+    """The run resumes to the same numbers after each kind of damage."""
     raw, run = finished
     for name, damage in DAMAGES.items():
         directory, mark = tmp_path / name, tmp_path / f"{name}.ran"
@@ -145,7 +147,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
 
 
 @pytest.mark.parametrize("kind", ["shard_00000.bin", "shard_00000.idx", "manifest.json"])
-def test_a_damaged_shard_is_named(shards: dict[str, str], tmp_path: Path, kind: str) -> None:
+def test_damaged_shard_is_named_in_the_error(
+    shards: dict[str, str], tmp_path: Path, kind: str
+) -> None:
     for name, damage in DAMAGES.items():
         folder, mark = tmp_path / name, tmp_path / f"{name}.ran"
         shutil.copytree(shards["train"], folder)
@@ -166,10 +170,10 @@ ODD = (
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_a_file_for_a_folder_and_the_other_way_about(
+def test_file_in_place_of_a_folder_or_the_opposite_is_refused(
     shards: dict[str, str], tmp_path: Path, name: str
 ) -> None:
-    """Refused before anything is written."""
+    """The start is refused before anything is written."""
     raw = run_file(shards, tmp_path, logging={"tensorboard": True})
     path = tmp_path / "run" / name
     if name in ("tokenizer", "tensorboard"):
@@ -183,7 +187,9 @@ def test_a_file_for_a_folder_and_the_other_way_about(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_status_of_another_world(shards: dict[str, str], tmp_path: Path) -> None:
+def test_status_json_of_another_program_does_not_stop_a_run(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
     raw = run_file(shards, tmp_path, training={"steps": 2})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "status.json").write_text('{"attempt": 1e400}')

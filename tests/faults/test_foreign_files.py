@@ -1,4 +1,4 @@
-"""Folders from elsewhere: names that lead out of them, and manifests that are sealed but wrong."""
+"""Foreign folders: names that lead out of them, and wrong manifests with valid checksums."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ STEP = "checkpoints/step_00000003"
 
 @pytest.fixture(scope="module")
 def grid() -> Iterator[Grid]:
-    with world_of_one() as made:
-        yield made
+    with world_of_one() as single:
+        yield single
 
 
 @pytest.fixture(scope="module")
 def whole(grid: Grid, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {name: tmp_path_factory.mktemp(name) for name in ("checkpoint", "huggingface")}
-    for name, folder in made.items():
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("checkpoint", "huggingface")}
+    for name, folder in folders.items():
         MAKERS[name](folder, grid)
-    return made
+    return folders
 
 
 @pytest.mark.parametrize("of_tensor", [False, True])
@@ -55,7 +55,7 @@ def test_manifest_cannot_name_a_file_outside_its_folder(
 
 
 def seal(folder: Path, content: dict[str, Any]) -> None:
-    """Write a manifest with the checksum that fits, as a forger would."""
+    """Write a manifest with a valid checksum, as a forger would."""
     del content["checksum"]
     text = json.dumps(content, sort_keys=True).encode()
     content["checksum"] = hashlib.sha256(text).hexdigest()

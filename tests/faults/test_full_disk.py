@@ -1,4 +1,4 @@
-"""A disk that fills up while a run trains: it costs records, and neither the run nor its end."""
+"""A disk that fills up during training costs records, but does not end the run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> Path:
-    """Leave no room on a folder's file system."""
+    """Fill the file system of a folder."""
     path = folder / "filler"
     with open(path, "ab", buffering=0) as file:
         for size in (4096, 1):
@@ -48,10 +48,10 @@ def _write_on(file: Any, size: int) -> None:
         pass
 
 
-# --- each way to write ---
+# --- kinds of writes ---
 
 
-def test_a_line_is_appended_whole_or_not_at_all(small_disk: Path) -> None:
+def test_append_line_writes_the_whole_line_or_nothing(small_disk: Path) -> None:
     path = small_disk / "rows.jsonl"
     rows = [json.dumps({"number": number, "text": "x" * 700}) for number in range(5)]
     for row in rows:
@@ -66,14 +66,14 @@ def test_a_line_is_appended_whole_or_not_at_all(small_disk: Path) -> None:
     assert path.read_text().splitlines() == [*rows, "{}"]
 
 
-def test_a_line_behind_one_that_was_cut_begins_by_itself(tmp_path: Path) -> None:
+def test_append_line_after_an_incomplete_line_starts_a_new_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"b"')
     files.append_line(path, b'{"c": 3}')
     assert path.read_text() == '{"a": 1}\n{"b"\n{"c": 3}\n'
 
 
-def test_a_small_file_is_replaced_on_a_full_disk(small_disk: Path) -> None:
+def test_small_file_is_replaced_on_a_full_disk(small_disk: Path) -> None:
     path = small_disk / "status.json"
     files.replace_small(path, '{"state": "running", "pid": 12345}')
     fill(small_disk)
@@ -85,7 +85,7 @@ def test_a_small_file_is_replaced_on_a_full_disk(small_disk: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["row", "status", "picture", "valid", "thread", "close"])
-def test_no_record_ends_a_run(
+def test_record_that_cannot_be_written_does_not_end_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     recorder = Recorder(tmp_path, rank=0, attempt=0, total_steps=9, tensorboard=True)
@@ -120,7 +120,9 @@ def _fail_in_a_thread(act: Callable[[], None]) -> None:
     thread.join()
 
 
-def test_the_log_file_of_a_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_file_on_a_full_disk_loses_only_lines(
+    small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log.setup()
     handler = log.add_file(small_disk / "log.txt")
     log.logger.info("before")
@@ -141,7 +143,7 @@ def test_the_log_file_of_a_full_disk(small_disk: Path, capsys: pytest.CaptureFix
 
 
 def _rank(launch: Launch, raw: dict[str, Any], full: str, words: str) -> None:
-    """Train as a launcher does; the disk of `full` fills up in step 6."""
+    """Train as a launcher does. The disk of `full` fills up in step 6."""
     import torch
 
     torch.set_num_threads(1)
@@ -167,10 +169,10 @@ def _run(raw: dict[str, Any], full: Path, words: Path) -> list[int | None]:
 
 
 @pytest.mark.parametrize("full_log", [False, True])
-def test_a_run_on_a_disk_that_fills_up_is_done(
+def test_run_on_a_disk_that_fills_up_completes(
     shards: dict[str, str], tmp_path: Path, small_disk: Path, full_log: bool
 ) -> None:
-    """Records are lost from step 6 on; checkpoints lie elsewhere and are whole."""
+    """Records are lost from step 6 on. The checkpoints are on another disk, and complete."""
     raw = run_file(
         shards,
         small_disk,
@@ -207,7 +209,7 @@ def _outcome(launch: Launch, raw: dict[str, Any]) -> str:
     return ""
 
 
-def test_a_start_on_a_full_disk_is_refused(
+def test_start_on_a_full_disk_is_refused(
     shards: dict[str, str], tmp_path: Path, small_disk: Path
 ) -> None:
     raw = run_file(shards, small_disk)

@@ -1,5 +1,5 @@
 # covers: megalite/observe/goodput.py
-"""doctor.py on the records of runs that were killed, stopped and finished."""
+"""Reports of doctor.py on runs that were killed, stopped and finished."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def _row(kind: str, time: float, attempt: int, step: int, **fields: Any) -> str:
     return json.dumps({"kind": kind, "time": time, "attempt": attempt, "step": step, **fields})
 
 
-def test_the_time_of_a_run_by_what_it_went_into(tmp_path: Path) -> None:
-    """Ten seconds of setup, steps of one second, saves of two; killed after step 25."""
+def test_goodput_reports_the_time_of_a_run_by_phase(tmp_path: Path) -> None:
+    """Setup takes 10 s, a step 1 s, a save 2 s. The run is killed after step 25."""
     before = {"setup": 10.0, "step": 20.0, "save": 4.0}
     lines = [
         _row("event", 110, 0, 0, name="start"),
@@ -46,22 +46,22 @@ def test_the_time_of_a_run_by_what_it_went_into(tmp_path: Path) -> None:
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     (tmp_path / "status.json").write_text('{"state": "stopped"}')
-    found = goodput(tmp_path)
-    assert found["wall_seconds"] == 122
-    assert found["seconds"] == pytest.approx(
+    report = goodput(tmp_path)
+    assert report["wall_seconds"] == 122
+    assert report["seconds"] == pytest.approx(
         {"setup": 20, "step": 30, "save": 6, "lost": 5, "down": 61}
     )
-    assert sum(found["seconds"].values()) == pytest.approx(found["wall_seconds"])
-    assert found["goodput"] == pytest.approx(30 / 122)
-    assert (found["restarts"], found["lost_steps"]) == (1, 5)
-    assert [one["cause"] for one in found["attempts"]] == [
+    assert sum(report["seconds"].values()) == pytest.approx(report["wall_seconds"])
+    assert report["goodput"] == pytest.approx(30 / 122)
+    assert (report["restarts"], report["lost_steps"]) == (1, 5)
+    assert [one["cause"] for one in report["attempts"]] == [
         "killed, or its host was lost: it left no word",
         "Stopped: by SIGTERM",
     ]
 
 
-def test_steps_that_a_rollback_threw_away_are_lost(tmp_path: Path) -> None:
-    """Next to a slow rank, whose seconds are of a forward pass."""
+def test_goodput_counts_steps_undone_by_a_rollback_as_lost(tmp_path: Path) -> None:
+    """The records also have a straggler event, whose seconds do not count."""
     lines = [
         _row("event", 100, 0, 0, name="start"),
         _row("event", 117, 0, 17, name="rollback", to=10),
@@ -69,14 +69,14 @@ def test_steps_that_a_rollback_threw_away_are_lost(tmp_path: Path) -> None:
         _row("event", 131, 0, 30, name="end", seconds={"setup": 5, "step": 36.0}),
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    found = goodput(tmp_path)
-    assert found["lost_steps"] == 6
-    assert found["seconds"]["lost"] == pytest.approx(6.0)
-    assert found["seconds"]["step"] == pytest.approx(30.0)
+    report = goodput(tmp_path)
+    assert report["lost_steps"] == 6
+    assert report["seconds"]["lost"] == pytest.approx(6.0)
+    assert report["seconds"]["step"] == pytest.approx(30.0)
 
 
 @pytest.mark.parametrize("seconds", [[1], {"step": "x"}])
-def test_rows_that_no_run_writes(tmp_path: Path, seconds: Any) -> None:
+def test_goodput_ignores_invalid_rows(tmp_path: Path, seconds: Any) -> None:
     lines = [
         _row("event", 100, 0, 0, name="start"),
         _row("event", 117, 0, 17, name="end", seconds=seconds),
@@ -86,20 +86,22 @@ def test_rows_that_no_run_writes(tmp_path: Path, seconds: Any) -> None:
         goodput(tmp_path)
 
 
-def test_a_real_run_adds_up(shards: dict[str, str], tmp_path: Path) -> None:
+def test_goodput_of_a_real_run_adds_up_to_its_wall_time(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
     raw = run_file(shards, tmp_path, checkpoint={"every": 10})
     run_ranks(train, 2, raw)
     raw["training"] = raw["training"] | {"steps": 30}
     run_ranks(train, 1, raw)
     command = [sys.executable, str(ROOT / "launcher/doctor.py"), "--run", str(tmp_path / "run")]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "1 restarts, 0 steps lost" in told
-    assert "attempt 1: steps 21 to 30: done" in told
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "1 restarts, 0 steps lost" in text
+    assert "attempt 1: steps 21 to 30: done" in text
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
-    # a process's own start is known to a second
-    assert sum(found["seconds"].values()) == pytest.approx(found["wall_seconds"], abs=2)
-    assert {"setup", "step", "eval", "save"} <= {*found["seconds"]}
+    report = json.loads(done.stdout)
+    # the start time of a process has a resolution of one second
+    assert sum(report["seconds"].values()) == pytest.approx(report["wall_seconds"], abs=2)
+    assert {"setup", "step", "eval", "save"} <= {*report["seconds"]}
     missing = subprocess.run(
         [*command[:-1], str(tmp_path / "none")], capture_output=True, text=True, check=False
     )
@@ -119,9 +121,9 @@ def test_clock_that_is_set_back_is_reported(
         _row("event", 1051.0, 1, 20, name="end", seconds={"setup": 2.0, "step": 29.0}),
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    found = goodput(tmp_path)
-    assert found["clock_set_back_seconds"] == back - 10
-    assert found["wall_seconds"] == 41
-    assert 0 < found["goodput"] <= 1
-    _print_goodput(found)
+    report = goodput(tmp_path)
+    assert report["clock_set_back_seconds"] == back - 10
+    assert report["wall_seconds"] == 41
+    assert 0 < report["goodput"] <= 1
+    _print_goodput(report)
     assert "the clock was set back by 114 d 23:59:50 during the run" in capsys.readouterr().out

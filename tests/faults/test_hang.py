@@ -1,5 +1,5 @@
 # covers: megalite/observe/watch.py
-"""A rank that hangs ends the job, with every running rank's stacks and the late one's name."""
+"""A rank that hangs ends the job, with the stacks of running ranks and the name of the culprit."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def _wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None
 
 
 def _ranks(launcher: int) -> dict[int, int]:
-    """Return the processes of a launcher by their rank."""
-    found = {}
+    """Return the process ids of a launcher's ranks."""
+    by_rank = {}
     for child in subprocess.run(
         ["pgrep", "-P", str(launcher)], capture_output=True, text=True, check=False
     ).stdout.split():
         for item in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
             if item.startswith(b"RANK="):
-                found[int(item[5:])] = int(child)
-    return found
+                by_rank[int(item[5:])] = int(child)
+    return by_rank
 
 
 def _runs(process: int) -> bool:
@@ -71,7 +71,9 @@ def _runs(process: int) -> bool:
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_a_stopped_rank_ends_the_job(shards: dict[str, str], tmp_path: Path, stopped: int) -> None:
+def test_rank_that_is_stopped_ends_the_job(
+    shards: dict[str, str], tmp_path: Path, stopped: int
+) -> None:
     raw = run_file(
         shards,
         tmp_path,
@@ -96,7 +98,7 @@ def test_a_stopped_rank_ends_the_job(shards: dict[str, str], tmp_path: Path, sto
     (stacks,) = run.glob("stacks/attempt_0/*")
     assert stacks.name == f"rank_{1 - stopped:05d}.txt"
     text = stacks.read_text()
-    assert "loop.py" in text  # a rank waits in its step, or for the other one's numbers
+    assert "loop.py" in text  # the running rank waits in its step
     assert text.count("hread 0x") >= 3  # main, loader, watchdog
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "failed"
@@ -107,8 +109,8 @@ def test_a_stopped_rank_ends_the_job(shards: dict[str, str], tmp_path: Path, sto
     assert [row["name"] for row in events if row["kind"] == "event"][-1] == "hang"
 
 
-def test_a_suspended_run_goes_on(shards: dict[str, str], tmp_path: Path) -> None:
-    """Ctrl-Z for longer than the budget is no hang."""
+def test_run_that_is_suspended_continues(shards: dict[str, str], tmp_path: Path) -> None:
+    """A suspension by Ctrl-Z for longer than the limit is no hang."""
     raw = run_file(
         shards,
         tmp_path,
@@ -134,24 +136,24 @@ def test_a_suspended_run_goes_on(shards: dict[str, str], tmp_path: Path) -> None
     assert not (tmp_path / "run" / "stacks").exists()
 
 
-def _told(**fields: Any) -> dict[str, Any]:
+def _report(**fields: Any) -> dict[str, Any]:
     return {"section": "step", "seconds": 31.0, "count": 7, "waits": True, **fields}
 
 
-def test_the_late_rank_is_named() -> None:
+def test_culprit_of_a_hang_is_the_silent_or_latest_rank() -> None:
     hosts = ["a", "a", "b"]
-    silent = {0: _told(), 1: _told()}
+    silent = {0: _report(), 1: _report()}
     assert find_late(silent, hosts) == "no end of step after 31 s: rank 2 on b no longer runs"
-    behind = {0: _told(), 1: _told(count=6), 2: _told()}
+    behind = {0: _report(), 1: _report(count=6), 2: _report()}
     assert find_late(behind, hosts).endswith("rank 1 on a is behind the others")
-    alone = {0: _told(), 1: _told(), 2: _told(waits=False)}
+    alone = {0: _report(), 1: _report(), 2: _report(waits=False)}
     assert find_late(alone, hosts).endswith("rank 2 on b waits for nobody while the others wait")
-    equal = {rank: _told() for rank in range(3)}
+    equal = {rank: _report() for rank in range(3)}
     assert find_late(equal, hosts).endswith("all ranks stand at the same place")
 
 
 def _train_slowly(launch: Any, raw: dict[str, Any]) -> None:
-    """Rank 1 takes 0.2 s more for each forward pass."""
+    """Train. Rank 1 takes 0.2 s more for each forward."""
     running: Any = importlib.import_module("megalite.train.session")
     make = running._make_engine
 
@@ -166,8 +168,8 @@ def _train_slowly(launch: Any, raw: dict[str, Any]) -> None:
     train(launch, raw)
 
 
-def test_a_slow_rank_is_named(shards: dict[str, str], tmp_path: Path) -> None:
-    """After three rows of one step each, once."""
+def test_slow_rank_is_reported_once(shards: dict[str, str], tmp_path: Path) -> None:
+    """The report follows three rows of one step each."""
     raw = run_file(shards, tmp_path, training={"steps": 6, "eval_every": 0})
     run_ranks(_train_slowly, 2, raw)
     (event,) = [row for row in rows(raw, "event") if row["name"] == "straggler"]
@@ -175,7 +177,7 @@ def test_a_slow_rank_is_named(shards: dict[str, str], tmp_path: Path) -> None:
     assert event["seconds"] > 0.2
 
 
-def test_peers_of_one_pace_are_not_named(shards: dict[str, str], tmp_path: Path) -> None:
+def test_ranks_of_equal_speed_are_not_reported(shards: dict[str, str], tmp_path: Path) -> None:
     raw = run_file(shards, tmp_path, training={"eval_every": 0, "log_every": 5})
     run_ranks(train, 2, raw)
     assert [r for r in rows(raw, "event") if r["name"] == "straggler"] == []

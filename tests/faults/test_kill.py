@@ -1,4 +1,4 @@
-"""kill -9 at seeded random moments: nothing published is lost, and the curve is the same."""
+"""After kill -9 at random moments, no published checkpoint is lost, and the curve is the same."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _rank(launch: Launch, raw: dict[str, Any]) -> None:
 
 
 def _end(processes: list[Any], victim: int) -> None:
-    """Kill one rank, and then the others, as a launcher does."""
+    """Kill one rank, and then the others as a launcher does."""
     os.kill(processes[victim].pid, signal.SIGKILL)
     processes[victim].join()
     deadline = time.monotonic() + 2.0
@@ -45,19 +45,19 @@ def _end(processes: list[Any], victim: int) -> None:
 
 
 def _published(root: Path) -> dict[str, disk.CheckpointManifest]:
-    """Return every published checkpoint, each whole."""
-    found = {}
+    """Return the manifests of all published checkpoints, after a check of their files."""
+    manifests = {}
     for folder in disk.published(root):
         manifest = disk.read_manifest(folder)
         assert disk.find_damage(folder, manifest) == []
-        found[folder.name] = manifest
-    return found
+        manifests[folder.name] = manifest
+    return manifests
 
 
 def _soak(
     shards: dict[str, str], tmp_path: Path, kills: int, seed: int, stage: int, background: bool
 ) -> int:
-    """Return how often the run was killed and went on."""
+    """Kill and resume a run. Return how often."""
     draw = random.Random(seed)
     sections: dict[str, Any] = {
         "training": {"steps": 10**6, "eval_every": 0},
@@ -77,7 +77,7 @@ def _soak(
             assert all(process.is_alive() for process in processes)
             newest = newest or "step_"
             time.sleep(0.005)
-        if draw.random() < 0.5:  # in the midst of a save, as its folder says
+        if draw.random() < 0.5:  # kill during a save
             until = time.monotonic() + 1.0
             while time.monotonic() < until and not list(root.glob(".staging_*")):
                 pass
@@ -97,10 +97,10 @@ def _soak(
     ]
     resumes = [row for row in starts if row.get("name") == "resume"]
     assert [row["attempt"] for row in resumes] == list(range(1, kills + 1))
-    reached = 0  # by the rows of the attempts before: what a resume may lose of it
+    reached = 0  # last step in the rows of earlier attempts
     for row in starts:
         if row.get("name") == "resume":
-            # in the background another interval may pass before a save is published
+            # a background save may be published one interval later
             assert row["step"] >= reached - EVERY * (1 + background)
         if row["kind"] == "train":
             reached = max(reached, row["step"])
@@ -114,20 +114,22 @@ def _soak(
 
 
 @pytest.mark.parametrize(("stage", "background"), [(1, False), (3, True)])
-def test_ten_kills(shards: dict[str, str], tmp_path: Path, stage: int, background: bool) -> None:
+def test_run_survives_ten_kills(
+    shards: dict[str, str], tmp_path: Path, stage: int, background: bool
+) -> None:
     assert _soak(shards, tmp_path, 5, stage, stage, background) == 5
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("stage", "background"), [(0, False), (1, True), (2, False), (3, True)])
-def test_a_hundred_kills(
+def test_run_survives_a_hundred_kills(
     shards: dict[str, str], tmp_path: Path, stage: int, background: bool
 ) -> None:
     assert _soak(shards, tmp_path, 25, stage + 100, stage, background) == 25
 
 
-def test_the_others_say_that_a_rank_is_gone(shards: dict[str, str], tmp_path: Path) -> None:
+def test_other_ranks_report_that_a_rank_has_ended(shards: dict[str, str], tmp_path: Path) -> None:
     training = {"steps": 10**6, "eval_every": 0}
     raw = run_file(shards, tmp_path, training=training, checkpoint={"every": EVERY})
     run = tmp_path / "run"

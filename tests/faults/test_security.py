@@ -1,4 +1,4 @@
-"""Secrets that must not be written down, and files that must not be everyone's."""
+"""Secrets are not written to files, and files are not world-writable."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_tokens_are_redacted_and_paths_are_not(text: str, safe: str) -> None:
     assert redact({"a": [text, 3], "api_key": "x"}) == {"a": [safe, 3], "api_key": "[redacted]"}
 
 
-def test_values_of_secret_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_secret_variables_are_redacted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SITE_PASSWORD", "correct horse")
     monkeypatch.setenv("GROUP_KEY", "layernorm")
     assert redact("login with correct horse") == "login with [redacted]"
@@ -102,14 +102,18 @@ def test_keys_that_name_a_secret_are_refused(key: str) -> None:
 
 def start(config: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     command = f"umask 000; {sys.executable} {ROOT}/launcher/pretrain.py --config {config}"
-    own = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    variables = dict(os.environ) | environ
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        variables.pop(name, None)
     return subprocess.run(
-        ["bash", "-c", command], env=own | environ, capture_output=True, text=True, check=False
+        ["bash", "-c", command], env=variables, capture_output=True, text=True, check=False
     )
 
 
-def test_a_run_under_an_open_umask(shards: dict[str, str], tmp_path: Path) -> None:
-    """No file of it is world-writable; values that look like secrets are stored as they are."""
+def test_run_under_an_open_umask_has_no_world_writable_files(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
+    """Values that look like secrets are stored unchanged."""
     (tmp_path / "sk-wikipedia-2024").symlink_to(shards["train"])
     raw = run_file(
         {"train": str(tmp_path / "sk-wikipedia-2024"), "valid": shards["valid"]},
@@ -135,7 +139,7 @@ def test_a_run_under_an_open_umask(shards: dict[str, str], tmp_path: Path) -> No
     assert start(config).returncode == 0
 
 
-def test_a_run_with_a_token_writes_nothing(shards: dict[str, str], tmp_path: Path) -> None:
+def test_run_file_with_a_token_writes_nothing(shards: dict[str, str], tmp_path: Path) -> None:
     raw = run_file(shards, tmp_path)
     raw["deepspeed"] = {"wandb": {"enabled": False, "team": TOKEN}}
     config = tmp_path / "run.json"
@@ -147,12 +151,12 @@ def test_a_run_with_a_token_writes_nothing(shards: dict[str, str], tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
-# --- links and names that lead elsewhere ---
+# --- links ---
 
 
 @pytest.fixture
 def linked(shards: dict[str, str], tmp_path: Path) -> dict[str, str]:
-    """Shards from elsewhere, whose tokenizer folder holds links and other files."""
+    """Return foreign shards whose tokenizer folder contains links and other files."""
     (tmp_path / "secret").write_text("the secret")
     shutil.copytree(shards["train"], tmp_path / "shards")
     folder = tmp_path / "shards" / "tokenizer"
@@ -162,7 +166,7 @@ def linked(shards: dict[str, str], tmp_path: Path) -> dict[str, str]:
     return {**shards, "train": str(tmp_path / "shards")}
 
 
-def test_links_beside_the_tokenizer_are_not_followed(
+def test_links_next_to_the_tokenizer_are_not_followed(
     linked: dict[str, str], tmp_path: Path
 ) -> None:
     raw = run_file(linked, tmp_path, training={"steps": 2}, checkpoint={"every": 2})
@@ -176,9 +180,7 @@ def test_links_beside_the_tokenizer_are_not_followed(
     assert not any(b"the secret" in p.read_bytes() for p in folder.rglob("*") if p.is_file())
 
 
-def test_a_link_in_place_of_the_tokenizer_is_refused(
-    linked: dict[str, str], tmp_path: Path
-) -> None:
+def test_link_in_place_of_the_tokenizer_is_refused(linked: dict[str, str], tmp_path: Path) -> None:
     (Path(linked["train"]) / "tokenizer" / "chat_template.jinja").symlink_to(tmp_path / "secret")
     config = tmp_path / "run.json"
     config.write_text(json.dumps(run_file(linked, tmp_path, training={"steps": 2})))

@@ -1,4 +1,4 @@
-"""A stop signal on any one rank is all ranks' stop."""
+"""A stop signal on one rank stops all ranks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.helpers.runs import curve, rows, run_file
 @pytest.mark.parametrize(
     ("number", "rank"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 0), (signal.SIGUSR1, 1)]
 )
-def test_one_rank_is_asked_and_all_stop(
+def test_stop_signal_on_one_rank_stops_all_at_the_same_step(
     shards: dict[str, str], tmp_path: Path, number: signal.Signals, rank: int
 ) -> None:
-    """After the same step, saved; the same command goes on from there."""
+    """The run is saved, and the same command resumes it."""
     raw = run_file(
         shards,
         tmp_path,

@@ -1,4 +1,4 @@
-"""Two starts of one run at once: the second one goes on, and the first one ends with code 3."""
+"""If a run is started twice, the second start continues, and the first ends with code 3."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EVERY = 2
 
 
 def _rank(launch: Launch, raw: dict[str, Any], delay: float, request: dict[str, Any]) -> None:
-    """Train, and end with the exit code that a launcher would; building takes `delay` seconds."""
+    """Train, and end with a launcher's exit code. The engine's construction takes `delay` s."""
     import torch
 
     module: Any = importlib.import_module("megalite.train.session")
@@ -33,9 +33,9 @@ def _rank(launch: Launch, raw: dict[str, Any], delay: float, request: dict[str, 
     publish_launch(launch)
     make = module._make_engine
 
-    def slowly(*given: Any) -> Any:
+    def slowly(*arguments: Any) -> Any:
         time.sleep(delay)
-        return make(*given)
+        return make(*arguments)
 
     module._make_engine = slowly
     code = 0
@@ -73,8 +73,8 @@ def _codes(processes: list[Any]) -> list[int | None]:
 
 def _status(raw: dict[str, Any]) -> dict[str, Any]:
     run = Path(raw["logging"]["directory"]) / raw["name"]
-    found: dict[str, Any] = json.loads((run / "status.json").read_text())
-    return found
+    status: dict[str, Any] = json.loads((run / "status.json").read_text())
+    return status
 
 
 def _endless(shards: dict[str, str], folder: Path, **checkpoint: Any) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _endless(shards: dict[str, str], folder: Path, **checkpoint: Any) -> dict[st
 def _trial(
     shards: dict[str, str], folder: Path, draw: random.Random, delay: float, **checkpoint: Any
 ) -> None:
-    """One start, and a second one at a random moment, often in the midst of a save."""
+    """Start a run, and start it again at a random moment, often during a save."""
     raw = _endless(shards, folder, **checkpoint)
     root = folder / "run" / "checkpoints"
     first = _start(raw, 2)
@@ -120,7 +120,7 @@ def _trial(
         assert disk.find_damage(path, disk.read_manifest(path)) == []
 
 
-def test_the_second_start_wins(shards: dict[str, str], tmp_path: Path) -> None:
+def test_second_start_supersedes_the_first(shards: dict[str, str], tmp_path: Path) -> None:
     _trial(shards, tmp_path, random.Random(1), delay=1.0)
     assert (tmp_path / "run" / "status.json").exists()
 
@@ -128,7 +128,7 @@ def test_the_second_start_wins(shards: dict[str, str], tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("checkpoint", [{"keep": 1}, {"keep": 5, "background": True}])
-def test_the_second_start_wins_every_time(
+def test_second_start_supersedes_the_first_at_any_moment(
     shards: dict[str, str], tmp_path: Path, checkpoint: dict[str, Any]
 ) -> None:
     draw = random.Random(2)
@@ -137,8 +137,8 @@ def test_the_second_start_wins_every_time(
     assert len(list(tmp_path.glob("*/run/status.json"))) == 10
 
 
-def test_a_refused_start_leaves_the_running_one(shards: dict[str, str], tmp_path: Path) -> None:
-    """Refused for the run file, for the command, and for what the run folder contains."""
+def test_refused_start_does_not_end_the_running_one(shards: dict[str, str], tmp_path: Path) -> None:
+    """It is refused because of the run file, the command, or the content of the run folder."""
     raw = _endless(shards, tmp_path)
     root = tmp_path / "run" / "checkpoints"
     first = _start(raw, 1)
@@ -171,15 +171,19 @@ def _refused(launch: Launch, raw: dict[str, Any]) -> None:
         train(launch, raw)
 
 
-def test_a_folder_that_cannot_be_made_is_named(shards: dict[str, str], tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_named_in_the_error(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     raw = run_file(shards, tmp_path / "file" / "runs")
     run_ranks(_refused, 2, raw)
     assert (tmp_path / "file").read_text() == ""
 
 
-def test_a_failed_start_has_the_last_word(shards: dict[str, str], tmp_path: Path) -> None:
-    """Every checkpoint is damaged: the new start says so, under a number of its own."""
+def test_status_json_is_that_of_the_last_start_if_it_failed(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
+    """All checkpoints are damaged. The status has the attempt number of the new start."""
     raw = _endless(shards, tmp_path) | {"training": {"steps": EVERY, "eval_every": 0}}
     raw["training"] |= {"global_batch_size": 8, "micro_batch_size": 2}
     root = tmp_path / "run" / "checkpoints"

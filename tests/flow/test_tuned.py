@@ -1,5 +1,5 @@
 # covers: launcher/finetune.py launcher/eval.py launcher/explain.py
-"""A conversation's model from its launcher to its answer, when what it started from is gone."""
+"""Fine-tuned models, from the launcher to answers and labels, without their initial model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _launch(name: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
 
 
-def test_a_model_that_answers(shards: dict[str, str], tmp_path: Path) -> None:
+def test_chat_model_is_finetuned_and_answers(shards: dict[str, str], tmp_path: Path) -> None:
     model = {"vocab_size": 258, "max_position_embeddings": 96}
     first = run_file(shards, tmp_path, name="text", model=model)
     first["training"] |= {"steps": 2, "eval_every": 0}
@@ -63,8 +63,8 @@ def test_a_model_that_answers(shards: dict[str, str], tmp_path: Path) -> None:
         assert json.loads((run / "status.json").read_text())["step"] == steps
 
     for checkpoint in (run, tmp_path / "exported"):
-        asked = ("--prompt", "1?", "2?", "--max-new-tokens", 3, "--temperature", 0)
-        answered = _launch("generate", "--checkpoint", checkpoint, "--chat", *asked)
+        arguments = ("--prompt", "1?", "2?", "--max-new-tokens", 3, "--temperature", 0)
+        answered = _launch("generate", "--checkpoint", checkpoint, "--chat", *arguments)
         assert answered.returncode == 0, answered.stderr
         assert "<|im_start|>" not in answered.stdout
         if checkpoint == run:
@@ -81,7 +81,7 @@ def test_a_model_that_answers(shards: dict[str, str], tmp_path: Path) -> None:
     assert "these are shards, but a fine-tuned model is evaluated on rows" in shards_asked.stderr
 
 
-def test_the_labels_of_new_texts(tmp_path: Path) -> None:
+def test_classifier_is_finetuned_and_labels_new_texts(tmp_path: Path) -> None:
     kinds = {"good": "a warm film", "bad": "a dull film"}
     rows = [{"text": f"{kinds[name]} {n}", "label": name} for n in range(8) for name in kinds]
     (tmp_path / "old.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -103,27 +103,27 @@ def test_the_labels_of_new_texts(tmp_path: Path) -> None:
         },
         "logging": {"directory": str(tmp_path), "tensorboard": False},
     }
-    file, run, told = tmp_path / "labels.json", tmp_path / "labels", tmp_path / "told.jsonl"
+    file, run, predictions = tmp_path / "labels.json", tmp_path / "labels", tmp_path / "told.jsonl"
     file.write_text(json.dumps(raw))
     began = _launch("finetune", "--config", file)
     assert began.returncode == 0, began.stderr
     assert json.loads((run / "status.json").read_text())["state"] == "done"
 
     (tmp_path / "new.csv").write_text("id,text\n7,a warm one\n8,a dull one\n9,\n")
-    asked = ("--checkpoint", run, "--data", tmp_path / "new.csv")
-    refused = _launch("eval", *asked)
+    arguments = ("--checkpoint", run, "--data", tmp_path / "new.csv")
+    refused = _launch("eval", *arguments)
     assert refused.returncode == 2
     assert "no column 'label'" in refused.stderr
     assert "rows without labels are for --predictions FILE" in refused.stderr
-    refused = _launch("eval", *asked, "--predictions", tmp_path / "new.csv")
+    refused = _launch("eval", *arguments, "--predictions", tmp_path / "new.csv")
     assert refused.returncode == 2
     assert "which is read here; name another file" in refused.stderr
-    answered = _launch("eval", *asked, "--predictions", told, "--json")
+    answered = _launch("eval", *arguments, "--predictions", predictions, "--json")
     assert answered.returncode == 0, answered.stderr
-    found = json.loads(answered.stdout)
-    assert (found["examples"], found["labelled"], found["left_out"]) == (2, 0, 1)
+    metrics = json.loads(answered.stdout)
+    assert (metrics["examples"], metrics["labelled"], metrics["left_out"]) == (2, 0, 1)
     assert "row 2 (to line 4): field 'text' is empty; omitted" in answered.stderr
-    lines = [json.loads(line) for line in told.read_text().splitlines()]
+    lines = [json.loads(line) for line in predictions.read_text().splitlines()]
     assert [(line["id"], line["label"]) for line in lines] == [(0, None), (1, None)]
     assert all(line["prediction"] in kinds for line in lines)
 

@@ -1,4 +1,4 @@
-"""A rank with a bug in it."""
+"""A rank of a parity layout with a deliberate bug."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DROPPED = "model.layers.0.mlp.up_proj.weight"
 
 
 def after_split(change: Any) -> None:
-    """Let `change(model, grid)` follow where the engine marks the parameters that ranks share."""
+    """Call `change(model, grid)` after the engine has set up tensor parallelism."""
 
     def apply(model: Any, config: Any, grid: Any, **options: Any) -> None:
         tensor.apply_tensor_parallel(model, config, grid, **options)
@@ -54,12 +54,12 @@ def perturbed(model: Any, grid: Any) -> None:
 
 
 def unsummed(model: Any, _grid: Any) -> None:
-    """Under sequence parallelism: a norm's gradient is of the rank's own tokens alone."""
+    """Remove the sum of a norm's gradient over the ranks under sequence parallelism."""
     model.get_parameter(UNSUMMED)._backward_hooks.clear()
 
 
 def copying(restore: Any) -> Any:
-    """Load a checkpoint, after which every group has the hyper-parameters of the first."""
+    """Load a checkpoint, and then give every group the hyper-parameters of the first."""
 
     def load(engine: Any, *args: Any, **kwargs: Any) -> Any:
         place = restore(engine, *args, **kwargs)
@@ -72,7 +72,7 @@ def copying(restore: Any) -> Any:
 
 
 def dropping(restore: Any) -> Any:
-    """Load a checkpoint, after which one moment is gone."""
+    """Load a checkpoint, and then set one moment to zero."""
 
     def load(engine: Any, *args: Any, **kwargs: Any) -> Any:
         place = restore(engine, *args, **kwargs)
@@ -85,12 +85,12 @@ def dropping(restore: Any) -> Any:
 
 
 def work(bug: str, launch: env.Launch, job: str) -> None:
-    """A rank of a layout that has the bug."""
+    """Run a rank of a layout with the bug."""
     if bug == "dropped":
         checkpoint.restore = dropping(checkpoint.restore)
     elif bug == "copied":
         checkpoint.restore = copying(checkpoint.restore)
-    elif bug == "silent":  # the other rank waits for this one for good
+    elif bug == "silent":  # the other rank waits forever
         if launch.rank == 1:
             sys.exit("no room left on this rank")
     elif bug != "none":

@@ -1,4 +1,4 @@
-"""Compiled training: whole graphs, all made by the end of the first step, and released weights."""
+"""Compiled training has whole graphs, no recompilation, and released weights under ZeRO-3."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ pytestmark = pytest.mark.skipif(not has_compiler(), reason="torch.compile needs 
 
 
 def counted(launch: Launch, raw: dict[str, Any]) -> dict[str, Any]:
-    """Train; what torch has compiled by each step, graph breaks, and weights that are not released.
+    """Train. Return the number of graphs at each step, graph breaks, and unreleased weights.
 
-    The weights are counted after each backward, and of each block after its forward.
+    The weights are counted after each backward, and after the forward of each block.
     """
     from torch._dynamo.utils import counters
 
     from megalite.train import RunOptions, run
 
     graphs = list[int]()
-    held = list[int]()
+    alive = list[int]()
 
     def elements(module: Any) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
     def inspect(_step: int, engine: Any, *_: Any) -> None:
         graphs.append(counters["stats"]["unique_graphs"])
-        held.append(elements(engine.model))
+        alive.append(elements(engine.model))
         if len(graphs) == 1:  # after the engine's own hooks
             for block in engine.model.blocks:
-                block.register_forward_hook(lambda block, *_: held.append(elements(block)))
+                block.register_forward_hook(lambda block, *_: alive.append(elements(block)))
 
     run(RunOptions(parse_config(raw), inspect=inspect), launch)
     graphs.append(counters["stats"]["unique_graphs"])
-    return {"graphs": graphs, "breaks": dict(counters["graph_break"]), "held": held}
+    return {"graphs": graphs, "breaks": dict(counters["graph_break"]), "alive": alive}
 
 
 @pytest.mark.parametrize(
@@ -56,19 +56,19 @@ def counted(launch: Launch, raw: dict[str, Any]) -> dict[str, Any]:
         pytest.param(3, 2, {"model": MIXED}, marks=pytest.mark.slow),
     ],
 )
-def test_nothing_breaks_and_nothing_is_compiled_again(
+def test_compiled_training_has_no_graph_breaks_and_no_recompilation(
     shards: dict[str, str], tmp_path: Path, stage: int, ranks: int, sections: dict[str, Any]
 ) -> None:
-    """Through validations before, in the midst and at the end, each followed by training."""
+    """The run has validations at the start, during training and at the end."""
     training = {"compile": True, "steps": 6, "eval_every": 2} | sections.get("training", {})
     sections = sections | {"training": training, "deepspeed": zero(stage)}
     for rank in run_ranks(counted, ranks, run_file(shards, tmp_path, **sections)):
         assert rank["breaks"] == {}
-        # a block of each kind, and the loss's two passes, in validation and in training
+        # graphs of a block of each kind and of the loss's two passes, in validation and training
         kinds = 2 if "model" in sections else 1
         assert 2 + kinds <= rank["graphs"][0] <= 4 + 2 * kinds
-        # no recompile: not one more graph after the first step
+        # no new graph after the first step
         assert set(rank["graphs"]) == {rank["graphs"][0]}
         # six backwards, and the forwards of two blocks in five steps and in validations
-        assert len(rank["held"]) > 6 + 5 * 2
-        assert stage != 3 or set(rank["held"]) == {0}
+        assert len(rank["alive"]) > 6 + 5 * 2
+        assert stage != 3 or set(rank["alive"]) == {0}

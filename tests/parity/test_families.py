@@ -1,4 +1,4 @@
-"""Every family of models on every kind of layout, against one process and against transformers."""
+"""Model families on all kinds of layouts, compared with one process and with transformers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ from tests.parity.test_layouts import _reference, misses
 from tests.unit.huggingface.test_huggingface_families import InMemory, random_model
 
 SEQUENCE = {"tensor": 2, "sequence": True}
-LENGTH = {"t5": 31, "marian": 31}  # 5 are cut out in 2 spans: 28 are read and 8 written
+LENGTH = {"t5": 31, "marian": 31}  # 2 spans of 5 tokens are removed: source 28, target 8
 
 
 def family_run(shards: dict[str, str], folder: Path, family: str, **sections: Any) -> Any:
-    """Return a run of the family's second shape; with the vocabulary of bytes, a mask, and
-    sentinels.
-    """
+    """Return a run file of a family's second shape, with bytes, a mask token and sentinels."""
     model = model_section(family, 1) | {"vocab_size": 301, "initializer_range": 0.05}
     data = {"sequence_length": LENGTH.get(family, 32)}
     objective = {"mask_token_id": 258, "whole_words": True, "mask_probability": 0.16}
@@ -55,7 +53,7 @@ SOME = ["t5", "gpt2", "bert"]  # two stacks; biases and learned positions; both 
         if family not in ALL
     ],
 )
-def test_a_family_on_every_kind_of_layout(
+def test_family_gives_the_numbers_of_one_process_on_every_kind_of_layout(
     shards: dict[str, str], tmp_path: Path, family: str, names: list[str]
 ) -> None:
     plain = family_run(shards, tmp_path / "plain", family)
@@ -72,13 +70,13 @@ def test_a_family_on_every_kind_of_layout(
 def _scores(launch: Launch, folders: list[str]) -> list[Any]:
     from megalite.parallel import start
 
-    grid, found = start(launch, tensor=launch.world_size), []
+    grid, scores = start(launch, tensor=launch.world_size), []
     for folder in folders:
         opened = open_model(folder, grid)
         with torch.no_grad():
             logits = opened.model.logits(inputs_of(opened, ids_of(opened.config)))
-        found.append(logits.numpy())
-    return found
+        scores.append(logits.numpy())
+    return scores
 
 
 def ids_of(config: ModelConfig) -> torch.Tensor:
@@ -86,7 +84,7 @@ def ids_of(config: ModelConfig) -> torch.Tensor:
     return torch.randint(config.vocab_size, (2, 20), generator=generator)
 
 
-def test_ranks_that_share_a_model_give_the_scores_of_transformers(tmp_path: Path) -> None:
+def test_tensor_ranks_give_the_logits_of_transformers(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     folders = []
     for family in FAMILIES:
@@ -100,6 +98,6 @@ def test_ranks_that_share_a_model_give_the_scores_of_transformers(tmp_path: Path
     ]
     for size in (2, 4):
         for rank in run_ranks(_scores, size, folders):
-            for folder, found, wanted in zip(folders, rank, expected, strict=True):
-                error = float((torch.from_numpy(found) - wanted).abs().max() / wanted.std())
+            for folder, scores, theirs in zip(folders, rank, expected, strict=True):
+                error = float((torch.from_numpy(scores) - theirs).abs().max() / theirs.std())
                 assert error <= 1e-4, (folder, size, error)

@@ -1,6 +1,6 @@
 # covers: megalite/parity/runner.py megalite/parity/trial.py megalite/parity/layouts.py
 # covers: megalite/parity/worker.py launcher/parity.py
-"""The parity command, and what it says of a layout with a bug in it."""
+"""The parity command, and its report of layouts with a bug."""
 
 from __future__ import annotations
 
@@ -66,16 +66,16 @@ def command(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> ParityRunner:
-    """A reference that is trained, and a run saved at its middle."""
+    """Return a runner with a trained reference, and a run that was saved at its middle."""
     case = make_case(parse_config(TINY), tmp_path_factory.mktemp("trial"), ranks=2)
-    made = ParityRunner(case, timeout=120)
-    made.run_reference(resumes=True)
-    assert made.try_layout(SAVED, save=True).ok
-    return made
+    trained = ParityRunner(case, timeout=120)
+    trained.run_reference(resumes=True)
+    assert trained.try_layout(SAVED, save=True).ok
+    return trained
 
 
 def with_bug(runner: ParityRunner, bug: str) -> ParityRunner:
-    """Return the same runner, whose ranks have a bug from now on."""
+    """Return the runner, whose ranks have a bug from now on."""
     runner.worker = partial(seeded.work, bug)
     return runner
 
@@ -102,8 +102,8 @@ def test_every_layout_of_two_ranks_agrees(tmp_path: Path) -> None:
     assert "dropout 0" in done.stderr
 
 
-@pytest.mark.slow  # docs/trust.md has the command run as well
-def test_the_command_prints_one_table(tmp_path: Path) -> None:
+@pytest.mark.slow  # the test of docs/trust.md runs the command, too
+def test_parity_command_prints_a_table(tmp_path: Path) -> None:
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(TINY | {"model": TINY["model"] | {"num_key_value_heads": 1}}))
     done = command(path, "--ranks", "1", "--scale")
@@ -122,7 +122,7 @@ def test_the_command_prints_one_table(tmp_path: Path) -> None:
         ("perturbed", f"{seeded.PERTURBED} (weight, step 1)"),
     ],
 )
-def test_a_seeded_bug_is_a_miss_that_names_where_it_is(
+def test_parity_reports_a_bug_with_its_parameter(
     runner: ParityRunner, bug: str, named: str
 ) -> None:
     row = with_bug(runner, bug).try_layout(PAIR)
@@ -131,7 +131,7 @@ def test_a_seeded_bug_is_a_miss_that_names_where_it_is(
     assert row.parameter_error is None or row.parameter_error > 1e-4
 
 
-def test_a_norm_that_is_not_summed_over_tokens_is_named(runner: ParityRunner) -> None:
+def test_parity_reports_a_norm_that_is_not_summed_over_tokens(runner: ParityRunner) -> None:
     layout = ParityLayout(tensor=2, stage=1, sequence=True)
     assert with_bug(runner, "none").try_layout(layout).ok
     row = with_bug(runner, "unsummed").try_layout(layout)
@@ -148,18 +148,18 @@ def test_a_norm_that_is_not_summed_over_tokens_is_named(runner: ParityRunner) ->
         ("copied", f"{seeded.COPIED} (hyper-parameters, step 11)"),
     ],
 )
-def test_what_a_load_spoils_is_named(runner: ParityRunner, bug: str, named: str) -> None:
+def test_parity_reports_a_bug_in_loading(runner: ParityRunner, bug: str, named: str) -> None:
     row = with_bug(runner, bug).try_resume(ParityResume(SAVED, ParityLayout(data=2, stage=1)))
     assert not row.ok
     assert row.parameter == named
 
 
-def test_the_same_ranks_without_a_bug_agree(runner: ParityRunner) -> None:
+def test_parity_agrees_without_a_bug(runner: ParityRunner) -> None:
     assert with_bug(runner, "none").try_layout(PAIR).ok
     assert with_bug(runner, "none").try_resume(ParityResume(SAVED, PAIR)).ok
 
 
-def test_a_rank_that_dies_ends_its_layout(
+def test_parity_ends_a_layout_whose_rank_dies(
     runner: ParityRunner, caplog: pytest.LogCaptureFixture
 ) -> None:
     row = with_bug(runner, "silent").try_layout(ParityLayout(data=2))
@@ -168,7 +168,7 @@ def test_a_rank_that_dies_ends_its_layout(
     assert "no room left on this rank" in caplog.text
 
 
-def test_a_user_error_ends_the_command_with_2(tmp_path: Path) -> None:
+def test_parity_command_ends_with_2_at_a_user_error(tmp_path: Path) -> None:
     path = tmp_path / "tiny.json"
     path.write_text(json.dumps(TINY | {"modle": {}}))
     done = command(path)
@@ -178,7 +178,7 @@ def test_a_user_error_ends_the_command_with_2(tmp_path: Path) -> None:
     assert done.returncode == 2
 
 
-def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_refuses_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert usable_ranks(None) == 2
     with pytest.raises(CommandError, match="this host has 2 GPUs"):
@@ -207,7 +207,7 @@ def test_every_layout_of_every_config_can_be_planned(
     assert all(pair.saved != pair.resumed for pair in resume_pairs(tried))
 
 
-def test_scaling_keeps_proportions_and_divisors() -> None:
+def test_scaled_model_keeps_proportions_and_divisors() -> None:
     big = load_config(ROOT / "configs" / "70b.json")
     small = scaled(big.model.model_dump(), 8)
     assert small["num_attention_heads"] // small["num_key_value_heads"] == 8

@@ -1,4 +1,4 @@
-"""Sequence parallelism against one plain process."""
+"""Sequence parallelism compared with one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.parity.test_layouts import OTHER, misses, reference  # noqa: F401
 
 @pytest.mark.parametrize(("ranks", "stage"), [(2, 0), (2, 3), (4, 1), (4, 2)])
 @pytest.mark.parametrize("oracle", ["plain", "other"])
-def test_sequence_parallel_agrees_with_one_plain_process(
+def test_sequence_parallelism_agrees_with_the_reference(
     shards: dict[str, str],
     tmp_path: Path,
     reference: dict[str, Any],  # noqa: F811
@@ -28,7 +28,7 @@ def test_sequence_parallel_agrees_with_one_plain_process(
 
 
 @pytest.mark.parametrize(("recompute", "stage"), [("selective", 3), ("full", 1)])
-def test_recompute_repeats_the_collectives_alike(
+def test_recompute_under_sequence_parallelism_agrees_with_the_reference(
     shards: dict[str, str],
     tmp_path: Path,
     reference: dict[str, Any],  # noqa: F811

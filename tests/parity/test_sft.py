@@ -1,4 +1,4 @@
-"""Instruction tuning against the numbers that come out by hand, with transformers' own template."""
+"""Instruction tuning compared with an explicit loss, with the chat template of transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["folder"]  # the fixture: a tokenizer
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_the_loss_of_twenty_conversations(
+def test_sft_loss_equals_that_of_transformers_masks(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -52,10 +52,10 @@ def test_the_loss_of_twenty_conversations(
             total += float(loss_of(model, batch.tensors))
             targets += batch.targets
     wanted, counted = 0.0, 0
-    asked = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     for one in turns:
-        found = oracle.apply_chat_template(one, chat_template=CHATML, **asked)
-        ids, mask = (torch.tensor(found[key]) for key in ("input_ids", "assistant_masks"))
+        rendered = oracle.apply_chat_template(one, chat_template=CHATML, **options)
+        ids, mask = (torch.tensor(rendered[key]) for key in ("input_ids", "assistant_masks"))
         with torch.no_grad():
             logits = model.logits(ids[None, :-1])[0].double()
         each = F.cross_entropy(logits, ids[1:], reduction="none")
@@ -73,7 +73,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_any_layout_learns_the_same(tmp_path: Path, task: str) -> None:
+def test_sft_gives_the_same_numbers_on_any_layout(tmp_path: Path, task: str) -> None:
     talks = tmp_path / "talks"
     rows = [
         {"messages": one, "text": one[0]["content"] * 2, "target": one[-1]["content"]}

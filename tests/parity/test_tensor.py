@@ -1,4 +1,4 @@
-"""Tensor parallelism against one plain process: sizes that do not divide evenly included."""
+"""Tensor parallelism compared with one process, including sizes that do not divide evenly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.parity.test_layouts import OTHER, _reference, misses, reference  # no
     [(2, 2, 0), (2, 2, 1), (2, 2, 3), (2, 4, 0), (2, 4, 1), (2, 4, 2), (2, 4, 3)],
 )
 @pytest.mark.parametrize("oracle", ["plain", "other"])
-def test_tensor_parallel_agrees_with_one_plain_process(
+def test_tensor_parallelism_agrees_with_the_reference(
     shards: dict[str, str],
     tmp_path: Path,
     reference: dict[str, Any],  # noqa: F811
@@ -39,10 +39,10 @@ FOUR_HEADS = {"num_key_value_heads": 4}
     [(1, False), (3, True)]
     + [pytest.param(*pair, marks=pytest.mark.slow) for pair in ((0, True), (3, False))],
 )
-def test_four_tensor_parallel_ranks_agree_with_one_plain_process(
+def test_tensor_parallelism_of_four_ranks_agrees_with_the_reference(
     shards: dict[str, str], tmp_path: Path, tied: bool, stage: int
 ) -> None:
-    """A vocabulary of 301, which 4 does not divide."""
+    """The vocabulary has 301 tokens, which 4 does not divide."""
     model = FOUR_HEADS | {"tie_word_embeddings": tied, "attention_bias": tied, "mlp_bias": tied}
     plain = run_file(shards, tmp_path / "plain", model=model)
     run_ranks(_reference, 1, plain)
@@ -54,10 +54,10 @@ def test_four_tensor_parallel_ranks_agree_with_one_plain_process(
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 
-def test_dropout_is_one_for_replicas_and_another_for_each_part(
+def test_dropout_is_equal_on_replicas_and_differs_by_head(
     shards: dict[str, str], tmp_path: Path
 ) -> None:
-    """Recompute draws the same again, replicas stay equal, the heads of two ranks drop apart."""
+    """Recompute repeats the dropout, and replicas stay equal."""
     curves = {}
     for recompute in ("none", "selective", "full"):
         training = {"activation_checkpointing": recompute, "steps": 5}
@@ -74,7 +74,7 @@ def test_dropout_is_one_for_replicas_and_another_for_each_part(
 
 
 def _draw(launch: Any) -> list[list[float]]:
-    """Numbers of the shared stream, of a split region, and of the shared stream after it."""
+    """Return numbers of the shared stream, of a split region, and of the shared stream again."""
     import torch
 
     from megalite.parallel.regions import fork_randomness
@@ -82,5 +82,5 @@ def _draw(launch: Any) -> list[list[float]]:
     torch.manual_seed(3)
     shared = torch.rand(4)
     with fork_randomness(torch.device("cpu"), launch.rank):
-        own = torch.rand(4)
-    return [shared.tolist(), own.tolist(), torch.rand(4).tolist()]
+        numbers = torch.rand(4)
+    return [shared.tolist(), numbers.tolist(), torch.rand(4).tolist()]
