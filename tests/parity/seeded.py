@@ -63,7 +63,7 @@ def copying(restore: Any) -> Any:
 
     def load(engine: Any, *args: Any, **kwargs: Any) -> Any:
         place = restore(engine, *args, **kwargs)
-        first, *others = engine._inner().param_groups
+        first, *others = engine._torch_optimizer().param_groups
         for group in others:
             group["weight_decay"] = first["weight_decay"]
         return place
