@@ -39,7 +39,7 @@ from megalite.errors import ConfigError
 from megalite.plan import Plan, make_plan
 from megalite.plan.devices import DEVICES, Device, Efficiencies, make_device
 from megalite.plan.flops import window_flops
-from megalite.plan.seconds import Layout, step_seconds
+from megalite.plan.seconds import Cluster, step_seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("layers", "hidden", "heads", "kv_heads", "intermediate", "vocab", "gated", "tied")
@@ -70,7 +70,7 @@ class Row:
         if efficiencies is not None:
             device = dataclasses.replace(device, efficiencies=efficiencies)
         gpus, near = self.told["gpus"], self.told["per_host"]
-        seconds = step_seconds(self.config, self.plan, Layout(device, max(1, gpus // near), near))
+        seconds = step_seconds(self.config, self.plan, Cluster(device, max(1, gpus // near), near))
         rate = self.plan.tokens_per_step / gpus / seconds.total
         return rate * self.utilisation_per_rate
 

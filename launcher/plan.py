@@ -11,12 +11,17 @@ from megalite.cli import command_parser, run_main
 from megalite.config import RunConfig, find_file, run_files, section_changes, write_value
 from megalite.errors import CommandError
 from megalite.log import write_report
-from megalite.plan.command import calibrated, make_layout, planned_config, refuse_useless
+from megalite.plan.command import (
+    make_cluster,
+    planned_config,
+    check_plan_options,
+    write_calibration,
+)
 from megalite.plan.devices import DEVICES
 from megalite.plan.forecast import forecast
 from megalite.plan.search import extends, rank, run_file
-from megalite.plan.seconds import Layout
-from megalite.plan.tables import compare, describe
+from megalite.plan.seconds import Cluster
+from megalite.plan.tables import describe_forecast, describe_ranking
 
 _EXAMPLES = """examples:
   python launcher/plan.py --config configs/7b.json --nodes 4 --gpus-per-node 8 --gpu h100-80gb
@@ -60,12 +65,12 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    refuse_useless(arguments)
+    check_plan_options(arguments)
     if arguments.calibrate:
-        path, device = calibrated(arguments.calibrate, arguments.output)
+        path, device = write_calibration(arguments.calibrate, arguments.output)
         write_report(device if arguments.json else f"{path}\n", as_json=arguments.json)
         return 0
-    layout = make_layout(arguments.gpu, arguments.nodes, arguments.gpus_per_node)
+    cluster = make_cluster(arguments.gpu, arguments.nodes, arguments.gpus_per_node)
     model = None
     if arguments.init_from is not None:
         from megalite.hub import find_model
@@ -76,15 +81,15 @@ def main() -> int:
         model, _ = describe_start(start)
     config = planned_config(arguments.config, arguments.set, model)
     if not arguments.search:
-        found = forecast(config, layout)
+        found = forecast(config, cluster)
         steps = config.training.steps
-        told = found.as_json(steps) if arguments.json else describe(config, found)
+        told = found.as_json(steps) if arguments.json else describe_forecast(config, found)
         write_report(told, as_json=arguments.json)
         return 0 if found.fits else 1
-    return _search(arguments, config, layout)
+    return _search(arguments, config, cluster)
 
 
-def _search(arguments: argparse.Namespace, config: RunConfig, layout: Layout) -> int:
+def _search(arguments: argparse.Namespace, config: RunConfig, cluster: Cluster) -> int:
     path = arguments.output
     if path is not None:
         files.check_target(path, [*run_files(arguments.config), Path(arguments.gpu)])
@@ -94,7 +99,7 @@ def _search(arguments: argparse.Namespace, config: RunConfig, layout: Layout) ->
                 f"--output {path}: it is there, and no run file that extends {source}; "
                 "name another file"
             )
-    ranking = rank(config, layout)
+    ranking = rank(config, cluster)
     if not ranking.candidates:
         sys.stderr.write("no layout fits: give more devices, or devices with more memory\n")
         return 1
@@ -108,7 +113,7 @@ def _search(arguments: argparse.Namespace, config: RunConfig, layout: Layout) ->
     end = (
         f"rank 1 is written to {path}" if path else "write rank 1 as a run file with --output FILE"
     )
-    write_report(f"{compare(ranking)}{end}\n")
+    write_report(f"{describe_ranking(ranking)}{end}\n")
     return 0
 
 

@@ -149,13 +149,15 @@ def make_plan(
         ConfigError: faults of the configuration, or a layout that is impossible on these devices.
         CommandError: an unknown device.
     """
-    from megalite.plan.command import make_layout, planned_config
+    from megalite.plan.command import make_cluster, planned_config
     from megalite.plan.forecast import forecast
 
     with log.shown(rank=0):
-        layout = make_layout(str(gpu), nodes, gpus_per_node)
+        cluster = make_cluster(str(gpu), nodes, gpus_per_node)
         planned = planned_config(config, _sets(overrides))
-        plan: dict[str, Any] = log.finite(forecast(planned, layout).as_json(planned.training.steps))
+        plan: dict[str, Any] = log.finite(
+            forecast(planned, cluster).as_json(planned.training.steps)
+        )
         return plan
 
 

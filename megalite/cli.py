@@ -237,7 +237,7 @@ def run_parser(about: str | None, examples: str) -> argparse.ArgumentParser:
     return parser
 
 
-def refuse_useless(arguments: argparse.Namespace) -> None:
+def refuse_ignored_options(arguments: argparse.Namespace) -> None:
     """Refuse options that would be ignored.
 
     Raises:

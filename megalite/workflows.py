@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megalite import env
-from megalite.cli import refuse_useless
+from megalite.cli import refuse_ignored_options
 from megalite.config import ConfigSource, find_run, load_config, source_name, stated_model
 from megalite.config.tasks import find_task
 from megalite.errors import CommandError, ConfigError
@@ -31,7 +31,7 @@ def start_run(arguments: argparse.Namespace, make_options: Callable[..., RunOpti
         arguments: those of `megalite.cli.run_parser`.
         make_options: `pretraining_options` or `finetuning_options`.
     """
-    refuse_useless(arguments)
+    refuse_ignored_options(arguments)
     if arguments.dry_run is None:
         env.restart_with_heap()
     launch = env.find_launch()

@@ -1,18 +1,18 @@
 """Reports of a run: its records, TensorBoard, the console, the device."""
 
 from megalite.observe.device import (
+    mfu_warnings,
     model_flops_utilization,
     peak_flops,
     peak_memory_bytes,
-    unknown_utilization,
 )
 from megalite.observe.metrics import Recorder
 from megalite.observe.status import (
-    began_from,
+    has_resumed,
     last_layout,
+    overwrite_status,
     previous_attempts,
-    restate,
-    resumed_before,
+    started_from,
 )
 from megalite.observe.stragglers import Stragglers
 from megalite.observe.trace import Trace
@@ -24,13 +24,13 @@ __all__ = [
     "Stragglers",
     "Trace",
     "Watchdog",
-    "began_from",
+    "has_resumed",
     "last_layout",
+    "mfu_warnings",
     "model_flops_utilization",
+    "overwrite_status",
     "peak_flops",
     "peak_memory_bytes",
     "previous_attempts",
-    "restate",
-    "resumed_before",
-    "unknown_utilization",
+    "started_from",
 ]

@@ -22,7 +22,7 @@ def peak_flops(device_name: str, precision: str, memory: int | None = None) -> f
     return device.peak(precision) if device else None
 
 
-def unknown_utilization(device: torch.device, precision: str) -> list[str]:
+def mfu_warnings(device: torch.device, precision: str) -> list[str]:
     """Return the reason why rows will have no MFU; an empty list if they will have one.
 
     A CPU's peak depends on its clock, so that no share of it is ever reported.

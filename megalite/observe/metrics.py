@@ -48,7 +48,7 @@ class Recorder:
         if self.rank != 0:
             return
         threading.excepthook = self._thread_failed
-        with self.sparing():
+        with self.tolerating_disk_errors():
             _end_last_line(self.folder / METRICS)
         self._views.append(Console(total_steps=self.total_steps))
         if self.tensorboard:
@@ -107,7 +107,7 @@ class Recorder:
         """Replace status.json; without `last_checkpoint` the one named before stays."""
         self._last_checkpoint = last_checkpoint or self._last_checkpoint
         if self._writes:
-            with self.sparing():
+            with self.tolerating_disk_errors():
                 write_status(
                     self.folder,
                     state,
@@ -126,7 +126,7 @@ class Recorder:
             threading.excepthook = self._hook
 
     @contextmanager
-    def sparing(self) -> Iterator[None]:
+    def tolerating_disk_errors(self) -> Iterator[None]:
         """Run a block that writes records: a full disk costs them, reported once, not the run."""
         try:
             yield
@@ -137,7 +137,7 @@ class Recorder:
         clean: dict[str, Any] = finite(row)
         if self._writes:
             line = {"kind": kind, "time": time.time(), "attempt": self.attempt, **clean}
-            with self.sparing():
+            with self.tolerating_disk_errors():
                 append_line(self.folder / METRICS, json.dumps(line, allow_nan=False).encode())
         return clean
 

@@ -36,7 +36,7 @@ def write_status(
     Raises:
         OSError: it cannot be written.
     """
-    if stated_attempt(folder) > attempt:
+    if recorded_attempt(folder) > attempt:
         return
     status: dict[str, Any] = {
         "state": state,
@@ -50,7 +50,7 @@ def write_status(
     replace_small(folder / STATUS, json.dumps(status, indent=2, allow_nan=False) + "\n")
 
 
-def restate(folder: Path, state: State, *, reason: str, attempt: int) -> None:
+def overwrite_status(folder: Path, state: State, *, reason: str, attempt: int) -> None:
     """Write the end of a start whose recorder does not: it has none yet, or it hangs.
 
     Args:
@@ -72,7 +72,7 @@ def restate(folder: Path, state: State, *, reason: str, attempt: int) -> None:
         )
 
 
-def stated_attempt(folder: Path) -> int:
+def recorded_attempt(folder: Path) -> int:
     """Return the attempt that status.json names; -1 if there is none, or not one of ours."""
     with suppress(OSError, *_NOT_OURS):
         return int(read_json(folder / STATUS)["attempt"])
@@ -84,7 +84,7 @@ def previous_attempts(folder: Path) -> int:
 
     0 for a fresh folder. Both records are asked: a crash may have left either of them behind.
     """
-    attempts = [stated_attempt(folder)]
+    attempts = [recorded_attempt(folder)]
     with suppress(FileNotFoundError):
         for row in read_rows(folder / METRICS, last=TAIL):
             with suppress(*_NOT_OURS):
@@ -92,7 +92,7 @@ def previous_attempts(folder: Path) -> int:
     return max(attempts) + 1
 
 
-def resumed_before(folder: Path, *, path: str, job: str) -> bool:
+def has_resumed(folder: Path, *, path: str, job: str) -> bool:
     """Return whether a job has already gone on from the checkpoint at `path`."""
     return any(
         row.get("job") == job and Path(row["path"]).resolve() == Path(path)
@@ -101,7 +101,7 @@ def resumed_before(folder: Path, *, path: str, job: str) -> bool:
     )
 
 
-def began_from(folder: Path, name: Literal["start", "resume"], path: Path | None = None) -> bool:
+def started_from(folder: Path, name: Literal["start", "resume"], path: Path | None = None) -> bool:
     """Return whether a start of the run began from weights (start), or went on from `path`.
 
     Args:

@@ -182,7 +182,9 @@ class Watchdog:
             time.sleep(_GATHER)
             facts = _read(self._stacks)
             if facts and min(facts) == self.rank:
-                self.report(f"hang: {find_late(facts, self.hosts)}; stacks in {self._stacks}")
+                self.report(
+                    f"hang: {describe_culprit(facts, self.hosts)}; stacks in {self._stacks}"
+                )
         sys.stderr.flush()
         os._exit(1)
 
@@ -205,7 +207,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
 
 
-def find_late(facts: dict[int, dict[str, Any]], hosts: Sequence[str]) -> str:
+def describe_culprit(facts: dict[int, dict[str, Any]], hosts: Sequence[str]) -> str:
     """Return a description of the ranks that the others wait for.
 
     Args:

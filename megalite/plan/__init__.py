@@ -5,8 +5,8 @@ from megalite.plan.flops import flops_per_token, hardware_flops_per_token
 from megalite.plan.forecast import make_plan
 from megalite.plan.memory import host_bytes
 from megalite.plan.precision import (
-    auto_of_first_version,
     bf16_units,
+    legacy_auto_precision,
     recorded_precision,
     resolve_precision,
 )
@@ -16,13 +16,13 @@ from megalite.plan.traffic import Collective, data_collectives, tensor_collectiv
 __all__ = [
     "Collective",
     "Plan",
-    "auto_of_first_version",
     "bf16_units",
     "data_collectives",
     "deepspeed_dict",
     "flops_per_token",
     "hardware_flops_per_token",
     "host_bytes",
+    "legacy_auto_precision",
     "make_plan",
     "recorded_precision",
     "resolve_labels",

@@ -14,7 +14,7 @@ from megalite.plan.workloads import run_costs
 
 # Bytes from which glibc serves a request from the system, not from the process's heap: the
 # mmap_threshold that `megalite.env` sets, which is DEFAULT_MMAP_THRESHOLD_MAX of malloc/malloc.c.
-MAPPED = 32 << 20
+MMAP_THRESHOLD = 32 << 20
 
 
 def activation_bytes(config: RunConfig, plan: Plan, device: Kind) -> tuple[int, int]:
@@ -63,6 +63,6 @@ def heap_bytes(config: RunConfig, plan: Plan) -> tuple[int, int]:
         parts = [(part.saved, count) for layer, count in stack.kinds for part in layer]
         for part, count in parts:
             pieces = [stack.load.batch_tokens * piece for piece in part.large]
-            large += count * (part.mask + sum(piece for piece in pieces if piece >= MAPPED))
+            large += count * (part.mask + sum(piece for piece in pieces if piece >= MMAP_THRESHOLD))
         small += sum(count * part.scores for part, count in parts) * 2 // 3
     return small - large, large

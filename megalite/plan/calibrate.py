@@ -21,7 +21,7 @@ from megalite.plan.devices import (
     number_fault,
 )
 from megalite.plan.forecast import forecast, make_plan
-from megalite.plan.seconds import Layout, step_seconds
+from megalite.plan.seconds import Cluster, step_seconds
 
 # A step of any run depends on these. Others would need runs that separate their effects.
 _FITTED = ("matmul", "bandwidth", "link")
@@ -34,17 +34,17 @@ _STEP_SECONDS = (1e-6, 1e6, "seconds")
 
 
 @dataclass(frozen=True)
-class Run:
+class MeasuredRun:
     config: RunConfig
-    layout: Layout
+    cluster: Cluster
     seconds: float
 
     def predicted(self, device: Device) -> float:
-        layout = dataclasses.replace(self.layout, device=device)
-        world = layout.hosts * layout.per_host
-        native = self.layout.device.native_bf16
+        cluster = dataclasses.replace(self.cluster, device=device)
+        world = cluster.hosts * cluster.per_host
+        native = self.cluster.device.native_bf16
         plan = make_plan(self.config, world_size=world, device=device.kind, native_bf16=native)
-        return step_seconds(self.config, plan, layout).total
+        return step_seconds(self.config, plan, cluster).total
 
 
 def calibrate(folders: Sequence[Path]) -> dict[str, Any]:
@@ -57,10 +57,10 @@ def calibrate(folders: Sequence[Path]) -> dict[str, Any]:
         ConfigError: a record that no run can have written.
     """
     runs = [read_run(folder) for folder in folders]
-    names = sorted({run.layout.device.name for run in runs})
+    names = sorted({run.cluster.device.name for run in runs})
     if len(names) > 1:
         raise CommandError(f"--calibrate: runs on {' and '.join(names)}; give those of one device")
-    device = runs[0].layout.device
+    device = runs[0].cluster.device
     best = _fit(runs, device)
     rates: dict[str, Any] = {}
     if device.kind == "cpu":
@@ -91,7 +91,7 @@ def _raised(device: Device, fitted: Efficiencies) -> tuple[Efficiencies, dict[st
     return best, rates
 
 
-def _fit(runs: Sequence[Run], device: Device) -> Efficiencies:
+def _fit(runs: Sequence[MeasuredRun], device: Device) -> Efficiencies:
     """Return the efficiencies that fit best: each in turn moves up and down, by smaller steps."""
     best = device.efficiencies
     most = _MOST if device.kind == "cpu" else 1.0  # a CPU's rates are guesses
@@ -114,7 +114,7 @@ def _fit(runs: Sequence[Run], device: Device) -> Efficiencies:
     return best
 
 
-def _cost(runs: Sequence[Run], device: Device, efficiencies: Efficiencies) -> float:
+def _cost(runs: Sequence[MeasuredRun], device: Device, efficiencies: Efficiencies) -> float:
     tried = dataclasses.replace(device, efficiencies=efficiencies)
     usual = device.efficiencies
     errors = sum(math.log(run.predicted(tried) / run.seconds) ** 2 for run in runs)
@@ -124,7 +124,7 @@ def _cost(runs: Sequence[Run], device: Device, efficiencies: Efficiencies) -> fl
     return errors / len(runs) + _PULL * pulls / len(_FITTED)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> MeasuredRun:
     """Return a run by the record in its folder.
 
     Raises:
@@ -139,10 +139,10 @@ def read_run(folder: Path) -> Run:
         device = DEVICES[record["device"]]
         if device.kind == "cpu":
             device = guess_cpu(record.get("native_bf16", False))
-        layout = Layout(device, record["hosts"], record["per_host"])
+        cluster = Cluster(device, record["hosts"], record["per_host"])
         config = load_stored(folder / "config.json")
-        run = Run(config, layout, float(record["measured"]["step_seconds"]))
-        forecast(config, layout)
+        run = MeasuredRun(config, cluster, float(record["measured"]["step_seconds"]))
+        forecast(config, cluster)
     except FileNotFoundError:
         raise CommandError(
             f"--calibrate {folder}: no {RECORD} there; give run folders whose runs have ended"

@@ -20,10 +20,10 @@ from megalite.errors import CommandError
 from megalite.log import logger
 from megalite.plan.calibrate import RECORD, calibrate
 from megalite.plan.devices import find_device
-from megalite.plan.seconds import Layout
+from megalite.plan.seconds import Cluster
 
 
-def refuse_useless(arguments: argparse.Namespace) -> None:
+def check_plan_options(arguments: argparse.Namespace) -> None:
     """Refuse options that would be ignored.
 
     Raises:
@@ -39,7 +39,7 @@ def refuse_useless(arguments: argparse.Namespace) -> None:
         raise CommandError("--config is missing; give a run file, such as configs/7b.json")
 
 
-def calibrated(runs: Sequence[str], output: Path | None) -> tuple[Path, dict[str, Any]]:
+def write_calibration(runs: Sequence[str], output: Path | None) -> tuple[Path, dict[str, Any]]:
     """Write the device file that runs are calibrated to; return its path and content."""
     folders = [Path(run) for run in runs]
     reads = [folder / name for folder in folders for name in (RECORD, "config.json")]
@@ -52,7 +52,7 @@ def calibrated(runs: Sequence[str], output: Path | None) -> tuple[Path, dict[str
     return path, device
 
 
-def make_layout(gpu: str, nodes: int, gpus_per_node: int) -> Layout:
+def make_cluster(gpu: str, nodes: int, gpus_per_node: int) -> Cluster:
     """Return the devices of a plan.
 
     Args:
@@ -63,7 +63,7 @@ def make_layout(gpu: str, nodes: int, gpus_per_node: int) -> Layout:
     for name, value in (("nodes", nodes), ("gpus-per-node", gpus_per_node)):
         if not 1 <= value <= 10**6:
             raise CommandError(f"--{name} {value}: give 1 to 1,000,000")
-    return Layout(find_device(gpu), nodes, gpus_per_node)
+    return Cluster(find_device(gpu), nodes, gpus_per_node)
 
 
 def planned_config(

@@ -12,7 +12,7 @@ from megalite.plan.devices import PRECISIONS, Kind
 from megalite.plan.flops import hardware_flops_per_token
 from megalite.plan.memory import host_bytes, memory_bytes
 from megalite.plan.process import process_bytes
-from megalite.plan.seconds import Layout, Seconds, step_seconds
+from megalite.plan.seconds import Cluster, Seconds, step_seconds
 from megalite.plan.sizes import Plan, layout_plan, resolve_labels
 from megalite.plan.traffic import Collective, data_collectives, tensor_collectives
 
@@ -53,7 +53,7 @@ class Forecast:
     """
 
     plan: Plan
-    layout: Layout
+    cluster: Cluster
     seconds: Seconds
     overhead: int
     host_bytes: dict[str, int]
@@ -63,7 +63,7 @@ class Forecast:
     @property
     def free(self) -> int:
         """Return the bytes that a device has left; below 0 the run does not fit."""
-        return self.layout.device.memory - self.plan.memory_bytes["total"] - self.overhead
+        return self.cluster.device.memory - self.plan.memory_bytes["total"] - self.overhead
 
     @property
     def fits(self) -> bool:
@@ -78,9 +78,9 @@ class Forecast:
     @property
     def mfu(self) -> float:
         """Return the share of the devices' peak that the model's own FLOPs take."""
-        peak = self.layout.device.peak(self.plan.precision)
+        peak = self.cluster.device.peak(self.plan.precision)
         assert peak is not None
-        ranks = self.plan.world_size if self.layout.device.kind != "cpu" else self.layout.hosts
+        ranks = self.plan.world_size if self.cluster.device.kind != "cpu" else self.cluster.hosts
         return self.plan.flops_per_token * self.tokens_per_second / (peak * ranks)
 
     def as_json(self, steps: int) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Forecast:
             "fits": self.fits,
             "memory_bytes": self.plan.memory_bytes,
             "margin_bytes": self.overhead,
-            "device_bytes": self.layout.device.memory,
+            "device_bytes": self.cluster.device.memory,
             "host_bytes": self.host_bytes,
             "step_seconds": self.seconds.total,
             "seconds": vars(self.seconds),
@@ -116,33 +116,34 @@ def _overhead(config: RunConfig, plan: Plan, kind: Kind) -> int:
     return max(0, process_bytes(config, plan) - plan.memory_bytes["total"])
 
 
-def forecast(config: RunConfig, layout: Layout) -> Forecast:
-    """Return the forecast of a run file on all devices of `layout`.
+def forecast(config: RunConfig, cluster: Cluster) -> Forecast:
+    """Return the forecast of a run file on all devices of `cluster`.
 
     Raises:
         ConfigError: see `make_plan`; a device without units for the precision; more tensor ranks
             than a host has devices.
     """
     config = resolve_labels(config)
-    kind = layout.device.kind
-    ranks = layout.hosts * layout.per_host
-    native = layout.device.native_bf16
+    kind = cluster.device.kind
+    ranks = cluster.hosts * cluster.per_host
+    native = cluster.device.native_bf16
     plan = make_plan(config, world_size=ranks, device=kind, native_bf16=native)
-    if layout.device.peak(plan.precision) is None:
-        had = " or ".join(p for p in PRECISIONS if layout.device.peak(p) is not None)
+    if cluster.device.peak(plan.precision) is None:
+        supported = " or ".join(p for p in PRECISIONS if cluster.device.peak(p) is not None)
         raise ConfigError(
-            f"training.precision: {plan.precision}, for which a {layout.device.name} has no units; "
-            f"set it to {had}"
+            f"training.precision: a {cluster.device.name} has no units for {plan.precision}; "
+            f"set it to {supported}"
         )
-    if plan.mesh.tensor > layout.per_host:
+    if plan.mesh.tensor > cluster.per_host:
         raise ConfigError(
             f"parallel.tensor: {plan.mesh.tensor} ranks share a model, but a host has "
-            f"{layout.per_host}; they talk at every layer, so keep them on one"
+            f"{cluster.per_host} devices, and every layer exchanges data; set it to "
+            f"{cluster.per_host} or less"
         )
     return Forecast(
         plan=plan,
-        layout=layout,
-        seconds=step_seconds(config, plan, layout),
+        cluster=cluster,
+        seconds=step_seconds(config, plan, cluster),
         overhead=_overhead(config, plan, kind),
         host_bytes=host_bytes(config, plan, kind),
         hardware_flops_per_token=hardware_flops_per_token(config),

@@ -30,7 +30,7 @@ class States:
 
     weights: int
     optimizer: int
-    kept_gradients: int
+    resident_gradients: int
     gradients: int
 
 
@@ -61,7 +61,7 @@ def memory_bytes(config: RunConfig, plan: Plan, device: Kind) -> dict[str, int]:
     kept, work = activation_bytes(config, plan, device)
     logits = run_costs(config, plan, device).head.logits
     buffers, prefetch = bucket_bytes(config, plan), prefetch_bytes(config, plan)
-    before = states.kept_gradients + resident_buckets(plan) + kept
+    before = states.resident_gradients + resident_buckets(plan) + kept
     before += max(work + logits.chunk + logits.gradients, prefetch)
     total = states.weights + max(before, states.gradients + buffers)
     if device == "cpu" or not plan.zero.offloads_optimizer:

@@ -71,6 +71,6 @@ def recorded_precision(config: Mapping[str, Any], run: Path) -> Precision | Lite
     return Precision(precision) if precision in list(Precision) else None
 
 
-def auto_of_first_version(device: Literal["cpu", "cuda"]) -> Precision:
+def legacy_auto_precision(device: Literal["cpu", "cuda"]) -> Precision:
     """Return what "auto" was in MegaLite 0.1."""
     return Precision.BF16 if device == "cuda" else Precision.FP32

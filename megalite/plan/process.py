@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megalite.config import Precision, RunConfig
-from megalite.plan.activations import MAPPED, activation_bytes, heap_bytes
+from megalite.plan.activations import MMAP_THRESHOLD, activation_bytes, heap_bytes
 from megalite.plan.memory import (
     States,
     bucket_bytes,
@@ -38,22 +38,22 @@ def process_bytes(config: RunConfig, plan: Plan) -> int:
     pieces = [logits.gradients]
     if plan.zero_stage == 3:
         gathered = gathered_bytes(config, plan)
-        resident += states.kept_gradients + resident_buckets(plan) - gathered
+        resident += states.resident_gradients + resident_buckets(plan) - gathered
         pieces.append(gathered)
     else:
-        pieces += [states.kept_gradients, resident_buckets(plan)]
-    in_heap = sum(size for size in pieces if size < MAPPED or plan.zero_stage == 3)
+        pieces += [states.resident_gradients, resident_buckets(plan)]
+    in_heap = sum(size for size in pieces if size < MMAP_THRESHOLD or plan.zero_stage == 3)
     mapped += sum(pieces) - in_heap
     _, work = activation_bytes(config, plan, "cpu")
     beyond_work = max(0, logits.chunk - work)  # the work that follows takes the place of the rest
-    if logits.chunk < MAPPED:
+    if logits.chunk < MMAP_THRESHOLD:
         in_heap += beyond_work
     else:
         mapped += beyond_work
     # gradients find no room among the activations that a backward frees: both add up
     heap = small + round(FRAGMENTATION * small) + in_heap + states.gradients - copy
     sent = _sent_bytes(config, plan, copy)
-    mapped = max(mapped, sent if sent >= MAPPED else 0)
+    mapped = max(mapped, sent if sent >= MMAP_THRESHOLD else 0)
     libraries = _LIBRARIES + _GROUP * (plan.world_size > 1)
     libraries += _MEASURES * bool(config.model.num_labels)
     return libraries + resident + heap + mapped

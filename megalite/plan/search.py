@@ -14,7 +14,7 @@ from typing import Any
 from megalite.config import RunConfig, allowed_tensor_sizes, merged, parse_config, read_object
 from megalite.errors import ConfigError
 from megalite.plan.forecast import Forecast, forecast
-from megalite.plan.seconds import Layout
+from megalite.plan.seconds import Cluster
 from megalite.plan.zero import zero_settings
 
 _RECOMPUTE = ("none", "selective", "full")
@@ -44,25 +44,25 @@ class Ranking:
     candidates: list[Candidate]
     fitting: int
     own: Candidate | None
-    own_rank: int | None
+    current_rank: int | None
     fault: str
 
     def as_json(self, steps: int) -> dict[str, Any]:
         """Return the candidates and the run file's own layout for `--json`."""
         own = None
         if self.own is not None:
-            place = {"rank": self.own_rank, "fitting": self.fitting}
+            place = {"rank": self.current_rank, "fitting": self.fitting}
             own = place | self.own.changes | self.own.forecast.as_json(steps)
         rows = [row.changes | row.forecast.as_json(steps) for row in self.candidates]
         return {"candidates": rows, "own": own}
 
 
-def search(config: RunConfig, layout: Layout, most: int = 50) -> list[Candidate]:
+def search(config: RunConfig, cluster: Cluster, most: int = 50) -> list[Candidate]:
     """Return the candidates of `rank`."""
-    return rank(config, layout, most).candidates
+    return rank(config, cluster, most).candidates
 
 
-def rank(config: RunConfig, layout: Layout, most: int = 50) -> Ranking:
+def rank(config: RunConfig, cluster: Cluster, most: int = 50) -> Ranking:
     """Rank the layouts that fit, fastest first; equally fast ones by the memory they leave.
 
     Tensor parallelism within a host (with and without sequence parallelism), ZeRO stages, every
@@ -76,9 +76,9 @@ def rank(config: RunConfig, layout: Layout, most: int = 50) -> Ranking:
     found: list[Candidate] = []
     planned = 0
     faults = Counter[str]()
-    for changes in _changes(config, layout):
+    for changes in _changes(config, cluster):
         try:
-            made = forecast(_changed(config, changes), layout)
+            made = forecast(_changed(config, changes), cluster)
         except ConfigError as error:  # what does not divide
             faults[str(error)] += 1
             continue
@@ -86,13 +86,13 @@ def rank(config: RunConfig, layout: Layout, most: int = 50) -> Ranking:
         if made.fits:
             found.append(Candidate(changes, made))
     if not planned:
-        forecast(config, layout)  # says what is wrong with the run file's own
+        forecast(config, cluster)  # says what is wrong with the run file's own
         raise ConfigError(faults.most_common(1)[0][0])
     found.sort(key=lambda c: (-_rate(c.forecast), -c.forecast.free))
     own = None
     fault = ""
     try:
-        own = Candidate(_own_changes(config), forecast(config, layout))
+        own = Candidate(_own_changes(config), forecast(config, cluster))
     except ConfigError as error:
         fault = str(error)
     place = None
@@ -145,17 +145,17 @@ def _is_valid(config: RunConfig, candidate: Candidate) -> bool:
     return True
 
 
-def _changes(config: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:
-    within = {n for n in allowed_tensor_sizes(config.model) if layout.per_host % n == 0}
+def _changes(config: RunConfig, cluster: Cluster) -> Iterator[dict[str, Any]]:
+    within = {n for n in allowed_tensor_sizes(config.model) if cluster.per_host % n == 0}
     tensor = sorted(within | {config.parallel.tensor})
-    offload = [False] if layout.device.kind == "cpu" else [False, True]
+    offload = [False] if cluster.device.kind == "cpu" else [False, True]
     for size, stage, again, host in itertools.product(tensor, (0, 1, 2, 3), _RECOMPUTE, offload):
         zero: dict[str, Any] = {"stage": stage}
         if stage == 0 and host:
             continue
         zero["offload_optimizer"] = {"device": "cpu" if host else "none"}
         sequences = (False, True) if size > 1 else (False,)
-        for batch, sequence in itertools.product(_micro(config, layout, size), sequences):
+        for batch, sequence in itertools.product(_micro(config, cluster, size), sequences):
             yield {
                 "parallel": {"tensor": size, "sequence": sequence},
                 "training": {"micro_batch_size": batch, "activation_checkpointing": again},
@@ -163,10 +163,10 @@ def _changes(config: RunConfig, layout: Layout) -> Iterator[dict[str, Any]]:
             }
 
 
-def _micro(config: RunConfig, layout: Layout, tensor: int) -> list[int]:
+def _micro(config: RunConfig, cluster: Cluster, tensor: int) -> list[int]:
     """Return the micro-batches that divide a rank's samples of a step."""
     training = config.training
-    ranks = layout.hosts * layout.per_host // tensor
+    ranks = cluster.hosts * cluster.per_host // tensor
     samples, rest = divmod(training.global_batch_size, max(1, ranks))
     if rest:
         return []

@@ -21,7 +21,7 @@ from megalite.plan.zero import local_elements
 
 
 @dataclass(frozen=True)
-class Layout:
+class Cluster:
     """The placement of the ranks: hosts of `per_host` devices each."""
 
     device: Device
@@ -53,7 +53,7 @@ class Seconds:
 def step_seconds(
     config: RunConfig,
     plan: Plan,
-    layout: Layout,
+    cluster: Cluster,
     *,
     document_tokens: float | None = None,
 ) -> Seconds:
@@ -64,7 +64,7 @@ def step_seconds(
     Raises:
         ValueError: a device without units for the run's precision.
     """
-    return _Clock(config, plan, layout, document_tokens).seconds()
+    return _Clock(config, plan, cluster, document_tokens).seconds()
 
 
 class _Clock:
@@ -72,20 +72,20 @@ class _Clock:
         self,
         config: RunConfig,
         plan: Plan,
-        layout: Layout,
+        cluster: Cluster,
         document_tokens: float | None,
     ) -> None:
-        self._config, self._plan, self._layout = config, plan, layout
-        self._eff = layout.device.efficiencies
+        self._config, self._plan, self._cluster = config, plan, cluster
+        self._eff = cluster.device.efficiencies
         self._document = document_tokens
         self._element = plan.precision.bytes
         # the cores of a CPU are shared by the ranks of its host; a GPU is a rank's own
-        share = layout.per_host if layout.device.kind == "cpu" else 1
-        peak = layout.device.peak(plan.precision)
+        share = cluster.per_host if cluster.device.kind == "cpu" else 1
+        peak = cluster.device.peak(plan.precision)
         if peak is None:
-            raise ValueError(f"{layout.device.name} has no units for {plan.precision}")
+            raise ValueError(f"{cluster.device.name} has no units for {plan.precision}")
         self._peak = peak / share
-        self._bandwidth = layout.device.bandwidth / share
+        self._bandwidth = cluster.device.bandwidth / share
 
     def seconds(self) -> Seconds:
         forward, head, backward = self._compute()
@@ -104,7 +104,7 @@ class _Clock:
     def _compute(self) -> tuple[float, float, float]:
         """Return seconds of a micro-batch: forward, gradients of the head, rest of the backward."""
         config, plan, eff = self._config, self._plan, self._eff
-        device = self._layout.device
+        device = self._cluster.device
         forward_of, backward_of = run_flops(config, self._document)
         share = plan.micro_batch_size / plan.mesh.tensor  # of the FLOPs of a window
         products = self._peak * device.reached * eff.matmul / share
@@ -147,8 +147,8 @@ class _Clock:
         plan = self._plan
         own = self._trained / (plan.data_parallel if plan.zero_stage else 1)
         moved = own * (28 + self._element)
-        if self._plan.zero.offloads_optimizer and self._layout.device.kind != "cpu":
-            return moved / (self._layout.device.host_link * self._eff.bandwidth)
+        if self._plan.zero.offloads_optimizer and self._cluster.device.kind != "cpu":
+            return moved / (self._cluster.device.host_link * self._eff.bandwidth)
         return moved / (self._bandwidth * self._eff.bandwidth)
 
     # ---- what ranks send
@@ -163,7 +163,7 @@ class _Clock:
         plan = self._plan
         ranks = self._plan.data_parallel
         calls = data_collectives(self._config, plan)
-        near = max(1, self._layout.per_host // plan.mesh.tensor)
+        near = max(1, self._cluster.per_host // plan.mesh.tensor)
         sent = self._send(calls, ranks, self._rate(ranks, min(near, ranks)))
         if not plan.zero.overlap_comm:
             return sent
@@ -176,9 +176,9 @@ class _Clock:
         Args:
             near: ranks of the ring that share a host.
         """
-        device = self._layout.device
+        device = self._cluster.device
         eff = self._eff
-        share = self._layout.per_host if device.kind == "cpu" else 1
+        share = self._cluster.per_host if device.kind == "cpu" else 1
         link = device.link * eff.link / share
         if ranks <= near:
             return link

@@ -14,19 +14,19 @@ _MIB, _GIB = 1 << 20, 1 << 30
 _BAR, _BEFORE = 40, 29  # characters of a bar as long as the device's memory, and of what leads it
 
 
-def describe(config: RunConfig, found: Forecast) -> str:
+def describe_forecast(config: RunConfig, found: Forecast) -> str:
     """Return a forecast as text: memory with bars, time, traffic, and the whole run."""
     return "\n".join(_lines(config, found)) + "\n"
 
 
 def _lines(config: RunConfig, found: Forecast) -> Iterator[str]:
     plan = found.plan
-    layout = found.layout
-    device = found.layout.device
+    cluster = found.cluster
+    device = found.cluster.device
     sequence = " with sequence" if config.parallel.sequence else ""
     yield (
-        f"{config.name}: {plan.parameters:,} parameters in {plan.precision} on {layout.hosts} x "
-        f"{layout.per_host} {device.name}: tensor {plan.mesh.tensor}{sequence}, data "
+        f"{config.name}: {plan.parameters:,} parameters in {plan.precision} on {cluster.hosts} x "
+        f"{cluster.per_host} {device.name}: tensor {plan.mesh.tensor}{sequence}, data "
         f"{plan.data_parallel}, ZeRO {plan.zero_stage}, micro-batch {plan.micro_batch_size} x "
         f"{plan.accumulation_steps}, recompute {config.training.activation_checkpointing}"
     )
@@ -115,7 +115,7 @@ def _duration(seconds: float, *, most: str = "days", of: str = "") -> str:
     return f"{number:,.{0 if number >= 1000 else 1 if name != 'days' else 2}f} {of}{name}"
 
 
-def compare(ranking: Ranking, most: int = 10) -> str:
+def describe_ranking(ranking: Ranking, most: int = 10) -> str:
     """Return the best of a search, a line each, then the run file's own layout and its rank."""
     head = ("tokens/s", "MFU", "GiB left", "tensor", "ZeRO", "micro", "recompute", "optimizer")
     seconds = ("compute", "messages", "update")
@@ -159,11 +159,11 @@ def _own_place(ranking: Ranking) -> Iterator[str]:
     own = ranking.own
     if own is None:
         yield f"your layout cannot be planned: {ranking.fault}"
-    elif ranking.own_rank is None:
+    elif ranking.current_rank is None:
         yield f"your layout does not fit: {-own.forecast.free / _GIB:.1f} GiB too much"
     else:
-        yield f"your layout: rank {ranking.own_rank} of {ranking.fitting} that fit"
-    if own is not None and ranking.own_rank != 1 and ranking.candidates:
+        yield f"your layout: rank {ranking.current_rank} of {ranking.fitting} that fit"
+    if own is not None and ranking.current_rank != 1 and ranking.candidates:
         best = ranking.candidates[0].forecast
         more = own.forecast.seconds.total - best.seconds.total
         mine = _phases(own.forecast)

@@ -229,7 +229,7 @@ def _foresight(record: Record) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if not record.plan:
         return found
-    with record.doubting("plan.json"):
+    with record.noting_errors("plan.json"):
         plan = record.plan
         rows = []
         for name, key, scale, unit in (
@@ -261,7 +261,7 @@ def _evaluation(record: Record) -> dict[str, Any]:
         "record": record,
     }
     if record.evaluation:
-        with record.doubting("evaluation.json"):
+        with record.noting_errors("evaluation.json"):
             found |= _confusion(record.evaluation)
     return found if record.epochs or found["classes"] else {}
 

@@ -94,7 +94,7 @@ class Record:
     _replaced: int = 0
 
     @contextmanager
-    def doubting(self, name: str) -> Iterator[None]:
+    def noting_errors(self, name: str) -> Iterator[None]:
         """Note what cannot be read or is not what a run writes, and go on without it."""
         try:
             yield
@@ -141,7 +141,7 @@ class Record:
             self.samples = [row for row in self.samples if row["step"] <= step]
             self.epochs = [row for row in self.epochs if row["step"] <= step]
 
-    def conclude(self) -> None:
+    def note_oddities(self) -> None:
         """Say what is out of the ordinary about the rows."""
         losses = self.train.columns["loss"]
         steps = self.train.steps
@@ -189,31 +189,31 @@ def _fault(folder: Path) -> str | None:
 
 def _read_record(folder: Path) -> Record:
     record = Record(folder)
-    with record.doubting("config.json"):
+    with record.noting_errors("config.json"):
         config = {**read_json(folder / "config.json")}
         rename_keys(config)  # so that runs of an earlier version compare with later ones
         record.config = dict(_flat(config))
     record.status = _object(record, _STATUS, asked=True)
     record.plan = _object(record, "plan.json")
     record.evaluation = _object(record, "evaluation.json")
-    with record.doubting(_ROWS):
+    with record.noting_errors(_ROWS):
         for row in each_row(folder / _ROWS):
             record.take(row)
-        record.conclude()
+        record.note_oddities()
     if record.events:
-        with record.doubting(_ROWS):
+        with record.noting_errors(_ROWS):
             record.time = goodput(folder)
             if (back := record.time["clock_set_back_seconds"]) > 0:
                 record.note(f"The clock was set back by {back:,.0f} s during the run.")
     if (folder / "predictions.jsonl").exists():
-        with record.doubting("predictions.jsonl"):
+        with record.noting_errors("predictions.jsonl"):
             _read_predictions(record)
     return record
 
 
 def _object(record: Record, name: str, *, asked: bool = False) -> dict[str, Any]:
     if asked or (record.folder / name).exists():
-        with record.doubting(name):
+        with record.noting_errors(name):
             found = read_json(record.folder / name)
             return {**found}
     return {}

@@ -10,7 +10,7 @@ from megalite.checkpoint import Progress
 from megalite.config import RunConfig
 from megalite.data import Samples
 from megalite.log import logger
-from megalite.observe import Recorder, last_layout, unknown_utilization
+from megalite.observe import Recorder, last_layout, mfu_warnings
 from megalite.parallel import Grid
 from megalite.plan import Plan
 from megalite.train.checks import hints
@@ -36,7 +36,7 @@ def announce(
         f"ZeRO-{plan.zero_stage}, {grid.mesh.data} x data, {grid.mesh.tensor} x tensor, "
         f"{plan.global_batch_size} x {plan.sequence_length} tokens a step, {grid.device.type}",
     )
-    for hint in [*hints(config, plan), *unknown_utilization(grid.device, plan.precision)]:
+    for hint in [*hints(config, plan), *mfu_warnings(grid.device, plan.precision)]:
         logger.info("%s", hint)
     facts: dict[str, Any] = {
         "world_size": plan.world_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megalite.checkpoint import Lease
 from megalite.data import Samples
 from megalite.errors import CheckpointError, MegaLiteError, UserError
-from megalite.observe import previous_attempts, restate
+from megalite.observe import overwrite_status, previous_attempts
 from megalite.parallel import Grid
 from megalite.train.options import RunOptions, Settings
 from megalite.train.outcome import end_state
@@ -42,7 +42,7 @@ def claim(
     except (UserError, CheckpointError) as error:  # status.json is outdated
         if grid.rank == 0:
             attempt = previous_attempts(options.folder)
-            restate(options.folder, "failed", reason=end_state(error)[1], attempt=attempt)
+            overwrite_status(options.folder, "failed", reason=end_state(error)[1], attempt=attempt)
         if isinstance(error, UserError):  # the folder has changed, so the exit code is not 2
             raise MegaLiteError(str(error)) from error
         raise

@@ -292,7 +292,7 @@ class FinetuneEvaluator:
             metrics["baselines"] = self._compare(split, metrics, step)
         if step is not None and self.grid.rank == 0:
             folder = self.recorder.folder
-            with self.recorder.sparing():
+            with self.recorder.tolerating_disk_errors():
                 report = finite({"step": step, "split": split, **metrics})
                 files.write_json(folder / EVALUATION, report)
                 classification.write_predictions(folder / PREDICTIONS, scores, dataset)

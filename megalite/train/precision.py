@@ -17,8 +17,8 @@ from megalite.log import logger
 from megalite.parallel import Grid
 from megalite.plan import (
     Plan,
-    auto_of_first_version,
     bf16_units,
+    legacy_auto_precision,
     recorded_precision,
     resolve_precision,
 )
@@ -56,7 +56,7 @@ def _resolve(options: RunOptions, grid: Grid) -> RunOptions:
     units: tuple[str | None, ...] = tuple(unit for unit, _ in facts)
     device = device_kind()
     recorded: Precision | Literal["auto"] | None = facts[0][1]
-    previous = auto_of_first_version(device) if recorded == "auto" else recorded
+    previous = legacy_auto_precision(device) if recorded == "auto" else recorded
     native_bf16 = all(units)
     if requested != "auto":
         _warn_if_slow(requested, device, native_bf16)

@@ -37,7 +37,7 @@ from megalite.config.names import missing_plugin
 from megalite.errors import CheckpointError, CommandError, OtherVersion
 from megalite.formats import checkpoint as disk
 from megalite.log import logger
-from megalite.observe import began_from, resumed_before
+from megalite.observe import has_resumed, started_from
 from megalite.optim import learning_rate
 from megalite.parallel import Grid
 from megalite.plan import recorded_precision
@@ -125,7 +125,7 @@ def find_resume_point(
     if source is None:
         return _start(config.model, init_from, grid, damaged) if init_from is not None else None
     folder, manifest = source
-    if init_from is not None and grid.rank == 0 and not began_from(root.parent, "start"):
+    if init_from is not None and grid.rank == 0 and not started_from(root.parent, "start"):
         logger.warning(
             "%s resumes from %s: --init-from is ignored, because it only applies to a fresh start",
             root,
@@ -345,7 +345,7 @@ def _find(
     newest, damaged = find_newest(root, grid)
     if newest is None:
         return _open("--resume", resume, grid), damaged
-    again = grid.rank == 0 and began_from(root.parent, "resume", requested)
+    again = grid.rank == 0 and started_from(root.parent, "resume", requested)
     if newest[0].resolve() != requested and not again:
         logger.warning(
             "%s resumes from its newest checkpoint, %s, and not from --resume %s; to begin there, "
@@ -364,7 +364,7 @@ def _is_repeated(run: Path, requested: Path, grid: Grid) -> bool:
         grid.rank == 0
         and job.id
         and job.restart_count
-        and resumed_before(run, path=str(requested), job=job.id)
+        and has_resumed(run, path=str(requested), job=job.id)
     )
     return bool(grid.all_gather_objects(before)[0])
 

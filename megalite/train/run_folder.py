@@ -16,7 +16,7 @@ from megalite.data import Samples
 from megalite.errors import CommandError, DataError, MegaLiteError, Superseded
 from megalite.formats import checkpoint as disk
 from megalite.log import logger
-from megalite.observe import Recorder, previous_attempts, restate
+from megalite.observe import Recorder, overwrite_status, previous_attempts
 from megalite.parallel import Grid
 from megalite.tokenizers.tokenizer import copy_generation_config, tokenizer_files
 from megalite.train.outcome import end_state
@@ -143,7 +143,7 @@ def _failed(folder: Path, error: Exception) -> MegaLiteError:
     cause = str(error) if isinstance(error, MegaLiteError) else f"{type(error).__name__}: {error}"
     fault = MegaLiteError(f"the run folder {folder} cannot be prepared: {cause}")
     attempt = previous_attempts(folder)
-    restate(folder, "failed", reason=end_state(fault)[1], attempt=attempt)
+    overwrite_status(folder, "failed", reason=end_state(fault)[1], attempt=attempt)
     return fault
 
 

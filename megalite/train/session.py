@@ -22,7 +22,7 @@ from megalite.env import Launch
 from megalite.errors import MegaLiteError, UserError
 from megalite.evaluate import Prompts, Writer
 from megalite.log import logger
-from megalite.observe import PhaseTimer, Recorder, Stragglers, Trace, Watchdog, restate
+from megalite.observe import PhaseTimer, Recorder, Stragglers, Trace, Watchdog, overwrite_status
 from megalite.parallel import Grid, stop
 from megalite.plan import Plan
 from megalite.train.announce import announce
@@ -160,7 +160,7 @@ class Session:
         def report(reason: str) -> None:
             logger.error("%s", reason)
             self.recorder.append("hang", self.progress.step, reason=reason)
-            restate(folder, "failed", reason=reason, attempt=self.recorder.attempt)
+            overwrite_status(folder, "failed", reason=reason, attempt=self.recorder.attempt)
 
         return Watchdog(
             self.phases,

@@ -28,5 +28,5 @@ def test_plan_json_has_predicted_and_measured_numbers(
         assert number > 0
     run = read_run(tmp_path / "run")
     assert run.seconds == record["measured"]["step_seconds"]
-    predicted = run.predicted(run.layout.device)
+    predicted = run.predicted(run.cluster.device)
     assert predicted == pytest.approx(record["predicted"]["step_seconds"])

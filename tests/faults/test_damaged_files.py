@@ -40,11 +40,11 @@ from megalite.formats import examples
 from megalite.formats.shards import open_shards
 from megalite.formats.verify import verify_folder
 from megalite.observe import (
-    began_from,
+    has_resumed,
     last_layout,
+    overwrite_status,
     previous_attempts,
-    restate,
-    resumed_before,
+    started_from,
 )
 from megalite.observe.goodput import goodput
 from megalite.parallel import Grid
@@ -96,10 +96,10 @@ def report(folder: Path) -> None:
 
 
 def records(folder: Path) -> None:
-    resumed_before(folder, path="/a", job="7")
-    began_from(folder, "start")
+    has_resumed(folder, path="/a", job="7")
+    started_from(folder, "start")
     last_layout(folder)
-    restate(folder, "failed", reason="x", attempt=previous_attempts(folder))
+    overwrite_status(folder, "failed", reason="x", attempt=previous_attempts(folder))
 
 
 def ledger(folder: Path) -> None:

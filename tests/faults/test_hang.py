@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from megalite.observe.watch import find_late
+from megalite.observe.watch import describe_culprit
 from megalite.spawn import free_port
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import rows, run_file, train
@@ -143,13 +143,17 @@ def _report(**fields: Any) -> dict[str, Any]:
 def test_culprit_of_a_hang_is_the_silent_or_latest_rank() -> None:
     hosts = ["a", "a", "b"]
     silent = {0: _report(), 1: _report()}
-    assert find_late(silent, hosts) == "no end of step after 31 s: rank 2 on b no longer runs"
+    assert (
+        describe_culprit(silent, hosts) == "no end of step after 31 s: rank 2 on b no longer runs"
+    )
     behind = {0: _report(), 1: _report(count=6), 2: _report()}
-    assert find_late(behind, hosts).endswith("rank 1 on a is behind the others")
+    assert describe_culprit(behind, hosts).endswith("rank 1 on a is behind the others")
     alone = {0: _report(), 1: _report(), 2: _report(waits=False)}
-    assert find_late(alone, hosts).endswith("rank 2 on b waits for nobody while the others wait")
+    assert describe_culprit(alone, hosts).endswith(
+        "rank 2 on b waits for nobody while the others wait"
+    )
     equal = {rank: _report() for rank in range(3)}
-    assert find_late(equal, hosts).endswith("all ranks stand at the same place")
+    assert describe_culprit(equal, hosts).endswith("all ranks stand at the same place")
 
 
 def _train_slowly(launch: Any, raw: dict[str, Any]) -> None:

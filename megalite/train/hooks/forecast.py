@@ -20,7 +20,7 @@ from megalite.plan import Plan, bf16_units
 from megalite.plan.calibrate import RECORD
 from megalite.plan.devices import Device, by_driver_name, guess_cpu
 from megalite.plan.forecast import forecast
-from megalite.plan.seconds import Layout
+from megalite.plan.seconds import Cluster
 from megalite.train.hooks.hook import Hook
 
 _WARM_UP = 2  # first rows, in which the run compiles, allocates and reads for the first time
@@ -58,13 +58,13 @@ class ForecastCheck(Hook):
         device = _device(grid)
         if device is None:
             return
-        layout = Layout(device, len(set(hosts)), hosts.count(host))
+        cluster = Cluster(device, len(set(hosts)), hosts.count(host))
         with suppress(ConfigError):  # such as tensor parallelism over hosts
-            predicted = forecast(config, layout)
+            predicted = forecast(config, cluster)
             self._record: dict[str, Any] = {
                 "device": device.name,
-                "hosts": layout.hosts,
-                "per_host": layout.per_host,
+                "hosts": cluster.hosts,
+                "per_host": cluster.per_host,
                 "native_bf16": device.native_bf16,
                 "baseline_bytes": self._baseline,
             }

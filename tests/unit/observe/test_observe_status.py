@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 
-from megalite.observe import Recorder, began_from, last_layout, previous_attempts, restate
+from megalite.observe import (
+    Recorder,
+    last_layout,
+    overwrite_status,
+    previous_attempts,
+    started_from,
+)
 from megalite.train.announce import _moved
 
 
@@ -38,9 +44,9 @@ def test_status_names_rank_0s_process_while_it_runs(tmp_path: Path, state: Any) 
 def test_restate_keeps_the_word_of_a_later_start(tmp_path: Path) -> None:
     recorder = record(tmp_path, attempt=2)
     recorder.status("running", step=5, last_checkpoint="step_00000004")
-    restate(tmp_path, "failed", reason="an older start that hangs", attempt=1)
+    overwrite_status(tmp_path, "failed", reason="an older start that hangs", attempt=1)
     assert status(tmp_path)["state"] == "running"
-    restate(tmp_path, "failed", reason="a newer one", attempt=previous_attempts(tmp_path))
+    overwrite_status(tmp_path, "failed", reason="a newer one", attempt=previous_attempts(tmp_path))
     found = status(tmp_path)
     assert (found["state"], found["attempt"], found["step"]) == ("failed", 3, 5)
     assert found["last_checkpoint"] == "step_00000004"
@@ -50,10 +56,10 @@ def test_restate_keeps_the_word_of_a_later_start(tmp_path: Path) -> None:
 
 
 def test_restate_of_a_run_without_a_status(tmp_path: Path) -> None:
-    restate(tmp_path, "failed", reason="x", attempt=0)
+    overwrite_status(tmp_path, "failed", reason="x", attempt=0)
     assert status(tmp_path)["state"] == "failed"
     (tmp_path / "status.json").write_text("[]")
-    restate(tmp_path, "failed", reason="y", attempt=0)
+    overwrite_status(tmp_path, "failed", reason="y", attempt=0)
     assert status(tmp_path)["reason"] == "y"
 
 
@@ -62,16 +68,16 @@ def test_the_origin_of_a_run_is_in_its_events(tmp_path: Path) -> None:
     other.mkdir(parents=True)
     run = tmp_path / "run"
     run.mkdir()
-    assert not began_from(run, "start")
+    assert not started_from(run, "start")
     recorder = record(run)
     recorder.event(0, "start", init_from=str(other), layout={"tensor": 1, "ranks": 2})
-    assert began_from(run, "start")
-    assert not began_from(run, "resume", other)
+    assert started_from(run, "start")
+    assert not started_from(run, "resume", other)
     recorder.event(5, "resume", path=str(other), layout={"tensor": 2, "ranks": 2})
     recorder.close()
-    assert began_from(run, "resume", other.resolve())
-    assert began_from(run, "resume", (tmp_path / "other").resolve())
-    assert not began_from(run, "resume", run.resolve())
+    assert started_from(run, "resume", other.resolve())
+    assert started_from(run, "resume", (tmp_path / "other").resolve())
+    assert not started_from(run, "resume", run.resolve())
     assert last_layout(run) == {"tensor": 2, "ranks": 2}
     assert _moved({"tensor": 1, "ranks": 2}, last_layout(run)) == {
         "tensor": {"before": 1, "after": 2}

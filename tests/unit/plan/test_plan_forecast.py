@@ -21,8 +21,8 @@ from megalite.plan import Collective, data_collectives, make_plan
 from megalite.plan.calibrate import calibrate
 from megalite.plan.devices import CPU, DEVICES, by_driver_name, find_device
 from megalite.plan.forecast import forecast
-from megalite.plan.seconds import Layout, step_seconds
-from megalite.plan.tables import describe
+from megalite.plan.seconds import Cluster, step_seconds
+from megalite.plan.tables import describe_forecast
 
 ROOT = Path(__file__).resolve().parents[3]
 H100 = DEVICES["h100-80gb"]
@@ -111,21 +111,21 @@ def test_a_batch_of_any_size_is_counted_at_once() -> None:
     )
     told = []
     for run in (one, huge):
-        found = forecast(run, Layout(H100, 1, 8))
+        found = forecast(run, Cluster(H100, 1, 8))
         told.append(sum(call.bytes for call in found.collectives if call.group == "tensor"))
-        assert len(describe(run, found)) < 10_000
+        assert len(describe_forecast(run, found)) < 10_000
     assert told[1] == 10**9 * told[0]
 
 
 def test_fine_tuning_knows_no_steps() -> None:
     run = shipped("finetune/glue_sst2")
-    found = forecast(run, Layout(H100, 1, 1))
+    found = forecast(run, Cluster(H100, 1, 1))
     assert found.plan.parameters == 6_264_832
-    assert "the run:" not in describe(run, found)
+    assert "the run:" not in describe_forecast(run, found)
     told = found.as_json(run.training.steps)
     assert (told["run_seconds"], told["device_hours"]) == (None, None)
     timed = shipped("1b", "training.steps=10")
-    assert "the run: 10 steps" in describe(timed, forecast(timed, Layout(H100, 1, 8)))
+    assert "the run: 10 steps" in describe_forecast(timed, forecast(timed, Cluster(H100, 1, 8)))
 
 
 @pytest.mark.parametrize(
@@ -138,22 +138,24 @@ def test_fine_tuning_knows_no_steps() -> None:
 )
 def test_a_run_of_any_size_is_described_in_units_that_it_fills(steps: int, said: str) -> None:
     run = shipped("smoke", "training.precision=fp32", f"training.steps={steps}")
-    found = forecast(run, Layout(CPU, 1, 2))
-    line = next(one for one in describe(run, found).splitlines() if one.startswith("the run:"))
+    found = forecast(run, Cluster(CPU, 1, 2))
+    line = next(
+        one for one in describe_forecast(run, found).splitlines() if one.startswith("the run:")
+    )
     assert said in line
     times = re.findall(r"([\d,.]+) (?:device )?(seconds|minutes|hours|days)", line)
     assert len(times) == 2
     assert all(float(number.replace(",", "")) >= 1 for number, _ in times)
     size = found.plan.memory_bytes["total"] / 2**20
-    assert f"{size:.0f}" in describe(run, found)
-    assert "0.00 " not in describe(run, found)
+    assert f"{size:.0f}" in describe_forecast(run, found)
+    assert "0.00 " not in describe_forecast(run, found)
 
 
 @pytest.mark.parametrize("name", ["smoke", "125m", "1b", "7b", "70b"])
 @pytest.mark.parametrize("device", ["cpu", "h100-80gb"])
 def test_a_forward_is_no_slower_than_its_backward(name: str, device: str) -> None:
     run = shipped(name, "training.precision=fp32", "training.global_batch_size=1024")
-    found = forecast(run, Layout(DEVICES[device], 4, 8))
+    found = forecast(run, Cluster(DEVICES[device], 4, 8))
     assert found.seconds.forward <= found.seconds.backward
     assert found.mfu < 0.65
 
@@ -170,13 +172,13 @@ def test_what_a_rank_of_a_ring_sends() -> None:
 
 def test_time_follows_work_devices_and_networks() -> None:
     stage_1 = "deepspeed.zero_optimization.stage=1"
-    run, eight = shipped("7b", stage_1), Layout(H100, 4, 8)
+    run, eight = shipped("7b", stage_1), Cluster(H100, 4, 8)
     base = forecast(run, eight)
     assert 0.3 < base.mfu < 0.6
     deeper = forecast(shipped("7b", stage_1, "model.num_hidden_layers=64"), eight)
     assert 1.8 < deeper.seconds.total / base.seconds.total < 2.1
     slow = dataclasses.replace(H100, network=H100.network / 100)
-    assert forecast(run, Layout(slow, 4, 8)).seconds.data > 20 * base.seconds.data
+    assert forecast(run, Cluster(slow, 4, 8)).seconds.data > 20 * base.seconds.data
     again = (stage_1, "training.activation_checkpointing=full")
     full = forecast(shipped("7b", *again), eight)
     assert full.seconds.backward > base.seconds.backward
@@ -187,14 +189,14 @@ def test_time_follows_work_devices_and_networks() -> None:
 
 def test_time_is_of_what_learns_and_is_read() -> None:
     """Adapters save the gradients of what is frozen; a label or a short text its logits."""
-    layout, one = (
-        Layout(H100, 1, 1),
+    cluster, one = (
+        Cluster(H100, 1, 1),
         ("training.global_batch_size=8", "training.micro_batch_size=8"),
     )
     base = shipped("1b").model.model_dump(mode="json", exclude={"adapter", "classifier_pooling"})
     sft, lora = (
         forecast(
-            load_config(ROOT / "configs" / "finetune" / f"{name}.json", one, model=base), layout
+            load_config(ROOT / "configs" / "finetune" / f"{name}.json", one, model=base), cluster
         )
         for name in ("sft", "lora")
     )
@@ -202,8 +204,8 @@ def test_time_is_of_what_learns_and_is_read() -> None:
     assert lora.seconds.backward < 0.8 * sft.seconds.backward
     assert lora.mfu < 1.1 * sft.mfu
     many = [key.replace("=8", "=256") for key in one]
-    text = forecast(shipped("finetune/imdb_text", *many), layout)
-    label = forecast(shipped("finetune/imdb", *many), layout)
+    text = forecast(shipped("finetune/imdb_text", *many), cluster)
+    label = forecast(shipped("finetune/imdb", *many), cluster)
     both = [found.seconds.forward + found.seconds.backward for found in (label, text)]
     assert both[0] < 0.9 * both[1]
     assert label.plan.memory_bytes["logits"] < 10_000
@@ -211,13 +213,13 @@ def test_time_is_of_what_learns_and_is_read() -> None:
 
 def test_what_is_planned_in_vain_is_refused() -> None:
     with pytest.raises(ConfigError, match="8 ranks share a model, but a host has 4"):
-        forecast(shipped("70b", "parallel.tensor=8"), Layout(H100, 16, 4))
-    with pytest.raises(ConfigError, match="bf16, for which a v100-sxm2 has no units"):
-        forecast(shipped("1b"), Layout(DEVICES["v100-sxm2"], 1, 8))
+        forecast(shipped("70b", "parallel.tensor=8"), Cluster(H100, 16, 4))
+    with pytest.raises(ConfigError, match="a v100-sxm2 has no units for bf16"):
+        forecast(shipped("1b"), Cluster(DEVICES["v100-sxm2"], 1, 8))
     with pytest.raises(ConfigError, match=r"parallel\.tensor: 3 does not divide"):
-        forecast(shipped("1b", "parallel.tensor=3"), Layout(H100, 1, 8))
+        forecast(shipped("1b", "parallel.tensor=3"), Cluster(H100, 1, 8))
     with pytest.raises(ConfigError, match="is not a multiple of micro_batch_size"):
-        forecast(shipped("1b"), Layout(H100, 1000, 8))
+        forecast(shipped("1b"), Cluster(H100, 1000, 8))
 
 
 # ---- the command
@@ -274,9 +276,9 @@ def test_a_machine_is_calibrated_by_its_runs(tmp_path: Path) -> None:
         folder = tmp_path / f"run{number}"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(run.model_dump(mode="json")))
-        layout = Layout(device, 1, 2)
+        cluster = Cluster(device, 1, 2)
         plan = make_plan(run, world_size=2, device="cpu")
-        seconds = step_seconds(run, plan, layout).total
+        seconds = step_seconds(run, plan, cluster).total
         record = {"device": "cpu", "hosts": 1, "per_host": 2}
         measured = {"step_seconds": seconds, "memory_bytes": 1}
         (folder / "plan.json").write_text(json.dumps(record | {"measured": measured}))
@@ -285,7 +287,7 @@ def test_a_machine_is_calibrated_by_its_runs(tmp_path: Path) -> None:
     file.write_text(json.dumps(calibrate([folder for folder, _, _ in runs])))
     found = find_device(str(file))
     for _, run, seconds in runs:
-        assert forecast(run, Layout(found, 1, 2)).seconds.total == pytest.approx(seconds, rel=0.1)
+        assert forecast(run, Cluster(found, 1, 2)).seconds.total == pytest.approx(seconds, rel=0.1)
     with pytest.raises(CommandError, match=r"no plan\.json there"):
         calibrate([tmp_path])
 
@@ -294,6 +296,6 @@ def test_a_forecast_reads_as_a_table() -> None:
     run = shipped(
         "7b", "parallel.tensor=4", "deepspeed.zero_optimization.offload_optimizer.device=cpu"
     )
-    text = describe(run, forecast(run, Layout(H100, 4, 8)))
+    text = describe_forecast(run, forecast(run, Cluster(H100, 4, 8)))
     words = ("on 4 x 8 h100-80gb", "it fits", "on the host: offload_optimizer", "tensor all_reduce")
     assert [word for word in words if word not in text] == []

@@ -21,8 +21,8 @@ from megalite.plan.calibrate import _fit, calibrate, read_run
 from megalite.plan.devices import CPU, DEVICES, by_driver_name, find_device, make_device
 from megalite.plan.forecast import forecast
 from megalite.plan.search import search
-from megalite.plan.seconds import Layout, step_seconds
-from megalite.plan.tables import describe
+from megalite.plan.seconds import Cluster, step_seconds
+from megalite.plan.tables import describe_forecast
 
 ROOT = Path(__file__).resolve().parents[3]
 LORA = ROOT / "configs" / "finetune" / "lora.json"
@@ -98,7 +98,7 @@ def test_auto_precision_is_that_of_the_planned_device(
     device: dict[str, Any], stage: int, expected: str
 ) -> None:
     run = shipped("smoke", "training.precision=auto", f"deepspeed.zero_optimization.stage={stage}")
-    assert forecast(run, Layout(make_device(device), 1, 2)).plan.precision == expected
+    assert forecast(run, Cluster(make_device(device), 1, 2)).plan.precision == expected
 
 
 def test_native_bf16_of_a_whole_device_file_follows_its_kind() -> None:
@@ -127,7 +127,7 @@ def test_the_kind_is_of_what_a_file_extends_and_the_name_is_free() -> None:
     assert (named.kind, named.bf16, named.fp16) == ("cuda", None, DEVICES["h100"].fp16)
     laptop = make_device({"extends": "cpu", "name": "laptop"})
     run = shipped("smoke")
-    one, other = (forecast(run, Layout(device, 1, 2)) for device in (laptop, CPU))
+    one, other = (forecast(run, Cluster(device, 1, 2)) for device in (laptop, CPU))
     assert one.as_json(1) == other.as_json(1)
     whole = {key: value for key, value in vars(CPU).items() if key != "efficiencies"}
     assert make_device(whole) == CPU
@@ -153,17 +153,17 @@ def test_a_drivers_name_and_memory(name: str, memory: int | None, found: str | N
 
 
 def test_a_precision_that_a_device_lacks_names_those_it_has() -> None:
-    with pytest.raises(ConfigError, match="for which a cpu has no units; set it to bf16 or fp32"):
-        forecast(shipped("smoke", "training.precision=fp16"), Layout(CPU, 1, 1))
+    with pytest.raises(ConfigError, match="a cpu has no units for fp16; set it to bf16 or fp32"):
+        forecast(shipped("smoke", "training.precision=fp16"), Cluster(CPU, 1, 1))
     with pytest.raises(ConfigError, match=r"MLP \(5632\); try 1 or 2 or 4$"):
-        forecast(shipped("1b", "parallel.tensor=6"), Layout(DEVICES["h100"], 1, 6))
+        forecast(shipped("1b", "parallel.tensor=6"), Cluster(DEVICES["h100"], 1, 6))
 
 
 @pytest.mark.parametrize(
     ("device", "hosts", "sets", "said"),
     [
-        ("v100-sxm2", 1, [], "bf16, for which a v100-sxm2 has no units"),
-        ("cpu", 1, ["training.precision=fp16"], "fp16, for which a cpu has no units"),
+        ("v100-sxm2", 1, [], "a v100-sxm2 has no units for bf16"),
+        ("cpu", 1, ["training.precision=fp16"], "a cpu has no units for fp16"),
         ("h100", 3, [], "is not a multiple of micro_batch_size"),
         ("h100", 1000, [], "is not a multiple of micro_batch_size"),
     ],
@@ -172,13 +172,13 @@ def test_a_search_in_vain_says_what_is_wrong(
     device: str, hosts: int, sets: list[str], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        search(shipped("1b", *sets), Layout(DEVICES[device], hosts, 8))
+        search(shipped("1b", *sets), Cluster(DEVICES[device], hosts, 8))
 
 
 def test_a_table_keeps_to_the_terminal_and_has_a_row_a_message() -> None:
     tiny = dataclasses.replace(DEVICES["h100"], memory=80)
     run = shipped("70b", "parallel.tensor=8")
-    text = describe(run, forecast(run, Layout(tiny, 16, 8)))
+    text = describe_forecast(run, forecast(run, Cluster(tiny, 16, 8)))
     assert max(len(line) for line in text.splitlines() if "#" in line) == 80
     assert "#>" in text
     sent = [line.split()[:3] for line in text.partition("a step sends")[2].splitlines()[1:]]
@@ -229,7 +229,7 @@ def test_a_record_of_units_that_the_device_lacks(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["training"]["precision"] = "fp16"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"plan\.json: (?s:.*)fp16, for which a cpu"):
+    with pytest.raises(ConfigError, match=r"plan\.json: (?s:.*)a cpu has no units for fp16"):
         read_run(folder)
 
 
@@ -239,7 +239,7 @@ def test_a_calibrated_cpu_has_shares_up_to_1_and_the_same_seconds(
 ) -> None:
     run = shipped("smoke", "training.precision=fp32")
     plan = make_plan(run, world_size=2, device="cpu")
-    seconds = step_seconds(run, plan, Layout(CPU, 1, 2)).total / faster
+    seconds = step_seconds(run, plan, Cluster(CPU, 1, 2)).total / faster
     folder = record(tmp_path / "run", RECORD | {"measured": {"step_seconds": seconds}})
     told = calibrate([folder])
     shares = {k: v for k, v in told["efficiencies"].items() if k not in ("launch", "latency")}
@@ -248,7 +248,7 @@ def test_a_calibrated_cpu_has_shares_up_to_1_and_the_same_seconds(
     assert made.kind == "cpu"
     fitted = dataclasses.replace(CPU, efficiencies=_fit([kept := read_run(folder)], CPU))
     assert kept.predicted(made) == pytest.approx(kept.predicted(fitted), rel=1e-9)
-    found = forecast(run, Layout(made, 1, 2))
+    found = forecast(run, Cluster(made, 1, 2))
     assert found.seconds.total == pytest.approx(seconds, rel=0.1)
     assert found.mfu < 1
     if faster > 1:

@@ -11,8 +11,8 @@ import pytest
 
 from megalite.config import parse_config
 from megalite.plan import (
-    auto_of_first_version,
     bf16_units,
+    legacy_auto_precision,
     make_plan,
     recorded_precision,
     resolve_precision,
@@ -88,4 +88,4 @@ def test_checkpoints_that_say_auto_are_read_with_their_runs_deepspeed_json(
 
 
 def test_auto_of_the_first_version_followed_the_device() -> None:
-    assert [auto_of_first_version(device) for device in ("cpu", "cuda")] == ["fp32", "bf16"]
+    assert [legacy_auto_precision(device) for device in ("cpu", "cuda")] == ["fp32", "bf16"]

@@ -15,8 +15,8 @@ from megalite.config import RunConfig, load_config, merged, parse_config
 from megalite.plan.devices import DEVICES
 from megalite.plan.forecast import forecast
 from megalite.plan.search import rank, run_file, search
-from megalite.plan.seconds import Layout
-from megalite.plan.tables import compare
+from megalite.plan.seconds import Cluster
+from megalite.plan.tables import describe_ranking
 
 ROOT = Path(__file__).resolve().parents[3]
 H100 = DEVICES["h100-80gb"]
@@ -31,9 +31,9 @@ def load_changed(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
 
 
 def test_the_search_ranks_what_fits(tmp_path: Path) -> None:
-    layout = Layout(DEVICES["a100-40gb"], 1, 8)
+    cluster = Cluster(DEVICES["a100-40gb"], 1, 8)
     run = shipped("1b", "model.num_key_value_heads=2")
-    ranking = rank(run, layout)
+    ranking = rank(run, cluster)
     found = ranking.candidates
     assert all(one.forecast.fits for one in found)
     rates = [round(one.forecast.tokens_per_second) for one in found]
@@ -47,7 +47,7 @@ def test_the_search_ranks_what_fits(tmp_path: Path) -> None:
     file.write_text(json.dumps(run_file(found[0], file, source, own)))
     again = load_config(file)
     assert (again.name, again.training.steps) == ("mine", 7)
-    assert forecast(again, layout).tokens_per_second == found[0].forecast.tokens_per_second
+    assert forecast(again, cluster).tokens_per_second == found[0].forecast.tokens_per_second
     assert ranking.fitting >= len(found) == 50
 
 
@@ -55,35 +55,35 @@ def test_the_search_tries_the_run_files_own_layout() -> None:
     for sizes in ((120, 15), (8 * 150, 150)):
         names = ("global_batch_size", "micro_batch_size")
         own = [f"training.{name}={size}" for name, size in zip(names, sizes, strict=True)]
-        run, layout = shipped("125m", *own), Layout(H100, 1, 8)
-        found = search(run, layout, most=1000)
+        run, cluster = shipped("125m", *own), Cluster(H100, 1, 8)
+        found = search(run, cluster, most=1000)
         plans = [one.forecast.plan for one in found]
         assert sizes[1] in {plan.micro_batch_size for plan in plans}
         assert {8, 16}.isdisjoint({p.micro_batch_size for p in plans if p.data_parallel == 8})
-        assert found[0].forecast.tokens_per_second >= forecast(run, layout).tokens_per_second
+        assert found[0].forecast.tokens_per_second >= forecast(run, cluster).tokens_per_second
 
 
 def test_the_search_ranks_the_run_files_own_layout_and_says_why() -> None:
-    layout = Layout(H100, 4, 8)
+    cluster = Cluster(H100, 4, 8)
     slow = shipped("7b", "parallel.tensor=8", "training.activation_checkpointing=full")
-    ranking = rank(slow, layout)
+    ranking = rank(slow, cluster)
     assert ranking.own is not None
-    assert ranking.own_rank is not None
-    assert 50 < ranking.own_rank <= ranking.fitting
-    own = forecast(slow, layout)
+    assert ranking.current_rank is not None
+    assert 50 < ranking.current_rank <= ranking.fitting
+    own = forecast(slow, cluster)
     assert ranking.own.forecast == own
     (
         *rows,
         place,
         reason,
-    ) = compare(ranking, 3).splitlines()
+    ) = describe_ranking(ranking, 3).splitlines()
     assert [row.split()[0] for row in rows[2:]] == ["1", "2", "3", "yours"]
-    assert place == f"your layout: rank {ranking.own_rank} of {ranking.fitting} that fit"
+    assert place == f"your layout: rank {ranking.current_rank} of {ranking.fitting} that fit"
     more = own.seconds.total - ranking.candidates[0].forecast.seconds.total
     assert reason.startswith(f"against rank 1 its step takes {more:+.3g} s: compute +")
-    best = rank(load_changed(slow, ranking.candidates[0].changes), layout)
-    assert best.own_rank == 1
-    assert "against rank 1" not in compare(best)
+    best = rank(load_changed(slow, ranking.candidates[0].changes), cluster)
+    assert best.current_rank == 1
+    assert "against rank 1" not in describe_ranking(best)
 
 
 @pytest.mark.parametrize(
@@ -94,27 +94,27 @@ def test_the_search_ranks_the_run_files_own_layout_and_says_why() -> None:
     ],
 )
 def test_the_search_says_why_the_own_layout_has_no_rank(sets: list[str], said: str) -> None:
-    ranking = rank(shipped("70b", *sets), Layout(H100, 8, 8), most=1)
-    assert ranking.own_rank is None
-    assert said in compare(ranking)
+    ranking = rank(shipped("70b", *sets), Cluster(H100, 8, 8), most=1)
+    assert ranking.current_rank is None
+    assert said in describe_ranking(ranking)
 
 
 def test_the_search_ranks_slow_layouts_too() -> None:
     """Of a token in a second or so each digit counts."""
     slow = dataclasses.replace(H100, bf16=1e9, memory=1 << 50, fp32=1e9)
-    found = search(shipped("1b"), Layout(slow, 1, 8))
+    found = search(shipped("1b"), Cluster(slow, 1, 8))
     rates = [one.forecast.tokens_per_second for one in found]
     assert max(rates) < 10
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(rates))
 
 
 def test_no_layout_may_fit() -> None:
-    assert search(shipped("70b"), Layout(DEVICES["rtx-4090"], 1, 1)) == []
+    assert search(shipped("70b"), Cluster(DEVICES["rtx-4090"], 1, 1)) == []
 
 
 @pytest.mark.parametrize(("name", "nodes"), [("7b", 4), ("13b", 4), ("70b", 8)])
 def test_a_shipped_layout_is_within_3_points_of_the_best(name: str, nodes: int) -> None:
-    run, layout = shipped(name), Layout(H100, nodes, 8)
-    best, own = search(run, layout, most=1)[0].forecast, forecast(run, layout)
+    run, cluster = shipped(name), Cluster(H100, nodes, 8)
+    best, own = search(run, cluster, most=1)[0].forecast, forecast(run, cluster)
     assert own.fits
     assert own.mfu > best.mfu - 0.03
