@@ -1,4 +1,4 @@
-"""A machine's own efficiencies, fitted to the step times of runs on it (their `plan.json`)."""
+"""Efficiencies of a machine, fitted to the step times of runs on it (`plan.json`)."""
 
 from __future__ import annotations
 
@@ -23,23 +23,30 @@ from megalite.plan.devices import (
 from megalite.plan.forecast import forecast, make_plan
 from megalite.plan.seconds import Cluster, step_seconds
 
-# A step of any run depends on these. Others would need runs that separate their effects.
+# Every run's step time depends on these. To fit others, runs must separate their effects.
 _FITTED = ("matmul", "bandwidth", "link")
-RECORD = "plan.json"  # a run's file of predicted and measured numbers
-_PULL = 0.02  # the cost of a factor of e from the usual value, relative to a run's squared error
+RECORD = "plan.json"  # predicted and measured numbers of a run
+_PENALTY = 0.02  # of a factor of e from the default, relative to one run's squared error
 _ROUNDS = 60
-_LEAST, _MOST = 1e-5, 1e4  # an efficiency that is fitted
-_MOST_RANKS = 10**6
+_MIN_EFFICIENCY, _MAX_EFFICIENCY = 1e-5, 1e4
+_MAX_RANKS = 10**6
 _STEP_SECONDS = (1e-6, 1e6, "seconds")
 
 
 @dataclass(frozen=True)
 class MeasuredRun:
+    """A finished run with its median step time.
+
+    Attributes:
+        seconds: measured seconds per step.
+    """
+
     config: RunConfig
     cluster: Cluster
     seconds: float
 
     def predicted(self, device: Device) -> float:
+        """Return the seconds per step that a plan predicts for this run on `device`."""
         cluster = dataclasses.replace(self.cluster, device=device)
         world = cluster.hosts * cluster.per_host
         native = self.cluster.device.native_bf16
@@ -48,23 +55,23 @@ class MeasuredRun:
 
 
 def calibrate(folders: Sequence[Path]) -> dict[str, Any]:
-    """Return the device file, for `--gpu FILE`, of the machine that runs were on.
+    """Fit the machine that runs were on. Return its device file, for `--gpu FILE`.
 
     Args:
         folders: run folders.
     Raises:
-        CommandError: a folder without a record, or runs on several kinds of devices.
-        ConfigError: a record that no run can have written.
+        CommandError: a folder has no plan.json, or the runs were on several kinds of devices.
+        ConfigError: the plan.json of a run is damaged.
     """
     runs = [read_run(folder) for folder in folders]
     names = sorted({run.cluster.device.name for run in runs})
     if len(names) > 1:
-        raise CommandError(f"--calibrate: runs on {' and '.join(names)}; give those of one device")
+        raise CommandError(f"--calibrate: runs on {' and '.join(names)}; give runs on one device")
     device = runs[0].cluster.device
     best = _fit(runs, device)
     rates: dict[str, Any] = {}
     if device.kind == "cpu":
-        best, rates = _raised(device, best)
+        best, rates = _scale_rates(device, best)
         rates["native_bf16"] = device.native_bf16
     return {
         "extends": device.name,
@@ -75,33 +82,33 @@ def calibrate(folders: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _raised(device: Device, fitted: Efficiencies) -> tuple[Efficiencies, dict[str, float]]:
-    """Return efficiencies and rates of a CPU, whose rates were guesses.
+def _scale_rates(device: Device, fitted: Efficiencies) -> tuple[Efficiencies, dict[str, float]]:
+    """Move efficiencies above the default into the rates of a CPU, which are guesses.
 
-    Rates rise until the usual efficiencies explain the runs. Predicted seconds stay the same.
+    Predicted seconds stay the same.
     """
-    usual = device.efficiencies
-    more = {name: max(1.0, getattr(fitted, name) / getattr(usual, name)) for name in _FITTED}
-    shares = {name: getattr(fitted, name) / factor for name, factor in more.items()}
-    # attention has the products' peak, and was not fitted
-    best = dataclasses.replace(fitted, **shares, attention=fitted.attention / more["matmul"])
+    default = device.efficiencies
+    factors = {name: max(1.0, getattr(fitted, name) / getattr(default, name)) for name in _FITTED}
+    shares = {name: getattr(fitted, name) / factor for name, factor in factors.items()}
+    # attention shares the peak of matrix products, and is not fitted
+    best = dataclasses.replace(fitted, **shares, attention=fitted.attention / factors["matmul"])
     peaks = {name: peak for name in PRECISIONS if (peak := device.peak(name)) is not None}
-    rates = {name: peak * more["matmul"] for name, peak in peaks.items()}
-    rates |= {name: getattr(device, name) * more[name] for name in ("bandwidth", "link")}
+    rates = {name: peak * factors["matmul"] for name, peak in peaks.items()}
+    rates |= {name: getattr(device, name) * factors[name] for name in ("bandwidth", "link")}
     return best, rates
 
 
 def _fit(runs: Sequence[MeasuredRun], device: Device) -> Efficiencies:
-    """Return the efficiencies that fit best: each in turn moves up and down, by smaller steps."""
+    """Return the efficiencies that fit best, by coordinate descent with shrinking steps."""
     best = device.efficiencies
-    most = _MOST if device.kind == "cpu" else 1.0  # a CPU's rates are guesses
+    limit = _MAX_EFFICIENCY if device.kind == "cpu" else 1.0  # a CPU's rates are guesses
     lowest = _cost(runs, device, best)
     width = 2.0
     for _ in range(_ROUNDS):
         moved = False
         for name in _FITTED:
             for factor in (width, 1 / width):
-                share = min(most, max(_LEAST, getattr(best, name) * factor))
+                share = min(limit, max(_MIN_EFFICIENCY, getattr(best, name) * factor))
                 tried = dataclasses.replace(best, **{name: share})
                 if (cost := _cost(runs, device, tried)) < lowest:
                     best = tried
@@ -115,21 +122,22 @@ def _fit(runs: Sequence[MeasuredRun], device: Device) -> Efficiencies:
 
 
 def _cost(runs: Sequence[MeasuredRun], device: Device, efficiencies: Efficiencies) -> float:
+    """Return the mean squared log error of the predictions, plus a penalty."""
     tried = dataclasses.replace(device, efficiencies=efficiencies)
-    usual = device.efficiencies
+    default = device.efficiencies
     errors = sum(math.log(run.predicted(tried) / run.seconds) ** 2 for run in runs)
-    pulls = sum(
-        math.log(getattr(efficiencies, name) / getattr(usual, name)) ** 2 for name in _FITTED
+    distance = sum(
+        math.log(getattr(efficiencies, name) / getattr(default, name)) ** 2 for name in _FITTED
     )
-    return errors / len(runs) + _PULL * pulls / len(_FITTED)
+    return errors / len(runs) + _PENALTY * distance / len(_FITTED)
 
 
 def read_run(folder: Path) -> MeasuredRun:
-    """Return a run by the record in its folder.
+    """Read the plan.json of a run folder.
 
     Raises:
-        CommandError: no record there.
-        ConfigError: a record that no run can have written.
+        CommandError: there is no plan.json.
+        ConfigError: the plan.json is damaged.
     """
     file = folder / RECORD
     try:
@@ -145,28 +153,29 @@ def read_run(folder: Path) -> MeasuredRun:
         forecast(config, cluster)
     except FileNotFoundError:
         raise CommandError(
-            f"--calibrate {folder}: no {RECORD} there; give run folders whose runs have ended"
+            f"--calibrate {folder}: it contains no {RECORD}, which a run writes at its end; give "
+            "folders of finished runs"
         ) from None
     except ConfigError as error:
         lines = "\n".join(f"  {fault}" for fault in error.faults)
         raise ConfigError(
-            f"--calibrate {file}: it records no run; run it again, or remove it:\n{lines}"
+            f"--calibrate {file}: damaged; repeat the run, or remove it from the list:\n{lines}"
         ) from None
     return run
 
 
 def _faults(record: Mapping[str, Any]) -> Iterator[str]:
     if (device := record.get("device")) not in list(DEVICES):
-        yield f"device: expected a name of --gpu, found {show(device)}"
+        yield f"device: expected a name of --gpu, got {show(device)}"
     for key in ("hosts", "per_host"):
         value = record.get(key)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_RANKS:
-            yield f"{key}: expected a whole number from 1 to {_MOST_RANKS}, found {show(value)}"
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_RANKS:
+            yield f"{key}: expected a whole number from 1 to {_MAX_RANKS}, got {show(value)}"
     if not isinstance(native := record.get("native_bf16", False), bool):
-        yield f"native_bf16: expected true or false, found {show(native)}"
+        yield f"native_bf16: expected true or false, got {show(native)}"
     measured = record.get("measured")
     if not isinstance(measured, Mapping):
-        yield f"measured: expected an object, found {show(measured)}"
+        yield f"measured: expected an object, got {show(measured)}"
         return
     fault = number_fault("measured.step_seconds", measured.get("step_seconds"), _STEP_SECONDS)
     yield from filter(None, [fault])

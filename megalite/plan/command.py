@@ -1,4 +1,4 @@
-"""Checks of launcher/plan.py's arguments, against each other and against the disk."""
+"""Checks of the arguments of `plan`, against each other and against the disk."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def check_plan_options(arguments: argparse.Namespace) -> None:
     """Refuse options that would be ignored.
 
     Raises:
-        CommandError: the options, and those that they need.
+        CommandError: an option has no effect here, or --config is missing.
     """
-    beside = ("config", "set", "search", "init_from")
-    told = [f"--{name.replace('_', '-')}" for name in beside if getattr(arguments, name)]
-    if arguments.calibrate and told:
-        raise CommandError(f"--calibrate reads runs alone: omit {' and '.join(told)}")
+    ignored = ("config", "set", "search", "init_from")
+    given = [f"--{name.replace('_', '-')}" for name in ignored if getattr(arguments, name)]
+    if arguments.calibrate and given:
+        raise CommandError(f"--calibrate reads only runs; remove {' and '.join(given)}")
     if arguments.output is not None and not (arguments.calibrate or arguments.search):
-        raise CommandError("--output is of --search or --calibrate: add one, or remove it")
+        raise CommandError("--output needs --search or --calibrate; add one, or remove --output")
     if not arguments.calibrate and arguments.config is None:
         raise CommandError("--config is missing; give a run file, such as configs/7b.json")
 
 
 def write_calibration(runs: Sequence[str], output: Path | None) -> tuple[Path, dict[str, Any]]:
-    """Write the device file that runs are calibrated to; return its path and content."""
+    """Calibrate a device by runs. Write its device file; return the file's path and content."""
     folders = [Path(run) for run in runs]
     reads = [folder / name for folder in folders for name in (RECORD, "config.json")]
     if output is not None:
@@ -53,34 +53,34 @@ def write_calibration(runs: Sequence[str], output: Path | None) -> tuple[Path, d
 
 
 def make_cluster(gpu: str, nodes: int, gpus_per_node: int) -> Cluster:
-    """Return the devices of a plan.
+    """Return the hardware of a plan.
 
     Args:
         gpu: the name of a device, or the path of its file.
     Raises:
-        CommandError: an unknown device, or a number out of range.
+        CommandError: the device is unknown, or a number is out of range.
     """
     for name, value in (("nodes", nodes), ("gpus-per-node", gpus_per_node)):
         if not 1 <= value <= 10**6:
-            raise CommandError(f"--{name} {value}: give 1 to 1,000,000")
+            raise CommandError(f"--{name} {value}: set it to 1 to 1,000,000")
     return Cluster(find_device(gpu), nodes, gpus_per_node)
 
 
 def planned_config(
     source: ConfigSource, sets: Sequence[str], model: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """Return a run file, completed if it fine-tunes a model that it does not describe.
+    """Load a run file. Complete a fine-tuning run that describes no model.
 
     Args:
-        model: the model section it gets. None means the examples of the section's keys.
+        model: the model section to add. None means the example values of its keys.
     Raises:
-        ConfigError: faults of the file.
+        ConfigError: the file has faults.
     """
     if model is None and lacks_model(source, sets):
         model = example_model()
         shape = ", ".join(f"{key} {value}" for key, value in model.items())
         logger.warning(
-            "%s names no model: planned for one of %s; name yours with --init-from",
+            "%s names no model: planning for a model with %s; name yours with --init-from",
             source_name(source),
             shape,
         )

@@ -1,4 +1,4 @@
-"""The costs of all parts of a model. FLOPs, bytes, messages and seconds are sums over them."""
+"""The costs of a model's parts. FLOPs, bytes, messages and seconds are sums over them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ class StackCosts:
     """The costs of one stack.
 
     Attributes:
-        load: what its blocks compute. layers: the costs of each block's parts.
-        kinds: the costs of each kind of block, and how many blocks are of that kind.
+        load: the work of its blocks.
+        entry: the cost of its embeddings.
+        layers: the costs of each block's parts.
+        kinds: the costs of each kind of block, with the number of such blocks.
+        norm: the cost of its final norm.
     """
 
     load: Workload
@@ -46,14 +49,14 @@ class ModelCosts:
 
     @property
     def kinds(self) -> Iterator[tuple[Cost, int]]:
-        """Yield the costs of each kind of part in the blocks, and how many of it there are."""
+        """Yield the cost of each kind of part in the blocks, with the number of such parts."""
         for stack in self.stacks:
             for layer, count in stack.kinds:
                 yield from ((part, count) for part in layer)
 
     @property
     def ends(self) -> Iterator[Cost]:
-        """Yield the costs of the parts around the blocks."""
+        """Yield the costs of the parts outside the blocks."""
         for stack in self.stacks:
             yield stack.entry
             yield stack.norm
@@ -67,13 +70,13 @@ def workloads(
 
     Args:
         lengths: tokens of a sample in each stack, by the stack's name.
-        masks: whether documents or padding make masks. A second stack's own tokens have neither.
+        masks: whether documents or padding need attention masks. Never applies to a second stack.
     """
     loads = []
-    before = 0
+    previous = 0
     for stack in arch.network(model).stacks:
         tokens = lengths[stack.name]
-        memory = before if stack.reads_memory else 0
+        memory = previous if stack.reads_memory else 0
         loads.append(
             replace(
                 common,
@@ -82,7 +85,7 @@ def workloads(
                 sample_masks=masks and not stack.reads_memory,
             )
         )
-        before = tokens
+        previous = tokens
     return tuple(loads)
 
 
@@ -97,19 +100,21 @@ def model_costs(
     """
     parts = arch.network(model)
     grads = gradients(model, tuning)
-    found = []
-    for stack, load, of_stack in zip(parts.stacks, loads, grads.stacks, strict=True):
-        keys = [(layer.parts, of) for layer, of in zip(stack.layers, of_stack.layers, strict=True)]
-        costs = {
-            key: _layer_costs(model, *key, load) for key in set(keys)
-        }  # equal blocks cost the same
+    stacks = []
+    for stack, load, stack_grads in zip(parts.stacks, loads, grads.stacks, strict=True):
+        keys = [
+            (layer.parts, layer_grads)
+            for layer, layer_grads in zip(stack.layers, stack_grads.layers, strict=True)
+        ]
+        # equal blocks cost the same
+        costs = {key: _layer_costs(model, *key, load) for key in set(keys)}
         layers = tuple(costs[key] for key in keys)
         kinds = tuple((costs[key], count) for key, count in Counter(keys).items())
-        entry = stack.entry.cost(model, stack.specs(model, stack.entry), load, of_stack.entry)
-        norm = stack.norm.cost(model, stack.specs(model, stack.norm), load, of_stack.entry)
-        found.append(StackCosts(load, entry, layers, kinds, norm))
+        entry = stack.entry.cost(model, stack.specs(model, stack.entry), load, stack_grads.entry)
+        norm = stack.norm.cost(model, stack.specs(model, stack.norm), load, stack_grads.entry)
+        stacks.append(StackCosts(load, entry, layers, kinds, norm))
     head = parts.head.cost(model, list(parts.head.rows(model, "")), loads[-1], grads.head)
-    return ModelCosts(tuple(found), head)
+    return ModelCosts(tuple(stacks), head)
 
 
 def _layer_costs(

@@ -1,7 +1,7 @@
-"""Known devices: dense peaks, memory and links, from their makers' data sheets.
+"""Known devices: dense peaks, memory and links, from their vendors' data sheets.
 
-Peaks are of matrix products without sparsity, in 16 bits with fp32 sums. An fp32 peak is of plain
-fp32, because PyTorch leaves TF32 off. A device's name is found by the first row whose words it has.
+16-bit peaks are for dense matrix products with fp32 accumulation. The fp32 peak is without TF32,
+which PyTorch leaves off. A driver's name matches the first row whose words it contains.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 _TERA = 1e12
 _GIGA = 1e9
 _MIB = 1 << 20
-_SIZE_TOLERANCE = 0.1  # sizes of one memory differ by MiB, GB, and what drivers keep
+_SIZE_TOLERANCE = 0.1  # data sheets and drivers count one memory in GiB, GB, or less a reserve
 
 
 @dataclass(frozen=True)
 class Efficiencies:
-    """Shares of a device's peaks that a run reaches.
+    """Shares of a device's rates that a run reaches.
 
-    They are fitted to published runs (benchmarks/plan.py), or to a machine's own (`--calibrate`).
+    They are fitted to published runs (benchmarks/plan.py), or to runs of a machine (`--calibrate`).
 
     Attributes:
-        matmul, attention: shares of the FLOP/s that the device's own large products reach, and its
-            attention. bandwidth: of the memory's.
-        link, network: of the bytes/s between the ranks of a host, and between hosts.
-        hidden: share of the forward and backward behind which ZeRO's messages can hide, where an
+        matmul: share of the FLOP/s that the device reaches in large matrix products.
+        attention: share of the FLOP/s that the device reaches in flash attention.
+        bandwidth: share of the memory's bytes/s.
+        link: share of the bytes/s between the ranks of a host.
+        network: share of the bytes/s between hosts.
+        hidden: share of the forward and backward that can overlap with ZeRO's messages, if the
             engine overlaps them.
-        launch: seconds to start a kernel. latency: seconds of a message, whatever its size.
+        launch: seconds to launch a kernel.
+        latency: seconds of a message, whatever its size.
     """
 
     matmul: float = 0.97
@@ -54,16 +57,17 @@ class Device:
     """The facts of a device that the planner needs.
 
     Attributes:
-        kind: "cpu": its ranks share the cores and links of their host; "cuda": each has its own.
-        bf16, fp16, fp32: dense peaks, FLOP/s; None: no such unit.
-        reached: share of the bf16 peak that large matrix products were measured to reach.
-        attention: share of it that flash attention was.
-        memory: bytes that a program may have. bandwidth: of that memory, bytes/s.
-        link: bytes/s to the devices of the same host, in one direction.
-        network: bytes/s to other hosts, a device, in one direction.
-        host_link: bytes/s to the memory of its host.
-        native_bf16: whether `training.precision` "auto" becomes bf16 there: always on a GPU; on a
-            CPU with AMX or AVX512-BF16, whose bf16 products are faster than its fp32 products.
+        kind: "cpu" if ranks share the cores and links of a host, "cuda" if each rank has a GPU.
+        bf16, fp16, fp32: dense peaks, FLOP/s. None means that the device has no such unit.
+        reached: measured share of the bf16 peak in large matrix products.
+        attention: measured share of the bf16 peak in flash attention.
+        memory: bytes that a program can allocate.
+        bandwidth: bytes/s of that memory.
+        link: bytes/s to other devices of the host, in one direction.
+        network: bytes/s to other hosts per device, in one direction.
+        host_link: bytes/s to the host's memory.
+        native_bf16: whether `training.precision` "auto" means bf16. True on GPUs, and on CPUs with
+            AMX or AVX512-BF16, whose bf16 products are faster than fp32.
     """
 
     name: str
@@ -83,15 +87,16 @@ class Device:
     native_bf16: bool = True
 
     def peak(self, precision: str) -> float | None:
-        """Return the FLOP/s in "bf16", "fp16" or "fp32"; None means no such unit."""
+        """Return the FLOP/s in "bf16", "fp16" or "fp32". None means no such unit."""
         return {"bf16": self.bf16, "fp16": self.fp16, "fp32": self.fp32}[precision]
 
 
-# TFLOP/s in bf16, fp16, fp32; what is reached of them: by products, by Bekman's MAMF table (0.8 if
-# it has no row), and by FlashAttention-2 (Dao 2023 on the A100, both directions; Shah et al. 2024
-# on the H100; neighbours by likeness); MiB as the driver reports it; GB/s of memory, of the links
-# to the neighbours (NVLink and Infinity Fabric: half of what both directions have; else PCIe), of
-# the network as such hosts are commonly built, and to the host.
+# Columns: name; TFLOP/s in bf16, fp16, fp32; reached; attention; memory in MiB, as the driver
+# reports it; GB/s of memory, link, network and host_link; source.
+# reached is from Bekman's MAMF table, or 0.8 if that has no row. attention is FlashAttention-2
+# (Dao 2023 on the A100, both directions; Shah et al. 2024 on the H100; similar devices as these).
+# link is one direction of NVLink or Infinity Fabric, else PCIe. network is the usual one of such
+# hosts.
 _Row = tuple[
     str, float | None, float | None, float, float, float, int, float, float, float, float, str
 ]
@@ -127,8 +132,8 @@ _TABLE: tuple[_Row, ...] = (
 )
 # fmt: on
 
-# two cores of a server's processor: what a plan for a CPU starts from until it is calibrated.
-# Without units of its own bf16 is half as fast as fp32, with AVX512-BF16 twice as fast.
+# A guess, for two cores of a server. Without bf16 units, bf16 is half as fast as fp32. With
+# AVX512-BF16 it is twice as fast.
 CPU = Device(
     name="cpu",
     kind="cpu",
@@ -142,7 +147,7 @@ CPU = Device(
     link=5e9,
     network=1e9,
     host_link=20e9,
-    source="a guess: calibrate it by a run",
+    source="a guess; calibrate it with --calibrate RUN",
     native_bf16=False,
 )
 _CPU_WITH_BF16 = replace(CPU, bf16=400e9, native_bf16=True)
@@ -177,58 +182,59 @@ DEVICES = {device.name: device for device in (*_GPUS, CPU)}
 
 
 def find_device(name: str) -> Device:
-    """Return a device by its name here, by its driver's name, or by a JSON file that describes it.
+    """Return a device by its name, its driver's name, or the path of its JSON file.
 
     Raises:
-        CommandError: an unknown device, or a file that describes none.
+        CommandError: the device is unknown, or its file has faults.
     """
-    found = _named(name)
-    if found is None and name.endswith(".json"):
+    device = _by_name(name)
+    if device is None and name.endswith(".json"):
         return _read(Path(name))
-    found = found or by_driver_name(name)
-    if found is None:
+    device = device or by_driver_name(name)
+    if device is None:
         raise CommandError(f"--gpu {show(name)}: {_unknown(name)}, or a JSON file")
-    return found
+    return device
 
 
 def by_driver_name(name: str, memory: int | None = None) -> Device | None:
-    """Return the device that its driver calls `name`, such as "H100 80GB HBM3"; None if unknown.
+    """Return the device that its driver calls `name`, such as "H100 80GB HBM3". None if unknown.
 
-    A name is matched by whole words: an A10G, an RTX 3090 Ti or a MIG slice is not the device it
-    resembles. Nor is a device of another memory size, by the driver's number or by the name.
+    Whole words must match: an A10G, an RTX 3090 Ti or a MIG slice is not the device it resembles.
+    The memory size must match as well.
 
     Args:
-        memory: bytes, as the driver reports them. None takes the size in the name.
+        memory: bytes, as the driver reports them. None uses the size in the name.
     """
     words = set(name.lower().replace("-", " ").split())
     if {"ti", "d", "laptop", "mig"} & words:
         return None
     for device in _GPUS:
-        own = set(device.name.split("-"))
-        stated = [
+        device_words = set(device.name.split("-"))
+        sizes_in_name = [
             int(word.rstrip("gb")) << 30
-            for word in words - own
+            for word in words - device_words
             if re.fullmatch(r"\d{1,4}gb?", word)
         ]
-        sizes = stated if memory is None else [memory]
-        if own <= words and all(abs(size / device.memory - 1) < _SIZE_TOLERANCE for size in sizes):
+        sizes = sizes_in_name if memory is None else [memory]
+        same_size = all(abs(size / device.memory - 1) < _SIZE_TOLERANCE for size in sizes)
+        if device_words <= words and same_size:
             return device
     return None
 
 
-def _named(name: str) -> Device | None:
+def _by_name(name: str) -> Device | None:
     plain = name.lower().replace("-", "")
     return next((d for name, d in DEVICES.items() if name.replace("-", "") == plain), None)
 
 
 def _unknown(name: str) -> str:
     names = list(DEVICES)
-    return f"no such device{nearest(name.lower(), names)}; it is one of {', '.join(names)}"
+    return f"no such device{nearest(name.lower(), names)}; choose one of {', '.join(names)}"
 
 
 # ---- files
 
-# what a field of a file may be: the least and the most, and its unit
+# minimum, maximum and unit of the fields of a device file
 _GIB = 1 << 30
 _RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(PRECISIONS, (1e6, 1e18, "FLOP/s (or null: no such unit)")),
@@ -244,16 +250,16 @@ _EFFICIENCIES: dict[str, tuple[float, float, str]] = {
 
 
 def number_fault(key: str, value: Any, bounds: tuple[float, float, str]) -> str | None:
-    """Return what is wrong with a number that must lie within bounds; None means nothing.
+    """Return a message if `value` is not a number within bounds. None means that it is.
 
     Args:
-        bounds: the least, the most, and the unit.
+        bounds: minimum, maximum and unit.
     """
-    least, most, unit = bounds
+    low, high, unit = bounds
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and least <= value <= most:
+    if number and low <= value <= high:
         return None
-    return f"{key}: expected {least:.7g} to {most:.7g} {unit}".rstrip() + f", found {show(value)}"
+    return f"{key}: expected {low:.7g} to {high:.7g} {unit}".rstrip() + f", got {show(value)}"
 
 
 def _read(path: Path) -> Device:
@@ -266,43 +272,46 @@ def _read(path: Path) -> Device:
 
 
 def make_device(values: Mapping[str, Any]) -> Device:
-    """Return the device that a file describes, in plain units (FLOP/s, bytes, bytes/s).
+    """Return the device that a file describes, in FLOP/s, bytes and bytes/s.
 
-    The file has `Device`'s fields: all of them, or those that differ from the device that its
-    "extends" names.
+    The file has all fields of `Device`. With "extends" it has only those that differ from the named
+    device.
 
     Raises:
-        ConfigError: every fault.
+        ConfigError: all faults of the file.
     """
-    own = {key: value for key, value in values.items() if key != "extends"}
+    changes = {key: value for key, value in values.items() if key != "extends"}
     base = None
     faults = []
     known = [field.name for field in fields(Device)]
     if "extends" in values:
-        known.remove("kind")  # which decides how all others are meant
+        known.remove("kind")  # the meaning of all other fields depends on it
         name = values["extends"]
-        base = (_named(name) or by_driver_name(name)) if isinstance(name, str) else None
+        base = (_by_name(name) or by_driver_name(name)) if isinstance(name, str) else None
         if base is None:
             faults.append(f"extends: {show(name)}: {_unknown(str(name))}")
-    elif absent := [key for key in known if key not in (*own, "efficiencies", "native_bf16")]:
+    elif absent := [key for key in known if key not in (*changes, "efficiencies", "native_bf16")]:
         faults.append(
-            "extends: is missing; name the device that is most like this one, such as "
-            f'"extends": "h100-80gb", or write {", ".join(absent)} as well'
+            'extends: is missing; name the most similar device, such as "extends": "h100-80gb", '
+            f"or add {', '.join(absent)}"
         )
-    for key, value in own.items():
+    for key, value in changes.items():
         if key in known:
             faults += _value_faults(key, value)
         else:
-            hint = nearest(key, known) or f"; it is one of {', '.join(known)}"
+            hint = nearest(key, known) or f"; choose one of {', '.join(known)}"
             faults.append(f"{show(key)}: unknown key{hint}")
-    if not faults and all(own.get(key, getattr(base, key, None)) is None for key in PRECISIONS):
-        faults.append(f"{', '.join(PRECISIONS)}: all are null; write the FLOP/s of one")
+    if not faults and all(changes.get(key, getattr(base, key, None)) is None for key in PRECISIONS):
+        faults.append(f"{', '.join(PRECISIONS)}: all are null; set one to its FLOP/s")
     if faults:
         raise ConfigError(faults)
-    own |= {key: int(own[key]) for key in ("memory",) if key in own}
-    usual = base.efficiencies if base else Efficiencies()
-    own["efficiencies"] = replace(usual, **own.get("efficiencies", {}))
-    return replace(base, **own) if base else Device(**{"native_bf16": own["kind"] != "cpu"} | own)
+    if "memory" in changes:
+        changes["memory"] = int(changes["memory"])
+    default = base.efficiencies if base else Efficiencies()
+    changes["efficiencies"] = replace(default, **changes.get("efficiencies", {}))
+    if base:
+        return replace(base, **changes)
+    return Device(**{"native_bf16": changes["kind"] != "cpu"} | changes)
 
 
 def _value_faults(key: str, value: Any) -> Iterator[str]:
@@ -313,22 +322,22 @@ def _value_faults(key: str, value: Any) -> Iterator[str]:
         if fault and not (value is None and key in PRECISIONS):
             yield fault
     elif key == "native_bf16" and not isinstance(value, bool):
-        yield f"{key}: expected true or false, found {show(value)}"
+        yield f"{key}: expected true or false, got {show(value)}"
     elif key == "kind" and value not in ("cpu", "cuda"):
-        yield f'{key}: expected "cpu" or "cuda", found {show(value)}'
+        yield f'{key}: expected "cpu" or "cuda", got {show(value)}'
     elif key in ("name", "source") and not isinstance(value, str):
-        yield f"{key}: expected text in quotes, found {show(value)}"
+        yield f"{key}: expected text in quotes, got {show(value)}"
     elif key == "name" and not _is_file_name(value):
-        yield f"{key}: {show(value)} is no file's name, which it becomes; write a plain word"
+        yield f"{key}: {show(value)} cannot be a file name; set it to a plain word"
 
 
 def _efficiency_faults(key: str, value: Any) -> Iterator[str]:
     if not isinstance(value, Mapping):
-        yield f"{key}: expected an object of shares, found {show(value)}"
+        yield f"{key}: expected an object of shares, got {show(value)}"
         return
     for name, share in value.items():
         if name not in _EFFICIENCIES:
-            hint = nearest(name, _EFFICIENCIES) or f"; it is one of {', '.join(_EFFICIENCIES)}"
+            hint = nearest(name, _EFFICIENCIES) or f"; choose one of {', '.join(_EFFICIENCIES)}"
             yield f"{key}.{show(name)}: unknown key{hint}"
             continue
         fault = number_fault(f"{key}.{name}", share, _EFFICIENCIES[name])

@@ -1,4 +1,4 @@
-"""The JSON that DeepSpeed gets: the user's section, what a plan decides, and our defaults."""
+"""DeepSpeed's JSON: the user's section, the plan's values, and MegaLite's defaults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megalite.plan.zero import without_auto
 def deepspeed_dict(config: RunConfig, plan: Plan) -> dict[str, Any]:
     """Return DeepSpeed's configuration: the user's section, owned values, and "auto" filled in.
 
-    An "auto" for which MegaLite has no value is omitted, so that DeepSpeed's default applies.
+    An "auto" without a value of MegaLite's is omitted, so that DeepSpeed's default applies.
     """
     result = without_auto(config.deepspeed)
     for key, value in _engine_defaults(config, plan).items():
@@ -23,23 +23,23 @@ def deepspeed_dict(config: RunConfig, plan: Plan) -> dict[str, Any]:
     _put(result, "gradient_accumulation_steps", plan.accumulation_steps)
     for name in (Precision.BF16, Precision.FP16):
         _put(result, f"{name}.enabled", plan.precision is name)
-    # no param_dtype: the model is built in its type, and fp32 runs have no section that asks
+    # no param_dtype: the model is built in its dtype, and fp32 runs have no section that needs it
     result["data_types"].pop("param_dtype", None)
     if plan.zero_stage == 0:
-        result["gradient_clipping"] = 0.0  # DeepSpeed reports no norm there: MegaLite clips
+        result["gradient_clipping"] = 0.0  # DeepSpeed reports no norm at stage 0, so MegaLite clips
     return result
 
 
 def _engine_defaults(config: RunConfig, plan: Plan) -> dict[str, Any]:
-    """Return the values that MegaLite chooses if the user's section has none."""
+    """Return MegaLite's defaults, for keys that the user's section does not set."""
     bucket = plan.zero.reduce_bucket_size
     defaults: dict[str, Any] = {
-        "steps_per_print": 1_000_000_000,  # the console and metrics.jsonl report it
+        "steps_per_print": 1_000_000_000,  # never: the console and metrics.jsonl report steps
         "wall_clock_breakdown": False,
         "memory_breakdown": False,
         "dump_state": False,
-        # gradients are sums over ranks and micro-batches: in 16 bits they would lose what the
-        # fp32 accumulation kept, and fp16's would overflow
+        # gradients are sums over ranks and micro-batches: 16 bits would lose the precision of fp32
+        # accumulation, and fp16 would overflow
         "communication_data_type": Precision.FP32.value,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": config.optimizer.name != "adamw",

@@ -1,6 +1,7 @@
-"""FLOPs of training: sums over what the parts state.
+"""FLOPs of training: sums of what the parts state.
 
-After PaLM (arXiv 2204.02311, appendix B), with the causal mask, windows and documents counted.
+They follow PaLM (arXiv 2204.02311, appendix B), but count only the scores that the causal mask, the
+attention window and the document masks let through.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Flops:
     """FLOPs of one window of T tokens in one direction.
 
     Attributes:
-        blocks: matrix products of the blocks. head: product of the head.
+        blocks: matrix products of the blocks.
+        head: matrix product of the head.
         attention: products of queries with keys, and of scores with values.
     """
 
@@ -54,13 +56,15 @@ def window_flops(
 ) -> tuple[Flops, Flops]:
     """Return the FLOPs of a window's forward and backward, without recomputation.
 
-    Embedding look-ups cost none; a tied head has its own.
+    Embedding look-ups cost none. A tied head costs as much as an untied one.
 
     Args:
-        read, written: tokens of a window in the encoder and the decoder of a model with two stacks.
-        document_tokens: mean length of documents that do not see each other; None means no masks.
+        read: tokens of a window in the encoder of an encoder-decoder.
+        written: tokens of a window in the decoder of an encoder-decoder.
+        document_tokens: mean length of documents that do not attend to each other. None means no
+            document masks.
         fraction: share of the tokens that are predicted (`target_fraction`).
-        tuning: decides what is trained; None means all parameters.
+        tuning: fine-tuning section, which decides what is trained. None means all parameters.
     """
     lengths = stack_lengths(model, sequence_length, read, written)
     common = Workload(tokens=0, document_tokens=document_tokens, target_fraction=fraction)
@@ -77,7 +81,7 @@ def window_flops(
 
 
 def run_flops(config: RunConfig, document_tokens: float | None = None) -> tuple[Flops, Flops]:
-    """Return `window_flops` of a run's own windows."""
+    """Return `window_flops` for the windows of a run."""
     return window_flops(
         config.model,
         config.data.sequence_length,
@@ -90,33 +94,34 @@ def run_flops(config: RunConfig, document_tokens: float | None = None) -> tuple[
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> int:
-    """Return the model FLOPs of a token, forward and backward.
+    """Return the model FLOPs per token, forward and backward, if all parameters are trained.
 
-    All parameters of the model, a decoder or an encoder, are trained on every token.
+    The model is a decoder or an encoder.
     """
     return _per_token(window_flops(model, sequence_length), sequence_length)
 
 
 def run_flops_per_token(config: RunConfig) -> int:
-    """Return the model FLOPs of a run's trained token, forward and backward, without recomputation.
+    """Return a run's model FLOPs per token, forward and backward, without recomputation.
 
-    Each token of a window bears its share of the tokens that are read and written.
+    The FLOPs of a window are divided by `data.sequence_length`.
     """
     return _per_token(run_flops(config), config.data.sequence_length)
 
 
 def hardware_flops_per_token(config: RunConfig, *, document_tokens: float | None = None) -> int:
-    """Return the FLOPs that a device carries out for a trained token, recomputation included.
+    """Return the FLOPs per token that devices execute, recomputation included.
 
-    Selective recompute keeps every matrix product; full recompute repeats the blocks' forward.
+    Selective recomputation repeats no matrix product; full recomputation repeats the blocks'
+    forward.
     """
     forward, backward = run_flops(config, document_tokens)
-    again = 0.0
+    recomputed = 0.0
     if config.training.activation_checkpointing == "full":
         share = gradients(config.model, config.finetune).share
-        again = share * (forward.blocks + forward.attention)
-    return _per_token((forward, backward), config.data.sequence_length, again)
+        recomputed = share * (forward.blocks + forward.attention)
+    return _per_token((forward, backward), config.data.sequence_length, recomputed)
 
 
-def _per_token(both: tuple[Flops, Flops], tokens: int, again: float = 0.0) -> int:
-    return round(sum(flops.total for flops in both) + again) // tokens
+def _per_token(both: tuple[Flops, Flops], tokens: int, recomputed: float = 0.0) -> int:
+    return round(sum(flops.total for flops in both) + recomputed) // tokens

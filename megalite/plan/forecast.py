@@ -1,4 +1,4 @@
-"""Forecast of a run on given devices: memory, time and traffic, as one record."""
+"""Forecast of a run on given devices: memory, time and communication."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from megalite.plan.seconds import Cluster, Seconds, step_seconds
 from megalite.plan.sizes import Plan, layout_plan, resolve_labels
 from megalite.plan.traffic import Collective, data_collectives, tensor_collectives
 
-# In addition to the tensors of a plan: the driver's context with NCCL's buffers, and the share that
-# PyTorch's caching allocator wastes. Fitted to published runs (benchmarks/plan.py).
-_CONTEXT = 3 << 29
-_WASTE = 0.04
+# Memory that a GPU needs beyond a plan's tensors, fitted to published runs (benchmarks/plan.py):
+_CONTEXT = 3 << 29  # bytes of the driver's context and NCCL's buffers
+_WASTE = 0.04  # share that fragments in PyTorch's caching allocator
 
 
 def make_plan(
@@ -31,11 +30,11 @@ def make_plan(
 ) -> Plan:
     """Return the plan of a run on `world_size` ranks, with its memory.
 
-    A classifier whose labels are unknown is planned with a few.
+    A classifier whose labels are unknown is planned with a few labels.
 
     Args:
-        native_bf16: whether a "cpu" has units for bf16, which decides `precision: auto`. None asks
-            this host.
+        native_bf16: whether a "cpu" has units for bf16, which decides `precision: auto`. None means
+            that this host decides.
     Raises:
         ConfigError: see `layout_plan`.
     """
@@ -46,10 +45,12 @@ def make_plan(
 
 @dataclass(frozen=True)
 class Forecast:
-    """A plan on its devices.
+    """A plan on its hardware.
 
     Attributes:
-        overhead: bytes of a device that its driver and waste take.
+        overhead: bytes of a device that the driver and fragmentation take.
+        host_bytes: bytes per rank in host memory, by use.
+        collectives: the collective calls of one step.
     """
 
     plan: Plan
@@ -62,22 +63,22 @@ class Forecast:
 
     @property
     def free(self) -> int:
-        """Return the bytes that a device has left; below 0 the run does not fit."""
+        """Return the free bytes of a device. Negative means that the run does not fit."""
         return self.cluster.device.memory - self.plan.memory_bytes["total"] - self.overhead
 
     @property
     def fits(self) -> bool:
-        """Return whether the run fits into the memory of its devices."""
+        """Return whether the run fits the memory of its devices."""
         return self.free >= 0
 
     @property
     def tokens_per_second(self) -> float:
-        """Return the tokens of all ranks in a second."""
+        """Return tokens per second over all ranks."""
         return self.plan.tokens_per_step / self.seconds.total
 
     @property
     def mfu(self) -> float:
-        """Return the share of the devices' peak that the model's own FLOPs take."""
+        """Return the model FLOPs utilization, 0 to 1."""
         peak = self.cluster.device.peak(self.plan.precision)
         assert peak is not None
         ranks = self.plan.world_size if self.cluster.device.kind != "cpu" else self.cluster.hosts
@@ -87,7 +88,7 @@ class Forecast:
         """Return the forecast for `--json`, in seconds and bytes.
 
         Args:
-            steps: of the run; 0 means that they are unknown, and so is the time they take.
+            steps: optimizer steps of the run. 0 means unknown; the run's time is then None.
         """
         run = self.seconds.total * steps if steps else None
         return {
@@ -110,7 +111,7 @@ class Forecast:
 
 
 def _overhead(config: RunConfig, plan: Plan, kind: Kind) -> int:
-    """Return the bytes in addition to the plan's: context and allocator, or a process's heap."""
+    """Return the bytes beyond the plan's: GPU context and allocator, or a CPU process's heap."""
     if kind == "cuda":
         return _CONTEXT + round(_WASTE * plan.memory_bytes["total"])
     return max(0, process_bytes(config, plan) - plan.memory_bytes["total"])
@@ -120,8 +121,8 @@ def forecast(config: RunConfig, cluster: Cluster) -> Forecast:
     """Return the forecast of a run file on all devices of `cluster`.
 
     Raises:
-        ConfigError: see `make_plan`; a device without units for the precision; more tensor ranks
-            than a host has devices.
+        ConfigError: see `make_plan`. Also if the device has no units for the precision, or a host
+            has fewer devices than `parallel.tensor`.
     """
     config = resolve_labels(config)
     kind = cluster.device.kind

@@ -1,8 +1,8 @@
-"""The gradients that a backward computes; a fine-tuning run saves those of frozen parts.
+"""The gradients that a backward computes. Fine-tuning skips those of frozen parts.
 
-A product's backward makes the gradient of its weight if the weight is trained, and that of its
-input if anything below the product is trained. First layers that are frozen with all below them
-have no backward.
+The backward of a matrix product computes the gradient of its weight if the weight is trained. It
+computes the gradient of its input if any parameter before it is trained. The first layers have no
+backward if they are frozen with everything before them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class StackGradients:
     """The gradients of one stack.
 
     Attributes:
-        entry: those of its embeddings, and whether the input of its first block has one.
-        layers: those of each block, by names within the block.
+        entry: gradients of its embeddings, and of the input of its first block.
+        layers: gradients of each block, by names within the block.
     """
 
     entry: Grads
@@ -34,9 +34,9 @@ class Gradients:
     """The gradients of one backward.
 
     Attributes:
-        trained: names of the parameters that have one.
-        stacks: the gradients of each stack, in order.
-        head: the gradients of the head, by the names of its weights.
+        trained: names of the parameters that have a gradient.
+        stacks: gradients of each stack, in order.
+        head: gradients of the head, by the names of its weights.
     """
 
     trained: frozenset[str]
@@ -52,12 +52,16 @@ class Gradients:
 
 @lru_cache(maxsize=64)
 def gradients(model: ModelConfig, tuning: FinetuneConfig | None) -> Gradients:
-    """Return the gradients of a model under a fine-tuning section; None means pretraining."""
+    """Return the gradients of a model.
+
+    Args:
+        tuning: fine-tuning section, which decides what is trained. None means pretraining.
+    """
     specs = arch.parameters(model)
     trained = frozenset(s.name for s in specs if arch.is_trainable_under(tuning, s))
     parts = arch.network(model)
     flow = Flow(trained)
-    found = []
+    stacks = []
     for stack in parts.stacks:
         stack.entry.follow(model, stack.specs(model, stack.entry), flow)
         entry = Grads(trained, frozenset([FIRST_BLOCK] if flow.hidden else []))
@@ -68,13 +72,13 @@ def gradients(model: ModelConfig, tuning: FinetuneConfig | None) -> Gradients:
             layers.append(_within(layer.name, flow))
         stack.norm.follow(model, stack.specs(model, stack.norm), flow)
         flow.memory = flow.hidden
-        found.append(StackGradients(entry, tuple(layers)))
+        stacks.append(StackGradients(entry, tuple(layers)))
     parts.head.follow(model, list(parts.head.rows(model, "")), flow)
-    return Gradients(trained, tuple(found), Grads(trained, frozenset(flow.inputs)))
+    return Gradients(trained, tuple(stacks), Grads(trained, frozenset(flow.inputs)))
 
 
 def _within(layer: str, flow: Flow) -> Grads:
-    """Return a block's gradients by names within the block, which equal blocks share."""
+    """Return a block's gradients by names within the block, which are the same in equal blocks."""
     lead = f"{layer}."
     trained, inputs = (
         frozenset(name.removeprefix(lead) for name in names if name.startswith(lead))

@@ -1,4 +1,4 @@
-"""Bytes of one rank at the peak of a step.
+"""Peak memory of one rank during a step, in bytes.
 
 n parameters on one tensor rank   d data-parallel ranks
 """
@@ -16,8 +16,8 @@ from megalite.plan.workloads import run_costs
 from megalite.plan.zero import local_elements
 
 # Defaults of DeepSpeed 0.19 (class DeepSpeedZeroConfig in deepspeed/runtime/zero/config.py):
-_LIVE_PARAMETERS = 1_000_000_000  # stage3_max_live_parameters: weights gathered at once
-_SUB_GROUP = 1_000_000_000  # sub_group_size: parameters that stage 3 updates at once
+_LIVE_PARAMETERS = 1_000_000_000  # stage3_max_live_parameters: gathered weights at a time
+_SUB_GROUP = 1_000_000_000  # sub_group_size: parameters that stage 3 updates at a time
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class States:
     """Bytes of a rank's weights, optimizer states and gradients.
 
     Attributes:
-        kept_gradients: gradients that stay next to activations. gradients: those at the most.
+        resident_gradients: gradients that exist together with activations.
+        gradients: gradients at their peak.
     """
 
     weights: int
@@ -35,10 +36,10 @@ class States:
 
 
 def host_bytes(config: RunConfig, plan: Plan, device: Kind) -> dict[str, int]:
-    """Return the bytes that a rank keeps in its host's memory in addition to `memory_bytes`.
+    """Return the bytes of a rank in host memory, in addition to `memory_bytes`.
 
-    These are the states of an optimizer on the host, and the snapshot of a save in the background:
-    the rank's share of fp32 weights and states.
+    These are offloaded optimizer states, and the snapshot of a background save: the rank's share of
+    fp32 weights and states.
     """
     n = local_elements(config, plan.mesh.tensor)
     share = -(-(4 * n + state_bytes(config, plan.mesh.tensor)) // plan.data_parallel)
@@ -51,26 +52,25 @@ def host_bytes(config: RunConfig, plan: Plan, device: Kind) -> dict[str, int]:
 
 
 def memory_bytes(config: RunConfig, plan: Plan, device: Kind) -> dict[str, int]:
-    """Return the bytes of one rank at the peak of a step, in the categories of the interface.
+    """Return the peak bytes of one rank during a step, by category.
 
-    The total can be less than the sum. Gradients of a backward, and the buckets they are sent in,
-    take the place of activations and logits that it has consumed. An optimizer on the host is not
-    part of the total.
+    The total can be less than the sum: during the backward, gradients and their buckets reuse the
+    memory of consumed activations and logits. The total excludes an offloaded optimizer.
     """
     states = state_memory(config, plan)
-    kept, work = activation_bytes(config, plan, device)
+    saved, work = activation_bytes(config, plan, device)
     logits = run_costs(config, plan, device).head.logits
     buffers, prefetch = bucket_bytes(config, plan), prefetch_bytes(config, plan)
-    before = states.resident_gradients + resident_buckets(plan) + kept
-    before += max(work + logits.chunk + logits.gradients, prefetch)
-    total = states.weights + max(before, states.gradients + buffers)
+    backward_start = states.resident_gradients + resident_buckets(plan) + saved
+    backward_start += max(work + logits.chunk + logits.gradients, prefetch)
+    total = states.weights + max(backward_start, states.gradients + buffers)
     if device == "cpu" or not plan.zero.offloads_optimizer:
         total += states.optimizer
     return {
         "parameters": states.weights,
         "gradients": states.gradients,
         "optimizer": states.optimizer,
-        "activations": kept + work,
+        "activations": saved + work,
         "logits": logits.chunk + logits.gradients,
         "buffers": buffers + prefetch,
         "total": total,
@@ -80,10 +80,10 @@ def memory_bytes(config: RunConfig, plan: Plan, device: Kind) -> dict[str, int]:
 def state_memory(config: RunConfig, plan: Plan) -> States:
     """Return the bytes of weights, optimizer states and gradients.
 
-    Frozen parameters have neither states nor gradients. Masters are fp32, also of fp32 weights. A
-    micro-batch after the first finds the gradients of those before it. The sizes were checked
-    against the allocations of DeepSpeed 0.19.8: deepspeed/runtime/bf16_optimizer.py for bf16 at
-    stage 1, else deepspeed/runtime/zero/stage_1_and_2.py and stage3.py.
+    Frozen parameters have neither states nor gradients. Master weights are fp32, even if the
+    weights are fp32. Gradients accumulate over micro-batches. The sizes were checked against the
+    allocations of DeepSpeed 0.19.8: deepspeed/runtime/bf16_optimizer.py for bf16 at stage 1, else
+    deepspeed/runtime/zero/stage_1_and_2.py and stage3.py.
     """
     stage = plan.zero_stage
     d = plan.data_parallel
@@ -98,22 +98,22 @@ def state_memory(config: RunConfig, plan: Plan) -> States:
     optimizer = 4 * partition + -(-moments // d)
     if stage == 3:
         weights = element * -(-every // d) + gathered_bytes(config, plan)
-        sub_group = 4 * min(partition, _SUB_GROUP)  # a copy that the step is made from
+        sub_group = 4 * min(partition, _SUB_GROUP)  # flat copy for the update
         return States(weights, optimizer, 4 * partition, 4 * partition + sub_group)
-    if stage == 2:  # the partition's sum; in fp32 also the flat copy that the step is made from
-        kept = 4 * partition * is_accumulated
-        each = 8 if plan.precision is Precision.FP32 else 4
-        return States(element * every, optimizer, kept, each * partition)
+    if stage == 2:  # the partition's sum; in fp32 also a flat copy for the update
+        resident = 4 * partition * is_accumulated
+        per_element = 8 if plan.precision is Precision.FP32 else 4
+        return States(element * every, optimizer, resident, per_element * partition)
     if plan.precision is Precision.BF16:  # one flat fp32 buffer, allocated at the start
         return States(element * every, optimizer, 4 * n, 4 * n)
-    # each gradient in fp32; in fp16 its own, or the flat copy that the step is made from
+    # fp32 gradients, and a flat copy for the update; in fp16 the fp16 gradients, if larger
     is_fp32 = plan.precision is Precision.FP32
     copy = 4 * partition if is_fp32 else max(4 * partition, 2 * n)
     return States(element * every, optimizer, 4 * n * is_accumulated, 4 * n + copy)
 
 
 def bucket_bytes(config: RunConfig, plan: Plan) -> int:
-    """Return the bytes of the buckets that gradients are sent in."""
+    """Return the bytes of the buckets in which gradients are sent."""
     bucket, element = plan.zero.reduce_bucket_size, plan.precision.bytes
     if plan.zero_stage == 0:
         return element * min(local_elements(config, plan.mesh.tensor, trained=True), bucket)
@@ -126,10 +126,10 @@ def bucket_bytes(config: RunConfig, plan: Plan) -> int:
 
 
 def resident_buckets(plan: Plan) -> int:
-    """Return the bytes of the buckets that stay next to activations, in fp32 as gradients are sent.
+    """Return the bytes of the fp32 buckets that exist together with activations.
 
-    ZeRO 3 allocates its bucket once. ZeRO 1, if it has one, allocates it in the first of several
-    micro-batches and keeps it until the last.
+    ZeRO 3 allocates its bucket once. ZeRO 1 in fp32 or fp16 allocates it in the first of several
+    micro-batches and frees it after the last.
     """
     accumulates = (
         plan.zero_stage == 1
@@ -140,9 +140,10 @@ def resident_buckets(plan: Plan) -> int:
 
 
 def prefetch_bytes(config: RunConfig, plan: Plan) -> int:
-    """Return the bytes of ZeRO 3's gathers in flight.
+    """Return the bytes of the gathers that ZeRO 3 has in flight.
 
-    Each gather is kept until its last weight is copied out; one is used while the next is fetched.
+    A gather's buffer is freed once its last weight is copied out, and the next gather is already
+    running: there are two.
     """
     if plan.zero_stage != 3 or plan.data_parallel == 1:
         return 0
@@ -151,7 +152,7 @@ def prefetch_bytes(config: RunConfig, plan: Plan) -> int:
 
 
 def gathered_bytes(config: RunConfig, plan: Plan) -> int:
-    """Return the bytes of the weights that ZeRO 3 has gathered at the most."""
+    """Return the bytes of the weights that ZeRO 3 has gathered at its peak."""
     if plan.data_parallel == 1:
         return 0
     every = local_elements(config, plan.mesh.tensor)

@@ -1,11 +1,11 @@
-"""The element-wise fp32 states that an optimizer keeps of each parameter.
+"""The element-wise fp32 states that an optimizer keeps for each parameter.
 
 They follow from the facts that an optimizer is registered with (`megalite.optim.optimizers`):
 
     states          their names, in the order of a checkpoint's files
-    matrix_states   their names for the matrices of blocks, if those are updated in another way
-    states_need     the key of the optimizer section without which (at 0) no state is kept
-    counts_steps    whether a parameter with `states` has a count of updates as well, Adam's `step`
+    matrix_states   their names for the matrices of blocks, if their update differs
+    states_need     key of the optimizer section; if its value is 0, there are no states
+    counts_steps    whether parameters with `states` also count their updates (Adam's `step`)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megalite.plan.zero import local_sizes
 
 
 def state_names(config: RunConfig, row: arch.ParameterSpec) -> tuple[str, ...]:
-    """Return the names of the states that the optimizer keeps of a parameter."""
+    """Return the names of a parameter's optimizer states."""
     return _state_names(config.optimizer, row) if arch.is_trainable(config, row) else ()
 
 
@@ -27,8 +27,8 @@ def _state_names(optimizer: OptimizerConfig, row: arch.ParameterSpec) -> tuple[s
     facts = registry.optimizers.facts(optimizer.name)
     if "states" not in facts:
         raise UserError(
-            f"optimizer.{optimizer.name}: its package states no `states`, names of what it keeps "
-            f"of a parameter; add them to part.{optimizer.name} (docs/extending.md)"
+            f"optimizer.{optimizer.name}: its package does not list the optimizer's states; add "
+            f"`states` to part.{optimizer.name} (docs/extending.md)"
         )
     needed = facts.get("states_need")
     if needed and not getattr(optimizer, needed):
@@ -38,14 +38,14 @@ def _state_names(optimizer: OptimizerConfig, row: arch.ParameterSpec) -> tuple[s
 
 
 def counts_steps(config: RunConfig, row: arch.ParameterSpec) -> bool:
-    """Return whether the optimizer counts the updates of a parameter, in its state `step`."""
+    """Return whether the optimizer counts a parameter's updates, in the state `step`."""
     facts = registry.optimizers.facts(config.optimizer.name)
     by_matrix = "matrix_states" in facts and row.is_matrix_of_block
     return bool(facts.get("counts_steps")) and not by_matrix
 
 
 def updates_matrices(config: RunConfig) -> bool:
-    """Return whether the optimizer has an update of its own for the matrices of blocks."""
+    """Return whether the optimizer updates the matrices of blocks in a separate way."""
     return "matrix_states" in registry.optimizers.facts(config.optimizer.name)
 
 

@@ -1,8 +1,8 @@
-"""How long a step takes: a roofline of what a rank computes, moves and sends.
+"""Step time: a roofline model of what a rank computes, moves and sends.
 
-Each part's time is its FLOPs over a share of the peak plus its bytes over a share of the bandwidth
-(a sum rather than the larger of the two: small products then fall short of the peak by themselves),
-but no less than its kernels take to be started. Communication is added if nothing hides it.
+A part takes its FLOPs over a share of the peak, plus its bytes over a share of the bandwidth. This
+is a sum, not the larger of the two, so that small products stay below the peak. A part takes at
+least as long as its kernels take to launch. Communication that does not overlap is added.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megalite.plan.zero import local_elements
 
 @dataclass(frozen=True)
 class Cluster:
-    """The placement of the ranks: hosts of `per_host` devices each."""
+    """The hardware of a run: hosts with `per_host` devices each."""
 
     device: Device
     hosts: int
@@ -34,9 +34,11 @@ class Seconds:
     """Seconds of one optimizer step on one rank.
 
     Attributes:
-        forward, backward: of all micro-batches, recomputation included. The gradients of the fused
-            head count as backward, although its forward computes them.
-        tensor, data: messages that no computation hides.
+        forward: all micro-batches.
+        backward: all micro-batches, with recomputation. The fused head's gradients count here,
+            although its forward computes them.
+        tensor: messages of tensor parallelism.
+        data: ZeRO's messages that do not overlap with computation.
     """
 
     forward: float
@@ -47,6 +49,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
+        """Return the seconds of the whole step."""
         return self.forward + self.backward + self.tensor + self.data + self.optimizer
 
 
@@ -62,7 +65,7 @@ def step_seconds(
     Args:
         document_tokens: see `window_flops`.
     Raises:
-        ValueError: a device without units for the run's precision.
+        ValueError: the device has no units for the run's precision.
     """
     return _Clock(config, plan, cluster, document_tokens).seconds()
 
@@ -79,7 +82,7 @@ class _Clock:
         self._eff = cluster.device.efficiencies
         self._document = document_tokens
         self._element = plan.precision.bytes
-        # the cores of a CPU are shared by the ranks of its host; a GPU is a rank's own
+        # ranks of a host share the CPU's cores; each rank has its own GPU
         share = cluster.per_host if cluster.device.kind == "cpu" else 1
         peak = cluster.device.peak(plan.precision)
         if peak is None:
@@ -94,7 +97,7 @@ class _Clock:
             forward=times * forward,
             backward=times * (head + backward),
             tensor=self._tensor(),
-            # no message hides behind the head's gradients: the forward computes them
+            # the forward computes the head's gradients, so they overlap with no message
             data=self._data(times * (forward + head), times * backward, backward),
             optimizer=self._optimizer(),
         )
@@ -102,34 +105,36 @@ class _Clock:
     # ---- what a rank computes
 
     def _compute(self) -> tuple[float, float, float]:
-        """Return seconds of a micro-batch: forward, gradients of the head, rest of the backward."""
+        """Return a micro-batch's seconds: forward, gradients of the head, rest of the backward."""
         config, plan, eff = self._config, self._plan, self._eff
         device = self._cluster.device
         forward_of, backward_of = run_flops(config, self._document)
         share = plan.micro_batch_size / plan.mesh.tensor  # of the FLOPs of a window
-        products = self._peak * device.reached * eff.matmul / share
-        seen = self._peak * device.attention * eff.attention / share
+        product_rate = self._peak * device.reached * eff.matmul / share
+        attention_rate = self._peak * device.attention * eff.attention / share
         rate = self._bandwidth * eff.bandwidth
         costs = run_costs(config, plan)
         moved = sum(count * part.moved for part, count in costs.kinds) / rate
         weights = self._element * self._local / rate
         launches = sum(count * part.kernels for part, count in costs.kinds) * eff.launch
-        one = forward_of.blocks / products + forward_of.attention / seen + moved + weights
-        forward = max(one, launches)
-        again = {"none": 0.0, "selective": moved, "full": forward}
-        recompute = again[config.training.activation_checkpointing]
-        # attention's backward computes its scores again (FlashAttention, Dao et al. 2022, algorithm
-        # 4): 2.5 times its forward, not twice
-        two = backward_of.blocks / products + 1.25 * backward_of.attention / seen
-        # weights are read for the inputs' gradients; a trained one's gradient is written and read
-        two += weights + 2 * self._element * self._trained / rate
+        forward = forward_of.blocks / product_rate + forward_of.attention / attention_rate
+        forward = max(forward + moved + weights, launches)
+        by_mode = {"none": 0.0, "selective": moved, "full": forward}
+        recompute = by_mode[config.training.activation_checkpointing]
+        # attention's backward recomputes its scores (FlashAttention, Dao et al. 2022, algorithm 4):
+        # 2.5 times its forward, not twice
+        backward = backward_of.blocks / product_rate
+        backward += 1.25 * backward_of.attention / attention_rate
+        # input gradients read the weights; weight gradients are written and read
+        backward += weights + 2 * self._element * self._trained / rate
         accumulation = (8 + self._element) * self._trained / rate  # in fp32
         reached = gradients(config.model, config.finetune).share
-        backward = max(two + 2 * reached * moved + accumulation, 2 * reached * launches)
-        # two of six passes over the logits make the loss, four turn it into gradients
+        backward = max(backward + 2 * reached * moved + accumulation, 2 * reached * launches)
+        # of six passes over the logits, two compute the loss and four the gradients
         logits = costs.head.logits.traffic / rate
-        forward += forward_of.head / products + logits / 3
-        return forward, backward_of.head / products + 2 / 3 * logits, backward + reached * recompute
+        forward += forward_of.head / product_rate + logits / 3
+        head_gradients = backward_of.head / product_rate + 2 / 3 * logits
+        return forward, head_gradients, backward + reached * recompute
 
     @cached_property
     def _local(self) -> int:
@@ -142,11 +147,11 @@ class _Clock:
     def _optimizer(self) -> float:
         """Return the seconds of an update.
 
-        AdamW reads and writes weights and both moments, in fp32, and reads the gradient.
+        AdamW reads and writes weights and both moments in fp32, and reads the gradient.
         """
         plan = self._plan
-        own = self._trained / (plan.data_parallel if plan.zero_stage else 1)
-        moved = own * (28 + self._element)
+        updated = self._trained / (plan.data_parallel if plan.zero_stage else 1)
+        moved = updated * (28 + self._element)
         if self._plan.zero.offloads_optimizer and self._cluster.device.kind != "cpu":
             return moved / (self._cluster.device.host_link * self._eff.bandwidth)
         return moved / (self._bandwidth * self._eff.bandwidth)
@@ -159,7 +164,7 @@ class _Clock:
         return self._send(calls, ranks, self._rate(ranks, ranks))
 
     def _data(self, forward: float, backward: float, last: float) -> float:
-        """Return the seconds of ZeRO's messages that the backward does not hide."""
+        """Return the seconds of ZeRO's messages that do not overlap with computation."""
         plan = self._plan
         ranks = self._plan.data_parallel
         calls = data_collectives(self._config, plan)
@@ -167,8 +172,8 @@ class _Clock:
         sent = self._send(calls, ranks, self._rate(ranks, min(near, ranks)))
         if not plan.zero.overlap_comm:
             return sent
-        room = {3: forward + backward, 2: backward}.get(plan.zero_stage, last)
-        return max(0.0, sent - self._eff.hidden * room)
+        overlapping = {3: forward + backward, 2: backward}.get(plan.zero_stage, last)
+        return max(0.0, sent - self._eff.hidden * overlapping)
 
     def _rate(self, ranks: int, near: int) -> float:
         """Return the bytes/s that each rank of a ring sends.

@@ -1,4 +1,4 @@
-"""Derived sizes (data-parallel ranks, accumulation, tokens a step), divided in this file only."""
+"""Derived sizes: data-parallel ranks, accumulation steps, tokens per step."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megalite.plan.flops import run_flops_per_token
 from megalite.plan.precision import resolve_precision
 from megalite.plan.zero import ZeroSettings, without_auto, zero_settings
 
-_LABELS = 2  # of a classifier, until its examples are read
+_LABELS = 2  # a classifier's, until its examples are read
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The sizes of a run: batch sizes in samples, memory in bytes of a rank."""
+    """The sizes of a run: batch sizes in samples, memory in bytes per rank."""
 
     world_size: int
     tensor_parallel: int
@@ -39,18 +39,20 @@ class Plan:
 
     @property
     def mesh(self) -> Mesh:
-        """The axes of the run's ranks."""
+        """Parallel axes of the run."""
         return Mesh(data=self.data_parallel, tensor=self.tensor_parallel)
 
     @property
     def zero_stage(self) -> int:
+        """ZeRO stage, 0 to 3."""
         return self.zero.stage
 
 
 def resolve_labels(config: RunConfig) -> RunConfig:
-    """Return a run file whose classifier has labels, which its examples will fill in.
+    """Return the run file with a number of labels, if it trains a classifier.
 
-    It has as many labels as the file names or weighs, else a stand-in of a few.
+    The number follows from the labels or class weights of the file. Without them it is a
+    placeholder, because the examples decide.
     """
     tuning = config.finetune
     if tuning is None or not find_task(tuning.task).has_labels or config.model.num_labels:
@@ -70,10 +72,10 @@ def layout_plan(
     """Return the plan of a run on `world_size` ranks, without its memory.
 
     Args:
-        native_bf16: whether a "cpu" has units for bf16; None asks this host.
+        native_bf16: whether a "cpu" has units for bf16. None means that this host decides.
     Raises:
-        ConfigError: ranks, heads or batches that do not divide, with sizes that do; a precision
-            or a DeepSpeed value that this number of ranks, this device or this version contradicts.
+        ConfigError: ranks, heads or batches do not divide; or the precision or a DeepSpeed value
+            contradicts the ranks, the device or this version.
     """
     training = config.training
     tensor = config.parallel.tensor
@@ -116,44 +118,44 @@ def _layout_faults(config: RunConfig, world_size: int) -> Iterator[str]:
         )
     else:
         ranks = world_size // tensor
-        whole = training.global_batch_size
-        part = training.micro_batch_size * ranks
-        if whole % part:
-            near = [n for n in (whole // part * part, (whole // part + 1) * part) if n]
-            advice = _try(near)
-            if whole % ranks == 0:
-                most = min(training.micro_batch_size, whole // ranks)
-                fits = max(n for n in range(1, most + 1) if whole // ranks % n == 0)
+        batch = training.global_batch_size
+        unit = training.micro_batch_size * ranks
+        if batch % unit:
+            nearest = [n for n in (batch // unit * unit, (batch // unit + 1) * unit) if n]
+            advice = _try(nearest)
+            if batch % ranks == 0:
+                limit = min(training.micro_batch_size, batch // ranks)
+                micro_batch = max(n for n in range(1, limit + 1) if batch // ranks % n == 0)
                 advice = (
-                    f"set training.micro_batch_size to {fits}, which changes no result; for other "
-                    f"batches {advice}"
+                    f"set training.micro_batch_size to {micro_batch}, which changes no result; or "
+                    f"for the global batch {advice}"
                 )
             yield (
-                f"training.global_batch_size: {whole} is not a multiple of micro_batch_size "
-                f"{training.micro_batch_size} x {ranks} data-parallel ranks = {part}; {advice}"
+                f"training.global_batch_size: {batch} is not a multiple of micro_batch_size "
+                f"{training.micro_batch_size} x {ranks} data-parallel ranks = {unit}; {advice}"
             )
 
 
 def _deepspeed_faults(
     config: RunConfig, zero: ZeroSettings, accumulation: int, precision: Precision
 ) -> Iterator[str]:
-    for key, where, possible in (
+    for key, device, allowed in (
         ("offload_param", zero.offload_param, ("none",)),
         ("offload_optimizer", zero.offload_optimizer, ("none", "cpu")),
     ):
-        if where not in possible:
+        if device not in allowed:
             yield (
-                f"deepspeed.zero_optimization.{key}: device {where}, which this version does not "
-                "use; remove it, and offload the optimizer to cpu or use more ranks"
+                f"deepspeed.zero_optimization.{key}: device {device} is not supported; remove it, "
+                "and offload the optimizer to cpu or use more ranks"
             )
-    found = config.deepspeed.get("gradient_accumulation_steps", "auto")
-    if found not in ("auto", accumulation):
-        told = contradiction(found, accumulation, "training.global_batch_size")
-        yield f"deepspeed.gradient_accumulation_steps: {told}"
+    steps = config.deepspeed.get("gradient_accumulation_steps", "auto")
+    if steps not in ("auto", accumulation):
+        fault = contradiction(steps, accumulation, "training.global_batch_size")
+        yield f"deepspeed.gradient_accumulation_steps: {fault}"
     types = without_auto(config.deepspeed).get("data_types", {})
     if types.get("param_dtype", precision) != precision:
-        told = contradiction(types["param_dtype"], precision, "training.precision")
-        yield f"deepspeed.data_types.param_dtype: {told}"
+        fault = contradiction(types["param_dtype"], precision, "training.precision")
+        yield f"deepspeed.data_types.param_dtype: {fault}"
     if precision is not Precision.FP32 and zero.stage == 0:
         yield (
             f"training.precision: {precision} (auto on GPUs) with ZeRO stage 0 keeps no fp32 "

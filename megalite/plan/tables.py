@@ -11,18 +11,19 @@ from megalite.plan.search import Candidate, Ranking
 
 _ROW = "{:>5} {:>10} {:>6} {:>8}  {:<8} {:<4} {:>5}  {:<9}  {:<9} {:>8} {:>8} {:>8}"
 _MIB, _GIB = 1 << 20, 1 << 30
-_BAR, _BEFORE = 40, 29  # characters of a bar as long as the device's memory, and of what leads it
+_BAR = 40  # characters of a full bar
+_BEFORE = 29  # characters to the left of a bar
 
 
-def describe_forecast(config: RunConfig, found: Forecast) -> str:
-    """Return a forecast as text: memory with bars, time, traffic, and the whole run."""
-    return "\n".join(_lines(config, found)) + "\n"
+def describe_forecast(config: RunConfig, result: Forecast) -> str:
+    """Return a forecast as text: memory with bars, time, communication, and the whole run."""
+    return "\n".join(_lines(config, result)) + "\n"
 
 
-def _lines(config: RunConfig, found: Forecast) -> Iterator[str]:
-    plan = found.plan
-    cluster = found.cluster
-    device = found.cluster.device
+def _lines(config: RunConfig, result: Forecast) -> Iterator[str]:
+    plan = result.plan
+    cluster = result.cluster
+    device = cluster.device
     sequence = " with sequence" if config.parallel.sequence else ""
     yield (
         f"{config.name}: {plan.parameters:,} parameters in {plan.precision} on {cluster.hosts} x "
@@ -33,29 +34,29 @@ def _lines(config: RunConfig, found: Forecast) -> Iterator[str]:
     yield ""
     small = plan.memory_bytes["total"] < _GIB
     unit, digits, name = (_MIB, 0, "MiB") if small else (_GIB, 2, "GiB")
-    yield f"{'memory of a rank':<18} {name:>8}"
+    yield f"{'memory per rank':<18} {name:>8}"
     for name, size in plan.memory_bytes.items():
         if name != "total":
             yield f"  {name:<16} {size / unit:8,.{digits}f}  {_bar(size / device.memory)}"
-    yield f"  {'total at the peak':<16}{plan.memory_bytes['total'] / unit:8,.{digits}f}"
-    if found.overhead:
-        waste = "process and waste" if device.kind == "cpu" else "driver and waste"
-        yield f"  {waste:<17}{found.overhead / unit:8,.{digits}f}"
-    verdict = "left: it fits" if found.fits else "too much: it does not fit"
-    left = f"{abs(found.free) / unit:,.{digits}f}"
-    yield f"  {'device':<16} {device.memory / unit:8,.{digits}f}  {left} {verdict}"
-    for name, size in found.host_bytes.items():
+    yield f"  {'total at the peak':<17}{plan.memory_bytes['total'] / unit:8,.{digits}f}"
+    if result.overhead:
+        overhead = "process overhead" if device.kind == "cpu" else "driver overhead"
+        yield f"  {overhead:<17}{result.overhead / unit:8,.{digits}f}"
+    verdict = "free: it fits" if result.fits else "missing: it does not fit"
+    free = f"{abs(result.free) / unit:,.{digits}f}"
+    yield f"  {'device':<16} {device.memory / unit:8,.{digits}f}  {free} {verdict}"
+    for name, size in result.host_bytes.items():
         if size:
-            yield f"  on the host: {name} {size / unit:,.{digits}f}"
+            yield f"  in host memory: {name} {size / unit:,.{digits}f}"
     yield ""
-    yield from _time(config, found)
-    if found.collectives:
+    yield from _time(config, result)
+    if result.collectives:
         yield ""
         link, network = (f"{rate / 1e9:,g} GB/s" for rate in (device.link, device.network))
-        yield f"links of a device, one way: {link} within a host, {network} to others"
-        yield f"{'a step sends':<8} {'':22} {'calls':>8} {'GiB, whole':>12}"
+        yield f"links per device, one way: {link} within a host, {network} between hosts"
+        yield f"{'messages per step':<31} {'calls':>8} {'tensors, GiB':>12}"
         sent: dict[str, tuple[int, int]] = {}
-        for call in found.collectives:  # those of a kind, whatever their sizes
+        for call in result.collectives:  # one row for each kind, whatever the sizes
             name = f"{call.group} {call.kind} {call.dtype}"
             count, size = sent.get(name, (0, 0))
             sent[name] = count + call.count, size + call.bytes
@@ -70,27 +71,27 @@ def _bar(share: float) -> str:
     return "#" * length if length <= room else "#" * (room - 1) + ">"
 
 
-def _time(config: RunConfig, found: Forecast) -> Iterator[str]:
-    plan, seconds = found.plan, found.seconds
-    yield f"{'a step':<18} {'seconds':>8}"
+def _time(config: RunConfig, result: Forecast) -> Iterator[str]:
+    plan, seconds = result.plan, result.seconds
+    yield f"{'time per step':<18} {'seconds':>8}"
     for name, value in vars(seconds).items():
-        told = {"tensor": "tensor messages", "data": "ZeRO's messages"}.get(name, name)
+        label = {"tensor": "tensor messages", "data": "ZeRO messages"}.get(name, name)
         if value:
-            yield f"  {told:<16} {value:8.3f}  {_bar(value / seconds.total)}"
-    rate = found.tokens_per_second
-    yield f"  {'in all':<16} {seconds.total:8.3f}"
+            yield f"  {label:<16} {value:8.3f}  {_bar(value / seconds.total)}"
+    rate = result.tokens_per_second
+    yield f"  {'total':<16} {seconds.total:8.3f}"
     yield (
-        f"  {rate:,.0f} tokens/s, {rate / plan.world_size:,.0f} a device; MFU "
-        f"{100 * found.mfu:.1f} %; {_flops(plan.flops_per_token)} a token, "
-        f"{_flops(found.hardware_flops_per_token)} with recompute"
+        f"  {rate:,.0f} tokens/s, {rate / plan.world_size:,.0f} per device; MFU "
+        f"{100 * result.mfu:.1f} %; {_flops(plan.flops_per_token)} per token, "
+        f"{_flops(result.hardware_flops_per_token)} with recompute"
     )
     steps = config.training.steps
-    if steps == 0:  # the examples and their epochs decide
+    if steps == 0:  # depends on the examples and epochs
         return
     run = steps * seconds.total
     yield (
         f"the run: {steps:,} steps, {_count(steps * plan.tokens_per_step)} tokens, "
-        f"{_duration(run)}, {_duration(run * plan.world_size, most='hours', of='device ')}"
+        f"{_duration(run)}, {_duration(run * plan.world_size, largest='hours', prefix='device ')}"
     )
 
 
@@ -99,74 +100,80 @@ def _flops(number: int) -> str:
 
 
 def _count(number: int) -> str:
-    """Return a count in the largest word that it fills: "614.4 thousand", "1,048.58 billion"."""
+    """Format a count with a word, such as "614.4 thousand" or "1,048.58 billion"."""
     for word, size, digits in (("billion", 1e9, 2), ("million", 1e6, 2), ("thousand", 1e3, 1)):
         if number >= size:
             return f"{number / size:,.{digits}f} {word}"
     return f"{number:,}"
 
 
-def _duration(seconds: float, *, most: str = "days", of: str = "") -> str:
-    """Return a time in the largest unit that it fills, up to `most`; `of` precedes the unit."""
+def _duration(seconds: float, *, largest: str = "days", prefix: str = "") -> str:
+    """Format a time in the largest unit that it fills.
+
+    Args:
+        largest: largest unit to use.
+        prefix: text before the unit, such as "device ".
+    """
     units = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
-    names = [*units][[*units].index(most) :]
+    names = [*units][[*units].index(largest) :]
     name = next((name for name in names if seconds >= units[name]), "seconds")
     number = seconds / units[name]
-    return f"{number:,.{0 if number >= 1000 else 1 if name != 'days' else 2}f} {of}{name}"
+    return f"{number:,.{0 if number >= 1000 else 1 if name != 'days' else 2}f} {prefix}{name}"
 
 
-def describe_ranking(ranking: Ranking, most: int = 10) -> str:
-    """Return the best of a search, a line each, then the run file's own layout and its rank."""
-    head = ("tokens/s", "MFU", "GiB left", "tensor", "ZeRO", "micro", "recompute", "optimizer")
+def describe_ranking(ranking: Ranking, limit: int = 10) -> str:
+    """Return the best layouts of a search, one per line, then the current layout and its rank."""
+    head = ("tokens/s", "MFU", "GiB free", "tensor", "ZeRO", "micro", "recompute", "optimizer")
     seconds = ("compute", "messages", "update")
-    lines = [f"{'':73}seconds of a step"]
+    lines = [f"{'':73}seconds per step"]
     lines += [_ROW.format("rank", *head, *seconds).rstrip()]
-    for number, candidate in enumerate(ranking.candidates[:most], 1):
+    for number, candidate in enumerate(ranking.candidates[:limit], 1):
         lines.append(_row(str(number), candidate))
-    if ranking.own is not None:
-        lines.append(_row("yours", ranking.own))
-    return "\n".join([*lines, *_own_place(ranking)]) + "\n"
+    if ranking.current is not None:
+        lines.append(_row("yours", ranking.current))
+    return "\n".join([*lines, *_current_rank(ranking)]) + "\n"
 
 
 def _row(name: str, candidate: Candidate) -> str:
-    found, changes = candidate.forecast, candidate.changes
+    result, changes = candidate.forecast, candidate.changes
     zero = changes["deepspeed"]["zero_optimization"]
     return _ROW.format(
         name,
-        f"{found.tokens_per_second:,.0f}",
-        f"{found.mfu:.1%}",
-        f"{found.free / _GIB:.1f}",
-        f"{found.plan.mesh.tensor}{'+seq' * changes['parallel']['sequence']}",
+        f"{result.tokens_per_second:,.0f}",
+        f"{result.mfu:.1%}",
+        f"{result.free / _GIB:.1f}",
+        f"{result.plan.mesh.tensor}{'+seq' * changes['parallel']['sequence']}",
         zero["stage"],
-        found.plan.micro_batch_size,
+        result.plan.micro_batch_size,
         changes["training"]["activation_checkpointing"],
         "host" if zero["offload_optimizer"]["device"] == "cpu" else "device",
-        *(f"{value:.3g}" for value in _phases(found).values()),
+        *(f"{value:.3g}" for value in _phases(result).values()),
     ).rstrip()
 
 
-def _phases(found: Forecast) -> dict[str, float]:
-    took = found.seconds
+def _phases(result: Forecast) -> dict[str, float]:
+    """Return the seconds per step of compute, messages and update."""
+    seconds = result.seconds
     return {
-        "compute": took.forward + took.backward,
-        "messages": took.tensor + took.data,
-        "update": took.optimizer,
+        "compute": seconds.forward + seconds.backward,
+        "messages": seconds.tensor + seconds.data,
+        "update": seconds.optimizer,
     }
 
 
-def _own_place(ranking: Ranking) -> Iterator[str]:
-    """State the rank of the run file's own layout, and what makes it slower than the first."""
-    own = ranking.own
-    if own is None:
+def _current_rank(ranking: Ranking) -> Iterator[str]:
+    """Yield lines with the rank of the current layout and why it is slower than rank 1."""
+    current = ranking.current
+    if current is None:
         yield f"your layout cannot be planned: {ranking.fault}"
     elif ranking.current_rank is None:
-        yield f"your layout does not fit: {-own.forecast.free / _GIB:.1f} GiB too much"
+        yield f"your layout does not fit: {-current.forecast.free / _GIB:.1f} GiB missing"
     else:
         yield f"your layout: rank {ranking.current_rank} of {ranking.fitting} that fit"
-    if own is not None and ranking.current_rank != 1 and ranking.candidates:
+    if current is not None and ranking.current_rank != 1 and ranking.candidates:
         best = ranking.candidates[0].forecast
-        more = own.forecast.seconds.total - best.seconds.total
-        mine = _phases(own.forecast)
-        first = _phases(best)
-        parts = ", ".join(f"{name} {mine[name] - first[name]:+.3g}" for name in mine)
-        yield f"against rank 1 its step takes {more:+.3g} s: {parts}"
+        slower = current.forecast.seconds.total - best.seconds.total
+        phases = _phases(current.forecast)
+        fastest = _phases(best)
+        parts = ", ".join(f"{name} {phases[name] - fastest[name]:+.3g}" for name in phases)
+        yield f"compared with rank 1, its step takes {slower:+.3g} s: {parts}"

@@ -1,8 +1,8 @@
-"""Messages between ranks: every collective of a step, by its group, kind and size.
+"""Communication: every collective of a step, by group, kind and size.
 
-Collectives of the ranks that share a model (`megalite.parallel`) are exact: the dry run counts the
-same. Those of the ranks that share a batch are DeepSpeed's, as its ZeRO stages move gradients and
-weights, in the fewest calls that its buckets allow. Nothing checks them call by call.
+Collectives of tensor-parallel ranks (`megalite.parallel`) are exact: the dry run counts the same
+calls. Collectives of data-parallel ranks are DeepSpeed's. They are estimated from its ZeRO stages,
+in the fewest calls that its buckets allow, and not checked call by call.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from megalite.plan.zero import local_elements
 
 @dataclass(frozen=True, order=True)
 class Collective:
-    """A kind of call among the ranks of a group.
+    """Identical collective calls of a group in one step.
 
     Attributes:
-        elements: size of the whole tensor, which each rank has after an all_gather and before
-            other kinds.
-        count: calls in a step.
+        elements: size of the whole tensor: after an all_gather, before other kinds.
+        count: number of calls in a step.
     """
 
     group: Literal["tensor", "data"]
@@ -40,23 +39,23 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Return the bytes of the whole tensors, over all calls."""
+        """Return the bytes of the whole tensors in all calls."""
         return self.count * self.elements * self.dtype.bytes
 
     def sent_bytes(self, ranks: int) -> float:
         """Return the bytes that a rank of a ring sends.
 
-        It sends all but its own part, and twice that for an all_reduce (Patarasuk & Yuan 2009).
+        A rank sends all but its part, and twice that in an all_reduce (Patarasuk & Yuan 2009).
         """
         times = 2 if self.kind == "all_reduce" else 1
         return times * self.bytes * (ranks - 1) / ranks
 
 
 def tensor_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
-    """Return the calls of the ranks that share a model, in one step of `config.training`.
+    """Return the calls of tensor-parallel ranks in one step.
 
-    Parts state their own. The gradients of parameters that every rank holds whole are summed as
-    well, if each rank multiplies them with its own tokens or heads.
+    Parts state their calls. Gradients of replicated parameters are summed as well, if each rank
+    computes them from different tokens or heads.
     """
     if plan.mesh.tensor == 1:
         return ()
@@ -80,12 +79,12 @@ def tensor_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
 
 
 def data_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
-    """Return the calls of the ranks that share a batch, in one step, as DeepSpeed 0.19 makes them.
+    """Return the calls of data-parallel ranks in one step, as DeepSpeed 0.19 makes them.
 
-    Gradients are sent in fp32 (communication_data_type), weights as they are multiplied. Stages 0
-    and 1 reduce once a step, stages 2 and 3 in every micro-batch. Stage 3 gathers the weights for
+    Gradients are sent in fp32 (communication_data_type), weights in the run's precision. Stages 0
+    and 1 reduce once per step, stages 2 and 3 in every micro-batch. Stage 3 gathers the weights for
     each forward and each backward (deepspeed/runtime/zero/partitioned_param_coordinator.py).
-    Buckets are taken to be full. At stage 1 in bf16 one flat buffer is sent
+    Buckets are assumed to be full. Stage 1 in bf16 sends one flat buffer
     (deepspeed/runtime/bf16_optimizer.py). Stages 1 and 2 gather all weights at once (step in
     deepspeed/runtime/zero/stage_1_and_2.py).
     """
@@ -104,7 +103,7 @@ def data_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
     if stage in (1, 2):
         rows.append(Collective("data", "all_gather", plan.precision, n, 1))
     if stage == 3:
-        # without prefetching each parameter is fetched alone; all are taken to be of mean size
+        # without prefetching each parameter is fetched separately; assume the mean size
         fetched = plan.zero.prefetch_bucket_size
         fetched = fetched or -(-every // len(arch.parameters(config.model)))
         rows += _in_buckets("all_gather", plan.precision, every, fetched, 2 * times)
@@ -114,6 +113,6 @@ def data_collectives(config: RunConfig, plan: Plan) -> tuple[Collective, ...]:
 def _in_buckets(
     kind: Kind, dtype: Precision, elements: int, bucket: int, times: int
 ) -> Iterator[Collective]:
-    """Yield the calls that send `elements` in full buckets, and in one of the rest."""
+    """Yield the calls that send `elements` in full buckets and one bucket for the rest."""
     for size, count in chunk_sizes(elements, bucket):
         yield Collective("data", kind, dtype, size, count * times)

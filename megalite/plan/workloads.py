@@ -1,4 +1,4 @@
-"""The work of one rank in a micro-batch, and its cost."""
+"""The workload of one rank in a micro-batch, and its cost."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def run_costs(
     """Return the costs of a run on one rank, for one micro-batch.
 
     Args:
-        device: decides the bytes that are kept, and nothing else.
-        document_tokens: mean length of documents that do not see each other; None means no masks.
+        device: affects only the bytes saved for the backward.
+        document_tokens: mean length of documents that do not attend to each other. None means no
+            document masks.
     """
     model, training, tuning = config.model, config.training, config.finetune
     eager_cpu = device == "cpu" and not training.compile
@@ -49,10 +50,10 @@ def run_costs(
 def _norm_bytes(
     model: ModelConfig, tuning: FinetuneConfig | None, element: int, *, eager_cpu: bool
 ) -> float:
-    """Return the bytes that one norm of a block keeps of each number: its input and its output.
+    """Return the bytes that a block's norm saves per element, for its input and output.
 
-    PyTorch has no CPU kernel for an RMS norm (rms_norm in aten/src/ATen/native/layer_norm.cpp). Its
-    decomposition keeps the input in fp32, and the normalised input if the gain is trained.
+    PyTorch has no CPU kernel for RMS norm (rms_norm in aten/src/ATen/native/layer_norm.cpp). Its
+    decomposition saves the input in fp32, and the normalized input if the gain is trained.
     """
     if not eager_cpu or not registry.norms.facts(model.norm).get("composite"):
         return 2 * element

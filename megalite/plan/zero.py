@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO section as one typed value, with the sizes that MegaLite fills in."""
+"""DeepSpeed's ZeRO section as one typed value, with MegaLite's defaults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megalite import arch
 from megalite.config import ModelConfig, RunConfig, zero_stage
 from megalite.mesh import Mesh
 
-# DeepSpeed's own buckets are 5e8 elements, 2 GB in fp32. 5e7 keep a link just as busy.
+# DeepSpeed's default is 5e8 elements, 2 GB in fp32. 5e7 keep a link just as busy.
 _BUCKET = 50_000_000
 # Stage 0 has no bucket setting: MEMORY_OPT_ALLREDUCE_SIZE of deepspeed/runtime/engine.py.
 _STAGE_0_BUCKET = 500_000_000
@@ -25,12 +25,12 @@ class ZeroSettings:
 
     Attributes:
         stage: 0 to 3.
-        reduce_bucket_size: gradients that are sent at once.
-        allgather_bucket_size: updated weights that stages 1 and 2 send at once.
-        prefetch_bucket_size: weights that stage 3 fetches at once; 0 means no prefetching.
-        overlap_comm: whether gradients are sent while the backward goes on.
-        offload_optimizer, offload_param: the device that keeps them: "none", "cpu" or "nvme".
-        quantized: the keys that quantize weights and are true.
+        reduce_bucket_size: gradients per call.
+        allgather_bucket_size: updated weights per call of stages 1 and 2.
+        prefetch_bucket_size: weights per call of stage 3. 0 means no prefetching.
+        overlap_comm: whether gradients are sent while the backward runs.
+        offload_optimizer, offload_param: "none", "cpu" or "nvme".
+        quantized: the keys that are true and quantize weights.
     """
 
     stage: int
@@ -44,7 +44,7 @@ class ZeroSettings:
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Whether the optimizer's states are kept on the host."""
+        """Whether optimizer states are in host memory."""
         return self.offload_optimizer != "none"
 
 
@@ -74,7 +74,7 @@ def zero_settings(config: RunConfig) -> ZeroSettings:
 
 
 def without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a DeepSpeed section without the values that are "auto"."""
+    """Return a copy of a DeepSpeed section without the keys whose value is "auto"."""
     return {
         key: without_auto(value) if isinstance(value, dict) else copy.deepcopy(value)
         for key, value in section.items()
@@ -83,11 +83,11 @@ def without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def local_elements(config: RunConfig, tensor: int, *, trained: bool = False) -> int:
-    """Return the elements of the parameters on one tensor rank, padding included.
+    """Return the number of parameter elements on one tensor rank, with padding.
 
     Args:
         tensor: tensor-parallel ranks.
-        trained: if true, count only the parameters that are trained.
+        trained: if true, count only trained parameters.
     """
     if not trained or config.finetune is None:
         return sum(local_sizes(config.model, tensor).values())
@@ -98,7 +98,7 @@ def local_elements(config: RunConfig, tensor: int, *, trained: bool = False) -> 
 
 @lru_cache(maxsize=64)
 def local_sizes(model: ModelConfig, tensor: int) -> dict[str, int]:
-    """Return the elements of each parameter on one of `tensor` tensor ranks, by name."""
+    """Return each parameter's number of elements on one of `tensor` tensor ranks."""
     return {
         row.name: math.prod(arch.local_shape(row, Mesh(tensor=tensor).at(0)))
         for row in arch.parameters(model)
@@ -106,7 +106,7 @@ def local_sizes(model: ModelConfig, tensor: int) -> dict[str, int]:
 
 
 def _bucket(elements: int) -> int:
-    """Return the size of a bucket for so many elements: even, as DeepSpeed requires."""
+    """Return a bucket size for `elements` elements: even, as DeepSpeed requires."""
     return min(_BUCKET, max(2, elements + elements % 2))
 
 

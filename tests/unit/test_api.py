@@ -151,7 +151,7 @@ def test_overrides_are_texts_or_a_mapping() -> None:
         (lambda: megalite.finetune(BASE, init_from="no/x/y"), CommandError, "no such folder"),
         (lambda: megalite.load("no/such/model"), CommandError, "no such folder"),
         (lambda: megalite.make_plan(BASE, gpu="h1000"), CommandError, "no such device"),
-        (lambda: megalite.make_plan(BASE, nodes=0), CommandError, "give 1 to 1,000,000"),
+        (lambda: megalite.make_plan(BASE, nodes=0), CommandError, "set it to 1 to 1,000,000"),
         (lambda: megalite.open_shards("no/such"), DataError, "no/such"),
     ],
 )

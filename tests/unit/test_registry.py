@@ -99,7 +99,7 @@ def test_package_with_a_builtin_name_is_refused_where_it_is_used(installed: Path
 def test_optimizer_of_a_package_must_state_its_states(installed: Path) -> None:
     (installed / "toy_parts/facts.py").write_text("LION = {}\nSCALED = {}\n")
     config = parse_config(with_lion())
-    with pytest.raises(UserError, match="its package states no `states`"):
+    with pytest.raises(UserError, match="its package does not list the optimizer's states"):
         make_plan(config, world_size=1, device="cpu")
 
 

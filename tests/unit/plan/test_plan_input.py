@@ -314,8 +314,8 @@ def test_the_search_keeps_the_users_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--config", LORA, "--output", "x.json"], "--output is of --search or --calibrate"),
-        (["--calibrate", "x", "--search"], "--calibrate reads runs alone: omit --search"),
+        (["--config", LORA, "--output", "x.json"], "--output needs --search or --calibrate"),
+        (["--calibrate", "x", "--search"], "--calibrate reads only runs; remove --search"),
         (["--calibrate", "x", "--config", LORA], "omit --config"),
         (
             ["--calibrate", "x", "--output", "no/x.json"],
@@ -336,7 +336,7 @@ def test_a_command_line_that_would_be_ignored(
 def test_a_run_that_names_no_model_is_planned_for_an_example(tmp_path: Path) -> None:
     done = command("plan", "--config", LORA, "--gpus-per-node", 1, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "names no model: planned for one of vocab_size 32000" in done.stderr
+    assert "names no model: planning for a model with vocab_size 32000" in done.stderr
     assert json.loads(done.stdout)["parameters"] > 10**9
 
 
