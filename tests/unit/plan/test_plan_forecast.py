@@ -1,6 +1,6 @@
 # covers: megalite/plan/forecast.py megalite/plan/seconds.py megalite/plan/traffic.py
 # covers: megalite/plan/calibrate.py
-"""Forecasts: devices, time, what is sent, the search, and the command."""
+"""Forecasts: devices, time, communication, and the command."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ def shipped(name: str, *sets: str) -> Any:
 # ---- devices
 
 
-def test_devices_are_found_by_name_by_driver_and_by_file(tmp_path: Path) -> None:
+def test_devices_are_found_by_name_driver_name_and_file(tmp_path: Path) -> None:
     assert find_device("H100-80GB") is H100
     assert find_device("NVIDIA A100-SXM4-80GB") is DEVICES["a100-80gb"]
     assert by_driver_name("cpu") is None
     file = tmp_path / "mine.json"
-    own = {"extends": "h100", "name": "mine", "memory": 2**36, "efficiencies": {"matmul": 0.5}}
-    file.write_text(json.dumps(own))
-    found = find_device(str(file))
-    assert (found.name, found.memory, found.bf16) == ("mine", 2**36, H100.bf16)
-    assert (found.efficiencies.matmul, found.efficiencies.link) == (0.5, H100.efficiencies.link)
+    device = {"extends": "h100", "name": "mine", "memory": 2**36, "efficiencies": {"matmul": 0.5}}
+    file.write_text(json.dumps(device))
+    result = find_device(str(file))
+    assert (result.name, result.memory, result.bf16) == ("mine", 2**36, H100.bf16)
+    assert (result.efficiencies.matmul, result.efficiencies.link) == (0.5, H100.efficiencies.link)
 
 
-def test_an_unknown_device_is_named_with_its_nearest() -> None:
+def test_unknown_device_error_suggests_the_nearest_name() -> None:
     assert find_device("rtx4090") is DEVICES["rtx-4090"]
     with pytest.raises(CommandError, match='did you mean "h100-80gb"'):
         find_device("h10-80gb")
 
 
-# ---- what is sent
+# ---- communication
 
 
 @pytest.mark.parametrize(
@@ -64,13 +64,14 @@ def test_an_unknown_device_is_named_with_its_nearest() -> None:
         (3, [("reduce_scatter", 4 * 23), ("all_gather", 8 * 23)]),
     ],
 )
-def test_what_zero_moves(stage: int, expected: list[tuple[str, int]]) -> None:
+def test_zero_stages_move_gradients_and_weights(
+    stage: int, expected: list[tuple[str, int]]
+) -> None:
     run = shipped("1b", f"deepspeed.zero_optimization.stage={stage}")
     ranks = run.training.global_batch_size // run.training.micro_batch_size // 4
     plan = make_plan(run, world_size=ranks, device="cuda")
-    found = data_collectives(run, plan)
     counts, moved = Counter[str](), Counter[str]()
-    for call in found:
+    for call in data_collectives(run, plan):
         counts[call.kind] += call.count
         moved[call.kind] += call.bytes
         assert call.dtype == ("bf16" if call.kind == "all_gather" else "fp32")
@@ -88,8 +89,8 @@ def test_what_zero_moves(stage: int, expected: list[tuple[str, int]]) -> None:
         (('deepspeed.zero_optimization={"stage":2,"reduce_bucket_size":1e9}',), 4 * 2),
     ],
 )
-def test_calls_are_those_of_full_buckets(sets: tuple[str, ...], calls: int) -> None:
-    """1.1e9 gradients in buckets of 5e8 (stage 0), of 5e7, and of a run file's own."""
+def test_reductions_fill_their_buckets(sets: tuple[str, ...], calls: int) -> None:
+    """1.1e9 gradients, in buckets of 5e8 (stage 0), of 5e7, and of the run file's size."""
     run = shipped("1b", *sets)
     ranks = run.training.global_batch_size // run.training.micro_batch_size // 4
     rows = data_collectives(run, make_plan(run, world_size=ranks, device="cuda"))
@@ -99,7 +100,7 @@ def test_calls_are_those_of_full_buckets(sets: tuple[str, ...], calls: int) -> N
     )
 
 
-def test_a_batch_of_any_size_is_counted_at_once() -> None:
+def test_huge_batches_are_counted_in_closed_form() -> None:
     one, huge = (
         shipped(
             "7b",
@@ -109,21 +110,21 @@ def test_a_batch_of_any_size_is_counted_at_once() -> None:
         )
         for n in (1, 10**9)
     )
-    told = []
+    sizes = []
     for run in (one, huge):
-        found = forecast(run, Cluster(H100, 1, 8))
-        told.append(sum(call.bytes for call in found.collectives if call.group == "tensor"))
-        assert len(describe_forecast(run, found)) < 10_000
-    assert told[1] == 10**9 * told[0]
+        result = forecast(run, Cluster(H100, 1, 8))
+        sizes.append(sum(call.bytes for call in result.collectives if call.group == "tensor"))
+        assert len(describe_forecast(run, result)) < 10_000
+    assert sizes[1] == 10**9 * sizes[0]
 
 
-def test_fine_tuning_knows_no_steps() -> None:
+def test_fine_tuning_forecast_has_no_run_time() -> None:
     run = shipped("finetune/glue_sst2")
-    found = forecast(run, Cluster(H100, 1, 1))
-    assert found.plan.parameters == 6_264_832
-    assert "the run:" not in describe_forecast(run, found)
-    told = found.as_json(run.training.steps)
-    assert (told["run_seconds"], told["device_hours"]) == (None, None)
+    result = forecast(run, Cluster(H100, 1, 1))
+    assert result.plan.parameters == 6_264_832
+    assert "the run:" not in describe_forecast(run, result)
+    report = result.as_json(run.training.steps)
+    assert (report["run_seconds"], report["device_hours"]) == (None, None)
     timed = shipped("1b", "training.steps=10")
     assert "the run: 10 steps" in describe_forecast(timed, forecast(timed, Cluster(H100, 1, 8)))
 
@@ -136,31 +137,31 @@ def test_fine_tuning_knows_no_steps() -> None:
         (10**7, "10,000,000 steps, 40.96 billion tokens, "),
     ],
 )
-def test_a_run_of_any_size_is_described_in_units_that_it_fills(steps: int, said: str) -> None:
+def test_run_size_is_described_in_fitting_units(steps: int, said: str) -> None:
     run = shipped("smoke", "training.precision=fp32", f"training.steps={steps}")
-    found = forecast(run, Cluster(CPU, 1, 2))
+    result = forecast(run, Cluster(CPU, 1, 2))
     line = next(
-        one for one in describe_forecast(run, found).splitlines() if one.startswith("the run:")
+        one for one in describe_forecast(run, result).splitlines() if one.startswith("the run:")
     )
     assert said in line
     times = re.findall(r"([\d,.]+) (?:device )?(seconds|minutes|hours|days)", line)
     assert len(times) == 2
     assert all(float(number.replace(",", "")) >= 1 for number, _ in times)
-    size = found.plan.memory_bytes["total"] / 2**20
-    assert f"{size:.0f}" in describe_forecast(run, found)
-    assert "0.00 " not in describe_forecast(run, found)
+    size = result.plan.memory_bytes["total"] / 2**20
+    assert f"{size:.0f}" in describe_forecast(run, result)
+    assert "0.00 " not in describe_forecast(run, result)
 
 
 @pytest.mark.parametrize("name", ["smoke", "125m", "1b", "7b", "70b"])
 @pytest.mark.parametrize("device", ["cpu", "h100-80gb"])
-def test_a_forward_is_no_slower_than_its_backward(name: str, device: str) -> None:
+def test_forward_is_no_slower_than_backward(name: str, device: str) -> None:
     run = shipped(name, "training.precision=fp32", "training.global_batch_size=1024")
-    found = forecast(run, Cluster(DEVICES[device], 4, 8))
-    assert found.seconds.forward <= found.seconds.backward
-    assert found.mfu < 0.65
+    result = forecast(run, Cluster(DEVICES[device], 4, 8))
+    assert result.seconds.forward <= result.seconds.backward
+    assert result.mfu < 0.65
 
 
-def test_what_a_rank_of_a_ring_sends() -> None:
+def test_ring_collectives_send_all_but_the_ranks_part() -> None:
     call = Collective("data", "all_reduce", Precision.BF16, 1000, 3)
     assert call.bytes == 6000
     assert call.sent_bytes(4) == 2 * 6000 * 3 / 4
@@ -187,8 +188,8 @@ def test_time_follows_work_devices_and_networks() -> None:
     assert longer.forward < base.seconds.forward
 
 
-def test_time_is_of_what_learns_and_is_read() -> None:
-    """Adapters save the gradients of what is frozen; a label or a short text its logits."""
+def test_time_follows_trained_weights_and_predicted_tokens() -> None:
+    """Adapters save the gradients of frozen weights; labels and short texts save logits."""
     cluster, one = (
         Cluster(H100, 1, 1),
         ("training.global_batch_size=8", "training.micro_batch_size=8"),
@@ -206,12 +207,12 @@ def test_time_is_of_what_learns_and_is_read() -> None:
     many = [key.replace("=8", "=256") for key in one]
     text = forecast(shipped("finetune/imdb_text", *many), cluster)
     label = forecast(shipped("finetune/imdb", *many), cluster)
-    both = [found.seconds.forward + found.seconds.backward for found in (label, text)]
+    both = [one.seconds.forward + one.seconds.backward for one in (label, text)]
     assert both[0] < 0.9 * both[1]
     assert label.plan.memory_bytes["logits"] < 10_000
 
 
-def test_what_is_planned_in_vain_is_refused() -> None:
+def test_impossible_plans_are_refused() -> None:
     with pytest.raises(ConfigError, match="8 ranks share a model, but a host has 4"):
         forecast(shipped("70b", "parallel.tensor=8"), Cluster(H100, 16, 4))
     with pytest.raises(ConfigError, match="a v100-sxm2 has no units for bf16"):
@@ -230,23 +231,23 @@ def command(*arguments: Any, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def test_the_command_tells_what_a_run_will_be(tmp_path: Path) -> None:
-    asked = ("--config", ROOT / "configs" / "7b.json", "--nodes", 4, "--json")
-    done = command(*asked, folder=tmp_path)
+def test_command_reports_memory_time_and_fit(tmp_path: Path) -> None:
+    arguments = ("--config", ROOT / "configs" / "7b.json", "--nodes", 4, "--json")
+    done = command(*arguments, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["fits"] is True
-    assert told["parameters"] == 6_738_415_616
+    report = json.loads(done.stdout)
+    assert report["fits"] is True
+    assert report["parameters"] == 6_738_415_616
     names = ["parameters", "gradients", "optimizer", "activations", "logits", "buffers", "total"]
-    assert list(told["memory_bytes"]) == names
-    assert told["tokens_per_second"] == pytest.approx(4096 * 1024 / told["step_seconds"])
-    small = command(*asked[:2], "--gpus-per-node", 1, "--gpu", "rtx-4090", folder=tmp_path)
+    assert list(report["memory_bytes"]) == names
+    assert report["tokens_per_second"] == pytest.approx(4096 * 1024 / report["step_seconds"])
+    small = command(*arguments[:2], "--gpus-per-node", 1, "--gpu", "rtx-4090", folder=tmp_path)
     assert small.returncode == 1
     assert "it does not fit" in small.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_needs_no_torch(tmp_path: Path) -> None:
+def test_command_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import runpy, sys\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -256,12 +257,12 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     line = f"import sys; sys.argv = sys.argv[1:]\n{code}"
     path = str(ROOT / "configs" / "7b.json")
     script = str(ROOT / "launcher" / "plan.py")
-    asked = [sys.executable, "-c", line, script, "--config", path, "--nodes", "4"]
-    done = subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=False)
+    arguments = [sys.executable, "-c", line, script, "--config", path, "--nodes", "4"]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_machine_is_calibrated_by_its_runs(tmp_path: Path) -> None:
+def test_calibration_reproduces_the_step_times_of_runs(tmp_path: Path) -> None:
     runs, device = (
         [],
         dataclasses.replace(
@@ -285,17 +286,22 @@ def test_a_machine_is_calibrated_by_its_runs(tmp_path: Path) -> None:
         runs.append((folder, run, seconds))
     file = tmp_path / "cpu.json"
     file.write_text(json.dumps(calibrate([folder for folder, _, _ in runs])))
-    found = find_device(str(file))
+    fitted = find_device(str(file))
     for _, run, seconds in runs:
-        assert forecast(run, Cluster(found, 1, 2)).seconds.total == pytest.approx(seconds, rel=0.1)
-    with pytest.raises(CommandError, match=r"no plan\.json there"):
+        assert forecast(run, Cluster(fitted, 1, 2)).seconds.total == pytest.approx(seconds, rel=0.1)
+    with pytest.raises(CommandError, match=r"it contains no plan\.json"):
         calibrate([tmp_path])
 
 
-def test_a_forecast_reads_as_a_table() -> None:
+def test_forecast_is_printed_as_a_table() -> None:
     run = shipped(
         "7b", "parallel.tensor=4", "deepspeed.zero_optimization.offload_optimizer.device=cpu"
     )
     text = describe_forecast(run, forecast(run, Cluster(H100, 4, 8)))
-    words = ("on 4 x 8 h100-80gb", "it fits", "on the host: offload_optimizer", "tensor all_reduce")
+    words = (
+        "on 4 x 8 h100-80gb",
+        "it fits",
+        "in host memory: offload_optimizer",
+        "tensor all_reduce",
+    )
     assert [word for word in words if word not in text] == []

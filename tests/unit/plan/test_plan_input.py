@@ -1,5 +1,5 @@
 # covers: megalite/plan/devices.py
-"""What a planner is given: device files, records of runs, and command lines that cannot be."""
+"""Inputs of the planner: device files, records of runs, and impossible command lines."""
 
 from __future__ import annotations
 
@@ -54,30 +54,30 @@ def command(launcher: str, *arguments: Any, folder: Path) -> subprocess.Complete
         ('{"extends": "cpu", "memory": 9' + "9" * 30 + "}", "out of range"),
         ('{"extends": "cpu", "extends": "h100"}', '"extends" is written twice'),
         ('{"extends": "h101"}', r'extends: "h101": no such device; did you mean "h100"\?'),
-        ('{"extends": 5}', "extends: 5: no such device; it is one of b200"),
-        ('{"memory": 85899345920}', 'extends: is missing; .*"h100-80gb", or write name, kind'),
+        ('{"extends": 5}', "extends: 5: no such device; choose one of b200"),
+        ('{"memory": 85899345920}', 'extends: is missing; .*"h100-80gb", or add name, kind'),
         ('{"extends": "cpu", "memry": 1}', r'"memry": unknown key; did you mean "memory"\?'),
         ('{"extends": "cpu", "kind": "cuda"}', '"kind": unknown key'),
         (
             '{"extends": "h100", "memory": 80}',
-            r"memory: expected .* bytes \(80 GiB are .* found 80",
+            r"memory: expected .* bytes \(80 GiB are .* got 80",
         ),
-        ('{"extends": "h100", "memory": true}', "memory: .* found true"),
-        ('{"extends": "h100", "link": 1e-30}', r"link: expected .* bytes/s, found 1e-30"),
-        ('{"extends": "h100", "bf16": 989}', r"bf16: expected .* FLOP/s .* found 989"),
-        ('{"extends": "h100", "link": null}', "link: expected .* found null"),
+        ('{"extends": "h100", "memory": true}', "memory: .* got true"),
+        ('{"extends": "h100", "link": 1e-30}', r"link: expected .* bytes/s, got 1e-30"),
+        ('{"extends": "h100", "bf16": 989}', r"bf16: expected .* FLOP/s .* got 989"),
+        ('{"extends": "h100", "link": null}', "link: expected .* got null"),
         ('{"extends": "v100-sxm2", "fp16": null, "fp32": null}', "all are null"),
         ('{"extends": "cpu", "efficiencies": 1}', "expected an object of shares"),
         ('{"extends": "cpu", "efficiencies": {"matmul": 1.3}}', r"matmul: expected 1e-06 to 1, "),
         ('{"extends": "cpu", "efficiencies": {"matmull": 1}}', 'did you mean "matmul"'),
-        ('{"extends": "cpu", "name": "my/gpu"}', "name: .* is no file's name"),
-        ('{"extends": "cpu", "name": "a\\u001b[1m"}', "name: .* is no file's name"),
-        ('{"extends": "cpu", "name": ""}', "name: .* is no file's name"),
+        ('{"extends": "cpu", "name": "my/gpu"}', "name: .* cannot be a file name"),
+        ('{"extends": "cpu", "name": "a\\u001b[1m"}', "name: .* cannot be a file name"),
+        ('{"extends": "cpu", "name": ""}', "name: .* cannot be a file name"),
         ('{"extends": "cpu", "name": 5}', "name: expected text"),
-        ('{"extends": "cpu", "native_bf16": 1}', "native_bf16: expected true or false, found 1"),
+        ('{"extends": "cpu", "native_bf16": 1}', "native_bf16: expected true or false, got 1"),
     ],
 )
-def test_a_file_that_describes_no_device(content: str, said: str, tmp_path: Path) -> None:
+def test_device_file_faults_are_reported(content: str, said: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(content)
     with pytest.raises(CommandError, match=rf"--gpu {file}: .*{said}"):
@@ -94,27 +94,27 @@ def test_a_file_that_describes_no_device(content: str, said: str, tmp_path: Path
         ({"extends": "h100-80gb"}, 1, "bf16"),
     ],
 )
-def test_auto_precision_is_that_of_the_planned_device(
+def test_auto_precision_follows_the_planned_device(
     device: dict[str, Any], stage: int, expected: str
 ) -> None:
     run = shipped("smoke", "training.precision=auto", f"deepspeed.zero_optimization.stage={stage}")
     assert forecast(run, Cluster(make_device(device), 1, 2)).plan.precision == expected
 
 
-def test_native_bf16_of_a_whole_device_file_follows_its_kind() -> None:
-    left = ("efficiencies", "native_bf16")
+def test_native_bf16_defaults_to_the_devices_kind() -> None:
+    optional = ("efficiencies", "native_bf16")
     for device in (CPU, DEVICES["h100"]):
-        whole = {key: value for key, value in vars(device).items() if key not in left}
+        whole = {key: value for key, value in vars(device).items() if key not in optional}
         assert make_device(whole) == device
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_a_calibrated_cpu_records_its_native_bf16(native: bool, tmp_path: Path) -> None:
+def test_calibrated_cpu_records_its_native_bf16(native: bool, tmp_path: Path) -> None:
     folder = record(tmp_path / "run", RECORD | {"native_bf16": native})
     assert make_device(calibrate([folder])).native_bf16 is native
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_find_device_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "mine.json")
     with pytest.raises(CommandError, match="not a regular file"):
         find_device(str(tmp_path / "mine.json"))
@@ -122,7 +122,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         find_device(str(tmp_path / "none.json"))
 
 
-def test_the_kind_is_of_what_a_file_extends_and_the_name_is_free() -> None:
+def test_device_file_takes_its_kind_from_extends_and_any_name() -> None:
     named = make_device({"extends": "H100-80GB", "name": "cpu", "bf16": None})
     assert (named.kind, named.bf16, named.fp16) == ("cuda", None, DEVICES["h100"].fp16)
     laptop = make_device({"extends": "cpu", "name": "laptop"})
@@ -134,7 +134,7 @@ def test_the_kind_is_of_what_a_file_extends_and_the_name_is_free() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "memory", "found"),
+    ("name", "memory", "expected"),
     [
         ("Tesla V100-SXM2-16GB", None, "v100-sxm2-16gb"),
         ("Tesla V100-SXM2-32GB", None, "v100-sxm2"),
@@ -144,15 +144,17 @@ def test_the_kind_is_of_what_a_file_extends_and_the_name_is_free() -> None:
         ("NVIDIA A100-SXM4-80GB", 64 << 30, None),
     ],
 )
-def test_a_drivers_name_and_memory(name: str, memory: int | None, found: str | None) -> None:
+def test_driver_name_and_memory_select_a_device(
+    name: str, memory: int | None, expected: str | None
+) -> None:
     device = by_driver_name(name, memory)
-    assert (device and device.name) == found
+    assert (device and device.name) == expected
 
 
 # ---- forecasts
 
 
-def test_a_precision_that_a_device_lacks_names_those_it_has() -> None:
+def test_unsupported_precision_error_lists_supported_ones() -> None:
     with pytest.raises(ConfigError, match="a cpu has no units for fp16; set it to bf16 or fp32"):
         forecast(shipped("smoke", "training.precision=fp16"), Cluster(CPU, 1, 1))
     with pytest.raises(ConfigError, match=r"MLP \(5632\); try 1 or 2 or 4$"):
@@ -168,20 +170,20 @@ def test_a_precision_that_a_device_lacks_names_those_it_has() -> None:
         ("h100", 1000, [], "is not a multiple of micro_batch_size"),
     ],
 )
-def test_a_search_in_vain_says_what_is_wrong(
+def test_search_without_a_possible_layout_raises_the_fault(
     device: str, hosts: int, sets: list[str], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         search(shipped("1b", *sets), Cluster(DEVICES[device], hosts, 8))
 
 
-def test_a_table_keeps_to_the_terminal_and_has_a_row_a_message() -> None:
+def test_table_fits_the_terminal_with_one_row_per_message_kind() -> None:
     tiny = dataclasses.replace(DEVICES["h100"], memory=80)
     run = shipped("70b", "parallel.tensor=8")
     text = describe_forecast(run, forecast(run, Cluster(tiny, 16, 8)))
     assert max(len(line) for line in text.splitlines() if "#" in line) == 80
     assert "#>" in text
-    sent = [line.split()[:3] for line in text.partition("a step sends")[2].splitlines()[1:]]
+    sent = [line.split()[:3] for line in text.partition("messages per step")[2].splitlines()[1:]]
     assert len({*map(tuple, sent)}) == len(sent) > 3
 
 
@@ -218,13 +220,13 @@ def record(folder: Path, content: Any, *sets: str) -> Path:
         (RECORD | {"measured": {"step_seconds": 0}}, "measured.step_seconds: expected"),
     ],
 )
-def test_a_record_that_no_run_leaves(content: Any, said: str, tmp_path: Path) -> None:
+def test_damaged_plan_json_is_refused(content: Any, said: str, tmp_path: Path) -> None:
     folder = record(tmp_path / "run", content)
     with pytest.raises(ConfigError, match=rf"(?s)--calibrate {folder / 'plan.json'}: .*{said}"):
         read_run(folder)
 
 
-def test_a_record_of_units_that_the_device_lacks(tmp_path: Path) -> None:
+def test_plan_json_with_an_unsupported_precision_is_refused(tmp_path: Path) -> None:
     folder = record(tmp_path / "run", RECORD)
     config = json.loads((folder / "config.json").read_text())
     config["training"]["precision"] = "fp16"
@@ -234,32 +236,32 @@ def test_a_record_of_units_that_the_device_lacks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("faster", [0.5, 1.0, 3.0])
-def test_a_calibrated_cpu_has_shares_up_to_1_and_the_same_seconds(
+def test_calibrated_cpu_has_efficiencies_up_to_1_and_the_measured_seconds(
     faster: float, tmp_path: Path
 ) -> None:
     run = shipped("smoke", "training.precision=fp32")
     plan = make_plan(run, world_size=2, device="cpu")
     seconds = step_seconds(run, plan, Cluster(CPU, 1, 2)).total / faster
     folder = record(tmp_path / "run", RECORD | {"measured": {"step_seconds": seconds}})
-    told = calibrate([folder])
-    shares = {k: v for k, v in told["efficiencies"].items() if k not in ("launch", "latency")}
+    report = calibrate([folder])
+    shares = {k: v for k, v in report["efficiencies"].items() if k not in ("launch", "latency")}
     assert max(shares.values()) <= 1
-    made = make_device(json.loads(json.dumps(told)))
-    assert made.kind == "cpu"
-    fitted = dataclasses.replace(CPU, efficiencies=_fit([kept := read_run(folder)], CPU))
-    assert kept.predicted(made) == pytest.approx(kept.predicted(fitted), rel=1e-9)
-    found = forecast(run, Cluster(made, 1, 2))
-    assert found.seconds.total == pytest.approx(seconds, rel=0.1)
-    assert found.mfu < 1
+    device = make_device(json.loads(json.dumps(report)))
+    assert device.kind == "cpu"
+    fitted = dataclasses.replace(CPU, efficiencies=_fit([measured := read_run(folder)], CPU))
+    assert measured.predicted(device) == pytest.approx(measured.predicted(fitted), rel=1e-9)
+    result = forecast(run, Cluster(device, 1, 2))
+    assert result.seconds.total == pytest.approx(seconds, rel=0.1)
+    assert result.mfu < 1
     if faster > 1:
-        assert made.fp32 is not None
-        assert made.fp32 > 50e9
+        assert device.fp32 is not None
+        assert device.fp32 > 50e9
 
 
-# ---- what is written
+# ---- output files
 
 
-def test_a_target_is_a_file_that_is_not_read(tmp_path: Path) -> None:
+def test_output_must_not_be_an_input_file(tmp_path: Path) -> None:
     source = tmp_path / "run.json"
     source.write_text("{}")
     (tmp_path / "soft.json").symlink_to(source)
@@ -280,34 +282,34 @@ def test_a_target_is_a_file_that_is_not_read(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_the_search_keeps_the_users_files(tmp_path: Path) -> None:
-    base, own = tmp_path / "base.json", tmp_path / "own-1x1-h100-80gb.json"
+def test_search_does_not_overwrite_user_files(tmp_path: Path) -> None:
+    base, run_file = tmp_path / "base.json", tmp_path / "own-1x1-h100-80gb.json"
     base.write_text((ROOT / "configs" / "1b.json").read_text())
-    own.write_text(json.dumps({"extends": "base.json", "name": "own"}))
-    asked = ("--config", own, "--gpus-per-node", 1, "--search")
-    kept = [path.read_text() for path in (base, own)]
-    done = command("plan", *asked, "--json", folder=tmp_path)
+    run_file.write_text(json.dumps({"extends": "base.json", "name": "own"}))
+    arguments = ("--config", run_file, "--gpus-per-node", 1, "--search")
+    before = [path.read_text() for path in (base, run_file)]
+    done = command("plan", *arguments, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["written"] is None
-    assert told["own"]["rank"] >= 1
-    assert sorted(tmp_path.iterdir()) == [base, own]
-    for output in (("--output", base), ("--output", own)):
-        done = command("plan", *asked, *output, folder=tmp_path)
+    report = json.loads(done.stdout)
+    assert report["written"] is None
+    assert report["own"]["rank"] >= 1
+    assert sorted(tmp_path.iterdir()) == [base, run_file]
+    for output in (("--output", base), ("--output", run_file)):
+        done = command("plan", *arguments, *output, folder=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
         assert "which is read here; name another file" in done.stderr
-    assert [path.read_text() for path in (base, own)] == kept
+    assert [path.read_text() for path in (base, run_file)] == before
     for best in ("best.json", "best.yaml"):
-        done = command("plan", *asked, "--output", best, folder=tmp_path)
+        done = command("plan", *arguments, "--output", best, folder=tmp_path)
         assert f"rank 1 is written to {best}" in done.stdout
         assert load_config(tmp_path / best).name == "own"
-        done = command("plan", *asked, "--output", best, folder=tmp_path)
-        assert done.returncode == 0, "an earlier search's file is written again"
+        done = command("plan", *arguments, "--output", best, folder=tmp_path)
+        assert done.returncode == 0, "a search may overwrite its own file"
     assert (tmp_path / "best.yaml").read_text().startswith("extends: ")
     (tmp_path / "notes.txt").write_text("mine\n")
-    done = command("plan", *asked, "--output", "notes.txt", folder=tmp_path)
+    done = command("plan", *arguments, "--output", "notes.txt", folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "it is there, and no run file that extends" in done.stderr
+    assert "exists, and is not a run file that extends" in done.stderr
     assert (tmp_path / "notes.txt").read_text() == "mine\n"
 
 
@@ -316,15 +318,15 @@ def test_the_search_keeps_the_users_files(tmp_path: Path) -> None:
     [
         (["--config", LORA, "--output", "x.json"], "--output needs --search or --calibrate"),
         (["--calibrate", "x", "--search"], "--calibrate reads only runs; remove --search"),
-        (["--calibrate", "x", "--config", LORA], "omit --config"),
+        (["--calibrate", "x", "--config", LORA], "remove --config"),
         (
             ["--calibrate", "x", "--output", "no/x.json"],
             "--output no/x.json: there is no folder no",
         ),
-        (["--config", LORA, "--nodes", 0], "--nodes 0: give 1"),
+        (["--config", LORA, "--nodes", 0], "--nodes 0: set it to 1"),
     ],
 )
-def test_a_command_line_that_would_be_ignored(
+def test_options_that_would_be_ignored_are_refused(
     arguments: list[Any], said: str, tmp_path: Path
 ) -> None:
     done = command("plan", *arguments, folder=tmp_path)
@@ -333,7 +335,7 @@ def test_a_command_line_that_would_be_ignored(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_names_no_model_is_planned_for_an_example(tmp_path: Path) -> None:
+def test_run_file_without_a_model_is_planned_for_an_example(tmp_path: Path) -> None:
     done = command("plan", "--config", LORA, "--gpus-per-node", 1, "--json", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "names no model: planning for a model with vocab_size 32000" in done.stderr
@@ -342,7 +344,7 @@ def test_a_run_that_names_no_model_is_planned_for_an_example(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("launcher", ["pretrain", "finetune"])
 @pytest.mark.parametrize("ranks", ["-1", "0", "-3", "1.5", "many"])
-def test_a_dry_run_has_a_rank_or_more(launcher: str, ranks: str, tmp_path: Path) -> None:
+def test_dry_run_needs_at_least_one_rank(launcher: str, ranks: str, tmp_path: Path) -> None:
     done = command(launcher, "--config", LORA, "--dry-run", ranks, folder=tmp_path)
     assert done.returncode == 2
     assert f"--dry-run: ranks, at least 1, not '{ranks}'" in done.stderr

@@ -1,5 +1,5 @@
 # covers: megalite/config/precision.py megalite/plan/precision.py
-"""What `precision: auto` is: a function of the processor's flags and the run file."""
+"""`precision: auto` follows from the processor's flags and the run file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_bf16_units_are_read_from_the_flags(tmp_path: Path, flags: str, units: s
     assert bf16_units(path) == units
 
 
-def test_a_host_without_cpuinfo_has_no_known_units(tmp_path: Path) -> None:
+def test_hosts_without_cpuinfo_have_no_bf16_units(tmp_path: Path) -> None:
     assert bf16_units(tmp_path / "none") is None
 
 
@@ -63,7 +63,7 @@ def test_auto_follows_device_and_stage(device: Any, bf16: bool, stage: int, prec
     assert make_plan(auto, world_size=1, device=device, native_bf16=bf16).precision == precision
 
 
-def test_a_named_precision_is_kept_on_every_device() -> None:
+def test_named_precision_applies_on_every_device() -> None:
     for bf16 in (True, False):
         assert resolve_precision(config("fp32"), device="cpu", native_bf16=bf16) == "fp32"
         assert resolve_precision(config("bf16"), device="cpu", native_bf16=bf16) == "bf16"
@@ -79,7 +79,7 @@ def test_a_named_precision_is_kept_on_every_device() -> None:
         ("fp64", True, None),
     ],
 )
-def test_checkpoints_that_say_auto_are_read_with_their_runs_deepspeed_json(
+def test_checkpoints_with_auto_take_the_precision_of_deepspeed_json(
     tmp_path: Path, precision: str, bf16: bool | None, recorded: str | None
 ) -> None:
     if bf16 is not None:
@@ -87,5 +87,5 @@ def test_checkpoints_that_say_auto_are_read_with_their_runs_deepspeed_json(
     assert recorded_precision({"training": {"precision": precision}}, tmp_path) == recorded
 
 
-def test_auto_of_the_first_version_followed_the_device() -> None:
+def test_auto_in_version_0_1_followed_the_device() -> None:
     assert [legacy_auto_precision(device) for device in ("cpu", "cuda")] == ["fp32", "bf16"]

@@ -1,6 +1,6 @@
 # covers: megalite/arch/products.py megalite/plan/activations.py megalite/plan/costs.py
 # covers: megalite/plan/workloads.py megalite/plan/process.py
-"""Planned activations against what a forward on a CPU really keeps for its backward."""
+"""Planned activation memory, compared with what a forward on a CPU saves for its backward."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "decoder": {},
     "documents": {"data": {"mask_documents": True}},
     "window": {"model": {"sliding_window": 50}},
-    "some windows": {
+    "mixed windows": {
         "model": {"sliding_window": 50, "layer_types": ["sliding_attention", "full_attention"]}
     },
     "packed": {"finetune": CHAT | {"data": CHAT["data"] | {"packing": True}}},
@@ -50,7 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "padded encoder": {"model": {"architecture": "encoder"}, "finetune": LABELS},
     "dropout": {"model": BERT, "finetune": LABELS},
     "attention dropout": {"model": BERT | {"attention_dropout": 0.1}, "finetune": LABELS},
-    "biases of distances": {"model": {"position_embedding": "relative"}},
+    "relative positions": {"model": {"position_embedding": "relative"}},
 }
 
 
@@ -85,45 +85,45 @@ def batch_of(run: RunConfig) -> dict[str, Tensor]:
     return batch
 
 
-def kept_bytes(run: RunConfig, dtype: torch.dtype) -> int:
-    """Return the bytes that a forward keeps, parameters and the fused loss's gradients excluded."""
+def saved_bytes(run: RunConfig, dtype: torch.dtype) -> int:
+    """Return the bytes that a forward saves, without parameters and the fused loss's gradients."""
     model = build(run.model)
     initialize(model, run.model, seed=0, gather=lambda _: nullcontext())
     model.to(dtype).train()
     freeze(model, run)
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, Tensor] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        if (place := tensor.untyped_storage().data_ptr()) not in own:
-            kept[place] = tensor
+    def record(tensor: Tensor) -> Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in parameters:
+            saved[place] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         loss = model(make_objective(run).loss, batch_of(run)).total
     assert loss.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_planned_activations_are_those_that_a_forward_keeps(kind: str) -> None:
+def test_planned_activations_match_those_that_a_forward_saves(kind: str) -> None:
     run = run_of(kind, "fp32")
     plan = make_plan(run, world_size=1, device="cpu")
-    kept, _ = activation_bytes(run, plan, "cpu")
-    assert kept == pytest.approx(kept_bytes(run, torch.float32), rel=0.04)
+    saved, _ = activation_bytes(run, plan, "cpu")
+    assert saved == pytest.approx(saved_bytes(run, torch.float32), rel=0.04)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "documents", "adapters", "dropout"])
-def test_planned_activations_in_bf16_on_a_cpu(kind: str) -> None:
-    """The norm of a CPU keeps fp32 copies."""
+def test_planned_bf16_activations_match_those_of_a_forward_on_a_cpu(kind: str) -> None:
+    """The CPU's norm saves fp32 copies."""
     run = run_of(kind, "bf16")
     plan = make_plan(run, world_size=1, device="cpu")
-    kept, _ = activation_bytes(run, plan, "cpu")
-    assert kept == pytest.approx(kept_bytes(run, torch.bfloat16), rel=0.04)
+    saved, _ = activation_bytes(run, plan, "cpu")
+    assert saved == pytest.approx(saved_bytes(run, torch.bfloat16), rel=0.04)
 
 
-def test_a_gpu_repeats_shared_heads_under_a_mask() -> None:
-    """In bf16: of each layer a mask of numbers and 2 x 4 more heads of 16; one bool mask of all."""
+def test_masks_on_a_gpu_repeat_shared_heads() -> None:
+    """Each layer adds a bf16 mask and 2 x 4 heads of 16; all layers share one bool mask."""
     plain, masked = run_of("decoder", "bf16"), run_of("documents", "bf16")
     plans = [make_plan(run, world_size=1, device="cuda") for run in (plain, masked)]
     before, after = (plan.memory_bytes["activations"] for plan in plans)
