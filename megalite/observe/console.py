@@ -1,4 +1,4 @@
-"""The run as a person watches it: one calm live view on a terminal, aligned lines elsewhere."""
+"""Console output of a run: a live view on a terminal, aligned log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from rich.text import Text
 
 from megalite.log import logger
 
-_BAR = 40  # columns at most; under a quarter of them it is omitted
-_SAMPLE = 160  # columns of a sample's line in a log
+_BAR = 40  # columns of the bar at most; a bar under a quarter of them is not drawn
+_SAMPLE = 160  # columns of a sample in a log
 
 
 class Console:
-    """Shows rows of a run on standard error."""
+    """Sink that shows a run's rows on standard error."""
 
     def __init__(self, *, total_steps: int) -> None:
         self._total = total_steps
         self._first: tuple[int, float] | None = None  # step and clock of the first row
         self._saved: int | None = None
         self._live: Live | None = None
-        self._moved: list[tuple[logging.StreamHandler[Any], Any]] = []  # and its stream before
+        self._redirected: list[tuple[logging.StreamHandler[Any], Any]] = []  # with original stream
         console = RichConsole(stderr=True)
-        # rich takes a log for a terminal where FORCE_COLOR is set
+        # if FORCE_COLOR is set, rich takes any stream for a terminal
         if sys.stderr.isatty() and console.is_terminal and not console.is_dumb_terminal:
             self._start_live(console)
 
     def train(self, row: Mapping[str, Any]) -> None:
-        """Show one train row: on a terminal in place of the last one."""
+        """Show a train row. On a terminal it replaces the previous one."""
         step = int(row["step"])
         left = f"left {format_duration(self._seconds_left(step, row.get('step_seconds')))}"
         progress, *numbers = train_parts(row, total_steps=self._total)
@@ -50,12 +50,12 @@ class Console:
         self._live.update(_View(step / self._total, head, numbers), refresh=True)
 
     def picture(self, name: str, image: Any, step: int) -> None:
-        """Pictures are not drawn."""
+        """Ignore the image."""
 
     def valid(self, row: Mapping[str, Any], *, tokens: int | None = None) -> None:
-        """Show one valid row, as a line that stays and begins with its split."""
+        """Log a valid row as a line that begins with its split."""
         numbers = [
-            f"{key} {_held_out(value)}"
+            f"{key} {_measurement(value)}"
             for key, value in row.items()
             if key != "step" and (value is None or isinstance(value, int | float))
         ]
@@ -64,45 +64,46 @@ class Console:
         logger.info("%s %s  %s", split, step, "  ".join(numbers))
 
     def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
-        """Show the beginnings of prompts and of what was written after them, a line each."""
+        """Log the beginnings of each prompt and its continuation on one line."""
         room = _SAMPLE if self._live is None else self._live.console.width
         for prompt, text in texts:
             begin = f"sample {step:{len(str(self._total))}}  {_line(prompt, room // 4)} -> "
             logger.info("%s%s", begin, _line(text, room - len(begin)))
 
     def event(self, step: int, name: str) -> None:
-        """Remember the last checkpoint for the live view."""
+        """Remember the last checkpoint, for the live view."""
         if name == "checkpoint":
             self._saved = step
 
     def close(self) -> None:
-        """Leave the last view on the screen and give the terminal back."""
+        """Leave the last view on the screen and release the terminal."""
         if self._live is not None:
-            for handler, stream in self._moved:
+            for handler, stream in self._redirected:
                 handler.setStream(stream)
             self._live.stop()
             self._live = None
 
     def _start_live(self, console: RichConsole) -> None:
-        """Draw below; log lines written to standard error scroll above the view.
+        """Draw the view at the bottom. Log lines on standard error scroll above it.
 
-        The cursor stays where one sees it: a process that is killed could not bring it back.
+        The cursor stays visible, because a killed process could not restore it.
         """
-        before = sys.stderr
-        # what a library prints there lands on the same terminal, if that is one
+        original = sys.stderr
+        # a library's prints reach the same terminal if standard output is one
         self._live = Live(
             Text(""), console=console, auto_refresh=False, redirect_stdout=sys.stdout.isatty()
         )
         self._live.start()
         console.show_cursor()
         for handler in logger.handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is original:
                 handler.setStream(sys.stderr)  # rich's proxy by now
-                self._moved.append((handler, before))
+                self._redirected.append((handler, original))
 
     def _seconds_left(self, step: int, step_seconds: float | None) -> float | None:
-        """Return the seconds left, at the pace since the first row, evaluations and saves
-        included.
+        """Return the seconds left, at the pace since the first row.
+
+        The pace includes evaluations and saves.
         """
         now = time.monotonic()
         if self._first is None:
@@ -114,7 +115,7 @@ class Console:
 
 
 class _View:
-    """A bar with what belongs to it, and the numbers below; no line is wider than the terminal."""
+    """Live view: a progress bar and the numbers below, no wider than the terminal."""
 
     def __init__(self, share: float, head: Sequence[str], numbers: Sequence[str]) -> None:
         self._share, self._head, self._numbers = share, head, numbers
@@ -135,7 +136,7 @@ class _View:
 
 
 def _lines(parts: Sequence[str], width: int) -> list[str]:
-    """Parts side by side, as many on a line as it has room for."""
+    """Join parts into lines of at most `width` columns."""
     lines = list(parts[:1])
     for part in parts[1:]:
         if len(lines[-1]) + 2 + len(part) <= width:
@@ -146,15 +147,15 @@ def _lines(parts: Sequence[str], width: int) -> list[str]:
 
 
 def interval_loss(row: Mapping[str, Any]) -> float | None:
-    """Return the loss to show for a train row: the mean over the steps since the row before.
+    """Return the loss to show for a train row: the mean over the steps since the previous row.
 
-    One step's loss jumps with its batch. Rows of MegaLite 0.1 have the step's own alone.
+    One step's loss varies with its batch. Rows of MegaLite 0.1 have only the loss of one step.
     """
     return row.get("mean_loss", row.get("loss"))
 
 
 def train_parts(row: Mapping[str, Any], *, total_steps: int) -> list[str]:
-    """Return a train row in parts whose widths stay the same from step to step."""
+    """Format a train row as parts whose widths do not change from step to step."""
     width = len(str(total_steps))
     parts = [
         f"step {row['step']:>{width}}/{total_steps}",
@@ -165,7 +166,7 @@ def train_parts(row: Mapping[str, Any], *, total_steps: int) -> list[str]:
     ]
     each = row.get("tokens_per_second_per_device")
     if each is not None and each != row.get("tokens_per_second"):  # several devices
-        parts[-1] += f", {each:,.0f} a device"
+        parts[-1] += f", {each:,.0f} per device"
     if row.get("mfu") is not None:
         parts.append(f"mfu {100 * row['mfu']:4.1f} %")
     if row.get("peak_memory_bytes") is not None:
@@ -174,7 +175,7 @@ def train_parts(row: Mapping[str, Any], *, total_steps: int) -> list[str]:
 
 
 def format_duration(seconds: float | None) -> str:
-    """`3:25`, `2:03:25` or `4 d 2:03:25`."""
+    """Format a duration, such as `3:25`, `2:03:25` or `4 d 2:03:25`."""
     if seconds is None or not math.isfinite(seconds):
         return "-:--"
     minutes, second = divmod(round(seconds), 60)
@@ -185,21 +186,21 @@ def format_duration(seconds: float | None) -> str:
     return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
 
 
-def _held_out(value: float | None) -> str:
-    """Format a measurement with four digits, and a large one in full: 14190, not 1.419e+04."""
+def _measurement(value: float | None) -> str:
+    """Format a measurement to four digits, or a large one in full: 14190, not 1.419e+04."""
     if value is None or not 1e4 <= abs(value) < 1e9:
         return _number(value, ".4g")
     return f"{value:.0f}"
 
 
 def _number(value: float | None, spec: str) -> str:
-    """`value`, or a dash of the same width where the step had none."""
+    """Format `value`, or a dash of the same width if it is None."""
     return format(value, spec) if value is not None else "-".rjust(len(format(0.0, spec)))
 
 
-def _line(text: str, longest: int) -> str:
-    """Return the beginning of a text on one line, without what would steer the terminal."""
-    words = "".join(c if c.isprintable() else " " for c in text[: 4 * longest]).split()
+def _line(text: str, width: int) -> str:
+    """Return the beginning of a text on one line, without control characters."""
+    words = "".join(c if c.isprintable() else " " for c in text[: 4 * width]).split()
     line = Text(" ".join(words))
-    line.truncate(max(1, longest), overflow="ellipsis")
+    line.truncate(max(1, width), overflow="ellipsis")
     return line.plain

@@ -1,4 +1,4 @@
-"""The peak arithmetic of a device, and the peak memory of this rank."""
+"""Peak FLOP/s of a device, and peak memory of this rank."""
 
 from __future__ import annotations
 
@@ -12,37 +12,36 @@ from megalite.plan.devices import by_driver_name
 
 
 def peak_flops(device_name: str, precision: str, memory: int | None = None) -> float | None:
-    """Return the device's dense peak in FLOP/s at "bf16", "fp16" or "fp32"; None if it is
-    unknown.
+    """Return the device's dense peak in FLOP/s in "bf16", "fp16" or "fp32". None if unknown.
 
-    `device_name` is what `torch.cuda.get_device_name` says, such as "NVIDIA H100 80GB HBM3", and
-    `memory` the bytes that the driver reports.
+    Args:
+        device_name: as `torch.cuda.get_device_name` returns it, such as "NVIDIA H100 80GB HBM3".
+        memory: bytes that the driver reports.
     """
     device = by_driver_name(device_name, memory)
     return device.peak(precision) if device else None
 
 
 def mfu_warnings(device: torch.device, precision: str) -> list[str]:
-    """Return the reason why rows will have no MFU; an empty list if they will have one.
+    """Return warnings about a GPU for which no MFU can be computed.
 
-    A CPU's peak depends on its clock, so that no share of it is ever reported.
+    The MFU of a CPU is never reported, because its peak depends on its clock.
     """
     if device.type != "cuda" or model_flops_utilization(device, precision, 0.0) is not None:
         return []
     return [
-        f"no MFU is reported: the {precision} peak of {torch.cuda.get_device_name(device)} is "
-        "unknown; "
-        "megalite/plan/devices.py has the known devices"
+        f"MFU is not reported: the {precision} peak of {torch.cuda.get_device_name(device)} is "
+        "unknown; megalite/plan/devices.py lists the known devices"
     ]
 
 
 def model_flops_utilization(
     device: torch.device, precision: str, flops_per_second: float
 ) -> float | None:
-    """Return the share of a GPU's dense peak that a model's FLOPs reach, 0 to 1; None: unknown.
+    """Return the MFU of one GPU, 0 to 1. None if its peak is unknown.
 
     Args:
-        flops_per_second: of one device.
+        flops_per_second: model FLOPs per second of one device.
     """
     if device.type != "cuda":
         return None
@@ -52,10 +51,10 @@ def model_flops_utilization(
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory this rank held so far: allocated on a GPU, resident on a CPU."""
+    """Return this rank's peak memory so far: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # VmHWM begins again at exec; ru_maxrss would carry over what the launcher's process once held.
+    # exec resets VmHWM, but not ru_maxrss, which would include the launcher's peak
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():

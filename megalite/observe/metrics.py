@@ -1,4 +1,4 @@
-"""The run's own records: `metrics.jsonl`, a row a line, and `status.json`, its present state."""
+"""Records of a run: `metrics.jsonl`, one row per line, and `status.json`, its current state."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from megalite.observe.wandb import Wandb
 
 @dataclass
 class Recorder:
-    """Writer of what a run reports: metrics.jsonl, status.json, the console and other sinks.
+    """Writer of a run's reports: metrics.jsonl, status.json, the console and other sinks.
 
-    Rank 0 writes; on every other rank each method does nothing. Rows come without `kind`, `time`
-    and `attempt`, which are added here; numbers that are not finite become null. TensorBoard and
-    W&B show the folder's config.json, so that file comes first.
+    Rank 0 writes; on other ranks every method does nothing. The recorder adds `kind`, `time` and
+    `attempt` to rows. It writes non-finite numbers as null. config.json must exist already, because
+    TensorBoard and W&B show it.
     """
 
     folder: Path
@@ -40,7 +40,7 @@ class Recorder:
 
     def __post_init__(self) -> None:
         self._last_checkpoint: str | None = None
-        self._complained = False
+        self._warned = False
         self._writes = self.rank == 0
         self._views: list[Sink] = []
         self._plugins: list[Sink] = []
@@ -58,26 +58,26 @@ class Recorder:
         for name in self.sinks:
             try:
                 self._plugins.append(open_sink(name, self.folder, attempt=self.attempt))
-            except Exception as error:  # a stranger's code: the run goes on without it
-                self._complain(error)
+            except Exception as error:  # third-party code: the run continues without it
+                self._warn(error)
         self._views += self._plugins
 
     def train(self, row: Mapping[str, Any]) -> None:
-        """Record a train row; `step` counts from 1, `tokens` is the total so far."""
+        """Record a train row. `step` counts from 1; `tokens` is the total so far."""
         row = self._write("train", row)
         self._show(lambda view: view.train(row))
 
     def valid(self, row: Mapping[str, Any], *, tokens: int | None = None) -> None:
-        """Record an evaluation on held-out data, after so many tokens of training."""
+        """Record an evaluation on held-out data, after training on `tokens` tokens."""
         row = self._write("valid", row)
         self._show(lambda view: view.valid(row, tokens=tokens))
 
     def picture(self, name: str, image: Any, step: int) -> None:
-        """Show an image, uint8 [H, W, 3], if there is a place for it."""
+        """Show an image, uint8 [H, W, 3], in the sinks that can."""
         self._show(lambda view: view.picture(name, image, step))
 
     def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
-        """Record prompts with the texts that the model wrote after them; secrets are redacted."""
+        """Record prompts with the model's continuations. Secrets are redacted."""
         safe = [(redact(prompt), redact(text)) for prompt, text in texts]
         for prompt, text in safe:
             self._write("sample", {"step": step, "prompt": prompt, "text": text})
@@ -85,12 +85,12 @@ class Recorder:
             self._show(lambda view: view.samples(step, safe))
 
     def event(self, step: int, name: str, **fields: Any) -> None:
-        """Record that something happened: start, resume, checkpoint, skip, signal, end."""
+        """Record an event, such as start, resume, checkpoint, skip, signal or end."""
         self._write("event", {"step": step, "name": name, **_without_secrets(fields)})
         self._show(lambda view: view.event(step, name))
 
     def append(self, name: str, step: int, **fields: Any) -> None:
-        """Record an event from a rank that does not otherwise write, when rank 0 no longer can."""
+        """Record an event from a rank other than 0, if rank 0 can no longer write."""
         row = {"kind": "event", "time": time.time(), "attempt": self.attempt, "step": step}
         line = finite({**row, "name": name, **_without_secrets(fields)})
         with suppress(OSError):
@@ -104,7 +104,7 @@ class Recorder:
         last_checkpoint: str | None = None,
         reason: str | None = None,
     ) -> None:
-        """Replace status.json; without `last_checkpoint` the one named before stays."""
+        """Replace status.json. Without `last_checkpoint`, the previous one stays."""
         self._last_checkpoint = last_checkpoint or self._last_checkpoint
         if self._writes:
             with self.tolerating_disk_errors():
@@ -118,7 +118,7 @@ class Recorder:
                 )
 
     def close(self) -> None:
-        """Close everything; again is harmless."""
+        """Close all sinks. A second call does nothing."""
         self._show(lambda view: view.close())
         self._writes = False
         self._views = []
@@ -127,11 +127,11 @@ class Recorder:
 
     @contextmanager
     def tolerating_disk_errors(self) -> Iterator[None]:
-        """Run a block that writes records: a full disk costs them, reported once, not the run."""
+        """Run a block that writes records. If the disk is full, warn once and drop the records."""
         try:
             yield
         except OSError as error:
-            self._complain(error)
+            self._warn(error)
 
     def _write(self, kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
         clean: dict[str, Any] = finite(row)
@@ -142,36 +142,36 @@ class Recorder:
         return clean
 
     def _show(self, act: Callable[[Sink], None]) -> None:
-        """Show something in every view; one that cannot be written shows nothing more."""
+        """Call every view. A view that raises an error is closed and not called again."""
         for view in list(self._views):
             try:
                 act(view)
             except Exception as error:
                 if not isinstance(error, OSError) and view not in self._plugins:
                     raise
-                self._complain(error)
+                self._warn(error)
                 if not isinstance(view, Console):
                     self._views.remove(view)
                     with suppress(Exception if view in self._plugins else OSError):
                         view.close()
 
-    def _complain(self, error: Exception) -> None:
-        if not self._complained:
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
             logger.warning("%s cannot be written: %s; the run goes on", self.folder, error)
-        self._complained = True
+        self._warned = True
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """Report a view's own thread that cannot write as any other record that is lost."""
+        """Treat a write error in a view's thread like one in the main thread."""
         if isinstance(failure.exc_value, OSError):
-            self._complain(failure.exc_value)
+            self._warn(failure.exc_value)
         else:
             self._hook(failure)
 
 
 def _end_last_line(path: Path) -> None:
-    """Give a whole last row its end, and drop a row that a crash cut short.
+    """Add a newline to a complete last row; remove a row that a crash cut short.
 
-    So every line of the file stays a row.
+    So every line of the file is a row.
     """
     with open(path, "ab+") as file:
         end = file.seek(0, 2)
@@ -187,5 +187,5 @@ def _end_last_line(path: Path) -> None:
 
 
 def _without_secrets(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of an event; a reason is text for people, the others are read again by the run."""
+    """Redact the reason of an event. The run reads the other fields again."""
     return {**fields, "reason": redact(fields["reason"])} if "reason" in fields else {**fields}

@@ -1,4 +1,4 @@
-"""Progress of a long command, as messages: at once, then every few seconds."""
+"""Progress messages of a long command: one at once, then every few seconds."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ def report_calls(
     what: str,
     clock: Callable[[], float] = time.monotonic,
 ) -> Callable[_P, _R]:
-    """Return `function` with a message every 5 seconds about how many of `total` calls are done.
+    """Wrap `function`: every 5 seconds, log how many of `total` calls are done.
 
-    The first message comes at once. On ranks other than 0 the logger drops them.
+    The first message comes at once. On ranks other than 0 the logger drops the messages.
+
+    Args:
+        what: beginning of the messages.
     """
     done = 0
     began = clock()

@@ -1,4 +1,4 @@
-"""`status.json`, the present state of a run: its newest start has the last word."""
+"""`status.json`, the current state of a run, written by its newest attempt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ State = Literal["running", "saving", "stopped", "done", "failed", "superseded"]
 
 STATUS, METRICS = "status.json", "metrics.jsonl"
 TAIL = 1 << 16  # bytes; hundreds of rows
-_NOT_OURS = (ValueError, TypeError, KeyError, OverflowError)  # what other JSON raises
+_INVALID = (ValueError, TypeError, KeyError, OverflowError)  # raised by other JSON
 
 
 def write_status(
@@ -28,13 +28,13 @@ def write_status(
     last_checkpoint: str | None,
     reason: str | None,
 ) -> None:
-    """Replace status.json, unless a later start of the run has written it.
+    """Replace status.json, unless a later attempt of the run has written it.
 
-    While the run goes on, the file also names rank 0's host and process: a signal to that one
+    While the run goes on, the file also contains rank 0's host and process id: a signal to that
     process stops all ranks.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     if recorded_attempt(folder) > attempt:
         return
@@ -51,16 +51,16 @@ def write_status(
 
 
 def overwrite_status(folder: Path, state: State, *, reason: str, attempt: int) -> None:
-    """Write the end of a start whose recorder does not: it has none yet, or it hangs.
+    """Write the end of an attempt whose recorder cannot: it does not exist yet, or it hangs.
 
     Args:
-        attempt: the number of that start. A later one's status stays.
+        attempt: number of that attempt. The status of a later attempt stays.
     """
-    before: dict[str, Any] = {}
+    previous: dict[str, Any] = {}
     with suppress(OSError, ValueError):
-        found = read_json(folder / STATUS)
-        before = found if isinstance(found, dict) else {}
-    step, last = before.get("step"), before.get("last_checkpoint")
+        status = read_json(folder / STATUS)
+        previous = status if isinstance(status, dict) else {}
+    step, last = previous.get("step"), previous.get("last_checkpoint")
     with suppress(OSError, ValueError, TypeError):
         write_status(
             folder,
@@ -73,27 +73,27 @@ def overwrite_status(folder: Path, state: State, *, reason: str, attempt: int) -
 
 
 def recorded_attempt(folder: Path) -> int:
-    """Return the attempt that status.json names; -1 if there is none, or not one of ours."""
-    with suppress(OSError, *_NOT_OURS):
+    """Return the attempt in status.json; -1 if the file is missing or invalid."""
+    with suppress(OSError, *_INVALID):
         return int(read_json(folder / STATUS)["attempt"])
     return -1
 
 
 def previous_attempts(folder: Path) -> int:
-    """Return how many attempts wrote to this run folder, which is the number of the next one.
+    """Return the number of attempts that wrote to a run folder: the number of the next attempt.
 
-    0 for a fresh folder. Both records are asked: a crash may have left either of them behind.
+    A fresh folder has 0. Both records are read, because a crash may leave either one outdated.
     """
     attempts = [recorded_attempt(folder)]
     with suppress(FileNotFoundError):
         for row in read_rows(folder / METRICS, last=TAIL):
-            with suppress(*_NOT_OURS):
+            with suppress(*_INVALID):
                 attempts.append(int(row["attempt"]))
     return max(attempts) + 1
 
 
 def has_resumed(folder: Path, *, path: str, job: str) -> bool:
-    """Return whether a job has already gone on from the checkpoint at `path`."""
+    """Return whether a job has already resumed from the checkpoint at `path`."""
     return any(
         row.get("job") == job and Path(row["path"]).resolve() == Path(path)
         for row in _starts(folder)
@@ -102,35 +102,35 @@ def has_resumed(folder: Path, *, path: str, job: str) -> bool:
 
 
 def started_from(folder: Path, name: Literal["start", "resume"], path: Path | None = None) -> bool:
-    """Return whether a start of the run began from weights (start), or went on from `path`.
+    """Return whether an attempt of the run started or resumed from a given checkpoint.
 
     Args:
-        name: "start" requires `--init-from`, "resume" for `--resume PATH`.
-        path: a step or run folder; None accepts any.
+        name: "start" for `--init-from`, "resume" for `--resume PATH`.
+        path: a step folder or a run folder. None accepts any.
     """
     key = "init_from" if name == "start" else "path"
     for row in _starts(folder):
-        if row["name"] == name and isinstance(found := row.get(key), str):
-            resolved = Path(found).resolve()
+        if row["name"] == name and isinstance(recorded := row.get(key), str):
+            resolved = Path(recorded).resolve()
             if path is None or path == resolved or path in resolved.parents:
                 return True
     return False
 
 
 def last_layout(folder: Path) -> dict[str, Any]:
-    """Return the layout that the run's last start recorded, by key; empty if it recorded none."""
+    """Return the layout that the last attempt recorded, by key. Empty if there is none."""
     rows = _starts(folder)
     layout = rows[-1].get("layout") if rows else None
     return layout if isinstance(layout, dict) else {}
 
 
 def _starts(folder: Path) -> list[dict[str, Any]]:
-    """Return the events that began or resumed the run, in order."""
-    found = []
+    """Return the start and resume events of the run, in order."""
+    events = []
     with suppress(OSError):
         for row in each_row(folder / METRICS):
             if row is None or row.get("kind") != "event":
                 continue
             if row.get("name") in ("start", "resume"):
-                found.append(row)
-    return found
+                events.append(row)
+    return events

@@ -1,8 +1,8 @@
-"""A rank that is slower than the others, named: it sets the pace of all of them.
+"""Detection of stragglers: a slow rank slows down all ranks.
 
-Ranks end a step together, since they wait for each other in it; the difference between them is the
-time of a forward pass, which a rank of data parallelism does alone. If ranks wait within a forward
-(tensor parallelism, ZeRO-3) those that wait look as slow as the one they wait for.
+Ranks finish a step together, because they wait for each other. So they are compared by the time of
+the forward pass, which data-parallel ranks compute without waiting. If ranks wait within a forward
+(tensor parallelism, ZeRO-3), the waiting ranks look as slow as the straggler.
 """
 
 from __future__ import annotations
@@ -21,43 +21,44 @@ from megalite.observe.metrics import Recorder
 from megalite.parallel import Grid
 
 _SLOW = 1.5  # times the median
-_ROWS = 3  # in a row
+_ROWS = 3  # consecutive rows
 
 
 class Stragglers:
-    """Compares the ranks' forward passes of training, one before each row of metrics.jsonl."""
+    """Detector that compares the ranks' forward times, once per row of metrics.jsonl."""
 
     def __init__(self, model: nn.Module, grid: Grid) -> None:
         self._grid = grid
-        self._marks: deque[Any] = deque(maxlen=2)  # the last forward's begin and end
-        self._rows: dict[int, int] = {}
+        self._marks: deque[Any] = deque(maxlen=2)  # begin and end of the last forward
+        self._slow_rows: dict[int, int] = {}
         if grid.world_size > 1:
             model.register_forward_pre_hook(self._mark)
             model.register_forward_hook(self._mark)
 
     def check(self) -> list[dict[str, Any]]:
-        """Ranks that were slow in the last rows, newly so: rank, host, seconds and the median.
+        """Return ranks that just became stragglers: rank, host, seconds and the median.
 
-        A collective; the device has done its step.
+        All ranks must call this collective, after the device has finished its step.
         """
         if len(self._marks) < 2:
             return []
         begin, end = self._marks
         seconds = end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
-        told = self._grid.all_gather_objects((seconds, socket.gethostname()))
-        median = statistics.median(value for value, _ in told)
-        found = []
-        for rank, (value, host) in enumerate(told):
-            self._rows[rank] = self._rows.get(rank, 0) + 1 if value > _SLOW * median else 0
-            if self._rows[rank] == _ROWS:
-                found.append({"rank": rank, "host": host, "seconds": value, "median": median})
-        return found
+        times = self._grid.all_gather_objects((seconds, socket.gethostname()))
+        median = statistics.median(value for value, _ in times)
+        stragglers = []
+        for rank, (value, host) in enumerate(times):
+            is_slow = value > _SLOW * median
+            self._slow_rows[rank] = self._slow_rows.get(rank, 0) + 1 if is_slow else 0
+            if self._slow_rows[rank] == _ROWS:
+                stragglers.append({"rank": rank, "host": host, "seconds": value, "median": median})
+        return stragglers
 
     def report(self, recorder: Recorder, step: int) -> None:
-        """Log and record the ranks that `check` finds; a collective."""
+        """Log and record the ranks that `check` returns. All ranks must call this collective."""
         for slow in self.check():
             logger.warning(
-                "step %d: rank %d on %s is slow: %.3f s a forward pass, the median rank takes %.3f",
+                "step %d: rank %d on %s is slow: its forward takes %.3f s, the median rank's %.3f",
                 step,
                 *slow.values(),
             )
@@ -69,7 +70,7 @@ class Stragglers:
 
 
 def _now() -> Any:
-    """Return the time as the device counts it."""
+    """Return the time on the device."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

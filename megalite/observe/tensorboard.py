@@ -18,7 +18,7 @@ _GIB = 2**30
 
 
 def train_scalars(row: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the numbers of a train row by the names they are drawn under."""
+    """Return the numbers of a train row by TensorBoard tag."""
     values = {f"train/{key}": row.get(key) for key in _TRAIN}
     values["train/loss"] = interval_loss(row)
     if row.get("peak_memory_bytes") is not None:
@@ -27,7 +27,7 @@ def train_scalars(row: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def valid_scalars(row: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return the numbers of a valid row by the names they are drawn under."""
+    """Return the numbers of a valid row by TensorBoard tag."""
     return {
         f"valid/{key}": value
         for key, value in row.items()
@@ -36,15 +36,15 @@ def valid_scalars(row: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 class TensorBoard:
-    """Two event folders: `tensorboard/` by step, `tensorboard/by_tokens/` the losses by tokens.
+    """Sink with two event folders: `tensorboard/` by step, `tensorboard/by_tokens/` by tokens.
 
-    Names differ, since one chart has one axis; folders do, because a resumed attempt takes back
-    what a crashed one wrote after the checkpoint, and TensorBoard takes back every tag of a folder
-    from one point of its axis on.
+    Tags differ, because a chart has one axis. Folders differ, because a resumed attempt removes
+    what a crashed one wrote after the checkpoint. TensorBoard purges all tags of a folder from one
+    point of its axis.
     """
 
     def __init__(self, folder: Path, *, attempt: int) -> None:
-        # 0.2 s, and a warning without tensorboard: only for those who write events
+        # imported only if events are written: it takes 0.2 s, and warns without tensorboard
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer_class = SummaryWriter
@@ -61,14 +61,14 @@ class TensorBoard:
         self._writer(".", step).add_image(name, image, step, dataformats="HWC")
 
     def valid(self, row: Mapping[str, Any], *, tokens: int | None) -> None:
-        """Write a valid row, with the tokens trained on before it, if they are known."""
+        """Write a valid row. Its loss is drawn by tokens as well, if `tokens` is given."""
         self._scalars(".", int(row["step"]), valid_scalars(row))
         self._by_tokens("valid", tokens, row.get("loss"))
         for writer in self._writers.values():
             writer.flush()
 
     def samples(self, step: int, texts: Sequence[tuple[str, str]]) -> None:
-        """Prompts with what was written after them."""
+        """Write prompts with the model's continuations."""
         shown = [
             f"**prompt**\n\n{_block(prompt)}\n\n**text**\n\n{_block(text)}\n\n"
             for prompt, text in texts
@@ -78,10 +78,10 @@ class TensorBoard:
         writer.flush()
 
     def event(self, step: int, name: str) -> None:
-        """Events are not drawn."""
+        """Ignore the event."""
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Flush and close the event files."""
         for writer in self._writers.values():
             writer.close()
 
@@ -103,10 +103,10 @@ class TensorBoard:
             run_file = self._folder / "config.json"
             if name == "." and run_file.exists():
                 text = run_file.read_text(encoding="utf-8")
-                self._writers[name].add_text("config", _block(text), 0)  # of no step
+                self._writers[name].add_text("config", _block(text), 0)  # step 0
         return self._writers[name]
 
 
 def _block(text: str) -> str:
-    """Indented by four it is Markdown's fixed-width block."""
+    """Indent a text by four: Markdown's code block."""
     return textwrap.indent(text, "    ").rstrip()

@@ -1,4 +1,4 @@
-"""A trace of some steps of a run: what each operation cost, on the CPU and on the device."""
+"""Profiler trace of some steps: the time of each operation on the CPU and the device."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 
 from megalite.log import logger
 
-_ROWS = 40  # of the table, the costliest first
+_ROWS = 40  # of the table, most expensive first
 
 
 class Trace:
-    """Records steps `first` to `last` of this rank; between them nothing else changes.
+    """Recorder of a profiler trace of some steps of this rank.
 
-    Writes `rank_00000.json.gz`, for https://ui.perfetto.dev or chrome://tracing, and
-    `rank_00000.txt`, the operations by the time they took themselves.
+    It writes `rank_00000.json.gz`, for https://ui.perfetto.dev or chrome://tracing, and
+    `rank_00000.txt`, the operations by self time.
 
     Args:
-        folder: where to; made when there is something to write.
-        steps: (first, last), counted from 1; None records nothing.
+        folder: output folder, created on the first write.
+        steps: (first, last), counted from 1. None records nothing.
     """
 
     def __init__(self, folder: Path, rank: int, steps: tuple[int, int] | None) -> None:
@@ -30,17 +30,17 @@ class Trace:
         self._profiler: Any = None
 
     def before(self, step: int) -> None:
-        """Called before each step."""
+        """Start recording if `step` is the first one. Call this before each step."""
         if self._profiler is None and self._first <= step <= self._last:
-            self._profiler = torch.profiler.profile()  # of every kind of device there is
+            self._profiler = torch.profiler.profile()  # on every kind of device
             self._profiler.start()
 
     def is_full(self, step: int) -> bool:
-        """Return whether it has seen its last step and can be closed."""
+        """Return whether the last step is recorded, so that the trace can be closed."""
         return self._profiler is not None and step >= self._last
 
     def close(self) -> None:
-        """Write what was recorded; a trace that cannot be written ends no run."""
+        """Write the trace. If that fails, warn."""
         profiler = self._profiler
         self._profiler = None
         if profiler is None:
@@ -56,6 +56,6 @@ class Trace:
             )
             path.with_name(f"{self._name}.txt").write_text(table + "\n", encoding="utf-8")
         except (OSError, RuntimeError) as error:
-            logger.warning("the trace cannot be written: %s", error)
+            logger.warning("the trace cannot be written: %s; the run goes on", error)
             return
-        logger.info("a trace of the steps requested: %s", path)
+        logger.info("trace of steps %d to %d: %s", self._first, self._last, path)

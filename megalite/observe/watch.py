@@ -2,9 +2,9 @@
 
 A run is always in one phase: setup, step, eval, save and others. `PhaseTimer` measures phases.
 `Watchdog` ends a process whose phase lasts far longer than any before. If one rank hangs, all
-others wait in a collective. So every rank finds the hang by its own clock, and writes the stacks of
-its threads into the run folder. The culprit is the rank that wrote no stack file; if all wrote one,
-the rank furthest behind, or the only one not waiting in a collective.
+others wait in a collective. So every rank detects the hang by its own clock, and writes the stacks
+of its threads into the run folder. The culprit is the rank that wrote no stack file. If all wrote
+one, it is the rank furthest behind, or the only one not waiting in a collective.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from megalite.config import GuardsConfig
 from megalite.files import parse_json
 
 _POLL = 0.5  # seconds
-_STOPPED = 3.0  # seconds between two polls: more than a busy host explains
+_STOPPED = 3.0  # seconds between two polls after which the process was suspended, not slow
 _GATHER = 5.0  # seconds for the other ranks to write their stacks
-_SAFETY = 60.0  # seconds after which the interpreter itself is taken to be stuck
-_FACTOR = 10  # times the longest occurrence of a phase, until it is a hang
-_STANDARD_ERROR = 2  # its descriptor: a notebook's stream has none
-_KEPT = 32  # durations of a phase; a first step that compiles is forgotten
+_SAFETY = 60.0  # seconds after which the interpreter itself counts as stuck
+_FACTOR = 10  # a phase hangs after this many times its longest recent duration
+_STANDARD_ERROR = 2  # file descriptor; a notebook's stream has none
+_RECENT = 32  # durations kept per phase, so that a first step that compiles is forgotten
 _WAITING = ("torch/distributed/", "deepspeed/comm/", "torch/autograd/graph.py")
 
 
 class PhaseTimer:
-    """Phase of a run, and the time spent in each. An inner phase's time is its own.
+    """Timer of a run's phases. A phase's time excludes its inner phases.
 
     Args:
         began: the time of `time.monotonic` at which setup began. None means the start of the
-            process, whose imports are setup, too.
+            process, so that imports count as setup.
 
     Attributes:
-        name: name of the present phase.
-        count: changes of phase so far; identical on ranks that do the same.
-        seconds: seconds spent in each phase, without its inner ones.
+        name: name of the current phase.
+        count: number of phase changes so far; identical on ranks that do the same.
+        seconds: seconds spent in each phase, without inner phases.
     """
 
     def __init__(self, began: float | None = None) -> None:
@@ -58,20 +58,20 @@ class PhaseTimer:
         self.count = 0
         self.seconds: dict[str, float] = {}
         self._recent: dict[str, deque[float]] = {}
-        self._spent = 0.0  # by the present phase before an inner one
+        self._spent = 0.0  # by the current phase, before an inner one
         if began is None:
             began = time.monotonic() - (time.time() - psutil.Process().create_time())
         self._since = began
 
     def begin(self, name: str) -> None:
-        """Leave the present phase for another, or begin it again, as each step does."""
+        """Switch to a phase. Each step begins the step phase again."""
         self._account()
         self._end()
         self._switch(name)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Enter an inner phase for the block, waiting for the device on both sides."""
+        """Enter an inner phase for the block. Wait for the device before and after it."""
         _synchronize()
         self._account()
         outer = self.name
@@ -88,7 +88,7 @@ class PhaseTimer:
             self._spent = spent
 
     def _switch(self, name: str) -> None:
-        # the watchdog's thread reads the name of a count that it has seen, so the name comes first
+        # set the name first: the watchdog's thread reads the name after the count
         self.name = name
         self.count += 1
 
@@ -98,7 +98,7 @@ class PhaseTimer:
         return dict(self.seconds)
 
     def longest(self, name: str) -> float | None:
-        """Return the seconds that the longest of a phase's last occurrences took."""
+        """Return the longest recent duration of a phase, in seconds."""
         recent = self._recent.get(name)
         return max(recent) if recent else None
 
@@ -109,7 +109,7 @@ class PhaseTimer:
         self._since = now
 
     def _end(self) -> None:
-        self._recent.setdefault(self.name, deque(maxlen=_KEPT)).append(self._spent)
+        self._recent.setdefault(self.name, deque(maxlen=_RECENT)).append(self._spent)
         self._spent = 0.0
 
 
@@ -119,8 +119,8 @@ class Watchdog:
 
     Args:
         folder: the run folder; stacks go to `stacks/attempt_N/rank_M.txt`.
-        hosts: hosts of all ranks, in order of ranks.
-        report: called on one rank with a description of the hang, before the end.
+        hosts: hosts of all ranks, by rank.
+        report: called on one rank with a description of the hang, before the process ends.
     """
 
     phases: PhaseTimer
@@ -159,7 +159,7 @@ class Watchdog:
         before = time.monotonic()
         while not self._closing.wait(_POLL):
             now = time.monotonic()
-            if now - before > _STOPPED:  # this process as a whole: Ctrl-Z, a laptop that slept
+            if now - before > _STOPPED:  # the process was suspended: Ctrl-Z, or a laptop's sleep
                 since += now - before
             before = now
             if phases.count != count:
@@ -167,18 +167,18 @@ class Watchdog:
                 since = now
             budget = self.budget(phases.name)
             lasted = now - since
-            # if the interpreter itself hangs, with this thread, C code writes the stacks
+            # if the interpreter itself hangs, and this thread with it, C code writes the stacks
             late = max(1.0, budget - lasted) + _SAFETY
             faulthandler.dump_traceback_later(late, file=_STANDARD_ERROR)
-            # the shared file system is asked only when another rank has likely found a hang
+            # check the shared file system only if another rank may have detected a hang
             others = lasted > budget / 2 and self._stacks.exists()
             if (lasted > budget or others) and phases.count == count:
                 self._end(phases.name, lasted, budget)
 
-    def _end(self, section: str, lasted: float, budget: float) -> None:
+    def _end(self, phase: str, lasted: float, budget: float) -> None:
         faulthandler.cancel_dump_traceback_later()
         with suppress(OSError):
-            self._write(section, lasted, budget)
+            self._write(phase, lasted, budget)
             time.sleep(_GATHER)
             facts = _read(self._stacks)
             if facts and min(facts) == self.rank:
@@ -188,11 +188,11 @@ class Watchdog:
         sys.stderr.flush()
         os._exit(1)
 
-    def _write(self, section: str, lasted: float, budget: float) -> None:
+    def _write(self, phase: str, lasted: float, budget: float) -> None:
         frame = sys._current_frames().get(self._trains)
         names = [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_stack(frame)]
         fact = {
-            "section": section,
+            "section": phase,
             "seconds": round(lasted, 1),
             "budget": round(budget, 1),
             "count": self.phases.count,
@@ -208,14 +208,14 @@ class Watchdog:
 
 
 def describe_culprit(facts: dict[int, dict[str, Any]], hosts: Sequence[str]) -> str:
-    """Return a description of the ranks that the others wait for.
+    """Describe the ranks that caused a hang.
 
     Args:
-        facts: first line of the stack file of each rank that still runs, by rank.
-        hosts: hosts of all ranks.
+        facts: first line of each rank's stack file, by rank.
+        hosts: hosts of all ranks, by rank.
     """
     first = facts[min(facts)]
-    state = f"no end of {first['section']} after {first['seconds']:.0f} s"
+    state = f"phase {first['section']} did not end within {first['seconds']:.0f} s"
     silent = [rank for rank in range(len(hosts)) if rank not in facts]
     least = min(fact["count"] for fact in facts.values())
     behind = [rank for rank, fact in facts.items() if fact["count"] == least]
@@ -223,19 +223,22 @@ def describe_culprit(facts: dict[int, dict[str, Any]], hosts: Sequence[str]) -> 
     for ranks, why in (
         (silent, "no longer runs"),
         (behind if len(behind) < len(facts) else [], "is behind the others"),
-        (alone if len(alone) < len(facts) else [], "waits for nobody while the others wait"),
+        (
+            alone if len(alone) < len(facts) else [],
+            "does not wait in a collective, unlike the others",
+        ),
     ):
         if ranks:
             named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in sorted(ranks)[:8])
             more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
             return f"{state}: {named}{more} {why}"
-    return f"{state}: all ranks stand at the same place"
+    return f"{state}: all ranks are at the same point"
 
 
 def _read(folder: Path) -> dict[int, dict[str, Any]]:
     facts = {}
     for path in folder.glob("rank_*.txt"):
-        # not one that is still being written
+        # a file may be incomplete, because its rank still writes it
         with suppress(OSError, ValueError), open(path, "rb") as file:
             fact = parse_json(file.readline())
             if isinstance(fact, dict) and {"section", "seconds", "count", "waits"} <= {*fact}:

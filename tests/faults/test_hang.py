@@ -142,18 +142,17 @@ def _report(**fields: Any) -> dict[str, Any]:
 
 def test_culprit_of_a_hang_is_the_silent_or_latest_rank() -> None:
     hosts = ["a", "a", "b"]
-    silent = {0: _report(), 1: _report()}
-    assert (
-        describe_culprit(silent, hosts) == "no end of step after 31 s: rank 2 on b no longer runs"
-    )
-    behind = {0: _report(), 1: _report(count=6), 2: _report()}
+    silent = {0: _report(), 1: _told()}
+    said = "phase step did not end within 31 s: rank 2 on b no longer runs"
+    assert describe_culprit(silent, hosts) == said
+    behind = {0: _report(), 1: _told(count=6), 2: _told()}
     assert describe_culprit(behind, hosts).endswith("rank 1 on a is behind the others")
     alone = {0: _report(), 1: _report(), 2: _report(waits=False)}
     assert describe_culprit(alone, hosts).endswith(
-        "rank 2 on b waits for nobody while the others wait"
+        "rank 2 on b does not wait in a collective, unlike the others"
     )
     equal = {rank: _report() for rank in range(3)}
-    assert describe_culprit(equal, hosts).endswith("all ranks stand at the same place")
+    assert describe_culprit(equal, hosts).endswith("all ranks are at the same point")
 
 
 def _train_slowly(launch: Any, raw: dict[str, Any]) -> None:

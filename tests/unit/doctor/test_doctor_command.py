@@ -95,7 +95,7 @@ def test_a_faulty_run_file_is_a_row_and_the_rest_appears(tmp_path: Path) -> None
 
 
 def test_what_is_not_there_is_the_users_to_mend(tmp_path: Path) -> None:
-    for option, words in (("--run", "no records of a run"), ("--config", "no such run file")):
+    for option, words in (("--run", "cannot read metrics.jsonl"), ("--config", "no such run file")):
         done = doctor(option, "none", folder=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
         assert words in done.stderr

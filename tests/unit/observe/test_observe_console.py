@@ -1,5 +1,5 @@
 # covers: megalite/observe/console.py
-"""What a person sees: lines in a log, one view on a terminal."""
+"""Console output: lines in a log, a live view on a terminal."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def as_line(row: dict[str, Any], total_steps: int) -> str:
     return "  ".join(train_parts(row, total_steps=total_steps))
 
 
-def test_a_train_row_is_one_aligned_line() -> None:
+def test_train_row_is_one_aligned_line() -> None:
     line = as_line(ROW, total_steps=300)
     assert line == (
         "step   7/300  loss  3.2157  lr 3.00e-04  grad norm   0.987     12,346 tokens/s"
@@ -61,7 +61,7 @@ def test_a_train_row_is_one_aligned_line() -> None:
     assert len(as_line({**ROW, "step": 300, "loss": 12.5}, total_steps=300)) == len(line)
 
 
-def test_the_loss_shown_is_the_mean_since_the_last_row() -> None:
+def test_train_row_shows_the_mean_loss_since_the_previous_row() -> None:
     assert "loss  3.5000" in as_line({**ROW, "mean_loss": 3.5}, total_steps=300)
     assert "loss       -  " in as_line({**ROW, "mean_loss": None}, total_steps=300)
 
@@ -69,7 +69,7 @@ def test_the_loss_shown_is_the_mean_since_the_last_row() -> None:
 @pytest.mark.parametrize(
     ("value", "text"), [(14190.4, "14190"), (20.094, "20.09"), (2.5e11, "2.5e+11"), (None, "-")]
 )
-def test_a_measurement_is_shown_in_full(
+def test_valid_row_shows_large_measurements_in_full(
     caplog: pytest.LogCaptureFixture, value: float | None, text: str
 ) -> None:
     caplog.set_level("INFO", logger="megalite")
@@ -77,14 +77,14 @@ def test_a_measurement_is_shown_in_full(
     assert caplog.messages[-1].split() == ["valid", "4", "perplexity", text]
 
 
-def test_a_row_of_the_test_split_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_valid_row_begins_with_its_split(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="megalite")
     Console(total_steps=12).valid({"step": 9, "split": "test", "loss": 2.0})
     Console(total_steps=12).valid({"step": 9, "split": "valid", "loss": 2.0})
     assert caplog.messages[-2:] == ["test  9  loss 2", "valid  9  loss 2"]
 
 
-def test_missing_numbers_keep_their_place() -> None:
+def test_missing_numbers_keep_their_width() -> None:
     bare = as_line({**ROW, "loss": None, "grad_norm": None}, total_steps=300)
     assert len(bare) == len(as_line(ROW, total_steps=300))
     assert "loss       -  " in bare
@@ -95,11 +95,13 @@ def test_missing_numbers_keep_their_place() -> None:
     ("seconds", "text"),
     [(0, "0:00"), (59.6, "1:00"), (3725, "1:02:05"), (90061, "1 d 1:01:01"), (None, "-:--")],
 )
-def test_durations(seconds: float | None, text: str) -> None:
+def test_format_duration_uses_days_hours_and_minutes(seconds: float | None, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-def test_lines_elsewhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_lines_estimate_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     clock = iter([100.0, 104.0])
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     with caplog.at_level(logging.INFO, logger="megalite"):
@@ -109,16 +111,14 @@ def test_lines_elsewhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapt
         console.valid({"step": 4, "loss": 3.0, "perplexity": 20.08554, "kind": "valid"})
         console.close()
     first, second, valid = caplog.messages
-    assert first.endswith("left 0:04")  # 8 steps at the row's own 0.5 s
-    assert second.endswith("left 0:12")  # 6 steps at the 2 s that each took by the clock
+    assert first.endswith("left 0:04")  # 8 steps at the row's 0.5 s
+    assert second.endswith("left 0:12")  # 6 steps at the measured 2 s
     assert valid == "valid  4  loss 3  perplexity 20.09"
 
 
 def on_terminal(program: str, columns: int) -> tuple[Any, str]:
-    """Return the screen a process of its own leaves behind with a terminal as standard error; and
-    its standard output.
-    """
-    pyte = pytest.importorskip("pyte", reason="the screen is read with pyte, which is not there")
+    """Run a program with a terminal as standard error. Return its screen and standard output."""
+    pyte = pytest.importorskip("pyte", reason="pyte, which reads the screen, is not installed")
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 30, columns, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
@@ -139,15 +139,15 @@ def on_terminal(program: str, columns: int) -> tuple[Any, str]:
     return screen, process.communicate(timeout=60)[0]
 
 
-def seen(screen: Any) -> list[str]:
+def lines_of(screen: Any) -> list[str]:
     return [line.rstrip() for line in screen.display if line.strip()]
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
-def test_a_terminal_shows_one_view_below_the_messages(columns: int) -> None:
+def test_terminal_shows_one_view_below_the_messages(columns: int) -> None:
     screen, output = on_terminal(PROGRAM, columns)
     assert output == "a report\n"
-    lines = seen(screen)
+    lines = lines_of(screen)
     assert lines[0] == "warning: something to say"
     assert lines[1].startswith("sample  7  def f( -> 世界 [2J and so on more")
     assert lines[1].endswith("…")
@@ -162,14 +162,14 @@ def test_a_terminal_shows_one_view_below_the_messages(columns: int) -> None:
     assert not screen.cursor.hidden
 
 
-def test_a_killed_process_leaves_the_terminal_as_it_was() -> None:
+def test_killed_process_leaves_the_cursor_visible() -> None:
     program = PROGRAM.replace("console.close()", "import os; os.kill(os.getpid(), 9)")
     screen, _ = on_terminal(program, 80)
-    assert seen(screen)[-1].endswith("1.50 GiB")
+    assert lines_of(screen)[-1].endswith("1.50 GiB")
     assert not screen.cursor.hidden
 
 
-def test_a_log_is_no_terminal_whatever_rich_is_told(
+def test_log_gets_no_escape_codes_with_force_color(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -1,5 +1,5 @@
 # covers: megalite/observe/device.py
-"""Peaks by the names that devices give themselves, and memory that was really taken."""
+"""Peak FLOP/s by the driver's device name, and peak memory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from megalite.observe import peak_memory_bytes
 cpu = torch.device("cpu")
 before = peak_memory_bytes(cpu)
 block = torch.ones(200 * 2**18)
-held = peak_memory_bytes(cpu)
+peak = peak_memory_bytes(cpu)
 del block
-assert held - before > 190 * 2**20, (before, held)
-assert peak_memory_bytes(cpu) > held - 2**20  # the kernel counts in batches
+assert peak - before > 190 * 2**20, (before, peak)
+assert peak_memory_bytes(cpu) > peak - 2**20  # the kernel counts in batches
 """
 
 
@@ -42,7 +42,7 @@ assert peak_memory_bytes(cpu) > held - 2**20  # the kernel counts in batches
         ("AMD Instinct MI300X", "bf16", 1307.4),
     ],
 )
-def test_known_devices(name: str, precision: str, tera: float) -> None:
+def test_peak_flops_of_known_devices(name: str, precision: str, tera: float) -> None:
     assert peak_flops(name, precision) == pytest.approx(tera * 1e12)
 
 
@@ -58,19 +58,19 @@ def test_known_devices(name: str, precision: str, tera: float) -> None:
         ("NVIDIA A100-SXM-64GB", "bf16"),
     ],
 )
-def test_an_unknown_peak_is_none_rather_than_a_guess(name: str, precision: str) -> None:
+def test_peak_flops_of_unknown_devices_is_none(name: str, precision: str) -> None:
     assert peak_flops(name, precision) is None
 
 
-def test_the_drivers_memory_decides_over_the_name() -> None:
+def test_driver_memory_overrides_the_size_in_the_name() -> None:
     assert peak_flops("NVIDIA H100", "bf16", 95 << 30) is None
     assert peak_flops("NVIDIA GH200 480GB", "bf16", 95 << 30) == pytest.approx(989.4e12)
     assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16", 85_000_000_000) == pytest.approx(312e12)
     assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16", 20 << 30) is None
 
 
-def test_resident_peak_counts_what_was_held_and_stays() -> None:
-    """In a process of its own: this one has held more before."""
+def test_peak_memory_stays_after_memory_is_freed() -> None:
+    """It runs in a separate process, because this one has used more memory before."""
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert peak_memory_bytes(torch.device("cpu")) > 50 * 2**20

@@ -1,5 +1,5 @@
 # covers: megalite/observe/metrics.py
-"""The records of a run: rows, states, attempts, and what a crash leaves behind."""
+"""Records of a run: rows, states, attempts, and recovery after a crash."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_rows_carry_kind_time_and_attempt(tmp_path: Path) -> None:
+def test_rows_contain_kind_time_and_attempt(tmp_path: Path) -> None:
     before = time.time()
     record = recorder(tmp_path, attempt=2)
     record.event(0, "start", world_size=2)
     record.valid({"step": 0, "loss": 9.0, "perplexity": 8103.1})
     record.train(train_row(1))
-    assert len(rows(tmp_path)) == 3  # on the disk at once, not when the file closes
+    assert len(rows(tmp_path)) == 3  # written at once, not on close
     record.close()
     event, valid, train = rows(tmp_path)
     assert (event["kind"], event["step"], event["name"], event["world_size"]) == (
@@ -60,7 +60,7 @@ def test_rows_carry_kind_time_and_attempt(tmp_path: Path) -> None:
     assert before <= event["time"] <= valid["time"] <= train["time"] <= time.time()
 
 
-def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+def test_non_finite_numbers_are_null(tmp_path: Path) -> None:
     record = recorder(tmp_path)
     record.train(train_row(1, loss=float("nan"), grad_norm=float("inf")))
     record.event(1, "skip", norms=[1.0, float("-inf")], ranks={"0": float("nan")})
@@ -75,7 +75,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
 def test_secrets_in_samples_are_redacted_in_every_view(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TensorBoard, W&B and the console show what metrics.jsonl holds."""
+    """TensorBoard, W&B and the console show the texts of metrics.jsonl."""
     record, shown = recorder(tmp_path), list[Any]()
     for view in (TensorBoard, Wandb):
         monkeypatch.setattr(view, "__init__", lambda _: None)
@@ -114,7 +114,7 @@ def test_status_is_replaced_and_keeps_the_last_checkpoint(tmp_path: Path) -> Non
     }
 
 
-def test_close_is_harmless_twice_and_ends_the_writing(tmp_path: Path) -> None:
+def test_close_ends_writing_and_may_be_repeated(tmp_path: Path) -> None:
     record = recorder(tmp_path)
     record.train(train_row(1))
     record.close()
@@ -124,14 +124,14 @@ def test_close_is_harmless_twice_and_ends_the_writing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rest", "kept"),
+    ("rest", "complete"),
     [
         ('{"kind": "train", "step": 2, "lo', 1),
         ('{"kind": "train", "step": 2, "attempt": 0}', 2),
         ("", 1),
     ],
 )
-def test_a_line_that_a_crash_cut_short_harms_no_row(tmp_path: Path, rest: str, kept: int) -> None:
+def test_line_cut_short_by_a_crash_harms_no_row(tmp_path: Path, rest: str, complete: int) -> None:
     first = recorder(tmp_path)
     first.train(train_row(1))
     first.close()
@@ -140,9 +140,9 @@ def test_a_line_that_a_crash_cut_short_harms_no_row(tmp_path: Path, rest: str, k
     second = recorder(tmp_path, attempt=1)
     second.train(train_row(2))
     second.close()
-    found = rows(tmp_path)
-    assert [row["step"] for row in found] == [*[1, 2, 2][:kept], 2]
-    assert found[-1]["attempt"] == 1
+    written = rows(tmp_path)
+    assert [row["step"] for row in written] == [*[1, 2, 2][:complete], 2]
+    assert written[-1]["attempt"] == 1
 
 
 def test_attempts_are_counted_from_either_record(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_attempts_are_counted_from_either_record(tmp_path: Path) -> None:
     record = recorder(tmp_path, attempt=0)
     record.event(0, "start")
     record.close()
-    assert previous_attempts(tmp_path) == 1  # metrics.jsonl alone
+    assert previous_attempts(tmp_path) == 1  # only metrics.jsonl
     record = recorder(tmp_path, attempt=4)
     record.status("running", step=0)
     record.close()
@@ -163,13 +163,13 @@ def test_attempts_are_counted_from_either_record(tmp_path: Path) -> None:
     assert previous_attempts(tmp_path) == 8
 
 
-def test_attempts_of_a_long_file_are_read_from_its_end(tmp_path: Path) -> None:
+def test_attempts_are_read_from_the_end_of_a_long_file(tmp_path: Path) -> None:
     line = json.dumps({"kind": "train", "attempt": 3, "padding": "x" * 500}) + "\n"
     (tmp_path / "metrics.jsonl").write_text(line * 300)
     assert previous_attempts(tmp_path) == 4
 
 
-def test_a_full_disk_costs_records_and_not_the_run(
+def test_full_disk_costs_records_but_not_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = Recorder(tmp_path, rank=0, attempt=0, total_steps=9, tensorboard=False)
@@ -191,7 +191,7 @@ def test_a_full_disk_costs_records_and_not_the_run(
     assert "checkpoint" in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_an_older_start_leaves_the_status_of_a_newer_one(tmp_path: Path) -> None:
+def test_older_attempt_does_not_overwrite_the_status_of_a_newer_one(tmp_path: Path) -> None:
     for attempt, state in ((1, "done"), (0, "superseded")):
         recorder = Recorder(
             tmp_path,

@@ -1,5 +1,5 @@
 # covers: megalite/observe/progress.py
-"""A long command says at once what it does, and every few seconds how far it is."""
+"""Progress messages of a long command: at once, then every few seconds."""
 
 from __future__ import annotations
 

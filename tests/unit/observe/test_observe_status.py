@@ -1,5 +1,5 @@
 # covers: megalite/observe/status.py
-"""What later starts read of a run's status and of its first events."""
+"""The status and first events of a run, as later attempts read them."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ def record(folder: Path, attempt: int = 0) -> Recorder:
 
 
 def status(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "status.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    return content
 
 
 @pytest.mark.parametrize("state", ["running", "saving", "stopped", "done", "failed"])
-def test_status_names_rank_0s_process_while_it_runs(tmp_path: Path, state: Any) -> None:
+def test_status_contains_rank_0s_process_while_it_runs(tmp_path: Path, state: Any) -> None:
     recorder = record(tmp_path)
     recorder.status(state, step=3)
     recorder.close()
-    found = status(tmp_path)
-    process = (found.get("host"), found.get("pid"))
+    content = status(tmp_path)
+    process = (content.get("host"), content.get("pid"))
     runs = state in ("running", "saving")
     assert process == ((socket.gethostname(), os.getpid()) if runs else (None, None))
 
 
-def test_restate_keeps_the_word_of_a_later_start(tmp_path: Path) -> None:
+def test_overwrite_status_keeps_the_status_of_a_later_attempt(tmp_path: Path) -> None:
     recorder = record(tmp_path, attempt=2)
     recorder.status("running", step=5, last_checkpoint="step_00000004")
     overwrite_status(tmp_path, "failed", reason="an older start that hangs", attempt=1)
     assert status(tmp_path)["state"] == "running"
     overwrite_status(tmp_path, "failed", reason="a newer one", attempt=previous_attempts(tmp_path))
-    found = status(tmp_path)
-    assert (found["state"], found["attempt"], found["step"]) == ("failed", 3, 5)
-    assert found["last_checkpoint"] == "step_00000004"
-    recorder.status("running", step=6)  # of the start before: refused
+    content = status(tmp_path)
+    assert (content["state"], content["attempt"], content["step"]) == ("failed", 3, 5)
+    assert content["last_checkpoint"] == "step_00000004"
+    recorder.status("running", step=6)  # refused: from the previous attempt
     recorder.close()
-    assert status(tmp_path) == found
+    assert status(tmp_path) == content
 
 
-def test_restate_of_a_run_without_a_status(tmp_path: Path) -> None:
+def test_overwrite_status_of_a_run_without_a_valid_status(tmp_path: Path) -> None:
     overwrite_status(tmp_path, "failed", reason="x", attempt=0)
     assert status(tmp_path)["state"] == "failed"
     (tmp_path / "status.json").write_text("[]")
@@ -63,7 +63,7 @@ def test_restate_of_a_run_without_a_status(tmp_path: Path) -> None:
     assert status(tmp_path)["reason"] == "y"
 
 
-def test_the_origin_of_a_run_is_in_its_events(tmp_path: Path) -> None:
+def test_events_record_the_origin_and_layout_of_a_run(tmp_path: Path) -> None:
     other = tmp_path / "other" / "checkpoints" / "step_00000005"
     other.mkdir(parents=True)
     run = tmp_path / "run"
@@ -86,7 +86,7 @@ def test_the_origin_of_a_run_is_in_its_events(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["torn", [1, 2], 3, None])
-def test_a_layout_that_is_no_object_is_none(tmp_path: Path, layout: object) -> None:
+def test_layout_that_is_not_an_object_is_ignored(tmp_path: Path, layout: object) -> None:
     row = {"kind": "event", "name": "start", "layout": layout}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert last_layout(tmp_path) == {}

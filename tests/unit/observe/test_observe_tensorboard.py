@@ -1,5 +1,5 @@
 # covers: megalite/observe/tensorboard.py
-"""TensorBoard's folders, read back with TensorBoard's own reader."""
+"""Event folders, read back with TensorBoard's reader."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def points(events: Any, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def test_scalars_by_step_and_by_tokens(tmp_path: Path) -> None:
+def test_scalars_are_written_by_step_and_by_tokens(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{\n  "name": "tiny"\n}\n')
     run(tmp_path, 0, 1, 3, loss=4.0)
     by_step, by_tokens = read(tmp_path / "tensorboard"), read(tmp_path / "tensorboard/by_tokens")
@@ -59,17 +59,17 @@ def test_scalars_by_step_and_by_tokens(tmp_path: Path) -> None:
     )
 
 
-def test_the_loss_drawn_is_the_mean_since_the_last_row() -> None:
+def test_train_loss_is_the_mean_since_the_previous_row() -> None:
     assert train_scalars({"loss": 4.0, "mean_loss": 3.0})["train/loss"] == 3.0
     assert train_scalars({"loss": 4.0})["train/loss"] == 4.0
 
 
-def test_a_resumed_attempt_takes_back_what_the_crashed_one_wrote_after_it(
+def test_resumed_attempt_removes_points_after_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
     run(tmp_path, 0, 1, 5, loss=4.0)
-    later = time.time() + 1  # within one second the order of a process's files is their names'
+    later = time.time() + 1  # event files of one second would be ordered by name
     monkeypatch.setattr("time.time", lambda: later)
     run(tmp_path, 1, 4, 6, loss=3.0)  # resumed from step 3
     by_step, by_tokens = read(tmp_path / "tensorboard"), read(tmp_path / "tensorboard/by_tokens")

@@ -1,5 +1,5 @@
 # covers: megalite/observe/wandb.py
-"""W&B: what it is told, one run for all attempts, and that nothing of it ends a training."""
+"""W&B: the data sent, one run for all attempts, and failures that do not end training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIG = WandbConfig(project="here", mode="offline", tags=("tiny",))
 
 
 class Fake:
-    """The package: takes notes, and fails or waits where it is told to."""
+    """Stand-in for the package that records calls, and fails or waits on request."""
 
     def __init__(self, failing: str = "", seconds: float = 0.0) -> None:
         self.calls: list[tuple[str, Any]] = []
@@ -39,7 +39,7 @@ class Fake:
 
         return call
 
-    def told(self, name: str) -> list[Any]:
+    def arguments(self, name: str) -> list[Any]:
         return [argument for called, argument in self.calls if called == name]
 
 
@@ -61,25 +61,27 @@ def attempt(folder: Path, end: str = "end") -> None:
     recorder.close()
 
 
-def test_what_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_rows_samples_and_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = run(tmp_path, monkeypatch, Fake())
-    (started,) = first.told("init")
+    (started,) = first.arguments("init")
     assert started["config"] == {"name": "tiny"}
     assert (started["project"], started["mode"], started["tags"]) == ("here", "offline", ["tiny"])
-    assert first.told("log") == [
+    assert first.arguments("log") == [
         {"step": 1, "train/loss": 2.5, "train/lr": 0.1, "train/tokens": 64},
         {"step": 1, "valid/loss": 3.5, "train/tokens": 64},
         {"step": 1, "samples": [[1, "once", "upon a time"]]},
         {"step": 1, "confusion": ("image", (2, 3, 3))},
     ]
-    assert first.told("finish") == [{"exit_code": 0}]
+    assert first.arguments("finish") == [{"exit_code": 0}]
     second = run(tmp_path, monkeypatch, Fake(), end="failed")
-    assert second.told("init")[0]["id"] == started["id"]
-    assert second.told("finish") == [{"exit_code": 1}]
+    assert second.arguments("init")[0]["id"] == started["id"]
+    assert second.arguments("finish") == [{"exit_code": 1}]
 
 
 @pytest.mark.parametrize("failing", ["setup", "init", "log", "finish"])
-def test_a_failure_is_said_once_and_ends_no_run(
+def test_wandb_failure_warns_once_and_ends_no_run(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -87,41 +89,46 @@ def test_a_failure_is_said_once_and_ends_no_run(
 ) -> None:
     fake = run(tmp_path, monkeypatch, Fake(failing))
     said = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert said == [f"W&B: {failing} failed; nothing more is sent there, and the run goes on"]
+    assert said == [f"W&B: {failing} failed; no more data is sent to W&B, and the run goes on"]
     assert fake.calls[-1][0] == failing
     assert '"kind": "sample"' in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_what_is_not_sent_in_time_holds_nobody_up(
+def test_slow_upload_does_not_delay_the_end_of_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(wandb, "_FINISH", 0.1)
     began = time.monotonic()
     run(tmp_path, monkeypatch, Fake(seconds=5.0))
     assert time.monotonic() - began < 3
-    assert f"not all was sent in 0 s; it is in {tmp_path}/wandb" in caplog.text
+    assert (
+        f"not all data was sent in 0 s; send the rest with `wandb sync` from {tmp_path}/wandb"
+        in caplog.text
+    )
 
 
-def test_nothing_is_started_where_it_is_disabled(tmp_path: Path) -> None:
+def test_disabled_wandb_starts_nothing(tmp_path: Path) -> None:
     off = CONFIG.model_copy(update={"mode": "disabled"})
     recorder = Recorder(tmp_path, rank=0, attempt=0, total_steps=9, tensorboard=False, wandb=off)
     recorder.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_two_attempts_offline_with_the_package(
+def test_two_offline_attempts_share_one_run_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb", reason='the package is not there: pip install -e ".[wandb]"')
-    monkeypatch.setattr(wandb, "_FINISH", 300.0)  # next to other tests
+    pytest.importorskip("wandb", reason='wandb is missing: pip install -e ".[wandb]"')
+    monkeypatch.setattr(wandb, "_FINISH", 300.0)  # other tests run at the same time
     for _ in range(2):
         attempt(tmp_path)
     id = json.loads((tmp_path / "wandb.json").read_text())["id"]
-    kept = sorted((tmp_path / "wandb").glob(f"offline-run-*-{id}/run-{id}.wandb"))
+    runs = sorted((tmp_path / "wandb").glob(f"offline-run-*-{id}/run-{id}.wandb"))
     tables = list((tmp_path / "wandb").glob("offline-run-*/files/media/table/samples_*.json"))
     pictures = list((tmp_path / "wandb").glob("offline-run-*/files/media/images/confusion_*.png"))
-    assert 1 <= len(kept) == len(tables) == len(pictures) <= 2  # of one second: one folder
-    for path in kept:
+    assert (
+        1 <= len(runs) == len(tables) == len(pictures) <= 2
+    )  # one folder if both start in one second
+    for path in runs:
         content = path.read_bytes()
         assert b"train/loss" in content
         assert b"valid/loss" in content
