@@ -1,4 +1,4 @@
-"""Runs side by side on one HTML page that needs nothing else."""
+"""Comparison of runs on one self-contained HTML page."""
 
 from megalite.report.page import render
 from megalite.report.record import read_records

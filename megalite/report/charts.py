@@ -1,6 +1,4 @@
-"""Curves as numbers on a plane of 360 by 210: scales, ticks, and as few points as show the
-same curve.
-"""
+"""Charts as SVG coordinates, 360 by 210: scales, ticks and downsampled curves."""
 
 from __future__ import annotations
 
@@ -17,8 +15,8 @@ from megalite.report.record import Record
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 52, 350, 10, 182
 _POINTS, _SMOOTHED_POINTS, _MARKS, _DOTS = 1000, 250, 40, 40
-_SMOOTHED_FROM, _PART = 40, 40  # rows; the mean is over a fortieth of them
-_WIDE = 3  # times the least value: from there on a scale is logarithmic
+_SMOOTHED_FROM, _PART = 40, 40  # minimum rows to smooth; the mean is over a fortieth of them
+_WIDE = 3  # ratio of maximum to minimum above which a scale is logarithmic
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 Numbers = npt.NDArray[np.float64]
@@ -26,11 +24,14 @@ Numbers = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart: a column of the train or valid rows by step or by tokens.
+    """A chart: one column of the train or valid rows, by step or by tokens.
 
     Attributes:
-        wide: logarithmic where the values spread widely.
-        zero: the scale begins at 0.
+        valid: if true, the column is of valid rows.
+        scale: factor from the row's value to `unit`.
+        smooth: whether to draw a smoothed curve as well.
+        wide: whether the scale may be logarithmic, if the values spread widely.
+        zero: whether the scale begins at 0.
     """
 
     title: str
@@ -52,52 +53,58 @@ PANELS = (
     Panel("Valid F1", "f1", "%", valid=True, scale=100),
     Panel("Learning rate", "lr", zero=True),
     Panel("Gradient norm", "grad_norm", smooth=True, wide=True),
-    Panel("Tokens a second", "tokens_per_second", smooth=True, zero=True),
-    Panel("Peak memory of a rank", "peak_memory_bytes", "GiB", scale=2**-30, zero=True),
-    Panel("Model FLOPs utilisation", "mfu", "%", scale=100, smooth=True, zero=True),
+    Panel("Tokens per second", "tokens_per_second", smooth=True, zero=True),
+    Panel("Peak memory per rank", "peak_memory_bytes", "GiB", scale=2**-30, zero=True),
+    Panel("Model FLOPs utilization", "mfu", "%", scale=100, smooth=True, zero=True),
 )
 
 
 def compact(value: float) -> str:
-    """`0.0003`, `12.5`, `250k`, `1.2B`: six digits at most."""
+    """Format a number to at most six digits: `0.0003`, `12.5`, `250k`, `1.2B`."""
     for size, sign in _UNITS:
         if abs(value) >= size:
             return f"{value / size:.6g}{sign}"
     return f"{value:.6g}"
 
 
-def thin(values: Numbers, most: int = _POINTS) -> npt.NDArray[np.int64]:
-    """Places of at most some `most` values, with the least and the largest of every stretch."""
+def thin(values: Numbers, limit: int = _POINTS) -> npt.NDArray[np.int64]:
+    """Return about `limit` indices: the minimum and the maximum of every interval."""
     count = len(values)
-    if count <= most:
+    if count <= limit:
         return np.arange(count)
-    places = {0, count - 1}
-    for first, last in pairwise(np.linspace(0, count, most // 2, dtype=int).tolist()):
+    indices = {0, count - 1}
+    for first, last in pairwise(np.linspace(0, count, limit // 2, dtype=int).tolist()):
         part = values[first:last]
         if np.isnan(part).all():
-            places.add(first)  # the gap stays one
+            indices.add(first)  # a gap stays a gap
         else:
-            places |= {first + int(np.nanargmin(part)), first + int(np.nanargmax(part))}
-    return np.array(sorted(places))
+            indices |= {first + int(np.nanargmin(part)), first + int(np.nanargmax(part))}
+    return np.array(sorted(indices))
 
 
 def smoothed(values: Numbers, *, wide: bool = False) -> Numbers:
-    """Return the mean over a fortieth of the values around each, geometric if `wide`; NaN where it
-    is.
+    """Return the moving mean over a fortieth of the values. NaN stays NaN.
+
+    Args:
+        wide: if true, use the geometric mean.
     """
     half = max(1, len(values) // _PART // 2)
     known = ~np.isnan(values)
     parts = np.where(known, np.log(values) if wide else values, 0.0)
     sums, counts = (np.concatenate([[0.0], np.cumsum(one)]) for one in (parts, known))
-    places = np.arange(len(values))
-    first = np.maximum(places - half, 0)
-    last = np.minimum(places + half + 1, len(values))
+    indices = np.arange(len(values))
+    first = np.maximum(indices - half, 0)
+    last = np.minimum(indices + half + 1, len(values))
     mean = (sums[last] - sums[first]) / np.maximum(counts[last] - counts[first], 1)
     return np.where(known, np.exp(mean) if wide else mean, np.nan)
 
 
 def ticks(low: float, high: float, count: int, *, wide: bool = False) -> list[float]:
-    """Some `count` round numbers between two others; powers of ten if a scale has several."""
+    """Return about `count` round numbers from `low` to `high`.
+
+    Args:
+        wide: whether the scale is logarithmic. Powers of ten are used if it spans several.
+    """
     if wide and high / low > 10:
         tens = [10.0**p for p in range(math.ceil(math.log10(low)), math.ceil(math.log10(high)))]
         if len(tens) > 1:
@@ -105,7 +112,9 @@ def ticks(low: float, high: float, count: int, *, wide: bool = False) -> list[fl
         return [
             m * ten for ten in (tens[0] / 10, *tens) for m in (1, 2, 5) if low <= m * ten <= high
         ]
-    least = (high - low) / (2 * count if wide else count)  # they crowd at its end
+    least = (high - low) / (
+        2 * count if wide else count
+    )  # on a logarithmic scale, ticks crowd at the end
     power = 10.0 ** math.floor(math.log10(least))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= least)
     return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -113,7 +122,7 @@ def ticks(low: float, high: float, count: int, *, wide: bool = False) -> list[fl
 
 @dataclass(frozen=True)
 class Axis:
-    """From values to places: `first` is where `low` is, `last` where `high` is."""
+    """Map from values to coordinates: `low` to `first`, `high` to `last`."""
 
     low: float
     high: float
@@ -124,13 +133,14 @@ class Axis:
     def __call__(self, values: Numbers) -> Numbers:
         low, high = (math.log10(end) if self.wide else end for end in (self.low, self.high))
         along = (np.log10(values) if self.wide else values) - low
-        found: Numbers = self.first + along / (high - low) * (self.last - self.first)
-        return found
+        coordinates: Numbers = self.first + along / (high - low) * (self.last - self.first)
+        return coordinates
 
     def ticks(self, count: int) -> list[tuple[float, str]]:
+        """Return about `count` ticks: coordinate and label."""
         values = ticks(self.low, self.high, count, wide=self.wide)
-        places = self(np.array(values)).round(1).tolist()
-        return list(zip(places, map(compact, values), strict=True))
+        coordinates = self(np.array(values)).round(1).tolist()
+        return list(zip(coordinates, map(compact, values), strict=True))
 
 
 def _axis(parts: Sequence[Numbers], first: float, last: float, panel: Panel | None = None) -> Axis:
@@ -151,24 +161,24 @@ def _axis(parts: Sequence[Numbers], first: float, last: float, panel: Panel | No
 
 
 def chart(panel: Panel, records: Sequence[Record]) -> dict[str, Any] | None:
-    """Return a panel with the curve of each run that has one; None if none has."""
-    found: list[tuple[int, Numbers, Numbers]] = []
+    """Return a panel with the curves of all runs. None if no run has the column."""
+    curves: list[tuple[int, Numbers, Numbers]] = []
     for index, record in enumerate(records):
         track = record.valid if panel.valid else record.train
         x = np.array(track.steps if panel.by == "step" else track.columns[panel.by])
         y = np.array(track.columns[panel.column]) * panel.scale
         x, y = x[~np.isnan(x)], y[~np.isnan(x)]
         if len(y) and not np.isnan(y).all():
-            found.append((index, x, y))
-    if not found:
+            curves.append((index, x, y))
+    if not curves:
         return None
-    across = _axis([x for _, x, _ in found], LEFT, RIGHT)
-    up = _axis([y for *_, y in found], BOTTOM, TOP, panel)
+    across = _axis([x for _, x, _ in curves], LEFT, RIGHT)
+    up = _axis([y for *_, y in curves], BOTTOM, TOP, panel)
     return {
         "panel": panel,
         "x": across,
         "y": up,
-        "curves": [_curve(panel, *one, across=across, up=up) for one in found],
+        "curves": [_curve(panel, *one, across=across, up=up) for one in curves],
     }
 
 
@@ -185,26 +195,26 @@ def _curve(panel: Panel, index: int, x: Numbers, y: Numbers, *, across: Axis, up
     dots = len(known) <= _DOTS
     return {
         "index": index,
-        "told": f"from {known[0]:.4g} to {known[-1]:.4g}, {min(known):.4g} to {max(known):.4g}",
+        "range": f"from {known[0]:.4g} to {known[-1]:.4g}, {min(known):.4g} to {max(known):.4g}",
         "lines": lines,
-        "dots": "".join(f"M{a} {b}h0" for a, b in _places(x, y, across, up)) if dots else "",
-        "gaps": [round(place, 1) for place in across(x[gaps]).tolist()],
+        "dots": "".join(f"M{a} {b}h0" for a, b in _points(x, y, across, up)) if dots else "",
+        "gaps": [round(position, 1) for position in across(x[gaps]).tolist()],
     }
 
 
-def _places(x: Numbers, y: Numbers, across: Axis, up: Axis) -> list[tuple[float, float]]:
-    places = zip(across(x).round(1).tolist(), up(y).round(1).tolist(), strict=True)
-    return [(a, b) for a, b in places if not math.isnan(b)]
+def _points(x: Numbers, y: Numbers, across: Axis, up: Axis) -> list[tuple[float, float]]:
+    points = zip(across(x).round(1).tolist(), up(y).round(1).tolist(), strict=True)
+    return [(a, b) for a, b in points if not math.isnan(b)]
 
 
 def _line(x: Numbers, y: Numbers, across: Axis, up: Axis) -> dict[str, str]:
-    """Return a path, broken where values are missing, and its values for whoever points at it."""
+    """Return a path with gaps at missing values, and the values to show at the pointer."""
     breaks = np.flatnonzero(np.isnan(y))
     path = ""
     for part in np.split(np.arange(len(y)), breaks):
-        places = _places(x[part], y[part], across, up)
-        if places:  # a single one is a dot: round ends show it
-            path += "M" + "L".join(f"{a} {b}" for a, b in places) + "h0" * (len(places) == 1)
+        points = _points(x[part], y[part], across, up)
+        if points:  # round line ends show a single point
+            path += "M" + "L".join(f"{a} {b}" for a, b in points) + "h0" * (len(points) == 1)
     known = ~np.isnan(y)
     return {
         "path": path,

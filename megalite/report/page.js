@@ -1,5 +1,5 @@
 "use strict";
-// Values at the pointer, or at the arrow keys' place. Without it the page shows the same curves.
+// Shows values at the pointer or keyboard cursor. Without JavaScript the page shows the same curves.
 const SVG = "http://www.w3.org/2000/svg";
 const tip = document.getElementById("tip");
 const list = (text) => text.split(" ").map(Number);

@@ -1,4 +1,4 @@
-"""The page: what each section shows of the runs. Its form is in page.html, page.css and page.js."""
+"""Content of the report's sections. The layout is in page.html, page.css and page.js."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megalite.report.charts import compact
 from megalite.report.record import Record, number
 
 _FOLDER = Path(__file__).parent
-_STATES = {  # how each is shown: a mark, and how good the news are
+_STATES = {  # symbol and colour class of each state
     "done": ("✓", "good"),
     "running": ("●", "going"),
     "saving": ("●", "going"),
@@ -30,7 +30,7 @@ _STATES = {  # how each is shown: a mark, and how good the news are
     "failed": ("✕", "bad"),
 }
 _TRIANGLE, _DIAMOND, _SQUARE = "M-4-5L5 0L-4 5Z", "M0-5L5 0L0 5L-5 0Z", "M-4-4H4V4H-4Z"
-_EVENTS = {  # a path about (0, 0), and how good the news are
+_EVENTS = {  # SVG path around (0, 0), and colour class
     name: (path, kind)
     for names, path, kind in (
         (("start", "resume"), _TRIANGLE, "plain"),
@@ -46,22 +46,22 @@ _EVENTS = {  # a path about (0, 0), and how good the news are
     for name in names
 }
 _OTHER = ("M-3 0A3 3 0 1 0 3 0A3 3 0 1 0-3 0Z", "plain")
-_OFTEN = ("checkpoint", "skip", "spike", "straggler")  # a row of the table for all in a row
+_GROUPED = ("checkpoint", "skip", "spike", "straggler")  # consecutive ones share a table row
 _MOST_EVENTS, _MOST_SAMPLES, _MOST_EPOCHS = 200, 20, 50
 _LONGEST, _LONGEST_SAMPLE = 400, 4000  # characters
-_FEW_LABELS = 20  # whose confusion matrix is shown whole
+_FEW_LABELS = 20  # up to which the whole confusion matrix is shown
 _EVERY = tuple(n * unit for unit in (1, 60, 3600) for n in (1, 2, 5, 10, 15, 30))  # seconds
 _COMMON = ("kind", "time", "attempt", "step")
 
 
 def render(records: Sequence[Record], *, now: float | None = None) -> str:
-    """Return one HTML page about runs, with nothing outside it.
+    """Return one self-contained HTML page about runs.
 
-    Whatever comes from a run is escaped by the template, and the page's policy lets no script run
-    but its own.
+    The template escapes everything that comes from a run. The page's content security policy
+    allows only its own script.
 
     Args:
-        now: Unix seconds; None: of the clock.
+        now: Unix seconds. None means the current time.
     """
     now = time.time() if now is None else now
     environment = Environment(
@@ -87,20 +87,20 @@ def render(records: Sequence[Record], *, now: float | None = None) -> str:
         differences=differences(records),
         times=[record.time for record in records],
         timeline=_timeline(records),
-        foresight=_with_place(map(_foresight, records)),
-        evaluations=_with_place(map(_evaluation, records)),
-        samples=_with_place(map(_samples, records)),
-        notes=[record.notes for record in records],  # last: the sections above add theirs
+        forecasts=_numbered(map(_forecast, records)),
+        evaluations=_numbered(map(_evaluation, records)),
+        samples=_numbered(map(_samples, records)),
+        notes=[record.notes for record in records],  # last, because the sections above add notes
     )
 
 
-def _with_place(found: Iterable[Any]) -> list[tuple[int, Any]]:
-    """Return what some runs have, with their places among all."""
-    return [(index, one) for index, one in enumerate(found) if one]
+def _numbered(items: Iterable[Any]) -> list[tuple[int, Any]]:
+    """Return the non-empty items, each with the index of its run."""
+    return [(index, item) for index, item in enumerate(items) if item]
 
 
 def _names(records: Sequence[Record]) -> list[str]:
-    """Return the folders' names; whole paths where two have the same."""
+    """Return the folders' names, or the whole path if a name occurs twice."""
     names = [record.folder.resolve().name for record in records]
     shared = [names.count(name) > 1 for name in names]
     return [
@@ -109,10 +109,10 @@ def _names(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def _text(value: Any, longest: int = _LONGEST) -> str:
-    """Return a text, or JSON, cut if it is long."""
+def _text(value: Any, limit: int = _LONGEST) -> str:
+    """Return a value as text or JSON, cut after `limit` characters."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= longest else f"{text[:longest]} ... ({len(text):,} characters)"
+    return text if len(text) <= limit else f"{text[:limit]} ... ({len(text):,} characters)"
 
 
 def _shown(value: Any, spec: str) -> str:
@@ -120,12 +120,14 @@ def _shown(value: Any, spec: str) -> str:
 
 
 def _summary(record: Record, now: float) -> dict[str, Any]:
-    train, valid, told = record.train, record.valid, record.status
+    train, valid, status = record.train, record.valid, record.status
     losses = train.columns["loss"]
     steps = train.steps
-    held = [(y, x) for x, y in zip(valid.steps, valid.columns["loss"], strict=True) if y == y]
-    best = min(held, default=None)
-    state = str(told.get("state"))
+    valid_losses = [
+        (y, x) for x, y in zip(valid.steps, valid.columns["loss"], strict=True) if y == y
+    ]
+    best = min(valid_losses, default=None)
+    state = str(status.get("state"))
     state = state if state in _STATES else "unknown"
     loss = losses[-1] if losses else None
     going = ""
@@ -136,32 +138,32 @@ def _summary(record: Record, now: float) -> dict[str, Any]:
         "path": str(record.folder),
         "state": state,
         "mark": _STATES.get(state, ("?", "plain")),
-        "reason": going or _text(told.get("reason") or ""),
-        "step": steps[-1] if steps else told.get("step"),
+        "reason": going or _text(status.get("reason") or ""),
+        "step": steps[-1] if steps else status.get("step"),
         "of": json.loads(record.config.get("training.steps", "null")),
-        "loss": "no number" if losses and math.isnan(losses[-1]) else _shown(loss, ".4f"),
-        "valid": held[-1][0] if held else None,
-        "best": best if best and best != held[-1] else None,
+        "loss": "not finite" if losses and math.isnan(losses[-1]) else _shown(loss, ".4f"),
+        "valid": valid_losses[-1][0] if valid_losses else None,
+        "best": best if best and best != valid_losses[-1] else None,
         "tokens": compact(float(f"{train.columns['tokens'][-1]:.3g}")) if steps else "–",
         "time": record.time,
     }
 
 
 def differences(records: Sequence[Record]) -> dict[str, Any]:
-    """Return the keys of the complete configurations, dotted: those that differ, and the others."""
+    """Compare the complete configurations by dotted key: differing and identical values."""
     known = [record.config for record in records if record.config]
-    differing, alike = [], []
+    differing, identical = [], []
     for key in sorted({key for values in known for key in values}):
         if len({values.get(key) for values in known}) == 1:
-            alike.append((key, _text(known[0][key])))
+            identical.append((key, _text(known[0][key])))
         else:
-            found = [record.config.get(key) for record in records]
-            differing.append((key, [None if value is None else _text(value) for value in found]))
-    return {"differing": differing, "alike": alike, "known": len(known)}
+            values = [record.config.get(key) for record in records]
+            differing.append((key, [None if value is None else _text(value) for value in values]))
+    return {"differing": differing, "identical": identical, "known": len(known)}
 
 
 def _timeline(records: Sequence[Record]) -> dict[str, Any]:
-    """Attempts and events by the time since each run's first row, in percent of the longest."""
+    """Place attempts and events by the time since the run's first row, in percent."""
     begins = [min((a for a, _ in r.spans.values()), default=math.nan) for r in records]
     ends = [max((b for _, b in r.spans.values()), default=math.nan) for r in records]
     longest = max((b - a for a, b in zip(begins, ends, strict=True) if b > a), default=1.0)
@@ -183,25 +185,25 @@ def _lane(record: Record, begin: float, longest: float) -> dict[str, Any]:
         name = _text(event.get("name"), 40)
         at = number(event.get("time")) - begin
         if not math.isnan(at):
-            place = round(200 * at / longest) / 2  # one of a kind within half a percent
-            told = f"{name}, step {event['step']:,.0f}, {format_duration(at)}"
-            marks[name, place] = (name, place, told, *_EVENTS.get(name, _OTHER))
-    rows = [_event_row(list(group), begin) for _, group in groupby(record.events, key=_sort)]
+            place = round(200 * at / longest) / 2  # one mark per kind and half percent
+            label = f"{name}, step {event['step']:,.0f}, {format_duration(at)}"
+            marks[name, place] = (name, place, label, *_EVENTS.get(name, _OTHER))
+    rows = [_event_row(list(group), begin) for _, group in groupby(record.events, key=_group_key)]
     return {
         "bars": [
-            (100 * (a - begin) / longest, 100 * (b - a) / longest, f"start {n:.0f}")
+            (100 * (a - begin) / longest, 100 * (b - a) / longest, f"attempt {n:.0f}")
             for n, (a, b) in sorted(record.spans.items())
         ],
         "marks": list(marks.values()),
         "rows": rows[-_MOST_EVENTS:],
-        "left_out": max(0, len(rows) - _MOST_EVENTS),
+        "omitted": max(0, len(rows) - _MOST_EVENTS),
     }
 
 
-def _sort(event: Mapping[str, Any]) -> Any:
-    """Return a key, equal for consecutive events that share a row of the table."""
-    often = event.get("name") in _OFTEN
-    return (event.get("attempt"), event.get("name")) if often else id(event)
+def _group_key(event: Mapping[str, Any]) -> Any:
+    """Return a key that consecutive events with a common table row share."""
+    is_grouped = event.get("name") in _GROUPED
+    return (event.get("attempt"), event.get("name")) if is_grouped else id(event)
 
 
 def _event_row(events: Sequence[Mapping[str, Any]], begin: float) -> dict[str, Any]:
@@ -209,10 +211,10 @@ def _event_row(events: Sequence[Mapping[str, Any]], begin: float) -> dict[str, A
     name = _text(last.get("name"), 40)
     at = number(last.get("time"))
     steps = dict.fromkeys(f"{event['step']:,.0f}" for event in (events[0], last))
-    told = [_text(last["reason"])] if last.get("reason") else []
+    details = [_text(last["reason"])] if last.get("reason") else []
     for key, value in last.items():
         if key not in (*_COMMON, "name", "seconds", "reason") and value not in (None, {}):
-            told.append(f"{key.replace('_', ' ')} {_text(value)}")
+            details.append(f"{key.replace('_', ' ')} {_text(value)}")
     return {
         "name": name,
         "mark": _EVENTS.get(name, _OTHER),
@@ -220,21 +222,21 @@ def _event_row(events: Sequence[Mapping[str, Any]], begin: float) -> dict[str, A
         "steps": " to ".join(steps),
         "attempt": last.get("attempt"),
         "time": format_duration(at - begin) if at >= begin else "–",
-        "told": _text("; ".join(told)),
+        "details": _text("; ".join(details)),
     }
 
 
-def _foresight(record: Record) -> dict[str, Any]:
-    """Predicted next to measured; the wider of two bars is full."""
-    found: dict[str, Any] = {}
+def _forecast(record: Record) -> dict[str, Any]:
+    """Compare predicted and measured numbers. The longer of two bars is 100 wide."""
+    section: dict[str, Any] = {}
     if not record.plan:
-        return found
+        return section
     with record.noting_errors("plan.json"):
         plan = record.plan
         rows = []
         for name, key, scale, unit in (
-            ("memory of a rank", "memory_bytes", 2**-30, "GiB"),
-            ("a step", "step_seconds", 1.0, "s"),
+            ("memory per rank", "memory_bytes", 2**-30, "GiB"),
+            ("time per step", "step_seconds", 1.0, "s"),
         ):
             both = {k: float(plan[k][key]) * scale for k in ("predicted", "measured")}
             most = max(both.values())
@@ -242,19 +244,19 @@ def _foresight(record: Record) -> dict[str, Any]:
             bars = [(kind, f"{one:.3g} {unit}", 100 * one / most) for kind, one in both.items()]
             rows.append({"name": name, "bars": bars, "ratio": f"{ratio:.2f}"})
         device = f"{plan['hosts']} x {plan['per_host']} {plan['device']}"
-        found = {"device": device, "guess": plan["device"] == "cpu", "rows": rows}
-    return found
+        section = {"device": device, "guess": plan["device"] == "cpu", "rows": rows}
+    return section
 
 
 def _evaluation(record: Record) -> dict[str, Any]:
-    """Fine-tuning's metrics by epoch, and what a classifier takes for what."""
+    """Return fine-tuning metrics by epoch, and a classifier's confusion matrix."""
     columns = dict.fromkeys(
         key
         for row in record.epochs
         for key, value in row.items()
         if key not in (*_COMMON, "best_step") and not math.isnan(number(value))
     )
-    found: dict[str, Any] = {
+    section: dict[str, Any] = {
         "columns": list(columns),
         "epochs": record.epochs[-_MOST_EPOCHS:],
         "classes": [],
@@ -262,8 +264,8 @@ def _evaluation(record: Record) -> dict[str, Any]:
     }
     if record.evaluation:
         with record.noting_errors("evaluation.json"):
-            found |= _confusion(record.evaluation)
-    return found if record.epochs or found["classes"] else {}
+            section |= _confusion(record.evaluation)
+    return section if record.epochs or section["classes"] else {}
 
 
 def _confusion(evaluation: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,9 +290,7 @@ def _confusion(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _baselines(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return the scores of the model next to those of what is known without one; [] of
-    older runs.
-    """
+    """Return the scores of the model and of the baselines. Empty for older runs."""
     scores = evaluation.get("baselines") or {}
     rows = [
         ("the model", evaluation),
@@ -305,16 +305,16 @@ def _baselines(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _samples(record: Record) -> list[dict[str, Any]]:
-    """Return what was written to each prompt: the last, and some of those before."""
+    """Return each prompt's last continuation, and some of the earlier ones."""
     by_prompt: dict[str, dict[float, str]] = {}
     for row in record.samples:
         prompt = _text(row.get("prompt", ""), _LONGEST_SAMPLE)
         by_prompt.setdefault(prompt, {})[row["step"]] = _text(row.get("text", ""), _LONGEST_SAMPLE)
-    found = []
+    samples = []
     for prompt, texts in list(by_prompt.items())[:_MOST_SAMPLES]:
         order = [(f"{step:,.0f}", texts[step]) for step in sorted(texts, reverse=True)]
         every = math.ceil(len(order) / _MOST_SAMPLES)
-        found.append(
+        samples.append(
             {"prompt": prompt, "last": order[0], "before": order[every::every], "all": len(order)}
         )
-    return found
+    return samples

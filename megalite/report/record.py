@@ -1,4 +1,4 @@
-"""Content of a run folder, also after a crash or on a full disk."""
+"""Reader of run folders, which copes with crashes and damaged files."""
 
 from __future__ import annotations
 
@@ -21,57 +21,58 @@ from megalite.observe.goodput import goodput
 _ROWS, _STATUS = "metrics.jsonl", "status.json"
 _TRAIN = ("loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "peak_memory_bytes")
 _VALID = ("loss", "accuracy", "f1")
-_LARGEST = 1e30  # what is above measures nothing, and cannot be drawn
-_SUREST = 5  # mistakes that are shown
-_NOT_OURS = (AttributeError, KeyError, TypeError, ValueError, IndexError, ArithmeticError)
+_LARGEST = 1e30  # larger values are not drawn
+_SHOWN_MISTAKES = 5
+_INVALID = (AttributeError, KeyError, TypeError, ValueError, IndexError, ArithmeticError)
 
 
 def number(value: Any) -> float:
-    """Return a JSON value as a number; NaN if it cannot be drawn."""
+    """Return a JSON value as a number. NaN if it cannot be drawn."""
     real = isinstance(value, int | float) and not isinstance(value, bool)
     return float(value) if real and -_LARGEST < value < _LARGEST else math.nan
 
 
 class Track:
-    """Numbers by step, ascending, in 8 bytes each; NaN where a row had none."""
+    """Columns of numbers by ascending step. Missing numbers are NaN."""
 
     def __init__(self, *names: str) -> None:
         self.steps = array("d")
         self.columns = {name: array("d") for name in names}
 
     def add(self, step: float, row: Mapping[str, Any]) -> int:
-        """Take a row in place of those that are not before it; returns how many these were."""
+        """Add a row. Drop rows of this and later steps, and return how many there were."""
         follows = not self.steps or step > self.steps[-1]
-        gone = 0 if follows else self._keep(bisect_left(self.steps, step))
+        dropped = 0 if follows else self._truncate(bisect_left(self.steps, step))
         self.steps.append(step)
         for name, column in self.columns.items():
             column.append(number(row.get(name)))
-        return gone
+        return dropped
 
     def go_back(self, step: float) -> int:
-        """Forget what came after a step; returns how many rows that were."""
-        return self._keep(bisect_right(self.steps, step))
+        """Drop the rows after a step. Return how many there were."""
+        return self._truncate(bisect_right(self.steps, step))
 
-    def _keep(self, count: int) -> int:
-        gone = len(self.steps) - count
+    def _truncate(self, count: int) -> int:
+        dropped = len(self.steps) - count
         for column in (self.steps, *self.columns.values()):
             del column[count:]
-        return gone
+        return dropped
 
 
 @dataclass
 class Record:
-    """A run, read from its folder.
+    """Records of a run, read from its folder.
 
     Attributes:
-        config: the values of config.json as JSON texts, by dotted key; empty if it is missing.
-        status, plan, evaluation: what the files of these names hold; empty if they are missing.
-        time: what `goodput` says; empty where it cannot.
+        config: values of config.json as JSON, by dotted key. Empty if the file is missing.
+        status, plan, evaluation: content of these JSON files. Empty if they are missing.
+        time: result of `goodput`. Empty if that fails.
         epochs: valid rows of fine-tuning.
-        spans: first and last time of each attempt's rows, Unix seconds.
-        predictions, wrong: how many there are of examples with labels, and how many are mistakes.
-        mistakes: the surest ones: probability, id, label, prediction.
-        notes: what is missing, broken or out of the ordinary, a sentence each.
+        spans: first and last time of each attempt's rows, in Unix seconds.
+        predictions: number of predictions for labeled examples.
+        wrong: number of wrong predictions.
+        mistakes: the most confident ones, as (probability, id, label, prediction).
+        notes: sentences about missing, damaged or unusual records.
     """
 
     folder: Path
@@ -95,21 +96,21 @@ class Record:
 
     @contextmanager
     def noting_errors(self, name: str) -> Iterator[None]:
-        """Note what cannot be read or is not what a run writes, and go on without it."""
+        """Run a block that reads a file. On an error, add a note and go on."""
         try:
             yield
         except OSError as error:
             self.note(f"{name} cannot be read: {error.strerror}.")
-        except (*_NOT_OURS, CommandError, RecursionError) as error:
-            self.note(f"{name} is not as a run writes it: {type(error).__name__}: {error}.")
+        except (*_INVALID, CommandError, RecursionError) as error:
+            self.note(f"{name} is damaged: {type(error).__name__}: {error}.")
 
     def note(self, sentence: str) -> None:
-        """Say something about the run, once."""
+        """Add a note, once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
 
     def take(self, row: dict[str, Any] | None) -> None:
-        """Take the next row of metrics.jsonl; of a step that was taken again the later counts."""
+        """Add the next row of metrics.jsonl. If a step was repeated, the later row counts."""
         step = number(row.get("step")) if row else math.nan
         if row is None or math.isnan(step):
             self._broken += 1
@@ -124,7 +125,7 @@ class Record:
         elif row.get("kind") == "sample":
             self.samples.append(row)
         elif row.get("kind") == "valid":
-            if "best_step" not in row:  # which is of other weights than the step's
+            if "best_step" not in row:  # else measured with the weights of another step
                 self.valid.add(step, row)
             if "epoch" in row or "best_step" in row:
                 self.epochs.append(row)
@@ -142,17 +143,17 @@ class Record:
             self.epochs = [row for row in self.epochs if row["step"] <= step]
 
     def note_oddities(self) -> None:
-        """Say what is out of the ordinary about the rows."""
+        """Add notes about unusual rows."""
         losses = self.train.columns["loss"]
         steps = self.train.steps
         missing = [step for step, loss in zip(steps, losses, strict=True) if math.isnan(loss)]
         if self._broken:
             self.note(
-                f"Lines of {_ROWS} that are no rows, such as a crash cuts short, and are omitted: "
+                f"Omitted damaged lines of {_ROWS}, such as those cut short by a crash: "
                 f"{self._broken:,}."
             )
         if not steps:
-            self.note("It has recorded no step of training yet.")
+            self.note("The run has recorded no training step yet.")
         if missing:
             self.note(
                 f"Rows without a finite loss: {len(missing):,} of {len(steps):,}, the first at "
@@ -160,8 +161,8 @@ class Record:
             )
         if self._replaced:
             self.note(
-                "Rows that are not drawn, as the run went back before them and what came later "
-                f"counts: {self._replaced:,}."
+                "Omitted rows of steps that the run repeated after a crash or rollback: "
+                f"{self._replaced:,}."
             )
 
 
@@ -169,7 +170,7 @@ def read_records(folders: Sequence[Path]) -> list[Record]:
     """Read run folders.
 
     Raises:
-        CommandError: some are none, all of them at once.
+        CommandError: some folders are not run folders. The message lists all of them.
     """
     if faults := [fault for folder in folders if (fault := _fault(folder))]:
         raise CommandError("\n".join(faults))
@@ -180,20 +181,21 @@ def _fault(folder: Path) -> str | None:
     try:
         if any((folder / name).exists() for name in (_ROWS, _STATUS)):
             return None
-        found = f"neither {_ROWS} nor {_STATUS} is in it" if folder.is_dir() else "no such folder"
+        reason = f"it contains no {_ROWS} or {_STATUS}" if folder.is_dir() else "no such folder"
         inside = sorted(str(path.parent) for path in folder.glob(f"*/{_ROWS}"))[:2]
     except OSError as error:
-        return f"{folder} cannot be read: {error.strerror}; give runs, such as runs/smoke"
-    return f"{folder} is no run: {found}; give runs, such as {', '.join(inside) or 'runs/smoke'}"
+        return f"{folder} cannot be read: {error.strerror}; give run folders, such as runs/smoke"
+    example = ", ".join(inside) or "runs/smoke"
+    return f"{folder} is not a run folder: {reason}; give run folders, such as {example}"
 
 
 def _read_record(folder: Path) -> Record:
     record = Record(folder)
     with record.noting_errors("config.json"):
         config = {**read_json(folder / "config.json")}
-        rename_keys(config)  # so that runs of an earlier version compare with later ones
+        rename_keys(config)  # so that runs of earlier versions are comparable
         record.config = dict(_flat(config))
-    record.status = _object(record, _STATUS, asked=True)
+    record.status = _object(record, _STATUS, required=True)
     record.plan = _object(record, "plan.json")
     record.evaluation = _object(record, "evaluation.json")
     with record.noting_errors(_ROWS):
@@ -211,11 +213,11 @@ def _read_record(folder: Path) -> Record:
     return record
 
 
-def _object(record: Record, name: str, *, asked: bool = False) -> dict[str, Any]:
-    if asked or (record.folder / name).exists():
+def _object(record: Record, name: str, *, required: bool = False) -> dict[str, Any]:
+    if required or (record.folder / name).exists():
         with record.noting_errors(name):
-            found = read_json(record.folder / name)
-            return {**found}
+            content = read_json(record.folder / name)
+            return {**content}
     return {}
 
 
@@ -226,11 +228,12 @@ def _read_predictions(record: Record) -> None:
         record.predictions += 1
         if row["label"] != row["prediction"]:
             record.wrong += 1
-            sure = max(map(number, row["probabilities"]))
-            if math.isnan(sure):
+            confidence = max(map(number, row["probabilities"]))
+            if math.isnan(confidence):
                 raise ValueError(f"probabilities {row['probabilities']!s:.40}")
-            told = (sure, str(row["id"]), str(row["label"]), str(row["prediction"]))
-            record.mistakes = sorted([*record.mistakes, told], reverse=True)[:_SUREST]
+            mistake = (confidence, str(row["id"]), str(row["label"]), str(row["prediction"]))
+            mistakes = sorted([*record.mistakes, mistake], reverse=True)
+            record.mistakes = mistakes[:_SHOWN_MISTAKES]
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

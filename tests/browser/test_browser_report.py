@@ -1,4 +1,4 @@
-"""The page that launcher/report.py writes, as one looks at it."""
+"""The page of launcher/report.py in a browser."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import rows, run_file, train
 
 ROOT = Path(__file__).resolve().parents[2]
-SECTIONS = ("summary", "curves", "differences", "events", "foresight", "samples")
+SECTIONS = ("summary", "curves", "differences", "events", "forecast", "samples")
 
 
-def test_the_page_of_two_runs(
+def test_page_of_two_runs_renders_without_errors(
     browser: Any, shards: dict[str, str], tmp_path: Path, keep: Callable[[str], None]
 ) -> None:
     runs = []
@@ -45,7 +45,7 @@ def test_the_page_of_two_runs(
     curves = browser.find_elements("css selector", "#curves svg path")
     lengths = [browser.execute_script("return arguments[0].getTotalLength()", c) for c in curves]
     assert sum(length > 50 for length in lengths) >= 4  # two runs, some charts
-    asked = browser.execute_script("return performance.getEntriesByType('resource').length")
-    assert asked == 0  # it needs no other file
+    requests = browser.execute_script("return performance.getEntriesByType('resource').length")
+    assert requests == 0  # the page needs no other file
     faults = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert faults == []

@@ -1,5 +1,5 @@
 # covers: launcher/report.py
-"""launcher/report.py: what it writes, and what it refuses."""
+"""launcher/report.py: its page, and its refusals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LAUNCHER = Path(__file__).resolve().parents[3] / "launcher/report.py"
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """A folder with two runs, and a folder that is none."""
+    """Return a folder with two runs, and one folder that is not a run."""
     for name in ("one", "two", "none"):
         (tmp_path / "runs" / name).mkdir(parents=True)
     for name in ("one", "two"):
@@ -30,11 +30,11 @@ def say(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None
     return ended.value.code
 
 
-def test_it_writes_one_page(
+def test_report_writes_one_page(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = runs / "page.html"
-    page.write_text("of before")
+    page.write_text("an earlier page")
     assert say(monkeypatch, runs / "one", runs / "two", "--output", page) == 0
     assert capsys.readouterr().out == f"{page}\n"
     text = page.read_text(encoding="utf-8")
@@ -43,19 +43,25 @@ def test_it_writes_one_page(
     assert sorted(path.name for path in runs.iterdir()) == ["none", "one", "page.html", "two"]
 
 
-def test_what_it_refuses_is_named_and_nothing_is_written(
+def test_report_refuses_bad_folders_and_writes_nothing(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(runs.rglob("*"))
-    for arguments, told in (
-        ([runs / "none", runs / "gone", runs / "one"], "none is no run: neither metrics.jsonl nor"),
-        ([runs / "none", runs / "gone"], "gone is no run: no such folder; give runs, such as"),
-        ([runs], f"give runs, such as {runs / 'one'}, {runs / 'two'}"),
+    for arguments, message in (
+        (
+            [runs / "none", runs / "gone", runs / "one"],
+            "none is not a run folder: it contains no metrics",
+        ),
+        (
+            [runs / "none", runs / "gone"],
+            "gone is not a run folder: no such folder; give run folders",
+        ),
+        ([runs], f"give run folders, such as {runs / 'one'}, {runs / 'two'}"),
         ([], "the following arguments are required: RUN"),
     ):
         assert say(monkeypatch, *arguments, "--output", runs / "page.html") == 2
         error = capsys.readouterr().err
-        assert told in error
+        assert message in error
         assert "Traceback" not in error
     for output in (runs, runs / "gone" / "page.html", runs / ("x" * 300)):
         assert say(monkeypatch, runs / "one", "--output", output) == 2
@@ -63,9 +69,7 @@ def test_what_it_refuses_is_named_and_nothing_is_written(
     assert sorted(runs.rglob("*")) == before
 
 
-def test_nesting_beyond_measure_is_no_fault_of_the_program(
-    runs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_report_copes_with_deep_nesting(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for depth in (300, 900, 100_000):
         nested = '{"a": ' * depth + "1" + "}" * depth
         event = f'{{"kind": "event", "step": 1, "name": "end", "a": {nested}}}\n'

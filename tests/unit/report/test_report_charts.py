@@ -1,5 +1,5 @@
 # covers: megalite/report/charts.py
-"""Scales and thinning of the report's curves."""
+"""Scales and downsampling of the report's curves."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from megalite.report.charts import compact, smoothed, thin, ticks
 
 
-def test_a_million_values_become_a_thousand_with_their_extremes() -> None:
+def test_thin_keeps_the_extremes_of_a_million_values() -> None:
     values = np.random.default_rng(0).normal(size=1_000_000)
     values[[123_456, 654_321]] = 50.0, -50.0
     values[300_000:310_000] = math.nan
-    places = thin(values)
-    assert 900 < len(places) <= 1002
-    assert {0, 123_456, 654_321, 999_999} <= {*places.tolist()}
-    assert np.isnan(values[places]).any()  # the gap stays one
+    indices = thin(values)
+    assert 900 < len(indices) <= 1002
+    assert {0, 123_456, 654_321, 999_999} <= {*indices.tolist()}
+    assert np.isnan(values[indices]).any()  # the gap stays a gap
     assert thin(values[:1000]).tolist() == list(range(1000))
 
 
-def test_smoothing_is_a_mean_that_does_not_lag() -> None:
+def test_smoothed_is_a_mean_without_lag() -> None:
     line = np.arange(400.0)
     assert smoothed(line)[20:-20] == pytest.approx(line[20:-20])
     line[7] = math.nan
@@ -38,13 +38,13 @@ def test_smoothing_is_a_mean_that_does_not_lag() -> None:
 )
 def test_ticks_lie_within_and_are_few(low: float, span: float, count: int, wide: bool) -> None:
     low = abs(low) + 1e-3 if wide else low
-    found = ticks(low, low + span, count, wide=wide)
+    values = ticks(low, low + span, count, wide=wide)
     room = 1e-9 * max(abs(low), abs(low + span))
-    assert all(low - room <= value <= low + span + room for value in found)
-    assert len(found) <= 2 * count + 2
-    assert found == sorted(found)
+    assert all(low - room <= value <= low + span + room for value in values)
+    assert len(values) <= 2 * count + 2
+    assert values == sorted(values)
 
 
-def test_numbers_are_short() -> None:
-    told = {0.0003: "0.0003", 12.5: "12.5", 250_000: "250k", 1.2e9: "1.2B", 0: "0", -2e6: "-2M"}
-    assert {value: compact(value) for value in told} == told
+def test_compact_shortens_numbers() -> None:
+    texts = {0.0003: "0.0003", 12.5: "12.5", 250_000: "250k", 1.2e9: "1.2B", 0: "0", -2e6: "-2M"}
+    assert {value: compact(value) for value in texts} == texts

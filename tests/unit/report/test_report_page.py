@@ -1,5 +1,5 @@
 # covers: megalite/report/page.py megalite/report/record.py
-"""The page about runs, read as a browser reads it: curves, differences, escapes, broken records."""
+"""The report page, read as a browser reads it: curves, differences, escapes, damaged records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megalite.report import read_records, render
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import rows, run_file, train
 
-SECTIONS = ("summary", "curves", "differences", "time", "events", "foresight", "samples")
+SECTIONS = ("summary", "curves", "differences", "time", "events", "forecast", "samples")
 
 
 class Page(HTMLParser):
@@ -35,11 +35,11 @@ class Page(HTMLParser):
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = {name: value or "" for name, value in attrs}
-        self.elements.append((tag, found))
+        attributes = {name: value or "" for name, value in attrs}
+        self.elements.append((tag, attributes))
         self._tag = tag
         if tag == "section":
-            self._section = found["id"]
+            self._section = attributes["id"]
             self.text[self._section], self.rows[self._section] = "", []
         elif tag == "tr":
             self.rows[self._section].append([])
@@ -62,14 +62,14 @@ class Page(HTMLParser):
                 self.rows[self._section][-1][-1] += data.strip()
 
     def paths(self, kind: str, chart: str = "") -> list[dict[str, str]]:
-        """Return the lines of a kind in the charts whose label begins so."""
-        found, label = [], ""
+        """Return the lines of a kind in the charts whose label begins with `chart`."""
+        lines, label = [], ""
         for tag, attributes in self.elements:
             if tag == "svg":
                 label = attributes.get("aria-label", "")
             elif attributes.get("class", "").split()[:1] == [kind] and label.startswith(chart):
-                found.append(attributes)
-        return found
+                lines.append(attributes)
+        return lines
 
     def curve(self, chart: str, run: str) -> dict[float, float]:
         (line,) = [line for line in self.paths("raw", chart) if line["data-name"] == run]
@@ -82,14 +82,14 @@ def row(kind: str, step: int, *, attempt: int = 0, **fields: Any) -> dict[str, A
 
 
 def numbers(step: int, loss: float | None, **fields: Any) -> dict[str, Any]:
-    told = {"lr": 1e-3, "grad_norm": 1.5, "tokens": 64 * step, "tokens_per_second": 100.0}
-    return row("train", step, loss=loss, peak_memory_bytes=2**30, **told, **fields)
+    common = {"lr": 1e-3, "grad_norm": 1.5, "tokens": 64 * step, "tokens_per_second": 100.0}
+    return row("train", step, loss=loss, peak_memory_bytes=2**30, **common, **fields)
 
 
 def write_run(folder: Path, lines: list[Any], **contents: Any) -> Path:
     folder.mkdir(parents=True)
-    told = (line if isinstance(line, str) else json.dumps(line) for line in lines)
-    (folder / "metrics.jsonl").write_text("\n".join(told))
+    texts = (line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (folder / "metrics.jsonl").write_text("\n".join(texts))
     contents = {"status": {"state": "done", "step": 1}, "config": {"name": folder.name}, **contents}
     for name, content in contents.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -100,13 +100,13 @@ def read_page(*folders: Path, now: float = 2000.0) -> Page:
     return Page(render(read_records(folders), now=now))
 
 
-def test_the_train_loss_drawn_is_the_mean_since_the_last_row(tmp_path: Path) -> None:
+def test_train_loss_curve_is_the_mean_since_the_previous_row(tmp_path: Path) -> None:
     rows = [numbers(1, 9.0, mean_loss=9.0), numbers(3, 5.0, mean_loss=6.5), numbers(4, 4.0)]
     page = read_page(write_run(tmp_path / "one", rows))
     assert page.curve("Train loss by step", "one") == {1: 9.0, 3: 6.5, 4: 4.0}
 
 
-def test_two_runs_beside_each_other(tmp_path: Path) -> None:
+def test_page_compares_two_runs(tmp_path: Path) -> None:
     ends = row("event", 4, name="end", seconds={"setup": 2.0, "step": 3.0})
     begins = row("event", 0, name="start", world_size=2)
     config = {"name": "one", "optimizer": {"lr": 1e-3}, "data": {"train": [{"path": "a"}]}}
@@ -118,7 +118,9 @@ def test_two_runs_beside_each_other(tmp_path: Path) -> None:
     )
     two = write_run(tmp_path / "two", [begins, numbers(2, 5.25), ends], config=other)
     page = read_page(one, two)
-    assert [found["id"] for tag, found in page.elements if tag == "section"] == [*SECTIONS]
+    assert [attributes["id"] for tag, attributes in page.elements if tag == "section"] == [
+        *SECTIONS
+    ]
     assert page.curve("Train loss by step", "one") == {1: 7, 2: 6, 3: 5, 4: 4}
     assert page.curve("Train loss by tokens", "one") == {64: 7, 128: 6, 192: 5, 256: 4}
     assert page.curve("Train loss by step", "two") == {2: 5.25}
@@ -129,7 +131,7 @@ def test_two_runs_beside_each_other(tmp_path: Path) -> None:
         ["name", '"one"', '"two"'],
         ["training.steps", "4", "–"],
     ]
-    assert "1 keys that are alike" in page.text["differences"]
+    assert "1 keys with identical values" in page.text["differences"]
     assert "optimizer.lr" in page.text["differences"]
     summary = page.rows["summary"]
     assert [cell.split("/")[0] for cell in summary[1]][:3] == ["one", "✓done", "4of 4"]
@@ -140,7 +142,7 @@ def test_two_runs_beside_each_other(tmp_path: Path) -> None:
     assert dashes == {"raw c0 d0", "raw c1 d1"}
 
 
-def test_of_repeated_steps_the_later_counts(tmp_path: Path) -> None:
+def test_repeated_steps_show_the_later_row(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "run",
         [
@@ -156,7 +158,7 @@ def test_of_repeated_steps_the_later_counts(tmp_path: Path) -> None:
     )
     page = read_page(run)
     assert page.curve("Train loss by step", "run") == {1: 9, 2: 9, 3: 9, 4: 9, 5: 2, 6: 2}
-    assert "counts: 5." in page.text["summary"]
+    assert "after a crash or rollback: 5." in page.text["summary"]
     assert "kept" in page.text["samples"]
     assert "gone" not in page.text["samples"]
     assert [line[3] for line in page.rows["events"][1:]] == ["start", "rollback", "resume"]
@@ -166,11 +168,11 @@ def test_of_repeated_steps_the_later_counts(tmp_path: Path) -> None:
 EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} \ud800"
 
 
-def test_nothing_of_a_run_becomes_part_of_the_page(tmp_path: Path) -> None:
+def test_texts_of_a_run_are_escaped(tmp_path: Path) -> None:
     folder = tmp_path / EVIL.replace("/", "_").encode(errors="replace").decode()
     measures = {"precision": 1.0, "recall": 1.0, "f1": 1.0, "count": 2}
     evaluation = {"step": 1, "split": EVIL, "per_class": {EVIL: measures}, "confusion": [[2]]}
-    told = {"memory_bytes": 1, "step_seconds": 1}
+    both = {"memory_bytes": 1, "step_seconds": 1}
     write_run(
         folder,
         [
@@ -183,7 +185,7 @@ def test_nothing_of_a_run_becomes_part_of_the_page(tmp_path: Path) -> None:
         status={"state": "failed", "reason": EVIL},
         config={EVIL: EVIL},
         evaluation=evaluation,
-        plan={"device": EVIL, "hosts": EVIL, "per_host": 1, "predicted": told, "measured": told},
+        plan={"device": EVIL, "hosts": EVIL, "per_host": 1, "predicted": both, "measured": both},
     )
     (folder / "predictions.jsonl").write_text(
         json.dumps({"id": EVIL, "label": EVIL, "prediction": "b", "probabilities": [0.5]})
@@ -200,14 +202,14 @@ def test_nothing_of_a_run_becomes_part_of_the_page(tmp_path: Path) -> None:
     assert "url(" not in text
     assert "@import" not in text
     digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
-    (policy,) = [found["content"] for _, found in page.elements if "http-equiv" in found]
+    (policy,) = [one["content"] for _, one in page.elements if "http-equiv" in one]
     assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     shown = EVIL.replace("\ud800", "?")
-    for section in ("summary", "differences", "events", "foresight", "evaluation", "samples"):
+    for section in ("summary", "differences", "events", "forecast", "evaluation", "samples"):
         assert shown[:-2] in page.text[section], section
 
 
-def test_a_long_run_is_thinned_and_keeps_its_extremes(tmp_path: Path) -> None:
+def test_long_curve_is_thinned_and_keeps_its_extremes(tmp_path: Path) -> None:
     lines = [json.dumps(numbers(n, 2.0 + 0.1 * math.sin(n))) for n in range(1, 20_001)]
     lines[7_776] = json.dumps(numbers(7_777, 40.0))
     lines[15_554] = json.dumps(numbers(15_555, 0.5))
@@ -221,7 +223,7 @@ def test_a_long_run_is_thinned_and_keeps_its_extremes(tmp_path: Path) -> None:
     assert len(text) < 300_000
 
 
-def test_what_is_no_number_is_a_gap_and_said(tmp_path: Path) -> None:
+def test_non_finite_loss_is_a_gap_with_a_note(tmp_path: Path) -> None:
     losses = [None if n in (3, 4, 9) else 5.0 - n / 10 for n in range(1, 11)]
     lines = [json.dumps(numbers(n, loss)) for n, loss in enumerate(losses, 1)]
     lines[8] = lines[8].replace("null", "NaN")
@@ -229,18 +231,18 @@ def test_what_is_no_number_is_a_gap_and_said(tmp_path: Path) -> None:
     (line,) = page.paths("raw", "Train loss by step")
     assert line["data-x"] == "1 2 5 6 7 8 10"
     assert line["d"].count("M") == 3
-    assert line["d"].endswith("h0")  # the last is alone
+    assert line["d"].endswith("h0")  # the last is a single point
     assert len(page.paths("gap", "Train loss by step")) == 3
     assert "Rows without a finite loss: 3 of 10, the first at step 3." in page.text["summary"]
-    assert "are no rows, such as a crash cuts short, and are omitted: 3." in page.text["summary"]
+    assert "such as those cut short by a crash: 3." in page.text["summary"]
     assert page.rows["summary"][1][3] == "4.0000"
     last = write_run(tmp_path / "last", [numbers(1, 3.0), numbers(2, None)])
-    assert read_page(last).rows["summary"][1][3] == "no number"
+    assert read_page(last).rows["summary"][1][3] == "not finite"
     never = write_run(tmp_path / "never", [numbers(1, None)])
     assert not read_page(never).paths("raw", "Train loss by step")
 
 
-def test_runs_that_have_just_begun_or_lost_their_files(tmp_path: Path) -> None:
+def test_page_of_new_runs_and_of_missing_files(tmp_path: Path) -> None:
     fresh = write_run(tmp_path / "fresh", [], status={"state": "running", "step": 0})
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -252,22 +254,22 @@ def test_runs_that_have_just_begun_or_lost_their_files(tmp_path: Path) -> None:
     )
     page = read_page(fresh, bare, going, now=1065.0)
     summary = page.text["summary"]
-    assert summary.count("It has recorded no step of training yet.") == 1
+    assert summary.count("The run has recorded no training step yet.") == 1
     for fault in (
         "config.json cannot be read: No such file or directory.",
         "metrics.jsonl cannot be read: No such file or directory.",
-        "status.json is not as a run writes it: JSONDecodeError",
+        "status.json is damaged: JSONDecodeError",
         "Running: last row 1:00 before this page was written",
     ):
         assert fault in summary
     assert [cells[1] for cells in page.rows["summary"][1:]] == ["●running", "?unknown", "●running"]
     assert "No run has recorded a number yet." in read_page(fresh, bare).text["curves"]
     assert "There is no second configuration" in read_page(fresh, bare).text["differences"]
-    for told in ("No run has a plan.json", "No run wrote samples"):
-        assert told in page.text["foresight"] + page.text["samples"]
+    for note in ("No run has a plan.json", "No run recorded text samples"):
+        assert note in page.text["forecast"] + page.text["samples"]
 
 
-def test_many_events_of_a_kind_share_a_row(tmp_path: Path) -> None:
+def test_consecutive_events_of_a_kind_share_a_row(tmp_path: Path) -> None:
     saves = [row("event", n, name="checkpoint", path=f"step_{n}") for n in range(10, 5000, 10)]
     stop = row("event", 5000, name="signal", signal="SIGTERM")
     run = write_run(tmp_path / "run", [row("event", 0, name="start"), *saves, stop])
@@ -276,11 +278,11 @@ def test_many_events_of_a_kind_share_a_row(tmp_path: Path) -> None:
         ["10 to 4,990", "checkpoint × 499", "path step_4990"],
         ["5,000", "signal", "signal SIGTERM"],
     ]
-    marks = [found for _, found in page.elements if found.get("class", "").startswith("mark ")]
+    marks = [one for _, one in page.elements if one.get("class", "").startswith("mark ")]
     assert len(marks) < 210
 
 
-def test_what_fine_tuning_leaves(tmp_path: Path) -> None:
+def test_page_shows_metrics_and_mistakes_of_fine_tuning(tmp_path: Path) -> None:
     per_class = {
         name: {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "count": 4} for name in ("no", "yes")
     }
@@ -298,11 +300,11 @@ def test_what_fine_tuning_leaves(tmp_path: Path) -> None:
             **{"accuracy": 0.625, "f1": 0.6, "baselines": baselines},
         },
     )
-    told = [("no", "yes", 0.6), ("no", "no", 0.9), ("yes", "no", 0.8), (None, "no", 1.0)]
+    predictions = [("no", "yes", 0.6), ("no", "no", 0.9), ("yes", "no", 0.8), (None, "no", 1.0)]
     (run / "predictions.jsonl").write_text(
         "\n".join(
             json.dumps({"id": n, "label": a, "prediction": b, "probabilities": [p, 1 - p]})
-            for n, (a, b, p) in enumerate(told)
+            for n, (a, b, p) in enumerate(predictions)
         )
     )
     page = read_page(run)
@@ -318,10 +320,10 @@ def test_what_fine_tuning_leaves(tmp_path: Path) -> None:
     assert "of 2 in 3 predictions" in page.text["evaluation"]
     assert page.curve("Valid accuracy", "run") == {5: 60, 9: 50}
     broken = write_run(tmp_path / "broken", [], evaluation={"per_class": {"a": {}}, "step": "x"})
-    assert "evaluation.json is not as a run writes it" in read_page(broken).text["summary"]
+    assert "evaluation.json is damaged" in read_page(broken).text["summary"]
 
 
-def test_a_real_run(shards: dict[str, str], tmp_path: Path) -> None:
+def test_page_of_a_trained_run(shards: dict[str, str], tmp_path: Path) -> None:
     raw = run_file(shards, tmp_path, checkpoint={"every": 10})
     run_ranks(train, 1, raw)
     page = read_page(tmp_path / "run")
@@ -332,8 +334,8 @@ def test_a_real_run(shards: dict[str, str], tmp_path: Path) -> None:
     assert "going" not in page.text["summary"]
     assert "cannot be read" not in page.text["summary"]
     assert [line[3] for line in page.rows["events"][1:]] == ["start", "checkpoint × 2", "end"]
-    assert [line[-3] for line in page.rows["foresight"]] == 2 * ["predicted", "measured"]
-    assert "1 x 1 cpu: for a CPU that is not calibrated" in page.text["foresight"]
+    assert [line[-3] for line in page.rows["forecast"]] == 2 * ["predicted", "measured"]
+    assert "1 x 1 cpu: seconds are a guess until the CPU is calibrated" in page.text["forecast"]
 
 
 JSON = st.recursive(
@@ -391,7 +393,7 @@ FILES = st.fixed_dictionaries(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(lines=st.lists(ROWS | EVENTS, max_size=12), contents=FILES)
-def test_whatever_a_run_folder_holds_there_is_a_page(
+def test_page_is_written_for_any_content_of_a_run_folder(
     lines: list[Any], contents: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     run = write_run(tmp_path_factory.mktemp("any") / "run", lines, **contents)
