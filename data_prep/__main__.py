@@ -197,7 +197,7 @@ def _tokenize(**given: Any) -> int:
     from data_prep.options import TokenizeOptions
     from megalite.formats.manifest import load_manifest
 
-    rank, ranks = env.find_place()
+    rank, ranks = env.find_rank_and_size()
     given["workers"] = given["workers"] or (_cores() if ranks == 1 else 1)
     manifest = tokenize(TokenizeOptions(**given))
     if rank:
@@ -236,4 +236,4 @@ def _inspect(folder: Path, document: int | None, picture: Path | None) -> int:
 
 
 if __name__ == "__main__":
-    run_main(main, find_rank=lambda: env.find_place()[0])
+    run_main(main, find_rank=lambda: env.find_rank_and_size()[0])

@@ -108,7 +108,7 @@ def tokenize(options: TokenizeOptions) -> ShardManifest:
     request = encoder.options.request(tokenizer)
     launch = env.launch_id()
     folder = WorkFolder(options.output, request, launch, options.valid_output)
-    rank, ranks = env.find_place()
+    rank, ranks = env.find_rank_and_size()
     if rank == 0 and options.bos is None and encoder.bos is not None:
         begins = " ".join(tokenizer.pieces()[id] for id in tokenizer.prefix_ids)
         logger.info("documents begin with %s, as the tokenizer's texts do (not: --no-bos)", begins)

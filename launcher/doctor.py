@@ -1,8 +1,8 @@
 """Examine a machine, a run file on it, or where the time of a run went.
 
-Without --run: versions, devices, MPI, Slurm, memory, limits, disk, clock and ports; with --config
-also what is known of a run before it trains. --run reports where a run's time went, what was
-lost, and why it was started again.
+Without options, it checks versions, devices, MPI, Slurm, memory, limits, disk, clock and ports.
+With --config, it also makes the checks of a run file that a run makes before it trains. With --run,
+it reports how a run spent its time, how many steps were lost, and why it was restarted.
 """
 
 from __future__ import annotations
@@ -26,69 +26,69 @@ Exit codes: 0 nothing failed (there may be warnings), 1 a check failed, 2 no suc
 def main() -> int:
     parser = command_parser(__doc__, _EXAMPLES)
     parser.add_argument(
-        "--config", metavar="FILE", help="a run file (JSON or YAML), on this machine"
+        "--config", metavar="FILE", help="also check a run file (JSON or YAML) on this machine"
     )
     parser.add_argument(
         "--init-from", metavar="PATH", help="the model that the run of --config starts from"
     )
-    parser.add_argument("--run", metavar="RUN", help="a run folder")
+    parser.add_argument("--run", metavar="RUN", help="report on a run folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     if arguments.init_from is not None and arguments.config is None:
-        raise CommandError("--init-from has no effect without --config; name the run file, too")
-    told: dict[str, Any] = {}
+        raise CommandError("--init-from has no effect without --config; add --config FILE")
+    report: dict[str, Any] = {}
     code = 0
     if arguments.run is not None:
         from megalite.observe.goodput import goodput
 
-        told = goodput(Path(arguments.run))
+        report = goodput(Path(arguments.run))
     if arguments.run is None or arguments.config is not None:
         from data_prep.preview import preview
         from megalite.config import find_file
-        from megalite.doctor import examine, show
+        from megalite.doctor import examine, print_results
 
         if arguments.config is not None and not find_file(arguments.config).is_file():
-            raise CommandError(f"--config {arguments.config!r}: no such run file")
+            raise CommandError(f"--config {arguments.config!r}: no such run file; check the path")
         start = None
         if arguments.init_from is not None:
             from megalite.hub import find_model
 
             start = find_model(arguments.init_from, "--init-from")
-        rows = examine(arguments.config, preview, start)
-        code = int(any(row.state == "fail" for row in rows))
+        results = examine(arguments.config, preview, start)
+        code = int(any(result.state == "fail" for result in results))
         if arguments.json:
-            run = {"run": told} if told else {}
-            told = {"ok": code == 0, "rows": [row._asdict() for row in rows], **run}
+            run = {"run": report} if report else {}
+            report = {"ok": code == 0, "rows": [result.to_json() for result in results], **run}
         else:
-            show(rows)
+            print_results(results)
     if arguments.json:
-        write_report(told, as_json=True)
-    elif told:
-        _print_goodput(told)
+        write_report(report, as_json=True)
+    elif report:
+        _print_goodput(report)
     return code
 
 
-def _print_goodput(found: dict[str, Any]) -> None:
+def _print_goodput(report: dict[str, Any]) -> None:
     from megalite.observe.console import format_duration
 
-    wall = found["wall_seconds"]
+    wall = report["wall_seconds"]
     lines = [
-        f"{found['run']}: {found['state']}, goodput {100 * found['goodput']:.1f} % of "
-        f"{format_duration(wall)}, {found['restarts']} restarts, {found['lost_steps']} steps lost"
+        f"{report['run']}: {report['state']}, goodput {100 * report['goodput']:.1f} % of "
+        f"{format_duration(wall)}, {report['restarts']} restarts, {report['lost_steps']} steps lost"
     ]
-    if (back := found["clock_set_back_seconds"]) > 0:
+    if (back := report["clock_set_back_seconds"]) > 0:
         lines.append(
-            f"  the clock was set back by {format_duration(back)} during the run: time that passed "
-            "at that moment is not counted; see that the hosts keep their clocks (NTP)"
+            f"  the clock was set back by {format_duration(back)} during the run, and the time "
+            "around that is not counted; synchronise the clocks of the hosts (NTP)"
         )
-    for name, seconds in sorted(found["seconds"].items(), key=lambda item: -item[1]):
-        share = 100 * seconds / wall if wall else 0.0
-        lines.append(f"  {name:8} {share:5.1f} %  {format_duration(seconds):>10}")
-    for one in found["attempts"]:
-        lost = f", {one['lost']} lost" if one["lost"] else ""
-        some = one["last"] > one["first"]
-        steps = (f"steps {one['first'] + 1} to {one['last']}" if some else "no step") + lost
-        lines.append(f"  attempt {one['attempt']}: {steps}: {one['cause']}")
+    for name, seconds in sorted(report["seconds"].items(), key=lambda item: -item[1]):
+        percent = 100 * seconds / wall if wall else 0.0
+        lines.append(f"  {name:8} {percent:5.1f} %  {format_duration(seconds):>10}")
+    for attempt in report["attempts"]:
+        lost = f", {attempt['lost']} lost" if attempt["lost"] else ""
+        first, last = attempt["first"], attempt["last"]
+        steps = (f"steps {first + 1} to {last}" if last > first else "no step") + lost
+        lines.append(f"  attempt {attempt['attempt']}: {steps}: {attempt['cause']}")
     write_report("\n".join(lines) + "\n")
 
 

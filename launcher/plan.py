@@ -12,9 +12,9 @@ from megalite.config import RunConfig, find_file, run_files, section_changes, wr
 from megalite.errors import CommandError
 from megalite.log import write_report
 from megalite.plan.command import (
+    check_plan_options,
     make_cluster,
     planned_config,
-    check_plan_options,
     write_calibration,
 )
 from megalite.plan.devices import DEVICES

@@ -117,7 +117,7 @@ def load(path: str | Path) -> Model:
         CommandError: no such model.
         CheckpointError: a damaged checkpoint.
     """
-    with log.shown(env.find_launch().rank):
+    with log.show_messages(env.find_launch().rank):
         from megalite.hub import find_model
 
         folder = find_model(path, "path")  # before torch is imported
@@ -152,10 +152,10 @@ def make_plan(
     from megalite.plan.command import make_cluster, planned_config
     from megalite.plan.forecast import forecast
 
-    with log.shown(rank=0):
+    with log.show_messages(rank=0):
         cluster = make_cluster(str(gpu), nodes, gpus_per_node)
         planned = planned_config(config, _sets(overrides))
-        plan: dict[str, Any] = log.finite(
+        plan: dict[str, Any] = log.replace_nonfinite(
             forecast(planned, cluster).as_json(planned.training.steps)
         )
         return plan
@@ -171,7 +171,7 @@ def open_shards(path: str | Path) -> Shards:
     """
     from megalite.formats import shards
 
-    with log.shown(rank=0):
+    with log.show_messages(rank=0):
         return Shards(shards.open_shards(path))
 
 
@@ -251,7 +251,7 @@ class Model:
 
         sampling = Sampling(temperature, top_k, top_p, seed)
         loaded = self._loaded
-        with log.shown(rank=0):
+        with log.show_messages(rank=0):
             if not isinstance(prompt, str):
                 return self._answer(prompt, max_new_tokens, sampling)
             loaded.check_prompt(prompt)
@@ -319,7 +319,7 @@ class Model:
         from megalite.parallel import start, stop
 
         launch = env.find_launch()
-        with log.shown(launch.rank), isolated():
+        with log.show_messages(launch.rank), isolated():
             grid = start(launch)
             try:
                 return measure(self._loaded, grid, data=None if data is None else str(data))
@@ -343,7 +343,7 @@ def _run(make_options: Callable[[], RunOptions], hooks: Sequence[Hook]) -> RunRe
     """Train by the options that a function makes, after it has checked the configuration."""
     began = time.monotonic()
     launch = env.find_launch()
-    with log.shown(launch.rank):
+    with log.show_messages(launch.rank):
         options = make_options()
         from dataclasses import replace
 

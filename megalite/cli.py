@@ -19,7 +19,7 @@ from megalite import env
 from megalite.errors import CommandError, LaunchError, MegaLiteError, Stopped, UserError
 from megalite.log import logger, setup
 
-_PATHS = {"CHECKPOINT", "DIR", "FILE", "FOLDER", "INPUT", "PATH", "RUN"}  # metavars of paths
+_PATHS = {"CHECKPOINT", "DIR", "FILE", "FOLDER", "INPUT", "PATH", "RUN"}  # metavars for paths
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 _GRACE_FOR_RANK_0 = 10.0  # seconds
 
@@ -37,15 +37,15 @@ def run_main(
     """Run a command and end the process with its exit code.
 
     A `MegaLiteError` becomes one line per fault, without a traceback. All ranks raise the same user
-    error. Rank 0 prints it, and the other ranks wait for the launcher to end them, because the
-    first rank that leaves would end rank 0 before it has printed.
+    error, and rank 0 prints it. The other ranks wait until the launcher ends them, because a rank
+    that exits first would make the launcher end rank 0 before it has printed.
 
     Args:
+        main: the command; it returns the exit code, or None for 0.
         ranks: if true, the command communicates with other ranks, and the process ends without
-            the interpreter's teardown. Gloo's threads outlive Python's, and a thread that needs the
-            interpreter during teardown aborts the process (seen in 1 of 6 runs), so that a
-            finished run would count as crashed.
-        find_rank: returns the rank of this process. Other ranks than 0 log errors only.
+            the interpreter's teardown. A thread of gloo that needs the interpreter during teardown
+            aborts the process (in 1 of 6 runs). Then a finished run would count as crashed.
+        find_rank: returns the rank of this process. Ranks other than 0 log errors only.
     """
     os.umask(os.umask(0o077) | 0o002)  # other users cannot change what is written
     try:
@@ -107,7 +107,7 @@ def _print_fault(error: Exception) -> int:
         advice = "install MegaLite into it (`pip install -e .`), or start the one that has it"
         logger.error("this Python, %s, has no package %s; %s", sys.executable, name, advice)
         return UserError.exit_code
-    logger.error("a fault of the program, not of its input:", exc_info=error)
+    logger.error("an error of the program, not of its input:", exc_info=error)
     return 1
 
 
@@ -201,21 +201,22 @@ def run_parser(about: str | None, examples: str) -> argparse.ArgumentParser:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="auto: this run's newest whole checkpoint, else a fresh start (default); never: "
-        "fresh, an error where checkpoints exist; PATH: a step folder or a run folder of any run",
+        help="auto (default): resume this run's newest intact checkpoint, or start fresh if there "
+        "is none; never: start fresh, an error if checkpoints exist; PATH: resume a step folder or "
+        "a run folder",
     )
     parser.add_argument(
         "--init-from",
         metavar="CHECKPOINT",
-        help="start a fresh run from the weights of a checkpoint, of a model folder of Hugging "
-        "Face's, or of a model of the hub (ORG/NAME, ORG/NAME@REVISION)",
+        help="start a fresh run from the weights of a checkpoint, of a folder in Hugging Face's "
+        "format, or of a model of the hub (ORG/NAME, ORG/NAME@REVISION)",
     )
     parser.add_argument(
         "--allow-change",
         action="append",
         default=[],
         metavar="KEY",
-        help="resume although model, tokenizer, data, sequence_length or seed changed",
+        help="resume although KEY (model, tokenizer, data, sequence_length or seed) changed",
     )
     parser.add_argument(
         "--dry-run",
@@ -223,8 +224,8 @@ def run_parser(about: str | None, examples: str) -> argparse.ArgumentParser:
         nargs="?",
         const=0,
         metavar="RANKS",
-        help="check a step's shapes and messages on that many ranks (default: those started) "
-        "in this process; train nothing",
+        help="check the shapes and messages of a step on RANKS ranks, all in this process, without "
+        "training (default: the number of ranks that were started)",
     )
     parser.add_argument(
         "--gpu",
@@ -232,7 +233,7 @@ def run_parser(about: str | None, examples: str) -> argparse.ArgumentParser:
         help="device for --dry-run: a name of plan.py --gpu, cpu, or a JSON file "
         "(default: this host's if no RANKS are given, else GPUs)",
     )
-    # the deepspeed launcher appends it; the environment says the same
+    # the deepspeed launcher appends it; environment variables contain the same number
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
 
@@ -244,11 +245,11 @@ def refuse_ignored_options(arguments: argparse.Namespace) -> None:
         CommandError: --gpu without --dry-run.
     """
     if arguments.gpu is not None and arguments.dry_run is None:
-        raise CommandError("--gpu is an option of --dry-run: add that, or remove --gpu")
+        raise CommandError("--gpu only applies to --dry-run; add --dry-run, or remove --gpu")
 
 
 def _ranks(text: str) -> int:
-    """Parse a number of ranks of at least 1; 0 stands for an option without a number."""
+    """Parse a number of ranks, which must be 1 or more."""
     if text.isascii() and text.isdigit() and 1 <= len(text) <= 9 and int(text) >= 1:
         return int(text)
     raise argparse.ArgumentTypeError(f"ranks, at least 1, not {text!r}")

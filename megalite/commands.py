@@ -120,7 +120,7 @@ def _run(name: str, arguments: Sequence[str]) -> None:
     if name == "data":
         from data_prep.__main__ import main as prepare
 
-        run_main(lambda: prepare(arguments), find_rank=lambda: env.find_place()[0])
+        run_main(lambda: prepare(arguments), find_rank=lambda: env.find_rank_and_size()[0])
     if program.ranks:
         env.restart_with_heap()
         try:

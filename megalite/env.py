@@ -1,8 +1,8 @@
-"""The one reader of the process environment: who this rank is, and what the host offers.
+"""The process environment, which only this module reads: this rank's launch, and the host.
 
-`find_launch` describes this rank, whichever launcher started it (`megalite.launchers` reads the
-variables). A description that is half set or contradicts itself is refused, because a rank that
-guesses trains alone and says nothing.
+`find_launch` describes this rank for every launcher; `megalite.launchers` interprets the variables.
+An incomplete or contradicting description is refused, because a rank that guessed would silently
+train alone.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from importlib.metadata import PackageNotFoundError, version
 from megalite import launchers
 from megalite.errors import CommandError
 from megalite.launchers import Launch as Launch
-from megalite.launchers import is_number, number
+from megalite.launchers import is_number, read_int
 
-# what names one launch: Open MPI's (PMIx), MPICH's and Intel MPI's, Slurm's step, other schedulers'
+# Variables that identify one launch: of Open MPI (PMIx), MPICH and Intel MPI, a Slurm step, others.
 _LAUNCH_KEYS = (
     ("PMIX_NAMESPACE",),
     ("PMI_JOBID",),
@@ -34,48 +34,48 @@ _LAUNCH_KEYS = (
     ("LSB_JOBID", "JSM_NAMESPACE_ID"),
     ("PBS_JOBID",),
 )
-STARTED_BY = "MEGALITE_STARTED_BY"  # in a rank of the `megalite` command: that process's id
-# 32 MiB is the largest threshold that glibc allows: what is larger goes back to the system at once
+STARTED_BY = "MEGALITE_STARTED_BY"  # set in ranks of the `megalite` command: its process id
+# 32 MiB is the largest threshold that glibc allows; larger blocks return to the system when freed
 _HEAP = ("tcache_count=0", "mxfast=0", "mmap_threshold=33554432", "trim_threshold=4294967296")
 
 
 @dataclass(frozen=True)
 class Job:
-    """The scheduler's name for this run of the program; equal on all its ranks."""
+    """The Slurm job of this process; equal on all its ranks."""
 
-    id: str  # "" outside a scheduler
+    id: str  # "" outside Slurm
     restart_count: int
 
 
 def find_launch(env: Mapping[str, str] = os.environ) -> Launch:
-    """Return rank and world from whichever launcher started this process.
+    """Return rank and world size as described by the launcher of this process.
 
     Raises:
-        LaunchError: variables half set, not numbers, out of range or contradicting each other;
-            a single process where variables name several hosts or ranks.
+        LaunchError: variables are incomplete, not numbers, out of range or contradict each other;
+            or this is a single process, but variables name several hosts or ranks.
     """
     return launchers.read_launch(env)
 
 
-def find_place(env: Mapping[str, str] = os.environ) -> tuple[int, int]:
+def find_rank_and_size(env: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Return rank and world size of a command whose ranks exchange no messages.
 
-    mpirun inside an allocation leaves the SLURM_ variables of its daemons to its ranks, so MPI is
-    asked first; srun without PMI starts ranks that each see an MPI world of one, so it is asked
-    only where mpirun speaks.
+    The variables of mpirun are read before those of Slurm, because ranks of an mpirun inside an
+    allocation inherit the SLURM_ variables of its daemons. Without variables of mpirun, MPI itself
+    is not queried, because ranks of an srun without PMI each see an MPI world of one.
 
     Raises:
         LaunchError: as `find_launch`.
     """
-    found = launchers.find_mpi_rank(env)
-    if found is not None:
-        return _ask_mpi(*found)
+    from_mpi = launchers.find_mpi_rank(env)
+    if from_mpi is not None:
+        return _query_mpi(*from_mpi)
     launch = find_launch(env)
     return launch.rank, launch.world_size
 
 
-def _ask_mpi(rank: int, size: int) -> tuple[int, int]:
-    """MPI's own answer, unless the library found here is not the one that started the ranks."""
+def _query_mpi(rank: int, size: int) -> tuple[int, int]:
+    """Return MPI's own rank and size, unless the size shows that the MPI library is another one."""
     try:
         from mpi4py import MPI
 
@@ -89,11 +89,11 @@ def _ask_mpi(rank: int, size: int) -> tuple[int, int]:
 
 def job(env: Mapping[str, str] = os.environ) -> Job:
     """Return the Slurm job and how often it was requeued; an empty id outside Slurm."""
-    return Job(env.get("SLURM_JOB_ID", ""), number(env, "SLURM_RESTART_COUNT", 0))
+    return Job(env.get("SLURM_JOB_ID", ""), read_int(env, "SLURM_RESTART_COUNT", 0))
 
 
 def launch_id(env: Mapping[str, str] = os.environ) -> str:
-    """Return what the ranks of one mpirun or srun have in common and those of another do not."""
+    """Return an id that all ranks of one mpirun or srun share, and those of another do not."""
     for names in _LAUNCH_KEYS:
         if any(env.get(name) for name in names):
             return "/".join(env.get(name, "") for name in names)
@@ -106,9 +106,10 @@ def first_host(env: Mapping[str, str] = os.environ) -> str:
 
 
 def secrets() -> list[str]:
-    """Values of variables whose names say that nobody should read them.
+    """Return the values of variables whose names announce a secret.
 
-    Many a KEY or TOKEN is no secret (GROUP_KEY=layernorm): there a plain word is none.
+    The value of a KEY or TOKEN is often none (GROUP_KEY=layernorm). There a plain word is no
+    secret.
     """
     names = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
     word = re.compile(r"[A-Za-z_.<|>/-]+")
@@ -116,8 +117,8 @@ def secrets() -> list[str]:
         value
         for name, value in os.environ.items()
         if len(value) >= 8
-        and (found := names.search(name))
-        and not (found[0].upper() in ("KEY", "TOKEN") and word.fullmatch(value))
+        and (ending := names.search(name))
+        and not (ending[0].upper() in ("KEY", "TOKEN") and word.fullmatch(value))
     ]
 
 
@@ -125,24 +126,24 @@ def expand_user(path: str) -> str:
     """Return a path with the home folder in place of a leading `~` or `~name`, as a shell does.
 
     Raises:
-        CommandError: `~name` is no user with a home folder here.
+        CommandError: `~name` is not a user with a home folder here.
     """
-    found = os.path.expanduser(path)
-    if found.startswith("~"):
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
         raise CommandError(
-            f"{path}: {path.split('/')[0]} is no user with a home folder here; write the whole "
+            f"{path}: {path.split('/')[0]} is not a user with a home folder here; write the whole "
             f"path, or ./{path} for a folder of that name"
         )
-    return found
+    return expanded
 
 
 def variable(name: str) -> str:
-    """Return a variable as the user set it, for a report; "" if it is not set."""
+    """Return a variable; "" if it is not set."""
     return os.environ.get(name, "")
 
 
 def has_agent_store() -> bool:
-    """Return whether torchrun's agent keeps the ranks' meeting place, and not rank 0."""
+    """Return whether torchrun's agent, and not rank 0, hosts the store that ranks connect to."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -152,60 +153,61 @@ def has_compiler() -> bool:
 
 
 def has_package(name: str) -> bool:
-    """Return whether a package can be imported; a folder that is called like it is none."""
-    found = importlib.util.find_spec(name)
-    return found is not None and found.origin is not None
+    """Return whether a package can be imported; a mere folder of that name does not count."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None
 
 
 def set_default(name: str, value: str) -> None:
-    """Set an environment variable for libraries that read nothing else, unless the user did."""
+    """Set an environment variable, for a library without another setting, unless the user did."""
     os.environ.setdefault(name, value)
 
 
 def heap_settings(environ: Mapping[str, str], gpus: bool) -> str | None:
-    """Return the GLIBC_TUNABLES that a training process on a CPU needs; None to change nothing.
+    """Return the GLIBC_TUNABLES for training on a CPU. None means that nothing must change.
 
-    glibc keeps the pieces that a tensor's alignment cuts off in lists of small chunks, and gives
-    them to objects that live longer. Freed tensors then cannot merge: a run's heap was measured at
-    up to twice its live bytes, growing for dozens of steps. Both lists are turned off. Freed
-    memory stays with the process, because the next step needs it again.
+    By default, glibc collects the pieces that a tensor's alignment cuts off in lists of small
+    chunks, and reuses them for objects that live longer. Then freed tensors cannot merge: the heap
+    of a run was measured at up to twice its live bytes, and grew for dozens of steps. The settings
+    disable both lists, and keep freed memory in the process for the next step.
 
     Args:
-        gpus: whether the host has GPUs, which hold the tensors then.
+        environ: the environment of this process.
+        gpus: whether the host has GPUs, whose memory then contains the tensors.
     """
-    own = environ.get("GLIBC_TUNABLES", "")
-    if gpus or "glibc.malloc." in own:
+    tunables = environ.get("GLIBC_TUNABLES", "")
+    if gpus or "glibc.malloc." in tunables:
         return None
-    return ":".join(filter(None, (own, *(f"glibc.malloc.{name}" for name in _HEAP))))
+    return ":".join(filter(None, (tunables, *(f"glibc.malloc.{name}" for name in _HEAP))))
 
 
 def restart_with_heap() -> None:
-    """Restart this process once with `heap_settings`, which glibc reads only at a start.
+    """Restart this process once with `heap_settings`, which glibc reads only at its start.
 
-    The process keeps its id, arguments and open files. Without glibc nothing happens, nor within
-    another program that runs a launcher (a notebook, runpy, a fork): that one would begin again.
+    The process keeps its id, arguments and open files. Nothing happens without glibc, or if another
+    program runs the launcher (a notebook, runpy, a fork), because that program would be restarted.
     """
     gpus = any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/kfd"))
     settings = heap_settings(os.environ, gpus)
     glibc = "CS_GNU_LIBC_VERSION" in getattr(os, "confstr_names", {})
-    started = sys.orig_argv[-len(sys.argv) :]
-    # `python -m megalite ...`, of which sys.argv has the file's name
-    as_module = sys.orig_argv[-len(sys.argv) - 1 :][:2] == ["-m", "megalite"]
-    if settings is None or not glibc or not (started == sys.argv or as_module):
+    is_script = sys.orig_argv[-len(sys.argv) :] == sys.argv
+    # `python -m megalite ...`: sys.argv[0] is the path of the file
+    is_module = sys.orig_argv[-len(sys.argv) - 1 :][:2] == ["-m", "megalite"]
+    if settings is None or not glibc or not (is_script or is_module):
         return
     os.environ["GLIBC_TUNABLES"] = settings
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def replace(environ: Mapping[str, str]) -> None:
-    """Become a process that was started with this environment."""
+    """Replace the environment of this process."""
     os.environ.clear()
     os.environ.update(environ)
 
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Undo the changes that a block makes to the environment, of this program or of libraries."""
+    """Undo all changes of the environment during a block, those of libraries included."""
     before = dict(os.environ)
     try:
         yield
@@ -218,10 +220,10 @@ def restored() -> Iterator[None]:
 
 
 def publish_launch(launch: Launch) -> None:
-    """Write `launch` where torch.distributed and DeepSpeed look for it.
+    """Set the variables that torch.distributed and DeepSpeed read.
 
-    DeepSpeed also compares LOCAL_RANK with Open MPI's, which names a launcher and not its rank
-    where mpirun starts one torchrun a host.
+    DeepSpeed also compares LOCAL_RANK with Open MPI's local rank. If mpirun starts one torchrun per
+    host, Open MPI's variable describes torchrun itself and not its ranks, so it is replaced.
     """
     os.environ.update(_to_torchrun(launch))
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
@@ -231,8 +233,8 @@ def publish_launch(launch: Launch) -> None:
 def visible_gpus() -> int:
     """Return the number of NVIDIA GPUs that torch will use in this process, without torch.
 
-    `CUDA_VISIBLE_DEVICES` restricts them, as CUDA reads it: the first entry that is no device ends
-    the list. A torch without CUDA uses none.
+    `CUDA_VISIBLE_DEVICES` restricts them. As in CUDA, its first invalid entry ends the list. A
+    torch without CUDA uses none.
     """
     with suppress(PackageNotFoundError):
         if version("torch").endswith("+cpu"):
@@ -270,9 +272,9 @@ def rank_environment(
         source="torchrun",
     )
     environ = os.environ.items()
-    own = {key: value for key, value in environ if not launchers.is_launchers_own(key)}
+    inherited = {key: value for key, value in environ if not launchers.is_launcher_variable(key)}
     threads = {"OMP_NUM_THREADS": "1"} if one_thread else {}
-    return own | _to_torchrun(launch) | threads
+    return inherited | _to_torchrun(launch) | threads
 
 
 def _to_torchrun(launch: Launch) -> dict[str, str]:
@@ -287,19 +289,19 @@ def _to_torchrun(launch: Launch) -> dict[str, str]:
 
 
 def thread_count(launch: Launch) -> int:
-    """CPU threads for this rank: what the user set, else its even share of the host's cores.
+    """Return the CPU threads of this rank: OMP_NUM_THREADS, or its share of the host's cores.
 
-    torchrun sets OMP_NUM_THREADS=1 wherever the user set nothing, so its 1 is no one's wish.
+    If the user did not set OMP_NUM_THREADS, torchrun sets it to 1. So 1 under torchrun is ignored.
     """
     value = os.environ.get("OMP_NUM_THREADS", "")
     by_torchrun = value == "1" and "TORCHELASTIC_RUN_ID" in os.environ
     if is_number(value) and int(value) > 0 and not by_torchrun:
         return int(value)
-    mine = getattr(os, "sched_getaffinity", None)  # Linux: the cores this process may use
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux: the cores this process may use
     total = os.cpu_count() or 1
-    cores = len(mine(0)) if mine else total
+    cores = len(affinity(0)) if affinity else total
     if launch.source == "srun" and cores < total:
-        return cores  # Slurm has bound this task to cores of its own
-    if launch.source not in ("torchrun", "python"):  # mpirun binds ranks, often to one core
+        return cores  # Slurm bound this task to these cores, which no other task uses
+    if launch.source not in ("torchrun", "python"):  # mpirun often binds each rank to one core
         return max(1, min(cores, total // launch.local_world_size))
     return max(1, cores // launch.local_world_size)

@@ -1,21 +1,21 @@
-"""Every error MegaLite raises on purpose, and the exit code each one ends a process with.
+"""The errors that MegaLite raises deliberately, and their exit codes.
 
-    MegaLiteError               1   something failed; the run folder says what
+    MegaLiteError               1   something failed; the run folder states what
     ├── UserError               2   a user error; raised before anything is written
-    │   ├── ConfigError         2   a run file, or two keys of it that contradict each other
-    │   ├── DataError           2   shards, corpora, tokenizers
-    │   ├── CommandError        2   command-line arguments
-    │   │   └── OtherVersion    2   a checkpoint of a MegaLite that writes another format
-    │   └── LaunchError         2   ranks, hosts and devices as the launcher handed them over
+    │   ├── ConfigError         2   invalid keys of a run file, or keys that contradict each other
+    │   ├── DataError           2   invalid shards, corpora or tokenizers
+    │   ├── CommandError        2   invalid command-line arguments
+    │   │   └── OtherVersion    2   a checkpoint in the format of another version of MegaLite
+    │   └── LaunchError         2   an incomplete or contradicting launch: ranks, hosts, devices
     ├── CheckpointError         1   a checkpoint that is damaged or cannot be written
-    │   ├── NoSpace             1   the disk has no room for it; nothing was begun
-    │   └── DamagedCheckpoint   1   its bytes are not those that were written: another may be
-    ├── EngineError             1   the engine does not do what was requested
-    ├── Stopped                75   a signal ended the run; it can be resumed (EX_TEMPFAIL)
-    └── Superseded              3   a newer incarnation of the same job owns the run folder
+    │   ├── NoSpace             1   the disk has no room for a checkpoint; nothing was written
+    │   └── DamagedCheckpoint   1   a checkpoint's bytes are not those that were written
+    ├── EngineError             1   the engine uses another value than the requested one
+    ├── Stopped                75   a signal ended the run, which can be resumed (EX_TEMPFAIL)
+    └── Superseded              3   a newer start of the same job owns the run folder
 
-A message states the request, the finding and the remedy. Broken invariants are
-assertions, not errors of this tree.
+A message states a fact, numbers and the remedy. Broken invariants are assertions, not errors of
+this tree.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 class MegaLiteError(Exception):
-    """The root: caught once, by `megalite.cli.run_main`, and printed without a traceback."""
+    """The root. `megalite.cli.run_main` catches it and prints it without a traceback."""
 
     exit_code = 1
 
 
 class UserError(MegaLiteError):
-    """A user error. Found before the run folder is opened, so nothing was written."""
+    """A user error, raised before the run folder is opened, so that nothing was written."""
 
     exit_code = 2
 
 
 class ConfigError(UserError):
-    """One or more faults of a run file, all of them at once."""
+    """All faults of a run file, one line each."""
 
     def __init__(self, faults: str | Sequence[str]) -> None:
         self.faults = [faults] if isinstance(faults, str) else list(faults)
@@ -50,15 +50,15 @@ class DataError(UserError):
 
 
 class CommandError(UserError):
-    """Arguments of a command that do not go together."""
+    """Invalid arguments of a command."""
 
 
 class OtherVersion(CommandError):
-    """A checkpoint that is whole, but of a version of MegaLite that keeps other things in it."""
+    """An intact checkpoint in the format of another version of MegaLite."""
 
 
 class LaunchError(UserError):
-    """Ranks, hosts or devices that are half set or contradict each other."""
+    """Incomplete or contradicting descriptions of ranks, hosts or devices."""
 
 
 class CheckpointError(MegaLiteError):
@@ -66,15 +66,15 @@ class CheckpointError(MegaLiteError):
 
 
 class NoSpace(CheckpointError):
-    """A checkpoint that the disk has no room for, found before anything was written."""
+    """A checkpoint that the disk has no room for, noticed before anything was written."""
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint whose bytes turned out, as they were loaded, to be others than were written."""
+    """A checkpoint whose bytes are not those that were written, noticed while loading it."""
 
 
 class EngineError(MegaLiteError):
-    """The training engine reports a value other than the one it was given."""
+    """The training engine reports another value than the requested one."""
 
 
 class Stopped(MegaLiteError):
@@ -84,27 +84,29 @@ class Stopped(MegaLiteError):
 
 
 class Superseded(MegaLiteError):
-    """A newer incarnation of this job owns the run folder; this one must not publish."""
+    """A newer start of this job owns the run folder, so this one must not publish anything."""
 
     exit_code = 3
 
 
-_TYPO = 0.7  # similarity of two words that differ by a typing error
+_TYPO = 0.7  # least similarity of two words that differ by a typing error
 
 
 def nearest(
-    name: str, known: Iterable[str], shown: Callable[[str], str] = lambda found: found
+    name: str, candidates: Iterable[str], shown: Callable[[str], str] = lambda match: match
 ) -> str:
     """Return the hint `; did you mean "x"?` for a misspelt name, or an empty string.
 
-    Word for word: `save_steps` is not a misspelt `steps`, and `warmup_ratio` no `warmup_steps`.
+    Names are compared word by word: `save_steps` is not a misspelt `steps`.
 
     Args:
-        shown: how to write the name that is meant.
+        name: the name that does not exist.
+        candidates: the names that exist.
+        shown: returns the text of a name in the hint.
     """
-    matches = difflib.get_close_matches(name, list(known), n=5, cutoff=0.6)
-    found = next((match for match in matches if _is_typo(name, match)), None)
-    return f'; did you mean "{shown(found)}"?' if found else ""
+    matches = difflib.get_close_matches(name, list(candidates), n=5, cutoff=0.6)
+    nearest_match = next((match for match in matches if _is_typo(name, match)), None)
+    return f'; did you mean "{shown(nearest_match)}"?' if nearest_match else ""
 
 
 def _is_typo(name: str, meant: str) -> bool:

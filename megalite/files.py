@@ -22,7 +22,7 @@ _PARTIAL = ".tmp"
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `path` so that a reader, or a crash, sees the old content or the new, never a part.
 
-    The bytes go to a neighbour of another name, are synced, and are renamed over `path`.
+    The bytes are written to a temporary file in the same folder, synced, and renamed to `path`.
     """
     data = content.encode() if isinstance(content, str) else content
     partial = _partial(path)
@@ -39,32 +39,36 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def check_target(path: Path, reads: Iterable[Path] = (), *, option: str = "--output") -> None:
-    """See to it that `write_atomic` could write `path`, and would replace none of what is read.
+    """Check that `write_atomic` can write `path`, and does not replace an input of the command.
 
     Args:
-        path: what a command was given as `option`.
+        path: the output of a command.
+        reads: the inputs of the command.
+        option: the option that `path` is the value of.
     Raises:
-        CommandError: why it could not.
+        CommandError: the path cannot be written, or is an input.
     """
-    asked = f"{option} {path}"
+    argument = f"{option} {path}"
     try:
         if not path.parent.is_dir():
             raise CommandError(
-                f"{asked}: there is no folder {path.parent}; make it, or name another file"
+                f"{argument}: there is no folder {path.parent}; create it, or name another file"
             )
         if path.exists() and not path.is_file():
-            raise CommandError(f"{asked}: it is there and no file; name a file")
+            raise CommandError(f"{argument}: it exists and is not a file; name another file")
         for read in reads:
             if path.exists() and read.exists() and path.samefile(read):
-                raise CommandError(f"{asked}: it is {read}, which is read here; name another file")
-        if path.is_symlink():  # a device's, too
-            raise CommandError(f"{asked} is a link; name the file itself")
+                raise CommandError(f"{argument}: it is the input {read}; name another file")
+        if path.is_symlink():  # or a link to a device
+            raise CommandError(f"{argument} is a link; name the file itself")
         partial = _partial(path)
         partial.touch(exist_ok=False)
         partial.unlink()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise CommandError(f"{asked}: it cannot be written: {reason}; name another file") from None
+        raise CommandError(
+            f"{argument}: it cannot be written: {reason}; name another file"
+        ) from None
 
 
 def _partial(path: Path) -> Path:
@@ -72,13 +76,13 @@ def _partial(path: Path) -> Path:
 
 
 def clear_partials(folder: Path) -> None:
-    """Remove what `write_atomic` left in a folder when it was killed."""
+    """Remove temporary files of `write_atomic` calls that were killed."""
     for partial in folder.glob(f".*.????????{_PARTIAL}"):
         partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_atomic` of indented JSON; numbers that JSON lacks (nan, inf) are an error."""
+    """Write indented JSON with `write_atomic`; nan and inf raise a ValueError."""
     write_atomic(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -86,45 +90,53 @@ def parse_json(text: str | bytes) -> Any:
     """Parse a JSON text.
 
     Raises:
-        ValueError: not JSON, not UTF-8, or nested deeper than Python can follow.
+        ValueError: the text is not JSON, not UTF-8, or nested too deep for Python.
     """
     try:
         return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
     except RecursionError:
-        raise ValueError("it nests too deep") from None
+        raise ValueError("it is nested too deep") from None
 
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
         ValueError: as `parse_json`.
     """
     return parse_json(read_regular(path))
 
 
 def read_regular(path: Path) -> bytes:
-    """Return the content of a file; OSError if it is none, such as a pipe, which would wait."""
+    """Return the content of a regular file.
+
+    Raises:
+        OSError: the file cannot be read, or is not regular: reading a pipe could wait forever.
+    """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "not a regular file")
     return path.read_bytes()
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON file that holds an object; raises as `read_json`."""
+    """Return the JSON object in a file.
+
+    Raises:
+        OSError, ValueError: as `read_json`.
+    """
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ValueError(f"it holds {type(value).__name__}, not a JSON object")
+        raise ValueError(f"it contains {type(value).__name__}, not a JSON object")
     return value
 
 
 def each_row(path: Path, *, last: int | None = None) -> Iterator[dict[str, Any] | None]:
-    """Yield the objects of a file that holds one a line, one after the other; None for any other
-    line.
+    """Yield the JSON object of each line of a file; None for a line without one.
 
     Args:
-        last: bytes of its end to read; None: all of it.
+        path: the file, such as `metrics.jsonl`.
+        last: bytes to read, at the end of the file. None means the whole file.
     """
     with open(path, "rb") as file:
         if last is not None:
@@ -137,12 +149,12 @@ def each_row(path: Path, *, last: int | None = None) -> Iterator[dict[str, Any] 
 
 
 def read_rows(path: Path, *, last: int | None = None) -> list[dict[str, Any]]:
-    """Return the objects of `each_row`, without the lines that a crash cut short."""
+    """Return the objects of `each_row`, without lines that a crash truncated."""
     return [row for row in each_row(path, last=last) if row is not None]
 
 
 def is_plain_name(name: object) -> bool:
-    """Return whether a name from a file is that of a file next to it, and cannot lead elsewhere."""
+    """Return whether a name can only be that of a file in the same folder."""
     return (
         isinstance(name, str)
         and name.isprintable()
@@ -153,14 +165,12 @@ def is_plain_name(name: object) -> bool:
 
 
 def is_inner_path(name: object) -> bool:
-    """Return whether a path from a file stays below the folder it is relative to; links are not
-    seen.
-    """
+    """Return whether a relative path stays within its folder. Links are not resolved."""
     return isinstance(name, str) and all(is_plain_name(part) for part in name.split("/"))
 
 
 def sha256_file(path: Path) -> str:
-    """Return the file's SHA-256 as 64 hexadecimal digits, read in pieces of 4 MiB."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
@@ -169,7 +179,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sync_file(path: Path) -> None:
-    """Force a file's bytes to the disk."""
+    """Flush a file's bytes to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -178,12 +188,12 @@ def sync_file(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Force a directory's entries to the disk, so that a rename in it survives a power cut."""
+    """Flush a directory's entries to the disk, so that a rename in it survives a power failure."""
     sync_file(path)
 
 
 def publish(staging: Path, final: Path) -> None:
-    """Rename a complete folder to its public name, the single moment it comes into being."""
+    """Flush a complete folder to the disk and rename it to its final name, in one atomic step."""
     for folder in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
         sync_directory(folder)
     os.rename(staging, final)
@@ -191,29 +201,30 @@ def publish(staging: Path, final: Path) -> None:
 
 
 def append_line(path: Path, line: bytes, *, sync: bool = False) -> None:
-    """Append one line to a file: whole, or not at all if the disk is full.
+    """Append one line to a file, completely or not at all.
 
-    A line that a crash cut short before gets an end of its own first, so that no two lines join.
+    If a crash truncated the last line, a line end is written first, so that the lines do not join.
 
     Args:
-        line: without its end.
-        sync: if true, the line is on the disk when this returns.
+        path: the file.
+        line: the line without its end.
+        sync: whether to flush the line to the disk before returning.
     Raises:
-        OSError: the line was not written, and the file is as it was.
+        OSError: the line was not written, and the file is unchanged.
     """
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         end = os.fstat(handle).st_size
-        cut = end > 0 and os.pread(handle, 1, end - 1) != b"\n"
-        data = b"\n" * cut + line + b"\n"
+        truncated = end > 0 and os.pread(handle, 1, end - 1) != b"\n"
+        data = b"\n" * truncated + line + b"\n"
         try:
-            written = os.write(handle, data)  # one call: a reader never meets half of a line
+            written = os.write(handle, data)  # one call, so that no reader sees half a line
             if written < len(data):
-                written += os.write(handle, data[written:])  # says why the first one was short
+                written += os.write(handle, data[written:])  # raises the reason if it fails again
             if sync:
                 os.fsync(handle)
         except OSError:
-            with suppress(OSError):  # nobody else may have appended since
+            with suppress(OSError):  # only if no other process has appended since
                 if os.fstat(handle).st_size <= end + len(data):
                     os.ftruncate(handle, end)
             raise
@@ -222,10 +233,10 @@ def append_line(path: Path, line: bytes, *, sync: bool = False) -> None:
 
 
 def replace_small(path: Path, content: str) -> None:
-    """Replace a small file; on a full disk write over the old content, in the blocks it has.
+    """Replace a small file; if the disk is full, overwrite its existing blocks.
 
     Raises:
-        OSError: neither was possible; the old content stays.
+        OSError: both ways failed, and the old content stays.
     """
     try:
         write_atomic(path, content)
@@ -233,7 +244,7 @@ def replace_small(path: Path, content: str) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.is_file():
             raise
         with open(path, "r+b", buffering=0) as file:
-            # spaces behind JSON change nothing, and no reader meets the end of the old content
+            # spaces cover the end of a longer old content; after JSON they have no meaning
             data = content.encode().ljust(os.fstat(file.fileno()).st_size)
             if file.write(data) < len(data):
                 raise
@@ -247,8 +258,10 @@ def repeating(
     """Call a function regularly, in a thread, until the block ends.
 
     Args:
+        action: the function.
         every: seconds between two calls.
-        ignored: what a call may raise without an end. A full disk is reported by other writers.
+        ignored: exceptions of a call after which the calls continue. OSError is the default,
+            because other writers report a full disk.
     """
     ended = threading.Event()
 

@@ -1,7 +1,7 @@
 """Logging, redaction of secrets, and reports on standard output.
 
-Rank 0 speaks for all. Logs and progress go to standard error, so that standard output belongs
-to what a command reports.
+Rank 0 logs for all ranks. Logs and progress go to standard error, so that standard output has only
+a command's report.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megalite import env
 logger = logging.getLogger("megalite")
 
 REDACTED = "[redacted]"
-# The random part of a token: long, and no plain word, so that data/sk-wikipedia-2024 is a path.
+# The random part of a token: long, and not a plain word. So data/sk-wikipedia-2024 is no secret.
 _BODY = r"(?:[a-z]{20,}|(?=[a-z]*[0-9A-Z])[A-Za-z0-9]{16,})"
 _SECRET = re.compile(
     rf"\b(?:(?:hf_|gh[pousr]_|npm_){_BODY}"
@@ -37,15 +37,16 @@ _SECRET_KEY = re.compile(
     r"|(?:auth|access|api|bearer|hf|refresh|secret|session)_?token)$|^token$",
     re.IGNORECASE,
 )
-# C0 without tab and newline, DEL, C1, and halves of surrogate pairs, which no encoding has.
-# A carriage return that ends a line does no harm; another overwrites what stands there.
-# Characters that begin a command; a text file keeps the others, such as form feeds of source code.
+# Characters that begin a command of a terminal, and halves of surrogate pairs, which no encoding
+# has. A text file may contain other controls, such as form feeds of source code.
 _COMMANDS = re.compile(r"[\x1b\x80-\x9f\ud800-\udfff]")
+# The same, C0 except tab and newline, and DEL. A carriage return is harmless at the end of a line;
+# elsewhere it lets the following text overwrite the line.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]|\r(?!\n)")
 
 
 def setup(*, rank: int = 0, level: int = logging.INFO) -> None:
-    """Send this process's messages to standard error: rank 0 from `level` up, others errors."""
+    """Send messages to standard error: on rank 0 from `level` up, on other ranks errors only."""
     logger.handlers.clear()
     handler = _StandardError(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
@@ -57,10 +58,10 @@ def setup(*, rank: int = 0, level: int = logging.INFO) -> None:
 
 
 @contextmanager
-def shown(rank: int) -> Iterator[None]:
-    """Show this process's messages on standard error during a block, as `setup` does.
+def show_messages(rank: int) -> Iterator[None]:
+    """Send messages to standard error during a block, as `setup` does.
 
-    A program that has added a handler to the logger keeps its own settings.
+    If a program has added a handler to the logger, its settings stay.
     """
     if logger.handlers:
         yield
@@ -85,7 +86,7 @@ def add_file(path: Path) -> logging.Handler:
 
 
 class _StandardError(logging.StreamHandler[TextIO]):
-    """Standard error; if it leads to a full disk, its lines are lost without a traceback."""
+    """Standard error. If it is a file on a full disk, lines are lost without a traceback."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -93,20 +94,20 @@ class _StandardError(logging.StreamHandler[TextIO]):
 
 
 class _LogFile(logging.FileHandler):
-    """The run's `log.txt`: a full disk costs lines of it, reported once, and not the run."""
+    """The run's `log.txt`. If the disk is full, lines are lost, with one warning."""
 
-    _complained = False
+    _warned = False
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
-        elif not self._complained:
-            self._complained = True  # before the warning, which comes here, too
+        elif not self._warned:
+            self._warned = True  # first, because the warning itself fails here as well
             logger.warning("%s cannot be written: %s; the run goes on", self.baseFilename, error)
 
     def close(self) -> None:
-        with suppress(OSError):  # lines that never found room
+        with suppress(OSError):  # the last lines may not fit on the disk
             super().close()
 
 
@@ -117,10 +118,10 @@ class _Redacting(logging.Formatter):
 
 
 def redact(value: Any) -> Any:
-    """Return a JSON value, or a text, without what opens accounts: tokens, keys, passwords in URLs.
+    """Return a JSON value, or a text, without secrets: tokens, keys and passwords in URLs.
 
-    They are recognised by their form, by the environment variables that hold them, and by their
-    keys. Only what is read by people is redacted: values that a run needs are never changed.
+    A secret is recognised by its form, by its key, or because an environment variable contains it.
+    Only output for people is redacted. Values that a run needs are never changed.
     """
     if isinstance(value, str):
         for secret in env.secrets():
@@ -135,71 +136,75 @@ def redact(value: Any) -> Any:
 
 
 def is_secret(value: Any, *, key: str = "") -> bool:
-    """Return whether a value is a text that holds a secret, or stands under a secret's name."""
+    """Return whether a value is a text that contains a secret, or whose key names a secret."""
     if not isinstance(value, str) or not value:
         return False
     return _SECRET_KEY.search(key) is not None or redact(value) != value
 
 
 def printable(text: str, *, terminal: bool = True) -> str:
-    r"""Return a text that a terminal cannot take for commands: ESC becomes `\x1b`.
+    r"""Escape the control characters of a text, which a terminal would execute: ESC is `\x1b`.
 
-    Tabs and line ends stay. Text that comes from elsewhere (a model, a document, a file's name)
-    goes through this function before it is printed.
+    Tabs and line ends stay. Text from other sources (a model, a document, a file name) must pass
+    through this function before it is printed.
 
     Args:
-        terminal: if false, the text goes to a file or a pipe: only what would begin a command on a
-            terminal later (ESC, C1) is replaced.
+        text: the text.
+        terminal: if false, the text goes to a file or a pipe, and only characters that begin a
+            command (ESC, C1) are replaced.
     """
     return (_CONTROLS if terminal else _COMMANDS).sub(_escape, text)
 
 
-def _escape(found: re.Match[str]) -> str:
-    code = ord(found[0])
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 def printable_pieces(pieces: Iterable[str], *, terminal: bool = True) -> Iterator[str]:
-    """Yield the pieces of one text as `printable` has the whole, wherever a line end is cut."""
-    held = ""
+    """Yield the pieces of a text so that their sum is `printable` of the whole text.
+
+    A carriage return at the end of a piece is emitted with the next piece.
+    """
+    pending = ""
     for piece in pieces:
-        text = held + piece
-        held = "\r" if text.endswith("\r") else ""
+        text = pending + piece
+        pending = "\r" if text.endswith("\r") else ""
         yield printable(text.removesuffix("\r"), terminal=terminal)
-    yield printable(held, terminal=terminal)
+    yield printable(pending, terminal=terminal)
 
 
 def write_report(report: Any, *, as_json: bool = False) -> None:
-    """Write a command's report to standard output: a text as it is printable, or one JSON object.
+    """Write a command's report to standard output, as printable text or as one JSON object.
 
-    The JSON is strict: numbers that it lacks (nan, inf) are null.
+    In JSON, numbers that are not finite are null.
     """
     if as_json:
-        text = json.dumps(finite(report), allow_nan=False) + "\n"
+        text = json.dumps(replace_nonfinite(report), allow_nan=False) + "\n"
     else:
         text = encodable(printable(str(report)))
     sys.stdout.write(text)
 
 
 def encodable(text: str) -> str:
-    """Return a text with question marks for what standard output's encoding lacks."""
+    """Return a text with question marks for characters that standard output cannot encode."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)
 
 
-def finite(value: Any) -> Any:
-    """Return a JSON value whose numbers that are not finite are null."""
+def replace_nonfinite(value: Any) -> Any:
+    """Return a JSON value with null for every number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: replace_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [replace_nonfinite(item) for item in value]
     return value
 
 
 def remove(handler: logging.Handler | None) -> None:
-    """Take back what `add_file` added."""
+    """Remove and close the handler of `add_file`."""
     if handler is not None:
         logger.removeHandler(handler)
         handler.close()

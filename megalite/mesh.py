@@ -1,9 +1,9 @@
-"""Named axes of parallelism: where a rank stands, and which ranks share what. Pure integers.
+"""Named axes of parallelism: the coordinates of a rank, and its groups. Pure integer arithmetic.
 
     rank = ((stage x data + data_rank) x context + context_rank) x tensor + tensor_rank
 
-This is the order of Megatron-LM: ranks that talk most are neighbours, on one host. Experts regroup
-the ranks and add none.
+This is the order of Megatron-LM: ranks that communicate most have consecutive numbers, on one host.
+Expert parallelism regroups the ranks and adds none.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class Mesh:
     """The sizes of a run's axes.
 
     Attributes:
-        data: copies of the model, each with its own samples.
-        pipeline: stages that the layers are divided into.
-        context: ranks that share the tokens of a sequence.
-        expert: ranks that share the experts of a layer; it divides data x context.
-        tensor: ranks that share each matrix.
-        chunks: pieces of the model a stage holds (interleaved 1F1B).
+        data: number of copies of the model, each with its own samples.
+        pipeline: number of stages that the layers are divided into.
+        context: number of ranks that share the tokens of a sequence.
+        expert: number of ranks that share the experts of a layer; it divides data x context.
+        tensor: number of ranks that share each matrix.
+        chunks: number of model chunks of a stage (interleaved 1F1B).
 
     Raises:
-        ValueError: a size below 1, or `expert` does not divide data x context.
+        ValueError: a size is below 1, or `expert` does not divide data x context.
     """
 
     data: int = 1
@@ -43,7 +43,7 @@ class Mesh:
         for axis in fields(self):
             size = getattr(self, axis.name)
             if size < 1:
-                raise ValueError(f"{axis.name} is {size}; an axis has a size of 1 or more")
+                raise ValueError(f"{axis.name} is {size}; set it to 1 or more")
         if self.zero % self.expert:
             raise ValueError(
                 f"expert {self.expert} does not divide data x context, {self.data} x {self.context}"
@@ -51,16 +51,16 @@ class Mesh:
 
     @property
     def world(self) -> int:
-        """How many ranks there are."""
+        """Number of ranks."""
         return self.data * self.pipeline * self.context * self.tensor
 
     @property
     def zero(self) -> int:
-        """How many ranks ZeRO partitions over."""
+        """Number of ranks that ZeRO partitions over."""
         return self.data * self.context
 
     def at(self, rank: int) -> Coordinate:
-        """Return where a rank stands.
+        """Return the coordinates of a rank.
 
         Raises:
             ValueError: there is no such rank.
@@ -73,22 +73,27 @@ class Mesh:
         return Coordinate(self, stage, data_rank, context_rank, tensor_rank)
 
     def group(self, name: Group, rank: int) -> tuple[int, ...]:
-        """Return the ranks of a group that `rank` belongs to, in ascending order.
+        """Return the ranks of the group that `rank` belongs to, in ascending order.
 
-        tensor: share each matrix. context: share a sequence. zero: ZeRO partitions over them (data
-        x context of a stage). copy: hold one copy of the model (stages x tensor). pipeline: its
-        stages. ends: its first and last stage; a middle stage is alone. expert: share a layer's
-        experts. expert_zero: hold the same experts.
+        The ranks of each kind of group:
+            tensor: ranks that share each matrix.
+            context: ranks that share a sequence.
+            zero: ranks that ZeRO partitions over (data x context of a stage).
+            copy: ranks that hold one copy of the model (stages x tensor).
+            pipeline: the stages of a copy, one rank each.
+            ends: the first and the last stage of a copy; a middle stage is alone.
+            expert: ranks that share the experts of a layer.
+            expert_zero: ranks that hold the same experts.
         """
-        self.at(rank)  # which refuses a rank that is none
+        self.at(rank)  # raises if there is no such rank
         return next(ranks for ranks in self.groups(name) if rank in ranks)
 
     def groups(self, name: Group) -> list[tuple[int, ...]]:
-        """Return every group of a kind: each rank is in one of them."""
-        found: dict[tuple[int, ...], list[int]] = {}
+        """Return every group of a kind. Each rank is in one of them."""
+        groups: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world):
-            found.setdefault(_SAME[name](self.at(rank)), []).append(rank)
-        return [tuple(ranks) for ranks in found.values()]
+            groups.setdefault(_SHARED[name](self.at(rank)), []).append(rank)
+        return [tuple(ranks) for ranks in groups.values()]
 
 
 @dataclass(frozen=True)
@@ -103,22 +108,22 @@ class Coordinate:
 
     @property
     def rank(self) -> int:
-        """The rank that stands here."""
-        place = self.stage * self.mesh.zero + self.zero_rank
-        return place * self.mesh.tensor + self.tensor_rank
+        """The rank with these coordinates."""
+        index = self.stage * self.mesh.zero + self.zero_rank
+        return index * self.mesh.tensor + self.tensor_rank
 
     @property
     def zero_rank(self) -> int:
-        """The place among the ranks that ZeRO partitions over."""
+        """The position among the ranks that ZeRO partitions over."""
         return self.data_rank * self.mesh.context + self.context_rank
 
     @property
     def expert_rank(self) -> int:
-        """The place among the ranks that share a layer's experts."""
+        """The position among the ranks that share a layer's experts."""
         return self.zero_rank % self.mesh.expert
 
 
-WHOLE = Mesh().at(0)  # the only rank of a run without parallelism, which holds everything
+WHOLE = Mesh().at(0)  # the only rank of a run without parallelism
 
 
 def _ends(at: Coordinate) -> tuple[int, ...]:
@@ -127,7 +132,7 @@ def _ends(at: Coordinate) -> tuple[int, ...]:
 
 
 # Coordinates that the ranks of a group have in common.
-_SAME: dict[Group, Callable[[Coordinate], tuple[int, ...]]] = {
+_SHARED: dict[Group, Callable[[Coordinate], tuple[int, ...]]] = {
     "tensor": lambda at: (at.stage, at.data_rank, at.context_rank),
     "context": lambda at: (at.stage, at.data_rank, at.tensor_rank),
     "zero": lambda at: (at.stage, at.tensor_rank),

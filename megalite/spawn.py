@@ -26,20 +26,20 @@ from typing import Any
 from megalite import env
 from megalite.errors import MegaLiteError, UserError
 
-_SHOWN_LINES = 8  # of a failed rank's output
-_POLL = 0.02  # seconds between two looks at the processes of a command
-# Seconds that ranks may run on after one has failed: a rank that waits for another in a user error
-# ends after 10 (`megalite.cli`), and a save that is under way should end.
+_SHOWN_LINES = 8  # last lines of a failed rank's output
+_POLL = 0.02  # seconds between two checks of the processes
+# Seconds that ranks may continue after one has failed. A rank that waits for rank 0 to print a user
+# error ends after 10 (`megalite.cli`), and a save in progress should complete.
 _GRACE = 30.0
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class RankError(MegaLiteError):
-    """A rank failed, or ranks were not done in time.
+    """A rank failed, or ranks did not finish in time.
 
     Attributes:
-        code: exit code of the failed rank's process. None if it raised an exception, or if the
-            time was up.
+        code: exit code of the failed rank's process. None if it raised an exception, or after a
+            timeout.
     """
 
     def __init__(self, message: str, code: int | None = None) -> None:
@@ -80,9 +80,9 @@ def run_ranks(
 
     Args:
         timeout: seconds until all ranks must be done. None means no limit.
-        preload: modules that a server process imports once. The ranks are forks of the server and
-            begin at once. If empty, each rank is a new interpreter, which a host with GPUs needs:
-            a process that has initialized CUDA cannot be forked, and DeepSpeed's import does so.
+        preload: modules that a server process imports once. The ranks are forks of the server,
+            which start at once. If empty, each rank is a new interpreter. A host with GPUs needs
+            that, because DeepSpeed's import initializes CUDA, after which a process cannot fork.
         environment: variables to set in addition to those of `env.rank_environment`.
         logs: the folder of `rank_0.log`, ..., which receive the ranks' output. If None, the ranks
             write to this process's standard output and standard error.
@@ -122,8 +122,8 @@ def start_ranks(
             receive, send = context.Pipe(duplex=False)
             environ = env.rank_environment(rank, ranks, port) | dict(environment or {})
             log = logs / f"rank_{rank}.log" if logs is not None else None
-            given = (send, function, arguments, environ, None if log is None else str(log))
-            process = context.Process(target=_be_rank, args=given, daemon=True)
+            args = (send, function, arguments, environ, None if log is None else str(log))
+            process = context.Process(target=_be_rank, args=args, daemon=True)
             process.start()
             send.close()  # the pipe then ends when the rank's process ends
             started.append(RankProcess(rank, process, receive, log))
@@ -140,7 +140,7 @@ def run_command(
     timeout: float | None = None,
     quiet: bool = False,
 ) -> None:
-    """Run a command as every rank at once, each with an environment of its own.
+    """Run a command as every rank at once, each with its own environment.
 
     Args:
         environments: the complete environment of each rank, such as `env.rank_environment`.
@@ -168,11 +168,11 @@ def run_command(
 
 
 def supervise(command: Sequence[str], ranks: int) -> int:
-    """Run a command as every rank of this host and return the exit code of the whole.
+    """Run a command as every rank of this host and return one exit code for all.
 
-    SIGTERM, SIGINT and SIGUSR1 are passed on to every rank, so that a run is saved. If a rank
-    fails, the others have `_GRACE` seconds to end by themselves; then they are killed. After a user
-    error of rank 0 they are killed at once, because they wait for that (`megalite.cli.run_main`).
+    SIGTERM, SIGINT and SIGUSR1 are forwarded to every rank, so that a run is saved. If a rank
+    fails, the others have `_GRACE` seconds to end; then they are killed. After a user error of rank
+    0 they are killed at once, because they only wait for its message (`megalite.cli.run_main`).
 
     Returns:
         0, or the code of the first rank that failed. A rank that a signal ended counts as 1.
@@ -191,7 +191,7 @@ def supervise(command: Sequence[str], ranks: int) -> int:
     before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
     try:
         for environ in environments:
-            # a group of its own: the terminal's Ctrl-C arrives once, through `pass_on`
+            # in its own process group, so that Ctrl-C arrives once, through `pass_on`
             started.append(subprocess.Popen(command, env=environ, start_new_session=True))
         return _wait_for_all(started)
     finally:
@@ -203,7 +203,7 @@ def supervise(command: Sequence[str], ranks: int) -> int:
 
 
 def _wait_for_all(started: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait until every process has ended, or until the grace after the first failure is over."""
+    """Wait until every process has ended, at most `_GRACE` seconds after the first failure."""
     code = 0
     deadline = math.inf
     while any(process.poll() is None for process in started) and time.monotonic() < deadline:
@@ -251,12 +251,12 @@ def _be_rank(
         outcome = (True, function(env.find_launch(), *arguments))
     except SystemExit:
         raise
-    except BaseException:  # pytest's failures are no Exception
+    except BaseException:  # pytest's failures are not subclasses of Exception
         outcome = (False, traceback.format_exc())
     pipe.send(outcome)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Exit handlers of DeepSpeed and gloo's threads can abort a process that is done (`run_main`).
+    # exit handlers of DeepSpeed and gloo's threads can abort a finished process (`run_main`)
     os._exit(0)
 
 
@@ -296,4 +296,4 @@ def _result(rank: RankProcess) -> Any:
 
 def _last_lines(log: Path) -> str:
     lines = log.read_text(errors="replace").strip().splitlines()
-    return "\n".join(lines[-_SHOWN_LINES:]) or "it said nothing"
+    return "\n".join(lines[-_SHOWN_LINES:]) or "(no output)"

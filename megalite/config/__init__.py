@@ -44,7 +44,7 @@ from megalite.config.schema import (
     TrainingConfig,
 )
 from megalite.config.secrets import explain_redacted, redacted_keys, restore_redacted
-from megalite.config.strict import read_object, write_value
+from megalite.config.strict import read_strict_object, write_value
 
 __all__ = [
     "AdapterConfig",
@@ -79,7 +79,7 @@ __all__ = [
     "load_stored",
     "merged",
     "parse_config",
-    "read_object",
+    "read_strict_object",
     "redacted_keys",
     "rename_keys",
     "restore_redacted",

@@ -1,8 +1,9 @@
-"""For scripts: the schema of run files and its page, and where a run goes.
+"""Write the schema of run files and its page, or print the run folder of a run file.
 
 python -m megalite.config                                           writes configs/schema.json and
                                                                     docs/configuration.md
-python -m megalite.config --run-folder CONFIG [--set KEY=VALUE]...  checks CONFIG, prints it
+python -m megalite.config --run-folder CONFIG [--set KEY=VALUE]...  checks CONFIG and prints its
+                                                                    run folder
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of a run file: types, bounds, choices and descriptions of every key.
+    """Return the JSON schema of a run file: type, bounds, choices and description of every key.
 
-    Nothing is required in it: what a file omits may stand in the one it extends. Loading
-    requires what is still missing then.
+    No key is required, because a file that this file extends may contain it. Loading reports
+    the keys that are missing in all of them.
     """
     schema = RunConfig.model_json_schema()
     for section in (schema, *schema["$defs"].values()):
@@ -37,8 +38,8 @@ def json_schema() -> dict[str, Any]:
         "$schema": {"type": "string", "description": "This file, for editors."},
         "extends": {
             "type": "string",
-            "description": "A run file this one changes, relative to this file: sections are "
-            "merged key by key, a list replaces a list.",
+            "description": "Path of the run file that this file changes, relative to this file. "
+            "Sections are merged key by key; a list replaces a list.",
         },
         **schema["properties"],
         "deepspeed": deepspeed_schema()
@@ -52,7 +53,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _tidy(section: dict[str, Any]) -> None:
-    """Take out titles and `required`; let computed defaults be null."""
+    """Remove titles and `required`, and allow null for keys with a computed default."""
     section.pop("title", None)
     section.pop("required", None)
     for name, field in section["properties"].items():
@@ -65,16 +66,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-folder", metavar="CONFIG")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    # a job hands on whatever its launcher takes
+    # a job script passes all arguments of its launcher
     arguments, others = parser.parse_known_args()
     if arguments.run_folder is None:
         write_json(SCHEMA, json_schema())
         write_atomic(PAGE, configuration_page(json_schema()))
         sys.stdout.write(f"wrote {SCHEMA} and {PAGE}\n")
         return
-    told = any(word.startswith("--init-from") for word in others)  # there the model may stand
+    # --init-from may supply the model section, which the name of the run folder does not need
+    has_start = any(word.startswith("--init-from") for word in others)
     config = load_config(
-        arguments.run_folder, arguments.set, model=example_model() if told else None
+        arguments.run_folder, arguments.set, model=example_model() if has_start else None
     )
     sys.stdout.write(f"{Path(config.logging.directory) / config.name}\n")
 

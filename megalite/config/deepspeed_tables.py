@@ -11,7 +11,7 @@ from typing import Any
 
 
 def _keys(**kinds: str) -> dict[str, str]:
-    """Return each key with its kind, of the keys of each kind."""
+    """Return the kind of each key, from the keys of each kind."""
     return {key: kind for kind, keys in kinds.items() for key in keys.split()}
 
 
@@ -20,15 +20,15 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    return _is_number(value) and float(value).is_integer()  # DeepSpeed takes 5e8 for one
+    return _is_number(value) and float(value).is_integer()  # DeepSpeed accepts 5e8
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-# Kinds of values: in words, as a JSON schema, and whether a value is of the kind. In the tables of
-# keys below a kind may end in 0 or 1, the least a number of it may be.
+# Kinds of values: name in messages, JSON schema, and a function that checks a value. In the tables
+# of keys below, a kind may end in 0 or 1, which is the minimum of the number.
 _TYPES = ("fp32", "bf16", "fp16")
 KINDS: dict[str, tuple[str, dict[str, Any], Callable[[Any], bool]]] = {
     "b": ("true or false", {"type": "boolean"}, lambda value: isinstance(value, bool)),
@@ -42,7 +42,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], Callable[[Any], bool]]] = {
     "s": ("text in quotes", {"type": "string"}, _is_text),
     "n": (
         "text in quotes or null",
-        {"type": "string"},  # or null
+        {"type": "string"},  # `deepspeed_schema` adds null
         lambda value: value is None or _is_text(value),
     ),
     "l": (
@@ -134,39 +134,36 @@ CHOICES = {
     "zero_optimization.offload_optimizer.device": ("none", "cpu", "nvme"),
 }
 
-_GONE = "was taken out of DeepSpeed 0.19, which refuses it"
-_GONE_ALONE = (
+_REMOVED = "DeepSpeed 0.19 no longer has it, and refuses it"
+_REMOVED_KEYS = (
     "compression_training curriculum_learning eigenvalue graph_harvesting nebula "
     "progressive_layer_drop quantize_training sparse_attention sparse_gradients "
     "zero_optimization.mics_shard_size zero_optimization.mics_hierarchical_params_gather "
     "zero_optimization.zeropp_loco_param"
 )
 _OWN = "MegaLite does this itself"
-_SAVES = "has no effect: MegaLite writes its own checkpoints"
-_NVME = "has no effect: MegaLite offloads nothing to NVMe"
-_SUPER = "is for Superchips, with an optimizer of its own that MegaLite does not read; remove it"
+_SAVES = "has no effect, because MegaLite writes its own checkpoints"
+_NVME = "has no effect, because MegaLite does not offload to NVMe"
+_SUPER = "is for Superchips and their optimizer, whose state MegaLite cannot read; remove it"
 _OFFLOAD = "zero_optimization.offload_optimizer"
-# Keys with no effect on a MegaLite run: the value that says so, and the reason with the remedy.
+# Keys without effect on a MegaLite run: the value that takes effect anyway, and reason and remedy.
 _IDLE: dict[str, tuple[Any, str]] = {
     "dataloader_drop_last": (False, f"{_OWN}: the data section fixes the order; remove it"),
-    "disable_allgather": (False, "has no effect: DeepSpeed 0.19 does not read it; remove it"),
+    "disable_allgather": (False, "has no effect in DeepSpeed 0.19; remove it"),
     "seq_parallel_communication_data_type": (
         "fp32",
         f"{_OWN}; set parallel.sequence, and communication_data_type for gradients",
     ),
     "use_data_before_expert_parallelism": (
         False,
-        "is for mixtures of experts, which MegaLite does not build; remove it",
+        "is for mixtures of experts, which MegaLite does not support; remove it",
     ),
-    "zero_optimization.allgather_partitions": (
-        True,
-        "has no effect: DeepSpeed 0.19 does not read it; remove it",
-    ),
+    "zero_optimization.allgather_partitions": (True, "has no effect in DeepSpeed 0.19; remove it"),
     "zero_optimization.elastic_checkpoint": (
         False,
         f"{_SAVES}, which load on any number of ranks; remove it",
     ),
-    "zero_optimization.legacy_stage1": (False, f"{_GONE}; remove it"),
+    "zero_optimization.legacy_stage1": (False, f"{_REMOVED}; remove it"),
     "zero_optimization.load_from_fp32_weights": (
         True,
         f"{_SAVES}, which hold fp32 weights; remove it",
@@ -175,7 +172,7 @@ _IDLE: dict[str, tuple[Any, str]] = {
     "zero_optimization.save_muon_momentum_buffer_in_memory": (False, f"{_NVME}; remove it"),
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": (
         False,
-        f"{_SAVES}, which hold whole tensors; launcher/export.py writes a model folder; remove it",
+        f"{_SAVES}; remove it, and use launcher/export.py to write a model folder",
     ),
     f"{_OFFLOAD}.nvme_path": (None, f"{_NVME}; remove it"),
     f"{_OFFLOAD}.buffer_count": (4, f"{_NVME}; remove it"),
@@ -187,35 +184,35 @@ _IDLE: dict[str, tuple[Any, str]] = {
 }
 IDLE_VALUES = {key: value for key, (value, _) in _IDLE.items()}
 REFUSED = (
-    dict.fromkeys(_GONE_ALONE.split(), f"{_GONE}; remove it")
+    dict.fromkeys(_REMOVED_KEYS.split(), f"{_REMOVED}; remove it")
     | {key: why for key, (_, why) in _IDLE.items()}
     | {
-        # known, and never right here: why, and what to do
+        # keys that are never valid here: reason and remedy
         "activation_checkpointing": f"{_OWN}; set training.activation_checkpointing",
         "aio": f"{_NVME}; remove it",
-        "amp": f"{_GONE}; set training.precision",
-        "autotuning": "starts other runs in the place of this one; remove it",
+        "amp": f"{_REMOVED}; set training.precision",
+        "autotuning": "starts other runs instead of this one; remove it",
         "bfloat16": 'is the old name; write "bf16"',
         "checkpoint": f"{_SAVES}; set the checkpoint section of the run file",
         "compile": f"{_OWN}; set training.compile",
-        "data_efficiency": f"{_OWN}: the order of data belongs to the data section; remove it",
+        "data_efficiency": f"{_OWN}: the data section fixes the order; remove it",
         "datastates_ckpt": f"{_SAVES}; set checkpoint.background",
-        "elasticity": f"{_GONE}; a run resumes on another number of ranks without it",
-        "expert_parallel": "is for mixtures of experts, which MegaLite does not build; remove it",
+        "elasticity": f"{_REMOVED}; remove it: a run resumes on any number of ranks without it",
+        "expert_parallel": "is for mixtures of experts, which MegaLite does not support; remove it",
         "hybrid_engine": "is for reinforcement learning from feedback; remove it",
-        "pipeline": "is for DeepSpeed's PipelineModule, which MegaLite does not build; remove it",
+        "pipeline": "is for DeepSpeed's PipelineModule, which MegaLite does not use; remove it",
         "sequence_parallel_size": f"{_OWN}; set parallel.sequence",
         "tensor_parallel": f"{_OWN}; set parallel.tensor",
         "torch_autocast.dtype": f"{_OWN}; set training.precision",
         "torch_autocast.lower_precision_safe_modules": f"{_OWN}; set training.precision",
-        "vocabulary_size": "has no effect: it is for a warning of DeepSpeed; set model.vocab_size",
+        "vocabulary_size": "is only for a warning of DeepSpeed; set model.vocab_size",
         "weight_quantization": "is for inference; remove it",
         "optimizer": f"{_OWN}; set the optimizer section of the run file",
         "scheduler": f"{_OWN}; set the schedule section of the run file",
         "zero_optimization.cpu_offload": "is the old name; write offload_optimizer",
         "zero_optimization.cpu_offload_param": "is the old name; write offload_param",
         "zero_optimization.cpu_offload_use_pin_memory": "is the old name; write offload_optimizer",
-        "zero_optimization.zenflow": "cannot sum gradients, which MegaLite needs; remove it",
+        "zero_optimization.zenflow": "cannot sum gradients, as MegaLite requires; remove it",
         "zero_optimization.stage3_gather_fp16_weights_on_model_save": f"{_SAVES}; remove it",
     }
 )
@@ -229,9 +226,9 @@ def deepspeed_schema() -> dict[str, Any]:
             return section(path)
         choices = CHOICES.get(path)
         least = {"minimum": int(kind[1:])} if kind[1:] else {}
-        found = {"enum": [*choices]} if choices else KINDS[kind[0]][1] | least
+        schema = {"enum": [*choices]} if choices else KINDS[kind[0]][1] | least
         null = [{"type": "null"}] if kind == "n" else []
-        return {"anyOf": [found, *null, {"const": "auto"}]}
+        return {"anyOf": [schema, *null, {"const": "auto"}]}
 
     def section(at: str) -> dict[str, Any]:
         paths = {key: f"{at}.{key}".removeprefix(".") for key in KNOWN[at]}

@@ -1,4 +1,4 @@
-"""A fault of a run file as one line: the dotted key, the value, and what to do."""
+"""Faults of a run file, one line each: the dotted key, what is wrong with it, and the remedy."""
 
 from __future__ import annotations
 
@@ -25,12 +25,17 @@ from megalite.log import is_secret
 
 Key = tuple[str, ...]
 
-_BEGUN = 3  # letters that identify the key that was begun
+_PREFIX = 3  # letters at the beginning that suffice to suggest a key
 
 
 @dataclass(frozen=True)
-class Fault:
-    """`keys` are what it is about, the first of them the one to look at; `text` says the rest."""
+class ConfigFault:
+    """A fault of one key or of several together.
+
+    Attributes:
+        keys: the keys. Messages name the first one.
+        text: the fault and its remedy, without the key.
+    """
 
     keys: tuple[Key, ...]
     text: str
@@ -39,13 +44,13 @@ class Fault:
         return f"{dotted(self.keys[0])}: {self.text}" if self.keys[0] else self.text
 
 
-def fault(keys: str, text: str) -> Fault:
-    """Return a fault about one or more dotted keys, separated by spaces."""
-    return Fault(tuple(tuple(key.split(".")) for key in keys.split()), text)
+def fault(keys: str, text: str) -> ConfigFault:
+    """Return a fault of one or more dotted keys, which are separated by spaces."""
+    return ConfigFault(tuple(tuple(key.split(".")) for key in keys.split()), text)
 
 
 def dotted(key: tuple[str | int, ...]) -> str:
-    """`data.train[0].path`; a part that is no plain word is quoted, and a long one cut."""
+    """Return a key as `data.train[0].path`, with parts that are no identifiers in quotes."""
     words = [
         f"[{part}]" if isinstance(part, int) or part.isdigit()
         else "." + (part if part.isidentifier() else show(part))
@@ -55,102 +60,100 @@ def dotted(key: tuple[str | int, ...]) -> str:
 
 
 def show(value: Any) -> str:
-    """Return a value as JSON has it, on one line, cut if it is long, safe for a terminal."""
+    """Return a value as JSON on one line, shortened to 60 characters and safe for a terminal."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def known_keys(section: type[Section] = RunConfig, at: Key = ()) -> dict[Key, FieldInfo]:
-    """Return every key of a run file, sections included; a list's items stand without
-    their index.
-    """
-    found: dict[Key, FieldInfo] = {}
+    """Return every key of a run file, sections included. Items of a list have no index."""
+    fields: dict[Key, FieldInfo] = {}
     for name, field in section.model_fields.items():
         key = (*at, name)
-        found[key] = field
+        fields[key] = field
         for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
             if isinstance(kind, type) and issubclass(kind, Section):  # itself, or in a list
-                found |= known_keys(kind, key)
-    return found
+                fields |= known_keys(kind, key)
+    return fields
 
 
-def _unknown(loc: tuple[str | int, ...], found: Any = None) -> str:
-    """Return what to say about an unknown key.
+def _unknown(loc: tuple[str | int, ...], value: Any = None) -> str:
+    """Return the fault of an unknown key, with the key that was probably meant.
 
-    A name of another trainer is answered with the key that has its meaning. Else it is the key of
-    that name in another section, or the nearest name of its section, or of the whole file. The
-    section's name says nothing about a key, so names alone are compared.
+    If another trainer uses the name, that is the key of the same meaning. Otherwise it is the key
+    of that name in another section, then the nearest name in the section, then in the whole file.
+    Only the last part of a key is compared, because a section's name says nothing about the key.
     """
     *at, name = (part for part in loc if isinstance(part, str))
     answer = foreign_answer(name, at[-1] if at else "")
     if answer:
-        return f"unknown key; {answer}{_answers_within(name, found)}"
+        return f"unknown key; {answer}{_answers_within(name, value)}"
     if is_secret("x", key=name):
         return (
-            "unknown key; remove it: secrets are passed in environment variables such as "
-            "HF_TOKEN and WANDB_API_KEY, since every checkpoint keeps a copy of the run file"
+            "unknown key; remove it, and pass secrets in environment variables such as HF_TOKEN "
+            "and WANDB_API_KEY, because every checkpoint contains a copy of the run file"
         )
-    known = known_keys()
-    siblings = [key[-1] for key in known if key[:-1] == tuple(at)]
-    elsewhere = [key for key in known if key[-1] == name]
+    keys = known_keys()
+    siblings = [key[-1] for key in keys if key[:-1] == tuple(at)]
+    elsewhere = [key for key in keys if key[-1] == name]
     hint = ""
-    if elsewhere:  # the one that shares most of the way to it
+    if elsewhere:  # the key whose sections match best
         same = max(elsewhere, key=lambda key: sum(a == b for a, b in zip(key, at, strict=False)))
         hint = f'; did you mean "{dotted(same)}"?'
-    homes = [home for home, keys in KNOWN.items() if name in keys]
+    homes = [home for home, names in KNOWN.items() if name in names]
     if not hint and len(homes) == 1:
-        theirs = ".".join(part for part in ("deepspeed", homes[0], name) if part)
-        hint = f'; did you mean "{theirs}"?'
+        deepspeed_key = ".".join(part for part in ("deepspeed", homes[0], name) if part)
+        hint = f'; did you mean "{deepspeed_key}"?'
     hint = hint or nearest(name, siblings)
-    if not hint and len(name) >= _BEGUN and "_" not in name:
-        begun = [f'"{s}"' for s in siblings if s[:_BEGUN] == name[:_BEGUN]]
-        few = begun[0] if len(begun) == 1 else f"one of {', '.join(begun)}"
-        hint = f"; did you mean {few}?" if begun else ""
+    if not hint and len(name) >= _PREFIX and "_" not in name:
+        matches = [f'"{s}"' for s in siblings if s[:_PREFIX] == name[:_PREFIX]]
+        choice = matches[0] if len(matches) == 1 else f"one of {', '.join(matches)}"
+        hint = f"; did you mean {choice}?" if matches else ""
     if not hint:
-        by_name = {key[-1]: key for key in reversed(known)}
-        hint = nearest(name, by_name, shown=lambda one: dotted(by_name[one]))
+        by_name = {key[-1]: key for key in reversed(keys)}
+        hint = nearest(name, by_name, shown=lambda match: dotted(by_name[match]))
     hint = hint or "; remove it, or write one of " + ", ".join(siblings)
-    return f"unknown key{hint}{_answers_within(name, found)}"
+    return f"unknown key{hint}{_answers_within(name, value)}"
 
 
-def _answers_within(section: str, found: Any) -> str:
-    """Return what names of other trainers within an unknown section are here."""
-    if not isinstance(found, dict):
+def _answers_within(section: str, value: Any) -> str:
+    """Return the answers to names of other trainers within an unknown section."""
+    if not isinstance(value, dict):
         return ""
-    answers = [(key, foreign_answer(key, section)) for key in found]
+    answers = [(key, foreign_answer(key, section)) for key in value]
     return "".join(f"; {dotted((key,))}: {answer}" for key, answer in answers if answer)
 
 
-def schema_faults(raw: dict[str, Any]) -> tuple[RunConfig, list[Fault]]:
+def schema_faults(raw: dict[str, Any]) -> tuple[RunConfig, list[ConfigFault]]:
     """Check every field of a run file.
 
-    Returns the config and its faults. If there are faults the config is fixed, with defaults
-    and examples in the places at fault, so that the rules between fields can still be asked
-    about the rest of it.
+    Returns:
+        the config and its faults. Invalid values are replaced with defaults and examples, so that
+        the rules between the other fields can still be checked.
     """
-    mended = copy.deepcopy(raw)
-    faults: list[Fault] = []
-    for round in range(8):  # an absent section is fixed first, then what it must contain
+    repaired = copy.deepcopy(raw)
+    faults: list[ConfigFault] = []
+    for round in range(8):  # a missing section is filled in first, then its required keys
         try:
-            return RunConfig.model_validate(mended), faults
+            return RunConfig.model_validate(repaired), faults
         except ValidationError as error:
             details = error.errors(include_url=False)
         if round == 0:
-            faults = [_describe(item, raw) for item in details if _speaks(item, details)]
+            faults = [_describe(item, raw) for item in details if _is_original(item, details)]
         for item in sorted(details, key=lambda item: -len(item["loc"])):
-            _mend(mended, item["loc"])
-    raise AssertionError(f"a run file could not be fixed: {details}")
+            _repair(repaired, item["loc"])
+    raise AssertionError(f"a run file could not be repaired: {details}")
 
 
 def describe_errors(error: ValidationError, section: str) -> str:
-    """Return what is wrong with a section of a run file, each key by its name within it."""
+    """Return the faults of a section of a run file, with keys named within the section."""
     details = error.errors(include_url=False)
     faults = [_describe({**item, "loc": (section, *item["loc"])}, {}) for item in details]
     return "; ".join(str(fault).removeprefix(f"{section}.") for fault in faults)
 
 
-def _speaks(item: ErrorDetails, details: list[ErrorDetails]) -> bool:
-    """Return whether an error is the user's own and not the echo of another."""
+def _is_original(item: ErrorDetails, details: list[ErrorDetails]) -> bool:
+    """Return whether an error is not only the consequence of another one."""
     if item["type"] == "default_factory_not_called":
         return False
     inner = [other for other in details if len(other["loc"]) > len(item["loc"])]
@@ -162,23 +165,23 @@ def _field(key: tuple[str | int, ...]) -> FieldInfo | None:
     return known_keys().get(tuple(part for part in key if isinstance(part, str)))
 
 
-def _mend(raw: dict[str, Any], loc: tuple[str | int, ...]) -> None:
-    """Remove the value at `loc`, or insert an example if one is required."""
+def _repair(raw: dict[str, Any], loc: tuple[str | int, ...]) -> None:
+    """Remove the value at `loc`; if the key is required, put its example there."""
     while loc and isinstance(loc[-1], int):
         loc = loc[:-1]
-    owner: Any = raw
+    parent: Any = raw
     for part in loc[:-1]:
         try:
-            # a section that fine-tuning fills in need not be there
-            owner = owner.setdefault(part, {}) if isinstance(owner, dict) else owner[part]
+            # a section that fine-tuning fills in may be absent
+            parent = parent.setdefault(part, {}) if isinstance(parent, dict) else parent[part]
         except (IndexError, TypeError):
             return
-    if not isinstance(owner, dict):
+    if not isinstance(parent, dict):
         return
-    owner.pop(loc[-1], None)
+    parent.pop(loc[-1], None)
     field = _field(loc)
     if field is not None and field.is_required():
-        owner[loc[-1]] = copy.deepcopy(field.examples[0]) if field.examples else {}
+        parent[loc[-1]] = copy.deepcopy(field.examples[0]) if field.examples else {}
 
 
 _KINDS = {
@@ -202,18 +205,19 @@ _KINDS = {
 }
 
 
-def _describe(item: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
-    loc, kind, found = item["loc"], item["type"], item["input"]
+def _describe(item: ErrorDetails, raw: Mapping[str, Any]) -> ConfigFault:
+    """Return the fault of one error of the schema."""
+    loc, kind, value = item["loc"], item["type"], item["input"]
     key = tuple(str(part) for part in loc)
     field = _field(loc)
     if kind == "extra_forbidden" or field is None:
-        return Fault((key,), _unknown(loc, found))
+        return ConfigFault((key,), _unknown(loc, value))
     if kind == "missing" and not isinstance(loc[-1], int):
         example = field.examples[0] if field.examples else {}
         remedy = f"write for example {show({loc[-1]: example})[1:-1]}"
-        if loc == ("model",) and "finetune" in found:
+        if loc == ("model",) and "finetune" in value:
             remedy = "write one, or name a model to start from with --init-from"
-        return Fault((key,), f"is missing; {remedy}")
+        return ConfigFault((key,), f"is missing; {remedy}")
     expected = _KINDS.get(kind, "another value").format(**item.get("ctx", {}))
     if kind == "literal_error":
         expected = expected.replace("'", "").replace(" or ", ", ")
@@ -226,29 +230,29 @@ def _describe(item: ErrorDetails, raw: Mapping[str, Any]) -> Fault:
         words = re.findall(r"'([^']+)'", item["ctx"]["expected"])
     if kind == "unknown_name":
         words = item["ctx"]["names"].split(", ")
-        missing = missing_plugin(f"{item['ctx']['kind']}.{found}", raw)
-    remedy = missing or _remedy(kind, found, field, words)
-    return Fault((key,), f"expected {expected}, found {show(found)}; {remedy}")
+        missing = missing_plugin(f"{item['ctx']['kind']}.{value}", raw)
+    remedy = missing or _remedy(kind, value, field, words)
+    return ConfigFault((key,), f"expected {expected}, got {show(value)}; {remedy}")
 
 
-def _remedy(kind: str, found: Any, field: FieldInfo, words: list[str]) -> str:
-    """Return what to do about a value of the wrong kind.
+def _remedy(kind: str, value: Any, field: FieldInfo, words: list[str]) -> str:
+    """Return the remedy for an invalid value.
 
     Args:
-        words: the values there are, of a key that has few.
+        words: the allowed values of a key that has few.
     """
-    if kind in ("literal_error", "unknown_name") and isinstance(found, str):
-        hint = nearest(found, words).removeprefix("; ")
+    if kind in ("literal_error", "unknown_name") and isinstance(value, str):
+        hint = nearest(value, words).removeprefix("; ")
         if hint:
             return hint
-    if found is None and not field.is_required():
-        return "remove it to have the default"
-    if isinstance(found, str) and kind in ("int_type", "float_type", "bool_type"):
+    if value is None and not field.is_required():
+        return "remove it to use the default"
+    if isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
         with contextlib.suppress(ValueError, TypeError, OverflowError, RecursionError):
-            if math.isfinite(json.loads(found)):
+            if math.isfinite(json.loads(value)):
                 return "write it without quotes"
-    if isinstance(found, float) and kind == "int_type" and found.is_integer():
-        return f"write {int(found)}"
-    if kind == "string_type" and isinstance(found, (bool, int, float)):
-        return f'write "{show(found)}" in quotes'
-    return f"it is: {field.description}"
+    if isinstance(value, float) and kind == "int_type" and value.is_integer():
+        return f"write {int(value)}"
+    if kind == "string_type" and isinstance(value, (bool, int, float)):
+        return f'write "{show(value)}" in quotes'
+    return f"its meaning: {field.description}"

@@ -1,4 +1,4 @@
-"""Building blocks of all sections of a run file: types of values, and the base class."""
+"""Types of values in a run file, and the base class of its sections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megalite.errors import CommandError
 
 Count = Annotated[int, Field(ge=1, le=10**12)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**12)]
-SmallCount = Annotated[int, Field(ge=1, le=10**4)]  # of what is enumerated: layers, heads
+SmallCount = Annotated[int, Field(ge=1, le=10**4)]  # layers, heads: code makes lists of them
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -30,7 +30,7 @@ PathText = Annotated[Text, AfterValidator(_expand)]  # `~` is the home folder
 
 
 class Section(BaseModel):
-    """The manners all sections share. Defaults that are computed may be written as null."""
+    """Base of all sections: frozen and strict. Null stands for a default that is computed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 

@@ -1,4 +1,4 @@
-"""The `finetune` section of a run file: labelled data, and what is learned from it."""
+"""The `finetune` section of a run file: the task, its data, and which parameters are trained."""
 
 from __future__ import annotations
 
@@ -16,93 +16,104 @@ PROJECTIONS: tuple[_Projection, ...] = get_args(_Projection)
 
 
 class ExamplesConfig(Section):
-    """Source of the examples, with the names of its columns."""
+    """The labelled data: its path, splits and columns, and how it is tokenized."""
 
     path: PathText = Field(
         description="A data set of the Hugging Face hub (NAME or NAME@CONFIG), a local JSONL, CSV "
-        "or Parquet file, or a folder with one such file a split.",
+        "or Parquet file, or a folder with one such file per split.",
         examples=["stanfordnlp/imdb"],
     )
     train_split: Text = Field(
-        default="train", description="The split learned from; of a single file, all of it."
+        default="train", description="Training split. If path is a file, all of it is this split."
     )
     valid_split: Text | None = Field(
-        default=None, description="The split that choices are made on (null: see valid_fraction)."
+        default=None,
+        description="Validation split, measured every epoch. null means that valid_fraction "
+        "applies.",
     )
     test_split: Text | None = Field(
-        default=None, description="The split measured last (null: see test_fraction)."
+        default=None,
+        description="Test split, measured at the end. null means that test_fraction applies.",
     )
     valid_fraction: _Part | None = Field(
         default=None,
-        description="Share of the training split that is cut off by data.seed, to choose on.",
+        description="Fraction of the training split that is held out for validation, drawn by "
+        "data.seed. null means none.",
     )
     test_fraction: _Part | None = Field(
-        default=None, description="Share of the training split that is cut off by data.seed."
+        default=None,
+        description="Fraction of the training split that is held out as the test split, drawn by "
+        "data.seed. null means none.",
     )
     text_column: Text = Field(
         default="text",
-        description="What is read (classification, language_modeling, seq2seq).",
+        description="classification, language_modeling, seq2seq: column of the input text.",
     )
     label_column: Text = Field(
-        default="label", description="classification: the label, a number or a name."
+        default="label", description="classification: column of the label, a number or a name."
     )
-    target_column: Text = Field(default="target", description="seq2seq: what is written.")
+    target_column: Text = Field(default="target", description="seq2seq: column of the target text.")
     messages_column: Text = Field(
         default="messages",
-        description='sft: a conversation, [{"role": "user", "content": "..."}, ...].',
+        description='sft: column of the conversation, [{"role": "user", "content": "..."}, ...].',
     )
     prompt_column: Text | None = Field(
-        default=None, description="sft: the user's one turn, in place of messages_column."
+        default=None,
+        description="sft: column of the user's only turn; replaces messages_column, together with "
+        "response_column.",
     )
     response_column: Text | None = Field(
-        default=None, description="sft: the assistant's one turn, next to prompt_column."
+        default=None, description="sft: column of the assistant's only turn."
     )
     labels: Annotated[tuple[Text, ...], Field(strict=False)] | None = Field(
         default=None,
-        description="classification: the labels in order (null: those of the training split).",
+        description="classification: the labels in order. null means those of the training split.",
     )
     max_length: Count = Field(
-        description="Tokens of an example; what is longer is cut off.", examples=[512]
+        description="Longest example, in tokens; longer ones are truncated.", examples=[512]
     )
     max_target_length: Count = Field(
-        default=128, description="seq2seq: tokens that are written; what is longer is cut off."
+        default=128, description="seq2seq: longest target, in tokens; longer ones are truncated."
     )
     packing: bool = Field(
         default=False,
-        description="sft, language_modeling: if true, examples share windows of max_length in "
-        "place of padding (best fit); attention does not cross between them.",
+        description="sft, language_modeling: whether to pack several examples into a window of "
+        "max_length (best fit) instead of padding. Attention stays within an example.",
     )
     tokenizer: PathText | None = Field(
         default=None,
-        description='A tokenizer\'s file or folder, a model of the hub (ORG/NAME), or "bytes" '
-        "(null: that of the model started from; without one it is learned from the training split, "
-        "with model.vocab_size pieces).",
+        description='A tokenizer\'s file or folder, a model of the hub (ORG/NAME), or "bytes". '
+        "null means the tokenizer of the initial model; without an initial model, one with "
+        "model.vocab_size pieces is trained on the training split.",
     )
     chat_template: PathText | None = Field(
         default=None,
-        description="sft: a file with a Jinja template (null: the tokenizer's own, else ChatML).",
+        description="sft: file with a Jinja template. null means the tokenizer's template, or "
+        "ChatML if it has none.",
     )
     max_bad_rows: CountOrZero = Field(
-        default=0, description="Rows that may be omitted for a fault, each split counted alone."
+        default=0, description="Invalid rows that may be skipped, per split."
     )
     cache: PathText = Field(
         default="data/finetune",
-        description="Folder of tokenized examples, which are made once; relative to the working "
-        "directory.",
+        description="Folder for tokenized examples, which later runs reuse; relative to the "
+        "working directory.",
     )
 
 
 class AdapterConfig(Section):
-    """Small trained matrices next to frozen ones (LoRA, arXiv 2106.09685)."""
+    """Small trained matrices added to frozen ones (LoRA, arXiv 2106.09685)."""
 
-    name: Literal["lora"] = Field(default="lora", description="W x + alpha / rank x B (A x).")
-    rank: Count = Field(default=8, description="Rows of A and columns of B.")
+    name: Literal["lora"] = Field(
+        default="lora", description="lora: W x + (alpha / rank) B A x, with a frozen W."
+    )
+    rank: Count = Field(default=8, description="Rank of B A: rows of A and columns of B.")
     alpha: Positive | None = Field(
-        default=None, description="Numerator of the adapter's factor (null: twice the rank)."
+        default=None, description="Numerator of the factor alpha / rank. null means 2 x rank."
     )
     dropout: Share = Field(default=0.0, description="Probability of dropping an input of A.")
     targets: Annotated[tuple[_Projection, ...], Field(min_length=1, strict=False)] = Field(
-        default=PROJECTIONS, description="The projections that have one."
+        default=PROJECTIONS, description="Projections that get an adapter."
     )
 
     @property
@@ -112,50 +123,60 @@ class AdapterConfig(Section):
 
 
 class FinetuneConfig(Section):
-    """The fine-tuning task, its examples, and the trained part of the model."""
+    """The fine-tuning task, its data, and the parameters that are trained."""
 
     task: Annotated[str, NameOf(registry.tasks)] = Field(
-        description="A label; the assistant's turns of conversations; all of a text; or another "
-        "text.",
+        description="classification: predict a label. sft: predict the assistant's turns of "
+        "conversations. language_modeling: predict all of a text. seq2seq: predict a target text.",
         examples=["classification"],
     )
-    data: ExamplesConfig = Field(description="The examples.")
+    data: ExamplesConfig = Field(description="The labelled data.")
     pooling: Literal["last", "first", "mean"] | None = Field(
         default=None,
-        description="classification: the token, or the mean of all, that the label is read from "
-        "(null: last of a decoder, mean of an encoder; an encoder_decoder writes one token).",
+        description="classification: hidden state that the label is predicted from: the last or "
+        "the first token's, or the mean of all. null means last for a decoder and mean for an "
+        "encoder. An encoder_decoder uses its only target token.",
     )
     epochs: Count = Field(
-        default=3, description="Times the training split is read; sets training.steps."
+        default=3, description="Passes over the training split; sets training.steps."
     )
     metric: Literal["loss", "accuracy", "precision", "recall", "f1"] | None = Field(
         default=None,
-        description="What the best checkpoint is chosen by, on valid, else test (null: accuracy "
-        "of a classification, else loss).",
+        description="Metric that selects the best checkpoint, on the validation split, or on the "
+        "test split if there is none. null means accuracy for classification, otherwise loss.",
     )
     early_stopping: Count | None = Field(
-        default=None, description="Epochs without a better metric before the run ends (null: all)."
+        default=None,
+        description="Epochs without a better metric after which the run ends. null means that all "
+        "epochs are run.",
     )
     adapter: AdapterConfig | None = Field(
-        default=None, description="Adapters learn and the model is frozen (null: it learns)."
+        default=None,
+        description="Adapters to train while the model is frozen. null means that the model is "
+        "trained.",
     )
     freeze: Annotated[tuple[Text, ...], Field(strict=False)] = Field(
         default=(),
-        description="Patterns of parameters that do not learn.",
+        description="Patterns of parameters that are not trained.",
         examples=[["model.embed_tokens.*", "model.layers.[0-3].*"]],
     )
     label_smoothing: Share = Field(
-        default=0.0, description="Share of a target that is spread over all (arXiv 1512.00567)."
+        default=0.0,
+        description="Fraction of a target's probability that is spread over all classes (arXiv "
+        "1512.00567).",
     )
     class_weights: Annotated[tuple[Positive, ...], Field(strict=False)] | None = Field(
-        default=None, description="classification: a factor of each label's loss (null: 1)."
+        default=None,
+        description="classification: factor of each label's loss, in the order of the labels. null "
+        "means 1 for all.",
     )
     balance_classes: bool = Field(
         default=False,
-        description="classification: whether a label's factor is rows / (labels x its rows).",
+        description="classification: whether to weight each label's loss by rows / (labels x rows "
+        "of the label).",
     )
     eval_train: bool = Field(
         default=False,
-        description="If true, each epoch also measures the whole training split, which costs about "
-        "a third of training on it.",
+        description="Whether to also measure the whole training split every epoch, which takes "
+        "about a third of the time of training on it.",
     )

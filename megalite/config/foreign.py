@@ -1,13 +1,13 @@
-"""Names of other trainers and of Hugging Face, each with the key that has its meaning here.
+"""Key names of other trainers and of Hugging Face, each with the key of the same meaning here.
 
-A misspelt key is answered with the nearest name, but a name of another trainer is none of ours
-misspelt: the nearest to `save_steps` is `steps`, which would change the length of the run.
+They are searched before the nearest name is suggested. The nearest name to `save_steps` is `steps`,
+which would change the length of the run.
 """
 
 from __future__ import annotations
 
-# Ours, then what others call it: Hugging Face, Megatron-LM, nanoGPT, DeepSpeed, Lightning, PEFT. A
-# name with a dot counts in that section alone.
+# Our key, then its names in Hugging Face, Megatron-LM, nanoGPT, DeepSpeed, Lightning and PEFT. A
+# name with a dot applies to that section only.
 _SAME = {
     "name": "run_name experiment_name exp_name job_name wandb_run_name",
     "model.architecture": "model_type architectures",
@@ -115,25 +115,25 @@ _SAME = {
     "deepspeed": "ds_config deepspeed_config",
 }
 
-# Remedies for names whose quantity differs here, or that have no key here.
+# Remedies for names that are another quantity here, or that have no key here.
 _OTHERWISE = {
     'set training.precision to "bf16"': "bf16 use_bf16 bfloat16",
     'set training.precision to "fp16"': "fp16 use_fp16 half",
     'set training.activation_checkpointing to "selective" or "full"': "gradient_checkpointing "
     "recompute_granularity recompute_activations use_checkpoint activation_checkpoint recompute "
     "use_gradient_checkpointing checkpoint_activations",
-    "it follows from training.global_batch_size, training.micro_batch_size and the number of "
-    "ranks; set training.global_batch_size": "gradient_accumulation_steps grad_accum "
+    "training.global_batch_size, training.micro_batch_size and the number of ranks decide it; set "
+    "training.global_batch_size": "gradient_accumulation_steps grad_accum "
     "gradient_accumulation accumulate_grad_batches grad_accum_steps",
-    "set training.global_batch_size (a whole step, all ranks) and training.micro_batch_size (one "
-    "rank's forward)": "batch_size bs batch",
-    "set schedule.warmup_steps, in steps: the ratio x training.steps": "warmup_ratio "
+    "set training.global_batch_size (samples per step, over all ranks) and "
+    "training.micro_batch_size (samples per forward pass of a rank)": "batch_size bs batch",
+    "set schedule.warmup_steps to the ratio x training.steps": "warmup_ratio "
     "warmup_fraction lr_warmup_fraction warmup_proportion",
-    "set schedule.min_lr_ratio: the smallest rate / optimizer.lr": "min_lr lr_min final_lr "
+    "set schedule.min_lr_ratio to the last rate / optimizer.lr": "min_lr lr_min final_lr "
     "min_learning_rate end_lr lr_end",
     "set training.steps; when fine-tuning, finetune.epochs": "num_train_epochs num_epochs "
     "max_epochs n_epochs train_epochs",
-    "set training.steps: samples / training.global_batch_size": "train_samples max_samples "
+    "set training.steps to samples / training.global_batch_size": "train_samples max_samples "
     "num_train_samples",
     "set data.sequence_length; when fine-tuning, finetune.data.max_length": "max_length max_len "
     "context_size context_window cutoff_len model_max_length",
@@ -144,7 +144,7 @@ _OTHERWISE = {
     "set training.eval_every and training.eval_batches": "eval evaluation validation",
     "set training.eval_every": "eval_strategy evaluation_strategy do_eval",
     "set checkpoint.every": "save_strategy always_save_checkpoint",
-    "evaluation uses training.micro_batch_size; set that": "per_device_eval_batch_size "
+    "set training.micro_batch_size, which evaluation uses too": "per_device_eval_batch_size "
     "eval_batch_size per_gpu_eval_batch_size val_batch_size",
     "use the option --init-from": "model_name_or_path pretrained_model model_name init_from "
     "base_model pretrained_model_name_or_path finetune_from from_pretrained",
@@ -160,9 +160,9 @@ _OTHERWISE = {
     'set model.activation to "swiglu"': "swiglu use_swiglu",
     "the tokenizer of the data decides it; remove it": "bos_token_id eos_token_id pad_token_id "
     "unk_token_id tokenizer_type",
-    "python -m data_prep makes tokenizers and shards; give tokenize --tokenizer": "tokenizer "
-    "vocab_file merge_file",
-    "the order of data needs no worker; remove it": "dataloader_num_workers num_workers "
+    "shards contain token ids; remove it, and give the tokenizer to python -m data_prep tokenize "
+    "--tokenizer": "tokenizer vocab_file merge_file",
+    "the data loader has no such option; remove it": "dataloader_num_workers num_workers "
     "dataloader_drop_last dataloader_pin_memory drop_last pin_memory shuffle",
 }
 
@@ -173,7 +173,7 @@ _ANSWERS = {
 
 
 def foreign_answer(name: str, section: str = "") -> str:
-    """Return what a name of another trainer is here, or "".
+    """Return the answer to a key name of another trainer; "" if no trainer has that name.
 
     `--max-steps` and `max_step` count as `max_steps`.
     """

@@ -1,11 +1,11 @@
-"""From a run file to a `RunConfig`: read, extend, set, check, and name every fault at once.
+"""Load a run file: read, extend, apply `--set`, check, and report all faults at once.
 
-A run file is strict JSON, or YAML with the same values. `"extends": "base.json"`, relative to the
-file that contains it, is read first and merged key by key; a list replaces a list. `--set a.b=c`
-comes last. A key also replaces its alternative in the extended files (`test_fraction` a
-`test_split`). If there is no file of that name, the shipped files are searched, with or without
-`configs/` before the name. Nothing here runs code, and every input ends in a `RunConfig` or a
-`ConfigError`.
+A run file is strict JSON, or YAML with the same values. The file that `"extends": "base.json"`
+names, relative to the extending file, is read first. The extending file is merged over it key by
+key; a list replaces a list. `--set a.b=c` comes last. A key also replaces its alternative in the
+extended files (`test_fraction` replaces `test_split`). If a file does not exist, the shipped files
+are searched for its name, with or without `configs/`. No input runs code: the result is always a
+`RunConfig` or a `ConfigError`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from megalite.config.deepspeed_keys import deepspeed_faults
-from megalite.config.faults import Fault, Key, schema_faults, show
+from megalite.config.faults import ConfigFault, Key, schema_faults, show
 from megalite.config.names import plugins_of, run_folder
 from megalite.config.renamed import conflicts, current_name, rename_keys
 from megalite.config.rules import rule_faults
@@ -36,15 +36,15 @@ from megalite.config.strict import (
 from megalite.errors import ConfigError
 from megalite.log import logger
 
-# next to the package in a checkout, within it after an installation (pyproject.toml)
+# next to the package in a checkout, inside it after installation (pyproject.toml)
 _PACKAGE = Path(__file__).parents[1]
 SHIPPED = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
 
-Origins = dict[Key, str]  # what to put before a fault: the file, or --set
-# A run file by its path; or its content, whose paths are relative to the working directory.
+Origins = dict[Key, str]  # prefix of a key's faults: the file, or --set
+# The path of a run file, or its content. In a content, paths are relative to the working directory.
 ConfigSource: TypeAlias = "str | Path | Mapping[str, Any] | RunConfig"
 _CONTENT = Path("the configuration")  # name of a content in messages
-# Pairs of keys with one meaning. The file that extends another one decides.
+# Pairs of keys that exclude each other. A file's key removes the other one from extended files.
 _ALTERNATIVES: tuple[tuple[Key, Key], ...] = (
     (("training", "steps"), ("training", "tokens")),
     *(
@@ -57,11 +57,12 @@ _ALTERNATIVES: tuple[tuple[Key, Key], ...] = (
 def load_config(
     source: ConfigSource, sets: Sequence[str] = (), *, model: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """Return a checked run file, with `sets` (each `a.b=c`) laid over it.
+    """Return a checked run file, after `sets` (each `a.b=c`) are applied.
 
     Args:
         source: the path or the content of the run file.
-        model: what of the model section holds where the file says nothing.
+        sets: changes of single keys.
+        model: defaults of the model section.
 
     Raises:
         ConfigError: every fault of the file, of the files it extends, of `sets` and of rules
@@ -73,9 +74,9 @@ def load_config(
     if model is not None:
         _merge(raw, {"model": model}, "the model to start from: ", origins)
     chain = _read_chain(source, faults)
-    found = chain[0][0]
-    if isinstance(source, str | Path) and found != Path(os.path.expanduser(source)):
-        logger.info("%s is not here: taken from %s", source, found)
+    path = chain[0][0]
+    if isinstance(source, str | Path) and path != Path(os.path.expanduser(source)):
+        logger.info("%s does not exist; using the shipped %s", source, path)
     for file, content in reversed(chain):
         faults += [f"{file}: {fault}" for fault in conflicts(content)]
     _warn_of_old_names(chain)
@@ -88,7 +89,7 @@ def load_config(
 
 
 def source_name(source: ConfigSource) -> str:
-    """Return how messages name a run file."""
+    """Return the name of a run file in messages."""
     return str(source if isinstance(source, str | Path) else _CONTENT)
 
 
@@ -100,14 +101,15 @@ def _warn_of_old_names(chain: Sequence[tuple[Path, dict[str, Any]]]) -> None:
         for old, new in rename_keys(content).items()
     ]
     if renamed:
-        logger.warning("%s; rename it there", ", ".join(renamed))
+        logger.warning("%s; rename it in the file", ", ".join(renamed))
 
 
 def load_stored(path: Path) -> RunConfig:
-    """Return the run file that a run or a checkpoint keeps as `config.json`.
+    """Return the run file that a run or a checkpoint stores as `config.json`.
 
     Raises:
-        ConfigError: every fault of it; the cause, if redaction of an earlier version is one.
+        ConfigError: every fault of the file. If an earlier version redacted values, the first line
+            explains that.
     """
     faults: list[str] = []
     raw = _read_file(path, None, faults)
@@ -115,15 +117,15 @@ def load_stored(path: Path) -> RunConfig:
     try:
         config = _check(raw, str(path), faults, {}, stored=True)
     except ConfigError as error:
-        told = [f"{path}: {explain_redacted(lost)}"] if lost else []
-        raise ConfigError([*told, *error.faults]) from None
+        cause = [f"{path}: {explain_redacted(lost)}"] if lost else []
+        raise ConfigError([*cause, *error.faults]) from None
     if lost:
         logger.warning("%s: %s", path, explain_redacted(lost))
     return config
 
 
 def find_file(name: str | Path, folder: Path = Path()) -> Path:
-    """Return the path of a run file: relative to `folder`, else among the shipped files."""
+    """Return the path of a run file: relative to `folder` if it exists there, else shipped."""
     path = folder / os.path.expanduser(name)
     with suppress(OSError, ValueError):  # names that no file can have
         shipped = SHIPPED / str(name).removeprefix("configs/")
@@ -133,21 +135,21 @@ def find_file(name: str | Path, folder: Path = Path()) -> Path:
 
 
 def section_changes(sets: Sequence[str]) -> dict[str, Any]:
-    """Return what `--set` changes, as the sections of a run file."""
+    """Return the changes of `--set` as the sections of a run file."""
     raw: dict[str, Any] = {}
     _apply_sets(raw, sets, [], {})
     return raw
 
 
 def find_run(source: ConfigSource, sets: Sequence[str] = ()) -> Path | None:
-    """Return the run folder that a run file means; None if that cannot be read."""
+    """Return the run folder that a run file names. None means that the file cannot be read."""
     faults: list[str] = []
     folder = run_folder(_stated(source, sets, faults))
     return None if faults else folder
 
 
 def _stated(source: ConfigSource, sets: Sequence[str], faults: list[str]) -> dict[str, Any]:
-    """Return what a run file and `sets` state, unchecked."""
+    """Return the merged content of a run file and `sets`, unchecked."""
     raw: dict[str, Any] = {}
     for _, content in reversed(_read_chain(source, faults)):
         _merge(raw, content, "", {})
@@ -156,24 +158,24 @@ def _stated(source: ConfigSource, sets: Sequence[str], faults: list[str]) -> dic
 
 
 def run_files(path: str | Path) -> list[Path]:
-    """Return the path of a run file, and of each that it extends in turn."""
+    """Return the path of a run file, and of each file that it extends, directly or not."""
     return [file for file, _ in _read_chain(path, [])]
 
 
 def stated_model(source: ConfigSource, sets: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the model section that a run file and `sets` state, unchecked; {} without one."""
+    """Return the model section of a run file and `sets`, unchecked; {} if there is none."""
     model = _stated(source, sets, []).get("model")
     return model if isinstance(model, dict) else {}
 
 
 def lacks_model(source: ConfigSource, sets: Sequence[str] = ()) -> bool:
-    """Return whether a run file tunes a model that only `--init-from` would name."""
+    """Return whether a run file fine-tunes a model that only `--init-from` can name."""
     raw = _stated(source, sets, [])
     return "finetune" in raw and "model" not in raw
 
 
 def parse_config(raw: Mapping[str, Any], source: str = "the run file") -> RunConfig:
-    """`load_config` for a run file that is already parsed, such as one kept in a manifest."""
+    """Return a checked run file from its parsed content, such as the one in a manifest."""
     return _check(copy.deepcopy(dict(raw)), source, [], {})
 
 
@@ -185,21 +187,25 @@ def _check(
     *,
     stored: bool = False,
 ) -> RunConfig:
-    """stored: a copy that a run keeps, which is read, not written again."""
-    raw.pop("$schema", None)  # an editor's, not ours
+    """Check a merged run file. Raise all faults: those given, and those of the check.
+
+    Args:
+        stored: whether a run or a checkpoint stores this copy. Then secrets are not reported.
+    """
+    raw.pop("$schema", None)  # for editors only
     faults += [f"{source}: {fault}" for fault in conflicts(raw)]
     rename_keys(raw)
     notes: list[str] = []
     drop_halves(raw, notes)
     faults += [f"{source}: {note}" for note in notes]
-    config, found = schema_faults(raw)
-    faulty = [fault.keys[0] for fault in found]
+    config, details = schema_faults(raw)
+    invalid = [fault.keys[0] for fault in details]
     broken = [*rule_faults(config), *deepspeed_faults(config)]
     for fault in broken if stored else [*broken, *secret_faults(config)]:
-        # a rule about a key that is itself at fault would only repeat it
-        if not any(_overlap(key, bad) for key in fault.keys for bad in faulty):
-            found.append(fault)
-    faults += [f"{_origin(fault, source, origins)}{fault}" for fault in found]
+        # a rule about an invalid key would only repeat that fault
+        if not any(_overlap(key, other) for key in fault.keys for other in invalid):
+            details.append(fault)
+    faults += [f"{_origin(fault, source, origins)}{fault}" for fault in details]
     if faults:
         raise ConfigError(faults)
     return config.model_copy(update={"plugins": plugins_of(config)})
@@ -210,17 +216,17 @@ def _overlap(key: Key, other: Key) -> bool:
     return key[:length] == other[:length]
 
 
-def _origin(fault: Fault, source: str, origins: Origins) -> str:
-    """Return what to put before a fault: where its first key was written, else the run file."""
+def _origin(fault: ConfigFault, source: str, origins: Origins) -> str:
+    """Return the prefix of a fault: the file that contains its first key, or --set."""
     key = fault.keys[0]
     while key and key not in origins and any(part.isdigit() for part in key):
-        key = key[:-1]  # into a list, which is written whole
-    if key not in origins:  # what is missing from a section that --set has made
+        key = key[:-1]  # an item of a list: the list as a whole has an origin
+    if key not in origins:  # a key that is missing from a section that --set created
         above = (origins.get(key[:depth]) for depth in range(len(key) - 1, 0, -1))
-        if (made := next(filter(None, above), "")).startswith("--set"):
-            return made
-    # a section that nothing but --set has made is known by what is in it
-    within = (told for at, told in origins.items() if key and at[: len(key)] == key)
+        if (parent := next(filter(None, above), "")).startswith("--set"):
+            return parent
+    # a section that only --set created has no origin, but its keys have
+    within = (origin for at, origin in origins.items() if key and at[: len(key)] == key)
     return origins.get(key) or next(within, f"{source}: ")
 
 
@@ -228,7 +234,10 @@ def _origin(fault: Fault, source: str, origins: Origins) -> str:
 
 
 def _read_chain(source: ConfigSource, faults: list[str]) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the file, the one it extends, and so on; a link that leads nowhere ends the list."""
+    """Return the file, the file it extends, and so on, each with its content.
+
+    An invalid or circular `extends` is added to the faults and ends the list.
+    """
     chain: list[tuple[Path, dict[str, Any]]] = []
     seen: list[Path] = []
     path = find_file(source) if isinstance(source, str | Path) else _CONTENT
@@ -236,7 +245,7 @@ def _read_chain(source: ConfigSource, faults: list[str]) -> list[tuple[Path, dic
         identity = _resolve(path)
         if identity in seen:
             loop = " -> ".join(str(file) for file, _ in chain) + f" -> {path}"
-            faults.append(f"{chain[-1][0]}: extends goes in a circle: {loop}; remove one link")
+            faults.append(f"{chain[-1][0]}: extends is circular: {loop}; remove one of them")
             return chain
         seen.append(identity)
         if isinstance(source, str | Path) or chain:
@@ -249,7 +258,7 @@ def _read_chain(source: ConfigSource, faults: list[str]) -> list[tuple[Path, dic
             return chain
         if not isinstance(parent, str) or not parent.isprintable():
             faults.append(
-                f"{path}: extends: expected one path as text, found {show(parent)}; "
+                f"{path}: extends: expected one path as text, got {show(parent)}; "
                 'write "extends": "base.json", relative to this file'
             )
             return chain
@@ -257,7 +266,7 @@ def _read_chain(source: ConfigSource, faults: list[str]) -> list[tuple[Path, dic
 
 
 def _read_content(source: Mapping[str, Any] | RunConfig, faults: list[str]) -> dict[str, Any]:
-    """Return the content of a run file as if it had been read from one."""
+    """Return the content of a run file as if it were read from a file."""
     if isinstance(source, RunConfig):
         return source.model_dump(mode="json")
     try:
@@ -267,7 +276,7 @@ def _read_content(source: Mapping[str, Any] | RunConfig, faults: list[str]) -> d
     if not isinstance(value, dict):
         raise ConfigError(
             f"{_CONTENT}: expected a path, a mapping or a RunConfig, got {show(value)}; see "
-            "configs/smoke.json for a whole run file"
+            "configs/smoke.json for a complete run file"
         )
     faults += [f"{_CONTENT}: {note}" for note in notes]
     return value
@@ -280,13 +289,13 @@ def _resolve(path: Path) -> Path:
         return path
 
 
-def _read_file(path: Path, asked_by: Path | None, faults: list[str]) -> dict[str, Any]:
-    """Return one file's object.
+def _read_file(path: Path, extended_by: Path | None, faults: list[str]) -> dict[str, Any]:
+    """Return the content of one file.
 
     Raises:
-        ConfigError: why there is none, after the faults so far.
+        ConfigError: the faults so far, then the reason why the file has no content.
     """
-    by = f" (extended by {asked_by})" if asked_by else ""
+    by = f" (extended by {extended_by})" if extended_by else ""
     try:
         value, notes = read_value(path)
     except FileNotFoundError:
@@ -297,8 +306,8 @@ def _read_file(path: Path, asked_by: Path | None, faults: list[str]) -> dict[str
     faults += [f"{path}: {note}" for note in notes]
     if not isinstance(value, dict):
         sections = "sections, such as `training:`" if is_yaml(path) else "one JSON object {...}"
-        told = f"{path}: expected {sections}, found {show(value)}"
-        raise ConfigError([*faults, f"{told}; see configs/smoke.json for a whole run file"])
+        fault = f"{path}: expected {sections}, got {show(value)}"
+        raise ConfigError([*faults, f"{fault}; see configs/smoke.json for a complete run file"])
     return value
 
 
@@ -306,7 +315,10 @@ def _read_file(path: Path, asked_by: Path | None, faults: list[str]) -> dict[str
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections of a run file laid over others, as one that extends another is; both are kept."""
+    """Return `base` with `over` merged over it, as if a run file extends another.
+
+    Neither argument changes.
+    """
     result = copy.deepcopy(dict(base))
     _merge(result, over, "", {})
     return result
@@ -315,7 +327,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _merge(
     base: dict[str, Any], over: Mapping[str, Any], source: str, origins: Origins, at: Key = ()
 ) -> None:
-    """Lay `over` on `base` in place: sections key by key, anything else replaced whole."""
+    """Merge `over` into `base`, in place: sections key by key, other values as a whole."""
     for key, value in over.items():
         path = (*at, key)
         if isinstance(value, dict):
@@ -330,7 +342,7 @@ def _merge(
 
 
 def _drop_alternatives(base: dict[str, Any], over: Mapping[str, Any]) -> None:
-    """Remove from `base` what `over` says in another way, such as a split given as a fraction."""
+    """Remove keys of `base` whose alternative is in `over`: a split given as a fraction there."""
     for pair in _ALTERNATIVES:
         for (*sections, key), (*_, other) in (pair, pair[::-1]):
             above, below = _section(over, sections), _section(base, sections)
@@ -339,7 +351,7 @@ def _drop_alternatives(base: dict[str, Any], over: Mapping[str, Any]) -> None:
 
 
 def _section(raw: Any, keys: Sequence[str]) -> Any:
-    """Return the section below `keys`; an empty one if there is none."""
+    """Return the section at `keys`; an empty one if there is none."""
     for key in keys:
         raw = raw.get(key) if isinstance(raw, dict) else None
     return raw if isinstance(raw, dict) else {}
@@ -360,7 +372,7 @@ def _apply_sets(
             )
             continue
         if parts[0] in ("extends", "$schema"):
-            faults.append(f"--set {key}: belongs into a run file; write it there")
+            faults.append(f"--set {key}: only a run file may contain it; write it there")
             continue
         value = _set_value(text, item, faults)
         section: Any = raw

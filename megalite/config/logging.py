@@ -1,4 +1,4 @@
-"""The `logging` section of a run file: the run folder, and services that show the run."""
+"""The `logging` section of a run file: the run folder, TensorBoard, W&B, samples and sinks."""
 
 from __future__ import annotations
 
@@ -12,58 +12,65 @@ from megalite.config.names import NameOf
 
 
 class SamplesConfig(Section):
-    """Texts that the model writes while it trains."""
+    """Sample texts that the model generates during training."""
 
     prompts: Annotated[tuple[Text, ...], Field(min_length=1, strict=False)] = Field(
-        description="What it continues, or answers: of sft each is a user's turn.",
+        description="Prompts that the model continues. With task sft, each is a user's turn, which "
+        "the model answers.",
         examples=[["Once upon a time", "def main("]],
     )
     every: Count | None = Field(
         default=None,
-        description="Steps between them; the start and the end have them, too (null: with every "
-        "evaluation).",
+        description="Steps between samples; they are also generated at the start and at the end. "
+        "null means with every evaluation.",
     )
     max_new_tokens: SmallCount = Field(
-        default=64, description="Tokens of a text; each costs a forward pass of all ranks."
+        default=64,
+        description="Longest sample, in tokens; each token costs a forward pass on all ranks.",
     )
     temperature: PositiveOrZero = Field(
         default=0.8,
-        description="What scores are divided by before a token is drawn, by training.seed "
-        "(0: always the likeliest token).",
+        description="Sampling temperature. 0 means greedy decoding. Sampling is seeded by "
+        "training.seed.",
     )
 
 
 class WandbConfig(Section):
-    """The run in Weights & Biases, next to its own records."""
+    """Logging to Weights & Biases, in addition to the run folder."""
 
-    project: Text = Field(description="Name of the project there.", examples=["megalite"])
+    project: Text = Field(description="W&B project.", examples=["megalite"])
     entity: Text | None = Field(
-        default=None, description="The team or user it belongs to (null: the account's own)."
+        default=None,
+        description="W&B team or user that owns the project. null means the account's default.",
     )
     mode: Literal["online", "offline", "disabled"] = Field(
         default="online",
-        description="Whether it is sent at once, or kept in wandb/ of the run folder for `wandb "
-        "sync`, or not written.",
+        description="online: upload during the run. offline: write to wandb/ in the run folder, "
+        "for `wandb sync`. disabled: write nothing.",
     )
     tags: Annotated[tuple[Text, ...], Field(strict=False)] = Field(
-        default=(), description="Words to find the run by."
+        default=(), description="Tags of the run in W&B."
     )
 
 
 class LoggingConfig(Section):
-    """The run folder, which is `directory`/`name`."""
+    """The run folder, `directory`/`name`, and further outputs of metrics."""
 
     directory: PathText = Field(
         default="runs",
-        description="Folder of run folders, relative to the working directory.",
+        description="Folder that contains the run folder, relative to the working directory.",
     )
-    tensorboard: bool = Field(default=True, description="Whether TensorBoard files are written.")
+    tensorboard: bool = Field(default=True, description="Whether to write TensorBoard files.")
     samples: SamplesConfig | None = Field(
-        default=None, description="Texts the model writes while it trains (null: none)."
+        default=None,
+        description="Sample texts that the model generates during training. null means none.",
     )
     wandb: WandbConfig | None = Field(
-        default=None, description="Weights & Biases (null: nothing is sent there)."
+        default=None, description="Logging to Weights & Biases. null means none."
     )
     sinks: Annotated[tuple[Annotated[str, NameOf(registry.sinks)], ...], Field(strict=False)] = (
-        Field(default=(), description="Sinks of installed packages that the run is shown to.")
+        Field(
+            default=(),
+            description="Names of further outputs of metrics, which installed packages register.",
+        )
     )

@@ -1,4 +1,4 @@
-"""The `model` section of a run file: every network there is, by its parts."""
+"""The `model` section of a run file: the network, part by part."""
 
 from __future__ import annotations
 
@@ -13,42 +13,52 @@ from megalite.config.names import NameOf
 
 
 def _head_dim(data: dict[str, int]) -> int:
-    """Return the default; a field that is itself at fault is absent from `data`."""
+    """Return the default head width. Fields that failed validation are missing from `data`."""
     return max(1, data.get("hidden_size", 1) // data.get("num_attention_heads", 1))
 
 
-# Hugging Face's names of what the attention of a layer looks at.
+# Kinds of attention of a layer, by Hugging Face's names.
 LayerType = Literal["full_attention", "sliding_attention"]
 
 
 class RopeScalingConfig(Section):
-    """RoPE's wavelengths stretched for longer sequences, in Hugging Face's keys."""
+    """RoPE scaling: longer wavelengths for longer sequences, in Hugging Face's keys."""
 
     rope_type: Literal["linear", "llama3", "yarn"] = Field(
-        description="linear: all frequencies equally; llama3: the low ones; yarn: by the number of "
-        "rotations (arXiv 2309.00071).",
+        description="Which wavelengths are scaled. linear: all equally. llama3: the long ones. "
+        "yarn: by the number of rotations within the original length (arXiv 2309.00071).",
         examples=["linear"],
     )
     factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
-        description="How many times longer.", examples=[8.0]
+        description="Ratio of the new context length to the original one.", examples=[8.0]
     )
     original_max_position_embeddings: Count | None = Field(
-        default=None, description="Length before, in tokens (llama3 and yarn need it)."
+        default=None,
+        description="Original context length, in tokens. Required by llama3 and yarn.",
     )
     low_freq_factor: Positive = Field(
-        default=1.0, description="llama3: waves that fit the old length fewer times are stretched."
+        default=1.0,
+        description="llama3: wavelengths with fewer rotations than this within the original "
+        "length are scaled.",
     )
     high_freq_factor: Positive = Field(
-        default=4.0, description="llama3: waves that fit the old length more often stay."
+        default=4.0,
+        description="llama3: wavelengths with more rotations than this within the original length "
+        "are unchanged.",
     )
     beta_fast: Positive = Field(
-        default=32.0, description="yarn: turns in the old length from which a wave stays."
+        default=32.0,
+        description="yarn: wavelengths with more rotations than this within the original length "
+        "are unchanged.",
     )
     beta_slow: Positive = Field(
-        default=1.0, description="yarn: turns in the old length up to which a wave is stretched."
+        default=1.0,
+        description="yarn: wavelengths with fewer rotations than this within the original length "
+        "are scaled.",
     )
     attention_factor: Positive | None = Field(
-        default=None, description="yarn: factor of q and k (null: 0.1 ln(factor) + 1)."
+        default=None,
+        description="yarn: factor of queries and keys. null means 0.1 ln(factor) + 1.",
     )
 
 
@@ -57,8 +67,9 @@ class ModelConfig(Section):
 
     architecture: Literal["decoder", "encoder", "encoder_decoder"] = Field(
         default="decoder",
-        description="Which way tokens look: back (decoder), everywhere (encoder, for masked "
-        "tokens), or everywhere in one text to write another (encoder_decoder).",
+        description="decoder: causal attention. encoder: attention in both directions, as in BERT. "
+        "encoder_decoder: an encoder for the source text and a causal decoder for the target, as "
+        "in T5.",
     )
     vocab_size: Count = Field(
         description="Tokens in the vocabulary, as the tokenizer counts them (not padded).",
@@ -68,106 +79,115 @@ class ModelConfig(Section):
         description="Width of the residual stream, in elements.", examples=[2048]
     )
     intermediate_size: Count = Field(
-        description="Width inside the MLP, in elements (of each of gate and up where gated).",
+        description="Inner width of the MLP, in elements; a gated MLP has gate and up of this "
+        "width each.",
         examples=[5632],
     )
     num_hidden_layers: SmallCount = Field(
-        description="Transformer blocks (of the encoder, if there are two stacks).",
+        description="Transformer blocks; for encoder_decoder, those of the encoder.",
         examples=[22],
     )
     num_decoder_layers: SmallCount | None = Field(
         default=None,
-        description="Blocks of an encoder_decoder's decoder (null: as many as the encoder's).",
+        description="encoder_decoder: blocks of the decoder. null means as many as the encoder "
+        "has.",
     )
     num_attention_heads: SmallCount = Field(description="Query heads of each block.", examples=[32])
     num_key_value_heads: SmallCount = Field(
         default_factory=lambda data: data.get("num_attention_heads", 1),
-        description="Key/value heads of each block; divides the query heads "
-        "(null: as many as query heads).",
+        description="Key/value heads of each block; the number must divide num_attention_heads. "
+        "null means as many as query heads.",
     )
     head_dim: Count = Field(
         default_factory=_head_dim,
-        description="Width of one head, in elements (null: hidden_size / num_attention_heads).",
+        description="Width of one head, in elements. null means hidden_size / num_attention_heads.",
     )
     max_position_embeddings: Count = Field(
-        description="Longest sequence the model is made for, in tokens.", examples=[2048]
+        description="Longest sequence the model can read, in tokens.", examples=[2048]
     )
     norm: Annotated[str, NameOf(registry.norms)] = Field(
-        default="rmsnorm", description="Normalisation before attention, MLP and head."
+        default="rmsnorm", description="Normalisation of hidden states."
     )
     norm_eps: Positive = Field(
-        default=1e-5, description="Added to the variance under the root of a norm."
+        default=1e-5, description="Added to the variance in a norm, under the root."
     )
     norm_position: Literal["pre", "post"] = Field(
         default="pre",
-        description="Whether a block normalises what it reads (and the model its end), or each sum "
-        "with the residual, as in the first Transformer and BERT.",
+        description="pre: norms before attention, MLP and head. post: norms after each residual "
+        "sum, as in the original Transformer and BERT.",
     )
     embedding_norm: bool = Field(
-        default=False, description="Whether embeddings are normalised, as in BERT."
+        default=False, description="Whether to normalise the embeddings, as in BERT."
     )
     activation: Annotated[str, NameOf(registry.activations)] = Field(
-        default="swiglu", description="Non-linearity of the MLP; those with glu are gated."
+        default="swiglu",
+        description="Activation of the MLP. Those with glu in their name are gated.",
     )
     position_embedding: Literal["rope", "learned", "sinusoidal", "relative", "none"] = Field(
         default="rope",
-        description="Encoding of a token's position; relative: T5's biases of distance buckets.",
+        description="Kind of position embedding. relative: T5's attention bias per distance "
+        "bucket.",
     )
     rope_theta: Positive = Field(
-        default=10000.0, description="Base of RoPE's wavelengths, in tokens over 2 pi."
+        default=10000.0,
+        description="RoPE's base: wavelengths range from 2 pi to almost 2 pi x rope_theta tokens.",
     )
     rope_scaling: RopeScalingConfig | None = Field(
-        default=None, description="How RoPE is stretched for longer sequences."
+        default=None, description="RoPE scaling for longer sequences. null means none."
     )
     relative_attention_num_buckets: Annotated[int, Field(ge=4, le=10**4)] = Field(
-        default=32, description="Buckets of relative positions, half of them for each direction."
+        default=32,
+        description="relative: distance buckets; an encoder uses half of them for each direction.",
     )
     relative_attention_max_distance: Annotated[int, Field(ge=3, le=10**6)] = Field(
-        default=128, description="Distance, in tokens, from which all share the last bucket."
+        default=128,
+        description="relative: distance, in tokens, from which all distances share one bucket.",
     )
     sliding_window: Count | None = Field(
         default=None,
-        description="Tokens a token looks back at, itself included, in sliding layers (null: all).",
+        description="Attention window of sliding layers, in tokens, the token itself included. "
+        "null means no sliding layers.",
     )
     layer_types: Annotated[tuple[LayerType, ...], Field(min_length=1, strict=False)] | None = Field(
         default=None,
-        description="The attention of each layer, in Hugging Face's words: full_attention looks at "
-        "all tokens, sliding_attention at sliding_window of them. A shorter list that divides the "
-        "layers is repeated (null: sliding_window applies to every layer).",
+        description="Attention of each layer, by Hugging Face's names: full_attention sees all "
+        "earlier tokens, sliding_attention the last sliding_window. A shorter list whose length "
+        "divides the number of layers is repeated. null means that sliding_window applies to every "
+        "layer.",
     )
     type_vocab_size: Annotated[int, Field(ge=0, le=10**4)] = Field(
-        default=0, description="Kinds of segments with an embedding, as in BERT (0: none)."
+        default=0,
+        description="Number of segment (token type) embeddings, as in BERT. 0 means none.",
     )
     qk_norm: bool = Field(
-        default=False, description="Whether each head's query and key are normalised (RMS)."
+        default=False, description="Whether to normalise each head's queries and keys (RMSNorm)."
     )
     attention_multiplier: Positive | None = Field(
-        default=None, description="Factor of attention's scores (null: 1 / sqrt(head_dim))."
+        default=None, description="Factor of attention scores. null means 1 / sqrt(head_dim)."
     )
     embedding_multiplier: Positive = Field(
         default=1.0, description="Factor of the token embeddings."
     )
-    logits_scaling: Positive = Field(default=1.0, description="What logits are divided by.")
+    logits_scaling: Positive = Field(default=1.0, description="Divisor of the logits.")
     decoder_start_token_id: CountOrZero = Field(
-        default=0, description="encoder_decoder: the id that the decoder begins with."
+        default=0, description="encoder_decoder: token id that the decoder starts from."
     )
     tie_word_embeddings: bool = Field(
-        default=False, description="Whether the head's weight is the token embedding's."
+        default=False, description="Whether the output head shares the token embedding's weight."
     )
     attention_bias: bool = Field(
-        default=False, description="Whether the projections of attention have biases."
+        default=False, description="Whether the attention projections have biases."
     )
     attention_output_bias: bool = Field(
         default_factory=lambda data: data.get("attention_bias", False),
-        description="Whether attention's output projection has one (null: as attention_bias).",
+        description="Whether attention's output projection has a bias. null means the value of "
+        "attention_bias.",
     )
-    mlp_bias: bool = Field(
-        default=False, description="Whether the projections of the MLP have biases."
-    )
+    mlp_bias: bool = Field(default=False, description="Whether the MLP projections have biases.")
     initializer_range: Positive = Field(
         default=0.02,
-        description="Standard deviation of initial weights; output projections of a block have "
-        "it divided by sqrt(2 x layers).",
+        description="Standard deviation of initial weights. For the output projections of a block "
+        "it is divided by sqrt(2 x layers).",
     )
     hidden_dropout: Share = Field(
         default=0.0, description="Probability of dropping an element of a residual branch."
@@ -178,16 +198,17 @@ class ModelConfig(Section):
 
     num_labels: Annotated[int, Field(ge=0, le=10**6)] = Field(
         default=0,
-        description="Labels of a classifier, whose head takes the place of the language model's "
-        "(fine-tuning counts them).",
+        description="Number of labels of a classifier, whose head replaces the output head. "
+        "Fine-tuning fills it in. 0 means a language model.",
     )
     classifier_pooling: Literal["last", "first", "mean"] = Field(
         default="last",
-        description="The token, or the mean of all, that a label is read from (fine-tuning writes "
-        "finetune.pooling here).",
+        description="Hidden state that the classifier's head reads: the last or the first token's, "
+        "or the mean of all. Fine-tuning copies finetune.pooling here.",
     )
     adapter: AdapterConfig | None = Field(
-        default=None, description="The adapters in it (fine-tuning writes finetune.adapter here)."
+        default=None,
+        description="Adapters of the model. Fine-tuning copies finetune.adapter here.",
     )
 
     @property
@@ -197,7 +218,7 @@ class ModelConfig(Section):
 
 
 def example_model() -> dict[str, Any]:
-    """Return a model section of the examples, for what must know one before the user's is there."""
+    """Return a model section for checks that run before the user's model section is known."""
     fields = ModelConfig.model_fields.items()
     return {
         name: field.examples[0] for name, field in fields if field.is_required() and field.examples

@@ -1,4 +1,4 @@
-"""Values of a run file that are names of a registry, and the packages that such names come from."""
+"""Values of a run file that are names of a registry, and the packages that provide them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from megalite.registry import Registry
 
 @dataclass(frozen=True)
 class NameOf:
-    """Annotation of a field that holds a name of a registry.
+    """Annotation of a field whose value is a name of a registry.
 
-    The JSON schema, which editors complete by, lists the built-in names alone: it is the same on
-    every machine, whatever packages are installed.
+    The JSON schema, from which editors complete, lists the built-in names only. So it does not
+    depend on the packages that are installed.
     """
 
     registry: Registry[Any]
@@ -49,12 +49,12 @@ class NameOf:
         try:
             self.registry.plugin(name)
         except UserError as error:
-            raise ValueError(f"a name of one package: {error}") from None
+            raise ValueError(f"a name of one package only ({error})") from None
         return name
 
 
 def run_folder(raw: Mapping[str, Any]) -> Path | None:
-    """Return the run folder that an unchecked run file means; None if it names none."""
+    """Return the run folder that an unchecked run file names; None without a valid name."""
     logging = raw.get("logging", {})
     name = raw.get("name")
     directory = logging.get("directory", "runs") if isinstance(logging, dict) else None
@@ -64,11 +64,11 @@ def run_folder(raw: Mapping[str, Any]) -> Path | None:
 
 
 def missing_plugin(name: str, raw: Mapping[str, Any]) -> str | None:
-    """Return which package a name needs, if the run file or its run folder records it.
+    """Return the advice to install the package of a name; None if no record names the package.
 
     Args:
-        name: with its kind, such as "norm.scaled".
-        raw: an unchecked run file.
+        name: the name with its kind, such as "norm.scaled".
+        raw: an unchecked run file. It or its run folder may record the package.
     """
     recorded = raw.get("plugins")
     if recorded is None:
@@ -88,10 +88,10 @@ def _recorded_plugins(raw: Mapping[str, Any]) -> Any:
 
 
 def load_plugins(section: Section) -> None:
-    """Import every object that a run file names.
+    """Import every plug-in that a run file names.
 
     Raises:
-        UserError: one that cannot be imported.
+        UserError: a plug-in cannot be imported.
     """
     for registry, name in _used(section):
         if registry.plugin(name) is not None:
@@ -99,24 +99,24 @@ def load_plugins(section: Section) -> None:
 
 
 def plugins_of(section: Section) -> dict[str, str]:
-    """Return the packages that names in a run file come from, as {"norm.scaled": "toy 1.0"}."""
-    found: dict[str, str] = {}
+    """Return the packages that provide names in a run file, as {"norm.scaled": "toy 1.0"}."""
+    packages: dict[str, str] = {}
     for registry, name in _used(section):
         plugin = registry.plugin(name)
         if plugin is not None:
-            found[f"{registry.kind}.{name}"] = str(plugin)
-    return found
+            packages[f"{registry.kind}.{name}"] = str(plugin)
+    return packages
 
 
 def _used(section: Section) -> Iterator[tuple[Registry[Any], str]]:
-    """Yield each name of a registry that a section holds, with its registry."""
+    """Yield each name of a registry in a section, with its registry."""
     for key, field in type(section).model_fields.items():
         value = getattr(section, key)
         if isinstance(value, Section):
             yield from _used(value)
             continue
         kinds = [*field.metadata]
-        for inner in getattr(field.annotation, "__args__", ()):  # of a list's items
+        for inner in getattr(field.annotation, "__args__", ()):  # the items of a list
             kinds += getattr(inner, "__metadata__", ())
         for kind in kinds:
             if isinstance(kind, NameOf):

@@ -1,7 +1,7 @@
-"""How long what an encoder reads and a decoder writes is, under the objective of a run file.
+"""Lengths of encoder inputs and decoder targets, under the objective of a run file.
 
 T5's span corruption (Raffel et al. 2019, arXiv 1910.10683) cuts the same number of tokens out of
-every window, in the same number of spans: lengths are numbers of the run file, not of the text.
+every window, in the same number of spans. So lengths follow from the run file, not from the text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from megalite.config.schema import RunConfig
 
 
 def spans(config: RunConfig) -> tuple[int, int]:
-    """Return tokens cut out of a window of text, and in how many spans (T5, arXiv 1910.10683)."""
+    """Return the number of tokens cut out of a window of text, and of spans (T5)."""
     length = config.data.sequence_length
     objective = config.objective
     noise = min(max(round(length * objective.mask_probability), 1), max(length - 1, 1))
@@ -21,7 +21,7 @@ def spans(config: RunConfig) -> tuple[int, int]:
 
 
 def source_length(config: RunConfig) -> int:
-    """Return tokens an encoder reads of a window of text: a sentinel stands for each span."""
+    """Return the length of an encoder's input, in which one sentinel replaces each span."""
     if config.finetune:
         return config.finetune.data.max_length
     noise, count = spans(config)
@@ -29,9 +29,7 @@ def source_length(config: RunConfig) -> int:
 
 
 def target_length(config: RunConfig) -> int:
-    """Return tokens a decoder writes: each span behind its sentinel, and one sentinel that ends
-    them.
-    """
+    """Return the length of a decoder's target: each span after its sentinel, and a last one."""
     if config.finetune:
         return 1 if config.model.num_labels else config.finetune.data.max_target_length
     noise, count = spans(config)
@@ -39,11 +37,11 @@ def target_length(config: RunConfig) -> int:
 
 
 def target_fraction(config: RunConfig) -> float:
-    """Return the share of a window's tokens that are predicted: the hidden ones, or all."""
+    """Return the fraction of a window's tokens that are predicted: the masked ones, or all."""
     hides = config.objective.name == "masked" and config.finetune is None
     return config.objective.mask_probability if hides else 1.0
 
 
 def target_count(config: RunConfig, rows: int) -> int:
-    """Return how many of `rows` tokens are predicted on average."""
+    """Return the average number of predicted tokens among `rows` tokens."""
     return math.ceil(rows * target_fraction(config))

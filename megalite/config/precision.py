@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Precision(str, enum.Enum):
-    """A format of weights and activations; its value is its name in a run file."""
+    """Number format of weights and activations; the value is its name in a run file."""
 
     FP32 = "fp32"
     BF16 = "bf16"
@@ -25,7 +25,7 @@ class Precision(str, enum.Enum):
 
     @property
     def torch(self) -> torch.dtype:
-        """Torch's name of the format. Only code that has torch already may request it."""
+        """The format as a torch dtype. Only code that has imported torch already may use this."""
         import torch
 
         names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

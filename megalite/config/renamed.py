@@ -1,4 +1,4 @@
-"""Keys of the run file that were renamed: the old names are read, the new ones are written."""
+"""Renamed keys of the run file: old names are read, new names are written."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ _RENAMED = {
 
 
 def current_name(section: str, name: str) -> str:
-    """Return today's name of a section's key."""
+    """Return the current name of a section's key."""
     return _RENAMED.get((section, name), name)
 
 
 def rename_keys(raw: dict[str, Any]) -> dict[str, str]:
     """Rename old keys in `raw`, in place.
 
-    A key that stands under both names stays: `conflicts` reports it.
+    If a section has both the old and the new name, nothing is renamed; `conflicts` reports that.
 
     Returns:
-        the new dotted key of each old one that was renamed.
+        the new dotted key of each old key that was renamed.
     """
     renamed = {}
     for (section, old), new in _RENAMED.items():
         values = raw.get(section)
         if isinstance(values, dict) and old in values and new not in values:
-            # in its old position, so that what lists the keys of a file keeps their order
+            # at the same position, so that the order of the keys does not change
             raw[section] = {(new if key == old else key): value for key, value in values.items()}
             renamed[f"{section}.{old}"] = f"{section}.{new}"
     return renamed
 
 
 def conflicts(raw: dict[str, Any]) -> list[str]:
-    """Return a fault for each key of `raw` that stands under both names; remove the old one."""
+    """Return a fault for each key that `raw` has under both names, and remove the old one."""
     faults = []
     for (section, old), new in _RENAMED.items():
         values = raw.get(section)
         if isinstance(values, dict) and old in values and new in values:
             faults.append(
-                f"{section}.{old}: the old name of {section}.{new}, which is set, too; remove "
+                f"{section}.{old}: the old name of {section}.{new}, which is also set; remove "
                 f"{section}.{old}"
             )
-            del values[old]  # otherwise it would be an unknown key besides
+            del values[old]  # otherwise it would also be reported as unknown
     return faults

@@ -1,4 +1,4 @@
-"""Rules between fields of a run file: what each one allows, the two together may not."""
+"""Rules between fields of a run file that are valid one by one."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Iterator
 
 from megalite import registry
 from megalite.config.deepspeed_keys import zero_stage
-from megalite.config.faults import Fault, fault, show
-from megalite.config.finetune import ExamplesConfig, FinetuneConfig
+from megalite.config.faults import ConfigFault, fault, show
+from megalite.config.finetune_rules import finetune_faults, has_held_out
 from megalite.config.model import ModelConfig
 from megalite.config.objective import source_length, spans, target_length
 from megalite.config.schema import RunConfig
-from megalite.config.tasks import TaskSpec, find_task, optional_keys, tasks_with_key
+from megalite.config.tasks import find_task
 
 
-def rule_faults(config: RunConfig) -> Iterator[Fault]:
-    """Yield every broken rule between fields of a config whose fields are sound one by one."""
+def rule_faults(config: RunConfig) -> Iterator[ConfigFault]:
+    """Yield the faults of all rules, for a config whose fields are valid one by one."""
     yield from _heads(config)
     yield from _shares(config)
     yield from _families(config)
     yield from _layer_types(config)
-    yield from _finetune(config) if config.finetune else _pretraining(config)
+    yield from finetune_faults(config) if config.finetune else _pretraining(config)
     yield from _positions(config)
     yield from _tokens_of_ranks(config)
     yield from _sources(config)
@@ -36,7 +36,7 @@ def rule_faults(config: RunConfig) -> Iterator[Fault]:
     yield from _samples(config)
 
 
-def _heads(config: RunConfig) -> Iterator[Fault]:
+def _heads(config: RunConfig) -> Iterator[ConfigFault]:
     model = config.model
     heads, groups = model.num_attention_heads, model.num_key_value_heads
     if "head_dim" not in model.model_fields_set and model.hidden_size % heads:
@@ -49,7 +49,7 @@ def _heads(config: RunConfig) -> Iterator[Fault]:
     elif model.position_embedding == "rope" and model.head_dim % 2:
         yield fault(
             "model.head_dim model.hidden_size model.num_attention_heads model.position_embedding",
-            f"rope turns pairs of elements, but a head is {model.head_dim} wide; make it even",
+            f"rope needs an even head width, got {model.head_dim}; make it even",
         )
     if heads % groups:
         yield fault(
@@ -60,14 +60,12 @@ def _heads(config: RunConfig) -> Iterator[Fault]:
 
 
 def allowed_tensor_sizes(model: ModelConfig) -> list[int]:
-    """Return the tensor-parallel sizes a model can be split by: they divide key/value heads and
-    MLP.
-    """
+    """Return the valid tensor-parallel sizes: the common divisors of key/value heads and MLP."""
     shared = model.num_attention_heads, model.num_key_value_heads, model.intermediate_size
     return _divisors(math.gcd(*shared))
 
 
-def _shares(config: RunConfig) -> Iterator[Fault]:
+def _shares(config: RunConfig) -> Iterator[ConfigFault]:
     model = config.model
     tensor = config.parallel.tensor
     allowed = allowed_tensor_sizes(model)
@@ -81,55 +79,61 @@ def _shares(config: RunConfig) -> Iterator[Fault]:
 
 
 def _length_key(config: RunConfig) -> str:
-    """Return the key that says how long a sample is."""
+    """Return the key that sets the length of a sample."""
     tuning = config.finetune
     length = config.data.sequence_length
-    own = tuning is not None and tuning.data.max_length == length
-    return "finetune.data.max_length" if own else "data.sequence_length"
+    is_filled = tuning is not None and tuning.data.max_length == length
+    return "finetune.data.max_length" if is_filled else "data.sequence_length"
 
 
-def _positions(config: RunConfig) -> Iterator[Fault]:
+def _positions(config: RunConfig) -> Iterator[ConfigFault]:
     model = config.model
     length = config.data.sequence_length
     if length > model.max_position_embeddings:
         yield fault(
             f"{_length_key(config)} data.sequence_length model.max_position_embeddings",
             f"{length} is over model.max_position_embeddings {model.max_position_embeddings}; "
-            "lower the one or raise the other",
+            "lower the first or raise the second",
         )
     if model.position_embedding == "sinusoidal" and model.hidden_size % 2:
         yield fault(
             "model.hidden_size model.position_embedding",
-            f"sinusoidal positions come in pairs, but hidden_size is {model.hidden_size}; "
-            "make it even",
+            f"sinusoidal positions need an even hidden_size, got {model.hidden_size}; make it even",
         )
 
 
-def _families(config: RunConfig) -> Iterator[Fault]:
-    """Yield the keys that an architecture does not have."""
+def _families(config: RunConfig) -> Iterator[ConfigFault]:
+    """Yield keys that do not apply to the architecture or the position embedding."""
     model = config.model
     kind, scaling = model.architecture, model.rope_scaling
-    for key, found, needs in (
-        ("num_decoder_layers", model.num_decoder_layers, kind == "encoder_decoder"),
-        ("sliding_window", model.sliding_window, kind == "decoder"),
-        ("layer_types", model.layer_types, kind == "decoder"),
-        ("type_vocab_size", model.type_vocab_size, kind == "encoder"),
-        ("rope_scaling", scaling, model.position_embedding == "rope"),
+    for key, value, applies, scope in (
+        (
+            "num_decoder_layers",
+            model.num_decoder_layers,
+            kind == "encoder_decoder",
+            'architecture "encoder_decoder"',
+        ),
+        ("sliding_window", model.sliding_window, kind == "decoder", 'architecture "decoder"'),
+        ("layer_types", model.layer_types, kind == "decoder", 'architecture "decoder"'),
+        ("type_vocab_size", model.type_vocab_size, kind == "encoder", 'architecture "encoder"'),
+        (
+            "rope_scaling",
+            scaling,
+            model.position_embedding == "rope",
+            'position_embedding "rope"',
+        ),
     ):
-        if found and not needs:
-            where = {"num_decoder_layers": "encoder_decoder", "type_vocab_size": "encoder"}
-            wanted = f"architecture {where.get(key, 'decoder')}"
-            wanted = "position_embedding rope" if scaling is found else wanted
-            yield fault(f"model.{key}", f"it only applies to {wanted}; remove it")
+        if value and not applies:
+            yield fault(f"model.{key}", f"only applies to {scope}; remove it")
     if scaling and scaling.rope_type != "linear" and not scaling.original_max_position_embeddings:
         yield fault(
             "model.rope_scaling.original_max_position_embeddings",
-            f"{scaling.rope_type} stretches what a model was made for; say for how many tokens",
+            f"{scaling.rope_type} needs the original context length; set it, in tokens",
         )
 
 
-def _layer_types(config: RunConfig) -> Iterator[Fault]:
-    """Yield what is wrong with a list of the layers' kinds of attention."""
+def _layer_types(config: RunConfig) -> Iterator[ConfigFault]:
+    """Yield the faults of `layer_types`."""
     model = config.model
     kinds, layers = model.layer_types, model.num_hidden_layers
     if kinds is None:
@@ -138,7 +142,8 @@ def _layer_types(config: RunConfig) -> Iterator[Fault]:
         possible = ", ".join(str(n) for n in _divisors(layers))
         yield fault(
             "model.layer_types model.num_hidden_layers",
-            f"a list of {len(kinds)} does not divide the {layers} layers; give one of {possible}",
+            f"its length {len(kinds)} does not divide the {layers} layers; use a list of "
+            f"{possible}",
         )
     if "sliding_attention" in kinds and model.sliding_window is None:
         yield fault(
@@ -148,119 +153,55 @@ def _layer_types(config: RunConfig) -> Iterator[Fault]:
     if "sliding_attention" not in kinds and model.sliding_window is not None:
         yield fault(
             "model.sliding_window model.layer_types",
-            "no layer slides; add sliding_attention to model.layer_types, or remove sliding_window",
+            "no layer has sliding_attention; add it to model.layer_types, or remove sliding_window",
         )
 
 
-def _finetune(config: RunConfig) -> Iterator[Fault]:
-    """Yield the broken rules of fine-tuning: its architecture, its keys, its data."""
-    tuning = config.finetune
-    kind = config.model.architecture
-    assert tuning is not None
-    task = find_task(tuning.task)
-    data = tuning.data
-    if task.architectures and kind not in task.architectures:
-        meant = " or ".join(map(show, task.architectures))
-        yield fault(
-            "finetune.task model.architecture",
-            f"{show(tuning.task)} needs an architecture {meant}, found {show(kind)}; name another "
-            "task or model",
-        )
-    yield from _task_keys(tuning, task)
-    if tuning.pooling and kind == "encoder_decoder":
-        yield fault("finetune.pooling", "an encoder_decoder writes one token; remove it")
-    if tuning.class_weights and tuning.balance_classes:
-        yield fault("finetune.class_weights", "balance_classes makes them; give one of the two")
-    if tuning.metric not in (None, *task.metrics):
-        yield fault("finetune.metric", f"{show(tuning.metric)} is of a classification; write loss")
-    if (data.prompt_column is None) != (data.response_column is None):
-        yield fault("finetune.data.prompt_column", "it goes with response_column: give both")
-    yield from _splits(data)
-    if tuning.early_stopping and not has_held_out(config):
-        yield fault("finetune.early_stopping", "it needs a valid or a test split to look at")
-    if config.data.train or config.data.valid:
-        yield fault("data.train", "examples come from finetune.data; remove the sources")
-    if config.data.sequence_length != data.max_length:
-        yield fault(
-            "data.sequence_length finetune.data.max_length",
-            f"{config.data.sequence_length}, but examples have {data.max_length}; remove it",
-        )
-    if task.has_labels and config.parallel.sequence and kind == "encoder_decoder":
-        yield fault("parallel.sequence finetune.task", "one written token cannot be shared; false")
-
-
-def _task_keys(tuning: FinetuneConfig, task: TaskSpec) -> Iterator[Fault]:
-    """Yield the keys that are set and do not apply to the task."""
-    for key in optional_keys():
-        *inner, last = key.split(".")
-        value = getattr(tuning.data if inner else tuning, last)
-        if value and key not in task.keys:
-            having = " and ".join(tasks_with_key(key))
-            yield fault(f"finetune.{key}", f"it only applies to {having}; remove it")
-
-
-def _splits(data: ExamplesConfig) -> Iterator[Fault]:
-    """Yield splits that are given twice, and fractions that leave nothing to train on."""
-    for split in ("valid", "test"):
-        if getattr(data, f"{split}_split") and getattr(data, f"{split}_fraction"):
-            key = f"finetune.data.{split}"
-            yield fault(f"{key}_split {key}_fraction", f"give it or {split}_fraction, not both")
-    if (data.valid_fraction or 0) + (data.test_fraction or 0) >= 1:
-        yield fault("finetune.data.valid_fraction", "with test_fraction it leaves no row to learn")
-
-
-def has_held_out(config: RunConfig) -> bool:
-    """Return whether there is what a checkpoint can be measured on."""
-    if config.finetune is None:
-        return bool(config.data.valid)
-    data = config.finetune.data
-    return any((data.valid_split, data.valid_fraction, data.test_split, data.test_fraction))
-
-
-def _pretraining(config: RunConfig) -> Iterator[Fault]:
+def _pretraining(config: RunConfig) -> Iterator[ConfigFault]:
     if not config.data.train:
-        yield fault("data.train", "found nothing; name a folder of shards")
+        yield fault("data.train", "got an empty list; name a folder of shards")
     if config.training.steps == 0:
-        yield fault("training.steps", "found 0; give 1 or more")
+        yield fault("training.steps", "got 0; set it to 1 or more")
     if config.model.adapter or config.model.num_labels:
         key = "adapter" if config.model.adapter else "num_labels"
-        yield fault(f"model.{key}", "fine-tuning fills it in; remove it")
+        yield fault(f"model.{key}", "only applies to fine-tuning, which fills it in; remove it")
     yield from _objective(config)
 
 
-def _objective(config: RunConfig) -> Iterator[Fault]:
+def _objective(config: RunConfig) -> Iterator[ConfigFault]:
     objective = config.objective
     kind = config.model.architecture
     meant = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "span_corruption"}[kind]
     if kind not in registry.objectives.facts(objective.name).get("architectures", (kind,)):
         yield fault(
             "objective.name model.architecture",
-            f"{show(objective.name)} is not what an architecture {show(kind)} is trained for; "
-            f"write {show(meant)}, or remove it",
+            f"{show(objective.name)} does not apply to architecture {show(kind)}; set it to "
+            f"{show(meant)}, or remove it",
         )
     elif objective.name == "masked" and not _is_id(objective.mask_token_id, config):
         yield fault(
             "objective.mask_token_id model.vocab_size",
-            f"found {show(objective.mask_token_id)}; give the tokenizer's mask token, or an id of "
-            f"its own, under model.vocab_size {config.model.vocab_size}",
+            f"got {show(objective.mask_token_id)}; set it to the tokenizer's mask token or to an "
+            f"unused id, below model.vocab_size {config.model.vocab_size}",
         )
     elif objective.name == "span_corruption" and config.data.mask_documents:
         yield fault(
             "data.mask_documents objective.name",
-            f"documents cannot be masked under {show(meant)}; set it to false",
+            f"objective {show(meant)} cannot separate documents; set it to false",
         )
     elif objective.name == "span_corruption" and spans(config)[1] >= config.model.vocab_size:
         yield fault(
             "objective.mean_span_length model.vocab_size",
-            f"each of {spans(config)[1]} spans needs an id of its own at the vocabulary's end",
+            f"{spans(config)[1]} spans need as many sentinel ids, but model.vocab_size is "
+            f"{config.model.vocab_size}; raise one of the two",
         )
 
 
-def _is_id(found: int | None, config: RunConfig) -> bool:
-    return found is not None and found < config.model.vocab_size
+def _is_id(token: int | None, config: RunConfig) -> bool:
+    return token is not None and token < config.model.vocab_size
 
 
-def _tokens_of_ranks(config: RunConfig) -> Iterator[Fault]:
+def _tokens_of_ranks(config: RunConfig) -> Iterator[ConfigFault]:
     ranks, length = config.parallel.tensor, config.data.sequence_length
     if not config.parallel.sequence:
         return
@@ -268,33 +209,33 @@ def _tokens_of_ranks(config: RunConfig) -> Iterator[Fault]:
     if config.objective.name == "span_corruption" and not config.finetune:
         source, target = source_length(config), target_length(config)
         lengths = {
-            f"what {length} tokens leave the encoder, {source},": source,
-            f"what is cut out of them, {target},": target,
+            f"{source} encoder tokens (of {length})": source,
+            f"{target} decoder tokens (of {length})": target,
         }
-    for told, number in lengths.items():
+    for name, number in lengths.items():
         if number % ranks:
             near = [n for n in (length // ranks * ranks, (length // ranks + 1) * ranks) if n]
-            usual = number == length
-            advice = f"try {' or '.join(map(str, near))}" if usual else "try another length"
+            is_whole = number == length
+            advice = f"try {' or '.join(map(str, near))}" if is_whole else "try another length"
             yield fault(
                 f"{_length_key(config)} data.sequence_length parallel.sequence parallel.tensor",
-                f"{told} cannot be shared evenly by parallel.tensor {ranks} ranks, as "
-                f"parallel.sequence asks; {advice}, or set it to false",
+                f"parallel.sequence splits {name} over the ranks, but parallel.tensor {ranks} does "
+                f"not divide them; {advice}, or set parallel.sequence to false",
             )
 
 
-def _sources(config: RunConfig) -> Iterator[Fault]:
+def _sources(config: RunConfig) -> Iterator[ConfigFault]:
     for name, sources in (("train", config.data.train), ("valid", config.data.valid)):
         without = [source.path for source in sources if source.weight is None]
         if without and len(without) < len(sources):
             yield fault(
                 f"data.{name}",
                 f"{len(sources) - len(without)} of {len(sources)} sources have a weight, but not "
-                f"{', '.join(show(path) for path in without[:3])}; give all of them one, or none",
+                f"{', '.join(show(path) for path in without[:3])}; set weight for all or for none",
             )
 
 
-def _batches(config: RunConfig) -> Iterator[Fault]:
+def _batches(config: RunConfig) -> Iterator[ConfigFault]:
     whole, micro = config.training.global_batch_size, config.training.micro_batch_size
     if whole % micro:
         near = [whole // micro * micro, (whole // micro + 1) * micro]
@@ -305,23 +246,23 @@ def _batches(config: RunConfig) -> Iterator[Fault]:
         )
 
 
-def _length(config: RunConfig) -> Iterator[Fault]:
+def _length(config: RunConfig) -> Iterator[ConfigFault]:
     tokens, steps = config.training.tokens, config.training.steps
-    lengths = f"{tokens} tokens and {steps} steps are two lengths of one run; remove one"
+    text = f"{tokens} tokens, but training.steps is also set, to {steps}; remove one of the two"
     if config.finetune:
-        lengths = "it only applies to pretraining; remove it and set finetune.epochs"
+        text = "only applies to pretraining; remove it and set finetune.epochs"
     if tokens is not None:
-        yield fault("training.tokens training.steps", lengths)
+        yield fault("training.tokens training.steps", text)
 
 
-def _schedule(config: RunConfig) -> Iterator[Fault]:
+def _schedule(config: RunConfig) -> Iterator[ConfigFault]:
     schedule = config.schedule
     steps = config.training.steps
     keys = "schedule.decay_steps schedule.warmup_steps training.steps schedule.name"
     if schedule.decay_steps is None:
-        return  # a warmup longer than the run is a short trial of a long run, and sound
+        return  # a warmup longer than the run is valid: a short trial of a long run
     if schedule.name == "constant":
-        yield fault(keys, "a constant schedule does not decay; remove it or name another")
+        yield fault(keys, "a constant schedule has no decay; remove it or change schedule.name")
     elif steps and schedule.warmup_steps + schedule.decay_steps > steps:
         yield fault(
             keys,
@@ -330,10 +271,10 @@ def _schedule(config: RunConfig) -> Iterator[Fault]:
         )
 
 
-def _retention(config: RunConfig) -> Iterator[Fault]:
+def _retention(config: RunConfig) -> Iterator[ConfigFault]:
     every, keep = config.checkpoint.every, config.checkpoint.keep_every
     if keep and (not every or keep % every):
-        saved = f"every {every} steps" if every else "at the end alone"
+        saved = f"every {every} steps" if every else "only at the end"
         near = [keep // every * every, (keep // every + 1) * every] if every else []
         advice = " or ".join(str(n) for n in near if n) or "remove it, or set checkpoint.every"
         yield fault(
@@ -341,59 +282,58 @@ def _retention(config: RunConfig) -> Iterator[Fault]:
             f"{keep}, but the run is saved {saved}; {'try ' if every else ''}{advice}",
         )
     if config.checkpoint.keep_best and not has_held_out(config):
-        held = "data.valid is empty; name held-out shards there"
+        cause = "data.valid is empty; name held-out shards in it"
         if config.finetune:
-            held = "finetune.data holds nothing out; give it a valid_split or a valid_fraction"
+            cause = "finetune.data has no held-out split; set valid_split or valid_fraction"
         yield fault(
             "checkpoint.keep_best data.valid",
-            f"the best is the one of the lowest validation loss, but {held}, or set keep_best to "
-            "false",
+            f"needs a validation score, but {cause}, or set keep_best to false",
         )
 
 
-def _names(config: RunConfig) -> Iterator[Fault]:
+def _names(config: RunConfig) -> Iterator[ConfigFault]:
     if not re.fullmatch(r"\w[\w.-]{0,99}", config.name, re.ASCII):
         yield fault(
             "name",
-            f"{show(config.name)} cannot be a folder's name everywhere; use up to 100 letters, "
-            "digits, points, dashes and underscores, beginning with a letter or digit",
+            f"{show(config.name)} is not a valid folder name on every system; use up to 100 "
+            "letters, digits, points, dashes and underscores, beginning with a letter or digit",
         )
     paths = {"logging.directory": config.logging.directory}
     for name, sources in (("train", config.data.train), ("valid", config.data.valid)):
         paths |= {f"data.{name}.{i}.path": source.path for i, source in enumerate(sources)}
     for key, path in paths.items():
         if not path.isprintable():
-            yield fault(key, f"{show(path)} holds characters a path cannot; check the text")
+            yield fault(key, f"{show(path)} contains unprintable characters; remove them")
 
 
-def _precision(config: RunConfig) -> Iterator[Fault]:
+def _precision(config: RunConfig) -> Iterator[ConfigFault]:
     precision = config.training.precision
     if precision in ("bf16", "fp16") and zero_stage(config) == 0:
         yield fault(
             "training.precision deepspeed.zero_optimization.stage",
-            f"{precision} with ZeRO stage 0 keeps no fp32 master weights; set "
+            f"{precision} with ZeRO stage 0 has no fp32 master weights; set "
             "deepspeed.zero_optimization.stage to 1",
         )
 
 
-def _profile(config: RunConfig) -> Iterator[Fault]:
+def _profile(config: RunConfig) -> Iterator[ConfigFault]:
     if config.training.profile is None:
         return
     (first, last), steps = config.training.profile, config.training.steps
     if not first <= last <= (steps or last):
         yield fault(
             "training.profile training.steps",
-            f"[{first}, {last}] are the first and the last step of a trace; give two steps in "
-            f"order, up to training.steps {steps}",
+            f"[{first}, {last}] is not a range of steps of the run; set it to a first and a last "
+            f"step, up to training.steps {steps}",
         )
 
 
-def _samples(config: RunConfig) -> Iterator[Fault]:
+def _samples(config: RunConfig) -> Iterator[ConfigFault]:
     encodes = config.model.architecture == "encoder"
     classifies = config.finetune is not None and find_task(config.finetune.task).has_labels
     if config.logging.samples and (encodes or classifies):
-        what = "an encoder" if encodes else "a classifier"
-        yield fault("logging.samples", f"{what} writes no text; remove it")
+        model = "an encoder" if encodes else "a classifier"
+        yield fault("logging.samples", f"{model} generates no text; remove it")
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,7 +1,7 @@
-"""Secrets in a run file: refused, because every run and checkpoint keeps a copy of the file.
+"""Refuse secrets in a run file, because every run and checkpoint stores a copy of it.
 
-The copy is exact, or it could not be resumed. So a secret is looked for only where free text
-stands: paths, names and the model's own values are never taken for one.
+The copy must be exact, or the run could not be resumed. So only keys with free text are searched:
+paths, names and values of the model are never mistaken for a secret.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megalite.config.faults import Fault, Key, dotted
+from megalite.config.faults import ConfigFault, Key, dotted
 from megalite.config.schema import RunConfig
 from megalite.log import REDACTED, is_secret
 
-# Values that MegaLite passes on, or shows, without a meaning of their own.
+# Sections of free text, which MegaLite passes on or displays without interpreting it.
 _FREE_TEXT: tuple[Key, ...] = (
     ("deepspeed",),
     ("logging", "wandb"),
@@ -21,18 +21,18 @@ _FREE_TEXT: tuple[Key, ...] = (
 )
 
 
-def secret_faults(config: RunConfig) -> Iterator[Fault]:
-    """Yield every key whose value is a secret; the value itself is not shown."""
+def secret_faults(config: RunConfig) -> Iterator[ConfigFault]:
+    """Yield every key whose value is a secret. The message does not contain the value."""
     raw = config.model_dump(mode="json")
     for section in _FREE_TEXT:
         value: Any = raw
         for part in section:
             value = value.get(part) if isinstance(value, Mapping) else None
         for key in _secrets(value, section):
-            yield Fault(
+            yield ConfigFault(
                 (key,),
-                "it holds a secret (a token, a key or a password), which the run folder and every "
-                "checkpoint would keep; remove it, and pass secrets in environment variables such "
+                "contains a secret (a token, a key or a password), which the run folder and every "
+                "checkpoint would store; remove it, and pass secrets in environment variables such "
                 "as HF_TOKEN and WANDB_API_KEY",
             )
 
@@ -51,14 +51,12 @@ def _secrets(value: Any, at: Key) -> Iterator[Key]:
 
 
 def redacted_keys(raw: Any) -> list[str]:
-    """Return the dotted keys of a stored run file that lost a value to an earlier version's
-    redaction.
-    """
+    """Return the dotted keys of a stored run file whose values an earlier version redacted."""
     return [dotted(key) for key in _redacted(raw, ())]
 
 
-def restore_redacted(stored: dict[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """Take values that redaction replaced in a stored run file from the run's own, in place.
+def restore_redacted(stored: dict[str, Any], original: Mapping[str, Any]) -> list[str]:
+    """Restore redacted values of a stored run file from the original one, in place.
 
     Returns:
         the dotted keys that were restored.
@@ -66,23 +64,23 @@ def restore_redacted(stored: dict[str, Any], own: Mapping[str, Any]) -> list[str
     restored = []
     for key in list(_redacted(stored, ())):
         there: Any = stored
-        here: Any = own
+        here: Any = original
         try:
             for part in key[:-1]:
                 there, here = there[_index(part, there)], here[_index(part, here)]
             there[_index(key[-1], there)] = here[_index(key[-1], here)]
         except (LookupError, TypeError):
-            continue  # the run's own file has no such value
+            continue  # the original file has no such value
         restored.append(dotted(key))
     return restored
 
 
 def explain_redacted(keys: list[str]) -> str:
-    """Say what happened to a stored run file, and the way out."""
+    """Return the message about redacted values of a stored run file."""
     return (
-        f"{', '.join(keys)}: an earlier version of MegaLite took the value for a secret and stored "
-        f'"{REDACTED}" instead; continue the run with its own run file: it supplies the value, and '
-        "the checkpoints saved from then on hold it"
+        f"{', '.join(keys)}: an earlier version of MegaLite mistook the value for a secret and "
+        f'stored "{REDACTED}" instead; resume the run with its original run file, whose value is '
+        "then stored with new checkpoints"
     )
 
 

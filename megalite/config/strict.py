@@ -1,4 +1,4 @@
-"""Strict JSON, or YAML with the same values: anything else is a fault with its line."""
+"""Parse strict JSON, or YAML with the same values, and report faults with their lines."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from megalite.config.faults import show
 from megalite.errors import ConfigError
 
 _DEPTH = 30  # levels of nesting; a run file has four
-TOO_DEEP = f"sections within sections over {_DEPTH} deep; nothing that is read here nests so"
-_STAND_IN = 0.5  # for a number that is none: within every field's bounds, so reported once
-_INTEGER_LIMIT = 2**63  # what a signed 64-bit number holds
+TOO_DEEP = f"lists and sections are nested more than {_DEPTH} deep; remove some levels"
+_STAND_IN = 0.5  # replaces an invalid number; within every field's bounds, so reported once
+_INTEGER_LIMIT = 2**63  # end of the signed 64-bit range
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object that a file holds.
+def read_strict_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ConfigError: its faults, without its name.
+        FileNotFoundError: there is no such file.
+        ConfigError: the faults of the file, without its name.
     """
     value, notes = read_value(path)
     if not isinstance(value, dict):
-        notes.append(f"expected one JSON object {{...}}, found {show(value)}")
+        notes.append(f"expected one JSON object {{...}}, got {show(value)}")
     if notes:
         raise ConfigError(notes)
     assert isinstance(value, dict)
@@ -35,11 +35,11 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_value(path: Path) -> tuple[Any, list[str]]:
-    """Return what a file holds, and what `parse_strict` notes about it.
+    """Return the value in a file, JSON or YAML by its name, and its faults (`parse_strict`).
 
     Raises:
-        FileNotFoundError: no such file.
-        ConfigError: why it is not JSON, or YAML if its name says so, without its name.
+        FileNotFoundError: there is no such file.
+        ConfigError: the file cannot be parsed. The message lacks the file's name.
     """
     try:
         data = files.read_regular(path)
@@ -61,7 +61,7 @@ def read_value(path: Path) -> tuple[Any, list[str]]:
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"line {error.lineno} column {error.colno}: not JSON: {error.msg}; "
-            "fix it there (JSON has no comments and no comma before a closing bracket)"
+            "fix that line (JSON has no comments and no comma before a closing bracket)"
         ) from None
     except RecursionError:
         raise ConfigError(TOO_DEEP) from None
@@ -71,7 +71,7 @@ def read_value(path: Path) -> tuple[Any, list[str]]:
 
 
 def write_value(path: Path, value: dict[str, Any]) -> None:
-    """Write a run file, in YAML if its name says so, else in JSON."""
+    """Write a run file, as YAML if its name ends in .yaml or .yml, otherwise as JSON."""
     if is_yaml(path):
         from megalite.config.yaml_text import format_yaml
 
@@ -81,12 +81,12 @@ def write_value(path: Path, value: dict[str, Any]) -> None:
 
 
 def is_yaml(path: Path) -> bool:
-    """Return whether a run file is YAML, by its name."""
+    """Return whether a run file is YAML, judged by its name."""
     return path.suffix.lower() in (".yaml", ".yml")
 
 
 def parse_mapping(raw: Mapping[str, Any]) -> tuple[Any, list[str]]:
-    """Return a mapping as a JSON file of it would be read, and what `parse_strict` notes about it.
+    """Return a mapping as if it were read from a JSON file, and its faults (`parse_strict`).
 
     Tuples become lists, and paths become text.
 
@@ -99,13 +99,13 @@ def parse_mapping(raw: Mapping[str, Any]) -> tuple[Any, list[str]]:
         raise ConfigError(TOO_DEEP) from None
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"not JSON: {error}; use text, numbers, true, false, null, lists and mappings"
+            f"not JSON: {error}; use only text, numbers, true, false, null, lists and mappings"
         ) from None
     return value, [*notes, TOO_DEEP] if too_deep(value) else notes
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that `json` cannot write, as one that it can."""
+    """Convert a value that `json` cannot write."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, PurePath):
@@ -114,9 +114,7 @@ def _plain(value: Any) -> Any:
 
 
 def too_deep(value: Any) -> bool:
-    """Return whether lists and sections nest so deep that the recursions to come could not end
-    well.
-    """
+    """Return whether lists and sections are nested too deep for the recursions that follow."""
     level = [value]
     for _ in range(_DEPTH):
         level = [
@@ -129,9 +127,9 @@ def too_deep(value: Any) -> bool:
 
 
 def drop_halves(value: Any, notes: list[str], *, all_values: bool = False) -> None:
-    """Take keys out that are no Unicode text (half a surrogate pair), in place, and note them.
+    """Remove keys that are not Unicode text (half a surrogate pair), in place, and note them.
 
-    A value of a known field is checked by the schema; those of `deepspeed` have none.
+    Values are only checked in the `deepspeed` section. The schema checks all others.
     """
     if isinstance(value, list):
         for item in value:
@@ -141,7 +139,7 @@ def drop_halves(value: Any, notes: list[str], *, all_values: bool = False) -> No
     for key, item in list(value.items()):
         if _is_half(key) or (all_values and _is_half(item)):
             notes.append(
-                f"{show(key if _is_half(key) else item)}: half a surrogate pair is no text; write "
+                f"{show(key if _is_half(key) else item)}: half a surrogate pair is not text; write "
                 "the whole character, or remove it"
             )
             del value[key]
@@ -154,13 +152,13 @@ def _is_half(value: Any) -> bool:
 
 
 def parse_strict(text: str, *, yaml: bool = False) -> tuple[Any, list[str]]:
-    """Return the value of a JSON text, and notes of what a sound file would not have.
+    """Return the value of a JSON text, and its faults: duplicate keys, numbers out of range.
 
     Args:
         yaml: if true, the text is YAML.
     Raises:
-        json.JSONDecodeError, RecursionError: it is not JSON.
-        ConfigError: it is not YAML, or has what JSON lacks.
+        json.JSONDecodeError, RecursionError: the text is not JSON.
+        ConfigError: the text is not YAML, or uses a feature that JSON lacks.
     """
     checks = ValueChecks()
     if yaml:
@@ -178,52 +176,52 @@ def parse_strict(text: str, *, yaml: bool = False) -> tuple[Any, list[str]]:
 
 
 class ValueChecks:
-    """Checks of keys and numbers while a file is read; a fault stops nothing.
+    """Checks of keys and numbers while a file is parsed; parsing continues after a fault.
 
     Attributes:
-        notes: the faults.
-        place: text to put before the next fault, such as its line.
+        notes: the faults so far.
+        prefix: text to put before the next fault, such as its line.
     """
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self.place = ""
+        self.prefix = ""
 
     def section(self, items: list[tuple[str, Any]]) -> dict[str, Any]:
-        """Return the section of some keys and values."""
+        """Return a section with these keys and values."""
         result: dict[str, Any] = {}
         for key, value in items:
             self.add(result, key, value)
         return result
 
     def add(self, section: dict[str, Any], key: str, value: Any) -> None:
-        """Add a key to its section; a second value replaces the first."""
+        """Add a key to its section. A second value of a key replaces the first and is noted."""
         if key in section:
             self._note(
-                f"{show(key)} is written twice in one section, as {show(section[key])} and as "
-                f"{show(value)}; keep one"
+                f"{show(key)} occurs twice in one section, with {show(section[key])} and "
+                f"{show(value)}; remove one"
             )
         section[key] = value
 
     def constant(self, word: str) -> float:
-        """Return a finite number in place of an infinite one."""
+        """Note a number that JSON lacks (NaN, Infinity), and return a substitute."""
         self._note(f"{word} is not a JSON number; write a finite number or null")
         return _STAND_IN
 
     def real(self, digits: str) -> float:
-        """Return the number of some digits, or a finite one in its place."""
+        """Return the number that `digits` spell, or a substitute if it is too large."""
         value = float(digits)
         if not math.isfinite(value):
-            self._note(f"{show(digits)} is out of a number's range; write one below 1e308")
+            self._note(f"{show(digits)} is out of range; write a number below 1e308")
         return value if math.isfinite(value) else _STAND_IN
 
     def integer(self, digits: str) -> int:
-        """Return the whole number of some decimal digits, or a small one in its place."""
+        """Return the whole number that `digits` spell, or a substitute if it is too large."""
         value = int(digits) if len(digits) < 25 else _INTEGER_LIMIT
         if not -_INTEGER_LIMIT <= value < _INTEGER_LIMIT:
-            self._note(f"{show(digits)} is out of range; whole numbers end at 2^63 - 1")
-            return 1  # within the bounds of every field, so that nothing else is said of it
+            self._note(f"{show(digits)} is out of range; write a whole number below 2^63")
+            return 1  # within the bounds of every field, so that no other fault follows
         return value
 
     def _note(self, fault: str) -> None:
-        self.notes.append(f"{self.place}{fault}")
+        self.notes.append(f"{self.prefix}{fault}")

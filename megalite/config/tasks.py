@@ -1,7 +1,7 @@
-"""Fine-tuning tasks: one `TaskSpec` each, from which rules, data preparation and training follow.
+"""Fine-tuning tasks: one `TaskSpec` each, which rules, data preparation and training read.
 
-A new task is one entry here and one class of examples (`data_prep.tasks`). A package has an entry
-point `task.NAME` whose object is a `TaskSpec`.
+A new task needs one entry here and one class of examples (`data_prep.tasks`). A package adds a task
+with an entry point `task.NAME` whose object is a `TaskSpec`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class TaskSpec:
 
     Attributes:
         examples: the class that turns a row into an example, as "module:class".
-        architectures: the networks that can learn the task; empty means every one.
+        architectures: the architectures that can learn the task. Empty means all.
         keys: the optional keys of the finetune section that apply to the task.
-        metrics: measures that the best checkpoint may be chosen by; the first is the default.
-        has_labels: whether the task has a fixed set of labels, which a head of its own scores. A
-            model that is trained on it writes no text.
-        reads_source: whether an example has a text that is read, next to the one that is written.
+        metrics: metrics that may select the best checkpoint; the first is the default.
+        has_labels: whether the task predicts one of a fixed set of labels, with a classifier's
+            head. Such a model generates no text.
+        reads_source: whether an example has a source text in addition to the target.
         uses_template: whether examples are conversations that a chat template renders.
     """
 
@@ -73,7 +73,7 @@ def find_task(name: str) -> TaskSpec:
     """Return the task of a name.
 
     Raises:
-        UserError: a package's task that cannot be imported.
+        UserError: the task comes from a package and cannot be imported.
     """
     task: TaskSpec = registry.tasks.load(name)
     return task
@@ -85,7 +85,7 @@ def tasks_with_key(key: str) -> list[str]:
 
 
 def optional_keys() -> Iterable[str]:
-    """Return every key that applies to some built-in tasks only, in the order of the tasks."""
+    """Return the keys that apply only to some built-in tasks, in the order of the tasks."""
     keys: dict[str, Any] = {}
     for name in registry.tasks.builtin:
         keys |= dict.fromkeys(find_task(name).keys)

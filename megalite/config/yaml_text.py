@@ -1,9 +1,9 @@
 """Run files in YAML: the values that JSON has, by the rules of YAML 1.2's core schema.
 
-PyYAML only finds the structure of the text. Its own values follow YAML 1.1, in which `off` is
+PyYAML only parses the structure of the text. Its own values follow YAML 1.1, in which `off` is
 false, `010` is 8 and `3e-4` is text. Here `off` is text, `010` is 10 and `3e-4` is a number. Tags,
-anchors, directives, keys that are no text and a second document are refused. JSON has none of them.
-Refused, too, is what YAML 1.1 reads as the end of a line, and YAML 1.2 as a letter.
+anchors, directives, keys that are not text and a second document are refused, because JSON has none
+of them. Characters that end a line in YAML 1.1, but not in YAML 1.2, are refused too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megalite.config.faults import show
 from megalite.config.strict import ValueChecks
 from megalite.errors import ConfigError
 
-_DEPTH = 31  # one more than a run file may have, so that the check for all files reports it
+_DEPTH = 31  # one level more than allowed, so that `strict.too_deep` reports the fault
 
 # YAML 1.2.2, section 10.3.2: the tag resolution of the core schema
 _NULL = re.compile(r"(null|Null|NULL|~|)")
@@ -33,7 +33,7 @@ _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 _OLD_BREAK = re.compile("[\x85\u2028\u2029]")
-# Words that need no quotes: text in YAML 1.2 and, for other readers of the file, in YAML 1.1.
+# Words without quotes that are text in YAML 1.2, and in YAML 1.1 for other programs.
 _PLAIN = re.compile(r"(?!(?i:y|n|yes|no|on|off|true|false|null)\Z)[A-Za-z_][A-Za-z0-9_./-]*")
 
 
@@ -41,7 +41,7 @@ def parse_yaml(text: str, checks: ValueChecks) -> Any:
     """Return the value of a YAML text.
 
     Raises:
-        ConfigError: the line and the column of a fault, and what to write instead.
+        ConfigError: the text is not YAML, or uses a feature that JSON lacks.
     """
     if old_break := _OLD_BREAK.search(text):
         code = ord(old_break[0])
@@ -65,7 +65,7 @@ def parse_yaml(text: str, checks: ValueChecks) -> Any:
     except (OverflowError, ValueError):  # of chr(), in PyYAML
         at = _place(reader.loader.get_mark()) if reader else "line 1"
         raise ConfigError(
-            f"{at}: not YAML: \\U beyond 10FFFF is no character; write the character itself"
+            f"{at}: not YAML: \\U beyond 10FFFF is not a character; write the character itself"
         ) from None
 
 
@@ -82,7 +82,7 @@ def format_yaml(sections: dict[str, Any], indent: str = "") -> str:
 
 
 def _leaf(value: Any) -> str:
-    """Return a value on one line: JSON, which is YAML too, or a word without quotes."""
+    """Return a value on one line: a word without quotes, or JSON, which is YAML too."""
     if isinstance(value, str) and _PLAIN.fullmatch(value):
         return value
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -135,19 +135,19 @@ class _Reader:
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             key = self._value(event, depth + 1)
             if not isinstance(key, str):
-                raise _fault(event, f"the key {show(key)}, which is no text", "put it in quotes")
+                raise _fault(event, f"the key {show(key)}, which is not text", "put it in quotes")
             value = self._value(next(self._events), depth + 1)
-            self._checks.place = f"{_place(event.start_mark)}: "
+            self._checks.prefix = f"{_place(event.start_mark)}: "
             self._checks.add(section, key, value)
         return section
 
     def _scalar(self, event: Any) -> Any:
-        """Return the value of a word; one in quotes or in a block is text."""
+        """Return the value of a scalar; in quotes or in a block it is text."""
         text: str = event.value
         if event.style is not None:
             # "\ud83d\ude00" is one character, as in JSON
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
-        self._checks.place = f"{_place(event.start_mark)}: "
+        self._checks.prefix = f"{_place(event.start_mark)}: "
         if _NULL.fullmatch(text):
             return None
         if _TRUE.fullmatch(text) or _FALSE.fullmatch(text):
@@ -158,7 +158,7 @@ class _Reader:
             return self._checks.integer(text)
         for pattern, base in ((_OCTAL, 8), (_HEXADECIMAL, 16)):
             if pattern.fullmatch(text):
-                # beyond 64 bits any number of that many digits is the same fault
+                # a number that long is out of range, which any digits report
                 digits = str(int(text[2:], base)) if len(text) < 30 else "9" * len(text)
                 return self._checks.integer(digits)
         return self._checks.real(text) if _REAL.fullmatch(text) else text
@@ -166,7 +166,7 @@ class _Reader:
 
 def _fault(event: Any, fault: str, remedy: str) -> ConfigError:
     at = _place(event.start_mark)
-    return ConfigError(f"{at}: {fault}: a run file in YAML has only what JSON has; {remedy}")
+    return ConfigError(f"{at}: {fault}: not allowed in a run file; {remedy}")
 
 
 def _place_in(text: str, index: int) -> str:

@@ -1,6 +1,6 @@
-"""Checks of a machine and of a run on it: a row each, with a remedy."""
+"""Checks of a machine, and of a run file on it; each result has a remedy."""
 
 from megalite.doctor.examine import examine
-from megalite.doctor.row import Row, show
+from megalite.doctor.result import CheckResult, print_results
 
-__all__ = ["Row", "examine", "show"]
+__all__ = ["CheckResult", "examine", "print_results"]

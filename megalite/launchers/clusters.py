@@ -1,7 +1,7 @@
-"""Variables that announce several ranks or hosts, but do not say which rank this process is.
+"""Variables that announce several ranks or hosts, but do not state the rank of this process.
 
-Operators of Kubernetes, clouds and schedulers set them for a launcher that they expect. A process
-that ignores them trains alone, once on every host, and nobody notices.
+Operators of Kubernetes, clouds and schedulers set them for a launcher that they expect. If they
+were ignored, every host would silently train the same run alone.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _HOST_COUNTS = (
     *("PET_NNODES", "NNODES", "NUM_NODES", "LWS_GROUP_SIZE", "SKYPILOT_NUM_NODES"),
     *("AZUREML_NODE_COUNT", "AWS_BATCH_JOB_NUM_NODES", "BEAKER_REPLICA_COUNT", "NHOSTS"),
 )
-# The place of this host among them: over 0, there are others.
+# The index of this host; over 0, there are other hosts.
 _HOST_RANKS = (
     *("PET_NODE_RANK", "NODE_RANK", "GROUP_RANK", "LWS_WORKER_INDEX", "SKYPILOT_NODE_RANK"),
     *("AWS_BATCH_JOB_NODE_INDEX", "BEAKER_REPLICA_RANK", "PBS_NODENUM", "PBS_VNODENUM"),
 )
-# Ranks of launchers that give no size.
+# Ranks of launchers that set no number of ranks.
 _BARE_RANKS = ("PMIX_RANK", "ALPS_APP_PE")
 _HOST_LISTS = ("SM_HOSTS",)  # JSON: a list of hosts
 _CLUSTER_SPECS = ("CLUSTER_SPEC", "TF_CONFIG")  # JSON: {"cluster": {ROLE: [HOST, ...]}}
@@ -35,19 +35,19 @@ NAMES = (
 )
 
 
-def refuse_half_a_cluster(env: Mapping[str, str]) -> None:
-    """Refuse a single process where the environment announces others.
+def refuse_incomplete_cluster(env: Mapping[str, str]) -> None:
+    """Refuse a single process if the environment announces others.
 
     Raises:
-        LaunchError: what announces them, and which launcher to use.
+        LaunchError: the variable that announces them, and the launcher to use.
     """
-    _refuse_half_an_mpi(env)
+    _refuse_incomplete_mpi(env)
     for key in _BARE_RANKS:
         if env.get(key):
             _refuse(
-                env, key, "but nothing gives the number of ranks", "use mpirun, srun or torchrun"
+                env, key, "but no variable sets the number of ranks", "use mpirun, srun or torchrun"
             )
-    if _asks_for_several(env.get("PET_NPROC_PER_NODE", "")):
+    if _is_several(env.get("PET_NPROC_PER_NODE", "")):
         _refuse(env, "PET_NPROC_PER_NODE", "is for torchrun, and torchrun did not start this")
     _refuse_one_of_several_hosts(env)
     if env.get("PBS_TASKNUM", "1") not in ("", "0", "1"):
@@ -62,30 +62,29 @@ def refuse_half_a_cluster(env: Mapping[str, str]) -> None:
         )
 
 
-def _refuse_half_an_mpi(env: Mapping[str, str]) -> None:
+def _refuse_incomplete_mpi(env: Mapping[str, str]) -> None:
     for mpi in MPI_LAUNCHERS:
-        found = [key for key in mpi.keys if env.get(key)]
-        whole = any(env.get(key) for key in mpi.rank) and any(env.get(key) for key in mpi.size)
-        if found and not whole:
+        present = [key for key in mpi.keys if env.get(key)]
+        complete = any(env.get(key) for key in mpi.rank) and any(env.get(key) for key in mpi.size)
+        if present and not complete:
             missing = " and ".join(
                 keys[0] for keys in (mpi.rank, mpi.size) if not any(env.get(key) for key in keys)
             )
-            _refuse(env, found[0], f"but {missing} missing ({mpi.name})", "start it with mpirun")
+            why = f"is set, but not {missing} ({mpi.name})"
+            _refuse(env, present[0], why, "start it with mpirun")
 
 
 def _refuse_one_of_several_hosts(env: Mapping[str, str]) -> None:
     for key in _HOST_COUNTS:
-        if _asks_for_several(env.get(key, "").partition(":")[0]):
-            _refuse(env, key, "says several hosts, but RANK does not say which rank this is")
+        if _is_several(env.get(key, "").partition(":")[0]):
+            _refuse(env, key, "announces several hosts, but RANK is not set")
     for key in _HOST_RANKS:
         if env.get(key) and env[key] != "0":
-            _refuse(
-                env, key, "names one of several hosts, but RANK does not say which rank this is"
-            )
+            _refuse(env, key, "names one of several hosts, but RANK is not set")
     for key in (*_HOST_LISTS, *_CLUSTER_SPECS):
         hosts = _count_hosts(env.get(key, ""))
         if hosts > 1:
-            _refuse(env, key, f"names {hosts} hosts, but RANK does not say which rank this is")
+            _refuse(env, key, f"names {hosts} hosts, but RANK is not set")
 
 
 def _refuse(
@@ -93,12 +92,12 @@ def _refuse(
 ) -> None:
     value = env[key] if len(env[key]) <= 60 else env[key][:57] + "..."
     raise LaunchError(
-        f"the launch is half set: {key}={value} {why}; {how}, or unset {key} for a single process"
+        f"the launch is incomplete: {key}={value} {why}; {how}, or unset {key} for a single process"
     )
 
 
-def _asks_for_several(text: str) -> bool:
-    """Return whether a count is over 1; a word such as "auto" or "gpu" counts on torchrun, too."""
+def _is_several(text: str) -> bool:
+    """Return whether a count is over 1, or a word of torchrun such as "auto" or "gpu"."""
     return text not in ("", "0", "1") and (not is_number(text) or int(text) > 1)
 
 

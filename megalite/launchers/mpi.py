@@ -1,7 +1,8 @@
-"""Ranks of MPI's launchers, and of those that describe a rank in the same four numbers.
+"""Ranks of MPI launchers, and of launchers that describe a rank by the same four numbers.
 
-Checked in this order. An `mpirun` within a job of another launcher describes the ranks, and what
-the other one says is about mpirun's own daemons.
+The launchers are checked in the order of `MPI_LAUNCHERS`. If `mpirun` runs within a job of another
+launcher, the variables of mpirun describe the ranks, and those of the other launcher describe
+mpirun's daemons.
 """
 
 from __future__ import annotations
@@ -10,19 +11,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megalite.errors import LaunchError
-from megalite.launchers.launch import Launch, number
+from megalite.launchers.launch import Launch, read_int
 
 
 @dataclass(frozen=True)
 class MpiLauncher:
-    """The variables in which a launcher describes a rank; the first that is set counts."""
+    """Variables by which a launcher describes a rank; of each tuple, the first that is set counts.
+
+    Attributes:
+        name: the name of the launcher in messages.
+        rank: variables of the rank.
+        size: variables of the number of ranks.
+        local_rank: variables of the rank on its host.
+        local_size: variables of the number of ranks on its host.
+        hosts: variables of the number of hosts, for launchers without a local size.
+    """
 
     name: str
     rank: tuple[str, ...]
     size: tuple[str, ...]
     local_rank: tuple[str, ...]
     local_size: tuple[str, ...]
-    hosts: tuple[str, ...] = ()  # number of hosts, for launchers that give no local size
+    hosts: tuple[str, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -65,41 +75,41 @@ MPI_LAUNCHERS = (
 
 
 def find_mpi(env: Mapping[str, str]) -> MpiLauncher | None:
-    """Return the launcher that gives this process a rank of several, if one does.
+    """Return the launcher that started this process as one of several ranks; None without one.
 
-    A world of one is none of MPI's: `mpirun -n 1` is a single process.
+    `mpirun -n 1` counts as a single process without a launcher.
     """
     for mpi in MPI_LAUNCHERS:
-        if _get(env, mpi.rank) and _get(env, mpi.size) and _number(env, mpi.size, 1) != 1:
+        if _get(env, mpi.rank) and _get(env, mpi.size) and _int_of(env, mpi.size, 1) != 1:
             return mpi
     return None
 
 
 def find_mpi_rank(env: Mapping[str, str]) -> tuple[int, int] | None:
-    """Return rank and size as an MPI launcher gives them, a size of 1 included."""
+    """Return rank and size from the variables of an MPI launcher; the size may be 1."""
     for mpi in MPI_LAUNCHERS:
         if _get(env, mpi.rank) and _get(env, mpi.size):
-            return _number(env, mpi.rank, 0), _number(env, mpi.size, 1)
+            return _int_of(env, mpi.rank, 0), _int_of(env, mpi.size, 1)
     return None
 
 
 def read_mpi(env: Mapping[str, str], mpi: MpiLauncher) -> Launch:
     """Return the launch that an MPI launcher describes.
 
-    MASTER_ADDR and MASTER_PORT count if they are set.
+    MASTER_ADDR and MASTER_PORT are used if they are set.
 
     Raises:
-        LaunchError: nothing says which ranks share this host; RANK, WORLD_SIZE, LOCAL_RANK or
-            LOCAL_WORLD_SIZE are set and say something else.
+        LaunchError: the ranks of this host are unknown; or RANK, WORLD_SIZE, LOCAL_RANK or
+            LOCAL_WORLD_SIZE are set to other numbers.
     """
-    world = _number(env, mpi.size, 1)
+    world = _int_of(env, mpi.size, 1)
     launch = Launch(
-        rank=_number(env, mpi.rank, 0),
+        rank=_int_of(env, mpi.rank, 0),
         world_size=world,
         local_rank=_local_rank(env, mpi),
         local_world_size=_local_size(env, mpi, world),
         master_addr=env.get("MASTER_ADDR", ""),
-        master_port=number(env, "MASTER_PORT", 0),
+        master_port=read_int(env, "MASTER_PORT", 0),
         source=mpi.name,
     )
     _refuse_other_numbers(env, mpi, launch)
@@ -110,44 +120,46 @@ def read_mpi(env: Mapping[str, str], mpi: MpiLauncher) -> Launch:
 
 def _local_rank(env: Mapping[str, str], mpi: MpiLauncher) -> int:
     if _get(env, mpi.local_rank):
-        return _number(env, mpi.local_rank, 0)
-    for key in ("LOCAL_RANK", "SLURM_LOCALID"):  # srun sets PMI's rank and size, but not these
+        return _int_of(env, mpi.local_rank, 0)
+    for key in ("LOCAL_RANK", "SLURM_LOCALID"):  # srun sets rank and size of PMI, but not the local
         if env.get(key):
-            return number(env, key, 0)
+            return read_int(env, key, 0)
     raise LaunchError(_unknown_host(env, mpi, "LOCAL_RANK", mpi.local_rank))
 
 
 def _local_size(env: Mapping[str, str], mpi: MpiLauncher, world: int) -> int:
     if _get(env, mpi.local_size):
-        return _number(env, mpi.local_size, 1)
+        return _int_of(env, mpi.local_size, 1)
     if env.get("LOCAL_WORLD_SIZE"):
-        return number(env, "LOCAL_WORLD_SIZE", 1)
-    hosts = _number(env, (*mpi.hosts, "SLURM_STEP_NUM_NODES", "SLURM_JOB_NUM_NODES"), 0)
+        return read_int(env, "LOCAL_WORLD_SIZE", 1)
+    hosts = _int_of(env, (*mpi.hosts, "SLURM_STEP_NUM_NODES", "SLURM_JOB_NUM_NODES"), 0)
     if hosts and world % hosts == 0:
         return world // hosts
     raise LaunchError(_unknown_host(env, mpi, "LOCAL_WORLD_SIZE", mpi.local_size))
 
 
 def _unknown_host(
-    env: Mapping[str, str], mpi: MpiLauncher, ours: str, keys: tuple[str, ...]
+    env: Mapping[str, str], mpi: MpiLauncher, variable: str, keys: tuple[str, ...]
 ) -> str:
-    rank, size = _set(env, mpi.rank), _set(env, mpi.size)
-    missing = " nor ".join((*keys, ours))
+    """Return the message about a missing local rank or local size."""
+    rank, size = _first_set(env, mpi.rank), _first_set(env, mpi.size)
+    missing = " nor ".join((*keys, variable))
     return (
-        f"{rank}={env[rank]} and {size}={env[size]} ({mpi.name}), but neither {missing} says which "
-        f"ranks share this host; export {ours} for every rank, or start the ranks with torchrun"
+        f"{rank}={env[rank]} and {size}={env[size]} ({mpi.name}) are set, but neither {missing}, "
+        f"so the ranks of this host are unknown; export {variable} for every rank, or start the "
+        "ranks with torchrun"
     )
 
 
 def _refuse_other_numbers(env: Mapping[str, str], mpi: MpiLauncher, launch: Launch) -> None:
-    own = {
+    expected = {
         "RANK": launch.rank,
         "WORLD_SIZE": launch.world_size,
         "LOCAL_RANK": launch.local_rank,
         "LOCAL_WORLD_SIZE": launch.local_world_size,
     }
-    for key, value in own.items():
-        if number(env, key, value) != value:
+    for key, value in expected.items():
+        if read_int(env, key, value) != value:
             raise LaunchError(
                 f"{key}={env[key]}, but {mpi.name} started rank {launch.rank} of "
                 f"{launch.world_size} (local rank {launch.local_rank} of "
@@ -155,13 +167,13 @@ def _refuse_other_numbers(env: Mapping[str, str], mpi: MpiLauncher, launch: Laun
             )
 
 
-def _set(env: Mapping[str, str], keys: tuple[str, ...]) -> str:
+def _first_set(env: Mapping[str, str], keys: tuple[str, ...]) -> str:
     return next((key for key in keys if env.get(key)), "")
 
 
 def _get(env: Mapping[str, str], keys: tuple[str, ...]) -> str:
-    return env.get(_set(env, keys), "")
+    return env.get(_first_set(env, keys), "")
 
 
-def _number(env: Mapping[str, str], keys: tuple[str, ...], default: int) -> int:
-    return number(env, _set(env, keys), default)
+def _int_of(env: Mapping[str, str], keys: tuple[str, ...], default: int) -> int:
+    return read_int(env, _first_set(env, keys), default)

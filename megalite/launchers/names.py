@@ -1,4 +1,4 @@
-"""The names of variables that launchers set for their ranks."""
+"""Names of the variables that launchers set for their ranks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ _TORCHRUNS = ("GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "
 _NAMES = {*NAMES, *_TORCHRUNS, *(key for mpi in MPI_LAUNCHERS for key in mpi.keys)}
 
 
-def is_launchers_own(name: str) -> bool:
-    """Return whether a variable describes a rank, its world or its hosts to the process that has
-    it.
-    """
+def is_launcher_variable(name: str) -> bool:
+    """Return whether a launcher sets this variable to describe a rank, its world or its hosts."""
     return name.startswith(_PREFIXES) or name in _NAMES

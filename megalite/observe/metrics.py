@@ -13,7 +13,7 @@ from typing import Any
 
 from megalite.config import WandbConfig
 from megalite.files import append_line
-from megalite.log import finite, logger, redact
+from megalite.log import logger, redact, replace_nonfinite
 from megalite.observe.console import Console
 from megalite.observe.sinks import Sink, open_sink
 from megalite.observe.status import METRICS, TAIL, State, write_status
@@ -92,7 +92,7 @@ class Recorder:
     def append(self, name: str, step: int, **fields: Any) -> None:
         """Record an event from a rank other than 0, if rank 0 can no longer write."""
         row = {"kind": "event", "time": time.time(), "attempt": self.attempt, "step": step}
-        line = finite({**row, "name": name, **_without_secrets(fields)})
+        line = replace_nonfinite({**row, "name": name, **_without_secrets(fields)})
         with suppress(OSError):
             append_line(self.folder / METRICS, json.dumps(line, allow_nan=False).encode())
 
@@ -134,7 +134,7 @@ class Recorder:
             self._warn(error)
 
     def _write(self, kind: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        clean: dict[str, Any] = finite(row)
+        clean: dict[str, Any] = replace_nonfinite(row)
         if self._writes:
             line = {"kind": kind, "time": time.time(), "attempt": self.attempt, **clean}
             with self.tolerating_disk_errors():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalite.config import RunConfig, load_stored, read_object
+from megalite.config import RunConfig, load_stored, read_strict_object
 from megalite.config.faults import show
 from megalite.errors import CommandError, ConfigError
 from megalite.plan.devices import (
@@ -141,7 +141,7 @@ def read_run(folder: Path) -> MeasuredRun:
     """
     file = folder / RECORD
     try:
-        record = read_object(file)
+        record = read_strict_object(file)
         if faults := list(_faults(record)):
             raise ConfigError(faults)
         device = DEVICES[record["device"]]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megalite.config import read_object
+from megalite.config import read_strict_object
 from megalite.config.faults import show
 from megalite.errors import CommandError, ConfigError, nearest
 
@@ -264,7 +264,7 @@ def number_fault(key: str, value: Any, bounds: tuple[float, float, str]) -> str 
 
 def _read(path: Path) -> Device:
     try:
-        return make_device(read_object(path))
+        return make_device(read_strict_object(path))
     except FileNotFoundError:
         raise CommandError(f"--gpu {path}: no such file; check the path") from None
     except ConfigError as error:

@@ -11,7 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megalite.config import RunConfig, allowed_tensor_sizes, merged, parse_config, read_object
+from megalite.config import (
+    RunConfig,
+    allowed_tensor_sizes,
+    merged,
+    parse_config,
+    read_strict_object,
+)
 from megalite.errors import ConfigError
 from megalite.plan.forecast import Forecast, forecast
 from megalite.plan.seconds import Cluster
@@ -194,7 +200,7 @@ def run_file(
 def extends(path: Path, source: Path) -> bool:
     """Return whether a file is a run file that extends `source`, such as an earlier search's."""
     try:
-        parent = read_object(path).get("extends")
+        parent = read_strict_object(path).get("extends")
     except (OSError, ConfigError):
         return False
     return isinstance(parent, str) and (path.parent / parent).resolve() == source.resolve()

@@ -15,7 +15,7 @@ import numpy as np
 
 from megalite import files, hub
 from megalite.errors import DataError
-from megalite.log import finite, logger
+from megalite.log import logger, replace_nonfinite
 from megalite.tokenizers.base import Ids, IdsWithOffsets, Spans, Tokenizer, encode_text
 from megalite.tokenizers.export import export_bytes
 from megalite.tokenizers.huggingface import HUGGING_FACE, HuggingFaceTokenizer
@@ -114,7 +114,7 @@ def copy_generation_config(folder: Path, start: Path) -> None:
         return
     content = TokenizerSettings(folder).merge_generation(TokenizerSettings(source))
     if content:
-        files.write_json(folder / GENERATION_CONFIG, finite(content))
+        files.write_json(folder / GENERATION_CONFIG, replace_nonfinite(content))
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

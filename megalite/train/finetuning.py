@@ -20,7 +20,7 @@ from megalite.evaluate import mean_loss, perplexity
 from megalite.evaluate.tasks import classification
 from megalite.formats import checkpoint as disk
 from megalite.formats.examples import ExamplesManifest, read_examples_manifest
-from megalite.log import finite, logger
+from megalite.log import logger, replace_nonfinite
 from megalite.observe import Recorder
 from megalite.parallel import Grid
 from megalite.train.evaluator import Evaluation
@@ -293,7 +293,7 @@ class FinetuneEvaluator:
         if step is not None and self.grid.rank == 0:
             folder = self.recorder.folder
             with self.recorder.tolerating_disk_errors():
-                report = finite({"step": step, "split": split, **metrics})
+                report = replace_nonfinite({"step": step, "split": split, **metrics})
                 files.write_json(folder / EVALUATION, report)
                 classification.write_predictions(folder / PREDICTIONS, scores, dataset)
             self.recorder.picture("valid/confusion", classification.picture(metrics, dataset), step)

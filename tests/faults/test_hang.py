@@ -142,10 +142,10 @@ def _report(**fields: Any) -> dict[str, Any]:
 
 def test_culprit_of_a_hang_is_the_silent_or_latest_rank() -> None:
     hosts = ["a", "a", "b"]
-    silent = {0: _report(), 1: _told()}
+    silent = {0: _report(), 1: _report()}
     said = "phase step did not end within 31 s: rank 2 on b no longer runs"
     assert describe_culprit(silent, hosts) == said
-    behind = {0: _report(), 1: _told(count=6), 2: _told()}
+    behind = {0: _report(), 1: _report(count=6), 2: _report()}
     assert describe_culprit(behind, hosts).endswith("rank 1 on a is behind the others")
     alone = {0: _report(), 1: _report(), 2: _report(waits=False)}
     assert describe_culprit(alone, hosts).endswith(

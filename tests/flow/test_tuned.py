@@ -117,7 +117,7 @@ def test_classifier_is_finetuned_and_labels_new_texts(tmp_path: Path) -> None:
     assert "rows without labels are for --predictions FILE" in refused.stderr
     refused = _launch("eval", *arguments, "--predictions", tmp_path / "new.csv")
     assert refused.returncode == 2
-    assert "which is read here; name another file" in refused.stderr
+    assert "it is the input" in refused.stderr
     answered = _launch("eval", *arguments, "--predictions", predictions, "--json")
     assert answered.returncode == 0, answered.stderr
     metrics = json.loads(answered.stdout)

@@ -184,9 +184,9 @@ def test_documents_of_shards_are_tensors(shards: dict[str, str]) -> None:
 def test_messages_are_shown_unless_the_program_shows_them(
     shards: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megalite.log import logger, shown
+    from megalite.log import logger, show_messages
 
-    with shown(rank=0):
+    with show_messages(rank=0):
         logger.info("a step")
     assert capsys.readouterr().err == "a step\n"
     assert (logger.handlers, logger.propagate) == ([], True)
@@ -194,7 +194,7 @@ def test_messages_are_shown_unless_the_program_shows_them(
 
     own = logging.NullHandler()
     logger.addHandler(own)
-    with shown(rank=0):
+    with show_messages(rank=0):
         logger.warning("a step")
         assert logger.handlers == [own]
     assert capsys.readouterr().err == ""

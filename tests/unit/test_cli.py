@@ -1,5 +1,5 @@
 # covers: megalite/cli.py megalite/errors.py
-"""Exit codes of every way to leave a command."""
+"""Exit codes and messages of commands, for every way in which they can end."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ from megalite import cli, env, errors
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that no launcher started, whose logger is as it was afterwards.
-
-    Where another test has loaded torch, leaving is at once: here it is caught all the same.
-    """
+    """Remove variables of launchers, and let the test catch an immediate exit."""
     monkeypatch.setattr(os, "_exit", sys.exit)
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_JOB_NUM_NODES"):
         monkeypatch.delenv(key, raising=False)
@@ -59,18 +56,22 @@ def leave(result: int | BaseException | None) -> int:
         (SystemExit(2), 2),  # argparse
     ],
 )
-def test_exit_codes(result: Any, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_code_follows_the_result_or_the_exception(
+    result: Any, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert leave(result) == code
     shown = capsys.readouterr()
     assert shown.out == ""
-    if isinstance(result, errors.Stopped):  # what was requested is no error
+    if isinstance(result, errors.Stopped):  # a requested stop is not an error
         assert shown.err == "x\n"
     elif isinstance(result, errors.MegaLiteError):
         assert shown.err == "".join(f"error: {line}\n" for line in str(result).splitlines())
 
 
 @pytest.mark.usefixtures("quiet")
-def test_what_is_not_ours_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unexpected_exception_is_logged_with_its_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert leave(ZeroDivisionError("a bug")) == 1
     shown = capsys.readouterr().err
     assert "Traceback" in shown
@@ -81,7 +82,7 @@ def test_what_is_not_ours_keeps_its_traceback(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("name", "code"), [("torch", 2), ("torch.gone", 1), ("langdetect", 1), ("megalite.gone", 1)]
 )
-def test_a_package_that_is_not_there(
+def test_missing_dependency_is_a_user_error_and_another_package_is_not(
     name: str, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert leave(ModuleNotFoundError(f"No module named {name!r}", name=name)) == code
@@ -91,8 +92,8 @@ def test_a_package_that_is_not_there(
 
 
 @pytest.mark.parametrize("ranks", [False, True])
-def test_the_codes_of_a_real_process(tmp_path: Path, ranks: bool) -> None:
-    """Nothing written is lost, also where the interpreter's teardown is omitted."""
+def test_process_writes_all_its_output_before_it_ends(tmp_path: Path, ranks: bool) -> None:
+    """This holds also if the interpreter's teardown is omitted."""
     program = (
         "import atexit, sys\n"
         "from pathlib import Path\n"
@@ -115,25 +116,25 @@ def test_the_codes_of_a_real_process(tmp_path: Path, ranks: bool) -> None:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_other_ranks_let_rank_0_speak(
+def test_user_errors_and_stops_are_printed_by_rank_0_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slept: list[float] = []
-    monkeypatch.setattr(time, "sleep", slept.append)
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
     launch = env.Launch(3, 4, 3, 4, "h", 1, "torchrun")
     monkeypatch.setattr(env, "find_launch", lambda: launch)
-    assert leave(errors.ConfigError("everyone finds it")) == 2
-    assert slept == [10.0]
+    assert leave(errors.ConfigError("raised by all ranks")) == 2
+    assert waits == [10.0]
     assert capsys.readouterr().err == ""
-    assert leave(errors.CheckpointError("mine alone")) == 1
-    assert slept == [10.0]
-    assert capsys.readouterr().err == "[rank 3] error: mine alone\n"
-    assert leave(errors.Stopped("asked by all, reported by one")) == 75
+    assert leave(errors.CheckpointError("raised by one rank")) == 1
+    assert waits == [10.0]
+    assert capsys.readouterr().err == "[rank 3] error: raised by one rank\n"
+    assert leave(errors.Stopped("raised by all ranks")) == 75
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.usefixtures("quiet")
-def test_a_launch_that_cannot_be_read_is_the_commands_to_report(
+def test_incomplete_launch_is_reported_by_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -145,4 +146,4 @@ def test_a_launch_that_cannot_be_read_is_the_commands_to_report(
     with pytest.raises(SystemExit) as left:
         cli.run_main(main)
     assert left.value.code == 2
-    assert "half set" in capsys.readouterr().err
+    assert "the launch is incomplete" in capsys.readouterr().err

@@ -69,6 +69,6 @@ def test_a_message_is_one_that_is_written(message: str) -> None:
 
 def test_a_message_that_nobody_writes_is_found() -> None:
     assert len(messages()) > 50
-    assert is_said("the launch is half set: ...")
+    assert is_said("the launch is incomplete: ...")
     assert not is_said("the launch is all set: ...")
-    assert not is_said("missing; start with deepspeed ... the launch is half set")
+    assert not is_said("start with deepspeed ... the launch is incomplete")

@@ -1,5 +1,5 @@
 # covers: megalite/env.py
-"""The heap of a process on a CPU: which settings it gets, and its one restart with them."""
+"""Heap settings of a process on a CPU, and its restart with them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import pytest
 from megalite.env import heap_settings
 
 
-def test_the_heap_of_a_cpu_rank_is_set_once_and_never_over_the_users() -> None:
-    made = heap_settings({}, gpus=False)
-    assert made is not None
-    assert "glibc.malloc.tcache_count=0:" in made
-    assert heap_settings({"GLIBC_TUNABLES": made}, gpus=False) is None
+def test_heap_settings_are_added_once_and_replace_none_of_the_user() -> None:
+    settings = heap_settings({}, gpus=False)
+    assert settings is not None
+    assert "glibc.malloc.tcache_count=0:" in settings
+    assert heap_settings({"GLIBC_TUNABLES": settings}, gpus=False) is None
     assert heap_settings({"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}, gpus=False) is None
     assert heap_settings({}, gpus=True) is None
     other = "glibc.pthread.rseq=0"
-    assert heap_settings({"GLIBC_TUNABLES": other}, gpus=False) == f"{other}:{made}"
+    assert heap_settings({"GLIBC_TUNABLES": other}, gpus=False) == f"{other}:{settings}"
 
 
 SCRIPT = """
@@ -35,7 +35,7 @@ print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.dev_mode)
 
 def lines(*arguments: str) -> list[str]:
     if "CS_GNU_LIBC_VERSION" not in os.confstr_names or Path("/dev/nvidiactl").exists():
-        pytest.skip("restarts with glibc and without GPUs only")
+        pytest.skip("a process restarts only with glibc and without GPUs")
     environ = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
     environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
     line = [sys.executable, "-X", "dev", *arguments]
@@ -43,7 +43,7 @@ def lines(*arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_a_process_restarts_once_with_its_arguments_and_its_id(tmp_path: Path) -> None:
+def test_process_restarts_once_and_keeps_its_arguments_and_id(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     first, second, rest = lines(str(script), "a b", "--c")
@@ -51,7 +51,7 @@ def test_a_process_restarts_once_with_its_arguments_and_its_id(tmp_path: Path) -
     assert rest == f"{heap_settings({}, gpus=False)} ['a b', '--c'] True"
 
 
-def test_a_program_that_runs_a_launcher_does_not_begin_again(tmp_path: Path) -> None:
+def test_program_that_runs_a_launcher_is_not_restarted(tmp_path: Path) -> None:
     script, caller = tmp_path / "script.py", tmp_path / "caller.py"
     script.write_text(SCRIPT)
     caller.write_text(

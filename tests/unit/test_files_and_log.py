@@ -1,5 +1,5 @@
 # covers: megalite/files.py megalite/log.py
-"""Files that are complete or absent; logs and reports."""
+"""Atomic files, logs and reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def names(folder: Path) -> list[str]:
 @pytest.mark.parametrize("old", [None, "old"])
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_write_that_fails_leaves_what_was_there(
+def test_write_that_fails_keeps_the_old_file(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     old: str | None,
@@ -44,8 +44,10 @@ def test_a_write_that_fails_leaves_what_was_there(
     assert old is None or path.read_text() == old
 
 
-def test_a_reader_sees_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At every call that could be interrupted the file has its old content or its new."""
+def test_reader_sees_the_old_or_the_new_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The content is checked at every call that could be interrupted."""
     path, seen = tmp_path / "a.json", []
     path.write_bytes(b"old")
     for name in ("fsync", "replace"):
@@ -57,12 +59,12 @@ def test_a_reader_sees_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
         monkeypatch.setattr(os, name, watched)
     files.write_atomic(path, b"\x00new")
-    # bytes synced, renamed over, folder synced
+    # at the sync of the bytes, at the rename, at the sync of the folder
     assert seen == [b"old", b"old", b"\x00new"]
     assert names(tmp_path) == ["a.json"]
 
 
-def test_json_round_trip_and_what_json_lacks(tmp_path: Path) -> None:
+def test_json_file_is_read_as_written_and_never_has_nan(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     value = {"é": [1, 2.5, None, True], "big": 2**60}
     files.write_json(path, value)
@@ -77,14 +79,16 @@ def test_json_round_trip_and_what_json_lacks(tmp_path: Path) -> None:
         files.read_json(path)
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_write_atomic_needs_an_existing_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         files.write_atomic(tmp_path / "none" / "a", "x")
     assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 24])
-def test_hashes_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+def test_hash_does_not_depend_on_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
     monkeypatch.setattr(files, "_CHUNK", 8)
     data = os.urandom(size)
     (tmp_path / "a").write_bytes(data)
@@ -114,7 +118,9 @@ def test_publish_syncs_before_and_after(tmp_path: Path, monkeypatch: pytest.Monk
     assert calls == ["s", "s -> f", tmp_path.name]
 
 
-def test_ranks_and_levels(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_of_rank_0_has_infos_and_that_of_others_only_errors(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for rank in (0, 2):
         log.setup(rank=rank)
         log.logger.debug("details")
@@ -126,7 +132,7 @@ def test_ranks_and_levels(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_the_log_file_is_appended_to(tmp_path: Path) -> None:
+def test_log_file_is_appended_to(tmp_path: Path) -> None:
     log.setup()
     for message in ("first start", "second start"):
         handler = log.add_file(tmp_path / "log.txt")
@@ -139,7 +145,7 @@ def test_the_log_file_is_appended_to(tmp_path: Path) -> None:
     assert not any(isinstance(h, logging.FileHandler) for h in log.logger.handlers)
 
 
-# --- what a terminal and a program that reads JSON are given ---
+# --- output for a terminal, and for a program that reads JSON ---
 
 
 @pytest.mark.parametrize(
@@ -158,7 +164,7 @@ def test_printable_text_has_no_commands(text: str, safe: str) -> None:
     assert "".join(log.printable_pieces(list(text))) == safe
 
 
-def test_no_escape_reaches_the_console(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_and_report_escape_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     log.setup()
     log.logger.error("no such file \x1b[2J\x9b0m")
     log.write_report("a name \x1b[31m\n")
@@ -167,7 +173,7 @@ def test_no_escape_reaches_the_console(capsys: pytest.CaptureFixture[str]) -> No
     assert shown.out == "a name \\x1b[31m\n"
 
 
-def test_reports_are_strict_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_report_has_null_for_nan_and_inf(capsys: pytest.CaptureFixture[str]) -> None:
     report = {"loss": math.nan, "perplexity": math.inf, "rows": [{"seconds": (1.5, -math.inf)}]}
     log.write_report(report, as_json=True)
     shown = capsys.readouterr().out
@@ -175,7 +181,7 @@ def test_reports_are_strict_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5000, b"\xff", b""])
-def test_json_that_cannot_be_read_is_a_value_error(tmp_path: Path, content: bytes) -> None:
+def test_invalid_json_raises_value_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"deep|digits|decode|Expecting"):
@@ -183,10 +189,10 @@ def test_json_that_cannot_be_read_is_a_value_error(tmp_path: Path, content: byte
     assert list(files.each_row(path)) == ([None] if content else [])
 
 
-def test_a_file_of_another_kind_is_not_an_object(tmp_path: Path) -> None:
+def test_read_object_refuses_lists_and_pipes(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("[1]")
-    with pytest.raises(ValueError, match="it holds list, not a JSON object"):
+    with pytest.raises(ValueError, match="it contains list, not a JSON object"):
         files.read_object(path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not a regular file"):
@@ -202,12 +208,14 @@ def test_a_file_of_another_kind_is_not_an_object(tmp_path: Path) -> None:
         *((name, False, False) for name in ("a//b", "a\0b", "a\x1bb", "half \ud83d", "a\\b", None)),
     ],
 )
-def test_names_from_a_file_stay_in_its_folder(name: Any, plain: bool, inner: bool) -> None:
+def test_plain_names_and_inner_paths_stay_in_their_folder(
+    name: Any, plain: bool, inner: bool
+) -> None:
     assert files.is_plain_name(name) == plain
     assert files.is_inner_path(name) == inner
 
 
-def test_text_for_a_file_loses_only_what_begins_a_command() -> None:
+def test_printable_text_for_a_file_keeps_form_feeds() -> None:
     text = "form\x0cfeed \x1b[31m \x9b0m over\rwritten"
     safe = "form\x0cfeed \\x1b[31m \\x9b0m over\rwritten"
     assert log.printable(text, terminal=False) == safe

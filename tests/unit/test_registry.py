@@ -1,6 +1,6 @@
 # covers: megalite/observe/sinks.py
 # covers: megalite/registry.py megalite/config/names.py
-"""Names of a run file: built in, registered in code, or of an installed package."""
+"""Names of a run file: built-in ones, ones registered in code, and ones of packages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers.runs import BASE
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The toy package on this process's module path."""
+    """Install the toy package on the module path of this process."""
     install_package(tmp_path / "site")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     registry._points.cache_clear()
@@ -42,7 +42,7 @@ def with_lion(**sections: Any) -> dict[str, Any]:
     return BASE | {"optimizer": {"name": "lion", "lr": 1e-3}} | sections
 
 
-def test_builtin_names_are_those_that_the_home_module_registers() -> None:
+def test_builtin_names_are_read_from_the_home_module() -> None:
     assert registry.optimizers.builtin == ("adamw", "muon", "sgd")
     facts = {"states": ("exp_avg", "exp_avg_sq"), "counts_steps": True}
     assert registry.optimizers.facts("adamw") == facts
@@ -50,13 +50,13 @@ def test_builtin_names_are_those_that_the_home_module_registers() -> None:
     assert set(registry.optimizers.builtin) <= set(registry.optimizers._entries)
 
 
-def test_registry_takes_an_entry_in_code_and_refuses_a_second_of_its_name() -> None:
+def test_registry_accepts_a_name_once() -> None:
     kinds: Registry[Any] = Registry("kind", "kinds", None)
     kinds.register("first", cost=3)(len)
     assert (kinds.load("first"), kinds.facts("first")) == (len, {"cost": 3})
-    with pytest.raises(UserError, match='there is a kind "first" already'):
+    with pytest.raises(UserError, match='kind "first" already exists'):
         kinds.register("first")(max)
-    with pytest.raises(UserError, match=r'kind "frist": .*did you mean "first"'):
+    with pytest.raises(UserError, match=r'unknown kind "frist"; did you mean "first"\?; use one'):
         kinds.load("frist")
 
 
@@ -76,23 +76,23 @@ def test_package_adds_names_without_being_imported(installed: Path) -> None:
     assert "toy_parts.optimizers" not in sys.modules
 
 
-def test_two_packages_of_one_name_are_refused_where_it_is_used(installed: Path) -> None:
+def test_name_of_two_packages_is_refused_if_it_is_used(installed: Path) -> None:
     other = installed / "other-2.0.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 2.0\n")
     (other / "entry_points.txt").write_text("[megalite.plugins]\nsink.lines = other:Lines\n")
     registry._points.cache_clear()
     parse_config(with_lion())
-    with pytest.raises(ConfigError, match=r"sink\.lines is of two packages"):
+    with pytest.raises(ConfigError, match=r"sink\.lines is declared twice"):
         parse_config(BASE | {"logging": {"sinks": ["lines"]}})
 
 
-def test_package_with_a_builtin_name_is_refused_where_it_is_used(installed: Path) -> None:
+def test_package_with_a_builtin_name_is_refused_if_it_is_used(installed: Path) -> None:
     points = installed / "toy_parts-1.2.dist-info/entry_points.txt"
     points.write_text(points.read_text() + "optimizer.sgd = toy_parts.optimizers:lion\n")
     registry._points.cache_clear()
     parse_config(with_lion())
-    with pytest.raises(ConfigError, match=r"toy-parts 1\.2 and this project"):
+    with pytest.raises(ConfigError, match=r"by toy-parts 1\.2 and by this project"):
         parse_config(BASE | {"optimizer": {"name": "sgd", "lr": 1e-3}})
 
 
@@ -110,7 +110,7 @@ def test_package_that_cannot_be_imported_is_named(installed: Path) -> None:
 
 
 def test_missing_package_is_named_if_the_run_recorded_it() -> None:
-    with pytest.raises(ConfigError, match="expected one of adamw, muon, sgd, found"):
+    with pytest.raises(ConfigError, match="expected one of adamw, muon, sgd, got"):
         parse_config(with_lion())
     recorded = with_lion(plugins={"optimizer.lion": "toy-parts 1.2"})
     with pytest.raises(ConfigError, match=r"of the package toy-parts 1\.2, which is not installed"):
@@ -123,8 +123,8 @@ def test_missing_package_is_named_if_the_run_folder_records_it(
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs/run"
     folder.mkdir(parents=True)
-    kept = {"plugins": {"optimizer.lion": "toy-parts 1.2"}}
-    (folder / "config.json").write_text(json.dumps(kept))
+    record = {"plugins": {"optimizer.lion": "toy-parts 1.2"}}
+    (folder / "config.json").write_text(json.dumps(record))
     (tmp_path / "run.json").write_text(json.dumps(with_lion()))
     with pytest.raises(ConfigError, match=r"of the package toy-parts 1\.2, which is not installed"):
         load_config("run.json")
@@ -135,7 +135,7 @@ def test_unknown_name_is_answered_with_the_nearest() -> None:
         parse_config(BASE | {"optimizer": {"name": "adam", "lr": 1e-3}})
 
 
-def test_checking_and_planning_import_no_torch(installed: Path, tmp_path: Path) -> None:
+def test_plugin_is_checked_and_planned_without_torch(installed: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     file.write_text(json.dumps(with_lion(model=BASE["model"] | {"norm": "scaled"})))
     code = (
@@ -156,12 +156,14 @@ def test_checking_and_planning_import_no_torch(installed: Path, tmp_path: Path) 
     plan = make_plan(parse_config(adamw), world_size=1, device="cpu")
     states, parameters, torch_was_imported = done.stdout.split()
     assert torch_was_imported == "False"
-    assert int(parameters) == plan.parameters  # a gain and a bias, as a layer norm has
-    # fp32 masters and one state, not two
+    assert int(parameters) == plan.parameters  # a gain and a bias, like a layer norm
+    # fp32 masters and one state instead of two
     assert int(states) * 3 == plan.memory_bytes["optimizer"] * 2
 
 
-def test_reader_of_a_package_reads_files_by_their_ending(installed: Path, tmp_path: Path) -> None:
+def test_reader_of_a_package_is_selected_by_the_file_ending(
+    installed: Path, tmp_path: Path
+) -> None:
     (tmp_path / "a.csvz").write_text("textzn\nhello worldz1\nmore textz2\n")
     root = Path(__file__).resolve().parents[2]
     command = ["tokenize", "--tokenizer", "bytes", "--input", "a.csvz", "--output", "shards"]

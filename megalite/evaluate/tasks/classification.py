@@ -22,7 +22,7 @@ from megalite.evaluate.loading import LoadedModel
 from megalite.evaluate.loss import perplexity, sum_loss
 from megalite.evaluate.metrics import classification_metrics, confusion_picture, predictions_rows
 from megalite.formats.examples import examples_fingerprint, read_examples_manifest
-from megalite.log import finite, logger
+from megalite.log import logger, replace_nonfinite
 from megalite.observe.progress import report_calls
 from megalite.parallel import Grid
 
@@ -194,7 +194,7 @@ def write_predictions(path: Path, scores: Tensor, dataset: ExampleSet) -> None:
     ids = dataset.split.rows.tolist()
     labels = (None if label < 0 else label for label in _labels(dataset).tolist())
     rows = predictions_rows(ids, labels, scores, _names(dataset))
-    files.write_atomic(path, "".join(json.dumps(finite(row)) + "\n" for row in rows))
+    files.write_atomic(path, "".join(json.dumps(replace_nonfinite(row)) + "\n" for row in rows))
 
 
 def picture(measured: dict[str, Any], dataset: ExampleSet) -> npt.NDArray[np.uint8]:

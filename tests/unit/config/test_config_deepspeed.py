@@ -1,5 +1,5 @@
 # covers: megalite/config/deepspeed_keys.py megalite/config/deepspeed_tables.py
-"""The deepspeed section: keys nobody knows, keys that contradict, and DeepSpeed's own source."""
+"""Faults of the deepspeed section, and its tables compared with DeepSpeed's own source."""
 
 from __future__ import annotations
 
@@ -45,57 +45,58 @@ def faults(section: Any, **training: Any) -> list[str]:
         {"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["a.B"]}}},
     ],
 )
-def test_what_is_sound(section: dict[str, Any]) -> None:
+def test_deepspeed_section_accepts_valid_keys(section: dict[str, Any]) -> None:
     assert parse_config(BASE | {"deepspeed": section}).deepspeed == section
 
 
-_OWN, _GONE = "MegaLite does this itself", "was taken out of DeepSpeed 0.19, which refuses it"
+_CHANGE = "; change or remove it"
+_OWN, _REMOVED = "MegaLite does this itself", "DeepSpeed 0.19 no longer has it, and refuses it"
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("gradient_cliping", 1.0, 'unknown key; did you mean "gradient_clipping"?'),
-        ("qqq", 1, "unknown key; DeepSpeed 0.19.8 has none of this name, remove it"),
+        ("qqq", 1, "unknown key of DeepSpeed 0.19.8; remove it"),
         ("zero_optimization.overlap_com", True, 'unknown key; did you mean "overlap_comm"?'),
         (
             "gradient_clipping",
             0.5,
-            "found 0.5, but optimizer.clip_grad_norm makes it 1.0; change "
-            'optimizer.clip_grad_norm, and remove this or write "auto"',
+            "got 0.5, but optimizer.clip_grad_norm sets it to 1.0; change "
+            "optimizer.clip_grad_norm, and remove this key",
         ),
         (
             "gradient_allreduce_op",
             "mean",
-            'found "mean", MegaLite needs "sum" (the loss is normalised); write "auto"',
+            'got "mean", but MegaLite needs "sum" (the loss is normalised); remove it',
         ),
         ("optimizer", {"type": "Lamb"}, f"{_OWN}; set the optimizer section of the run file"),
-        ("nebula", {}, f"{_GONE}; remove it"),
-        ("zero_optimization.mics_shard_size", 8, f"{_GONE}; remove it"),
+        ("nebula", {}, f"{_REMOVED}; remove it"),
+        ("zero_optimization.mics_shard_size", 8, f"{_REMOVED}; remove it"),
         ("bfloat16", {"enabled": True}, 'is the old name; write "bf16"'),
-        ("zero_optimization", True, 'expected a section {...} or "auto", found true'),
-        ("zero_optimization.stage", 4, "expected 0, 1, 2 or 3, found 4"),
-        ("zero_optimization.stage", True, 'expected a whole number or "auto", found true'),
+        ("zero_optimization", True, f'expected a section {{...}} or "auto", got true{_CHANGE}'),
+        ("zero_optimization.stage", 4, "expected 0, 1, 2 or 3, got 4; set it to one of them"),
+        ("zero_optimization.stage", True, f'expected a whole number or "auto", got true{_CHANGE}'),
         ("zero_optimization.cpu_offload", True, "is the old name; write offload_optimizer"),
         (
             "zero_optimization.reduce_bucket_size",
             0,
-            "expected a whole number of 1 or more, found 0",
+            f"expected a whole number of 1 or more, got 0{_CHANGE}",
         ),
         (
             "zero_optimization.allgather_bucket_size",
             7,
-            'expected an even number or "auto", found 7',
+            f'expected an even number or "auto", got 7{_CHANGE}',
         ),
-        ("zero_optimization.overlap_comm", 1, 'expected true or false or "auto", found 1'),
+        ("zero_optimization.overlap_comm", 1, f'expected true or false or "auto", got 1{_CHANGE}'),
         (
             "communication_data_type",
             "float",
-            'expected "fp32", "bf16" or "fp16" or "auto", found "float"',
+            f'expected "fp32", "bf16" or "fp16" or "auto", got "float"{_CHANGE}',
         ),
     ],
 )
-def test_faults(key: str, value: Any, message: str) -> None:
+def test_deepspeed_fault_states_value_and_remedy(key: str, value: Any, message: str) -> None:
     section = value
     for part in reversed(key.split(".")):
         section = {part: section}
@@ -109,9 +110,9 @@ def test_faults(key: str, value: Any, message: str) -> None:
         ("checkpoint", {"tag_validation": "Fail"}, "set the checkpoint section of the run file"),
         ("datastates_ckpt", {"no_such_key": True}, "set checkpoint.background"),
         ("compile", {"deepcompile": True}, "set training.compile"),
-        ("aio", {"block_size": 1048576}, "offloads nothing to NVMe; remove it"),
+        ("aio", {"block_size": 1048576}, "does not offload to NVMe; remove it"),
         ("dataloader_drop_last", True, "the data section fixes the order; remove it"),
-        ("disable_allgather", True, "DeepSpeed 0.19 does not read it; remove it"),
+        ("disable_allgather", True, "has no effect in DeepSpeed 0.19; remove it"),
         ("use_data_before_expert_parallelism", True, "mixtures of experts"),
         ("vocabulary_size", 50000, "set model.vocab_size"),
         ("seq_parallel_communication_data_type", "bf16", "set parallel.sequence"),
@@ -121,14 +122,14 @@ def test_faults(key: str, value: Any, message: str) -> None:
         (
             "zero_optimization.stage3_gather_16bit_weights_on_model_save",
             True,
-            "launcher/export.py writes a model folder; remove it",
+            "own checkpoints; remove it, and use launcher/export.py",
         ),
         ("zero_optimization.pipeline_loading_checkpoint", True, "own checkpoints; remove it"),
-        ("zero_optimization.legacy_stage1", True, "was taken out of DeepSpeed 0.19"),
-        ("zero_optimization.allgather_partitions", False, "does not read it; remove it"),
-        ("zero_optimization.offload_optimizer.pipeline_read", True, "nothing to NVMe; remove it"),
-        ("steps_per_print", 100, 'set training.log_every, or write "log_level": "info"'),
-        ("dump_state", True, 'remove it, or write "log_level": "info"'),
+        ("zero_optimization.legacy_stage1", True, "DeepSpeed 0.19 no longer has it"),
+        ("zero_optimization.allgather_partitions", False, "no effect in DeepSpeed 0.19; remove it"),
+        ("zero_optimization.offload_optimizer.pipeline_read", True, "offload to NVMe; remove it"),
+        ("steps_per_print", 100, "set training.log_every, or set deepspeed.log_level"),
+        ("dump_state", True, "remove it, or set deepspeed.log_level"),
         ("comms_logger", {"enabled": True}, 'prints nothing without "verbose": true'),
         ("comms_logger", {"enabled": True, "verbose": True}, 'deepspeed.log_level "info"'),
     ],
@@ -143,8 +144,8 @@ def test_key_without_effect_is_refused(key: str, value: Any, remedy: str) -> Non
 
 
 @pytest.mark.parametrize("key", IDLE_VALUES)
-def test_key_without_effect_may_say_so(key: str) -> None:
-    """Files of other trainers list keys with the value that they have anyway, or with "auto"."""
+def test_key_without_effect_may_have_the_value_that_takes_effect(key: str) -> None:
+    """Files for other trainers contain such keys, with DeepSpeed's default or with "auto"."""
     for value in (IDLE_VALUES[key], "auto"):
         section = value
         for part in reversed(key.split(".")):
@@ -160,7 +161,7 @@ def test_unknown_key_of_every_section_is_refused(at: str) -> None:
         for part in reversed(at.split(".") if at else []):
             section = {part: section}
         [fault] = faults(section)
-        assert f"{at}.{wrong}: unknown key; " in fault
+        assert f"{at}.{wrong}: unknown key" in fault
         assert hint in fault
         assert "remove it" in fault or "did you mean" in fault
 
@@ -171,7 +172,7 @@ def test_value_of_the_wrong_kind_is_refused_in_every_section(at: str) -> None:
         path = f"{at}.{key}".removeprefix(".")
         if path in REFUSED:
             continue
-        section: Any = {key: [1]}  # a list of a number: of no kind
+        section: Any = {key: [1]}  # no key accepts a list of a number
         for part in reversed(at.split(".") if at else []):
             section = {part: section}
         assert any(fault.startswith(f".{path}: expected ") for fault in faults(section)), path
@@ -193,21 +194,21 @@ def test_value_of_the_wrong_kind_is_refused_in_every_section(at: str) -> None:
         ({"timers": {"throughput": {"enable": True}}}, 'did you mean "enabled"?'),
     ],
 )
-def test_message_names_the_key_that_is_meant(section: Any, message: str) -> None:
+def test_message_suggests_the_key_that_was_meant(section: Any, message: str) -> None:
     [fault] = faults(section)
     assert message in fault
 
 
-def test_a_section_that_is_none() -> None:
+def test_deepspeed_section_that_is_a_list_is_refused() -> None:
     [fault] = faults([])
-    assert fault.startswith(": expected a section {...}, found []; it is: DeepSpeed's own JSON")
+    assert fault.startswith(": expected a section {...}, got []; its meaning: DeepSpeed's own JSON")
 
 
-def test_precision_is_decided_in_one_place() -> None:
+def test_precision_is_decided_by_the_training_section() -> None:
     [fault] = faults({"bf16": {"enabled": True}}, precision="auto")
-    assert "is decided by training.precision, which is auto" in fault
+    assert "training.precision decides it, and is auto" in fault
     [fault] = faults({"bf16": {"enabled": True}}, precision="fp32")
-    assert "found true, but training.precision makes it false" in fault
+    assert "got true, but training.precision sets it to false" in fault
     parse_config(
         BASE
         | {"training": BASE["training"] | {"precision": "bf16"}}
@@ -220,20 +221,20 @@ def test_precision_is_decided_in_one_place() -> None:
     [({}, 1), ({"zero_optimization": {}}, 1), ({"zero_optimization": "auto"}, 1)]
     + [({"zero_optimization": {"stage": stage}}, stage) for stage in range(4)],
 )
-def test_zero_stage(section: dict[str, Any], stage: int) -> None:
+def test_zero_stage_is_read_or_1(section: dict[str, Any], stage: int) -> None:
     assert zero_stage(parse_config(BASE | {"deepspeed": section})) == stage
 
 
-# --- the tables against the source of the DeepSpeed that is installed --------------------------
+# --- the tables compared with the source of the installed DeepSpeed ----------------------------
 
 
 def deepspeed_source(path: str) -> str:
-    found = importlib.metadata.distribution("deepspeed").locate_file(f"deepspeed/{path}")
-    return Path(str(found)).read_text()
+    file = importlib.metadata.distribution("deepspeed").locate_file(f"deepspeed/{path}")
+    return Path(str(file)).read_text()
 
 
 def fields_of(source: str, name: str) -> set[str]:
-    """Return the keys a pydantic model of DeepSpeed reads: a field's alias, else its name."""
+    """Return the keys that a pydantic model of DeepSpeed reads: each field's alias or name."""
     [model] = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name]
     result = set()
     for node in model.body:
@@ -275,7 +276,7 @@ def fields_of(source: str, name: str) -> set[str]:
         ),
     ],
 )
-def test_nested_keys_are_deepspeeds(section: str, path: str, model: str) -> None:
+def test_keys_of_a_subsection_are_those_of_deepspeed(section: str, path: str, model: str) -> None:
     ours = set(KNOWN[section])
     theirs = fields_of(deepspeed_source(path), model)
     refused = {k.removeprefix(f"{section}.") for k in REFUSED if k.startswith(f"{section}.")}
@@ -283,8 +284,8 @@ def test_nested_keys_are_deepspeeds(section: str, path: str, model: str) -> None
     assert theirs <= ours | refused
 
 
-def test_other_keys_are_deepspeeds() -> None:
-    """Of sections that DeepSpeed reads key by key, and not with a model of pydantic."""
+def test_keys_without_a_pydantic_model_are_those_of_deepspeed() -> None:
+    """DeepSpeed reads some sections key by key: the names occur as strings in its source."""
     words: set[str] = set()
     for path in (
         "runtime/config.py",
@@ -306,7 +307,7 @@ def test_other_keys_are_deepspeeds() -> None:
         assert set(KNOWN[section]) <= words
 
 
-def test_what_deepspeed_has_removed_is_refused() -> None:
+def test_key_that_deepspeed_removed_is_refused() -> None:
     tree = ast.parse(deepspeed_source("runtime/config.py"))
     removed: set[str] = set()
     for node in tree.body:

@@ -1,5 +1,5 @@
 # covers: megalite/config/foreign.py megalite/config/faults.py
-"""Names of other trainers are answered with the key that has their meaning, and never another."""
+"""Key names of other trainers are answered with the key of the same meaning, and no other."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def with_key(section: str, key: str, value: Any = 1) -> dict[str, Any]:
     return raw
 
 
-def test_every_answer_is_a_key_of_ours() -> None:
-    theirs = {f"deepspeed.{at}.{key}".replace("..", ".") for at in KNOWN for key in KNOWN[at]}
-    assert set(_SAME) <= KEYS | theirs
+def test_every_answer_is_an_existing_key() -> None:
+    deepspeed = {f"deepspeed.{at}.{key}".replace("..", ".") for at in KNOWN for key in KNOWN[at]}
+    assert set(_SAME) <= KEYS | deepspeed
 
 
-def test_no_foreign_name_is_in_two_rows() -> None:
+def test_every_foreign_name_has_one_answer() -> None:
     names = [name for row in (*_SAME.values(), *_OTHERWISE.values()) for name in row.split()]
     assert len(names) == len(set(names))
 
@@ -55,7 +55,7 @@ def test_no_foreign_name_is_in_two_rows() -> None:
         ("max_steps", '"training.steps"'),
         ("learning_rate", '"optimizer.lr"'),
         ("lr_scheduler_type", '"schedule.name"'),
-        ("warmup_ratio", "set schedule.warmup_steps, in steps"),
+        ("warmup_ratio", "set schedule.warmup_steps to the ratio x training.steps"),
         ("gradient_accumulation_steps", "set training.global_batch_size"),
         ("per_device_train_batch_size", '"training.micro_batch_size"'),
         ("num_train_epochs", "set training.steps; when fine-tuning, finetune.epochs"),
@@ -92,21 +92,21 @@ def test_foreign_name_is_answered(section: str, name: str, answer: str) -> None:
 
 
 def test_foreign_name_of_set_is_answered(tmp_path: Path) -> None:
-    """With the right key, and with what said it."""
+    """The message contains the right key, and the option that has the wrong one."""
     path = tmp_path / "run.json"
     path.write_text(json.dumps(BASE))
-    for told, answer in {
+    for item, answer in {
         "training.save_steps=500": '--set training.save_steps: unknown key; its name here is "che',
         "max_steps=3": '--set max_steps: unknown key; its name here is "training.steps"',
         "trainer.max_steps=3": 'name here is "training"; max_steps: its name here is "training.st',
     }.items():
         with pytest.raises(ConfigError) as caught:
-            load_config(path, [told])
+            load_config(path, [item])
         assert answer in str(caught.value)
 
 
-def test_nearest_name_never_has_another_word() -> None:
-    """What is proposed for a name of two words has the same two words, but for a typo."""
+def test_nearest_name_differs_by_a_typo_only() -> None:
+    """A suggestion for a name of two words has the same two words, except for a typo."""
     names = ["steps", "log_every", "eval_every", "eval_batches", "warmup_steps", "hidden_size"]
     for name in ("save_steps", "eval_steps", "warmup_ratio", "hidden_act", "eval_batch_size"):
         assert nearest(name, names) == ""
@@ -115,12 +115,12 @@ def test_nearest_name_never_has_another_word() -> None:
 
 
 @pytest.mark.parametrize("name", ["expert_steps", "num_experts", "zloss_weight", "hidden_sharing"])
-def test_unknown_name_proposes_no_other_meaning(name: str) -> None:
+def test_unknown_name_gets_no_suggestion_of_another_meaning(name: str) -> None:
     assert "did you mean" not in fault_of(with_key("training", name))
     assert "did you mean" not in fault_of(with_key("model", name))
 
 
-def test_key_of_another_section_is_named_before_a_similar_one() -> None:
+def test_key_of_another_section_is_suggested_before_a_similar_one() -> None:
     assert 'did you mean "finetune.epochs"?' in fault_of(with_key("optimizer", "epochs"))
     assert 'did you mean "optimizer.lr"?' in fault_of(with_key("training", "lr"))
 
@@ -138,10 +138,10 @@ def test_key_of_another_section_is_named_before_a_similar_one() -> None:
         ("", "eval", "set training.eval_every and training.eval_batches"),
     ],
 )
-def test_name_is_answered_by_its_section(section: str, name: str, answer: str) -> None:
+def test_answer_depends_on_the_section(section: str, name: str, answer: str) -> None:
     assert answer in fault_of(with_key(section, name))
 
 
-def test_foreign_answers_are_for_foreign_names_only() -> None:
+def test_foreign_answer_of_other_names_is_empty() -> None:
     assert foreign_answer("no_such_name") == ""
     assert all(not foreign_answer(key.split(".")[-1]) for key in ("training.steps", "model.norm"))

@@ -1,5 +1,5 @@
 # covers: megalite/config/strict.py megalite/config/faults.py
-"""Whatever a run file holds, loading ends in a config or in faults of one line each."""
+"""Any content of a run file loads as a config, or ends in faults of one line each."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ VALUES = st.recursive(
 KEYS = [dotted(key) for key in known_keys()]
 DEEPSPEED = [f"deepspeed.{key}" for key in REFUSED] + [
     ".".join(part for part in ("deepspeed", section, key) if part)
-    for section, known in KNOWN.items()
-    for key in known
+    for section, kinds in KNOWN.items()
+    for key in kinds
 ]
 CHANGES = st.lists(st.tuples(st.sampled_from(KEYS + DEEPSPEED), VALUES), min_size=1, max_size=5)
 
@@ -50,18 +50,18 @@ def cases(number: int) -> settings:
     )
 
 
-def assert_sound(config_or_faults: Any) -> None:
-    """A config goes on to a plan and back to JSON; faults are lines."""
-    if isinstance(config_or_faults, ConfigError):
-        assert config_or_faults.faults
-        assert all(line and "\n" not in line for line in config_or_faults.faults)
+def check_outcome(outcome: Any) -> None:
+    """Assert that a config can be planned and stored, and that each fault is one line."""
+    if isinstance(outcome, ConfigError):
+        assert outcome.faults
+        assert all(line and "\n" not in line for line in outcome.faults)
         return
-    config = config_or_faults
+    config = outcome
     assert parse_config(json.loads(json.dumps(config.model_dump(mode="json")))) == config
     try:
         plan = make_plan(config, world_size=2, device="cuda")
     except ConfigError as error:
-        assert_sound(error)
+        check_outcome(error)
     else:
         assert min(plan.memory_bytes.values()) >= 0
         json.dumps(deepspeed_dict(config, plan), allow_nan=False)
@@ -69,7 +69,9 @@ def assert_sound(config_or_faults: Any) -> None:
 
 @cases(1000)
 @given(CHANGES)
-def test_any_value_anywhere(tmp_path: Path, changes: list[tuple[str, Any]]) -> None:
+def test_run_file_with_any_values_loads_or_is_refused(
+    tmp_path: Path, changes: list[tuple[str, Any]]
+) -> None:
     raw = copy.deepcopy(BASE)
     for key, value in changes:
         section: Any = raw
@@ -79,17 +81,19 @@ def test_any_value_anywhere(tmp_path: Path, changes: list[tuple[str, Any]]) -> N
         if isinstance(section, dict):
             section[name] = value
     path = tmp_path / "run.json"
-    path.write_text(json.dumps(raw))  # NaN and Infinity among it
+    path.write_text(json.dumps(raw))  # with NaN and Infinity
     try:
         outcome: Any = load_config(path)
     except ConfigError as error:
         outcome = error
-    assert_sound(outcome)
+    check_outcome(outcome)
 
 
 @cases(500)
 @given(st.binary(max_size=40), st.integers(0, 400), st.integers(0, 12))
-def test_any_bytes(tmp_path: Path, junk: bytes, start: int, length: int) -> None:
+def test_run_file_of_any_bytes_loads_or_is_refused(
+    tmp_path: Path, junk: bytes, start: int, length: int
+) -> None:
     whole = json.dumps(BASE).encode()
     path = tmp_path / "run.json"
     path.write_bytes(whole[:start] + junk + whole[start + length :])
@@ -97,12 +101,12 @@ def test_any_bytes(tmp_path: Path, junk: bytes, start: int, length: int) -> None
         outcome: Any = load_config(path)
     except ConfigError as error:
         outcome = error
-    assert_sound(outcome)
+    check_outcome(outcome)
 
 
 @cases(500)
 @given(st.lists(st.text(max_size=20) | st.tuples(st.sampled_from(KEYS), VALUES), max_size=4))
-def test_any_set(tmp_path: Path, items: list[Any]) -> None:
+def test_set_with_any_text_loads_or_is_refused(tmp_path: Path, items: list[Any]) -> None:
     path = tmp_path / "run.json"
     path.write_text(json.dumps(BASE))
     sets = [item if isinstance(item, str) else f"{item[0]}={json.dumps(item[1])}" for item in items]
@@ -110,9 +114,9 @@ def test_any_set(tmp_path: Path, items: list[Any]) -> None:
         outcome: Any = load_config(path, sets)
     except ConfigError as error:
         outcome = error
-    assert_sound(outcome)
+    check_outcome(outcome)
 
 
-def test_the_fuzz_is_not_blind() -> None:
+def test_check_outcome_detects_a_fault_of_two_lines() -> None:
     with pytest.raises(AssertionError):
-        assert_sound(ConfigError("two\nlines"))
+        check_outcome(ConfigError("two\nlines"))

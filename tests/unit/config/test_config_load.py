@@ -1,6 +1,6 @@
 # covers: megalite/config/load.py megalite/config/secrets.py megalite/config/strict.py
 # covers: megalite/config/model.py megalite/config/schema.py
-"""Reading, extending and setting run files; what is said about those that are wrong."""
+"""Load, extend and set run files, and report the faults of invalid ones."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def test_defaults_are_filled_and_the_dump_loads_again(tmp_path: Path) -> None:
     assert parse_config(dumped) == config
 
 
-def test_null_asks_for_a_computed_default() -> None:
+def test_null_means_the_computed_default() -> None:
     model = SMALL["model"] | {"head_dim": None, "num_key_value_heads": None}
     assert parse_config(SMALL | {"model": model}) == parse_config(SMALL)
 
 
-def test_a_config_is_frozen() -> None:
+def test_config_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         parse_config(SMALL).training.steps = 3
 
 
-def test_whole_numbers_serve_as_real_ones() -> None:
+def test_whole_number_is_accepted_as_a_real_one() -> None:
     config = parse_config(SMALL | {"optimizer": {"lr": 1, "betas": [0, 0.5]}})
     assert config.optimizer.lr == 1.0
     assert isinstance(config.optimizer.lr, float)
@@ -92,43 +92,43 @@ def held_out(path: Path, *sets: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
-def test_a_childs_share_replaces_its_parents_split(tmp_path: Path, split: str) -> None:
+def test_fraction_of_a_child_replaces_the_split_of_its_parent(tmp_path: Path, split: str) -> None:
     def tuning(**data: Any) -> dict[str, Any]:
         data = {"path": "x", "max_length": 8, **data}
         return {"finetune": {"task": "classification", "data": data}}
 
     base = {key: value for key, value in SMALL.items() if key != "data"}
     base["training"] = {"global_batch_size": 8, "micro_batch_size": 2}
-    by_name, by_share = {f"{split}_split": "held"}, {f"{split}_fraction": 0.2}
+    by_name, by_fraction = {f"{split}_split": "held"}, {f"{split}_fraction": 0.2}
     write(tmp_path / "name.json", base | tuning(**by_name))
-    write(tmp_path / "share.json", base | tuning(**by_share))
-    for parent, own in (("name", by_share), ("share", by_name)):
-        child = {"extends": f"{parent}.json", "finetune": {"data": own}}
+    write(tmp_path / "fraction.json", base | tuning(**by_fraction))
+    for parent, keys in (("name", by_fraction), ("fraction", by_name)):
+        child = {"extends": f"{parent}.json", "finetune": {"data": keys}}
         path = write(tmp_path / "child.json", child)
-        assert held_out(path) == own
-        ((key, value),) = own.items()
+        assert held_out(path) == keys
+        ((key, value),) = keys.items()
         sets = f"finetune.data.{key}={json.dumps(value)}"
-        assert held_out(tmp_path / f"{parent}.json", sets) == own
-        whole = f"finetune.data={json.dumps(own)}"
-        assert held_out(tmp_path / f"{parent}.json", whole) == own
+        assert held_out(tmp_path / f"{parent}.json", sets) == keys
+        whole = f"finetune.data={json.dumps(keys)}"
+        assert held_out(tmp_path / f"{parent}.json", whole) == keys
         empty = {"extends": f"{parent}.json", "finetune": {"data": {key: None}}}
-        expected = by_name if parent == "name" else by_share
+        expected = by_name if parent == "name" else by_fraction
         assert held_out(write(tmp_path / "child.json", empty)) == expected
-    both = {"extends": "name.json", "finetune": {"data": by_name | by_share}}
+    both = {"extends": "name.json", "finetune": {"data": by_name | by_fraction}}
     [fault] = faults(write(tmp_path / "both.json", both))
     assert fault.startswith(f"{tmp_path / 'both.json'}: finetune.data.{split}_split")
-    assert f"give it or {split}_fraction, not both" in fault
+    assert f"{split}_fraction is also set; remove one of the two" in fault
     sets = [f"finetune.data.{split}_split=held", f"finetune.data.{split}_fraction=0.2"]
-    [fault] = faults(tmp_path / "share.json", *sets)
+    [fault] = faults(tmp_path / "fraction.json", *sets)
     assert fault.startswith("--set finetune.data")
 
 
-def test_extends_names_the_circle(tmp_path: Path) -> None:
+def test_circular_extends_is_reported_with_its_files(tmp_path: Path) -> None:
     write(tmp_path / "a.json", SMALL | {"extends": "b.json"})
     write(tmp_path / "b.json", {"extends": "./c.json"})
     write(tmp_path / "c.json", {"extends": "a.json"})
     [fault] = faults(tmp_path / "a.json")
-    assert "circle" in fault
+    assert "extends is circular" in fault
     assert "a.json -> " in fault
     assert fault.count("a.json") >= 2
 
@@ -139,39 +139,37 @@ def test_extends_takes_one_path(tmp_path: Path, value: Any) -> None:
     assert "extends: expected one path" in fault
 
 
-def test_a_missing_parent_names_who_asked(tmp_path: Path) -> None:
+def test_missing_parent_is_reported_with_the_extending_file(tmp_path: Path) -> None:
     [fault] = faults(write(tmp_path / "a.json", SMALL | {"extends": "gone.json"}))
     assert "gone.json: no such run file" in fault
     assert f"extended by {tmp_path / 'a.json'}" in fault
 
 
-def test_a_fault_names_the_file_it_is_in(tmp_path: Path) -> None:
+def test_fault_names_the_file_that_contains_it(tmp_path: Path) -> None:
     write(tmp_path / "base.json", SMALL | {"training": SMALL["training"] | {"stepz": 1}})
     path = write(tmp_path / "a.json", {"extends": "base.json", "nam": "x"})
-    found = faults(path, "optimizer.lr=-1")
-    assert sorted(found) == [
-        "--set optimizer.lr: expected a number above 0, found -1; it is: Peak learning rate.",
+    lines = faults(path, "optimizer.lr=-1")
+    assert sorted(lines) == [
+        "--set optimizer.lr: expected a number above 0, got -1; its meaning: Peak learning rate.",
         f'{path}: nam: unknown key; did you mean "name"?',
         f'{tmp_path / "base.json"}: training.stepz: unknown key; did you mean "steps"?',
     ]
-    found = faults(write(tmp_path / "good.json", SMALL), 'logging={"directori": "x"}')
-    assert found[0].startswith("--set logging.directori: unknown key")
-    found = faults(tmp_path / "good.json", 'model.rope_scaling={"rope_type":"yarn","factor":2.0}')
-    assert found[0].startswith("--set model.rope_scaling.original_max_position_embeddings: yarn")
+    lines = faults(write(tmp_path / "good.json", SMALL), 'logging={"directori": "x"}')
+    assert lines[0].startswith("--set logging.directori: unknown key")
+    lines = faults(tmp_path / "good.json", 'model.rope_scaling={"rope_type":"yarn","factor":2.0}')
+    assert lines[0].startswith("--set model.rope_scaling.original_max_position_embeddings: yarn")
 
 
 @pytest.mark.parametrize("key", ["logging.wandb.api_key", "training.hf_token", "data.password"])
-def test_an_unknown_key_of_a_secret_is_answered_with_the_environment(
+def test_unknown_key_of_a_secret_is_answered_with_environment_variables(
     tmp_path: Path, key: str
 ) -> None:
     path = write(tmp_path / "a.json", SMALL)
-    found = faults(path, "logging.wandb.project=x", f"{key}=hunter2")
-    assert [
-        f"--set {key}: unknown key; remove it: secrets are passed in env" in one for one in found
-    ] == [True]
+    [fault] = faults(path, "logging.wandb.project=x", f"{key}=hunter2")
+    assert f"--set {key}: unknown key; remove it, and pass secrets in environment" in fault
 
 
-def test_set_reads_json_else_text(tmp_path: Path) -> None:
+def test_set_parses_json_and_takes_other_values_as_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", SMALL)
     config = load_config(
         path,
@@ -201,7 +199,7 @@ def test_set_reads_json_else_text(tmp_path: Path) -> None:
         ("training.steps", "expected key=value"),
         ("=3", "expected key=value"),
         ("training..steps=3", "expected key=value"),
-        ("extends=a.json", "belongs into a run file"),
+        ("extends=a.json", "only a run file may contain it"),
         ("name.first=x", 'name is "small", not a section'),
         ("data.train.path=x", "not a section"),
         ("training.stpes=3", 'training.stpes: unknown key; did you mean "steps"?'),
@@ -210,27 +208,27 @@ def test_set_reads_json_else_text(tmp_path: Path) -> None:
         ("data.micro_batch_sice=3", 'unknown key; did you mean "training.micro_batch_size"?'),
         ("model.zzz=3", "model.zzz: unknown key; remove it, or write one of architecture"),
         ("warmup_steps=3", 'did you mean "schedule.warmup_steps"?'),
-        ("training=null", "training: expected a section {...}, found null"),
-        ("training.steps=NaN", 'training.steps: expected a whole number, found "NaN"'),
-        ("optimizer.lr=1e999", '"1e999" is out of a number\'s range'),
-        ('training.steps="3"', 'found "3"; write it without quotes'),
-        ("training.steps=3.0", "found 3.0; write 3"),
-        ("training.steps=true", "training.steps: expected a whole number, found true"),
-        ("name=7", 'name: expected text in quotes, found 7; write "7" in quotes'),
+        ("training=null", "training: expected a section {...}, got null"),
+        ("training.steps=NaN", 'training.steps: expected a whole number, got "NaN"'),
+        ("optimizer.lr=1e999", '"1e999" is out of range; write a number below 1e308'),
+        ('training.steps="3"', 'got "3"; write it without quotes'),
+        ("training.steps=3.0", "got 3.0; write 3"),
+        ("training.steps=true", "training.steps: expected a whole number, got true"),
+        ("name=7", 'name: expected text in quotes, got 7; write "7" in quotes'),
         ("optimizer.betas=[0.9]", "optimizer.betas: expected a list of 2"),
         ("optimizer.betas=[0.9, 1.0]", "optimizer.betas[1]: expected a number below 1"),
-        ("data.train=[]", "data.train: found nothing; name a folder of shards"),
+        ("data.train=[]", "data.train: got an empty list; name a folder of shards"),
         ('data.train=[{"path": "a", "wieght": 1}]', "data.train[0].wieght: unknown key; did you"),
         ("training.precision=bf61", 'did you mean "bf16"?'),
-        ("model=3", "model: expected a section {...}, found 3"),
+        ("model=3", "model: expected a section {...}, got 3"),
     ],
 )
-def test_set_faults(tmp_path: Path, item: str, message: str) -> None:
+def test_set_fault_states_value_and_remedy(tmp_path: Path, item: str, message: str) -> None:
     [fault] = faults(write(tmp_path / "a.json", SMALL), item)
     assert message in fault
 
 
-# --- files that are no run files -------------------------------------------------------------
+# --- files that are not run files ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -241,13 +239,15 @@ def test_set_faults(tmp_path: Path, item: str, message: str) -> None:
         (b'\xef\xbb\xbf{"name": "x"}', "line 1 column 1: a byte order mark"),
         (b'{"name":\n "\xff"}', "line 2 column 3: byte 0xff is not UTF-8"),
         ('{"name": "x"}'.encode("utf-16"), "line 1 column 1: byte 0xff is not UTF-8"),
-        (b"[1, 2]", "expected one JSON object {...}, found [1, 2]"),
-        (b"null", "expected one JSON object {...}, found null"),
-        (b"[" * 5000, "over 30 deep"),
-        (b'{"a":' * 100 + b"1" + b"}" * 100, "over 30 deep"),
+        (b"[1, 2]", "expected one JSON object {...}, got [1, 2]"),
+        (b"null", "expected one JSON object {...}, got null"),
+        (b"[" * 5000, "more than 30 deep"),
+        (b'{"a":' * 100 + b"1" + b"}" * 100, "more than 30 deep"),
     ],
 )
-def test_what_is_no_run_file(tmp_path: Path, content: bytes, message: str) -> None:
+def test_file_that_cannot_be_parsed_is_refused(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
     [fault] = faults(path)
@@ -255,13 +255,13 @@ def test_what_is_no_run_file(tmp_path: Path, content: bytes, message: str) -> No
     assert message in fault
 
 
-def test_a_folder_and_a_missing_file(tmp_path: Path) -> None:
+def test_folder_and_missing_file_are_refused(tmp_path: Path) -> None:
     assert "cannot be read: Is a directory" in faults(tmp_path)[0]
     assert "no such run file; check the path" in faults(tmp_path / "gone.json")[0]
     assert "cannot be read" in faults(tmp_path / "nul\0.json")[0]
 
 
-def test_strict_json(tmp_path: Path) -> None:
+def test_json_faults_are_all_noted(tmp_path: Path) -> None:
     text = json.dumps(SMALL)[:-1] + ', "name": "again", "x": NaN, "y": -Infinity, "z": 1e400, '
     text += '"big": 99999999999999999999999999}'
     path = write(tmp_path / "a.json", text)
@@ -269,16 +269,16 @@ def test_strict_json(tmp_path: Path) -> None:
     assert notes[:5] == [
         "NaN is not a JSON number; write a finite number or null",
         "-Infinity is not a JSON number; write a finite number or null",
-        '"1e400" is out of a number\'s range; write one below 1e308',
-        '"99999999999999999999999999" is out of range; whole numbers end at 2^63 - 1',
-        '"name" is written twice in one section, as "small" and as "again"; keep one',
+        '"1e400" is out of range; write a number below 1e308',
+        '"99999999999999999999999999" is out of range; write a whole number below 2^63',
+        '"name" occurs twice in one section, with "small" and "again"; remove one',
     ]
 
 
-# --- all at once -----------------------------------------------------------------------------
+# --- several faults --------------------------------------------------------------------------
 
 
-def test_every_fault_at_once(tmp_path: Path) -> None:
+def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     wrong = {
         "name": "../up",
         "model": SMALL["model"] | {"num_key_value_heads": 3, "norm": "rms", "hiden_size": 1},
@@ -287,8 +287,8 @@ def test_every_fault_at_once(tmp_path: Path) -> None:
         "training": {"steps": 10, "global_batch_size": 7, "micro_batch_size": 2},
         "deepspeed": {"gradient_clipping": 1.0, "gradient_cliping": 1.0},
     }
-    found = faults(write(tmp_path / "a.json", wrong))
-    keys = [line.removeprefix(f"{tmp_path / 'a.json'}: ").split(":")[0] for line in found]
+    lines = faults(write(tmp_path / "a.json", wrong))
+    keys = [line.removeprefix(f"{tmp_path / 'a.json'}: ").split(":")[0] for line in lines]
     assert sorted(keys) == [
         "data.sequence_length",
         "deepspeed.gradient_cliping",
@@ -299,21 +299,21 @@ def test_every_fault_at_once(tmp_path: Path) -> None:
         "name",
         "training.global_batch_size",
     ]
-    assert all("\n" not in line for line in found)
+    assert all("\n" not in line for line in lines)
 
 
-def test_what_is_missing_is_asked_for_with_an_example() -> None:
+def test_missing_key_is_reported_with_an_example() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config({"name": "x", "model": {}, "training": {"steps": 3}})
-    found = caught.value.faults
+    lines = caught.value.faults
     assert (
-        'the run file: model.vocab_size: is missing; write for example "vocab_size": 32000' in found
+        'the run file: model.vocab_size: is missing; write for example "vocab_size": 32000' in lines
     )
-    assert 'the run file: data: is missing; write for example "data": {}' in found
-    assert len(found) == 6 + 1 + 1 + 2  # the model's six, data, optimizer, two batch sizes
+    assert 'the run file: data: is missing; write for example "data": {}' in lines
+    assert len(lines) == 6 + 1 + 1 + 2  # six of the model, data, optimizer, two batch sizes
 
 
-def test_a_rule_is_silent_about_a_key_at_fault_already() -> None:
+def test_rule_about_an_invalid_key_reports_nothing() -> None:
     data = SMALL["data"] | {"sequence_length": 100}
     model = SMALL["model"] | {"max_position_embeddings": "64"}
     with pytest.raises(ConfigError) as caught:
@@ -323,17 +323,20 @@ def test_a_rule_is_silent_about_a_key_at_fault_already() -> None:
     ]
 
 
-def test_what_is_not_here_is_looked_for_among_those_that_ship(
+def test_missing_file_is_searched_among_the_shipped_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with caplog.at_level("INFO", logger="megalite"):
         shipped = load_config("configs/125m.json")
-    assert caplog.messages == [f"configs/125m.json is not here: taken from {SHIPPED / '125m.json'}"]
+    shipped_path = SHIPPED / "125m.json"
+    assert caplog.messages == [
+        f"configs/125m.json does not exist; using the shipped {shipped_path}"
+    ]
     assert load_config("finetune/imdb.json").name == "imdb"
     for parent in ("125m.json", "configs/125m.json"):
-        own = write(tmp_path / "mine.json", {"extends": parent, "name": "mine"})
-        assert load_config(own).model == shipped.model
+        child = write(tmp_path / "mine.json", {"extends": parent, "name": "mine"})
+        assert load_config(child).model == shipped.model
     (tmp_path / "configs").mkdir()
     write(tmp_path / "configs/125m.json", SMALL)
     assert load_config("configs/125m.json").name == "small"
@@ -342,5 +345,5 @@ def test_what_is_not_here_is_looked_for_among_those_that_ship(
     assert "none.json: no such run file" in faults(Path("configs/none.json"))[0]
 
 
-def test_loading_gives_a_run_config(tmp_path: Path) -> None:
+def test_load_config_accepts_a_path_as_text(tmp_path: Path) -> None:
     assert isinstance(load_config(str(write(tmp_path / "a.json", SMALL))), RunConfig)

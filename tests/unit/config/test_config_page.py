@@ -1,6 +1,6 @@
 # covers: megalite/config/page.py megalite/config/__main__.py megalite/config/fields.py
 # covers: megalite/config/logging.py
-"""docs/configuration.md is what the schema says, and says all of it."""
+"""docs/configuration.md is generated from the schema, and is complete."""
 
 from __future__ import annotations
 
@@ -14,30 +14,29 @@ from megalite.config.schema import RunConfig
 
 
 def documented() -> set[str]:
-    """Return the keys of the first column, without the place in a list."""
+    """Return the keys of the first column, without indices of lists."""
     keys = re.findall(r"^\| `(.+?)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     return {key.replace("[0]", "") for key in keys}
 
 
-def test_the_page_is_up_to_date() -> None:
+def test_configuration_page_is_up_to_date() -> None:
     page = configuration_page(json_schema())
     assert PAGE.read_text(encoding="utf-8") == page, "run `python -m megalite.config`"
     assert configuration_page(json_schema()) == page
 
 
-def test_every_key_is_documented_and_every_documented_key_exists() -> None:
+def test_configuration_page_documents_every_key_and_no_other() -> None:
     sections = {key[:-1] for key in known_keys()}
-    known = {".".join(key) for key in known_keys() if key not in sections and key[0] != "deepspeed"}
-    told = {key for key in documented() if not key.startswith(("deepspeed.", "$", "extends"))}
-    within = {key for key in told if tuple(key.split(".")) in sections}
-    assert told - within == known
-    theirs = {
+    keys = {".".join(key) for key in known_keys() if key not in sections and key[0] != "deepspeed"}
+    on_page = {key for key in documented() if not key.startswith(("deepspeed.", "$", "extends"))}
+    assert {key for key in on_page if tuple(key.split(".")) not in sections} == keys
+    deepspeed = {
         key.removeprefix("deepspeed.") for key in documented() if key.startswith("deepspeed.")
     }
-    assert theirs >= {"zero_optimization.stage", "gradient_clipping", *REFUSED}
+    assert deepspeed >= {"zero_optimization.stage", "gradient_clipping", *REFUSED}
 
 
-def test_values_and_defaults_are_told_in_words() -> None:
+def test_configuration_page_states_values_and_defaults_in_words() -> None:
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     rows = {line.split("`")[1]: line for line in lines if line.startswith("| `")}
     assert "| whole number from 1 | required |" in rows["training.micro_batch_size"]

@@ -1,5 +1,5 @@
 # covers: megalite/config/renamed.py
-"""Keys that were renamed: old names are read, new names are written, both together are refused."""
+"""Renamed keys: old names are read, new names are written, both together are refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEW = {"training": {"replica_check_every": 7}, "checkpoint": {"stop_grace_second
 
 
 def written(folder: Path, *changes: dict[str, dict[str, Any]], name: str = "run.json") -> Path:
-    """Return a run file with keys of some sections, and without their new names otherwise."""
+    """Write a run file with `changes`, without the new names unless `changes` has them."""
     raw = run_config().model_dump(mode="json")
     del raw["training"]["replica_check_every"], raw["checkpoint"]["stop_grace_seconds"]
     for change in changes:
@@ -43,7 +43,8 @@ def test_old_names_in_a_run_file_are_read_with_one_warning(
     (record,) = caplog.records
     assert record.getMessage() == (
         f"{path}: training.drift_every is now training.replica_check_every, "
-        f"{path}: checkpoint.grace_seconds is now checkpoint.stop_grace_seconds; rename it there"
+        f"{path}: checkpoint.grace_seconds is now checkpoint.stop_grace_seconds; rename it in the "
+        "file"
     )
     new = config.model_dump(mode="json")
     assert {key: new[section][key] for section in NEW for key in NEW[section]} == {
@@ -70,7 +71,7 @@ def test_old_and_new_name_in_one_file_are_refused(tmp_path: Path) -> None:
         "training.drift_every",
         "checkpoint.grace_seconds",
     ]
-    assert "is set, too; remove training.drift_every" in str(caught.value)
+    assert "which is also set; remove training.drift_every" in str(caught.value)
 
 
 def test_old_name_of_a_file_replaces_the_new_one_of_the_file_it_extends(tmp_path: Path) -> None:
@@ -82,7 +83,7 @@ def test_old_name_of_a_file_replaces_the_new_one_of_the_file_it_extends(tmp_path
     assert values(load_config(child, ["checkpoint.stop_grace_seconds=1"])) == (2, 1.0)
 
 
-def test_a_section_that_is_none_is_left_alone() -> None:
+def test_rename_keys_ignores_values_that_are_not_sections() -> None:
     raw: dict[str, Any] = {"training": None, "checkpoint": [1]}
     assert rename_keys(raw) == {}
     assert raw == {"training": None, "checkpoint": [1]}

@@ -1,5 +1,5 @@
 # covers: megalite/config/rules.py
-"""Rules between fields, and what this version does not have."""
+"""Rules between the fields of a run file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.runs import BASE
 
 
 def change(**keys: Any) -> dict[str, Any]:
-    """BASE with `section__key=value` laid over it."""
+    """Return BASE with each `section__key=value` applied."""
     raw = copy.deepcopy(BASE)
     for key, value in keys.items():
         *sections, name = key.split("__")
@@ -48,7 +48,7 @@ def faults(**keys: Any) -> list[str]:
         {"checkpoint": {"background": False}, "parallel": {"tensor": 4, "sequence": False}},
     ],
 )
-def test_what_is_sound(keys: dict[str, Any]) -> None:
+def test_rules_accept_valid_combinations(keys: dict[str, Any]) -> None:
     assert isinstance(parse_config(change(**keys)), RunConfig)
 
 
@@ -63,16 +63,16 @@ def test_what_is_sound(keys: dict[str, Any]) -> None:
         (
             {"model__architecture": "encoder", "objective": {"mask_token_id": 3},
              "logging__samples": {"prompts": ["a"]}},
-            "logging.samples: an encoder writes no text; remove it",
+            "logging.samples: an encoder generates no text; remove it",
         ),
         (
             {"finetune": {"task": "classification", "data": {"path": "a", "max_length": 64}},
              "data__train": [], "logging__samples": {"prompts": ["a"]}},
-            "logging.samples: a classifier writes no text; remove it",
+            "logging.samples: a classifier generates no text; remove it",
         ),
         (
             {"model__head_dim": 9},
-            "model.head_dim: rope turns pairs of elements, but a head is 9 wide; make it even",
+            "model.head_dim: rope needs an even head width, got 9; make it even",
         ),
         (
             {"model__num_key_value_heads": 3},
@@ -85,14 +85,14 @@ def test_what_is_sound(keys: dict[str, Any]) -> None:
         ),
         (
             {"data__sequence_length": 65},
-            "data.sequence_length: 65 is over model.max_position_embeddings 64; lower the one or "
-            "raise the other",
+            "data.sequence_length: 65 is over model.max_position_embeddings 64; lower the first "
+            "or raise the second",
         ),
         (
             {"model__position_embedding": "sinusoidal", "model__hidden_size": 33,
              "model__num_attention_heads": 3},
-            "model.hidden_size: sinusoidal positions come in pairs, but hidden_size is 33; make "
-            "it even",
+            "model.hidden_size: sinusoidal positions need an even hidden_size, got 33; make it "
+            "even",
         ),
         (
             {"checkpoint": {"every": 10, "keep_every": 25}},
@@ -100,27 +100,27 @@ def test_what_is_sound(keys: dict[str, Any]) -> None:
         ),
         (
             {"checkpoint": {"every": 0, "keep_every": 25}},
-            "checkpoint.keep_every: 25, but the run is saved at the end alone; remove it, or "
-            "set checkpoint.every",
+            "checkpoint.keep_every: 25, but the run is saved only at the end; remove it, or set "
+            "checkpoint.every",
         ),
         (
             {"training__profile": [5, 3]},
-            "training.profile: [5, 3] are the first and the last step of a trace; give two steps "
-            "in order, up to training.steps 100",
+            "training.profile: [5, 3] is not a range of steps of the run; set it to a first and a "
+            "last step, up to training.steps 100",
         ),
         (
             {"training__profile": [99, 101]},
-            "training.profile: [99, 101] are the first and the last step of a trace; give two "
-            "steps in order, up to training.steps 100",
+            "training.profile: [99, 101] is not a range of steps of the run; set it to a first "
+            "and a last step, up to training.steps 100",
         ),
         (
             {"checkpoint": {"keep_best": True}},
-            "checkpoint.keep_best: the best is the one of the lowest validation loss, but "
-            "data.valid is empty; name held-out shards there, or set keep_best to false",
+            "checkpoint.keep_best: needs a validation score, but data.valid is empty; name "
+            "held-out shards in it, or set keep_best to false",
         ),
         (
             {"data__train": [{"path": "a", "weight": 1}, {"path": "b"}]},
-            'data.train: 1 of 2 sources have a weight, but not "b"; give all of them one, or none',
+            'data.train: 1 of 2 sources have a weight, but not "b"; set weight for all or for none',
         ),
         (
             {"training__global_batch_size": 9},
@@ -128,8 +128,9 @@ def test_what_is_sound(keys: dict[str, Any]) -> None:
         ),
         (
             {"data__sequence_length": 62, "parallel": {"tensor": 4, "sequence": True}},
-            "data.sequence_length: 62 tokens cannot be shared evenly by parallel.tensor 4 ranks, "
-            "as parallel.sequence asks; try 60 or 64, or set it to false",
+            "data.sequence_length: parallel.sequence splits 62 tokens over the ranks, but "
+            "parallel.tensor 4 does not divide them; try 60 or 64, or set parallel.sequence to "
+            "false",
         ),
         (
             {"schedule": {"name": "wsd", "warmup_steps": 30, "decay_steps": 71}},
@@ -138,21 +139,21 @@ def test_what_is_sound(keys: dict[str, Any]) -> None:
         ),
         (
             {"schedule": {"name": "constant", "decay_steps": 5}},
-            "schedule.decay_steps: a constant schedule does not decay; remove it or name "
-            "another",
+            "schedule.decay_steps: a constant schedule has no decay; remove it or change "
+            "schedule.name",
         ),
         (
             {"training__precision": "fp16", "deepspeed": {"zero_optimization": {"stage": 0}}},
-            "training.precision: fp16 with ZeRO stage 0 keeps no fp32 master weights; set "
+            "training.precision: fp16 with ZeRO stage 0 has no fp32 master weights; set "
             "deepspeed.zero_optimization.stage to 1",
         ),
         (
             {"logging": {"directory": "a\0b"}},
-            'logging.directory: "a\\u0000b" holds characters a path cannot; check the text',
+            'logging.directory: "a\\u0000b" contains unprintable characters; remove them',
         ),
     ],
 )  # fmt: skip
-def test_rules(keys: dict[str, Any], message: str) -> None:
+def test_broken_rule_states_values_and_remedy(keys: dict[str, Any], message: str) -> None:
     assert faults(**keys) == [message]
 
 
@@ -163,19 +164,19 @@ def test_weights_are_positive_numbers(weight: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", ".hidden", "a b", "x" * 101, "-x", "é"])
-def test_names_that_are_no_folder_names(name: str) -> None:
+def test_name_that_is_not_a_folder_name_is_refused(name: str) -> None:
     [fault] = faults(name=name)
     assert fault.startswith("name: ")
 
 
-def test_finetuning_may_be_null() -> None:
+def test_finetune_section_may_be_null() -> None:
     assert isinstance(parse_config(change(finetune=None)), RunConfig)
 
 
-def test_a_wrong_value_of_a_planned_key_is_the_schemas_to_refuse() -> None:
+def test_misspelt_architecture_is_answered_with_the_nearest_one() -> None:
     [fault] = faults(model__architecture="decodr")
-    known = "decoder, encoder, encoder_decoder"
-    expected = f'expected one of {known}, found "decodr"; did you mean "decoder"?'
+    names = "decoder, encoder, encoder_decoder"
+    expected = f'expected one of {names}, got "decodr"; did you mean "decoder"?'
     assert fault == f"model.architecture: {expected}"
 
 
@@ -183,52 +184,54 @@ ENCODER = {"model__architecture": "encoder", "objective": {"mask_token_id": 3}}
 
 
 @pytest.mark.parametrize(
-    ("keys", "key", "said"),
+    ("keys", "key", "message"),
     [
         (
             {"model__num_decoder_layers": 2},
             "model.num_decoder_layers",
-            "encoder_decoder; remove it",
+            'architecture "encoder_decoder"; remove it',
         ),
-        (ENCODER | {"model__sliding_window": 8}, "model.sliding_window", "architecture decoder"),
-        ({"model__type_vocab_size": 2}, "model.type_vocab_size", "encoder; remove it"),
+        (ENCODER | {"model__sliding_window": 8}, "model.sliding_window", 'architecture "decoder"'),
+        ({"model__type_vocab_size": 2}, "model.type_vocab_size", '"encoder"; remove it'),
         (
             {"model__rope_scaling": {"rope_type": "linear", "factor": 2.0}}
             | {"model__position_embedding": "learned"},
             "model.rope_scaling",
-            "position_embedding rope; remove it",
+            'position_embedding "rope"; remove it',
         ),
         (
             {"model__rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
             "model.rope_scaling.original_max_position_embeddings",
-            "say for how many tokens",
+            "yarn needs the original context length; set it, in tokens",
         ),
-        ({"model__architecture": "encoder"}, "objective.mask_token_id", "found null"),
+        ({"model__architecture": "encoder"}, "objective.mask_token_id", "got null"),
         (
             {"model__architecture": "encoder", "objective": {"mask_token_id": 10**6}},
             "objective.mask_token_id",
             "1000000",
         ),
-        ({"objective": {"name": "masked"}}, "objective.name", 'write "causal"'),
+        ({"objective": {"name": "masked"}}, "objective.name", 'set it to "causal"'),
         (
             {"model__architecture": "encoder_decoder", "data__mask_documents": True},
             "data.mask_documents",
-            "cannot be masked",
+            'objective "span_corruption" cannot separate documents',
         ),
         (
             {"model__architecture": "encoder_decoder", "parallel": {"tensor": 2, "sequence": True}},
             "data.sequence_length",
-            "shared evenly",
+            "encoder tokens (of 64) over the ranks, but parallel.tensor 2 does not divide them",
         ),
     ],
 )
-def test_what_a_kind_of_network_has_no_place_for(keys: dict[str, Any], key: str, said: str) -> None:
+def test_key_that_does_not_apply_to_the_architecture_is_refused(
+    keys: dict[str, Any], key: str, message: str
+) -> None:
     [fault] = faults(**keys)
     assert fault.startswith(f"{key}: ")
-    assert said in fault
+    assert message in fault
 
 
-def test_the_objective_follows_the_architecture() -> None:
+def test_objective_follows_the_architecture() -> None:
     for kind, name in (("decoder", "causal"), ("encoder_decoder", "span_corruption")):
         assert parse_config(change(model__architecture=kind)).objective.name == name
     assert parse_config(change(**ENCODER)).objective.name == "masked"

@@ -1,5 +1,5 @@
 # covers: megalite/config/page.py
-"""Every run file that ships loads through the real parser, and schema.json is the models'."""
+"""Every shipped run file loads, and schema.json is up to date."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megalite.config.__main__ import SCHEMA, json_schema
 from megalite.plan import make_plan
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-SHIPPED = {  # parameters, ranks it is laid out for, ZeRO stage, tensor-parallel size
+SHIPPED = {  # parameters, intended number of ranks, ZeRO stage, tensor-parallel size
     "smoke": (7_309_824, 2, 1, 1),
     "125m": (134_105_856, 8, 1, 1),
     "350m": (373_867_520, 8, 1, 1),
@@ -26,33 +26,33 @@ SHIPPED = {  # parameters, ranks it is laid out for, ZeRO stage, tensor-parallel
 }
 
 
-def test_all_of_them_are_here() -> None:
+def test_shipped_files_are_all_tested() -> None:
     assert {path.stem for path in CONFIGS.glob("*.json")} == {*SHIPPED, "schema"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_config_fits_its_gpus(name: str) -> None:
+def test_shipped_config_fits_its_gpus(name: str) -> None:
     parameters, ranks, stage, tensor = SHIPPED[name]
     config = load_config(CONFIGS / f"{name}.json")
     assert config.name == name
     plan = make_plan(config, world_size=ranks, device="cuda")
     assert (plan.parameters, plan.zero_stage, plan.tensor_parallel) == (parameters, stage, tensor)
     assert plan.precision == "bf16"
-    assert plan.memory_bytes["total"] < 72 * 2**30  # of 80 GB, with room for what is not ours
+    assert plan.memory_bytes["total"] < 72 * 2**30  # of 80 GB, with room for CUDA and libraries
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("finetune/*.json")), ids=lambda p: p.stem)
-def test_a_shipped_config_of_fine_tuning_loads(path: Path) -> None:
+def test_shipped_config_of_fine_tuning_loads(path: Path) -> None:
     base = load_config(CONFIGS / "125m.json").model.model_dump(mode="json")
-    started = path.stem in ("sft", "lora", "chat", "table_pretrained")
-    config = load_config(path, model=base if started else None)
+    needs_model = path.stem in ("sft", "lora", "chat", "table_pretrained")
+    config = load_config(path, model=base if needs_model else None)
     assert config.name == path.stem
     assert (config.finetune is None) == (path.stem == "imdb_text")
     assert make_plan(config, world_size=1, device="cpu").parameters > 10**6
 
 
 @pytest.mark.parametrize("name", ["table", "chat"])
-def test_files_for_local_data_hold_out_by_fractions(name: str) -> None:
+def test_shipped_config_for_local_data_holds_out_by_fraction(name: str) -> None:
     base = load_config(CONFIGS / "125m.json").model.model_dump(mode="json")
     config = load_config(CONFIGS / f"finetune/{name}.json", model=base if name == "chat" else None)
     assert config.finetune is not None
@@ -61,11 +61,11 @@ def test_files_for_local_data_hold_out_by_fractions(name: str) -> None:
     assert not Path(data.path).is_absolute()
 
 
-def test_the_schema_file_is_up_to_date() -> None:
+def test_schema_file_is_up_to_date() -> None:
     assert json.loads(SCHEMA.read_text()) == json_schema(), "run `python -m megalite.config`"
 
 
-def test_the_schema_helps_an_editor() -> None:
+def test_schema_describes_every_key_and_refuses_others() -> None:
     schema = json_schema()
     sections = [schema, *schema["$defs"].values()]
     for section in sections:
@@ -87,9 +87,9 @@ def test_the_schema_helps_an_editor() -> None:
         *(f"finetune/{n}" for n in ("imdb", "sft", "lora", "chat", "table", "table_pretrained")),
     ],
 )
-def test_the_schema_knows_every_shipped_key(name: str) -> None:
+def test_schema_contains_every_shipped_key(name: str) -> None:
     def check(value: Any, schema: dict[str, Any]) -> None:
-        schema = next((one for one in schema.get("anyOf", ()) if "$ref" in one), schema)
+        schema = next((kind for kind in schema.get("anyOf", ()) if "$ref" in kind), schema)
         schema = defs[schema["$ref"].rsplit("/", 1)[1]] if "$ref" in schema else schema
         if isinstance(value, dict):
             for key, inner in value.items():
@@ -104,7 +104,7 @@ def test_the_schema_knows_every_shipped_key(name: str) -> None:
     check(json.loads((CONFIGS / f"{name}.json").read_text()), whole)
 
 
-def test_the_run_file_of_the_readme_loads(tmp_path: Path) -> None:
+def test_readme_run_file_loads(tmp_path: Path) -> None:
     text = (CONFIGS.parent / "README.md").read_text()
     block = text[text.index('    {\n      "$schema"') :]
     raw = json.loads(block[: block.index("\n    }\n") + 6])

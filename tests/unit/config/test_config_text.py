@@ -1,5 +1,5 @@
 # covers: megalite/config/fields.py megalite/config/load.py
-"""Texts of a run file that stand for something else: the home folder; half a character."""
+"""Special texts in a run file: `~` for the home folder, and half a surrogate pair."""
 
 from __future__ import annotations
 
@@ -67,15 +67,15 @@ def with_path(key: str, path: str) -> dict[str, Any]:
 @pytest.mark.parametrize("key", PATHS)
 def test_home_folder_is_expanded_in_every_path(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    found = parse_config(with_path(key, "~/place")).model_dump(mode="json")
-    assert at(found, key) == "/home/me/place"
-    assert parse_config(found) == parse_config(with_path(key, "~/place"))
-    with pytest.raises(ConfigError, match="~name is a user with a home folder here, found"):
+    expanded = parse_config(with_path(key, "~/place")).model_dump(mode="json")
+    assert at(expanded, key) == "/home/me/place"
+    assert parse_config(expanded) == parse_config(with_path(key, "~/place"))
+    with pytest.raises(ConfigError, match="~name is a user with a home folder here, got"):
         parse_config(with_path(key, "~nobody-here/place"))
     assert at(parse_config(with_path(key, "./~")).model_dump(), key) == "./~"
 
 
-def test_home_folder_is_expanded_where_a_run_file_is_looked_for(
+def test_home_folder_is_expanded_in_the_path_of_a_run_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -93,11 +93,11 @@ def test_home_folder_is_expanded_on_a_command_line(monkeypatch: pytest.MonkeyPat
     parser.add_argument("--resume", metavar="auto|never|PATH")
     parser.add_argument("--output", type=Path, metavar="FILE")
     parser.add_argument("--prompt", nargs="+", metavar="TEXT")
-    found = parser.parse_args(
+    arguments = parser.parse_args(
         ["~/a", "b", "--resume=~/run", "--output=~/page.html", "--prompt", "~/x"]
     )
-    assert found.runs == [Path("/home/me/a"), Path("b")]
-    assert (found.resume, found.output) == ("/home/me/run", Path("/home/me/page.html"))
-    assert found.prompt == ["~/x"]
-    with pytest.raises(CommandError, match="~nobody-here is no user with a home folder here"):
+    assert arguments.runs == [Path("/home/me/a"), Path("b")]
+    assert (arguments.resume, arguments.output) == ("/home/me/run", Path("/home/me/page.html"))
+    assert arguments.prompt == ["~/x"]
+    with pytest.raises(CommandError, match="~nobody-here is not a user with a home folder here"):
         parser.parse_args(["a", "--output=~nobody-here/x"])

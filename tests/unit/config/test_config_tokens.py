@@ -1,5 +1,5 @@
 # covers: megalite/config/schema.py
-"""`training.tokens`: the length of a run in tokens, which becomes steps."""
+"""`training.tokens`: the length of a run in tokens, which is converted to steps."""
 
 from __future__ import annotations
 
@@ -34,26 +34,24 @@ def test_tokens_become_whole_steps(tokens: Any, steps: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 1.5, "20B", True])
-def test_wrong_number_of_tokens_is_one_fault(tokens: Any) -> None:
+def test_invalid_number_of_tokens_is_one_fault(tokens: Any) -> None:
     with pytest.raises(ConfigError, match=r"training.tokens") as caught:
         parse_config(with_tokens(tokens))
     assert len(caught.value.faults) == 1
 
 
-def test_faulty_batch_is_the_only_fault() -> None:
+def test_invalid_batch_size_is_the_only_fault() -> None:
     with pytest.raises(ConfigError, match=r"training.global_batch_size") as caught:
         parse_config(with_tokens(512, global_batch_size=0))
     assert len(caught.value.faults) == 1
 
 
-def test_two_lengths_of_a_run_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"51200 tokens and 7 steps are two lengths .* remove one"
-    ):
+def test_tokens_and_steps_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"51200 tokens, but training.steps is also set, to 7"):
         parse_config(with_tokens(51_200, steps=7))
 
 
-def test_no_length_is_refused() -> None:
+def test_run_without_a_length_is_refused() -> None:
     raw = merge_sections(BASE, {})
     del raw["training"]["steps"]
     with pytest.raises(ConfigError, match=r"training.steps"):
@@ -61,7 +59,7 @@ def test_no_length_is_refused() -> None:
 
 
 def test_later_length_replaces_the_earlier_one(tmp_path: Path) -> None:
-    """In a file that extends another, and on the command line."""
+    """A later length is in a file that extends another, or on the command line."""
     (tmp_path / "base.json").write_text(json.dumps(BASE))
     child = {"extends": "base.json", "training": {"tokens": 5120}}
     (tmp_path / "child.json").write_text(json.dumps(child))
@@ -70,8 +68,8 @@ def test_later_length_replaces_the_earlier_one(tmp_path: Path) -> None:
     assert load_config(tmp_path / "base.json", ["training.tokens=1024"]).training.steps == 2
 
 
-def test_fine_tuning_has_epochs_instead() -> None:
+def test_tokens_are_refused_in_fine_tuning() -> None:
     raw = with_tokens(512)
     raw["finetune"] = {"task": "classification", "data": {"train": "a.csv", "text_column": "t"}}
-    with pytest.raises(ConfigError, match=r"training.tokens: it only applies to pretraining"):
+    with pytest.raises(ConfigError, match=r"training.tokens: only applies to pretraining"):
         parse_config(raw)

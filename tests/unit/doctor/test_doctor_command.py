@@ -1,5 +1,5 @@
 # covers: megalite/doctor/examine.py megalite/doctor/runfile.py launcher/doctor.py
-"""launcher/doctor.py as it is started: on this machine, on a run file, on what is not there."""
+"""launcher/doctor.py on this machine, on run files, and on paths that do not exist."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 
 from data_prep.preview import preview
 from megalite.config import parse_config
-from megalite.doctor import Row, examine, host, runfile, software
-from megalite.doctor.row import GIB
+from megalite.doctor import CheckResult, examine, host, runfile, software
+from megalite.doctor.result import GIB
 from megalite.errors import CommandError, ConfigError, DataError
 from megalite.plan import make_plan
 from megalite.train import checks
@@ -45,17 +45,17 @@ def write(path: Path, raw: dict[str, Any]) -> str:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's own rows cost seconds, and are tested elsewhere."""
-    monkeypatch.setattr(software, "look_mpi", lambda: Row("ok", "MPI"))
-    monkeypatch.setattr(software, "look_slurm", lambda: Row("ok", "Slurm"))
-    monkeypatch.setattr(host, "_TRIED", 1 << 20)
+    """Replace the checks of the machine that take seconds."""
+    monkeypatch.setattr(software, "probe_mpi", lambda: CheckResult("ok", "MPI"))
+    monkeypatch.setattr(software, "probe_slurm", lambda: CheckResult("ok", "Slurm"))
+    monkeypatch.setattr(host, "_TEST_BYTES", 1 << 20)
 
 
-def rows_of(path: str) -> dict[str, Row]:
-    return {row.name: row for row in examine(path, preview)}
+def results_of(path: str) -> dict[str, CheckResult]:
+    return {result.name: result for result in examine(path, preview)}
 
 
-def test_the_machine_as_a_table(tmp_path: Path) -> None:
+def test_doctor_prints_a_table_of_the_machine(tmp_path: Path) -> None:
     done = doctor(folder=tmp_path)
     assert done.stderr == ""
     names = [line.split("  ")[0] for line in done.stdout.splitlines()[1:]]
@@ -64,25 +64,27 @@ def test_the_machine_as_a_table(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_good_run_file_as_json_beside_a_run(shards: dict[str, str], tmp_path: Path) -> None:
+def test_doctor_reports_a_run_file_and_a_run_as_json(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
     raw = run_file(shards, tmp_path / "runs")
     run_ranks(train, 1, raw | {"training": raw["training"] | {"steps": 2}})
     config = write(tmp_path / "c.json", raw)
     folder = str(tmp_path / "runs/run")
     done = doctor("--config", config, "--run", folder, "--json", folder=tmp_path)
-    told = json.loads(done.stdout)
-    assert [row["name"] for row in told["rows"]] == [*MACHINE, *RUN]
-    assert {row["name"]: row["state"] for row in told["rows"]}.items() >= dict.fromkeys(
+    report = json.loads(done.stdout)
+    assert [row["name"] for row in report["rows"]] == [*MACHINE, *RUN]
+    assert {row["name"]: row["state"] for row in report["rows"]}.items() >= dict.fromkeys(
         RUN, "ok"
     ).items()
-    assert told["ok"] == (done.returncode == 0)
-    assert told["run"]["state"] == "done"
-    assert told["ok"], told["rows"]
-    (data,) = (row for row in told["rows"] if row["name"] == "data")
+    assert report["ok"] == (done.returncode == 0)
+    assert report["run"]["state"] == "done"
+    assert report["ok"], report["rows"]
+    (data,) = (row for row in report["rows"] if row["name"] == "data")
     assert data["found"].startswith("1 sources, ")
 
 
-def test_a_faulty_run_file_is_a_row_and_the_rest_appears(tmp_path: Path) -> None:
+def test_doctor_reports_a_faulty_run_file_and_the_machine(tmp_path: Path) -> None:
     raw = run_file({"train": "x", "valid": "x"}, tmp_path, nmae="x")
     raw["training"] |= {"step": 3, "micro_batch_size": 0}
     done = doctor("--config", write(tmp_path / "c.json", raw), "--json", folder=tmp_path)
@@ -94,7 +96,7 @@ def test_a_faulty_run_file_is_a_row_and_the_rest_appears(tmp_path: Path) -> None
     assert 'did you mean "name"?' in last["found"]
 
 
-def test_what_is_not_there_is_the_users_to_mend(tmp_path: Path) -> None:
+def test_doctor_refuses_a_path_that_does_not_exist(tmp_path: Path) -> None:
     for option, words in (("--run", "cannot read metrics.jsonl"), ("--config", "no such run file")):
         done = doctor(option, "none", folder=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
@@ -102,7 +104,7 @@ def test_what_is_not_there_is_the_users_to_mend(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
-def test_a_torch_that_does_not_load_is_a_row(tmp_path: Path) -> None:
+def test_doctor_reports_a_torch_that_does_not_load(tmp_path: Path) -> None:
     stub = tmp_path / "stub/torch"
     stub.mkdir(parents=True)
     (stub / "__init__.py").write_text("raise OSError('libtorch.so: cannot open')\n")
@@ -113,28 +115,28 @@ def test_a_torch_that_does_not_load_is_a_row(tmp_path: Path) -> None:
     assert "libtorch.so: cannot open" in rows["GPUs"]["found"]
 
 
-# --- the rows of a run file ------------------------------------------------------------------
+# --- the checks of a run file ----------------------------------------------------------------
 
 
-def test_shards_are_opened_and_held_against_the_model(
+def test_data_check_compares_shards_with_the_model(
     quick: None, shards: dict[str, str], tmp_path: Path
 ) -> None:
     raw = run_file(shards, tmp_path, model={"vocab_size": 100})
-    rows = rows_of(write(tmp_path / "c.json", raw))
-    assert rows["data"].state == "fail"
-    assert "its tokenizer has 258 ids, but model.vocab_size is 100" in rows["data"].found
-    assert rows["plan"].state == "ok"
+    results = results_of(write(tmp_path / "c.json", raw))
+    assert results["data"].state == "fail"
+    assert "its tokenizer has 258 ids, but model.vocab_size is 100" in results["data"].detail
+    assert results["plan"].state == "ok"
     raw = run_file({"train": str(tmp_path / "none"), "valid": shards["valid"]}, tmp_path)
-    assert "none does not exist" in rows_of(write(tmp_path / "c.json", raw))["data"].found
+    assert "none does not exist" in results_of(write(tmp_path / "c.json", raw))["data"].detail
 
 
-def test_a_run_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_check_fails_if_the_run_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "available_memory", lambda: 8 * GIB)
-    assert runfile.memory(run_config()).state == "ok"
+    assert runfile.memory_plan(run_config()).state == "ok"
     monkeypatch.setattr(checks, "available_memory", lambda: 1000)
-    row = runfile.memory(run_config())
-    assert row.state == "fail"
-    assert "0.0 GiB are free on this host" in row.found
+    result = runfile.memory_plan(run_config())
+    assert result.state == "fail"
+    assert "0.0 GiB are free on this host" in result.detail
 
 
 @pytest.mark.parametrize(
@@ -147,16 +149,18 @@ def test_a_run_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"every": 0, "keep": 3}, 1),
     ],
 )
-def test_checkpoints_need_room(section: dict[str, Any], count: int, tmp_path: Path) -> None:
-    """Ten steps; weights and two moments in fp32."""
+def test_checkpoint_check_counts_all_that_are_kept(
+    section: dict[str, Any], count: int, tmp_path: Path
+) -> None:
+    """The run has ten steps; a checkpoint has weights and two moments in fp32."""
     config = run_config(checkpoint=section, logging={"directory": str(tmp_path)})
     size = 12 * make_plan(config, world_size=1, device="cpu").parameters
     assert runfile.checkpoints(config, count * size).state == "ok"
-    row = runfile.checkpoints(config, count * size - 1)
-    assert (row.state, row.found.split()[0]) == ("fail", str(count))
-    there = tmp_path / "run/checkpoints/step_00000001/weights"
-    there.parent.mkdir(parents=True)
-    there.write_bytes(b"x")
+    result = runfile.checkpoints(config, count * size - 1)
+    assert (result.state, result.detail.split()[0]) == ("fail", str(count))
+    written = tmp_path / "run/checkpoints/step_00000001/weights"
+    written.parent.mkdir(parents=True)
+    written.write_bytes(b"x")
     assert runfile.checkpoints(config, count * size - 1).state == "ok"
 
 
@@ -166,48 +170,49 @@ def tuning(path: str, task: str = "classification", **data: Any) -> dict[str, An
     return config.model_dump(mode="json")
 
 
-def test_examples_are_looked_at(quick: None, tmp_path: Path) -> None:
+def test_data_check_previews_examples(quick: None, tmp_path: Path) -> None:
     path = write_jsonl(str(tmp_path / "rows.jsonl"), ROWS)
     raw = tuning(path, tokenizer="bytes")
     raw["model"]["vocab_size"] = 300
-    rows = rows_of(write(tmp_path / "c.json", raw))
-    assert rows["data"] == Row("ok", f"{path}: train with text, label", "", "data")
+    results = results_of(write(tmp_path / "c.json", raw))
+    assert results["data"] == CheckResult("ok", f"{path}: train with text, label", "", "data")
     raw["finetune"]["data"]["label_column"] = "star"
-    row = rows_of(write(tmp_path / "c.json", raw))["data"]
-    assert (row.state, "no field 'star'; it has text, label" in row.found) == ("fail", True)
+    result = results_of(write(tmp_path / "c.json", raw))["data"]
+    assert result.state == "fail"
+    assert "no field 'star'; it has text, label" in result.detail
 
 
-def test_faults_of_examples(tmp_path: Path) -> None:
-    def look(path: str, **data: Any) -> str:
+def test_preview_refuses_invalid_examples(tmp_path: Path) -> None:
+    def preview_of(path: str, **data: Any) -> str:
         return preview(parse_config(tuning(path, **data)))
 
     path = write_jsonl(str(tmp_path / "rows.jsonl"), [{"text": "x"}, *ROWS])
-    assert look(path, max_bad_rows=1).endswith("train with text, label")
+    assert preview_of(path, max_bad_rows=1).endswith("train with text, label")
     with pytest.raises(DataError, match="line 1: no field 'label'"):
-        look(path)
+        preview_of(path)
     with pytest.raises(DataError, match=r"model.vocab_size: 61, but the tokenizer has 258 ids"):
-        look(path, max_bad_rows=1, tokenizer="bytes")
+        preview_of(path, max_bad_rows=1, tokenizer="bytes")
     with pytest.raises(DataError, match="the train split has no row"):
-        look(write_jsonl(str(tmp_path / "empty.jsonl"), [""]))
+        preview_of(write_jsonl(str(tmp_path / "empty.jsonl"), [""]))
     with pytest.raises(DataError, match="there is no such file or folder"):
-        look(str(tmp_path / "none.jsonl"))
+        preview_of(str(tmp_path / "none.jsonl"))
     with pytest.raises(DataError, match="split 'test': no such split"):
-        look(path, max_bad_rows=1, test_split="test")
+        preview_of(path, max_bad_rows=1, test_split="test")
 
 
-def test_a_model_may_stand_in_the_runs_checkpoints(tmp_path: Path) -> None:
+def test_run_file_check_takes_the_model_from_checkpoints_of_the_run(tmp_path: Path) -> None:
     raw = tuning("rows.jsonl")
     raw["logging"] = {"directory": str(tmp_path)}
     model = raw.pop("model")
     config = write(tmp_path / "c.json", raw)
     with pytest.raises(ConfigError, match="model: is missing"):
-        runfile.load(config)
+        runfile.load_run_file(config)
     step = tmp_path / "run/checkpoints/step_00000001"
     step.mkdir(parents=True)
     folder = tmp_path / "start"
     folder.mkdir()
     with pytest.raises(CommandError, match="start"):
-        runfile.load(config, folder)
+        runfile.load_run_file(config, folder)
     (step / "manifest.json").write_text("{}")
     write(step / "config.json", {"model": model})
-    assert runfile.load(config).model.vocab_size == 61
+    assert runfile.load_run_file(config).model.vocab_size == 61

@@ -50,7 +50,7 @@ def command(launcher: str, *arguments: Any, folder: Path) -> subprocess.Complete
         ("{", "line 1 column 2: not JSON"),
         ("[" * 5000, "over 30 deep"),
         ('{"extends": "cpu", "link": NaN}', "NaN is not a JSON number"),
-        ('{"extends": "cpu", "link": 1e400}', "out of a number's range"),
+        ('{"extends": "cpu", "link": 1e400}', "out of range; write a number"),
         ('{"extends": "cpu", "memory": 9' + "9" * 30 + "}", "out of range"),
         ('{"extends": "cpu", "extends": "h100"}', '"extends" is written twice'),
         ('{"extends": "h101"}', r'extends: "h101": no such device; did you mean "h100"\?'),
@@ -271,10 +271,10 @@ def test_output_must_not_be_an_input_file(tmp_path: Path) -> None:
     check_target(source)
     before = sorted(tmp_path.iterdir())
     for name, said in (
-        *((name, "is read here") for name in ("run.json", "soft.json", "hard.json")),
+        *((name, "it is the input") for name in ("run.json", "soft.json", "hard.json")),
         ("other.json", "is a link; name the file itself"),
         ("nosuch/x.json", "there is no folder"),
-        ("", "no file; name a file"),
+        ("", "it exists and is not a file; name another file"),
         ("x" * 250, "cannot be written"),
     ):
         with pytest.raises(CommandError, match=said):
@@ -297,7 +297,7 @@ def test_search_does_not_overwrite_user_files(tmp_path: Path) -> None:
     for output in (("--output", base), ("--output", run_file)):
         done = command("plan", *arguments, *output, folder=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
-        assert "which is read here; name another file" in done.stderr
+        assert "it is the input" in done.stderr
     assert [path.read_text() for path in (base, run_file)] == before
     for best in ("best.json", "best.yaml"):
         done = command("plan", *arguments, "--output", best, folder=tmp_path)
