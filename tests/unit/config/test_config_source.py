@@ -56,7 +56,7 @@ def test_mapping_is_searched_for_run_folder_and_model() -> None:
     ("source", "message"),
     [
         (merge_sections(BASE, {"nme": 1}), 'the configuration: nme: unknown key; did you mean "na'),
-        (merge_sections(BASE, {"optimizer": {"lr": float("nan")}}), "NaN is not a number JSON"),
+        (merge_sections(BASE, {"optimizer": {"lr": float("nan")}}), "NaN is not a JSON number"),
         (merge_sections(BASE, {"model": {1, 2}}), "not JSON: a value of type set; use only text"),
         ({("a", "b"): 1}, "not JSON: keys must be str"),
         ([1], r"expected a path, a mapping or a RunConfig, got \[1\]"),
