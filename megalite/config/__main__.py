@@ -35,7 +35,10 @@ def json_schema() -> dict[str, Any]:
     for section in (schema, *schema["$defs"].values()):
         _tidy(section)
     schema["properties"] = {
-        "$schema": {"type": "string", "description": "This file, for editors."},
+        "$schema": {
+            "type": "string",
+            "description": "Path of configs/schema.json, from which editors complete keys.",
+        },
         "extends": {
             "type": "string",
             "description": "Path of the run file that this file changes, relative to this file. "

@@ -106,7 +106,7 @@ class ModelConfig(Section):
         description="Longest sequence the model can read, in tokens.", examples=[2048]
     )
     norm: Annotated[str, NameOf(registry.norms)] = Field(
-        default="rmsnorm", description="Normalisation of hidden states."
+        default="rmsnorm", description="Kind of the norms in the network."
     )
     norm_eps: Positive = Field(
         default=1e-5, description="Added to the variance in a norm, under the root."

@@ -258,8 +258,8 @@ class GuardsConfig(Section):
     )
     spike_window: Annotated[int, Field(ge=16, le=10**4)] = Field(
         default=128,
-        description="Number of previous steps that a step is compared with. Detection starts when "
-        "half of them, and at least 16, are there.",
+        description="Number of previous steps that a step is compared with. Detection starts after "
+        "half as many steps, and after at least 16.",
     )
     skip_window: Count = Field(
         default=100, description="Global batches skipped around a spike after a rollback."
