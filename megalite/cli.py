@@ -104,7 +104,7 @@ def _print_fault(error: Exception) -> int:
         lines = (line for line in requires("megalite") or () if ";" not in line)  # no extras
         name = name if name in {re.split(r"\W", line)[0] for line in lines} else None
     if name is not None:
-        advice = "install MegaLite into it (`pip install -e .`), or start the one that has it"
+        advice = "install MegaLite into it (`pip install -e .`), or use the Python that has it"
         logger.error("this Python, %s, has no package %s; %s", sys.executable, name, advice)
         return UserError.exit_code
     logger.error("an error of the program, not of its input:", exc_info=error)

@@ -18,11 +18,11 @@ def finetune_faults(config: RunConfig) -> Iterator[ConfigFault]:
     task = find_task(tuning.task)
     data = tuning.data
     if task.architectures and kind not in task.architectures:
-        meant = " or ".join(map(show, task.architectures))
+        expected = " or ".join(map(show, task.architectures))
         yield fault(
             "finetune.task model.architecture",
-            f"{show(tuning.task)} needs an architecture {meant}, got {show(kind)}; choose another "
-            "task or model",
+            f"{show(tuning.task)} needs an architecture {expected}, got {show(kind)}; choose "
+            "another task or model",
         )
     yield from _task_keys(tuning, task)
     if tuning.pooling and kind == "encoder_decoder":

@@ -171,12 +171,14 @@ def _pretraining(config: RunConfig) -> Iterator[ConfigFault]:
 def _objective(config: RunConfig) -> Iterator[ConfigFault]:
     objective = config.objective
     kind = config.model.architecture
-    meant = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "span_corruption"}[kind]
+    expected = {"decoder": "causal", "encoder": "masked", "encoder_decoder": "span_corruption"}[
+        kind
+    ]
     if kind not in registry.objectives.facts(objective.name).get("architectures", (kind,)):
         yield fault(
             "objective.name model.architecture",
             f"{show(objective.name)} does not apply to architecture {show(kind)}; set it to "
-            f"{show(meant)}, or remove it",
+            f"{show(expected)}, or remove it",
         )
     elif objective.name == "masked" and not _is_id(objective.mask_token_id, config):
         yield fault(
@@ -187,7 +189,7 @@ def _objective(config: RunConfig) -> Iterator[ConfigFault]:
     elif objective.name == "span_corruption" and config.data.mask_documents:
         yield fault(
             "data.mask_documents objective.name",
-            f"objective {show(meant)} cannot separate documents; set it to false",
+            f"objective {show(expected)} cannot separate documents; set it to false",
         )
     elif objective.name == "span_corruption" and spans(config)[1] >= config.model.vocab_size:
         yield fault(
