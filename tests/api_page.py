@@ -88,11 +88,11 @@ def _function(name: str, function: Any, level: str) -> str:
     return "\n".join([*lines, *_description(inspect.getdoc(function) or "")]).rstrip()
 
 
-def _class(name: str, found: Any) -> str:
+def _class(name: str, item: Any) -> str:
     """Return the section of a class, with its public methods and properties."""
-    lines = [f"## `megalite.{name}`", "", *_description(inspect.getdoc(found) or "")]
+    lines = [f"## `megalite.{name}`", "", *_description(inspect.getdoc(item) or "")]
     parts = ["\n".join(lines).rstrip()]
-    for member, value in vars(found).items():
+    for member, value in vars(item).items():
         if isinstance(value, property):
             text = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
             rest = (inspect.getdoc(value) or "").split("\n\n")[1:]
@@ -148,10 +148,10 @@ def _items(body: str) -> list[tuple[str, str]]:
     """Return the names and texts of a section's items."""
     items: list[tuple[str, str]] = []
     for line in textwrap.dedent(body).splitlines():
-        found = re.match(r"([\w, ]+): (.*)", line)
-        if found and not line.startswith(" "):
-            names = ", ".join(f"`{name}`" for name in found[1].split(", "))
-            items.append((names, found[2]))
+        item = re.match(r"([\w, ]+): (.*)", line)
+        if item and not line.startswith(" "):
+            names = ", ".join(f"`{name}`" for name in item[1].split(", "))
+            items.append((names, item[2]))
         elif line.strip():
             name, text = items.pop()
             items.append((name, f"{text} {line.strip()}"))

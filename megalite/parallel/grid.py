@@ -138,7 +138,7 @@ def start(launch: env.Launch, *, tensor: int = 1) -> Grid:
     else:
         dist.init_process_group(
             backend,
-            store=None if env.has_agent_store() else open_store(launch, _TIMEOUT),
+            store=open_store(launch, _TIMEOUT),
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=_TIMEOUT,

@@ -7,6 +7,7 @@ import datetime
 import socket
 import zlib
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch.distributed as dist
@@ -104,7 +105,23 @@ def free_port() -> int:
 
 
 def open_store(launch: env.Launch, timeout: datetime.timedelta) -> Any:
-    """Return the store of the ranks, which rank 0 serves.
+    """Return the ranks' store of this start.
+
+    A process may start several times, and keys of an earlier start lead to groups that are gone.
+    So the store counts the starts of each rank. Each start has its own keys.
+
+    Raises:
+        LaunchError: another process listens there.
+    """
+    store = _connect(launch, timeout)
+    attempt = env.variable("TORCHELASTIC_RESTART_COUNT")
+    number = store.add(f"starts_{attempt}/{launch.rank}", 1)
+    return dist.PrefixStore(f"start_{attempt}_{number}", store)  # type: ignore[attr-defined]
+
+
+@cache  # open until the process ends: ranks that start again meet there
+def _connect(launch: env.Launch, timeout: datetime.timedelta) -> Any:
+    """Return the store of all starts: torchrun's, or one that rank 0 serves.
 
     Rank 0 listens only at MASTER_ADDR, because PyTorch would listen on every interface. There are
     two exceptions in which PyTorch listens. The name resolves to loopback although other hosts take
@@ -115,7 +132,8 @@ def open_store(launch: env.Launch, timeout: datetime.timedelta) -> Any:
     """
     handle = None
     address = (launch.master_addr, launch.master_port)
-    if launch.rank == 0:
+    serves = launch.rank == 0 and not env.has_agent_store()
+    if serves:
         with suppress(OSError):
             ip = socket.gethostbyname(launch.master_addr)
             if not ip.startswith("127.") or launch.local_world_size == launch.world_size:
@@ -124,7 +142,7 @@ def open_store(launch: env.Launch, timeout: datetime.timedelta) -> Any:
         return dist.TCPStore(  # type: ignore[attr-defined]
             *address,
             launch.world_size,
-            is_master=launch.rank == 0,
+            is_master=serves,
             timeout=timeout,
             master_listen_fd=handle,
         )

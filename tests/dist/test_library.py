@@ -83,6 +83,21 @@ def test_runs_of_one_process_give_the_numbers_of_fresh_ones(
     check_against_fresh(make_runs(shards, tmp_path, CASES), tmp_path)
 
 
+def train_on_ranks(_launch: Launch, runs: Sequence[Raw]) -> list[Any]:
+    return [train_one(raw) for raw in runs]
+
+
+def test_ranks_that_a_launcher_started_train_several_runs(
+    shards: dict[str, str], tmp_path: Path
+) -> None:
+    """Each start has groups of its own, though address and port are those of the first."""
+    runs = make_runs(shards, tmp_path, CASES[:2])
+    first, second = run_ranks(train_on_ranks, 2, runs)
+    assert first == second
+    again = [raw | {"name": f"{raw['name']}_fresh"} for raw in runs[1:]]
+    assert run_ranks(train_on_ranks, 2, again) == [first[1:], first[1:]]
+
+
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler")
 def test_compiled_runs_of_one_process_give_the_numbers_of_fresh_ones(
     shards: dict[str, str], tmp_path: Path

@@ -68,10 +68,10 @@ def test_public_names_are_these() -> None:
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures_are_these(name: str) -> None:
-    found: Any = megalite
+    function: Any = megalite
     for part in name.split("."):
-        found = getattr(found, part)
-    assert bare(found) == SIGNATURES[name]
+        function = getattr(function, part)
+    assert bare(function) == SIGNATURES[name]
     result = [name for name, value in vars(megalite.RunResult).items() if name[0] != "_"]
     assert sorted({*result, *megalite.RunResult.__dataclass_fields__}) == [
         *("checkpoint", "directory", "metrics", "state"),
@@ -167,18 +167,18 @@ def test_user_errors_are_raised(
 def test_documents_of_shards_are_tensors(shards: dict[str, str]) -> None:
     import torch
 
-    found = megalite.open_shards(shards["valid"])
+    opened = megalite.open_shards(shards["valid"])
     manifest = json.loads((Path(shards["valid"]) / "manifest.json").read_text())
-    assert len(found) == manifest["documents"]
-    documents = list(found)
-    assert sum(len(document) for document in documents) == found.tokens == manifest["tokens"]
-    assert found.vocab_size == manifest["vocab_size"]
+    assert len(opened) == manifest["documents"]
+    documents = list(opened)
+    assert sum(len(document) for document in documents) == opened.tokens == manifest["tokens"]
+    assert opened.vocab_size == manifest["vocab_size"]
     assert documents[0].dtype == torch.int64
     assert documents[0].ndim == 1
-    assert torch.equal(found[-1], documents[-1])
-    for index in (len(found), -len(found) - 1):
+    assert torch.equal(opened[-1], documents[-1])
+    for index in (len(opened), -len(opened) - 1):
         with pytest.raises(IndexError, match="document"):
-            found[index]
+            opened[index]
 
 
 def test_messages_are_shown_unless_the_program_shows_them(
@@ -192,9 +192,9 @@ def test_messages_are_shown_unless_the_program_shows_them(
     assert (logger.handlers, logger.propagate) == ([], True)
     import logging
 
-    own = logging.NullHandler()
-    logger.addHandler(own)
+    handler = logging.NullHandler()
+    logger.addHandler(handler)
     with show_messages(rank=0):
         logger.warning("a step")
-        assert logger.handlers == [own]
+        assert logger.handlers == [handler]
     assert capsys.readouterr().err == ""
