@@ -7,7 +7,7 @@ which would change the length of the run.
 from __future__ import annotations
 
 # Our key, then its names in Hugging Face, Megatron-LM, nanoGPT, DeepSpeed, Lightning and PEFT. A
-# name with a dot applies to that section only.
+# name with a dot applies to that section only, with a leading dot to the top of the run file.
 _SAME = {
     "name": "run_name experiment_name exp_name job_name wandb_run_name",
     "model.architecture": "model_type architectures",
@@ -19,15 +19,16 @@ _SAME = {
     "model.num_decoder_layers": "decoder_layers",
     "model.num_attention_heads": "n_head n_heads num_heads heads attention_heads "
     "encoder_attention_heads",
-    "model.num_key_value_heads": "n_kv_heads num_kv_heads n_kv_head num_query_groups kv_heads",
+    "model.num_key_value_heads": "n_kv_heads num_kv_heads n_kv_head num_query_groups "
+    "n_query_groups kv_heads",
     "model.head_dim": "kv_channels d_kv d_head head_size",
     "model.max_position_embeddings": "n_positions n_ctx max_seq_len context_length ctx_len "
     "max_context_length max_sequence_length",
-    "model.norm": "normalization norm_type layer_norm_type",
+    "model.norm": "normalization norm_type layer_norm_type norm_class_name",
     "model.norm_eps": "rms_norm_eps layer_norm_eps layer_norm_epsilon layernorm_epsilon "
     "norm_epsilon",
     "model.activation": "hidden_act activation_function hidden_activation act_fn "
-    "activation_type feed_forward_proj",
+    "activation_type feed_forward_proj mlp_class_name",
     "model.position_embedding": "position_embedding_type positional_encoding pos_emb "
     "position_encoding",
     "model.rope_theta": "rotary_base rope_base rotary_emb_base",
@@ -48,27 +49,30 @@ _SAME = {
     "mask_attention_to_doc",
     "data.seed": "data_seed shuffle_seed",
     "parallel.tensor": "tensor_model_parallel_size tensor_parallel_size tp tp_size tensor_parallel "
-    "model_parallel_size mp_size",
+    "model_parallel_size mp_size tensor_parallel_degree",
     "parallel.sequence": "sequence_parallel use_sequence_parallel",
     "optimizer.name": "optim optimizer_type optimizer_name",
     "optimizer.lr": "learning_rate max_lr peak_lr base_lr",
     "optimizer.betas": "adam_beta1 adam_beta2 beta1 beta2 adam_betas",
     "optimizer.eps": "adam_epsilon adam_eps epsilon",
+    "optimizer.momentum": "sgd_momentum",
     "optimizer.weight_decay": "wd l2",
     "optimizer.clip_grad_norm": "max_grad_norm clip_grad grad_clip gradient_clipping "
     "gradient_clip_val max_norm grad_norm_clip gradient_clip clip_norm",
     "schedule.name": "lr_scheduler_type lr_decay_style scheduler_type lr_schedule "
-    "lr_scheduler_name",
+    "lr_scheduler_name decay_type",
     "schedule.warmup_steps": "num_warmup_steps warmup_iters lr_warmup_iters warmup lr_warmup_steps",
-    "schedule.decay_steps": "lr_decay_iters decay_iters lr_decay_steps num_decay_steps "
-    "schedule.steps",
+    "schedule.decay_steps": "lr_wsd_decay_iters num_decay_steps schedule.steps",
+    "schedule.min_lr_ratio": "min_lr_rate min_lr_factor",
     "training.steps": "max_steps train_iters max_iters num_steps total_steps num_train_steps "
     "train_steps num_training_steps max_train_steps iterations num_iterations n_steps",
     "training.tokens": "max_tokens train_tokens total_tokens num_tokens token_budget",
     "training.global_batch_size": "train_batch_size total_batch_size effective_batch_size",
     "training.micro_batch_size": "per_device_train_batch_size device_batch_size "
-    "train_micro_batch_size_per_gpu per_gpu_train_batch_size batch_size_per_device mbs",
-    "training.precision": "dtype torch_dtype mixed_precision amp params_dtype",
+    "train_micro_batch_size_per_gpu per_gpu_train_batch_size batch_size_per_device mbs "
+    "local_batch_size",
+    "training.precision": "dtype torch_dtype mixed_precision amp params_dtype "
+    "mixed_precision_param",
     "training.compile": "torch_compile use_torch_compile compile_model",
     "training.seed": "random_seed manual_seed",
     "training.log_every": "logging_steps log_interval log_steps log_every_n_steps log_freq "
@@ -82,16 +86,17 @@ _SAME = {
     "save_freq ckpt_every ckpt_interval checkpoint_steps every_n_train_steps save_every_n_steps "
     "checkpointing_steps checkpoint.steps checkpoint.interval checkpoint.frequency",
     "checkpoint.keep": "save_total_limit keep_last keep_last_n_checkpoints keep_last_n max_to_keep "
-    "save_top_k checkpoints_total_limit max_checkpoints",
+    "save_top_k checkpoints_total_limit max_checkpoints keep_latest_k",
     "checkpoint.keep_best": "load_best_model_at_end save_best",
-    "checkpoint.background": "async_save async_checkpointing",
+    "checkpoint.background": "async_save async_checkpointing async_mode",
     "logging.directory": "output_dir out_dir save_dir run_dir log_dir logging_dir ckpt_dir "
     "checkpoint_dir runs_dir default_root_dir logging.dir logging.path checkpoint.dir "
-    "checkpoint.directory checkpoint.path",
-    "logging.tensorboard": "tensorboard_dir use_tensorboard",
-    "logging.wandb": "use_wandb wandb_log",
+    "checkpoint.directory checkpoint.path checkpoint.folder dump_folder save",
+    "logging.tensorboard": "tensorboard_dir use_tensorboard enable_tensorboard",
+    "logging.wandb": "use_wandb wandb_log enable_wandb",
     "logging.wandb.project": "wandb_project",
     "logging.wandb.entity": "wandb_entity wandb_team",
+    "finetune.task": "task_type problem_type",
     "finetune.metric": "metric_for_best_model best_metric",
     "finetune.early_stopping": "early_stopping_patience patience",
     "finetune.label_smoothing": "label_smoothing_factor",
@@ -101,7 +106,7 @@ _SAME = {
     "finetune.data.test_split": "eval_split",
     "finetune.data.valid_split": "validation_split",
     "finetune.data.tokenizer": "tokenizer_name tokenizer_path tokenizer_model "
-    "tokenizer_name_or_path",
+    "tokenizer_name_or_path tokenizer_dir",
     "finetune.adapter": "lora peft lora_config peft_config use_lora use_peft",
     "finetune.adapter.rank": "lora_r lora_rank r",
     "finetune.adapter.alpha": "lora_alpha",
@@ -110,7 +115,9 @@ _SAME = {
     "deepspeed.zero_optimization": "zero",
     "deepspeed.zero_optimization.stage": "zero_stage",
     "deepspeed.zero_optimization.offload_optimizer": "cpu_offload offload",
-    "training": "trainer train_args training_args training_arguments hyperparameters",
+    "deepspeed.zero_optimization.overlap_comm": "overlap_grad_reduce",
+    "logging": "metrics",
+    "training": ".train trainer train_args training_args training_arguments hyperparameters",
     "schedule": "scheduler lr_scheduler",
     "deepspeed": "ds_config deepspeed_config",
 }
@@ -139,6 +146,43 @@ _OTHERWISE = {
     "context_size context_window cutoff_len model_max_length",
     "set model.hidden_dropout and model.attention_dropout": "dropout",
     "set model.attention_bias and model.mlp_bias": "bias use_bias add_bias_linear",
+    "set model.attention_bias and model.mlp_bias to false": "disable_bias_linear",
+    "set model.tie_word_embeddings to false": "untie_embeddings_and_output_weights",
+    "set model.num_key_value_heads (fewer than model.num_attention_heads)": "group_query_attention",
+    "set model.num_key_value_heads to 1": "multi_query",
+    'set model.position_embedding to "rope"': "use_rotary_position_embeddings",
+    "set model.rope_theta and model.rope_scaling": "rope_parameters",
+    "RoPE rotates all of a head; remove it": "rotary_pct rotary_percent rotary_percentage "
+    "partial_rotary_factor",
+    "there are no mixtures of experts; remove it": "num_experts num_local_experts "
+    "num_experts_per_tok n_routed_experts moe_router_topk",
+    "set the sizes in the model section, or extend a shipped run file": "flavor model_size "
+    "model.name",
+    "the attention kernel is chosen automatically; remove it": "attn_implementation "
+    "_attn_implementation use_flash_attn use_flash_attention_2 flash_attention attention_backend",
+    "the head is always fused with the loss; remove it": "cross_entropy_loss_fusion "
+    "use_liger_kernel",
+    "set schedule.decay_steps to it less schedule.warmup_steps": "lr_decay_iters decay_iters "
+    "lr_decay_steps",
+    "set schedule.decay_steps to the ratio x training.steps": "decay_ratio",
+    'set schedule.name to "constant" for a constant rate': "decay_lr",
+    "set training.global_batch_size, which is constant over a run": "rampup_batch_size",
+    "set training.profile to the first and the last step of a trace": "enable_profiling "
+    "profile_freq profile_step_start profile_step_end",
+    "set data.train and data.valid to two folders of shards": ".split data.split",
+    "set finetune.adapter.targets to the projections that have an adapter": "lora_query lora_key "
+    "lora_value lora_projection lora_mlp",
+    "plain LoRA is the only adapter; remove it": "use_dora use_rslora init_lora_weights "
+    "modules_to_save",
+    "the model is not quantized; remove it": "load_in_4bit load_in_8bit quantization "
+    "quantization_config",
+    "a start resumes the run of its name; set name for another run": "overwrite_output_dir",
+    "every checkpoint is safetensors and can be resumed; remove it": "save_safetensors ckpt_format "
+    "save_only_model last_save_model_only no_save_optim",
+    "a stop signal (SIGTERM) saves and ends the run; have the scheduler send it": "max_time "
+    "exit_duration_in_mins exit_interval",
+    "validation at the start and at the end is always done; remove it": "initial_validation "
+    "final_validation eval_on_start",
     "set training.seed (weights, dropout) or data.seed (order)": "seed",
     "set logging.tensorboard or logging.wandb": "report_to log_with logger",
     "set training.eval_every and training.eval_batches": "eval evaluation validation",
@@ -147,15 +191,17 @@ _OTHERWISE = {
     "set training.micro_batch_size, which evaluation uses too": "per_device_eval_batch_size "
     "eval_batch_size per_gpu_eval_batch_size val_batch_size",
     "use the option --init-from": "model_name_or_path pretrained_model model_name init_from "
-    "base_model pretrained_model_name_or_path finetune_from from_pretrained",
+    "base_model pretrained_model_name_or_path finetune_from from_pretrained initial_checkpoint_dir",
     "use the option --resume": "resume_from_checkpoint resume load_checkpoint load resume_from "
     "ckpt_path load_path",
     "start that many ranks with torchrun, deepspeed, srun or mpirun": "devices num_gpus world_size "
+    "data_parallel_shard_degree data_parallel_replicate_degree "
     "nproc_per_node num_nodes nnodes n_gpus gpus num_processes dp data_parallel_size parallel.data",
     "there is no pipeline, context or expert parallelism; set parallel.tensor and the ZeRO "
     "stage": "pipeline_model_parallel_size pipeline_parallel_size pp pp_size context_parallel_size "
     "cp expert_model_parallel_size expert_parallel_size pipeline_parallel context_parallel "
-    "parallel.pipeline parallel.context parallel.expert",
+    "parallel.pipeline parallel.context parallel.expert pipeline_parallel_degree "
+    "context_parallel_degree expert_parallel_degree",
     "set deepspeed.zero_optimization.stage": "use_distributed_optimizer fsdp fsdp_config strategy",
     'set model.activation to "swiglu"': "swiglu use_swiglu",
     "the tokenizer of the data decides it; remove it": "bos_token_id eos_token_id pad_token_id "
