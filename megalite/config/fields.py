@@ -10,6 +10,7 @@ from megalite import env
 from megalite.errors import CommandError
 
 Count = Annotated[int, Field(ge=1, le=10**12)]
+TokenCount = Annotated[int, Field(ge=1, le=10**16)]
 CountOrZero = Annotated[int, Field(ge=0, le=10**12)]
 SmallCount = Annotated[int, Field(ge=1, le=10**4)]  # layers, heads: code makes lists of them
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -22,6 +22,7 @@ from megalite.config.fields import (
     Seed,
     Share,
     Text,
+    TokenCount,
 )
 from megalite.config.finetune import FinetuneConfig
 from megalite.config.logging import LoggingConfig
@@ -165,7 +166,7 @@ class TrainingConfig(Section):
         description="Total optimizer steps. Remove it when fine-tuning; finetune.epochs sets it.",
         examples=[100000],
     )
-    tokens: Count | None = Field(
+    tokens: TokenCount | None = Field(
         default=None,
         description="Total tokens; an alternative to steps. The run then takes tokens / "
         "(global_batch_size x data.sequence_length) steps, rounded up. A whole number such as 20e9 "

@@ -23,11 +23,10 @@ def peak_flops(device_name: str, precision: str, memory: int | None = None) -> f
 
 
 def mfu_warnings(device: torch.device, precision: str) -> list[str]:
-    """Return warnings about a GPU for which no MFU can be computed.
-
-    The MFU of a CPU is never reported, because its peak depends on its clock.
-    """
-    if device.type != "cuda" or model_flops_utilization(device, precision, 0.0) is not None:
+    """Return the reason why rows will have no MFU, or an empty list if they will have one."""
+    if device.type != "cuda":
+        return ["MFU is not reported: the peak of a CPU depends on its clock"]
+    if model_flops_utilization(device, precision, 0.0) is not None:
         return []
     return [
         f"MFU is not reported: the {precision} peak of {torch.cuda.get_device_name(device)} is "

@@ -36,13 +36,16 @@ def announce(
         f"ZeRO-{plan.zero_stage}, {grid.mesh.data} x data, {grid.mesh.tensor} x tensor, "
         f"{plan.global_batch_size} x {plan.sequence_length} tokens a step, {grid.device.type}",
     )
+    steps = config.training.steps
+    tokens = "" if config.finetune else f", {steps * plan.tokens_per_step:,} tokens"
+    logger.info("%s", f"the run: {steps:,} steps{tokens}")
     for hint in [*hints(config, plan), *mfu_warnings(grid.device, plan.precision)]:
         logger.info("%s", hint)
     facts: dict[str, Any] = {
         "world_size": plan.world_size,
         "zero_stage": plan.zero_stage,
         "layout": _layout(config, plan, grid),
-        "data": train.describe(plan.global_batch_size * config.training.steps),
+        "data": train.describe(plan.global_batch_size * steps),
     }
     if resume_point is None or resume_point.weights_only:
         if resume_point:

@@ -17,6 +17,7 @@ FOREIGN = {  # of other programs, and the file that shows it
     "OutOfMemoryError": "torch/cuda/__init__.py",
     "Setting accelerator to CPU": "deepspeed/accelerator/real_accelerator.py",
     "Unable to find hostfile": "deepspeed/launcher/runner.py",
+    "Unrecognized model in": "transformers/models/auto/configuration_auto.py",
 }
 
 

@@ -24,7 +24,15 @@ def with_tokens(tokens: Any, **training: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("tokens", "steps"),
-    [(512, 1), (513, 2), (51_200, 100), (1, 1), (5.12e5, 1000), (2e10, 39062500)],
+    [
+        (512, 1),
+        (513, 2),
+        (51_200, 100),
+        (1, 1),
+        (5.12e5, 1000),
+        (2e10, 39062500),
+        (15e12, 29296875000),
+    ],
 )
 def test_tokens_become_whole_steps(tokens: Any, steps: int) -> None:
     config = parse_config(with_tokens(tokens))

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megalite.observe import peak_flops, peak_memory_bytes
+from megalite.observe import mfu_warnings, peak_flops, peak_memory_bytes
 
 GROWTH = """
 import torch
@@ -74,3 +75,19 @@ def test_peak_memory_stays_after_memory_is_freed() -> None:
     done = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert peak_memory_bytes(torch.device("cpu")) > 50 * 2**20
+
+
+def test_mfu_warnings_state_why_there_is_no_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mfu_warnings(torch.device("cpu"), "bf16") == [
+        "MFU is not reported: the peak of a CPU depends on its clock"
+    ]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: device_name)
+    for device_name, reasons in {
+        "NVIDIA H100 80GB HBM3": [],
+        "NVIDIA A10G": ["NVIDIA A10G is unknown"],
+    }.items():
+        properties = SimpleNamespace(name=device_name, total_memory=80 * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, it=properties: it)
+        warnings = mfu_warnings(torch.device("cuda"), "bf16")
+        assert len(warnings) == len(reasons)
+        assert all(reason in warnings[0] for reason in reasons)
