@@ -1,9 +1,9 @@
-"""Turn a corpus into shards of tokens that launcher/pretrain.py reads.
+"""Turn a corpus into shards of tokens that `megalite pretrain` reads.
 
-  python -m data_prep train-tokenizer --input "corpus/*.jsonl" --vocab-size 32000 --output data/tok
-  python -m data_prep tokenize --input "corpus/*.jsonl" --tokenizer data/tok --output data/train
-  python -m data_prep verify data/train
-  python -m data_prep inspect data/train --document 0
+  megalite data train-tokenizer --input "corpus/*.jsonl" --vocab-size 32000 --output data/tok
+  megalite data tokenize --input "corpus/*.jsonl" --tokenizer data/tok --output data/train
+  megalite data verify data/train
+  megalite data inspect data/train --document 0
 """  # fmt: skip
 
 # Arguments only: each command's module is imported when it runs. The --help of a command is
@@ -36,16 +36,21 @@ counted, and omitted if --max-bad-records allows it. DIR appears when everything
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code."""
-    given = vars(_parser().parse_args(arguments))
+def main(arguments: Sequence[str] | None = None, *, program: str = "python -m data_prep") -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        program: the name that the help shows.
+    """
+    given = vars(make_parser(program).parse_args(arguments))
     run: Callable[..., int] = given.pop("run")
     return run(**given)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser(program: str) -> CommandParser:
+    """Return the parser of all commands."""
     plain = argparse.RawDescriptionHelpFormatter
-    parser = CommandParser("python -m data_prep", None, __doc__, formatter_class=plain)
+    parser = CommandParser(program, None, __doc__, formatter_class=plain)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, line: str, run: Callable[..., int]) -> argparse.ArgumentParser:
@@ -168,8 +173,8 @@ def _train_tokenizer(**given: Any) -> int:
     """Train a SentencePiece model that loses nothing: runs of spaces, newlines and bytes never seen
     come back as they were. Larger corpora are sampled, the same way in every run.
 
-      python -m data_prep train-tokenizer --input "src/**/*.py" --vocab-size 8000 --output data/tok
-      python -m data_prep train-tokenizer --input c4.jsonl.gz wiki.parquet --vocab-size 32000 \\
+      megalite data train-tokenizer --input "src/**/*.py" --vocab-size 8000 --output data/tok
+      megalite data train-tokenizer --input c4.jsonl.gz wiki.parquet --vocab-size 32000 \\
           --output data/tok --type unigram
     """
     from data_prep.train import TrainOptions, train_tokenizer
@@ -184,13 +189,13 @@ def _tokenize(**given: Any) -> int:
     manifest.json. Each document ends with EOS. The shards do not depend on workers or ranks, and
     the same command goes on where a killed one stopped.
 
-      python -m data_prep tokenize --input "corpus/*.jsonl" --tokenizer data/tok --output data/train
-      python -m data_prep tokenize --input books/ --tokenizer bytes --output data/books --workers 8
-      python -m data_prep tokenize --input hf:stanfordnlp/imdb:train --tokenizer data/tok \\
+      megalite data tokenize --input "corpus/*.jsonl" --tokenizer data/tok --output data/train
+      megalite data tokenize --input books/ --tokenizer bytes --output data/books --workers 8
+      megalite data tokenize --input hf:stanfordnlp/imdb:train --tokenizer data/tok \\
           --output data/imdb --max-bad-records 10
-      python -m data_prep tokenize --input "corpus/*.jsonl" --tokenizer data/tok \\
+      megalite data tokenize --input "corpus/*.jsonl" --tokenizer data/tok \\
           --output data/train --valid-fraction 0.01 --valid-output data/valid
-      mpirun -n 64 python -m data_prep tokenize --input "web/*.jsonl.zst" --tokenizer data/tok \\
+      mpirun -n 64 megalite data tokenize --input "web/*.jsonl.zst" --tokenizer data/tok \\
           --output data/web --deduplicate
     """
     from data_prep.encode import tokenize
@@ -216,7 +221,7 @@ def _verify(folder: Path) -> int:
     """Compare every byte of a shard folder with its manifest: sizes, structure, SHA-256, ids,
     counts. The exit code is 1 if something is wrong, which is named, else 0.
 
-      python -m data_prep verify data/train
+      megalite data verify data/train
     """
     from data_prep.report import verify
 
@@ -227,8 +232,8 @@ def _inspect(folder: Path, document: int | None, picture: Path | None) -> int:
     """
     Show what a shard folder holds, or one document of it as text.
 
-      python -m data_prep inspect data/train
-      python -m data_prep inspect data/train --document 17
+      megalite data inspect data/train
+      megalite data inspect data/train --document 17
     """  # fmt: skip
     from data_prep.report import inspect
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megalite import env
-from megalite.errors import CommandError, LaunchError, MegaLiteError, Stopped, UserError
+from megalite.errors import LaunchError, MegaLiteError, Stopped, UserError, nearest
 from megalite.log import logger, setup
 
 _PATHS = {"CHECKPOINT", "DIR", "FILE", "FOLDER", "INPUT", "PATH", "RUN"}  # metavars for paths
@@ -157,13 +157,20 @@ def end_with_agent() -> None:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser that expands `~` in paths, even if the shell does not (`--output=~/page.html`).
+    """Parser of a command.
 
-    An argument is a path if its metavar is one of a path.
+    It expands `~` in paths, even if the shell does not (`--output=~/page.html`). An argument is a
+    path if its metavar is one of a path.
+
+    Attributes:
+        first: the option whose name may be omitted (`megalite plan 7b.json`); "" means none.
     """
 
-    def parse_known_args(self, *arguments: Any, **keywords: Any) -> Any:
-        parsed, rest = super().parse_known_args(*arguments, **keywords)
+    first = ""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        parsed, rest = super().parse_known_args(self._name_first(words), namespace)
         for action in self._actions:
             if isinstance(action.metavar, str) and _PATHS & set(re.split(r"\W", action.metavar)):
                 value = getattr(parsed, action.dest, None)
@@ -173,22 +180,85 @@ class CommandParser(argparse.ArgumentParser):
                     setattr(parsed, action.dest, _expand(value))
         return parsed, rest
 
+    def _name_first(self, words: list[str]) -> list[str]:
+        """Return words with `first` before the first word that is no option's."""
+        position = 0
+        while self.first and position < len(words):
+            word = words[position]
+            if word == "--" or word.partition("=")[0] == self.first:
+                break
+            if not word.startswith("-"):
+                return [*words[:position], self.first, *words[position:]]
+            values = "" if "=" in word else self._values_of(word)
+            position += 1
+            while values and position < len(words) and not words[position].startswith("-"):
+                if values == "?" and not words[position].isdigit():
+                    break  # `--dry-run mine.json`
+                position += 1
+                values = values if values == "+" else ""
+        return words
+
+    def _values_of(self, option: str) -> str:
+        """Return how many values follow an option: "" none, "1", "?" at most one, "+" several."""
+        names = [name for name in self._option_string_actions if name.startswith(option)]
+        action = self._option_string_actions[min(names, key=len)] if names else None
+        if action is None or action.nargs is None:
+            return "1"
+        return "" if action.nargs == 0 else str(action.nargs)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a value that is none of the choices, with the nearest of them."""
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            advice = nearest(str(value), choices)
+            told = f"expected {', '.join(choices)}; got {str(value)!r}{advice}"
+            raise argparse.ArgumentError(action, told)
+
 
 def _expand(path: str | Path) -> str | Path:
     return type(path)(env.expand_user(str(path)))
 
 
-def command_parser(about: str | None, examples: str) -> CommandParser:
-    """Return a parser whose help ends in `examples`, printed verbatim."""
+def command_parser(about: str | None, examples: str, *, first: str = "") -> CommandParser:
+    """Return a parser whose help ends in `examples`, printed verbatim.
+
+    Args:
+        first: see `CommandParser`.
+    """
     plain = argparse.RawDescriptionHelpFormatter
-    return CommandParser(description=about, epilog=examples, formatter_class=plain)
+    parser = CommandParser(description=about, epilog=examples, formatter_class=plain)
+    parser.first = first
+    return parser
 
 
-def run_parser(about: str | None, examples: str) -> argparse.ArgumentParser:
-    """Return the parser of a command that starts a run (launcher/pretrain.py and finetune.py)."""
-    parser = command_parser(about, examples)
+def add_ranks(parser: CommandParser, default: str) -> None:
+    """Add `--ranks`, which `megalite.commands` handles before the parser sees the arguments.
+
+    Args:
+        default: the number without the option, for the help.
+    """
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="the run file (JSON or YAML)"
+        "--ranks",
+        type=_refuse_ranks,
+        metavar="N",
+        help=f"processes that `megalite` starts on this host ({default})",
+    )
+
+
+def _refuse_ranks(value: str) -> int:
+    raise argparse.ArgumentTypeError(
+        f"only the command megalite starts ranks; start that, or torchrun --nproc-per-node {value}"
+    )
+
+
+def run_parser(about: str | None, examples: str) -> CommandParser:
+    """Return the parser of a command that starts a run (pretrain and finetune)."""
+    parser = command_parser(about, examples, first="--config")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="the run file (JSON or YAML); the option's name may be omitted",
     )
     parser.add_argument(
         "--set",
@@ -233,19 +303,10 @@ def run_parser(about: str | None, examples: str) -> argparse.ArgumentParser:
         help="device for --dry-run: a name of plan.py --gpu, cpu, or a JSON file "
         "(default: this host's if no RANKS are given, else GPUs)",
     )
+    add_ranks(parser, "one per visible GPU, or one on a CPU")
     # the deepspeed launcher appends it; environment variables contain the same number
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
-
-
-def refuse_ignored_options(arguments: argparse.Namespace) -> None:
-    """Refuse options that would be ignored.
-
-    Raises:
-        CommandError: --gpu without --dry-run.
-    """
-    if arguments.gpu is not None and arguments.dry_run is None:
-        raise CommandError("--gpu only applies to --dry-run; add --dry-run, or remove --gpu")
 
 
 def _ranks(text: str) -> int:

@@ -243,12 +243,13 @@ def visible_gpus() -> int:
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None or not present:
         return present
-    names = list(itertools.takewhile(_is_device, listed.replace(" ", "").split(",")))
-    return len(names)
+    devices = listed.replace(" ", "").split(",")
+    return len(list(itertools.takewhile(lambda name: _is_device(name, present), devices)))
 
 
-def _is_device(name: str) -> bool:
-    return bool(name) and not name.startswith("-")
+def _is_device(name: str, present: int) -> bool:
+    """Return whether an entry of CUDA_VISIBLE_DEVICES is an index below `present`, or a UUID."""
+    return int(name) < present if is_number(name) else name.startswith(("GPU-", "MIG-"))
 
 
 def rank_environment(

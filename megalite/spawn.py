@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from megalite import env
-from megalite.errors import MegaLiteError, UserError
+from megalite.errors import MegaLiteError, Stopped, Superseded, UserError
 
 _SHOWN_LINES = 8  # last lines of a failed rank's output
 _POLL = 0.02  # seconds between two checks of the processes
 # Seconds that ranks may continue after one has failed. A rank that waits for rank 0 to print a user
 # error ends after 10 (`megalite.cli`), and a save in progress should complete.
 _GRACE = 30.0
+_ENDS = tuple(error.exit_code for error in (UserError, Superseded, Stopped))
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -175,7 +176,9 @@ def supervise(command: Sequence[str], ranks: int) -> int:
     0 they are killed at once, because they only wait for its message (`megalite.cli.run_main`).
 
     Returns:
-        0, or the code of the first rank that failed. A rank that a signal ended counts as 1.
+        The code of rank 0 if it says how the run ended, as `status.json` does (2, 3 or 75); else
+        that of the first rank that failed, or 0. A rank that a signal ended counts as 1, or as 128
+        and the signal's number if the signal was passed on.
     """
     port = free_port()
     owner = {env.STARTED_BY: str(os.getpid())}
@@ -183,8 +186,10 @@ def supervise(command: Sequence[str], ranks: int) -> int:
         env.rank_environment(rank, ranks, port, one_thread=False) | owner for rank in range(ranks)
     ]
     started: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
 
     def pass_on(number: int, _frame: object) -> None:
+        received.append(number)
         for process in started:
             process.send_signal(number)
 
@@ -192,29 +197,39 @@ def supervise(command: Sequence[str], ranks: int) -> int:
     try:
         for environ in environments:
             # in its own process group, so that Ctrl-C arrives once, through `pass_on`
-            started.append(subprocess.Popen(command, env=environ, start_new_session=True))
-        return _wait_for_all(started)
+            process = subprocess.Popen(command, env=environ, start_new_session=True)
+            started.append(process)
+            for number in tuple(received):  # before this rank was in the list
+                process.send_signal(number)
+        first = _wait_for_all(started)
     finally:
         for process in started:
             process.kill()
             process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
+    own = started[0].returncode
+    code = own if own in _ENDS else first
+    return code if code >= 0 else 128 - code if -code in received else 1
 
 
 def _wait_for_all(started: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait until every process has ended, at most `_GRACE` seconds after the first failure."""
+    """Wait until every process has ended, at most `_GRACE` seconds after the first failure.
+
+    Returns:
+        The return code of the first process that failed, negative for a signal; 0 if none did.
+    """
     code = 0
     deadline = math.inf
-    while any(process.poll() is None for process in started) and time.monotonic() < deadline:
-        failed = [process.returncode for process in started if process.returncode]
-        if failed and not code:
-            code = max(failed[0], 1)
+    while time.monotonic() < deadline:
+        running = any(process.poll() is None for process in started)
+        if not code and (code := next(filter(None, (one.returncode for one in started)), 0)):
             refused = started[0].returncode == UserError.exit_code
             deadline = time.monotonic() + (0 if refused else _GRACE)
+        if not running:
+            break
         time.sleep(_POLL)
-    failed = [process.returncode for process in started if process.returncode]
-    return code or (max(failed[0], 1) if failed else 0)
+    return code
 
 
 def _refuse_failed(started: Sequence[subprocess.Popen[bytes]], command: Sequence[str]) -> None:

@@ -5,51 +5,19 @@ Everything that needs no torch is checked before torch is imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megalite import env
-from megalite.cli import refuse_ignored_options
 from megalite.config import ConfigSource, find_run, load_config, source_name, stated_model
 from megalite.config.tasks import find_task
 from megalite.errors import CommandError, ConfigError
 
 if TYPE_CHECKING:
-    import argparse
-
     from megalite.evaluate import Answerer, LoadedModel, Sampling
     from megalite.parallel import Grid
     from megalite.train import RunOptions
-
-
-def start_run(arguments: argparse.Namespace, make_options: Callable[..., RunOptions]) -> int:
-    """Start the run of a command line, or its dry run, and return the exit code.
-
-    Args:
-        arguments: those of `megalite.cli.run_parser`.
-        make_options: `pretraining_options` or `finetuning_options`.
-    """
-    refuse_ignored_options(arguments)
-    if arguments.dry_run is None:
-        env.restart_with_heap()
-    launch = env.find_launch()
-    options = make_options(
-        arguments.config,
-        arguments.set,
-        resume=arguments.resume,
-        init_from=arguments.init_from,
-        allow_change=arguments.allow_change,
-    )
-    if arguments.dry_run is not None:
-        from megalite.parity.dry_run import report_dry_run
-
-        return report_dry_run(options.config, launch, arguments.dry_run, arguments.gpu)
-    from megalite.train import run
-
-    run(options, launch)
-    return 0
 
 
 def pretraining_options(

@@ -1,19 +1,15 @@
-"""docs/commands.md from the commands' own parsers. `python -m tests.pages` writes it, and api.md.
-
-A launcher parses its arguments before it does anything else, so its parser is had by starting it
-with `parse_args` replaced.
-"""
+"""docs/commands.md from the commands' parsers. `python -m tests.pages` writes it, and api.md."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from unittest.mock import patch
 
 from data_prep import __main__ as data_prep
+from megalite.commands import PROGRAMS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "commands.md"
@@ -23,46 +19,45 @@ _INTRODUCTION = """\
 Made from the commands' own parsers by `python -m tests.pages`; `--help` of each prints the same.
 The keys that `--set` takes are in [configuration.md](configuration.md).
 
-Commands of `launcher/` are started from a checkout: `pretrain.py` and `finetune.py` by `deepspeed`,
-`torchrun`, `srun` or `python`, `eval.py` and `generate.py` by the last three, all others by
-`python`. `make smoke` is `launcher/smoke.py`, which takes no options; job scripts are in
-[slurm.md](slurm.md). With `--json` standard output holds one object and nothing else. Exit codes: 0
-done, 1 failed, 2 user error, nothing was written; a run has two
-[more](errors.md#exit-codes)."""
+`megalite COMMAND` runs every program of the project; `python -m megalite` is the same. The run
+file, or the checkpoint, needs no option's name: `megalite plan 7b.json`. With `--json` standard
+output holds one object and nothing else. Exit codes: 0 done, 1 failed, 2 user error, nothing was
+written; a run has two [more](errors.md#exit-codes).
 
+**Ranks.** Alone on a host, `pretrain`, `finetune` and `eval` start one process for each GPU that
+`CUDA_VISIBLE_DEVICES` leaves visible, or one on a CPU; `generate` starts one. `--ranks N` starts
+another number. SIGTERM, SIGINT and SIGUSR1 are passed on to every rank, so that a run is saved. If
+a rank fails, the others end within 30 seconds. The exit code is that of the run itself, with any
+number of ranks. A launcher starts the ranks of several hosts; under one, the command is one rank:
 
-class _Caught(Exception):
-    """Carries a parser out of the command that made it."""
+    torchrun --nproc-per-node 8 --no-python megalite pretrain configs/1b.json
+    deepspeed --num_gpus 8 --no_python megalite pretrain configs/1b.json
+    srun --ntasks-per-node 8 megalite pretrain configs/7b.json
+    mpirun -n 8 megalite pretrain configs/1b.json
 
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self.parser = parser
+**Files.** For launchers that start a file, each command but `data` is a file of `launcher/`, such
+as `launcher/pretrain.py`, and in an installed MegaLite a module, `megalite.launcher.pretrain`. They
+take the same options and start no ranks. `python -m data_prep` is `megalite data`. `make smoke` is
+`launcher/smoke.py`, which takes no options. Job scripts are in [slurm.md](slurm.md).
 
+**Completion.** A script completes commands, options and run files, and starts no Python:
 
-def _catch(parser: argparse.ArgumentParser, *_: object) -> None:
-    raise _Caught(parser)
+    megalite completion bash >> ~/.bashrc
+    megalite completion zsh >> ~/.zshrc      # after the line with compinit
+    megalite completion fish > ~/.config/fish/completions/megalite.fish"""
 
 
 def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """Yield each command that takes arguments, as it is started, and its parser."""
-    for path in sorted((ROOT / "launcher").glob("*.py")):
-        if "parse_args" in path.read_text(encoding="utf-8"):
-            spec = importlib.util.spec_from_file_location(f"launcher_{path.stem}", path)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            with patch.object(argparse.ArgumentParser, "parse_args", _catch):
-                try:
-                    module.main()
-                except _Caught as caught:
-                    yield f"launcher/{path.name}", caught.parser
+    for name in PROGRAMS:
+        yield f"megalite {name}", import_module(f"megalite.commands.{name}").make_parser()
     (commands,) = (
         action
-        for action in data_prep._parser()._actions
+        for action in data_prep.make_parser("megalite data")._actions
         if isinstance(action, argparse._SubParsersAction)
     )
     for name, parser in commands.choices.items():
-        yield f"python -m data_prep {name}", parser
+        yield f"megalite data {name}", parser
 
 
 def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:

@@ -1,4 +1,5 @@
 # covers: launcher/export.py megalite/evaluate/loss.py
+# covers: megalite/commands/export.py
 """Import of Hugging Face folders on any layout, and export, bit for bit."""
 
 from __future__ import annotations

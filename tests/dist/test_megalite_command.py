@@ -1,4 +1,4 @@
-# covers: megalite/commands.py megalite/spawn.py
+# covers: megalite/commands/training.py megalite/spawn.py
 """`megalite pretrain` as a user starts it: ranks of its own, a stop, a resume, torchrun."""
 
 from __future__ import annotations

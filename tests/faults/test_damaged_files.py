@@ -22,7 +22,6 @@ import pytest
 from data_prep.chat import ask
 from data_prep.hf_datasets import saved_folder
 from data_prep.report import inspect, verify
-from launcher.doctor import _print_goodput
 from megalite import errors
 from megalite.checkpoint import (
     Lease,
@@ -34,6 +33,7 @@ from megalite.checkpoint import (
     set_aside_damaged,
 )
 from megalite.checkpoint.huggingface import HuggingFaceFolder, is_huggingface
+from megalite.commands.doctor import _print_goodput
 from megalite.config import load_config, load_stored
 from megalite.evaluate import open_model
 from megalite.formats import examples

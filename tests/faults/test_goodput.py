@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launcher.doctor import _print_goodput
+from megalite.commands.doctor import _print_goodput
 from megalite.errors import CommandError
 from megalite.observe.goodput import goodput
 from tests.helpers.ranks import run_ranks

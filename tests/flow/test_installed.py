@@ -1,4 +1,5 @@
 # covers: launcher/pretrain.py launcher/plan.py
+# covers: megalite/commands/pretrain.py megalite/commands/plan.py
 """The wheel of `pip install .` is complete, and trains without a checkout."""
 
 from __future__ import annotations

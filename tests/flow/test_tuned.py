@@ -1,4 +1,5 @@
 # covers: launcher/finetune.py launcher/eval.py launcher/explain.py
+# covers: megalite/commands/finetune.py megalite/commands/eval.py megalite/commands/explain.py
 """Fine-tuned models, from the launcher to answers and labels, without their initial model."""
 
 from __future__ import annotations

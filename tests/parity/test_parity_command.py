@@ -1,5 +1,6 @@
 # covers: megalite/parity/runner.py megalite/parity/trial.py megalite/parity/layouts.py
 # covers: megalite/parity/worker.py launcher/parity.py
+# covers: megalite/commands/parity.py
 """The parity command, and its report of layouts with a bug."""
 
 from __future__ import annotations

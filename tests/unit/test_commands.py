@@ -1,18 +1,24 @@
-# covers: megalite/commands.py megalite/__main__.py
+# covers: megalite/commands/completion.py megalite/__main__.py
 """The `megalite` command: names, ranks, help, completion, and the exit codes of its ranks."""
 
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megalite import __version__, commands, env, spawn
+from megalite.cli import run_parser
+from megalite.commands import generate
+from megalite.commands.completion import completion
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,21 +29,33 @@ def megalite(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
+@pytest.mark.parametrize("name", commands.PROGRAMS)
+def test_launcher_of_a_command_is_thin(name: str) -> None:
+    text = (ROOT / "launcher" / f"{name}.py").read_text()
+    assert f'run_program("{name}")' in text
+    assert text.count("\n") < 10
+
+
 def test_every_launcher_is_a_sub_command() -> None:
     launchers = {path.stem for path in (ROOT / "launcher").glob("[a-z]*.py")}
-    assert set(commands.PROGRAMS) == launchers - {"smoke"} | {"data"}
+    assert set(commands.PROGRAMS) == launchers - {"smoke"}
 
 
-def test_help_and_version_load_no_torch() -> None:
+@pytest.mark.parametrize("name", ["", *commands.PROGRAMS, "data"])
+def test_help_loads_no_torch(name: str) -> None:
+    absent = {"torch"} if name else {"torch", "pydantic"}
     program = (
-        "import sys; from megalite import commands; sys.argv = ['megalite', '--help']\n"
-        "try: commands.main()\n"
+        f"import sys; from megalite import commands; sys.argv = ['megalite', *{name.split()}, '-h']"
+        "\ntry: commands.main()\n"
         "except SystemExit as end: assert not end.code\n"
-        "assert not {'torch', 'pydantic'} & sys.modules.keys()\n"
+        f"assert not {absent} & sys.modules.keys()\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert "pretrain" in done.stdout
+    assert done.stdout.startswith(f"usage: megalite {name}")
+
+
+def test_version_is_printed() -> None:
     assert megalite("--version").stdout == f"megalite {__version__}\n"
 
 
@@ -51,6 +69,8 @@ def test_help_and_version_load_no_torch() -> None:
             "--ranks: expected a number of processes, 1 or more",
         ),
         (["pretrain", "a.json", "--ranks=0"], "--ranks: expected a number of processes, 1 or more"),
+        (["pretrain", "a.json", "--ranks=2", "--dry-run"], "one process; use --dry-run 2"),
+        (["data", "tokenise"], "got 'tokenise'; did you mean \"tokenize\"?"),
         (["pretrain", "missing.json"], "missing.json: no such run file"),
     ],
 )
@@ -66,8 +86,62 @@ def test_no_argument_prints_the_help_and_ends_in_2() -> None:
     assert (done.returncode, done.stdout) == (2, commands.help_text())
 
 
-def test_usage_names_the_sub_command() -> None:
-    assert megalite("plan", "--help").stdout.startswith("usage: megalite plan")
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "1"}, "the launch is half set"),
+        (spawn.env.rank_environment(0, 4, 29500), "--ranks 2: torchrun has started this rank of 4"),
+    ],
+)
+def test_ranks_within_a_launch_are_refused(environ: dict[str, str], message: str) -> None:
+    done = megalite("pretrain", "a.json", "--ranks", "2", **environ)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert message in done.stderr
+
+
+def test_launcher_starts_no_ranks() -> None:
+    command = [sys.executable, "launcher/pretrain.py", "mine.json", "--ranks", "2"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ)
+    assert done.returncode == 2
+    assert "only the command megalite starts ranks; start that, or torchrun" in done.stderr
+
+
+def test_ranks_are_started_as_the_command_was(tmp_path: Path) -> None:
+    """Not by `-m`, which would import the working directory's modules."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "logging.py").write_text("raise SystemExit('the wrong module')")
+    script = tmp_path / "megalite"  # what `pip install` puts on the PATH
+    script.write_text("from megalite.commands import main\nmain()\n")
+    command = [sys.executable, str(script), "pretrain", "missing.json", "--ranks", "2"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    options = {"capture_output": True, "text": True, "cwd": tmp_path / "here", "env": environ}
+    done = subprocess.run(command, **options)
+    assert done.returncode == 2
+    assert "missing.json: no such run file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("mine.json", "--config mine.json"),
+        ("--set a=1 mine.json", "--set a=1 --config mine.json"),
+        ("--se a=1 mine.json --dry-run", "--se a=1 --config mine.json --dry-run"),
+        ("--dry-run mine.json", "--dry-run --config mine.json"),
+        ("--dry-run 4 mine.json", "--dry-run 4 --config mine.json"),
+        ("--set=a=1 --config mine.json", "--set=a=1 --config mine.json"),
+        ("--resume --set a=1", "--resume --set a=1"),
+        ("--set a=1", "--set a=1"),
+    ],
+)
+def test_word_without_an_option_is_the_run_file(given: str, expected: str) -> None:
+    parser = run_parser("a command", "")
+    assert parser._name_first(given.split()) == expected.split()
+
+
+def test_words_of_an_option_with_several_values_stay_its_values() -> None:
+    arguments = generate.make_parser().parse_args(["--prompt", "a", "b", "--seed", "1", "runs/x"])
+    assert (arguments.prompt, arguments.checkpoint) == (["a", "b"], "runs/x")
 
 
 def test_first_argument_is_the_run_file() -> None:
@@ -83,25 +157,54 @@ def test_rank_option_of_the_deepspeed_launcher_is_skipped() -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_lists_commands_and_their_options(shell: str) -> None:
-    script = megalite("completion", shell).stdout
-    for word in ("tokenize", "max-new-tokens", "gpus-per-node", "ranks"):
+    script = completion([shell])
+    for word in ("tokenize", "max-new-tokens", "gpus-per-node", "ranks", "configs/7b.json"):
         assert word in script
 
 
-def test_bash_completes_a_command_and_an_option(tmp_path: Path) -> None:
-    (tmp_path / "script").write_text(megalite("completion", "bash").stdout)
+def completed(*words: str, folder: Path) -> list[str]:
+    """Return what bash offers for the last word."""
+    (folder / ".script").write_text(completion(["bash"]))
     program = (
-        f". {tmp_path}/script; COMP_WORDS=(megalite pl); COMP_CWORD=1; _megalite;"
-        "echo ${COMPREPLY[@]}; COMP_WORDS=(megalite plan --gpus); COMP_CWORD=2; _megalite;"
-        "echo ${COMPREPLY[@]}"
+        f". {folder}/.script; COMP_WORDS=({' '.join(map(shlex.quote, words))});"
+        f"COMP_CWORD={len(words) - 1}; _megalite; printf '%s\\n' \"${{COMPREPLY[@]}}\""
     )
-    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.split() == ["plan", "--gpus-per-node"], done.stderr
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return sorted(done.stdout.splitlines())
+
+
+def test_bash_completes_commands_options_values_and_run_files(tmp_path: Path) -> None:
+    for name in ("mine.json", "my own.yaml", "mine.txt", "configs"):
+        (tmp_path / name).touch()
+    (tmp_path / "models").mkdir()
+    told = partial(completed, "megalite", folder=tmp_path)
+    assert told("pl") == ["plan"]
+    assert told("plan", "--gpus") == ["--gpus-per-node"]
+    assert told("plan", "m") == ["mine.json", "models", "my own.yaml"]
+    assert told("plan", "configs/7b") == ["configs/7b.json"]
+    assert told("eval", "m") == ["mine.json", "mine.txt", "models", "my own.yaml"]
+    assert told("export", "--dtype", "b") == ["bfloat16"]
+    assert told("pretrain", "--resume", "n") == ["never"]
+    assert told("data", "tok") == ["tokenize"]
+    assert told("completion", "f") == ["fish"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_parses_its_script(shell: str, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    (tmp_path / "script").write_text(completion([shell]))
+    done = subprocess.run([shell, "-n", str(tmp_path / "script")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
     ("listed", "count"),
-    [(None, 3), ("0,2", 2), ("", 0), ("-1", 0), ("0,-1,1", 1), ("MIG-a, MIG-b", 2)],
+    [
+        *((None, 3), ("0,2", 2), ("", 0), ("-1", 0), ("0,-1,1", 1), ("MIG-a, MIG-b", 2)),
+        *(("0,1,3", 2), ("GPU-a", 1), ("nothing", 0)),
+    ],
 )
 def test_visible_gpus_are_counted_without_torch(
     monkeypatch: pytest.MonkeyPatch, listed: str | None, count: int
@@ -126,20 +229,24 @@ def test_visible_gpus_are_counted_without_torch(
         ("sys.exit(2 if rank == 0 else time.sleep(60))", 2),
         ("sys.exit(3 if rank else 0)", 3),
         ("os.kill(os.getpid(), 9)", 1),
+        ("os.kill(os.getpid(), 15)", 1),
+        ("sys.exit(1) if rank else (time.sleep(1), sys.exit(75))", 75),
     ],
 )
-def test_ranks_end_with_the_code_of_the_first_that_fails(program: str, code: int) -> None:
+def test_ranks_end_with_one_code(program: str, code: int) -> None:
     source = f"import os, sys, time; rank = int(os.environ['RANK']); {program}"
     started = time.monotonic()
     assert spawn.supervise([sys.executable, "-c", source], 2) == code
     assert time.monotonic() - started < 30
 
 
-def test_signal_is_passed_on_to_every_rank(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("handler", "code"), [("lambda *_: sys.exit(75)", 75), ("0", 143)])
+def test_signal_is_passed_on_to_every_rank(tmp_path: Path, handler: str, code: int) -> None:
+    """Before a rank has a handler, SIGTERM ends it, and the command ends as a process does."""
     source = (
         "import os, pathlib, signal, sys, time\n"
         f"mine = pathlib.Path({str(tmp_path)!r}) / os.environ['RANK']\n"
-        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        f"signal.signal(signal.SIGTERM, {handler})\n"
         "mine.touch()\n"
         "time.sleep(60)\n"
     )
@@ -151,4 +258,4 @@ def test_signal_is_passed_on_to_every_rank(tmp_path: Path) -> None:
     while len(list(tmp_path.iterdir())) < 2:
         time.sleep(0.05)
     parent.send_signal(signal.SIGTERM)
-    assert parent.wait(timeout=30) == 75
+    assert parent.wait(timeout=30) == code

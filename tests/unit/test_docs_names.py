@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megalite.commands import _take_ranks
 from megalite.config.__main__ import json_schema
 from megalite.config.deepspeed_tables import REFUSED
 from megalite.config.faults import known_keys
@@ -18,17 +19,18 @@ from tests.pages import PAGE, ROOT, actions, commands_page, parsers
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("README*.md")])
 PARSERS = dict(parsers())
+NAMES = [name.split()[-1] for name in PARSERS]
 # of the programs that start ours, or stand next to them
 FOREIGN = {
-    "deepspeed": "--num_gpus --no_ssh --master_port --module",
-    "torchrun": "--nproc-per-node --master-port",
+    "deepspeed": "--num_gpus --no_ssh --master_port --module --no_python",
+    "torchrun": "--nproc-per-node --master-port --no-python",
     "mkdocs": "--strict",
     "mpirun and srun": "--nodes --ntasks-per-node --ntasks",
     "sbatch": "--gpus-per-node --cpus-per-task --open-mode --signal --export",
     "squeue": "--me",
     "pip": "--no-deps",
     "hf": "--local-dir",
-    "others": "--logdir --quiet --help --run-folder --shm-size",
+    "others": "--logdir --quiet --help --version --run-folder --shm-size",
 }
 # named as what a user writes, or as what must not be
 MISSPELT = {"deepspeed.gradient_cliping", "optimizer.lrr"}
@@ -55,8 +57,10 @@ def spans(text: str) -> list[str]:
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
     """Yield the commands of ours in a page's code: the parser's name and its arguments."""
     starts = r"\b(?:python|deepspeed|torchrun|srun|mpirun|sbatch)\b.*?"
-    ours = r"(?P<name>launcher/\w+\.py|-m data_prep [\w-]+|slurm/\w+\.sbatch)(?P<rest>.*)"
-    for found in re.finditer(starts + ours, blocks(text)):
+    files = r"launcher/(?!smoke)\w+\.py|-m data_prep [\w-]+|slurm/\w+\.sbatch"
+    command = rf"(?<![\w./-])megalite (?:data )?(?:{'|'.join(NAMES)})\b"
+    ours = rf"(?:{starts}(?P<file>{files})|(?P<command>{command}))(?P<rest>.*)"
+    for found in re.finditer(ours, blocks(text)):
         lexer = shlex.shlex(found["rest"], posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
         words: list[str] = []
@@ -64,7 +68,12 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
             if re.fullmatch(r"[();<>|&]+", word):
                 break
             words.append(word)
-        yield found["name"].replace("-m", "python -m"), words
+        name = re.sub(r"launcher/(\w+)\.py|-m data_prep", _as_command, found["file"] or "")
+        yield name or found["command"], words
+
+
+def _as_command(file: re.Match[str]) -> str:
+    return f"megalite {file[1] or 'data'}"
 
 
 def test_the_page_of_commands_is_up_to_date() -> None:
@@ -100,13 +109,12 @@ def command_faults(text: str) -> list[str]:
         taker, given = name, words
         if name.startswith("slurm/"):
             stem = Path(name).stem
-            taker = "python -m data_prep tokenize" if stem == "prep" else f"launcher/{stem}.py"
-            given = words if stem == "prep" else ["--config", *words]
+            taker = "megalite data tokenize" if stem == "prep" else f"megalite {stem}"
         try:
             with contextlib.redirect_stderr(io.StringIO()):
-                PARSERS[taker].parse_args(given)
+                PARSERS[taker].parse_args(_take_ranks(given)[1])
         except (SystemExit, KeyError):
-            faults.append(shlex.join([name, *words]))
+            faults.append(f"{name} {shlex.join(words)}")
     return faults
 
 
@@ -163,7 +171,9 @@ def test_what_a_page_names_is_there(path: Path, rule: Callable[[str], list[str]]
     ("rule", "text", "faults"),
     [
         (option_faults, "`--set` and `--sett`", ["--sett"]),
-        (command_faults, "    python launcher/eval.py --data x", ["launcher/eval.py --data x"]),
+        (command_faults, "    python launcher/eval.py --data x", ["megalite eval --data x"]),
+        (command_faults, "    megalite plan 7b.json --nods 2", ["megalite plan 7b.json --nods 2"]),
+        (command_faults, "    srun megalite pretrain --ranks 2 --set a=1 mine.yaml", []),
         (command_faults, "```bash\npython -m data_prep inspect x || true\n```", []),
         (command_faults, "    sbatch -N 2 slurm/pretrain.sbatch configs/1b.json --set a=1", []),
         (

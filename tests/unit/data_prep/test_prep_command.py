@@ -46,7 +46,7 @@ def test_help_has_examples_and_imports_nothing_heavy(capsys: pytest.CaptureFixtu
         with pytest.raises(SystemExit) as left:
             main([*command, "--help"])
         assert left.value.code == 0
-        assert f"python -m data_prep {(command or ['tokenize'])[0]} " in capsys.readouterr().out
+        assert f"megalite data {(command or ['tokenize'])[0]} " in capsys.readouterr().out
     program = (
         "import sys, data_prep.__main__ as m\n"
         "try: m.main(['--help'])\n"

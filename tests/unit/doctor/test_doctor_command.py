@@ -1,4 +1,5 @@
 # covers: megalite/doctor/examine.py megalite/doctor/runfile.py launcher/doctor.py
+# covers: megalite/commands/doctor.py
 """launcher/doctor.py on this machine, on run files, and on paths that do not exist."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 # covers: launcher/generate.py
+# covers: megalite/commands/generate.py
 """launcher/generate.py on a small checkpoint: the text is what the model's own scores say."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 # covers: launcher/report.py
+# covers: megalite/commands/report.py
 """launcher/report.py: its page, and its refusals."""
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import finetune
 from megalite import files
 from megalite.checkpoint import describe_run, describe_start
+from megalite.commands import finetune
 from megalite.config import load_stored
 from megalite.errors import CommandError, ConfigError
 from megalite.parallel import Grid
