@@ -211,8 +211,8 @@ class CommandParser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
             advice = nearest(str(value), choices)
-            told = f"expected {', '.join(choices)}; got {str(value)!r}{advice}"
-            raise argparse.ArgumentError(action, told)
+            fault = f"expected {', '.join(choices)}; got {str(value)!r}{advice}"
+            raise argparse.ArgumentError(action, fault)
 
 
 def _expand(path: str | Path) -> str | Path:

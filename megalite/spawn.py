@@ -208,8 +208,8 @@ def supervise(command: Sequence[str], ranks: int) -> int:
             process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
-    own = started[0].returncode
-    code = own if own in _ENDS else first
+    rank_0 = started[0].returncode
+    code = rank_0 if rank_0 in _ENDS else first
     return code if code >= 0 else 128 - code if -code in received else 1
 
 

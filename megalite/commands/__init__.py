@@ -195,7 +195,7 @@ def _own_command() -> list[str]:
     `python -m megalite` in place of the script would import from the working directory.
     """
     words = sys.orig_argv[1:]
-    own = words[: len(words) - len(sys.argv) + 1]
-    if [*own, *sys.argv[1:]] != words or not own:
-        own = ["-m", "megalite"]  # called by another program
-    return [sys.executable, *own]
+    start = words[: len(words) - len(sys.argv) + 1]
+    if [*start, *sys.argv[1:]] != words or not start:
+        start = ["-m", "megalite"]  # called by another program
+    return [sys.executable, *start]

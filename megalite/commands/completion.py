@@ -42,8 +42,8 @@ def completion(arguments: Sequence[str]) -> str:
     """
     shell = arguments[0] if len(arguments) == 1 else ""
     if shell not in _SHELLS:
-        told = " ".join(arguments)
-        raise CommandError(f"completion: expected a shell, {', '.join(_SHELLS)}; got {told!r}")
+        words = " ".join(arguments)
+        raise CommandError(f"completion: expected a shell, {', '.join(_SHELLS)}; got {words!r}")
     table = words_of_commands()
     if shell == "fish":
         return "".join(f"complete -c megalite {line}\n" for line in _fish(table))

@@ -57,8 +57,9 @@ def parse_yaml(text: str, checks: ValueChecks) -> Any:
         mark = error.problem_mark or error.context_mark
         at = f"{_place(mark)}: " if mark else ""
         problem = error.problem or error.context or "it cannot be parsed"
-        tab = "; indent and separate with spaces" if "'\\t'" in problem else "; fix that line"
-        raise ConfigError(f"{at}not YAML: {problem}{tab}") from None
+        tab = "'\\t'" in problem
+        advice = "indent and separate with spaces" if tab else "fix that line"
+        raise ConfigError(f"{at}not YAML: {problem}; {advice}") from None
     except yaml.reader.ReaderError as error:
         at = _place_in(text, error.position)
         raise ConfigError(f"{at}: not YAML: a control character; remove it") from None

@@ -104,3 +104,28 @@ def test_wheel_trains_without_a_checkout(
     plan = ("megalite.launcher.plan", "--config", "configs/7b.json", "--gpu", "h100-80gb", "--json")
     output = succeed(sys.executable, "-m", *plan, folder=tmp_path, PYTHONPATH=str(installed))
     assert json.loads(output)["parameters"] == 6_738_415_616
+
+
+def test_megalite_is_on_the_path_where_no_checkout_is(installed: Path, tmp_path: Path) -> None:
+    def megalite(*arguments: str) -> str:
+        command = (sys.executable, str(installed / "bin" / "megalite"), *arguments)
+        return succeed(*command, folder=tmp_path, PYTHONPATH=str(installed))
+
+    output = megalite("plan", "7b.json", "--gpu", "h100-80gb", "--json")
+    assert json.loads(output)["parameters"] == 6_738_415_616
+    (tmp_path / "text.txt").write_text("The same run on any layout. " * 50)
+    megalite("data", "tokenize", "--input", "text.txt", "--tokenizer", "bytes", "--output", "data")
+    (tmp_path / "mine.yaml").write_text(
+        "extends: smoke.json\n"
+        "name: mine\n"
+        "model: {vocab_size: 258, hidden_size: 16, intermediate_size: 32}\n"
+        "data:\n"
+        "  train: [{path: data}]\n"
+        "  valid: []\n"
+        "  sequence_length: 16\n"
+        "training: {steps: 2, global_batch_size: 2, micro_batch_size: 1, precision: fp32}\n"
+    )
+    megalite("pretrain", "mine.yaml", "--ranks", "2")
+    assert json.loads((tmp_path / "runs/mine/status.json").read_text())["state"] == "done"
+    options = ("--prompt", "The", "--max-new-tokens", "4")
+    assert megalite("generate", "runs/mine", *options).startswith("The")
