@@ -62,7 +62,7 @@ class RunResult:
 def pretrain(
     config: ConfigSource, *, overrides: Overrides = (), hooks: Sequence[Hook] = ()
 ) -> RunResult:
-    """Pretrain a model, as launcher/pretrain.py does, and return when the run has ended.
+    """Pretrain a model, as `megalite pretrain` does, and return when the run has ended.
 
     A run whose folder has checkpoints continues from the newest one. Interrupting the kernel, or
     Ctrl-C, saves and stops the run. A run in a thread gets no signals; a hook can stop it. A
@@ -88,7 +88,7 @@ def finetune(
     overrides: Overrides = (),
     hooks: Sequence[Hook] = (),
 ) -> RunResult:
-    """Fine-tune a model, as launcher/finetune.py does, and return when the run has ended.
+    """Fine-tune a model, as `megalite finetune` does, and return when the run has ended.
 
     See `pretrain` for runs that continue, signals and threads.
 
@@ -140,10 +140,10 @@ def make_plan(
         config: a dictionary, the path of a run file, or a `RunConfig`.
         nodes: hosts.
         gpus_per_node: GPUs of each host.
-        gpu: the name of a device that launcher/plan.py has, or the path of a device file.
+        gpu: the name of a device of `megalite plan --gpu`, or the path of a device file.
         overrides: changes of keys; see `pretrain`.
     Returns:
-        the object that launcher/plan.py prints with `--json`: `fits`, `memory_bytes` (a rank's, by
+        the object that `megalite plan --json` prints: `fits`, `memory_bytes` (a rank's, by
         kind), `step_seconds`, `tokens_per_second`, `mfu` (0 to 1), `run_seconds` and more.
     Raises:
         ConfigError: faults of the configuration, or a layout that is impossible on these devices.
@@ -304,7 +304,7 @@ class Model:
         return float(loaded.loss(batch)) / targets
 
     def evaluate(self, data: str | Path | None = None) -> dict[str, Any]:
-        """Measure the model, as launcher/eval.py does.
+        """Measure the model, as `megalite eval` does.
 
         Args:
             data: a folder of shards; or, for a fine-tuned model, a file of labelled rows. None

@@ -40,7 +40,7 @@ def pretraining_options(
     config = load_config(source, sets)
     if config.finetune is not None:
         raise ConfigError(
-            f"{source_name(source)}: it has a finetune section; start launcher/finetune.py with it"
+            f"{source_name(source)}: it has a finetune section; start megalite finetune with it"
         )
     from megalite.formats.start import find_start
 
@@ -94,7 +94,7 @@ def finetuning_options(
     if config.finetune is None:
         raise ConfigError(
             f"{source_name(source)}: no finetune section; write one (configs/finetune has "
-            "examples), or start launcher/pretrain.py"
+            "examples), or start megalite pretrain"
         )
     if fresh and not find_task(config.finetune.task).has_labels:
         require_head(Path(str(start)))  # before the examples are made

@@ -172,7 +172,7 @@ _IDLE: dict[str, tuple[Any, str]] = {
     "zero_optimization.save_muon_momentum_buffer_in_memory": (False, f"{_NVME}; remove it"),
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": (
         False,
-        f"{_SAVES}; remove it, and use launcher/export.py to write a model folder",
+        f"{_SAVES}; remove it, and use megalite export to write a model folder",
     ),
     f"{_OFFLOAD}.nvme_path": (None, f"{_NVME}; remove it"),
     f"{_OFFLOAD}.buffer_count": (4, f"{_NVME}; remove it"),

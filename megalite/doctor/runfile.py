@@ -70,7 +70,7 @@ def memory_plan(config: RunConfig) -> CheckResult:
     plan = make_plan(config, world_size=ranks, device=device)
     launch = replace(ALONE, world_size=ranks, local_world_size=ranks)
     if faults := hardware_faults(config, plan, launch, device):
-        advice = "use more hosts; launcher/plan.py --nodes shows how many"
+        advice = "use more hosts; megalite plan --nodes shows how many"
         return CheckResult("fail", "\n".join(faults), advice)
     size = plan.memory_bytes["total"] / GIB
     fit = f"{ranks} ranks fit, each" if ranks > 1 else "one rank fits,"

@@ -120,7 +120,7 @@ class LoadedModel:
             raise CommandError(
                 f"the text holds the token {self.tokenizer.pieces()[unknown]!r} of id {unknown}, "
                 f"but the model has {size} ids, 0 to {size - 1}; remove the token, or "
-                "fine-tune the model with launcher/finetune.py --init-from, which adds rows for it"
+                "fine-tune the model with megalite finetune --init-from, which adds rows for it"
             )
 
     @property

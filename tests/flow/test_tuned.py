@@ -48,7 +48,7 @@ def test_chat_model_is_finetuned_and_answers(shards: dict[str, str], tmp_path: P
 
     refused = _launch("pretrain", "--config", "configs/finetune/imdb.json")
     assert refused.returncode == 2
-    assert "it has a finetune section; start launcher/finetune.py" in refused.stderr
+    assert "it has a finetune section; start megalite finetune" in refused.stderr
     refused = _launch("finetune", "--config", file)
     assert refused.returncode == 2
     assert "model: is missing; write one, or name a model to start from" in refused.stderr

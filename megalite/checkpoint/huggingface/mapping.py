@@ -21,7 +21,7 @@ def family_of(model: ModelConfig) -> Family:
     if model.num_labels:
         raise CommandError(
             "this is a classifier, and Hugging Face's classifiers have other heads and inputs: use "
-            "launcher/eval.py --predictions to write the labels of new texts"
+            "megalite eval --predictions to write the labels of new texts"
         )
     model = _without_uniform_list(model)
     nearest: list[tuple[int, str]] = []

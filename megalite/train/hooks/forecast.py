@@ -31,7 +31,7 @@ class ForecastCheck(Hook):
 
     All ranks must construct it, because they exchange the names of their hosts. On a CPU, measured
     memory is the increase since the construction, and predicted times are guesses until
-    `launcher/plan.py --calibrate` has measured the host.
+    `megalite plan --calibrate` has measured the host.
 
     Args:
         recorder: writer of the run's records. Its rank 0 reports.

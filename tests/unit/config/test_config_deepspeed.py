@@ -122,7 +122,7 @@ def test_deepspeed_fault_states_value_and_remedy(key: str, value: Any, message: 
         (
             "zero_optimization.stage3_gather_16bit_weights_on_model_save",
             True,
-            "own checkpoints; remove it, and use launcher/export.py",
+            "own checkpoints; remove it, and use megalite export",
         ),
         ("zero_optimization.pipeline_loading_checkpoint", True, "own checkpoints; remove it"),
         ("zero_optimization.legacy_stage1", True, "DeepSpeed 0.19 no longer has it"),
