@@ -1,27 +1,29 @@
-"""What a checkpoint costs: saved while training waits, saved in the background, and loaded.
+"""Measure blocking saves, background saves and loads of checkpoints, and the replica check.
 
     python benchmarks/checkpoint.py                  58 M parameters, ZeRO-1, 1 and 2 ranks
     python benchmarks/checkpoint.py --ranks 2 --rounds 3
 
-In every round, one after the other, with the ranks in step:
+Every round times the following, one after another. The ranks begin each item together.
 
-    limit   every rank writes its share of the bytes to a file, hashes and syncs it
-    save    the whole save, while training waits: gathered, written, hashed, synced, published
-    steps   some steps of training without a save
-    stall   the same steps with a save in the background: what training waited for it (the snapshot
-            and the publication); `slower` is by how much the steps in between took longer
-    read    every rank reads its share of the bytes and hashes them
-    load    the whole resume: every file checked, every state set, read back and compared
-    guard   one comparison of replicas, as training makes every `training.replica_check_every` steps
+    limit   each rank writes its share of a checkpoint's bytes to a file, hashes it and syncs it
+    save    a blocking save: gather, write, hash, sync and publish
+    steps   training steps without a save
+    stall   in the same number of steps, the time that training waits for a background save (its
+            snapshot and its publication)
+    slower  the time by which the save slows these steps down, without `stall`
+    read    each rank reads its share of the bytes and hashes it
+    load    a resume: check every file, set every state, read it back and compare
+    guard   one comparison of replicas, as every `training.replica_check_every` steps of a run
 
-A ratio is taken within a round; medians over the rounds are printed.
+Ratios are computed within a round. The output has medians over the rounds.
 """
 
 from __future__ import annotations
 
 import sys
 
-sys.path.sort(key=lambda path: path.endswith("benchmarks"))  # last, for it has a tokenize.py
+# This folder goes last: its tokenize.py would hide the module of the standard library.
+sys.path.sort(key=lambda path: path.endswith("benchmarks"))
 
 import argparse
 import hashlib
@@ -38,7 +40,8 @@ from ranks import run_on_cpu
 
 from megalite.env import Launch
 
-STEPS, PIECE = 6, 1 << 22
+STEPS = 6
+PIECE = 1 << 22  # bytes written or read at a time
 MODEL = {
     "vocab_size": 32000,
     "hidden_size": 512,
@@ -47,9 +50,9 @@ MODEL = {
     "num_attention_heads": 8,
     "max_position_embeddings": 512,
 }
-STALL = {1: 0.20, 2: 0.50}  # of a save, at most
-DRIFT_EVERY = 100  # the default
-RATE = 0.5  # of the limit, at least
+MAX_STALL = {1: 0.20, 2: 0.50}  # by number of ranks; as a share of a blocking save
+REPLICA_CHECK_EVERY = 100  # the default of training.replica_check_every
+MIN_RATE = 0.5  # of a save or load, as a share of the limit's rate
 
 
 def main() -> None:
@@ -58,22 +61,22 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where to write (default: temporary)")
+    parser.add_argument("--folder", type=Path, help="folder to write to; default: temporary")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    chosen = parser.parse_args()
-    found = {}
-    for ranks in chosen.ranks:
-        with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=chosen.folder) as folder:
-            every = run_on_cpu(measure, ranks, chosen.rounds, Path(folder))
+    arguments = parser.parse_args()
+    results = {}
+    for ranks in arguments.ranks:
+        with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=arguments.folder) as folder:
+            by_rank = run_on_cpu(measure, ranks, arguments.rounds, Path(folder))
         rounds = [
-            {name: max(rows[number][name] for rows in every) for name in every[0][number]}
-            for number in range(chosen.rounds)
+            {name: max(rows[number][name] for rows in by_rank) for name in by_rank[0][number]}
+            for number in range(arguments.rounds)
         ]
-        found[f"{ranks} ranks"] = summary = summarise(rounds)
-        if not chosen.json:
+        results[f"{ranks} ranks"] = summary = summarise(rounds)
+        if not arguments.json:
             sys.stdout.write(table(ranks, summary) + "\n")
-    if chosen.json:
-        sys.stdout.write(json.dumps(found) + "\n")
+    if arguments.json:
+        sys.stdout.write(json.dumps(results) + "\n")
 
 
 def summarise(rounds: list[dict[str, float]]) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def summarise(rounds: list[dict[str, float]]) -> dict[str, Any]:
         "stall of save": [r["stall"] / r["save"] for r in rounds],
         "save of limit": [r["limit"] / r["save"] for r in rounds],
         "load of limit": [r["read"] / r["load"] for r in rounds],
-        "guard of a step": [r["guard"] / DRIFT_EVERY * STEPS / r["steps"] for r in rounds],
+        "guard of a step": [r["guard"] / REPLICA_CHECK_EVERY * STEPS / r["steps"] for r in rounds],
     }
     return {
         "seconds": medians,
@@ -91,31 +94,32 @@ def summarise(rounds: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def table(ranks: int, found: dict[str, Any]) -> str:
-    seconds = ", ".join(f"{n} {s:.2f}" for n, s in found["seconds"].items() if n != "bytes")
-    ratios, size = found["ratios"], found["seconds"]["bytes"] / 1e6
+def table(ranks: int, summary: dict[str, Any]) -> str:
+    seconds = ", ".join(f"{n} {s:.2f}" for n, s in summary["seconds"].items() if n != "bytes")
+    ratios, megabytes = summary["ratios"], summary["seconds"]["bytes"] / 1e6
     return "\n".join(
         (
-            f"{ranks} rank{'s' * (ranks > 1)}, {size:,.0f} MB; seconds: {seconds}",
-            f"  a background save stalls training by {ratios['stall of save']:.0%} of a save "
-            f"(under {STALL.get(ranks, 0.5):.0%} is meant)",
-            f"  save at {ratios['save of limit']:.0%} of the limit, load at "
-            f"{ratios['load of limit']:.0%} (over {RATE:.0%} is meant)",
-            f"  the guard costs {ratios['guard of a step']:.3%} of a step (under 0.5% is meant)",
+            f"{ranks} rank{'s' * (ranks > 1)}, {megabytes:,.0f} MB; seconds: {seconds}",
+            f"  training waits for a background save {ratios['stall of save']:.0%} of the time of "
+            f"a blocking save (target: under {MAX_STALL.get(ranks, 0.5):.0%})",
+            f"  rate of a save: {ratios['save of limit']:.0%} of the limit, of a load: "
+            f"{ratios['load of limit']:.0%} (target: over {MIN_RATE:.0%})",
+            f"  replica checks cost {ratios['guard of a step']:.3%} of the training time "
+            "(target: under 0.5%)",
         )
     )
 
 
 def measure(launch: Launch, rounds: int, folder: Path) -> list[dict[str, float]]:
-    """Measure every round as one rank and return its figures."""
-    bench = Bench(launch, folder)
-    rows = bench.rounds(rounds)
-    bench.grid.barrier()
+    """Measure as one rank. Return seconds by name for each round."""
+    benchmark = Benchmark(launch, folder)
+    rows = benchmark.run_rounds(rounds)
+    benchmark.grid.barrier()
     return rows
 
 
-class Bench:
-    """A rank's engine and saver, and what is timed of them."""
+class Benchmark:
+    """One rank's engine, saver and replica check, with a timer around their methods."""
 
     def __init__(self, launch: Launch, folder: Path) -> None:
         from megalite.checkpoint import Saver
@@ -159,29 +163,33 @@ class Bench:
             tokenizer_sha256="",
             lease=None,
         )
-        self.guard = ReplicaCheck(
-            self.engine, config.model, self.grid, every=DRIFT_EVERY, stage=plan.zero_stage
+        self.replica_check = ReplicaCheck(
+            self.engine, config.model, self.grid, every=REPLICA_CHECK_EVERY, stage=plan.zero_stage
         )
         self.batch = make_batch(rank)
 
-    def rounds(self, count: int) -> list[dict[str, float]]:
+    def run_rounds(self, count: int) -> list[dict[str, float]]:
         self.step()
-        self.timed(self.save)
+        self.seconds_of(self.save)
         files = (self.folder / "checkpoints").rglob("*.safetensors")
         size = sum(path.stat().st_size for path in files)
         share = os.urandom(PIECE) * (size // self.ranks // PIECE)
         path, rows = self.folder / f"limit-{self.rank}", []
         for _ in range(count):
-            row = {"limit": self.timed(lambda: write(path, share)), "save": self.timed(self.save)}
-            row |= {"read": self.timed(lambda: read(path)), "load": self.timed(self.load)}
-            row["steps"], _ = self.training(background=False)
-            whole, row["stall"] = self.training(background=True)
-            row["guard"] = self.timed(lambda: self.guard.check(1))
-            row["slower"] = whole - row["stall"] - row["steps"]
+            row = {
+                "limit": self.seconds_of(lambda: write(path, share)),
+                "save": self.seconds_of(self.save),
+            }
+            row |= {"read": self.seconds_of(lambda: read(path)), "load": self.seconds_of(self.load)}
+            row["steps"], _ = self.train(background=False)
+            total, row["stall"] = self.train(background=True)
+            row["guard"] = self.seconds_of(lambda: self.replica_check.check(1))
+            row["slower"] = total - row["stall"] - row["steps"]
             rows.append(row | {"bytes": float(size)})
         return rows
 
-    def timed(self, action: Callable[[], object]) -> float:
+    def seconds_of(self, action: Callable[[], object]) -> float:
+        """Return the seconds from the common start to the end of the slowest rank."""
         self.grid.barrier()
         began = time.perf_counter()
         action()
@@ -203,30 +211,39 @@ class Bench:
     def load(self) -> None:
         from megalite.checkpoint import find_newest, restore
 
-        found, _ = find_newest(self.folder / "checkpoints", self.grid)
-        assert found is not None
-        folder, manifest = found
+        newest, _ = find_newest(self.folder / "checkpoints", self.grid)
+        assert newest is not None
+        folder, manifest = newest
         restore(self.engine, self.config, grid=self.grid, folder=folder, manifest=manifest)
 
-    def training(self, *, background: bool) -> tuple[float, float]:
-        """Return seconds of some steps, and of waiting for a save in the midst of them."""
+    def train(self, *, background: bool) -> tuple[float, float]:
+        """Train `STEPS` steps.
+
+        Args:
+            background: whether to save a checkpoint in the background during the steps.
+        Returns:
+            seconds of all steps, and those of them that training waited for the save.
+        """
         waited, began = 0.0, time.perf_counter()
         if background:
-            waited += self.timed(lambda: self.begin(2, snapshot=True))
+            waited += self.seconds_of(lambda: self.begin(2, snapshot=True))
         for number in range(STEPS):
             self.step()
             last = number == STEPS - 1
-            if background and self.saver.under_way and (self.written() or last):
-                waited += self.timed(self.saver.finish)
+            if background and self.saver.under_way and (self.is_written() or last):
+                waited += self.seconds_of(self.saver.finish)
         return time.perf_counter() - began, waited
 
-    def written(self) -> bool:
-        """Make the small reduction of every training step."""
+    def is_written(self) -> bool:
+        """Return whether all ranks have written their files.
+
+        As in training, the ranks find this out by one small reduction per step.
+        """
         import torch
 
-        done = torch.tensor([self.saver.written])
-        self.grid.all_reduce_cpu(done)
-        return int(done) == self.saver.begun * self.ranks
+        written = torch.tensor([self.saver.written])
+        self.grid.all_reduce_cpu(written)
+        return int(written) == self.saver.begun * self.ranks
 
 
 def make_batch(seed: int) -> Any:

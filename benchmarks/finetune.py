@@ -1,21 +1,28 @@
-"""What pretraining is worth: classifiers from it and from scratch, next to naive Bayes.
+"""Compare classifiers that were pretrained, classifiers from scratch, and naive Bayes.
 
     python benchmarks/finetune.py --data shared/data                Reuters R8, Rotten Tomatoes
     python benchmarks/finetune.py --data shared/data --only tomatoes --seeds 0 --json results.json
 
-A small encoder is pretrained on hidden words of the training split's texts and of a corpus, then
-fine-tuned, with every seed, from there, from scratch, and with LoRA adapters. A tenth of the
-training split chooses the epoch, and the test split is read once a seed, by the run itself. Sets
-are `DATA/cls_reuters_r8/{train,test}.jsonl.gz` in their canonical split, and
-`DATA/cls_rotten_tomatoes/all.jsonl.gz`, whose test rows are those of every fifth film by the hash
-of its name. All through the front door; no setting was chosen on a test split.
+A small encoder is pretrained to predict masked words in the texts of the training split. With
+--corpus, the encoder for Rotten Tomatoes also reads the texts of that file. Then classifiers are
+trained with each seed: from the pretrained encoder, from scratch, and with LoRA adapters on the
+pretrained encoder. The best epoch is chosen on a tenth of the training split. Each run reads the
+test split once, at its end. No setting was chosen on a test split. All runs are started by
+launcher/pretrain.py and launcher/finetune.py.
+
+The data sets are files below the folder of --data:
+
+    cls_reuters_r8/{train,test}.jsonl.gz       the standard split
+    cls_rotten_tomatoes/all.jsonl.gz           the test split has the reviews of a fifth of the
+                                               films, by the hash of a film's name
 """
 
 from __future__ import annotations
 
 import sys
 
-sys.path.sort(key=lambda path: path.endswith("benchmarks"))  # last, for it has a tokenize.py
+# This folder goes last: its tokenize.py would hide the module of the standard library.
+sys.path.sort(key=lambda path: path.endswith("benchmarks"))
 
 import argparse
 import gzip
@@ -37,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PIECES = 8000
 MODEL: dict[str, Any] = {
     "architecture": "encoder",
-    "vocab_size": PIECES + 1,  # the last is the mask
+    "vocab_size": PIECES + 1,  # the last token is the mask
     "hidden_size": 192,
     "intermediate_size": 384,
     "num_hidden_layers": 2,
@@ -48,15 +55,15 @@ MODEL: dict[str, Any] = {
     "position_embedding": "rope",
     "tie_word_embeddings": True,
 }
-# Pretraining: steps, the part of them on the training split's own texts if there is a corpus,
-# the part of the words it hides. Fine-tuning: tokens of an example, epochs.
+# Pretraining: steps; share of the samples that are from the training split if there is a corpus;
+# share of masked tokens. Fine-tuning: largest number of tokens of an example; epochs.
 SETS: dict[str, dict[str, Any]] = {
-    "reuters": {"steps": 3000, "own": 1.0, "mask": 0.2, "longest": 256, "epochs": 5},
-    "tomatoes": {"steps": 5000, "own": 0.3, "mask": 0.5, "longest": 64, "epochs": 4},
+    "reuters": {"steps": 3000, "train_share": 1.0, "mask": 0.2, "max_length": 256, "epochs": 5},
+    "tomatoes": {"steps": 5000, "train_share": 0.3, "mask": 0.5, "max_length": 64, "epochs": 4},
 }
-WINDOW, BATCH = 128, 16
-RATE, LORA_RATE = 1e-3, 2e-3
-# under 2 % of the model
+WINDOW, BATCH = 128, 16  # of pretraining, in tokens and samples
+LEARNING_RATE, LORA_LEARNING_RATE = 1e-3, 2e-3
+# The adapters have less than 2 % of the model's parameters.
 LORA = {"rank": 8, "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]}
 
 
@@ -65,13 +72,15 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--corpus", type=Path, metavar="FILE", help="more text, of general words")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", help="more text for pretraining")
     parser.add_argument("--only", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="of pretraining; default: each set's own")
-    parser.add_argument("--jobs", type=int, default=1, help="fine-tunings at once, a core each")
+    parser.add_argument("--steps", type=int, help="pretraining steps; default: 3000 or 5000")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel fine-tunings, one core each")
     parser.add_argument("--ways", nargs="+", default=["pretrained", "scratch", "lora"])
-    parser.add_argument("--work", type=Path, metavar="DIR", help="kept; default: a scratch folder")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="working folder to keep; default: temporary"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args()
 
@@ -82,7 +91,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def rows(name: str, data: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the training and the test split, {text, label} each."""
+    """Return the examples of the training split and of the test split."""
     if name == "reuters":
         folder = data / "cls_reuters_r8"
         return read(folder / "train.jsonl.gz"), read(folder / "test.jsonl.gz")
@@ -94,21 +103,23 @@ def rows(name: str, data: Path) -> tuple[list[dict[str, Any]], list[dict[str, An
 
 
 def naive_bayes(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> float:
-    """Accuracy of a bag of words, counts smoothed by one."""
+    """Return the test accuracy of multinomial naive Bayes on words, with add-one smoothing."""
     words: dict[Any, Counter[str]] = {}
     labels = Counter(row["label"] for row in train)
     for row in train:
         words.setdefault(row["label"], Counter()).update(_words(row["text"]))
-    known = set().union(*words.values())
-    totals = {label: sum(count.values()) + len(known) for label, count in words.items()}
+    vocabulary = set().union(*words.values())
+    totals = {label: sum(count.values()) + len(vocabulary) for label, count in words.items()}
 
-    def chance(label: Any, text: str) -> float:
+    def log_probability(label: Any, text: str) -> float:
         counts, total = words[label], totals[label]
-        each = (math.log((counts[w] + 1) / total) for w in _words(text) if w in known)
-        return math.log(labels[label] / len(train)) + sum(each)
+        terms = (math.log((counts[w] + 1) / total) for w in _words(text) if w in vocabulary)
+        return math.log(labels[label] / len(train)) + sum(terms)
 
-    right = sum(max(labels, key=lambda at: chance(at, r["text"])) == r["label"] for r in test)
-    return right / len(test)
+    def predict(text: str) -> Any:
+        return max(labels, key=lambda label: log_probability(label, text))
+
+    return sum(predict(row["text"]) == row["label"] for row in test) / len(test)
 
 
 def _words(text: str) -> list[str]:
@@ -122,11 +133,13 @@ def command(work: Path, *arguments: Any, **environment: str) -> None:
 
 
 def pretrain(name: str, work: Path, corpus: Path | None, steps: int | None) -> None:
-    """The tokenizer and the run `text`, which are made once."""
-    own = SETS[name]
+    """Train the tokenizer and the encoder (run `text`), unless they exist."""
+    values = SETS[name]
     if (work / "runs" / "text" / "status.json").exists():
         return
-    inputs = ["train.jsonl", *([str(corpus.resolve())] if corpus and own["own"] < 1 else [])]
+    inputs = ["train.jsonl"]
+    if corpus and values["train_share"] < 1:
+        inputs.append(str(corpus.resolve()))
     prep = ("-m", "data_prep")
     if not (work / "tokenizer").exists():
         command(
@@ -141,17 +154,21 @@ def pretrain(name: str, work: Path, corpus: Path | None, steps: int | None) -> N
                 *(*prep, "tokenize", "--input", source, "--tokenizer", "tokenizer"),
                 *("--output", f"text{number}"),
             )
-    weights = [1.0] if len(inputs) == 1 else [own["own"], 1 - own["own"]]
+    weights = [1.0] if len(inputs) == 1 else [values["train_share"], 1 - values["train_share"]]
     sources = [{"path": f"text{n}", "weight": weight} for n, weight in enumerate(weights)]
     run = {
         "name": "text",
         "model": MODEL,
         "data": {"train": sources, "sequence_length": WINDOW, "mask_documents": True},
-        "objective": {"name": "masked", "mask_token_id": PIECES, "mask_probability": own["mask"]},
+        "objective": {
+            "name": "masked",
+            "mask_token_id": PIECES,
+            "mask_probability": values["mask"],
+        },
         "optimizer": {"lr": 2e-3, "weight_decay": 0.01, "betas": [0.9, 0.98]},
         "schedule": {"name": "linear", "warmup_steps": 100, "min_lr_ratio": 0.05},
         "training": {
-            "steps": steps or own["steps"],
+            "steps": steps or values["steps"],
             "global_batch_size": BATCH,
             "micro_batch_size": BATCH,
             "compile": True,
@@ -164,19 +181,19 @@ def pretrain(name: str, work: Path, corpus: Path | None, steps: int | None) -> N
     command(work, ROOT / "launcher" / "pretrain.py", "--config", "text.json")
 
 
-def tune(name: str, work: Path, way: str, seed: int, **environment: str) -> dict[str, Any]:
-    """Fine-tune once and return its last evaluation, on the test split."""
-    own, started = SETS[name], time.monotonic()
+def finetune(name: str, work: Path, way: str, seed: int, **environment: str) -> dict[str, Any]:
+    """Fine-tune once. Return test accuracy, best validation accuracy, and seconds."""
+    values, started = SETS[name], time.monotonic()
     tuning: dict[str, Any] = {
         "task": "classification",
         "data": {
             "path": ".",
             "valid_fraction": 0.1,
             "test_split": "test",
-            "max_length": own["longest"],
+            "max_length": values["max_length"],
             "tokenizer": "tokenizer",
         },
-        "epochs": own["epochs"],
+        "epochs": values["epochs"],
         "eval_train": False,
     }
     if way == "lora":
@@ -186,7 +203,10 @@ def tune(name: str, work: Path, way: str, seed: int, **environment: str) -> dict
         "model": MODEL | {"hidden_dropout": 0.2},
         "data": {"seed": seed},
         "finetune": tuning,
-        "optimizer": {"lr": LORA_RATE if way == "lora" else RATE, "weight_decay": 0.01},
+        "optimizer": {
+            "lr": LORA_LEARNING_RATE if way == "lora" else LEARNING_RATE,
+            "weight_decay": 0.01,
+        },
         "schedule": {"name": "linear", "warmup_steps": 50, "min_lr_ratio": 0.0},
         "training": {
             "global_batch_size": 32,
@@ -208,44 +228,46 @@ def tune(name: str, work: Path, way: str, seed: int, **environment: str) -> dict
     return {"test": measured[-1]["accuracy"], "valid": valid, "seconds": seconds}
 
 
-def measure(name: str, chosen: argparse.Namespace, work: Path) -> dict[str, Any]:
+def measure(name: str, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     work.mkdir(parents=True, exist_ok=True)
-    train, test = rows(name, chosen.data)
-    for split, found in (("train", train), ("test", test)):
-        lines = (json.dumps({"text": r["text"], "label": r["label"]}) + "\n" for r in found)
+    train, test = rows(name, arguments.data)
+    for split, examples in (("train", train), ("test", test)):
+        lines = (json.dumps({"text": r["text"], "label": r["label"]}) + "\n" for r in examples)
         (work / f"{split}.jsonl").write_text("".join(lines))
     started = time.monotonic()
-    pretrain(name, work, chosen.corpus, chosen.steps)
+    pretrain(name, work, arguments.corpus, arguments.steps)
     result: dict[str, Any] = {
         "train_rows": len(train),
         "test_rows": len(test),
         "naive_bayes": naive_bayes(train, test),
         "pretraining_seconds": time.monotonic() - started,
     }
-    alone = {"OMP_NUM_THREADS": "1"} if chosen.jobs > 1 else {}
-    with ThreadPoolExecutor(chosen.jobs) as pool:
-        begun = {
-            way: [pool.submit(tune, name, work, way, seed, **alone) for seed in chosen.seeds]
-            for way in chosen.ways
+    environment = {"OMP_NUM_THREADS": "1"} if arguments.jobs > 1 else {}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        started_runs = {
+            way: [
+                pool.submit(finetune, name, work, way, seed, **environment)
+                for seed in arguments.seeds
+            ]
+            for way in arguments.ways
         }
-        for way, futures in begun.items():
-            every = [future.result() for future in futures]
-            result[way] = {
-                key: [one[key] for one in every] for key in ("test", "valid", "seconds")
-            } | {"mean": statistics.mean(one["test"] for one in every)}
+        for way, futures in started_runs.items():
+            runs = [future.result() for future in futures]
+            result[way] = {key: [run[key] for run in runs] for key in ("test", "valid", "seconds")}
+            result[way]["mean"] = statistics.mean(run["test"] for run in runs)
             sys.stdout.write(f"{name} {way}: {json.dumps(result[way])}\n")
             sys.stdout.flush()
     return result
 
 
 def main() -> None:
-    chosen = parse()
-    with tempfile.TemporaryDirectory(prefix="finetune-") as scratch:
-        base = chosen.work or Path(scratch)
-        result = {name: measure(name, chosen, base / name) for name in chosen.only}
+    arguments = parse()
+    with tempfile.TemporaryDirectory(prefix="finetune-") as temporary:
+        base = arguments.work or Path(temporary)
+        result = {name: measure(name, arguments, base / name) for name in arguments.only}
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
-    if chosen.json:
-        chosen.json.write_text(json.dumps(result, indent=2) + "\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
-"""Decoding speed next to transformers: the same model and machine, greedy, tokens a second.
+"""Compare the speed of greedy decoding with that of transformers, for the same model.
 
     python benchmarks/generate.py               42 M parameters, prompts of 128, 128 new tokens
     python benchmarks/generate.py --rounds 5 --json results.json
 
-The model is made at random, exported, and read by both; each contestant is started afresh in every
-round, and writes once before it is timed. Their tokens are compared: they are the same model.
+A model with random weights is exported as a Hugging Face folder, which every contestant loads. In
+each round, a contestant is a new process. It generates the text twice, and the second time is
+measured. All contestants must generate the same tokens.
 
-    megalite        megalite.evaluate's reader, as launcher/generate.py uses it
-    hf              transformers' generate, eager
-    hf-compiled     the same with a static cache, whose forward transformers compiles
+    megalite        the decoder of megalite.evaluate, as in launcher/generate.py
+    hf              `generate` of transformers, eager
+    hf-compiled     the same with a static cache and a compiled forward
 """
 
 from __future__ import annotations
 
 import sys
 
-sys.path.sort(key=lambda path: path.endswith("benchmarks"))  # last, for it has a tokenize.py
+# This folder goes last: its tokenize.py would hide the module of the standard library.
+sys.path.sort(key=lambda path: path.endswith("benchmarks"))
 
 import argparse
 import json
@@ -34,7 +36,7 @@ MODEL = {
     "num_attention_heads": 8,
     "max_position_embeddings": 512,
 }
-PROMPT, NEW = 128, 128
+PROMPT, NEW = 128, 128  # tokens
 
 
 def parse() -> argparse.Namespace:
@@ -50,39 +52,39 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    chosen = parse()
-    if chosen.contestant:
-        name, batch, folder = chosen.contestant
-        sys.stdout.write(json.dumps(contest(name, int(batch), Path(folder))) + "\n")
+    arguments = parse()
+    if arguments.contestant:
+        name, batch, folder = arguments.contestant
+        sys.stdout.write(json.dumps(run_contestant(name, int(batch), Path(folder))) + "\n")
         return
-    found: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="generate-") as scratch:
-        folder = Path(scratch) / "model"
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="generate-") as temporary:
+        folder = Path(temporary) / "model"
         make_folder(folder)
-        for batch in chosen.batch:
-            rates: dict[str, list[float]] = {name: [] for name in chosen.only}
+        for batch in arguments.batch:
+            rates: dict[str, list[float]] = {name: [] for name in arguments.only}
             texts: dict[str, Any] = {}
-            for _ in range(chosen.rounds):
+            for _ in range(arguments.rounds):
                 for name in rates:
                     command = [sys.executable, __file__, "--contestant", name, str(batch)]
                     done = subprocess.run(
                         [*command, str(folder)], capture_output=True, text=True, check=True
                     )
-                    told = json.loads(done.stdout.splitlines()[-1])
-                    rates[name].append(batch * NEW / told["seconds"])
-                    texts[name] = told["tokens"]
+                    result = json.loads(done.stdout.splitlines()[-1])
+                    rates[name].append(batch * NEW / result["seconds"])
+                    texts[name] = result["tokens"]
             assert all(text == next(iter(texts.values())) for text in texts.values())
             medians = {name: statistics.median(values) for name, values in rates.items()}
-            found[str(batch)] = {"tokens_per_second": medians, "rounds": rates}
+            results[str(batch)] = {"tokens_per_second": medians, "rounds": rates}
             for name, rate in medians.items():
-                ratio = medians[chosen.only[0]] / rate
+                ratio = medians[arguments.only[0]] / rate
                 sys.stdout.write(f"batch {batch}  {name:12} {rate:8.1f} tokens/s  {ratio:5.2f} x\n")
-    if chosen.json:
-        chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def make_folder(folder: Path) -> None:
-    """A random model as a folder of Hugging Face's; written once by our own export."""
+    """Export a model with random weights as a Hugging Face folder."""
     from contextlib import nullcontext
 
     import torch
@@ -110,18 +112,18 @@ def make_folder(folder: Path) -> None:
     export(InMemory(), config, load_tokenizer("bytes"), folder)
 
 
-def contest(name: str, batch: int, folder: Path) -> dict[str, Any]:
-    """Return seconds of the second generation, and the tokens of the first text."""
+def run_contestant(name: str, batch: int, folder: Path) -> dict[str, Any]:
+    """Generate twice. Return the seconds of the second time, and the tokens of the first text."""
     import torch
 
     ids = torch.randint(1000, (batch, PROMPT), generator=torch.Generator().manual_seed(3))
     if name == "megalite":
         from megalite.evaluate import Sampling, open_model, sample_ids
 
-        opened = open_model(folder)
+        loaded = open_model(folder)
 
-        def write() -> list[int]:
-            steps = list(sample_ids(opened.decoder(), ids.tolist(), NEW, (), Sampling(0.0)))
+        def generate() -> list[int]:
+            steps = list(sample_ids(loaded.decoder(), ids.tolist(), NEW, (), Sampling(0.0)))
             return [row[0] or 0 for row in steps]
     else:
         import transformers
@@ -132,14 +134,14 @@ def contest(name: str, batch: int, folder: Path) -> dict[str, Any]:
             settings["cache_implementation"] = "static"
             model.forward = torch.compile(model.forward)
 
-        def write() -> list[int]:
+        def generate() -> list[int]:
             mask = torch.ones_like(ids)
-            found = model.generate(ids, attention_mask=mask, pad_token_id=0, **settings)
-            return found[0, PROMPT:].tolist()
+            output = model.generate(ids, attention_mask=mask, pad_token_id=0, **settings)
+            return output[0, PROMPT:].tolist()
 
-    write()
+    generate()
     began = time.perf_counter()
-    tokens = write()
+    tokens = generate()
     return {"seconds": time.perf_counter() - began, "tokens": tokens}
 
 

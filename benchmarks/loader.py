@@ -1,14 +1,16 @@
-"""How fast batches are delivered on one core: the real loader, from the page cache.
+"""Measure how many tokens per second the training loader delivers on one core, from the page cache.
 
-A mixture of ten sources with documents of 500 tokens on average, windows of 2,048 tokens, documents
-kept apart. The process is tied to one core, so the reading thread and its consumer share it.
+The mixture has ten sources. Documents have 500 tokens on average, and windows have 2,048. Documents
+in a window are masked from each other. The process may use one core only, which the loader's thread
+and the thread that takes the batches share.
 """
 
 from __future__ import annotations
 
 import sys
 
-sys.path.sort(key=lambda path: path.endswith("benchmarks"))  # last, for it has a tokenize.py
+# This folder goes last: its tokenize.py would hide the module of the standard library.
+sys.path.sort(key=lambda path: path.endswith("benchmarks"))
 
 import argparse
 import hashlib
@@ -29,39 +31,42 @@ from megalite.formats.manifest import ShardManifest, TokenizerInfo, write_manife
 from megalite.formats.shards import ShardWriter, open_shards
 
 SOURCES, LENGTH, DOCUMENT, VOCABULARY = 10, 2048, 500, 32_000
-SHARDS = 3  # a source
+SHARDS = 3  # per source
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--tokens", type=int, default=200_000_000, help="of all sources (default: %(default)s)"
+        "--tokens",
+        type=int,
+        default=200_000_000,
+        help="tokens of all sources (default: %(default)s)",
     )
     parser.add_argument(
-        "--seconds", type=float, default=5.0, help="of one measurement (default: %(default)s)"
+        "--seconds", type=float, default=5.0, help="per measurement (default: %(default)s)"
     )
     parser.add_argument(
-        "--repeats", type=int, default=5, help="measurements (default: %(default)s)"
+        "--repeats", type=int, default=5, help="number of measurements (default: %(default)s)"
     )
     parser.add_argument(
-        "--global-batch-size", type=int, default=512, help="samples a step (default: %(default)s)"
+        "--global-batch-size", type=int, default=512, help="samples per step (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return parser.parse_args()
 
 
 def make_source(folder: Path, tokens: int, seed: int) -> None:
-    """A shard folder of random ids; documents' lengths are spread exponentially."""
-    numbers = np.random.default_rng(seed)
+    """Write a shard folder of random ids, with exponentially distributed document lengths."""
+    generator = np.random.default_rng(seed)
     (folder / "tokenizer").mkdir(parents=True)
     (folder / "tokenizer" / "tokenizer.model").write_bytes(b"none")
     infos = []
     for shard in range(SHARDS):
         name = f"shard_{shard:05d}"
         with ShardWriter(folder, name, np.dtype("<u2"), vocab_size=VOCABULARY) as writer:
-            lengths = numbers.exponential(DOCUMENT, tokens // SHARDS // DOCUMENT).astype(int) + 1
+            lengths = generator.exponential(DOCUMENT, tokens // SHARDS // DOCUMENT).astype(int) + 1
             for length in lengths.tolist():
-                writer.add_document(numbers.integers(VOCABULARY, size=length, dtype=np.uint16))
+                writer.add_document(generator.integers(VOCABULARY, size=length, dtype=np.uint16))
             infos.append(writer.close())
     digest = hashlib.sha256(b"none").hexdigest()
     manifest = ShardManifest(
@@ -78,7 +83,12 @@ def make_source(folder: Path, tokens: int, seed: int) -> None:
 
 
 def measure(dataset: Dataset, batch: int, seconds: float, start: int) -> tuple[float, float, int]:
-    """Return tokens a second, and a second of processor time; and the place after the last step."""
+    """Read batches for some seconds.
+
+    Returns:
+        tokens per second, tokens per second of processor time, and the position in the data order
+        after the last step.
+    """
     loader = Loader(
         dataset,
         global_batch_size=batch,
@@ -89,7 +99,7 @@ def measure(dataset: Dataset, batch: int, seconds: float, start: int) -> tuple[f
         pin_memory=False,
     )
     next(loader)
-    for _ in range(2):  # what was read ahead before the clock starts
+    for _ in range(2):  # steps that were read ahead before the clock starts
         next(loader)
     steps, begin, processor = 0, time.perf_counter(), time.process_time()
     while (spent := time.perf_counter() - begin) < seconds:
@@ -107,8 +117,8 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as made:
-        folders = [Path(made) / f"source{number}" for number in range(SOURCES)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(temporary) / f"source{number}" for number in range(SOURCES)]
         for number, folder in enumerate(folders):
             make_source(folder, arguments.tokens // SOURCES, number)
         dataset = Dataset(
@@ -118,7 +128,7 @@ def main() -> None:
             seed=1,
             mask_documents=True,
         )
-        # every page and every index once: what follows reads from memory
+        # A first pass fills the page cache and opens every index.
         *_, place = measure(dataset, arguments.global_batch_size, 2.0, 0)
         rates, processor_rates = [], []
         for _ in range(arguments.repeats):
@@ -131,7 +141,7 @@ def main() -> None:
         "tokens_per_second": statistics.median(rates),
         "lowest": min(rates),
         "highest": max(rates),
-        # what it is where nothing else wants the core
+        # the rate if no other process uses the core
         "tokens_per_processor_second": statistics.median(processor_rates),
         "sequence_length": LENGTH,
         "sources": SOURCES,
@@ -148,8 +158,8 @@ def main() -> None:
     )
     sys.stdout.write(
         f"{middle} M tokens/s on one core (median of {len(rates)}, {low} to {high}): {SOURCES} "
-        f"sources, windows of {LENGTH}, documents of {DOCUMENT} tokens kept apart; "
-        f"{result['tokens_per_processor_second'] / 1e6:.1f} M a second of processor time\n"
+        f"sources, windows of {LENGTH}, documents of {DOCUMENT} tokens with document masks; "
+        f"{result['tokens_per_processor_second'] / 1e6:.1f} M tokens/s of processor time\n"
     )
 
 

@@ -1,17 +1,19 @@
-"""Other frameworks' training steps, for `train.py`: run by it, with an interpreter that has them.
+"""Time the training steps of other frameworks. `train.py` runs this file.
 
     python benchmarks/peers.py hf-compiled '{"model": {...}, "batch": 8, "steps": 6,
                                              "precision": "fp32"}'
 
-Prints one JSON object: the time each step ended at (Unix seconds), and peak resident bytes. Every
-peer has torch's fused AdamW, gradients clipped at 1.0, random tokens in memory and no logging.
+The interpreter must have the framework installed. The last line of the output is a JSON object with
+the end of each step (Unix seconds) and the peak memory in bytes. Every framework uses torch's fused
+AdamW, clips gradients at 1.0, reads random tokens from memory, and logs nothing.
 """
 
 from __future__ import annotations
 
 import sys
 
-sys.path.sort(key=lambda path: path.endswith("benchmarks"))  # last, for it has a tokenize.py
+# This folder goes last: its tokenize.py would hide the module of the standard library.
+sys.path.sort(key=lambda path: path.endswith("benchmarks"))
 
 import json
 import resource
@@ -28,8 +30,8 @@ DEVICE = "cuda" if CUDA else "cpu"
 Loss = Callable[[Tensor], Tensor]
 
 
-def hugging_face(model: dict[str, Any]) -> nn.Module:
-    """Of the same shape, randomly initialised; its attention is torch's SDPA."""
+def transformers_model(model: dict[str, Any]) -> nn.Module:
+    """Return a randomly initialised model of transformers, whose attention is torch's SDPA."""
     import transformers
 
     length, vocabulary = model["max_position_embeddings"], model["vocab_size"]
@@ -43,7 +45,8 @@ def hugging_face(model: dict[str, Any]) -> nn.Module:
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
-            activation_function="gelu_pytorch_tanh",  # its own is the same in several kernels
+            # the default, gelu_new, computes the same values with several kernels
+            activation_function="gelu_pytorch_tanh",
         )
         built: nn.Module = transformers.GPT2LMHeadModel(config)
     else:
@@ -53,7 +56,8 @@ def hugging_face(model: dict[str, Any]) -> nn.Module:
     return built
 
 
-def lit(model: dict[str, Any]) -> nn.Module:
+def litgpt_model(model: dict[str, Any]) -> nn.Module:
+    """Return a randomly initialised model of litgpt."""
     from litgpt import GPT, Config
 
     gpt2 = model.get("norm") == "layernorm"
@@ -63,7 +67,7 @@ def lit(model: dict[str, Any]) -> nn.Module:
         "rotary_percentage": 1.0,
     }
     if gpt2:
-        # it has no learned positions: a little less work than the others'
+        # litgpt has no learned positions, so its step does slightly less work
         kind = {"norm_class_name": "LayerNorm", "mlp_class_name": "GptNeoxMLP"}
         kind |= {"rotary_percentage": 0.0, "gelu_approximate": "tanh"}
     built = GPT(
@@ -79,16 +83,17 @@ def lit(model: dict[str, Any]) -> nn.Module:
             **kind,
         )
     )
-    if gpt2:  # tied, as its pretraining ties them
+    if gpt2:  # litgpt's pretraining ties the embedding and the head in this way
         built.transformer.wte.weight = built.lm_head.weight
     return built
 
 
 def plain_loop(model: nn.Module, loss: Loss, batches: list[Tensor], *, bf16: bool) -> list[float]:
+    """Train a step per batch. Return the times at which the steps ended."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     ends = []
     for tokens in batches:
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):  # masters stay fp32
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):  # the weights stay fp32
             value = loss(tokens)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -101,6 +106,7 @@ def plain_loop(model: nn.Module, loss: Loss, batches: list[Tensor], *, bf16: boo
 
 
 def trainer(model: nn.Module, batches: list[Tensor], *, bf16: bool) -> list[float]:
+    """Train a step per batch with transformers' Trainer. Return the ends of the steps."""
     import tempfile
 
     import transformers
@@ -139,10 +145,11 @@ def main() -> None:
     model, steps, batch = shape["model"], shape["steps"], shape["batch"]
     bf16 = shape["precision"] == "bf16"
     torch.manual_seed(0)
-    lit_peer = peer.startswith("litgpt")  # cuts inputs and labels out of one token more
-    size = (batch, model["max_position_embeddings"] + lit_peer)
+    is_litgpt = peer.startswith("litgpt")
+    # litgpt's loss shifts the labels outside of the model, and so needs one token more
+    size = (batch, model["max_position_embeddings"] + is_litgpt)
     batches = [torch.randint(model["vocab_size"], size, device=DEVICE) for _ in range(steps)]
-    built = (lit if lit_peer else hugging_face)(model).to(DEVICE)
+    built = (litgpt_model if is_litgpt else transformers_model)(model).to(DEVICE)
     built.train()
     call: Any = torch.compile(built) if peer.endswith("compiled") else built
 
@@ -150,7 +157,7 @@ def main() -> None:
         loss: Tensor = call(input_ids=tokens, labels=tokens).loss
         return loss
 
-    def lit_loss(tokens: Tensor) -> Tensor:
+    def litgpt_loss(tokens: Tensor) -> Tensor:
         from litgpt.utils import chunked_cross_entropy
 
         logits = call(tokens[:, :-1].contiguous())
@@ -160,13 +167,13 @@ def main() -> None:
     if peer == "hf-trainer":
         ends = trainer(built, batches, bf16=bf16)
     else:
-        ends = plain_loop(built, lit_loss if lit_peer else hf_loss, batches, bf16=bf16)
+        ends = plain_loop(built, litgpt_loss if is_litgpt else hf_loss, batches, bf16=bf16)
     memory = peak_memory()
     sys.stdout.write("\n" + json.dumps({"ends": ends, "memory": memory}) + "\n")
 
 
 def peak_memory() -> int:
-    """Return bytes: the device's allocator's, or on a CPU the process's resident peak."""
+    """Return the peak bytes of the GPU's allocator, or on a CPU the peak resident memory."""
     if CUDA:
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")

@@ -1,24 +1,27 @@
-"""How true the plan's forecasts are: against published runs, and against runs on this machine.
+"""Compare the planner's forecasts with published runs, and with runs on this machine.
 
-    python benchmarks/plan.py                       published throughput and layouts (seconds)
-    python benchmarks/plan.py --cpu                 24 small runs and 8 of the kinds that users
-                                                    start, here: memory, and steps of the 24 after
-                                                    calibration on two of them (40 minutes)
-    python benchmarks/plan.py --kinds               those 8 alone
-    python benchmarks/plan.py --fit 120             search for better efficiencies, for so long
+    python benchmarks/plan.py               published throughput and layouts; takes seconds
+    python benchmarks/plan.py --cpu         also train 24 small runs and 8 typical runs here;
+                                            takes 40 minutes
+    python benchmarks/plan.py --kinds       train only the 8 typical runs
+    python benchmarks/plan.py --fit 120     search for better efficiencies, for 120 seconds
 
-benchmarks/published.json has each published row with its source: layers, width, heads, key/value
-heads, inner width, vocabulary, gated, tied; the layout; and tokens/s a GPU. Sharding counts as the
-ZeRO stage that moves the same. Model FLOPs utilisation is compared in one convention (all of
-attention, the head once), so its error is that of tokens/s. The peer is the best constant: one
-utilisation guessed for every row.
+For runs on this machine, predicted memory is compared with measured memory. For the 24 small runs,
+step times are also compared, after a calibration on two of them.
+
+benchmarks/published.json contains the published runs with their sources: shape of the model, layout
+and tokens/s per GPU. A sharding of another framework is planned as the ZeRO stage that sends the
+same messages. All rows use one convention for model FLOPs utilisation (MFU): full attention without
+a causal discount, and the head counted once. So the errors of MFU and of tokens/s are the same. The
+baseline is the best constant, which is one MFU for every row.
 """
 
 from __future__ import annotations
 
 import sys
 
-sys.path.sort(key=lambda path: path.endswith("benchmarks"))  # last, for it has a tokenize.py
+# This folder goes last: its tokenize.py would hide the module of the standard library.
+sys.path.sort(key=lambda path: path.endswith("benchmarks"))
 
 import argparse
 import dataclasses
@@ -42,58 +45,74 @@ from megalite.plan.flops import window_flops
 from megalite.plan.seconds import Cluster, step_seconds
 
 ROOT = Path(__file__).resolve().parent.parent
+# entries of `model` in a row of published.json
 NAMES = ("layers", "hidden", "heads", "kv_heads", "intermediate", "vocab", "gated", "tied")
-# torchtitan's: 96 GB of HBM2e at 500 W of 700; what a product reaches follows the power's root
+# torchtitan's H100 has 96 GB of HBM2e and 500 W instead of 700 W. The rate of matrix products is
+# assumed to be proportional to the square root of the power.
 SLOW_H100 = dataclasses.replace(
     DEVICES["h100"], memory=96 << 30, bandwidth=2.4e12, reached=0.801 * (500 / 700) ** 0.5
 )
 GPUS = {"h100-80gb": DEVICES["h100"], "h100-96gb-hbm2e-500w": SLOW_H100}
-APART = 0.03  # of tokens/s: what is nearer is no pair to be put into an order
+MIN_GAP = 0.03  # relative difference in tokens/s; closer pairs of layouts are not ranked
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A published run as a run file of ours, on its devices."""
+    """A published run with its run file, plan and device.
 
-    told: dict[str, Any]
+    Attributes:
+        entry: the row of published.json.
+        mfu_per_rate: the MFU that corresponds to one token/s per GPU.
+    """
+
+    entry: dict[str, Any]
     config: RunConfig
     plan: Plan
     device: Device
-    utilisation_per_rate: float  # utilisation of one token/s a GPU
+    mfu_per_rate: float
 
     @property
     def published(self) -> float:
-        return float(self.told["tokens_per_second_per_gpu"]) * self.utilisation_per_rate
+        """Return the published MFU."""
+        return float(self.entry["tokens_per_second_per_gpu"]) * self.mfu_per_rate
 
     def forecast(self, efficiencies: Efficiencies | None = None) -> float:
+        """Return the predicted MFU. None means the device's default efficiencies."""
         device = self.device
         if efficiencies is not None:
             device = dataclasses.replace(device, efficiencies=efficiencies)
-        gpus, near = self.told["gpus"], self.told["per_host"]
-        seconds = step_seconds(self.config, self.plan, Cluster(device, max(1, gpus // near), near))
+        gpus, per_host = self.entry["gpus"], self.entry["per_host"]
+        cluster = Cluster(device, max(1, gpus // per_host), per_host)
+        seconds = step_seconds(self.config, self.plan, cluster)
         rate = self.plan.tokens_per_step / gpus / seconds.total
-        return rate * self.utilisation_per_rate
+        return rate * self.mfu_per_rate
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cpu", action="store_true", help="runs on this machine")
-    parser.add_argument("--kinds", nargs="*", metavar="NAME", help="these kinds alone; all")
+    parser.add_argument("--cpu", action="store_true", help="also train on this machine")
+    parser.add_argument(
+        "--kinds",
+        nargs="*",
+        metavar="NAME",
+        help="train only these typical runs; no name: all of them",
+    )
     parser.add_argument("--fit", type=float, metavar="SECONDS", help="search for efficiencies")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
     return parser.parse_args()
 
 
-# ---- published
+# ---- published runs
 
 
-def published() -> Iterator[Row]:
+def read_published() -> Iterator[Row]:
+    """Yield the rows of published.json. Report the rows that have no valid run file."""
     raw = json.loads((ROOT / "benchmarks" / "published.json").read_text(encoding="utf-8"))
-    for told in raw["rows"]:
-        shape = dict(zip(NAMES, told["model"], strict=True))
-        length, ranks = told["sequence_length"], told["gpus"] // told["tensor"]
+    for entry in raw["rows"]:
+        shape = dict(zip(NAMES, entry["model"], strict=True))
+        length, ranks = entry["sequence_length"], entry["gpus"] // entry["tensor"]
         run = {
             "name": "published",
             "model": {
@@ -109,28 +128,28 @@ def published() -> Iterator[Row]:
             },
             "data": {"train": [{"path": "-"}], "sequence_length": length},
             "optimizer": {"lr": 1e-3},
-            "parallel": {"tensor": told["tensor"], "sequence": told["sequence"]},
+            "parallel": {"tensor": entry["tensor"], "sequence": entry["sequence"]},
             "training": {
                 "steps": 1,
-                "global_batch_size": told["micro_batch"] * told["accumulation"] * ranks,
-                "micro_batch_size": told["micro_batch"],
-                "activation_checkpointing": told["recompute"],
-                "compile": told["compile"],
+                "global_batch_size": entry["micro_batch"] * entry["accumulation"] * ranks,
+                "micro_batch_size": entry["micro_batch"],
+                "activation_checkpointing": entry["recompute"],
+                "compile": entry["compile"],
             },
-            "deepspeed": {"zero_optimization": {"stage": told["zero"], "overlap_comm": True}},
+            "deepspeed": {"zero_optimization": {"stage": entry["zero"], "overlap_comm": True}},
         }
         try:
             config = parse_config(run)
-            plan = make_plan(config, world_size=told["gpus"], device="cuda")
+            plan = make_plan(config, world_size=entry["gpus"], device="cuda")
         except ConfigError as error:
-            sys.stdout.write(f"omitted: {told['row']}: {error}\n")
+            sys.stdout.write(f"omitted: {entry['row']}: {error}\n")
             continue
-        device = GPUS.get(told["gpu"]) or DEVICES[told["gpu"]]
+        device = GPUS.get(entry["gpu"]) or DEVICES[entry["gpu"]]
         forward, _ = window_flops(config.model, length)
         flops = 3 * (forward.blocks + forward.head) / length
         flops += 12 * shape["layers"] * shape["hidden"] * length
         assert device.bf16 is not None
-        yield Row(told, config, plan, device, flops / device.bf16)
+        yield Row(entry, config, plan, device, flops / device.bf16)
 
 
 def median_error(rows: Sequence[Row], efficiencies: Efficiencies | None = None) -> float:
@@ -138,43 +157,50 @@ def median_error(rows: Sequence[Row], efficiencies: Efficiencies | None = None) 
 
 
 def best_constant(rows: Sequence[Row]) -> tuple[float, float]:
-    """Return the median error of the best single guess, and the guess."""
-    found = [row.published for row in rows]
+    """Return the median error of the best constant MFU, and the constant."""
+    published = [row.published for row in rows]
     guesses = (number / 1000 for number in range(1, 1000))
-    return min((statistics.median(abs(x - guess) for x in found), guess) for guess in guesses)
+    return min((statistics.median(abs(x - guess) for x in published), guess) for guess in guesses)
 
 
-def ordered_pairs(rows: Sequence[Row]) -> tuple[int, int]:
-    """Of pairs of layouts of one model on as many equal GPUs: how many are in their order."""
-    right = count = 0
-    for one, other in itertools.combinations(rows, 2):
-        same = ("table", "model", "gpu", "gpus", "sequence_length")
-        if any(one.told[key] != other.told[key] for key in same):
+def ranked_pairs(rows: Sequence[Row]) -> tuple[int, int]:
+    """Compare pairs of layouts of one model on equally many GPUs of one kind.
+
+    Returns:
+        the number of pairs that the forecast ranks correctly, and the number of pairs.
+    """
+    correct = count = 0
+    for first, second in itertools.combinations(rows, 2):
+        common = ("table", "model", "gpu", "gpus", "sequence_length")
+        if any(first.entry[key] != second.entry[key] for key in common):
             continue
-        gap = one.published - other.published
-        if abs(gap) > APART * max(one.published, other.published):
+        gap = first.published - second.published
+        if abs(gap) > MIN_GAP * max(first.published, second.published):
             count += 1
-            right += (one.forecast() - other.forecast()) * gap > 0
-    return right, count
+            correct += (first.forecast() - second.forecast()) * gap > 0
+    return correct, count
 
 
 def states_errors(rows: Sequence[Row]) -> list[float]:
-    """Of weights, gradients and optimizer states, against what nanotron says it has allocated."""
-    found = []
+    """Return the relative errors of predicted weights, gradients and optimizer states.
+
+    The published value is the memory that nanotron reports as allocated.
+    """
+    errors = []
     for row in rows:
-        if (told := row.told["memory_allocated_gib"]) is not None:
+        if (allocated_gib := row.entry["memory_allocated_gib"]) is not None:
             parts = row.plan.memory_bytes
-            held = sum(parts[name] for name in ("parameters", "gradients", "optimizer"))
-            found.append(held / 2**30 / told - 1)
-    return found
+            predicted = sum(parts[name] for name in ("parameters", "gradients", "optimizer"))
+            errors.append(predicted / 2**30 / allocated_gib - 1)
+    return errors
 
 
 def compare_published(rows: Sequence[Row]) -> dict[str, Any]:
     error, (constant, guess) = median_error(rows), best_constant(rows)
-    right, pairs = ordered_pairs(rows)
+    correct, pairs = ranked_pairs(rows)
     tables: dict[str, list[float]] = {}
     for row in rows:
-        tables.setdefault(row.told["table"], []).append(row.forecast() - row.published)
+        tables.setdefault(row.entry["table"], []).append(row.forecast() - row.published)
     by_table = {
         name: {"rows": len(gaps), "median_error": statistics.median(map(abs, gaps))}
         for name, gaps in tables.items()
@@ -186,7 +212,7 @@ def compare_published(rows: Sequence[Row]) -> dict[str, Any]:
         "constant": guess,
         "constant_median_error": constant,
         "pairs": pairs,
-        "pairs_in_order": right,
+        "pairs_in_order": correct,
         "states_rows": len(states),
         "states_median_error": statistics.median(map(abs, states)),
         "tables": by_table,
@@ -194,7 +220,10 @@ def compare_published(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def fit(rows: Sequence[Row], seconds: float) -> Efficiencies:
-    """Random steps from the present efficiencies; those that lower the median and mean error."""
+    """Search for efficiencies by random steps. Keep a step if it lowers the cost.
+
+    The cost is the median error plus half the mean error.
+    """
     draw, names = random.Random(0), [field.name for field in dataclasses.fields(Efficiencies)]
 
     def cost(efficiencies: Efficiencies) -> float:
@@ -209,38 +238,40 @@ def fit(rows: Sequence[Row], seconds: float) -> Efficiencies:
             values[name] *= 2 ** draw.gauss(0, 0.25)
         shares = [name for name in names if name not in ("launch", "latency")]
         tried = Efficiencies(**values | {name: min(values[name], 1.0) for name in shares})
-        if (found := cost(tried)) < lowest:
-            best, lowest = tried, found
+        if (tried_cost := cost(tried)) < lowest:
+            best, lowest = tried, tried_cost
     return best
 
 
-# ---- this machine
+# ---- runs on this machine
 
+# shape and layout of the runs that the machine is calibrated on
 CALIBRATED_BY = (("20M", "1 rank"), ("20M", "tensor 2"))
 
 
 def machine_runs(work: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Run everything of benchmarks/plan_runs.py; return shapes on layouts, and kinds."""
+    """Run everything of benchmarks/plan_runs.py. Return the small runs, and the typical runs."""
     plan_runs.write_data(work)
-    found: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
+    results: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for rows, runs in zip(
-        found, (plan_runs.shape_runs(work), plan_runs.kind_runs(work)), strict=True
+        results, (plan_runs.shape_runs(work), plan_runs.kind_runs(work)), strict=True
     ):
         for row in runs:
             rows.append(row)
             sys.stdout.write(f"{json.dumps(row)}\n")
             sys.stdout.flush()
-    return found
+    return results
 
 
 def memory_error(row: dict[str, Any]) -> tuple[float, bool]:
-    """Return the relative error of predicted memory, and whether it is over 12 % and 100 MB."""
+    """Return the relative error of predicted memory, and whether it exceeds 12 % and 100 MB."""
     predicted, measured = (row[key]["memory_bytes"] for key in ("predicted", "measured"))
     gap = predicted - measured
     return gap / measured, abs(gap) > max(0.12 * measured, 100e6)
 
 
-def compare_kinds(found: list[dict[str, Any]]) -> dict[str, Any]:
+def compare_kinds(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return predicted and measured memory by the name of the typical run."""
     return {
         row["kind"]: {
             "predicted_bytes": row["predicted"]["memory_bytes"],
@@ -248,58 +279,58 @@ def compare_kinds(found: list[dict[str, Any]]) -> dict[str, Any]:
             "error": memory_error(row)[0],
             "beyond": memory_error(row)[1],
         }
-        for row in found
+        for row in rows
     }
 
 
-def compare_machine(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Memory as predicted; steps after a calibration on two of the runs."""
+def compare_machine(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the errors of memory, and of step times after a calibration on two of the runs."""
     from megalite.plan.calibrate import calibrate, read_run
 
-    by_name = {(one["shape"], one["layout"]): one for one in found}
-    told = calibrate([Path(by_name[key]["folder"]) for key in CALIBRATED_BY])
-    device = make_device(told)
+    by_name = {(row["shape"], row["layout"]): row for row in rows}
+    calibrated = calibrate([Path(by_name[key]["folder"]) for key in CALIBRATED_BY])
+    device = make_device(calibrated)
     memory, beyond, steps = [], [], []
-    for one in found:
-        measured = one["measured"]
-        error, over = memory_error(one)
+    for row in rows:
+        measured = row["measured"]
+        error, exceeds = memory_error(row)
         memory.append(abs(error))
-        beyond += [f"{one['shape']} {one['layout']}"] * over
-        seconds = read_run(Path(one["folder"])).predicted(device)
+        beyond += [f"{row['shape']} {row['layout']}"] * exceeds
+        seconds = read_run(Path(row["folder"])).predicted(device)
         steps.append(abs(seconds / measured["step_seconds"] - 1))
-    large = [m for m, one in zip(memory, found, strict=True) if one["shape"] in ("60M", "200M")]
+    large = [m for m, row in zip(memory, rows, strict=True) if row["shape"] in ("60M", "200M")]
     return {
-        "runs": len(found),
+        "runs": len(rows),
         "memory_beyond": beyond,
         "memory_median_error_large": statistics.median(large),
         "step_median_error": statistics.median(steps),
         "step_worst_error": max(steps),
-        "device": told,
+        "device": calibrated,
     }
 
 
 def main() -> None:
-    chosen = parse()
-    if chosen.kinds is not None:
+    arguments = parse()
+    if arguments.kinds is not None:
         with tempfile.TemporaryDirectory(prefix="plan-") as work:
             plan_runs.write_data(Path(work))
-            runs = plan_runs.kind_runs(Path(work), chosen.kinds)
+            runs = plan_runs.kind_runs(Path(work), arguments.kinds)
             sys.stdout.write(json.dumps(compare_kinds(list(runs)), indent=2) + "\n")
         return
-    rows = list(published())
-    if chosen.fit:
-        best = fit(rows, chosen.fit)
+    rows = list(read_published())
+    if arguments.fit:
+        best = fit(rows, arguments.fit)
         sys.stdout.write(f"{best}: {median_error(rows, best):.4f}\n")
         return
     result = {"published": compare_published(rows)}
-    if chosen.cpu:
+    if arguments.cpu:
         with tempfile.TemporaryDirectory(prefix="plan-") as work:
             shapes, kinds = machine_runs(Path(work))
             result["kinds"] = compare_kinds(kinds)
             result["machine"] = compare_machine(shapes)
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
-    if chosen.json:
-        chosen.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Small runs on this machine for benchmarks/plan.py, with generated data: predicted and measured.
+"""Small runs on this machine for benchmarks/plan.py, which compares predictions with measurements.
 
-`LAYOUTS` x `SHAPES` are 24 pretraining runs of 6 steps. `KINDS` are the runs that users start:
-longer ones, tensor parallelism, fine-tuning on texts of many lengths, adapters, a Slurm step.
+`LAYOUTS` x `SHAPES` are 24 pretraining runs of 6 steps. `KINDS` are typical runs: longer ones,
+tensor parallelism, fine-tuning on texts of many lengths, adapters, and a Slurm step.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from megalite.spawn import free_port, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SHAPES = {  # width, layers, inner width: 6 M to 200 M parameters with 8,192 pieces
+SHAPES = {  # hidden size, layers, intermediate size; the vocabulary has 8,192 tokens
     "6M": (256, 2, 704),
     "20M": (384, 8, 1024),
     "60M": (640, 10, 1728),
     "200M": (1024, 14, 2816),
 }
-LAYOUTS = {  # ranks, tensor, ZeRO, micro-batch, recompute
+LAYOUTS = {  # ranks, tensor-parallel size, ZeRO stage, micro-batch size, recompute
     "1 rank": (1, 1, 0, 2, "none"),
     "1 rank again": (1, 1, 1, 4, "full"),
     "2 ranks": (2, 1, 1, 2, "none"),
@@ -83,7 +83,7 @@ SMOLLM = {
 }
 ENCODER = SMOKE | {"architecture": "encoder", "activation": "geglu", "hidden_dropout": 0.1}
 LORA = {"adapter": {"rank": 8}}
-# launcher ("srun": the pretraining launcher in a Slurm step), ranks, sections of the run file
+# launcher, ranks, sections of the run file; "srun" is the pretraining launcher in a Slurm step
 KINDS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "150 steps": ("pretrain", 2, {"model": SMOKE, "training": {"steps": 150}}),
     "150 steps in bf16": (
@@ -100,7 +100,7 @@ KINDS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "20 labels": (
         "finetune",
         1,
-        {"model": REUTERS, "task": "classification", "path": "20", "training": {"micro": 32}},
+        {"model": REUTERS, "task": "classification", "path": "20", "training": {"micro_batch": 32}},
     ),
     "LoRA, MiniLM": (
         "finetune",
@@ -115,7 +115,7 @@ KINDS: dict[str, tuple[str, int, dict[str, Any]]] = {
             "task": "sft",
             "path": "chat",
             "finetune": LORA,
-            "training": {"micro": 2},
+            "training": {"micro_batch": 2},
         },
     ),
     "Slurm step": ("srun", 2, {"model": SMOKE, "training": {"steps": 6}}),
@@ -123,7 +123,7 @@ KINDS: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 def write_data(work: Path) -> None:
-    """Write a corpus with its shards, texts of many lengths with labels, and conversations."""
+    """Write shards of a corpus, labelled texts of many lengths, and conversations."""
     corpus = work / "corpus.txt"
     stdlib = Path(os.__file__).parent
     corpus.write_text("\n".join(p.read_text() for p in sorted(stdlib.glob("*.py"))[:60]))
@@ -133,12 +133,13 @@ def write_data(work: Path) -> None:
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=n % 8 + 2)) for n in range(2000)]
 
-    def text(least: int, most: int) -> str:
-        return " ".join(draw.choices(words, k=int(least * (most / least) ** draw.random())))
+    def text(shortest: int, longest: int) -> str:
+        length = int(shortest * (longest / shortest) ** draw.random())
+        return " ".join(draw.choices(words, k=length))
 
-    for labels, rows in ((2, 160), (20, 400)):
-        made = [{"text": text(8, 400), "label": f"l{n % labels}"} for n in range(rows)]
-        _write_rows(work / f"{labels}.jsonl", made)
+    for labels, count in ((2, 160), (20, 400)):
+        rows = [{"text": text(8, 400), "label": f"l{n % labels}"} for n in range(count)]
+        _write_rows(work / f"{labels}.jsonl", rows)
     turns = [(text(3, 20), text(5, 60)) for _ in range(32)]
     roles = ("user", "assistant")
     chat = [[{"role": r, "content": t} for r, t in zip(roles, turn, strict=True)] for turn in turns]
@@ -150,7 +151,7 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def shape_runs(work: Path) -> Iterator[dict[str, Any]]:
-    """Run every shape on every layout; yield predicted and measured."""
+    """Run every shape on every layout. Yield the predicted and measured numbers."""
     for (shape, sizes), (name, layout) in itertools.product(SHAPES.items(), LAYOUTS.items()):
         run = work / "runs" / f"{shape}-{name}".replace(" ", "-")
         raw = _shape_file(run, sizes, layout)
@@ -160,7 +161,7 @@ def shape_runs(work: Path) -> Iterator[dict[str, Any]]:
 
 
 def kind_runs(work: Path, names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """Run the named kinds, or all; yield predicted and measured."""
+    """Run the named kinds, or all. Yield the predicted and measured numbers."""
     for number, (name, (launcher, ranks, sections)) in enumerate(KINDS.items()):
         if names and name not in names:
             continue
@@ -173,23 +174,23 @@ def _environ() -> dict[str, str]:
 
 
 def _run(launcher: str, ranks: int, raw: dict[str, Any]) -> dict[str, Any]:
-    """Run a run file to its end; return what it leaves of prediction and measurement."""
+    """Run a run file to its end. Return the content of the run's plan.json."""
     file = Path(raw["logging"]["directory"]).parent / "run.json"
     file.write_text(json.dumps(raw))
     if launcher == "srun":
-        _step(file, ranks)
+        _run_step(file, ranks)
     else:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         command += ["--master-port", str(free_port())]
         command += [str(ROOT / f"launcher/{launcher}.py"), "--config", str(file)]
         subprocess.run(command, check=True, env=_environ(), capture_output=True)
     folder = Path(raw["logging"]["directory"]) / raw["name"]
-    found: dict[str, Any] = json.loads((folder / "plan.json").read_text())
-    return found
+    record: dict[str, Any] = json.loads((folder / "plan.json").read_text())
+    return record
 
 
-def _step(file: Path, ranks: int) -> None:
-    """Start the ranks with the variables of a Slurm step, as srun does."""
+def _run_step(file: Path, ranks: int) -> None:
+    """Run the ranks with the environment variables that srun sets in a step."""
     base = _environ() | {
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_JOB_NUM_NODES": "1",
@@ -202,19 +203,20 @@ def _step(file: Path, ranks: int) -> None:
         "MASTER_PORT": str(free_port()),
     }
     command = [sys.executable, str(ROOT / "launcher/pretrain.py"), "--config", str(file)]
-    places = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(ranks)]
-    run_command(command, [base | place for place in places], quiet=True)
+    numbers = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(ranks)]
+    run_command(command, [base | number for number in numbers], quiet=True)
 
 
 def _shape_file(run: Path, sizes: tuple[int, int, int], layout: tuple[Any, ...]) -> dict[str, Any]:
-    hidden, layers, inner = sizes
-    ranks, tensor, stage, micro, recompute = layout
+    """Return the run file of a shape on a layout; `run` is the run folder."""
+    hidden, layers, intermediate = sizes
+    ranks, tensor, stage, micro_batch, recompute = layout
     return {
         "name": run.name,
         "model": {
             "vocab_size": 8192,
             "hidden_size": hidden,
-            "intermediate_size": inner,
+            "intermediate_size": intermediate,
             "num_hidden_layers": layers,
             "num_attention_heads": hidden // 64,
             "max_position_embeddings": 256,
@@ -224,8 +226,8 @@ def _shape_file(run: Path, sizes: tuple[int, int, int], layout: tuple[Any, ...])
         "parallel": {"tensor": tensor},
         "training": {
             "steps": 6,
-            "global_batch_size": 2 * micro * ranks // tensor,
-            "micro_batch_size": micro,
+            "global_batch_size": 2 * micro_batch * ranks // tensor,
+            "micro_batch_size": micro_batch,
             "activation_checkpointing": recompute,
             "precision": "fp32",
             "log_every": 1,
@@ -237,9 +239,10 @@ def _shape_file(run: Path, sizes: tuple[int, int, int], layout: tuple[Any, ...])
 
 
 def _kind_file(work: Path, name: str, ranks: int, sections: dict[str, Any]) -> dict[str, Any]:
+    """Return the run file of a typical run."""
     training = {"precision": "fp32", "log_every": 1} | sections.get("training", {})
-    micro = training.pop("micro", 8)
-    training |= {"micro_batch_size": micro, "global_batch_size": 2 * micro}
+    micro_batch = training.pop("micro_batch", 8)
+    training |= {"micro_batch_size": micro_batch, "global_batch_size": 2 * micro_batch}
     raw = {
         "name": name,
         "model": sections["model"],

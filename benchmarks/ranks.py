@@ -1,4 +1,4 @@
-"""Ranks on this host's CPU for the other benchmarks; each is a fresh process."""
+"""Start of ranks on this host's CPU for the other benchmarks, each in a new process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megalite.spawn import run_ranks
 def run_on_cpu(measure: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
     """Run `measure(launch, *arguments)` on every rank and return the results in order of ranks.
 
-    The cores are divided evenly among the ranks.
+    Each rank gets an equal share of the cores.
 
     Raises:
         RankError: a rank failed.

@@ -1,20 +1,22 @@
-"""How long a command takes to get going: from the shell to the end of its first step.
+"""Measure the time from a command to the end of its first training step.
 
-Each round times, one after the other and in fresh processes,
+Each round times these commands, one after another and each in a new process:
 
-    imports    python -c "import torch, deepspeed": what any program on this stack pays
-    first      launcher/pretrain.py on a tiny model, from the command to its first step's end
-    resume     the same again, going on from a checkpoint
+    imports    python -c "import torch, deepspeed", the minimum for any program that uses both
+    first      launcher/pretrain.py on a tiny model, until the end of its first step
+    resume     the same from a checkpoint, until the end of its first step
     help       launcher/pretrain.py --help
 
-and prints medians, and by how much the second and third are over the first.
+The output has medians over the rounds. It also has the time of `first` and of `resume` beyond that
+of `imports`.
 """
 
 from __future__ import annotations
 
 import sys
 
-sys.path.sort(key=lambda path: path.endswith("benchmarks"))  # last, for it has a tokenize.py
+# This folder goes last: its tokenize.py would hide the module of the standard library.
+sys.path.sort(key=lambda path: path.endswith("benchmarks"))
 
 import argparse
 import json
@@ -45,22 +47,23 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    chosen = parser.parse_args()
+    arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory(prefix="startup-") as folder:
         make_data(Path(folder) / "data", MODEL, samples=64)
-        for number in range(chosen.rounds):
+        for number in range(arguments.rounds):
             rows.append(measure(Path(folder), f"run-{number}"))
-    found = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     for name in ("first", "resume"):
-        found[f"{name} over imports"] = statistics.median(r[name] - r["imports"] for r in rows)
-    if chosen.json:
-        sys.stdout.write(json.dumps(found | {"rounds": rows}) + "\n")
+        medians[f"{name} over imports"] = statistics.median(r[name] - r["imports"] for r in rows)
+    if arguments.json:
+        sys.stdout.write(json.dumps(medians | {"rounds": rows}) + "\n")
     else:
-        sys.stdout.write("\n".join(f"{name:20} {s:6.2f} s" for name, s in found.items()) + "\n")
+        sys.stdout.write("\n".join(f"{name:20} {s:6.2f} s" for name, s in medians.items()) + "\n")
 
 
 def measure(folder: Path, name: str) -> dict[str, float]:
+    """Run one round. Return the seconds of each command."""
     run = {
         "name": name,
         "model": MODEL,
@@ -73,18 +76,19 @@ def measure(folder: Path, name: str) -> dict[str, float]:
     path.write_text(json.dumps(run), encoding="utf-8")
     times = {"imports": seconds([sys.executable, "-c", "import torch, deepspeed"])}
     command = [sys.executable, PRETRAIN, "--config", str(path)]
-    for number, what in enumerate(("first", "resume")):
+    for number, start in enumerate(("first", "resume")):
         began = time.time()
         seconds([*command, "--set", f"training.steps={number + 1}"])
         lines = (folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         [row] = [
             r for r in map(json.loads, lines) if (r["kind"], r["step"]) == ("train", number + 1)
         ]
-        times[what] = row["time"] - began
+        times[start] = row["time"] - began
     return times | {"help": seconds([sys.executable, PRETRAIN, "--help"])}
 
 
 def seconds(command: list[str]) -> float:
+    """Run a command and return its duration."""
     began = time.perf_counter()
     environ = os.environ | {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
     subprocess.run(command, cwd=ROOT, env=environ, check=True, capture_output=True)

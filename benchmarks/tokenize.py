@@ -1,26 +1,30 @@
-"""How close `python -m data_prep tokenize` comes to the tokenizer library's own rate.
+"""Compare the rate of `python -m data_prep tokenize` with that of the tokenizer library alone.
 
-    python benchmarks/tokenize.py                       60 MB of the sources of what is installed
+    python benchmarks/tokenize.py                       60 MB of Python's and all packages' sources
     python benchmarks/tokenize.py --input corpus.jsonl.zst --tokenizer data/tok/tokenizer.model
-    python benchmarks/tokenize.py --memory              peak memory from 20 MB to 1 GB, as well
+    python benchmarks/tokenize.py --memory              also peak memory, from 20 MB to 1 GB
 
-Four figures, measured in turn in every round, with W processes each:
+Every round measures four times, each with the same number of processes:
 
-    raw     SentencePiece alone: each process has its share of the documents in memory, encodes it,
-            and drops the ids. From the common start to the end of the slowest process.
-    whole   the command, from its start to its end: interpreter, reading, encoding, shards, hashes.
-    steady  the same command, from the first document encoded to the last one, as it reports.
-    peer    a process pool as in Megatron-LM's preprocess_data.py: workers parse and encode lines,
-            the parent writes. From the pool's start to the last file closed.
+    raw     SentencePiece alone. Each process has its share of the documents in memory, encodes it,
+            and discards the ids. The time is from the common start to the end of the slowest
+            process.
+    whole   the command from start to end: interpreter, reading, encoding, shards and hashes
+    steady  the same command from the first encoded document to the last, as it reports
+    peer    a process pool as in Megatron-LM's preprocess_data.py. Workers parse and encode lines,
+            and the parent writes. The time is from the start of the pool until all files are
+            closed.
 
-A ratio is the time of raw over the time of the other, in the same round; medians are printed.
+A ratio is the time of `raw` divided by another time of the same round. The output has medians over
+the rounds.
 """
 
 from __future__ import annotations
 
 import sys
 
-sys.path.sort(key=lambda path: path.endswith("benchmarks"))  # last, for it has a tokenize.py
+# This folder goes last: its tokenize.py would hide the module of the standard library.
+sys.path.sort(key=lambda path: path.endswith("benchmarks"))
 
 import argparse
 import heapq
@@ -50,8 +54,8 @@ import sentencepiece
 
 ROOT = Path(__file__).resolve().parents[1]
 STEADY = re.compile(r"encoded ([0-9.]+) MB in ([0-9.]+) s")
-TARGETS = {"whole": 0.90, "steady": 0.95}
-BATCH = 256  # documents handed to the library at once
+TARGETS = {"whole": 0.90, "steady": 0.95}  # smallest ratios
+BATCH = 256  # documents per call of the library
 
 
 def main() -> None:
@@ -60,71 +64,74 @@ def main() -> None:
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser.add_argument("--input", type=Path, help="JSON lines with `text`; default: sources")
-    parser.add_argument("--tokenizer", type=Path, help="a .model; default: 32,000 pieces, trained")
-    parser.add_argument("--megabytes", type=float, default=60, help="of text; default: 60")
-    parser.add_argument("--workers", type=int, default=cores, help="default: the cores at hand")
+    parser.add_argument("--tokenizer", type=Path, help="a .model; default: train 32,000 pieces")
+    parser.add_argument("--megabytes", type=float, default=60, help="size of the text; default: 60")
+    parser.add_argument("--workers", type=int, default=cores, help="default: the available cores")
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--memory", action="store_true", help="measure peak memory by input size")
     parser.add_argument("--memory-megabytes", type=float, nargs="+", default=[20, 200, 1000])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
-    chosen = parser.parse_args()
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tokenize-") as name:
-        found = measure(chosen, Path(name))
-    if chosen.json:
-        chosen.json.write_text(json.dumps(found, indent=2) + "\n")
+        results = measure(arguments, Path(name))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def measure(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     corpus = folder / "corpus.jsonl"
-    size = write_corpus(corpus, chosen.input, chosen.megabytes)
-    model = chosen.tokenizer or train(folder, chosen.input)
-    found: dict[str, Any] = {
+    size = write_corpus(corpus, arguments.input, arguments.megabytes)
+    model = arguments.tokenizer or train(folder, arguments.input)
+    results: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.platform()}",
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("sentencepiece", "numpy")},
-        "workers": chosen.workers,
+        "workers": arguments.workers,
         "text_bytes": size,
         "rounds": [],
     }
-    say(f"{size / 1e6:.1f} MB of text, {chosen.workers} processes, {model}")
-    for number in range(chosen.rounds):
+    say(f"{size / 1e6:.1f} MB of text, {arguments.workers} processes, {model}")
+    for number in range(arguments.rounds):
         order = (measure_raw, measure_ours, measure_peer)
         seconds: dict[str, Any] = {}
-        for measured in order if number % 2 == 0 else order[::-1]:
-            seconds |= measured(corpus, model, folder, chosen.workers)
+        for contestant in order if number % 2 == 0 else order[::-1]:
+            seconds |= contestant(corpus, model, folder, arguments.workers)
         if (ours := seconds.pop("tokens")) != (peer := seconds.pop("peer_tokens")):
-            sys.exit(f"the command wrote {ours} tokens and the pool {peer}: one of them is wrong")
-        found["rounds"].append(seconds)
+            sys.exit(f"the command wrote {ours} tokens and the pool {peer}; both must be equal")
+        results["rounds"].append(seconds)
         say(f"round {number + 1}: " + ", ".join(f"{n} {s:.2f} s" for n, s in seconds.items()))
-    found["medians"] = summarise(found["rounds"], size) if chosen.rounds else {}
-    if chosen.memory:
-        base = folder / "base.jsonl"  # the same documents at every size, repeated
-        write_corpus(base, chosen.input, min(chosen.memory_megabytes))
-        found["memory"] = [
-            measure_memory(folder, base, model, chosen.workers, megabytes)
-            for megabytes in chosen.memory_megabytes
+    results["medians"] = summarise(results["rounds"], size) if arguments.rounds else {}
+    if arguments.memory:
+        base = folder / "base.jsonl"  # every size consists of these documents, repeated
+        write_corpus(base, arguments.input, min(arguments.memory_megabytes))
+        results["memory"] = [
+            measure_memory(folder, base, model, arguments.workers, megabytes)
+            for megabytes in arguments.memory_megabytes
         ]
-    return found
+    return results
 
 
 def summarise(rounds: list[dict[str, float]], size: int) -> dict[str, dict[str, float]]:
-    """Medians over the rounds, printed as a table."""
+    """Return medians over the rounds, and print them as a table."""
     table = {}
     say(f"\n{'':8s}{'seconds':>9s}{'MB/s':>9s}{'of raw':>9s}")
     for name in rounds[0]:
-        seconds = statistics.median(found[name] for found in rounds)
-        ratio = statistics.median(found["raw"] / found[name] for found in rounds)
+        seconds = statistics.median(row[name] for row in rounds)
+        ratio = statistics.median(row["raw"] / row[name] for row in rounds)
         table[name] = {"seconds": seconds, "mb_per_second": size / 1e6 / seconds, "of_raw": ratio}
-        goal = f"   (at least {TARGETS[name]:.2f} is meant)" if name in TARGETS else ""
-        say(f"{name:8s}{seconds:9.2f}{size / 1e6 / seconds:9.2f}{ratio:9.3f}{goal}")
+        target = f"   (target: {TARGETS[name]:.2f} or more)" if name in TARGETS else ""
+        say(f"{name:8s}{seconds:9.2f}{size / 1e6 / seconds:9.2f}{ratio:9.3f}{target}")
     return table
 
 
-# The text
+# text
 
 
 def write_corpus(path: Path, source: Path | None, megabytes: float) -> int:
-    """JSON lines of so much text, in documents repeated if there are too few; its bytes."""
+    """Write JSON lines with `megabytes` of text, and return the bytes of text.
+
+    Documents are repeated if the source is smaller.
+    """
     size = 0
     with path.open("w") as file:
         for text in cycle(documents(source)):
@@ -132,16 +139,17 @@ def write_corpus(path: Path, source: Path | None, megabytes: float) -> int:
             size += len(text.encode())
             if size >= megabytes * 1e6:
                 return size
-    sys.exit("there is no text to measure with")
+    sys.exit("the input contains no documents; give --input a file of JSON lines with `text`")
 
 
 def documents(source: Path | None) -> Iterator[str]:
-    """Yield the records of a file of JSON lines, else the sources of Python and what is
-    installed.
+    """Yield the texts of a JSON lines file.
+
+    Without a file, yield the sources of Python and of the installed packages.
     """
     if source:
-        with pa.input_stream(str(source), compression="detect") as packed:
-            yield from (json.loads(line)["text"] for line in read_lines(packed))
+        with pa.input_stream(str(source), compression="detect") as stream:
+            yield from (json.loads(line)["text"] for line in read_lines(stream))
         return
     folders = [sysconfig.get_paths()["stdlib"], *site.getsitepackages()]
     paths = {path for folder in folders for path in Path(folder).rglob("*")}
@@ -164,9 +172,7 @@ def read_lines(stream: Any) -> Iterator[bytes]:
 
 
 def train(folder: Path, source: Path | None) -> Path:
-    """Return a SentencePiece BPE of 32,000 pieces from 20 MB of the text, by the project's own
-    command.
-    """
+    """Train a SentencePiece BPE with 32,000 pieces on 20 MB of the text, with `data_prep`."""
     sample, output = folder / "sample.jsonl", folder / "tokenizer"
     write_corpus(sample, source, 20)
     command = [sys.executable, "-m", "data_prep", "train-tokenizer", "--input", str(sample)]
@@ -182,7 +188,7 @@ def train(folder: Path, source: Path | None) -> Path:
 def measure_raw(corpus: Path, model: Path, folder: Path, workers: int) -> dict[str, float]:
     """Time the library alone."""
     del folder
-    shares, start, results = deal(corpus, workers), mp.Barrier(workers), mp.Queue()
+    shares, start, results = divide(corpus, workers), mp.Barrier(workers), mp.Queue()
     processes = [
         mp.Process(target=encode_share, args=(corpus, model, share, start, results))
         for share in shares
@@ -195,8 +201,11 @@ def measure_raw(corpus: Path, model: Path, folder: Path, workers: int) -> dict[s
     return {"raw": max(ended for _, ended in spans) - min(began for began, _ in spans)}
 
 
-def deal(corpus: Path, workers: int) -> list[set[int]]:
-    """Return line numbers for each process: the longest first, each to the one that has least."""
+def divide(corpus: Path, workers: int) -> list[set[int]]:
+    """Divide the lines evenly. Return the line numbers of each process.
+
+    Lines are assigned by length, the longest first, each to the process with the smallest load.
+    """
     with corpus.open("rb") as file:
         sizes = sorted(((len(line), number) for number, line in enumerate(file)), reverse=True)
     shares: list[set[int]] = [set() for _ in range(workers)]
@@ -209,6 +218,7 @@ def deal(corpus: Path, workers: int) -> list[set[int]]:
 
 
 def encode_share(corpus: Path, model: Path, share: set[int], start: Any, results: Any) -> None:
+    """Encode some lines of the corpus. Put the times of start and end into `results`."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     with corpus.open("rb") as file:
         texts = [json.loads(line)["text"] for number, line in enumerate(file) if number in share]
@@ -225,18 +235,18 @@ def encode_share(corpus: Path, model: Path, share: set[int], start: Any, results
 
 
 def measure_ours(corpus: Path, model: Path, folder: Path, workers: int) -> dict[str, float]:
-    """Run the command in a fresh process and return its figures."""
+    """Time the command in a new process."""
     output = folder / "shards"
     began = time.monotonic()
     command = tokenize_command(corpus, model, output, workers)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     whole = time.monotonic() - began
-    found = STEADY.search(done.stderr)
-    if done.returncode or not found:
-        sys.exit(f"{' '.join(command)}\nleft with {done.returncode}:\n{done.stderr}")
+    steady = STEADY.search(done.stderr)
+    if done.returncode or not steady:
+        sys.exit(f"{' '.join(command)}\nended with exit code {done.returncode}:\n{done.stderr}")
     tokens = json.loads((output / "manifest.json").read_text())["tokens"]
     shutil.rmtree(output)
-    return {"whole": whole, "steady": float(found[2]), "tokens": tokens}
+    return {"whole": whole, "steady": float(steady[2]), "tokens": tokens}
 
 
 def tokenize_command(corpus: Path, model: Path, output: Path, workers: int) -> list[str]:
@@ -251,7 +261,7 @@ _processor: Any = None
 
 
 def measure_peer(corpus: Path, model: Path, folder: Path, workers: int) -> dict[str, float]:
-    """Time a pool whose parent writes, as in Megatron-LM's tool."""
+    """Time a pool whose parent process writes, as in Megatron-LM's preprocess_data.py."""
     path, lengths = folder / "peer.bin", []
     began = time.monotonic()
     with mp.Pool(workers, load_model, (str(model),)) as pool, corpus.open() as lines:
@@ -279,16 +289,16 @@ def encode_line(line: str) -> list[int]:
 def measure_memory(
     folder: Path, base: Path, model: Path, workers: int, megabytes: float
 ) -> dict[str, float]:
-    """Sample the memory that the command's processes hold together, 20 times a second.
+    """Return the peak memory of all processes of the command, sampled 20 times per second.
 
-    `private` omits pages of mapped files and what processes share.
+    `private` does not count mapped files and pages that processes share.
     """
     corpus, output = folder / "memory.jsonl", folder / "memory"
     size = write_corpus(corpus, base, megabytes)
     command = tokenize_command(corpus, model, output, workers)
     peak = {"resident": 0, "private": 0}
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen(command, cwd=ROOT, stdout=quiet, stderr=quiet)
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=ROOT, stdout=null, stderr=null)
     ended = threading.Event()
     watcher = threading.Thread(target=watch, args=(process.pid, peak, ended))
     watcher.start()
@@ -296,7 +306,7 @@ def measure_memory(
     ended.set()
     watcher.join()
     if code:
-        sys.exit(f"{' '.join(command)}\nleft with {code}")
+        sys.exit(f"{' '.join(command)}\nended with exit code {code}")
     shutil.rmtree(output)
     corpus.unlink()
     say(
@@ -307,6 +317,7 @@ def measure_memory(
 
 
 def watch(pid: int, peak: dict[str, int], ended: threading.Event) -> None:
+    """Update the peak memory of a process and its children until the process has ended."""
     while not ended.wait(0.05):
         resident = private = 0
         try:

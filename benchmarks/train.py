@@ -1,34 +1,37 @@
-"""Training speed through the front door, next to other frameworks on the same machine.
+"""Compare the training speed of launcher/pretrain.py with that of other frameworks.
 
     python benchmarks/train.py                          the 42 M shape, three rounds
     python benchmarks/train.py --shape vocab gpt2 --peers /path/to/python --json results.json
     python benchmarks/train.py --precision bf16 --only megalite fp32 hf-compiled
                                                         bf16 on a CPU with AMX or AVX512-BF16
     python benchmarks/train.py --shape smoke --steps 60 --only full bare
-                                                        what logging and saving cost
+                                                        the cost of logging and saving
 
-In every round each contestant is started afresh, one after the other, and takes the same number of
-steps on random tokens: batch, clipping at 1.0 and AdamW (fused) are the same for all. The precision
-is fp32 on a CPU and bf16 with fp32 masters on a GPU, or --precision; peers use autocast for bf16.
-Between them the machine's matrix product is timed in that precision. The first two steps are
-warm-up. Ratios are of medians over all rounds. Memory is a process's (a rank's).
+In every round, each contestant runs in a new process, one after another. All take the same number
+of steps on random tokens, with the same batch, clipping at 1.0 and fused AdamW. Without
+--precision, a CPU trains in fp32, and a GPU in bf16 with fp32 masters. The other frameworks use
+autocast for bf16. Before each contestant, a matrix product is timed in the same precision. The
+first two steps are not counted. Speed-ups are ratios of medians over all rounds. Memory is per
+process.
 
-    megalite        launcher/pretrain.py: one rank, ZeRO-0 (in bf16 ZeRO-1, which has masters),
-                    blocks compiled, logging and TensorBoard
-    fp32            the same in fp32 and ZeRO-0, whatever --precision says
-    plain           the same without compiling
-    full, bare      the same with a save in the background every 20 steps; without saves and
-                    TensorBoard, logging three times (give 60 steps)
-    zero1           the same as megalite, ZeRO-1
-    dp2, tp2        two ranks of half the threads: ZeRO-1, tensor parallelism
-    hf, hf-compiled, hf-trainer, litgpt, litgpt-compiled      peers.py, next to this file
+    megalite        launcher/pretrain.py with one rank, compiled blocks, logging and TensorBoard.
+                    ZeRO-0, or in bf16 ZeRO-1, which has fp32 masters.
+    fp32            megalite in fp32 with ZeRO-0, for any --precision
+    plain           megalite without compilation
+    full            megalite with a background save every 20 steps (use --steps 60)
+    bare            megalite without saves and TensorBoard, logging three times (use --steps 60)
+    zero1           megalite with ZeRO-1
+    dp2             two ranks with half of the threads each: ZeRO-1
+    tp2             two ranks with half of the threads each: tensor parallelism
+    hf, hf-compiled, hf-trainer, litgpt, litgpt-compiled      other frameworks: see peers.py
 """
 
 from __future__ import annotations
 
 import sys
 
-sys.path.sort(key=lambda path: path.endswith("benchmarks"))  # last, for it has a tokenize.py
+# This folder goes last: its tokenize.py would hide the module of the standard library.
+sys.path.sort(key=lambda path: path.endswith("benchmarks"))
 
 import argparse
 import itertools
@@ -46,7 +49,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = os.cpu_count() or 1
-WARM = 2  # first steps omitted
+WARMUP_STEPS = 2
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 512,
@@ -54,7 +57,7 @@ LLAMA: dict[str, Any] = {
     "num_attention_heads": 8,
     "max_position_embeddings": 512,
 }
-# name: (model, sequences of a step)
+# name: (model, sequences per step)
 SHAPES: dict[str, tuple[dict[str, Any], int]] = {
     "42m": (LLAMA | {"vocab_size": 32000, "num_hidden_layers": 8}, 8),
     "smoke": (
@@ -86,7 +89,13 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
 
 @dataclass(frozen=True)
 class Contestant:
-    """How one is started: ranks, and what its run file adds; or a peer's name."""
+    """One of the compared ways to train.
+
+    Attributes:
+        ranks: number of MegaLite's ranks.
+        sections: changes of MegaLite's run file.
+        peer: argument of peers.py. Empty means MegaLite.
+    """
 
     ranks: int = 1
     sections: dict[str, Any] = field(default_factory=dict)
@@ -114,7 +123,7 @@ CONTESTANTS = {
         for name in ("hf", "hf-compiled", "hf-trainer", "litgpt", "litgpt-compiled")
     },
 }
-USUAL = ["megalite", "hf", "hf-compiled", "hf-trainer", "litgpt-compiled"]
+DEFAULT = ["megalite", "hf", "hf-compiled", "hf-trainer", "litgpt-compiled"]
 
 
 def parse() -> argparse.Namespace:
@@ -123,56 +132,61 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["42m"])
     parser.add_argument(
-        "--only", nargs="+", choices=CONTESTANTS, default=USUAL, metavar="NAME", help="contestants"
+        "--only",
+        nargs="+",
+        choices=CONTESTANTS,
+        default=DEFAULT,
+        metavar="NAME",
+        help="contestants",
     )
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="a contestant takes in a round")
-    parser.add_argument("--batch", type=int, help="sequences of a step, instead of the shape's")
+    parser.add_argument("--steps", type=int, default=6, help="steps per contestant and round")
+    parser.add_argument("--batch", type=int, help="sequences per step; default: by shape")
     parser.add_argument(
         "--peers",
         default=sys.executable,
         metavar="PYTHON",
-        help="interpreter that has the peers",
+        help="interpreter with the other frameworks installed",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw tokens a second")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw tokens per second")
     return parser.parse_args()
 
 
 def main() -> None:
-    chosen = parse()
-    chosen.precision = chosen.precision or ("bf16" if gpu() else "fp32")
-    found = {}
-    for shape in chosen.shape:
-        found[shape] = result = measure(shape, chosen)
+    arguments = parse()
+    arguments.precision = arguments.precision or ("bf16" if gpu() else "fp32")
+    results = {}
+    for shape in arguments.shape:
+        results[shape] = result = measure(shape, arguments)
         sys.stdout.write(table(shape, result) + "\n")
         sys.stdout.flush()
-    if chosen.json:
-        chosen.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if chosen.plot:
-        chosen.plot.write_text(drawing(found), encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if arguments.plot:
+        arguments.plot.write_text(draw(results), encoding="utf-8")
 
 
-def measure(shape: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Run all rounds of one shape."""
+def measure(shape: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run all rounds of one shape. Return the results."""
     model, batch = SHAPES[shape]
-    batch = chosen.batch or batch
-    visits: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen.only}
+    batch = arguments.batch or batch
+    trials: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.only}
     peaks, faults = list[float](), dict[str, str]()
-    with tempfile.TemporaryDirectory(prefix="train-") as scratch:
-        folder = Path(scratch)
-        make_data(folder / "data", model, samples=batch * (chosen.steps + 1))
-        for number in range(chosen.rounds):
-            for name in visits:
+    with tempfile.TemporaryDirectory(prefix="train-") as temporary:
+        folder = Path(temporary)
+        make_data(folder / "data", model, samples=batch * (arguments.steps + 1))
+        for number in range(arguments.rounds):
+            for name in trials:
                 if name in faults:
                     continue
-                peaks.append(peak(chosen.precision))
+                peaks.append(matmul_rate(arguments.precision))
                 try:
-                    row = visit(name, model, batch, chosen, folder / f"{name}-{number}")
-                    visits[name].append(row)
+                    row = run_trial(name, model, batch, arguments, folder / f"{name}-{number}")
+                    trials[name].append(row)
                 except RuntimeError as error:
                     faults[name] = str(error)
                     sys.stderr.write(f"{name}: {error}\n")
@@ -184,7 +198,7 @@ def measure(shape: str, chosen: argparse.Namespace) -> dict[str, Any]:
         "faults": faults,
         "contestants": {
             name: summarise(rows, tokens, flops_per_token(model), machine)
-            for name, rows in visits.items()
+            for name, rows in trials.items()
             if rows
         },
     }
@@ -204,15 +218,19 @@ def summarise(
 
 
 def flops_per_token(model: dict[str, Any]) -> float:
-    """Of the matrix products of a forward and a backward; attention's causal half; no embedding."""
+    """Return the FLOPs of a token's matrix products in forward and backward.
+
+    Attention counts only the causal half, and the embedding counts nothing.
+    """
+    from megalite import plan
     from megalite.config import ModelConfig
-    from megalite.plan import flops_per_token as of_model
 
-    return of_model(ModelConfig.model_validate(model), model["max_position_embeddings"])
+    config = ModelConfig.model_validate(model)
+    return plan.flops_per_token(config, model["max_position_embeddings"])
 
 
-def peak(precision: str) -> float:
-    """FLOP/s of a large matrix product: the median over two seconds."""
+def matmul_rate(precision: str) -> float:
+    """Return the FLOP/s of a large matrix product, the median over two seconds."""
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[precision]
     script = f"""
 import statistics, time, torch
@@ -233,57 +251,67 @@ print(statistics.median(rates))
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def visit(
-    name: str, model: dict[str, Any], batch: int, chosen: argparse.Namespace, place: Path
+def run_trial(
+    name: str, model: dict[str, Any], batch: int, arguments: argparse.Namespace, path: Path
 ) -> dict[str, Any]:
-    """Time one contestant's steps in a fresh process: seconds each, peak memory, time to the
-    first.
+    """Train as one contestant in a new process.
+
+    Args:
+        path: path without suffix for the run's log and run file. Its last part is the run's name.
+    Returns:
+        the seconds of each step after the warm-up, peak memory, and the seconds until the end of
+        the first step.
     """
     contestant = CONTESTANTS[name]
-    log = place.with_suffix(".log")
+    log = path.with_suffix(".log")
     if contestant.peer:
         shape = json.dumps(
-            {"model": model, "batch": batch, "steps": chosen.steps, "precision": chosen.precision}
+            {
+                "model": model,
+                "batch": batch,
+                "steps": arguments.steps,
+                "precision": arguments.precision,
+            }
         )
         script = str(Path(__file__).with_name("peers.py"))
-        command = [chosen.peers, script, contestant.peer, shape]
+        command = [arguments.peers, script, contestant.peer, shape]
     else:
-        command = ours(contestant, model, batch, chosen, place)
+        command = write_run(contestant, model, batch, arguments, path)
     environ = os.environ | {"OMP_NUM_THREADS": str(max(1, THREADS // contestant.ranks))}
     began = time.time()
     with open(log, "w", encoding="utf-8") as file:
         done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, env=environ, check=False)
     text = log.read_text(encoding="utf-8")
     if done.returncode:
-        raise RuntimeError(f"ended with {done.returncode}; its last words: {text[-500:]}")
+        raise RuntimeError(f"ended with exit code {done.returncode}: {text[-500:]}")
     if contestant.peer:
-        told = json.loads(text.strip().splitlines()[-1])
-        ends, memory = told["ends"], told["memory"]
+        result = json.loads(text.strip().splitlines()[-1])
+        ends, memory = result["ends"], result["memory"]
     else:
-        lines = (place.parent / "runs" / place.name / "metrics.jsonl").read_text().splitlines()
+        lines = (path.parent / "runs" / path.name / "metrics.jsonl").read_text().splitlines()
         rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
         memory = max(row["peak_memory_bytes"] for row in rows)
         ends = [row["time"] for row in rows]
-        if name in ("full", "bare"):  # whatever happened after the first third, saves included
-            third = chosen.steps // 3
+        if name in ("full", "bare"):  # mean step time after the first third, including saves
+            third = arguments.steps // 3
             start = next(row["time"] for row in rows if row["step"] == third)
-            seconds = [(ends[-1] - start) / (chosen.steps - third)]
+            seconds = [(ends[-1] - start) / (arguments.steps - third)]
             return {"seconds": seconds, "memory": memory, "first": float("nan")}
-    seconds = [after - before for before, after in itertools.pairwise(ends)][WARM - 1 :]
+    seconds = [after - before for before, after in itertools.pairwise(ends)][WARMUP_STEPS - 1 :]
     return {"seconds": seconds, "memory": memory, "first": ends[0] - began}
 
 
-def ours(
+def write_run(
     contestant: Contestant,
     model: dict[str, Any],
     batch: int,
-    chosen: argparse.Namespace,
-    place: Path,
+    arguments: argparse.Namespace,
+    path: Path,
 ) -> list[str]:
-    """Return the command of a run through the front door; its file is written."""
-    steps, folder = chosen.steps, place.parent
+    """Write the run file of a MegaLite contestant and return its command."""
+    steps, folder = arguments.steps, path.parent
     run: dict[str, Any] = {
-        "name": place.name,
+        "name": path.name,
         "model": model,
         "data": {
             "train": [{"path": str(folder / "data")}],
@@ -295,7 +323,7 @@ def ours(
             "steps": steps,
             "global_batch_size": batch,
             "micro_batch_size": batch // (contestant.ranks // _tensor(contestant)),
-            "precision": chosen.precision,
+            "precision": arguments.precision,
             "compile": True,
             "log_every": 1,
         },
@@ -307,12 +335,12 @@ def ours(
     run["training"]["log_every"] = run["training"]["log_every"] or max(1, steps // 3)
     if run["training"]["precision"] == "bf16" and run.get("deepspeed") == _stage(0):
         run["deepspeed"] = _stage(1)
-    path = folder / f"{place.name}.json"
-    path.write_text(json.dumps(run), encoding="utf-8")
+    file = folder / f"{path.name}.json"
+    file.write_text(json.dumps(run), encoding="utf-8")
     launch = [sys.executable]
     if contestant.ranks > 1:
         launch += ["-m", "torch.distributed.run", f"--nproc-per-node={contestant.ranks}"]
-    return [*launch, str(ROOT / "launcher" / "pretrain.py"), "--config", str(path)]
+    return [*launch, str(ROOT / "launcher" / "pretrain.py"), "--config", str(file)]
 
 
 @cache
@@ -327,7 +355,7 @@ def _tensor(contestant: Contestant) -> int:
 
 
 def make_data(folder: Path, model: dict[str, Any], *, samples: int) -> None:
-    """Shards of random ids, documents of a window each."""
+    """Write shards of random ids, with one window per document."""
     import numpy as np
 
     from megalite.formats.index import dtype_for
@@ -344,41 +372,41 @@ def make_data(folder: Path, model: dict[str, Any], *, samples: int) -> None:
 def table(shape: str, result: dict[str, Any]) -> str:
     machine = result["matrix_product"]
     lines = [
-        f"{shape}: {result['tokens_per_step']:,} tokens a step, matrix product "
+        f"{shape}: {result['tokens_per_step']:,} tokens per step, matrix product "
         f"{machine / 1e9:.0f} GFLOP/s",
-        f"{'':16} {'tokens/s':>9} {'of peak':>8} {'memory':>8} "
-        f"{'first step':>11} {'megalite is':>12}",
+        f"{'':16} {'tokens/s':>9} {'of peak':>8} {'memory':>8} {'first step':>11} "
+        f"{'megalite speed-up':>18}",
     ]
-    first = result["contestants"].get("megalite")
+    megalite = result["contestants"].get("megalite")
     for name, row in result["contestants"].items():
         rate = row["tokens_per_second"]
-        faster = f"{first['tokens_per_second'] / rate:.2f} x" if first else ""
+        speed_up = f"{megalite['tokens_per_second'] / rate:.2f} x" if megalite else ""
         memory = f"{row['memory_bytes'] / 1e9:.2f} GB"
-        began = row["first_step_seconds"]
-        started = "" if math.isnan(began) else f"{began:.1f} s"
+        seconds = row["first_step_seconds"]
+        first_step = "" if math.isnan(seconds) else f"{seconds:.1f} s"
         lines.append(
-            f"{name:16} {rate:9,.0f} {row['share_of_peak']:8.0%} {memory:>8} {started:>11} "
-            f"{faster:>12}"
+            f"{name:16} {rate:9,.0f} {row['share_of_peak']:8.0%} {memory:>8} {first_step:>11} "
+            f"{speed_up:>18}"
         )
-    lines += [f"{name:16} did not run: {why[-200:]}" for name, why in result["faults"].items()]
+    lines += [f"{name:16} failed: {reason[-200:]}" for name, reason in result["faults"].items()]
     return "\n".join(lines)
 
 
-def drawing(found: dict[str, Any]) -> str:
-    """Bars of tokens a second, a group a shape."""
+def draw(results: dict[str, Any]) -> str:
+    """Return an SVG with bars of tokens per second, grouped by shape."""
     parts, y = list[str](), 10
-    for shape, result in found.items():
+    for shape, result in results.items():
         parts.append(f'<text x="10" y="{y + 14}" font-weight="bold">{shape}</text>')
         y += 24
         rows = result["contestants"]
-        most = max(row["tokens_per_second"] for row in rows.values())
+        highest = max(row["tokens_per_second"] for row in rows.values())
         for name, row in rows.items():
             rate = row["tokens_per_second"]
             colour = "#8899aa" if CONTESTANTS[name].peer else "#2266cc"
             parts.append(
                 f'<text x="10" y="{y + 13}">{name}</text>'
-                f'<rect x="130" y="{y}" width="{400 * rate / most:.0f}" height="16" '
-                f'fill="{colour}"/><text x="{140 + 400 * rate / most:.0f}" y="{y + 13}">'
+                f'<rect x="130" y="{y}" width="{400 * rate / highest:.0f}" height="16" '
+                f'fill="{colour}"/><text x="{140 + 400 * rate / highest:.0f}" y="{y + 13}">'
                 f"{rate:,.0f} tokens/s, {row['memory_bytes'] / 1e9:.1f} GB</text>"
             )
             y += 22

@@ -1,17 +1,18 @@
-"""Where a step's time goes: a trace made by `training.profile`, summed by kind of work.
+"""Print the share of a training step's time by kind of work, from a trace of `training.profile`.
 
     python launcher/pretrain.py --config my.json --set training.profile=[5,6]
     python benchmarks/where.py runs/my/profile/rank_00000.json.gz --plot where.svg
 
-Each operation counts with the time it spent itself, on the thread that ran it, without what it
-called; on a GPU it is the kernels' time. What is left of the steps is Python and waiting.
+On a CPU, the time of an operation is its self time, without the operations that it calls. On a GPU,
+it is the time of its kernels. The rest of the steps' time is Python and waiting.
 """
 
 from __future__ import annotations
 
 import sys
 
-sys.path.sort(key=lambda path: path.endswith("benchmarks"))  # last, for it has a tokenize.py
+# This folder goes last: its tokenize.py would hide the module of the standard library.
+sys.path.sort(key=lambda path: path.endswith("benchmarks"))
 
 import argparse
 import gzip
@@ -21,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# the first that fits
+# An operation belongs to the first kind of which its name contains a word.
 KINDS = {
     "attention": ("scaled_dot_product", "flash", "fmha"),
     "matrix products": ("aten::mm", "addmm", "bmm", "gemm", "cutlass", "linear", "nvjet"),
@@ -39,49 +40,53 @@ def main() -> None:
     )
     parser.add_argument("trace", type=Path)
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
-    chosen = parser.parse_args()
-    with gzip.open(chosen.trace, "rt", encoding="utf-8") as file:
+    arguments = parser.parse_args()
+    with gzip.open(arguments.trace, "rt", encoding="utf-8") as file:
         events = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X"]
-    shares = summed(events)
+    shares = time_shares(events)
     sys.stdout.write("".join(f"{kind:22} {share:6.1%}\n" for kind, share in shares.items()))
-    if chosen.plot:
-        chosen.plot.write_text(drawing(shares), encoding="utf-8")
+    if arguments.plot:
+        arguments.plot.write_text(draw(shares), encoding="utf-8")
 
 
-def summed(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Shares of the time from the first operation to the last."""
+def time_shares(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Return each kind's share of the time from the first operation to the last."""
     kernels = [e for e in events if e.get("cat") == "kernel"]
-    work = kernels or [e for e in events if e.get("cat") in ("cpu_op", "user_annotation")]
-    found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
-    for event, own in own_times(work):
+    operations = kernels or [e for e in events if e.get("cat") in ("cpu_op", "user_annotation")]
+    times: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    for event, self_time in self_times(operations):
         name = event["name"]
         kind = next(k for k, words in KINDS.items() if any(word in name for word in words))
-        found[kind] += own
-    whole = max(e["ts"] + e["dur"] for e in work) - min(e["ts"] for e in work)
-    rest = max(0.0, whole - sum(found.values()))
-    return {k: v / whole for k, v in found.items() if v} | {"Python and waiting": rest / whole}
+        times[kind] += self_time
+    total = max(e["ts"] + e["dur"] for e in operations) - min(e["ts"] for e in operations)
+    rest = max(0.0, total - sum(times.values()))
+    return {k: v / total for k, v in times.items() if v} | {"Python and waiting": rest / total}
 
 
-def own_times(events: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], float]]:
-    """Yield each event's duration less those of the events within it on its thread."""
+def self_times(events: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], float]]:
+    """Yield each event and its duration, minus the durations of its direct children.
+
+    A child is an event of the same thread that lies within the event.
+    """
     threads = defaultdict(list)
     for event in events:
         threads[event["pid"], event["tid"]].append(event)
     for rows in threads.values():
         rows.sort(key=lambda e: (e["ts"], -e["dur"]))
-        inside: dict[int, float] = defaultdict(float)
+        children: dict[int, float] = defaultdict(float)
         stack: list[int] = []
         for number, event in enumerate(rows):
             while stack and rows[stack[-1]]["ts"] + rows[stack[-1]]["dur"] <= event["ts"]:
                 stack.pop()
             if stack:
-                inside[stack[-1]] += event["dur"]
+                children[stack[-1]] += event["dur"]
             stack.append(number)
         for number, event in enumerate(rows):
-            yield event, max(0.0, event["dur"] - inside[number])
+            yield event, max(0.0, event["dur"] - children[number])
 
 
-def drawing(shares: dict[str, float]) -> str:
+def draw(shares: dict[str, float]) -> str:
+    """Return an SVG with one bar of all shares, and a legend."""
     parts, x = list[str](), 10.0
     for number, (kind, share) in enumerate(shares.items()):
         colour, y = COLOURS[number % len(COLOURS)], 60 + 20 * number
