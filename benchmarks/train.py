@@ -42,88 +42,15 @@ import statistics
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from contestants import CONTESTANTS, DEFAULT, SHAPES, Contestant, zero_stage
+
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = os.cpu_count() or 1
 WARMUP_STEPS = 2
-
-LLAMA: dict[str, Any] = {
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 512,
-}
-# name: (model, sequences per step)
-SHAPES: dict[str, tuple[dict[str, Any], int]] = {
-    "42m": (LLAMA | {"vocab_size": 32000, "num_hidden_layers": 8}, 8),
-    "smoke": (
-        LLAMA
-        | {"vocab_size": 8000, "num_hidden_layers": 4, "max_position_embeddings": 256}
-        | {"hidden_size": 256, "intermediate_size": 704},
-        16,
-    ),
-    "vocab": (LLAMA | {"vocab_size": 131072, "num_hidden_layers": 4}, 4),
-    "gpt2": (
-        {
-            "vocab_size": 50257,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "max_position_embeddings": 1024,
-            "norm": "layernorm",
-            "activation": "gelu_tanh",
-            "position_embedding": "learned",
-            "attention_bias": True,
-            "mlp_bias": True,
-            "tie_word_embeddings": True,
-        },
-        4,
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One of the compared ways to train.
-
-    Attributes:
-        ranks: number of MegaLite's ranks.
-        sections: changes of MegaLite's run file.
-        peer: argument of peers.py. Empty means MegaLite.
-    """
-
-    ranks: int = 1
-    sections: dict[str, Any] = field(default_factory=dict)
-    peer: str = ""
-
-
-def _stage(stage: int) -> dict[str, Any]:
-    return {"zero_optimization": {"stage": stage}}
-
-
-ZERO_0: dict[str, Any] = {"deepspeed": _stage(0)}
-SAVING: dict[str, Any] = {"checkpoint": {"every": 20, "background": True, "keep": 1}}
-QUIET: dict[str, Any] = {"logging": {"tensorboard": False}, "training": {"log_every": None}}
-CONTESTANTS = {
-    "megalite": Contestant(1, ZERO_0),
-    "plain": Contestant(1, ZERO_0 | {"training": {"compile": False}}),
-    "full": Contestant(1, ZERO_0 | SAVING),
-    "bare": Contestant(1, ZERO_0 | QUIET),
-    "fp32": Contestant(1, {"deepspeed": _stage(0), "training": {"precision": "fp32"}}),
-    "zero1": Contestant(1, {"deepspeed": _stage(1)}),
-    "dp2": Contestant(2, {"deepspeed": _stage(1)}),
-    "tp2": Contestant(2, {"deepspeed": _stage(1), "parallel": {"tensor": 2}}),
-    **{
-        name: Contestant(peer=name)
-        for name in ("hf", "hf-compiled", "hf-trainer", "litgpt", "litgpt-compiled")
-    },
-}
-DEFAULT = ["megalite", "hf", "hf-compiled", "hf-trainer", "litgpt-compiled"]
 
 
 def parse() -> argparse.Namespace:
@@ -333,8 +260,8 @@ def write_run(
     for section, values in contestant.sections.items():
         run[section] = run.get(section, {}) | values
     run["training"]["log_every"] = run["training"]["log_every"] or max(1, steps // 3)
-    if run["training"]["precision"] == "bf16" and run.get("deepspeed") == _stage(0):
-        run["deepspeed"] = _stage(1)
+    if run["training"]["precision"] == "bf16" and run.get("deepspeed") == zero_stage(0):
+        run["deepspeed"] = zero_stage(1)
     file = folder / f"{path.name}.json"
     file.write_text(json.dumps(run), encoding="utf-8")
     launch = [sys.executable]
