@@ -1,4 +1,4 @@
-"""Turn a corpus into shards of tokens that `megalite pretrain` reads.
+"""Tokenize a corpus into shards that `megalite pretrain` reads.
 
   megalite data train-tokenizer --input "corpus/*.jsonl" --vocab-size 32000 --output data/tok
   megalite data tokenize --input "corpus/*.jsonl" --tokenizer data/tok --output data/train
@@ -6,8 +6,8 @@
   megalite data inspect data/train --document 0
 """  # fmt: skip
 
-# Arguments only: each command's module is imported when it runs. The --help of a command is
-# its function's docstring.
+# This module only parses arguments. A command's module is imported when the command runs. The
+# docstring of its function is the text of its --help.
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from megalite.cli import CommandParser, run_main
 from megalite.log import write_report
 
 _INPUTS = """\
-inputs, each by its name:
-  corpus.jsonl notes.txt.gz     JSON lines (.jsonl .ndjson .json), Parquet (.parquet), and anything
-                                else as one document of UTF-8 text; .gz .bz2 .xz .zst are unpacked
+kinds of INPUT:
+  corpus.jsonl notes.txt.gz     JSON lines (.jsonl .ndjson .json), Parquet (.parquet), else one
+                                document of UTF-8 text; .gz .bz2 .xz .zst are decompressed
   "web/**/*.parquet"            a glob, quoted or expanded by the shell
-  src/                          every file below a folder, but for names that begin with a dot
-  saved/                        a data set written by `save_to_disk`
+  src/                          all files below a folder, except names that begin with a dot
+  saved/                        a data set that `save_to_disk` has written
   hf:stanfordnlp/imdb:train     a data set of the Hugging Face hub; hf:NAME@CONFIG:SPLIT
 
-A record without the field, cut JSON, bad UTF-8, a NUL or an empty document is a bad record: named,
-counted, and omitted if --max-bad-records allows it. DIR appears when everything succeeded.
+A bad record lacks the text field, is truncated JSON or invalid UTF-8, contains a NUL, or is empty.
+Bad records are reported, counted and skipped. If there are more than --max-bad-records, the command
+stops. DIR appears only after everything has succeeded.
 """
 
 
@@ -40,11 +41,11 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m da
     """Run one command and return its exit code.
 
     Args:
-        program: the name that the help shows.
+        program: name of the program in the help.
     """
-    given = vars(make_parser(program).parse_args(arguments))
-    run: Callable[..., int] = given.pop("run")
-    return run(**given)
+    options = vars(make_parser(program).parse_args(arguments))
+    run: Callable[..., int] = options.pop("run")
+    return run(**options)
 
 
 def make_parser(program: str) -> CommandParser:
@@ -59,14 +60,24 @@ def make_parser(program: str) -> CommandParser:
         subparser.set_defaults(run=run)
         return subparser
 
-    _add_training(command("train-tokenizer", "learn a vocabulary", _train_tokenizer))
+    _add_training(command("train-tokenizer", "train a tokenizer", _train_tokenizer))
     _add_encoding(command("tokenize", "encode documents into shards", _tokenize))
-    check = command("verify", "find out whether shards are as written", _verify)
-    check.add_argument("folder", type=Path, metavar="DIR", help="a folder that tokenize wrote")
-    add = command("inspect", "show what a shard folder holds", _inspect).add_argument
-    add("folder", type=Path, metavar="DIR", help="a folder that tokenize wrote")
-    add("--picture", type=Path, metavar="FILE.svg", help="also draw the lengths of documents")
-    add("--document", type=_at_least(0), metavar="N", help="the text of a document, from 0")
+    check = command("verify", "check shards against their manifest", _verify)
+    check.add_argument("folder", type=Path, metavar="DIR", help="shard folder, written by tokenize")
+    add = command("inspect", "show the contents of a shard folder", _inspect).add_argument
+    add("folder", type=Path, metavar="DIR", help="shard folder, written by tokenize")
+    add(
+        "--picture",
+        type=Path,
+        metavar="FILE.svg",
+        help="also draw a histogram of the document lengths",
+    )
+    add(
+        "--document",
+        type=_at_least(0),
+        metavar="N",
+        help="print the text of document N, counted from 0",
+    )
     return parser
 
 
@@ -77,10 +88,13 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         type=_at_least(1),
         required=True,
         metavar="N",
-        help="pieces of the vocabulary, the 256 bytes among them",
+        help="vocabulary size, including the 256 bytes",
     )
     parser.add_argument(
-        "--type", choices=["bpe", "unigram"], default="bpe", help="of SentencePiece; default: bpe"
+        "--type",
+        choices=["bpe", "unigram"],
+        default="bpe",
+        help="SentencePiece model type (default: bpe)",
     )
 
 
@@ -91,42 +105,43 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         required=True,
         metavar="PATH|bytes",
-        help="a .model file, a tokenizer.json, a folder with one of them, a model of the hub "
-        "(ORG/NAME), or bytes",
+        help="SentencePiece .model file, tokenizer.json, folder with one of them, model of the hub "
+        "(ORG/NAME), or the word bytes",
     )
     add(
         "--shard-tokens",
         type=_at_least(1),
         default=100_000_000,
         metavar="N",
-        help="most tokens in a shard; default: 100000000, 200 MB as uint16",
+        help="maximum tokens per shard (default: 100000000, which is 200 MB as uint16)",
     )
     add(
         "--workers",
         type=_at_least(1),
         metavar="N",
-        help="processes; default: the cores at hand, or 1 a rank under mpirun and srun",
+        help="number of processes (default: the available cores; 1 per rank under mpirun and srun)",
     )
     add(
         "--valid-fraction",
         type=float,
         metavar="F",
-        help="hold out this share of the documents, by a hash of each one's text; above 0, below 1",
+        help="fraction of the documents to hold out, selected by a hash of their text; above 0, "
+        "below 1",
     )
-    add("--valid-output", type=Path, metavar="DIR", help="a new folder for what is held out")
-    add("--deduplicate", action="store_true", help="omit documents that came before")
+    add("--valid-output", type=Path, metavar="DIR", help="new folder for the held-out documents")
+    add("--deduplicate", action="store_true", help="skip documents that repeat an earlier text")
     add(
         "--no-streaming",
         dest="streaming",
         action="store_false",
-        help="download hub data sets whole before they are read",
+        help="download hub data sets completely before reading them",
     )
-    take = "take a tokenizer that does not give back every text"
-    add("--lossy", action="store_true", help=take)
+    accept = "accept a tokenizer that cannot reproduce every text"
+    add("--lossy", action="store_true", help=accept)
     add(
         "--bos",
         action=argparse.BooleanOptionalAction,
-        help="begin each document with BOS (default: if the tokenizer begins its texts with it)",
+        help="begin each document with BOS, or without it (default: as the tokenizer does)",
     )
     add("--no-eos", dest="eos", action="store_false", help="do not end each document with EOS")
 
@@ -141,16 +156,21 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         action="extend",
         required=True,
         metavar="INPUT",
-        help="one or more, as described above",
+        help="files, folders or data sets; see the kinds of INPUT above",
     )
-    add("--output", type=Path, required=True, metavar="DIR", help="a new folder")
-    add("--text-field", default="text", metavar="NAME", help="of JSON and tables; default: text")
+    add("--output", type=Path, required=True, metavar="DIR", help="new folder to create")
+    add(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="field or column of the text (default: text)",
+    )
     add(
         "--max-bad-records",
         type=_at_least(0),
         default=0,
         metavar="N",
-        help="bad records that are omitted before the command stops; default: 0",
+        help="maximum bad records to skip before the command stops (default: 0)",
     )
 
 
@@ -169,9 +189,10 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _train_tokenizer(**given: Any) -> int:
-    """Train a SentencePiece model that loses nothing: runs of spaces, newlines and bytes never seen
-    come back as they were. Larger corpora are sampled, the same way in every run.
+def _train_tokenizer(**options: Any) -> int:
+    """Train a lossless SentencePiece tokenizer: decoding restores every text, including spaces,
+    newlines and bytes that training never saw. Large corpora are sampled; every run takes the same
+    sample.
 
       megalite data train-tokenizer --input "src/**/*.py" --vocab-size 8000 --output data/tok
       megalite data train-tokenizer --input c4.jsonl.gz wiki.parquet --vocab-size 32000 \\
@@ -179,15 +200,15 @@ def _train_tokenizer(**given: Any) -> int:
     """
     from data_prep.train import TrainOptions, train_tokenizer
 
-    tokenizer = train_tokenizer(TrainOptions(**given))
-    write_report(f"{given['output']}: a tokenizer of {tokenizer.vocab_size:,} pieces\n")
+    tokenizer = train_tokenizer(TrainOptions(**options))
+    write_report(f"{options['output']}: a tokenizer of {tokenizer.vocab_size:,} pieces\n")
     return 0
 
 
-def _tokenize(**given: Any) -> int:
+def _tokenize(**options: Any) -> int:
     """Encode documents into DIR: shard_00000.bin and .idx (Megatron-LM's format), tokenizer/ and
-    manifest.json. Each document ends with EOS. The shards do not depend on workers or ranks, and
-    the same command goes on where a killed one stopped.
+    manifest.json. Each document ends with EOS. The shards do not depend on the number of workers or
+    ranks. If the command was killed, start it again, and it continues.
 
       megalite data tokenize --input "corpus/*.jsonl" --tokenizer data/tok --output data/train
       megalite data tokenize --input books/ --tokenizer bytes --output data/books --workers 8
@@ -203,23 +224,23 @@ def _tokenize(**given: Any) -> int:
     from megalite.formats.manifest import load_manifest
 
     rank, ranks = env.find_rank_and_size()
-    given["workers"] = given["workers"] or (_cores() if ranks == 1 else 1)
-    manifest = tokenize(TokenizeOptions(**given))
+    options["workers"] = options["workers"] or (_cores() if ranks == 1 else 1)
+    manifest = tokenize(TokenizeOptions(**options))
     if rank:
-        return 0  # rank 0 speaks for all
-    manifests = {given["output"]: manifest}
-    if given["valid_output"] is not None:
-        manifests[given["valid_output"]] = load_manifest(given["valid_output"])
-    total = sum(one.tokens for one in manifests.values())
-    for folder, one in manifests.items():
-        share = f", {one.tokens / total:.2%} of all" if len(manifests) > 1 else ""
-        write_report(f"{folder}: {one.counts()}{share}\n")
+        return 0  # rank 0 writes the report
+    manifests = {options["output"]: manifest}
+    if options["valid_output"] is not None:
+        manifests[options["valid_output"]] = load_manifest(options["valid_output"])
+    total = sum(manifest.tokens for manifest in manifests.values())
+    for folder, manifest in manifests.items():
+        share = f", {manifest.tokens / total:.2%} of all" if len(manifests) > 1 else ""
+        write_report(f"{folder}: {manifest.counts()}{share}\n")
     return 0
 
 
 def _verify(folder: Path) -> int:
-    """Compare every byte of a shard folder with its manifest: sizes, structure, SHA-256, ids,
-    counts. The exit code is 1 if something is wrong, which is named, else 0.
+    """Compare every byte of a shard folder with its manifest: sizes, structure, SHA-256, ids and
+    counts. Each fault is reported. The exit code is 1 if there is a fault, else 0.
 
       megalite data verify data/train
     """
@@ -230,7 +251,7 @@ def _verify(folder: Path) -> int:
 
 def _inspect(folder: Path, document: int | None, picture: Path | None) -> int:
     """
-    Show what a shard folder holds, or one document of it as text.
+    Show the contents of a shard folder, or one of its documents as text.
 
       megalite data inspect data/train
       megalite data inspect data/train --document 17

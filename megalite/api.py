@@ -1,6 +1,6 @@
-"""The library: what `import megalite` offers. docs/api.md is made from these docstrings.
+"""Public interface of `import megalite`. docs/api.md is generated from these docstrings.
 
-Functions import what they need when they are called: a run file is checked before torch is
+Functions import other modules when they are called, so that a run file is checked before torch is
 imported.
 """
 
@@ -34,13 +34,13 @@ Messages: TypeAlias = "Sequence[Mapping[str, Any]]"
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run that has ended.
+    """Result of a run that has ended.
 
     Attributes:
         directory: the run folder.
         state: "done", or "stopped" if a signal or a hook ended the run before its last step. The
             same call continues a stopped run.
-        checkpoint: the folder of the newest checkpoint. None if the run has published none.
+        checkpoint: the folder of the newest checkpoint. None means that the run has no checkpoint.
     """
 
     directory: Path
@@ -51,7 +51,7 @@ class RunResult:
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl`, in order. `kind` is train, valid, sample or event.
 
-        A train row has `step`, `loss` (mean nats a target), `lr`, `grad_norm` (before clipping),
+        A train row has `step`, `loss` (mean nats per target), `lr`, `grad_norm` (before clipping),
         `tokens` (total), `tokens_per_second`, `step_seconds`, `peak_memory_bytes` and more.
         """
         from megalite.files import read_rows
@@ -64,16 +64,16 @@ def pretrain(
 ) -> RunResult:
     """Pretrain a model, as `megalite pretrain` does, and return when the run has ended.
 
-    A run whose folder has checkpoints continues from the newest one. Interrupting the kernel, or
-    Ctrl-C, saves and stops the run. A run in a thread gets no signals; a hook can stop it. A
-    process trains one run at a time, and several runs give the numbers of fresh processes.
+    A run whose folder has checkpoints continues from the newest checkpoint. Ctrl-C, or interrupting
+    the kernel, saves and stops the run. A run in a thread gets no signals, but a hook can stop the
+    run. A process trains one run at a time. Consecutive runs give the numbers of fresh processes.
 
     Args:
         config: a dictionary, the path of a run file, or a `RunConfig`. Paths in it are relative to
             the working directory.
-        overrides: changes of keys, as `--set` takes them (`["training.steps=10"]`), or a mapping
+        overrides: changes of keys, in the form of `--set` (`["training.steps=10"]`), or a mapping
             of dotted keys to values (`{"training.steps": 10}`).
-        hooks: objects that are called around steps and saves, after the run's own hooks.
+        hooks: objects that are called around steps and saves, after the built-in hooks.
     Raises:
         UserError: the configuration or the data cannot be used. Nothing was written.
         MegaLiteError: a later failure; the run's status.json states the reason.
@@ -93,9 +93,9 @@ def finetune(
     See `pretrain` for runs that continue, signals and threads.
 
     Args:
-        config: as for `pretrain`, with a finetune section. A model section may be missing if there
-            is `init_from`.
-        init_from: the model to start from, by a path or by a name of the hub; see `load`.
+        config: as for `pretrain`, with a finetune section. The model section is optional if
+            `init_from` is given.
+        init_from: the path or the hub name of the model to start from; see `load`.
         overrides: changes of keys; see `pretrain`.
         hooks: objects that are called around steps and saves; see `pretrain`.
     Raises:
@@ -110,9 +110,9 @@ def load(path: str | Path) -> Model:
     """Load a trained model with its tokenizer, in fp32, on the GPU if this host has one.
 
     Args:
-        path: a step folder, a run folder, a model folder of Hugging Face's, or a model of the hub
-            (ORG/NAME, ORG/NAME@REVISION). A run folder stands for its newest checkpoint, or for
-            the best one of a fine-tuned run.
+        path: a step folder, a run folder, a Hugging Face model folder, or a model of the hub
+            (ORG/NAME, ORG/NAME@REVISION). A run folder means its newest checkpoint. The folder of
+            a fine-tuned run means its best checkpoint.
     Raises:
         CommandError: no such model.
         CheckpointError: a damaged checkpoint.
@@ -140,11 +140,11 @@ def make_plan(
         config: a dictionary, the path of a run file, or a `RunConfig`.
         nodes: hosts.
         gpus_per_node: GPUs of each host.
-        gpu: the name of a device of `megalite plan --gpu`, or the path of a device file.
+        gpu: the name of a device (see `megalite plan --gpu`), or the path of a device file.
         overrides: changes of keys; see `pretrain`.
     Returns:
-        the object that `megalite plan --json` prints: `fits`, `memory_bytes` (a rank's, by
-        kind), `step_seconds`, `tokens_per_second`, `mfu` (0 to 1), `run_seconds` and more.
+        the object that `megalite plan --json` prints: `fits`, `memory_bytes` (per rank, by
+        category), `step_seconds`, `tokens_per_second`, `mfu` (0 to 1), `run_seconds` and more.
     Raises:
         ConfigError: faults of the configuration, or a layout that is impossible on these devices.
         CommandError: an unknown device.
@@ -162,12 +162,12 @@ def make_plan(
 
 
 def open_shards(path: str | Path) -> Shards:
-    """Open a folder of shards that `python -m data_prep tokenize` or Megatron has made.
+    """Open a folder of shards that `megalite data tokenize` or Megatron-LM has written.
 
     Args:
-        path: the folder, or the prefix of one pair of Megatron's files.
+        path: the folder, or the prefix of one pair of Megatron-LM files.
     Raises:
-        DataError: no shards, or damaged ones.
+        DataError: there are no shards, or a shard is damaged.
     """
     from megalite.formats import shards
 
@@ -176,13 +176,13 @@ def open_shards(path: str | Path) -> Shards:
 
 
 class Shards:
-    """Documents of a shard folder: `len` of them, each an int64 tensor [T] of token ids.
+    """Sequence of the documents of a shard folder, each an int64 tensor [T] of token ids.
 
-    Made by `open_shards`. Tokens are read when a document is.
+    `open_shards` creates it. A document is read from the disk when it is accessed.
 
     Attributes:
-        tokens: tokens of all documents.
-        vocab_size: number of the tokenizer's ids.
+        tokens: total number of tokens.
+        vocab_size: number of token ids of the tokenizer.
     """
 
     def __init__(self, shards: ShardSet) -> None:
@@ -211,7 +211,7 @@ class Shards:
 
 
 class Model:
-    """A trained model with its tokenizer. Made by `load`.
+    """A trained model with its tokenizer. `load` creates it.
 
     Attributes:
         directory: the folder of the model.
@@ -233,18 +233,19 @@ class Model:
     ) -> str:
         """Return the text that follows a prompt, or the answer to a conversation.
 
-        The text ends with the document, or after `max_new_tokens`.
+        The text ends where the model ends the document, or after `max_new_tokens`.
 
         Args:
             prompt: a text to continue, or the turns of a conversation. A turn has `role` and
                 `content`. The chat template of the model renders the turns.
-            max_new_tokens: most tokens to write.
-            temperature: divisor of the scores before sampling. 0 takes the most likely token.
-            top_k: number of tokens to sample among, the most likely ones. None means all.
-            top_p: probability, in sum, of the fewest tokens to sample among. None means all.
+            max_new_tokens: maximum number of tokens to generate.
+            temperature: divisor of the logits before sampling. 0 takes the most likely token.
+            top_k: number of most likely tokens to sample among. None means all.
+            top_p: sample among the fewest tokens whose probabilities sum to this value. None means
+                all tokens.
             seed: seed of the sampling. The same seed gives the same text.
         Raises:
-            CommandError: the model writes no text, or a number is out of range.
+            CommandError: the model does not generate text, or a number is out of range.
             DataError: the chat template refuses the turns.
         """
         from megalite.evaluate import Sampling, stream_texts
@@ -272,13 +273,13 @@ class Model:
         return "".join(piece for _, piece in answerer.answers([question]))
 
     def loss(self, text: str) -> float:
-        """Return the mean cross entropy of a text, in nats a target, as Hugging Face's `loss`.
+        """Return the mean cross-entropy of a text in nats per target, like Hugging Face's `loss`.
 
-        The targets are all tokens but the first.
+        The targets are all tokens except the first.
 
         Raises:
-            CommandError: the model is no decoder; or the text has under two tokens, or more tokens
-                than the model reads at once.
+            CommandError: the model is no decoder, or the text has fewer than two tokens or more
+                tokens than the model reads at once.
         """
         import torch
 
@@ -287,8 +288,8 @@ class Model:
         loaded = self._loaded
         if loaded.config.architecture != "decoder" or loaded.config.num_labels:
             raise CommandError(
-                f"{loaded.folder} holds no decoder, and only a decoder has the loss of a text; "
-                "measure the model with evaluate"
+                f"{loaded.folder} is no decoder, and only a decoder has a loss of a text; use "
+                "evaluate"
             )
         ids = torch.tensor([loaded.encode(text)])
         targets = ids.shape[1] - 1
@@ -304,16 +305,17 @@ class Model:
         return float(loaded.loss(batch)) / targets
 
     def evaluate(self, data: str | Path | None = None) -> dict[str, Any]:
-        """Measure the model, as `megalite eval` does.
+        """Evaluate the model, as `megalite eval` does.
 
         Args:
-            data: a folder of shards; or, for a fine-tuned model, a file of labelled rows. None
+            data: a folder of shards, or a file of labelled rows if the model is fine-tuned. None
                 means the held-out data of the model's run.
         Returns:
-            `loss` (mean nats a target), `perplexity`, `bits_per_byte` of text (None if the targets
-            are not continued text) and `tokens`; for a classifier `accuracy`, `f1` and others.
+            `loss` (mean nats per target), `perplexity`, `bits_per_byte` of text (None if the
+            targets are not continued text) and `tokens`. A classifier returns `accuracy`, `f1` and
+            other metrics.
         Raises:
-            CommandError, DataError: the model cannot be measured on the data.
+            CommandError, DataError: the model cannot be evaluated on the data.
         """
         from megalite.isolation import isolated
         from megalite.parallel import start, stop
@@ -328,7 +330,7 @@ class Model:
 
 
 def _sets(overrides: Overrides) -> list[str]:
-    """Return overrides as `--set` takes them."""
+    """Return overrides as arguments of `--set`."""
     if isinstance(overrides, Mapping):
         return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
     return [overrides] if isinstance(overrides, str) else list(overrides)
@@ -336,11 +338,15 @@ def _sets(overrides: Overrides) -> list[str]:
 
 def _check_hook(hook: object, kind: type) -> None:
     if not isinstance(hook, kind):
-        raise CommandError(f"hooks: {hook!r} is no megalite.Hook; give objects of one")
+        raise CommandError(f"hooks: {hook!r} is no megalite.Hook; give instances of it")
 
 
 def _run(make_options: Callable[[], RunOptions], hooks: Sequence[Hook]) -> RunResult:
-    """Train by the options that a function makes, after it has checked the configuration."""
+    """Train a run, and return its result.
+
+    Args:
+        make_options: function that checks the configuration and returns the run's options.
+    """
     began = time.monotonic()
     launch = env.find_launch()
     with log.show_messages(launch.rank):

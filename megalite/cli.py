@@ -37,14 +37,14 @@ def run_main(
     """Run a command and end the process with its exit code.
 
     A `MegaLiteError` becomes one line per fault, without a traceback. All ranks raise the same user
-    error, and rank 0 prints it. The other ranks wait until the launcher ends them, because a rank
-    that exits first would make the launcher end rank 0 before it has printed.
+    error, and rank 0 prints it. The other ranks wait until the launcher ends them. If one of them
+    exited first, the launcher would end rank 0 before rank 0 has printed the error.
 
     Args:
-        main: the command; it returns the exit code, or None for 0.
-        ranks: if true, the command communicates with other ranks, and the process ends without
+        main: function of the command. It returns the exit code, or None for 0.
+        ranks: If true, the command communicates with other ranks, and the process ends without
             the interpreter's teardown. A thread of gloo that needs the interpreter during teardown
-            aborts the process (in 1 of 6 runs). Then a finished run would count as crashed.
+            aborts the process (in 1 of 6 runs), and a finished run would count as crashed.
         find_rank: returns the rank of this process. Ranks other than 0 log errors only.
     """
     os.umask(os.umask(0o077) | 0o002)  # other users cannot change what is written
@@ -107,7 +107,7 @@ def _print_fault(error: Exception) -> int:
         advice = "install MegaLite into it (`pip install -e .`), or use the Python that has it"
         logger.error("this Python, %s, has no package %s; %s", sys.executable, name, advice)
         return UserError.exit_code
-    logger.error("an error of the program, not of its input:", exc_info=error)
+    logger.error("internal error, not an error of the input:", exc_info=error)
     return 1
 
 
@@ -142,9 +142,9 @@ def _silence(stream: TextIO) -> None:
 def end_with_agent() -> None:
     """Request SIGTERM for this rank when the process that started it dies (Linux only).
 
-    That is torchrun's agent, or the `megalite` command. If it is killed by SIGKILL, it cannot end
-    its ranks. Without the signal they would continue to train and occupy their devices. With the
-    signal they save and stop.
+    The starter is torchrun's agent or the `megalite` command. If the starter is killed by SIGKILL,
+    it cannot end its ranks, which would continue to train and occupy their devices. With SIGTERM
+    the ranks save and stop.
     """
     started = env.variable("TORCHELASTIC_RUN_ID") or env.variable(env.STARTED_BY)
     if not sys.platform.startswith("linux") or not started:
@@ -159,11 +159,11 @@ def end_with_agent() -> None:
 class CommandParser(argparse.ArgumentParser):
     """Parser of a command.
 
-    It expands `~` in paths, even if the shell does not (`--output=~/page.html`). An argument is a
-    path if its metavar is one of a path.
+    The parser expands `~` in paths, even if the shell does not (`--output=~/page.html`). `_PATHS`
+    contains the metavars of paths.
 
     Attributes:
-        first: the option whose name may be omitted (`megalite plan 7b.json`); "" means none.
+        first: option whose name may be omitted (`megalite plan 7b.json`). "" means none.
     """
 
     first = ""
@@ -181,7 +181,7 @@ class CommandParser(argparse.ArgumentParser):
         return parsed, rest
 
     def _name_first(self, words: list[str]) -> list[str]:
-        """Return words with `first` before the first word that is no option's."""
+        """Return words with `first` inserted before the first word that belongs to no option."""
         position = 0
         while self.first and position < len(words):
             word = words[position]
@@ -199,7 +199,7 @@ class CommandParser(argparse.ArgumentParser):
         return words
 
     def _values_of(self, option: str) -> str:
-        """Return how many values follow an option: "" none, "1", "?" at most one, "+" several."""
+        """Return the number of values of an option: "" none, "1", "?" at most one, "+" several."""
         names = [name for name in self._option_string_actions if name.startswith(option)]
         action = self._option_string_actions[min(names, key=len)] if names else None
         if action is None or action.nargs is None:
@@ -207,7 +207,7 @@ class CommandParser(argparse.ArgumentParser):
         return "" if action.nargs == 0 else str(action.nargs)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Refuse a value that is none of the choices, with the nearest of them."""
+        """Refuse a value that is not one of the choices, and suggest the nearest choice."""
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
             advice = nearest(str(value), choices)
@@ -220,7 +220,7 @@ def _expand(path: str | Path) -> str | Path:
 
 
 def command_parser(about: str | None, examples: str, *, first: str = "") -> CommandParser:
-    """Return a parser whose help ends in `examples`, printed verbatim.
+    """Return a parser whose help ends with `examples`, printed verbatim.
 
     Args:
         first: see `CommandParser`.
@@ -232,22 +232,22 @@ def command_parser(about: str | None, examples: str, *, first: str = "") -> Comm
 
 
 def add_ranks(parser: CommandParser, default: str) -> None:
-    """Add `--ranks`, which `megalite.commands` handles before the parser sees the arguments.
+    """Add `--ranks`, which `megalite.commands` handles before the arguments are parsed.
 
     Args:
-        default: the number without the option, for the help.
+        default: text of the help about the number of ranks without the option.
     """
     parser.add_argument(
         "--ranks",
         type=_refuse_ranks,
         metavar="N",
-        help=f"processes that `megalite` starts on this host ({default})",
+        help=f"number of ranks that `megalite` starts on this host (default: {default})",
     )
 
 
 def _refuse_ranks(value: str) -> int:
     raise argparse.ArgumentTypeError(
-        f"only the command megalite starts ranks; start that, or torchrun --nproc-per-node {value}"
+        f"only the command megalite starts ranks; use it, or torchrun --nproc-per-node {value}"
     )
 
 
@@ -258,35 +258,36 @@ def run_parser(about: str | None, examples: str) -> CommandParser:
         "--config",
         required=True,
         metavar="FILE",
-        help="the run file (JSON or YAML); the option's name may be omitted",
+        help="run file (JSON or YAML); the option's name may be omitted",
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override a key, dotted (training.steps=100); may be repeated",
+        help="override a key of the run file, such as training.steps=100; may be repeated",
     )
     parser.add_argument(
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="auto (default): resume this run's newest intact checkpoint, or start fresh if there "
-        "is none; never: start fresh, an error if checkpoints exist; PATH: resume a step folder or "
-        "a run folder",
+        help="auto (default): resume the run's newest intact checkpoint, or start fresh if there "
+        "is none. never: start fresh, and refuse a run that has checkpoints. PATH: resume from a "
+        "step folder or a run folder",
     )
     parser.add_argument(
         "--init-from",
         metavar="CHECKPOINT",
-        help="start a fresh run from the weights of a checkpoint, of a folder in Hugging Face's "
-        "format, or of a model of the hub (ORG/NAME, ORG/NAME@REVISION)",
+        help="start a fresh run with the weights of a checkpoint, a Hugging Face model folder, or "
+        "a model of the hub (ORG/NAME, ORG/NAME@REVISION)",
     )
     parser.add_argument(
         "--allow-change",
         action="append",
         default=[],
         metavar="KEY",
-        help="resume although KEY (model, tokenizer, data, sequence_length or seed) changed",
+        help="resume even if KEY changed: model, tokenizer, data, sequence_length or seed; may be "
+        "repeated",
     )
     parser.add_argument(
         "--dry-run",
@@ -294,17 +295,17 @@ def run_parser(about: str | None, examples: str) -> CommandParser:
         nargs="?",
         const=0,
         metavar="RANKS",
-        help="check the shapes and messages of a step on RANKS ranks, all in this process, without "
-        "training (default: the number of ranks that were started)",
+        help="check shapes and communication of a step on RANKS ranks, simulated in this process, "
+        "without training (default: the number of started ranks)",
     )
     parser.add_argument(
         "--gpu",
         metavar="NAME|FILE",
-        help="device for --dry-run: a name of plan.py --gpu, cpu, or a JSON file "
-        "(default: this host's if no RANKS are given, else GPUs)",
+        help="device for --dry-run: a device name of `megalite plan --gpu`, cpu, or a JSON file "
+        "(default: this host's device, or GPUs if RANKS is given)",
     )
     add_ranks(parser, "one per visible GPU, or one on a CPU")
-    # the deepspeed launcher appends it; environment variables contain the same number
+    # the deepspeed launcher appends this option; environment variables contain the same number
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
 
@@ -313,4 +314,4 @@ def _ranks(text: str) -> int:
     """Parse a number of ranks, which must be 1 or more."""
     if text.isascii() and text.isdigit() and 1 <= len(text) <= 9 and int(text) >= 1:
         return int(text)
-    raise argparse.ArgumentTypeError(f"ranks, at least 1, not {text!r}")
+    raise argparse.ArgumentTypeError(f"expected a number of ranks, 1 or more, got {text!r}")

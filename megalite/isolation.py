@@ -1,4 +1,4 @@
-"""The settings of a process around a run: those of a fresh process within, its own afterwards."""
+"""Isolation of a run within a process: default settings during the run, its own afterwards."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from megalite import env
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Give a block torch's default settings, and restore this process's own settings at its end.
+    """Run a block with torch's default settings, and restore this process's settings afterwards.
 
-    Restored are the environment, and torch's threads, default dtype and random states. An engine
-    restores its own changes when it closes (`Engine.close`).
+    The function restores the environment, and torch's threads, default dtype and random states. An
+    engine restores its own changes when it closes (`Engine.close`).
     """
     devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Steps that the commands of launcher/ and the library (megalite/api.py) share.
+"""Steps that the commands and the library (megalite/api.py) share.
 
 Everything that needs no torch is checked before torch is imported.
 """
@@ -31,10 +31,10 @@ def pretraining_options(
     """Return the options of a pretraining run.
 
     Args:
-        sets: overrides of keys, each `a.b=c`.
+        sets: overrides of keys, in the form `a.b=c`.
         resume, init_from, allow_change: see `RunOptions`.
     Raises:
-        ConfigError: faults of the run file, or a run file that fine-tunes.
+        ConfigError: the run file has faults, or a finetune section.
         CommandError: `init_from` names no model.
     """
     config = load_config(source, sets)
@@ -67,15 +67,15 @@ def finetuning_options(
 ) -> RunOptions:
     """Return the options of a fine-tuning run.
 
-    Without a model section in the run file, the model is that of the run's checkpoints, or that of
-    `init_from`.
+    If the run file has no model section, the run's checkpoints define the model. If there are none,
+    `init_from` does.
 
     Args:
-        sets: overrides of keys, each `a.b=c`.
+        sets: overrides of keys, in the form `a.b=c`.
         resume, init_from, allow_change: see `RunOptions`.
     Raises:
-        ConfigError: faults of the run file, or a run file without a finetune section.
-        CommandError: `init_from` names no model, or one that the task cannot use.
+        ConfigError: the run file has faults, or no finetune section.
+        CommandError: `init_from` names no model, or a model that the task cannot use.
     """
     from megalite.formats.start import find_start
     from megalite.hub import find_model
@@ -97,7 +97,7 @@ def finetuning_options(
             "examples), or start megalite pretrain"
         )
     if fresh and not find_task(config.finetune.task).has_labels:
-        require_head(Path(str(start)))  # before the examples are made
+        require_head(Path(str(start)))  # before the examples are prepared
     from data_prep.chat import ask
     from data_prep.examples import prepare
     from megalite.train import RunOptions
@@ -116,10 +116,10 @@ def finetuning_options(
 def make_answerer(
     loaded: LoadedModel, *, max_new_tokens: int, sampling: Sampling, stop: Sequence[str] = ()
 ) -> Answerer:
-    """Return what answers conversations with a chat model, by the template of its folder.
+    """Return an `Answerer` for a chat model, with the chat template of the model's folder.
 
     Args:
-        stop: strings that end an answer, besides the template's own end of a turn.
+        stop: strings that end an answer, in addition to the template's end of a turn.
     """
     from data_prep.chat import Chat, find_template
     from megalite.evaluate import Answerer
@@ -144,23 +144,23 @@ def measure(
     micro_batch_size: int | None = None,
     predictions: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure a model on shards, or a fine-tuned one on labelled rows; a collective.
+    """Evaluate a model on shards, or a fine-tuned model on labelled rows. All ranks must call it.
 
     Args:
-        data: a folder of shards, or a file of rows. None means the run's own held-out data.
-        micro_batch_size: samples of a batch. None means those of the run.
-        predictions: where rank 0 writes a classifier's answers.
+        data: a folder of shards, or a file of rows. None means the held-out data of the run.
+        micro_batch_size: samples per batch. None means the run's micro-batch size.
+        predictions: file that rank 0 writes the predictions of a classifier to.
     Returns:
         see `score_data` and `score_examples`.
     Raises:
-        CommandError, DataError: data that the model cannot be measured on.
+        CommandError, DataError: the model cannot be evaluated on the data.
     """
     from megalite.evaluate import score_data
 
     run = loaded.run
     size = micro_batch_size or loaded.micro_batch_size
     if predictions is not None and not loaded.config.num_labels:
-        raise CommandError("--predictions are a classifier's, and this model is none: remove it")
+        raise CommandError("--predictions needs a classifier, and this model is none; remove it")
     if run is None or run.finetune is None:
         return dict(score_data(loaded, grid, data=data, micro_batch_size=size))
     from data_prep.eval_examples import prepare_again

@@ -1,4 +1,4 @@
-"""docs/api.md from the docstrings of public names; `python -m tests.pages` writes it."""
+"""Generator of docs/api.md from public docstrings; `python -m tests.pages` runs it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 _INTRODUCTION = """\
 # The library
 
-Made from docstrings by `python -m tests.pages`. `import megalite` imports nothing else. A name is
-imported when it is first used, and torch when something is computed. One process is one rank: a
-script or a notebook needs no launcher. A script that `torchrun` starts trains on all its ranks.
+`python -m tests.pages` generates this page from docstrings. `import megalite` imports no other
+module. A name is imported when it is first used, and torch is imported when something is computed.
+One process is one rank, so a script or a notebook needs no launcher. A script under `torchrun`
+trains on all ranks.
 
 This is `examples/pretrain.py`:
 
@@ -31,40 +32,40 @@ This is `examples/pretrain.py`:
 {source}
 ```
 
-The other examples, which a test runs as well:
+A test runs this example and the others:
 
 {others}
 
 ## Several runs, signals, messages
 
-Runs of one process give the losses and norms of fresh processes, bit for bit, in any sequence. An
-engine that closes restores what DeepSpeed has changed in torch. `tests/dist/test_library.py` holds
-both.
+Several runs in one process give the losses and norms of fresh processes, bit for bit, in any
+sequence. When an engine closes, it restores the torch functions that DeepSpeed has replaced.
+`tests/dist/test_library.py` checks both.
 
-Ctrl-C, or an interrupted kernel, saves and stops a run. A run in a thread gets no signals. A hook
-that returns `Outcome(stop=True)` stops it. A second run at the same time is refused. A run that
-hangs ends its process (`guards.hang_seconds`).
+Ctrl-C, or an interrupted kernel, saves and stops a run. A run in a thread gets no signals; a hook
+that returns `Outcome(stop=True)` stops the run. A second run at the same time is refused. A run
+that hangs ends its process (`guards.hang_seconds`).
 
-Progress goes to standard error, a line every `training.log_every` steps. A program that has added a
-handler to the logger `megalite` gets the messages there instead.
+Progress goes to standard error, one line every `training.log_every` steps. If a program has added a
+handler to the logger `megalite`, the messages go to this handler instead.
 
 Losses are in nats, sizes in bytes, times in seconds. Shapes name their dimensions: T is tokens.
-Errors are those of `megalite/errors.py`. A `UserError` means that nothing was written; its kinds
-are `ConfigError`, `DataError`, `CommandError` and `LaunchError`. Any other `MegaLiteError` is a
-failure of the run. No function ends the process."""
+`megalite/errors.py` defines the errors. A `UserError` means that nothing was written. Its
+subclasses are `ConfigError`, `DataError`, `CommandError` and `LaunchError`. Any other
+`MegaLiteError` is a failure of the run. No function ends the process."""
 ABOUT = {
-    "pretrain.py": "pretrains ten lines long",
-    "own_dataset.py": "learns a tokenizer from texts of your own, and trains on them",
+    "pretrain.py": "pretrains a small model in ten lines",
+    "own_dataset.py": "trains a tokenizer on your own texts, and a model on their shards",
     "own_objective.py": "registers an objective and trains with it",
-    "lora_chat.py": "tunes adapters on conversations and talks to the model",
-    "notebook.ipynb": "plans, trains, draws texts and trains in a thread, in a notebook",
+    "lora_chat.py": "fine-tunes LoRA adapters on conversations and chats with the model",
+    "notebook.ipynb": "plans a run, trains, generates text and trains in a thread, in a notebook",
 }
 _CONFIG = """\
 ## `megalite.RunConfig`
 
-A checked run file: a frozen object with the sections of [configuration.md](configuration.md) as
-attributes (`config.training.steps`). `pretrain`, `finetune` and `make_plan` accept one in place of
-a dictionary or a path."""
+A validated run file: a frozen object with the sections of [configuration.md](configuration.md) as
+attributes (`config.training.steps`). `pretrain`, `finetune` and `make_plan` accept a `RunConfig` in
+place of a dictionary or a path."""
 
 
 def api_page() -> str:
@@ -82,7 +83,7 @@ def api_page() -> str:
 
 
 def _function(name: str, function: Any, level: str) -> str:
-    """Return the section of a function or method: its signature, its text, its tables."""
+    """Return the section of a function or method: signature, description and tables."""
     signature = _signature(function)
     lines = [f"{level} `{name}`", "", "```python", f"{name}{signature}", "```", ""]
     return "\n".join([*lines, *_description(inspect.getdoc(function) or "")]).rstrip()
@@ -107,7 +108,7 @@ _OPERATORS = {"__len__": "len", "__getitem__": "shards[index]"}
 
 
 def _signature(function: Any) -> str:
-    """Return a signature with annotations as the source has them, without self."""
+    """Return a signature with the annotations of the source, without self."""
     signature = inspect.signature(function)
     if function.__name__ == "__len__":
         return "(shards) -> int"
@@ -130,7 +131,7 @@ def _signature(function: Any) -> str:
 
 
 def _description(docstring: str) -> Iterator[str]:
-    """Yield a docstring of Google's style as prose and tables."""
+    """Yield a docstring in Google's style as prose and tables."""
     pattern = rf"^({'|'.join(_SECTIONS)}):\n"
     prose, *rest = re.split(pattern, docstring, flags=re.MULTILINE)
     yield from (prose.strip(), "")

@@ -20,16 +20,16 @@ _MODULES = ("argparse", "ast", "calendar", "dataclasses", "enum", "inspect", "pa
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests for parallel runs (-n 2): by file, but slurm and faults are one group each."""
+    """Group tests for parallel runs (-n 2) by file. Slurm and faults are one group each."""
     for item in items:
         path = item.path.relative_to(Path(__file__).parent)
-        alone = path.parts[0] in ("slurm", "faults")
-        item.add_marker(pytest.mark.xdist_group(path.parts[0] if alone else str(path)))
+        one_group = path.parts[0] in ("slurm", "faults")
+        item.add_marker(pytest.mark.xdist_group(path.parts[0] if one_group else str(path)))
 
 
 @pytest.fixture(autouse=True)
 def _reset_logging() -> Iterator[None]:
-    """Remove the logging that a launcher set up, so that pytest captures later messages."""
+    """Reset the logging that a launcher has set up, so that pytest captures later messages."""
     yield
     logger = logging.getLogger("megalite")
     logger.handlers.clear()

@@ -1,4 +1,4 @@
-"""docs/commands.md from the commands' parsers. `python -m tests.pages` writes it, and api.md."""
+"""Generator of docs/commands.md from the parsers: `python -m tests.pages` writes it and api.md."""
 
 from __future__ import annotations
 
@@ -16,31 +16,33 @@ PAGE = ROOT / "docs" / "commands.md"
 _INTRODUCTION = """\
 # Every command and its options
 
-Made from the commands' own parsers by `python -m tests.pages`; `--help` of each prints the same.
-The keys that `--set` takes are in [configuration.md](configuration.md).
+`python -m tests.pages` generates this page from the parsers; `--help` of a command prints the same
+text. [configuration.md](configuration.md) lists the keys for `--set`.
 
-`megalite COMMAND` runs every program of the project; `python -m megalite` is the same. The run
-file, or the checkpoint, needs no option's name: `megalite plan 7b.json`. With `--json` standard
-output holds one object and nothing else. Exit codes: 0 done, 1 failed, 2 user error, nothing was
-written; a run has two [more](errors.md#exit-codes).
+`megalite COMMAND` runs every program of the project, as does `python -m megalite COMMAND`. The name
+of the option for the run file or the checkpoint may be omitted: `megalite plan 7b.json`. With
+`--json`, standard output contains one JSON object and nothing else. The exit code is 0 if the
+command is done, 1 if it failed, and 2 after a user error, when nothing was written. Runs have two
+[more](errors.md#exit-codes).
 
-**Ranks.** Alone on a host, `pretrain`, `finetune` and `eval` start one process for each GPU that
-`CUDA_VISIBLE_DEVICES` leaves visible, or one on a CPU; `generate` starts one. `--ranks N` starts
-another number. SIGTERM, SIGINT and SIGUSR1 are passed on to every rank, so that a run is saved. If
-a rank fails, the others end within 30 seconds. The exit code is that of the run itself, with any
-number of ranks. A launcher starts the ranks of several hosts; under one, the command is one rank:
+**Ranks.** Without a launcher, `pretrain`, `finetune` and `eval` start one rank for each GPU that
+`CUDA_VISIBLE_DEVICES` makes visible, or one rank on a CPU. `generate` starts one rank. `--ranks N`
+starts N ranks. SIGTERM, SIGINT and SIGUSR1 are passed on to every rank, so that the run is saved.
+If a rank fails, the others end within 30 seconds. The exit code is that of the run, with any number
+of ranks. For several hosts, use a launcher. Each process that a launcher starts is one rank:
 
     torchrun --nproc-per-node 8 --no-python megalite pretrain configs/1b.json
     deepspeed --num_gpus 8 --no_python megalite pretrain configs/1b.json
     srun --ntasks-per-node 8 megalite pretrain configs/7b.json
     mpirun -n 8 megalite pretrain configs/1b.json
 
-**Files.** For launchers that start a file, each command but `data` is a file of `launcher/`, such
-as `launcher/pretrain.py`, and in an installed MegaLite a module, `megalite.launcher.pretrain`. They
-take the same options and start no ranks. `python -m data_prep` is `megalite data`. `make smoke` is
-`launcher/smoke.py`, which takes no options. Job scripts are in [slurm.md](slurm.md).
+**Files.** Some launchers start a file. For them, every command except `data` is a file of
+`launcher/`, such as `launcher/pretrain.py`. An installed MegaLite has these files as modules, such
+as `megalite.launcher.pretrain`. The files have the same options and start no ranks. `megalite data`
+is also `python -m data_prep`. `make smoke` runs `launcher/smoke.py`, which has no options.
+[slurm.md](slurm.md) describes the job scripts.
 
-**Completion.** A script completes commands, options and run files, and starts no Python:
+**Completion.** A shell script completes commands, options and run files. It starts no Python:
 
     megalite completion bash >> ~/.bashrc
     megalite completion zsh >> ~/.zshrc      # after the line with compinit
@@ -48,7 +50,7 @@ take the same options and start no ranks. `python -m data_prep` is `megalite dat
 
 
 def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Yield each command that takes arguments, as it is started, and its parser."""
+    """Yield the name and the parser of each command that has arguments."""
     for name in PROGRAMS:
         yield f"megalite {name}", import_module(f"megalite.commands.{name}").make_parser()
     (commands,) = (
@@ -61,7 +63,7 @@ def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
 
 
 def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
-    """Return what a command can be given, but for --help."""
+    """Return the options and arguments of a command, except --help."""
     hidden = argparse.SUPPRESS
     return [action for action in parser._actions if hidden not in (action.help, action.default)]
 
@@ -78,12 +80,12 @@ def commands_page() -> str:
 
 
 def _prose(text: str) -> Iterator[str]:
-    """Paragraphs; lines that are indented become a block."""
+    """Yield the paragraphs of a text. Indented lines become a block."""
     for paragraph in text.strip("\n").split("\n\n"):
         lines = paragraph.strip("\n").splitlines()
         block = [f"  {line}" for line in lines if line.startswith("  ")]
-        said = "\n".join(lines[: len(lines) - len(block)])
-        yield from (said[:1].upper() + said[1:], "") if said else ()
+        prose = "\n".join(lines[: len(lines) - len(block)])
+        yield from (prose[:1].upper() + prose[1:], "") if prose else ()
         yield from (*block, "") if block else ()
 
 
@@ -91,10 +93,12 @@ def _row(action: argparse.Action) -> str:
     value = str(action.metavar or "").replace("|", " or ")
     if action.choices:
         value = " or ".join(str(choice) for choice in action.choices)
-    name = f"`{action.option_strings[-1]}`" if action.option_strings else f"`{value}`"
+    both = isinstance(action, argparse.BooleanOptionalAction)  # --bos and --no-bos
+    options = action.option_strings[0 if both else -1 :] or [value]
+    name = ", ".join(f"`{option}`" for option in options)
     value += " ..." if action.nargs == "+" else ""
     if isinstance(action, argparse._AppendAction | argparse._ExtendAction):
-        value += ", and again"
+        value += ", repeatable"
     absent = isinstance(action.default, bool) or action.default in (None, [])
     default = "" if absent else f"`{action.default}`"
     cells = (name, value, "required" if action.required else default, action.help or "")

@@ -1,8 +1,8 @@
-"""The size of each package in tokens, which joining lines cannot make smaller.
+"""Report of the size of each package in tokens, which does not depend on the layout of lines.
 
     python -m tests.sizes
 
-The core has a budget, which `tests/unit/test_house.py` holds. All other packages are listed for
+The core has a budget, which `tests/unit/test_house.py` checks. All other packages are listed for
 information.
 """
 
@@ -22,7 +22,7 @@ _LAYOUT = (
 
 
 def count_tokens(path: Path) -> int:
-    """Return the tokens of a file; comments and layout are free, a docstring is one token."""
+    """Return the tokens of a file. A docstring is one token; comments and layout are none."""
     with tokenize.open(path) as file:
         return sum(token.type not in _LAYOUT for token in tokenize.generate_tokens(file.readline))
 
@@ -39,7 +39,7 @@ def package_sizes() -> dict[str, int]:
 
 
 def core_size() -> int:
-    """Return the tokens of the core: what every training step runs through."""
+    """Return the tokens of the core, which is the code of every training step."""
     return sum(size for name, size in package_sizes().items() if name in CORE)
 
 

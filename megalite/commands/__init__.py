@@ -2,9 +2,9 @@
 
     megalite pretrain mine.json --set training.steps=100
 
-runs `megalite.commands.pretrain`, as `launcher/pretrain.py` does. Alone on a host, the programs
-that train or measure start one rank for each visible GPU, or `--ranks N`. Under torchrun,
-`deepspeed --no_python`, mpirun or srun the command is one rank.
+runs `megalite.commands.pretrain`, as `launcher/pretrain.py` does. Without a launcher, programs that
+train or evaluate start one rank for each visible GPU, or N ranks with `--ranks N`. Under torchrun,
+`deepspeed --no_python`, mpirun or srun, each process is one rank.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from megalite.spawn import supervise
 
 @dataclass(frozen=True)
 class Program:
-    """A program that a sub-command runs: the module of its name in this package.
+    """Program of a sub-command: the module of the same name in this package.
 
     Attributes:
-        about: a line for the help.
-        ranks: "gpus": one rank a GPU unless `--ranks` says otherwise; "one": one rank unless it
-            does; "": the program has no ranks.
-        launched: whether a launcher's variables are read. `doctor` and `report` examine a machine
-            and files, whatever started them.
+        about: line for the help.
+        ranks: number of ranks without `--ranks`: "gpus" means one per visible GPU, and "one" means
+            one. "" means that the program has no ranks.
+        launched: If true, the rank is read from a launcher's variables. `doctor` and `report`
+            ignore these variables.
     """
 
     about: str
@@ -41,19 +41,19 @@ class Program:
 
 PROGRAMS = {
     "pretrain": Program("train a model from a run file", "gpus"),
-    "finetune": Program("train a model further, on your data", "gpus"),
-    "generate": Program("continue prompts, or chat", "one"),
-    "eval": Program("measure a model", "gpus"),
-    "explain": Program("show which words a classifier's answer depends on"),
-    "export": Program("write a folder that transformers loads"),
-    "plan": Program("report memory, time and messages of a run before it"),
-    "parity": Program("compare layouts with one plain process"),
-    "doctor": Program("examine this machine, a run file or a run", launched=False),
-    "report": Program("compare runs on one page", launched=False),
+    "finetune": Program("fine-tune a model on your data", "gpus"),
+    "generate": Program("generate text from prompts, or chat", "one"),
+    "eval": Program("evaluate a model on shards, lm-eval tasks or labelled rows", "gpus"),
+    "explain": Program("show which words determine a classifier's label"),
+    "export": Program("export a checkpoint for Hugging Face transformers"),
+    "plan": Program("predict memory, step time and communication of a run"),
+    "parity": Program("compare every parallel layout with one plain process"),
+    "doctor": Program("check this machine or a run file, or analyse a run", launched=False),
+    "report": Program("compare runs on one HTML page", launched=False),
 }
 ABOUT = {name: program.about for name, program in PROGRAMS.items()} | {
-    "data": "turn corpora into shards, and check them",
-    "completion": "print the completion of a shell: bash, zsh, fish",
+    "data": "tokenize corpora into shards, and check shards",
+    "completion": "print the completion script for bash, zsh or fish",
 }
 _EXAMPLES = """\
 examples:
@@ -72,7 +72,7 @@ def main() -> None:
     """Run the command of `sys.argv` and end the process with its exit code."""
     arguments = sys.argv[1:]
     while arguments and re.match(r"--local[-_]rank\b", arguments[0]):
-        arguments = arguments[1:]  # `deepspeed --no_python` puts it before the sub-command
+        arguments = arguments[1:]  # `deepspeed --no_python` inserts the option here
     name = arguments[0] if arguments else ""
     if name in PROGRAMS:
         _run(name, arguments[1:])
@@ -112,7 +112,7 @@ def _answer(arguments: Sequence[str]) -> int:
         sys.stdout.write(completion(arguments[1:]))
         return 0
     raise CommandError(
-        f"{name}: no such command{nearest(name, ABOUT)}; the commands are {', '.join(ABOUT)}"
+        f"{name}: no such command{nearest(name, ABOUT)}; use one of {', '.join(ABOUT)}"
     )
 
 
@@ -122,12 +122,12 @@ def help_text() -> str:
     return (
         "usage: megalite COMMAND ...\n\n"
         "Train large Transformer models, with the same numbers on every layout.\n\n"
-        f"commands; each has --help:\n{''.join(lines)}\n{_EXAMPLES}"
+        f"commands (`megalite COMMAND --help` lists the options):\n{''.join(lines)}\n{_EXAMPLES}"
     )
 
 
 def _run(name: str, arguments: list[str]) -> None:
-    """Run a program in this process, or as several ranks, and end with its exit code."""
+    """Run a program in this process or as several ranks, and exit with its code."""
     if PROGRAMS[name].ranks:
         env.restart_with_heap()
         try:
@@ -146,13 +146,13 @@ def _refuse(error: UserError) -> int:
 
 
 def _choose_ranks(program: Program, arguments: list[str]) -> tuple[int, list[str]]:
-    """Return how many ranks to start, and the arguments without `--ranks`.
+    """Return the number of ranks to start, and the arguments without `--ranks`.
 
-    1 stands for this process, which may be a rank that a launcher has started.
+    The number 1 means this process, which may be a rank of a launcher.
 
     Raises:
-        CommandError: a wrong or useless `--ranks`.
-        LaunchError: a launcher's variables that are half set.
+        CommandError: `--ranks` is invalid or has no effect.
+        LaunchError: variables of a launcher are missing.
     """
     ranks, arguments = _take_ranks(arguments)
     words = [word.partition("=")[0] for word in arguments]
@@ -175,7 +175,7 @@ def _choose_ranks(program: Program, arguments: list[str]) -> tuple[int, list[str
 
 
 def _take_ranks(arguments: Sequence[str]) -> tuple[int, list[str]]:
-    """Return the value of `--ranks`, 0 if it is missing, and the other arguments."""
+    """Return the value of `--ranks` and the other arguments. Without `--ranks` the value is 0."""
     rest = list(arguments)
     for index, word in enumerate(rest):
         option, equals, value = word.partition("=")
@@ -190,9 +190,9 @@ def _take_ranks(arguments: Sequence[str]) -> tuple[int, list[str]]:
 
 
 def _own_command() -> list[str]:
-    """Return the words that start this command again, as it was started.
+    """Return the command line of this process, without the arguments of the program.
 
-    `python -m megalite` in place of the script would import from the working directory.
+    A script is kept as it is: `python -m megalite` would import from the working directory.
     """
     words = sys.orig_argv[1:]
     start = words[: len(words) - len(sys.argv) + 1]

@@ -1,6 +1,6 @@
-"""Completion of `megalite` in a shell: a script that the parsers of all commands are written into.
+"""Shell completion of `megalite`: a script that lists the options of every command.
 
-The script starts no Python, so that a Tab is answered at once.
+The script is generated from the parsers. It starts no Python, so a Tab completes at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megalite.config.load import SHIPPED
 from megalite.errors import CommandError
 
 _SHELLS = ("bash", "zsh", "fish")
-_RUN_FILES = ("json", "yaml", "yml")  # ends of their names
+_RUN_FILES = ("json", "yaml", "yml")  # endings of run files
 
 
 @dataclass
@@ -24,9 +24,9 @@ class Words:
     """Words that may follow a command.
 
     Attributes:
-        commands: its sub-commands.
-        options: its options, each with the values to choose from.
-        run_files: whether its files are run files, or any.
+        commands: sub-commands.
+        options: options, each with its possible values.
+        run_files: If true, only run files are completed, else all files.
     """
 
     commands: list[str] = field(default_factory=list)
@@ -35,15 +35,17 @@ class Words:
 
 
 def completion(arguments: Sequence[str]) -> str:
-    """Return the completion script of the shell that the arguments of the command name.
+    """Return the completion script of a shell.
 
+    Args:
+        arguments: the arguments of `megalite completion`, which are the name of the shell.
     Raises:
-        CommandError: no such shell.
+        CommandError: there is no script for this shell.
     """
     shell = arguments[0] if len(arguments) == 1 else ""
     if shell not in _SHELLS:
         words = " ".join(arguments)
-        raise CommandError(f"completion: expected a shell, {', '.join(_SHELLS)}; got {words!r}")
+        raise CommandError(f"completion: got {words!r}; give one of {', '.join(_SHELLS)}")
     table = words_of_commands()
     if shell == "fish":
         return "".join(f"complete -c megalite {line}\n" for line in _fish(table))
@@ -51,7 +53,7 @@ def completion(arguments: Sequence[str]) -> str:
 
 
 def words_of_commands() -> dict[str, Words]:
-    """Return the words of every command."""
+    """Return the words of every command, by the command's name."""
     from data_prep.__main__ import make_parser
 
     table = {"completion": Words(list(_SHELLS)), "data": _words(make_parser(""))}
@@ -76,7 +78,7 @@ def _words(parser: argparse.ArgumentParser) -> Words:
 
 
 def _choices(action: argparse.Action) -> list[str]:
-    """Return the values of an option: its choices, or the words of "auto|never|PATH"."""
+    """Return the values of an option: its choices, or the lower-case words of its metavar."""
     if action.choices is not None:
         return [str(choice) for choice in action.choices]
     parts = action.metavar.split("|") if isinstance(action.metavar, str) else []
@@ -84,42 +86,42 @@ def _choices(action: argparse.Action) -> list[str]:
 
 
 def _shipped() -> list[str]:
-    """Return the names of the run files that ship, which may be given in any folder."""
+    """Return the names of the shipped run files, which are valid in every working directory."""
     paths = sorted(path.relative_to(SHIPPED) for path in SHIPPED.rglob("*.json"))
     return [f"configs/{path.as_posix()}" for path in paths if path.name != "schema.json"]
 
 
 def _bash(table: dict[str, Words], *, zsh: bool) -> str:
     values = "".join(
-        f'            {name}:{option}) given="{" ".join(choices)}" ;;\n'
+        f'            {name}:{option}) offered="{" ".join(choices)}" ;;\n'
         for name, words in table.items()
         for option, choices in words.options.items()
         if choices
     )
     cases = "".join(
-        f'            {name}) given="${{given:-{" ".join(words.commands)}}}"\n'
+        f'            {name}) offered="${{offered:-{" ".join(words.commands)}}}"\n'
         f'                options="{" ".join(words.options)}"; files={_kind(words)} ;;\n'
         for name, words in table.items()
     )
     head = "autoload -U +X bashcompinit && bashcompinit\n" if zsh else ""
-    # bash marks folders only where files are offered: `data` may be a folder, too
+    # bash marks folders only when files are completed: the command `data` may name a folder, too
     mark, complete = (":", "complete -o filenames") if zsh else ("compopt -o filenames", "complete")
     return f"""{head}_megalite() {{
     local word=${{COMP_WORDS[COMP_CWORD]}} before=${{COMP_WORDS[COMP_CWORD-1]}}
-    local given="" options="--help --version" files="" end
+    local offered="" options="--help --version" files="" end
     if [ "$COMP_CWORD" = 1 ]; then
-        given="{" ".join(ABOUT)}"
+        offered="{" ".join(ABOUT)}"
     else
         case ${{COMP_WORDS[1]}}:$before in
 {values}        esac
         case ${{COMP_WORDS[1]}} in
 {cases}        esac
     fi
-    case $word in -*) given=$options; files="" ;; esac
+    case $word in -*) offered=$options; files="" ;; esac
     if [ "$files" = run ]; then
-        given="$given {" ".join(_shipped())}"
+        offered="$offered {" ".join(_shipped())}"
     fi
-    COMPREPLY=($(compgen -W "$given" -- "$word"))
+    COMPREPLY=($(compgen -W "$offered" -- "$word"))
     [ -z "$files" ] && return
     {mark} 2>/dev/null
     local IFS=$'\\n'
@@ -137,7 +139,7 @@ def _bash(table: dict[str, Words], *, zsh: bool) -> str:
 
 
 def _kind(words: Words) -> str:
-    """Return which files follow a command: "run" files, "any", or "" for none."""
+    """Return the kind of files that a command accepts: "run", "any", or '""' for none."""
     return ("run" if words.run_files else "any") if words.options else '""'
 
 

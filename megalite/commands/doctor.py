@@ -1,8 +1,8 @@
-"""Examine a machine, a run file on it, or where the time of a run went.
+"""Check this machine, check a run file on this machine, or report how a run spent its time.
 
-Without options, it checks versions, devices, MPI, Slurm, memory, limits, disk, clock and ports.
-With --config, it also makes the checks of a run file that a run makes before it trains. With --run,
-it reports how a run spent its time, how many steps were lost, and why it was restarted.
+Without options, the command checks versions, devices, MPI, Slurm, memory, limits, disk, clock and
+ports. With --config, it also checks a run file, as a run does before it trains. With --run, it
+reports how the run spent its time, how many steps were lost, and why the run was restarted.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ def make_parser() -> CommandParser:
         "--config", metavar="FILE", help="also check a run file (JSON or YAML) on this machine"
     )
     parser.add_argument(
-        "--init-from", metavar="PATH", help="the model that the run of --config starts from"
+        "--init-from", metavar="PATH", help="model that the run of --config starts from"
     )
-    parser.add_argument("--run", metavar="RUN", help="report on a run folder")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--run", metavar="RUN", help="report the time, lost steps and restarts of a run folder"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
 
@@ -83,8 +85,8 @@ def _print_goodput(report: dict[str, Any]) -> None:
     ]
     if (back := report["clock_set_back_seconds"]) > 0:
         lines.append(
-            f"  the clock was set back by {format_duration(back)} during the run, and the time "
-            "around that is not counted; synchronise the clocks of the hosts (NTP)"
+            f"  the clock was set back by {format_duration(back)} during the run, so some time is "
+            "not counted; synchronise the clocks of the hosts (NTP)"
         )
     for name, seconds in sorted(report["seconds"].items(), key=lambda item: -item[1]):
         percent = 100 * seconds / wall if wall else 0.0

@@ -1,4 +1,4 @@
-"""Measure a trained model: on shards, on tasks of lm-eval, and on examples of a fine-tuned one."""
+"""Evaluate a trained model on shards, on lm-eval tasks, or on labelled examples."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _EXAMPLES = """examples:
   torchrun --nproc-per-node 4 --no-python megalite eval runs/1b --tensor 2 --tasks piqa
   megalite eval runs/imdb --data new.csv --predictions labels.jsonl
 
-Of a model of masked tokens also the share of them that it names right. Ranks share the model
-(--tensor) and what is measured (pip install megalite[eval] for --tasks).
+For a masked language model, the report includes the accuracy on the masked tokens. Ranks split the
+data, and with --tensor also the model. --tasks needs lm-eval: pip install megalite[eval].
 """
 
 
@@ -30,28 +30,45 @@ def make_parser() -> CommandParser:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="a step folder, a run folder, a model folder of Hugging Face's, or a model of the hub "
-        "(ORG/NAME, ORG/NAME@REVISION)",
+        help="step folder, run folder, Hugging Face model folder, or model of the hub (ORG/NAME, "
+        "ORG/NAME@REVISION)",
     )
     parser.add_argument(
-        "--data", metavar="PATH", help="shards, or examples of a fine-tuned model (the run's own)"
+        "--data",
+        metavar="PATH",
+        help="shard folder, or labelled examples for a fine-tuned model (default: held-out data of "
+        "the model's run)",
     )
     parser.add_argument(
         "--predictions",
         type=Path,
         metavar="FILE",
-        help="write a classifier's answers, a JSON line an example, which needs no label then",
+        help="write a classifier's predictions, one JSON line per example; the examples need no "
+        "labels",
     )
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="of lm-eval, by name")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="names of lm-eval tasks")
     parser.add_argument(
-        "--task-path", metavar="DIR", help="a folder with tasks of your own, as lm-eval writes them"
+        "--task-path", metavar="DIR", help="folder with your own task files in lm-eval's format"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="examples of each task (all)")
-    parser.add_argument("--batch-size", type=int, metavar="B", help="default: the run's, or 8")
     parser.add_argument(
-        "--tensor", type=int, default=1, metavar="N", help="ranks that share a model"
+        "--limit", type=int, metavar="N", help="examples to evaluate per task (default: all)"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="B",
+        help="samples per batch (default: the run's micro-batch size; 8 without a run)",
+    )
+    parser.add_argument(
+        "--tensor",
+        type=int,
+        default=1,
+        metavar="N",
+        help="ranks that share one model by tensor parallelism (default: 1)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of a table"
+    )
     add_ranks(parser, "one per visible GPU, or one on a CPU")
     return parser
 
@@ -62,9 +79,13 @@ def check(arguments: argparse.Namespace) -> None:
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise CommandError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     if arguments.tasks and arguments.predictions:
-        raise CommandError("--predictions are a classifier's, whom no --tasks asks: leave one out")
+        raise CommandError(
+            "--predictions needs a classifier, and --tasks a decoder; remove one of them"
+        )
     if not arguments.tasks and (arguments.limit or arguments.task_path):
-        raise CommandError("--limit and --task-path are of --tasks; name some, or remove them")
+        raise CommandError(
+            "--limit and --task-path only apply to --tasks; add --tasks, or remove them"
+        )
 
 
 def main() -> None:
@@ -79,12 +100,12 @@ def main() -> None:
     if arguments.tasks:
         harness.require()
     grid = start(launch, tensor=arguments.tensor)
-    opened = open_model(checkpoint, grid)
-    size = arguments.batch_size or opened.micro_batch_size
+    loaded = open_model(checkpoint, grid)
+    size = arguments.batch_size or loaded.micro_batch_size
     result: dict[str, Any] = dict.fromkeys(("loss", "perplexity", "bits_per_byte", "tokens"))
-    if opened.is_finetuned or arguments.data or not arguments.tasks:
+    if loaded.is_finetuned or arguments.data or not arguments.tasks:
         result |= measure(
-            opened,
+            loaded,
             grid,
             data=arguments.data,
             micro_batch_size=size,
@@ -93,7 +114,7 @@ def main() -> None:
     result["tasks"] = None
     if arguments.tasks:
         result["tasks"] = harness.run(
-            opened,
+            loaded,
             grid,
             arguments.tasks,
             path=arguments.task_path,

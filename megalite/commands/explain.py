@@ -1,4 +1,4 @@
-"""Show which tokens of a text a classifier's label rests on, as an HTML page."""
+"""Show which tokens of a text determine a classifier's label, as an HTML page."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _EXAMPLES = """examples:
   megalite explain runs/imdb --text "A film to forget." --output why.html
   megalite explain runs/imdb --text "..." --label positive --output why.html
 
-The page says what the label's score loses without each token, what each one adds by gradients, and
-what the last layer looks at.
+The page shows three numbers per token: the change of the label's score without the token, the
+gradient times the embedding, and the attention of the last layer.
 """
 
 
@@ -21,18 +21,18 @@ def make_parser() -> CommandParser:
     """Return the parser of the command line."""
     parser = command_parser(__doc__, _EXAMPLES, first="--checkpoint")
     parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH", help="a step folder, or a run folder"
+        "--checkpoint", required=True, metavar="PATH", help="step folder or run folder"
     )
-    parser.add_argument("--text", required=True, metavar="TEXT", help="what is classified")
+    parser.add_argument("--text", required=True, metavar="TEXT", help="text to classify")
     parser.add_argument(
-        "--label", metavar="NAME", help="what is explained (default: the likeliest)"
+        "--label", metavar="NAME", help="label to explain (default: the most likely one)"
     )
     parser.add_argument(
         "--output",
         required=True,
         type=Path,
         metavar="FILE",
-        help="the page; an existing one is replaced",
+        help="HTML page to write; an existing file is replaced",
     )
     return parser
 
@@ -43,7 +43,7 @@ def main() -> None:
     checkpoint = hub.find_model(arguments.checkpoint, "--checkpoint")  # before torch is imported
     from megalite.evaluate import explain, open_model
 
-    opened = open_model(checkpoint)
-    page = explain.explain_text(opened, arguments.text, arguments.label)
+    loaded = open_model(checkpoint)
+    page = explain.explain_text(loaded, arguments.text, arguments.label)
     files.write_atomic(arguments.output, printable(page))
     write_report(f"{arguments.output}\n")

@@ -1,5 +1,4 @@
-"""Fine-tune a model on labelled data. Started by deepspeed, torchrun, srun,
-mpirun or python."""
+"""Fine-tune a model on labelled data, alone or under deepspeed, torchrun, srun or mpirun."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ _EXAMPLES = """examples:
   deepspeed --num_gpus 8 --no_python megalite finetune configs/finetune/sft.json --init-from HF
   megalite finetune mine.json --set finetune.data.path=reviews.csv
 
-Without a model section in the run file the model is that of --init-from. The same command again
-goes on where the run stopped. Exit codes: as `megalite pretrain`.
+If the run file has no model section, --init-from defines the model. To continue a stopped run,
+start the same command again. The exit codes are those of `megalite pretrain`.
 """
 
 

@@ -1,4 +1,4 @@
-"""Continue prompts with a trained model."""
+"""Generate text from prompts, or chat, with a trained model."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ _EXAMPLES = """examples:
   torchrun --nproc-per-node 2 --no-python megalite generate path/of/a/hugging-face-folder \\
       --prompt "Once upon a time" --top-p 0.9 --repetition-penalty 1.2
 
-Prompts are continued together and printed in their order. Several ranks share the model.
-With --chat, and neither --prompt nor --messages, each line of standard input is a turn of one
-conversation; on a terminal `exit` or Ctrl-D ends it.
+All prompts are generated as one batch and printed in their order. With --chat, but without --prompt
+and --messages, each line of standard input is a user turn of one conversation. On a terminal,
+`exit` or Ctrl-D ends the conversation.
 """
 
 
@@ -42,52 +42,86 @@ def make_parser() -> CommandParser:
         "--checkpoint",
         required=True,
         metavar="PATH",
-        help="a step folder, a run folder, a model folder of Hugging Face's, or a model of the hub "
-        "(ORG/NAME, ORG/NAME@REVISION)",
+        help="step folder, run folder, Hugging Face model folder, or model of the hub (ORG/NAME, "
+        "ORG/NAME@REVISION)",
     )
-    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more")
+    parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts to continue")
     parser.add_argument(
-        "--chat", action="store_true", help="a prompt is a user's turn; print the answer alone"
+        "--chat", action="store_true", help="read each prompt as a user turn; print only the answer"
     )
     parser.add_argument(
         "--messages",
         metavar="FILE",
-        help='--chat: answer the conversations of a file, a line each: {"messages": [...]}',
+        help='with --chat: file of conversations to answer, one per line: {"messages": [...]}',
     )
     parser.add_argument(
-        "--system", metavar="TEXT", help="--chat: the system turn (default: the template's own)"
+        "--system",
+        metavar="TEXT",
+        help="with --chat: system turn (default: that of the chat template)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="of a text")
     parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="0: the likeliest token"
+        "--max-new-tokens",
+        type=int,
+        default=100,
+        metavar="N",
+        help="maximum number of tokens to generate per text (default: 100)",
     )
-    parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest")
-    parser.add_argument("--top-p", type=float, metavar="P", help="choose among the likeliest P")
+    _add_sampling(parser)
     parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="R", help="over 1: repeat less"
+        "--json", action="store_true", help="print one JSON object per text, each on its own line"
     )
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn")
-    parser.add_argument("--json", action="store_true", help="a JSON object a line for each text")
-    add_ranks(parser, "one; more share the model")
+    add_ranks(parser, "one; several share the model by tensor parallelism")
     return parser
+
+
+def _add_sampling(parser: CommandParser) -> None:
+    add = parser.add_argument
+    add(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="sampling temperature; 0 takes the most likely token (default: 1)",
+    )
+    add("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample among the fewest tokens whose probabilities sum to P",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="penalty on tokens that occur in the text; above 1 repeats less (default: 1)",
+    )
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a text before TEXT; may be repeated",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
 
 
 def check(arguments: argparse.Namespace) -> None:
     """Refuse options that contradict each other or have no effect.
 
     Raises:
-        CommandError: the first of them.
+        CommandError: the first invalid option.
     """
     if arguments.max_new_tokens < 0:
         raise CommandError(f"--max-new-tokens {arguments.max_new_tokens}: give 0 or more")
     if "" in arguments.stop:
-        raise CommandError("--stop: an empty text would end everything at once; remove it")
+        raise CommandError("--stop: an empty text would end every text at once; remove it")
     if not arguments.chat:
         if arguments.messages is not None or arguments.system is not None:
             raise CommandError("--messages and --system only apply to a chat; add --chat")
         if arguments.prompt is None:
-            raise CommandError("--prompt is missing; give a text to continue, or --chat to talk")
+            raise CommandError("--prompt is missing; add --prompt TEXT, or add --chat to talk")
     if arguments.prompt is not None and arguments.messages is not None:
         raise CommandError("--prompt and --messages are both given; remove one")
 
@@ -113,15 +147,15 @@ def main() -> None:
         questions = read_questions(arguments.messages, arguments.system)
     ranks = launch.world_size
     grid = start(launch, tensor=ranks) if ranks > 1 else None
-    opened = open_model(checkpoint, grid)
-    for stream in (sys.stdin, sys.stdout):  # whatever the terminal says: text is UTF-8
+    loaded = open_model(checkpoint, grid)
+    for stream in (sys.stdin, sys.stdout):  # text is UTF-8 in every locale
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     out = sys.stdout if launch.rank == 0 else io.StringIO()
     pieces = (
-        converse(opened, arguments, sampling, questions, grid)
+        converse(loaded, arguments, sampling, questions, grid)
         if arguments.chat
-        else continue_prompts(opened, arguments, sampling)
+        else continue_prompts(loaded, arguments, sampling)
     )
     for piece in printable_pieces(pieces, terminal=out.isatty()):
         out.write(piece)
@@ -129,16 +163,16 @@ def main() -> None:
 
 
 def continue_prompts(
-    opened: LoadedModel, arguments: argparse.Namespace, sampling: Sampling
+    loaded: LoadedModel, arguments: argparse.Namespace, sampling: Sampling
 ) -> Iterator[str]:
-    """Yield what is printed: prompts with their continuations, or JSON lines."""
+    """Yield the output: prompts with their continuations, or JSON lines."""
     from megalite.evaluate import in_order, json_lines, stream_texts
 
     for prompt in arguments.prompt:
-        opened.check_prompt(prompt)
+        loaded.check_prompt(prompt)
     pieces = stream_texts(
-        opened.decoder(),
-        opened.tokenizer,
+        loaded.decoder(),
+        loaded.tokenizer,
         arguments.prompt,
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
@@ -150,18 +184,18 @@ def continue_prompts(
 
 
 def converse(
-    opened: LoadedModel,
+    loaded: LoadedModel,
     arguments: argparse.Namespace,
     sampling: Sampling,
     questions: list[Conversation] | None,
     grid: Grid | None,
 ) -> Iterator[str]:
-    """Yield what is printed of a chat: answers alone, or JSON lines."""
+    """Yield the output of a chat: only the answers, or JSON lines."""
     from data_prep.conversations import Conversation, replace_system
     from megalite.evaluate import in_order, json_lines, read_turns
 
     answerer = make_answerer(
-        opened,
+        loaded,
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
         stop=arguments.stop,
@@ -178,12 +212,12 @@ def converse(
                 yield "\n"
         return
     prompts = arguments.prompt or []
-    asked = questions or [
+    conversations = questions or [
         Conversation([*system, {"role": "user", "content": prompt}]) for prompt in prompts
     ]
-    pieces = answerer.answers(asked)
+    pieces = answerer.answers(conversations)
     if arguments.json:
-        given = [{"messages": question.messages} for question in asked]
-        yield from json_lines(pieces, given)
+        inputs = [{"messages": conversation.messages} for conversation in conversations]
+        yield from json_lines(pieces, inputs)
     else:
-        yield from in_order(pieces, [""] * len(asked))
+        yield from in_order(pieces, [""] * len(conversations))

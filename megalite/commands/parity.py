@@ -1,4 +1,4 @@
-"""Prove that a run file trains the same model on every layout: one plain process against all."""
+"""Check that a run file trains the same model on every layout as in one plain process."""
 
 from __future__ import annotations
 
@@ -24,15 +24,24 @@ _EXAMPLES = """examples:
 def make_parser() -> CommandParser:
     """Return the parser of the command line."""
     parser = command_parser(__doc__, _EXAMPLES, first="--config")
-    parser.add_argument("--config", required=True, metavar="PATH", help="the run file")
+    parser.add_argument("--config", required=True, metavar="PATH", help="run file (JSON or YAML)")
     parser.add_argument(
-        "--ranks", type=int, metavar="N", help="most ranks of a layout (default: 4, or all GPUs)"
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="maximum number of ranks of a layout (default: 4, or all GPUs)",
     )
-    parser.add_argument("--scale", action="store_true", help="shrink the model in proportion")
     parser.add_argument(
-        "--resume", action="store_true", help="also save under some layouts and resume under others"
+        "--scale", action="store_true", help="test a scaled-down copy of a large model"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="also save a checkpoint under some layouts and resume it under others",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of a table"
+    )
     return parser
 
 

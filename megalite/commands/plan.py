@@ -29,38 +29,60 @@ _EXAMPLES = """examples:
   megalite plan --calibrate runs/smoke runs/other --output laptop.json
   megalite plan configs/smoke.json --gpus-per-node 2 --gpu laptop.json
 
-Exit codes: 0 it fits, 1 it does not, 2 a configuration or a command line that cannot be.
+Exit codes: 0 the run fits, 1 it does not fit, 2 invalid configuration or command line.
 """
 
 
 def make_parser() -> CommandParser:
     """Return the parser of the command line."""
     parser = command_parser(__doc__, _EXAMPLES, first="--config")
-    parser.add_argument("--config", metavar="FILE", help="the run file (JSON or YAML)")
+    parser.add_argument("--config", metavar="FILE", help="run file (JSON or YAML)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, dotted"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the run file, such as training.steps=100; may be repeated",
     )
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts (1)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="of each (8)")
-    known = f"{', '.join(DEVICES)}, or a JSON file (h100-80gb)"
-    parser.add_argument("--gpu", default="h100-80gb", metavar="NAME|FILE", help=known)
-    told = "rank all layouts that fit, and your own; --output writes the best"
-    parser.add_argument("--search", action="store_true", help=told)
+    parser.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="number of hosts (default: 1)"
+    )
+    parser.add_argument(
+        "--gpus-per-node",
+        type=int,
+        default=8,
+        metavar="G",
+        help="number of GPUs per host (default: 8)",
+    )
+    names = f"{', '.join(DEVICES)}, or a JSON file (default: h100-80gb)"
+    parser.add_argument("--gpu", default="h100-80gb", metavar="NAME|FILE", help=f"device: {names}")
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="rank all layouts that fit, and that of the run file; --output writes the best one",
+    )
     parser.add_argument(
         "--init-from",
         metavar="CHECKPOINT",
-        help="a checkpoint, a model folder of Hugging Face's or a model of the hub, for a run file "
-        "without a model",
+        help="model for a run file without a model section: checkpoint, Hugging Face model folder, "
+        "or model of the hub",
     )
     parser.add_argument(
         "--calibrate",
         nargs="+",
         metavar="RUN",
-        help="fit a device's efficiencies to a run on it; two different runs separate products "
-        "from memory",
+        help="fit a device's efficiencies to runs on this device; two different runs separate the "
+        "efficiency of matrix products from that of memory",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="of --search or --calibrate")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="run file that --search writes, or device file that --calibrate writes",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of a table"
+    )
     return parser
 
 
@@ -82,11 +104,11 @@ def main() -> int:
         model, _ = describe_start(start)
     config = planned_config(arguments.config, arguments.set, model)
     if not arguments.search:
-        found = forecast(config, cluster)
+        plan = forecast(config, cluster)
         steps = config.training.steps
-        told = found.as_json(steps) if arguments.json else describe_forecast(config, found)
-        write_report(told, as_json=arguments.json)
-        return 0 if found.fits else 1
+        report = plan.as_json(steps) if arguments.json else describe_forecast(config, plan)
+        write_report(report, as_json=arguments.json)
+        return 0 if plan.fits else 1
     return _search(arguments, config, cluster)
 
 
@@ -97,19 +119,18 @@ def _search(arguments: argparse.Namespace, config: RunConfig, cluster: Cluster) 
         source, changes = find_file(arguments.config), section_changes(arguments.set)
         if path.exists() and not extends(path, source):
             raise CommandError(
-                f"--output {path}: it is there, and no run file that extends {source}; "
-                "name another file"
+                f"--output {path}: the file exists and does not extend {source}; name another file"
             )
     ranking = rank(config, cluster)
     if not ranking.candidates:
-        sys.stderr.write("no layout fits: give more devices, or devices with more memory\n")
+        sys.stderr.write("no layout fits; give more devices, or devices with more memory\n")
         return 1
     if path is not None:
         write_value(path, run_file(ranking.candidates[0], path, source, changes))
     if arguments.json:
         written = None if path is None else str(path)
-        told = {"written": written} | ranking.as_json(config.training.steps)
-        write_report(told, as_json=True)
+        report = {"written": written} | ranking.as_json(config.training.steps)
+        write_report(report, as_json=True)
         return 0
     end = (
         f"rank 1 is written to {path}" if path else "write rank 1 as a run file with --output FILE"

@@ -1,5 +1,4 @@
-"""Pretrain a language model from a run file. Started by deepspeed, torchrun, srun,
-mpirun or python."""
+"""Pretrain a model from a run file, alone or under deepspeed, torchrun, srun or mpirun."""
 
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ _EXAMPLES = """examples:
   mpirun -n 8 megalite pretrain configs/1b.json
   megalite pretrain configs/smoke.json --set training.steps=20 --set name=try
 
-The same command again goes on where the run stopped. Exit codes: 0 done, 2 configuration, data or
-command line (nothing was written), 75 stopped and resumable, 3 superseded by a newer start, 1 else.
+To continue a stopped run, start the same command again. Exit codes: 0 done, 2 user error (nothing
+was written), 75 stopped and resumable, 3 superseded by a newer start, 1 anything else.
 """
 
 

@@ -1,4 +1,4 @@
-"""Show runs side by side on one HTML page: curves, differences, time, events, samples."""
+"""Compare runs on one HTML page: curves, differences, time, events, samples."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _EXAMPLES = """examples:
   megalite report runs/smoke --output smoke.html
   megalite report runs/1b runs/1b-again --output both.html
 
-The page needs no network and no other file. A run that still goes is shown as far as it is.
+The page needs no network and no other file. A run in progress is shown up to its last row.
 """
 
 
 def make_parser() -> CommandParser:
     """Return the parser of the command line."""
     parser = command_parser(__doc__, _EXAMPLES)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument(
         "--output",
         required=True,
         type=Path,
         metavar="FILE",
-        help="the page; an existing one is replaced",
+        help="HTML page to write; an existing file is replaced",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""The way from arguments to a run, which `megalite pretrain` and `megalite finetune` share."""
+"""Start of a run from arguments, for `megalite pretrain` and `megalite finetune`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def start_run(arguments: argparse.Namespace, make_options: Callable[..., RunOpti
     """Train a run, or check one step of it (`--dry-run`), and return the exit code.
 
     Args:
-        arguments: those of `megalite.cli.run_parser`.
-        make_options: a function of `megalite.workflows`.
+        arguments: parsed arguments of `megalite.cli.run_parser`.
+        make_options: function of `megalite.workflows` that returns the run's options.
     Raises:
         CommandError: an option that would be ignored.
     """

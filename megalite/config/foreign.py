@@ -1,13 +1,14 @@
-"""Key names of other trainers and of Hugging Face, each with the key of the same meaning here.
+"""Key names of other trainers and of Hugging Face, each with MegaLite's key of the same meaning.
 
-They are searched before the nearest name is suggested. The nearest name to `save_steps` is `steps`,
-which would change the length of the run.
+These names are searched before a similar name is suggested. The most similar name to `save_steps`
+is `steps`, which would change the length of the run.
 """
 
 from __future__ import annotations
 
-# Our key, then its names in Hugging Face, Megatron-LM, nanoGPT, DeepSpeed, Lightning and PEFT. A
-# name with a dot applies to that section only, with a leading dot to the top of the run file.
+# MegaLite's key, then its names in Hugging Face, Megatron-LM, nanoGPT, DeepSpeed, Lightning and
+# PEFT. A name with a dot applies only to that section, or to the top of the run file if the dot is
+# the first character.
 _SAME = {
     "name": "run_name experiment_name exp_name job_name wandb_run_name",
     "model.architecture": "model_type architectures",
@@ -122,27 +123,27 @@ _SAME = {
     "deepspeed": "ds_config deepspeed_config",
 }
 
-# Remedies for names that are another quantity here, or that have no key here.
+# Remedies for names that have no key of the same meaning.
 _OTHERWISE = {
     'set training.precision to "bf16"': "bf16 use_bf16 bfloat16",
     'set training.precision to "fp16"': "fp16 use_fp16 half",
     'set training.activation_checkpointing to "selective" or "full"': "gradient_checkpointing "
     "recompute_granularity recompute_activations use_checkpoint activation_checkpoint recompute "
     "use_gradient_checkpointing checkpoint_activations",
-    "training.global_batch_size, training.micro_batch_size and the number of ranks decide it; set "
-    "training.global_batch_size": "gradient_accumulation_steps grad_accum "
+    "training.global_batch_size, training.micro_batch_size and the number of ranks determine it; "
+    "set training.global_batch_size": "gradient_accumulation_steps grad_accum "
     "gradient_accumulation accumulate_grad_batches grad_accum_steps",
     "set training.global_batch_size (samples per step, over all ranks) and "
     "training.micro_batch_size (samples per forward pass of a rank)": "batch_size bs batch",
-    "set schedule.warmup_steps to the ratio x training.steps": "warmup_ratio "
+    "set schedule.warmup_steps to this ratio times training.steps": "warmup_ratio "
     "warmup_fraction lr_warmup_fraction warmup_proportion",
-    "set schedule.min_lr_ratio to the last rate / optimizer.lr": "min_lr lr_min final_lr "
+    "set schedule.min_lr_ratio to the final learning rate / optimizer.lr": "min_lr lr_min final_lr "
     "min_learning_rate end_lr lr_end",
-    "set training.steps; when fine-tuning, finetune.epochs": "num_train_epochs num_epochs "
+    "set training.steps, or finetune.epochs when fine-tuning": "num_train_epochs num_epochs "
     "max_epochs n_epochs train_epochs",
     "set training.steps to samples / training.global_batch_size": "train_samples max_samples "
     "num_train_samples",
-    "set data.sequence_length; when fine-tuning, finetune.data.max_length": "max_length max_len "
+    "set data.sequence_length, or finetune.data.max_length when fine-tuning": "max_length max_len "
     "context_size context_window cutoff_len model_max_length",
     "set model.hidden_dropout and model.attention_dropout": "dropout",
     "set model.attention_bias and model.mlp_bias": "bias use_bias add_bias_linear",
@@ -152,9 +153,9 @@ _OTHERWISE = {
     "set model.num_key_value_heads to 1": "multi_query",
     'set model.position_embedding to "rope"': "use_rotary_position_embeddings",
     "set model.rope_theta and model.rope_scaling": "rope_parameters",
-    "RoPE rotates all of a head; remove it": "rotary_pct rotary_percent rotary_percentage "
+    "RoPE always rotates whole heads; remove it": "rotary_pct rotary_percent rotary_percentage "
     "partial_rotary_factor",
-    "there are no mixtures of experts; remove it": "num_experts num_local_experts "
+    "mixtures of experts are not supported; remove it": "num_experts num_local_experts "
     "num_experts_per_tok n_routed_experts moe_router_topk",
     "set the sizes in the model section, or extend a shipped run file": "flavor model_size "
     "model.name",
@@ -162,9 +163,9 @@ _OTHERWISE = {
     "_attn_implementation use_flash_attn use_flash_attention_2 flash_attention attention_backend",
     "the head is always fused with the loss; remove it": "cross_entropy_loss_fusion "
     "use_liger_kernel",
-    "set schedule.decay_steps to it less schedule.warmup_steps": "lr_decay_iters decay_iters "
-    "lr_decay_steps",
-    "set schedule.decay_steps to the ratio x training.steps": "decay_ratio",
+    "set schedule.decay_steps to this number minus schedule.warmup_steps": "lr_decay_iters "
+    "decay_iters lr_decay_steps",
+    "set schedule.decay_steps to this ratio times training.steps": "decay_ratio",
     'set schedule.name to "constant" for a constant rate': "decay_lr",
     "set training.global_batch_size, which is constant over a run": "rampup_batch_size",
     "set training.profile to the first and the last step of a trace": "enable_profiling "
@@ -172,16 +173,16 @@ _OTHERWISE = {
     "set data.train and data.valid to two folders of shards": ".split data.split",
     "set finetune.adapter.targets to the projections that have an adapter": "lora_query lora_key "
     "lora_value lora_projection lora_mlp",
-    "plain LoRA is the only adapter; remove it": "use_dora use_rslora init_lora_weights "
+    "only plain LoRA is supported; remove it": "use_dora use_rslora init_lora_weights "
     "modules_to_save",
-    "the model is not quantized; remove it": "load_in_4bit load_in_8bit quantization "
+    "quantized models are not supported; remove it": "load_in_4bit load_in_8bit quantization "
     "quantization_config",
-    "a start resumes the run of its name; set name for another run": "overwrite_output_dir",
+    "a run with the same name is resumed; set name for another run": "overwrite_output_dir",
     "every checkpoint is safetensors and can be resumed; remove it": "save_safetensors ckpt_format "
     "save_only_model last_save_model_only no_save_optim",
-    "a stop signal (SIGTERM) saves and ends the run; have the scheduler send it": "max_time "
+    "SIGTERM saves and stops the run; let the scheduler send it in time": "max_time "
     "exit_duration_in_mins exit_interval",
-    "validation at the start and at the end is always done; remove it": "initial_validation "
+    "validation always runs at the start and at the end; remove it": "initial_validation "
     "final_validation eval_on_start",
     "set training.seed (weights, dropout) or data.seed (order)": "seed",
     "set logging.tensorboard or logging.wandb": "report_to log_with logger",
@@ -197,14 +198,14 @@ _OTHERWISE = {
     "start that many ranks with torchrun, deepspeed, srun or mpirun": "devices num_gpus world_size "
     "data_parallel_shard_degree data_parallel_replicate_degree "
     "nproc_per_node num_nodes nnodes n_gpus gpus num_processes dp data_parallel_size parallel.data",
-    "there is no pipeline, context or expert parallelism; set parallel.tensor and the ZeRO "
+    "pipeline, context and expert parallelism are not supported; set parallel.tensor and the ZeRO "
     "stage": "pipeline_model_parallel_size pipeline_parallel_size pp pp_size context_parallel_size "
     "cp expert_model_parallel_size expert_parallel_size pipeline_parallel context_parallel "
     "parallel.pipeline parallel.context parallel.expert pipeline_parallel_degree "
     "context_parallel_degree expert_parallel_degree",
     "set deepspeed.zero_optimization.stage": "use_distributed_optimizer fsdp fsdp_config strategy",
     'set model.activation to "swiglu"': "swiglu use_swiglu",
-    "the tokenizer of the data decides it; remove it": "bos_token_id eos_token_id pad_token_id "
+    "the tokenizer of the data defines it; remove it": "bos_token_id eos_token_id pad_token_id "
     "unk_token_id tokenizer_type",
     "shards contain token ids; remove it, and give the tokenizer to python -m data_prep tokenize "
     "--tokenizer": "tokenizer vocab_file merge_file",
@@ -219,9 +220,9 @@ _ANSWERS = {
 
 
 def foreign_answer(name: str, section: str = "") -> str:
-    """Return the answer to a key name of another trainer; "" if no trainer has that name.
+    """Return the answer to a key name of another trainer. "" means that the name is unknown.
 
-    `--max-steps` and `max_step` count as `max_steps`.
+    `--max-steps` and `max_step` are read as `max_steps`.
     """
     name = name.strip().lstrip("-").replace("-", "_").lower()
     forms = (f"{section}.{name}", name, f"{name}s", name.removesuffix("s"))

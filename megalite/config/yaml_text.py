@@ -1,9 +1,9 @@
-"""Run files in YAML: the values that JSON has, by the rules of YAML 1.2's core schema.
+"""Parser of run files in YAML: the values of JSON, by the core schema of YAML 1.2.
 
-PyYAML only parses the structure of the text. Its own values follow YAML 1.1, in which `off` is
+PyYAML only parses the structure of the text. PyYAML's values follow YAML 1.1, in which `off` is
 false, `010` is 8 and `3e-4` is text. Here `off` is text, `010` is 10 and `3e-4` is a number. Tags,
 anchors, directives, keys that are not text and a second document are refused, because JSON has none
-of them. Characters that end a line in YAML 1.1, but not in YAML 1.2, are refused too.
+of them. Characters that end a line only in YAML 1.1 are refused too.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ _HEXADECIMAL = re.compile(r"0x[0-9a-fA-F]+")
 _REAL = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
-
 _OLD_BREAK = re.compile("[\x85\u2028\u2029]")
-# Words without quotes that are text in YAML 1.2, and in YAML 1.1 for other programs.
+# Words that need no quotes: they are text in YAML 1.2, and in YAML 1.1 for other programs.
 _PLAIN = re.compile(r"(?!(?i:y|n|yes|no|on|off|true|false|null)\Z)[A-Za-z_][A-Za-z0-9_./-]*")
 
 
@@ -63,7 +62,7 @@ def parse_yaml(text: str, checks: ValueChecks) -> Any:
     except yaml.reader.ReaderError as error:
         at = _place_in(text, error.position)
         raise ConfigError(f"{at}: not YAML: a control character; remove it") from None
-    except (OverflowError, ValueError):  # of chr(), in PyYAML
+    except (OverflowError, ValueError):  # raised by chr() in PyYAML
         at = _place(reader.loader.get_mark()) if reader else "line 1"
         raise ConfigError(
             f"{at}: not YAML: \\U beyond 10FFFF is not a character; write the character itself"
@@ -71,7 +70,7 @@ def parse_yaml(text: str, checks: ValueChecks) -> Any:
 
 
 def format_yaml(sections: dict[str, Any], indent: str = "") -> str:
-    """Return the YAML text of a run file; the lists in it are written as JSON."""
+    """Return the YAML text of a run file. Lists are written as JSON."""
     text = ""
     for key, value in sections.items():
         text += f"{indent}{_leaf(key)}:"
@@ -83,7 +82,7 @@ def format_yaml(sections: dict[str, Any], indent: str = "") -> str:
 
 
 def _leaf(value: Any) -> str:
-    """Return a value on one line: a word without quotes, or JSON, which is YAML too."""
+    """Return a value on one line: a word without quotes, or JSON, which is also YAML."""
     if isinstance(value, str) and _PLAIN.fullmatch(value):
         return value
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -93,7 +92,7 @@ def _leaf(value: Any) -> str:
 
 
 class _Reader:
-    """One pass over the events of a text."""
+    """Reader of a document, in one pass over its events."""
 
     def __init__(self, text: str, checks: ValueChecks) -> None:
         self.loader = yaml.SafeLoader(text)
@@ -116,7 +115,7 @@ class _Reader:
         return value
 
     def _value(self, event: Any, depth: int) -> Any:
-        """Return the value that begins with an event."""
+        """Return the value whose first event is given."""
         if isinstance(event, yaml.AliasEvent):
             raise _fault(event, f"the alias *{event.anchor}", "write the value out")
         if event.anchor:
@@ -143,7 +142,7 @@ class _Reader:
         return section
 
     def _scalar(self, event: Any) -> Any:
-        """Return the value of a scalar; in quotes or in a block it is text."""
+        """Return the value of a scalar, which is text if it is quoted or a block."""
         text: str = event.value
         if event.style is not None:
             # "\ud83d\ude00" is one character, as in JSON
@@ -159,7 +158,7 @@ class _Reader:
             return self._checks.integer(text)
         for pattern, base in ((_OCTAL, 8), (_HEXADECIMAL, 16)):
             if pattern.fullmatch(text):
-                # a number that long is out of range, which any digits report
+                # such a long number is out of range; the error does not depend on the digits
                 digits = str(int(text[2:], base)) if len(text) < 30 else "9" * len(text)
                 return self._checks.integer(digits)
         return self._checks.real(text) if _REAL.fullmatch(text) else text

@@ -12,5 +12,6 @@ from tests.helpers.models import world_of_one
 
 @pytest.fixture(scope="module")
 def grid() -> Iterator[Grid]:
+    """Yield the grid of one rank."""
     with world_of_one() as single:
         yield single

@@ -63,7 +63,7 @@ def test_version_is_printed() -> None:
     ("arguments", "message"),
     [
         (["pretrian"], 'pretrian: no such command; did you mean "pretrain"?'),
-        (["completion", "tcsh"], "completion: expected a shell, bash, zsh, fish; got 'tcsh'"),
+        (["completion", "tcsh"], "completion: got 'tcsh'; give one of bash, zsh, fish"),
         (
             ["pretrain", "a.json", "--ranks", "x"],
             "--ranks: expected a number of processes, 1 or more",
@@ -104,7 +104,7 @@ def test_launcher_starts_no_ranks() -> None:
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environ)
     assert done.returncode == 2
-    assert "only the command megalite starts ranks; start that, or torchrun" in done.stderr
+    assert "only the command megalite starts ranks; use it, or torchrun" in done.stderr
 
 
 def test_ranks_are_started_as_the_command_was(tmp_path: Path) -> None:

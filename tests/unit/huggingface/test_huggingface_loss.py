@@ -39,7 +39,7 @@ def test_loss_of_a_text_equals_that_of_transformers(
 
 
 def test_loss_of_a_text_needs_a_decoder(tmp_path: Path) -> None:
-    with pytest.raises(CommandError, match="holds no decoder, and only a decoder has the loss"):
+    with pytest.raises(CommandError, match="is no decoder, and only a decoder has a loss"):
         megalite.load(make_folder(tmp_path, "bert")).loss("a text")
 
 

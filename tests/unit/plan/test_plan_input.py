@@ -347,4 +347,4 @@ def test_run_file_without_a_model_is_planned_for_an_example(tmp_path: Path) -> N
 def test_dry_run_needs_at_least_one_rank(launcher: str, ranks: str, tmp_path: Path) -> None:
     done = command(launcher, "--config", LORA, "--dry-run", ranks, folder=tmp_path)
     assert done.returncode == 2
-    assert f"--dry-run: ranks, at least 1, not '{ranks}'" in done.stderr
+    assert f"--dry-run: expected a number of ranks, 1 or more, got '{ranks}'" in done.stderr
