@@ -1,14 +1,14 @@
 # shellcheck shell=bash
-# The body of pretrain.sbatch and finetune.sbatch, sourced by them: start the ranks once, see how they
-# ended, and put the job back in the queue where that leads further.
+# pretrain.sbatch and finetune.sbatch source this file. It starts the ranks once. Then it requeues
+# the job if the run can continue.
 #
-# Expects $program and the job's arguments: a run file, then what the launcher takes. Decides by
-# RUN/status.json, since launchers flatten the ranks' exit codes:
+# Expects $program and the job's arguments: a run file, then the launcher's options. The decision
+# follows from RUN/status.json, because launchers change the ranks' exit codes:
 #
-#   done                 the job ends
-#   stopped              a time limit or a preemption, after a save: requeued
+#   done                 ends
+#   stopped              requeued; the ranks saved because of a time limit or a preemption
 #   failed, or killed    requeued, unless two starts in a row have saved nothing new
-#   superseded           a newer start owns the run: never requeued
+#   superseded           ends, because a newer start owns the run
 #   scancel              stays cancelled
 set -uo pipefail
 say() { echo "== $(date -Is) $*"; }
@@ -20,35 +20,39 @@ python=${MEGALITE_PYTHON:-.venv/bin/python}
 attempt=${SLURM_RESTART_COUNT:-0}
 config=$1; shift
 
-# a faulty run file ends the job here, before any rank is started
+# if the run file has a fault, the job ends here, before any rank starts
 run=$("$python" -m megalite.config --run-folder "$config" "$@") || exit $?
 field() { sed -n "s/^ *\"$1\": \"\{0,1\}\([^\",]*\).*/\1/p" "$run/status.json" 2>/dev/null; }
 newest() { find "$run/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort -V | tail -n 1; }
 saved=$(newest) began=$(field attempt)
 
-# found out here, outside any container, where scontrol is; never a guess such as localhost
-hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") && [ -n "$hosts" ] || { say "no host list"; exit 1; }
+# This script runs outside any container, so it has scontrol. There is no fallback such as
+# localhost, with which the ranks of other hosts would wait in vain.
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST") && [ -n "$hosts" ] || {
+    say "no host list: scontrol returned none; start the job outside the container"
+    exit 1
+}
 MASTER_ADDR=${hosts%%$'\n'*}
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + attempt) % 10000))
 ranks=${MEGALITE_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 cpus=${SLURM_CPUS_PER_TASK:-1}
 export MASTER_ADDR MASTER_PORT PYTHONFAULTHANDLER=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
-say "job $SLURM_JOB_ID attempt $attempt on $SLURM_JOB_NODELIST, $ranks ranks a node," \
+say "job $SLURM_JOB_ID attempt $attempt on $SLURM_JOB_NODELIST, $ranks ranks per node," \
     "rank 0 on $MASTER_ADDR:$MASTER_PORT, run folder $run"
 
 term=0 preempted=0 step=
-# the job's own USR1, ahead of its time limit (#SBATCH --signal)
+# Slurm sends USR1 before the time limit (#SBATCH --signal)
 trap 'say "time limit near: asking the ranks to stop"; [ -z "$step" ] || kill -USR1 "$step"' USR1
-# scancel, or a preemption: told apart by what Slurm knows of the job
+# Slurm sends TERM for scancel and for a preemption; the state of the job distinguishes them
 trap 'term=1
     case $(scontrol show job -o "$SLURM_JOB_ID") in
     *JobState=CANCELLED*) say "cancelled" ;;
     *PreemptTime=[0-9]*) say "preempted"; preempted=1; [ -z "$step" ] || kill -USR1 "$step" ;;
-    *) say "asked to end" ;;
+    *) say "got SIGTERM" ;;
     esac' TERM
 
-# one srun; USR1 is ignored by launchers, which would die of it, and heard by the ranks
+# One srun starts the ranks. Launchers ignore USR1, which would end them; the ranks handle it.
 export MEGALITE_PYTHON_=$python MEGALITE_RANKS_=$ranks MEGALITE_HOSTS_=$hosts
 case ${MEGALITE_LAUNCH:-torchrun} in
 torchrun)
@@ -78,19 +82,20 @@ deepspeed)
         _ "$program" --config "$config" "$@" &
     ;;
 *)
-    say "MEGALITE_LAUNCH=$MEGALITE_LAUNCH: give torchrun, srun or deepspeed"
+    say "MEGALITE_LAUNCH is $MEGALITE_LAUNCH; set it to torchrun, srun or deepspeed"
     exit 2
     ;;
 esac
 step=$!
-while :; do wait "$step"; rc=$?; kill -0 "$step" 2>/dev/null || break; done # a trap ends a wait
+while :; do wait "$step"; rc=$?; kill -0 "$step" 2>/dev/null || break; done # a trap interrupts wait
 
 state=$(field state)
 [ "$(field attempt)" != "$began" ] || state=unstarted
-say "ended with $rc: $state at step $(field step), newest checkpoint ${now:=$(newest)}"
+say "the ranks ended with exit code $rc: $state at step $(field step)," \
+    "newest checkpoint ${now:=$(newest)}"
 [ "$state" != done ] || exit 0
 [ "$state" != superseded ] || exit 3
-if [ "$rc" -eq 0 ]; then rc=1; fi # a launcher that was killed may say 0
+if [ "$rc" -eq 0 ]; then rc=1; fi # a launcher that was killed may return 0
 if [ "$term" -eq 1 ] && [ "$preempted" -eq 0 ]; then exit "$rc"; fi
 if [ "$state" = unstarted ] && [ "$attempt" -eq 0 ]; then
     say "the run never began: not requeued"
@@ -107,6 +112,6 @@ if [ "$idle" -ge 2 ] && [ "$preempted" -eq 0 ]; then
     say "$idle starts in a row have saved nothing new: not requeued; see $run/log.txt"
     exit "$rc"
 fi
-say "requeue"
-scontrol requeue "$SLURM_JOB_ID" && sleep 60 # ended by the requeue
+say "requeueing"
+scontrol requeue "$SLURM_JOB_ID" && sleep 60 # the requeue ends this script
 exit "$rc"

@@ -1,4 +1,4 @@
-"""A browser without a window, for pages that are drawn by their own scripts."""
+"""Fixtures for tests of pages in a headless browser, which runs the pages' scripts."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ import pytest
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Debian's Chromium, driven by selenium; a window that has all of a page in view."""
+    """Start Debian's Chromium with selenium, in a window that is large enough for a whole page."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
-        pytest.skip("no chromium here: apt-get install chromium chromium-driver")
+        pytest.skip("chromium is not installed: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(argument)
     options.add_argument("--window-size=2200,3000")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     try:
-        yield found
+        yield chrome
     finally:
-        found.quit()
+        chrome.quit()
 
 
 @pytest.fixture
-def keep(browser: Any) -> Callable[[str], None]:
-    """Keeps a picture of the page by a name, in $MEGALITE_SCREENSHOTS or build/screenshots."""
+def save_screenshot(browser: Any) -> Callable[[str], None]:
+    """Return a function that saves a screenshot of the page under a name.
+
+    The folder is $MEGALITE_SCREENSHOTS, or else build/screenshots.
+    """
     default = Path(__file__).parents[2] / "build" / "screenshots"
     folder = Path(os.environ.get("MEGALITE_SCREENSHOTS") or default)
 

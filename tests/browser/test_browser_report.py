@@ -1,4 +1,4 @@
-"""The page of launcher/report.py in a browser."""
+"""Test of the page of launcher/report.py in a browser."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECTIONS = ("summary", "curves", "differences", "events", "forecast", "samples")
 
 
 def test_page_of_two_runs_renders_without_errors(
-    browser: Any, shards: dict[str, str], tmp_path: Path, keep: Callable[[str], None]
+    browser: Any, shards: dict[str, str], tmp_path: Path, save_screenshot: Callable[[str], None]
 ) -> None:
     runs = []
     for name, rate in (("first", 3e-3), ("second", 1e-2)):
@@ -35,17 +35,17 @@ def test_page_of_two_runs_renders_without_errors(
     )
     assert done.returncode == 0, done.stderr
     browser.get(page.as_uri())
-    keep("report")
-    said = {name: browser.find_element("id", name).text for name in SECTIONS}
-    assert all("first" in said[name] for name in ("summary", "samples")), said
-    assert "second" in said["summary"]
-    assert "optimizer.lr" in said["differences"]
-    assert "import os" in said["samples"]
-    assert f"{rows(runs[0], 'valid')[-1]['loss']:.2f}" in said["summary"]
+    save_screenshot("report")
+    texts = {name: browser.find_element("id", name).text for name in SECTIONS}
+    assert all("first" in texts[name] for name in ("summary", "samples")), texts
+    assert "second" in texts["summary"]
+    assert "optimizer.lr" in texts["differences"]
+    assert "import os" in texts["samples"]
+    assert f"{rows(runs[0], 'valid')[-1]['loss']:.2f}" in texts["summary"]
     curves = browser.find_elements("css selector", "#curves svg path")
     lengths = [browser.execute_script("return arguments[0].getTotalLength()", c) for c in curves]
-    assert sum(length > 50 for length in lengths) >= 4  # two runs, some charts
+    assert sum(length > 50 for length in lengths) >= 4  # at least two charts with a curve per run
     requests = browser.execute_script("return performance.getEntriesByType('resource').length")
-    assert requests == 0  # the page needs no other file
-    faults = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert faults == []
+    assert requests == 0  # the page loads no other file
+    errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert errors == []

@@ -1,4 +1,4 @@
-"""TensorBoard as one looks at it: the charts are drawn, and text and pictures are there."""
+"""TensorBoard in a browser shows the charts, texts and images of a run."""
 
 from __future__ import annotations
 
@@ -31,8 +31,12 @@ TAGS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A pretraining with samples and a fine-tuning; the last text that the first wrote."""
-    folder = tmp_path_factory.mktemp("watched")
+    """Train a pretraining run with samples and a fine-tuning run.
+
+    Returns:
+        the folder of the runs, and the last sample of the pretraining run.
+    """
+    folder = tmp_path_factory.mktemp("tensorboard")
     shards = {}
     for split, count in (("train", 200), ("valid", 20)):
         line = json.dumps({"text": "the cat sat on the mat. " * 8})
@@ -55,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def address(browser: Any, runs: tuple[Path, str]) -> Iterator[str]:
-    """Where TensorBoard shows both runs."""
+    """Start TensorBoard on both runs. Yield its address."""
     port = free_port()
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(runs[0])]
     server = subprocess.Popen(
@@ -63,8 +67,8 @@ def address(browser: Any, runs: tuple[Path, str]) -> Iterator[str]:
     )
     address = f"http://127.0.0.1:{port}"
     try:
-        expect_soon(
-            lambda: len(json.loads(read(f"{address}/data/runs"))) == 4, "TensorBoard is there"
+        wait_until(
+            lambda: len(json.loads(read(f"{address}/data/runs"))) == 4, "TensorBoard lists the runs"
         )
         yield address
     finally:
@@ -73,82 +77,84 @@ def address(browser: Any, runs: tuple[Path, str]) -> Iterator[str]:
 
 
 def read(address: str) -> bytes:
+    """Return the content at an address, or an empty JSON list if the server does not answer."""
     try:
         with urllib.request.urlopen(address, timeout=10) as reply:
             return bytes(reply.read())
-    except OSError:  # not yet
+    except OSError:
         return b"[]"
 
 
-def expect_soon(condition: Callable[[], bool], what: str, seconds: float = 90.0) -> None:
+def wait_until(condition: Callable[[], bool], expected: str, seconds: float = 90.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"in {seconds:.0f} s not: {what}"
+        assert time.monotonic() < end, f"not within {seconds:.0f} s: {expected}"
         time.sleep(0.2)
 
 
-def picture(browser: Any) -> np.ndarray:
-    """Return what is seen of the page: uint8 [height, width, 3]."""
+def screenshot(browser: Any) -> np.ndarray:
+    """Return the visible part of the page: uint8 [height, width, 3]."""
     return np.asarray(Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB"))
 
 
-def colours(seen: np.ndarray, place: Any) -> int:
-    """Points of a part of the page that are neither black, white nor grey."""
-    x, y, width, height = (round(place.rect[key]) for key in ("x", "y", "width", "height"))
-    part = seen[y : y + height, x : x + width].astype(int)
+def count_coloured(pixels: np.ndarray, element: Any) -> int:
+    """Count the pixels of an element that are not black, white or grey."""
+    x, y, width, height = (round(element.rect[key]) for key in ("x", "y", "width", "height"))
+    part = pixels[y : y + height, x : x + width].astype(int)
     return int((np.ptp(part, axis=-1) > 25).sum()) if part.size else 0
 
 
 def images(browser: Any) -> list[Any]:
-    """Return the pictures of a page, those in the shadows of its elements among them."""
-    found: list[Any] = browser.execute_script(
+    """Return the loaded images of a page, including those in shadow DOM trees."""
+    elements: list[Any] = browser.execute_script(
         "const all = (root) => [...root.querySelectorAll('*')].flatMap("
         "  (node) => [node, ...(node.shadowRoot ? all(node.shadowRoot) : [])]);"
         "return all(document).filter((node) => node.nodeName === 'IMG' && node.naturalWidth);"
     )
-    return found
+    return elements
 
 
-def test_the_charts_of_both_runs_are_drawn(
-    browser: Any, address: str, keep: Callable[[str], None]
+def test_charts_of_both_runs_are_drawn(
+    browser: Any, address: str, save_screenshot: Callable[[str], None]
 ) -> None:
     browser.get(f"{address}/#timeseries")
 
     def drawn() -> set[str]:
-        seen, found = picture(browser), set()
+        pixels = screenshot(browser)
+        tags = set()
         for card in browser.find_elements("css selector", "scalar-card"):
             name = card.find_element("css selector", "tb-truncated-path")
             charts = card.find_elements("css selector", "line-chart .series-view")
-            if charts and colours(seen, charts[0]) > 20:  # an empty one has only grey
-                found.add(name.get_attribute("title"))
-        return found
+            if charts and count_coloured(pixels, charts[0]) > 20:  # an empty chart is grey
+                tags.add(name.get_attribute("title"))
+        return tags
 
     end = time.monotonic() + 90
     while missing := TAGS - drawn():
         assert time.monotonic() < end, f"these charts are not drawn: {missing}"
-    keep("timeseries")
+    save_screenshot("timeseries")
     assert "pretrained/tensorboard" in browser.find_element("tag name", "body").text
 
 
-def test_what_the_model_wrote_and_the_run_file(
-    browser: Any, address: str, runs: tuple[Path, str], keep: Callable[[str], None]
+def test_samples_and_run_file_are_shown_as_text(
+    browser: Any, address: str, runs: tuple[Path, str], save_screenshot: Callable[[str], None]
 ) -> None:
     browser.get(f"{address}/#text")
     body = browser.find_element("tag name", "body")
-    expect_soon(lambda: "step 40" in body.text, "the last sample is on the page")
-    keep("text")
+    wait_until(lambda: "step 40" in body.text, "the page has the last sample")
+    save_screenshot("text")
     assert f"the cat\ntext\n{runs[1].strip()}" in body.text.replace("text\n ", "text\n")
     assert '"name": "pretrained"' in body.text
 
 
-def test_the_confusion_matrix_is_a_picture(
-    browser: Any, address: str, keep: Callable[[str], None]
+def test_confusion_matrix_is_an_image(
+    browser: Any, address: str, save_screenshot: Callable[[str], None]
 ) -> None:
     browser.get(f"{address}/#images")
     body = browser.find_element("tag name", "body")
-    expect_soon(lambda: "tag: valid/confusion" in body.text, "the picture has a place")
-    expect_soon(
-        lambda: any(colours(picture(browser), image) > 1000 for image in images(browser)),
-        "the picture is drawn",
+    wait_until(lambda: "tag: valid/confusion" in body.text, "the page has the tag of the image")
+    wait_until(
+        lambda: any(count_coloured(screenshot(browser), image) > 1000 for image in images(browser)),
+        "the image is drawn",
     )
-    keep("images")
+    save_screenshot("images")

@@ -1,26 +1,28 @@
 #!/usr/bin/env bash
-# cluster.sh: a REAL multi-node Slurm cluster on one machine, from Debian 12's
-# own packages (slurm-wlm 22.05.8, munge). No systemd, no cgroups, no MPI, no database.
+# cluster.sh: a real Slurm cluster of several nodes on one machine, from Debian 12's packages
+# slurm-wlm 22.05.8 and munge. No systemd, no cgroups, no MPI, no database.
 #
 #   cluster.sh up             start munged + slurmctld + slurmd n1..nN (idempotent)
-#   . "$(cluster.sh env)"     export SLURM_CONF, so that srun/sbatch/squeue find it
-#   cluster.sh status         daemons, nodes, jobs
-#   cluster.sh kill-node n2   a node crash: SIGKILL its slurmd and all its processes
-#   cluster.sh stop-slurmd n2 only the node's slurmd dies, its job goes on
-#   cluster.sh start-node n2  the node comes back
-#   cluster.sh down           cancel jobs, stop what `up` started (by pid), keep logs
+#   . "$(cluster.sh env)"     export SLURM_CONF, which srun, sbatch and squeue read
+#   cluster.sh status         print daemons, nodes and jobs
+#   cluster.sh kill-node n2   crash a node: kill its slurmd and all its processes
+#   cluster.sh stop-slurmd n2 kill only the node's slurmd; its job continues
+#   cluster.sh start-node n2  start the node again
+#   cluster.sh down           cancel jobs, stop the daemons, keep logs
 #   cluster.sh clean          down, then remove the directory
 #
-# Environment (default):
-#   SLURM_CLUSTER_DIR (slurm-cluster in the temporary folder)  SLURM_CLUSTER_NODES (2)
-#   SLURM_CLUSTER_CPUS (4 a node, more than there are on purpose)
-#   SLURM_CLUSTER_GPUS (4 fake ones a node; 0: none)  SLURM_CLUSTER_PORT (26817, +1 a node)
-#   SLURM_CLUSTER_INSTALL=1  apt-get the two packages where they are missing
-#   SLURM_CLUSTER_ISOLATE    1: every node is a PID + UTS + mount namespace with its own
-#       host name and a private /etc/hosts (needs root); 0: plain processes, all with this
-#       machine's host name, no root needed; auto (default): 1 where `unshare` is allowed
+# Environment variables:
+#   SLURM_CLUSTER_DIR      folder; default: slurm-cluster in the temporary folder
+#   SLURM_CLUSTER_NODES    number of nodes; default: 2
+#   SLURM_CLUSTER_CPUS     CPUs per node, which may be more than the machine has; default: 4
+#   SLURM_CLUSTER_GPUS     fake GPUs per node; default: 4
+#   SLURM_CLUSTER_PORT     port of slurmctld; node i has this port + i; default: 26817
+#   SLURM_CLUSTER_INSTALL  1: install missing packages with apt-get
+#   SLURM_CLUSTER_ISOLATE  1: each node has its own PID, UTS and mount namespaces, host name and
+#       /etc/hosts, which needs root. 0: nodes are plain processes with this machine's host name.
+#       Default: 1 if `unshare` is allowed.
 #
-# Everything listens on 127.0.0.1 alone. Nothing outside SLURM_CLUSTER_DIR is changed.
+# All daemons listen only on 127.0.0.1. Nothing outside SLURM_CLUSTER_DIR is changed.
 set -euo pipefail
 
 D=${SLURM_CLUSTER_DIR:-$(dirname "$(mktemp -u)")/slurm-cluster}
@@ -36,11 +38,11 @@ export PATH=$PATH:/usr/sbin:/sbin
 log() { printf 'slurm-cluster: %s\n' "$*" >&2; }
 die() { log "$*"; exit 1; }
 
-# a running (or stopped, not yet cleaned) cluster remembers its own size
+# a cluster that was started and not cleaned has its number of nodes in a file
 [[ ${1:-} == up || ! -s $D/run/nodes ]] || N=$(<"$D/run/nodes")
 nodes() { local i; for ((i = 1; i <= N; i++)); do echo "n$i"; done; }
 
-# is PID a live process (no zombie) whose name starts with NAME?
+# succeed if PID is a process, but not a zombie, whose name starts with NAME
 is_proc() { # NAME PID
     local state
     [[ $2 =~ ^[0-9]+$ && -r /proc/$2/comm ]] || return 1
@@ -60,9 +62,9 @@ wait_for() { # SECONDS COMMAND...
     done
 }
 
-stop() { # NAME PIDFILE [SIGNAL]: by pid, only while it is that program
+stop() { # NAME PIDFILE [SIGNAL]: stop a process by its pid, if its name is still NAME
     if alive "$1" "$2"; then
-        local pid; pid=$(<"$2") # the daemons unlink their pid files before they are gone
+        local pid; pid=$(<"$2") # daemons remove their pid files before they end
         kill "-${3:-TERM}" "$pid"
         wait_for 8 no_proc "$1" "$pid" || { kill -KILL "$pid"; wait_for 3 no_proc "$1" "$pid"; } || true
     fi
@@ -75,7 +77,7 @@ install_packages() {
     command -v munged >/dev/null || missing+=(munge)
     ((${#missing[@]})) || return 0
     [[ ${SLURM_CLUSTER_INSTALL:-0} == 1 ]] ||
-        die "missing: apt-get install -y --no-install-recommends ${missing[*]}"
+        die "packages are missing: apt-get install -y --no-install-recommends ${missing[*]}"
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 }
@@ -88,14 +90,14 @@ can_isolate() {
 write_conf() {
     local host i range=n1
     host=$(hostname -s)
-    ((${#D} <= 80)) || die "SLURM_CLUSTER_DIR is too long for a socket path: $D"
-    [[ ! -e $D || -O $D ]] || die "$D belongs to another user"
+    ((${#D} <= 80)) || die "SLURM_CLUSTER_DIR has ${#D} characters; give at most 80, for socket paths"
+    [[ ! -e $D || -O $D ]] || die "$D belongs to another user; set SLURM_CLUSTER_DIR"
     ((N == 1)) || range="n[1-$N]"
     install -d -m 755 "$D" "$D"/{state,log,run}
     for i in $(nodes); do install -d -m 755 "$D/spool.$i"; done
     [[ -s $D/munge.key ]] || (umask 077; head -c 128 /dev/urandom >"$D/munge.key")
 
-    { # seen by the nodes alone, over /etc/hosts
+    { # replaces /etc/hosts in the nodes' namespaces
         echo "127.0.0.1 localhost $host"
         for ((i = 1; i <= N; i++)); do echo "127.0.0.1 n$i"; done
     } >"$D/run/hosts"
@@ -111,9 +113,9 @@ SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is also how long a requeued job waits before it may start (default 120 s)
+# A requeued job cannot start before cred_expire seconds have passed (default 120).
 AuthInfo=socket=$D/run/munge.sock,cred_expire=5
-# bind to the addresses below instead of to every interface
+# listen on the addresses below instead of on all interfaces
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 
 # no cgroups, no systemd, no MPI, no accounting daemon
@@ -126,7 +128,7 @@ AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/filetxt
 JobCompLoc=$D/log/jobcomp.txt
 
-# believe the node lines below rather than the hardware
+# use the resources of the node lines below instead of the detected hardware
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
@@ -135,7 +137,7 @@ PreemptMode=REQUEUE
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=100000,batch_sched_delay=0
 
-# short timers: a dead node is noticed within about SlurmdTimeout
+# short timers: a dead node is detected within about SlurmdTimeout
 SlurmdTimeout=5
 SlurmctldTimeout=5
 TCPTimeout=2
@@ -187,13 +189,14 @@ start_munged() {
     munged --force --key-file="$D/munge.key" --socket="$D/run/munge.sock" \
         --pid-file="$D/run/munged.pid" --log-file="$D/log/munged.log" \
         --seed-file="$D/run/munged.seed" 2>>"$D/log/munged.err"
-    wait_for 5 munge -n -S "$D/run/munge.sock" || die "munged does not answer: $D/log/munged.log"
+    wait_for 5 munge -n -S "$D/run/munge.sock" || die "munged does not answer; see $D/log/munged.log"
 }
 
 start_ctld() {
     alive slurmctld "$D/run/slurmctld.pid" && return 0
     slurmctld -f "$CONF"
-    wait_for 10 sh -c 'scontrol ping | grep -q "is UP"' || die "slurmctld does not answer: $D/log/slurmctld.log"
+    wait_for 10 sh -c 'scontrol ping | grep -q "is UP"' ||
+        die "slurmctld does not answer; see $D/log/slurmctld.log"
 }
 
 node_alive() {
@@ -204,13 +207,13 @@ node_alive() {
 start_node() {
     node_alive "$1" && return 0
     if [[ $(<"$D/run/isolate") == 1 ]]; then
-        # PID 1 of the node is a bash that reaps orphans and goes when slurmd does; the
-        # unshare outside is the handle: kill it and the whole node is gone at once.
+        # PID 1 of the node is a bash that reaps orphans and restarts slurmd. If the unshare outside
+        # is killed, all processes of the node end with it.
         setsid unshare --fork --kill-child --pid --mount --mount-proc --uts bash -c "
             hostname '$1'; mount --bind '$D/run/hosts' /etc/hosts
             while :; do
                 slurmd -D -f '$CONF' -N '$1' & wait \$!
-                # stop-slurmd: stay up without a slurmd until the file goes
+                # after stop-slurmd, do not restart slurmd while this file exists
                 while [[ -e '$D/run/noslurmd.$1' ]]; do sleep 0.2 & wait \$!; done
                 sleep 0.2
             done" </dev/null >>"$D/log/node.$1.log" 2>&1 &
@@ -220,8 +223,8 @@ start_node() {
     fi
 }
 
-# pids of everything a node runs, without namespaces: its slurmd, its slurmstepds (their
-# log is the node's spool or log file) and every task (SLURMD_NODENAME in its environment)
+# Print the pids of a node without namespaces. slurmd and slurmstepd have the node's log file open.
+# Tasks have SLURMD_NODENAME in their environment.
 plain_node_pids() {
     local p
     for p in /proc/[0-9]*; do
@@ -257,14 +260,14 @@ stop_slurmd() {
 
 node_ready() { sinfo -h -n "$1" -o %T | grep -Eq '^(idle|mixed|allocated|completing)$'; }
 
-check_node() { nodes | grep -qx "${1:-}" || die "no such node: ${1:-} (have: $(nodes | paste -sd' '))"; }
+check_node() { nodes | grep -qx "${1:-}" || die "no node ${1:-}; give one of: $(nodes | paste -sd' ')"; }
 
 case ${1:-} in
 up)
     install_packages
-    # a second `up` leaves a running cluster's configuration alone
+    # `up` does not change the configuration of a running cluster
     if alive slurmctld "$D/run/slurmctld.pid"; then
-        [[ $(<"$D/run/nodes") == "$N" ]] || die "already up with $(<"$D/run/nodes") nodes: run down first"
+        [[ $(<"$D/run/nodes") == "$N" ]] || die "already up with $(<"$D/run/nodes") nodes; run down first"
     else
         write_conf
     fi
@@ -306,5 +309,5 @@ down | clean)
     fi
     [[ $1 != clean ]] || rm -rf "$D"
     ;;
-*) sed -n '2,26s/^# \{0,1\}//p' "$0"; exit 2 ;;
+*) sed -n '2,25s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -1,4 +1,4 @@
-"""A real Slurm cluster of two nodes on this host, for the tests that request it."""
+"""Fixture that starts a real Slurm cluster of two nodes on this host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("cluster.sh")
 
 
 class Cluster:
-    """Submits and watches jobs."""
+    """The cluster, with methods to submit jobs and to read their states."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -27,7 +27,11 @@ class Cluster:
         }
 
     def call(self, *command: str, cwd: Path | None = None) -> str:
-        """Return what a command printed; an AssertionError with its words where it failed."""
+        """Run a command and return its output.
+
+        Raises:
+            AssertionError: the command failed. The message contains its output.
+        """
         done = subprocess.run(
             command, env=self.environ, cwd=cwd, capture_output=True, text=True, timeout=120
         )
@@ -35,7 +39,7 @@ class Cluster:
         return done.stdout.strip()
 
     def submit(self, *arguments: str, cwd: Path) -> str:
-        """Return a job's id."""
+        """Submit a job and return its id."""
         return self.call("sbatch", "--parsable", *arguments, cwd=cwd)
 
     def state(self, job: str) -> str:
@@ -46,7 +50,7 @@ class Cluster:
         return next(word for word in text.split() if word.startswith(f"{name}=")).partition("=")[2]
 
     def wait(self, job: str, *states: str, seconds: float = 120) -> str:
-        """Return the state a job has come to, one of `states`."""
+        """Wait until a job has one of `states`, and return this state."""
         deadline = time.monotonic() + seconds
         while (state := self.state(job)) not in states:
             assert time.monotonic() < deadline, f"job {job} is {state} after {seconds:.0f} s"
@@ -58,14 +62,14 @@ class Cluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     missing = [name for name in ("slurmctld", "slurmd", "munged") if not _find(name)]
     if missing:
-        pytest.skip(f"{', '.join(missing)} missing: apt-get install -y slurm-wlm munge")
-    made = Cluster(tmp_path_factory.mktemp("cluster"))
+        pytest.skip(f"not installed: {', '.join(missing)}; apt-get install -y slurm-wlm munge")
+    started = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
-        made.call(str(SCRIPT), "up")
+        started.call(str(SCRIPT), "up")
     except AssertionError as error:
-        pytest.skip(f"no Slurm cluster can be started here: {error}")
-    yield made
-    made.call(str(SCRIPT), "clean")
+        pytest.skip(f"a Slurm cluster cannot be started here: {error}")
+    yield started
+    started.call(str(SCRIPT), "clean")
 
 
 def _find(name: str) -> str | None:

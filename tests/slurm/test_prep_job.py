@@ -1,4 +1,4 @@
-"""`slurm/prep.sbatch` on a real cluster: two nodes, a requeue, the bytes of one process."""
+"""Tests of `slurm/prep.sbatch` on a real cluster of two nodes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slurm
 
 @pytest.fixture
 def submit_folder(tmp_path: Path) -> Path:
-    """A checkout as a user has it, and a corpus in it."""
+    """Make a folder with the files of a checkout that a job uses, and a corpus."""
     for name in ("slurm", "data_prep", "megalite"):
         (tmp_path / name).symlink_to(ROOT / name)
     draw = random.Random(3)
@@ -33,7 +33,7 @@ def submit_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_two_nodes_and_a_requeue_give_the_bytes_of_one_process(
+def test_prep_job_with_a_requeue_writes_the_bytes_of_one_process(
     cluster: Cluster, submit_folder: Path
 ) -> None:
     cluster.environ["MEGALITE_SITE"] = str(submit_folder / "site.env")
@@ -43,21 +43,25 @@ def test_two_nodes_and_a_requeue_give_the_bytes_of_one_process(
         cwd=submit_folder,
     )
     work = submit_folder / ".out.work"
-    while not list(work.glob("parts/*.part")):  # in the midst of it
+    while not list(work.glob("parts/*.part")):  # the job is requeued when some parts are done
         assert cluster.state(job) in ("PENDING", "RUNNING"), log_of(submit_folder)
         time.sleep(0.05)
     cluster.call("scontrol", "requeue", job)
     assert cluster.wait(job, "COMPLETED", "FAILED") == "COMPLETED", log_of(submit_folder)
     assert cluster.field(job, "Restarts") == "1"
     assert not work.exists()
-    one = TokenizeOptions(["corpus.jsonl"], "bytes", submit_folder / "one", shard_tokens=1_000_000)
+    options = TokenizeOptions(
+        ["corpus.jsonl"], "bytes", submit_folder / "one", shard_tokens=1_000_000
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(submit_folder)
-        tokenize(one)
+        tokenize(options)
     assert hashes(submit_folder / "out") == hashes(submit_folder / "one")
 
 
-def test_an_error_of_the_input_ends_the_job(cluster: Cluster, submit_folder: Path) -> None:
+def test_prep_job_with_invalid_input_fails_without_requeue(
+    cluster: Cluster, submit_folder: Path
+) -> None:
     cluster.environ["MEGALITE_SITE"] = str(submit_folder / "site.env")
     shutil.copyfile(submit_folder / "corpus.jsonl", submit_folder / "bad.jsonl")
     with open(submit_folder / "bad.jsonl", "a") as file:

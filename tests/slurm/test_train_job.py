@@ -1,4 +1,7 @@
-"""`slurm/pretrain.sbatch` through what happens on a cluster, with toy ranks on a real one."""
+"""Tests of `slurm/pretrain.sbatch` and `slurm/finetune.sbatch` on a real cluster of two nodes.
+
+The ranks are those of toy.py, except in one test.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,12 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
 
 class Job:
-    """One submission from a checkout of its own."""
+    """A job that is submitted from its own checkout.
+
+    Args:
+        launch: value of MEGALITE_LAUNCH.
+        options: options of sbatch.
+    """
 
     script = "pretrain"
 
@@ -48,6 +56,7 @@ class Job:
         return "\n".join(path.read_text() for path in self.folder.glob("megalite-*.out"))
 
     def end(self, seconds: float = 180) -> str:
+        """Wait for the job's end and return its state."""
         try:
             return self.cluster.wait(self.id, *ENDS, seconds=seconds)
         except AssertionError as error:
@@ -58,22 +67,22 @@ class Job:
         return int(self.cluster.field(self.id, "Restarts"))
 
     def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.run / "status.json").read_text())
-        return found
+        status: dict[str, Any] = json.loads((self.run / "status.json").read_text())
+        return status
 
-    def wait_for(self, what: Callable[[], object], seconds: float = 90) -> None:
+    def wait_until(self, condition: Callable[[], object], seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds
-        while not what():
+        while not condition():
             assert time.monotonic() < deadline, self.log
             time.sleep(0.1)
 
     def wait_for_step(self, step: int) -> None:
-        self.wait_for(lambda: list(self.run.glob(f"checkpoints/step_{step:08d}")))
+        self.wait_until(lambda: list(self.run.glob(f"checkpoints/step_{step:08d}")))
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The scripts as a user has them, and toy ranks where the launcher is."""
+    """Make a folder with the files of a checkout that a job uses, and toy.py as the launcher."""
     for name in ("slurm", "megalite"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "launcher").mkdir()
@@ -83,7 +92,8 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _plan(checkout: Path, *faults: tuple[int, int, int]) -> None:
+def _plan_faults(checkout: Path, *faults: tuple[int, int, int]) -> None:
+    """Write faults.json: each fault has the attempt, the rank and the step of a crash."""
     rows = [dict(zip(("attempt", "rank", "step"), fault, strict=True)) for fault in faults]
     (checkout / "faults.json").write_text(json.dumps(rows))
 
@@ -92,11 +102,11 @@ LAUNCHES = ["torchrun", "srun", "deepspeed"]
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)
-def test_a_time_limit(cluster: Cluster, checkout: Path, launch: str) -> None:
-    """All ranks are asked, save and stop; the job goes on where it was."""
+def test_time_limit_saves_and_requeues(cluster: Cluster, checkout: Path, launch: str) -> None:
+    """All ranks get the signal, save and stop. The requeued job resumes."""
     (checkout / "endless").touch()
-    # Slurm looks at time limits every 30 s: asked between 30 s (the ranks have begun by then) and
-    # 60 s, killed 30 s after that at the earliest
+    # Slurm checks time limits every 30 s. It sends the signal 30 to 60 s after the start, when the
+    # ranks are running, and kills the job at least 30 s later.
     job = Job(cluster, checkout, launch, "--time=1", "--signal=B:USR1@30")
     assert job.end() == "COMPLETED", job.log
     assert job.restarts >= 1
@@ -107,29 +117,31 @@ def test_a_time_limit(cluster: Cluster, checkout: Path, launch: str) -> None:
 
 
 @pytest.mark.parametrize("launch", LAUNCHES)
-def test_a_rank_crash(cluster: Cluster, checkout: Path, launch: str) -> None:
-    """The other ranks do not run on, and the job comes back."""
-    _plan(checkout, (0, 3, 25))
+def test_rank_crash_requeues(cluster: Cluster, checkout: Path, launch: str) -> None:
+    """The other ranks are stopped, and the job is requeued."""
+    _plan_faults(checkout, (0, 3, 25))
     job = Job(cluster, checkout, launch)
     assert job.end() == "COMPLETED", job.log
     assert job.restarts == 1
     assert not (job.run / "ended_0_0_of_4").exists() or job.status()["attempt"] == 1
 
 
-class TuningJob(Job):
+class FinetuneJob(Job):
+    """A job of slurm/finetune.sbatch."""
+
     script = "finetune"
 
 
-def test_finetuning_does_the_same(cluster: Cluster, checkout: Path) -> None:
+def test_finetuning_job_requeues_after_a_crash(cluster: Cluster, checkout: Path) -> None:
     (checkout / "launcher" / "pretrain.py").rename(checkout / "launcher" / "finetune.py")
-    _plan(checkout, (0, 3, 25))
-    job = TuningJob(cluster, checkout, "srun")
+    _plan_faults(checkout, (0, 3, 25))
+    job = FinetuneJob(cluster, checkout, "srun")
     assert job.end() == "COMPLETED", job.log
     assert job.restarts == 1
     assert job.status()["state"] == "done"
 
 
-def test_a_preemption(cluster: Cluster, checkout: Path) -> None:
+def test_preemption_saves_and_requeues(cluster: Cluster, checkout: Path) -> None:
     job = Job(cluster, checkout, "torchrun", "--partition=debug")
     job.wait_for_step(10)
     urgent = cluster.submit(
@@ -141,20 +153,20 @@ def test_a_preemption(cluster: Cluster, checkout: Path) -> None:
     assert job.status()["state"] == "done"
 
 
-def test_a_lost_node(cluster: Cluster, checkout: Path) -> None:
+def test_lost_node_requeues(cluster: Cluster, checkout: Path) -> None:
     job = Job(cluster, checkout, "torchrun")
     job.wait_for_step(10)
     cluster.call(str(SCRIPT), "kill-node", "n2")
     cluster.call("scontrol", "update", "nodename=n2", "state=down", "reason=lost")
-    job.wait_for(lambda: cluster.state(job.id) == "PENDING")
+    job.wait_until(lambda: cluster.state(job.id) == "PENDING")
     cluster.call(str(SCRIPT), "start-node", "n2")
     assert job.end() == "COMPLETED", job.log
     assert job.restarts == 1
 
 
-def test_a_crash_loop_stops(cluster: Cluster, checkout: Path) -> None:
-    """Before its first save, and again: the second start in a row that leads nowhere."""
-    _plan(checkout, *((attempt, 1, 5) for attempt in range(9)))
+def test_crash_loop_fails_after_two_starts(cluster: Cluster, checkout: Path) -> None:
+    """Both starts crash before their first save, so the second one is not requeued."""
+    _plan_faults(checkout, *((attempt, 1, 5) for attempt in range(9)))
     job = Job(cluster, checkout, "torchrun")
     assert job.end() == "FAILED", job.log
     assert job.restarts == 1
@@ -166,13 +178,15 @@ def test_scancel_stays_cancelled(cluster: Cluster, checkout: Path) -> None:
     job.wait_for_step(10)
     cluster.call("scancel", job.id)
     assert job.end() == "CANCELLED", job.log
-    time.sleep(8)  # a requeued job would be back after 5
+    time.sleep(8)  # a requeued job would start again after 5 s
     assert cluster.state(job.id) == "CANCELLED"
     assert job.restarts == 0
 
 
-def test_a_real_run(cluster: Cluster, checkout: Path, shards: dict[str, str]) -> None:
-    """A rank is killed; the job comes back alone, to the losses of a run left in peace."""
+def test_run_with_a_killed_rank_has_the_losses_of_an_uninterrupted_run(
+    cluster: Cluster, checkout: Path, shards: dict[str, str]
+) -> None:
+    """The job is requeued without help, and resumes a real run."""
     shutil.rmtree(checkout / "launcher")
     (checkout / "launcher").symlink_to(ROOT / "launcher")
     raw = run_file(
@@ -190,26 +204,26 @@ def test_a_real_run(cluster: Cluster, checkout: Path, shards: dict[str, str]) ->
     assert job.restarts == 1
     assert job.status()["state"] == "done"
     assert job.status()["attempt"] == 1
-    alone = raw | {"logging": raw["logging"] | {"directory": str(checkout / "alone")}}
-    run_ranks(train, 4, alone)
+    uninterrupted = raw | {"logging": raw["logging"] | {"directory": str(checkout / "other")}}
+    run_ranks(train, 4, uninterrupted)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(checkout)
-        assert curve(raw) == curve(alone)
+        assert curve(raw) == curve(uninterrupted)
 
 
 def _processes(job: str, *, rank: int) -> list[int]:
-    """Return the Python processes of one rank of a job."""
+    """Return the ids of the Python processes of a job's rank."""
     wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
-    found = []
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             environ = set((folder / "environ").read_bytes().split(b"\0"))
             if wanted <= environ and b"pretrain" in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-    return found
+                pids.append(int(folder.name))
+    return pids
 
 
-def test_a_faulty_run_file_starts_nothing(cluster: Cluster, checkout: Path) -> None:
+def test_invalid_run_file_starts_no_ranks(cluster: Cluster, checkout: Path) -> None:
     (checkout / "run.json").write_text(json.dumps(BASE | {"trainig": {}}))
     job = Job(cluster, checkout, "torchrun")
     assert job.end() == "FAILED"

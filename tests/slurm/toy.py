@@ -1,8 +1,9 @@
-"""A launcher's ranks without a model: steps, saves, signals, status.json, and faults on demand.
+"""A launcher without a model: it counts steps, saves, obeys signals, and crashes as planned.
 
-Rank 0 writes what rank 0 of a real run writes. `faults.json` next to the run file plans
-[{"attempt", "rank", "step"}]: that rank dies there; `endless` lets the
-first attempt go on until it is asked to stop.
+Rank 0 writes the same files as rank 0 of a real run. Two files next to the run file change the run:
+
+- `faults.json`: a list of {"attempt", "rank", "step"}; the rank crashes at this step.
+- `endless`: the first attempt continues until a signal stops it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ raw = json.loads(config.read_text())
 STEPS, EVERY = raw["training"]["steps"], 10
 run = Path(raw["logging"]["directory"]) / raw["name"]
 faults = config.with_name("faults.json")
-plan = json.loads(faults.read_text()) if faults.exists() else []
+planned = json.loads(faults.read_text()) if faults.exists() else []
 rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
-asked: list[int] = []
+signals: list[int] = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(number, lambda number, _: asked.append(number))
+    signal.signal(number, lambda number, _: signals.append(number))
 
 attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 (run / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -42,7 +43,7 @@ crash = run / f"crashed_{attempt}"
 
 
 def save() -> None:
-    """What no rank can do alone: not after one has died."""
+    """Save a checkpoint, unless a rank has crashed, because a real save needs all ranks."""
     if rank == 0 and step and not crash.exists():
         (run / "checkpoints" / f"step_{step:08d}").mkdir(exist_ok=True)
 
@@ -59,12 +60,12 @@ write("running")
 while step < STEPS or endless:
     time.sleep(0.15)
     step += 1
-    if {"attempt": attempt, "rank": rank, "step": step} in plan:
+    if {"attempt": attempt, "rank": rank, "step": step} in planned:
         crash.touch()
         os._exit(1)
     if step % EVERY == 0:
         save()
-    if asked:
+    if signals:
         save()
         end("stopped", 75)
 end("done", 0)
