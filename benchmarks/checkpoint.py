@@ -13,7 +13,7 @@ Every round times the following, one after another. The ranks begin each item to
     slower  the time by which the save slows these steps down, without `stall`
     read    each rank reads its share of the bytes and hashes it
     load    a resume: check every file, set every state, read it back and compare
-    guard   one comparison of replicas, as every `training.replica_check_every` steps of a run
+    guard   one comparison of replicas, as a run makes every `training.replica_check_every` steps
 
 Ratios are computed within a round. The output has medians over the rounds.
 """
@@ -100,7 +100,7 @@ def table(ranks: int, summary: dict[str, Any]) -> str:
     return "\n".join(
         (
             f"{ranks} rank{'s' * (ranks > 1)}, {megabytes:,.0f} MB; seconds: {seconds}",
-            f"  training waits for a background save {ratios['stall of save']:.0%} of the time of "
+            f"  a background save makes training wait {ratios['stall of save']:.0%} of the time of "
             f"a blocking save (target: under {MAX_STALL.get(ranks, 0.5):.0%})",
             f"  rate of a save: {ratios['save of limit']:.0%} of the limit, of a load: "
             f"{ratios['load of limit']:.0%} (target: over {MIN_RATE:.0%})",
