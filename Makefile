@@ -1,12 +1,12 @@
-# A fresh machine needs Python >= 3.10 and make, nothing else: no compiler, no CUDA toolkit.
+# A fresh machine needs only Python >= 3.10 and make: no compiler, no CUDA toolkit.
 #
-#   make venv    install what training needs into .venv                            some 2 min, mostly torch
-#   make smoke   corpus -> tokenizer -> shards -> training -> perplexity -> a sample   under 4 min, 2 cores
-#   make dev     add what tests, lint and docs need
-#   make test    the whole test suite                                            under 30 min, 2 cores
-#   make format  apply the formatter and the linter's safe fixes                  seconds
-#   make check   format, lint, types, house rules                                 under 1 min
-#   make docs    the pages of docs/ as a site, in site/                            under 1 min
+#   make venv    install the packages for training into .venv             about 2 min, mostly torch
+#   make smoke   corpus -> tokenizer -> shards -> training -> perplexity -> sample   under 4 min, 2 cores
+#   make dev     add the packages for tests, lint and docs
+#   make test    run all tests                                                       under 30 min, 2 cores
+#   make format  apply the formatter and the linter's safe fixes                     seconds
+#   make check   check format, lint, types, house rules and language                 under 1 min
+#   make docs    build the site of docs/ in site/                                    under 1 min
 
 PYTHON ?= python3
 VENV := .venv
@@ -41,11 +41,11 @@ dev: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "install   what training needs, into $(VENV): torch takes minutes the first time"
+	@echo "install   packages for training into $(VENV): torch takes minutes the first time"
 	@$(INSTALL) .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@echo "install   what tests, lint and docs need, into $(VENV)"
+	@echo "install   packages for tests, lint and docs into $(VENV)"
 	@$(INSTALL) ".[dev]"
 	@touch $@

@@ -1,6 +1,6 @@
-"""Tune LoRA adapters on conversations, and talk to the model.
+"""Fine-tune LoRA adapters on conversations, and chat with the model.
 
-Start pretrain.py first, which makes the model to start from.
+Run pretrain.py first: it trains the base model.
 """
 
 import json

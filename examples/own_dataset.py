@@ -1,4 +1,4 @@
-"""Learn a tokenizer from texts of your own, make shards of them, and train on these."""
+"""Train a tokenizer on your own texts, tokenize them into shards, and train on the shards."""
 
 import json
 import sysconfig

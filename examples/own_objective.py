@@ -1,6 +1,6 @@
-"""Train with an objective of your own: next tokens, and a penalty on large hidden states.
+"""Train with your own objective: next-token loss, plus a penalty on large hidden states.
 
-Start pretrain.py first, which makes the data.
+Run pretrain.py first: it tokenizes the data.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from megalite.model.objectives import ExtraTerm, LossTerms, TokenObjective
 
 
 class SmallStates(TokenObjective):
-    """The penalty is a mean over the tokens that count."""
+    """Objective with a penalty that is a mean over the target tokens."""
 
     def loss(self, model: LanguageModel, batch: Mapping[str, Tensor]) -> LossTerms:
         hidden_BTD = model.hidden(batch)

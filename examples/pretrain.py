@@ -1,4 +1,4 @@
-"""Pretrain a small model on sources of Python's standard library, and let it write."""
+"""Pretrain a small model on sources of Python's standard library, and generate text."""
 
 import sysconfig
 from pathlib import Path

@@ -12,8 +12,8 @@ _EXAMPLES = """examples:
   megalite explain runs/imdb --text "A film to forget." --output why.html
   megalite explain runs/imdb --text "..." --label positive --output why.html
 
-The page shows three numbers per token: the change of the label's score without the token, the
-gradient times the embedding, and the attention of the last layer.
+For each token, the page shows the label's score without the token, the gradient times the
+embedding, and the attention of the last layer.
 """
 
 

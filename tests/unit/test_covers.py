@@ -1,6 +1,6 @@
-"""The head of some test file names every module: `# covers: megalite/mesh.py`, one path or more.
+"""Every module is named by the first lines of a test file, such as `# covers: megalite/mesh.py`.
 
-The lines come first in a test file, above its docstring.
+A line names one path or more. The lines stand above the docstring of the test file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MODULES = {
 
 
 def covered_by(path: Path) -> Iterator[str]:
-    """Yield the paths that the head lines of a test file name."""
+    """Yield the paths in the first lines of a test file."""
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith(HEAD):
             return
@@ -28,6 +28,7 @@ def covered_by(path: Path) -> Iterator[str]:
 
 
 def lines_of(path: Path) -> list[str]:
+    """Return all lines of a file that name modules, including lines below the first ones."""
     return [x for x in path.read_text(encoding="utf-8").splitlines() if x.startswith(HEAD)]
 
 
@@ -35,15 +36,15 @@ COVERED = {path: list(covered_by(path)) for path in sorted((ROOT / "tests").rglo
 NAMED = {name for names in COVERED.values() for name in names}
 
 
-def test_every_module_is_named_by_a_test_file() -> None:
+def test_modules_are_all_named_by_a_test_file() -> None:
     assert sorted(MODULES - NAMED) == []
 
 
-def test_every_named_module_exists() -> None:
+def test_modules_named_by_a_test_file_exist() -> None:
     assert sorted(name for name in NAMED if not (ROOT / name).is_file()) == []
 
 
-def test_lines_that_name_modules_stand_at_the_head() -> None:
+def test_lines_that_name_modules_come_first() -> None:
     late = [
         path.name
         for path, names in COVERED.items()
@@ -53,7 +54,7 @@ def test_lines_that_name_modules_stand_at_the_head() -> None:
     assert late == []
 
 
-def test_a_head_is_read_up_to_the_first_other_line(tmp_path: Path) -> None:
+def test_covered_by_reads_up_to_the_first_other_line(tmp_path: Path) -> None:
     path = tmp_path / "test_a.py"
     path.write_text(f'{HEAD} a.py b.py\n{HEAD} c.py\n"""Docstring."""\n{HEAD} d.py\n')
     assert list(covered_by(path)) == ["a.py", "b.py", "c.py"]

@@ -1,4 +1,4 @@
-"""README.zh.md says what README.md says: the same code, the same links."""
+"""README.zh.md has the code and the links of README.md."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def code(text: str) -> list[str]:
     return [block for block in re.split(r"\n\n+", "\n".join(lines).strip("\n")) if block]
 
 
-def test_every_block_is_one_of_the_english_page() -> None:
+def test_chinese_page_has_the_code_blocks_of_the_english_page() -> None:
     assert [block for block in code(CHINESE) if block not in code(ENGLISH)] == []
     assert len(code(CHINESE)) >= 10
 
 
-def test_it_points_to_the_same_pages() -> None:
+def test_chinese_page_has_the_links_of_the_english_page() -> None:
     links = [set(re.findall(r"\]\((.+?)\)", text)) for text in (CHINESE, ENGLISH)]
     assert links[0] - {"README.md"} <= links[1]
     assert "README.zh.md" in links[1]
 
 
-def test_it_is_written_in_chinese() -> None:
+def test_chinese_page_is_written_in_chinese() -> None:
     prose = re.sub(r"^    .*$|`[^`]*`|\]\([^)]*\)", "", CHINESE, flags=re.MULTILINE)
     prose = re.sub(r"^- \[.*$", "", prose, flags=re.MULTILINE)  # lists of files
     paragraphs = [p for p in prose.split("\n\n") if len(p) > 80 and not p.startswith("|")]

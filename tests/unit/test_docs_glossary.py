@@ -1,4 +1,4 @@
-"""docs/glossary.md has the words of the pages and of --help."""
+"""docs/glossary.md explains the abbreviations of the pages and of --help."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tests.pages import ROOT, actions, parsers
 
-# not words of the trade: what a user puts in their place, files by name, products
+# words that need no explanation: placeholders of values, names of files, names of products
 PLACEHOLDERS = {"ADDRESS", "COMMAND", "CONFIG", "DIR", "ID", "ORG", "REVISION", "RUN", "SPLIT"}
 PLACEHOLDERS |= {"KIND", "TERM"}
 NAMES = {"ARCHITECTURE", "CONTRIBUTING", "README", "SECURITY", "COMPLETED", "FAILED", "IMDB"}
@@ -27,7 +27,7 @@ NAMES |= {
 
 
 def prose() -> str:
-    """Return the pages without code and links, and what commands say of themselves."""
+    """Return the pages without code and links, and the descriptions of the commands."""
     paths = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
     for code in (r"^```.*?^```$", r"^    .*$", r"`[^`\n]*`", r"\]\([^)]*\)"):
@@ -36,19 +36,19 @@ def prose() -> str:
 
 
 def terms() -> list[str]:
-    """Return what the first column names, as it stands there."""
+    """Return the terms in the first column."""
     text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
     return re.findall(r"^\| ([^|]+?) \| ", text, re.MULTILINE)[2:]
 
 
-def test_every_abbreviation_is_explained() -> None:
-    known = {word for term in terms() for word in re.findall(r"[\w-]+", term)}
-    asked = {str(action.metavar) for _, parser in parsers() for action in actions(parser)}
-    asked = {word for metavar in asked for word in re.findall(r"\w+", metavar)}
-    found = set(re.findall(r"\b[A-Z][a-z]*[A-Z][A-Za-z]*(?:-\d+)?\b", prose()))
-    bare = {re.sub(r"(?<=[A-Z])s$|-[0-4]$", "", word) for word in found}
-    assert sorted(bare - known - asked - PLACEHOLDERS - NAMES) == []
-    assert len(bare & known) > 30
+def test_glossary_explains_every_abbreviation() -> None:
+    explained = {word for term in terms() for word in re.findall(r"[\w-]+", term)}
+    options = [action for _, parser in parsers() for action in actions(parser)]
+    values = {word for action in options for word in re.findall(r"\w+", str(action.metavar))}
+    used = set(re.findall(r"\b[A-Z][a-z]*[A-Z][A-Za-z]*(?:-\d+)?\b", prose()))
+    used = {re.sub(r"(?<=[A-Z])s$|-[0-4]$", "", word) for word in used}
+    assert sorted(used - explained - values - PLACEHOLDERS - NAMES) == []
+    assert len(used & explained) > 30
 
 
 @pytest.mark.parametrize(
@@ -61,9 +61,9 @@ def test_every_abbreviation_is_explained() -> None:
     ],
     ids=" ".join,
 )
-def test_the_words_of_the_trade_are_there(words: tuple[str, ...]) -> None:
+def test_glossary_has_the_terms_of_the_field(words: tuple[str, ...]) -> None:
     assert set(words) <= set(terms())
 
 
-def test_the_list_is_in_order_and_has_no_word_twice() -> None:
+def test_glossary_is_sorted_and_has_no_term_twice() -> None:
     assert terms() == sorted(set(terms()), key=str.lower)

@@ -1,4 +1,4 @@
-"""The manifests of docs/kubernetes.md are valid, and follow the project's exit codes."""
+"""The manifests of docs/kubernetes.md agree with the exit codes and the launch variables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JOBS = [manifest for manifest in MANIFESTS if manifest["kind"] == "Job"]
 
 
 @pytest.mark.parametrize("job", JOBS, ids=["one node", "several nodes"])
-def test_job_restarts_what_can_be_resumed_and_nothing_else(job: dict[str, Any]) -> None:
+def test_job_restarts_only_after_exit_codes_that_can_be_resumed(job: dict[str, Any]) -> None:
     spec = job["spec"]
     actions = {
         code: rule["action"]
@@ -37,7 +37,7 @@ def test_job_restarts_what_can_be_resumed_and_nothing_else(job: dict[str, Any]) 
         Stopped.exit_code: "Ignore",
     }
     pod = spec["template"]["spec"]
-    assert pod["restartPolicy"] == "Never"  # what a podFailurePolicy requires
+    assert pod["restartPolicy"] == "Never"  # a podFailurePolicy requires it
     [container] = pod["containers"]
     names = [
         rule["onExitCodes"]["containerName"]
@@ -50,7 +50,7 @@ def test_job_restarts_what_can_be_resumed_and_nothing_else(job: dict[str, Any]) 
     assert (ROOT / container["command"][-1]).is_file()
 
 
-def test_ranks_of_an_indexed_job_are_understood() -> None:
+def test_indexed_job_describes_its_ranks() -> None:
     job = JOBS[1]
     pod = job["spec"]["template"]["spec"]
     environ = {entry["name"]: entry.get("value", "3") for entry in pod["containers"][0]["env"]}

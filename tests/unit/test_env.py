@@ -40,7 +40,7 @@ SRUN = {
     "SLURM_LOCALID": "1",
     "SLURM_NODEID": "1",
 }
-# what the shell of `sbatch -N1 -n4` sees before any srun
+# variables in the shell of `sbatch -N1 -n4`, before any srun
 BATCH_SHELL = {
     "SLURM_JOB_ID": "812",
     "SLURM_JOB_NUM_NODES": "1",
@@ -160,7 +160,7 @@ def test_srun_ranks_have_one_master_address() -> None:
 
 
 def test_srun_jobs_and_restarts_have_different_ports() -> None:
-    """Two jobs on a node must not collide, nor a requeued job with its old port."""
+    """Two jobs on a node must not share a port. A requeued job must not wait for its old port."""
     ports = {
         find_launch(
             SRUN | {"SLURM_JOB_ID": str(number), "SLURM_RESTART_COUNT": str(restart)}
@@ -258,7 +258,7 @@ def test_first_of_nodelist_refuses_an_invalid_list(nodes: str) -> None:
     ],
 )
 def test_shell_of_slurm_is_a_single_process(step: dict[str, str]) -> None:
-    """It has SLURM_PROCID=0 and the job's SLURM_NTASKS; as rank 0 of 4 it would hang."""
+    """The shell has SLURM_PROCID=0 and the job's SLURM_NTASKS. As rank 0 of 4, it would hang."""
     assert find_launch(BATCH_SHELL | step) == ALONE
     torchrun = TORCHRUN | {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     assert find_launch(BATCH_SHELL | step | torchrun).world_size == 2

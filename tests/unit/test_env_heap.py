@@ -13,7 +13,7 @@ import pytest
 from megalite.env import heap_settings
 
 
-def test_heap_settings_are_added_once_and_replace_none_of_the_user() -> None:
+def test_heap_settings_are_added_once_and_keep_those_of_the_user() -> None:
     settings = heap_settings({}, gpus=False)
     assert settings is not None
     assert "glibc.malloc.tcache_count=0:" in settings
@@ -34,6 +34,7 @@ print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.dev_mode)
 
 
 def lines(*arguments: str) -> list[str]:
+    """Return the lines that a Python program prints without heap settings in its environment."""
     if "CS_GNU_LIBC_VERSION" not in os.confstr_names or Path("/dev/nvidiactl").exists():
         pytest.skip("a process restarts only with glibc and without GPUs")
     environ = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}

@@ -59,7 +59,7 @@ def test_reader_sees_the_old_or_the_new_content(
 
         monkeypatch.setattr(os, name, watched)
     files.write_atomic(path, b"\x00new")
-    # at the sync of the bytes, at the rename, at the sync of the folder
+    # the calls are the sync of the file, the rename, and the sync of the folder
     assert seen == [b"old", b"old", b"\x00new"]
     assert names(tmp_path) == ["a.json"]
 
@@ -86,7 +86,7 @@ def test_write_atomic_needs_an_existing_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 24])
-def test_hash_does_not_depend_on_chunks(
+def test_hash_does_not_depend_on_the_chunk_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     monkeypatch.setattr(files, "_CHUNK", 8)
@@ -208,7 +208,7 @@ def test_read_object_refuses_lists_and_pipes(tmp_path: Path) -> None:
         *((name, False, False) for name in ("a//b", "a\0b", "a\x1bb", "half \ud83d", "a\\b", None)),
     ],
 )
-def test_plain_names_and_inner_paths_stay_in_their_folder(
+def test_plain_names_and_inner_paths_do_not_leave_their_folder(
     name: Any, plain: bool, inner: bool
 ) -> None:
     assert files.is_plain_name(name) == plain

@@ -60,7 +60,7 @@ TEXTS = sorted(
     if path.is_file() and path.suffix not in (".pyc", ".png", ".bin", ".idx", ".gz")
 )
 
-# Written in halves, because this file must not contain them either.
+# These words are written in halves, because this file must not contain them either.
 WORDS = (
     *(r"\bTO" + r"DO\b", r"\bFIX" + r"ME\b", r"\bXX" + r"X\b", "raise NotImpl" + "emented"),
     *("/wo" + "rk/", r"\.\./sha" + "red", "con" + r"tract\.md", "(this|another) sess" + "ion"),
@@ -69,6 +69,7 @@ WORDS = (
 
 
 def where(path: Path) -> str:
+    """Return a path relative to the root."""
     return path.relative_to(ROOT).as_posix()
 
 
@@ -321,7 +322,7 @@ def test_launchers_shadow_no_module() -> None:
 
 
 def test_torch_free_layers_import_no_torch() -> None:
-    """The modules are imported in one new interpreter; the first that loads torch is named."""
+    """One new interpreter imports the modules, and names the first module that imports torch."""
     modules = [
         where(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__")
         for path in PROJECT

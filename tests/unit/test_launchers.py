@@ -108,7 +108,7 @@ def test_launch_of_mpi_is_read(name: str) -> None:
 
 @pytest.mark.parametrize("name", MPI)
 def test_mpi_ranks_on_one_host_connect_through_the_loopback(name: str) -> None:
-    """Rank 0 is read as one of several ranks, too."""
+    """Rank 0 is also read as one of several ranks."""
     one_host = {"5": "1", "8": "2", "4": "2", "2": "1"}
     environ = {key: one_host.get(value, value) for key, value in MPI[name].items()}
     assert find_launch(environ) == Launch(1, 2, 1, 2, "127.0.0.1", 0, find_launch(environ).source)

@@ -1,6 +1,6 @@
 # covers: megalite/observe/sinks.py
 # covers: megalite/registry.py megalite/config/names.py
-"""Names of a run file: built-in ones, ones registered in code, and ones of packages."""
+"""Names in a run file that are built in, registered in code, or declared by packages."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_package_adds_names_without_being_imported(installed: Path) -> None:
     assert "toy_parts.optimizers" not in sys.modules
 
 
-def test_name_of_two_packages_is_refused_if_it_is_used(installed: Path) -> None:
+def test_name_of_two_packages_is_refused_when_it_is_used(installed: Path) -> None:
     other = installed / "other-2.0.dist-info"
     other.mkdir()
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 2.0\n")
@@ -87,7 +87,7 @@ def test_name_of_two_packages_is_refused_if_it_is_used(installed: Path) -> None:
         parse_config(BASE | {"logging": {"sinks": ["lines"]}})
 
 
-def test_package_with_a_builtin_name_is_refused_if_it_is_used(installed: Path) -> None:
+def test_package_with_a_builtin_name_is_refused_when_it_is_used(installed: Path) -> None:
     points = installed / "toy_parts-1.2.dist-info/entry_points.txt"
     points.write_text(points.read_text() + "optimizer.sgd = toy_parts.optimizers:lion\n")
     registry._points.cache_clear()

@@ -1,4 +1,4 @@
-"""docs/ builds as a site: no dead link or anchor, no page omitted, nothing from elsewhere."""
+"""The site of docs/ builds: no dead link or anchor, every page, no file of another server."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ LINK = r"\]\(([^)\s]+)\)"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the built site."""
     pytest.importorskip("mkdocs", reason="the extra docs is not installed")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
@@ -25,23 +26,23 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_page_is_in_the_site_and_can_be_searched(site: Path) -> None:
+def test_site_has_every_page_and_its_search_entry(site: Path) -> None:
     entries = json.loads((site / "search" / "search_index.json").read_text("utf-8"))["docs"]
     searched = {entry["location"].partition("#")[0] for entry in entries}
     for page in (ROOT / "docs").glob("*.md"):
-        place = "" if page.stem == "index" else f"{page.stem}/"
-        assert (site / place / "index.html").is_file()
-        assert place in searched
+        location = "" if page.stem == "index" else f"{page.stem}/"
+        assert (site / location / "index.html").is_file()
+        assert location in searched
 
 
-def test_a_page_fetches_nothing_from_elsewhere(site: Path) -> None:
+def test_site_loads_no_file_of_another_server(site: Path) -> None:
     for page in site.rglob("*.html"):
         text = page.read_text("utf-8")
         assert re.findall(r"<(?:script|img|link)[^>]* (?:src|href)=\"?(?:https?:)?//", text) == []
 
 
-def test_tables_and_blocks_are_drawn(site: Path) -> None:
-    """What GitHub takes for a table, a list or a block must not end up as a paragraph."""
+def test_site_renders_the_tables_lists_and_blocks_of_github(site: Path) -> None:
+    """A table, a list or a block on GitHub must not become a paragraph of the site."""
     for page in site.rglob("index.html"):
         text = re.sub(r"<(pre|code)\b.*?</\1>", "", page.read_text("utf-8"), flags=re.DOTALL)
         assert re.findall(r"<p>\s*\||^\|.*\|$|```", text, re.MULTILINE) == []
@@ -49,7 +50,7 @@ def test_tables_and_blocks_are_drawn(site: Path) -> None:
 
 
 def github_anchors(page: Path) -> set[str]:
-    """Return the anchors that GitHub gives a page's headings."""
+    """Return the anchors that GitHub makes from the headings of a page."""
     text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
     heads = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head).strip().lower().replace(" ", "-") for head in heads}
@@ -60,8 +61,8 @@ def github_anchors(page: Path) -> set[str]:
     sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]),
     ids=lambda page: page.name,
 )
-def test_links_hold_on_github_too(page: Path) -> None:
-    """Pages of the site link to each other alone; files of the repository are named, not linked."""
+def test_links_are_valid_on_github(page: Path) -> None:
+    """A page of the site links only to other pages. It names files of the repository as code."""
     for link in re.findall(LINK, page.read_text("utf-8")):
         path, _, anchor = link.partition("#")
         if path.startswith(("https://", "http://")):

@@ -1,5 +1,5 @@
 # covers: megalite/spawn.py megalite/engine/preload.py
-"""Ranks of a function or a command on this host: results, failures, output and end."""
+"""Ranks of a function or a command on this host: results, failures, output and exit."""
 
 from __future__ import annotations
 

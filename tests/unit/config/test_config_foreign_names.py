@@ -1,6 +1,8 @@
 # covers: megalite/config/foreign.py
-"""Names of Hugging Face, PEFT, Megatron-LM, litgpt, torchtitan, nanoGPT and DeepSpeed are answered
-with the key that has their meaning, in a run file and in `--set`."""
+"""Key names of other trainers are answered with MegaLite's key, in a run file and in `--set`.
+
+The names are those of Hugging Face, PEFT, Megatron-LM, litgpt, torchtitan, nanoGPT and DeepSpeed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from megalite.config.foreign import _OTHERWISE
 from megalite.errors import ConfigError
 from tests.helpers.runs import BASE, merge_sections
 
-# What the answer must contain, and the names that have this answer.
+# A text of the answer, and the names that have this answer.
 ANSWERS = {
     '"name"': "run_name",
     '"checkpoint.every"': "save_steps save_interval",
@@ -98,19 +100,20 @@ CASES = [(name, answer) for answer, names in ANSWERS.items() for name in names.s
 
 
 def fault_of(path: Path, sets: list[str]) -> str:
+    """Return the only fault of a run file with overrides."""
     with pytest.raises(ConfigError) as caught:
         load_config(path, sets)
     [fault] = caught.value.faults
     return fault
 
 
-def test_list_has_sixty_names() -> None:
+def test_list_of_foreign_names_has_over_60_names() -> None:
     assert len({name for name, _ in CASES}) == len(CASES) > 60
 
 
 @pytest.mark.parametrize("section", ["", "training"])
 @pytest.mark.parametrize(("name", "answer"), CASES)
-def test_foreign_name_has_the_right_key(
+def test_foreign_name_is_answered_with_the_right_key(
     tmp_path: Path, name: str, answer: str, section: str
 ) -> None:
     path = tmp_path / "run.json"
@@ -138,15 +141,17 @@ def test_foreign_name_has_the_right_key(
         ("lora.r", '"finetune.adapter.rank"'),
     ],
 )
-def test_key_of_a_foreign_section_has_the_right_key(tmp_path: Path, key: str, answer: str) -> None:
+def test_key_of_a_foreign_section_is_answered_with_the_right_key(
+    tmp_path: Path, key: str, answer: str
+) -> None:
     path = tmp_path / "run.json"
     path.write_text(json.dumps(BASE))
     assert answer in fault_of(path, [f"{key}=1"])
 
 
-def test_every_remedy_names_existing_keys() -> None:
+def test_remedies_name_existing_keys() -> None:
     keys = {dotted(key) for key in known_keys()}
     named = [word for remedy in _OTHERWISE for word in re.findall(r"[a-z]+\.[a-z_.]*[a-z]", remedy)]
     assert len(named) > 30
-    theirs = {"deepspeed.zero_optimization.stage"}  # DeepSpeed's section is not part of ours
-    assert set(named) <= keys | theirs
+    deepspeed = {"deepspeed.zero_optimization.stage"}  # known_keys() has no keys of DeepSpeed
+    assert set(named) <= keys | deepspeed

@@ -1,6 +1,6 @@
 # covers: launcher/generate.py
 # covers: megalite/commands/generate.py
-"""launcher/generate.py on a small checkpoint: the text is what the model's own scores say."""
+"""launcher/generate.py on a small checkpoint: texts follow the logits of the model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tiny_config() -> RunConfig:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A step folder with random weights and nothing of a run around it."""
+    """Return a step folder with random weights, outside of a run folder."""
     folder: Path = tmp_path_factory.mktemp("runs") / "step_00000001"
     (folder / "tokenizer").mkdir(parents=True)
     load_tokenizer("bytes").save(folder / "tokenizer")
@@ -83,7 +83,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def say(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
+def generate(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
+    """Run the launcher in this process, and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as ended:
@@ -92,7 +93,7 @@ def say(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
 
 
 def greedy(checkpoint: Path, prompt: str, count: int) -> str:
-    """Return the expected text, by hand: the likeliest byte after the last POSITIONS ones."""
+    """Return the expected text: each byte is the most likely after the last POSITIONS bytes."""
     from megalite.checkpoint import StoredCheckpoint, load_into
 
     config = tiny_config().model
@@ -106,34 +107,34 @@ def greedy(checkpoint: Path, prompt: str, count: int) -> str:
     return bytes(ids).decode(errors="replace")
 
 
-def test_each_prompt_is_continued_beyond_the_window(
+def test_prompts_are_continued_beyond_the_window(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--checkpoint", str(checkpoint), "--prompt", "ab", "Once", "--temperature", "0"]
-    assert say(monkeypatch, *arguments, "--max-new-tokens", "12") == 0
+    assert generate(monkeypatch, *arguments, "--max-new-tokens", "12") == 0
     expected = [greedy(checkpoint, prompt, 12) for prompt in ("ab", "Once")]
     assert capsys.readouterr().out == "".join(f"{text}\n" for text in expected)
 
 
-def test_the_seed_and_a_stop_string_are_heard(
+def test_seed_and_stop_string_have_an_effect(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--checkpoint", str(checkpoint), "--prompt", "ab", "--max-new-tokens", "30"]
     texts = []
     for seed in ("1", "1", "2"):
-        say(monkeypatch, *arguments, "--temperature", "2", "--seed", seed)
+        generate(monkeypatch, *arguments, "--temperature", "2", "--seed", seed)
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     stop = texts[0][6:8]
-    say(monkeypatch, *arguments, "--temperature", "2", "--seed", "1", "--stop", stop)
+    generate(monkeypatch, *arguments, "--temperature", "2", "--seed", "1", "--stop", stop)
     assert capsys.readouterr().out == texts[0][: texts[0].index(stop, 2)] + "\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "code"), [(["--top-p", "2"], 2), (["--checkpoint", "absent"], 2)]
 )
-def test_mistakes_have_their_exit_code(
+def test_user_errors_have_their_exit_code(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int
 ) -> None:
-    given = ["--checkpoint", str(checkpoint), "--prompt", "ab", *arguments]
-    assert say(monkeypatch, *given) == code
+    command = ["--checkpoint", str(checkpoint), "--prompt", "ab", *arguments]
+    assert generate(monkeypatch, *command) == code

@@ -1,4 +1,4 @@
-"""What launchers refuse before they open a model."""
+"""Options that launchers refuse before they load a model."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ LAUNCHERS = Path(__file__).resolve().parents[3] / "launcher"
 
 
 @pytest.mark.parametrize(
-    ("name", "more", "told"),
+    ("name", "options", "message"),
     [
-        ("eval.py", ["--limit", "3"], "--limit and --task-path are of --tasks"),
-        ("eval.py", ["--task-path", "mine"], "--limit and --task-path are of --tasks"),
+        ("eval.py", ["--limit", "3"], "--limit and --task-path only apply to --tasks"),
+        ("eval.py", ["--task-path", "mine"], "--limit and --task-path only apply to --tasks"),
         ("explain.py", ["--text", "a", "--output", "gone/a.html"], "there is no folder gone"),
         ("explain.py", ["--text", "a", "--output", "."], "name a file"),
     ],
 )
-def test_what_would_be_ignored_or_lost(
-    tmp_path: Path, name: str, more: list[str], told: str
+def test_option_without_effect_or_output_is_refused(
+    tmp_path: Path, name: str, options: list[str], message: str
 ) -> None:
-    line = [sys.executable, str(LAUNCHERS / name), "--checkpoint", "runs/mine", *more]
-    ended = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert told in ended.stderr
-    assert "Traceback" not in ended.stderr
+    command = [sys.executable, str(LAUNCHERS / name), "--checkpoint", "runs/mine", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 # covers: launcher/report.py
 # covers: megalite/commands/report.py
-"""launcher/report.py: its page, and its refusals."""
+"""launcher/report.py: the page it writes, and the input it refuses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-def say(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None:
+def report(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str | None:
+    """Run the launcher in this process, and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(LAUNCHER), run_name="__main__")
@@ -36,7 +37,7 @@ def test_report_writes_one_page(
 ) -> None:
     page = runs / "page.html"
     page.write_text("an earlier page")
-    assert say(monkeypatch, runs / "one", runs / "two", "--output", page) == 0
+    assert report(monkeypatch, runs / "one", runs / "two", "--output", page) == 0
     assert capsys.readouterr().out == f"{page}\n"
     text = page.read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>")
@@ -60,21 +61,21 @@ def test_report_refuses_bad_folders_and_writes_nothing(
         ([runs], f"give run folders, such as {runs / 'one'}, {runs / 'two'}"),
         ([], "the following arguments are required: RUN"),
     ):
-        assert say(monkeypatch, *arguments, "--output", runs / "page.html") == 2
+        assert report(monkeypatch, *arguments, "--output", runs / "page.html") == 2
         error = capsys.readouterr().err
         assert message in error
         assert "Traceback" not in error
     for output in (runs, runs / "gone" / "page.html", runs / ("x" * 300)):
-        assert say(monkeypatch, runs / "one", "--output", output) == 2
+        assert report(monkeypatch, runs / "one", "--output", output) == 2
         assert f"--output {output}" in capsys.readouterr().err
     assert sorted(runs.rglob("*")) == before
 
 
-def test_report_copes_with_deep_nesting(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_accepts_deep_nesting(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for depth in (300, 900, 100_000):
         nested = '{"a": ' * depth + "1" + "}" * depth
         event = f'{{"kind": "event", "step": 1, "name": "end", "a": {nested}}}\n'
         (runs / "one" / "metrics.jsonl").write_text(event)
         (runs / "one" / "config.json").write_text(nested)
-        assert say(monkeypatch, runs / "one", "--output", runs / "page.html") == 0
+        assert report(monkeypatch, runs / "one", "--output", runs / "page.html") == 0
         assert "</html>" in (runs / "page.html").read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
 # covers: launcher/smoke.py
-"""`make smoke` without its work: what it collects, what it starts, what it accepts."""
+"""`make smoke` with replaced commands: corpus, started commands, accepted results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Commands:
-    """Stands in for subprocess.run: notes each command and leaves what it would have left."""
+    """Replacement of subprocess.run that records commands and writes the files they would write."""
 
     def __init__(self) -> None:
         self.seen: list[list[str]] = []
@@ -32,7 +32,7 @@ class Commands:
             (output / "manifest.json").write_text(json.dumps({"tokens": 3}))
         if "launcher/pretrain.py" in words:
             run = Path("runs/smoke")
-            run.mkdir(parents=True)  # fails where the run before was left
+            run.mkdir(parents=True)  # fails if an earlier run was not removed
             (run / "status.json").write_text(json.dumps({"state": self.state}))
             rows = [{"kind": "valid", "perplexity": p, "loss": 2.0} for p in self.perplexities]
             lines = [json.dumps(row) for row in [{"kind": "event"}, *rows]]
@@ -45,7 +45,7 @@ class Commands:
 
 @pytest.fixture
 def smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """launcher/smoke.py, working in a folder of its own on a library of two files."""
+    """Return launcher/smoke.py, which works in a new folder on a library of two files."""
     spec = importlib.util.spec_from_file_location("smoke", ROOT / "launcher/smoke.py")
     assert spec is not None
     assert spec.loader is not None
@@ -59,18 +59,21 @@ def smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(module, "CONFIG", ROOT / "configs/smoke.json")
     monkeypatch.setattr(module, "os", SimpleNamespace(chdir=lambda path: None))
     monkeypatch.chdir(tmp_path)
-    assert Path.cwd() == tmp_path  # the smoke removes a run: not the one of this checkout
+    assert (
+        Path.cwd() == tmp_path
+    )  # smoke removes runs/smoke, which must not be that of this checkout
     return module
 
 
 @pytest.fixture
 def commands(smoke: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Commands:
+    """Return the commands that the smoke run starts."""
     fake = Commands()
     monkeypatch.setattr(smoke.subprocess, "run", fake)
     return fake
 
 
-def test_the_corpus_is_sources_without_tests(smoke: ModuleType, tmp_path: Path) -> None:
+def test_corpus_contains_sources_without_tests(smoke: ModuleType, tmp_path: Path) -> None:
     stdlib, corpus = tmp_path / "lib", tmp_path / "corpus"
     for name in ("json/decoder.py", "test/test_x.py", "json/tests/y.py", "site-packages/z.py"):
         (stdlib / name).parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +82,7 @@ def test_the_corpus_is_sources_without_tests(smoke: ModuleType, tmp_path: Path) 
     (stdlib / "odd.py").write_bytes(b"x = '\xff\0'\n")
     for number in range(200):
         (stdlib / f"m{number}.py").write_text(f"n = {number}\n")
-    said = smoke.collect(stdlib, corpus)
+    summary = smoke.collect(stdlib, corpus)
     texts = {
         split: [json.loads(line)["text"] for line in (corpus / f"{split}.jsonl").open()]
         for split in ("train", "valid")
@@ -89,13 +92,13 @@ def test_the_corpus_is_sources_without_tests(smoke: ModuleType, tmp_path: Path) 
         ["# json/decoder.py\n", "x = ''\n", *(f"n = {number}\n" for number in range(200))]
     )
     assert 2 <= len(texts["valid"]) <= 25
-    assert said == f"{len(texts['train'])} files to train on, {len(texts['valid'])} held out"
+    assert summary == f"{len(texts['train'])} files to train on, {len(texts['valid'])} held out"
     before = (corpus / "valid.jsonl").read_bytes()
     smoke.collect(stdlib, corpus)
     assert (corpus / "valid.jsonl").read_bytes() == before
 
 
-def test_a_second_smoke_reuses_the_shards_and_trains_anew(
+def test_second_smoke_run_reuses_the_shards_and_trains_again(
     smoke: ModuleType, commands: Commands, capsys: pytest.CaptureFixture[str]
 ) -> None:
     smoke.main()
@@ -106,14 +109,14 @@ def test_a_second_smoke_reuses_the_shards_and_trains_anew(
     (pretrain, _) = commands.named("launcher/pretrain.py")
     assert pretrain[1:3] == ["--num_gpus", "2"]
     assert pretrain[-2:] == ["--set", "training.micro_batch_size=8"]
-    said = capsys.readouterr().out
-    assert "2 ranks, held-out perplexity 8,123 -> 26.3, " in said
-    assert "def read_lines(path):" in said
-    assert said.splitlines()[-1].endswith("tensorboard --logdir runs/smoke")
+    shown = capsys.readouterr().out
+    assert "2 ranks, held-out perplexity 8,123 -> 26.3, " in shown
+    assert "def read_lines(path):" in shown
+    assert shown.splitlines()[-1].endswith("tensorboard --logdir runs/smoke")
 
 
 @pytest.mark.parametrize(("gpus", "ranks", "micro"), [(1, 1, 8), (3, 2, 8), (4, 4, 4), (64, 8, 2)])
-def test_gpus_share_the_batch(
+def test_batch_is_split_over_gpus(
     smoke: ModuleType,
     commands: Commands,
     monkeypatch: pytest.MonkeyPatch,
@@ -138,7 +141,7 @@ def test_gpus_share_the_batch(
         ("done", [8000.0, None], "None"),
     ],
 )
-def test_a_run_that_did_not_learn_is_a_failure(
+def test_smoke_run_that_did_not_learn_is_a_failure(
     smoke: ModuleType, commands: Commands, state: str, perplexities: list[float], message: str
 ) -> None:
     commands.state, commands.perplexities = state, perplexities
@@ -155,7 +158,7 @@ def test_bits_per_byte_count_the_text_and_not_the_tokens(smoke: ModuleType) -> N
     assert smoke.bits_per_byte(2.0) == pytest.approx(2.0 / 0.693147 * 3 / 12, rel=1e-5)
 
 
-def test_each_phase_says_what_it_does_before_it_begins(
+def test_phases_are_announced_before_they_begin(
     smoke: ModuleType, commands: Commands, capsys: pytest.CaptureFixture[str]
 ) -> None:
     smoke.main()
@@ -164,7 +167,7 @@ def test_each_phase_says_what_it_does_before_it_begins(
     assert [words.count(phase) for phase in phases] == [2] * len(phases)
 
 
-def test_a_command_that_fails_ends_the_smoke_with_its_words(
+def test_failed_command_ends_the_smoke_run_with_its_output(
     smoke: ModuleType, commands: Commands
 ) -> None:
     commands.code = 2
