@@ -1,1 +1,1 @@
-"""The programs that a user starts. An installed MegaLite has them as `megalite.launcher`."""
+"""Programs as files, for launchers that start files. A wheel has them as `megalite.launcher`."""

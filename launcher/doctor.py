@@ -1,4 +1,4 @@
-"""`megalite doctor` as a file, for launchers that start one."""
+"""`megalite doctor` as a file, for launchers that start files."""
 
 from __future__ import annotations
 

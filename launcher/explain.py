@@ -1,4 +1,4 @@
-"""`megalite explain` as a file, for launchers that start one."""
+"""`megalite explain` as a file, for launchers that start files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megalite finetune` as a file, for launchers that start one."""
+"""`megalite finetune` as a file, for launchers that start files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`megalite generate` as a file, for launchers that start one."""
+"""`megalite generate` as a file, for launchers that start files."""
 
 from __future__ import annotations
 

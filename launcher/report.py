@@ -1,4 +1,4 @@
-"""`megalite report` as a file, for launchers that start one."""
+"""`megalite report` as a file, for launchers that start files."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ LAYERS = (
 RANK = {name: rank for rank, line in enumerate(LAYERS) for name in line.split("|")}
 TORCH_FREE = [name for line in LAYERS[: LAYERS.index("formats") + 1] for name in line.split("|")]
 PREPARES_DATA = ("workflows", "api", "commands")  # may import data_prep, like launchers
-TORCH_INSIDE = (
-    "megalite/config/precision.py"  # imports torch in a property, for callers that have it
+TORCH_IN_A_PROPERTY = (
+    "megalite/config/precision.py"  # the callers of the property have imported torch
 )
 
 # Pieces of parameters' names.
@@ -126,13 +126,13 @@ def torch_faults(file: str, tree: ast.AST) -> Iterator[str]:
     if layer_of(file) in (*TORCH_FREE, "data_prep", "__init__"):
         for line, name in imports(tree):
             package = name.split(".")[0]
-            if package == "torch" and file == TORCH_INSIDE:
+            if package == "torch" and file == TORCH_IN_A_PROPERTY:
                 continue
             if package in ("torch", "deepspeed", "transformers"):
                 yield f"{file}:{line} imports {name} below the line"
 
 
-def door_faults(file: str, tree: ast.AST) -> Iterator[str]:
+def deepspeed_faults(file: str, tree: ast.AST) -> Iterator[str]:
     if not file.startswith("megalite/engine/"):
         for line, name in imports(tree):
             if name.split(".")[0] == "deepspeed":
@@ -194,7 +194,7 @@ def size_faults(file: str, source: str) -> Iterator[str]:
                 yield f"{file}:{node.lineno} {node.name}: {length} lines, over {MAX_FUNCTION_LINES}"
 
 
-def hollow_faults(file: str, tree: ast.AST) -> Iterator[str]:
+def empty_test_faults(file: str, tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             body = ast.unparse(node.body)
@@ -263,7 +263,7 @@ def _form(value: ast.expr) -> str:
 TREE_RULES: dict[str, Callable[[str, ast.AST], Iterator[str]]] = {
     "layers": layer_faults,
     "torch": torch_faults,
-    "door": door_faults,
+    "deepspeed": deepspeed_faults,
     "environment": environment_faults,
     "unsafe": unsafe_faults,
     "print": print_faults,
@@ -301,7 +301,7 @@ def test_core_keeps_its_budget() -> None:
 def test_tests_assert_something() -> None:
     faults = []
     for path in (ROOT / "tests").rglob("test_*.py"):
-        faults += hollow_faults(where(path), ast.parse(path.read_text(encoding="utf-8")))
+        faults += empty_test_faults(where(path), ast.parse(path.read_text(encoding="utf-8")))
     assert faults == []
 
 
@@ -360,8 +360,8 @@ def test_torch_free_layers_import_no_torch() -> None:
         ("layers", "launcher/a.py", "import megalite.train.loop\nfrom launcher import b", 1),
         ("torch", "megalite/plan.py", "def f():\n    from torch import nn", 1),
         ("torch", "megalite/parallel/a.py", "import torch", 0),
-        ("door", "megalite/train/a.py", "from deepspeed.utils import groups", 1),
-        ("door", "megalite/engine/a.py", "import deepspeed", 0),
+        ("deepspeed", "megalite/train/a.py", "from deepspeed.utils import groups", 1),
+        ("deepspeed", "megalite/engine/a.py", "import deepspeed", 0),
         ("environment", "launcher/a.py", "import os\nos.environ['A'] = os.getenv('B')", 2),
         ("environment", "megalite/train/a.py", "from os import environ", 1),
         ("environment", "megalite/env.py", "import os\nos.environ", 0),
@@ -391,5 +391,5 @@ def test_other_rules_detect_their_faults() -> None:
     long = "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
     assert len(list(size_faults("megalite/a.py", long))) == 1
     assert len(list(size_faults("megalite/a.py", "x = 1\n" * (MAX_FILE_LINES + 1)))) == 1
-    assert len(list(hollow_faults("tests/a.py", ast.parse("def test_a():\n    f()")))) == 1
+    assert len(list(empty_test_faults("tests/a.py", ast.parse("def test_a():\n    f()")))) == 1
     assert len(list(word_faults("a.md", "TO" + "DO: more\nfine\nsee /wo" + "rk/main"))) == 2
