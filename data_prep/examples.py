@@ -21,7 +21,7 @@ from data_prep.row_splits import RowSplits
 from data_prep.rows import Source, find_source
 from data_prep.split_arrays import SplitArrays
 from data_prep.tasks import TaskContext, task_class
-from data_prep.train import SAMPLE_CHARACTERS, learn_tokenizer, sample_chunks
+from data_prep.train import SAMPLE_CHARACTERS, sample_chunks, train_sentencepiece
 from megalite import files, hub
 from megalite.config import RunConfig
 from megalite.config.tasks import find_task
@@ -136,7 +136,7 @@ class ExampleMaker:
             source, self._task, self._data, seed=config.data.seed, measured=measured
         )
         self._task.choose_labels(lambda: self._splits.rows("train"))
-        self._tokenizer = tokenizer or self._learn_tokenizer()
+        self._tokenizer = tokenizer or self._train_tokenizer()
         self._task.set_tokenizer(self._tokenizer)
 
     def make(self, folder: Path, arguments: dict[str, Any]) -> None:
@@ -191,7 +191,7 @@ class ExampleMaker:
             counts=self._task.label_counts(data),
         )
 
-    def _learn_tokenizer(self) -> Tokenizer:
+    def _train_tokenizer(self) -> Tokenizer:
         texts = (
             text
             for fields in self._splits.rows("train")
@@ -201,7 +201,7 @@ class ExampleMaker:
         if not sample:
             raise self._splits.empty_fault("train")
         size = self._config.model.vocab_size
-        return learn_tokenizer(sample, size, option="model.vocab_size", fewer=True)
+        return train_sentencepiece(sample, size, option="model.vocab_size", allow_fewer=True)
 
     def _tokenized(self, split: str) -> SplitArrays:
         arrays = SplitArrays()

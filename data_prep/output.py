@@ -78,7 +78,9 @@ def _first_parent(output: Path) -> Path:
 def refuse_taken(output: Path, option: str = "--output") -> None:
     """Raise CommandError if `output` exists and is not an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CommandError(f"{option} {output} exists and is not empty; name a new folder")
+        raise CommandError(
+            f"{option} {output} exists and is not an empty folder; name a new folder"
+        )
 
 
 @contextmanager

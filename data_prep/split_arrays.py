@@ -1,4 +1,4 @@
-"""A split of examples in memory: the fields of a row, its example, and the split's arrays."""
+"""Examples in memory: the fields of a row, its tokens, and the arrays of a split."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Fields:
 
 
 class Example(NamedTuple):
-    """An example as tokens.
+    """The tokens of an example.
 
     Attributes:
-        ids: the tokens.
-        loss_mask: whether each token is a target; empty if a label is the target.
+        ids: ids of the tokens.
+        loss_mask: whether each token is a target. Empty if the target is a label.
         is_cut: whether the example was truncated.
     """
 
@@ -38,7 +38,16 @@ class Example(NamedTuple):
 
 @dataclass
 class SplitArrays:
-    """The examples of a split, in arrays that grow."""
+    """The examples of a split, in growing arrays.
+
+    Attributes:
+        tokens: ids of all tokens, one example after the other.
+        bounds: the offset in `tokens` of each example, and the end of the last example.
+        rows: the row number of each example.
+        loss_mask: whether each token is a target. Empty if the targets are labels.
+        labels: the label number of each example; -1 means no label.
+        cut: number of truncated examples.
+    """
 
     tokens: array[int] = field(default_factory=lambda: array("i"))
     bounds: array[int] = field(default_factory=lambda: array("q", [0]))
@@ -51,8 +60,8 @@ class SplitArrays:
         """Append an example.
 
         Args:
-            row: number of its row.
-            label: number of its label; -1 means that it has none.
+            row: number of the example's row.
+            label: number of the example's label; -1 means no label.
         """
         self.tokens.extend(example.ids)
         self.bounds.append(len(self.tokens))

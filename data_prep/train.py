@@ -1,4 +1,4 @@
-"""`train-tokenizer`: training of a lossless SentencePiece model."""
+"""Training of a lossless SentencePiece tokenizer (`train-tokenizer`)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from megalite.files import sync_file
 from megalite.log import logger
 from megalite.tokenizers.tokenizer import SentencePieceTokenizer, Tokenizer, check_round_trip
 
-# Size of the sample for SentencePiece, which trains BPE on it in about 20 s and 1 GB.
+# Size of the training sample. SentencePiece trains BPE on this sample in about 20 s and 1 GB.
 SAMPLE_CHARACTERS = 100_000_000
-# The longest text that the trainer gets as one sentence. Longer chunks than a line let it learn
-# newlines and indentation, but it fails on 65,536 characters without a space.
+# Maximum length of a chunk, which the trainer treats as one sentence. Chunks of several lines let
+# the trainer learn newlines and indentation. It fails on 65,536 characters without a space.
 _CHUNK_CHARACTERS = 16_384
 _SEED = 1234
 _FIXED_PIECES = 260  # in every model: 256 bytes, 3 control tokens and a space
@@ -46,15 +46,15 @@ def train_tokenizer(options: TrainOptions) -> Tokenizer:
     Ids: 0 unknown (unused, because unknown characters become bytes), 1 BOS, 2 EOS, no padding.
 
     Raises:
-        CommandError: an input does not exist, or the output exists.
+        CommandError: an input does not exist, or the output already exists.
         DataError: the vocabulary size is too small or too large for the text; a file cannot be
             used; there are too many bad records.
     """
     with staged(options.output) as staging:
         sample = sample_chunks(_documents(options), SAMPLE_CHARACTERS)
         if not sample:
-            raise DataError(f"no document in {', '.join(options.inputs)}; nothing was written")
-        tokenizer = learn_tokenizer(sample, options.vocab_size, options.type)
+            raise DataError(f"no document in {', '.join(options.inputs)}; add text to an input")
+        tokenizer = train_sentencepiece(sample, options.vocab_size, options.type)
         sync_file(staging / tokenizer.save(staging))
     return tokenizer
 
@@ -62,9 +62,9 @@ def train_tokenizer(options: TrainOptions) -> Tokenizer:
 def sample_chunks(documents: Iterator[str], limit: int) -> list[str]:
     """Return a uniform sample of chunks of the documents, at most `limit` characters, in order.
 
-    Each chunk draws a number from a seeded generator. A chunk stays in the sample as long as its
-    number is below a threshold, which is halved whenever the sample is full. So the sample is the
-    same in every run, and memory is bounded.
+    Each chunk draws a number from a seeded generator. A chunk stays in the sample while its number
+    is below a threshold, which is halved whenever the sample is full. So every run gets the same
+    sample, and memory is bounded.
     """
     draw = random.Random(_SEED)
     threshold = 1.0
@@ -85,9 +85,9 @@ def sample_chunks(documents: Iterator[str], limit: int) -> list[str]:
 
 
 def chunks(document: str) -> Iterator[str]:
-    """Yield a document in chunks, which begin with newlines if the document has any.
+    """Yield a document in chunks.
 
-    The trainer would strip newlines at the end of a chunk.
+    If possible, a chunk begins with a newline, because the trainer strips newlines at the end.
     """
     start = 0
     while len(document) - start > _CHUNK_CHARACTERS:
@@ -109,55 +109,63 @@ def _documents(options: TrainOptions) -> Iterator[str]:
             yield record
 
 
-def learn_tokenizer(
+def train_sentencepiece(
     sample: Sequence[str],
     vocab_size: int,
     kind: Literal["bpe", "unigram"] = "bpe",
     option: str = "--vocab-size",
     *,
-    fewer: bool = False,
+    allow_fewer: bool = False,
 ) -> SentencePieceTokenizer:
     """Train a tokenizer on a sample of texts.
 
     Args:
-        option: name of the vocabulary size in messages.
-        fewer: If true, accept fewer pieces if the texts do not yield as many.
+        option: name of the vocabulary size for messages: an option or a key.
+        allow_fewer: if true, train a smaller vocabulary if the texts yield fewer pieces.
     Raises:
         DataError: the vocabulary size is too small or too large for the texts.
     """
     size = sum(map(len, sample)) / 1e6
-    logger.info("learning %s pieces (%s) from %.1f M characters", f"{vocab_size:,}", kind, size)
+    logger.info(
+        "training a tokenizer of %s pieces (%s) on %.1f M characters", f"{vocab_size:,}", kind, size
+    )
     setting = f"{option} {vocab_size}"
     try:
-        model = _learn(sample, vocab_size, kind, setting)
-    except _TooFew as error:
-        if not fewer:
+        model = _train(sample, vocab_size, kind, setting)
+    except _TooFewPieces as error:
+        if not allow_fewer:
             raise
-        logger.info("the text yields %d pieces", error.most)
-        model = _learn(sample, error.most, kind, setting)
+        logger.info(
+            "the text yields only %d pieces; training a tokenizer of this size", error.available
+        )
+        model = _train(sample, error.available, kind, setting)
     tokenizer = SentencePieceTokenizer(model)
     check_round_trip(tokenizer)
     return tokenizer
 
 
-class _TooFew(DataError):
-    """Error for a text that yields only `most` pieces, fewer than requested."""
+class _TooFewPieces(DataError):
+    """Error for a text that yields fewer pieces than requested.
 
-    def __init__(self, setting: str, most: int) -> None:
-        self.most = most
+    Attributes:
+        available: the number of pieces that the text yields.
+    """
+
+    def __init__(self, setting: str, available: int) -> None:
+        self.available = available
         super().__init__(
-            f"{setting}: this text yields {most} pieces at most; give more text, or lower "
-            "--vocab-size"
+            f"{setting}: this text yields at most {available} pieces; add text, or lower the "
+            "vocabulary size"
         )
 
 
-def _learn(sample: Sequence[str], vocab_size: int, kind: str, setting: str) -> bytes:
+def _train(sample: Sequence[str], vocab_size: int, kind: str, setting: str) -> bytes:
     import sentencepiece
 
     if vocab_size < _FIXED_PIECES:
         raise DataError(
-            f"{setting}: the 256 bytes, 3 control tokens and a space take "
-            f"{_FIXED_PIECES} pieces already; raise --vocab-size"
+            f"{setting}: the 256 bytes, 3 control tokens and a space take {_FIXED_PIECES} pieces "
+            "already; raise the vocabulary size"
         )
     model = io.BytesIO()
     try:
@@ -171,12 +179,13 @@ def _learn(sample: Sequence[str], vocab_size: int, kind: str, setting: str) -> b
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             byte_fallback=True,
-            # The trainer's space: without it, text without spaces would yield a model that encodes
-            # a space as the bytes of this character.
+            # SentencePiece's symbol of a space. Without this option, a model of text without spaces
+            # would encode a space as the bytes of this symbol.
             required_chars="\u2581",
             split_digits=True,
             max_sentence_length=4 * _CHUNK_CHARACTERS,  # bytes; the trainer omits longer chunks
-            # Unigram adds floats by thread: another number of threads would give another model.
+            # The unigram trainer sums floats by thread, so another number of threads would give
+            # another model.
             num_threads=8,
             minloglevel=2,
             unk_id=0,
@@ -185,16 +194,17 @@ def _learn(sample: Sequence[str], vocab_size: int, kind: str, setting: str) -> b
             pad_id=-1,
         )
     except RuntimeError as error:
-        raise _explain(str(error), setting) from error
+        raise _training_error(str(error), setting) from error
     return model.getvalue()
 
 
-def _explain(message: str, setting: str) -> DataError:
+def _training_error(message: str, setting: str) -> DataError:
+    """Return the error for a message of SentencePiece's trainer."""
     if match := re.search(r"size too high .* value <= (\d+)", message):
-        return _TooFew(setting, int(match[1]))
+        return _TooFewPieces(setting, int(match[1]))
     if match := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return DataError(
             f"{setting}: the 256 bytes, 3 control tokens and the characters of this text take "
-            f"{match[1]} pieces already; raise --vocab-size"
+            f"{match[1]} pieces already; raise the vocabulary size"
         )
-    return DataError(f"SentencePiece cannot learn from this text: {message}")
+    return DataError(f"SentencePiece cannot train on this text; change the input: {message}")

@@ -50,8 +50,8 @@ class Classification(ExampleTask):
             rows_of_label = Counter(fields.label for fields in training_rows())
             for similar in describe_similar(rows_of_label):
                 logger.warning(
-                    "finetune.data.label_column %r: these are different labels: %s (rows of each); "
-                    "if they mean the same, write them in one way",
+                    "finetune.data.label_column %r: these similar values are different labels: %s "
+                    "(rows of each); if they mean the same, use one spelling",
                     self.context.data.label_column,
                     similar,
                 )

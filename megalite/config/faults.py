@@ -1,4 +1,4 @@
-"""Faults of a run file, one line each: the dotted key, what is wrong with it, and the remedy."""
+"""Faults of a run file, one line each: the dotted key, the fault, and the remedy."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from megalite.log import is_secret
 
 Key = tuple[str, ...]
 
-_PREFIX = 3  # letters at the beginning that suffice to suggest a key
+_PREFIX = 3  # number of equal first letters that is enough to suggest a key
 
 
 @dataclass(frozen=True)
 class ConfigFault:
-    """A fault of one key or of several together.
+    """A fault of one key, or of several keys together.
 
     Attributes:
-        keys: the keys. Messages name the first one.
+        keys: the keys. Messages name the first key.
         text: the fault and its remedy, without the key.
     """
 
@@ -45,12 +45,12 @@ class ConfigFault:
 
 
 def fault(keys: str, text: str) -> ConfigFault:
-    """Return a fault of one or more dotted keys, which are separated by spaces."""
+    """Return a fault of the dotted keys in `keys`, which are separated by spaces."""
     return ConfigFault(tuple(tuple(key.split(".")) for key in keys.split()), text)
 
 
 def dotted(key: tuple[str | int, ...]) -> str:
-    """Return a key as `data.train[0].path`, with parts that are no identifiers in quotes."""
+    """Return a key as `data.train[0].path`. Parts that are not identifiers are quoted."""
     words = [
         f"[{part}]" if isinstance(part, int) or part.isdigit()
         else "." + (part if part.isidentifier() else show(part))
@@ -72,17 +72,20 @@ def known_keys(section: type[Section] = RunConfig, at: Key = ()) -> dict[Key, Fi
         key = (*at, name)
         fields[key] = field
         for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(kind, type) and issubclass(kind, Section):  # itself, or in a list
+            if isinstance(kind, type) and issubclass(kind, Section):  # or a list of sections
                 fields |= known_keys(kind, key)
     return fields
 
 
 def _unknown(loc: tuple[str | int, ...], value: Any = None) -> str:
-    """Return the fault of an unknown key, with the key that was probably meant.
+    """Return the fault of an unknown key, with a suggestion, in this order.
 
-    If another trainer uses the name, that is the key of the same meaning. Otherwise it is the key
-    of that name in another section, then the nearest name in the section, then in the whole file.
-    Only the last part of a key is compared, because a section's name says nothing about the key.
+    1. the key with the same meaning, if another trainer uses this name
+    2. a key with this name in another section
+    3. a key with a similar name in this section
+    4. a key with a similar name in another section
+
+    Names are compared without their section, because a section's name says nothing about the key.
     """
     *at, name = (part for part in loc if isinstance(part, str))
     answer = foreign_answer(name, at[-1] if at else "")
@@ -97,12 +100,12 @@ def _unknown(loc: tuple[str | int, ...], value: Any = None) -> str:
     siblings = [key[-1] for key in keys if key[:-1] == tuple(at)]
     elsewhere = [key for key in keys if key[-1] == name]
     hint = ""
-    if elsewhere:  # the key whose sections match best
-        same = max(elsewhere, key=lambda key: sum(a == b for a, b in zip(key, at, strict=False)))
-        hint = f'; did you mean "{dotted(same)}"?'
-    homes = [home for home, names in KNOWN.items() if name in names]
-    if not hint and len(homes) == 1:
-        deepspeed_key = ".".join(part for part in ("deepspeed", homes[0], name) if part)
+    if elsewhere:  # suggest the key whose sections match best
+        best = max(elsewhere, key=lambda key: sum(a == b for a, b in zip(key, at, strict=False)))
+        hint = f'; did you mean "{dotted(best)}"?'
+    sections = [section for section, names in KNOWN.items() if name in names]
+    if not hint and len(sections) == 1:
+        deepspeed_key = ".".join(part for part in ("deepspeed", sections[0], name) if part)
         hint = f'; did you mean "{deepspeed_key}"?'
     hint = hint or nearest(name, siblings)
     if not hint and len(name) >= _PREFIX and "_" not in name:
@@ -117,7 +120,7 @@ def _unknown(loc: tuple[str | int, ...], value: Any = None) -> str:
 
 
 def _answers_within(section: str, value: Any) -> str:
-    """Return the answers to names of other trainers within an unknown section."""
+    """Return the answers to the names of other trainers in an unknown section."""
     if not isinstance(value, dict):
         return ""
     answers = [(key, foreign_answer(key, section)) for key in value]
@@ -128,17 +131,17 @@ def schema_faults(raw: dict[str, Any]) -> tuple[RunConfig, list[ConfigFault]]:
     """Check every field of a run file.
 
     Returns:
-        the config and its faults. Invalid values are replaced with defaults and examples, so that
-        the rules between the other fields can still be checked.
+        the config and its faults. Defaults and examples replace invalid values, so that rules
+        between the other fields can still be checked.
     """
     repaired = copy.deepcopy(raw)
     faults: list[ConfigFault] = []
-    for round in range(8):  # a missing section is filled in first, then its required keys
+    for attempt in range(8):  # a missing section is added first, then its required keys
         try:
             return RunConfig.model_validate(repaired), faults
         except ValidationError as error:
             details = error.errors(include_url=False)
-        if round == 0:
+        if attempt == 0:
             faults = [_describe(item, raw) for item in details if _is_original(item, details)]
         for item in sorted(details, key=lambda item: -len(item["loc"])):
             _repair(repaired, item["loc"])
@@ -146,19 +149,19 @@ def schema_faults(raw: dict[str, Any]) -> tuple[RunConfig, list[ConfigFault]]:
 
 
 def describe_errors(error: ValidationError, section: str) -> str:
-    """Return the faults of a section of a run file, with keys named within the section."""
+    """Return the faults of a section of a run file, with keys relative to the section."""
     details = error.errors(include_url=False)
     faults = [_describe({**item, "loc": (section, *item["loc"])}, {}) for item in details]
     return "; ".join(str(fault).removeprefix(f"{section}.") for fault in faults)
 
 
 def _is_original(item: ErrorDetails, details: list[ErrorDetails]) -> bool:
-    """Return whether an error is not only the consequence of another one."""
+    """Return whether an error is not merely the consequence of another error."""
     if item["type"] == "default_factory_not_called":
         return False
-    inner = [other for other in details if len(other["loc"]) > len(item["loc"])]
     at = item["loc"]
-    return item["type"] != "too_short" or not any(o["loc"][: len(at)] == at for o in inner)
+    deeper = [other["loc"] for other in details if len(other["loc"]) > len(at)]
+    return item["type"] != "too_short" or not any(loc[: len(at)] == at for loc in deeper)
 
 
 def _field(key: tuple[str | int, ...]) -> FieldInfo | None:
@@ -166,13 +169,13 @@ def _field(key: tuple[str | int, ...]) -> FieldInfo | None:
 
 
 def _repair(raw: dict[str, Any], loc: tuple[str | int, ...]) -> None:
-    """Remove the value at `loc`; if the key is required, put its example there."""
+    """Remove the value at `loc`. If the key is required, insert its example instead."""
     while loc and isinstance(loc[-1], int):
         loc = loc[:-1]
     parent: Any = raw
     for part in loc[:-1]:
         try:
-            # a section that fine-tuning fills in may be absent
+            # a section that fine-tuning sets may be absent
             parent = parent.setdefault(part, {}) if isinstance(parent, dict) else parent[part]
         except (IndexError, TypeError):
             return
@@ -184,7 +187,7 @@ def _repair(raw: dict[str, Any], loc: tuple[str | int, ...]) -> None:
         parent[loc[-1]] = copy.deepcopy(field.examples[0]) if field.examples else {}
 
 
-_KINDS = {
+_EXPECTED = {
     "int_type": "a whole number",
     "float_type": "a number",
     "bool_type": "true or false",
@@ -197,8 +200,8 @@ _KINDS = {
     "greater_than_equal": "a number of {ge:g} or more",
     "less_than": "a number below {lt:g}",
     "less_than_equal": "a number of {le:g} or less",
-    "too_short": "a list of {min_length} or more",
-    "too_long": "a list of {max_length}",
+    "too_short": "a list of {min_length} or more items",
+    "too_long": "a list of {max_length} items",
     "literal_error": "one of {expected}",
     "unknown_name": "one of {names}",
     "value_error": "{error}",
@@ -206,7 +209,7 @@ _KINDS = {
 
 
 def _describe(item: ErrorDetails, raw: Mapping[str, Any]) -> ConfigFault:
-    """Return the fault of one error of the schema."""
+    """Return the fault that a schema error describes."""
     loc, kind, value = item["loc"], item["type"], item["input"]
     key = tuple(str(part) for part in loc)
     field = _field(loc)
@@ -214,35 +217,35 @@ def _describe(item: ErrorDetails, raw: Mapping[str, Any]) -> ConfigFault:
         return ConfigFault((key,), _unknown(loc, value))
     if kind == "missing" and not isinstance(loc[-1], int):
         example = field.examples[0] if field.examples else {}
-        remedy = f"write for example {show({loc[-1]: example})[1:-1]}"
+        remedy = f"add it, for example {show({loc[-1]: example})[1:-1]}"
         if loc == ("model",) and "finetune" in value:
-            remedy = "write one, or name a model to start from with --init-from"
+            remedy = "add this section, or name a model to start from with --init-from"
         return ConfigFault((key,), f"is missing; {remedy}")
-    expected = _KINDS.get(kind, "another value").format(**item.get("ctx", {}))
+    expected = _EXPECTED.get(kind, "another value").format(**item.get("ctx", {}))
     if kind == "literal_error":
         expected = expected.replace("'", "").replace(" or ", ", ")
     if kind == "missing" and isinstance(loc[-1], int):  # an item of a list of fixed length
         key = key[:-1]
-        expected = f"a list of {loc[-1] + 1}"
-    words = [str(word) for word in getattr(field.annotation, "__args__", ())]
+        expected = f"a list of {loc[-1] + 1} items"
+    allowed = [str(choice) for choice in getattr(field.annotation, "__args__", ())]
     missing = None
     if kind == "literal_error" and isinstance(loc[-1], int):  # an item of a list
-        words = re.findall(r"'([^']+)'", item["ctx"]["expected"])
+        allowed = re.findall(r"'([^']+)'", item["ctx"]["expected"])
     if kind == "unknown_name":
-        words = item["ctx"]["names"].split(", ")
+        allowed = item["ctx"]["names"].split(", ")
         missing = missing_plugin(f"{item['ctx']['kind']}.{value}", raw)
-    remedy = missing or _remedy(kind, value, field, words)
+    remedy = missing or _remedy(kind, value, field, allowed)
     return ConfigFault((key,), f"expected {expected}, got {show(value)}; {remedy}")
 
 
-def _remedy(kind: str, value: Any, field: FieldInfo, words: list[str]) -> str:
+def _remedy(kind: str, value: Any, field: FieldInfo, allowed: list[str]) -> str:
     """Return the remedy for an invalid value.
 
     Args:
-        words: the allowed values of a key that has few.
+        allowed: the allowed values, if the key has a fixed set of values.
     """
     if kind in ("literal_error", "unknown_name") and isinstance(value, str):
-        hint = nearest(value, words).removeprefix("; ")
+        hint = nearest(value, allowed).removeprefix("; ")
         if hint:
             return hint
     if value is None and not field.is_required():
@@ -255,4 +258,4 @@ def _remedy(kind: str, value: Any, field: FieldInfo, words: list[str]) -> str:
         return f"write {int(value)}"
     if kind == "string_type" and isinstance(value, (bool, int, float)):
         return f'write "{show(value)}" in quotes'
-    return f"its meaning: {field.description}"
+    return f"correct the value; its meaning: {field.description}"

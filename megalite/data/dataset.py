@@ -19,7 +19,7 @@ import numpy as np
 
 from megalite.config import DataConfig, RunConfig, SourceConfig
 from megalite.data.batch import Arrays, Batch
-from megalite.data.corruption import Corruption, Words, make_corruption
+from megalite.data.corruption import Corruption, WordBoundaries, make_corruption
 from megalite.data.mixture import Mixture
 from megalite.data.order import Ints, derive_key, permute
 from megalite.errors import DataError
@@ -79,7 +79,7 @@ def set_corruption(dataset: Dataset, config: RunConfig) -> None:
                 "objective.whole_words: the shards do not name their tokenizer, whose pieces show "
                 "the beginnings of words; tokenize them with data_prep, or set it to false"
             )
-        words = Words(load_tokenizer(dataset.tokenizer_folder).pieces())
+        words = WordBoundaries(load_tokenizer(dataset.tokenizer_folder).pieces())
     ends = [(source.manifest.bos, source.manifest.eos) for source in dataset.sources]
     special = frozenset(id for pair in ends for id in pair if id is not None)
     dataset.corruption = make_corruption(config, words, special)
@@ -253,8 +253,8 @@ def _open(
         if shards.vocab_size > vocab_size:
             faults.append(
                 f"{shards.path}: its tokenizer has {shards.vocab_size} ids, but model.vocab_size "
-                f"is {vocab_size}; raise it for a new model, or use shards of this model's "
-                "tokenizer"
+                f"is {vocab_size}; raise model.vocab_size for a new model, or tokenize the text "
+                "with the model's tokenizer"
             )
     faults += _other_tokenizers(opened)
     # Checkpoints copy the first source's file. The other sources have the same hash.

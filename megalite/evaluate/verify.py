@@ -20,7 +20,10 @@ _LIMIT = 1e-4  # difference of logits, relative to their standard deviation
 def require_transformers() -> None:
     """Raise CommandError if the package transformers is not installed."""
     if importlib.util.find_spec("transformers") is None:
-        raise CommandError("this needs the package transformers: pip install megalite[hf]")
+        raise CommandError(
+            "--verify needs the package transformers, which is not installed; run "
+            "pip install megalite[hf], or remove --verify"
+        )
 
 
 def verify(folder: Path, *, tokens: int = 32) -> tuple[float, float]:

@@ -114,12 +114,12 @@ def start(launch: env.Launch, *, tensor: int = 1) -> Grid:
         tensor: number of ranks that share a model.
     Raises:
         LaunchError: more ranks on this host than devices, ranks that do not form a grid, or a
-            process that is in a process group already.
+            process that already belongs to a process group.
     """
     if dist.is_initialized():
         raise LaunchError(
-            "this process is in a process group already: it runs another MegaLite run, or the "
-            "program called torch.distributed.init_process_group; wait for the run's end, call "
+            "this process already belongs to a process group: it is training another run, or the "
+            "program called torch.distributed.init_process_group; wait until that run ends, call "
             "torch.distributed.destroy_process_group(), or start this run in a separate process"
         )
     device = _pick_device(launch)

@@ -78,7 +78,8 @@ def dry_run(config: RunConfig, plan: Plan) -> DryRun:
     """
     if dist.is_initialized():
         raise CommandError(
-            "this process is in a process group already; start the dry run in a separate process"
+            "this process already belongs to a process group; start the dry run in a separate "
+            "process"
         )
     config = resolve_labels(config)
     # compiled code calls the same collectives, and compilation would only cost time

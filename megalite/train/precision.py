@@ -119,6 +119,6 @@ def _reason(precision: Precision, device: str, units: tuple[str | None, ...]) ->
 def _warn_if_slow(precision: str, device: str, native_bf16: bool) -> None:
     if precision == Precision.BF16 and device == "cpu" and not native_bf16:
         logger.warning(
-            "training.precision bf16: a processor of this run has neither AMX nor AVX512-BF16; a "
-            "step takes about twice as long as in fp32"
+            "training.precision bf16: a processor of this run has neither AMX nor AVX512-BF16, so "
+            "a step takes about twice as long as in fp32; set training.precision to fp32"
         )

@@ -127,7 +127,8 @@ def find_resume_point(
     folder, manifest = source
     if init_from is not None and grid.rank == 0 and not started_from(root.parent, "start"):
         logger.warning(
-            "%s resumes from %s: --init-from is ignored, because it only applies to a fresh start",
+            "%s resumes from %s, so --init-from is ignored; to start a new run from that model, "
+            "choose another name",
             root,
             folder.name,
         )
@@ -333,9 +334,9 @@ def _find(
                 set_aside_damaged(damaged, grid, lease)
             if damaged or any(root.glob("bad_*")):
                 raise CheckpointError(
-                    f"every checkpoint in {root} is damaged and none is used; repair one of the "
-                    "bad_ folders, resume from another run with --resume PATH, or start under "
-                    "another name"
+                    f"every checkpoint in {root} is damaged, so the run cannot resume; repair one "
+                    "of the bad_ folders, resume from another run with --resume PATH, or choose "
+                    "another name to start a new run"
                 )
         return newest, damaged
     in_this_run = run in requested.parents

@@ -51,7 +51,7 @@ def test_chat_model_is_finetuned_and_answers(shards: dict[str, str], tmp_path: P
     assert "it has a finetune section; start megalite finetune" in refused.stderr
     refused = _launch("finetune", "--config", file)
     assert refused.returncode == 2
-    assert "model: is missing; write one, or name a model to start from" in refused.stderr
+    assert "model: is missing; add this section, or name a model to start from" in refused.stderr
     assert not run.exists()
     began = _launch("finetune", "--config", file, "--init-from", tmp_path / "text")
     assert began.returncode == 0, began.stderr

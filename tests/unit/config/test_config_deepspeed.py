@@ -201,7 +201,9 @@ def test_message_suggests_the_key_that_was_meant(section: Any, message: str) -> 
 
 def test_deepspeed_section_that_is_a_list_is_refused() -> None:
     [fault] = faults([])
-    assert fault.startswith(": expected a section {...}, got []; its meaning: DeepSpeed's own JSON")
+    assert fault.startswith(
+        ": expected a section {...}, got []; correct the value; its meaning: DeepSpeed's own JSON"
+    )
 
 
 def test_precision_is_decided_by_the_training_section() -> None:

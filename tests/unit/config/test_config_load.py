@@ -150,7 +150,8 @@ def test_fault_names_the_file_that_contains_it(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", {"extends": "base.json", "nam": "x"})
     lines = faults(path, "optimizer.lr=-1")
     assert sorted(lines) == [
-        "--set optimizer.lr: expected a number above 0, got -1; its meaning: Peak learning rate.",
+        "--set optimizer.lr: expected a number above 0, got -1; correct the value; its meaning: "
+        "Peak learning rate.",
         f'{path}: nam: unknown key; did you mean "name"?',
         f'{tmp_path / "base.json"}: training.stepz: unknown key; did you mean "steps"?',
     ]
@@ -307,9 +308,10 @@ def test_missing_key_is_reported_with_an_example() -> None:
         parse_config({"name": "x", "model": {}, "training": {"steps": 3}})
     lines = caught.value.faults
     assert (
-        'the run file: model.vocab_size: is missing; write for example "vocab_size": 32000' in lines
+        'the run file: model.vocab_size: is missing; add it, for example "vocab_size": 32000'
+        in lines
     )
-    assert 'the run file: data: is missing; write for example "data": {}' in lines
+    assert 'the run file: data: is missing; add it, for example "data": {}' in lines
     assert len(lines) == 6 + 1 + 1 + 2  # six of the model, data, optimizer, two batch sizes
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from megalite.config import RunConfig, parse_config, source_length, spans, target_length
 from megalite.data import set_corruption
-from megalite.data.corruption import Masked, SpanCorruption, Words
+from megalite.data.corruption import SpanCorruption, TokenMasking, WordBoundaries
 from megalite.errors import DataError
 
 L, VOCABULARY, MASK, EOS = 200, 500, 499, 7
@@ -51,7 +51,7 @@ def windows(count: int, seed: int = 0) -> dict[str, Any]:
 def test_masking_has_the_proportions_of_bert() -> None:
     arrays, samples = windows(400), np.arange(400)
     arrays["input_ids"][:, 50] = EOS
-    masked = Masked(config("encoder"), None, frozenset({EOS}))(arrays, samples)
+    masked = TokenMasking(config("encoder"), None, frozenset({EOS}))(arrays, samples)
     ids, chosen = arrays["input_ids"], masked["loss_mask"]
     assert np.array_equal(masked["labels"], ids)
     assert np.array_equal(masked["input_ids"][~chosen], ids[~chosen])
@@ -63,7 +63,7 @@ def test_masking_has_the_proportions_of_bert() -> None:
 
 
 def test_masking_depends_on_the_sample_only() -> None:
-    masked, arrays = Masked(config("encoder"), None, frozenset()), windows(4)
+    masked, arrays = TokenMasking(config("encoder"), None, frozenset()), windows(4)
     first = masked(arrays, np.array([3, 8, 9, 2**40]))
     for row, sample in enumerate((3, 8, 9, 2**40)):
         alone = {name: array[row : row + 1] for name, array in arrays.items()}
@@ -74,7 +74,7 @@ def test_masking_depends_on_the_sample_only() -> None:
 
 
 def test_masking_chooses_at_least_one_token_of_a_window() -> None:
-    masked = Masked(config("encoder", mask_probability=1e-9), None, frozenset())
+    masked = TokenMasking(config("encoder", mask_probability=1e-9), None, frozenset())
     assert (masked(windows(20), np.arange(20))["loss_mask"].sum(axis=1) == 1).all()
 
 
@@ -89,14 +89,16 @@ def test_masking_chooses_at_least_one_token_of_a_window() -> None:
 def test_words_begin_at_white_space_and_punctuation(
     pieces: list[str], ids: list[int], numbers: list[int]
 ) -> None:
-    assert Words(pieces).numbers(np.array([ids]))[0].tolist() == numbers
+    assert WordBoundaries(pieces).word_numbers(np.array([ids]))[0].tolist() == numbers
 
 
 def test_whole_words_are_masked_together() -> None:
-    words = Words([("\u2581" if id % 3 == 0 else "") + "a" for id in range(VOCABULARY)])
+    words = WordBoundaries([("\u2581" if id % 3 == 0 else "") + "a" for id in range(VOCABULARY)])
     arrays = windows(300)
-    masked = Masked(config("encoder", whole_words=True), words, frozenset())(arrays, np.arange(300))
-    numbers = words.numbers(arrays["input_ids"])
+    masked = TokenMasking(config("encoder", whole_words=True), words, frozenset())(
+        arrays, np.arange(300)
+    )
+    numbers = words.word_numbers(arrays["input_ids"])
     for row in range(300):
         kinds = {(n, bool(h)) for n, h in zip(numbers[row], masked["loss_mask"][row], strict=True)}
         assert len(kinds) == len(set(numbers[row].tolist()))

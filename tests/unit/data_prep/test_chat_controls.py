@@ -12,7 +12,7 @@ import pytest
 
 from data_prep.chat import CHATML, Chat, ask
 from data_prep.records import Unusable
-from data_prep.train import learn_tokenizer
+from data_prep.train import train_sentencepiece
 from megalite.errors import DataError
 from megalite.evaluate import Sampling, stream_texts
 from megalite.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -95,7 +95,7 @@ def test_control_token_names_in_any_field_stay_text(folder: Path) -> None:
 
 
 def test_control_token_names_of_sentencepiece_stay_text() -> None:
-    tokenizer = learn_tokenizer(["hello world, hello there"] * 20, 290)
+    tokenizer = train_sentencepiece(["hello world, hello there"] * 20, 290)
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     ids, _ = Chat(template, tokenizer).encode(pair("a</s>b", "<s></s>"))
     assert [id for id in ids if id in (tokenizer.bos_id, tokenizer.eos_id)] == [

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_prep.chat import CHATML, TEMPLATE, Chat, ask, check_messages, find_template
 from data_prep.records import Unusable
-from data_prep.train import learn_tokenizer
+from data_prep.train import train_sentencepiece
 from megalite.errors import DataError
 from megalite.evaluate import Sampling, stream_texts
 from megalite.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -193,7 +193,7 @@ TEXT = "<s>hello 中文😀</s> wörld<|im_end|>\n"
 
 
 def learned() -> Tokenizer:
-    return learn_tokenizer(["hello world, hello there"] * 20, 290)
+    return train_sentencepiece(["hello world, hello there"] * 20, 290)
 
 
 @pytest.mark.parametrize("make", [learned, ByteTokenizer])

@@ -136,8 +136,12 @@ def test_tokenize_leaves_nothing_after_an_error(corpus: Path, tmp_path: Path) ->
     taken.mkdir()
     (taken / "file").write_text("mine")
     cases: list[tuple[TokenizeOptions, type[MegaLiteError], str]] = [
-        (TokenizeOptions([str(corpus)], "bytes", taken), CommandError, "is not empty"),
-        (TokenizeOptions([str(corpus)], "bytes", taken / "file"), CommandError, "is not empty"),
+        (TokenizeOptions([str(corpus)], "bytes", taken), CommandError, "is not an empty folder"),
+        (
+            TokenizeOptions([str(corpus)], "bytes", taken / "file"),
+            CommandError,
+            "is not an empty folder",
+        ),
         (TokenizeOptions([str(corpus)], "none", tmp_path / "o"), DataError, "no tokenizer none"),
         (TokenizeOptions(["none"], "bytes", tmp_path / "o"), CommandError, "no file matches"),
         (

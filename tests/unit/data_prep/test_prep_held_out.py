@@ -212,7 +212,7 @@ def test_killed_command_continues(corpus: Path, tmp_path: Path, expected: Path) 
         ({"valid_output": "train/valid"}, "are the same folder, or one is inside"),
         ({"valid_output": "../{here}"}, "are the same folder, or one is inside"),
         ({"valid_output": ".train.work/valid"}, "are the same folder, or one is inside"),
-        ({"valid_output": "taken"}, "--valid-output .*taken exists and is not empty"),
+        ({"valid_output": "taken"}, "--valid-output .*taken exists and is not an empty folder"),
         ({"valid_output": "taken/file/x"}, "--valid-output .* is no folder"),
     ],
 )

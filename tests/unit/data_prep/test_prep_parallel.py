@@ -192,7 +192,7 @@ def test_kill_after_the_last_rename_is_cleaned_up(corpus: Path, tmp_path: Path) 
     assert (tmp_path / ".out.work").is_dir()
     assert tokenize(request).documents > 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(CommandError, match="exists and is not empty"):
+    with pytest.raises(CommandError, match="exists and is not an empty folder"):
         tokenize(request)
 
 
