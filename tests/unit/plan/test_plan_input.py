@@ -46,13 +46,13 @@ def command(launcher: str, *arguments: Any, folder: Path) -> subprocess.Complete
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("[]", r"expected one JSON object \{\.\.\.\}, found \[\]"),
+        ("[]", r"expected one JSON object \{\.\.\.\}, got \[\]"),
         ("{", "line 1 column 2: not JSON"),
         ("[" * 5000, "over 30 deep"),
         ('{"extends": "cpu", "link": NaN}', "NaN is not a JSON number"),
         ('{"extends": "cpu", "link": 1e400}', "out of range; write a number"),
         ('{"extends": "cpu", "memory": 9' + "9" * 30 + "}", "out of range"),
-        ('{"extends": "cpu", "extends": "h100"}', '"extends" is written twice'),
+        ('{"extends": "cpu", "extends": "h100"}', '"extends" occurs twice'),
         ('{"extends": "h101"}', r'extends: "h101": no such device; did you mean "h100"\?'),
         ('{"extends": 5}', "extends: 5: no such device; choose one of b200"),
         ('{"memory": 85899345920}', 'extends: is missing; .*"h100-80gb", or add name, kind'),
