@@ -100,8 +100,8 @@ def table(ranks: int, summary: dict[str, Any]) -> str:
     return "\n".join(
         (
             f"{ranks} rank{'s' * (ranks > 1)}, {megabytes:,.0f} MB; seconds: {seconds}",
-            f"  a background save makes training wait {ratios['stall of save']:.0%} of the time of "
-            f"a blocking save (target: under {MAX_STALL.get(ranks, 0.5):.0%})",
+            f"  a background save makes training wait {ratios['stall of save']:.0%} of a blocking "
+            f"save's time (target: under {MAX_STALL.get(ranks, 0.5):.0%})",
             f"  rate of a save: {ratios['save of limit']:.0%} of the limit, of a load: "
             f"{ratios['load of limit']:.0%} (target: over {MIN_RATE:.0%})",
             f"  replica checks cost {ratios['guard of a step']:.3%} of the training time "
