@@ -4,10 +4,10 @@ Both mixtures are shard folders with manifests and `.idx` files. Their `.bin` fi
 have the right size, use no disk blocks, and are read as zeros.
 
 A new process opens each mixture as training does, and reads the first step of one of 8 ranks. The
-step has 64 of 512 samples of 2,048 tokens, with document masks. The clock starts after all libraries are
-loaded. So the time consists of work that depends on the data: reading manifests, comparing file
-sizes, computing the order, and reading the first windows. The memory is the process's peak, minus
-its memory when the clock starts.
+step has 64 of 512 samples of 2,048 tokens, with document masks. The clock starts after all
+libraries are loaded. So the time consists of work that depends on the data: reading manifests,
+comparing file sizes, computing the order, and reading the first windows. The memory is the
+process's peak, minus its memory when the clock starts.
 """
 
 from __future__ import annotations

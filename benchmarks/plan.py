@@ -10,7 +10,7 @@ For runs on this machine, predicted memory is compared with measured memory. For
 step times are also compared, after a calibration on two of them.
 
 benchmarks/published.json contains the published runs with their sources: shape of the model, layout
-and tokens/s per GPU. A sharding of another framework is planned as the ZeRO stage that sends
+and tokens/s per GPU. A sharding of another framework is planned as the ZeRO stage that communicates
 equally much. All rows use one convention for model FLOPs utilisation (MFU): full attention without
 a causal discount, and the head counted once. So the errors of MFU and of tokens/s are the same. The
 baseline is the best constant, which is one MFU for every row.
