@@ -89,7 +89,7 @@ def test_command_without_arguments_prints_the_help_and_exits_with_2() -> None:
 @pytest.mark.parametrize(
     ("environ", "message"),
     [
-        ({"RANK": "1"}, "the launch is half set"),
+        ({"RANK": "1"}, "the launch is incomplete"),
         (spawn.env.rank_environment(0, 4, 29500), "--ranks 2: torchrun has started this rank of 4"),
     ],
 )
