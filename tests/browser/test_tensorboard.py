@@ -67,7 +67,7 @@ def address(browser: Any, runs: tuple[Path, str]) -> Iterator[str]:
     )
     address = f"http://127.0.0.1:{port}"
     try:
-        wait_until(
+        expect_soon(
             lambda: len(json.loads(read(f"{address}/data/runs"))) == 4, "TensorBoard lists the runs"
         )
         yield address
@@ -85,7 +85,7 @@ def read(address: str) -> bytes:
         return b"[]"
 
 
-def wait_until(condition: Callable[[], bool], expected: str, seconds: float = 90.0) -> None:
+def expect_soon(condition: Callable[[], bool], expected: str, seconds: float = 90.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not within {seconds:.0f} s: {expected}"
@@ -141,7 +141,7 @@ def test_samples_and_run_file_are_shown_as_text(
 ) -> None:
     browser.get(f"{address}/#text")
     body = browser.find_element("tag name", "body")
-    wait_until(lambda: "step 40" in body.text, "the page has the last sample")
+    expect_soon(lambda: "step 40" in body.text, "the page has the last sample")
     save_screenshot("text")
     assert f"the cat\ntext\n{runs[1].strip()}" in body.text.replace("text\n ", "text\n")
     assert '"name": "pretrained"' in body.text
@@ -152,8 +152,8 @@ def test_confusion_matrix_is_an_image(
 ) -> None:
     browser.get(f"{address}/#images")
     body = browser.find_element("tag name", "body")
-    wait_until(lambda: "tag: valid/confusion" in body.text, "the page has the tag of the image")
-    wait_until(
+    expect_soon(lambda: "tag: valid/confusion" in body.text, "the page has the tag of the image")
+    expect_soon(
         lambda: any(count_coloured(screenshot(browser), image) > 1000 for image in images(browser)),
         "the image is drawn",
     )
