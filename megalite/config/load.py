@@ -2,10 +2,9 @@
 
 A run file is strict JSON, or YAML with the same values. The file that `"extends": "base.json"`
 names, relative to the extending file, is read first. The extending file is merged over it key by
-key; a list replaces a list. `--set a.b=c` comes last. A key also replaces its alternative in the
-extended files (`test_fraction` replaces `test_split`). If a file does not exist, the shipped files
-are searched for its name, with or without `configs/`. No input runs code: the result is always a
-`RunConfig` or a `ConfigError`.
+key; a list replaces a list. `--set a.b=c` comes last. A key also replaces its alternative
+(`test_fraction` replaces `test_split`). If a file does not exist, the shipped files are searched
+for its name. No input runs code: the result is always a `RunConfig` or a `ConfigError`.
 """
 
 from __future__ import annotations

@@ -45,6 +45,10 @@ from megalite.train.changes import ALLOWABLE, find_changes, moved_defaults
 from megalite.train.interventions import joined_gaps, order_id, read_interventions
 
 _VOCABULARY = "model.vocab_size"
+_IGNORED_START = (
+    "%s resumes from %s, so --init-from is ignored; to start a new run from that model, choose "
+    "another name"
+)
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,7 @@ def find_resume_point(
     """Return the checkpoint of `resume`, else that of `init_from`. None means a fresh start.
 
     Args:
-        deepspeed: defaults of the installed DeepSpeed that are in effect in this run, by dotted
-            key.
+        deepspeed: defaults of the installed DeepSpeed that are in effect, by dotted key.
         total_samples: samples to train on in all, from which training.steps follows. None leaves
             training.steps unchanged.
         read_only: if true, rename nothing in the run folder.
@@ -126,18 +129,11 @@ def find_resume_point(
         return _start(config.model, init_from, grid, damaged) if init_from is not None else None
     folder, manifest = source
     if init_from is not None and grid.rank == 0 and not started_from(root.parent, "start"):
-        logger.warning(
-            "%s resumes from %s, so --init-from is ignored; to start a new run from that model, "
-            "choose another name",
-            root,
-            folder.name,
-        )
+        logger.warning(_IGNORED_START, root, folder.name)
     refuse_other_model(config.model, folder, manifest)
     stored = stored_config(folder, manifest, config.model_dump(mode="json"))
-    orders = (
-        order_id(manifest.data_fingerprint, stored.data),
-        order_id(data_fingerprint, config.data),
-    )
+    stored_order = order_id(manifest.data_fingerprint, stored.data)
+    orders = (stored_order, order_id(data_fingerprint, config.data))
     samples = manifest.samples if orders[0] == orders[1] else 0
     if total_samples is not None:
         size = stored.training.global_batch_size

@@ -107,7 +107,6 @@ class Session:
 
     Attributes:
         settings: DeepSpeed's configuration.
-        train: training data.
         valid: held-out shards of pretraining.
         prompts: prompts for text samples.
         resume_point: checkpoint to resume from. None means a fresh start.

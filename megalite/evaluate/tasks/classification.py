@@ -103,19 +103,7 @@ def score_examples(
         report_calls, total=batches, what=f"eval on {dataset.num_samples:,} examples ({split})"
     )
     if not find_task(loaded.run.finetune.task).has_labels:
-        sums = sum_loss(
-            reporting(loaded.loss),
-            dataset,
-            samples=dataset.num_samples,
-            micro_batch_size=micro_batch_size,
-            data_rank=grid.at.data_rank,
-            data_size=grid.mesh.data,
-        )
-        assert sums is not None
-        grid.sum_once(sums)
-        loss = float(sums[0] / sums[1])
-        tokens = round(float(sums[1]))
-        return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens}
+        return _loss_metrics(reporting(loaded.loss), dataset, grid, micro_batch_size)
     scores = collect_scores(
         reporting(loaded.scores), dataset, grid, micro_batch_size=micro_batch_size
     )
@@ -131,6 +119,24 @@ def score_examples(
         train = ExampleSet(folder, manifest, "train", loaded.run, shuffle=False)
         metrics["baselines"] = baselines(train, dataset)
     return metrics
+
+
+def _loss_metrics(
+    loss: Callable[[Batch], Tensor], dataset: ExampleSet, grid: Grid, micro_batch_size: int
+) -> dict[str, Any]:
+    """Return loss (nats), perplexity and tokens of a split; a collective."""
+    sums = sum_loss(
+        loss,
+        dataset,
+        samples=dataset.num_samples,
+        micro_batch_size=micro_batch_size,
+        data_rank=grid.at.data_rank,
+        data_size=grid.mesh.data,
+    )
+    assert sums is not None
+    grid.sum_once(sums)
+    mean = float(sums[0] / sums[1])
+    return {"loss": mean, "perplexity": perplexity(mean), "tokens": round(float(sums[1]))}
 
 
 def measures(scores: Tensor, dataset: ExampleSet) -> dict[str, Any]:
