@@ -1,8 +1,9 @@
 """Check this machine, check a run file on this machine, or report how a run spent its time.
 
 Without options, the command checks versions, devices, MPI, Slurm, memory, limits, disk, clock and
-ports. With --config, it also checks a run file, as a run does before it trains. With --run, it
-reports how the run spent its time, how many steps were lost, and why the run was restarted.
+ports. With --config, the command also makes the checks that a run makes before its first step. With
+--run, the command reports how the run spent its time, how many steps were lost, and why the run was
+restarted.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ def main() -> int:
 
         if arguments.config is not None and not find_file(arguments.config).is_file():
             raise CommandError(f"--config {arguments.config!r}: no such run file; check the path")
-        start = None
+        model = None
         if arguments.init_from is not None:
             from megalite.hub import find_model
 
-            start = find_model(arguments.init_from, "--init-from")
-        results = examine(arguments.config, preview, start)
+            model = find_model(arguments.init_from, "--init-from")
+        results = examine(arguments.config, preview, model)
         code = int(any(result.state == "fail" for result in results))
         if arguments.json:
             run = {"run": report} if report else {}
@@ -83,9 +84,9 @@ def _print_goodput(report: dict[str, Any]) -> None:
         f"{report['run']}: {report['state']}, goodput {100 * report['goodput']:.1f} % of "
         f"{format_duration(wall)}, {report['restarts']} restarts, {report['lost_steps']} steps lost"
     ]
-    if (back := report["clock_set_back_seconds"]) > 0:
+    if (set_back := report["clock_set_back_seconds"]) > 0:
         lines.append(
-            f"  the clock was set back by {format_duration(back)} during the run, so some time is "
+            f"  the clock was set back by {format_duration(set_back)} during the run, so some time is "
             "not counted; synchronise the clocks of the hosts (NTP)"
         )
     for name, seconds in sorted(report["seconds"].items(), key=lambda item: -item[1]):
