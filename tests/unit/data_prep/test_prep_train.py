@@ -71,7 +71,7 @@ def test_vocabulary_size_that_does_not_fit_the_text_is_refused(
 def test_vocabulary_size_that_the_error_names_works(corpus: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         train_tokenizer(TrainOptions([corpus], 20_000, tmp_path / "out"))
-    largest = int(str(caught.value).split("yields ")[1].split()[0])
+    largest = int(str(caught.value).split("yields at most ")[1].split()[0])
     assert train_tokenizer(TrainOptions([corpus], largest, tmp_path / "out")).vocab_size == largest
 
 
