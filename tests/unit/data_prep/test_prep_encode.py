@@ -240,4 +240,4 @@ def test_verify_and_inspect_report(
         inspect(out, 39)
     (out / "shard_00000.bin").write_bytes(b"")
     assert verify(out) == 1
-    assert "shard_00000.bin: 0 bytes" in capsys.readouterr().out
+    assert "shard_00000.bin: got 0 bytes" in capsys.readouterr().out

@@ -213,7 +213,7 @@ def test_killed_command_continues(corpus: Path, tmp_path: Path, expected: Path) 
         ({"valid_output": "../{here}"}, "are the same folder, or one is inside"),
         ({"valid_output": ".train.work/valid"}, "are the same folder, or one is inside"),
         ({"valid_output": "taken"}, "--valid-output .*taken exists and is not an empty folder"),
-        ({"valid_output": "taken/file/x"}, "--valid-output .* is no folder"),
+        ({"valid_output": "taken/file/x"}, "--valid-output .* is below .*, a file"),
     ],
 )
 def test_outputs_that_cannot_both_be_written_are_refused(

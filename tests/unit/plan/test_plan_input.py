@@ -48,7 +48,7 @@ def command(launcher: str, *arguments: Any, folder: Path) -> subprocess.Complete
     [
         ("[]", r"expected one JSON object \{\.\.\.\}, got \[\]"),
         ("{", "line 1 column 2: not JSON"),
-        ("[" * 5000, "over 30 deep"),
+        ("[" * 5000, "more than 30 deep"),
         ('{"extends": "cpu", "link": NaN}', "NaN is not a JSON number"),
         ('{"extends": "cpu", "link": 1e400}', "out of range; write a number"),
         ('{"extends": "cpu", "memory": 9' + "9" * 30 + "}", "out of range"),
@@ -206,7 +206,7 @@ def record(folder: Path, content: Any, *sets: str) -> Path:
     [
         ({}, "device: expected a name"),
         ([], "expected one JSON object"),
-        ("[" * 5000, "over 30 deep"),
+        ("[" * 5000, "more than 30 deep"),
         (RECORD | {"device": ["cpu"]}, "device: expected a name"),
         (RECORD | {"hosts": 0}, "hosts: expected a whole number"),
         (RECORD | {"per_host": 0}, "per_host: expected a whole number"),
@@ -309,7 +309,7 @@ def test_search_does_not_overwrite_user_files(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine\n")
     done = command("plan", *arguments, "--output", "notes.txt", folder=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "exists, and is not a run file that extends" in done.stderr
+    assert "the file exists and does not extend" in done.stderr
     assert (tmp_path / "notes.txt").read_text() == "mine\n"
 
 
