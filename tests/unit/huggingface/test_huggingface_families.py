@@ -33,7 +33,7 @@ from megalite.checkpoint.huggingface import (
 from megalite.config import ModelConfig
 from megalite.errors import CommandError
 from megalite.evaluate import open_model
-from megalite.evaluate.verify import inputs_of, theirs, verify
+from megalite.evaluate.verify import inputs_of, transformers_logits, verify
 from megalite.model import LanguageModel, build, initialize
 from megalite.tokenizers.tokenizer import load_tokenizer
 from tests.helpers.families import FAMILIES, model_section
@@ -153,7 +153,9 @@ def test_folder_that_transformers_saved_is_read(tmp_path: Path) -> None:
     load_tokenizer("bytes").export(tmp_path / "sharded")
     loaded = open_model(tmp_path / "sharded")
     ids = torch.arange(20)[None]
-    torch.testing.assert_close(loaded.model.logits(ids), theirs(loaded, ids), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        loaded.model.logits(ids), transformers_logits(loaded, ids), rtol=0, atol=1e-4
+    )
     gpt = transformers.GPT2Config(vocab_size=91, n_embd=32, n_layer=2, n_head=4, n_positions=32)
     transformers.GPT2Model(gpt).save_pretrained(tmp_path / "bare")
     raw = load_file(tmp_path / "bare" / "model.safetensors")

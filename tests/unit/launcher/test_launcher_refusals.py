@@ -17,7 +17,7 @@ LAUNCHERS = Path(__file__).resolve().parents[3] / "launcher"
         ("eval.py", ["--limit", "3"], "--limit and --task-path only apply to --tasks"),
         ("eval.py", ["--task-path", "mine"], "--limit and --task-path only apply to --tasks"),
         ("explain.py", ["--text", "a", "--output", "gone/a.html"], "there is no folder gone"),
-        ("explain.py", ["--text", "a", "--output", "."], "name a file"),
+        ("explain.py", ["--text", "a", "--output", "."], "it exists and is not a file"),
     ],
 )
 def test_option_without_effect_or_output_is_refused(
