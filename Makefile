@@ -27,7 +27,7 @@ check: dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m tests.sizes
-	$(BIN)/python -m pytest -q tests/unit/test_house.py
+	$(BIN)/python -m pytest -q tests/unit/test_house.py tests/unit/test_language.py
 
 format: dev
 	$(BIN)/ruff check --fix-only --quiet .

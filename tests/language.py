@@ -25,7 +25,7 @@ MAX_WORDS = 25
 # These tables of the checker and of its test contain the faults as examples, so they are skipped.
 TABLES = {
     "tests/language.py": ("WORDS", "OPENINGS"),
-    "tests/unit/test_language.py": ("BAD", "GOOD"),
+    "tests/unit/test_language.py": ("BAD", "GOOD", "TEXTS"),
 }
 # A pattern and the plain word for it.
 WORDS = (
