@@ -86,8 +86,8 @@ def _print_goodput(report: dict[str, Any]) -> None:
     ]
     if (set_back := report["clock_set_back_seconds"]) > 0:
         lines.append(
-            f"  the clock was set back by {format_duration(set_back)} during the run, so some time is "
-            "not counted; synchronise the clocks of the hosts (NTP)"
+            f"  the clock was set back by {format_duration(set_back)} during the run, so some time "
+            "is not counted; synchronise the clocks of the hosts (NTP)"
         )
     for name, seconds in sorted(report["seconds"].items(), key=lambda item: -item[1]):
         percent = 100 * seconds / wall if wall else 0.0
