@@ -21,8 +21,8 @@ from megalite.tokenizers.tokenizer import SentencePieceTokenizer, Tokenizer, che
 
 # Size of the training sample. SentencePiece trains BPE on this sample in about 20 s and 1 GB.
 SAMPLE_CHARACTERS = 100_000_000
-# Maximum length of a chunk, which the trainer treats as one sentence. Chunks of several lines let
-# the trainer learn newlines and indentation. It fails on 65,536 characters without a space.
+# Maximum length of a chunk, which the trainer treats as one sentence. From chunks of several lines,
+# the trainer learns newlines and indentation. It fails on 65,536 characters without a space.
 _CHUNK_CHARACTERS = 16_384
 _SEED = 1234
 _FIXED_PIECES = 260  # in every model: 256 bytes, 3 control tokens and a space
@@ -87,7 +87,8 @@ def sample_chunks(documents: Iterator[str], limit: int) -> list[str]:
 def chunks(document: str) -> Iterator[str]:
     """Yield a document in chunks.
 
-    If possible, a chunk begins with a newline, because the trainer strips newlines at the end.
+    If possible, a chunk begins with a newline, because the trainer strips newlines at the end of
+    chunks.
     """
     start = 0
     while len(document) - start > _CHUNK_CHARACTERS:

@@ -78,7 +78,7 @@ def known_keys(section: type[Section] = RunConfig, at: Key = ()) -> dict[Key, Fi
 
 
 def _unknown(loc: tuple[str | int, ...], value: Any = None) -> str:
-    """Return the fault of an unknown key, with a suggestion, in this order.
+    """Return the fault of an unknown key, with the first of these suggestions that exists.
 
     1. the key with the same meaning, if another trainer uses this name
     2. a key with this name in another section

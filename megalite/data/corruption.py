@@ -1,7 +1,7 @@
 """Corruption of windows: masking of tokens (BERT), or removal of spans (T5).
 
-The corruption of a sample depends only on the seed and the sample's number. So it is the same on
-every layout and after a resume, and differs between epochs.
+The corruption of a sample depends only on the seed and the sample's number. So the corruption is
+the same on every layout and after a resume, and differs between epochs.
 
 B samples   L tokens of a window
 """
