@@ -247,7 +247,7 @@ def test_run_in_a_thread_is_stopped_by_a_hook_and_resumes(
     assert result["losses"] == [loss for loss, _ in curve(raw)[:3]]
     assert result["saved"] == ["step_00000003"]
     assert len(result["second"]) == 1
-    assert "it runs another MegaLite run" in result["second"][0]
+    assert "it is training another run" in result["second"][0]
     assert not (tmp_path / "second").exists()
 
 
