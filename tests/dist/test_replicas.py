@@ -39,7 +39,7 @@ def _drifting(launch: Any, raw: dict[str, Any], name: str, rank: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "stage", "ranks", "name", "rank", "told"),
+    ("tensor", "stage", "ranks", "name", "rank", "message"),
     [
         (1, 0, 4, SPLIT, 2, "on rank 2 differs from that of other ranks"),
         (2, 0, 4, SPLIT, 3, "differs between ranks 1, 3"),

@@ -18,7 +18,7 @@ from megalite.observe import (
     previous_attempts,
     started_from,
 )
-from megalite.train.announce import _moved
+from megalite.train.announce import _layout_changes
 
 
 def record(folder: Path, attempt: int = 0) -> Recorder:
@@ -79,7 +79,7 @@ def test_events_record_the_origin_and_layout_of_a_run(tmp_path: Path) -> None:
     assert started_from(run, "resume", (tmp_path / "other").resolve())
     assert not started_from(run, "resume", run.resolve())
     assert last_layout(run) == {"tensor": 2, "ranks": 2}
-    assert _moved({"tensor": 1, "ranks": 2}, last_layout(run)) == {
+    assert _layout_changes({"tensor": 1, "ranks": 2}, last_layout(run)) == {
         "tensor": {"before": 1, "after": 2}
     }
     assert last_layout(tmp_path) == {}
