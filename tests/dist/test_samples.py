@@ -117,7 +117,7 @@ def test_samples_need_the_tokenizer_of_the_data(shards: dict[str, str], tmp_path
     raw = run_file(shards | {"train": str(folder)}, tmp_path / "runs", training=SHORT)
     raw["logging"]["samples"] = SAMPLES
     with pytest.raises(
-        AssertionError, match=r"DataError: logging\.samples: the shards do not name"
+        AssertionError, match=r"DataError: logging\.samples: the shards have no tokenizer"
     ):
         run_ranks(train, 1, raw)
     assert not (tmp_path / "runs").exists()

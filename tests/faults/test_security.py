@@ -86,7 +86,7 @@ def test_run_file_with_a_secret_is_refused(token: str, key: str, section: dict[s
     raw = run_file(shards, "runs", **json.loads(json.dumps(section).replace("?", token)))
     with pytest.raises(ConfigError) as caught:
         parse_config(raw)
-    assert any(f"{key}: it holds a secret" in fault for fault in caught.value.faults)
+    assert any(f"{key}: contains a secret" in fault for fault in caught.value.faults)
     assert token not in str(caught.value)
 
 
@@ -96,7 +96,7 @@ def test_run_file_with_a_secret_is_refused(token: str, key: str, section: dict[s
 def test_keys_that_name_a_secret_are_refused(key: str) -> None:
     raw = run_file({"train": "train", "valid": "valid"}, "runs")
     raw["deepspeed"] = {"wandb": {key: "plain"}}
-    with pytest.raises(ConfigError, match=f"deepspeed.wandb.{key}: it holds a secret"):
+    with pytest.raises(ConfigError, match=f"deepspeed.wandb.{key}: contains a secret"):
         parse_config(raw)
 
 
@@ -146,7 +146,7 @@ def test_run_file_with_a_token_writes_nothing(shards: dict[str, str], tmp_path: 
     config.write_text(json.dumps(raw))
     done = start(config)
     assert done.returncode == 2
-    assert "deepspeed.wandb.team: it holds a secret" in done.stderr
+    assert "deepspeed.wandb.team: contains a secret" in done.stderr
     assert TOKEN not in done.stdout + done.stderr
     assert not (tmp_path / "run").exists()
 

@@ -120,7 +120,7 @@ def test_answers_come_in_the_order_of_many_questions(tmp_path: Any) -> None:
         ({"messages": [{"role": "assistant", "content": "a"}]}, "last turn is the assistant's"),
         ({"messages": []}, r"line 1: \[\] is not a list of messages"),
         ({"prompt": "a"}, "line 1: no field 'messages'; it has prompt"),
-        ("{", "line 1: not JSON"),
+        ("{", "line 1: not readable JSON"),
         ("", "has no conversation"),
     ],
 )

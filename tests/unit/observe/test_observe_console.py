@@ -63,11 +63,11 @@ def test_train_row_is_one_aligned_line() -> None:
 
 def test_tokens_of_one_device_follow_those_of_the_run() -> None:
     row = {**ROW, "tokens_per_second": 12000.0}
-    assert "12,000 tokens/s, 3,000 a device" in as_line(
+    assert "12,000 tokens/s, 3,000 per device" in as_line(
         {**row, "tokens_per_second_per_device": 3000.0}, total_steps=300
     )
     alone = as_line({**row, "tokens_per_second_per_device": 12000.0}, total_steps=300)
-    assert "a device" not in alone
+    assert "per device" not in alone
 
 
 def test_train_row_shows_the_mean_loss_since_the_previous_row() -> None:
