@@ -96,11 +96,14 @@ def test_costs_of_mixed_layers_lie_between_those_of_their_kinds() -> None:
     ("section", "message"),
     [
         ({"layer_types": ["sliding_atention"]}, 'did you mean "sliding_attention"?'),
-        ({"layer_types": [FULL] * 3}, "a list of 3 does not divide the 2 layers; give one of 1, 2"),
+        (
+            {"layer_types": [FULL] * 3},
+            "its length 3 does not divide the 2 layers; use a list of 1, 2",
+        ),
         ({"layer_types": [SLIDING, FULL]}, "set model.sliding_window"),
         ({"layer_types": [FULL], "sliding_window": 4}, "no layer has sliding_attention"),
         ({"layer_types": []}, "expected a list of 1 or more"),
-        ({"layer_types": [FULL], "architecture": "encoder_decoder"}, "architecture decoder"),
+        ({"layer_types": [FULL], "architecture": "encoder_decoder"}, 'architecture "decoder"'),
     ],
 )
 def test_layer_types_that_do_not_fit_are_refused(section: dict[str, Any], message: str) -> None:

@@ -80,12 +80,12 @@ def plain(records: Sequence[Record]) -> list[Record]:
 
 
 def in_any_order(
-    stream: Stream, parts: int, draw: random.Random
+    stream: Stream, count: int, draw: random.Random
 ) -> dict[int, tuple[list[Record], bool]]:
     """Read the parts with one reader in a random order, some twice and some only partly."""
     parts: dict[int, tuple[list[Record], bool]] = {}
     reader = PartReader("text")
-    order = list(range(parts)) * 2
+    order = list(range(count)) * 2
     draw.shuffle(order)
     for part in order:
         if draw.random() < 0.2:

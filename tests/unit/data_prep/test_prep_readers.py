@@ -188,7 +188,7 @@ def test_column_of_another_type_is_refused_before_a_row_is_read(tmp_path: Path) 
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": [["a"]], "meta": [{"text": "a"}]}), path)
     for field in ("text", "meta"):
-        with pytest.raises(DataError, match=f"column '{field}' holds (list|struct)<.*, not string"):
+        with pytest.raises(DataError, match=f"column '{field}' has (list|struct)<.*, not string"):
             documents(path, field)
     with pytest.raises(DataError, match=r"no column 'meta.text'; it has text, meta"):
         documents(path, "meta.text")
@@ -202,7 +202,7 @@ def test_file_that_changed_is_reported(name: str, part_bytes: int, tmp_path: Pat
     path.write_bytes(pack(LINES))
     (stream,) = find_streams([str(path)], part_bytes=part_bytes)
     path.write_bytes(pack(LINES + LINES[:40]))
-    with pytest.raises(DataError, match=f"{name}: [0-9,]+ bytes, and [0-9,]+ when the command"):
+    with pytest.raises(DataError, match=f"{name}: got [0-9,]+ bytes, but [0-9,]+ when the command"):
         list(read_streams([stream], "text"))
     path.unlink()
     with pytest.raises(DataError, match=f"{name}: cannot be read to its end: No such file"):

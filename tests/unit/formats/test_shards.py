@@ -171,7 +171,7 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "got int32, the manifest says uint16": lambda folder: write_index(
         folder / "shard_00000.idx", [3, 2], [0, 1, 2], DTYPES[4]
     ),
-    "the file has 66; the file is damaged": lambda folder: (folder / "shard_00000.idx").write_bytes(
+    "the file has 74; the file is damaged": lambda folder: (folder / "shard_00000.idx").write_bytes(
         (folder / "shard_00000.idx").read_bytes()[:-8]
     ),
     "manifest.json: tokens 13, but its shards add up to 12": lambda folder: edit_manifest(

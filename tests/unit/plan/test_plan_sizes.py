@@ -109,15 +109,15 @@ def test_auto_precision_follows_the_device() -> None:
             {"deepspeed__gradient_accumulation_steps": 3},
             1,
             "cpu",
-            "deepspeed.gradient_accumulation_steps: found 3, but training.global_batch_size makes "
-            'it 4; change training.global_batch_size, and remove this or write "auto"',
+            "deepspeed.gradient_accumulation_steps: got 3, but training.global_batch_size sets it "
+            "to 4; change training.global_batch_size, and remove this key",
         ),
         (
             {"deepspeed__data_types": {"param_dtype": "bf16"}},
             1,
             "cpu",
-            'deepspeed.data_types.param_dtype: found "bf16", but training.precision makes it '
-            '"fp32"; change training.precision, and remove this or write "auto"',
+            'deepspeed.data_types.param_dtype: got "bf16", but training.precision sets it to '
+            '"fp32"; change training.precision, and remove this key',
         ),
         *(
             (
